@@ -16,6 +16,7 @@ from rekindle.data.corpus.columns import TYPES
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
+from rekindle.data.targets.answers import entropies, probabilities
 from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
@@ -126,7 +127,9 @@ class TokenTargetBatch(TargetBatch):
         """Return ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
 
         By falling probability; the whole vocabulary of a dense teacher in the order of its ids. Of
-        ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn.
+        ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn. To
+        look at: of dense targets and hidden states [P,V] floats are formed, while a loss takes what
+        ``train/to_device.py`` sends, as it is stored.
 
         Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample;
         ValueError for a k outside 1..K.
@@ -138,6 +141,13 @@ class TokenTargetBatch(TargetBatch):
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""
         columns, first = self.columns, self.kind.read_at
+        unknown = np.full(len(self.positions), np.nan, np.float32)  # of imported targets
+
+        def nats(name: str) -> Floats:
+            return (
+                columns[name].astype(np.float32) / np.float32(STEP) if name in columns else unknown
+            )
+
         kept, log_probs, log_tail = self.decode(first)
         tails = {tau: self.decode(tau)[2] for tau in self.info.temperatures}
         return TokenTargets(
@@ -148,14 +158,40 @@ class TokenTargetBatch(TargetBatch):
             log_probs=log_probs,
             log_tail=tails | {first: log_tail},
             gold_ids=ids[self.positions + (self.info.task == "causal_lm")].astype(np.int64),
-            gold_log_prob=-columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
-            gold_rank=columns["gold_rank"].astype(np.int64),
-            entropy=columns["entropy"].astype(np.float32) / np.float32(STEP),
+            gold_log_prob=-nats("gold_log_prob"),
+            gold_rank=columns.get("gold_rank", np.full(len(unknown), -1)).astype(np.int64),
+            entropy=nats("entropy"),
         )
 
 
+class ExpertBatch(TargetBatch):
+    """An expert's logits of a batch, a row each for its positions or for the batch's sequences."""
+
+    logits: Floats  # [R,C]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names [C] of its classes, labels or scores."""
+        numbered = (f"LABEL_{number}" for number in range(self.info.num_labels or 0))
+        return self.info.label_names or tuple(numbered)
+
+    def probabilities(self, temperature: float = 1.0) -> Floats:
+        """Return the probabilities of its classes, as ``logits`` stand; NaN where it has no target.
+
+        Of an expert on labels that each hold or do not: of each. Raises InputError for scores.
+        """
+        return probabilities(self.info, self._known(), temperature)
+
+    def entropy(self, temperature: float = 1.0) -> Floats:
+        """Return how unsure it is: the entropy in nats, a number for each row of ``logits``."""
+        return entropies(self.info, self.probabilities(temperature))
+
+    def _known(self) -> Floats:
+        return self.logits
+
+
 @dataclass(frozen=True)
-class TokenLabelBatch(TargetBatch):
+class TokenLabelBatch(ExpertBatch):
     """One token classifier's logits of a batch."""
 
     info: TeacherInfo
@@ -173,7 +209,7 @@ class TokenLabelBatch(TargetBatch):
 
 
 @dataclass(frozen=True)
-class SequenceTargetBatch(TargetBatch):
+class SequenceTargetBatch(ExpertBatch):
     """One sequence expert's logits of a batch."""
 
     info: TeacherInfo
@@ -190,6 +226,9 @@ class SequenceTargetBatch(TargetBatch):
         present = np.zeros_like(self.present)
         present[self.rows[chosen]] = True
         return replace(self, present=present)
+
+    def _known(self) -> Floats:
+        return np.where(self.present[:, None], self.logits, np.float32(np.nan))
 
     def take(self, part: slice) -> Self:
         """Return the targets of ``part`` of the batch's sequences."""

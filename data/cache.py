@@ -6,11 +6,12 @@ touched.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import partial
-from typing import Unpack
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +26,23 @@ from rekindle.data.batch import (
     read_types,
 )
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.texts import CorpusTexts
 from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
+from rekindle.data.exchange.config import ImportConfig, ImportSettings
+from rekindle.data.exchange.exporting import Export
+from rekindle.data.exchange.files import held_dataset, mapped_dataset
+from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
+from rekindle.data.exchange.rows import Row
 from rekindle.data.permutation import epoch_batch
+from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
+from rekindle.data.settings import parse_settings
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import seal
+from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_IMPORTS, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import Store, open_store
+from rekindle.data.summary import summarise
 from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.files import read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -46,18 +56,25 @@ from rekindle.data.targets.reading.sequence_ranking import (
 )
 from rekindle.data.views.reader import ViewReader
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 TEXTS = ("text_a", "text_b")  # of a pair
 WHOLE = Kept()  # all that there is of a teacher
 
 
 class Cache:
-    """An opened cache. ``corpus``, ``teachers`` (by name), ``views`` (by name)."""
+    """An opened cache. ``corpus``, ``teachers`` (by name), ``views`` (by name).
+
+    It can be pickled (for workers of a DataLoader, say): it stays what it was when it was opened,
+    and its files are mapped anew in each process.
+    """
 
     def __init__(self, store: Store):
         self.store = store
         self.manifest = read_manifest(store)
         self.corpus = Corpus(store)
-        self._check_manifest()
+        check_roll_up(self.manifest, self.corpus)
         self.extent = Extent()  # all that there is
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
@@ -74,20 +91,6 @@ class Cache:
         and CacheMismatchError when its parts do not belong together.
         """
         return cls(open_store(path))
-
-    def _check_manifest(self) -> None:
-        stated = self.manifest.get("corpus") or {}
-        if not stated:
-            return
-        # The corpus may have grown since the roll-up was written.
-        shards = self.corpus.shards_of(int(stated.get("sequences", -1)))
-        known = shards is not None and self.corpus.fingerprint_of(shards) == stated["fingerprint"]
-        if not known or stated.get("tokenizer") != self.tokenizer_digest:
-            raise CacheMismatchError(
-                f"{self.store.location}: {MANIFEST} speaks of another corpus than that in corpus/. "
-                "If shards were copied by hand, copy the whole cache; else delete cache.json's "
-                "'corpus' entry by running `pipeline cache-teachers` again"
-            )
 
     def within(self, extent: Extent) -> "Cache":
         """Return the cache as it is read by a run of that extent."""
@@ -121,8 +124,21 @@ class Cache:
         """Identity of the vocabulary that token ids and vocabulary targets are in."""
         return str(self.corpus.info["tokenizer"]["digest"])
 
+    @property
+    def rolled_up(self) -> dict[str, object]:
+        """What ``cache.json`` repeats of it."""
+        return roll_up(self.corpus, self.views, self.teachers)
+
     def __len__(self) -> int:
         return len(self.corpus)
+
+    def __repr__(self) -> str:
+        return summarise(self.corpus, self.teachers.values())
+
+    @property
+    def texts(self) -> CorpusTexts:
+        """The text of each sequence, by its number or a slice, read when it is asked for."""
+        return CorpusTexts(self.corpus)
 
     def masked_view(self, name: str | None = None) -> ViewReader:
         """The masked view of that name, or the only one; InputError when that is not clear."""
@@ -184,7 +200,7 @@ class Cache:
 
     def gather(
         self,
-        index: Ints,
+        index: Ints | Sequence[int],
         teachers: Sequence[str],
         *,
         epoch: int = 0,
@@ -199,6 +215,7 @@ class Cache:
         other masks than ``masked_view``. Without ``scalars`` the batch has no gold_log_prob,
         gold_rank and entropy: no loss needs them.
         """
+        index = _numbers(index)
         for name in teachers:
             info = self.teacher(name).info
             if info.shown.masked and info.view != masked_view:
@@ -270,6 +287,53 @@ class Cache:
         """Per sequence, the positions whose true token the teacher gives −log p > ``threshold``."""
         return hard_positions(self.teacher(teacher), threshold, replica)
 
+    def import_targets(
+        self,
+        name: str,
+        rows: Iterable[Row],
+        provenance: Mapping[str, object],
+        *,
+        where: str = "rows",
+        **settings: Unpack[ImportSettings],
+    ) -> ImportResult:
+        """Write targets that were made elsewhere as the teacher ``name``; what was done.
+
+        ``rows`` are mappings as docs/targets_elsewhere.md describes them, in any order; those of
+        one shard are held until it is complete. ``provenance`` names the ``model``, and whatever is
+        to be remembered beside it. The ``settings`` are those of ``ImportConfig``: ``task``,
+        ``view``, ``k``, ``codec``, ``labels``, ``problem``, ``allow_missing``. Raises InputError,
+        naming the row (as one of ``where``), and CacheMismatchError, as ``import_targets`` does.
+        """
+        values = {"name": name, "provenance": dict(provenance), **settings}
+        config = parse_settings(ImportConfig, values, "import_targets")
+        done = import_targets(self.corpus, numbered(rows, where), config)
+        write_manifest(self.store)
+        self.manifest = read_manifest(self.store)
+        self.teachers[name] = self._teacher(name, self.views)
+        return done
+
+    def to_datasets(
+        self,
+        teachers: Sequence[str] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        k: int | None = None,
+    ) -> "dict[str, Dataset]":
+        """Each teacher's targets with the text beside them, as a ``datasets.Dataset``.
+
+        ``teachers`` defaults to all. The rows are those of docs/targets_elsewhere.md and can be
+        imported again. In memory, or (what a large cache needs) mapped from files in ``folder``.
+        ``k``: so many candidates of each position. Raises InputError for an unknown teacher, and
+        for one that keeps whole distributions where no ``k`` is given.
+        """
+        found = {}
+        for name in self.teachers if teachers is None else teachers:
+            export = Export(self.corpus, self.teacher(name), k=k)
+            if folder is None:
+                found[name] = held_dataset(export)
+            else:
+                found[name] = mapped_dataset(export, Path(folder) / f"{name}.arrow")
+        return found
+
     def example(self, index: int) -> Example:
         """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""
         shards, rows = self.corpus.locate(np.array([index]))
@@ -308,35 +372,24 @@ def write_manifest(store: Store) -> None:
     """Write the roll-up, unless it is there: it can be rebuilt from the rest of the cache."""
     before = read_manifest(store)
     with suppress(CacheError):  # it speaks of what there was before
-        if _rolled_up(Cache(store)) == {key: before.get(key) for key in _ROLLED_UP}:
+        if Cache(store).rolled_up == {key: before.get(key) for key in ROLLED_UP}:
             return
-    store.replace(MANIFEST, seal({}))
-    store.replace(MANIFEST, seal(_rolled_up(Cache(store))))
+    version = max(FORMAT_VERSION, before[VERSION])
+    store.replace(MANIFEST, seal({}, version))
+    cache = Cache(store)
+    if any(teacher.info.imported for teacher in cache.teachers.values()):
+        version = WITH_IMPORTS  # also where a lost manifest said so
+    store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 
-_ROLLED_UP = ("corpus", "views", "teachers")
-
-
-def _rolled_up(cache: Cache) -> dict[str, object]:
-    return {
-        "corpus": {
-            "fingerprint": cache.corpus.fingerprint,
-            "tokenizer": cache.tokenizer_digest,
-            "sequences": len(cache.corpus),
-            "tokens": cache.corpus.tokens,
-        },
-        "views": {name: {"units": len(view.commits)} for name, view in cache.views.items()},
-        "teachers": {
-            name: {
-                "task": teacher.info.task,
-                "weights": teacher.info.fingerprints.get("weights"),
-                "view": teacher.info.view,
-                "units": len(teacher.commits),
-                "bytes": teacher.bytes,
-            }
-            for name, teacher in cache.teachers.items()
-        },
-    }
+def _numbers(index: Ints | Sequence[int]) -> Ints:
+    found = np.asarray(index)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise ValueError(
+            f"the sequences of a batch are {found.dtype} {list(found.shape)}; they must be their "
+            "numbers [B], integers in 0..len(cache) − 1"
+        )
+    return found.astype(np.int64)
 
 
 def _is_begun(store: Store, name: str) -> bool:

@@ -16,6 +16,7 @@ class TokenTargets:
     ids: NDArray[np.int64]  # [P,K] by falling probability
     log_probs: NDArray[np.float32]  # [P,K] at τ = 1
     log_tail: dict[float, NDArray[np.float32]]  # τ -> [P]
+    # What is not known of imported targets is NaN, a rank −1.
     gold_ids: NDArray[np.int64]  # [P]
     gold_log_prob: NDArray[np.float32]  # [P]
     gold_rank: NDArray[np.int64]  # [P]

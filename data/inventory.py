@@ -5,6 +5,7 @@ Works on a cache that is damaged anywhere: nothing here needs another part of it
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from rekindle.data.corpus.stored_tokenizer import (
@@ -12,12 +13,13 @@ from rekindle.data.corpus.stored_tokenizer import (
     TOKENIZER_FILES,
     damaged_tokenizer_files,
 )
-from rekindle.data.errors import CacheFormatError, CacheVersionError
+from rekindle.data.errors import CacheError, CacheFormatError, CacheVersionError
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import REPAIR, VERSION, read_sealed
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import Store
 from rekindle.data.targets.head import HEAD_FILES, read_head
+from rekindle.data.targets.reading.files import read_teacher
 
 NEEDED = {
     "corpus": {"corpus.json", "tokenizer.json"},
@@ -92,6 +94,25 @@ def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
             where = f"{shards.folder}/{name}"
             lost[where] = CacheFormatError(f"{store.location}/{where} is missing. {REPAIR}")
     return lost
+
+
+def imported_teachers(store: Store) -> list[str]:
+    """The teachers whose targets were made elsewhere: by their descriptions, or, where those are
+    damaged, by what a sound shard says of itself.
+    """
+    return [name for name in store.folders("targets") if is_imported(store, name)]
+
+
+def is_imported(store: Store, name: str) -> bool:
+    """Whether that teacher is one of them, as far as anything sound says so."""
+    with suppress(CacheError):
+        return read_teacher(store, name).imported is not None
+    shards = ShardSet(store, f"targets/{name}")
+    for commit in shards.survey()[0].values():
+        with suppress(CacheError):
+            described = shards.open(commit).metadata.get("teacher")
+            return isinstance(described, dict) and described.get("imported") is not None
+    return False
 
 
 def orphans(shards: ShardSet) -> list[str]:

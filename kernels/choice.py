@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.call import StudentLogits
+from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import WholeTargets
-from rekindle.kernels.targets import MAX_KEPT, DecodedTargets
+from rekindle.kernels.targets import MAX_KEPT
 
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
-Targets = Tensor | EncodedTargets | DecodedTargets | WholeTargets
+Targets = Tensor | LossTargets
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from rekindle.kernels.call import Call, Computation, StudentLogits
+from rekindle.kernels.checks import (
+    check_kind,
+    check_student,
+    check_whole_values,
+    checked,
+    label_weight,
+)
 from rekindle.kernels.choice import Targets, choose
 from rekindle.kernels.divergences import EVERY_LINEAR, skew_of
 from rekindle.kernels.encoded import EncodedTargets, decode
@@ -26,7 +33,6 @@ from rekindle.kernels.targets import (
     SparseRow,
     SparseTargets,
     check_tensor,
-    check_values,
     merge_rows,
 )
 
@@ -47,7 +53,7 @@ def kd_loss(
     tail_prob: Tensor | None = None,
     labels: Tensor | None = None,
     temperature: float = 1.0,
-    ce_weight: float = 0.0,
+    ce_weight: float | None = None,
     kd_weight: float = 1.0,
     divergence: str = "forward_kl",
     tail: str = "bucket",
@@ -79,7 +85,7 @@ def kd_loss(
         tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
         temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
-        ce_weight: weight of CE.
+        ce_weight: weight of CE. It is said beside labels (0.0: be told `ce` alone), and needs them.
         kd_weight: weight of τ²·D.
         divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|) |
             skew_kl KL(q ‖ αq + (1−α)p), at most −log α. Of a sample (kinds threshold and random;
@@ -109,20 +115,21 @@ def kd_loss(
     Returns: KDLoss(loss, ce, kd), scalars or [N] by `reduction`; ce and kd are CE and D, weights
         of rows included, detached.
 
-    Raises: ValueError for arguments that break these rules. Values are checked on CPU tensors only,
-        as a device would have to be waited for: the Triton kernels give a row with an id or label
-        outside [0,V) a loss of NaN.
+    Raises: ValueError for arguments that break these rules, with the row. Values are checked on CPU
+        tensors only, as a device would have to be waited for: the Triton kernels give a row with
+        an id or label outside [0,V) a loss of NaN.
 
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails); Ko et al., ICML 2024
         (DistiLLM: skew_kl, there with p for the teacher).
     """
     student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
+    check_kind(target_ids)
     settings = LossSettings(
-        *(temperature, ce_weight, kd_weight, divergence, tail),
+        *(temperature, label_weight(labels, ce_weight), kd_weight, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
         skew=skew_of(divergence, skew),
     )
-    _check_student(student)
+    check_student(student)
     settings.check()
     teacher = WholeTeacher()
     if isinstance(target_ids, WholeTargets):
@@ -130,8 +137,10 @@ def kd_loss(
         teacher = WholeTeacher.of(target_ids)
     chosen = choose(impl, student, target_ids)
     targets, settings = _sparse(target_ids, target_probs, tail_prob, settings, chosen)
-    targets = _checked(targets._replace(labels=labels, weight=row_weight), student, settings)
+    targets = checked(targets._replace(labels=labels, weight=row_weight), student, settings)
     whole = teacher.states is not None
+    if isinstance(target_ids, WholeTargets):
+        check_whole_values(target_ids, targets.active())
     if student.weight is None:  # the gradient takes the logits' layout
         if not _rows_are_dense(student.inputs):
             # contiguous() would leave a single row's stride as it is, of whatever length
@@ -153,7 +162,7 @@ class LossOptions(TypedDict, total=False):
     tail_prob: Tensor | None
     labels: Tensor | None
     temperature: float
-    ce_weight: float
+    ce_weight: float | None
     kd_weight: float
     divergence: str
     tail: str
@@ -176,7 +185,7 @@ def linear_kd_loss(
     tail_prob: Tensor | None = None,
     labels: Tensor | None = None,
     temperature: float = 1.0,
-    ce_weight: float = 0.0,
+    ce_weight: float | None = None,
     kd_weight: float = 1.0,
     divergence: str = "forward_kl",
     tail: str = "bucket",
@@ -274,20 +283,6 @@ def merge_targets(
     return merge_rows(teachers, weights.expand(rows, len(teachers)))
 
 
-def _check_student(student: StudentLogits) -> None:
-    inputs, weight, bias = student
-    matrices = {"logits": inputs} if weight is None else {"hidden": inputs, "weight": weight}
-    for name, matrix in matrices.items():
-        if matrix.dim() != 2 or not matrix.is_floating_point():
-            raise ValueError(
-                f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a floating-point "
-                "matrix"
-            )
-    why = "of hidden [N,H], weight [V,H] and bias [V]"
-    check_tensor("weight", weight, ("V", inputs.shape[1]), why, inputs.device)
-    check_tensor("bias", bias, (student.vocabulary,), why, inputs.device)
-
-
 def _rows_are_dense(logits: Tensor) -> bool:
     """Whether a row's logits stand side by side, and the rows not far apart."""
     size = logits.shape[1]
@@ -310,6 +305,11 @@ def _sparse(
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
         return SparseTargets(none, none, None), settings
+    if isinstance(ids, EncodedTargets) and ids.temperature not in (None, settings.temperature):
+        raise ValueError(
+            f"temperature is {settings.temperature}, and the targets are of {ids.temperature}: the "
+            "mass outside their ids is known at that one alone. Give the loss their temperature"
+        )
     if isinstance(ids, EncodedTargets) and ids.sampled and settings.divergence not in EVERY_LINEAR:
         raise ValueError(
             f"divergence is {settings.divergence!r}, which is not linear in the target, and the "
@@ -322,33 +322,3 @@ def _sparse(
         return packed, settings._replace(kept=ids.kept, planes=ids.planes)
     decoded = decode(ids, settings.temperature) if isinstance(ids, EncodedTargets) else ids
     return SparseTargets(*decoded), settings
-
-
-def _checked(
-    targets: SparseTargets, student: StudentLogits, settings: LossSettings
-) -> SparseTargets:
-    """Return the targets without gradient; ids (but for packed ones) and labels int64.
-
-    Raise ValueError for targets that are not of the student's N rows, on its device.
-    """
-    rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
-    ids, probs, tail, labels, weight, high = targets
-    why = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
-    check_tensor("target_ids", ids, (rows, "K"), why, device)
-    check_tensor("target_probs", probs, tuple(ids.shape), why, device)
-    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), why, device)
-    check_tensor("labels", labels, (rows,), why, device)
-    check_tensor("row_weight", weight, (rows,), why, device)
-    check_tensor("ids_high", high, (rows, "Q"), why, device)
-    for name, integers in (("target_ids", ids), ("labels", labels)):
-        if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
-            raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
-    targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
-    targets = targets._replace(
-        ids=targets.ids if encoded else targets.ids.long(),
-        labels=None if targets.labels is None else targets.labels.long(),
-    )
-    if device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
-        kept = targets.take(targets.active())
-        check_values(kept, student.vocabulary, settings.ignore_index)
-    return targets

@@ -43,6 +43,11 @@ def check_tensor(
     """
     if tensor is None:
         return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name} is of type {type(tensor).__qualname__}; it must be a torch tensor "
+            "(torch.from_numpy makes one of an array)"
+        )
     given = tuple(tensor.shape)
     sizes = zip(given, shape, strict=False)
     if len(given) != len(shape) or any(n != want for n, want in sizes if isinstance(want, int)):
@@ -172,37 +177,6 @@ def loss_scales(
         ce = ce / (active & labelled).sum().clamp(min=1)
         kd = kd / active.sum().clamp(min=1)
     return ce, kd
-
-
-def check_values(targets: SparseTargets, vocabulary: int, ignore_index: int) -> None:
-    """ValueError for what reading the tensors can tell, of the rows that count."""
-    ids = targets.ids
-    if ids.numel():
-        lowest, highest = (int(x) for x in ids.aminmax())
-        if lowest < -1 or highest >= vocabulary:
-            raise ValueError(
-                f"target_ids hold values from {lowest} to {highest}; "
-                f"they must lie in [0, V) = [0, {vocabulary}), or be -1 for padding"
-            )
-        ordered = ids.sort(1).values
-        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-            raise ValueError(
-                "target_ids hold an id twice in one row; ids must be distinct within a row "
-                "(merge_targets sums duplicates)"
-            )
-        lowest_prob = torch.where(ids >= 0, targets.probs, 0.0).amin()
-        if not lowest_prob >= 0:
-            raise ValueError("target_probs hold a negative value or NaN; they are probabilities")
-    if targets.tail is not None and not bool((targets.tail >= 0).all()):
-        raise ValueError("tail_prob holds a negative value or NaN; it is a probability")
-    if targets.labels is not None:
-        wrong = targets.labels[targets.labelled(ignore_index)]
-        wrong = wrong[(wrong < 0) | (wrong >= vocabulary)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels hold {int(wrong[0])}; a label lies in [0, V) = [0, {vocabulary}) "
-                f"or is ignore_index = {ignore_index}"
-            )
 
 
 def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets:

@@ -1,7 +1,7 @@
 """The command line: parses, calls, reports. Nothing heavy is imported before a command needs it.
 
-The commands about a cache are in ``commands.caches``, those about a model in ``commands.models``,
-the others here.
+The commands about a cache are in ``commands.caches`` and ``commands.exchange``, those about a model
+in ``commands.models``, the others here.
 
 stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or
 mismatched cache or checkpoint; 130 interrupted; 1 our bug.
@@ -16,6 +16,7 @@ import typer
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
+from rekindle.pipeline.commands.exchange import export_targets, import_targets
 from rekindle.pipeline.commands.models import evaluate, export, finetune, predict
 from rekindle.pipeline.commands.options import (
     Command,
@@ -264,7 +265,7 @@ def doctor() -> None:
 
 for command in (
     *(demo, init, finetune, evaluate, predict, export, cache_teachers, plan, gc, verify, inspect_),
-    *(train_student, rekindle, compare, doctor),
+    *(import_targets, export_targets, train_student, rekindle, compare, doctor),
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
 

@@ -26,12 +26,12 @@ from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.views.registry import view_kind
 from rekindle.kernels.blocks import row_blocks
+from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.split_model import OutputHead
 
-LossTargets = EncodedTargets | HiddenTargets | DenseTargets | DecodedTargets
 T = TypeVar("T", bound=TargetBatch)
 Inputs = dict[str, Tensor]  # of a model, by the names of its arguments
 

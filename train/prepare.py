@@ -147,7 +147,7 @@ def prepare_objective(
         if teacher.coverage < 1 and name not in config.allow_missing:
             raise InputError(
                 f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
-                "with `pipeline cache-teachers`, or name it in train.allow_missing to train its "
+                f"with {teacher.info.made_by}, or name it in train.allow_missing to train its "
                 "holes without KD"
             )
     infos = {name: teacher.info for name, teacher in teachers.items()}

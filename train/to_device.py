@@ -15,11 +15,11 @@ from torch import Tensor
 from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.hidden import DenseTargets
 from rekindle.train.device_batch import (
     Inputs,
     LanguageRows,
-    LossTargets,
     inputs_of,
     kd_targets,
     language_rows,

@@ -1,12 +1,16 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1, 2 and 3 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 4 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
 then on an older Rekindle refuses the cache by its version, and reads nothing half. Records of both
 versions stand side by side in it; the manifest's alone counts.
+
+Version 4 is that of a cache with a teacher whose targets were imported
+(``data/targets/imported.py``): it is raised to it before the first of them is written, and is in
+all else a version 3. Caches without such a teacher stay what they are.
 """
 
 import logging
@@ -14,12 +18,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError, CacheVersionError, InputError
-from rekindle.data.storage.seal import FORMAT_VERSION, REPAIR, SEAL, VERSION, seal, unseal
+from rekindle.data.storage.seal import (
+    FORMAT_VERSION,
+    REPAIR,
+    SEAL,
+    VERSION,
+    WITH_IMPORTS,
+    seal,
+    unseal,
+)
 from rekindle.data.storage.store import Store
 
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
+NEWEST = WITH_IMPORTS  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -40,10 +53,10 @@ def read_manifest(store: Store) -> dict[str, Any]:
     sealed = isinstance(values, dict) and SEAL in values
     body = unseal(values, where) if sealed else values
     version = body.get(VERSION) if isinstance(body, dict) else None
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= NEWEST:
         raise CacheVersionError(
             f"{store.location} has cache format {version!r}; this version of Rekindle reads "
-            f"formats 1 to {FORMAT_VERSION}. Use the version of Rekindle that wrote it, or a "
+            f"formats 1 to {NEWEST}. Use the version of Rekindle that wrote it, or a "
             "later one, or make the cache again"
         )
     body = unseal(values, where)
@@ -68,8 +81,9 @@ def begin_manifest(store: Store) -> None:
     read_manifest(store)
 
 
-def raise_version(store: Store) -> None:
-    """Mark the cache as one of this format version: what is written from here on may need it.
+def raise_version(store: Store, version: int = FORMAT_VERSION) -> None:
+    """Mark the cache as one of this format version at least: what is written from here on may need
+    it.
 
     Does nothing to a folder without a manifest, to a cache that is of this version, and to one that
     cannot be written, which may be complete.
@@ -77,13 +91,13 @@ def raise_version(store: Store) -> None:
     if (
         store.writable
         and store.exists(MANIFEST)
-        and (body := read_manifest(store))[VERSION] != FORMAT_VERSION
+        and (body := read_manifest(store))[VERSION] < version
     ):
         log.info(
             "%s has cache format %d: it is raised to %d; earlier versions of Rekindle will not "
             "open it any more",
             store.location,
             body[VERSION],
-            FORMAT_VERSION,
+            version,
         )
-        store.replace(MANIFEST, seal(body))
+        store.replace(MANIFEST, seal(body, version))

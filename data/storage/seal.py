@@ -13,6 +13,9 @@ from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.store import Store
 
 FORMAT_VERSION = 3  # what it means, and what of the older ones is kept: manifest.py
+WITH_IMPORTS = (
+    4  # of a cache that has targets that were made elsewhere; all else in it is version 3
+)
 SEAL = "record"  # the key of the checksum
 VERSION = "format_version"
 
@@ -23,9 +26,9 @@ def checksum(body: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
-def seal(body: Mapping[str, object]) -> bytes:
+def seal(body: Mapping[str, object], version: int = FORMAT_VERSION) -> bytes:
     """``body`` as JSON with the format's version and a checksum over both."""
-    plain = json.loads(json.dumps(dict(body) | {VERSION: FORMAT_VERSION}))
+    plain = json.loads(json.dumps(dict(body) | {VERSION: version}))
     text = json.dumps(plain | {SEAL: checksum(plain)}, indent=1, sort_keys=True)
     return text.encode() + b"\n"
 

@@ -86,11 +86,14 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
 
 
 def decode_scalars(offsets: NDArray[np.int32], columns: Columns) -> PositionScalars:
-    """The scalars in nats and numbers."""
+    """The scalars in nats and numbers; the entropy of imported targets may be unknown, NaN."""
+    entropy = columns.get("entropy")
+    if entropy is None:
+        entropy = np.full(len(columns["positions"]), np.nan, np.float32)
     return PositionScalars(
         offsets.astype(np.int64),
         columns["positions"].astype(np.int64),
         -columns["gold_log_prob"].astype(np.float32) / np.float32(STEP),
         columns["gold_rank"].astype(np.int64),
-        columns["entropy"].astype(np.float32) / np.float32(STEP),
+        entropy.astype(np.float32) / np.float32(STEP),
     )

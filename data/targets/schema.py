@@ -8,7 +8,8 @@ A larger k or further temperatures are kept beside what is there, in
 ``targets/<teacher>/extensions/<part>/``, each with a ``teacher.json``, data and commits of its own.
 
 Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token in 1/1024 nat),
-``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat).
+``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat). Targets that
+were imported have those columns that ``imported.lacks`` does not name.
 """
 
 from typing import Literal
@@ -18,6 +19,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rekindle.data.settings import Settings
 from rekindle.data.storage.shards import ROWS_PER_BATCH
+from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.views.base import View
 from rekindle.data.views.registry import view_kind
@@ -63,12 +65,16 @@ class TeacherInfo(Settings):
     versions: dict[str, str] = Field(default_factory=dict)  # informative, not enforced
     model: str = ""  # where it was loaded from; informative
     lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
+    imported: Imported | None = None  # of targets made elsewhere: whence, and what is not known
 
     @model_serializer(mode="wrap")
-    def _without_an_empty_lineage(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """As before there were lineages: earlier versions refuse a key that they do not know."""
+    def _without_what_is_empty(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """As before there were lineages and imports: earlier versions refuse a key that they do
+        not know.
+        """
         values: dict[str, object] = rest(self)
-        return {key: value for key, value in values.items() if key != "lineage" or value}
+        younger = ("lineage", "imported")
+        return {key: value for key, value in values.items() if key not in younger or value}
 
     def identity(self) -> dict:
         """What must be equal for two runs to be the same teacher."""
@@ -90,6 +96,11 @@ class TeacherInfo(Settings):
     def shown(self) -> type[View]:
         """The kind of view that it was shown."""
         return view_kind(self.view)
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes its targets, or makes them anew."""
+        return "`pipeline cache-teachers`" if self.imported is None else "`pipeline import-targets`"
 
     @property
     def is_vocabulary(self) -> bool:

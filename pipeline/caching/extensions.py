@@ -13,7 +13,8 @@ from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import LONGEST_PART, TeacherInfo
-from rekindle.pipeline.caching.teachers import TeacherPlan, check_same
+from rekindle.data.writing import check_same
+from rekindle.pipeline.caching.teachers import TeacherPlan
 
 
 def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:

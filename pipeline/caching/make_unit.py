@@ -6,8 +6,6 @@ unit, whether another has committed it; two that make the same one are harmless.
 
 import time
 
-import pyarrow as pa
-
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.commits import SECONDS
 from rekindle.data.storage.shards import Commit, ShardSet
@@ -15,16 +13,10 @@ from rekindle.data.targets.head import write_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.reading.reader import TeacherReader
-from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.writing import claim_teacher, write_targets
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
-from rekindle.pipeline.caching.teachers import (
-    Teacher,
-    TeacherPlan,
-    claim_teacher,
-)
-
-ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
+from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
 
 class UnitRunner:
@@ -72,31 +64,9 @@ def write_unit(
     """Write and commit one unit. ``began``: by ``time.perf_counter``, when work on it did; the
     record then says how many seconds it took until all was encoded.
     """
-    kind = kind_of(info)
-    schema = kind.schema({"shard": unit.shard, "replica": unit.replica})
-    digests = corpus.shard(unit.shard).table()["digest"].to_pylist()
-    batches = kind.batches(schema, digests, result.rows, result.columns)
-    facts = {
-        "positions": len(result.rows),
-        "tokens": corpus.commits[unit.shard].facts["tokens"],
-        "shard": unit.shard,
-        "replica": unit.replica,
-        "corpus_sha256": corpus.commits[unit.shard].sha256,
-        **result.facts,
-    }
-    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
-    # its name free for the corrected configuration.
-    claim_teacher(corpus, info)
-    shards = ShardSet(corpus.store, info.folder)
-    options = None
-    if kind.codec.compressed:
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
-    sums = ScalarSums()
 
-    def late() -> dict[str, str | float]:
-        spent = {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
-        return sums.facts() | spent
+    def late() -> dict[str, float]:
+        return {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
 
-    return shards.write(
-        unit.name, schema, sums.over(batches), facts, options, info.rows_per_batch, late
-    )
+    place = (unit.shard, unit.replica)
+    return write_targets(info, corpus, place, result.rows, result.columns, result.facts, late)

@@ -10,7 +10,12 @@ from collections.abc import Collection
 from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
 from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.errors import CacheFormatError, naming
-from rekindle.data.inventory import damaged_descriptions, shard_sets, target_folders
+from rekindle.data.inventory import (
+    damaged_descriptions,
+    imported_teachers,
+    shard_sets,
+    target_folders,
+)
 from rekindle.data.source.source_states import look_at
 from rekindle.data.storage.seal import damage, seal
 from rekindle.data.storage.shards import Commit, ShardSet
@@ -32,8 +37,11 @@ def repair_cache(
     are found.
     """
     removed = 0
+    imported = imported_teachers(store)
+    teachers = {*teachers} - {*imported}
     for name, error in damaged_descriptions(store).items():
         if not _can_be_made(name, teachers):
+            _tell_imported(name, error, imported)
             continue
         log.warning("%s: made anew", damage(error).rstrip("."))
         store.discard(name)
@@ -44,6 +52,8 @@ def repair_cache(
     with progress.task("check", unit="shards") as task:
         for shards in shard_sets(store):
             if not _can_be_made(shards.folder, teachers):
+                for problem in shards.survey()[1].values() if imported else ():
+                    _tell_imported(shards.folder, problem, imported)
                 continue
 
             def check_bytes(commit: Commit, shards: ShardSet = shards) -> None:
@@ -59,6 +69,17 @@ def repair_cache(
     for folder in target_folders(store):
         _restore_description(store, folder)
     return removed
+
+
+def _tell_imported(name: str, error: CacheFormatError, imported: Collection[str]) -> None:
+    """Say of what is damaged of an imported teacher how it is made anew: not here."""
+    kind, _, rest = name.partition("/")
+    if kind == "targets" and rest.partition("/")[0] in imported:
+        log.warning(
+            "%s: it was imported, so there is no model to run for it; `pipeline import-targets` "
+            "with the rows and the provenance that it was made of makes it anew",
+            damage(error).rstrip("."),
+        )
 
 
 def _can_be_made(name: str, teachers: Collection[str]) -> bool:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import Tokenizer
-from rekindle.data.errors import CacheMismatchError, InputError, naming
-from rekindle.data.storage.seal import seal
+from rekindle.data.errors import InputError, naming
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
@@ -245,34 +244,6 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
         "label_names": names,
         "problem": "regression" if config.task == "regression" else problem,
     }
-
-
-def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
-
-    Raises CacheMismatchError as ``check_same`` does.
-    """
-    content = seal(info.model_dump(mode="json"))
-    if not corpus.store.create(f"{info.folder}/teacher.json", content):
-        check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
-
-
-def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
-
-    Targets of two models never mix under one name.
-    """
-    old, new = present.identity(), info.identity()
-    before, now = old.pop("fingerprints"), new.pop("fingerprints")
-    prints = [name for name in before | now if before.get(name) != now.get(name)]
-    changed = [f"other {' and '.join(prints)}"] if prints else []
-    changed += [f"{k}: {old[k]!r} there, {new[k]!r} here" for k in new if old[k] != new[k]]
-    if changed:
-        raise CacheMismatchError(
-            f"the cache {corpus.store.location} already holds a teacher {info.name!r} that is not "
-            f"this one ({'; '.join(changed)}). Give this one another name, or delete "
-            f"targets/{info.name} to make it anew"
-        )
 
 
 class Teacher:

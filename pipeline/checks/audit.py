@@ -124,6 +124,11 @@ def audit_cache(
 def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     """The teacher, loaded; its distributions whole, so that what top-k left out is compared too."""
     info = cache.teachers[config.name].info
+    if info.imported is not None:
+        raise InputError(
+            f"teacher {config.name!r} was imported ({info.imported.told()}): there is no model to "
+            "audit it with. Take it out of `teachers` of the configuration"
+        )
     directory = resolve_model(config.model)
     prints = info.fingerprints
 

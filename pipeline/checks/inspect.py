@@ -97,6 +97,7 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
+    facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
@@ -139,7 +140,7 @@ def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
             masked_view=teacher.info.view if teacher.masked else None,
         ).targets[teacher.info.name]
         assert isinstance(batch, TokenTargetBatch)
-        entropy.append(batch.columns["entropy"] / STEP)
+        entropy.append(batch.columns.get("entropy", np.zeros(0)) / STEP)
         if teacher.kind.has_tail:
             _, _, log_tail = batch.decode()
             kept.append(-np.expm1(log_tail))
@@ -182,6 +183,7 @@ def _as_text(
     for reader in readers:
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
+    lines += [_imported_line(r) for r in readers if r.info.imported]
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
@@ -223,6 +225,14 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
 
 def _kept(info: TeacherInfo) -> str:
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
+
+
+def _imported_line(teacher: TeacherReader) -> str:
+    assert teacher.info.imported is not None
+    imported, tail = teacher.info.imported, teacher.info.estimator.get("tail")
+    tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
+    lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
+    return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
 
 
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
@@ -294,7 +304,8 @@ def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) 
         kept = ((id, log_prob) for id, log_prob in best if id >= 0)  # −1: fewer were drawn
         predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in kept)
         tail = f"{np.exp(log_tail[row]):.3f}"
-        gold, rank = texts[int(target.gold_ids[row])], str(target.gold_rank[row])
+        gold = texts[int(target.gold_ids[row])]
+        rank = str(target.gold_rank[row]) if target.gold_rank[row] >= 0 else "?"  # not known
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
     head = ("place", "true token", "rank", shown, "tail")

@@ -148,9 +148,16 @@ def verify(
             shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
             typer.echo(f"audit of {name}: {shown}")
     if report.problems:
+        again = ""
+        if named := [n for n in report.imported if f"targets/{n}" in " ".join(report.problems)]:
+            again = (
+                f". {', '.join(named)}: imported, so there is no model to run; `pipeline "
+                "import-targets` with the rows and the provenance that it was made of makes "
+                "what is damaged of it again"
+            )
         raise CacheFormatError(
             f"{counted(len(report.problems), 'problem')} in {cache}. `pipeline cache-teachers` "
-            "with the configuration it was made with makes exactly the damaged parts again"
+            f"with the configuration it was made with makes exactly the damaged parts again{again}"
         )
     if beyond:
         raise CacheMismatchError(

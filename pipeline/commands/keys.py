@@ -29,6 +29,10 @@ def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
         from rekindle.pipeline.cycle.config import CycleConfig
 
         return CycleConfig
+    if command == "import-targets":
+        from rekindle.data.exchange.config import ImportConfig
+
+        return ImportConfig
     if command in ("evaluate", "predict", "compare"):
         from rekindle.train.answers.config import AskConfig, PerplexityConfig
 

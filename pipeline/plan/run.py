@@ -7,6 +7,7 @@ the corpus's tokenizer, and the cache that the configuration names is only read.
 import shutil
 from collections.abc import Sequence
 
+from rekindle.data.counted import shown_bytes
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.builtin.names import ABOUT
@@ -21,7 +22,6 @@ from rekindle.pipeline.plan.figures import (
     ViewPlan,
 )
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.pipeline.plan.text import shown_bytes
 
 # Without its tokenizer or its text nothing can be said of the corpus, and so of little else;
 # without a teacher's model, all but what the model itself decides.

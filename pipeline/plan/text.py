@@ -2,7 +2,7 @@
 
 from textwrap import fill
 
-from rekindle.data.counted import counted
+from rekindle.data.counted import counted, shown_bytes
 from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import text_lines
@@ -14,7 +14,6 @@ ABOUT = (
     "sequence, or of one token in it."
 )
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
-BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def shown_plan(plan: RunPlan) -> str:
@@ -98,15 +97,6 @@ def _total(plan: RunPlan) -> str:
     if totals.disk_free is not None:
         line += f"; {shown_bytes(totals.disk_free)} free"
     return line
-
-
-def shown_bytes(size: int) -> str:
-    """Bytes with a unit of a thousand each, three digits or so."""
-    for each, unit in BYTES:
-        value = size / each
-        if value >= 0.9995:
-            return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}"
-    return counted(size, "byte")
 
 
 def shown_seconds(seconds: float) -> str:

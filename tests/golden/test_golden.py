@@ -139,7 +139,7 @@ def test_an_old_cache_is_extended_as_it_was_made_and_is_of_this_version_then(
     assert grown.manifest["format_version"] == 3
     assert {*grown.teachers} == {*old.teachers, "later"}
     assert grown.example(0).targets["later"][0].ids.shape[1] == 6
-    monkeypatch.setattr(manifest, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(manifest, "NEWEST", 2)
     with pytest.raises(CacheVersionError, match=r"cache format 3; this version.*formats 1 to 2"):
         Cache.open(copy)
 

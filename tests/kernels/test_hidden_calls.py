@@ -198,6 +198,6 @@ def test_other_calls_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="HiddenTargets carry their probabilities"):
             linear_kd_loss(x, w, teacher(), **extra)
     with pytest.raises(ValueError, match="labels hold 23"):
-        linear_kd_loss(x, w, teacher(), labels=torch.full((ROWS,), VOCABULARY))
+        linear_kd_loss(x, w, teacher(), labels=torch.full((ROWS,), VOCABULARY), ce_weight=1.0)
     with pytest.raises(ValueError, match="target_probs is missing"):
         linear_kd_loss(x, w, torch.zeros(ROWS, 2, dtype=torch.long))

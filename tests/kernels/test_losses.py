@@ -122,7 +122,7 @@ def test_closed_form_equals_autograd(
     divergence: str, tail: str, tau: float, reduction: str, labelled: str
 ) -> None:
     case = make()
-    labels = None if labelled == "no" else case["labels"]
+    labels, ce_weight = (None, 0.0) if labelled == "no" else (case["labels"], 0.3)
     if labelled == "all":
         labels = labels.clamp(min=0)
     weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.3], dtype=torch.float64)
@@ -131,9 +131,9 @@ def test_closed_form_equals_autograd(
         upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
     for softcap, scale in ((None, 1.0), (3.0, 0.7)):
         *paths, (truth, truth_grads) = all_paths(
-            case, upstream, labels=labels, temperature=tau, ce_weight=0.3, kd_weight=0.7, tail=tail,
-            divergence=divergence, row_weight=weight, reduction=reduction, softcap=softcap,
-            logit_scale=scale,
+            case, upstream, labels=labels, temperature=tau, ce_weight=ce_weight, kd_weight=0.7,
+            tail=tail, divergence=divergence, row_weight=weight, reduction=reduction,
+            softcap=softcap, logit_scale=scale,
         )  # fmt: skip
         for out, grads in paths:
             for x, y in zip((*out, *grads), (*truth, *truth_grads), strict=True):
@@ -168,10 +168,11 @@ def test_gradient_is_the_derivative_of_the_returned_loss(
 def test_stored_tail_is_used_as_given() -> None:
     case = make(rows=3, k=4, holes=False)
     tail = torch.tensor([0.2, 0.0, 0.7], dtype=torch.float64)
-    out = kd_loss(case["logits"], case["ids"], case["probs"], tail_prob=tail, reduction="none")
+    q = 0.3 * case["probs"]  # with any of these tails no more than 1
+    out = kd_loss(case["logits"], case["ids"], q, tail_prob=tail, reduction="none")
     p = case["logits"].softmax(1).gather(1, case["ids"])
     rest = 1 - p.sum(1)
-    expected = (case["probs"] * (case["probs"] / p).log()).sum(1)
+    expected = (q * (q / p).log()).sum(1)
     expected = expected + torch.where(tail > 0, tail * (tail.clamp(min=1e-9) / rest).log(), 0.0)
     torch.testing.assert_close(out.kd, expected)
 
@@ -310,7 +311,7 @@ def test_mean_divides_by_the_rows_that_count() -> None:
     """D: rows of weight ≠ 0, with or without target; CE: those of them whose label counts."""
     case = make(rows=6)
     weight = torch.tensor([0.0, 1.0, 2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
-    options = {"labels": case["labels"], "row_weight": weight}
+    options = {"labels": case["labels"], "ce_weight": 0.0, "row_weight": weight}
     rows = kd_loss(case["logits"], case["ids"], case["probs"], reduction="none", **options)
     mean = kd_loss(case["logits"], case["ids"], case["probs"], **options)
     torch.testing.assert_close(mean.kd, rows.kd.sum() / 5)  # row 3 has no target and counts
@@ -542,10 +543,10 @@ def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
         ({"temperature": math.nan}, "temperature"),
         ({"softcap": -1.0}, "softcap"),
         ({"logit_scale": 0.0}, "logit_scale"),
-        ({"ce_weight": math.inf}, "ce_weight"),
-        ({"labels": torch.full((6,), 19)}, "labels"),
-        ({"labels": torch.zeros(5, dtype=torch.long)}, "labels"),
-        ({"labels": torch.zeros(6)}, "labels"),
+        ({"ce_weight": math.inf}, "ce_weight is inf"),
+        ({"labels": torch.full((6,), 19), "ce_weight": 1.0}, "labels hold 19 in row 0"),
+        ({"labels": torch.zeros(5, dtype=torch.long), "ce_weight": 1.0}, r"labels is \(5,\)"),
+        ({"labels": torch.zeros(6), "ce_weight": 1.0}, "labels is torch.float32"),
         ({"row_weight": torch.ones(6, 1)}, "row_weight"),
         ({"skew": 0.1}, "skew is for divergence: skew_kl, not forward_kl"),
         ({"divergence": "skew_kl", "skew": 0.0}, "skew is 0; it must lie between 0 and 1"),

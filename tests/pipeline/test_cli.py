@@ -279,6 +279,10 @@ def test_the_command_line_is_frozen():
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
+        "import-targets": [
+            *("--allow-missing", "--json", "--label", "--provenance", "--set", "--task"),
+        ],
+        "export-targets": ["--force", "--k", "--limit", "--out", "--teacher", "--view"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
         "rekindle": ["--draw", "--json", "--out", "--set", "--task", "--workers"],
         "compare": [

@@ -11,16 +11,17 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.judge import open_judge
-from rekindle.train.answers.labelled import read_labelled
-from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.answers.judge import open_judge, recorded_of, tags_words
+from rekindle.train.answers.labelled import as_asked, read_labelled
+from rekindle.train.answers.recorded import Recorded, as_recorded
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.metrics import METRICS, chosen_metric, printed_name, tell_undefined
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.model.folder import resolve_model
+from rekindle.train.finetune.task_files import read_file
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
@@ -85,14 +86,15 @@ def evaluate_file(
         raise InputError("out is -, and only predictions of predict go to stdout; give a file")
     if out is not None:
         check_target(out, test, model, force)
-    rows = read_rows(test)  # that it is there is checked before a model is loaded
-    judge = open_judge(model, head)
-    before = recorded(resolve_model(model)) if judge.head is None else Recorded()
+    rows, before = read_rows(test), recorded_of(model)
     # The size of a batch too: the last digits depend on it, and are to be those of metrics.json.
     asked = config or AskConfig()
     settings = as_recorded(asked, before, next(rows, {}).keys(), also=("batch_size",))
-    data = read_labelled(test, judge, settings)
-    check_pairs(before, data.pairs is not None, model, test)
+    # What is wrong with its columns is said before a model is loaded.
+    texts = read_file(test, as_asked(settings, TAGS if tags_words(model, head) else ""))
+    check_pairs(before, texts.pairs is not None, model, test)
+    judge = open_judge(model, head)
+    data = read_labelled(test, judge, settings, texts)
     metric = _metric(metric, before, data)
     answers = replace(judge.answers, threshold=settings.threshold)
     log.info("%s: %s", test, data.described())

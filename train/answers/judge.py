@@ -11,6 +11,7 @@ from torch import Tensor
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.recorded import Recorded, recorded
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.export.plain import problem_of
 from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
@@ -27,7 +28,7 @@ from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import SAY_SCORES, check_label_names, problem_of_outputs
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.segments import knows_segments
-from rekindle.train.student import ABOUT_FILE, Student
+from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
 ROWS_AT_A_TIME = 2048  # in memory; the more, the better texts of like length come together
 
@@ -117,6 +118,23 @@ def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
     if (said := task_said(load_config(directory))) in LANGUAGE:
         raise InputError(no_head(model, "masked" if said == "masked_lm" else "causal"))
     return Expert(model)
+
+
+def recorded_of(model: str) -> Recorded:
+    """How an expert was fine-tuned; empty of students."""
+    directory = resolve_model(model)
+    return Recorded() if (directory / ABOUT_FILE).is_file() else recorded(directory)
+
+
+def tags_words(model: str, head: str | None = None) -> bool:
+    """Whether a model, or its ``head``, judges tokens, by its files; what is wrong with either is
+    said when it is loaded.
+    """
+    directory = resolve_model(model)
+    if (directory / ABOUT_FILE).is_file():
+        heads = saved_heads(directory)
+        return {one.kind for name, one in heads.items() if head in (None, name)} == {"token"}
+    return task_said(load_config(directory)) == TAGS
 
 
 def no_head(model: str, kind: str) -> str:

@@ -46,15 +46,17 @@ _ROWS_SHOWN = 5
 _NAMELESS = re.compile(r"LABEL_\d+")
 
 
-def read_labelled(path: str, judge: Judge, settings: TaskSettings) -> TaskData:
-    """Read a labelled file whose labels are those of ``judge``.
+def read_labelled(
+    path: str, judge: Judge, settings: TaskSettings, file: TaskFile | None = None
+) -> TaskData:
+    """Read a labelled file whose labels are those of ``judge``; ``file``: what was read of it.
 
     Raises InputError as ``read_file`` does, and for labels that the model does not know, naming
     their rows.
     """
     check_settings(settings)
     problem, who = judge.answers.problem, judge.who
-    file = read_file(path, as_asked(settings, problem))
+    file = file or read_file(path, as_asked(settings, problem))
     if file.words is not None and problem != TAGS:
         raise InputError(
             f"{path} has tokens, and {who} judges whole texts: name their column with --text-field"

@@ -215,7 +215,10 @@ class _Texts:
 
     def __init__(self, source: str, field: str):
         self.source, self.left_out = source, LeftOut()
-        self._documents = read_documents([source], field, left_out=self.left_out)
+        documents = read_documents([source], field, left_out=self.left_out)
+        first = next(documents, None)  # a wrong field is named before a model is loaded
+        self._check()
+        self._documents = chain([first] if first else [], documents)
         self.count = self.tokens = 0
         self.bytes = 0.0  # of the tokens that a causal model predicts
 

@@ -25,9 +25,16 @@ from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import check_pairs, less_memory
-from rekindle.train.answers.judge import ROWS_AT_A_TIME, Judge, judged, open_judge
+from rekindle.train.answers.judge import (
+    ROWS_AT_A_TIME,
+    Judge,
+    judged,
+    open_judge,
+    recorded_of,
+    tags_words,
+)
 from rekindle.train.answers.labelled import as_asked
-from rekindle.train.answers.recorded import Recorded, as_recorded, recorded
+from rekindle.train.answers.recorded import as_recorded
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.config import TaskSettings
@@ -44,7 +51,6 @@ from rekindle.train.finetune.predictions import (
 )
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import text_fields, words_of
-from rekindle.train.model.folder import resolve_model
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
@@ -104,11 +110,13 @@ def predict_file(
     rows = read_rows(text)
     if (first := next(rows, None)) is None:
         raise InputError(f"{text} has no rows; give at least one text")
-    judge = open_judge(model, head)
-    before = recorded(resolve_model(model)) if judge.head is None else Recorded()
+    before = recorded_of(model)
     settings = as_recorded(config or AskConfig(), before, first.keys())
-    reader = _Reader.of(text, first, as_asked(settings, judge.answers.problem))
+    # What is wrong with its columns is said before a model is loaded.
+    problem = TAGS if tags_words(model, head) else ""
+    reader = _Reader.of(text, first, as_asked(settings, problem))
     check_pairs(before, len(reader.columns) > 1, model, text)
+    judge = open_judge(model, head)
     total = None if _is_piped(text) else _check(reader, judge.answers)
     watch.expect(total)
     work = _Work(judge, settings, reader)

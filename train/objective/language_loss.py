@@ -15,11 +15,12 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
+from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import DistillTerm
-from rekindle.train.device_batch import LanguageRows, LossTargets, kd_targets, send, sparse_targets
+from rekindle.train.device_batch import LanguageRows, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.selection import Add, Counts, names_of, taught_per_sequence
 

@@ -261,7 +261,10 @@ class VocabularyKind(TargetKind):
         """Return the columns as they are used, without ``positions``."""
         rank = pa.from_numpy_dtype(rank_dtype(self.size))
         scalars: Widths = {"gold_log_prob": (pa.uint16(), None), "gold_rank": (rank, None)}
-        return self.kept_columns() | scalars | {"entropy": (pa.uint16(), None)}
+        scalars["entropy"] = (pa.uint16(), None)
+        for lacking in () if self.info.imported is None else self.info.imported.lacks:
+            del scalars[lacking]
+        return self.kept_columns() | scalars
 
     def candidate_ids(self, columns: Columns) -> NDArray[np.int64] | None:
         """Return the ids [P,K] that were kept, −1 for none; None where all ids are."""

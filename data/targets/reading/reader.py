@@ -31,6 +31,7 @@ from rekindle.data.storage.shards import Commit, Shard, ShardSet
 from rekindle.data.storage.store import Store
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.head import StoredHead, read_head
+from rekindle.data.targets.imported import EXPECTED
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Cut, cut_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
@@ -137,8 +138,9 @@ class TeacherReader(RowReader):
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the teacher's weights."""
-        return self.info.fingerprints.get("weights") or ""
+        """The digest of the teacher's weights; of its provenance, where it was imported."""
+        prints = self.info.fingerprints
+        return prints.get("weights") or prints.get("provenance") or ""
 
     @property
     def folder(self) -> str:
@@ -198,9 +200,11 @@ class TeacherReader(RowReader):
 
     @property
     def coverage(self) -> float:
-        """Share of the planned units (corpus shards × replicas) that are committed, by rows."""
+        """Share of the planned units (corpus shards × replicas) that are committed, by rows; of a
+        unit that was imported, its share of the targets that it could have.
+        """
         planned = len(self.corpus) * self.replicas
-        return sum(commit.rows for commit in self.commits.values()) / planned if planned else 0.0
+        return sum(map(_rows_with_targets, self.commits.values())) / planned if planned else 0.0
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
@@ -278,7 +282,7 @@ class TeacherReader(RowReader):
             if unit not in part.commits:
                 raise CacheMismatchError(
                     f"teacher {self.info.name!r} has no targets for unit {unit}: the cache is "
-                    "incomplete. Run `pipeline cache-teachers` again; it makes only what is missing"
+                    f"incomplete. Run {self.info.made_by} again; it makes only what is missing"
                 )
             replica = replica if self.masked else None
             about = {"kind": "targets", "shard": number, "replica": replica}
@@ -302,8 +306,14 @@ class TeacherReader(RowReader):
                 f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
                 "scores and hard positions need a masked_lm or causal_lm teacher"
             )
+        lacks = () if self.info.imported is None else self.info.imported.lacks
+        if {*lacks} & {*SCALARS[:3]}:
+            raise InputError(
+                f"teacher {self.info.name!r} was imported without what it says of the true tokens: "
+                "scores and hard positions need gold_log_probs and gold_ranks in its rows"
+            )
         file = self._shard(self.main, shard, replica)
-        if self.kind.codec.compressed:
+        if self.kind.codec.compressed or lacks:
             lists = [self.row_lists(shard, i, replica) for i in range(file.batch_count)]
             return [decode_scalars(each.offsets, each.columns) for each in lists]
         found = []
@@ -336,6 +346,13 @@ class TeacherReader(RowReader):
             )
         for problem in self.kind.problems(columns):
             raise CacheFormatError(f"{what}: record batch {index} has {problem}")
+
+
+def _rows_with_targets(commit: Commit) -> float:
+    expected = commit.facts.get(EXPECTED)
+    if type(expected) is not int or expected <= 0:
+        return commit.rows
+    return commit.rows * commit.count("positions") / expected
 
 
 def target_positions(

@@ -56,6 +56,12 @@ def sequence_scores(
     """
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
+    imported = teacher.info.imported
+    if score == "mean_entropy" and imported and "entropy" in imported.lacks:
+        raise InputError(
+            f"teacher {teacher.info.name!r} was imported without entropies; mean_entropy needs the "
+            "field entropy in its rows, or another score"
+        )
     each = teacher.info.shown.numbers(teacher.replicas) if replica is None else [replica]
     size = len(teacher.corpus)
     total, count = np.zeros(size), np.zeros(size)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -278,6 +279,25 @@ def test_the_local_copies_go_with_the_store():
     assert scratch.is_dir()
     del store
     assert not scratch.exists()
+
+
+def test_another_process_has_a_client_and_copies_of_its_own(tmp_path):
+    """A fork that is done with the store leaves the copies to the process that made them."""
+    store = ObjectStore(f"local://{tmp_path}/cache")
+    store.replace("a", b"1")
+    mine = store.local_file("a")
+    other = pickle.loads(pickle.dumps(store))
+    assert other.read_bytes("a") == b"1"
+    assert other.local_file("a") != mine
+    client = store.fs
+    child = os.fork()
+    if not child:
+        sound = store.fs is not client and store.read_bytes("a") == b"1"
+        del store
+        os._exit(0 if sound else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert mine.read_bytes() == b"1"
+    assert store.fs is client
 
 
 # --- a real S3 server, in a process of its own ----------------------------------------------------

@@ -7,12 +7,13 @@ import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.corpus import source_sample
+from rekindle.data.counted import shown_bytes
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan import run as plan
 from rekindle.pipeline.plan.run import plan_run
-from rekindle.pipeline.plan.text import shown_bytes, shown_plan
+from rekindle.pipeline.plan.text import shown_plan
 from testlib.planned import NAMES, WHOLE, of
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan import probe as plan_probe
@@ -15,7 +16,7 @@ from rekindle.pipeline.plan.break_even import active_steps
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, RunPlan, TeacherWork, Totals
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.pipeline.plan.text import counted, shown_bytes, shown_plan, shown_seconds
+from rekindle.pipeline.plan.text import shown_plan, shown_seconds
 from testlib.planned import NAMES, WHOLE, of
 
 

@@ -174,7 +174,7 @@ def test_the_lineage_is_no_part_of_what_a_teacher_is(whole, tmp_path):
     assert "lineage" not in info.identity()
     (cache / "targets/lm/teacher.json").unlink()
     bare = info.model_copy(update={"lineage": ()})
-    from rekindle.pipeline.caching.teachers import claim_teacher
+    from rekindle.data.writing import claim_teacher
 
     claim_teacher(Cache.open(whole / "third-cache").corpus, bare)  # no mismatch
     (cache / "targets/lm/teacher.json").write_bytes(module_seal(bare))

@@ -14,6 +14,7 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.answers.judge import open_judge
 from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.answers.perplexity import text_perplexity
 from rekindle.train.answers.predict import predict_file
 from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.run import finetune
@@ -203,3 +204,29 @@ def test_nothing_is_written_where_it_fails(tmp_path, experts):
     with pytest.raises(InputError):
         evaluate_file(experts[0], file, out=str(out))
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+@pytest.mark.usefixtures("student")
+def test_a_wrong_column_is_named_before_a_model_is_loaded(
+    tmp_path, folder, make_model, wordpiece, monkeypatch
+):
+    for name in ("evaluate", "predict"):
+        monkeypatch.setattr(f"rekindle.train.answers.{name}.open_judge", None)
+    monkeypatch.setattr("rekindle.train.answers.perplexity.open_language_model", None)
+    expert = classifier(make_model, wordpiece, 2, *LABELS)
+    config = AskConfig(text_field=["txt"])
+    for suffix in ("jsonl", "csv"):
+        file, out = str(tmp_path / f"t.{suffix}"), str(tmp_path / "o.jsonl")
+        row = json.dumps({"text": "a", "label": "cat"})
+        Path(file).write_text("text,label\na,cat\n" if suffix == "csv" else row)
+        for model, head in ((expert, None), (str(folder / "student"), "a+b")):
+            for ask in (
+                lambda m, h, f=file: evaluate_file(m, f, head=h, config=config),
+                lambda m, h, f=file, o=out: predict_file(m, f, o, head=h, config=config),
+            ):
+                with pytest.raises(InputError, match=r"no column 'txt' .*did you mean 'text'"):
+                    ask(model, head)
+        with pytest.raises(InputError, match=r"no column 'name of labels'.*--label-field"):
+            evaluate_file(expert, file, config=AskConfig(label_field="name of labels"))
+        with pytest.raises(InputError, match=r"txt.*--text-field"):
+            text_perplexity(expert, file, text_field="txt")

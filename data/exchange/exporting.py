@@ -1,0 +1,256 @@
+"""A teacher's targets as rows that people and other programs read, with the text beside them.
+
+What an import asks for stands in them by the same names, so that what is exported can be imported
+again. P positions, K candidates, C labels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from rekindle.data.batch import (
+    SequenceTargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+    read_clean,
+    read_masked,
+    read_targets,
+)
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.pieces import PieceTexts
+from rekindle.data.errors import InputError
+from rekindle.data.targets.codec import STEP, Floats
+from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import ViewReader
+
+Values = dict[str, object]
+ROWS_AT_A_TIME = 32
+TEXT = ("digest", "document", "domain", "text")
+_TEXTS, _INTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
+TYPES = {
+    "index": pa.int64(),
+    **dict.fromkeys(TEXT, pa.string()),
+    "input_ids": _INTS,
+    "tokens": _TEXTS,
+    "replica": pa.int32(),
+    "shown_ids": _INTS,
+    "positions": _INTS,
+    "ids": pa.list_(_INTS),
+    "candidates": pa.list_(_TEXTS),
+    "log_probs": pa.list_(_FLOATS),
+    "log_tail": _FLOATS,
+    "sampled_ids": pa.list_(_INTS),
+    "sampled_log_probs": pa.list_(_FLOATS),
+    "gold_tokens": _TEXTS,
+    "gold_log_probs": _FLOATS,
+    "gold_ranks": _INTS,
+    "entropy": _FLOATS,
+    "label": pa.string(),
+    "labels": _TEXTS,
+    "logits": _FLOATS,
+    "probabilities": _FLOATS,
+}
+# Of an expert on words each position has a label and a list of logits.
+WORD_TYPES = {"label": _TEXTS, "logits": pa.list_(_FLOATS), "probabilities": pa.list_(_FLOATS)}
+
+
+@dataclass
+class Export:
+    """Rows of one teacher of a cache, or, without a teacher, of the text alone.
+
+    ``view``: masked text without targets, for a model that is run elsewhere. ``k``: so many
+    candidates of each position, which it takes for teachers whose whole distributions are kept.
+    Raises InputError for a ``k`` that is not there.
+    """
+
+    corpus: Corpus
+    teacher: TeacherReader | None = None
+    view: ViewReader | None = None
+    k: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        self._texts = _Texts(PieceTexts(self.corpus.tokenizer.hf))
+        if self.teacher is not None:
+            self.view = self.teacher.view
+            self._check_k(self.teacher)
+        self.names = self._names()
+
+    def _check_k(self, teacher: TeacherReader) -> None:
+        kind, name = teacher.kind, teacher.info.name
+        if not isinstance(kind, VocabularyKind):
+            if self.k is not None:
+                raise InputError(f"k is of language models; {name!r} is a {teacher.info.task}")
+        elif kind.whole and self.k is None:
+            raise InputError(
+                f"teacher {name!r} keeps whole distributions, {kind.size:,} values a position; say "
+                "how many of the likeliest are wanted (k, --k)"
+            )
+        elif self.k is not None and not 1 <= self.k <= kind.k:
+            raise InputError(f"k is {self.k}, and teacher {name!r} has 1 to {kind.k} candidates")
+        elif self.k is not None and kind.sampled:
+            raise InputError(
+                f"teacher {name!r} keeps samples; a part of one says nothing. Leave k out"
+            )
+
+    def _names(self) -> list[str]:
+        found = ["index", *TEXT, "input_ids", "tokens"]
+        if self.view is not None and self.view.kind.masked:
+            found += ["replica", "shown_ids"]
+            found += [] if self.teacher else ["positions"]
+        if self.teacher is None:
+            return found
+        info, kind = self.teacher.info, self.teacher.kind
+        if not isinstance(kind, VocabularyKind):
+            words = [] if kind.per_sequence else ["positions"]
+            return [*found, *words, "label", "labels", "logits", "probabilities"]
+        kept = ["ids", "candidates", "log_probs", "log_tail"]
+        if kind.sampled:
+            kept = ["sampled_ids", "candidates", "sampled_log_probs"]
+        lacks = () if info.imported is None else info.imported.lacks
+        gold = [] if "gold_rank" in lacks else ["gold_log_probs", "gold_ranks"]
+        entropy = [] if "entropy" in lacks else ["entropy"]
+        return [*found, "positions", *kept, "gold_tokens", *gold, *entropy]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the rows."""
+        words = self.teacher is not None and self.teacher.info.kind == "token"
+        types = TYPES | (WORD_TYPES if words else {})
+        return pa.schema([pa.field(name, types[name]) for name in self.names])
+
+    def batches(
+        self, progress: Callable[[int], None] = lambda rows: None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows as record batches, a few at a time."""
+        schema, held = self.schema, []
+        for row in self.rows():
+            held.append(row)
+            if len(held) == ROWS_AT_A_TIME:
+                progress(len(held))
+                yield pa.RecordBatch.from_pylist(held, schema)
+                held = []
+        if held:
+            progress(len(held))
+            yield pa.RecordBatch.from_pylist(held, schema)
+
+    def rows(self) -> Iterator[Values]:
+        """Each row by its fields' names, in the order of the corpus, replica after replica.
+
+        Sequences of which nothing is cached have none.
+        """
+        masked = self.view is not None and self.view.kind.masked
+        each = [*range(self.view.replicas)] if masked and self.view else [None]
+        for replica in each:
+            for index in range(min(len(self.corpus), self.limit or len(self.corpus))):
+                row = self._row(index, replica)
+                if row is not None:
+                    yield {name: row.get(name) for name in self.names}
+
+    @property
+    def digest(self) -> str:
+        """What decides the rows, as a fingerprint: the bytes that they are read from, and how."""
+        asked = (self.k, self.limit, self.view and self.view.name)
+        state = xxhash.xxh3_64(repr((self.corpus.fingerprint, *asked)).encode())
+        for part in self.teacher.parts if self.teacher is not None else ():
+            for unit, commit in sorted(part.commits.items()):
+                state.update(f"{part.info.folder} {unit} {commit.sha256}".encode())
+        return str(state.hexdigest())
+
+    @property
+    def count(self) -> int:
+        """How many rows there are, at most."""
+        masked = self.view is not None and self.view.kind.masked
+        replicas = self.view.replicas if masked and self.view else 1
+        return replicas * min(len(self.corpus), self.limit or len(self.corpus))
+
+    def _row(self, index: int, replica: int | None) -> Values | None:
+        shards, rows = self.corpus.locate(np.array([index]))
+        place = (int(shards[0]), int(rows[0]))
+        if self.teacher is not None and not self.teacher.has(place[0], replica):
+            return None
+        ids, _ = read_clean(self.corpus, [place])
+        found: Values = {"index": index, "input_ids": ids[0], "tokens": self._texts.of(ids[0])}
+        found |= {name: self.corpus.text(name, place) for name in TEXT}
+        if replica is not None and self.view is not None:
+            masked = read_masked(self.view, [place], ids, replica)
+            found |= {"replica": replica, "shown_ids": masked.input_ids[0]}
+            found["positions"] = masked.positions.astype(np.int32)
+        if self.teacher is None:
+            return found
+        target = read_targets(self.teacher, [place], replica)
+        if isinstance(target, TokenTargetBatch):
+            return found | self._tokens(target, ids[0])
+        assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
+        if isinstance(target, SequenceTargetBatch) and not target.present[0]:
+            return None
+        return found | _labels(target)
+
+    def _tokens(self, target: TokenTargetBatch, ids: NDArray[np.int32]) -> Values:
+        """What a language model says at its positions."""
+        assert self.teacher is not None
+        columns, kind = target.columns, target.kind
+        kept, log_probs, log_tail = target.decode(kind.read_at, self.k)
+        gold = ids[target.positions + (target.info.task == "causal_lm")]
+        lead = "sampled_" if kind.sampled else ""
+        values: Values = {
+            "positions": target.positions.astype(np.int32),
+            f"{lead}ids": [*kept.astype(np.int32)],
+            "candidates": [self._texts.of(row) for row in kept],
+            f"{lead}log_probs": [*log_probs.astype(np.float32)],
+            "log_tail": [None if tail == -np.inf else tail for tail in log_tail.tolist()],
+            "gold_tokens": self._texts.of(gold),
+        }
+        if "gold_rank" in columns:
+            values["gold_ranks"] = columns["gold_rank"].astype(np.int32)
+            values["gold_log_probs"] = -columns["gold_log_prob"].astype(np.float32) / STEP
+        if "entropy" in columns:
+            values["entropy"] = columns["entropy"].astype(np.float32) / STEP
+        return values
+
+
+class _Texts:
+    """The texts of tokens, each asked for once."""
+
+    def __init__(self, pieces: PieceTexts):
+        self._pieces, self._known = pieces, {-1: ""}
+
+    def of(self, ids: NDArray[np.integer]) -> list[str]:
+        """Those of ``ids``; of −1, which stands where a sample has fewer, nothing."""
+        found = []
+        for one in ids.tolist():
+            if one not in self._known:
+                self._known[one] = self._pieces[one]
+            found.append(self._known[one])
+        return found
+
+
+def _labels(target: SequenceTargetBatch | TokenLabelBatch) -> Values:
+    """What an expert says of a sequence, or of the words in it."""
+    names, probs = [*target.info.label_names], probabilities(target.info, target.logits)
+    best = [names[at] for at in target.logits.argmax(axis=1)]
+    if isinstance(target, TokenLabelBatch):
+        return {
+            "positions": target.positions.astype(np.int32),
+            "label": best,
+            "labels": names,
+            "logits": [*target.logits],
+            "probabilities": [*probs],
+        }
+    said = None if target.info.problem == "regression" else best[0]
+    shown = None if target.info.problem == "regression" else probs[0]
+    return {"label": said, "labels": names, "logits": target.logits[0], "probabilities": shown}
+
+
+def probabilities(info: TeacherInfo, logits: Floats) -> Floats:
+    """Those of the labels [N,C], of which one, or (multi_label) any number, holds."""
+    if info.problem == "multi_label_classification":
+        both = np.stack([np.zeros_like(logits), logits])
+        return np.exp(logits - np.logaddexp.reduce(both, axis=0))
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))

@@ -1,0 +1,353 @@
+"""Writes targets that were made elsewhere as a teacher of a cache, unit by unit, as stage 1 does.
+
+Each row is checked against the sequence it says it is of before anything of it is kept. A unit is
+committed as soon as all its sequences have come; after a kill the same rows again make the rest,
+and those of finished units are held against what is there.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.counted import counted
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, naming
+from rekindle.data.exchange.config import ImportConfig
+from rekindle.data.exchange.label_rows import LabelRows
+from rekindle.data.exchange.rows import Place, Row, place_of, tokens_of
+from rekindle.data.exchange.token_rows import TokenRows, expanded_row
+from rekindle.data.inventory import is_imported
+from rekindle.data.storage.columns import split_lists
+from rekindle.data.storage.manifest import raise_version
+from rekindle.data.storage.seal import WITH_IMPORTS, damage
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.store import LocalStore
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.imported import EXPECTED
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.files import is_described, read_teacher
+from rekindle.data.targets.reading.reader import TeacherReader, target_positions
+from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo
+from rekindle.data.views.reader import ViewReader, shown_view
+from rekindle.data.views.registry import view_kind
+from rekindle.data.writing import check_same, claim_teacher, write_targets
+
+log = logging.getLogger("rekindle")
+
+OPEN_UNITS = 4  # of which the expected positions are held
+UnitPlace = tuple[int, int | None]  # shard of the corpus, replica
+
+
+@dataclass
+class ImportResult:
+    """What an import did."""
+
+    info: TeacherInfo
+    rows: int = 0
+    positions: int = 0
+    units_done: int = 0
+    units_present: int = 0
+    repaired: int = 0
+    missing: int = 0  # sequences without a row, which were allowed
+    noticed: list[str] = field(default_factory=list)
+
+    def as_text(self) -> str:
+        """For people."""
+        info = self.info
+        lines = [
+            f"teacher {info.name}: {kind_of(info).sentence}; {counted(self.rows, 'row')}, "
+            f"{counted(self.positions, 'target')}; {counted(self.units_done, 'unit')} made, "
+            f"{self.units_present} were there (unit: a teacher's file)"
+        ]
+        return "\n".join([*lines, *(f"  {told}" for told in self.noticed)])
+
+
+def import_targets(
+    corpus: Corpus,
+    rows: Iterable[tuple[str, Row]],
+    config: ImportConfig,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> ImportResult:
+    """Check ``rows`` and write their targets; what each must have is in docs/targets_elsewhere.md.
+
+    Each row comes with what it is called in messages (``numbered``); ``progress`` is called with
+    the number of rows that were taken since. Raises InputError, naming the row, for one that is
+    wrong: the units that were complete before it are kept. Raises CacheMismatchError where the
+    cache has another teacher of that name, or other targets of this one.
+    """
+    with corpus.store.working() as alone:
+        job = _Import(corpus, config, alone is not False)
+        for name, row in rows:
+            with naming(name):
+                job.take(name, row)
+            progress(1)
+        return job.finish()
+
+
+def numbered(rows: Iterable[Row], where: str = "rows") -> Iterator[tuple[str, Row]]:
+    """The rows of ``where``, each with its name there."""
+    for number, row in enumerate(rows, start=1):
+        yield f"{where}, row {number}", row
+
+
+class _Import:
+    """An import under way."""
+
+    def __init__(self, corpus: Corpus, config: ImportConfig, alone: bool):
+        self.corpus, self.config = corpus, config
+        self.view_name = _view_name(corpus, config)
+        self.view: ViewReader | None = shown_view(corpus, self.view_name)
+        masked = view_kind(self.view_name).masked
+        self.replicas = self.view.replicas if masked and self.view else None
+        repaired = _without_damage(corpus, config.name) if alone else 0
+        self.present = None
+        if is_described(corpus.store, config.name):
+            self.present = read_teacher(corpus.store, config.name)
+        self.reader: TokenRows | LabelRows | None = None
+        self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
+        self.pending: dict[UnitPlace, dict[int, Columns]] = {}
+        self.seen: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have come
+        self.expected: OrderedDict[UnitPlace, list[NDArray[np.int64]]] = OrderedDict()
+        self.stored: TeacherReader | None = None
+        self.done: set[str] = set()
+        self.result_facts = {"rows": 0, "positions": 0, "made": 0, "repaired": repaired}
+        if config.task not in VOCABULARY_TASKS:
+            self._begin(LabelRows.begin(corpus, config, self.view_name))
+
+    # --- the first row decides what all have ------------------------------------------------------
+
+    def _begin(self, reader: TokenRows | LabelRows) -> None:
+        self.reader = reader
+        self.done = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
+        if self.present is not None:
+            check_same(self.corpus, self.present, reader.info)
+        elif self.done:  # its description was lost
+            claim_teacher(self.corpus, reader.info)
+        if self.done:
+            self.stored = TeacherReader(self.corpus, [reader.info], self.view)
+
+    def take(self, name: str, row: Row) -> None:
+        """Take one row; commit the unit that it completes."""
+        if not isinstance(row, Mapping):
+            raise InputError(f"must be a mapping of fields (given: a {type(row).__name__})")
+        if self.reader is None:
+            place = place_of(row, self.corpus, self.replicas)
+            known = self.present.k if self.present else None
+            tokens = tokens_of(self.corpus, (place.shard, place.row))
+            whole = expanded_row(row, tokens, self.config.task)
+            k = self.config.k or known
+            begun = TokenRows.begin(self.corpus, self.config, self.view_name, k, whole)
+            if begun is None:
+                self.waiting.append((name, row))
+                return
+            self._begin(begun)
+            waiting, self.waiting = self.waiting, []
+            for earlier, one in waiting:
+                with naming(earlier):
+                    self._take(one)
+        self._take(row)
+
+    # --- every row --------------------------------------------------------------------------------
+
+    def _take(self, row: Row) -> None:
+        assert self.reader is not None
+        place = place_of(row, self.corpus, self.replicas)
+        unit = (place.shard, place.replica)
+        shape = self.corpus.commits[place.shard].rows
+        seen = self.seen.setdefault(unit, np.zeros(shape, bool))
+        if seen[place.row]:
+            raise InputError(f"sequence {place.index} had a row before; give one of the two")
+        tokens = tokens_of(self.corpus, (place.shard, place.row))
+        whole = expanded_row(row, tokens, self.config.task)
+        columns = self.reader.columns(whole, tokens, self._expected(unit)[place.row])
+        seen[place.row] = True
+        self.result_facts["rows"] += 1
+        self.result_facts["positions"] += _length(columns)
+        if unit_of(*unit) in self.done:
+            self._compare(place, columns)
+            return
+        pending = self.pending.setdefault(unit, {})
+        pending[place.row] = columns
+        if len(pending) == shape:
+            self._write(unit)
+
+    def _expected(self, unit: UnitPlace) -> list[NDArray[np.int64]]:
+        """Where each row of a unit has a target, or may have one."""
+        if unit not in self.expected:
+            assert self.reader is not None
+            shard, replica = unit
+            if self.reader.info.is_vocabulary:
+                found = target_positions(self.corpus, self.reader.info, self.view, shard, replica)
+            else:
+                batches = [*self.corpus.shard(shard).batches()]
+                lists = (split_lists(batches, name) for name in ("word_starts", "char_starts"))
+                pairs = zip(*lists, strict=True)
+                found = [np.flatnonzero(words & (starts >= 0)) for words, starts in pairs]
+            self.expected[unit] = found
+            while len(self.expected) > OPEN_UNITS:
+                self.expected.popitem(last=False)
+        return self.expected[unit]
+
+    def _compare(self, place: Place, columns: Columns) -> None:
+        """Hold the targets of a row against those of a unit that is finished."""
+        assert self.reader is not None
+        if self.stored is None:  # written by this import, and a sequence has one row
+            return
+        lists, first, last = self.stored.cut((place.shard, place.row), place.replica)
+        if any(
+            not np.array_equal(lists.columns[name][first:last], values)
+            for name, values in columns.items()
+        ):
+            raise CacheMismatchError(
+                f"sequence {place.index}: the cache has other targets of teacher "
+                f"{self.config.name!r} for it, and its unit is finished. Give the rows as they "
+                "were when it was begun, import these under another name, or delete "
+                f"{self.reader.info.folder} to import anew"
+            )
+
+    def _write(self, unit: UnitPlace) -> None:
+        assert self.reader is not None
+        info, pending = self.reader.info, self.pending.pop(unit)
+        ordered = sorted(pending)
+        counts = [_length(pending[row]) for row in ordered]
+        rows = np.repeat(np.array(ordered, np.int64), counts)
+        names = pending[ordered[0]]
+        columns = {name: np.concatenate([pending[row][name] for row in ordered]) for name in names}
+        facts = {}
+        if info.is_vocabulary:
+            facts[EXPECTED] = sum(len(one) for one in self._expected(unit))
+        elif info.kind == "sequence":
+            facts[EXPECTED] = self.corpus.commits[unit[0]].rows
+        raise_version(self.corpus.store, WITH_IMPORTS)
+        write_targets(info, self.corpus, unit, rows, columns, facts)
+        self.done.add(unit_of(*unit))
+        self.result_facts["made"] += 1
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def finish(self) -> ImportResult:
+        """Write what is allowed to have holes; say what was done."""
+        if self.reader is None or not self.result_facts["rows"]:
+            raise InputError(
+                "no row has a target, so there is nothing to import"
+                if self.waiting
+                else "there are no rows, so there is nothing to import"
+            )
+        each = [None] if self.replicas is None else range(self.replicas)
+        planned = [(s, r) for r in each for s in range(len(self.corpus.commits))]
+        missing: list[tuple[int, int | None]] = []  # sequence, replica
+        for unit in planned:
+            if unit_of(*unit) not in self.done:
+                seen = self.seen.get(unit)
+                size = self.corpus.commits[unit[0]].rows
+                lacking = range(size) if seen is None else np.flatnonzero(~seen)
+                first = self.corpus.first(unit[0])
+                missing += [(first + int(row), unit[1]) for row in lacking]
+        if missing and not self.config.allow_missing:
+            raise InputError(_told_of_missing(missing, self.done))
+        for unit in sorted(self.pending, key=lambda unit: (unit[1] or 0, unit[0])):
+            self._write(unit)
+        facts, notes = self.result_facts, self._notes(len(missing))
+        present = len(self.done & {unit_of(*unit) for unit in planned}) - facts["made"]
+        return ImportResult(
+            self.reader.info,
+            facts["rows"],
+            facts["positions"],
+            facts["made"],
+            present,
+            facts["repaired"],
+            len(missing),
+            notes,
+        )
+
+    def _notes(self, missing: int) -> list[str]:
+        notes = []
+        if isinstance(self.reader, TokenRows):
+            info = self.reader.info
+            lacks = info.imported.lacks if info.imported else ()
+            notes += self.reader.noticed.told(self.reader.k)
+            if info.estimator["tail"] == "derived":
+                notes.append("tails are what is left of 1, derived in float64 (no log_tail given)")
+            if lacks:
+                notes.append(
+                    f"not given, and so not kept: {', '.join(lacks)} (curricula need them: the "
+                    "score of a sequence is made of them)"
+                )
+        if missing:
+            notes.append(
+                f"{counted(missing, 'sequence')} without a row; name the teacher in "
+                "train.allow_missing to train them without it"
+            )
+        return notes
+
+
+def _told_of_missing(missing: list[tuple[int, int | None]], done: set[str]) -> str:
+    named = [f"{n}" + ("" if r is None else f" (replica {r})") for n, r in missing[:5]]
+    shown = ", ".join(named) + (", …" if len(missing) > 5 else "")
+    return (
+        f"{counted(len(missing), 'sequence')} of the cache without a row: {shown}. What is whole "
+        f"is kept ({counted(len(done), 'unit')}). Give the others too, with the same command or a "
+        "further one, or allow that they are missing (allow_missing, --allow-missing)"
+    )
+
+
+def _length(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _view_name(corpus: Corpus, config: ImportConfig) -> str:
+    """The recorded name of what the model was shown."""
+    kinds = ("masked", "pairs")
+    stored = [name for name in corpus.store.folders("views") if view_kind(name).kind in kinds]
+    usual = {"causal_lm": "clean", "masked_lm": "masked"}.get(config.task, "text")
+    asked = config.view or usual
+    if asked == "masked":
+        masked = [name for name in stored if view_kind(name).masked]
+        if len(masked) != 1:
+            raise InputError(
+                f"the cache has the masked views {masked or 'none'}; name the one that the model "
+                "was shown (view), or `clean` if it saw the text unmasked"
+            )
+        asked = masked[0]
+    fits = config.task in view_kind(asked).tasks
+    if not fits or (view_kind(asked).stored and asked not in stored):
+        known = ["clean", "text", *stored]
+        there = [name for name in known if config.task in view_kind(name).tasks]
+        raise InputError(
+            f"view {asked!r} is none that a {config.task} of this cache may be shown (there are: "
+            f"{', '.join(there)})"
+        )
+    return asked
+
+
+def _without_damage(corpus: Corpus, name: str) -> int:
+    """Forget what of the teacher's own files is damaged, so that it is imported again; how many."""
+    store, folder = corpus.store, f"targets/{name}"
+    described, count = is_described(store, name), 0
+    if store.names(f"{folder}/commits") and not described and not is_imported(store, name):
+        raise CacheFormatError(
+            f"{store.location}/{folder} has targets, and lacks what says whose they are: `pipeline "
+            "cache-teachers` with the configuration they were made with restores it. Import under "
+            "another name"
+        )
+    if described:
+        try:
+            if read_teacher(store, name).imported is None:
+                return 0  # `cache-teachers` sees to it
+        except CacheFormatError as error:
+            if not is_imported(store, name):
+                raise
+            log.warning("%s: made anew", damage(error).rstrip("."))
+            store.discard(f"{folder}/teacher.json")
+            count += 1
+    shards = ShardSet(store, folder)
+    check = shards.check if isinstance(store, LocalStore) else lambda commit: None
+    for unit, problem in shards.survey(check)[1].items():
+        log.warning("%s: made anew", damage(problem).rstrip("."))
+        shards.forget(unit)
+        count += 1
+    return count

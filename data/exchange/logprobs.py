@@ -1,0 +1,72 @@
+"""The ``prompt_logprobs`` of vLLM, as its server prints them or its Python objects are, as the
+fields of a row.
+
+Entry t is of token t given those before it, the first is null: the cache's position t − 1. An entry
+has the likeliest ids, and the prompt's own token whether it is among them or not, each with its
+log-probability and its rank (from 1).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.errors import InputError
+
+FIELD = "prompt_logprobs"
+
+
+def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, object]:
+    """``ids``, ``log_probs``, ``gold_log_probs`` and ``gold_ranks`` of a prompt whose tokens are
+    ``input_ids`` [S]. Raises InputError where these are of another prompt.
+    """
+    entries = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+    if len(entries) != len(input_ids) or (entries and entries[0] is not None):
+        first = "" if not entries or entries[0] is None else ", the first of which is not null"
+        raise InputError(
+            f"{FIELD} must be one entry for each of the sequence's {len(input_ids)} tokens, null "
+            f"for the first (given: {len(entries)} entries{first}). Give the engine the token ids "
+            "of the cache, not the text, so that it puts nothing before or after them"
+        )
+    found: dict[str, list[Any]] = {
+        name: [] for name in ("ids", "log_probs", "gold_log_probs", "gold_ranks")
+    }
+    for place, entry in enumerate(entries[1:], start=1):
+        ids, log_probs, ranks = _parted(entry, place)
+        gold = int(input_ids[place])
+        if gold not in ids:
+            raise InputError(
+                f"{FIELD}: entry {place} lacks the prompt's own token, which is {gold} in the "
+                "cache: these are of another prompt, or of another tokenizer"
+            )
+        at = ids.index(gold)
+        found["ids"].append(ids)
+        found["log_probs"].append(log_probs)
+        found["gold_log_probs"].append(log_probs[at])
+        found["gold_ranks"].append(ranks[at])
+    if any(rank is None for rank in found["gold_ranks"]):
+        del found["gold_ranks"], found["gold_log_probs"]  # the one says nothing without the other
+    return dict(found)
+
+
+def _parted(entry: Any, place: int) -> tuple[list[int], list[float], list[int | None]]:
+    """The ids of an entry, their log-probabilities, and their ranks from 0."""
+    told = f"{FIELD}: entry {place} must be an object: token id -> {{logprob, rank}}"
+    if not isinstance(entry, Mapping):
+        raise InputError(told)
+    ids, log_probs, ranks = [], [], []
+    # Arrow's and parquet's structs have every key of the file, null where it is not of this entry.
+    for key, value in entry.items():
+        if value is None:
+            continue
+        get = value.get if isinstance(value, Mapping) else lambda n, of=value: getattr(of, n, None)
+        log_prob, rank = (
+            (value, None) if isinstance(value, float) else (get("logprob"), get("rank"))
+        )
+        if not str(key).isdecimal() or log_prob is None:
+            raise InputError(f"{told} (given: {str(key)[:20]!r}: {str(value)[:40]})")
+        ids.append(int(key))
+        log_probs.append(log_prob)
+        ranks.append(None if rank is None else int(rank) - 1)
+    return ids, log_probs, ranks

@@ -1,0 +1,193 @@
+"""A row of an import: which sequence it is of, that it is that one, and its fields.
+
+P positions, W candidates that are given of the one that has most.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.pieces import PieceTexts
+from rekindle.data.errors import InputError, did_you_mean, naming
+
+Row = Mapping[str, object]
+Floats64 = NDArray[np.float64]
+
+# What `pipeline export-targets` writes for people to read, which an import passes over.
+ABOUT = (
+    *("text", "document", "domain", "tokens", "shown_ids"),
+    *("candidates", "gold_tokens", "label", "labels"),
+)
+KEYS = ("index", "digest", "input_ids", "replica")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row belongs."""
+
+    index: int  # the sequence's number in the corpus
+    shard: int
+    row: int  # within the shard
+    replica: int | None
+
+
+def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
+    """The sequence that ``row`` is of; InputError unless the row proves that it is that one.
+
+    ``replicas``: how many a masked view has, whose rows name theirs; None for one without.
+    """
+    index = _whole_number(row, "index", len(corpus), "the sequence's number in the cache")
+    shards, rows = corpus.locate(np.array([index]))
+    place = (int(shards[0]), int(rows[0]))
+    if row.get("input_ids") is None and row.get("digest") is None:
+        raise InputError(
+            "it has neither input_ids nor digest, so that nothing shows which sequence its targets "
+            "are of. Give the token ids that the model was shown, or the digest that `pipeline "
+            "export-targets` writes beside them"
+        )
+    if row.get("digest") is not None and row["digest"] != corpus.text("digest", place):
+        raise InputError(
+            f"its digest is {str(row['digest'])[:40]!r}, and that of sequence {index} in the cache "
+            f"is {corpus.text('digest', place)!r}: its targets are of another sequence, or of "
+            "another cache"
+        )
+    if row.get("input_ids") is not None:
+        with naming("input_ids"):
+            _check_tokens(whole_numbers(row["input_ids"]), tokens_of(corpus, place), corpus, index)
+    replica = None
+    if replicas is not None:
+        replica = _whole_number(row, "replica", replicas, "which masking the model was shown")
+    elif row.get("replica") is not None:
+        raise InputError("it has a replica, and this teacher sees no masks; leave it out")
+    return Place(index, *place, replica)
+
+
+def tokens_of(corpus: Corpus, place: tuple[int, int]) -> NDArray[np.int32]:
+    """The token ids [S] of a row of the corpus."""
+    lists, first, last = corpus.cut(place)
+    found: NDArray[np.int32] = lists.columns["input_ids"][first:last]
+    return found
+
+
+def _check_tokens(
+    given: NDArray[np.int64], ours: NDArray[np.int32], corpus: Corpus, index: int
+) -> None:
+    if np.array_equal(given, ours):
+        return
+    if len(given) != len(ours):
+        wrong = f"{len(given)} tokens, and sequence {index} has {len(ours)}"
+    else:
+        at = int(np.flatnonzero(given != ours)[0])
+        texts = PieceTexts(corpus.tokenizer.hf)
+        wrong = (
+            f"at place {at} token {int(given[at])}, and sequence {index} has {int(ours[at])} "
+            f"({texts[int(ours[at])]!r}) there"
+        )
+    raise InputError(
+        f"{wrong}: its targets are of another text, or of another tokenizer. Show the model the "
+        "token ids of the cache (`pipeline export-targets` without --teacher writes them)"
+    )
+
+
+def check_keys(row: Row, fields: Sequence[str]) -> None:
+    """Raise InputError for a key that stands for nothing; columns that are null do not count."""
+    for key, value in row.items():
+        if value is not None and key not in (*KEYS, *ABOUT, *fields):
+            known = (*KEYS, *fields)
+            raise InputError(
+                f"{key!r} is no field of a row (there are {', '.join(known)})"
+                f"{did_you_mean(str(key), known)}"
+            )
+
+
+def _whole_number(row: Row, name: str, below: int, what: str) -> int:
+    value = row.get(name)
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        given = "missing" if value is None else f"{str(value)[:40]!r}"
+        raise InputError(f"{name} must be a whole number, {what} (given: {given})")
+    if not 0 <= value < below:
+        raise InputError(f"{name} is {value}, and the cache has 0 to {below - 1}")
+    return int(value)
+
+
+# --- values of fields -----------------------------------------------------------------------------
+
+
+def whole_numbers(value: Any) -> NDArray[np.int64]:
+    """A list of whole numbers [N]; InputError for anything else."""
+    found = _array(value)
+    if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise InputError(f"must be a list of whole numbers (given: {_shown(value)})")
+    return found.astype(np.int64)
+
+
+def numbers(value: Any, count: int, each: str) -> Floats64:
+    """A list of ``count`` finite numbers [N]; InputError for anything else."""
+    found = _array(value)
+    if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):
+        raise InputError(f"must be a list of numbers (given: {_shown(value)})")
+    if len(found) != count:
+        raise InputError(f"has {len(found)} numbers; there must be {count}, one for each {each}")
+    found = found.astype(np.float64)
+    if not np.isfinite(found).all():
+        at = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise InputError(f"entry {at} is {found[at]}; it must be finite")
+    return found
+
+
+def log_masses(value: Any, count: int) -> Floats64:
+    """Logarithms of masses [P], of which null is that of none, −inf."""
+    if isinstance(value, Sequence):
+        value = [-math.inf if one is None else one for one in value]
+    found = _array(value)
+    if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):
+        raise InputError(f"must be a list of numbers and nulls (given: {_shown(value)})")
+    if len(found) != count or np.isnan(found).any() or (found > 0).any():
+        raise InputError(f"must be {count} logarithms, none above 0 (given: {_shown(value)})")
+    return found.astype(np.float64)
+
+
+def matrix(value: Any, kinds: str, fill: float) -> tuple[NDArray, NDArray[np.int64]]:
+    """A list of lists as [P,W], ``fill`` where one is shorter, and how many each has [P].
+
+    ``kinds``: NumPy's letters of the types that are allowed. InputError for anything else.
+    """
+    what = "whole numbers" if "f" not in kinds else "numbers"
+    told = f"must be a list of lists of {what}, one for each position (given: {_shown(value)})"
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+        raise InputError(told)
+    found = _array(value)
+    if found is not None and found.ndim == 2 and (not found.size or found.dtype.kind in kinds):
+        return found, np.full(len(found), found.shape[1], np.int64)
+    each = [_array(one) for one in value]
+    if any(one is None or one.ndim != 1 for one in each):
+        raise InputError(told)
+    lists = [one for one in each if one is not None]
+    if any(len(one) and one.dtype.kind not in kinds for one in lists):
+        raise InputError(told)
+    counts = np.array([len(one) for one in lists], np.int64)
+    out = np.full((len(lists), int(counts.max(initial=0))), fill)
+    for to, one in zip(out, lists, strict=True):
+        to[: len(one)] = one
+    return out, counts
+
+
+def _array(value: Any) -> NDArray | None:
+    """``value`` as an array; None for what is none, as lists of different lengths."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        return None
+    try:
+        found = np.asarray(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if found.dtype.kind in "iuf" or not found.size else None
+
+
+def _shown(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return f"{text[:40]}{'…' if len(text) > 40 else ''}"

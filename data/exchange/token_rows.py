@@ -1,0 +1,358 @@
+"""Checks the top-k log-probabilities of rows, and encodes them as the cache keeps them.
+
+P positions, W candidates given of the position that has most, K kept ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.counted import counted
+from rekindle.data.errors import InputError, naming
+from rekindle.data.exchange.config import ImportConfig
+from rekindle.data.exchange.logprobs import FIELD, fields_of_prompt
+from rekindle.data.exchange.rows import (
+    Floats64,
+    Row,
+    check_keys,
+    log_masses,
+    matrix,
+    numbers,
+    whole_numbers,
+)
+from rekindle.data.targets.codec import Columns, fixed_point
+from rekindle.data.targets.codec_registry import CODECS
+from rekindle.data.targets.imported import Imported, Scalar
+from rekindle.data.targets.kinds.topk import TopK
+from rekindle.data.targets.schema import TeacherInfo, rank_dtype
+
+ROUNDING = 0.01  # by so much the masses of a position may add up to more than 1
+AGREE = 0.25  # nats between two statements about one token: more than any codec's rounding
+TOP = ("positions", "ids", "log_probs")
+OPTIONAL = ("log_tail", "gold_log_probs", "gold_ranks", "entropy")
+FIELDS = (*TOP, *OPTIONAL, FIELD)
+SCALAR_OF: dict[Scalar, str] = {  # column -> field
+    "gold_log_prob": "gold_log_probs",
+    "gold_rank": "gold_ranks",
+    "entropy": "entropy",
+}
+
+
+@dataclass
+class Noticed:
+    """What was done to the rows, to be said once: positions of each."""
+
+    sorted: int = 0
+    cut: int = 0
+    over: int = 0  # whose masses summed to a little more than 1
+    untold: int = 0  # without a target, of sequences that have a row
+
+    def told(self, k: int) -> list[str]:
+        """A sentence for each."""
+        said = [
+            (self.sorted, "candidates were put in order of probability at {}"),
+            (
+                self.cut,
+                f"the {k} likeliest candidates are kept, the others' mass in the tail, at {{}}",
+            ),
+            (self.over, "masses a little above 1 (rounding) were scaled to 1 at {}"),
+            (self.untold, "without a target, in sequences that have a row: {}"),
+        ]
+        return [told.format(counted(count, "position")) for count, told in said if count]
+
+
+@dataclass
+class TokenRows:
+    """Reads the rows of one vocabulary teacher, all of which have the same ``optional`` fields."""
+
+    corpus: Corpus
+    info: TeacherInfo
+    optional: tuple[str, ...]
+    allow_missing: bool
+    noticed: Noticed = field(default_factory=Noticed)
+
+    fields = FIELDS
+
+    @classmethod
+    def begin(
+        cls, corpus: Corpus, config: ImportConfig, view: str, k: int | None, row: Row
+    ) -> "TokenRows | None":
+        """For the teacher of ``config`` whose rows are like ``row``; None where it has no position,
+        and ``k`` is not known.
+        """
+        if k is None:
+            with naming("ids"):
+                counts = matrix(row.get("ids"), "iu", -1)[1]
+            if not len(counts):
+                return None
+            k = int(counts.min())
+            if k < 1:
+                raise InputError("ids: a position has no candidates")
+        facts, optional = corpus.info["tokenizer"], optional_of(row)
+        tokens = facts["size"] - len(hole_ids(facts))
+        kept = TopK.settings(k, (1.0,), config.codec, facts["size"], None, tokens)
+        kept["estimator"] = {
+            **kept["estimator"],  # type: ignore[dict-item]
+            "tail": "given" if "log_tail" in optional else "derived",
+        }
+        lacks = tuple(column for column, name in SCALAR_OF.items() if name not in optional)
+        imported = Imported(provenance=config.provenance, lacks=lacks)
+        prints = {"provenance": imported.fingerprint, "tokenizer": facts["digest"]}
+        about = {"name": config.name, "task": config.task, "view": view, "imported": imported}
+        about |= {"model": config.provenance["model"], "fingerprints": prints}
+        info = TeacherInfo.model_validate(about | kept)
+        return cls(corpus, info, optional, config.allow_missing)
+
+    @property
+    def k(self) -> int:
+        """K."""
+        assert self.info.k is not None
+        return self.info.k
+
+    def columns(self, row: Row, tokens: NDArray[np.int32], expected: NDArray[np.int64]) -> Columns:
+        """The columns of a row's targets, as they are used.
+
+        ``tokens`` [S] of its sequence; ``expected`` are the positions that have a target. Raises
+        InputError for anything that is no distribution's top, or not where it must be.
+        """
+        check_keys(row, FIELDS)
+        if (given := optional_of(row)) != self.optional:
+            odd = sorted({*given} ^ {*self.optional})
+            raise InputError(
+                f"{odd[0]}: {'the first rows have none' if odd[0] in given else 'missing'}; every "
+                "row must have the same fields"
+            )
+        positions = self._positions(row, expected)
+        count = len(positions)
+        ids, log_probs = self._candidates(row, positions)
+        gold = tokens[positions + (self.info.task == "causal_lm")].astype(np.int64)
+        scalars = self._scalars(row, ids, log_probs, gold)
+        order = np.argsort(-log_probs, axis=1, kind="stable")
+        self.noticed.sorted += int((order != np.arange(order.shape[1])).any(axis=1).sum())
+        ids = np.take_along_axis(ids, order, axis=1)
+        log_probs = np.take_along_axis(log_probs, order, axis=1)
+        self.noticed.cut += int(np.isfinite(log_probs[:, self.k :]).any(axis=1).sum())
+        given_tail = None
+        if "log_tail" in self.optional:
+            with naming("log_tail"):
+                given_tail = log_masses(row["log_tail"], count)
+        kept, odds = self._with_tail(log_probs, given_tail, positions)
+        encode, size = CODECS[self.info.codec].encode, self.info.vocabulary_size or 0
+        top = ids[:, : self.k].reshape(count, self.k)
+        if not count:
+            kept, odds = np.zeros((0, self.k)), np.zeros((0, 1))
+        columns = encode(top, kept.astype(np.float32), odds.astype(np.float32), size)
+        return {"positions": positions.astype(np.uint16)} | columns | scalars
+
+    def _positions(self, row: Row, expected: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions [P] that the row has targets for."""
+        found = expected
+        if row.get("positions") is not None:
+            with naming("positions"):
+                found = whole_numbers(row["positions"])
+                self._check_positions(found, expected)
+        given = len(row["ids"]) if hasattr(row.get("ids"), "__len__") else None  # type: ignore[arg-type]
+        if given is not None and given != len(found):
+            what = "positions has" if row.get("positions") is not None else "its sequence has"
+            raise InputError(
+                f"ids is of {counted(given, 'position')}, and {what} {len(found)}"
+                + ("" if row.get("positions") is not None else "; name those with `positions`")
+            )
+        lacking = np.setdiff1d(expected, found)
+        if len(lacking) and not self.allow_missing:
+            raise InputError(
+                f"{len(lacking)} of its {counted(len(expected), 'position')} have no target (the "
+                f"first is {int(lacking[0])}). Give them all, or allow that some are missing "
+                "(allow_missing, --allow-missing)"
+            )
+        self.noticed.untold += len(lacking)
+        return found
+
+    def _check_positions(self, found: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+        if (np.diff(found) <= 0).any():
+            at = int(np.flatnonzero(np.diff(found) <= 0)[0])
+            raise InputError(
+                f"{int(found[at + 1])} comes after {int(found[at])}; they must rise, each once"
+            )
+        strange = found[~np.isin(found, expected)]
+        if not len(strange):
+            return
+        if not len(expected):
+            raise InputError(f"{int(strange[0])} is given, and this sequence has no target")
+        rule = f"its sequence has targets at {int(expected[0])} to {int(expected[-1])}"
+        if self.info.task == "causal_lm":
+            rule += ", where t stands for the token after t: the last token predicts none"
+        elif self.info.shown.masked:
+            rule = "it is not masked in this replica; those that are: "
+            rule += f"{expected[:8].tolist()}{' …' if len(expected) > 8 else ''}"
+        else:
+            rule += ", special tokens aside"
+        raise InputError(f"{int(strange[0])} has no target: {rule}")
+
+    def _candidates(
+        self, row: Row, positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Floats64]:
+        """Ids and log-probabilities [P,W] as they are given; −1 and −inf where fewer are."""
+        with naming("ids"):
+            ids, counts = matrix(row.get("ids"), "iu", -1)
+        with naming("log_probs"):
+            log_probs, beside = matrix(row.get("log_probs"), "iuf", -np.inf)
+        if not np.array_equal(counts, beside):
+            raise InputError(
+                f"log_probs must have a number for each of ids (given: {_sizes(beside)} beside "
+                f"{_sizes(counts)})"
+            )
+        ids, log_probs = ids.astype(np.int64), log_probs.astype(np.float64)
+        given = np.arange(ids.shape[1]) < counts[:, None]
+        at = _first(counts < self.k)
+        if at is not None:
+            raise InputError(
+                f"position {positions[at]} has {counted(int(counts[at]), 'candidate')}, and "
+                f"{self.k} are kept of each. Give as many, or say k: {int(counts.min())}"
+            )
+        facts = self.corpus.info["tokenizer"]
+        strange = (ids < 0) | (ids >= facts["size"]) | np.isin(ids, hole_ids(facts))
+        if (at := _first((strange & given).any(axis=1))) is not None:
+            wrong = int(ids[at][strange[at] & given[at]][0])
+            raise InputError(
+                f"position {positions[at]}: {wrong} is no token of the cache's vocabulary of "
+                f"{facts['size']:,}. Targets must be in the ids of corpus.tokenizer; leave others "
+                "out, and their mass joins the tail"
+            )
+        ordered = np.sort(ids, axis=1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if (at := _first(twice.any(axis=1))) is not None:
+            wrong = int(ordered[at, 1:][twice[at]][0])
+            raise InputError(
+                f"position {positions[at]}: token {wrong} stands there twice, so that its mass "
+                "would count twice"
+            )
+        self._check_masses(log_probs, given, positions)
+        return ids, log_probs
+
+    def _check_masses(
+        self, log_probs: Floats64, given: NDArray[np.bool_], positions: NDArray[np.int64]
+    ) -> None:
+        advice = "log_probs are natural logarithms of probabilities at temperature 1"
+        if (at := _first((given & ~np.isfinite(log_probs)).any(axis=1))) is not None:
+            wrong = log_probs[at][given[at] & ~np.isfinite(log_probs[at])][0]
+            raise InputError(
+                f"position {positions[at]}: a log-probability is {wrong}; {advice}, which are "
+                "finite. Leave candidates of no probability out"
+            )
+        if (at := _first((log_probs > ROUNDING).any(axis=1))) is not None:
+            inside = np.where(given, log_probs, 0.0)
+            hint = (
+                "; these look like probabilities" if 0 <= inside.min() <= inside.max() <= 1 else ""
+            )
+            raise InputError(
+                f"position {positions[at]}: a log-probability is {log_probs[at].max():.6g}, above "
+                f"0; {advice}{hint}"
+            )
+        masses = np.exp(log_probs).sum(axis=1)
+        if (at := _first(masses > 1 + ROUNDING)) is not None:
+            raise InputError(
+                f"position {positions[at]}: the probabilities sum to {masses[at]:.6g}, more than "
+                f"1; {advice}"
+            )
+
+    def _with_tail(
+        self, log_probs: Floats64, log_tail: Floats64 | None, positions: NDArray[np.int64]
+    ) -> tuple[Floats64, Floats64]:
+        """The K likeliest log-probabilities [P,K] and log(kept/tail) [P,1].
+
+        A tail that is not given is what is left of 1, formed in float64.
+        """
+        kept, dropped = log_probs[:, : self.k], log_probs[:, self.k :]
+        inside = np.exp(kept).sum(axis=1)
+        if log_tail is None:
+            rest = 1.0 - inside
+        else:
+            rest = np.exp(log_tail) + np.exp(dropped).sum(axis=1)
+            if (at := _first(np.abs(inside + rest - 1) > ROUNDING)) is not None:
+                raise InputError(
+                    f"log_tail: position {positions[at]}: candidates and tail sum to "
+                    f"{inside[at] + rest[at]:.6g}, not to 1"
+                )
+        if self.info.estimator["bias"] == "exact":  # nothing is outside
+            if (at := _first(rest > ROUNDING)) is not None:
+                raise InputError(
+                    f"position {positions[at]}: all {self.k} tokens are given, and their "
+                    f"probabilities sum to {inside[at]:.6g}, not to 1"
+                )
+            rest = np.zeros_like(rest)
+        self.noticed.over += int((inside > 1 + 1e-6).sum())
+        whole = np.where(inside > 1, inside, 1.0)
+        with np.errstate(divide="ignore"):
+            odds = np.log(inside) - np.log(np.maximum(rest, 0.0))
+        return kept - np.log(whole)[:, None], odds[:, None]
+
+    def _scalars(
+        self, row: Row, ids: NDArray[np.int64], log_probs: Floats64, gold: NDArray[np.int64]
+    ) -> Columns:
+        """The columns of what is known of the true tokens and of the whole distributions."""
+        size, count = self.info.vocabulary_size or 0, len(ids)
+        found: Columns = {}
+        if "entropy" in self.optional:
+            with naming("entropy"):
+                nats = numbers(row["entropy"], count, "position")
+                if ((nats < -ROUNDING) | (nats > np.log(size) + ROUNDING)).any():
+                    raise InputError(f"must lie between 0 and {np.log(size):.4g} nats")
+            found["entropy"] = fixed_point(np.maximum(nats, 0.0).astype(np.float32))
+        if "gold_ranks" not in self.optional:
+            return found
+        with naming("gold_ranks"):
+            ranks = whole_numbers(row["gold_ranks"])
+            if len(ranks) != count or ((ranks < 0) | (ranks >= size)).any():
+                raise InputError(
+                    f"must be {counted(count, 'number')} from 0 (the likeliest) to {size - 1}"
+                )
+        with naming("gold_log_probs"):
+            values = numbers(row["gold_log_probs"], count, "position")
+            hit = ids == gold[:, None]
+            said = np.where(hit, log_probs, 0.0).sum(axis=1)
+            wrong = hit.any(axis=1) & (np.abs(said - values) > AGREE)
+            if (at := _first(wrong | (values > ROUNDING))) is not None:
+                beside = f"{said[at]:.4g} among the candidates" if wrong[at] else "above 0"
+                raise InputError(
+                    f"entry {at} is {values[at]:.4g} for the true token {int(gold[at])}, {beside}; "
+                    "are these of another position?"
+                )
+        found["gold_log_prob"] = fixed_point(np.maximum(-values, 0.0).astype(np.float32))
+        found["gold_rank"] = ranks.astype(rank_dtype(size))
+        return found
+
+
+def optional_of(row: Row) -> tuple[str, ...]:
+    """Which of the OPTIONAL fields a row has; InputError for half of what says something as one."""
+    found = tuple(name for name in OPTIONAL if row.get(name) is not None)
+    if ("gold_ranks" in found) != ("gold_log_probs" in found):
+        raise InputError("gold_log_probs and gold_ranks belong together; give both, or neither")
+    return found
+
+
+def expanded_row(row: Row, tokens: NDArray[np.int32], task: str) -> Row:
+    """``row`` with the fields that an engine's ``prompt_logprobs`` stands for."""
+    if row.get(FIELD) is None:
+        return row
+    if task != "causal_lm":
+        raise InputError(f"{FIELD} are of a causal_lm, and the task is {task}")
+    more = fields_of_prompt(row[FIELD], tokens)
+    if doubled := [name for name in more if row.get(name) is not None]:
+        raise InputError(f"it has both {FIELD} and {doubled[0]}; leave one out")
+    return {name: value for name, value in row.items() if name != FIELD} | more
+
+
+def _first(wrong: Any) -> int | None:
+    """The first place [P] that is wrong."""
+    return int(np.argmax(wrong)) if np.any(wrong) else None
+
+
+def _sizes(counts: Sequence[int] | NDArray[np.int64]) -> str:
+    shown = sorted(set(map(int, counts)))
+    return f"{len(counts)} positions of {shown[0]} to {shown[-1]}" if shown else "no positions"

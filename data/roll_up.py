@@ -1,0 +1,53 @@
+"""What ``cache.json`` repeats of a cache, and whether it still speaks of that cache."""
+
+from collections.abc import Mapping
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import CacheMismatchError
+from rekindle.data.storage.manifest import MANIFEST
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.views.reader import ViewReader
+
+ROLLED_UP = ("corpus", "views", "teachers")
+
+
+def roll_up(
+    corpus: Corpus, views: Mapping[str, ViewReader], teachers: Mapping[str, TeacherReader]
+) -> dict[str, object]:
+    """The entries of ``cache.json``, which can be rebuilt from the rest of the cache."""
+    return {
+        "corpus": {
+            "fingerprint": corpus.fingerprint,
+            "tokenizer": str(corpus.info["tokenizer"]["digest"]),
+            "sequences": len(corpus),
+            "tokens": corpus.tokens,
+        },
+        "views": {name: {"units": len(view.commits)} for name, view in views.items()},
+        "teachers": {
+            name: {
+                "task": teacher.info.task,
+                "weights": teacher.info.fingerprints.get("weights"),
+                "view": teacher.info.view,
+                "units": len(teacher.commits),
+                "bytes": teacher.bytes,
+            }
+            for name, teacher in teachers.items()
+        },
+    }
+
+
+def check_roll_up(manifest: Mapping[str, object], corpus: Corpus) -> None:
+    """Raise CacheMismatchError where the manifest speaks of another corpus than that beside it."""
+    stated = manifest.get("corpus") or {}
+    assert isinstance(stated, dict)  # see ``read_manifest``
+    if not stated:
+        return
+    # The corpus may have grown since the roll-up was written.
+    shards = corpus.shards_of(int(stated.get("sequences", -1)))
+    known = shards is not None and corpus.fingerprint_of(shards) == stated["fingerprint"]
+    if not known or stated.get("tokenizer") != str(corpus.info["tokenizer"]["digest"]):
+        raise CacheMismatchError(
+            f"{corpus.store.location}: {MANIFEST} speaks of another corpus than that in corpus/. "
+            "If shards were copied by hand, copy the whole cache; else delete cache.json's "
+            "'corpus' entry by running `pipeline cache-teachers` again"
+        )

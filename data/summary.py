@@ -1,0 +1,27 @@
+"""A cache in a few lines: what ``repr`` says of it. Reads nothing that is not open already."""
+
+from collections.abc import Iterable
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.counted import counted, shown_bytes
+from rekindle.data.targets.reading.reader import TeacherReader
+
+
+def summarise(corpus: Corpus, teachers: Iterable[TeacherReader]) -> str:
+    """Return a line for the corpus, and one for each teacher: kept, bytes, complete or not."""
+    end = "complete" if corpus.complete else "incomplete: the source was not read to its end"
+    lines = [
+        f"Cache({corpus.store.location!r}): {counted(len(corpus), 'sequence')}, "
+        f"{counted(corpus.tokens, 'token')}, {end}"
+    ]
+    return "\n".join([*lines, *map(_line, teachers)])
+
+
+def _line(teacher: TeacherReader) -> str:
+    info = teacher.info
+    kept = f"{info.kind}, {teacher.kind.sentence}"
+    if info.k is not None:
+        kept = f"{info.kind}, k = {teacher.most_k or info.k}"
+    done = "complete" if teacher.coverage == 1 else f"incomplete: {teacher.coverage:.1%}"
+    replicas = f", {counted(teacher.replicas, 'replica')}" if teacher.masked else ""
+    return f"  {info.name}: {info.task}, {kept}{replicas}, {shown_bytes(teacher.bytes)}, {done}"

@@ -1,0 +1,42 @@
+"""What an expert's logits say: probabilities of its classes or labels, and how unsure it is."""
+
+import numpy as np
+
+from rekindle.data.errors import InputError
+from rekindle.data.targets.codec import Floats
+from rekindle.data.targets.schema import TeacherInfo
+
+SEVERAL = "multi_label_classification"
+
+
+def probabilities(info: TeacherInfo, logits: Floats, temperature: float = 1.0) -> Floats:
+    """Return the probabilities [R,C] of classes, or of each label by itself, from logits [R,C].
+
+    Raises InputError for an expert that gives scores.
+    """
+    if info.problem == "regression":
+        raise InputError(
+            f"teacher {info.name!r} gives scores, which have no probabilities: they are its logits"
+        )
+    tempered = logits / np.float32(temperature)
+    if info.problem == SEVERAL:
+        return np.exp(-np.logaddexp(np.float32(0), -tempered))
+    tempered = tempered - tempered.max(axis=1, keepdims=True)
+    weights = np.exp(tempered)
+    found: Floats = weights / weights.sum(axis=1, keepdims=True)
+    return found
+
+
+def entropies(info: TeacherInfo, probs: Floats) -> Floats:
+    """Return the entropy [R] in nats of probabilities [R,C]; of labels that each hold or do not,
+    the sum of theirs.
+    """
+    each = _plogp(probs) + (_plogp(1 - probs) if info.problem == SEVERAL else 0)
+    found: Floats = -each.sum(axis=1)
+    return found
+
+
+def _plogp(probs: Floats) -> Floats:
+    """0 log 0 is 0; what is no number stays so."""
+    found: Floats = probs * np.log(np.where(probs == 0, np.float32(1), probs))
+    return found

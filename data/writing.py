@@ -1,0 +1,105 @@
+"""Writes a unit of a teacher's targets and commits it; guards a teacher's name in the cache.
+
+Nothing here knows where targets come from: a model that was run, or an import.
+"""
+
+from collections.abc import Callable, Mapping
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.errors import CacheMismatchError
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.shards import Commit, ShardSet
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.files import read_teacher
+from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.schema import TeacherInfo
+
+ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
+
+
+def write_targets(
+    info: TeacherInfo,
+    corpus: Corpus,
+    place: tuple[int, int | None],
+    rows: NDArray,
+    columns: Columns,
+    facts: Mapping[str, object],
+    late_facts: Callable[[], Mapping[str, object]] = dict,
+) -> Commit:
+    """Write and commit the unit of ``place`` (shard of the corpus, replica).
+
+    ``rows`` [P] ascends: the row of each entry of ``columns``, [P,…] as they are used. The record
+    gets ``facts``, and what ``late_facts`` says once all is encoded. Raises CacheMismatchError as
+    ``check_same`` does.
+    """
+    shard, replica = place
+    kind = kind_of(info)
+    schema = kind.schema({"shard": shard, "replica": replica})
+    digests = corpus.shard(shard).table()["digest"].to_pylist()
+    batches = kind.batches(schema, digests, rows, columns)
+    about = {
+        "positions": len(rows),
+        "tokens": corpus.commits[shard].facts["tokens"],
+        "shard": shard,
+        "replica": replica,
+        "corpus_sha256": corpus.commits[shard].sha256,
+        **facts,
+    }
+    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
+    # its name free for the corrected configuration.
+    claim_teacher(corpus, info)
+    options = None
+    if kind.codec.compressed:
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
+    sums = ScalarSums()
+    return ShardSet(corpus.store, info.folder).write(
+        unit_of(shard, replica),
+        schema,
+        sums.over(batches),
+        about,
+        options,
+        info.rows_per_batch,
+        lambda: sums.facts() | dict(late_facts()),
+    )
+
+
+def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
+    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
+
+    Raises CacheMismatchError as ``check_same`` does.
+    """
+    content = seal(info.model_dump(mode="json"))
+    if not corpus.store.create(f"{info.folder}/teacher.json", content):
+        check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
+
+
+def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
+    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
+
+    Targets of two models never mix under one name.
+    """
+    already = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
+    if present.imported and not info.imported:
+        raise CacheMismatchError(
+            f"{already} was imported ({present.imported.told()}). Nothing is to be run for it: "
+            "take it out of `teachers` (train.objective may name it all the same), or give this "
+            "one another name"
+        )
+    if info.imported and not present.imported:
+        raise CacheMismatchError(
+            f"{already} was run ({present.model}), not imported; give these targets another name"
+        )
+    old, new = present.identity(), info.identity()
+    before, now = old.pop("fingerprints"), new.pop("fingerprints")
+    prints = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = [f"other {' and '.join(prints)}"] if prints else []
+    changed += [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        raise CacheMismatchError(
+            f"{already} is not this one ({'; '.join(changed)}). Give this one another name, or "
+            f"delete targets/{info.name} to make it anew"
+        )

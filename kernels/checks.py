@@ -1,0 +1,217 @@
+"""What a distillation loss refuses: what is no tensor, does not fit, or is no distribution.
+
+Values are looked at on CPU tensors only, as a device would have to be waited for. No arithmetic of
+a loss is here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rekindle.kernels.call import StudentLogits
+from rekindle.kernels.encoded import EncodedTargets
+from rekindle.kernels.hidden import HiddenTargets, WholeTargets
+from rekindle.kernels.targets import (
+    DecodedTargets,
+    LossSettings,
+    SparseTargets,
+    check_tensor,
+)
+
+LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # with all that a loss needs
+
+# What a row's probabilities may sum to above 1: sixty of them rounded to bfloat16 are off by less.
+SPARE = 0.01
+
+
+def check_kind(targets: object) -> None:
+    """ValueError for targets that are no tensor and none of the kinds that carry their own."""
+    if isinstance(targets, Tensor | LossTargets):
+        return
+    advice = "a batch of a cache becomes such targets by rekindle.train.to_device.to_device"
+    if isinstance(targets, tuple):
+        advice = "three tensors are given as target_ids, target_probs and tail_prob"
+    raise ValueError(
+        f"target_ids is a {_type(targets)}; it must be a torch tensor [N,K], or EncodedTargets, "
+        f"DecodedTargets, HiddenTargets or DenseTargets: {advice}"
+    )
+
+
+def check_student(student: StudentLogits) -> None:
+    """ValueError for logits, or factors of them, that are no matrices which fit."""
+    inputs, weight, bias = student
+    matrices = {"logits": inputs} if weight is None else {"hidden": inputs, "weight": weight}
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Tensor):
+            raise ValueError(f"{name} is a {_type(matrix)}; it must be a torch tensor")
+        if matrix.dim() != 2 or not matrix.is_floating_point():
+            flat = " (a row for each token: flatten(0, 1) joins those of all sequences)"
+            raise ValueError(
+                f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a floating-point "
+                f"matrix{flat if matrix.dim() == 3 else ''}"
+            )
+    why = "of hidden [N,H], weight [V,H] and bias [V]"
+    check_tensor("weight", weight, ("V", inputs.shape[1]), why, inputs.device)
+    check_tensor("bias", bias, (student.vocabulary,), why, inputs.device)
+
+
+def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
+    """Return the weight of CE; ValueError for labels without one, or a weight without labels."""
+    if labels is None and ce_weight:
+        raise ValueError(
+            f"ce_weight is {ce_weight} and there are no labels, so there is no cross-entropy. Give "
+            "labels [N], or leave ce_weight out"
+        )
+    if labels is not None and ce_weight is None:
+        raise ValueError(
+            "labels are given and no ce_weight: say ce_weight=1.0 to train on them, or 0.0 to be "
+            "told their cross-entropy alone (.ce)"
+        )
+    return ce_weight or 0.0
+
+
+def checked(
+    targets: SparseTargets, student: StudentLogits, settings: LossSettings
+) -> SparseTargets:
+    """Return the targets without gradient; ids (but for packed ones) and labels int64.
+
+    Raise ValueError for targets that are not of the student's N rows, on its device.
+    """
+    rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
+    ids, probs, tail, labels, weight, high = targets
+    why = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
+    check_tensor("target_ids", ids, (rows, "K"), why, device)
+    check_tensor("target_probs", probs, tuple(ids.shape), why, device)
+    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), why, device)
+    check_tensor("labels", labels, (rows,), why, device)
+    check_tensor("row_weight", weight, (rows,), why, device)
+    check_tensor("ids_high", high, (rows, "Q"), why, device)
+    for name, integers in (("target_ids", ids), ("labels", labels)):
+        if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
+            raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
+    targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
+    targets = targets._replace(
+        ids=targets.ids if encoded else targets.ids.long(),
+        labels=None if targets.labels is None else targets.labels.long(),
+    )
+    if device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
+        _check_values(targets, student.vocabulary, settings)
+    return targets
+
+
+def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
+    """ValueError, naming the row, for whole distributions that are none, of the rows [N] that are
+    ``active``. On CPU tensors only.
+    """
+    real = targets.states if isinstance(targets, HiddenTargets) else targets.log_probs
+    if real.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if isinstance(targets, HiddenTargets):
+        wrong = ~torch.isfinite(real).all(1)
+        _refuse(wrong & active, lambda row: f"the teacher's states of row {row} hold NaN or inf")
+        return
+    best = real.amax(1) if real.shape[1] else real.new_zeros(len(real))
+    wrong = ~torch.isfinite(best) | real.isnan().any(1)
+    _refuse(
+        wrong & active,
+        lambda row: (
+            f"the teacher's log_probs of row {row} hold NaN or +inf, or are all -inf: that is no "
+            "distribution"
+        ),
+    )
+
+
+def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> None:
+    """ValueError, naming the row, for what the tensors hold in the rows that count."""
+    active = targets.active()
+    ids, listed = targets.ids, (targets.ids >= 0) & active[:, None]
+
+    def values(row: int) -> str:
+        return ", ".join(f"{v:g}" for v in targets.probs[row][listed[row]][:6].tolist())
+
+    outside = (ids < -1) | (ids >= vocabulary)
+    _refuse(
+        outside.any(1) & active,
+        lambda row: (
+            f"target_ids hold {int(ids[row][outside[row]][0])} in row {row}; they must lie in "
+            f"[0, V) = [0, {vocabulary}), or be -1 for padding"
+        ),
+    )
+    ordered = ids.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    _refuse(
+        twice.any(1) & active,
+        lambda row: (
+            f"target_ids hold {int(ordered[row, 1:][twice[row]][0])} twice in row {row}; ids must "
+            "be distinct within a row (merge_targets sums duplicates)"
+        ),
+    )
+    probs = torch.where(listed, targets.probs, 0.0)
+    _refuse(
+        ~((probs >= 0) & torch.isfinite(probs)).all(1),
+        lambda row: (
+            f"target_probs hold a negative value, NaN or inf in row {row} ({values(row)} …); they "
+            "are probabilities"
+        ),
+    )
+    _check_masses(targets, probs, active, settings, values)
+    _check_labels(targets, vocabulary, settings.ignore_index)
+
+
+def _check_masses(
+    targets: SparseTargets,
+    probs: Tensor,
+    active: Tensor,
+    settings: LossSettings,
+    values: Callable[[int], str],
+) -> None:
+    """Tails are probabilities, and a bucket makes one distribution with the ids.
+
+    Less than 1 is no mistake: a mixture's row has it where a teacher has no target. With ``none``
+    the probabilities may be weights of a sample, whose mean alone sums to 1.
+    """
+    mass = probs.sum(1, dtype=torch.float64)
+    if (tail := targets.tail) is not None:
+        _refuse(
+            ~((tail >= 0) & torch.isfinite(tail)) & active,
+            lambda row: (
+                f"tail_prob holds {float(tail[row]):g} in row {row}; it is a probability: not "
+                "negative, and a number"
+            ),
+        )
+        mass = mass + torch.where((targets.ids >= 0).any(1), tail, 0.0)
+    if settings.tail == "bucket":
+        beside = "" if tail is None else " and tail_prob"
+        _refuse(
+            (mass > 1 + SPARE) & active,
+            lambda row: (
+                f"target_probs{beside} sum to {float(mass[row]):g} in row {row} ({values(row)} …), "
+                "which is no distribution: they must sum to 1, or to less. Log-probabilities need "
+                "exp(), logits a softmax; weights that are to be scaled to 1, tail='renormalise'"
+            ),
+        )
+
+
+def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) -> None:
+    if (labels := targets.labels) is None:
+        return
+    wrong = targets.labelled(ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    _refuse(
+        wrong & targets.active(),
+        lambda row: (
+            f"labels hold {int(labels[row])} in row {row}; a label lies in [0, V) = "
+            f"[0, {vocabulary}) or is ignore_index = {ignore_index}"
+        ),
+    )
+
+
+def _refuse(wrong: Tensor, message: Callable[[int], str]) -> None:
+    """ValueError for the first of the rows [N] that are wrong."""
+    if bool(wrong.any()):
+        raise ValueError(message(int(wrong.nonzero()[0])))
+
+
+def _type(value: object) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
