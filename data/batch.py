@@ -21,6 +21,7 @@ from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
@@ -107,6 +108,7 @@ class TokenTargetBatch(TargetBatch):
     columns: Columns  # flat [P,…], see data/targets/kinds/
     head: StoredHead | None = None  # of a teacher whose hidden states are kept
     most_k: int | None = None  # candidates that the run uses; None: all that are kept
+    between: bool = False  # whether a temperature between stored ones is interpolated
 
     @property
     def kind(self) -> VocabularyKind:
@@ -117,6 +119,12 @@ class TokenTargetBatch(TargetBatch):
         """Return the ``k`` that is read where ``k`` is asked for; None for all that are kept."""
         k = self.most_k if k is None else k
         return None if k == self.info.k else k
+
+    def interpolating(self, allowed: bool = True) -> Self:
+        """Return the same targets, readable at temperatures between stored ones as well (of
+        ``topk`` with three or more: ``data/targets/between.py`` says how, and how well).
+        """
+        return replace(self, between=allowed)
 
     def _keep(self, chosen: Chosen) -> Self:
         columns = {name: column[chosen] for name, column in self.columns.items()}
@@ -131,12 +139,15 @@ class TokenTargetBatch(TargetBatch):
         look at: of dense targets and hidden states [P,V] floats are formed, while a loss takes what
         ``train/to_device.py`` sends, as it is stored.
 
-        Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample;
-        ValueError for a k outside 1..K.
+        Raises InputError at a temperature that is not stored (nor interpolated: ``interpolating``),
+        or a ``k`` below that of a sample; ValueError for a k outside 1..K.
         """
         if k is not None and not 1 <= k <= self.kind.k:
             raise ValueError(f"k must lie in 1..{self.kind.k}, the number that is cached, got {k}")
-        return self.kind.decode(self.columns, self.head, temperature, self.used_k(k))
+        kind, columns = self.kind, self.columns
+        if self.between and isinstance(kind, TopK) and kind.interpolates(temperature):
+            kind, columns = kind.interpolated(columns, temperature)
+        return kind.decode(columns, self.head, temperature, self.used_k(k))
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""

@@ -17,6 +17,7 @@ log = logging.getLogger("rekindle")
 
 STDIN = "-"  # in place of a path: what is piped in
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
+FileState = tuple[int, ...] | None
 _LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
 _UNPACKED = {  # what is unpacked while it is read
@@ -35,6 +36,15 @@ _NO_TEXT = {  # what is not, and what to do
     b"\xff\xfe": "is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
 }
+
+
+def state_of(path: str | Path) -> FileState:
+    """What tells a file from what was there before, or is there later; None where none is."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def refuse_pointer(path: str | Path) -> None:

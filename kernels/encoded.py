@@ -55,14 +55,18 @@ def decode(targets: EncodedTargets, temperature: float) -> DecodedTargets:
 
     `temperature` must be the one that tail_log_odds was stored for.
     """
-    values = targets.values.float()
-    if targets.log_prob_min is None:
-        relative = values * (-1.0 / (PRECISE_STEP * temperature))
-    else:
-        span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
-        relative = values * (-span / (255.0 * temperature))[:, None]
+    relative = relative_log_probs(targets, temperature)
     ids, kept = _ids(targets.ids, targets.ids_high, targets.planes), targets.kept
     return DecodedTargets(ids[:, :kept], *_masses(relative, targets.tail_log_odds, kept))
+
+
+def relative_log_probs(targets: EncodedTargets, temperature: float) -> Tensor:
+    """All candidates' log-probabilities [N,K] at any `temperature`, up to a constant of a row."""
+    values = targets.values.float()
+    if targets.log_prob_min is None:
+        return values * (-1.0 / (PRECISE_STEP * temperature))
+    span = (targets.log_prob_min.float() - targets.log_prob_max.float()) / STEP
+    return values * (-span / (255.0 * temperature))[:, None]
 
 
 def _masses(relative: Tensor, log_odds: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -51,18 +51,18 @@ app = typer.Typer(
 def demo(
     out: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option(help="a smaller run, under 90 seconds on two cores")
+        bool, typer.Option(help="a smaller run of one seed, under 90 seconds on two cores")
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
     launched()
     with resumable() as progress:
-        from rekindle.pipeline.demo import run_demo
+        from rekindle.pipeline.demo import closing_lines, run_demo
 
         results = run_demo(out, quick=quick, progress=progress)
     from rekindle.pipeline.cycle.page import printed
 
-    typer.echo(printed(out, results))
+    typer.echo("\n".join([printed(out, results), "", *closing_lines(results)]))
 
 
 def init(

@@ -158,6 +158,12 @@ class DistillTerm(Settings):
     teachers: tuple[str, ...] = Field(min_length=1, description="names of cached teachers")
     weight: WeightField = Field(1.0, description="a number or a schedule")
     temperature: Positive = Field(1.0, description="τ of teacher and student; the loss carries τ²")
+    temperature_between: Literal["refuse", "interpolate"] = Field(
+        "refuse",
+        description="of topk targets at a temperature between three or more stored ones. "
+        "interpolate: the mass outside the kept ids is, quadratically in 1/τ; the error is said "
+        "when training begins (docs/targets.md)",
+    )
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "mse", "pseudo_label"
     ] = Field(
@@ -219,6 +225,11 @@ class DistillTerm(Settings):
     def _skew_is_of_its_divergence(self) -> "DistillTerm":
         skew_of(self.divergence, self.skew)
         return self
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether temperatures between stored ones are interpolated."""
+        return self.temperature_between == "interpolate"
 
 
 class MethodSettings(Settings):

@@ -22,9 +22,11 @@ from rekindle.data.batch import (
     TokenTargetBatch,
 )
 from rekindle.data.errors import InputError
+from rekindle.data.targets.between import parabola
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.views.registry import view_kind
+from rekindle.kernels.between import odds_at
 from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.encoded import EncodedTargets, decode
@@ -96,9 +98,9 @@ ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_lo
 
 
 def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
-    slot = batch.kind.slot(tau, k)
+    slots = batch.kind.slots(tau, k, batch.between)
     columns = dict(batch.columns)
-    columns["tail_log_odds"] = columns["tail_log_odds"][:, slot]
+    columns["tail_log_odds"] = columns["tail_log_odds"][:, slots[0]]
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
     lowest = sent.pop("log_prob_min", None)  # None: the precise codec's sixteen-bit values
     planes = high_planes(batch.kind.size)
@@ -106,6 +108,10 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     targets = EncodedTargets(
         **sent, log_prob_min=lowest, planes=planes, k=k, temperature=tau, sampled=drawn
     )
+    if len(slots) > 1:
+        odds = send(batch.columns["tail_log_odds"][:, list(slots)], device)
+        at = [batch.info.temperatures[slot] for slot in slots]
+        targets = odds_at(targets, odds, at, parabola(tau, at), tau)
     return decode(targets, tau) if lowest is None else targets
 
 

@@ -34,6 +34,7 @@ from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.heads_told import told_of_fresh_head
 from rekindle.train.model.routers import balance_weight, told_of_routers
 from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.terms import told_of_between
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
 from rekindle.train.schedules import is_used
@@ -163,6 +164,8 @@ def prepare_objective(
             "masked LM. Set train.objective.hard.weight: 0 and learn from classifiers alone, or "
             "make a cache with a tokenizer that has one"
         )
+    for line in told_of_between(config.objective.distill, infos):
+        log.info("%s", line)
     for name, info in infos.items():
         if info.shown.masked and info.view != masked_view:
             raise InputError(

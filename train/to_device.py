@@ -6,7 +6,7 @@ the same parts, term by term.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ def to_device(
     task: str | None = None,
     temperature: float | Mapping[str, float] | None = None,
     k: int | Mapping[str, int] | None = None,
+    temperature_between: Literal["refuse", "interpolate"] = "refuse",
 ) -> DeviceBatch:
     """Move a batch of a cache to a device, with targets that the losses take as they are.
 
@@ -101,6 +102,8 @@ def to_device(
         task: what the student is, masked_lm or causal_lm; None: what the batch is made for.
         temperature: of the language models' targets, for all or by teacher; None, or a teacher that
             is not named: 1, or the one that a sample was drawn at. It stands in the targets.
+        temperature_between: interpolate, for ``topk`` targets at a temperature between three or
+            more stored ones (``data/targets/between.py`` says how well); else that is refused.
         k: read so few candidates, for all or by teacher; None: all that are kept.
 
     Raises: InputError for a temperature or a k that is not cached, for a name that is no language
@@ -120,6 +123,7 @@ def to_device(
         if isinstance(target, TokenTargetBatch):
             at = temperatures.get(name, target.kind.read_at)
             _check_task(target.info, task)
+            target = target.interpolating(temperature_between == "interpolate")
             targets[name] = _device_targets(batch, target, rows, at, ks.get(name), device)
             continue
         assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)

@@ -1,16 +1,16 @@
 """Reads the texts of test files, which a corpus is to be without."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
 from rekindle.data.source.held_texts import HeldTexts
 from rekindle.data.source.records import Bad, read_records
-from rekindle.data.source.rows import read_rows
-from rekindle.data.source.sources import HUB, PYTHON_DOCS, Origin, find_origins
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.source.rows import Row, read_rows
+from rekindle.data.source.sources import PYTHON_DOCS, Origin, find_origins
+from rekindle.data.text_files import FileState, half_a_pair, state_of
 
 log = logging.getLogger("rekindle")
 
@@ -25,13 +25,13 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
     Each value of ``fields`` is a text of its own, and tokens are one together; without ``fields``
     those are read that the corpus's own fields (``corpus``) or those of a labelled task are called;
     of a .txt file each line. A line in the log says which are read of each file, a warning where
-    others look like texts in the first row. Raises InputError for a file that is not there or has
-    none of them, and for a value that is no text.
+    others look like texts in the first row. A file that has not changed since is not read again.
+    Raises InputError for a file that is not there or has none of them, for a value that is no text,
+    and for a row that has not the fields of the first.
     """
     try:
-        held = HeldTexts(
-            text for origin in _origins(files) for text in _texts(origin, fields, corpus)
-        )
+        origins = [(origin, state_of(origin.place)) for origin in _origins(files)]
+        held = _held(tuple(origins), tuple(fields), tuple(corpus))
     except InputError as error:  # which speaks of sources
         told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
         told = told.replace(", a datasets id", ", or a datasets id")
@@ -40,6 +40,14 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
         told = f"no text with a letter or a digit in {', '.join(files)}"
         raise InputError(f"corpus.without: {told}; give files with the texts of a test")
     return held
+
+
+# A command asks several times, a cycle for each of its texts. What is kept are a test's texts.
+@lru_cache(maxsize=4)
+def _held(
+    origins: tuple[tuple[Origin, FileState], ...], fields: tuple[str, ...], corpus: tuple[str, ...]
+) -> HeldTexts:
+    return HeldTexts(text for origin, _ in origins for text in _texts(origin, fields, corpus))
 
 
 def _origins(files: Sequence[str]) -> list[Origin]:
@@ -51,29 +59,51 @@ def _origins(files: Sequence[str]) -> list[Origin]:
 
 def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Iterator[str]:
     fields: Sequence[str] = ()
-    number = 0
-    for number, row in enumerate(_rows(origin), start=1):
+    first: Row = {}
+    for where, row in _rows(origin):
         if not fields:
-            fields = _fields_of(row, origin, given, corpus)
+            fields, first = _fields_of(row, origin, given, corpus), row
             _tell_fields(row, origin, fields, chosen=bool(given))
+        elif not given and row.keys() != first.keys():
+            _check_same_fields(row, where, fields, corpus)
         for field in fields:
-            yield _text(reach(row, field), f"{origin.place}, row {number}: {field}")
-    if not number:
+            yield _text(reach(row, field), f"{where}: {field}")
+    if not fields:
         raise InputError(f"{origin.place} has no rows; give a file with texts")
 
 
-def _rows(origin: Origin) -> Iterator[Mapping[str, object]]:
-    if origin.format != HUB:
-        yield from read_rows(origin.place)
+def _rows(origin: Origin) -> Iterator[tuple[str, Row]]:
+    """Every row, and where it is."""
+    if origin.format == "txt":
+        yield from ((origin.place, row) for row in read_rows(origin.place))
         return
+    lines = origin.format == "jsonl"
     for record in read_records(origin, None):
         if isinstance(record, Bad):
             raise InputError(record.message)
-        yield record.values
+        yield f"{origin.place}{':' if lines else ', row '}{record.row}", record.values
+
+
+def _check_same_fields(row: Row, where: str, fields: Sequence[str], corpus: Sequence[str]) -> None:
+    """Raise InputError for a row with texts where the first row has none: they would be passed
+    over, and not be looked for.
+    """
+    more = [f for f in _usual(corpus) if f not in fields and reach(row, f) is not ABSENT]
+    if more:
+        raise InputError(
+            f"{where} has {' and '.join(more)}, and the first row of the file has not: texts are "
+            f"read of {' and '.join(fields)} alone. Name all fields of texts, which every row must "
+            "have, with corpus.without_fields, or give the rows of each kind as a file"
+        )
+
+
+def _usual(corpus: Sequence[str]) -> list[str]:
+    """The fields that are read where none are given."""
+    return [*dict.fromkeys((*corpus, *USUAL))]
 
 
 def _fields_of(
-    row: Mapping[str, object], origin: Origin, given: Sequence[str], corpus: Sequence[str]
+    row: Row, origin: Origin, given: Sequence[str], corpus: Sequence[str]
 ) -> Sequence[str]:
     has = ", ".join(map(str, row)) or "no fields"
     if origin.format == "txt":
@@ -85,18 +115,16 @@ def _fields_of(
                 f"{origin.place} has no field {field!r} (corpus.without_fields); it has: "
                 f"{has}{near}"
             )
-    found = given or [f for f in dict.fromkeys((*corpus, *USUAL)) if reach(row, f) is not ABSENT]
+    found = given or [f for f in _usual(corpus) if reach(row, f) is not ABSENT]
     if not found:
         raise InputError(
-            f"{origin.place} has none of the fields {', '.join(dict.fromkeys((*corpus, *USUAL)))} "
+            f"{origin.place} has none of the fields {', '.join(_usual(corpus))} "
             f"(it has: {has}); name those of its texts with corpus.without_fields"
         )
     return found
 
 
-def _tell_fields(
-    row: Mapping[str, object], origin: Origin, fields: Sequence[str], chosen: bool
-) -> None:
+def _tell_fields(row: Row, origin: Origin, fields: Sequence[str], chosen: bool) -> None:
     if origin.format == "txt":
         return
     told = f"corpus.without: texts of {origin.place} are {', '.join(fields)}"
@@ -111,7 +139,7 @@ def _tell_fields(
     )
 
 
-@cache  # a command reads the files several times
+@cache  # of a command that reads the files by several rules
 def _say(level: int, told: str) -> None:
     log.log(level, "%s", told)
 
@@ -124,7 +152,9 @@ def _text(value: object, where: str) -> str:
     if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         value = " ".join(value)
     if not isinstance(value, str):
-        given = "missing" if value is None or value is ABSENT else f"a {type(value).__name__}"
+        given = f"a {type(value).__name__}"
+        if value is None or value is ABSENT:
+            given = "missing; every row must have the fields of the first"
         raise InputError(f"{where} must be a string or a list of words (given: {given})")
     if told := half_a_pair("text", value):
         raise InputError(f"{where}: {told}")

@@ -1,12 +1,12 @@
-"""Text and labelled tasks cut from Python's documentation: the demo's, and three tasks more of the
-built-in models. Knows no model.
+"""Text and labelled tasks cut from Python's documentation, for the demo and the built-in models.
+Knows no model.
 
 Every document belongs to exactly one split, by a hash of its id: most to the unlabelled corpus, the
 others to train, dev or test. The labels are what is known of a text without anybody writing them.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -143,28 +143,48 @@ def _balanced(groups: list[list[tuple[int, int, LabelledText]]], size: int) -> l
     return [example for _, _, example in sorted(chosen, key=lambda key: key[1])]
 
 
+Record = dict[str, object]  # a line of jsonl
+
+
+def whole_documents(pages: Iterable[PythonDoc]) -> Iterator[Record]:
+    """The records of unlabelled text: a document each."""
+    return ({"id": page.id, "text": page.text, "domain": page.part} for page in pages)
+
+
+def unlabelled_passages(pages: Iterable[PythonDoc]) -> Iterator[Record]:
+    """The records of unlabelled text: a passage each, as the tasks part and kind have them; a text
+    that stands in several documents once.
+    """
+    seen = set()
+    for page in pages:
+        for number, text in enumerate(passages(page.text)):
+            if text not in seen:
+                seen.add(text)
+                yield {"id": f"{page.id}/{number}", "text": text, "domain": page.part}
+
+
 def write_corpus(
     pages: list[PythonDoc],
     sizes: TaskSizes,
     out: Path,
     documents: int | None = None,
     tasks: Sequence[LabelledTask] = TASKS,
+    unlabelled: Callable[[Iterable[PythonDoc]], Iterator[Record]] = whole_documents,
 ) -> None:
     """Write ``tasks/<name>/<split>.jsonl`` for each of ``tasks``, then ``corpus.jsonl``.
 
-    ``documents`` limits the unlabelled corpus to so many, chosen by a hash. The corpus comes last
-    and whole: where it is, everything is.
+    ``documents`` limits the unlabelled corpus to so many, chosen by a hash; ``unlabelled`` makes
+    its records of them. The corpus comes last and whole: where it is, everything is.
     """
     for task in tasks:
         for split, examples in labelled_examples(task, pages, sizes).items():
             write_lines(out / TASKS_FOLDER / task.name / f"{split}.jsonl", map(record_of, examples))
-    unlabelled = [page for page in pages if split_of(page.id) == "corpus"]
-    chosen = {p.id for p in sorted(unlabelled, key=lambda p: _hash("corpus", p.id))[:documents]}
-    records = ({"id": p.id, "text": p.text, "domain": p.part} for p in unlabelled if p.id in chosen)
-    write_lines(out / "corpus.jsonl", records)
+    others = [page for page in pages if split_of(page.id) == "corpus"]
+    chosen = {p.id for p in sorted(others, key=lambda p: _hash("corpus", p.id))[:documents]}
+    write_lines(out / "corpus.jsonl", unlabelled(page for page in others if page.id in chosen))
 
 
-def record_of(example: LabelledText) -> dict[str, object]:
+def record_of(example: LabelledText) -> Record:
     """The line of a labelled file, as ``pipeline finetune`` reads it."""
     if example.pair is None:
         texts = {"text": example.text}

@@ -40,6 +40,7 @@ from rekindle.pipeline.caching.first_checks import check_files, rehearse
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.make_unit import UnitRunner
 from rekindle.pipeline.caching.repair import repair_cache
+from rekindle.pipeline.caching.shared_pass import Group, passes, told_of_shared
 from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher, told_of_slow_pass
 from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
@@ -127,30 +128,34 @@ def cache_teachers(
         before, after = masks_last(parts, hard)
         _tell_slow(parts, corpus, config.cache.masked_replicas)
         done = present = 0
-        for part in [*before, *after]:
-            if hard and part in after:
+        for group in (*passes(before), *passes(after)):
+            if hard and group[0] in after:
                 build_hard_masks(hard, True, progress)
             replicas = config.cache.masked_replicas
-            missing, finished = missing_units(corpus, part.info.folder, part.info.view, replicas)
-            present += finished
-            done += len(missing)
-            if not alone:  # in step with another process, both would make every unit
-                random.shuffle(missing)
-            lacks_head = kind_of(part.info).has_head and not {*HEAD_FILES} <= {
-                *store.names(part.info.folder)
-            }
-            if missing or lacks_head:
+            left: list[tuple[TeacherPlan, list[Unit]]] = []
+            for part in group:
+                info = part.info
+                missing, finished = missing_units(corpus, info.folder, info.view, replicas)
+                present += finished
+                done += len(missing)
+                if missing or _lacks_head(info, store):
+                    left.append((part, missing))
+            if left:
+                units = list(dict.fromkeys(unit for _, missing in left for unit in missing))
+                if not alone:  # in step with another process, both would make every unit
+                    random.shuffle(units)
                 enough = running_out(
                     Path(store.location),
                     lambda: f"This call: {_kept(made, store)[0]}",
-                    _less_memory(part),
+                    _less_memory(group[0]),
                 )
                 with enough:
-                    _run(part, corpus, missing, workers, progress, made)
-            if not part.config.vocabulary:
-                _tell_cut(corpus, part.info)
-            if part.info.part:
-                store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+                    _run(left, corpus, units, workers, progress, made)
+            for part in group:
+                if not part.config.vocabulary:
+                    _tell_cut(corpus, part.info)
+                if part.info.part:
+                    store.create(f"{part.info.folder}/{FINISHED}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
         write_manifest(store)
@@ -207,6 +212,11 @@ def _about_sequences(config: CorpusConfig) -> int | None:
     return None
 
 
+def _lacks_head(info: TeacherInfo, store: Store) -> bool:
+    """Whether a matrix that belongs beside the targets is not there."""
+    return kind_of(info).has_head and not {*HEAD_FILES} <= {*store.names(info.folder)}
+
+
 def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
     if found := cut_of(info, ShardSet(corpus.store, info.folder).committed().values()):
         log.warning("%s", found.as_text(f"teacher {info.name}"))
@@ -235,32 +245,37 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
 
 
 def _run(
-    plan: TeacherPlan,
+    left: list[tuple[TeacherPlan, list[Unit]]],
     corpus: Corpus,
     units: list[Unit],
     workers: int,
     progress: Progress,
     made: Counter[str],
 ) -> None:
-    rows = sum(corpus.commits[unit.shard].rows for unit in units)
-    name = f"{plan.info.name} {plan.info.part}".strip()
+    """Make what is ``left`` of teachers that share their passes: ``units``, in that order."""
+    group = tuple(part for part, _ in left)
+    rows = sum(corpus.commits[unit.shard].rows for _, missing in left for unit in missing)
+    name = ", ".join(f"{part.info.name} {part.info.part}".strip() for part in group)
+    if sum(map(bool, (missing for _, missing in left))) > 1:
+        log.info("%s", told_of_shared(group))
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
     with progress.task(name, unit="sequences", total=rows) as task:
 
-        def report(commit: Commit | None) -> None:
-            if commit is not None:
-                made[plan.info.name] += 1
+        def report(commits: dict[str, Commit]) -> None:
+            for teacher, commit in commits.items():
+                made[teacher] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
 
         if workers == 1 or not units:
-            runner = UnitRunner(plan, corpus)
+            runner = UnitRunner(group, corpus)
             for unit in units:
                 report(runner.make(unit))
         else:
-            load = functools.partial(_load, plan, corpus.store.location)
+            load = functools.partial(_load, group, corpus.store.location)
             places = places_for(workers)
-            run_units(f"teacher {plan.info.name!r}", load, units, places, report)
+            names = " and ".join(f"teacher {part.info.name!r}" for part in group)
+            run_units(names, load, units, places, report)
 
 
 def _less_memory(plan: TeacherPlan) -> str:
@@ -271,6 +286,6 @@ def _less_memory(plan: TeacherPlan) -> str:
     )
 
 
-def _load(plan: TeacherPlan, location: str) -> Callable[[Unit], Commit | None]:
+def _load(group: Group, location: str) -> Callable[[Unit], dict[str, Commit]]:
     """What a worker process does with each unit: its teacher is loaded here, once."""
-    return UnitRunner(plan, Corpus(open_store(location))).make
+    return UnitRunner(group, Corpus(open_store(location))).make

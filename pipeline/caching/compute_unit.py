@@ -4,8 +4,8 @@ columns.
 No files are written here.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
+from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.sampling import sample_keys
@@ -42,6 +43,13 @@ class UnitResult:
     rows: Rows  # [P] the row of each
     columns: Columns
     facts: Mapping[str, object] = field(default_factory=dict)  # that its record is to have
+    beside: tuple["UnitResult", ...] = ()  # of teachers that shared the passes
+
+    def of(self, number: int) -> "UnitResult":
+        """Return that of one of several teachers, whose columns' names begin with its number."""
+        lead, shared = f"{number} ", {k: v for k, v in self.columns.items() if k == "positions"}
+        own = {k.removeprefix(lead): v for k, v in self.columns.items() if k.startswith(lead)}
+        return replace(self, columns=own | shared)
 
 
 @dataclass(frozen=True, order=True)
@@ -63,8 +71,10 @@ def run_unit(
     only: Rows | None = None,
     kept: TeacherReader | None = None,
     audited: bool = False,
+    beside: Sequence[Teacher] = (),
 ) -> UnitResult:
-    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it.
+    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it; and those of teachers
+    ``beside`` it, by the same forward passes of the model that they share (``shared_pass.py``).
 
     ``kept`` reads the ids that tails at further temperatures are taken of. ``audited``: the means
     of Monte-Carlo passes have their standard errors beside them, ``mc_errors``.
@@ -72,7 +82,7 @@ def run_unit(
     run = UnitRun(teacher, unit, only, audited)
     with torch.inference_mode():
         if teacher.config.vocabulary:
-            return run.vocabulary(kept)
+            return run.vocabulary(kept, beside)
         return run.sequences() if kind_of(teacher.info).per_sequence else run.token_labels()
 
 
@@ -90,8 +100,8 @@ class UnitRun:
             self.wanted &= np.isin(np.arange(len(domains)), only)
         self.facts: Mapping[str, object] = {}
 
-    def vocabulary(self, kept: TeacherReader | None) -> UnitResult:
-        """What is kept of the distribution at each position."""
+    def vocabulary(self, kept: TeacherReader | None, beside: Sequence[Teacher] = ()) -> UnitResult:
+        """What is kept of the distribution at each position, also by teachers ``beside``."""
         teacher, info, unit = self.teacher, self.info, self.unit
         seen = split_lists(self.batches, "input_ids")
         positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
@@ -102,15 +112,15 @@ class UnitRun:
             seen = [row.copy() for row in seen]
             for row, places, ids in zip(seen, positions, masked, strict=True):
                 row[places] = ids
-        digests = self.table["digest"].to_pylist() if kind_of(info).sampled else []
+        digests = self.table["digest"].to_pylist()
 
-        def extra(rows: Rows) -> Tensor | None:
+        def extra(info: TeacherInfo, rows: Rows) -> Tensor | None:
             """The stored ids that tails are of, or the keys to draw with."""
             if kept is not None:
                 where = [(unit.shard, int(row)) for row in rows]
                 _, columns = kept.gather(where, unit.replica, scalars=False)
                 return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
-            if not digests:
+            if not kind_of(info).sampled:
                 return None
             names = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])
@@ -120,13 +130,18 @@ class UnitRun:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
             model = teacher.language_model
             hidden, _ = model.hidden(inputs, self._selected(inputs, rows, positions))
-            scored = score_hidden(
-                hidden, model.head, truth, info, extra(rows), teacher.token_columns
-            )
-            return joined_columns([*scored])
+            found: Columns = {}
+            for number, each in enumerate((teacher, *beside)):
+                more, tokens = extra(each.info, rows), each.token_columns
+                scored = score_hidden(hidden, model.head, truth, each.info, more, tokens)
+                columns = joined_columns([*scored])
+                found |= {f"{number} {name}": values for name, values in columns.items()}
+            return found
 
         types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
-        return self._run(seen, forward, positions, types)
+        joint = self._run(seen, forward, positions, types)
+        own, *others = (joint.of(number) for number in range(1 + len(beside)))
+        return replace(own, beside=tuple(others))
 
     def token_labels(self) -> UnitResult:
         """Logits of the first token of each word, at the corpus position that begins it."""

@@ -5,6 +5,7 @@ unit, whether another has committed it; two that make the same one are harmless.
 """
 
 import time
+from collections.abc import Sequence
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.commits import SECONDS
@@ -20,38 +21,53 @@ from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
 
 class UnitRunner:
-    """A loaded teacher and all that it needs to make units of one part of its targets."""
+    """A loaded model and all that it needs to make units of one part of a teacher's targets, or of
+    several teachers that share its passes.
+    """
 
-    def __init__(self, plan: TeacherPlan, corpus: Corpus):
-        self.corpus, self.info = corpus, plan.info
-        self.teacher = Teacher(plan, corpus)
-        self.head = self.teacher.output_matrix() if kind_of(plan.info).has_head else None
-        self.kept = None  # reads the part whose ids tails are taken of
-        if plan.info.extends is not None:
-            main = read_teacher(corpus.store, plan.info.name, plan.info.extends)
-            self.kept = TeacherReader(corpus, [main], self.teacher.view)
-        if is_described(corpus.store, plan.info.name):  # a matrix of this teacher that was lost
-            self._store_head()
+    def __init__(self, plans: Sequence[TeacherPlan], corpus: Corpus):
+        self.corpus = corpus
+        first = Teacher(plans[0], corpus)
+        self.teachers = [first, *(first.beside(plan) for plan in plans[1:])]
+        self.heads = {
+            teacher.info.name: teacher.output_matrix()
+            for teacher in self.teachers
+            if kind_of(teacher.info).has_head
+        }
+        self.kept, info = None, first.info  # reads the part whose ids tails are taken of
+        if info.extends is not None:
+            main = read_teacher(corpus.store, info.name, info.extends)
+            self.kept = TeacherReader(corpus, [main], first.view)
+        for teacher in self.teachers:
+            if is_described(corpus.store, teacher.info.name):  # a matrix of it that was lost
+                self._store_head(teacher.info)
 
-    def make(self, unit: Unit) -> Commit | None:
-        """Compute, write and commit a unit, so that a kill costs no more than one.
+    def make(self, unit: Unit) -> dict[str, Commit]:
+        """Compute, write and commit a unit of each teacher that has none, so that a kill costs no
+        more than one; return the commits by the teachers' names.
 
-        None if another process has made it meanwhile: two that were started on one cache share
-        the work.
+        None of a teacher of which another process has made it meanwhile: two that were started on
+        one cache share the work.
         """
-        if ShardSet(self.corpus.store, self.info.folder).has(unit.name):
-            return None
-        began = time.perf_counter()
-        result = run_unit(self.teacher, unit, kept=self.kept)
-        self._store_head()
-        return write_unit(self.info, self.corpus, unit, result, began)
+        store = self.corpus.store
+        left = [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]
+        if not left:
+            return {}
+        began, (first, *beside) = time.perf_counter(), left
+        result = run_unit(first, unit, kept=self.kept, beside=beside)
+        # Each has its part of what the passes took, and what its own file takes.
+        spent, made = (time.perf_counter() - began) / len(left), {}
+        for teacher, own in zip(left, (result, *result.beside), strict=True):
+            began = time.perf_counter() - spent
+            self._store_head(teacher.info)
+            made[teacher.info.name] = write_unit(teacher.info, self.corpus, unit, own, began)
+        return made
 
-    def _store_head(self) -> None:
+    def _store_head(self, info: TeacherInfo) -> None:
         """The matrix comes after the teacher's description, and before any unit."""
-        if self.head is not None:
-            claim_teacher(self.corpus, self.info)
-            write_head(self.corpus.store, self.info.folder, self.head)
-            self.head = None
+        if (head := self.heads.pop(info.name, None)) is not None:
+            claim_teacher(self.corpus, info)
+            write_head(self.corpus.store, info.folder, head)
 
 
 def write_unit(

@@ -6,6 +6,7 @@ that a finished cache is recognised in seconds.
 
 import logging
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -246,6 +247,11 @@ def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     }
 
 
+def _stores_tails(info: TeacherInfo) -> bool:
+    kind = kind_of(info)
+    return kind.has_tail or kind.extends
+
+
 class Teacher:
     """A loaded teacher, on its device, ready to be run on a corpus."""
 
@@ -253,12 +259,11 @@ class Teacher:
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
+        self.stores_tails = _stores_tails(plan.info)
         model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
         self.model: nn.Module = model.to(self.placement.device).eval()
         settings: Any = model.config
         self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
-        targets = kind_of(plan.info)
-        self.stores_tails = targets.has_tail or targets.extends
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)
@@ -281,6 +286,16 @@ class Teacher:
                 self.info.name,
                 type(model).__name__,
             )
+
+    def beside(self, plan: TeacherPlan) -> "Teacher":
+        """Return the teacher of ``plan``, of which all but what it keeps is the same: with this
+        one's model.
+        """
+        other = copy(self)
+        other.__dict__.pop("token_columns", None)  # what has a tail has other columns
+        other.info, other.config = plan.info, plan.config
+        other.stores_tails = _stores_tails(plan.info)
+        return other
 
     @property
     def language_model(self) -> SplitLanguageModel:

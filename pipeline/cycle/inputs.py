@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
 from rekindle.data.source.held_texts import normalised
 from rekindle.data.storage.atomic import write_lines
+from rekindle.data.text_files import FileState, state_of
 from rekindle.pipeline.cycle.arms import WITH_TEACHERS
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.sections import CycleTask
@@ -121,7 +123,8 @@ def _read(
 ) -> TaskFiles:
     """One task; ``remove``: without the rows of train and dev that are one of test."""
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
-    splits = dict(zip(paths, read_task(*paths.values(), settings=settings), strict=True))
+    found = _as_they_are(tuple((path, state_of(path)) for path in paths.values()), settings)
+    splits = dict(zip(paths, found, strict=True))
     train = splits["train"]
     if train.words is not None:
         raise InputError(
@@ -176,9 +179,22 @@ def _read(
             f"task {task.name!r}: none of the {len(rows['train'])} examples that are left to train "
             f"on has the label {train.label_names[min(missing)]!r}; {', or '.join(how)}"
         )
-    digests = {p: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths.values()}
+    digests = {path: _digest(path, state_of(path)) for path in paths.values()}
     counts = {name: int(of_test.sum()) for name, of_test in held.items()}
     return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests, counts)
+
+
+# Several draws of the labels are of the same files, each of which is read once.
+@lru_cache(maxsize=64)
+def _as_they_are(
+    files: tuple[tuple[str, FileState], ...], settings: TaskSettings
+) -> tuple[TaskData, ...]:
+    return tuple(read_task(*(path for path, _ in files), settings=settings))
+
+
+@lru_cache(maxsize=192)
+def _digest(path: str, state: FileState) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray, tell: bool) -> np.ndarray:

@@ -41,7 +41,8 @@ def verdict_of(results: CycleResults) -> str:
         return f"no arm is shown to beat {base} on {place}: {told}"
     shown = max(gains, key=lambda arm: scores[arm])
     told = f"{shown} beats {base} on {place}: {metric}{100 * scores[shown]:.2f}, "
-    told += f"{_points(found[shown, base])} over {base}, more than chance"
+    one = found[shown, base]
+    told += f"{_points(one)} over {base}, {_sure(one, results.unit)}"
     others = [found[shown, arm] for arm in _WHO if (shown, arm) in found]
     more = [f"over {_WHO[o.against]} {_points(o)}, {_sure(o, results.unit)}" for o in others]
     if best != shown:
@@ -68,7 +69,8 @@ def _of_primary(results: CycleResults, primary: Primary) -> str:
     told = [f"beats {_listed(beaten)}"] if beaten else []
     told += [f"is worse than {_listed(lost)}"] if lost else []
     told += [f"is not told apart from {_listed(apart)}"] if apart else []
-    each = [f"over {one.against} {_points(one)}{_p(one)}" for one in ones]
+    unit = results.unit
+    each = [f"over {o.against} {_points(o)}{_higher(o, unit)}{_p(o)}" for o in ones]
     each += [f"one {results.unit} says nothing of chance"] * any(one.n == 1 for one in ones)
     return f"{primary.arm} {', '.join(told)} on {place} (primary comparison): {'; '.join(each)}"
 
@@ -106,7 +108,15 @@ def _points(one: Difference) -> str:
 def _sure(one: Difference, unit: str) -> str:
     if one.n == 1:
         return f"and one {unit} says nothing of chance"
-    return "more than chance" if is_gain(one) else "not told apart"
+    told = "more than chance" if is_gain(one) else "not told apart"
+    return f"{told}{_higher(one, unit)}"
+
+
+def _higher(one: Difference, unit: str) -> str:
+    """In how many of the seeds, or draws, the arm scores more."""
+    if one.n == 1 or one.higher is None:  # of results of an older version
+        return ""
+    return f" (higher in {one.higher} of {one.n} {unit}s)"
 
 
 def facts_of_results(results: CycleResults) -> Iterator[tuple[str, str]]:

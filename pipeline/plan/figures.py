@@ -56,6 +56,7 @@ class TeacherWork:
     at_most: bool = False  # whether the bytes are a bound: without a probe they depend on the model
     cut: Cut | None = None  # None: it sees all of its texts, or is not at hand
     longest: int | None = None  # tokens that its model takes, of one that reads texts
+    shares: tuple[str, ...] = ()  # teachers by whose forward passes it is made, too
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ What it computes goes into the sample's folder. One model is loaded at a time.
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,39 +29,48 @@ class Probe:
     bytes_per_position: float | None  # None where there was no position
 
 
-def probe_teacher(plan: TeacherPlan, steps: Corpus) -> Probe:
-    """Run a teacher on the sample, and write what it leaves beside the sample.
+def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
+    """Run teachers that share their forward passes (or one) on the sample, and write what they
+    leave beside the sample. Each has an equal part of the time.
 
     The shards of ``steps`` grow, so a slow teacher is measured on a few sequences and a fast one on
     full batches. Raises InputError when the teacher cannot be run.
     """
-    everything = replace(plan, info=plan.info.model_copy(update={"domains": None}))
-    teacher = Teacher(everything, steps)
+    everything = [
+        replace(plan, info=plan.info.model_copy(update={"domains": None})) for plan in plans
+    ]
+    teacher = Teacher(everything[0], steps)
+    beside = [teacher.beside(plan) for plan in everything[1:]]
     began = time.perf_counter()
     # The first pass is a warm-up, and all there is of a teacher that is too slow for more.
-    unit, result, rate = _run(teacher, steps, 0)
+    unit, result, rate = _run(teacher, steps, 0, beside)
     for shard, commit in enumerate(steps.commits):
         expected = rate * commit.facts["tokens"]
         if time.perf_counter() - began + expected > BUDGET:
             break
-        unit, result, measured = _run(teacher, steps, shard)
+        unit, result, measured = _run(teacher, steps, shard, beside)
         rate = min(rate, measured)  # other work on the machine can only slow it down
         if measured * commit.facts["tokens"] >= ENOUGH and commit.rows >= FULL:
             break
-    del teacher
+    del teacher, beside
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    written = write_unit(everything.info, steps, unit, result)
-    own = written.bytes - bytes_without_positions(everything.info, written.rows)
-    positions = written.facts["positions"]
-    return Probe(rate, max(0, own) / positions if positions else None)
+    found = []
+    for plan, one in zip(everything, (result, *result.beside), strict=True):
+        written = write_unit(plan.info, steps, unit, one)
+        own = written.bytes - bytes_without_positions(plan.info, written.rows)
+        positions = written.facts["positions"]
+        found.append(Probe(rate / len(plans), max(0, own) / positions if positions else None))
+    return found
 
 
-def _run(teacher: Teacher, steps: Corpus, shard: int) -> tuple[Unit, UnitResult, float]:
+def _run(
+    teacher: Teacher, steps: Corpus, shard: int, beside: Sequence[Teacher]
+) -> tuple[Unit, UnitResult, float]:
     """One shard, in one replica where there are several; with its seconds per token."""
     unit = Unit(shard, teacher.info.shown.numbers(1)[0])
     began = time.perf_counter()
-    result = run_unit(teacher, unit)
+    result = run_unit(teacher, unit, beside=beside)
     seconds = time.perf_counter() - began
     return unit, result, seconds / steps.commits[shard].facts["tokens"]

@@ -24,7 +24,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.pipeline.plan.teacher import at_hand, described, plan_one_teacher, plans_at_hand
+from rekindle.pipeline.plan.teacher import at_hand, described, plan_all_teachers, plans_at_hand
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
@@ -69,10 +69,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)
         plans = plans_at_hand(config, survey, views, must_be=probe)
-        teachers = tuple(
-            plan_one_teacher(teacher, plan, config, survey, views, probe)
-            for teacher, plan in zip(config.teachers, plans, strict=True)
-        )
+        teachers = plan_all_teachers(config, plans, survey, views, probe)
         slow = _told_of_slow(config, survey, plans, teachers)
         warnings = (*survey.warnings, *_told(config, survey, views), *slow)
     return Surveyed(corpus, shown, teachers, warnings)

@@ -3,6 +3,7 @@
 No model is loaded but by the probe, and none is downloaded.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from rekindle.pipeline.caching.teachers import TeacherPlan, configured, plan_tea
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.figures import TeacherWork
-from rekindle.pipeline.plan.probe import Probe, probe_teacher
+from rekindle.pipeline.plan.probe import Probe
 from rekindle.pipeline.plan.sample import CorpusSurvey
+from rekindle.pipeline.plan.shared import Part, Pass, shared_passes
 from rekindle.pipeline.plan.work import (
-    FolderWork,
     bytes_of,
     foreseen_cut,
     positions_per_token,
@@ -29,8 +30,6 @@ from rekindle.pipeline.plan.work import (
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.order.domains import check_domains
-
-Part = tuple[TeacherInfo, FolderWork]  # of a teacher's targets: one folder of the cache
 
 
 def plans_at_hand(
@@ -47,20 +46,40 @@ def plans_at_hand(
     ]
 
 
-def plan_one_teacher(
+def plan_all_teachers(
+    config: RunConfig,
+    plans: Sequence[TeacherPlan | None],
+    survey: CorpusSurvey,
+    views: Views,
+    probe: bool,
+) -> tuple[TeacherWork, ...]:
+    """What `pipeline cache-teachers` would do for each teacher; ``views`` are of the steps."""
+    found = []
+    for teacher, plan in zip(config.teachers, plans, strict=True):
+        infos = [plan.info if plan else _assumed(teacher, survey, views)]
+        if plan and survey.present is not None:
+            infos = [part.info for part in plan_parts(survey.present, plan)]
+        parts = [(i, work_of(survey, config.cache, i.folder, i.view, i.domains)) for i in infos]
+        found.append((plan, parts))
+    shared = shared_passes(found)
+    return tuple(
+        _plan_one(teacher, plan, parts, config, survey, views, probe, shared.get(teacher.name))
+        for teacher, (plan, parts) in zip(config.teachers, found, strict=True)
+    )
+
+
+def _plan_one(
     teacher: TeacherConfig,
     plan: TeacherPlan | None,
+    parts: list[Part],
     config: RunConfig,
     survey: CorpusSurvey,
     views: Views,
     probe: bool,
+    shared: Pass | None,
 ) -> TeacherWork:
-    """What `pipeline cache-teachers` would do for ``teacher``; ``views`` are of the steps."""
-    wanted = plan.info if plan else _assumed(teacher, survey, views)
-    infos = [wanted]
-    if plan and survey.present is not None:
-        infos = [part.info for part in plan_parts(survey.present, plan)]
-    parts = [(i, work_of(survey, config.cache, i.folder, i.view, i.domains)) for i in infos]
+    """What is to be done for one teacher, ``parts`` of it; ``shared``: the pass that it needs."""
+    wanted = plan.info if plan else parts[0][0]
     known = TeacherWork(
         name=teacher.name,
         task=teacher.task,
@@ -69,13 +88,17 @@ def plan_one_teacher(
         units_to_make=sum(work.units for _, work in parts),
         units_present=sum(work.present for _, work in parts),
         replicas=len(wanted.shown.numbers(config.cache.masked_replicas)),
+        shares=() if shared is None else tuple(n for n in shared.names if n != teacher.name),
     )
     if plan and not teacher.vocabulary:
         cut, longest = foreseen_cut(plan, survey.steps)
         known = replace(known, cut=cut, longest=longest)
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)
-    measured = probe_teacher(plan, survey.steps) if plan and probe else None
+    measured = None
+    if plan and probe:
+        alone = Pass((plan,), {})  # of which tails alone are to be made
+        measured = (shared or alone).probe(teacher.name, survey.steps)
     tokens = sum(work.tokens for _, work in parts)
     absent = None if plan else _absence(teacher)
     rate = measured.seconds_per_token if measured else None
@@ -89,9 +112,17 @@ def plan_one_teacher(
         bytes=_bytes(parts, wanted, density, measured),
         at_most=measured is None and any(kind_of(info).bounded for info, _ in parts),
         seconds_per_token=rate,
-        seconds=None if rate is None else rate * tokens,
+        seconds=None if rate is None else _seconds(teacher.name, parts, rate, shared),
         reason=absent or (None if measured else "its time was not probed"),
     )
+
+
+def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> float:
+    """At ``rate`` seconds a token, where its pass is for all teachers that ``shared`` is for."""
+    if shared is None:
+        return rate * sum(work.tokens for _, work in parts)
+    tails = sum(work.tokens for info, work in parts if info.extends is not None)
+    return shared.seconds(name, rate) + rate * len(shared.group) * tails
 
 
 def _bytes(

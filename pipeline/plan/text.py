@@ -27,6 +27,7 @@ def shown_plan(plan: RunPlan) -> str:
     table = text_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
     head = [*_wrapped(lines), *table, *(_wrapped([ABOUT]) if plan.teachers else [])]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
+    lines += _of_shared(plan.teachers)
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
     lines += [_total(plan), f"{plan.break_even.sentence} {plan.break_even.assumes}".rstrip()]
     runs = plan.break_even.teachers
@@ -40,6 +41,16 @@ def shown_plan(plan: RunPlan) -> str:
         lines.append(f"  {one.name}: {one.what}{unknown}")
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join([*head, *_wrapped(lines)]) + "\n"
+
+
+def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
+    """The groups that share their forward passes, each once."""
+    groups = {frozenset((t.name, *t.shares)): t for t in teachers if t.shares}
+    names = [[t.name for t in teachers if t.name in group] for group in groups]
+    return [
+        f"{', '.join(group)}: one forward pass for all of them; its time is divided among them"
+        for group in names
+    ]
 
 
 def _wrapped(sentences: list[str]) -> list[str]:

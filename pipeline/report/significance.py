@@ -28,6 +28,7 @@ class Difference:
     single pair, and where all differences are equal but not 0 (a t of infinity, which says that
     nothing varied rather than how sure the difference is). ``p_adjusted``: Holm's, over all tests
     with the same ``against``: every arm on every task, and on the mean over tasks; None before.
+    ``higher``: the pairs in which ``arm`` scores more; None where nothing is paired.
     """
 
     arm: str
@@ -39,6 +40,7 @@ class Difference:
     p: float | None
     p_adjusted: float | None
     n: int
+    higher: int | None = None
 
     @property
     def interval(self) -> str:
@@ -83,17 +85,17 @@ def paired(
     n = len(first)
     differences = [b - a for a, b in zip(first, second, strict=True)]
     rounding = _ROUNDING * max(map(abs, [*first, *second]))
-    mean = fmean(differences)
+    mean, higher = fmean(differences), sum(one > rounding for one in differences)
     if n == 1:
-        return Difference(*names, mean, None, None, None, None, n)
+        return Difference(*names, mean, None, None, None, None, n, higher)
     if max(differences) - min(differences) <= rounding:
         nothing = abs(mean) <= rounding
         mean = 0.0 if nothing else mean
-        return Difference(*names, mean, mean, mean, 1.0 if nothing else None, None, n)
+        return Difference(*names, mean, mean, mean, 1.0 if nothing else None, None, n, higher)
     half = _half_width(differences, level)
     t = mean / (stdev(differences) / math.sqrt(n))
     p = float(2 * stats.t.sf(abs(t), n - 1))
-    return Difference(*names, mean, mean - half, mean + half, p, None, n)
+    return Difference(*names, mean, mean - half, mean + half, p, None, n, higher)
 
 
 def unpaired(

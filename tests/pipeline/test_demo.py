@@ -7,25 +7,31 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.config import load_cycle
+from rekindle.pipeline.cycle.finetuned import folder_of
+from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.students import students_of
 from rekindle.pipeline.demo import (
     FULL,
     QUICK,
     DemoSettings,
+    closing_lines,
     cycle_config,
     run_demo,
     start_config,
     start_jobs,
 )
 from rekindle.pipeline.progress import Progress
+from rekindle.pipeline.report.significance import mean_interval
+from testlib.cycles import TASKS, cycle, edit, scores_of
 
 both = pytest.mark.parametrize("settings", [QUICK, FULL], ids=["quick", "full"])
 
@@ -48,19 +54,53 @@ def test_what_makes_the_start_model_comes_one_after_another(
 def test_the_configurations_are_files_that_the_commands_read(
     settings: DemoSettings, tmp_path: Path
 ) -> None:
-    start, cycle = start_config(tmp_path, settings), cycle_config(tmp_path, settings)
+    start, whole = start_config(tmp_path, settings), cycle_config(tmp_path, settings)
     (tmp_path / "start.yaml").write_text(dump_config(start))
-    (tmp_path / "cycle.yaml").write_text(dump_config(cycle))
+    (tmp_path / "cycle.yaml").write_text(dump_config(whole))
     assert load_config(tmp_path / "start.yaml") == start
-    assert load_cycle(tmp_path / "cycle.yaml") == cycle
+    assert load_cycle(tmp_path / "cycle.yaml") == whole
     # The text is tokenized once, and all teachers are in one cache.
-    assert (start.corpus, start.cache.path) == (cycle.text_of(""), cycle.cache.path)
+    assert (start.corpus, start.cache.path) == (whole.text_of(""), whole.cache.path)
     assert [teacher.name for teacher in start.teachers] == ["base-lm"]
-    assert cycle.arms == ("expert", "mlm", "mixture")
-    assert {name: (one.tasks, one.masked) for name, one in students_of(cycle).items()} == {
-        "mixture": (("part", "kind", "next"), True),
+    # Guidance is held against all that could explain a gain without it.
+    assert whole.primary is not None
+    assert {whole.primary.arm, *whole.primary.against} == {*whole.arms}
+    assert {"expert", "longer", "mlm"} == {*whole.primary.against}
+    assert cycle_config(tmp_path, FULL).seeds == 5  # as --quick says
+    assert whole.all_teach  # no seed of an expert is chosen, by dev or otherwise
+    assert {name: (one.tasks, one.masked) for name, one in students_of(whole).items()} == {
+        "mixture": (("part", "kind"), True),
         "mlm": ((), True),
     }
+
+
+# --- what it says at its end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seeds", "gains"), [(1, [0.1]), (3, [0.1, 0.2, -0.03])])
+def test_the_closing_lines_have_the_interval_and_in_how_many_seeds_it_helped(
+    seeds: int, gains: list[float], tmp_path: Path
+) -> None:
+    primary = {"arm": "kd", "against": ["expert"]}
+    out = cycle(tmp_path, ("expert", "kd"), search={}, seeds=seeds, primary=primary)
+    for task, (arm, place) in product(TASKS, (("expert", 0), ("kd", 1))):
+
+        def scored(metrics: dict, task: str = task, place: int = place) -> None:
+            for one, gain in zip(metrics["per_seed"], gains, strict=True):
+                one["test_scores"] = scores_of(task, 0.5 + place * gain)
+
+        edit(out / folder_of(arm, task) / "metrics.json", scored)
+    head, line, *more = closing_lines(read_results(out))
+    assert "mean over 3 tasks" in head
+    assert line.startswith(f"  kd over expert: {100 * fmean(gains):+.2f}")
+    if seeds == 1:
+        (one_seed,) = more
+        assert "one seed" in one_seed.lower()
+        assert "`pipeline demo`" in one_seed
+        return
+    low, high = mean_interval(gains) or (0, 0)
+    assert line.endswith(f"[{100 * low:+.2f} … {100 * high:+.2f}], higher in 2 of 3 seeds")
+    assert not more
 
 
 # --- the directory --------------------------------------------------------------------------------
@@ -114,16 +154,18 @@ def test_the_whole_demo_and_again_after_an_interrupt(tmp_path: Path) -> None:
     text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     for word in (
-        "mixture",
         "base-lm",
         "bytes/token",
         "the cache has paid for itself",
         "report.html",
+        "mixture over mlm: ",
     ):
         assert word in text
     page = (whole / "report.html").read_text()
     assert "http" not in page
-    for directory in ("made/base", "experts/part", "students/mixture", "fine-tuned/mixture/next"):
+    for told in (text, page):
+        assert "One seed (--quick) says nothing of chance" in told
+    for directory in ("made/base", "experts/part", "students/mixture", "fine-tuned/mixture/kind"):
         assert (whole / directory / "model.safetensors").is_file()
 
     process = start(broken)

@@ -124,8 +124,7 @@ class LanguageLoss:
             return [Lesson(named[term.teachers[0]], term, weight, targets, rows)]
         lessons = []
         for name in term.teachers:
-            target = self.batch.targets[name]
-            assert isinstance(target, TokenTargetBatch)
+            target = self._target(term, name)
             rows = self.rows.match(target, self.width)
             taught = kd_targets(target, term.temperature, term.k, self.device)
             chosen = None
@@ -134,9 +133,14 @@ class LanguageLoss:
             lessons.append(Lesson(named[name], term, weight, taught, rows, chosen))
         return lessons
 
+    def _target(self, term: DistillTerm, name: str) -> TokenTargetBatch:
+        """The targets of a teacher, as the term reads them."""
+        target = self.batch.targets[name]
+        assert isinstance(target, TokenTargetBatch)
+        return target.interpolating(term.interpolates)
+
     def _mixture(self, term: DistillTerm) -> tuple[LossTargets, Rows]:
-        targets = [self.batch.targets[name] for name in term.teachers]
-        batches = [target for target in targets if isinstance(target, TokenTargetBatch)]
+        batches = [self._target(term, name) for name in term.teachers]
         places = [self.rows.match(target, self.width) for target in batches]
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(

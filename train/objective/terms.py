@@ -6,6 +6,7 @@ Names that the cache does not have are refused before, by ``Cache.teacher``.
 from collections.abc import Iterator, Mapping, Sequence
 
 from rekindle.data.errors import InputError, naming
+from rekindle.data.targets.between import expected_error, knots
 from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.divergences import SKEWED
@@ -29,6 +30,24 @@ def check_terms(
                 raise InputError(problem)
 
 
+def told_of_between(
+    terms: Sequence[DistillTerm], teachers: Mapping[str, TeacherInfo]
+) -> Iterator[str]:
+    """Yield, of each teacher that is read at a temperature between its stored ones, a line: from
+    which it is interpolated, and how far that may be off.
+    """
+    for term in terms:
+        for info in (teachers[name] for name in term.teachers if term.interpolates):
+            tau, stored = term.temperature, info.temperatures
+            if info.is_vocabulary and vocabulary_kind(info).interpolates(tau):
+                at = ", ".join(f"{stored[slot]:g}" for slot in knots(tau, stored))
+                yield (
+                    f"teacher {info.name}: at temperature {tau:g} the mass outside its top "
+                    f"{info.k} is interpolated from those stored at {at}; expect errors of up to "
+                    f"{expected_error(tau, stored, info.k or 1):.1g} nats of KL (docs/targets.md)"
+                )
+
+
 def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Iterator[str]:
     """Say what of a term cannot be computed."""
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
@@ -48,6 +67,11 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
         yield f"{names} judge sequences and tokens, which share no mean; use a term each"
     if term.k is not None and kinds != {"vocabulary"}:
         yield f"k is for vocabulary teachers; of {names} all logits are kept"
+    if term.interpolates and kinds != {"vocabulary"}:
+        yield (
+            f"temperature_between is for vocabulary teachers; {names} can be read at any "
+            "temperature, so leave it out"
+        )
     if term.entropy_fraction is not None and kinds != {"vocabulary"}:
         yield f"entropy_fraction is for vocabulary teachers; {names} are none"
     if kinds == {"vocabulary"}:
@@ -89,7 +113,7 @@ def _vocabulary_problems(
                 f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
                 "positions"
             )
-        vocabulary_kind(info).slot(term.temperature, term.k)
+        vocabulary_kind(info).slots(term.temperature, term.k, term.interpolates)
     yield from estimate_problems(term, [vocabulary_kind(info) for info in infos])
 
 

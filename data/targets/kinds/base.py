@@ -18,6 +18,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import flat_lists, list_array, list_type, offsets_of
 from rekindle.data.storage.seal import FORMAT_VERSION
 from rekindle.data.storage.shards import describe, rows_in_batches
+from rekindle.data.targets.between import knots
 from rekindle.data.targets.codec import Columns, Floats
 from rekindle.data.targets.codec_compact import Widths
 from rekindle.data.targets.codec_registry import CODECS, Codec
@@ -279,15 +280,30 @@ class VocabularyKind(TargetKind):
         Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample.
         """
 
+    def interpolates(self, temperature: float) -> bool:
+        """Whether it is no stored temperature, and lies between three or more with a tail each."""
+        return self.has_tail and knots(temperature, self.info.temperatures) != ()
+
     def slot(self, temperature: float, k: int | None = None) -> int:
         """Return which of the stored temperatures it is; 0 where all of them can be read.
+
+        Raises InputError as ``slots`` does.
+        """
+        return self.slots(temperature, k)[0]
+
+    def slots(
+        self, temperature: float, k: int | None = None, between: bool = False
+    ) -> tuple[int, ...]:
+        """Return which of the stored temperatures it is read from: the one that it is, or, if it
+        may lie ``between`` them, the three that it is interpolated from (``targets/between.py``).
+        (0,) where all of them can be read.
 
         Raises InputError at a temperature that is not stored, for a ``k`` below that of a sample,
         and for one above what is kept.
         """
         info = self.info
         if self.whole:
-            return 0
+            return (0,)
         if k is not None and k != self.k and self.sampled:
             raise InputError(
                 f"teacher {info.name!r} keeps a sample of {self.k} ({self.name}): a part of it "
@@ -298,14 +314,22 @@ class VocabularyKind(TargetKind):
                 f"teacher {info.name!r} keeps {self.k} candidates; k = {k} is not cached"
             )
         if temperature in info.temperatures:
-            return info.temperatures.index(temperature)
+            return (info.temperatures.index(temperature),)
+        if between and self.interpolates(temperature):
+            return knots(temperature, info.temperatures)
         reason = (
             "a sample is of one distribution. Change"
             if self.sampled
             else f"the mass outside its top {self.k} at another one is not known (or not yet of "
             "all text: `pipeline cache-teachers` was not finished). Add it to"
         )
+        last = "or train at a stored one"
+        if between and self.has_tail:
+            last += ". Interpolated is what lies between the least and the largest of three or more"
+        elif self.interpolates(temperature):
+            last = "train at a stored one, or have the distillation term interpolate it "
+            last += "(temperature_between: interpolate)"
         raise InputError(
             f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
-            f"{temperature}: {reason} the teacher's targets.temperatures, or train at a stored one"
+            f"{temperature}: {reason} the teacher's targets.temperatures, {last}"
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.targets.between import odds_between
 from rekindle.data.targets.codec import Columns, Floats, decode_ids
 from rekindle.data.targets.codec_compact import Widths
 from rekindle.data.targets.head import StoredHead
@@ -38,6 +39,18 @@ class TopK(VocabularyKind):
         slot = self.slot(temperature, k)
         log_probs, log_tail = self.codec.decode(columns, temperature, slot, k)
         return self.candidate_ids(columns)[:, :k], log_probs, log_tail
+
+    def interpolated(self, columns: Columns, temperature: float) -> tuple["TopK", Columns]:
+        """Return what the columns would be, had ``temperature`` been stored, and their kind.
+
+        For one that ``interpolates`` accepts; see ``targets/between.py``.
+        """
+        slots = list(self.slots(temperature, between=True))
+        at = [self.info.temperatures[slot] for slot in slots]
+        relative = self.codec.decode(columns, at[0], slots[0], None)[0] * np.float32(at[0])
+        found = odds_between(relative, columns["tail_log_odds"][:, slots], at, temperature)
+        info = self.info.model_copy(update={"temperatures": (temperature,)})
+        return type(self)(info), columns | {"tail_log_odds": found[:, None]}
 
     def problems(self, columns: Columns) -> Iterator[str]:
         """Yield what no writer of ours would have written."""

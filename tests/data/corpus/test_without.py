@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -9,7 +10,9 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.source import without
 from rekindle.data.source.held_texts import Found
+from rekindle.data.source.records import read_records
 from rekindle.data.source.without import read_held
 from rekindle.data.storage.store import LocalStore
 
@@ -208,8 +211,8 @@ def test_each_line_of_a_txt_file_is_a_text(tmp_path):
     [
         ('{"query": "a"}', (), r"has none of the fields text, sentence.*\(it has: query\)"),
         ('{"question": "a"}', ["questio"], r"no field 'questio'.*did you mean 'question'"),
-        ('{"text": "a"}\n{"text": null}', (), r"row 2: text must be a string.*missing"),
-        ('{"text": 3}', (), r"row 1: text must be a string.*an? int"),
+        ('{"text": "a"}\n{"text": null}', (), r":2: text must be a string.*missing"),
+        ('{"text": 3}', (), r":1: text must be a string.*an? int"),
         ("bad", (), "not JSON"),
         ("", (), "has no rows"),
         ('{"text": "?"}', (), "no text with a letter"),
@@ -228,3 +231,43 @@ def test_a_file_that_is_not_there_or_no_test_is_said(tmp_path):
         held("python-docs")
     with pytest.raises(ValueError, match="without_fields are those of the files in without"):
         CorpusConfig(source="a.txt", tokenizer="t", without_fields="text")
+
+
+def test_every_row_of_a_test_has_the_fields_of_its_first(tmp_path):
+    """Else texts that are nowhere looked for would be left in the corpus."""
+    file = tmp_path / "t.jsonl"
+    pair = {"sentence1": "one", "sentence2": "two", "label": 1}
+
+    def refused(rows, *fields):
+        file.write_text("\n\n".join(map(json.dumps, rows)))  # the third line is the second row
+        with pytest.raises(InputError) as caught:
+            read_held([str(file)], fields, ["text"])
+        return str(caught.value)
+
+    lacking = rf"{file}:3: sentence2 must be a string .*missing; every row must have the fields"
+    for fields in ((), ("sentence1", "sentence2")):
+        assert re.search(lacking, refused([pair, {"sentence1": "one", "id": 4}], *fields))
+        assert re.search(lacking, refused([pair, pair | {"sentence2": None}], *fields))
+    told = refused([{"sentence1": "one"}, pair])
+    assert f"{file}:3 has sentence2, and the first row of the file has not" in told
+    assert "with corpus.without_fields" in told
+    held = read_held([str(file)], ["sentence1"], ["text"])  # so it is as it is asked
+    assert held.size == 1
+    file.write_text("\n".join(map(json.dumps, [pair, pair | {"id": 3}])))  # no text
+    assert read_held([str(file)], (), ["text"]).size == 2
+
+
+def test_a_file_that_has_not_changed_is_read_once(tmp_path, monkeypatch):
+    file, opened = tmp_path / "t.jsonl", []
+    file.write_text(json.dumps({"text": "one"}))
+    monkeypatch.setattr(
+        without, "read_records", lambda *given: opened.append(given) or read_records(*given)
+    )
+    first = read_held([str(file)], (), ["text"])
+    assert read_held([str(tmp_path / "*.jsonl")], (), ["text"]) is first
+    assert len(opened) == 1
+    assert read_held([str(file)], ("text",), ["text"]).digest == first.digest  # asked otherwise
+    assert len(opened) == 2
+    file.write_text(json.dumps({"text": "two"}))
+    assert read_held([str(file)], (), ["text"]).digest != first.digest
+    assert len(opened) == 3

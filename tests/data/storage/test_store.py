@@ -283,7 +283,7 @@ def test_the_local_copies_go_with_the_store():
 
 def test_another_process_has_a_client_and_copies_of_its_own(tmp_path):
     """A fork that is done with the store leaves the copies to the process that made them."""
-    store = ObjectStore(f"local://{tmp_path}/cache")
+    store = ObjectStore(f"local://{tmp_path}")
     store.replace("a", b"1")
     mine = store.local_file("a")
     other = pickle.loads(pickle.dumps(store))

@@ -20,6 +20,7 @@ from rekindle.pipeline.builtin.tasks import (
     labelled_examples,
     passages,
     split_of,
+    unlabelled_passages,
     write_corpus,
 )
 from rekindle.train.finetune.task_data import read_task
@@ -136,6 +137,19 @@ def test_a_limited_corpus_is_a_part_of_the_whole_one(
     assert few == [name for name in everything if name in set(few)]
     for task in TASKS:
         assert splits(tmp_path, task) == splits(written, task)
+
+
+def test_unlabelled_passages_are_texts_as_the_tasks_have_them(
+    pages: list[PythonDoc], tmp_path: Path
+) -> None:
+    """Each once, all that the corpus's documents have of them, without labels."""
+    write_corpus(pages, SIZES, tmp_path, tasks=(), unlabelled=unlabelled_passages)
+    found = rows(tmp_path / "corpus.jsonl")
+    others = [page for page in pages if split_of(page.id) == "corpus"]
+    texts = [row["text"] for row in found]
+    assert len({*texts}) == len(texts) == len({row["id"] for row in found})
+    assert {*texts} == {example.text for page in others for example in TASKS[1].examples(page)}
+    assert {*found[0]} == {"id", "text", "domain"}
 
 
 def test_finetune_can_read_the_files(written: Path) -> None:

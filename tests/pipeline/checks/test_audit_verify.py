@@ -244,7 +244,7 @@ def test_positions_that_are_missing_are_a_problem(copy, configure, teachers, nam
     shutil.rmtree(copy / "targets" / name)
     run = make_unit.run_unit
 
-    def forgetful(teacher: Any, unit: Any, kept: Any) -> UnitResult:
+    def forgetful(teacher: Any, unit: Any, **_: Any) -> UnitResult:
         found = run(teacher, unit)
         if unit.shard != 1:
             return found

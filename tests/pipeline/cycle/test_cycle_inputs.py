@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.cycle import inputs
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import _read, read_draws, read_tasks, write_tasks
 from rekindle.pipeline.cycle.sections import CycleTask
@@ -261,3 +262,17 @@ def test_a_missing_file_is_named(tmp_path):
 
     with pytest.raises(InputError, match=r"none\.jsonl"):
         read_tasks(Config())
+
+
+def test_files_are_read_once_for_all_draws(folder, monkeypatch):
+    read = []
+    task = task_of(folder, numbered(60), train_examples=20)
+    monkeypatch.setattr(inputs, "read_task", lambda *p, **s: read.append(p) or read_task(*p, **s))
+    draws = [_read(task, seed) for seed in (0, 1, 0)]
+    assert read == [(task.train, task.test)]
+    assert not np.array_equal(draws[0].rows["train"], draws[1].rows["train"])
+    assert draws[0].facts == draws[2].facts
+    before = draws[0].digests
+    again = _read(task_of(folder, numbered(61), train_examples=20), 0)
+    assert len(read) == 2
+    assert again.digests[task.train] != before[task.train]

@@ -32,6 +32,8 @@ SURE, UNSURE, WORSE = (0.05, 0.051, 0.049), (0.05, -0.04, 0.02), (-0.05, -0.051,
     ("gains", "words"),
     [
         ({"both": SURE}, ["both beats expert on cola: matthews ", ", +5.00 [+4.75, +5.25] points"]),
+        ({"both": SURE}, ["over expert, more than chance (higher in 3 of 3 seeds)"]),
+        ({"kd": UNSURE}, ["not told apart (higher in 2 of 3 seeds)"]),
         (
             {"mlm": (0.0, 0.001, 0), "both": SURE},
             ["over mlm (the text alone) +4.97", "than chance"],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 
 from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.settings import parse_settings
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan.break_even import active_steps
 from rekindle.pipeline.plan.figures import BreakEven, CorpusPlan, RunPlan, TeacherWork, Totals
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
+from rekindle.pipeline.plan.shared import Pass
 from rekindle.pipeline.plan.text import shown_plan, shown_seconds
 from testlib.planned import NAMES, WHOLE, of
 
@@ -24,9 +27,9 @@ def test_a_slow_teacher_is_probed_on_one_sequence(tmp_path, configure, teachers,
     seen: list[int] = []
     run = plan_probe._run
 
-    def slow(teacher: Any, steps: Any, shard: int) -> Any:
+    def slow(teacher: Any, steps: Any, shard: int, beside: Any) -> Any:
         seen.append(shard)
-        unit, result, _ = run(teacher, steps, shard)
+        unit, result, _ = run(teacher, steps, shard, beside)
         return unit, result, 1.0  # a second per token
 
     monkeypatch.setattr(plan_probe, "_run", slow)
@@ -49,6 +52,37 @@ def test_replicas_count_for_the_time(tmp_path, configure, teachers, monkeypatch)
     found = plan_run(configure(tmp_path, teachers[:2], cache={"replicas": 3}))
     assert of(found, "lm").seconds == pytest.approx(3 * found.corpus.tokens)
     assert of(found, "causal").seconds == pytest.approx(found.corpus.tokens)
+
+
+def test_teachers_that_share_a_pass_divide_its_time(tmp_path, configure, teachers, monkeypatch):
+    """Together they cost what one costs; what one alone has to make is its own."""
+    monkeypatch.setattr(plan_probe, "_run", _at_a_second_per_token(plan_probe._run))
+    causal = teachers[1]
+    drawn = causal | {"name": "drawn", "targets": {"kind": "random", "k": 8}}
+    found = plan_run(configure(tmp_path / "cache", [*teachers[:2], drawn]))
+    tokens = found.corpus.tokens
+    assert [t.shares for t in found.teachers] == [(), ("drawn",), ("causal",)]
+    assert of(found, "lm").seconds == pytest.approx(2 * tokens)
+    for name in ("causal", "drawn"):
+        assert of(found, name).seconds == pytest.approx(tokens / 2)
+        assert of(found, name).seconds_per_token == pytest.approx(1 / 2)
+    assert found.totals.seconds == pytest.approx(3 * tokens)
+    assert "causal, drawn: one forward pass for all of them; its time" in shown_plan(found)
+    alone = configure(tmp_path / "cache", [causal])
+    assert of(plan_run(alone), "causal").bytes == of(found, "causal").bytes
+    cache_teachers(alone)
+    after = plan_run(configure(tmp_path / "cache", [causal, drawn]))
+    assert [t.shares for t in after.teachers] == [(), ()]
+    assert [t.seconds for t in after.teachers] == pytest.approx([0, tokens])
+
+
+def test_a_token_is_divided_among_those_it_is_shown_to():
+    names = ("a", "b", "c")
+    group = tuple(SimpleNamespace(info=SimpleNamespace(name=name)) for name in names)
+    one = Pass(group, {"a": 10.0, "b": 4.0, "c": 10.0})
+    found = [one.seconds(name, 2.0) for name in names]
+    assert found == pytest.approx([8 + 18, 8, 8 + 18])  # 4 tokens at 6 s of three, 6 of two
+    assert sum(found) == pytest.approx(10 * 6.0)
 
 
 def _at_a_second_per_token(run: Any) -> Any:
@@ -96,8 +130,8 @@ def test_break_even_counts_forward_passes(tmp_path, configure, teachers):
 
 
 def test_break_even_weighs_teachers_by_their_time(tmp_path, configure, teachers, monkeypatch):
-    def run(teacher: Any, steps: Any, shard: int) -> Any:
-        return (*original(teacher, steps, shard)[:2], 100.0 if teacher.info.name == "lm" else 1.0)
+    def run(teacher: Any, *more: Any) -> Any:
+        return (*original(teacher, *more)[:2], 100.0 if teacher.info.name == "lm" else 1.0)
 
     original = plan_probe._run
     monkeypatch.setattr(plan_probe, "_run", run)

@@ -107,6 +107,8 @@ def test_the_other_way_round_has_the_other_sign(drawn):
     one, other = paired(first, second), paired(second, first)
     assert (one.mean, one.low, one.high) == pytest.approx((-other.mean, -other.high, -other.low))
     assert one.p == pytest.approx(other.p)
+    assert one.higher == sum(b - a > 1e-9 for a, b in zip(first, second, strict=True))
+    assert one.higher + other.higher <= one.n  # the others are equal
 
 
 @given(pairs, st.integers(-4, 4))
@@ -166,7 +168,7 @@ def test_one_difference_with_every_seed_is_no_test():
 def test_rounding_alone_is_no_difference():
     first = [0.1 + 0.2, 0.7, 0.3]
     result = paired(first, [0.3, 0.7, 0.1 * 3])
-    assert (result.mean, result.p) == (0, 1)
+    assert (result.mean, result.p, result.higher) == (0, 1, 0)
 
 
 def test_a_single_pair_has_a_difference_and_no_more():

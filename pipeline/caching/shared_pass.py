@@ -1,0 +1,46 @@
+"""Which teachers share a forward pass: entries of one model that keep different things of it.
+
+Each stays a teacher of its own, with its name, files and commits; what a pass gives is scored for
+each of them. Only language models keep several kinds of target, so only they share.
+"""
+
+from collections.abc import Hashable, Sequence
+
+from rekindle.pipeline.caching.teachers import TeacherPlan
+
+Group = tuple[TeacherPlan, ...]
+
+
+def passes(parts: Sequence[TeacherPlan]) -> list[Group]:
+    """Group the parts of teachers by the forward pass that they need, in the order of the first of
+    each; no two of a group belong to one teacher.
+    """
+    groups: dict[Hashable, list[TeacherPlan]] = {}
+    for number, part in enumerate(parts):
+        key = decides_pass(part)
+        own = groups.get(key, []) if key is not None else []
+        if key is None or part.info.name in {other.info.name for other in own}:
+            key = number
+        groups.setdefault(key, []).append(part)
+    return [tuple(group) for group in groups.values()]
+
+
+def decides_pass(plan: TeacherPlan) -> Hashable | None:
+    """Return all that decides a language model's forward passes over a corpus, batches included;
+    None of what shares with nobody: task experts, and tails, which are of ids that lie there.
+    """
+    info, config = plan.info, plan.config
+    if not config.vocabulary or info.extends is not None:
+        return None
+    prints = tuple(sorted(info.fingerprints.items()))
+    decided = (info.task, info.view, info.domains, info.precision, info.vocabulary_size)
+    return (plan.directory, prints, config.batch_tokens, *decided)
+
+
+def told_of_shared(group: Group) -> str:
+    """Say that the teachers of a group share their passes."""
+    names, lead = ", ".join(plan.info.name for plan in group), group[0].info
+    return (
+        f"teachers {names}: one forward pass of {lead.model} for all of them (the same model, view "
+        f"and precision: {lead.precision})"
+    )

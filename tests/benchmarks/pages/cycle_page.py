@@ -1,0 +1,284 @@
+"""What a page says of a cycle's results, in Markdown: between its marks all is written by this."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from of_rows import draws_of, results_of, whole_draws
+from record import Cell
+
+from rekindle.data.counted import counted
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.scores import MEAN, CycleResults
+from rekindle.pipeline.cycle.tables import own_tables, primary_tables
+from rekindle.pipeline.cycle.verdict import verdict_of
+from rekindle.pipeline.report.scores import (
+    TaskScores,
+    difference_cells,
+    difference_head,
+    difference_tables,
+    score_table,
+)
+from rekindle.pipeline.report.significance import Difference
+from rekindle.pipeline.report.table import NOTHING, Table, table_of
+from testlib.cycles import escaped, markdown_of
+
+_TOLD = {
+    "expert": "the start model, fine-tuned",
+    "start": "the start model, fine-tuned",
+    "longer": "the start model, fine-tuned for twice the epochs",
+    "mlm": "masked LM alone on the same text",
+    "pseudo": "the expert's classes as labels on the same text",
+}
+_ALL = "all tasks"  # whose seconds they are where all tasks have one text
+
+
+def table(one: Table) -> str:
+    """A table without its title, which the page says in its own words."""
+    return markdown_of(one).partition("\n\n")[2]
+
+
+def folded(summary: str, *blocks: str) -> str:
+    """What is shown on a click."""
+    return "\n\n".join([f"<details><summary>{summary}</summary>", *blocks, "</details>"])
+
+
+def picture(name: str, told: str) -> str:
+    """A picture beside the page."""
+    return f"![{told}]({name}.svg)"
+
+
+def differences(results: CycleResults) -> Iterator[str]:
+    """A folded table for each arm that others are compared with."""
+    for one in difference_tables(results.differences, results.unit):
+        against = next(a for a in _TOLD if f"differences to {a} on test" in one.title)
+        told = _TOLD[against]
+        if against == "expert" and "start" in results.arms:
+            told = "the experts, which are of another model"
+        tests = len(one.columns[0].cells)
+        yield folded(f"against {against}: {told} ({counted(tests, 'comparison')})", table(one))
+
+
+def scores(results: CycleResults) -> str:
+    """The table of scores as the cycle has it."""
+    return table(own_tables(results)[0])
+
+
+def caption(unit: str) -> str:
+    """What is seen in a picture of differences."""
+    return (
+        f"Differences in points (right is better), paired by {unit}, with 95 % intervals (no line: "
+        f"one {unit}); filled where p after Holm is below 0.05."
+    )
+
+
+# --- a page of recorded cells ---------------------------------------------------------------------
+
+
+def measured(name: str, config: CycleConfig, rows: Sequence[Cell]) -> str:
+    """Everything that the ``rows`` say, of a table whose picture is called ``name``."""
+    cells = config.label_draws * len(config.tasks)
+    first = f"**{len(rows)} of {cells} cells are measured** (a cell: one task in one draw)"
+    if not rows:
+        return f"{first}: nothing is known yet."
+    results = results_of(config, rows)
+    shown = picture(name, f"differences of the arms on each task: {name}")
+    return "\n\n".join(
+        [
+            f"{first}.",
+            _done(config, rows),
+            *_primary(config, rows, results),
+            shown,
+            caption("draw"),
+            "### Scores",
+            "Test scores in %: mean ± sample deviation over the draws, as many as are told.",
+            table(_scores(results)),
+            "### All differences",
+            *differences(results),
+            "### What it cost",
+            *_costs(config, rows),
+            "### What it was made of",
+            *_made_of(config, rows),
+        ]
+    )
+
+
+def _done(config: CycleConfig, rows: Sequence[Cell]) -> str:
+    there = draws_of(rows)
+    head = ["task", *(f"draw {draw}" for draw in range(config.label_draws))]
+    names = [task.name for task in config.tasks]
+    lines = [
+        [name, *("yes" if d in there.get(name, ()) else NOTHING for d in range(config.label_draws))]
+        for name in names
+    ]
+    return table(table_of("", head, lines, words=len(head)))
+
+
+def _primary(config: CycleConfig, rows: Sequence[Cell], results: CycleResults) -> Iterator[str]:
+    if (primary := results.primary) is None:
+        return
+    yield "### The primary comparison"
+    whole = whole_draws(config, rows)
+    verdict = verdict_of(results)
+    yield f"{verdict[0].upper()}{verdict[1:]}."
+    same = " `expert` is the start model fine-tuned, which the file calls `start`."
+    same = "" if "start" in results.arms or "expert" not in primary.against else same
+    if len(results.tasks) > 1:
+        if len(whole) < config.label_draws:
+            told = ", ".join(map(str, whole)) or "none so far"
+            yield (
+                "**It is not complete**: the mean over tasks is over the draws that have all "
+                f"{len(results.tasks)} tasks ({told}; {config.label_draws} are planned).{same}"
+            )
+        elif same:
+            yield same.strip()
+    (one,) = primary_tables(results)
+    yield table(one)
+    if len(results.tasks) > 1:
+        found = {(o.arm, o.against, o.task): o for o in results.differences}
+        yield (
+            "The same on each task, over the draws that are measured of it (secondary: these say "
+            "what to look at next, and prove nothing; Holm over all tests against the same arm)."
+        )
+        yield table(_by_task(primary.arm, primary.against, results, found))
+
+
+def _by_task(
+    arm: str,
+    against: Sequence[str],
+    results: CycleResults,
+    found: Mapping[tuple[str, str, str], Difference],
+) -> Table:
+    head = ["task", f"{arm} against", *difference_head(results.unit)]
+    lines = [
+        [task, base, *difference_cells(found.get((arm, base, task)))]
+        for task in results.metrics
+        for base in against
+    ]
+    return table_of("", head, lines, words=2)
+
+
+def _scores(results: CycleResults) -> Table:
+    """As the cycle has them, but each task with its own number of draws."""
+    by_column: dict[tuple[str, str], dict[str, Sequence[float]]] = {}
+    for one in results.scores:
+        by_column.setdefault((one.task, one.metric), {})[one.arm] = one.scores
+    order = [*results.metrics, MEAN]
+    columns = []
+    for task, metric in sorted(by_column, key=lambda column: order.index(column[0])):
+        column = TaskScores(task, "" if task == MEAN else metric, "", by_column[task, metric])
+        columns.append(column)
+    arms = list(dict.fromkeys(one.arm for one in results.scores))
+    made = score_table("arm", arms, columns)
+    counts = ["", *(max(len(one.of(arm)) for arm in arms) for one in columns)]
+    named = [
+        replace(column, title=f"{column.title} ({counted(int(count), 'draw')})")
+        if count
+        else column
+        for column, count in zip(made.columns, counts, strict=True)
+    ]
+    return replace(made, columns=named)
+
+
+def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
+    """Mean seconds over the draws of what an arm needs, by task."""
+    columns: dict[str, dict[str, list[dict[str, float]]]] = {}
+    seen: set[tuple[str, int]] = set()
+    for one in rows:
+        whose = one["seconds_of"]
+        if (whose, one["draw"]) in seen:  # of all tasks: the same in each
+            continue
+        seen.add((whose, one["draw"]))
+        for arm, kinds in one["seconds"].items():
+            columns.setdefault(whose, {}).setdefault(arm, []).append(kinds)
+    yield (
+        "Seconds of all that an arm needs, from labels and text to its scores, mean over draws: "
+        "experts and their passes over the text are counted for every arm that they teach, the "
+        "search, which draw 0 makes for all, in every draw."
+    )
+    head = ["arm", *columns]
+    lines = []
+    for arm in config.arms:
+        sums = [[sum(k.values()) for k in columns[c].get(arm, [])] for c in columns]
+        lines.append([arm, *(f"{fmean(s):,.0f}" if s else NOTHING for s in sums)])
+    yield table(table_of("", head, lines, words=1))
+    kinds = list(
+        dict.fromkeys(k for c in columns.values() for a in c.values() for s in a for k in s)
+    )
+    parts = []
+    for whose, arms in columns.items():
+        lines = [
+            [arm, *(_mean_of(kind, arms[arm]) for kind in kinds)]
+            for arm in config.arms
+            if arm in arms
+        ]
+        parts += [f"**{escaped(whose)}**", table(table_of("", ["arm", *kinds], lines, words=1))]
+    yield folded("by kind of stage", *parts)
+    if any(one["unrecorded"] for one in rows):
+        unknown = sorted({s for one in rows for u in one["unrecorded"].values() for s in u})
+        yield f"Not recorded, and in no sum: {', '.join(unknown)}."
+
+
+def _mean_of(kind: str, draws: Sequence[Mapping[str, float]]) -> str:
+    found = [one[kind] for one in draws if kind in one]
+    return f"{fmean(found):,.0f}" if found else NOTHING
+
+
+def _made_of(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
+    lines = []
+    for task in config.tasks:
+        if ones := [one for one in rows if one["task"] == task.name]:
+            facts, text = [one["facts"] for one in ones], ones[0]["text"]
+            numbers = [_range([f[key] for f in facts]) for key in ("train", "dev", "test")]
+            held = [sum(f["held"].values()) for f in facts]
+            left = "removed" if text["removed"] else "kept"
+            found = (
+                NOTHING
+                if text["exact"] is None
+                else f"{text['exact']:,} + {text['near']:,}, {left}"
+            )
+            lines.append([task.name, facts[0]["metric"], *numbers, found, _range(held)])
+    head = ["task", "metric", "train", "dev", "test"]
+    head += ["records of the text that hold a test text (as it stands + nearly)"]
+    head += ["rows of train and dev that are a row of test, left out"]
+    yield table(table_of("", head, lines, words=2))
+    if config.search:
+        yield "What was chosen on dev in draw 0, by arm, and taken over in the others:"
+        yield table(_chosen(config, rows))
+    yield _with(rows)
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _chosen(config: CycleConfig, rows: Sequence[Cell]) -> Table:
+    by_task = {one["task"]: one["chosen"] for one in reversed(rows)}
+    names = [task.name for task in config.tasks if task.name in by_task]
+    lines = [[arm, *(_point(by_task[name][arm]) for name in names)] for arm in config.arms]
+    return table_of("", [", ".join(config.search), *names], lines, words=1)
+
+
+def _point(chosen: Mapping[str, Any]) -> str:
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in chosen.values())
+
+
+def _with(rows: Sequence[Cell]) -> str:
+    """Devices, days, versions and commits; which cells are of which, where they differ."""
+
+    def told(one: Cell) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        return f"{one['device']}; {one['precision']}; {versions}; commit {one['commit']}"
+
+    found: dict[str, list[Cell]] = {}
+    for one in rows:
+        found.setdefault(told(one), []).append(one)
+    lines = []
+    for words, ones in found.items():
+        days = sorted({one["date"] for one in ones})
+        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        cells = ", ".join(f"{one['task']} {one['draw']}" for one in ones)
+        lines.append(f"- {when}: {words}" + (f" ({cells})" if len(found) > 1 else ""))
+    return "\n".join(["Measured (the day it was recorded):", *lines])

@@ -1,0 +1,162 @@
+"""Writes the tables and pictures of the result pages from the recorded rows.
+
+    python tests/benchmarks/pages/make.py                # all
+    python tests/benchmarks/pages/make.py few_labels     # one
+
+Between ``<!-- begin NAME … -->`` and ``<!-- end NAME -->`` a page is overwritten, the rest of it is
+written by hand. ``tests/benchmarks/pages/test_pages.py`` makes them again, and compares.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scipy import stats
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = HERE.parent
+sys.path[:0] = [str(HERE), str(BENCHMARKS.parent / "lib")]
+
+import cycle_page  # noqa: E402
+import pictures  # noqa: E402
+from of_rows import results_of  # noqa: E402
+from record import plan_of, read_rows  # noqa: E402
+
+from rekindle.pipeline.cycle.scores import CycleResults  # noqa: E402
+
+ROOT = BENCHMARKS.parents[1]
+PAGES = ROOT / "docs" / "results"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is made of a page: its regions by name, and its pictures by the names of their files."""
+
+    regions: Mapping[str, str]
+    pictures: Mapping[str, str] = field(default_factory=dict)
+
+
+def glue() -> Made:
+    """Knowledge rekindle on GLUE, at the size of two cores."""
+    file = BENCHMARKS / "glue" / "glue_two_cores_results.json"
+    results = CycleResults.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    shown = cycle_page.picture(
+        "glue", "differences of the arms on GLUE's four tasks and their mean"
+    )
+    regions = {
+        "picture": f"{shown}\n\n{cycle_page.caption('seed')}",
+        "scores": cycle_page.scores(results),
+        "differences": "\n\n".join(cycle_page.differences(results)),
+    }
+    on_gpu = of_cells("glue", "glue_gpu")
+    regions["gpu"] = on_gpu.regions["measured"]
+    return Made(regions, {"glue.svg": _differences(results), **on_gpu.pictures})
+
+
+def muki_clinc150() -> Made:
+    """MUKI on CLINC150: its tables are written by hand, and a test holds them against the rows."""
+    rows = []
+    for name, kind, found in muki_rows():
+        low, high = None, None
+        if "sd" in found:
+            n = int(found["seeds"])
+            low, high = stats.t.interval(0.95, n - 1, found["accuracy"], found["sd"] / n**0.5)
+            low, high = float(low), float(high)
+        rows.append((f"{kind}: {name.removeprefix('oracle, ')}", found["accuracy"], low, high))
+    groups = {"experts": "", "student": "", "oracle": ""}
+    title = "right answers among 150 intents, %; a line: 95 % interval over three seeds"
+    return Made({}, {"muki_clinc150.svg": pictures.means(rows, title, groups)})
+
+
+def muki_rows() -> list[tuple[str, str, dict[str, float]]]:
+    """What was recorded of every row of the table: its name, kind and values."""
+    kinds = {"cpu, experts": "experts", "cpu, student": "student", "cpu, oracle": "oracle"}
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    with open(BENCHMARKS / "results.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["benchmark"] == "muki-clinc" and row["case"] in kinds:
+                cell = found.setdefault((row["provider"], kinds[row["case"]]), {})
+                cell[row["metric"]] = float(row["value"])
+    return [(name, kind, values) for (name, kind), values in found.items()]
+
+
+def of_cells(table: str, picture: str = "") -> Made:
+    """A table whose cells are recorded one by one; its ``picture`` has its name, or this one."""
+    picture = picture or table
+    folder = BENCHMARKS / table
+    config, rows = plan_of(folder), read_rows(folder)
+    drawn = {f"{picture}.svg": _differences(results_of(config, rows))} if rows else {}
+    return Made({"measured": cycle_page.measured(picture, config, rows)}, drawn)
+
+
+def _differences(results: CycleResults) -> str:
+    return pictures.differences(
+        results.differences, list(results.metrics), [results.base, "mlm", "longer"]
+    )
+
+
+def state() -> Made:
+    """The table of RESULTS.md: what is measured of each."""
+    lines = ["| result | what is measured |", "|---|---|"]
+    for name, (title, about) in TITLES.items():
+        lines.append(f"| [{title}](docs/results/{name}.md) | {about or _cells(name)} |")
+    return Made({"state": "\n".join(lines)})
+
+
+def _cells(table: str) -> str:
+    config, rows = plan_of(BENCHMARKS / table), read_rows(BENCHMARKS / table)
+    tasks = ", ".join(task.name for task in config.tasks)
+    cells = f"{len(rows)} of {config.label_draws * len(config.tasks)} cells"
+    return f"{cells} ({tasks}; {config.label_draws} draws of the labels each)"
+
+
+# Of each page its name in RESULTS.md, and what is measured; where that is empty, it is counted.
+TITLES = {
+    "glue": (
+        "knowledge rekindle on GLUE",
+        "four tasks, six arms, five seeds; the size of two cores",
+    ),
+    "muki_clinc150": ("MUKI on CLINC150", "three experts, 150 intents, one to three seeds"),
+    "few_labels": ("few labels, the task's own text", ""),
+    "small_expert": ("small experts", ""),
+}
+MAKERS: dict[str, Callable[[], Made]] = {
+    "glue": glue,
+    "muki_clinc150": muki_clinc150,
+    "few_labels": lambda: of_cells("few_labels"),
+    "small_expert": lambda: of_cells("small_expert"),
+    "RESULTS": state,
+}
+
+
+def written(page: str, regions: Mapping[str, str]) -> str:
+    """The text of a page with these regions anew. Raises ValueError for one that it lacks."""
+    for name, text in regions.items():
+        pattern = re.compile(rf"(<!-- begin {name}\b[^>]*-->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if len(pattern.findall(page)) != 1:
+            raise ValueError(f"the page has not exactly one region {name!r}")
+        page = pattern.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    return page
+
+
+def page_of(name: str) -> Path:
+    """Where the page is."""
+    return ROOT / "RESULTS.md" if name == "RESULTS" else PAGES / f"{name}.md"
+
+
+def make(names: Sequence[str]) -> None:
+    """Write these pages and their pictures, and the table in RESULTS.md."""
+    for name in dict.fromkeys([*names, "RESULTS"]):
+        made, path = MAKERS[name](), page_of(name)
+        path.write_text(written(path.read_text(encoding="utf-8"), made.regions), encoding="utf-8")
+        for file, picture in made.pictures.items():
+            assert len(picture) < pictures.MOST_BYTES, f"{file} has {len(picture)} bytes"
+            (PAGES / file).write_text(picture, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make(sys.argv[1:] or list(MAKERS))

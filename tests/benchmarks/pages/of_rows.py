@@ -1,0 +1,100 @@
+"""What recorded cells say together: the results of a cycle, as its own command would tell them.
+
+The scores of an arm are by draw of the labels. A task's are over the draws in which it is measured;
+the mean over tasks is over those draws alone that have all tasks.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from record import Cell
+
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.scores import (
+    MEAN,
+    ArmScores,
+    CycleResults,
+    Primary,
+    TaskFacts,
+    TextFacts,
+    differences_of,
+    main_scores,
+    over_draws,
+)
+
+
+def results_of(config: CycleConfig, rows: Sequence[Cell]) -> CycleResults:
+    """The results of the cells that are recorded, of the cycle that the file plans."""
+    facts = {one["task"]: TaskFacts(**one["facts"]) for one in rows}
+    tasks = [
+        facts.get(task.name, TaskFacts(task.name, task.metric or "accuracy", 0, 0, 0))
+        for task in config.tasks
+    ]
+    metrics = {task.name: task.metric for task in tasks}
+    draws = {draw: _of_draw(rows, draw) for draw in sorted({one["draw"] for one in rows})}
+    scores, _ = over_draws(draws)
+    scores += over_draws({d: _means(draws[d], metrics) for d in whole_draws(config, rows)})[0]
+    scores = [one for arm in _arms(scores) for one in scores if one.arm == arm]
+    file = config.model_dump(mode="json")
+    results = CycleResults(
+        arms=list(config.arms),
+        tasks=tasks,
+        scores=scores,
+        differences=differences_of(config.arms, metrics, scores),
+        searched=[],
+        costs={},
+        notes=[],
+        settings={"settings": file},
+        draws=[*draws],
+        texts=[TextFacts(**one["text"]) for one in _first_of_task(rows)],
+    )
+    primary = Primary.of(file["primary"], main_scores(scores, metrics), results.where)
+    return CycleResults(**(vars(results) | {"primary": primary}))
+
+
+def whole_draws(config: CycleConfig, rows: Sequence[Cell]) -> list[int]:
+    """The draws that have all tasks."""
+    names = {task.name for task in config.tasks}
+    there = draws_of(rows)
+    draws = {draw for found in there.values() for draw in found}
+    return sorted(d for d in draws if all(d in there.get(name, ()) for name in names))
+
+
+def draws_of(rows: Sequence[Cell]) -> dict[str, list[int]]:
+    """The draws that are recorded of each task."""
+    found: dict[str, list[int]] = {}
+    for one in rows:
+        found.setdefault(one["task"], []).append(one["draw"])
+    return found
+
+
+def _first_of_task(rows: Sequence[Cell]) -> list[Cell]:
+    """A cell of each task; the text is the same in all of its draws."""
+    return list({one["task"]: one for one in reversed(rows)}.values())[::-1]
+
+
+def _of_draw(rows: Sequence[Cell], draw: int) -> list[ArmScores]:
+    return [
+        ArmScores.of(one["arm"], cell["task"], one["metric"], one["seeds"], one["test"])
+        for cell in rows
+        if cell["draw"] == draw
+        for one in cell["scores"]
+    ]
+
+
+def _means(scores: Sequence[ArmScores], metrics: Mapping[str, str]) -> list[ArmScores]:
+    """The mean over all tasks of each arm in one draw, by the tasks' main metrics."""
+    if len(metrics) == 1:
+        return []
+    main = main_scores(scores, metrics)
+    found = []
+    for arm in _arms(scores):
+        ones = [main[arm, task] for task in metrics if (arm, task) in main]
+        if len(ones) == len(metrics):
+            means = [fmean(seed) for seed in zip(*(one.scores for one in ones), strict=True)]
+            found.append(ArmScores.of(arm, MEAN, MEAN, [], means))
+    return found
+
+
+def _arms(scores: Sequence[ArmScores]) -> list[str]:
+    return list(dict.fromkeys(one.arm for one in scores))

@@ -1,0 +1,236 @@
+"""Adds what a folder of `pipeline rekindle` has finished to a table's rows, and makes its page.
+
+    python tests/benchmarks/pages/record.py few_labels runs/few-labels
+
+A cell is one task in one draw of the labels. It is a line of ``cells.jsonl`` in the table's folder
+once all its arms are scored; a line that is there stays as it is, so that rows of several machines
+and days stand in one file (to measure a cell anew, remove its line). Run it on the machine that has
+measured, with the code that has: both are recorded as they are here.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.errors import InputError, RekindleError
+from rekindle.pipeline.cycle.arms import WITH_TEACHERS
+from rekindle.pipeline.cycle.cells import Cells, read_cells
+from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
+from rekindle.pipeline.cycle.costs import arm_costs
+from rekindle.pipeline.cycle.finetuned import own_head
+from rekindle.pipeline.cycle.results import read_results
+from rekindle.pipeline.cycle.scores import CycleResults, scores_of
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = HERE.parent
+CELLS = "cells.jsonl"
+
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where and with what cells were measured."""
+
+    device: str
+    commit: str
+    date: str
+
+    @classmethod
+    def here(cls) -> "Origin":
+        """This machine, and the commit of this code, with a + where it was changed since."""
+        spec = spec_from_file_location("results_csv", BENCHMARKS / "results_csv.py")
+        assert spec is not None
+        assert spec.loader is not None
+        results_csv = module_from_spec(spec)  # its folder on the path would hide other packages
+        spec.loader.exec_module(results_csv)
+
+        def git(*words: str) -> str:
+            root = BENCHMARKS.parents[1]
+            try:
+                done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+            except FileNotFoundError:
+                return ""
+            return done.stdout.strip()
+
+        code = ("data", "kernels", "pipeline", "train")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        commit = git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        return cls(results_csv.hardware(), commit, datetime.date.today().isoformat())
+
+
+def plan_of(table: Path) -> CycleConfig:
+    """The cycle that a table is of: its file stands in the table's folder and has its name."""
+    return load_cycle(table / f"{table.name}.yaml").without_twins()
+
+
+# --- what a cycle's folder has --------------------------------------------------------------------
+
+
+def cells_in(run: Path, told: list[str], origin: Origin) -> Iterator[Cell]:
+    """The finished cells in a cycle's folder ``run``; what others lack is added to ``told``."""
+    drawn = {int(one.name): one for one in (run / DRAWS_FOLDER).glob("*/")}
+    if not drawn and read_results(run).draws is None:
+        drawn = {0: run}
+    for draw, home in sorted(drawn.items()):
+        try:
+            found = read_results(home)
+        except InputError:  # nothing of this draw is there but its folder
+            continue
+        cells = read_cells(home, found, found.settings.get("search") or {})
+        for task in found.metrics:
+            # Where all tasks have one text, what a student has cost is of all of them.
+            tasks = [task] if any(one.task for one in found.texts) else found.metrics
+            if lacking := [what for one in tasks for what in _lacking(found, cells, one)]:
+                missing = ", ".join(dict.fromkeys(lacking))
+                told.append(f"draw {draw}, {task}: not finished ({missing})")
+            else:
+                yield _cell(draw, task, found, cells, origin)
+
+
+def _lacking(found: CycleResults, cells: Cells, task: str) -> Iterator[str]:
+    for arm in found.arms:
+        if (arm, task) not in cells.found:
+            yield arm
+        elif arm in WITH_TEACHERS and (arm, task) not in cells.heads:
+            yield own_head(arm)
+    if not any(one.task in ("", task) for one in found.texts):
+        yield "test texts in its text"
+
+
+def _cell(draw: int, task: str, found: CycleResults, cells: Cells, origin: Origin) -> Cell:
+    """Everything that is recorded of one task in one draw."""
+    ones = {arm: cells.found[arm, task] for arm in found.arms}
+    selected = found.file.get("experts", {}).get("teacher") != "all"
+    scores = scores_of(found.arms, [task], cells.found, cells.heads, selected)
+    own_text = any(one.task == task for one in found.texts)
+    tasks = [task] if own_text else list(found.metrics)
+    costs = arm_costs(found.arms, tasks, _of_task(cells, task) if own_text else cells)
+    text = next(one for one in found.texts if one.task in ("", task))
+    expert = next(iter(ones.values()))
+    searched = found.settings.get("search") or {}
+    return {
+        "draw": draw,
+        "task": task,
+        "facts": asdict(next(one for one in found.tasks if one.name == task)),
+        "primary": found.file.get("primary"),
+        "scores": [
+            {"arm": one.arm, "metric": one.metric, "seeds": one.seeds, "test": one.scores}
+            for one in scores
+        ],
+        "dev": {arm: dict(zip(one.seeds, one.dev, strict=True)) for arm, one in ones.items()},
+        "chosen": {arm: {key: one.config[key] for key in searched} for arm, one in ones.items()},
+        "seconds": {
+            one.arm: {kind: round(seconds, 1) for kind, seconds in one.by_kind.items()}
+            for one in costs
+        },
+        "seconds_of": task if own_text else "all tasks",
+        "unrecorded": {one.arm: one.unknown for one in costs if one.unknown},
+        "text": asdict(text),
+        "precision": expert.precision,
+        "versions": dict(expert.versions),
+        **asdict(origin),
+    }
+
+
+def _of_task(cells: Cells, task: str) -> Cells:
+    """The same, with the students of one task alone, where each task has its own text."""
+    name = re.compile(rf"\w+-{re.escape(task)}(\.\d+)?")
+    kept = {one: cost for one, cost in cells.students.items() if name.fullmatch(one)}
+    return replace(cells, students=kept)
+
+
+# --- the file of rows -----------------------------------------------------------------------------
+
+
+def read_rows(table: Path) -> list[Cell]:
+    """The recorded cells of a table; none before the first."""
+    path = table / CELLS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def merged(rows: list[Cell], new: Iterator[Cell], config: CycleConfig) -> list[Cell]:
+    """The rows with the ``new`` cells that they lack, by task in the order of the file, and draw.
+
+    Raises InputError for cells of another table.
+    """
+    order = [task.name for task in config.tasks]
+    by_cell = {(order.index(one["task"]), one["draw"]): one for one in rows}
+    for one in new:
+        check_of_table(one, config)
+        by_cell.setdefault((order.index(one["task"]), one["draw"]), one)
+    return [by_cell[key] for key in sorted(by_cell)]
+
+
+def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
+    """Raise InputError for a cell that is not one of the table's: another comparison was named
+    before it ran, or it has other arms, tasks or draws.
+    """
+    primary = config.primary and config.primary.model_dump(mode="json")
+    metrics = {task.name: task.metric or cell["facts"]["metric"] for task in config.tasks}
+    for what, here, there in (
+        ("primary comparison", cell["primary"], primary),
+        ("arms", sorted(cell["dev"]), sorted(config.arms)),
+        ("metric", cell["facts"]["metric"], metrics.get(cell["task"])),
+        ("draws", cell["draw"] in range(config.label_draws), True),
+    ):
+        if here != there:
+            raise InputError(
+                f"draw {cell['draw']}, {cell['task']}: {what} {here!r}, and the table's file says "
+                f"{there!r}. Rows of one table are of one file: give the folder of that cycle"
+            )
+
+
+def write_rows(table: Path, rows: list[Cell]) -> None:
+    """Write them all, a cell a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (table / CELLS).write_text(text, encoding="utf-8")
+
+
+def record(table: Path, run: Path, origin: Origin) -> list[str]:
+    """Add what ``run`` has finished to the ``table``'s rows; sentences of what was done."""
+    config, rows, told = plan_of(table), read_rows(table), list[str]()
+    there = {(one["draw"], one["task"]) for one in rows}
+    found = merged(rows, cells_in(run, told, origin), config)
+    new = [one for one in found if (one["draw"], one["task"]) not in there]
+    if new:
+        write_rows(table, found)
+    added = [f"added: draw {one['draw']}, {one['task']}" for one in new]
+    cells = config.label_draws * len(config.tasks)
+    return [*told, *added, f"{len(found)} of {cells} cells are recorded in {table / CELLS}"]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", help="a folder of tests/benchmarks, such as few_labels")
+    parser.add_argument("run", type=Path, help="what --out of pipeline rekindle named")
+    parser.add_argument("--device", help="what it ran on, if not this machine")
+    parser.add_argument("--commit", help="of the code that ran, if not this one")
+    given = parser.parse_args()
+    origin = Origin.here()
+    origin = replace(
+        origin, device=given.device or origin.device, commit=given.commit or origin.commit
+    )
+    table = BENCHMARKS / given.table
+    try:
+        print("\n".join(record(table, given.run, origin)))
+    except RekindleError as error:
+        sys.exit(f"error: {error}")
+    from make import make  # the page is of all rows that there are
+
+    make([given.table])
+
+
+if __name__ == "__main__":
+    main()
