@@ -334,8 +334,7 @@ class TrainConfig(StepConfig):
     prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="of weights, data order and dropout")
     checkpoint_every: Annotated[Free[Interval], Formerly(STEPS_ONCE)] = Field(
-        "5 min",
-        description="a time (90 s, 5 min, 1.5 h), or so many steps; and at the end or an interrupt",
+        "5 min", description="a time (90 s, 5 min, 1.5 h), or so many steps; always one at the end"
     )
     log_gradients_every: Free[Count | None] = Field(
         100,
