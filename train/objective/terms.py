@@ -16,15 +16,18 @@ from rekindle.train.objective.label_union import LabelUnion
 
 
 def check_terms(
-    terms: Sequence[DistillTerm], teachers: Mapping[str, TeacherInfo], task: str
+    terms: Sequence[DistillTerm],
+    teachers: Mapping[str, TeacherInfo],
+    task: str,
+    where: str = "train.objective.distill",
 ) -> None:
-    """Raise InputError, naming the term, for one that cannot be computed."""
+    """Raise InputError, naming the term below ``where``, for one that cannot be computed."""
     names = [name for term in terms for name in term.teachers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"teacher {twice!r} stands in two distill terms; use one term per teacher")
     for number, term in enumerate(terms):
-        with naming(f"train.objective.distill.{number}"):
+        with naming(f"{where}.{number}"):
             infos = [teachers[name] for name in term.teachers]
             for problem in _problems(term, infos, task):
                 raise InputError(problem)

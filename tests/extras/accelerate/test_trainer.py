@@ -1,0 +1,146 @@
+"""The mixin with the real Trainer: the losses of our own loop, however the steps are made."""
+
+import json
+
+import pytest
+import torch
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset
+from rekindle.train.hf.trainer import DistillationMixin
+from testlib.several.forked import end_well, forked_world
+from testlib.trainers.runs import (
+    BATCH,
+    SEED,
+    STEPS,
+    losses,
+    our_losses,
+    teaching,
+    trainer_of,
+)
+
+
+def made(new_student, cache, out, **more):
+    from transformers import Trainer, TrainingArguments
+
+    class KDTrainer(DistillationMixin, Trainer):
+        pass
+
+    distillation = more.pop("distillation", None) or teaching(cache)
+    return trainer_of(KDTrainer, TrainingArguments, new_student(), distillation, out, **more)
+
+
+@pytest.fixture(scope="session")
+def ours(taught, tmp_path_factory):
+    task, path, student = taught
+    out = tmp_path_factory.mktemp("ours") / "run"
+    found = our_losses(Cache.open(path), student, task, out)
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
+    return pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [BATCH, BATCH // 2])
+def test_its_losses_are_those_of_our_loop(taught, ours, cache, new_student, tmp_path, batch):
+    """Over epochs, so over replicas of the masks; by half of the batch at a time, too."""
+    trainer = made(new_student, cache, tmp_path, batch=batch, each=BATCH // batch)
+    assert trainer.args.remove_unused_columns
+    trainer.train()
+    assert losses(trainer) == ours
+    row = trainer.state.log_history[0]
+    parts = 0.5 * row["ce"] + 0.7 * 4 * row["kd/big"] + 0.4 * row["kd/odd.lm"]
+    assert parts == pytest.approx(row["loss"], rel=1e-5)
+
+
+def in_two_processes(new_student, path, out, **more):
+    """The losses that the first of two processes logs."""
+
+    def work():
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        torch.set_num_threads(1)
+        given = more.pop("sequences", None)
+        cache = Cache.open(path)
+        data = CacheDataset(cache, seed=SEED, sequences=given)
+        trainer = made(new_student, cache, out, train_dataset=data, ddp_backend="gloo", **more)
+        assert trainer.args.world_size == 2
+        trainer.train()
+        if trainer.args.process_index == 0:
+            (out / "losses.json").write_text(json.dumps(losses(trainer)))
+
+    end_well(forked_world(work))
+    return json.loads((out / "losses.json").read_text())
+
+
+def test_two_processes_share_every_step(taught, ours, new_student, tmp_path):
+    assert in_two_processes(new_student, taught[1], tmp_path, batch=1, each=2) == ours
+
+
+def test_processes_that_do_not_divide_the_epoch(taught, cache, new_student, tmp_path):
+    """Nine sequences: the second process's last batch holds one that has no loss."""
+    nine, more = list(range(9)), {"max_steps": 6}
+    found = in_two_processes(new_student, taught[1], tmp_path, batch=2, sequences=nine, **more)
+    data = CacheDataset(cache, seed=SEED, sequences=nine)
+    one = made(new_student, cache, tmp_path / "one", train_dataset=data, **more)
+    one.train()
+    assert found == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_resumed_in_the_midst_of_an_epoch(taught, ours, cache, new_student, tmp_path, kind):
+    """Three steps are an epoch; the checkpoint is of the fifth."""
+    saved = {"save_strategy": "steps", "save_steps": 5}
+
+    def trainer(**more):
+        data = CacheDataset(cache, seed=SEED)
+        if kind == "iterable":
+            data = IterableCacheDataset(cache, BATCH, seed=SEED)
+        return made(new_student, cache, tmp_path, train_dataset=data, **saved, **more)
+
+    first = trainer()
+    first.add_callback(stop_at(7))
+    first.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert len(losses(first)) == 7
+    assert losses(first)[:5] + losses(again)[5:] == ours
+
+
+def stop_at(step):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **more):
+            control.should_training_stop = state.global_step == step
+
+    return Stop()
+
+
+def test_batches_may_be_made_in_workers_and_evaluated(taught, ours, cache, new_student, tmp_path):
+    persistent = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    data = CacheDataset(cache, seed=SEED)
+    trainer = made(new_student, cache, tmp_path, built={"eval_dataset": data}, **persistent)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert losses(trainer) == ours
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_what_cannot_teach_is_refused_before_training(taught, cache, new_student, tmp_path):
+    def refused(message, **more):
+        with pytest.raises(InputError, match=message):
+            made(new_student, cache, tmp_path, **more)
+
+    whole = teaching(cache).collator()
+    plain = {"data_collator": lambda items: {"input_ids": whole(items)["input_ids"]}}
+    refused("a batch has input_ids and no targets", built=plain)
+    refused("train_dataset is a list; targets belong", train_dataset=[{"input_ids": [1]}])
+    share = CacheDataset(cache, rank=1, world_size=2)
+    refused("the share of process 1 of 2", train_dataset=share)
+    refused("say another loss", label_smoothing_factor=0.1)
+    other = new_student()
+    other.resize_token_embeddings(50)
+    with pytest.raises(InputError, match="another vocabulary than the targets: 50 rows"):
+        made(lambda: other, cache, tmp_path)

@@ -1,0 +1,140 @@
+"""The loss of a loop of one's own: the objective's, from logits and from hidden states."""
+
+import numpy as np
+import pytest
+import torch
+
+from rekindle.data.errors import InputError
+from rekindle.train.hf.collator import TARGETS
+from rekindle.train.hf.dataset import Place
+from rekindle.train.hf.distillation import Distillation
+from testlib.objective.setting import EPOCH, Setting
+from testlib.students import gradients, same_gradients
+
+MASKED = [
+    {"teachers": ["big"], "temperature": 2.0, "weight": 0.7},
+    {"teachers": ["whole"], "temperature": 2.0, "weight": 0.5},
+    {"teachers": ["odd.lm"], "temperature": 4.0},
+]
+CAUSAL = [
+    {"teachers": ["lm"], "temperature": 2.0, "weight": 0.7},
+    {"teachers": ["odd"], "weight": 1.5},
+]
+
+
+@pytest.fixture(params=["masked_world", "causal_world"])
+def setting(request):
+    terms = MASKED if request.param == "masked_world" else CAUSAL
+    objective = {"hard": {"weight": 0.5}, "distill": terms}
+    return Setting(request.getfixturevalue(request.param), objective)
+
+
+@pytest.fixture
+def teaching(setting):
+    terms = setting.objective.config.distill
+    return Distillation(
+        setting.cache,
+        [term.teachers[0] for term in terms],
+        kd_weight={term.teachers[0]: term.weight for term in terms},
+        temperature={term.teachers[0]: term.temperature for term in terms},
+        ce_weight=0.5,
+    )
+
+
+def batch_of(setting, teaching, index=None):
+    index = setting.index if index is None else index
+    return teaching.collator()([Place(int(number), EPOCH) for number in index])
+
+
+@pytest.mark.parametrize("road", ["logits", "hidden"])
+def test_losses_and_gradients_are_the_objectives(setting, teaching, road):
+    expected = setting.run()
+    found = batch_of(setting, teaching)
+    batch, labels = found.pop(TARGETS), found.pop("labels")
+    student = setting.student
+    student.zero_grad()
+    if road == "logits":
+        made = teaching.loss(student.model(**found).logits, batch, labels)
+    else:
+        every = torch.arange(labels.numel())
+        hidden = student(found, every).hidden.view(*labels.shape, -1)
+        head = student.output_head
+        made = teaching.hidden_loss(hidden, head.weight, batch, labels, bias=head.bias)
+    made.loss.backward()
+    assert float(made.loss.detach()) == pytest.approx(float(expected[0]), rel=1e-5)
+    assert float(made.ce) == pytest.approx(expected[1]["ce"], rel=1e-5)
+    same_gradients(gradients(student), expected[2])
+
+
+def test_micro_batches_sum_up_to_the_batch(setting, teaching):
+    """One of them may be a sequence that only fills up a share."""
+    parts = [batch_of(setting, teaching, part) for part in np.split(setting.index[:16], [5, 6])]
+    parts.append(teaching.collator()([Place(3, EPOCH, counts=False)]))
+    counts = teaching.counts([(part[TARGETS], part["labels"]) for part in parts])
+
+    def loss(found, counts=None):
+        shown = {name: v for name, v in found.items() if name not in (TARGETS, "labels")}
+        logits = setting.student.model(**shown).logits
+        made = teaching.loss(logits, found[TARGETS], found["labels"], counts).loss
+        assert made.requires_grad
+        return float(made.detach())
+
+    shares = [loss(part, counts) for part in parts]
+    assert shares[-1] == 0
+    assert sum(shares) == pytest.approx(loss(batch_of(setting, teaching, setting.index[:16])))
+
+
+def test_labels_are_those_of_transformers(setting, teaching):
+    """The cross-entropy of the collator's labels is that of a model that is given them."""
+    found = batch_of(setting, teaching)
+    model, tokens = setting.student.model, teaching.vocabulary_size
+    alone = Distillation(setting.cache, list(teaching.infos), kd_weight=0)
+    assert not alone.terms
+    batch, labels = found.pop(TARGETS), found["labels"]
+    with torch.no_grad():
+        logits = model(**found).logits
+        own = model.loss_function(logits[..., :tokens], labels, vocab_size=tokens)
+    assert float(alone.loss(logits, batch, labels).loss) == pytest.approx(float(own), rel=1e-5)
+    labels[:4] = -100  # no cross-entropy of what a loop leaves out
+    with torch.no_grad():
+        own = model.loss_function(logits[..., :tokens], labels, vocab_size=tokens)
+    assert float(alone.loss(logits, batch, labels).loss) == pytest.approx(float(own), rel=1e-5)
+
+
+def test_what_cannot_be_learnt_is_refused(masked_world):
+    cache = masked_world.open()
+
+    def refused(message, teachers=("big",), **more):
+        with pytest.raises(InputError, match=message):
+            Distillation(cache, teachers, **more)
+
+    refused(r"'big' stores the temperatures \[1.0, 2.0, 4.0\], not 3", temperature=3.0)
+    refused("'sense' is a sequence_classification expert: its logits need a head", ["sense"])
+    refused("'big' is a masked_lm; a causal_lm student has no loss", task="causal_lm")
+    refused("has no teacher 'none'", ["none"])
+    refused("k = 9 is not cached", k=9)
+    refused("has the masked views", masked_view="masked-other")
+    refused("nothing is trained", kd_weight=0, ce_weight=0)
+    refused("kd_weight names 'wide'; the teachers are", kd_weight={"wide": 1.0})
+    refused("teachers is 'big'; give a list", "big")
+    with pytest.raises(InputError, match="made of items that are dict"):
+        Distillation(cache, ["big"]).collator()([{"input_ids": [1]}])
+
+
+def test_a_teacher_of_other_masks_is_refused(masked_world, monkeypatch):
+    """Where a cache has several masked views."""
+    cache = masked_world.open()
+    view = cache.masked_view()
+    other = type("Other", (), {"name": "masked-other", "kind": view.kind})()
+    monkeypatch.setitem(cache.views, "masked-other", other)
+    with pytest.raises(InputError, match=r"'big' saw the masks .*, the student would see masked-o"):
+        Distillation(cache, ["big"], masked_view="masked-other")
+
+
+def test_a_student_of_another_task_is_refused(masked_world, causal_world):
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(str(masked_world.student))
+    Distillation(masked_world.open(), ["big"]).check_student(model)
+    with pytest.raises(InputError, match="the student is a BertForMaskedLM, a masked_lm; the"):
+        Distillation(causal_world.open(), ["lm"]).check_student(model)

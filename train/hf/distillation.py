@@ -1,0 +1,347 @@
+"""What a student is taught of a cache, and its loss: λ·τ²·divergence + μ·cross-entropy.
+
+For a training loop of one's own; the losses are those of ``rekindle.kernels.losses``. Every mean is
+over the whole step, all its micro-batches and processes, where their counts are given. B sequences,
+S positions, V vocabulary, H hidden; P rows with a loss.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rekindle.data.batch import Batch
+from rekindle.data.cache import Cache
+from rekindle.data.corpus.config import content_ids
+from rekindle.data.corpus.shared_ids import unshared_ids
+from rekindle.data.corpus.tokenizer import wrap_tokenizer
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.data.targets.kinds.registry import vocabulary_kind
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.kernels.call import StudentLogits
+from rekindle.kernels.losses import kd_loss
+from rekindle.train.config import DistillTerm
+from rekindle.train.hf.collator import TargetCollator
+from rekindle.train.model.fitting import SAID
+from rekindle.train.model.split_model import OutputHead
+from rekindle.train.objective.language_loss import IGNORED, head_loss
+from rekindle.train.objective.selection import Counts
+from rekindle.train.objective.terms import check_terms
+from rekindle.train.to_device import DeviceBatch, DeviceTargets, to_device
+
+log = logging.getLogger("rekindle")
+
+T = TypeVar("T")
+Rows = Callable[[Tensor], Tensor | StudentLogits]  # what the losses take of the student, at rows
+
+
+class StepShare(NamedTuple):
+    """A micro-batch's share of a step's loss: shares of all micro-batches and processes sum up."""
+
+    loss: Tensor  # μ·ce + Σ λ·τ²·kd; it alone carries a gradient
+    ce: Tensor
+    kd: dict[str, Tensor]  # by teacher
+
+
+class Distillation:
+    """Teachers of a cache, how they teach, and what it weighs beside the cross-entropy."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        teachers: Sequence[str],
+        *,
+        task: str | None = None,
+        kd_weight: float | Mapping[str, float] = 1.0,
+        ce_weight: float = 1.0,
+        temperature: float | Mapping[str, float] | None = None,
+        divergence: str = "forward_kl",
+        tail: str = "bucket",
+        k: int | Mapping[str, int] | None = None,
+        masked_view: str | None = None,
+    ):
+        """Say what is taught; nothing is read yet.
+
+        Args:
+            cache: with the teachers' targets.
+            teachers: names of language models in it.
+            task: what the student is, masked_lm or causal_lm; None: what the teachers are.
+            kd_weight: λ, for all or by teacher. One of weight 0 is not read.
+            ce_weight: μ, of the cross-entropy on the text.
+            temperature: τ, for all or by teacher; None: 1, or the one that a sample was drawn at.
+            divergence: as of ``kd_loss``.
+            tail: as of ``kd_loss``.
+            k: read so few candidates, for all or by teacher; None: all that are kept.
+            masked_view: of masked LMs the masks of the student; None: the only ones there are.
+
+        Raises InputError for what cannot be learnt: another task, other masks than a teacher's, a
+        temperature or k that is not stored, a divergence that a sample cannot teach.
+        """
+        if isinstance(teachers, str) or not teachers:
+            raise InputError(
+                f"teachers is {teachers!r}; give a list of the cache's language models, "
+                f"{sorted(cache.teachers)}"
+            )
+        self.cache, self.ce_weight = cache, ce_weight
+        self.infos = {name: cache.teacher(name).info for name in teachers}
+        teachers_task = _task_of(self.infos)
+        self.task = task or teachers_task
+        self.masked_view = _masks(cache, self.infos, self.task, masked_view)
+        weights = _of_each(kd_weight, self.infos, "kd_weight")
+        temperatures = _of_each(temperature, self.infos, "temperature")
+        ks = _of_each(k, self.infos, "k")
+        given = [
+            {
+                "teachers": [name],
+                "weight": weights.get(name, 1.0),
+                "temperature": temperatures.get(name) or vocabulary_kind(info).read_at,
+                "divergence": divergence,
+                "tail": tail,
+                "k": ks.get(name),
+            }
+            for name, info in self.infos.items()
+        ]
+        terms = [parse_settings(DistillTerm, term) for term in given]
+        check_terms(terms, self.infos, self.task, "teachers")
+        self.terms = {
+            term.teachers[0]: term for term in terms if weights.get(term.teachers[0], 1.0) > 0
+        }
+        self.weights = {name: float(weights.get(name, 1.0)) for name in self.terms}
+        if ce_weight < 0 or not (ce_weight or self.terms):
+            raise InputError(
+                f"ce_weight is {ce_weight} and kd_weight {kd_weight}: weights are 0 or more, and "
+                "one of them must be more, else nothing is trained"
+            )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V of the corpus: a student's further rows are no tokens, and take no part in a loss."""
+        return int(self.cache.corpus.info["tokenizer"]["size"])
+
+    def collator(self) -> TargetCollator:
+        """Return what makes batches of the places that a data set gives."""
+        return TargetCollator(self.cache, list(self.terms), self.task, self.masked_view)
+
+    def check_student(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Raise InputError for a student of another task or vocabulary than the targets'.
+
+        Without its tokenizer only the number of its rows can be compared.
+        """
+        given: Any = model
+        whole = given.get_base_model() if hasattr(given, "get_base_model") else given
+        kind = type(whole).__name__
+        said = next((task for form, task in SAID.items() if re.search(form, kind)), self.task)
+        if said != self.task:
+            raise InputError(
+                f"the student is a {kind}, a {said}; the targets are of a {self.task}. Use a "
+                "student of the teachers' task, or teachers of its own"
+            )
+        output = whole.get_output_embeddings()
+        rows = whole.config.get_text_config().vocab_size if output is None else len(output.weight)
+        if rows < self.vocabulary_size:
+            raise InputError(
+                f"the student has another vocabulary than the targets: {rows:,} rows, and the "
+                f"cache's tokenizer has {self.vocabulary_size:,} ids. Use a student of the cache's "
+                "tokenizer, or make a cache with this one's"
+            )
+        if rows > self.vocabulary_size:
+            log.info(
+                "the student has %d rows, the cache's tokenizer %d ids: the rows past them are no "
+                "tokens, and take no part in the loss",
+                *(rows, self.vocabulary_size),
+            )
+        if getattr(tokenizer, "backend_tokenizer", None) is not None:
+            facts, beside = self.cache.corpus.info["tokenizer"], np.zeros(0, np.int64)
+            if self.task == "masked_lm" and facts["mask_id"] is not None:
+                beside = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
+            own = wrap_tokenizer(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
+            advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
+            unshared_ids(self.cache.corpus, own, beside, "the student", advice)
+
+    def counts(self, batches: Sequence[tuple[Batch, Tensor]]) -> Counts:
+        """Return how many rows each mean is over: of the micro-batches of a step, each with its
+        ``labels`` [B,S]. ``Counts.over`` sums them over processes.
+        """
+        labels, rows = 0, dict.fromkeys(self.terms, 0)
+        for batch, given in batches:
+            cut = given[:, 1:] if self.task == "causal_lm" else given
+            labels += int((cut != IGNORED).sum())
+            for name in rows:
+                rows[name] += len(batch.targets[name].rows)
+        return Counts(labels, rows)
+
+    def to_device(self, batch: Batch, device: torch.device | str) -> DeviceBatch:
+        """Send a batch's targets to a device, as they are stored."""
+        temperature = {name: term.temperature for name, term in self.terms.items()}
+        k = {name: term.k for name, term in self.terms.items() if term.k is not None}
+        return to_device(batch, device, task=self.task, temperature=temperature, k=k)
+
+    def loss(
+        self,
+        logits: Tensor,
+        batch: Batch | DeviceBatch,
+        labels: Tensor | None = None,
+        counts: Counts | None = None,
+    ) -> StepShare:
+        """Return the loss of a micro-batch from the student's logits [B,S,V].
+
+        Args:
+            logits: of the inputs that the collator gave; V may be padded.
+            batch: the collator's, which is sent to the logits' device here, or sent before.
+            labels: [B,S] as the collator gave them; None: the text's own. −100 has no
+                cross-entropy; targets are learnt all the same.
+            counts: of the whole step; None: of this batch alone.
+        """
+        flat, size = logits.flatten(0, 1), self.vocabulary_size
+
+        def rows(select: Tensor) -> Tensor:
+            return flat[select][:, :size]
+
+        return self._loss(rows, logits, batch, labels, counts, None)
+
+    def hidden_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        batch: Batch | DeviceBatch,
+        labels: Tensor | None = None,
+        counts: Counts | None = None,
+        *,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> StepShare:
+        """Return the same from what the output matrix multiplies, hidden [B,S,H], and the matrix
+        ``weight`` [V,H] (and ``bias`` [V]): the logits are held a bounded block at a time.
+        """
+        head = OutputHead(weight, bias, softcap, logit_scale).cut(self.vocabulary_size)
+        flat = hidden.flatten(0, 1)
+
+        def rows(select: Tensor) -> StudentLogits:
+            return StudentLogits(flat[select], head.weight, head.bias)
+
+        return self._loss(rows, hidden, batch, labels, counts, head)
+
+    def _loss(
+        self,
+        rows: Rows,
+        output: Tensor,
+        batch: Batch | DeviceBatch,
+        labels: Tensor | None,
+        counts: Counts | None,
+        head: OutputHead | None,
+    ) -> StepShare:
+        """Each position goes through the head once where it can: its cross-entropy is formed in the
+        call of the first teacher that has a target at every row.
+        """
+        moved = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, output.device)
+        own = moved.labels if labels is None else self._at(labels.to(output.device), moved.select)
+        counts = counts or self._counts_of(moved, own)
+        scale = self.ce_weight / max(counts.labels, 1)
+        ce = total = output.new_zeros((), dtype=torch.float32)
+        due, kd = self.ce_weight > 0, dict[str, Tensor]()
+        options: dict[str, Any] = {"reduction": "sum"}
+        if head is not None:
+            options |= {"softcap": head.softcap, "logit_scale": head.logit_scale}
+        for name, term in self.terms.items():
+            found = moved.targets[name]
+            assert isinstance(found, DeviceTargets)
+            taught, kd[name] = max(counts.rows[name], 1), torch.zeros_like(ce)
+            if not len(found.select):
+                continue
+            whole = due and len(found.select) == len(moved.select)
+            made = kd_loss(
+                rows(found.select),
+                found.targets,
+                labels=own if whole else None,
+                temperature=found.temperature,
+                ce_weight=scale if whole else 0.0,
+                kd_weight=self.weights[name] / taught,
+                divergence=term.divergence,
+                tail=term.tail,
+                skew=term.skew,
+                ignore_index=IGNORED,
+                **options,
+            )
+            total, kd[name] = total + made.loss, made.kd / taught
+            if whole:
+                ce, due = made.ce / max(counts.labels, 1), False
+        if due and len(moved.select):
+            alone = _cross_entropy(rows(moved.select), own, head)
+            total, ce = total + scale * alone, alone.detach() / max(counts.labels, 1)
+        if not total.requires_grad:  # nothing here has a loss: other processes' passes need this
+            total = total + 0.0 * output.flatten()[0].float()
+        return StepShare(total, ce, kd)
+
+    def _at(self, labels: Tensor, select: Tensor) -> Tensor:
+        """Return the labels [P] of the rows ``select``."""
+        if self.task == "causal_lm":
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return labels.flatten()[select]
+
+    def _counts_of(self, moved: DeviceBatch, labels: Tensor) -> Counts:
+        rows = {name: len(moved.targets[name].select) for name in self.terms}
+        return Counts(int((labels != IGNORED).sum()), rows)
+
+
+def _cross_entropy(rows: Tensor | StudentLogits, labels: Tensor, head: OutputHead | None) -> Tensor:
+    if isinstance(rows, StudentLogits):
+        assert head is not None
+        return head_loss(rows.inputs, head, None, labels=labels, ce_weight=1.0).loss
+    return F.cross_entropy(rows.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _task_of(infos: Mapping[str, TeacherInfo]) -> str:
+    """Return what a student of all the teachers is."""
+    for info in infos.values():
+        if not info.is_vocabulary:
+            raise InputError(
+                f"teacher {info.name!r} is a {info.task} expert: its logits need a head of their "
+                "own beside the student's, which `pipeline train-student` gives it (in a loop of "
+                "your own: rekindle.train.to_device). Name language models"
+            )
+    tasks = sorted({info.task for info in infos.values()})
+    if len(tasks) > 1:
+        raise InputError(
+            f"the teachers are {' and '.join(tasks)}, and no student has a loss at the positions "
+            "of both: name those of the student's task"
+        )
+    return tasks[0]
+
+
+def _masks(
+    cache: Cache, infos: Mapping[str, TeacherInfo], task: str, named: str | None
+) -> str | None:
+    """Return the masked view of the student: the one that is named, its teachers', the only one."""
+    if task != "masked_lm":
+        return None
+    seen = sorted({info.view for info in infos.values() if info.shown.masked})
+    view = cache.masked_view(named or (seen[0] if len(seen) == 1 else None)).name
+    for info in infos.values():
+        if info.shown.masked and info.view != view:
+            raise InputError(
+                f"teacher {info.name!r} saw the masks {info.view}, the student would see {view}: "
+                "its targets are for other inputs. Name teachers that saw the same, or leave "
+                "masked_view out"
+            )
+    return view
+
+
+def _of_each(
+    given: T | Mapping[str, T] | None, infos: Mapping[str, TeacherInfo], what: str
+) -> dict[str, T]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(infos, given)
+    if unknown := sorted(given.keys() - infos.keys()):
+        raise InputError(
+            f"{what} names {', '.join(map(repr, unknown))}; the teachers are {list(infos)}"
+        )
+    return dict(given)
