@@ -14,6 +14,8 @@ from rekindle.pipeline.config import RunConfig, dump_config
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.distributed import join_world
 from rekindle.train.loop import EVERYTHING, TrainResult, train_student
+from rekindle.train.measures import PULL, RATIO
+from rekindle.train.objective.pulls import told_pulls
 from rekindle.train.order.length import in_steps
 from rekindle.train.record.identity import as_run_began, recorded_extent, steps_of_run
 
@@ -41,16 +43,21 @@ def train_from_config(
         join_world() as world,
         progress.task(str(out), unit="steps", total=total) as task,
     ):
+        pulls = ""  # as last measured
 
         def report(step: int, values: Mapping[str, float]) -> None:
+            nonlocal pulls
+            pulls = told_pulls(values) or pulls
             if not task.done:  # neither start-up nor the steps of an earlier call count as speed
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
             speed = filter(None, [task.rates()])
-            terms = [f"{k} {v:.3f}" for k, v in values.items() if k == "ce" or "/" in k]
+            losses = {k: v for k, v in values.items() if not k.startswith((PULL, RATIO))}
+            terms = [f"{k} {v:.3f}" for k, v in losses.items() if k == "ce" or "/" in k]
             wait = f"wait {values['data_wait']:.1%}"
-            task.note(" · ".join([f"loss {values['loss']:.3f}", *speed, wait, *terms]))
+            parts = [f"loss {values['loss']:.3f}", *speed, wait, *terms, pulls]
+            task.note(" · ".join(filter(None, parts)))
 
         if resume:
             begun = config

@@ -160,9 +160,8 @@ class DistillTerm(Settings):
     temperature: Positive = Field(1.0, description="τ of teacher and student; the loss carries τ²")
     temperature_between: Literal["refuse", "interpolate"] = Field(
         "refuse",
-        description="of topk targets at a temperature between three or more stored ones. "
-        "interpolate: the mass outside the kept ids is, quadratically in 1/τ; the error is said "
-        "when training begins (docs/targets.md)",
+        description="of topk targets between three or more stored temperatures. interpolate: the "
+        "mass outside the kept ids is, quadratically in 1/τ; the error is said at the start",
     )
     divergence: Literal[
         "forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl", "mse", "pseudo_label"
@@ -319,9 +318,7 @@ class TrainConfig(StepConfig):
     """How the student is trained."""
 
     micro_batch_sequences: Free[Count | None] = Field(
-        None,
-        description="at most so many sequences per forward pass, a batch's longest first; null: "
-        "the whole batch",
+        None, description="sequences per forward pass, the longest first; null: the whole batch"
     )
     max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null for none")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -337,9 +334,12 @@ class TrainConfig(StepConfig):
     prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="of weights, data order and dropout")
     checkpoint_every: Annotated[Free[Interval], Formerly(STEPS_ONCE)] = Field(
-        "5 min",
-        description="between two checkpoints: a time (90 s, 5 min, 1.5 h), or so many steps; there "
-        "is always one of the end, and of an interrupt",
+        "5 min", description="a time (90 s, 5 min, 1.5 h), or so many steps; always one at the end"
+    )
+    log_gradients_every: Free[Count | None] = Field(
+        100,
+        description="at the first step and every so many more, the norm of each term's weighted "
+        "gradient at what the heads read, and over the cross-entropy's; null for never",
     )
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(

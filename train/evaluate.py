@@ -22,6 +22,7 @@ from rekindle.train.device_batch import inputs_of, kd_targets, language_rows, sp
 from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
+from rekindle.train.model.passes import Remembered
 from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, known_term
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
@@ -171,7 +172,7 @@ def _batch_sums(
     loss: HeldOutLoss | None,
 ) -> Sums:
     """Return the sums of a batch, and add it to the ``loss``: both share the student's passes."""
-    with student.remembering():
+    with student.through(Remembered()):
         sums, known = _own_sums(student, batch, device, data)
         for method in data.methods:
             values = method.evaluate(student, batch, device)

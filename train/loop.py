@@ -31,6 +31,7 @@ from rekindle.train.growth_report import measure_growth, save_growth, saved_grow
 from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE, UNSEEN
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
+from rekindle.train.objective.pulls import with_norms
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import configured_adamw, set_learning_rate
@@ -363,7 +364,7 @@ def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) ->
     seconds = time.perf_counter() - began
     return (
         {"loss": summed, "learning_rate": rate, "grad_norm": norm}
-        | dict(zip(names, values, strict=True))
+        | with_norms(dict(zip(names, values, strict=True)))
         | ({"head_alone": 1.0} if head_alone else {})
         | {"tokens_per_second": tokens / seconds, "tokens": tokens}
     )

@@ -15,6 +15,9 @@ MEASURE = 3
 TEACHERS_SINCE = 2  # kl and agreement are measured as they are today
 SECTION = "evaluation"  # of a run's record; its key is `measure`
 UNSEEN = "on sequences held out of training"  # what held-out values are of, where they are printed
+# What a step's record says of a term's gradient, before the term's name.
+PULL = "gradient/"  # its norm
+RATIO = "gradient_ratio/"  # that, over the norm of the cross-entropy's
 
 Value = TypeVar("Value")
 

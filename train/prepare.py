@@ -154,7 +154,9 @@ def prepare_objective(
     infos = {name: teacher.info for name, teacher in teachers.items()}
     _check_k(cache, config, infos)
     objective = Objective(
-        config.objective, infos, task, config.steps, methods, head_steps=config.warm_head_steps
+        *(config.objective, infos, task, config.steps, methods),
+        head_steps=config.warm_head_steps,
+        measure_every=config.log_gradients_every,
     )
     if task == "masked_lm" and masked_view is None and objective.reads_masks:
         raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from rekindle.pipeline.report.page import SMALL, WIDE, Block, Figure, Figures, Legend, Note, Section
 from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
-from rekindle.train.measures import UNSEEN
+from rekindle.train.measures import PULL, RATIO, UNSEEN
 
 MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
@@ -29,6 +29,11 @@ WHOLE = {
     LOSS: f"The objective {UNSEEN}, at the weights of the last step: lower is better.",
     CROSS_ENTROPY: f"Cross-entropy {UNSEEN}, in nats for each token: lower is better.",
 }
+# How strongly terms pull, by what a step's record calls it: the first that there is is drawn.
+PULLS = {
+    RATIO: "Gradient of {}, over the cross-entropy's: far below 1, it has hardly an effect.",
+    PULL: "Norm of the gradient of {}, as it is weighted, at what the heads read.",
+}
 Points = list[tuple[int, float]]  # (steps done, value)
 
 
@@ -42,6 +47,8 @@ class RunCurves:
     objective: Points = field(default_factory=list)
     cross_entropy: Points = field(default_factory=list)
     held_out: dict[str, Points] = field(default_factory=dict)
+    # how strongly each term pulls, as a step's record names it, where that was measured
+    gradients: dict[str, Points] = field(default_factory=dict)
 
 
 def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
@@ -50,8 +57,15 @@ def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
     evaluated = [record for record in records if record["kind"] == "evaluate"]
     names = sorted({key for record in evaluated for key in record} - {"kind", "step"})
     held_out = {name: _points(evaluated, name) for name in names}
+    measured = dict.fromkeys(
+        key for record in steps for key in record if key.startswith(tuple(PULLS))
+    )
     return RunCurves(
-        name, thinned(_points(steps, LOSS)), thinned(_points(steps, CROSS_ENTROPY)), held_out
+        name,
+        thinned(_points(steps, LOSS)),
+        thinned(_points(steps, CROSS_ENTROPY)),
+        held_out,
+        {key: thinned(_points(steps, key)) for key in measured},
     )
 
 
@@ -100,6 +114,8 @@ def losses_section(
     names = sorted({name for name in curves if name != compared})
     if small := [_picture(_meaning(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
         blocks.append(Figures(small, small=True))
+    if pulls := list(_pulls(runs)):
+        blocks.append(Figures(pulls[:MOST_SMALL], small=True))
     if left := names[MOST_SMALL:]:
         blocks.append(Note(f"{len(left)} more values are in the table of runs alone."))
     blocks += [Note(note) for note in _notes(drawn)]
@@ -117,6 +133,17 @@ def _large(runs: Sequence[RunCurves], compared: str | None) -> Iterator[Figure]:
         lines = [(number, getattr(run, curve)) for number, run in enumerate(runs)]
         if any(points for _, points in lines):
             yield Figure(f"Training: {what}{SMOOTH}", partial(_training_lines, lines))
+
+
+def _pulls(runs: Sequence[RunCurves]) -> Iterator[Figure]:
+    curves = [(key, points) for run in runs for key, points in run.gradients.items()]
+    known = sorted({key for key, points in curves if len(points) > 1})
+    kind = next((kind for kind in PULLS if any(key.startswith(kind) for key in known)), "")
+    for key in (key for key in known if key.startswith(kind)):
+        lines = [(number, run.gradients.get(key, [])) for number, run in enumerate(runs)]
+        yield Figure(
+            PULLS[kind].format(key.removeprefix(kind)), partial(_lines, lines=lines), SMALL
+        )
 
 
 def _equal(run: RunCurves) -> bool:

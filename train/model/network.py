@@ -17,6 +17,7 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.model.family_head import FamilyHead
+from rekindle.train.model.passes import Recorded
 from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 
@@ -144,24 +145,6 @@ class StudentOutput(NamedTuple):
     balance: Tensor | None = None  # in training: the load-balancing loss of routers
 
 
-class _Pass(NamedTuple):
-    """What went into a pass of the body, and what came out."""
-
-    inputs: Mapping[str, Tensor]
-    select: Tensor | None
-    hidden: Tensor | None
-    states: Tensor
-
-    def answers(self, inputs: Mapping[str, Tensor], select: Tensor | None) -> bool:
-        """Whether another pass would give the same."""
-        same = inputs.keys() == self.inputs.keys() and all(
-            torch.equal(inputs[name], self.inputs[name]) for name in inputs
-        )
-        if not same or select is None:
-            return same
-        return self.select is not None and torch.equal(select, self.select)
-
-
 class StudentNetwork(nn.Module):
     """A masked or causal LM with task heads.
 
@@ -188,7 +171,7 @@ class StudentNetwork(nn.Module):
         self.source: Path | None = None  # the directory that its weights come from
         self.has_fresh_head = False  # the language model's own, beside a body that is not
         self.sequence_length: int | None = None  # tokens that it was trained with, where known
-        self._passes: list[_Pass] | None = None  # that are remembered
+        self._passes: Recorded | None = None  # None: each pass is run, and forgotten
         with naming("student"):
             try:
                 self._split = SplitLanguageModel(model, causal=task == "causal_lm")
@@ -278,20 +261,14 @@ class StudentNetwork(nn.Module):
         self, inputs: Mapping[str, Tensor], select: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """Return what the output matrix multiplies [N,H] at ``select``, and the body's [B,S,H]."""
-        for known in self._passes or ():
-            if known.answers(inputs, select):
-                return (None if select is None else known.hidden), known.states
-        hidden, states = self._run_body(inputs, select)
-        if self._passes is not None:
-            self._passes.append(_Pass(inputs, select, hidden, states))
-        return hidden, states
+        if self._passes is None:
+            return self._run_body(inputs, select)
+        return self._passes.run(inputs, select, self._run_body)
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """Run the body once for equal inputs, within: several values of an evaluation, which has no
-        gradients, share its passes.
-        """
-        self._passes = []
+    def through(self, passes: Recorded) -> Iterator[None]:
+        """Let ``passes`` stand before the body, within."""
+        self._passes = passes
         try:
             yield
         finally:
@@ -325,7 +302,11 @@ class StudentNetwork(nn.Module):
     @property
     def output_head(self) -> OutputHead:
         """Return the output matrix over real tokens."""
-        return self._split.head.cut(self.vocabulary_size)
+        head = self._split.head
+        if self._passes is not None and self._passes.ends_here:
+            bias = None if head.bias is None else head.bias.detach()
+            head = head._replace(weight=head.weight.detach(), bias=bias)
+        return head.cut(self.vocabulary_size)
 
     def train_head_alone(self, alone: bool) -> None:
         """Give gradients to the language model's own head alone, from now on, or to all again."""

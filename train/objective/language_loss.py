@@ -65,14 +65,21 @@ class LanguageLoss:
         self.counts, self.device = counts, hidden.device
         self.width = batch.input_ids.shape[1]
 
-    def add_all(self, hard: float, terms: Sequence[tuple[DistillTerm, float]], add: Add) -> None:
+    def add_all(
+        self,
+        hard: float,
+        terms: Sequence[tuple[DistillTerm, float]],
+        add: Add,
+        apart: bool = False,
+    ) -> None:
         """Call ``add(name, loss, shown)`` for each distillation loss, and for the cross-entropy
-        at weight ``hard``.
+        at weight ``hard``; ``apart``: in a call of its own.
         """
         open_rows = np.full(len(self.rows.keys), hard > 0)  # those whose cross-entropy is due
         labelled = max(self.counts.labels, 1)
         for lesson in [found for term, weight in terms for found in self._lessons(term, weight)]:
-            due = open_rows[lesson.rows] if lesson.row_weight is None else np.zeros(1, bool)
+            joined = lesson.row_weight is None and not apart
+            due = open_rows[lesson.rows] if joined else np.zeros(1, bool)
             loss = self._taught(lesson, due, hard / labelled)
             add(lesson.name, loss.loss, loss.kd / max(self.counts.rows[lesson.name], 1))
             if due.any():

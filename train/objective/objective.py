@@ -18,9 +18,12 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm, ObjectiveConfig
 from rekindle.train.device_batch import inputs_of, language_rows
+from rekindle.train.measures import PULL
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig, StudentOutput
+from rekindle.train.model.passes import Recorded
 from rekindle.train.objective.language_loss import LanguageLoss
+from rekindle.train.objective.pulls import squared_pulls
 from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
 from rekindle.train.objective.task_loss import add_task_losses, heads_of
 from rekindle.train.objective.task_pass import run_heads
@@ -33,7 +36,8 @@ Weighted = Sequence[tuple[DistillTerm, float]]
 
 class StepLoss(NamedTuple):
     """A micro-batch's share of the step's loss. ``terms`` are detached and without weights; they
-    sum up over micro-batches.
+    sum up over micro-batches. So do the squared norms of their gradients, which are among them at
+    steps that measure these (``pulls``).
     """
 
     total: Tensor
@@ -66,6 +70,7 @@ class Objective:
     methods: Sequence[Method] = ()
     balance: float = 0.0  # the weight of the student's load-balancing loss
     head_steps: int = 0  # the first so many steps train the language model's own head alone
+    measure_every: int | None = None  # steps between two that measure the terms' gradients
 
     def __post_init__(self) -> None:
         check_terms(self.config.distill, self.teachers, self.task)
@@ -189,9 +194,12 @@ class Objective:
         return replace(counts, rows=rows)
 
     def shown(self, counts: Counts, plan: StepPlan) -> list[str]:
-        """Name the losses that the step has rows for, in a fixed order."""
+        """Name the losses that the step has rows for, in a fixed order, and their gradients where
+        they are measured.
+        """
         names = ["ce"] if plan.hard > 0 and counts.labels else []
-        return names + [name for name, rows in sorted(counts.rows.items()) if rows]
+        names += [name for name, rows in sorted(counts.rows.items()) if rows]
+        return names + [PULL + name for name in names if self._measures(plan)]
 
     def loss(
         self, student: Student, batch: Batch, counts: Counts, plan: StepPlan, device: torch.device
@@ -203,6 +211,24 @@ class Objective:
         a gradient always: where no row here has a loss, another process's may have one, and all
         must take part in its backward pass.
         """
+        if not self._measures(plan):
+            return self._loss(student, batch, counts, plan, device)
+        recorded = Recorded()
+        with student.through(recorded):
+            found = self._loss(student, batch, counts, plan, device)
+
+        def form(add: Add) -> None:
+            self._add_each(student, batch, counts, plan, device, add, apart=True)
+
+        pulls = squared_pulls(student, recorded.passes, form, device)
+        return found._replace(terms=found.terms | pulls)
+
+    def _measures(self, plan: StepPlan) -> bool:
+        return self.measure_every is not None and plan.step % self.measure_every == 0
+
+    def _loss(
+        self, student: Student, batch: Batch, counts: Counts, plan: StepPlan, device: torch.device
+    ) -> StepLoss:
         total, terms = torch.zeros((), device=device), dict[str, Tensor]()
 
         def add(name: str, loss: Tensor | None, shown: Tensor) -> None:
@@ -210,16 +236,29 @@ class Objective:
             total = total if loss is None else total + loss
             terms[name] = terms.get(name, torch.zeros_like(shown)) + shown.detach()
 
-        self.add_terms(student, batch, counts, plan, device, add)
-        for method, weight in plan.methods:
-            for name, loss, shown in method.losses(student, batch, plan.step, device):
-                scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
-                add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
+        self._add_each(student, batch, counts, plan, device, add)
         if not total.requires_grad:
             words = student.model.get_input_embeddings().weight
             alone = next(iter(student.own_head.values()), words)
             total = total + 0.0 * (alone if plan.step < self.head_steps else words)[0].sum()
         return StepLoss(total, terms)
+
+    def _add_each(
+        self,
+        student: Student,
+        batch: Batch,
+        counts: Counts,
+        plan: StepPlan,
+        device: torch.device,
+        add: Add,
+        apart: bool = False,
+    ) -> None:
+        """Call ``add(name, loss, shown)`` for all terms of a plan, its methods' too."""
+        self.add_terms(student, batch, counts, plan, device, add, apart)
+        for method, weight in plan.methods:
+            for name, loss, shown in method.losses(student, batch, plan.step, device):
+                scale = 1.0 / max(counts.rows[f"{method.name}/{name}"], 1)
+                add(f"{method.name}/{name}", loss * (weight * scale), shown * scale)
 
     def add_terms(
         self,
@@ -229,9 +268,10 @@ class Objective:
         plan: StepPlan,
         device: torch.device,
         add: Add,
+        apart: bool = False,
     ) -> None:
         """Call ``add(name, loss, shown)`` for the cross-entropy and the terms of a plan: all but
-        its methods.
+        its methods. ``apart``: the cross-entropy in a loss of its own.
         """
         passes = self._by_pass(plan)
         if passes.reads_text(plan.hard):
@@ -241,8 +281,9 @@ class Objective:
             )
             assert output.hidden is not None
             language_loss = LanguageLoss(batch, rows, output.hidden, student.output_head, counts)
-            language_loss.add_all(plan.hard, passes.language, add)
-            if self.balance and output.balance is not None:  # once: of no other pass
+            language_loss.add_all(plan.hard, passes.language, add, apart)
+            # once: of no other pass; it is no loss of what a head reads
+            if self.balance and output.balance is not None and not apart:
                 tokens = int(batch.lengths.sum())
                 share = output.balance * (tokens / max(counts.rows[ROUTER], 1))
                 add(ROUTER, share * self.balance, share)

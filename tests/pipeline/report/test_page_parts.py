@@ -130,6 +130,19 @@ def test_other_values_are_small_pictures_up_to_a_number():
     assert "2 more values are in the table" in notes_of(section)
 
 
+def test_gradients_are_drawn_over_that_of_the_cross_entropy_where_there_is_one():
+    def captions(*names):
+        step = {"kind": "train", "loss": 1.0} | dict.fromkeys(names, 0.5)
+        run = curves_of("a", [step | {"step": 1}, {"kind": "train", "step": 2}, step | {"step": 3}])
+        assert all(points == [(1, 0.5), (3, 0.5)] for points in run.gradients.values())
+        return [f.caption for f in figures_of(losses_section([run])) if "radient" in f.caption]
+
+    (over,) = captions("gradient/ce", "gradient/kd/lm", "gradient_ratio/kd/lm")
+    assert over.startswith("Gradient of kd/lm, over the cross-entropy's")
+    (norm,) = captions("gradient/kd/lm")
+    assert norm.startswith("Norm of the gradient of kd/lm")
+
+
 def test_the_cross_entropy_is_drawn_where_it_is_not_the_objective():
     curve, other = [(1, 3.0), (2, 2.0)], [(1, 2.5), (2, 1.5)]
     alone = losses_section([RunCurves("a", curve, curve)])

@@ -1,0 +1,82 @@
+"""How strongly each term of the loss pulls at the student: the norm of its gradient, alone.
+
+It is measured where the heads begin: for what is asked of tokens at the rows that the output matrix
+multiplies, for what a task head or a method is asked at the body's final states. The body is
+neither run nor walked again: its states are taken from the step's own passes, cut off, and the
+terms' losses are formed once more from them, each by itself, with the weights of the step. What
+training does is the same to the bit.
+
+A step's rows are those of all its micro-batches and processes, and no row is in two of them: the
+squares of a term's norms add up to that of the whole step's.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rekindle.train.measures import PULL, RATIO
+from rekindle.train.model.network import StudentNetwork
+from rekindle.train.model.passes import Pass, Replayed
+from rekindle.train.objective.selection import Add
+
+HARD = "ce"
+
+
+def squared_pulls(
+    student: StudentNetwork,
+    passes: Sequence[Pass],
+    form: Callable[[Add], None],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return the squared norm [] of each term's gradient in a micro-batch, as PULL and its name.
+
+    ``passes``: those that the micro-batch's loss was made of; ``form(add)`` forms its terms once
+    more, each alone. A term that depends on no state of a head has none. Dropout in a task head is
+    drawn anew.
+    """
+    losses: dict[str, Tensor] = {}
+
+    def add(name: str, loss: Tensor | None, shown: Tensor) -> None:
+        if loss is not None and loss.requires_grad:
+            losses[name] = losses[name] + loss if name in losses else loss
+
+    cut = Replayed(passes)
+    # What is drawn here must not change what the next micro-batch draws.
+    with student.through(cut), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        form(add)
+    found = {name: _square(loss, cut.leaves) for name, loss in losses.items()}
+    return {PULL + name: square for name, square in found.items() if square is not None}
+
+
+def _square(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
+    """The squared norm of a loss's gradient with respect to all leaves; None if it has none."""
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
+    return torch.stack(norms).square().sum() if norms else None
+
+
+def told_pulls(values: Mapping[str, float]) -> str:
+    """Say how strongly each term pulls, beside the cross-entropy where that does; nothing where
+    ``values``, a step's as they are logged, have none.
+    """
+    ratios = [f"{n.removeprefix(RATIO)} {v:.3g}" for n, v in values.items() if n.startswith(RATIO)]
+    if ratios:
+        return f"gradients over {HARD}'s: {', '.join(ratios)}"
+    norms = [f"{n.removeprefix(PULL)} {v:.3g}" for n, v in values.items() if n.startswith(PULL)]
+    return f"gradients: {', '.join(norms)}" if norms else ""
+
+
+def with_norms(values: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's values with norms for squares, and how many times the cross-entropy's each
+    is. A term without any has neither.
+    """
+    squares = {name.removeprefix(PULL): v for name, v in values.items() if name.startswith(PULL)}
+    norms = {name: math.sqrt(square) for name, square in squares.items() if square > 0}
+    ratios = {n: norm / norms[HARD] for n, norm in norms.items() if HARD in norms and n != HARD}
+    return (
+        {name: value for name, value in values.items() if not name.startswith(PULL)}
+        | {PULL + name: norm for name, norm in norms.items()}
+        | {RATIO + name: ratio for name, ratio in ratios.items()}
+    )
