@@ -5,6 +5,7 @@ Trainer's. transformers is imported by whoever mixes it in.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,18 +45,26 @@ class DistillationMixin:
         self._counts: Counts | None = None  # of the step in hand
         self._shown: dict[str, Tensor] = {}  # sums since the last log
         self._steps_shown = 0  # how many steps that is
+        known = signature(super().__init__).parameters.values()
+        named = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD][: len(args)]
+        if len(named) < len(args) or kwargs.keys() & set(named):
+            raise TypeError(
+                f"give the arguments of {type(self).__name__} once each, by their names"
+            )
+        kwargs |= dict(zip(named, args, strict=True))
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = distillation.collator()
-        if kwargs.get("train_dataset") is None:
-            seed = getattr(kwargs.get("args"), "seed", 0)
-            kwargs["train_dataset"] = CacheDataset(distillation.cache, seed=seed)
-        data = kwargs["train_dataset"]
+        everything = kwargs.get("train_dataset") is None
+        data = CacheDataset(distillation.cache) if everything else kwargs["train_dataset"]
+        kwargs["train_dataset"] = data
         _check_data(data, kwargs["data_collator"])
         if hasattr(super(), "_prepare_dataset"):  # TRL's takes none but those of `datasets`
             kwargs["train_dataset"] = _stand_in()
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         trainer: Any = self
         trainer.train_dataset = data
+        if everything:  # the Trainer's own, where no arguments are given
+            data.seed = trainer.args.seed
         if not hasattr(super(), "loss_is_scaled_for_ga"):
             raise InputError(
                 "this version of transformers would divide the loss by the number of micro-batches "

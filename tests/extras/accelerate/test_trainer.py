@@ -133,6 +133,20 @@ def test_batches_may_be_made_in_workers_and_evaluated(taught, ours, cache, new_s
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_arguments_may_stand_in_their_places(cache, new_student, tmp_path):
+    """The order of all sequences is that of ``args.seed``, wherever it is given."""
+    from transformers import Trainer, TrainingArguments
+
+    class KDTrainer(DistillationMixin, Trainer):
+        pass
+
+    arguments = TrainingArguments(str(tmp_path), seed=7, use_cpu=True, report_to="none")
+    trainer = KDTrainer(new_student(), arguments, distillation=teaching(cache))
+    assert next(iter(trainer.get_train_dataloader()))["distillation"].index.tolist() == [
+        CacheDataset(cache, seed=7)[place].sequence for place in range(8)
+    ]
+
+
 def test_what_cannot_teach_is_refused_before_training(taught, cache, new_student, tmp_path):
     def refused(message, **more):
         with pytest.raises(InputError, match=message):
