@@ -23,5 +23,5 @@ def _line(teacher: TeacherReader) -> str:
     if info.k is not None:
         kept = f"{info.kind}, k = {teacher.most_k or info.k}"
     done = "complete" if teacher.coverage == 1 else f"incomplete: {teacher.coverage:.1%}"
-    replicas = f", {counted(teacher.replicas, 'replica')}" if teacher.masked else ""
-    return f"  {info.name}: {info.task}, {kept}{replicas}, {shown_bytes(teacher.bytes)}, {done}"
+    maskings = f", {counted(teacher.replicas, 'masking')}" if teacher.masked else ""
+    return f"  {info.name}: {info.task}, {kept}{maskings}, {shown_bytes(teacher.bytes)}, {done}"

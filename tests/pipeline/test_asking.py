@@ -89,9 +89,13 @@ def test_what_cannot_be_evaluated_is_told_in_a_message(expert, arguments, told):
 
 
 def test_a_language_model_knows_no_labels(tmp_path, model, rows):
-    for given in (["evaluate", model, "--test", rows], ["predict", model, "--text", rows]):
+    asked = (
+        ["evaluate", model, "--test", rows, "--label-field", "kind"],
+        ["predict", model, "--text", rows],
+    )
+    for given in asked:
         out = ["--out", tmp_path / "o.jsonl"] if given[0] == "predict" else []
-        done = pipeline(*given, *out)
+        done = pipeline(*given, "--text-field", "question", *out)
         assert done.returncode == 2
         assert f"`pipeline finetune {model} --train" in done.stderr
         assert not (tmp_path / "o.jsonl").exists()

@@ -16,7 +16,8 @@ def test_repr_is_a_line_for_the_corpus_and_one_for_each_teacher(cache, made):
     assert f"{cache.corpus.tokens:,} tokens, complete" in first
     told = {line.split(":")[0].strip(): line for line in lines}
     assert told.keys() == cache.teachers.keys()
-    assert "masked_lm, topk, k = 9, 4 replicas, " in told["mlm"]
+    maskings = cache.masked_view().replicas
+    assert f"masked_lm, topk, k = 9, {maskings} maskings, " in told["mlm"]
     assert "dense, all" in told["dense"]
     assert "3 logits" in told["tags"]
     assert all(line.endswith("B, complete") for line in lines)
@@ -24,8 +25,10 @@ def test_repr_is_a_line_for_the_corpus_and_one_for_each_teacher(cache, made):
 
 def test_repr_says_what_is_missing(copied):
     next((copied / "targets/mlm/commits").glob("*.json")).unlink()
-    assert "mlm: masked_lm, topk, k = 9, 4 replicas" in (shown := repr(Cache.open(copied)))
-    assert "incomplete: 9" in next(line for line in shown.splitlines() if "mlm:" in line)
+    cache = Cache.open(copied)
+    told = next(line for line in repr(cache).splitlines() if "mlm:" in line)
+    assert 0.5 < cache.teacher("mlm").coverage < 1
+    assert told.endswith(f"incomplete: {cache.teacher('mlm').coverage:.1%}")
 
 
 def test_texts_are_those_of_the_examples(cache):

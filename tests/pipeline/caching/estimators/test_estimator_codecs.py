@@ -141,7 +141,7 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
 
             def failing(*arguments: Any, _run: Any = original, _calls: list = calls, **options):
                 _calls.append(arguments)
-                if len(_calls) % 4 == 2:
+                if len(_calls) % 2:
                     raise KeyboardInterrupt
                 return _run(*arguments, **options)
 
@@ -155,7 +155,7 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
                         interrupted += 1
                         continue
                     break
-            assert interrupted >= 5
+            assert interrupted >= 3  # once before each unit of the pass that they share
         else:
             cache_teachers(config)
         found[tokens] = committed(tmp_path / str(tokens), "targets")
