@@ -92,6 +92,20 @@ def test_an_interpolated_target_is_within_its_stated_error(codec, k):
         assert divergence(truth, guess).max() > 4 * divergence(truth, on_device).max()
 
 
+@pytest.mark.parametrize("k", [8, 32, 64])
+def test_rows_that_are_hard_to_interpolate_are_within_the_stated_error(k):
+    """Steep ones, and a hundred words before a cliff, at the worst temperature: it is `up to`."""
+    draw = np.random.default_rng(5)
+    steep, cliff = draw.normal(0, 6, (24, VOCABULARY)), draw.normal(0, 1, (24, VOCABULARY))
+    cliff[:, 100:] -= 12
+    logits = -np.sort(-np.concatenate([steep, cliff]), axis=1)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1)[:, None]
+    _, kept, log_tail = stored(log_probs, k).interpolating().decode(1.3)
+    read = np.exp(np.concatenate([kept, log_tail[:, None]], axis=1).astype(np.float64))
+    found = divergence(exact(log_probs, k, 1.3), read).max()
+    assert expected_error(1.3, STORED, k) / 20 < found < expected_error(1.3, STORED, k)
+
+
 def test_a_smaller_k_leaves_the_rest_to_the_tail():
     log_probs = language_like()
     found = sparse_targets(stored(log_probs, 64).interpolating(), 1.5, 8, CPU)
@@ -206,7 +220,7 @@ def test_a_student_trains_between_and_is_told_the_error(masked_world, tmp_path, 
     told = [line for line in caplog.messages if "is interpolated from those stored at" in line]
     assert len(told) == 3
     assert "teacher odd.lm: at temperature 1.5 the mass outside its top 8 is" in told[2]
-    assert "errors of up to 0.01 nats of KL (docs/targets.md)" in told[2]
+    assert "errors of up to 0.03 nats of KL (docs/targets.md)" in told[2]
     losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
     assert len(losses) > 1
     assert np.isfinite(losses).all()
