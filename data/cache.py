@@ -37,11 +37,12 @@ from rekindle.data.exchange.rows import Row
 from rekindle.data.permutation import epoch_batch
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_IMPORTS, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
 from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.files import read_parts
@@ -253,12 +254,14 @@ class Cache:
             token_types=read_types(self.corpus, where),
         )
 
+    def lengths(self, index: Ints) -> Ints:
+        """How many tokens each of the sequences ``index`` [B] has, as it is stored."""
+        places = zip(*(part.tolist() for part in self.corpus.locate(index)), strict=True)
+        return cut_lengths([self.corpus.cut(place) for place in places])
+
     def longest_first(self, index: Ints) -> Ints:
         """The sequences ``index`` [B] by falling length, those of one length as they stand."""
-        shards, rows = self.corpus.locate(index)
-        places = zip(shards.tolist(), rows.tolist(), strict=True)
-        lengths = cut_lengths([self.corpus.cut(place) for place in places])
-        return index[np.argsort(-lengths, kind="stable")]
+        return index[np.argsort(-self.lengths(index), kind="stable")]
 
     def scores(
         self,
@@ -378,7 +381,7 @@ def write_manifest(store: Store) -> None:
     store.replace(MANIFEST, seal({}, version))
     cache = Cache(store)
     if any(teacher.info.imported for teacher in cache.teachers.values()):
-        version = WITH_IMPORTS  # also where a lost manifest said so
+        version = max(version, WITH_IMPORTS)  # also where a lost manifest said so
     store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 

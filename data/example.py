@@ -14,7 +14,7 @@ class TokenTargets:
     input_ids: NDArray[np.int32]  # [S] as the teacher saw them
     positions: NDArray[np.int64]  # [P]
     ids: NDArray[np.int64]  # [P,K] by falling probability
-    log_probs: NDArray[np.float32]  # [P,K] at τ = 1
+    log_probs: NDArray[np.float32]  # [P,K] at τ = 1, else at the first in log_tail
     log_tail: dict[float, NDArray[np.float32]]  # τ -> [P]
     # What is not known of imported targets is NaN, a rank −1.
     gold_ids: NDArray[np.int64]  # [P]

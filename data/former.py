@@ -41,6 +41,12 @@ def with_defaults(section: type[Settings], recorded: Mapping[str, Any]) -> dict[
     return found
 
 
+def with_every_key(section: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded section with null for each key that is recorded only where it is set."""
+    keys = (field.alias or name for name, field in section.model_fields.items())
+    return dict.fromkeys(keys) | dict(recorded)
+
+
 def _each(section: type[Settings], value: object) -> object:
     """``with_defaults`` for a section, or each of a list; other values stay."""
     if isinstance(value, list):

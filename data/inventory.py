@@ -13,13 +13,15 @@ from rekindle.data.corpus.stored_tokenizer import (
     TOKENIZER_FILES,
     damaged_tokenizer_files,
 )
-from rekindle.data.errors import CacheError, CacheFormatError, CacheVersionError
+from rekindle.data.errors import CacheError, CacheFormatError, CacheVersionError, InputError
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import REPAIR, VERSION, read_sealed
 from rekindle.data.storage.shards import ShardSet
-from rekindle.data.storage.store import Store
 from rekindle.data.targets.head import HEAD_FILES, read_head
 from rekindle.data.targets.reading.files import read_teacher
+from rekindle.data.targets.schema import TeacherInfo
 
 NEEDED = {
     "corpus": {"corpus.json", "tokenizer.json"},
@@ -107,12 +109,24 @@ def is_imported(store: Store, name: str) -> bool:
     """Whether that teacher is one of them, as far as anything sound says so."""
     with suppress(CacheError):
         return read_teacher(store, name).imported is not None
+    stated = stated_by_shards(store, name)
+    return stated is not None and stated.imported is not None
+
+
+def stated_by_shards(store: Store, name: str) -> TeacherInfo | None:
+    """Whose targets a sound shard in a teacher's folder says it has, if there is one."""
     shards = ShardSet(store, f"targets/{name}")
-    for commit in shards.survey()[0].values():
-        with suppress(CacheError):
-            described = shards.open(commit).metadata.get("teacher")
-            return isinstance(described, dict) and described.get("imported") is not None
-    return False
+    for commit in shards.survey()[0].records():
+        with suppress(CacheError, InputError):
+            shard = shards.open(commit)
+            return parse_settings(TeacherInfo, shard.metadata.get("teacher"), shard.name)
+    return None
+
+
+def roll_up_records(store: Store) -> None:
+    """Bring the roll-ups of the large sets' commit records up to date."""
+    for shards in shard_sets(store):
+        shards.records.roll_up()
 
 
 def orphans(shards: ShardSet) -> list[str]:
@@ -121,7 +135,7 @@ def orphans(shards: ShardSet) -> list[str]:
     Raises CacheFormatError while a commit record is damaged: what it named cannot be told from what
     nobody named.
     """
-    named = {commit.path.removeprefix("data/") for commit in shards.committed().values()}
+    named = {commit.path.removeprefix("data/") for commit in shards.committed().records()}
     present = shards.store.names(f"{shards.folder}/data")
     return [f"{shards.folder}/data/{name}" for name in present if name not in named]
 

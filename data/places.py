@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+([^/].*)")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 
 
@@ -46,6 +47,18 @@ def expanded(place: str) -> str:
         if os.path.lexists(place):
             return place
         raise
+
+
+def address_of(path: Path) -> str | None:
+    """The address (``s3://…``) that a path is; None for one that is local.
+
+    A command line has paths, which make one slash of two. A folder of that very name is meant where
+    there is one.
+    """
+    found = _ADDRESS.fullmatch(str(path))
+    if found is None or found[1] == "file" or os.path.lexists(f"{found[1]}:"):
+        return None
+    return f"{found[1]}://{found[2]}"
 
 
 def same_place(one: object, other: object) -> bool:

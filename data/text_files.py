@@ -12,12 +12,14 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from rekindle.data.errors import InputError
+from rekindle.data.storage.addresses import open_binary, state_of_object
+from rekindle.data.storage.client import is_remote
 
 log = logging.getLogger("rekindle")
 
 STDIN = "-"  # in place of a path: what is piped in
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
-FileState = tuple[int, ...] | None
+FileState = tuple[int | str, ...] | None
 _LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
 _UNPACKED = {  # what is unpacked while it is read
@@ -40,6 +42,8 @@ _NO_TEXT = {  # what is not, and what to do
 
 def state_of(path: str | Path) -> FileState:
     """What tells a file from what was there before, or is there later; None where none is."""
+    if is_remote(path):
+        return state_of_object(str(path))
     try:
         found = os.stat(path)
     except OSError:
@@ -47,9 +51,14 @@ def state_of(path: str | Path) -> FileState:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def is_file(path: str) -> bool:
+    """Whether there is a file of that path, or an object of that address."""
+    return state_of(path) is not None if is_remote(path) else os.path.isfile(path)
+
+
 def refuse_pointer(path: str | Path) -> None:
     """Raise InputError where a file is a git-lfs pointer."""
-    with open(path, "rb") as file:
+    with open_binary(str(path)) as file:
         _refuse_pointer(path, file.read(len(_LFS_POINTER)))
 
 
@@ -77,7 +86,7 @@ def half_a_pair(what: str, text: str) -> str | None:
 
 def compression_of(path: str) -> str | None:
     """What a file is packed with: gzip, zstd, bz2, or None."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         return _compression(file.read(16))
 
 
@@ -90,7 +99,7 @@ def open_text(path: str) -> BinaryIO:
 
     Raises InputError for what is no text, OSError for what cannot be read.
     """
-    raw = os.fdopen(os.dup(0), "rb") if path == STDIN else open(path, "rb")  # noqa: SIM115
+    raw = os.fdopen(os.dup(0), "rb") if path == STDIN else open_binary(path)
     try:
         head = raw.peek(_HEAD_BYTES)[:_HEAD_BYTES]
         _refuse_pointer(path, head)

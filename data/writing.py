@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
+from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import read_teacher

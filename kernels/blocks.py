@@ -3,12 +3,12 @@
 No losses and no autograd here. Shapes: N rows, H hidden, V vocabulary, C block rows.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-# Bytes of all [C,V] buffers of a call together. On a GPU few rows a block would make reading and
-# writing dW dearer than the products.
-BLOCK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+BLOCK_BYTES = {"cpu": 256 * 2**20}  # of all [C,V] buffers of a call together
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -23,10 +23,22 @@ def block_rows(rows: int, vocabulary: int, bytes_per_entry: int, budget: int) ->
 def row_blocks(
     rows: int, vocabulary: int, bytes_per_entry: int, device: torch.device
 ) -> list[slice]:
-    """Consecutive slices of `rows`, whose [C,V] buffers keep within the device's BLOCK_BYTES."""
-    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+    """Consecutive slices of `rows`, whose [C,V] buffers keep within the device's budget."""
+    budget = BLOCK_BYTES.get(device.type) or _gpu_budget(device)
     step = block_rows(rows, vocabulary, bytes_per_entry, budget)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+@functools.cache
+def _gpu_budget(device: torch.device) -> int:
+    """A sixteenth of a GPU's memory, and 2 GiB at least: few rows a block would make reading and
+    writing dW dearer than the products.
+
+    Of all its memory, not of what is free: the blocks decide how sums are rounded, and neighbours
+    are not to change them.
+    """
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(2 * 2**30, memory // 16)
 
 
 def rows_apart(
@@ -39,7 +51,8 @@ def rows_apart(
     there by others becomes NaN in the result (uxlfoundation/oneDNN#5717; PyTorch 2.13 has it).
     """
     memory = torch.empty(rows, stride, dtype=dtype, device=device)
-    memory[:, size:] = 0
+    if stride > size:
+        memory[:, size:] = 0
     return memory[:, :size]
 
 
@@ -66,7 +79,8 @@ def product_(total: Tensor, a: Tensor, b: Tensor, plus: bool = False) -> None:
         else:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         return
-    a, b = a.to(total.dtype), b.to(total.dtype)
+    if a.dtype != total.dtype or b.dtype != total.dtype:
+        a, b = a.to(total.dtype), b.to(total.dtype)
     if plus:
         total.addmm_(a, b)
     else:

@@ -22,52 +22,94 @@ from rekindle.kernels.whole_vocabulary import whole_buffers, whole_loss_block
 
 
 def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gradients]:
-    """Unweighted losses [N], and the derivatives of Σ factors·losses.
+    """Unweighted losses of N rows, and the derivatives of Σ factors·losses, in PyTorch.
 
     Gradients with respect to the student's inputs, weight and bias where they are wanted, which
     needs factors, in their dtypes. The products' factors are rounded to the call's `product_dtype`,
-    if it has one; logits only on the Triton path. dW is summed in float32, on the PyTorch path of
-    float64 inputs in float64.
+    if it has one. dW is summed in float32, of float64 inputs in float64.
     """
-    student, rows = call.student, _rows_to_keep(call)
-    kept = call.targets
+    rows, kept = _rows_to_keep(call), call.targets
     if rows is not None:
-        kept = kept.take(rows)._replace(weight=None)
+        kept = kept.take(rows)
         factors = None if factors is None else factors.take(rows)
-    head = _GivenLogits(call, rows) if student.weight is None else _LinearHead(call, rows)
-    if factors is not None and head.lift != 1.0:
-        factors = Coefficients(*(f * head.lift for f in factors))
+    head = _GivenLogits(call, rows) if call.student.weight is None else _LinearHead(call, rows)
     losses = _block_losses(call, kept, rows)
-    count, device = len(kept.ids), student.inputs.device
-    ce, kd = (torch.zeros(count, dtype=student.compute_dtype, device=device) for _ in range(2))
+    found = []
     for block in head.blocks:
         z = head.logits(block)
         own = None if factors is None else factors.take(block)
-        ce[block], kd[block] = losses(z, block, own)
+        found.append(losses(z, block, own))
         head.add(z, block)
+    return _of_all_rows(call, found, rows), head.gradients()
+
+
+def fused_head(
+    call: Call, upstream: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Gradients]:
+    """(loss, ce, kd) of a linear head, reduced, and its gradients: products around the row kernel.
+
+    The products' factors and the logits are in the call's `product_dtype`, dW is summed in float32.
+    With an upstream gradient, the gradients alone.
+    """
+    from rekindle.kernels.triton_rows import RowKernel
+
+    rows, kept = _rows_to_keep(call), call.targets
     if rows is not None:
-        ce, kd = (v.new_zeros(len(student.inputs)).index_copy_(0, rows, v) for v in (ce, kd))
-    return BlockLosses(ce, kd), head.gradients()
+        kept = kept.take(rows)
+        upstream = upstream if upstream is None or upstream.dim() == 0 else upstream[rows]
+    head = _LinearHead(call, rows)
+    kernel = RowKernel(kept, call.settings, any(call.computation.wanted), upstream, head.lift)
+    for block in head.blocks:
+        z = head.logits(block)
+        kernel.run(z, z, block, head.bias)
+        head.add(z, block)
+    if upstream is not None:
+        return None, head.gradients()
+    losses = kernel.losses()
+    if rows is not None and call.settings.reduction == "none":
+        losses = tuple(_at_rows(v, rows, len(call.targets.ids)) for v in losses)  # type: ignore[assignment]
+    return losses, head.gradients()
+
+
+def _at_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Values [R,…] of some rows among zeros [count,…]."""
+    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
+
+
+def _of_all_rows(call: Call, found: list[BlockLosses], rows: Tensor | None) -> BlockLosses:
+    """The blocks' losses, joined; 0 in rows that were left out."""
+    count, teachers = len(call.targets.ids), len(call.settings.shares)
+    if not found:
+        zeros = call.student.inputs.new_zeros(count, teachers, dtype=call.student.compute_dtype)
+        return BlockLosses(zeros[:, 0], zeros if teachers > 1 else zeros[:, 0])
+    losses = found[0]
+    if len(found) > 1:
+        losses = BlockLosses(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return losses if rows is None else BlockLosses(*(_at_rows(v, rows, count) for v in losses))
 
 
 class _GivenLogits:
     """Logits [N,V] that a caller has made; a block of them is copied."""
 
-    lift = 1.0
-
     def __init__(self, call: Call, rows: Tensor | None):
-        assert rows is not None
         self.rows, self.given, self.dtype = rows, call.student.inputs, call.student.compute_dtype
-        self.blocks = _torch_blocks(call, len(rows))
-        self.gradient = torch.zeros_like(self.given) if any(call.computation.wanted) else None
+        self.blocks = _torch_blocks(call, len(self.given) if rows is None else len(rows))
+        self.gradient: Tensor | None = None
+        self.wanted = any(call.computation.wanted)
+        if self.wanted and (rows is not None or len(self.blocks) != 1):
+            self.gradient = torch.zeros_like(self.given)
 
     def logits(self, block: slice) -> Tensor:
+        if self.rows is None:
+            return self.given[block].to(self.dtype, copy=True)
         return self.given[self.rows[block]].to(self.dtype)  # indexing copies
 
     def add(self, z: Tensor, block: slice) -> None:
         """Take the gradient z [C,V] of a block's logits."""
         if self.gradient is not None:
-            self.gradient[self.rows[block]] = z.to(self.given.dtype)
+            self.gradient[block if self.rows is None else self.rows[block]] = z.to(self.given.dtype)
+        elif self.wanted:
+            self.gradient = z.to(self.given.dtype)
 
     def gradients(self) -> Gradients:
         return self.gradient, None, None
@@ -77,7 +119,8 @@ class _LinearHead:
     """Logits x @ w.T + b of a block at a time, in one buffer, and the sums of their gradients.
 
     x [R,H] and w [V,H] are in the dtype of the products. The gradients carry the factor `lift`
-    until they are handed over.
+    until they are handed over. The row kernel adds the bias itself: into rows that are no matrix
+    of their own a product would have to write it first, and read it again.
     """
 
     def __init__(self, call: Call, rows: Tensor | None):
@@ -87,43 +130,51 @@ class _LinearHead:
         dtype = call.student.compute_dtype
         product_dtype = product_dtype or dtype
         logits_dtype = product_dtype if self.fused else dtype
-        x = self.x = (hidden if rows is None else hidden[rows]).to(product_dtype)
+        x = (hidden if rows is None else hidden[rows]).to(product_dtype)
         if rows is None and call.targets.weight is not None:
-            x = self.x = x.masked_fill(~call.targets.active()[:, None], 0.0)  # 0 · NaN reaches dW
-        w = self.w = weight.to(product_dtype)
-        self.bias = None if bias is None else bias.to(logits_dtype)
+            x = x.masked_fill(~call.targets.active()[:, None], 0.0)  # 0 · NaN reaches dW
+        self.x, self.w = x, weight.to(product_dtype)
+        self.bias = bias if self.fused or bias is None else bias.to(dtype)
         self.lift = _lift(len(x), product_dtype) if self.fused else 1.0
-        width = len(w)
+        width = len(weight)
         if self.fused:
             width = -(-width // 64) * 64  # products want rows that start on 128 bytes
             self.blocks = row_blocks(len(x), width, x.element_size(), x.device)
         else:
             self.blocks = _torch_blocks(call, len(x))
         most = self.blocks[0].stop if self.blocks else 0
-        self.buffer = rows_apart(most, len(w), width, logits_dtype, x.device)
-        self.dx = torch.empty_like(x) if wanted[0] else None
-        sums = torch.float32 if self.fused else dtype  # a GPU's product adds up in no other
+        self.buffer = rows_apart(most, len(weight), width, logits_dtype, x.device)
+        self.sums = torch.float32 if self.fused else dtype  # a GPU's product adds up in no other
+        # Products of the row kernel write what is handed over at once, where it is theirs to round:
+        # dX, and dW of a single block. A lifted dW could overflow in sixteen bits.
+        direct = (torch.float32, product_dtype)
+        dx_dtype = hidden.dtype if self.fused and hidden.dtype in direct else product_dtype
+        once = self.fused and self.lift == 1.0 and len(self.blocks) == 1 and weight.dtype in direct
+        dw_dtype = weight.dtype if once else self.sums
+        self.dx = x.new_empty(x.shape, dtype=dx_dtype) if wanted[0] else None
         # the first block overwrites dw, which saves a pass over [V,H]
         fresh = torch.empty if len(x) else torch.zeros
-        self.dw = fresh(w.shape, dtype=sums, device=w.device) if wanted[1] else None
-        self.db = torch.zeros(len(w), dtype=sums, device=w.device) if wanted[2] else None
+        self.dw = fresh(weight.shape, dtype=dw_dtype, device=x.device) if wanted[1] else None
+        self.db = fresh(len(weight), dtype=self.sums, device=x.device) if wanted[2] else None
 
     def logits(self, block: slice) -> Tensor:
         z = self.buffer[: block.stop - block.start]
-        if self.fused and self.bias is not None:
-            return torch.addmm(self.bias, self.x[block], self.w.t(), out=z)
         product_(z, self.x[block], self.w.t())
-        return z if self.bias is None else z.add_(self.bias)
+        return z if self.fused or self.bias is None else z.add_(self.bias)
 
     def add(self, z: Tensor, block: slice) -> None:
         """Add a block of the logits' gradient, z [C,V]."""
         gradient = z.to(self.x.dtype)
         if self.dx is not None:
-            torch.mm(gradient, self.w, out=self.dx[block])
+            product_(self.dx[block], gradient, self.w)
         if self.dw is not None:
             product_(self.dw, gradient.t(), self.x[block], plus=block.start > 0)
-        if self.db is not None:
-            self.db.add_(z.sum(0, dtype=self.db.dtype))
+        if self.db is None:
+            return
+        if block.start == 0:
+            torch.sum(z, 0, dtype=self.sums, out=self.db)
+        else:
+            self.db.add_(z.sum(0, dtype=self.sums))
 
     def gradients(self) -> Gradients:
         """The sums in the dtypes of what they belong to."""
@@ -134,7 +185,7 @@ class _LinearHead:
             found.append(None if total is None or home is None else total.to(home.dtype))
         dx, dw, db = found
         if dx is not None and self.rows is not None:
-            dx = torch.zeros_like(self.student.inputs).index_copy_(0, self.rows, dx)
+            dx = _at_rows(dx, self.rows, len(self.student.inputs))
         return dx, dw, db
 
 
@@ -143,10 +194,6 @@ def _block_losses(
 ) -> Callable[[Tensor, slice, Coefficients | None], BlockLosses]:
     """What takes a block's raw logits z [C,V] to its losses, and writes their gradient over z."""
     settings, tau = call.settings, call.settings.temperature
-    if call.computation.impl == "triton":
-        from rekindle.kernels.triton_rows import losses_of_rows
-
-        return lambda z, block, own: losses_of_rows(z, z, kept.take(block), settings, own)
     if call.teacher.states is None:
         return lambda z, block, own: loss_block(z, kept.take(block), settings, own)
     dtype = call.student.compute_dtype
@@ -160,17 +207,24 @@ def _block_losses(
 def _rows_to_keep(call: Call) -> Tensor | None:
     """Indices of the rows that weigh something, and on the PyTorch path have a label or a target.
 
-    None to keep all, on the Triton path: no weights, or no time to ask. Dropping rows saves the
-    same share of the products, at the price of waiting once for their number; while a graph is
-    captured one cannot wait, and the kernel skips those rows itself.
+    None to keep all: they all do, or on the Triton path there are no weights, or no time to ask.
+    Dropping rows saves the same share of the products, at the price of waiting once for their
+    number; while a graph is captured one cannot wait, and the kernel skips those rows itself.
     """
     targets, device = call.targets, call.targets.ids.device
     if call.computation.impl == "triton":
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         return None if targets.weight is None or capturing else targets.active().nonzero()[:, 0]
     if call.teacher.states is None:
-        useful = targets.labelled(call.settings.ignore_index) | (targets.ids >= 0).any(1)
-        return (targets.active() & useful).nonzero()[:, 0]
+        useful = (
+            targets.labelled(call.settings.ignore_index) if targets.labels is not None else None
+        )
+        if useful is None or not bool(useful.all()):
+            listed = (targets.ids >= 0).any(1)
+            useful = listed if useful is None else useful | listed
+        if targets.weight is not None:
+            useful = useful & targets.active()
+        return None if bool(useful.all()) else useful.nonzero()[:, 0]
     if targets.weight is None:
         return torch.arange(len(targets.ids), device=device)  # without waiting for it
     return targets.active().nonzero()[:, 0]

@@ -4,7 +4,7 @@ Values are looked at on CPU tensors only, as a device would have to be waited fo
 a loss is here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,38 @@ LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # with all that a 
 
 # What a row's probabilities may sum to above 1: sixty of them rounded to bfloat16 are off by less.
 SPARE = 0.01
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+SparseKinds = EncodedTargets | DecodedTargets  # those of which a loss takes several teachers'
+
+
+def check_kinds(teachers: Sequence[object], several: bool) -> None:
+    """ValueError for targets that no loss takes, alone or, if `several`, in a list."""
+    if several and not teachers:
+        raise ValueError(
+            "target_ids is an empty list; it must hold the targets of a teacher at least"
+        )
+    for number, targets in enumerate(teachers):
+        if several and not isinstance(targets, SparseKinds):
+            raise ValueError(
+                f"target_ids[{number}] is a {_type(targets)}; a list holds EncodedTargets or "
+                "DecodedTargets of each teacher. Others are given alone, in a call of their own"
+            )
+        check_kind(targets)
+
+
+def weights_of(kd_weight: float | Sequence[float], teachers: int, several: bool) -> Sequence[float]:
+    """Return the weight of each teacher's D [T]."""
+    if not isinstance(kd_weight, Sequence):
+        return (kd_weight,) * teachers
+    if not several or len(kd_weight) != teachers:
+        of = f"a list of {teachers} teachers" if several else "targets of one"
+        raise ValueError(
+            f"kd_weight is {list(kd_weight)} beside {of}; it must be a number, or as many as there "
+            "are teachers in a list"
+        )
+    return tuple(kd_weight)
 
 
 def check_kind(targets: object) -> None:
@@ -72,9 +104,9 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
 
 
 def checked(
-    targets: SparseTargets, student: StudentLogits, settings: LossSettings
+    targets: SparseTargets, student: StudentLogits, settings: LossSettings, impl: str
 ) -> SparseTargets:
-    """Return the targets without gradient; ids (but for packed ones) and labels int64.
+    """Return the targets without gradient; for PyTorch ids and labels as int64.
 
     Raise ValueError for targets that are not of the student's N rows, on its device.
     """
@@ -90,12 +122,15 @@ def checked(
     for name, integers in (("target_ids", ids), ("labels", labels)):
         if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
             raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
-    targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
-    targets = targets._replace(
-        ids=targets.ids if encoded else targets.ids.long(),
-        labels=None if targets.labels is None else targets.labels.long(),
-    )
-    if device.type == "cpu" and not encoded and not torch.compiler.is_compiling():
+    if any(t is not None and t.requires_grad for t in targets):
+        targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
+    look = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
+    if look or impl == "torch":  # the kernel takes integers of any size
+        if not encoded and ids.dtype != torch.int64:
+            targets = targets._replace(ids=targets.ids.long())
+        if labels is not None and labels.dtype != torch.int64:
+            targets = targets._replace(labels=labels.long())
+    if look:
         _check_values(targets, student.vocabulary, settings)
     return targets
 
@@ -124,6 +159,8 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
 
 def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> None:
     """ValueError, naming the row, for what the tensors hold in the rows that count."""
+    if _right_at_a_glance(targets, vocabulary, settings):
+        return
     active = targets.active()
     ids, listed = targets.ids, (targets.ids >= 0) & active[:, None]
 
@@ -157,6 +194,32 @@ def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSetting
     )
     _check_masses(targets, probs, active, settings, values)
     _check_labels(targets, vocabulary, settings.ignore_index)
+
+
+def _right_at_a_glance(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
+    """Whether the extremes of all rows are right; if not, it is in doubt which rows count."""
+    ids, probs, tail, labels = targets[:4]
+    if ids.numel() == 0:
+        return False
+    lowest, highest = (int(extreme) for extreme in ids.aminmax())
+    ordered = ids.sort(1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if lowest < 0:
+        twice &= ordered[:, 1:] >= 0
+        probs = torch.where(ids >= 0, probs, 0.0)
+    right = lowest >= -1 and highest < vocabulary and float(probs.amin()) >= 0
+    if not right or bool(twice.any()) or not (tail is None or float(tail.amin()) >= 0):
+        return False
+    mass = probs.sum(1, dtype=torch.float64)
+    mass = mass if tail is None else mass + tail
+    if not float(mass.amax()) <= (1 + SPARE if settings.tail == "bucket" else FLOAT32_MAX):
+        return False
+    if labels is not None:
+        lowest, highest = (int(extreme) for extreme in labels.aminmax())
+        if lowest < 0 or highest >= vocabulary:
+            outside = (labels < 0) | (labels >= vocabulary)
+            return not bool((outside & (labels != settings.ignore_index)).any())
+    return True
 
 
 def _check_masses(

@@ -1,9 +1,9 @@
 """Which implementation computes a loss, and why not the other."""
 
 import functools
-import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,25 +12,24 @@ from rekindle.kernels.call import StudentLogits
 from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import WholeTargets
-from rekindle.kernels.targets import MAX_KEPT
+from rekindle.kernels.targets import MAX_KEPT, TRITON_INSTALLED
 
 logger = logging.getLogger("rekindle")
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 Targets = Tensor | LossTargets
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def choose(impl: str, student: StudentLogits, targets: Targets) -> str:
+def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> str:
     """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "torch":
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
-    whole = isinstance(targets, WholeTargets)
+    whole = isinstance(teachers[0], WholeTargets)
     device, dtype = student.inputs.device, student.fused_dtype
-    obstacle = _obstacle(device, dtype, targets, interpreted)
+    obstacle = _obstacle(device, dtype, teachers, interpreted)
     if impl == "triton" and obstacle and not whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
     if (impl == "auto" or whole) and not torch.compiler.is_compiling():
@@ -40,19 +39,25 @@ def choose(impl: str, student: StudentLogits, targets: Targets) -> str:
 
 
 def _obstacle(
-    device: torch.device, dtype: torch.dtype, targets: Targets, interpreted: bool
+    device: torch.device, dtype: torch.dtype, teachers: Sequence[Targets], interpreted: bool
 ) -> str | None:
     """Why the Triton kernels cannot run here; None if they can."""
-    if isinstance(targets, WholeTargets):
+    if isinstance(teachers[0], WholeTargets):
         return "targets of the whole vocabulary have no Triton kernel"
     if device.type != "cuda" and not interpreted:
         return f"the tensors are on {device.type}"
     if dtype == torch.float64:
         return "the kernels compute in float32 and the student is float64"
-    kept = (targets if isinstance(targets, Tensor) else targets.ids).shape[-1]
+    sparse = (t if isinstance(t, Tensor | WholeTargets) else t.ids for t in teachers)
+    kept = sum(ids.shape[-1] for ids in sparse if isinstance(ids, Tensor))
     if kept > MAX_KEPT:
         return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
-    if isinstance(targets, EncodedTargets) and targets.values.dtype != torch.uint8:
+    targets = teachers[0]  # of several, all are decoded before
+    if (
+        len(teachers) == 1
+        and isinstance(targets, EncodedTargets)
+        and targets.values.dtype != torch.uint8
+    ):
         return "the kernels decode values of eight bits"
     if not TRITON_INSTALLED:
         return "the package triton is not installed"

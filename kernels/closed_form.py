@@ -15,26 +15,29 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings, SparseTargets, target_masses
 
 
 class BlockLosses(NamedTuple):
-    """CE and D of each row, [C], without any weight; 0 where a row has no label or no target."""
+    """CE and D of each row without any weight; 0 where a row has no label or no target."""
 
-    ce: Tensor
-    kd: Tensor
+    ce: Tensor  # [C]
+    kd: Tensor  # [C]; of T > 1 teachers [C,T]
 
 
 class Coefficients(NamedTuple):
-    """What each row's CE and D are multiplied by in the quantity to be differentiated, [C] each."""
+    """What each row's CE and D are multiplied by in the quantity to be differentiated."""
 
-    ce: Tensor
-    kd: Tensor
+    ce: Tensor  # [C]
+    kd: Tensor  # as in `BlockLosses`
 
     def take(self, rows: Tensor | slice) -> "Coefficients":
         """Those of some rows only."""
+        if isinstance(rows, slice) and rows == slice(0, len(self.ce)):
+            return self
         return Coefficients(self.ce[rows], self.kd[rows])
 
 
@@ -63,59 +66,111 @@ def loss_block(
     elif label is None:
         tempered = at_one = _softmax_(z.div_(tau), slots, tau)
     else:
-        tempered, at_one = _softmax_(z / tau, slots, tau), _softmax_(z, slots, 1.0)
-    q, q_rest, has_target = target_masses(targets, settings.tail, z.dtype)
-    parts = divergence_parts(q, q_rest, tempered.log_p, tempered.log_rest, settings)
-    kd = torch.where(has_target, parts.value, 0.0)
-    ce = torch.zeros_like(kd) if label is None else label.cross_entropy(at_one)
+        tempered = _softmax_(z / tau, slots, tau)
+        at_one = _softmax_(z, slots, 1.0, tempered.finite)
+    scale = None if coefficients is None else _times(coefficients.kd, settings.logit_scale / tau)
+    if targets.probs.dim() == 3:
+        kd, gradient = _several(targets, tempered.log_p, settings, scale)
+    else:
+        whole = slots.listed is None
+        kd, gradient = _one(targets, tempered.log_p, settings, scale, whole)
+    ce = torch.zeros_like(z[:, 0]) if label is None else label.cross_entropy(at_one)
     if coefficients is None:
         return BlockLosses(ce, kd)
-    b = torch.where(has_target, coefficients.kd, 0.0)[:, None] * (settings.logit_scale / tau)
-    rest, inside = b * parts.rest[:, None], b * parts.inside
     if label is None:
-        z.mul_(rest)
-        slots.write_(z, inside)
+        z.mul_(gradient[:, -1:])
+        slots.write_(z, gradient[:, :-1])
     else:
-        a = torch.where(label.possible, coefficients.ce, 0.0)[:, None] * settings.logit_scale
-        rest_at_one = a * at_one.log_rest.exp()[:, None]
+        a = coefficients.ce[:, None]
+        if label.possible is not None:
+            a = torch.where(label.possible, a, 0.0)
+        a = _times(a, settings.logit_scale)
+        at_one_gradient = a * at_one.log_p.exp()
+        rest, gradient = gradient[:, -1:], gradient + at_one_gradient
         if tempered is at_one:
-            z.mul_(rest + rest_at_one)
+            z.mul_(gradient[:, -1:])
         else:
-            z.mul_(rest_at_one).addcmul_(tempered.shares, rest)
-        slots.write_(z, inside + a * at_one.log_p.exp())
-        z.scatter_add_(1, label.ids[:, None], -a)
+            z.mul_(at_one_gradient[:, -1:]).addcmul_(tempered.shares, rest)
+        slots.write_(z, gradient[:, :-1])
+        z.scatter_add_(1, label.ids, -a)
     if slope is not None:
         z.mul_(slope)
     return BlockLosses(ce, kd)
 
 
+def _times(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1.0 else values * factor
+
+
+def _asks(values: Tensor) -> bool:
+    """Whether what tensors hold may be asked for: a device would have to be waited for."""
+    return values.device.type == "cpu"
+
+
+def _one(
+    targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """D [C], and for a scale [C] of it the gradient [C,K+1] as in `DivergenceParts`."""
+    q, has_target = target_masses(targets, settings.tail, log_p.dtype, whole)
+    value, gradient = divergence_parts(q, log_p, settings)
+    if has_target is not None:
+        value = torch.where(has_target, value, 0.0)
+        scale = None if scale is None else torch.where(has_target, scale, 0.0)
+    return value, gradient if scale is None else scale[:, None] * gradient
+
+
+def _several(
+    targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """D of each teacher [C,T], and for scales [C,T] the sum of their gradients [C,K+1].
+
+    log_p is of the union of all ids, and last of what is outside it. A teacher's own rest is that
+    and the ids that only others list; it shares its gradient out by their probabilities in it.
+    """
+    values, total = [], torch.zeros_like(log_p)
+    assert targets.tail is not None
+    for t in range(targets.probs.shape[1]):
+        probs = targets.probs[:, t]
+        own = SparseTargets(torch.where(probs >= 0, targets.ids, -1), probs, targets.tail[:, t])
+        listed = own.ids >= 0
+        log_rest_of = log_p.masked_fill(F.pad(listed, (0, 1)), -math.inf)
+        log_rest = log_rest_of.logsumexp(1, keepdim=True)
+        log_own = torch.where(listed, log_p[:, :-1], -math.inf)
+        weight = None if scale is None else scale[:, t]
+        value, gradient = _one(own, torch.cat([log_own, log_rest], 1), settings, weight, False)
+        values.append(value)
+        shares = (log_rest_of - log_rest.masked_fill(log_rest == -math.inf, 0.0)).exp_()
+        total += F.pad(gradient[:, :-1], (0, 1)) + gradient[:, -1:] * shares
+    return torch.stack(values, 1), total
+
+
 class DivergenceParts(NamedTuple):
-    """D [C]; its gradient with respect to z/τ: a factor of the shares [C], a value per id [C,K]."""
+    """D [C]; its gradient with respect to z/τ [C,K+1]: a value per id, a factor of the shares."""
 
     value: Tensor
-    rest: Tensor
-    inside: Tensor
+    gradient: Tensor
 
 
-def divergence_parts(
-    q: Tensor, q_rest: Tensor, log_p: Tensor, log_p_rest: Tensor, settings: LossSettings
-) -> DivergenceParts:
-    """D over the k listed ids and the rest, with its gradient in closed form.
+def divergence_parts(q: Tensor, log_p: Tensor, settings: LossSettings) -> DivergenceParts:
+    """D over the k listed ids and, in the last place, the rest; with its gradient in closed form.
 
-    q [C,K] (0 at padding), q_rest [C]; log_p [C,K] and log_p_rest [C] may be -inf: padding, ids
-    that the student cannot produce (their term is a constant), an empty rest (no outcome at all).
+    q [C,K+1] is 0 at padding; log_p [C,K+1] may be -inf: padding, ids that the student cannot
+    produce (their term is a constant), an empty rest (no outcome at all).
     """
-    q_rest = torch.where(log_p_rest == -math.inf, 0.0, q_rest)
-    q = torch.cat([q, q_rest[:, None]], 1)
-    log_p = torch.cat([log_p, log_p_rest[:, None]], 1)
-    possible = log_p != -math.inf
+    possible = None
+    if not (_asks(log_p) and float(log_p.amin()) > -math.inf):
+        possible = log_p != -math.inf
+        q = torch.cat([q[:, :-1], torch.where(possible[:, -1:], q[:, -1:], 0.0)], 1)
     p = log_p.exp()
-    log_p = torch.where(possible, log_p, LOG_OF_ZERO)
-    log_q = torch.where(q > 0, q.log(), LOG_OF_ZERO)
+    if possible is not None:
+        log_p = torch.where(possible, log_p, LOG_OF_ZERO)
+    log_q = q.log()
+    if not (_asks(q) and float(q.amin()) > 0):
+        log_q = torch.where(q > 0, log_q, LOG_OF_ZERO)
     terms, p_phi = _TERMS[settings.divergence](q, log_q, p, log_p, **settings.of_divergence)
-    p_phi = torch.where(possible, p_phi, 0.0)
-    gradient = p_phi - p * p_phi.sum(1, keepdim=True)
-    return DivergenceParts(terms.sum(1), gradient[:, -1], gradient[:, :-1])
+    if possible is not None:
+        p_phi = torch.where(possible, p_phi, 0.0)
+    return DivergenceParts(terms.sum(1), p_phi - p * p_phi.sum(1, keepdim=True))
 
 
 def _forward_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,22 +229,28 @@ class _Slots(NamedTuple):
     """
 
     ids: Tensor  # [C,K] int64, in range
-    listed: Tensor  # [C,K] bool
-    anchor: Tensor  # [C,1] int64: the first listed slot
     logits: Tensor  # [C,K]
+    listed: Tensor | None = None  # [C,K] bool; None: all of them
+    anchor: Tensor | None = None  # [C,1] int64: the first listed slot
 
     @staticmethod
     def gather(z: Tensor, ids: Tensor) -> "_Slots":
-        listed = ids >= 0
         if ids.shape[1] == 0:
-            return _Slots(ids, listed, ids, z[:, :0])
+            return _Slots(ids, z[:, :0], ids >= 0)
+        if _asks(ids) and int(ids.amin()) >= 0:
+            return _Slots(ids, z.gather(1, ids))
+        listed = ids >= 0
         anchor = listed.int().argmax(1, keepdim=True)
         ids = torch.where(listed, ids, ids.gather(1, anchor)).clamp(min=0)
-        return _Slots(ids, listed, anchor, z.gather(1, ids))
+        return _Slots(ids, z.gather(1, ids), listed, anchor)
 
-    def write_(self, z: Tensor, values: Tensor) -> None:
-        """Store values [C,K] at the listed ids."""
-        if self.ids.shape[1]:
+    def write_(self, z: Tensor, values: Tensor | float) -> None:
+        """Store values [C,K], or one value, at the listed ids."""
+        if self.listed is None:
+            z.scatter_(1, self.ids, values)
+        elif self.anchor is not None:
+            if isinstance(values, float):
+                values = torch.full_like(self.logits, values)
             lists_any = self.listed.gather(1, self.anchor)
             values = torch.where(self.listed, values, values.gather(1, self.anchor))
             z.scatter_(1, self.ids, torch.where(lists_any, values, z.gather(1, self.ids)))
@@ -199,58 +260,75 @@ class _Softmax(NamedTuple):
     """softmax(scaled logits): the listed ids' part, and the shares of all others in the rest."""
 
     shares: Tensor  # [C,V]: softmax over the complement; 0 at the listed ids
-    log_p: Tensor  # [C,K], -inf at padding
-    log_rest: Tensor  # [C]: log of the complement's mass
-    shift: Tensor  # [C]: the row's largest logit
-    log_norm: Tensor  # [C]: log-sum-exp of the shifted logits
+    log_p: Tensor  # [C,K+1], -inf at padding; in the last place that of the complement's mass
+    shift: Tensor  # [C,1]: the row's largest logit
+    log_norm: Tensor  # [C,1]: log-sum-exp of the shifted logits
+    finite: bool  # it is known that every row has a possible id in its complement
 
 
-def _softmax_(scaled: Tensor, slots: _Slots, temperature: float) -> _Softmax:
+def _softmax_(scaled: Tensor, slots: _Slots, temperature: float, finite: bool = False) -> _Softmax:
     """Overwrites the scaled logits [C,V] by the shares.
 
     The complement's mass is a log-sum-exp of its own, never 1 − Σ; everything is relative to the
     row's largest logit, so that |z| = 1e4 loses nothing to cancellation.
     """
-    slots.write_(scaled, torch.full_like(slots.logits, -math.inf))  # they are taken out
-    peak = scaled.amax(1)
-    empty = peak == -math.inf
+    slots.write_(scaled, -math.inf)  # they are taken out
+    peak = scaled.amax(1, keepdim=True)
+    finite = finite or (_asks(peak) and float(peak.amin()) > -math.inf)
     if scaled.device.type == "cpu":
         torch.softmax(scaled, 1, out=scaled)  # reads each row before it writes it
     else:
         scaled.copy_(torch.softmax(scaled, 1))
-    if scaled.device.type != "cpu" or bool(empty.any()):  # a device is not asked, it just does it
-        scaled.masked_fill_(empty[:, None], 0.0)
-    log_outside = -scaled.amax(1).log()  # the largest share is exactly 1 / Σ exp(z − peak)
-    listed = torch.where(slots.listed, slots.logits / temperature, -math.inf)
-    shift = peak if listed.shape[1] == 0 else torch.maximum(peak, listed.amax(1))
-    shift = torch.where(shift == -math.inf, 0.0, shift)
-    listed = listed - shift[:, None]
-    outside = torch.where(empty, -math.inf, peak - shift + log_outside)
-    log_norm = torch.cat([listed, outside[:, None]], 1).logsumexp(1)
-    return _Softmax(scaled, listed - log_norm[:, None], outside - log_norm, shift, log_norm)
+    if not finite:
+        empty = peak == -math.inf
+        scaled.masked_fill_(empty, 0.0)
+    listed = slots.logits if temperature == 1.0 else slots.logits / temperature
+    if slots.listed is not None:
+        listed = torch.where(slots.listed, listed, -math.inf)
+    shift = peak if listed.shape[1] == 0 else torch.maximum(peak, listed.amax(1, keepdim=True))
+    if not finite:
+        shift = torch.where(shift == -math.inf, 0.0, shift)
+    # the largest share is exactly 1 / Σ exp(z − peak)
+    outside = peak - shift - scaled.amax(1, keepdim=True).log()
+    if not finite:
+        outside = torch.where(empty, -math.inf, outside)
+    log_p = torch.cat([listed - shift, outside], 1)
+    if finite:  # what logsumexp does, but for its care for infinities
+        top = log_p.amax(1, keepdim=True)
+        log_norm = (log_p - top).exp_().sum(1, keepdim=True).log_().add_(top)
+    else:
+        log_norm = log_p.logsumexp(1, keepdim=True)
+    return _Softmax(scaled, log_p.sub_(log_norm), shift, log_norm, finite)
 
 
 class _Label(NamedTuple):
     """The hard labels of a block; ids point at column 0 where a row has none."""
 
-    ids: Tensor  # [C] int64
-    logits: Tensor  # [C]
-    counts: Tensor  # [C] bool
-    possible: Tensor  # [C] bool: counts and has a finite logit
+    ids: Tensor  # [C,1] int64
+    logits: Tensor  # [C,1]
+    counts: Tensor | None  # [C,1] bool; None: all do
+    possible: Tensor | None  # [C,1] bool: counts and has a finite logit; None: all are
 
     @staticmethod
     def gather(z: Tensor, targets: SparseTargets, ignore_index: int) -> "_Label | None":
         if targets.labels is None:
             return None
-        counts = targets.labelled(ignore_index)
-        ids = torch.where(counts, targets.labels, 0)
-        logits = z.gather(1, ids[:, None])[:, 0]
+        ids = targets.labels[:, None]
+        counts = ids != ignore_index
+        all_count = _asks(ids) and bool(counts.all())
+        if not all_count:
+            ids = torch.where(counts, ids, 0)
+        logits = z.gather(1, ids)
+        if all_count and float(logits.amin()) > -math.inf:
+            return _Label(ids, logits, None, None)
         return _Label(ids, logits, counts, counts & (logits != -math.inf))
 
     def cross_entropy(self, at_one: _Softmax) -> Tensor:
-        log_p = self.logits - at_one.shift - at_one.log_norm
-        ce = torch.where(self.possible, -log_p, -LOG_OF_ZERO)
-        return torch.where(self.counts, ce, 0.0)
+        """CE [C]."""
+        ce = -(self.logits - at_one.shift - at_one.log_norm)
+        if self.counts is not None and self.possible is not None:
+            ce = torch.where(self.counts, torch.where(self.possible, ce, -LOG_OF_ZERO), 0.0)
+        return ce[:, 0]
 
 
 def transform_(

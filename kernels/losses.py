@@ -11,11 +11,13 @@ from torch import Tensor
 
 from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.checks import (
-    check_kind,
+    SparseKinds,
+    check_kinds,
     check_student,
     check_whole_values,
     checked,
     label_weight,
+    weights_of,
 )
 from rekindle.kernels.choice import Targets, choose
 from rekindle.kernels.divergences import EVERY_LINEAR, skew_of
@@ -34,11 +36,15 @@ from rekindle.kernels.targets import (
     SparseTargets,
     check_tensor,
     merge_rows,
+    union_rows,
 )
 
 
 class KDLoss(NamedTuple):
-    """loss = ce_weight·ce + kd_weight·τ²·kd. Only `loss` carries a gradient."""
+    """loss = ce_weight·ce + kd_weight·τ²·kd. Only `loss` carries a gradient.
+
+    kd is [T], or [N,T], where the targets were a list of T teachers'.
+    """
 
     loss: Tensor
     ce: Tensor
@@ -47,14 +53,14 @@ class KDLoss(NamedTuple):
 
 def kd_loss(
     logits: Tensor | StudentLogits,
-    target_ids: Targets,
+    target_ids: Targets | list[SparseKinds],
     target_probs: Tensor | None = None,
     *,
     tail_prob: Tensor | None = None,
     labels: Tensor | None = None,
     temperature: float = 1.0,
     ce_weight: float | None = None,
-    kd_weight: float = 1.0,
+    kd_weight: float | Sequence[float] = 1.0,
     divergence: str = "forward_kl",
     tail: str = "bucket",
     row_weight: Tensor | None = None,
@@ -80,13 +86,15 @@ def kd_loss(
             EncodedTargets, as a cache stores them; the Triton kernels decode these in registers.
             Or HiddenTargets or DenseTargets (hidden.py): D over the whole vocabulary, exact, of a
             bounded block of the teacher's logits at a time; `tail` says nothing then. PyTorch
-            computes these, on any device.
+            computes these, on any device. Or a list of T DecodedTargets or EncodedTargets, one of
+            each teacher, that share all other arguments but kd_weight: the logits are read once for
+            all of them, loss = ce_weight·CE + Σ_t kd_weight_t·τ²·D_t, and kd has a last axis [T].
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
         tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
         temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
         ce_weight: weight of CE. It is said beside labels (0.0: be told `ce` alone), and needs them.
-        kd_weight: weight of τ²·D.
+        kd_weight: weight of τ²·D; of several teachers one for all, or one of each.
         divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|) |
             skew_kl KL(q ‖ αq + (1−α)p), at most −log α. Of a sample (kinds threshold and random;
             ids drawn by whatever means) forward_kl alone: it is linear in q, so its mean over draws
@@ -123,11 +131,14 @@ def kd_loss(
         (DistiLLM: skew_kl, there with p for the teacher).
     """
     student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
-    check_kind(target_ids)
+    several = isinstance(target_ids, list)
+    teachers: list[Targets] = [*target_ids] if isinstance(target_ids, list) else [target_ids]
+    check_kinds(teachers, several)
     settings = LossSettings(
-        *(temperature, label_weight(labels, ce_weight), kd_weight, divergence, tail),
+        *(temperature, label_weight(labels, ce_weight), 1.0, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
         skew=skew_of(divergence, skew),
+        shares=weights_of(kd_weight, len(teachers), several),
     )
     check_student(student)
     settings.check()
@@ -135,9 +146,18 @@ def kd_loss(
     if isinstance(target_ids, WholeTargets):
         check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
         teacher = WholeTeacher.of(target_ids)
-    chosen = choose(impl, student, target_ids)
-    targets, settings = _sparse(target_ids, target_probs, tail_prob, settings, chosen)
-    targets = checked(targets._replace(labels=labels, weight=row_weight), student, settings)
+    chosen = choose(impl, student, teachers)
+    if len(teachers) == 1:
+        targets, settings = _sparse(teachers[0], target_probs, tail_prob, settings, chosen)
+        targets = targets._replace(labels=labels, weight=row_weight)
+        targets = checked(targets, student, settings, chosen)
+    else:
+        each = []
+        for given in teachers:
+            own, settings = _sparse(given, target_probs, tail_prob, settings, "torch")
+            own = own._replace(labels=labels, weight=row_weight)
+            each.append(checked(own, student, settings, "torch"))
+        targets = union_rows(each)
     whole = teacher.states is not None
     if isinstance(target_ids, WholeTargets):
         check_whole_values(target_ids, targets.active())
@@ -152,8 +172,9 @@ def kd_loss(
         rounded = block_product_dtype(student.inputs, student.weight, exactly=impl == "torch")
     elif student.weight is not None and chosen == "triton":
         rounded = student.fused_dtype
-    computation = Computation(chosen, rounded)
-    return KDLoss(*losses(Call(student, targets, teacher, settings, computation)))
+    found = losses(Call(student, targets, teacher, settings, Computation(chosen, rounded)))
+    loss = KDLoss(*found)
+    return loss._replace(kd=loss.kd[..., None]) if several and len(teachers) == 1 else loss
 
 
 class LossOptions(TypedDict, total=False):
@@ -163,7 +184,7 @@ class LossOptions(TypedDict, total=False):
     labels: Tensor | None
     temperature: float
     ce_weight: float | None
-    kd_weight: float
+    kd_weight: float | Sequence[float]
     divergence: str
     tail: str
     row_weight: Tensor | None
@@ -178,7 +199,7 @@ class LossOptions(TypedDict, total=False):
 def linear_kd_loss(
     hidden: Tensor,
     weight: Tensor,
-    target_ids: Targets,
+    target_ids: Targets | list[SparseKinds],
     target_probs: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -186,7 +207,7 @@ def linear_kd_loss(
     labels: Tensor | None = None,
     temperature: float = 1.0,
     ce_weight: float | None = None,
-    kd_weight: float = 1.0,
+    kd_weight: float | Sequence[float] = 1.0,
     divergence: str = "forward_kl",
     tail: str = "bucket",
     row_weight: Tensor | None = None,
@@ -200,8 +221,8 @@ def linear_kd_loss(
     """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
 
     The gradient is formed in the forward pass, block by block (float32 sums, or float64 for float64
-    inputs); under `no_grad` none is. The blocks of a call take at most 256 MiB on CPU and 2 GiB on
-    a GPU (but at least one row).
+    inputs); under `no_grad` none is. The blocks of a call take at most 256 MiB on CPU; on a GPU
+    a sixteenth of its memory, and 2 GiB at least (but at least one row).
 
     Rows with weight 0 are dropped before the first product; on CPU also those with neither label
     nor target. To learn their number the Triton path waits for the device once, if row_weight is

@@ -1,18 +1,20 @@
-"""The loss as a registered operator: what autograd, autocast and torch.compile see of it.
+"""The loss as autograd, autocast and torch.compile see it: a function, and a registered operator.
 
+An eager call runs an autograd.Function; where it is traced, the operator stands in its graph.
 `rekindle::kd_loss` returns (loss, ce, kd) and, formed in the same go, the gradients of the loss.
 `rekindle::kd_loss_backward` forms them for an upstream gradient instead: for reduction "none", and
 when a graph is walked backward twice. No arithmetic of a loss is here.
 """
 
-import importlib.util
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rekindle.kernels.blocks import Gradients, rows_apart
-from rekindle.kernels.blockwise import blockwise
+from rekindle.kernels.blockwise import blockwise, fused_head
 from rekindle.kernels.call import (
     ARGUMENTS,
     SCHEMA,
@@ -23,59 +25,93 @@ from rekindle.kernels.call import (
     Wanted,
 )
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
-from rekindle.kernels.targets import LossSettings, SparseTargets, loss_scales
+from rekindle.kernels.targets import TRITON_INSTALLED, LossSettings, loss_scales
 
 
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce, kd): scalars, or [N] for "none"; `loss` carries the gradient."""
     enabled = torch.is_grad_enabled()
-    wanted = [enabled and t is not None and t.requires_grad for t in call.student]
-    loss, ce, kd, *_ = _kd_loss(*call.wanting(wanted).flat())
-    return loss, ce.detach(), kd.detach()
+    call = call.wanting([enabled and t is not None and t.requires_grad for t in call.student])
+    if _traced(call):
+        loss, ce, kd, *_ = _kd_loss(*call.flat())
+        return loss, ce.detach(), kd.detach()
+    if not any(call.computation.wanted):
+        return _evaluated(call, None)[0]
+    loss, ce, kd = _Loss.apply(*call.student, call)
+    return loss, ce, kd
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, float, int, type(None)}
+
+
+def _traced(call: Call) -> bool:
+    """Whether another than the eager PyTorch looks on: only then is the operator worth its price.
+
+    Called through `torch.library`, a call of thirty arguments costs half a millisecond more.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return not {type(value) for part in call[:3] for value in part} <= _PLAIN
 
 
 # ---- what it does -------------------------------------------------------------------------------
 
+Losses = tuple[Tensor, Tensor, Tensor]  # loss, ce, kd
 
-def _run(call: Call, upstream: Tensor | None) -> tuple[BlockLosses, tuple[Tensor, ...]]:
-    """The unweighted losses [N], and the wanted gradients; empty ones for the others."""
-    inputs, dtype = call.student.inputs, call.student.compute_dtype
-    gradients: Gradients
+
+def _evaluated(call: Call, upstream: Tensor | None) -> tuple[Losses, Gradients]:
+    """The losses, reduced, and the wanted gradients; with an upstream one these alone count."""
+    dtype = call.student.compute_dtype
+    if call.computation.impl == "triton":
+        found, gradients = _fused(call, upstream)
+        if found is None:
+            return (upstream, upstream, upstream), gradients  # type: ignore[return-value]
+        if dtype != torch.float32:  # of float64 inputs under autocast
+            found = found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
+        return found, gradients
+    scales = loss_scales(call.targets, call.settings, dtype)
     factors = None
     if any(call.computation.wanted):
-        factors = _loss_factors(call.targets, call.settings, dtype, upstream)
-    if call.student.weight is None and call.computation.impl == "triton":
-        from rekindle.kernels.triton_rows import losses_of_rows
-
-        gradient = _like(inputs)  # scratch where it is not wanted
-        found = losses_of_rows(inputs, gradient, call.targets, call.settings, factors)
-        gradients = (gradient if factors is not None else None, None, None)
-    else:
-        found, gradients = blockwise(call, factors)
-    return found, tuple(inputs.new_empty(0) if g is None else g for g in gradients)
+        own = scales if upstream is None else (scales[0] * upstream, scales[1] * upstream)
+        factors = _coefficients(call.settings, *own)
+    losses, gradients = blockwise(call, factors)
+    return _reduced(losses, scales, call), gradients
 
 
-def _reduced(
-    found: BlockLosses, targets: SparseTargets, settings: LossSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd) of unweighted losses [N]."""
-    ce_scale, kd_scale = loss_scales(targets, settings, found.kd.dtype)
-    ce, kd = found.ce * ce_scale, found.kd * kd_scale
+def _fused(call: Call, upstream: Tensor | None) -> tuple[Losses | None, Gradients]:
+    if call.student.weight is not None:
+        return fused_head(call, upstream)
+    from rekindle.kernels.triton_rows import RowKernel
+
+    inputs, wanted = call.student.inputs, any(call.computation.wanted)
+    gradient = _like(inputs)  # scratch where it is not wanted
+    kernel = RowKernel(call.targets, call.settings, wanted, upstream)
+    kernel.run(inputs, gradient, slice(0, len(inputs)))
+    found = kernel.losses() if upstream is None else None
+    return found, (gradient if wanted else None, None, None)
+
+
+def _coefficients(settings: LossSettings, ce: Tensor, kd: Tensor) -> Coefficients:
+    """What each row's CE and D are multiplied by in the loss, from what they are in the reports."""
+    kds = [kd * factor for factor in settings.kd_factors]
+    return Coefficients(ce * settings.ce_weight, kds[0] if len(kds) == 1 else torch.stack(kds, 1))
+
+
+def _reduced(found: BlockLosses, scales: tuple[Tensor, Tensor], call: Call) -> Losses:
+    """(loss, ce, kd) of unweighted losses of N rows."""
+    settings, labelled = call.settings, call.targets.labels is not None
+    (ce, kd), (ce_scale, kd_scale) = found, scales
+    several = kd.dim() == 2
+    kd = kd * (kd_scale[:, None] if several else kd_scale)
+    ce = ce * ce_scale if labelled else ce
     if settings.reduction != "none":
-        ce, kd = ce.sum(), kd.sum()
-    return settings.ce_weight * ce + settings.kd_weight * settings.temperature**2 * kd, ce, kd
-
-
-def _loss_factors(
-    targets: SparseTargets, settings: LossSettings, dtype: torch.dtype, upstream: Tensor | None
-) -> Coefficients:
-    """What each row's CE and D are multiplied by in the loss, times the upstream gradient."""
-    ce, kd = loss_scales(targets, settings, dtype)
-    if upstream is not None:
-        ce, kd = ce * upstream, kd * upstream
-    return Coefficients(
-        ce * settings.ce_weight, kd * (settings.kd_weight * settings.temperature**2)
-    )
+        ce, kd = ce.sum(), kd.sum(0) if several else kd.sum()
+    factors = settings.kd_factors
+    each = kd.unbind(-1) if several else [kd]
+    loss = each[0] * factors[0]
+    for value, factor in zip(each[1:], factors[1:], strict=True):
+        loss = loss + value * factor
+    return settings.ce_weight * ce + loss if labelled else loss, ce, kd
 
 
 def _like(logits: Tensor) -> Tensor:
@@ -105,13 +141,18 @@ def _fake_gradients(student: StudentLogits, wanted: Wanted) -> tuple[Tensor, ...
 _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 
 
+def _dense(call: Call, gradients: Gradients) -> list[Tensor]:
+    """Empty ones for those that are not wanted: an operator returns tensors."""
+    return [call.student.inputs.new_empty(0) if g is None else g for g in gradients]
+
+
 @torch.library.custom_op(
     "rekindle::kd_loss", mutates_args=(), schema=f"({SCHEMA}) -> ({_LOSSES}, {_GRADIENTS})"
 )
 def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    found, gradients = _run(call.wanting(_at_once(call)), None)
-    return *_reduced(found, call.targets, call.settings), *gradients
+    found, gradients = _evaluated(call.wanting(_at_once(call)), None)
+    return *found, *_dense(call, gradients)
 
 
 @_kd_loss.register_fake
@@ -119,7 +160,8 @@ def _(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
     inputs, dtype = call.student.inputs, call.student.compute_dtype
     shape = inputs.shape[:1] if call.settings.reduction == "none" else ()
-    fakes = [inputs.new_empty(shape, dtype=dtype) for _ in range(3)]
+    of_kd = shape if len(call.settings.shares) == 1 else (*shape, len(call.settings.shares))
+    fakes = [inputs.new_empty(size, dtype=dtype) for size in (shape, shape, of_kd)]
     return *fakes, *_fake_gradients(call.student, _at_once(call))
 
 
@@ -130,7 +172,7 @@ def _(*flat: object) -> tuple[Tensor, ...]:
 )
 def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    return _run(call, upstream)[1]
+    return tuple(_dense(call, _evaluated(call, upstream)[1]))
 
 
 @_kd_loss_backward.register_fake
@@ -143,9 +185,9 @@ class _Context(Protocol):
     """What is kept from the forward pass for the backward one."""
 
     saved_tensors: tuple[Tensor | None, ...]  # at the head of the call
-    rest: tuple[object, ...]  # of the call
+    rest: Sequence[object]  # of the call
     wanted: Wanted
-    gradients: list[Tensor] | None  # formed in the forward pass, and not handed over yet
+    gradients: list[Tensor | None] | None  # formed in the forward pass, not handed over yet
 
     def save_for_backward(self, *tensors: object) -> None:
         """Keep tensors."""
@@ -160,14 +202,18 @@ def _keep(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...])
 
 
 def _backward(context: _Context, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    gradients = _formed(context, upstream)
+    gradients: Sequence[Tensor | None] | None = _formed(context, upstream)
     if gradients is None:
-        gradients = _kd_loss_backward(upstream, *context.saved_tensors, *context.rest)
+        flat = (*context.saved_tensors, *context.rest)
+        if type(upstream) is Tensor:
+            gradients = _evaluated(Call.of(flat), upstream)[1]
+        else:
+            gradients = _kd_loss_backward(upstream, *flat)
     kept = [g if w else None for g, w in zip(gradients, context.wanted, strict=True)]
     return (*kept, *[None] * (len(ARGUMENTS) - len(kept)))
 
 
-def _formed(context: _Context, upstream: Tensor) -> list[Tensor] | None:
+def _formed(context: _Context, upstream: Tensor) -> list[Tensor | None] | None:
     """The gradients formed in the forward pass, times `upstream`; None after the first time.
 
     They are handed over, not copied: autograd may make one a parameter's .grad and add to it in
@@ -177,23 +223,44 @@ def _formed(context: _Context, upstream: Tensor) -> list[Tensor] | None:
     if gradients is None:
         return None
     if type(upstream) is not Tensor:  # traced: a graph's saved values must not be written over
-        return [(g * upstream).to(g.dtype) for g in gradients]
-    for gradient in gradients:
-        _scale_(gradient, upstream)
+        return [None if g is None else (g * upstream).to(g.dtype) for g in gradients]
+    _scale_([g for g in gradients if g is not None], upstream)
     return gradients
 
 
-def _scale_(values: Tensor, factor: Tensor) -> None:
+def _scale_(values: list[Tensor], factor: Tensor) -> None:
     """In place values · factor, a scalar that usually is 1; a device is not asked whether it is."""
-    if values.device.type == "cpu":
-        if factor != 1.0:
-            values.mul_(factor)
-    elif importlib.util.find_spec("triton") is None:
-        values.mul_(factor)
-    else:
+    if factor.device.type != "cpu" and TRITON_INSTALLED:
         from rekindle.kernels.triton_rows import scale_unless_one
 
-        scale_unless_one(values, factor)
+        for each in values:
+            scale_unless_one(each, factor)
+    elif factor.device.type != "cpu" or float(factor) != 1.0:
+        for each in values:
+            each.mul_(factor)
 
 
 _kd_loss.register_autograd(_backward, setup_context=_keep)
+
+
+class _Loss(torch.autograd.Function):
+    """The operator's autograd without the operator: what an eager call runs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
+    ) -> Losses:
+        found, gradients = _evaluated(call.wanting(_at_once(call)), None)
+        flat = call.flat()
+        ctx.save_for_backward(*flat[:TENSORS])
+        ctx.rest, ctx.wanted = flat[TENSORS:], call.computation.wanted
+        formed = call.settings.reduction != "none"  # one loss of all
+        ctx.gradients = list(gradients) if formed else None
+        ctx.mark_non_differentiable(*found[1:])
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+        return (None,) * 4 if upstream is None else (*_backward(ctx, upstream)[:3], None)

@@ -66,3 +66,17 @@ def divergence_of_row(q, q_rest, log_p, log_p_rest, log_skew, logit_skew, DIVERG
         p_phi_rest = p_rest * (p_phi_rest - likeliest)
     mean = tl.sum(p_phi, 0) + p_phi_rest
     return tl.sum(term, 0) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
+
+
+@triton.jit
+def rest_of_teacher(log_p, others, log_p_outside):
+    """Of a teacher's rest, its log-probability; and how its gradient is shared out: to what is
+    outside the union, and to those ids of the union that others list.
+    """
+    log_p = tl.where(others, log_p, float("-inf"))
+    top = tl.maximum(tl.max(log_p, 0), log_p_outside)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(log_p - top), 0) + tl.exp(log_p_outside - top)
+    log_rest = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    reference = tl.where(total > 0, log_rest, 0.0)
+    return log_rest, tl.exp(log_p_outside - reference), tl.exp(log_p - reference)

@@ -3,6 +3,7 @@
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ REDUCTIONS = ("mean", "sum", "none")
 # every dtype, so that float32 and float64 define the same loss.
 LOG_OF_ZERO = -87.33654475055310
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
 
 
@@ -48,6 +50,8 @@ def check_tensor(
             f"{name} is of type {type(tensor).__qualname__}; it must be a torch tensor "
             "(torch.from_numpy makes one of an array)"
         )
+    if tensor.shape == shape and (device is None or tensor.device == device):
+        return
     given = tuple(tensor.shape)
     sizes = zip(given, shape, strict=False)
     if len(given) != len(shape) or any(n != want for n, want in sizes if isinstance(want, int)):
@@ -75,6 +79,12 @@ class LossSettings(NamedTuple):
     kept: int = 0  # candidates in use of encoded targets
     planes: int = 0  # their id planes
     skew: float = SKEW  # α of skew_kl
+    shares: Sequence[float] = (1.0,)  # of kd_weight, of each of T teachers
+
+    @property
+    def kd_factors(self) -> list[float]:
+        """What each teacher's D is multiplied by in the loss [T]."""
+        return [share * self.kd_weight * self.temperature**2 for share in self.shares]
 
     @property
     def of_divergence(self) -> dict[str, float]:
@@ -90,7 +100,8 @@ class LossSettings(NamedTuple):
         check_factors(
             temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap
         )
-        for name, weight in (("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)):
+        weights = [("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)]
+        for name, weight in weights + [("kd_weight", share) for share in self.shares]:
             if not math.isfinite(weight):
                 raise ValueError(f"{name} is {weight}; it must be finite")
 
@@ -110,18 +121,21 @@ class SparseTargets(NamedTuple):
     """Targets of N rows; ids are int64 with -1 as padding.
 
     Encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: ids int16, probs the
-    uint8 values, tail the int16 scalars [N,3], high the planes of the ids.
+    uint8 values, tail the int16 scalars [N,3], high the planes of the ids. Of T > 1 teachers the
+    union of their ids (`union_rows`).
     """
 
     ids: Tensor  # [N,K]
-    probs: Tensor  # [N,K]
-    tail: Tensor | None  # [N]
+    probs: Tensor  # [N,K]; of T teachers [N,T,K], -1 where one does not list an id
+    tail: Tensor | None  # [N]; of T teachers [N,T], and not None
     labels: Tensor | None = None  # [N] int64
     weight: Tensor | None = None  # [N]
     high: Tensor | None = None  # [N,Q]
 
     def take(self, rows: Tensor | slice) -> "SparseTargets":
         """The same targets for some rows only."""
+        if isinstance(rows, slice) and rows == slice(0, len(self.ids)):
+            return self
         return SparseTargets(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
     def active(self) -> Tensor:
@@ -138,25 +152,30 @@ class SparseTargets(NamedTuple):
 
 
 def target_masses(
-    targets: SparseTargets, tail: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The target as probabilities over k + 1 outcomes: the listed ids and the rest.
+    targets: SparseTargets, tail: str, dtype: torch.dtype, whole: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The target as probabilities over k + 1 outcomes: the listed ids and, last, the rest.
 
-    Returns probs [N,K] (0 at padding), rest [N] ≥ 0 and `has_target` [N]. A row has a target if
-    it lists an id and, under "renormalise", gives its ids any mass. Without a tail
-    ("renormalise", "none") the rest is 0: the target is the sparse one, zero elsewhere.
+    Returns probs [N,K+1] (0 at padding; rest ≥ 0) and `has_target` [N]; None: every row has one. A
+    row has a target if it lists an id and, under "renormalise", gives its ids any mass. Without a
+    tail ("renormalise", "none") the rest is 0: the target is the sparse one, zero elsewhere.
+    `whole` says that every slot lists an id.
     """
-    listed = targets.ids >= 0
-    probs = torch.where(listed, targets.probs.to(dtype), 0.0)
-    has_target = listed.any(1)
-    total = probs.sum(1)
+    probs, has_target = targets.probs.to(dtype), None
+    if not whole:
+        listed = targets.ids >= 0
+        probs, has_target = torch.where(listed, probs, 0.0), listed.any(1)
     if tail == "renormalise":
-        has_target = has_target & (total > 0)
-        probs = probs / torch.where(total > 0, total, 1.0)[:, None]
-    rest = torch.zeros_like(total)
+        total = probs.sum(1, keepdim=True)
+        some = total[:, 0] > 0
+        has_target = some if has_target is None else has_target & some
+        probs = probs / torch.where(total > 0, total, 1.0)
     if tail == "bucket":
-        rest = (1.0 - total if targets.tail is None else targets.tail.to(dtype)).clamp(min=0)
-    return probs, rest, has_target
+        rest = 1.0 - probs.sum(1) if targets.tail is None else targets.tail.to(dtype)
+        rest = rest.clamp(min=0)[:, None]
+    else:
+        rest = probs.new_zeros(len(probs), 1)
+    return torch.cat([probs, rest], 1), has_target
 
 
 def loss_scales(
@@ -168,14 +187,23 @@ def loss_scales(
     weight ≠ 0 whose label counts, D over all rows with weight ≠ 0 (a row of weight ≠ 0 without
     target counts and adds nothing).
     """
-    active, labelled = targets.active(), targets.labelled(settings.ignore_index)
-    weight = active.to(dtype)
-    if targets.weight is not None:
-        weight = torch.where(active, targets.weight.to(dtype), 0.0)
-    ce, kd = torch.where(labelled, weight, 0.0), weight
-    if settings.reduction == "mean":
-        ce = ce / (active & labelled).sum().clamp(min=1)
-        kd = kd / active.sum().clamp(min=1)
+    rows, mean = len(targets.ids), settings.reduction == "mean"
+    if targets.weight is None:
+        active, weight = None, targets.ids.new_ones((), dtype=dtype)
+        kd = targets.ids.new_full((rows,), 1.0 / max(rows, 1) if mean else 1.0, dtype=dtype)
+    else:
+        active = targets.active()
+        weight = kd = torch.where(active, targets.weight.to(dtype), 0.0)
+        if mean:
+            kd = kd / active.sum().clamp(min=1)
+    if targets.labels is None:
+        return kd, kd  # there is no CE to be scaled
+    labelled = targets.labelled(settings.ignore_index)
+    if labelled.device.type == "cpu" and bool(labelled.all()):
+        return kd, kd
+    ce = torch.where(labelled, weight, 0.0)
+    if mean:
+        ce = ce / (labelled if active is None else active & labelled).sum().clamp(min=1)
     return ce, kd
 
 
@@ -199,15 +227,47 @@ def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets
     return DecodedTargets(*_sum_duplicates(torch.cat(all_ids, 1), torch.cat(all_probs, 1)), tail)
 
 
-def _sum_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids [N,K] with their summed probabilities, by falling probability, padding last."""
+def union_rows(teachers: Sequence[SparseTargets]) -> SparseTargets:
+    """The targets of T teachers over the union of their ids [N,ΣK], and what each says of it; the
+    first one's labels and weights.
+
+    All shapes follow from the inputs' shapes, as those of `merge_rows` do.
+    """
+    places, order, distinct = _distinct(torch.cat([t.ids for t in teachers], 1))
+    rows, size = distinct.shape
+    dtype = torch.promote_types(torch.float32, teachers[0].probs.dtype)
+    probs = torch.cat([torch.where(t.ids >= 0, t.probs.to(dtype), -1.0) for t in teachers], 1)
+    owners = torch.cat([torch.full_like(t.ids, n) for n, t in enumerate(teachers)], 1)
+    said = probs.new_full((rows, len(teachers) * size), -1.0)
+    said.scatter_(1, owners.gather(1, order) * size + places, probs.gather(1, order))
+    tails = [
+        1.0 - torch.where(t.ids >= 0, t.probs.to(dtype), 0.0).sum(1)
+        if t.tail is None
+        else t.tail.to(dtype)
+        for t in teachers
+    ]
+    said = said.view(rows, len(teachers), size)
+    labels, weight = teachers[0].labels, teachers[0].weight
+    return SparseTargets(distinct, said, torch.stack(tails, 1), labels, weight)
+
+
+def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The order [N,K] that sorts ids, each one's place among the distinct ones, and these [N,K].
+
+    Distinct ids stand first, of which -1 may be one, and then -1 as padding.
+    """
     ids, order = ids.sort(dim=1, stable=True)
-    probs = probs.gather(1, order)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    group = first.long().cumsum(1) - 1
-    summed = torch.zeros_like(probs).scatter_add_(1, group, probs)
-    distinct = torch.full_like(ids, -1).scatter_(1, group, ids)
+    places = first.long().cumsum(1) - 1
+    return places, order, torch.full_like(ids, -1).scatter_(1, places, ids)
+
+
+def _sum_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids [N,K] with their summed probabilities, by falling probability, padding last."""
+    places, order, distinct = _distinct(ids)
+    probs = probs.gather(1, order)
+    summed = torch.zeros_like(probs).scatter_add_(1, places, probs)
     rank = torch.where(distinct >= 0, summed, -1.0)
     order = rank.argsort(dim=1, descending=True, stable=True)
     return distinct.gather(1, order), summed.gather(1, order)

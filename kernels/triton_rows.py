@@ -1,4 +1,4 @@
-"""Launch the row kernel: memory, tile sizes and compile-time switches; and scale a gradient.
+"""Launch the row kernel and the small ones around it: memory, tile sizes, compile-time switches.
 
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rekindle.kernels.closed_form import BlockLosses, Coefficients, logit
+from rekindle.kernels.closed_form import logit
 from rekindle.kernels.divergences import DIVERGENCES
 from rekindle.kernels.row_kernel import row_kernel
 from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
@@ -25,74 +25,111 @@ from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
 COMPILED = {"enable_fp_fusion": True}
 
 
-def losses_of_rows(
-    logits: Tensor,
-    gradient: Tensor,
-    targets: SparseTargets,
-    settings: LossSettings,
-    factors: Coefficients | None,
-) -> BlockLosses:
-    """Per-row CE and D [N] of logits [N,V], and in `gradient` the derivative of Σ factors·losses.
+class RowKernel:
+    """The launches of one call: what its rows count, the rows in blocks, and their sums.
 
-    `gradient` has the logits' dtype and strides, the last of which is 1. It is the logits' own
-    memory for a private buffer; else it serves as scratch, even without factors. Rows of weight 0
-    are not read and get a zero gradient; without factors `gradient` is left undefined. A row with
-    an id or label outside [0, V) has losses of NaN: a device is not waited for to raise an error.
+    Targets of the R rows are decoded or, of one teacher, encoded. With `gradient` a block's is
+    formed, of the whole loss times `lift` and, row by row, `upstream` ([R], or one for all).
     """
-    rows, vocabulary = logits.shape
-    ce, kd = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
-    if rows == 0:
-        return BlockLosses(ce, kd)
-    # the least share of a row that total − listed resolves as well as the gradient is stored
-    resolution = 2.0**-3 if logits.dtype == torch.float32 else 2.0**-9
-    weights = (None, None) if factors is None else factors
-    block_k = triton.next_power_of_2(max(1, targets.ids.shape[1]))
-    _launch(
-        row_kernel,
-        rows,
-        logits,
-        gradient,
-        # ids, probs, tail, labels, weight, high; then what CE and D are multiplied by
-        *(None if t is None else t.contiguous() for t in (*targets, *weights)),
-        ce,
-        kd,
-        logits.stride(0),
-        vocabulary,
-        targets.ids.shape[1],
-        settings.kept,
-        settings.ignore_index,
-        1.0 / settings.temperature,
-        float(settings.logit_scale),
-        0.0 if settings.softcap is None else float(settings.softcap),
-        resolution,
-        math.log(settings.skew),
-        logit(settings.skew),
-        **_constants(targets, settings, gradient is logits, factors is not None),
-        **_tile(vocabulary, block_k),
-        BLOCK_K=block_k,
-    )
-    return BlockLosses(ce, kd)
+
+    def __init__(
+        self,
+        targets: SparseTargets,
+        settings: LossSettings,
+        gradient: bool,
+        upstream: Tensor | None = None,
+        lift: float = 1.0,
+    ):
+        self.targets = SparseTargets(*(None if t is None else t.contiguous() for t in targets))  # type: ignore[arg-type]
+        self.settings, self.gradient = settings, gradient
+        self.rows, self.kept = targets.ids.shape
+        self.factors = tuple(settings.kd_factors)
+        self.mean = 1.0
+        self.counts: Tensor | None = None
+        if settings.reduction == "mean":
+            self._count()
+        new = targets.ids.new_empty
+        per_row = settings.reduction == "none"
+        self.loss = new(self.rows, dtype=torch.float32) if per_row else None
+        self.ce = new(self.rows, dtype=torch.float32)
+        several = (len(self.factors),) if len(self.factors) > 1 else ()
+        self.kd = new((self.rows, *several), dtype=torch.float32)
+        self.upstream = None if upstream is None else upstream.contiguous()
+        self.spread = self.mean * lift
+
+    def _count(self) -> None:
+        """One over the numbers of rows that count: on the device where it has to look for them."""
+        labels, weight = self.targets.labels, self.targets.weight
+        if (labels is None and weight is None) or not self.rows:
+            self.mean = 1.0 / max(self.rows, 1)
+            return
+        counts = self.counts = self.targets.ids.new_empty(2, dtype=torch.float32)
+        rows, ignored = self.rows, self.settings.ignore_index
+        _launch(_count_kernel, 1, counts, labels, weight, rows, ignored, BLOCK=_ROWS)
+
+    def run(
+        self, logits: Tensor, gradient: Tensor, rows: slice, bias: Tensor | None = None
+    ) -> None:
+        """Take the losses of a block of rows, from logits [C,V].
+
+        `gradient` has the logits' dtype and strides, the last of which is 1. It is the logits' own
+        memory for a private buffer, whose rows start on 16 bytes and want a bias [V] still; else it
+        serves as scratch, even where no gradient is formed, and then is left undefined. Rows of
+        weight 0 are not read and get a gradient of zero. A row with an id or label outside [0, V)
+        has losses of NaN: a device is not waited for to raise an error.
+        """
+        count, vocabulary = logits.shape
+        if count == 0:
+            return
+        settings, targets, upstream = self.settings, self.targets, self.upstream
+        loss, ce, kd = self.loss, self.ce, self.kd
+        if count < self.rows:
+            targets, ce, kd = targets.take(rows), ce[rows], kd[rows]
+            loss = None if loss is None else loss[rows]
+            upstream = upstream[rows] if upstream is not None and upstream.dim() else upstream
+        block_k = _power(self.kept)
+        tau, labelled = settings.temperature, targets.labels is not None
+        # the least share of a row that total − listed resolves as well as a gradient is stored
+        resolution = 2.0**-3 if logits.dtype == torch.float32 else 2.0**-9
+        _launch(
+            row_kernel, count, logits, gradient, *targets, bias, self.counts, upstream,
+            loss, ce, kd, logits.stride(0), vocabulary, self.kept, settings.kept,
+            settings.ignore_index, 0 if upstream is None else upstream.dim(), 1.0 / tau,
+            float(settings.logit_scale), float(settings.softcap or 0.0), resolution,
+            math.log(settings.skew), logit(settings.skew), float(settings.ce_weight),
+            self.factors, self.spread,
+            DIVERGENCE=DIVERGENCES.index(settings.divergence), TAIL=TAILS.index(settings.tail),
+            POWER=_POWERS.get(tau, 0) if labelled or tau == 1.0 else -1,
+            ENCODED=targets.probs.dtype == torch.uint8, PLANES=settings.planes,
+            TEACHERS=len(self.factors), SOFTCAP=settings.softcap is not None,
+            HIDE=gradient is logits, GRADIENT=self.gradient,
+            BLOCK_K=block_k, **_tile(vocabulary, block_k),
+        )  # fmt: skip
+
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, ce, kd) of all rows: [R] for "none", else of their sum or mean; kd [T] or [R,T] of
+        several teachers.
+        """
+        if self.loss is not None:
+            return self.loss, self.ce, self.kd
+        new, shape = self.ce.new_empty, self.kd.shape[1:]
+        found = new(()), new(()), new(shape)
+        _launch(
+            *(_sum_kernel, 1, self.ce, self.kd, self.counts, *found),
+            *(self.rows, self.mean, float(self.settings.ce_weight), self.factors),
+            TEACHERS=len(self.factors),
+            BLOCK=_ROWS,
+        )
+        return found
 
 
-def _constants(
-    targets: SparseTargets, settings: LossSettings, hide: bool, gradient: bool
-) -> dict[str, int | bool]:
-    """The kernel's compile-time switches."""
-    tau, has_labels = settings.temperature, targets.labels is not None
-    power = {1.0: 1, 2.0: 2, 4.0: 4}.get(tau, 0)
-    return {
-        "DIVERGENCE": DIVERGENCES.index(settings.divergence),
-        "TAIL": TAILS.index(settings.tail),
-        "ENCODED": targets.probs.dtype == torch.uint8,
-        "PLANES": settings.planes,
-        "POWER": power if has_labels or tau == 1.0 else -1,
-        "HAS_TAIL": targets.tail is not None,
-        "HAS_LABELS": has_labels,
-        "HAS_WEIGHT": targets.weight is not None,
-        "SOFTCAP": settings.softcap is not None,
-        "HIDE": hide,
-        "GRADIENT": gradient,
-    }
+_ROWS = 2048  # a step of the kernels that one program runs over all rows
+_POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # POWER by temperature
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def _tile(vocabulary: int, block_k: int) -> dict[str, int]:
@@ -105,7 +142,7 @@ def _tile(vocabulary: int, block_k: int) -> dict[str, int]:
         # few rows in flight, so that their second reading finds them in the L2
         tile = {"BLOCK": 16384, "num_warps": 16, "maxnreg": 128}
     else:
-        block = min(4096, max(256, triton.next_power_of_2(vocabulary)))
+        block = min(4096, max(256, _power(vocabulary)))
         tile = {"BLOCK": block, "num_warps": max(1, block // 512), "maxnreg": 64}
     if block_k > 512:
         tile["maxnreg"] = 65536 // (32 * tile["num_warps"]) if tile["num_warps"] > 8 else 255
@@ -116,8 +153,61 @@ def _launch(
     kernel: Any, programs: int, first: Tensor, *arguments: object, **constants: object
 ) -> None:
     """Run a kernel on the device of its first argument: a launch goes to the current one."""
-    with torch.cuda.device_of(first):
+    index = first.device.index
+    if index is None or index == torch.cuda.current_device():
         kernel[(programs,)](first, *arguments, **constants, **COMPILED)
+        return
+    with torch.cuda.device(index):
+        kernel[(programs,)](first, *arguments, **constants, **COMPILED)
+
+
+@triton.jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    counts_ptr, labels_ptr, weight_ptr, n, ignore_index, BLOCK: tl.constexpr
+):
+    """One over the rows [n] whose label counts, and over those of weight ≠ 0; at most 1."""
+    labelled = tl.zeros([BLOCK], tl.int32)
+    active = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, tl.cdiv(n, BLOCK)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        counts = o < n
+        if weight_ptr is not None:
+            counts = counts & (tl.load(weight_ptr + o, mask=o < n, other=0.0).to(tl.float32) != 0)
+        active += counts.to(tl.int32)
+        if labels_ptr is not None:
+            label = tl.load(labels_ptr + o, mask=counts, other=0).to(tl.int64)
+            labelled += (counts & (label != ignore_index)).to(tl.int32)
+    tl.store(counts_ptr, 1.0 / tl.maximum(tl.sum(labelled, 0), 1).to(tl.float32))
+    tl.store(counts_ptr + 1, 1.0 / tl.maximum(tl.sum(active, 0), 1).to(tl.float32))
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    ce_ptr, kd_ptr, counts_ptr, loss_ptr, ce_sum_ptr, kd_sum_ptr, n, mean, ce_weight, kd_weights,
+    TEACHERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """CE [n] and each teacher's D [n,T], summed and divided by their counts; and the loss."""
+    loss = 0.0
+    for t in tl.static_range(TEACHERS + 1):
+        total = tl.zeros([BLOCK], tl.float32)
+        for i in range(0, tl.cdiv(n, BLOCK)):
+            o = i * BLOCK + tl.arange(0, BLOCK)
+            at = ce_ptr + o
+            if t < TEACHERS:
+                at = kd_ptr + o * TEACHERS + t
+            total += tl.load(at, mask=o < n, other=0.0)
+        value = tl.sum(total, 0) * mean
+        if t < TEACHERS:
+            if counts_ptr is not None:
+                value *= tl.load(counts_ptr + 1)
+            tl.store(kd_sum_ptr + t, value)
+            loss += kd_weights[t] * value
+        else:
+            if counts_ptr is not None:
+                value *= tl.load(counts_ptr)
+            tl.store(ce_sum_ptr, value)
+            loss += ce_weight * value
+    tl.store(loss_ptr, loss)
 
 
 @triton.jit
@@ -137,4 +227,4 @@ def scale_unless_one(values: Tensor, factor: Tensor) -> None:
         values.mul_(factor)
     elif values.numel():
         count, block = values.numel(), 4096
-        _launch(_scale_kernel, triton.cdiv(count, block), values, factor, count, BLOCK=block)
+        _launch(_scale_kernel, -(-count // block), values, factor, count, BLOCK=block)

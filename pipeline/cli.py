@@ -17,7 +17,13 @@ import typer
 from rekindle.data.errors import InputError
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
 from rekindle.pipeline.commands.exchange import export_targets, import_targets
-from rekindle.pipeline.commands.models import evaluate, export, finetune, predict
+from rekindle.pipeline.commands.models import (
+    evaluate,
+    export,
+    finetune,
+    merge_adapter,
+    predict,
+)
 from rekindle.pipeline.commands.options import (
     Command,
     Json,
@@ -101,11 +107,17 @@ def train_student(
     resume: Annotated[bool, typer.Option(help="go on with an interrupted run or sweep")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
-    target = out or Path("runs") / run.stem
-    from rekindle.pipeline.several_runs import begun_in, check_begun
+    given = out or Path("runs") / run.stem
+    from rekindle.pipeline.several_runs import DEFINITIONS, begun_in, check_begun
+    from rekindle.train.record.stored_run import local_runs
+    from rekindle.train.record.working_copy import local_place, place_of
 
     launched()
-    with resumable(lambda: begun_in(target) is not None) as progress:
+    ended: Exception | None = None
+    with (
+        resumable(lambda: begun_in(local_place(given)) is not None) as progress,
+        local_runs(given, resume, DEFINITIONS) as target,
+    ):
         if resume:
             check_begun(target)
         elif out is None and is_main():
@@ -113,13 +125,20 @@ def train_student(
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
+        place, told = place_of(target), list[str]()
         if sweep:
             students = plan_sweep(run, sweep, set_)
+            from rekindle.pipeline.compare.runs import compare_runs
+            from rekindle.pipeline.compare.tables import as_text
             from rekindle.pipeline.sweep.run import SweepError, run_sweep
 
             failures = run_sweep(
                 students, target, resume=resume, workers=workers, progress=progress
             )
+            told.append(as_text(compare_runs([target])))
+            if failures:
+                ended = SweepError(failures, len(students))
+                ended.args = (str(ended).replace(str(target), place),)
         elif workers is not None:
             raise InputError(
                 "--workers is for --sweep; one student on several devices needs torchrun"
@@ -133,22 +152,17 @@ def train_student(
                 results = run_stages(config, target, resume=resume, progress=progress)
             else:
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
-    if sweep:
-        from rekindle.pipeline.compare.runs import compare_runs
-        from rekindle.pipeline.compare.tables import as_text
+            told += map(describe_result, results if is_main() else ())
+            if is_main() and not results:
+                told.append(f"{place}: every stage was finished")
+            if is_main() and config.stages and config.evaluates_domains:
+                from rekindle.pipeline.compare.tables import domain_matrix
 
-        typer.echo(as_text(compare_runs([target])))
-        if failures:
-            raise SweepError(failures, len(students))
-    elif is_main():
-        for result in results:
-            typer.echo(describe_result(result))
-        if not results:
-            typer.echo(f"{target}: every stage was finished")
-        if config.stages and config.evaluates_domains:
-            from rekindle.pipeline.compare.tables import domain_matrix
-
-            typer.echo(domain_matrix([target / stage.name for stage in config.stages]))
+                told.append(domain_matrix([target / stage.name for stage in config.stages]))
+    for text in told:
+        typer.echo(text.replace(str(target), place))
+    if ended is not None:
+        raise ended
     if one_of_many():
         leave(0)
 
@@ -169,6 +183,13 @@ def rekindle(
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="only this of tasks with their own corpus")
     ] = None,
+    searched: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="search.json of the same cycle in another folder: its draw 0 has searched for all",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Knowledge rekindle, whole: experts, cache, guided students, experts again, compared.
@@ -186,7 +207,13 @@ def rekindle(
         from rekindle.pipeline.cycle.run import run_cycle
 
         results = run_cycle(
-            config, target, draw=draw, task=task, workers=workers, progress=progress
+            config,
+            target,
+            draw=draw,
+            task=task,
+            searched=searched,
+            workers=workers,
+            progress=progress,
         )
     from rekindle.pipeline.cycle.page import printed
 
@@ -222,37 +249,40 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Say which of several runs is best: task scores first, then what differs, time, losses."""
-    from rekindle.pipeline.compare.runs import compare_runs
-
     of_test = {"--text-field": text_field, "--label-field": label_field, "--set": set_}
     for option, value in ({"--metric": metric, "--expert": expert} | of_test).items():
         if value and not test:
             raise InputError(f"{option} is that of --test: say which file is scored")
+    from rekindle.pipeline.compare.runs import compare_runs
+    from rekindle.pipeline.compare.stored import fetched
     from rekindle.pipeline.cycle.page import check_one_corpus, compare_cycle
 
-    if test:
-        given = {"--test": test, "--expert": expert, "--metric": [metric] if metric else None}
-        given |= {"--text-field": text_field, "--set": set_}
-        given |= {"--label-field": [label_field] if label_field else None}
-        check_one_corpus(runs, [(name, one) for name, of in given.items() for one in of or ()])
-    if not test and (told := compare_cycle(runs, out, as_json)) is not None:
-        typer.echo(told)
-        return
-    found = compare_runs(runs)
-    if test:
-        from rekindle.pipeline.commands import asking
+    with fetched(runs, models=bool(test)) as (folders, named):
+        if test:
+            given = {"--test": test, "--expert": expert, "--metric": [metric] if metric else None}
+            given |= {"--text-field": text_field, "--set": set_}
+            given |= {"--label-field": [label_field] if label_field else None}
+            each = [(name, one) for name, of in given.items() for one in of or ()]
+            check_one_corpus(folders, each)
+        elif (told := compare_cycle(folders, out, as_json, named)) is not None:
+            typer.echo(named(told))
+            return
+        found = compare_runs(folders)
+        if test:
+            from rekindle.pipeline.commands.asking import compared
 
-        found = asking.compared(found, test, metric, (text_field, label_field), set_, expert or [])
-    from rekindle.pipeline.compare.tables import as_text
+            fields = (text_field, label_field)
+            found = compared(found, test, metric, fields, set_, expert or [])
+        from rekindle.pipeline.compare.tables import as_text
+        from rekindle.pipeline.cycle.page import report_html, verdict_above
 
-    if out is not None:
-        from rekindle.data.storage.atomic import write_text
-        from rekindle.pipeline.cycle.page import report_html
+        if out is not None:
+            from rekindle.data.storage.atomic import write_text
 
-        write_text(out, report_html(runs, found))
-    from rekindle.pipeline.cycle.page import verdict_above
-
-    typer.echo(json.dumps(found.as_dict()) if as_json else verdict_above(runs) + as_text(found))
+            write_text(out, named(report_html(folders, found)))
+        values = found.as_dict()
+        told = json.dumps(values) if as_json else verdict_above(folders) + as_text(found)
+    typer.echo(named(told))
 
 
 def doctor() -> None:
@@ -264,8 +294,8 @@ def doctor() -> None:
 
 
 for command in (
-    *(demo, init, finetune, evaluate, predict, export, cache_teachers, plan, gc, verify, inspect_),
-    *(import_targets, export_targets, train_student, rekindle, compare, doctor),
+    *(demo, init, finetune, evaluate, predict, export, merge_adapter, cache_teachers, plan, gc),
+    *(verify, inspect_, import_targets, export_targets, train_student, rekindle, compare, doctor),
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
 

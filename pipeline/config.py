@@ -23,6 +23,7 @@ from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
 from rekindle.train.config import StudentConfig, TrainConfig
+from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.estimates import check_estimates
 from rekindle.train.schedules import is_used
 
@@ -151,6 +152,8 @@ class RunConfig(Settings):
             raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
         teachers = tuple(map(self._reading_records, self.teachers))
         object.__setattr__(self, "teachers", teachers)  # frozen: the same, as they are meant
+        if self.student is not None and (why := lora_excludes(self.student, self.train)):
+            raise ValueError(why)
         check_stages(self.stages)
         for stage in self.stages:
             configure_stage(self, stage)

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from rekindle.data.cores import cores
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.atomic import write_json, write_text
@@ -24,7 +25,7 @@ from rekindle.pipeline.cycle.run import run_cycle
 from rekindle.pipeline.cycle.scores import CycleResults
 from rekindle.pipeline.job_functions import cache, pretrain
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
-from rekindle.pipeline.processes.worker import Place, cores, warm_up
+from rekindle.pipeline.processes.worker import Place, warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, read_record
@@ -36,6 +37,11 @@ LM = "base-lm"  # the start model as a masked-LM teacher
 SHOWN = tuple(task for task in TASKS if task.name in ("part", "kind"))  # both of single passages
 _ONE_SEED = (
     "One seed (--quick) says nothing of chance: `pipeline demo` scores five, and shows the interval"
+)
+
+_ONE_STUDENT = (
+    "The seeds are fine-tunings of one student of each kind: how much another pre-training would "
+    "change is in no interval"
 )
 
 
@@ -126,8 +132,7 @@ def closing_lines(results: CycleResults) -> list[str]:
         if (seeds := one.n) > 1:
             told += f" [{one.interval}], higher in {one.higher} of {one.n} seeds"
         lines.append(told)
-    if seeds == 1:
-        lines.append(f"{_ONE_SEED}.")
+    lines.append(f"{_ONE_SEED if seeds == 1 else _ONE_STUDENT}.")
     return lines
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from rekindle.data.cores import cores
 from rekindle.kernels.choice import TRITON_INSTALLED
-from rekindle.pipeline.processes.worker import cores
 from rekindle.train.model.files import package_versions, place
 
 

@@ -33,7 +33,7 @@ def is_main() -> bool:
 def leave(code: int) -> NoReturn:
     """Exit at once: threads that still compute or read ahead have nothing to save.
 
-    What was downloaded of a cache is removed all the same.
+    What was to be uploaded is removed all the same.
     """
     tidy_up()
     sys.stdout.flush()
@@ -42,11 +42,11 @@ def leave(code: int) -> NoReturn:
 
 
 def tidy_up() -> None:
-    """Remove what was downloaded of a cache; the interpreter's own end does it elsewhere."""
+    """Remove what was to be uploaded to a store; the interpreter's own end does it elsewhere."""
     if "rekindle.data.storage.store" in sys.modules:
-        from rekindle.data.storage.downloads import remove_downloads
+        from rekindle.data.storage.uploads import remove_uploads
 
-        remove_downloads()
+        remove_uploads()
 
 
 def by_itself() -> None:

@@ -51,8 +51,9 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     out for it; neither where the text is gone.
     """
     from rekindle.data.corpus.corpus import Corpus
-    from rekindle.data.source.documents import LeftOut, read_documents
+    from rekindle.data.source.documents import read_documents
     from rekindle.data.source.held_texts import Found, HeldTexts, find_held
+    from rekindle.data.source.left_out import LeftOut
     from rekindle.data.storage.store import open_store
 
     config = load_config(config_file)

@@ -10,13 +10,16 @@ from typing import Any
 
 from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.former import with_defaults
-from rekindle.data.settings import free_keys
+from rekindle.data.former import with_defaults, with_every_key
+from rekindle.data.settings import free_keys, sections_in
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
+# Of several runs in a store, what says which they are; and which files nobody goes on from once a
+# run is finished, by their endings.
+DEFINITIONS = {STAGES_FILE: (), SWEEP_FILE: (".safetensors",)}
 SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
 Recorded = Mapping[str, Mapping[str, Any]]  # what is recorded of each run, by its name
 
@@ -56,8 +59,18 @@ def check_same_runs(
         if name not in now:
             raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
         free = _may_change(out / name, recorded, configs[name])
-        begun = _known(with_defaults(RunConfig, recorded), now[name])
-        check_same(out / name, begun, now[name], rule, free)
+        here = _with_every_key(now[name])
+        begun = _known(_with_every_key(with_defaults(RunConfig, recorded)), here)
+        check_same(out / name, begun, here, rule, free)
+
+
+def _with_every_key(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(settings)
+    for key in SECTIONS:
+        if isinstance(found.get(key), Mapping):
+            (section,) = sections_in(RunConfig.model_fields[key].annotation)
+            found[key] = with_every_key(section, found[key])
+    return found
 
 
 def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the configuration says of a teacher. No model is touched here, and torch is not imported."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -77,6 +78,47 @@ class MonteCarloConfig(Settings):
     passes: int = Field(0, ge=0, description="forward passes with dropout; 0 for none")
 
 
+class ResourcesConfig(Settings):
+    """What a process that runs a teacher takes of a machine of a Ray cluster."""
+
+    num_cpus: float = Field(1.0, gt=0, description="cores, and threads of a forward pass")
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs, also a part of one; null: one where the cluster has any, else none",
+    )
+    memory_gb: float | None = Field(None, gt=0, description="main memory")
+    custom: Mapping[str, float] = Field(
+        default_factory=dict, description="other resources, by the names that the cluster has"
+    )
+    load_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="a process that is longer at loading the model is ended, and another tried; "
+        "null: no limit",
+    )
+    unit_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="a process that is longer at a unit is ended, and the unit tried elsewhere; "
+        "null: no limit",
+    )
+
+    def within(self) -> dict[str, float]:
+        """Return the limits in seconds, as ``Work`` has them."""
+        minutes = {"load": self.load_minutes, "unit": self.unit_minutes}
+        return {key: 60 * value for key, value in minutes.items() if value is not None}
+
+    def of_ray(self) -> dict[str, float]:
+        """By the names that Ray has."""
+        found = {"num_cpus": self.num_cpus, **self.custom}
+        if self.num_gpus is not None:
+            found["num_gpus"] = self.num_gpus
+        if self.memory_gb is not None:
+            found["memory"] = self.memory_gb * 1e9
+        return found
+
+
 class TeacherConfig(Settings):
     """One expert."""
 
@@ -101,6 +143,17 @@ class TeacherConfig(Settings):
     batch_tokens: Free[Literal["auto"] | PositiveInt] = Field(
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
+    device_map: Free[Literal["auto"] | None] = Field(
+        None, description="auto: spread over this machine's devices, where one has no room for it"
+    )
+    tp_plan: Free[Literal["auto"] | None] = Field(
+        None,
+        description="auto: shared out among the processes that torchrun starts (tensor parallel)",
+    )
+    resources: Free[ResourcesConfig] = Field(
+        default_factory=ResourcesConfig,
+        description="what it takes of a cluster (cache-teachers --executor ray)",
+    )
     view: Literal["masked", "clean"] | None = Field(
         None,
         description="of a masked_lm teacher. masked (the default): it sees the masked replicas and "
@@ -119,6 +172,8 @@ class TeacherConfig(Settings):
                 f"{self.targets.kind} targets are for masked_lm and causal_lm; task heads are kept "
                 "whole"
             )
+        if self.device_map is not None and self.tp_plan is not None:
+            raise ValueError("device_map and tp_plan are two ways to spread a model; give one")
         if self.monte_carlo.passes and self.task != "sequence_classification":
             raise ValueError(
                 "monte_carlo passes give class probabilities: they are for sequence_classification"

@@ -18,6 +18,8 @@ from rekindle.train.measures import PULL, RATIO
 from rekindle.train.objective.pulls import told_pulls
 from rekindle.train.order.length import in_steps
 from rekindle.train.record.identity import as_run_began, recorded_extent, steps_of_run
+from rekindle.train.record.stored_run import write_finished
+from rekindle.train.record.working_copy import place_of
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
@@ -41,7 +43,7 @@ def train_from_config(
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (
         join_world() as world,
-        progress.task(str(out), unit="steps", total=total) as task,
+        progress.task(place_of(out), unit="steps", total=total) as task,
     ):
         pulls = ""  # as last measured
 
@@ -75,6 +77,7 @@ def train_from_config(
         )
         if world.main and not (result.was_finished and (out / RUN_YAML).is_file()):
             write_text(out / RUN_YAML, dump_config(_settled(config, recorded_extent(out))))
+            write_finished(out)
     return result
 
 
@@ -125,7 +128,7 @@ def describe_result(result: TrainResult) -> str:
                 f"cross-entropy alone{rest}"
             )
     lines.append(result.told_of_best())
-    return "\n".join(lines)
+    return "\n".join(lines).replace(str(result.directory), place_of(result.directory))
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:

@@ -2,16 +2,13 @@
 family.
 """
 
+import gc
 import json
 import logging
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-from rekindle.pipeline.processes.worker import cores
+from rekindle.data.cores import cores
 
 pytest.register_assert_rewrite("testlib")
 
 # A loaded machine is no fault of an example's.
-settings.register_profile("rekindle", deadline=None)
+settings.register_profile(
+    "rekindle", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("rekindle")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -97,6 +96,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     (-n, --pdb) and pytest-xdist is there; files that are named run in this process.
 
     Each begins with a stretch of neighbours, which share fixtures, and then takes from the others.
+    A folder of tests/extras stays in one process: two clusters of Ray take each other's ports.
     """
     option = config.option
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
@@ -105,34 +105,48 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if option.numprocesses is None and not option.usepdb and any(folders):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
         option.numprocesses = max(1, min(cores(), memory // GIGABYTES_OF_A_WORKER))
-        option.dist = "worksteal"
+        extras = all(Path(argument).is_relative_to("tests/extras") for argument in config.args)
+        option.dist = "loadgroup" if extras else "worksteal"
 
 
-# Their fixtures, or single tests, take many seconds.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage meanwhile, nor later among what was imported and collected: it stays, and
+    looking through it took a fifth of the time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+# Files, and folders whose files share fixtures: these, or single tests, take many seconds.
 DEAR = {
-    *(f"train/{name}" for name in ("test_distributed", "test_evaluate", "loop/test_loop")),
-    *("train/methods/test_method_replaced_tokens", "train/record/test_resume"),
-    *("train/objective/test_estimator_targets", "kernels/test_distributed"),
-    *("pipeline/test_torchrun", "pipeline/test_recipes", "pipeline/test_cli"),
-    *("pipeline/cycle/test_cycle", "pipeline/plan/test_plan", "pipeline/stages/test_stages"),
-    *("pipeline/builtin/test_builtin", "pipeline/builtin/test_tasks"),
-    *("pipeline/sweep/test_sweep", "pipeline/report/test_page_browser"),
-    *("pipeline/caching/test_object_store", "pipeline/caching/test_repair"),
-    *("pipeline/caching/self_evolution/test_hard_masks", "pipeline/checks/test_audit_judges"),
-    *("pipeline/caching/estimators/test_estimator_codecs", "golden/test_digests"),
-    *("pipeline/caching/compute_unit/test_vocabulary_targets", "data/source/test_python_docs"),
-    "pipeline/caching/compute_unit/test_expert_targets",
+    *(f"train/{name}.py" for name in ("test_distributed", "test_evaluate", "loop/test_loop")),
+    *("train/methods/test_method_replaced_tokens.py", "train/record/test_resume.py"),
+    *("train/objective/test_estimator_targets.py", "kernels/test_distributed.py"),
+    *(f"pipeline/test_{name}.py" for name in ("torchrun", "recipes", "cli")),
+    *(f"pipeline/{name}" for name in ("builtin", "cycle", "plan", "stages", "sweep")),
+    *("pipeline/report/test_page_browser.py", "pipeline/checks/test_audit_judges.py"),
+    *(f"pipeline/caching/{name}" for name in ("test_object_store.py", "test_repair.py")),
+    *(f"pipeline/caching/{name}" for name in ("self_evolution", "estimators", "compute_unit")),
+    *("golden/test_digests.py", "data/source/test_python_docs.py"),
 }
 TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the DEAR files: tests near the end of the list are taken by the other process,
-    which would set up their fixtures once more, or wait for one long test.
+    """Begin with what is DEAR: tests near the end of the list are taken by the other process,
+    which would set up their fixtures once more, or wait for one long test. Slow tests have an hour.
     """
-    dear = {TESTS / f"{name}.py" for name in DEAR}
-    assert all(path.is_file() for path in dear)
-    items.sort(key=lambda item: item.path not in dear)
+    dear = {TESTS / name for name in DEAR}
+    assert all(path.exists() for path in dear)
+    items.sort(key=lambda item: dear.isdisjoint({item.path, item.path.parent}))
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 FILLED = [Path(__file__).parent / folder for folder in ("kernels", "train")]
@@ -176,6 +190,14 @@ def quick_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_copies(tmp_path_factory: pytest.TempPathFactory):
+    """Copies of objects of this session's servers: others have objects of the same names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REKINDLE_COPIES", str(tmp_path_factory.mktemp("copies")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_log_handlers():
     """The command line logs to the stderr of the moment; that of a test is closed after it."""
@@ -183,7 +205,8 @@ def own_log_handlers():
     handlers, level = list(log.handlers), log.level
     yield
     log.handlers = handlers
-    log.setLevel(level)
+    if log.level != level:  # which looks through all loggers there are: thousands
+        log.setLevel(level)
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -397,52 +420,37 @@ def make_cache(configure: Configure, one_thread: None) -> Configure:
     return make
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """The URL of a bucket on a moto server."""
+@pytest.fixture(scope="session")
+def s3_server():
+    """A moto server, which takes seconds to start."""
     for module in ("moto", "s3fs", "flask"):
         if find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install -e '.[dev]'")
+    from testlib.servers.s3 import S3Server
+
+    server = S3Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def s3(s3_server):
+    """The URL of an empty bucket on a moto server."""
     import s3fs
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    environment = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    from testlib.servers.faulty_s3 import forget_clients
+    from testlib.servers.s3 import credentials
+
+    s3_server.forget()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in credentials(s3_server.url).items():
             patch.setenv(name, value)
         try:
-            _wait_for(url, server)
-            s3fs.S3FileSystem.clear_instance_cache()
+            forget_clients()
             s3fs.S3FileSystem().mkdir("bucket")
             yield "s3://bucket"
         finally:
-            server.terminate()
-            server.wait()
-            s3fs.S3FileSystem.clear_instance_cache()
-
-
-def _wait_for(url, server):
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"{url}/moto-api/", timeout=5)
-            return
-        except OSError:
-            assert server.poll() is None, "the moto server ended"
-            time.sleep(0.05)
-    raise AssertionError("the moto server did not answer")
+            forget_clients()
 
 
 def pytest_make_parametrize_id(val, argname):

@@ -1,7 +1,7 @@
 """Modules that were documented before the rooms: they work, or say where they are now."""
 
-import subprocess
 import sys
+import warnings
 
 LINES = {  # and where what they name is now
     "from rekindle.pipeline.prompts import write_prompts": "rekindle.pipeline.stages.prompts",
@@ -15,12 +15,17 @@ LINES = {  # and where what they name is now
 }
 
 
-def test_a_former_import_works_and_tells_the_new_place():
-    """Once each, in the order of the lines."""
-    code = "\n".join(LINES)
-    command = [sys.executable, "-W", "default::DeprecationWarning:__main__", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = [text for text in done.stderr.splitlines() if "DeprecationWarning: moved" in text]
-    assert [text.rpartition(" moved to ")[2] for text in told] == [*filter(None, LINES.values())]
-    numbers = [int(text.split(":")[1]) for text in told]
-    assert numbers == [n for n, now in enumerate(LINES.values(), 1) if now]
+def test_a_former_import_works_and_tells_the_new_place(monkeypatch):
+    """At the line that imports it, as what is imported for the first time does."""
+    for line, now in LINES.items():
+        if now:
+            monkeypatch.delitem(sys.modules, line.split()[1], raising=False)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        exec(compile("\n".join(LINES), "lines.py", "exec"), {"__name__": "__main__"})
+    told = [w for w in found if str(w.message).startswith("moved to ")]
+    assert all(w.category is DeprecationWarning and w.filename == "lines.py" for w in told)
+    assert [str(w.message).removeprefix("moved to ") for w in told] == [
+        *filter(None, LINES.values())
+    ]
+    assert [w.lineno for w in told] == [n for n, now in enumerate(LINES.values(), 1) if now]

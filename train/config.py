@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.former import Formerly
-from rekindle.data.settings import Free, MayChange, Place, Settings, parse_settings
+from rekindle.data.settings import Free, MayChange, Settings, parse_settings
 from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
+from rekindle.train.model.student_config import GrowConfig as GrowConfig
+from rekindle.train.model.student_config import StudentConfig as StudentConfig
 from rekindle.train.schedules import Amount, Count, Interval, Positive, Schedule, Seed, Share
 from rekindle.train.step_config import StepConfig
 
@@ -16,6 +18,7 @@ WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 STEPS_ONCE = 200  # the default of checkpoint_every was so many steps
+Batching = Literal["shuffled", "similar_lengths"]
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
@@ -26,95 +29,6 @@ def _in_list(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
 SomeNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_in_list)]
-
-
-class GrowConfig(Settings):
-    """ELLE: a larger student that begins as a copy of ``model``. Null: as it is, or in proportion
-    to what else grows.
-    """
-
-    layers: Count | None = Field(None, description="layers it grows to")
-    hidden_size: Count | None = Field(None, description="hidden size it grows to")
-    heads: Count | None = Field(
-        None, description="attention heads it grows to; the size of a head stays"
-    )
-    intermediate_size: Count | None = Field(
-        None, description="neurons of each feed-forward layer; null: as the hidden size"
-    )
-    preserve: Literal["approximate", "exact"] = Field(
-        "approximate",
-        description="exact: the logits stay, up to rounding, or an error says why they cannot",
-    )
-    copies: Literal["spread", "last", "first"] = Field(
-        "spread", alias="copy", description="which layers are copied when layers are added"
-    )
-    noise_std: Amount = Field(
-        0.0,
-        description="standard deviation of the noise on the divided columns of every copy but the "
-        "first (0.01 in ELLE's own scripts): without it copies learn the same, and stay equal for "
-        "ever where no dropout tells them apart. preserve: exact stays exact: the first takes the "
-        "opposite",
-    )
-    seed: Seed = Field(0, description="of what is copied, and of the noise")
-    measure_sequences: Count = Field(
-        64, description="held-out sequences on which growth.json compares before and after"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former_noise(cls, value: object) -> object:
-        """``noise`` was another thing; 0 of it is 0 all the same."""
-        if not isinstance(value, dict) or "noise" not in value:
-            return value
-        if value["noise"] != 0:
-            raise ValueError(
-                f"noise: {value['noise']} was a multiple of each matrix's own standard deviation; "
-                "now noise_std is the standard deviation itself, 0.01 in ELLE's scripts. Set "
-                "noise_std, and leave noise out"
-            )
-        return {"noise_std": 0.0} | {key: one for key, one in value.items() if key != "noise"}
-
-
-class StudentConfig(Settings):
-    """The model that is trained."""
-
-    model: Place = Field(
-        description="a model directory or a hub id: weights, or only a config.json"
-    )
-    from_scratch: bool = Field(False, description="start from random weights of that configuration")
-    task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
-        "masked_lm",
-        description="its own objective. replaced_token_detection: a masked_lm student whose "
-        "objective also has the method replaced_tokens, with its defaults unless it stands in "
-        "train.objective.methods; hard.weight is then the weight of the masked-LM loss beside it, "
-        "0 for none",
-    )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: SDPA where the model has it; what is used is printed"
-    )
-    head: Literal["ours", "family"] = Field(
-        "ours",
-        description="what its task heads are. ours: dense, tanh, linear, on the first token (of a "
-        "causal LM the last), the same for every family; `pipeline export` writes it for BERT, "
-        "RoBERTa and their like. family: what transformers' classifier of its family has, with its "
-        "own choice of tokens; every head of it can be exported",
-    )
-    grow: GrowConfig | None = Field(
-        None, description="ELLE: make it larger before training; null: as it is"
-    )
-    domain_prompts: bool = Field(
-        False, description="ELLE: a learned vector per corpus domain after the first token"
-    )
-
-    @property
-    def language_task(self) -> Literal["masked_lm", "causal_lm"]:
-        """Which kind of language model it is, whatever else it learns."""
-        return "causal_lm" if self.task == "causal_lm" else "masked_lm"
-
-    @property
-    def chosen_attention(self) -> str | None:
-        """The implementation that is asked for; None: the model's own."""
-        return None if self.attention == "auto" else self.attention
 
 
 class HardConfig(Settings):
@@ -319,6 +233,13 @@ class TrainConfig(StepConfig):
 
     micro_batch_sequences: Free[Count | None] = Field(
         None, description="sequences per forward pass, the longest first; null: the whole batch"
+    )
+    batching: Batching = Field(
+        "shuffled",
+        description="similar_lengths: texts of about one length share a batch, which is then "
+        "hardly padded: what up to 64 steps read is dealt out to them by length, in an order of "
+        "batches drawn anew. `pipeline plan` says what it saves. A step's loss is a mean over its "
+        "own rows, so one of a batch of short texts weighs more",
     )
     max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null for none")
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -32,14 +32,48 @@ from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
 from rekindle.kernels.targets import DecodedTargets
+from rekindle.train.model.passes import note_padding
 from rekindle.train.model.split_model import OutputHead
 
 T = TypeVar("T", bound=TargetBatch)
 Inputs = dict[str, Tensor]  # of a model, by the names of its arguments
 
 
+class SentArray(np.ndarray):
+    """An array whose copy is on its way to a device, or there (``ready.py``). What is cut out of
+    it, or made of it, is a plain one.
+    """
+
+    sent: Tensor | None
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, values: NDArray, sent: Tensor, copied: torch.cuda.Event | None) -> "SentArray":
+        """The array with its copy, and when that is there; None: it is."""
+        found = values.view(cls)
+        found.sent, found.copied = sent, copied
+        return found
+
+    def __array_finalize__(self, other: object) -> None:
+        """Begin without a copy."""
+        self.sent = self.copied = None
+
+    def there(self) -> Tensor | None:
+        """The copy, for the stream that asks: it waits for it, and the host does not."""
+        if self.sent is not None and self.copied is not None:
+            stream = torch.cuda.current_stream(self.sent.device)
+            stream.wait_event(self.copied)
+            self.sent.record_stream(stream)
+        return self.sent
+
+
 def send(values: NDArray, device: torch.device) -> Tensor:
     """A NumPy array as a tensor on ``device``; pinned first where that lets the copy overlap."""
+    if isinstance(values, SentArray):
+        sent = values.there()
+        if sent is not None and sent.device == device:
+            return sent
+        values = values.view(np.ndarray)
     # Read-only memory maps are never written through: every consumer copies or computes out of
     # place.
     tensor = torch.from_numpy(np.ascontiguousarray(values))
@@ -55,7 +89,7 @@ def model_inputs(
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     inputs = {
         "input_ids": send(input_ids, device).long(),
-        "attention_mask": send(mask, device).long(),
+        "attention_mask": note_padding(send(mask, device).long(), bool(mask.all())),
     }
     if token_types is not None:
         inputs["token_type_ids"] = send(token_types, device).long()

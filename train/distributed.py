@@ -5,21 +5,30 @@ process takes the same path with a world of one.
 """
 
 import logging
+import math
 import os
+import socket
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, RekindleError, first_words
+from rekindle.train.deferred.recording import Recording, Undeferrable
+from rekindle.train.deferred.shards import fill_in_shards
 from rekindle.train.launch import launched, local_rank
 from rekindle.train.student import Student
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger("rekindle")
 
@@ -64,16 +73,23 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.talk)
-        with _meeting():
+        with meeting():
             dist.all_reduce(total)
         found: list[float] = total.tolist()
         return found
+
+    def sum_there(self, values: Tensor) -> Tensor:
+        """The sums of ``values`` [n] over all processes, on the device: no GPU is waited for."""
+        if self.size > 1:
+            with meeting():
+                dist.all_reduce(values)
+        return values
 
     def gather(self, own: Answer) -> list[Answer]:
         """Return what every process gives as ``own``, by rank; the same everywhere."""
         found = [own] * self.size
         if self.size > 1:
-            with _meeting():
+            with meeting():
                 dist.all_gather_object(found, own)
         return found
 
@@ -98,6 +114,28 @@ class World:
             raise error
         raise ElsewhereError(codes[failed] or 1)
 
+    def in_turn(self, make: Callable[[], Answer]) -> Answer:
+        """As ``agree``, but on each machine one process after another, the main one last: what
+        they need while they ``make`` it, the machine has room for once.
+        """
+        hosts = self.gather(socket.gethostname())
+        mates = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]][::-1]
+        found: Answer | None = None
+        for turn in range(max(Counter(hosts).values())):
+            if mates[turn : turn + 1] == [self.rank]:
+                found = self.agree(make)
+            else:
+                self.agree(lambda: None)
+        return cast(Answer, found)
+
+    def mesh(self, parallel: Parallel) -> "DeviceMesh | None":
+        """What FSDP2 shards a student over; None where none is to be. Every process asks for it."""
+        if self.size == 1 or parallel != "fsdp":
+            return None
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.size,))
+
     def decide(self, make: Callable[[], Answer], patient: bool = False) -> Answer:
         """What ``make`` returns in the main process, in every process; its error too.
 
@@ -116,7 +154,7 @@ class World:
                 error = raised
                 found[1] = getattr(raised, "exit_code", 1)
         try:
-            with _meeting():
+            with meeting():
                 where = torch.device("cpu") if patient else self.talk
                 dist.broadcast_object_list(found, src=0, group=group, device=where)
         finally:
@@ -128,7 +166,7 @@ class World:
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
+def meeting() -> Iterator[None]:
     """Around a collective: that another process has ended is no bug of this one."""
     try:
         yield
@@ -196,12 +234,27 @@ class _Whole(nn.Module):
 class ParallelStudent:
     """A student, and how all processes of a world run it together."""
 
-    def __init__(self, student: Student, world: World, parallel: Parallel = "ddp"):
-        self.student, self.world = student, world
+    def __init__(
+        self,
+        student: Student,
+        world: World,
+        mesh: "DeviceMesh | None" = None,
+        recorded: Recording | None = None,
+    ):
+        """``mesh``: of ``World.mesh``, over which the student is sharded; its parts move from the
+        CPU to the devices one after another. ``recorded``: how it is filled, if it has no memory
+        yet; what it has to be tried with is tried, and raises InputError.
+        """
+        self.student, self.world, self.sharded = student, world, mesh is not None
         self.module: Any = _Whole(student)
-        self.sharded = world.size > 1 and parallel == "fsdp"
-        if self.sharded:
-            _shard(self.module, world)
+        if mesh is not None and recorded is not None:
+            shard = partial(_shard, self.module, mesh)
+            fill_in_shards(self.module, recorded, shard, world.device, local_rows)
+            if recorded.trials:
+                self.run(lambda _: [trial() for trial in recorded.trials])
+                cast(Any, self.module).reshard()  # or what is loaded later would not be seen
+        elif mesh is not None:
+            _shard(self.module, mesh)
         elif world.size > 1:
             with warnings.catch_warnings():  # its new name is not in all versions that we take
                 warnings.simplefilter("ignore", FutureWarning)
@@ -231,12 +284,53 @@ class ParallelStudent:
         return whole(nn.utils.clip_grad_norm_(self.student.parameters(), max_norm))
 
 
-def _shard(module: _Whole, world: World) -> None:
+class Built(Protocol):
+    """What comes with a student that was built."""
+
+    @property
+    def student(self) -> Student:
+        """The student."""
+
+    @property
+    def recorded(self) -> Recording | None:
+        """How it is filled, if it has no memory yet."""
+
+
+AnyBuilt = TypeVar("AnyBuilt", bound=Built)
+
+
+def build_in_shards(
+    build: Callable[[bool], AnyBuilt], world: World, mesh: "DeviceMesh", grows: bool
+) -> tuple[AnyBuilt, ParallelStudent | None]:
+    """Return what ``build`` makes, deferred (True) or whole, and the student in shards, if it is
+    filled in already.
+
+    A student without memory is filled in by all at once. One that ``grows``, or cannot be built so,
+    is built whole by one process of a machine after another; the main one, the last, keeps it
+    whole, as its growth is measured.
+    """
+    why = "it grows"
+    if not grows:
+        try:
+            made = world.agree(lambda: build(True))
+            return made, world.agree(
+                lambda: ParallelStudent(made.student, world, mesh, made.recorded)
+            )
+        except Undeferrable as error:
+            why = str(error)
+    log.info("student: built whole, on each machine by one process after another (%s)", why)
+
+    def build_whole() -> tuple[AnyBuilt, ParallelStudent | None]:
+        made = build(False)
+        return made, None if world.main else ParallelStudent(made.student, world, mesh)
+
+    return world.in_turn(build_whole)
+
+
+def _shard(module: _Whole, mesh: "DeviceMesh") -> None:
     """FSDP2: each block of the model in shards of its own, the rest as one."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks(module.student.model):
         fully_shard(block, mesh=mesh)
     # The root keeps its parameters whole until the backward pass: the loss needs the output matrix.
@@ -253,6 +347,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def compile_blocks(student: Student) -> None:
+    """Compile each block by itself: equal ones share the code, and parameters keep their names."""
+    found = blocks(student.model)
+    if not found:
+        log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
+    for block in found:
+        block.compile()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, on every process; a plain one as it is."""
     gathered = getattr(tensor, "full_tensor", None)
@@ -260,16 +363,13 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
-def like(home: Tensor, values: Tensor, name: str = "") -> Tensor:
-    """Whole ``values`` where ``home`` is, in shards if it is; AdamW's ``step`` stays on the CPU
-    beside a parameter of a CPU.
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of a sharded tensor that this process holds, in its own memory, and which of all the
+    first one is; a plain one as it is.
     """
-    if name == "step" and not home.is_cuda:
-        return values
-    values = values.to(home.device)
-    mesh = getattr(home, "device_mesh", None)
-    if mesh is None or values.shape != home.shape:
-        return values
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(values, mesh, home.placements)  # type: ignore[attr-defined]
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor.detach(), 0
+    each = math.ceil(len(tensor) / mesh.size())  # as FSDP2 cuts: the last ones may have fewer
+    rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return rows, min(mesh.get_local_rank() * each, len(tensor))

@@ -19,11 +19,12 @@ from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, kd_targets, language_rows, sparse_targets
+from rekindle.train.distributed import World
 from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.model.passes import Remembered
-from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, known_term
+from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, added, known_term
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
@@ -33,7 +34,7 @@ from rekindle.train.student import Student
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is evaluated: which sequences, whose targets, in batches of what size."""
+    """What is evaluated: which sequences, whose targets, in batches of what size a process."""
 
     cache: Cache
     index: NDArray[np.int64]
@@ -46,6 +47,7 @@ class EvaluationData:
     terms: Mapping[str, DistillTerm] = field(default_factory=dict)  # by teacher
     objective: Objective | None = None  # what `loss` is; None: there is no such value
     measure: int = MEASURE  # the rule of the run: it goes on with that it was begun with
+    longest_first: bool = False  # each process reads its share by length: batches hardly padded
 
     @property
     def has_loss(self) -> bool:
@@ -70,14 +72,28 @@ class EvaluationData:
 
     def batches(self) -> Iterator[Batch]:
         """Read them, batch by batch."""
-        for start in range(0, len(self.index), self.batch_sequences):
-            yield self.cache.gather(
-                self.index[start : start + self.batch_sequences],
+        for batch, _ in self.share(0, 1):
+            yield batch
+
+    def share(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
+        """Read a process's share of them, with whether a batch counts.
+
+        All have equally many batches, as students in shards need: who has run out reads the first
+        sequence once more. Shares are of neighbours, so that each process opens few shards.
+        """
+        own = np.array_split(self.index, world_size)[rank]
+        own = self.cache.longest_first(own) if self.longest_first else own
+        longest = math.ceil(len(self.index) / world_size)
+        for start in range(0, longest, self.batch_sequences):
+            numbers = own[start : start + self.batch_sequences]
+            batch = self.cache.gather(
+                numbers if len(numbers) else self.index[:1],
                 self.teachers,
                 epoch=0,
                 masked_view=self.masked_view,
                 allow_missing=self.allow_missing,
             )
+            yield batch, len(numbers) > 0
 
 
 class Best(TypedDict):
@@ -111,14 +127,18 @@ Run = Callable[..., Sums]
 
 @torch.no_grad()
 def evaluate(
-    student: Student, data: EvaluationData, device: torch.device, run: Run | None = None
+    student: Student,
+    data: EvaluationData,
+    device: torch.device,
+    run: Run | None = None,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Return ``loss`` (the objective that is trained, at the weights of the last step), ``ce`` (the
     cross-entropy on the text, in nats, where the student's language model is trained), per teacher
     ``kl/…`` and ``agreement/…`` or ``mse/…``, and per method its own values as ``METHOD/…``.
 
-    ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Every process
-    evaluates all of it, and gets the same values.
+    ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Each process
+    of a ``world`` evaluates its share, and gets the values of all, to the last bit the same.
 
     KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. From a
     sample drawn at τ = 1 (threshold, random) it is an unbiased estimate of the KL to the teacher,
@@ -129,15 +149,16 @@ def evaluate(
     cross-entropy is measured ``loss/DOMAIN``. Empty when nothing is held out.
     """
     run = run or (lambda work, *arguments: work(student, *arguments))
+    world = world or World.alone()
     training = student.training
     student.eval()
     try:
-        found = _means(data, device, run)
+        found = _means(data, device, run, world)
         for name, index in data.domains.items():
             alone = replace(data, index=index)
             if data.reads_text:
                 alone = replace(alone, teachers=(), methods=(), objective=None)
-            values = _means(alone, device, run)
+            values = _means(alone, device, run, world)
             found |= {f"{what}/{name}": values[what] for what in _of_a_domain(data, values)}
     finally:
         student.train(training)
@@ -150,13 +171,18 @@ def _of_a_domain(data: EvaluationData, values: Mapping[str, float]) -> list[str]
     return [name] if name in values else []
 
 
-def _means(data: EvaluationData, device: torch.device, run: Run) -> dict[str, float]:
-    """Return every value, in the mean over what it counts."""
-    totals: dict[str, NDArray[np.float64]] = {}
+def _means(data: EvaluationData, device: torch.device, run: Run, world: World) -> dict[str, float]:
+    """Return every value, in the mean over what it counts in all processes."""
+    each: list[dict[str, NDArray[np.float64]]] = []
     loss = HeldOutLoss(data.objective) if data.objective is not None and data.has_loss else None
-    for batch in data.batches():
-        for name, pair in run(_batch_sums, batch, device, data, loss).items():
-            totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
+    for batch, counts in data.share(world.rank, world.size):
+        kept = loss if counts or loss is None else HeldOutLoss(loss.objective)
+        sums = run(_batch_sums, batch, device, data, kept, world)
+        if counts:
+            each.append({name: np.array(pair, np.float64) for name, pair in sums.items()})
+    totals = added(world.gather(added(each)))
+    if loss is not None:
+        loss.join(world)
     found = {name: float(total / count) for name, (total, count) in totals.items() if count}
     whole = None if loss is None else loss.mean()
     if data.measure < MEASURE and "ce" in found:
@@ -170,9 +196,11 @@ def _batch_sums(
     device: torch.device,
     data: EvaluationData,
     loss: HeldOutLoss | None,
+    world: World,
 ) -> Sums:
     """Return the sums of a batch, and add it to the ``loss``: both share the student's passes."""
-    with student.through(Remembered()):
+    # Of a student in shards every process must make the same passes, whatever its texts are.
+    with student.through(Remembered(lambda known: not any(world.sum([not known])))):
         sums, known = _own_sums(student, batch, device, data)
         for method in data.methods:
             values = method.evaluate(student, batch, device)

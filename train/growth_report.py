@@ -17,10 +17,10 @@ from torch import Tensor
 from rekindle.data.batch import Batch
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_json
-from rekindle.train.config import GrowConfig
 from rekindle.train.device_batch import language_rows
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.growth.grow import Shape
+from rekindle.train.model.student_config import GrowConfig
 from rekindle.train.prepare import Prepared
 from rekindle.train.record.run_folder import read_record
 from rekindle.train.student import Student
@@ -33,11 +33,12 @@ ROWS = 512  # positions whose logits over the whole vocabulary are held at once
 Report = dict[str, Any]
 
 
-def measure_growth(run: Path, prepared: Prepared, device: torch.device) -> Report | None:
+def measure_growth(run: Path, prepared: Prepared) -> Report | None:
     """The report of a student that has grown; None where it has not, or its report is there."""
     if prepared.ungrown is None or (run / GROWTH_FILE).exists():
         return None
     config = GrowConfig.model_validate(prepared.about["student"]["grow"])
+    device = next(prepared.student.parameters()).device
     before = prepared.ungrown().to(device)
     report = compare_students(before, prepared.student, prepared.held_out, config, device)
     _tell(report)

@@ -6,41 +6,31 @@ torchrun each process runs this same loop on its share of every batch.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
-from rekindle.data.errors import InputError
-from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.device_batch import split_batch
-from rekindle.train.distributed import ParallelStudent, World
+from rekindle.train.distributed import ParallelStudent, World, build_in_shards
 from rekindle.train.evaluate import Best, best_of, evaluate
-from rekindle.train.export.card import CARD_FILE, student_card
+from rekindle.train.export.finished import make_model_directory
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE, UNSEEN
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
-from rekindle.train.objective.pulls import with_norms
-from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import StepPlan
-from rekindle.train.optimizer import configured_adamw, set_learning_rate
+from rekindle.train.optimizer import configured_adamw
 from rekindle.train.order.length import in_steps
-from rekindle.train.precision import autocast, chosen_precision, tell_slow
-from rekindle.train.prepare import Prepared, prepare, student_masks
+from rekindle.train.precision import autocast, tell_slow
+from rekindle.train.prepare import prepare, student_masks
 from rekindle.train.record.checkpoint import (
     checkpoint_folder,
-    gather_weights,
     kept_of,
     left_by_interrupt,
     restore,
@@ -64,8 +54,12 @@ from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.occasions import Occasions
 from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
-from rekindle.train.record.watch import LossWatch, recent_losses
+from rekindle.train.record.sharded import refuse_unshared
+from rekindle.train.record.stored_run import write_begun
+from rekindle.train.record.watch import recent_losses
+from rekindle.train.record.working_copy import store_of
 from rekindle.train.running_out import less_memory, running_out
+from rekindle.train.steps.take import Judge, Training, take_step
 
 EVERYTHING = Extent()  # nothing is asked for
 log = logging.getLogger("rekindle")
@@ -112,19 +106,6 @@ class TrainResult:
         return cls(run, **known, best=found.get("best"), was_finished=True)
 
 
-@dataclass(frozen=True)
-class Training:
-    """Everything that a step of a run needs."""
-
-    out: Path
-    cache: Cache
-    config: TrainConfig
-    student: ParallelStudent
-    optimizer: torch.optim.Optimizer
-    prepared: Prepared
-    lineage: list[dict[str, object]]  # of the student, as its files have it
-
-
 def train_student(
     cache: Cache,
     student_config: StudentConfig,
@@ -151,8 +132,7 @@ def train_student(
     begun = world.decide(lambda: steps_of_run(out) if resume else None)
     world.decide(lambda: refuse_grown(out, cache.corpus) if resume else None)
     config = world.agree(lambda: in_steps(cache, config, begun))
-    precision = chosen_precision(config.precision, world.device.type)
-    advice, settings = less_memory(config, world.size, precision)
+    advice, settings = less_memory(config, world.size, world.device.type)
     with (
         telling(lambda: left_by_interrupt(out)),
         running_out(out, lambda: kept_of(out), advice, settings),
@@ -174,9 +154,14 @@ def _begin(
     """Prepare a run and do it, or what is left of it."""
     started = time.monotonic()
     measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
-    prepared = world.agree(
-        lambda: prepare(cache, student_config, config, masked_view, world, measure)
-    )
+    mesh = world.mesh(config.parallel)
+
+    build = partial(prepare, cache, student_config, config, masked_view, world, measure)
+    grows = student_config.grow is not None
+    if mesh is None:
+        prepared, in_shards = world.agree(lambda: build(False)), None
+    else:
+        prepared, in_shards = build_in_shards(build, world, mesh, grows)
     files = world.decide(lambda: {STUDENT_FILES: student_files(student_config)})
     prepared.about.update(files)
     balanced = prepared.objective.balance > 0
@@ -189,21 +174,24 @@ def _begin(
         return world.decide(lambda: TrainResult.of(out))
     with ExitStack() as held:  # by the main process: the folder, until the run is finished
         if balanced:  # what is said of others would lead to a refusal
-            precision = chosen_precision(config.precision, world.device.type)
-            advice, settings = less_memory(config, world.size, precision, balanced)
+            advice, settings = less_memory(config, world.size, world.device.type, balanced)
             held.enter_context(running_out(out, lambda: kept_of(out), advice, settings))
         resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
+        copied = world.decide(lambda: store_of(out) is not None)  # to each node, to go on from
+        if config.parallel == "fsdp" or (resuming and not copied):
+            refuse_unshared(out, world)
         if world.main:
             tell_slow({"train.precision: {}": config.precision}, world.device.type)
         # Measured before sharding and training; again where an earlier process died before it.
-        growth = world.decide(lambda: measure_growth(out, prepared, world.device))
-        student = ParallelStudent(prepared.student, world, config.parallel)
+        growth = world.decide(lambda: measure_growth(out, prepared))
+        student = in_shards or ParallelStudent(prepared.student, world, mesh)
         optimizer = configured_adamw(student.student.parameters(), config)
         made_by = world.decide(lambda: lineage_of_run(prepared.about, cache))
         lineage = [run.model_dump(mode="json") for run in made_by]
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
         world.decide(lambda: begin_record(out, prepared.about))
         world.decide(lambda: save_growth(out, growth))
+        world.decide(lambda: write_begun(out, resuming))
         state = restore(out, student, optimizer, config.keep_checkpoints) if resuming else {}
         return _train(training, state, started, report)
 
@@ -250,7 +238,7 @@ def _train(
     recent = world.decide(
         lambda: recent_losses(read_metrics(out), first, lambda done: objective.plan(done).weights)
     )
-    watch = LossWatch(config.explosion_factor, recent)
+    judge = Judge(training, recent)
     evaluation: dict[str, float] = {}
     student.student.train()
     # Left by an error or an interrupt, both must end at once: no thread reads on, no file is open.
@@ -259,36 +247,41 @@ def _train(
         closing(stream.steps(first, config.steps)) as steps,
         Stop.heard() as stop,
     ):
+
+        def tell(known: Iterable[tuple[int, dict[str, float]]]) -> None:
+            for at, values in known:
+                run_log.write("train", at, values)
+                if world.main:
+                    report(at, values)
+
         began, waited_before = time.monotonic(), 0.0
         occasions = Occasions(config.checkpoint_every, world, stop)
-        for step, read in steps:
+        for step, ready in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
                 began, waited_before = time.monotonic(), stream.waited
                 stop.listen()
-            plan = objective.plan(step)
-            batch = objective.select(read, plan)
-            values = _step(training, batch, plan, watch)
-            coverage.count(batch, objective.task, plan)
-            replay.count(batch)
+            taken = take_step(training, ready, judge)
+            coverage.count(ready.batch, objective.task, ready.plan)
+            replay.count(ready.batch)
             done = step + 1
             waited = stream.waited - waited_before
-            values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
-            values["seconds"] = earlier + time.monotonic() - started
-            run_log.write("train", done, values)
-            if world.main:
-                report(done, values)
+            taken.beside["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
+            taken.beside["seconds"] = earlier + time.monotonic() - started
+            tell(judge.known())
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
-                evaluation = _evaluate(training, plan)
+                tell(judge.known(everything=True))
+                evaluation = _evaluate(training, ready.plan)
                 replay.learn(done, evaluation, world.sum)
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
             due, ending = occasions.after(done)
             if last or due or is_best or ending:
+                tell(judge.known(everything=True))  # nothing is kept of a step that may not count
                 run_log.sync()
-                taken = {"seconds": earlier + time.monotonic() - started}
-                _save(training, done, taken | {"coverage": coverage.over(world.sum), "best": best})
+                spent = {"seconds": earlier + time.monotonic() - started}
+                _save(training, done, spent | {"coverage": coverage.over(world.sum), "best": best})
                 occasions.saved()
             if ending or (last and occasions.after(done)[1]):  # told while that was written
                 raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
@@ -296,8 +289,13 @@ def _train(
         evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
     result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum), best)
-    weights = gather_weights(student.student) if student.sharded else None
-    world.decide(lambda: _finish(training, result, weights))
+    left_out = ("directory", "was_finished")
+    summary = {name: value for name, value in vars(result).items() if name not in left_out}
+    about = {"made_by": prepared.about, LINEAGE: training.lineage}
+    make_model_directory(
+        *(out, student, about, prepared.tokenizer, result.best_elsewhere),
+        summary | world.decide(lambda: saved_growth(out)),
+    )
     return result
 
 
@@ -312,89 +310,8 @@ def _save(training: Training, done: int, state: dict[str, object]) -> None:
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
-    """Evaluate after the step of ``plan``.
-
-    The main process's values, in all: a last bit that differs from GPU to GPU must not make one of
-    them save a checkpoint that the others do not.
-    """
+    """Evaluate after the step of ``plan``, each process its share; the same values in all."""
     data = training.prepared.held_out.at(plan)
     student, world = training.student, training.student.world
     with autocast(training.config.precision, world.device):
-        found = evaluate(student.student, data, world.device, student.run)
-    return world.decide(lambda: found)
-
-
-def _step(training: Training, batch: Batch, plan: StepPlan, watch: LossWatch) -> dict[str, float]:
-    """Do an optimiser step on this process's share of a batch; return what is shown and logged.
-
-    Gradients are averaged over the processes, so each one's share is multiplied by their number.
-    """
-    began = time.perf_counter()
-    config, world, objective = training.config, training.student.world, training.prepared.objective
-    step, run = plan.step, training.student.run
-    head_alone = step < config.warm_head_steps
-    training.student.student.train_head_alone(head_alone)
-    # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
-    torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
-    rate = set_learning_rate(training.optimizer, config, step)
-    counts = objective.counts(batch, plan).over(world.sum)
-    loss = nothing = torch.zeros((), device=world.device)
-    terms: dict[str, Tensor] = {}
-    parts = split_batch(batch, config.micro_batch_sequences or len(batch.index))
-    with autocast(config.precision, world.device):
-        counts = with_centres(counts, objective.task, parts, plan, world, run)
-    for number, part in enumerate(parts):
-        with training.student.accumulating(last=number == len(parts) - 1):
-            with autocast(config.precision, world.device):
-                total, shown = run(objective.loss, part, counts, plan, world.device)
-            (total * world.size).backward()
-        loss = loss + total.detach()
-        for name, value in shown.items():
-            terms[name] = terms.get(name, nothing) + value
-    norm_here = training.student.clip(config.max_grad_norm or math.inf)
-    names = objective.shown(counts, plan)
-    shown_here = [norm_here, loss, *(terms.get(name, nothing) for name in names)]
-    norm, *own = torch.stack([value.float() for value in shown_here]).tolist()  # waits for the GPU
-    summed, *values, tokens = world.sum([*own, int(batch.lengths.sum())])
-    complaint = watch.complaint(summed, norm, plan.weights)
-    if complaint is not None:
-        world.decide(lambda: _stop(training, step, complaint))
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - began
-    return (
-        {"loss": summed, "learning_rate": rate, "grad_norm": norm}
-        | with_norms(dict(zip(names, values, strict=True)))
-        | ({"head_alone": 1.0} if head_alone else {})
-        | {"tokens_per_second": tokens / seconds, "tokens": tokens}
-    )
-
-
-def _stop(training: Training, step: int, complaint: str) -> None:
-    """Write the ids of the step's examples into a file; raise the InputError that says where."""
-    index = training.prepared.stream.order.at(step)
-    digests = [str(digest) for digest in training.cache.gather(index, []).digests]
-    path = training.out / f"stopped-at-step-{step + 1:08d}.json"
-    content = {"step": step + 1, "reason": complaint}
-    write_json(path, content | {"sequences": index.tolist(), "digests": digests})
-    raise InputError(
-        f"{complaint} at step {step + 1}. Its {len(index)} examples are named in {path}; look at "
-        f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "
-        "lower learning rate or a longer warm-up in another --out; a loss that is finite may go on "
-        "with --resume and train.explosion_factor: null"
-    )
-
-
-def _finish(training: Training, result: TrainResult, weights: Mapping[str, Tensor] | None) -> None:
-    """Make the run's directory a model directory; its summary, written last, says that it is."""
-    left_out = ("directory", "was_finished")
-    summary = {name: value for name, value in vars(result).items() if name not in left_out}
-    summary |= saved_growth(result.directory)
-    about = {"made_by": training.prepared.about, LINEAGE: training.lineage}
-    student = training.student.student
-    with new_files(result.directory) as staged:
-        student.save_pretrained(staged, about, weights)
-        training.prepared.tokenizer.save(str(staged))
-        card = student_card(student, result.directory, result.best_elsewhere)
-        (staged / CARD_FILE).write_text(card, encoding="utf-8")
-    write_json(result.directory / SUMMARY_FILE, summary)
+        return evaluate(student.student, data, world.device, student.run, world)

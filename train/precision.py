@@ -56,6 +56,13 @@ def told_of_slow(asked: Mapping[str, str], device_type: str, instead: str = "") 
     )
 
 
+def bf16_saves(precision: str, device_type: str) -> bool:
+    """Whether bf16 is an advice where memory does not suffice: not where it is used (``precision``,
+    not auto, is what is), nor on a CPU that would take many times as long in it.
+    """
+    return precision == "fp32" and told_of_slow({"{}": "bf16"}, device_type) is None
+
+
 def tell_slow(asked: Mapping[str, str], device_type: str, instead: str = "") -> None:
     """Say ``told_of_slow`` in the log, where there is something to say."""
     if (told := told_of_slow(asked, device_type, instead)) is not None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,21 +23,25 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import PairView, rows_of, told_of_few_pairs
 from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.distributed import World, blocks
+from rekindle.train.deferred.recording import Recording, recording
+from rekindle.train.distributed import World, compile_blocks
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.export.plain import not_exportable
 from rekindle.train.growth.student import grow_student
 from rekindle.train.measures import MEASURE, SECTION, TEACHERS_SINCE
 from rekindle.train.method import MethodRun, add_module, make_methods
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
-from rekindle.train.model.heads_told import told_of_fresh_head
+from rekindle.train.model.heads import told_of_fresh_head
+from rekindle.train.model.lora import no_head_to_adapt, told_of_adapter
 from rekindle.train.model.routers import balance_weight, told_of_routers
+from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.ready import MakeReady, SideStream
 from rekindle.train.objective.terms import told_of_between
 from rekindle.train.order.sequences import choose_sequences, evaluated_domains
 from rekindle.train.order.stream import TrainingStream
+from rekindle.train.record.coverage import check_covered
 from rekindle.train.schedules import is_used
 from rekindle.train.step_config import LENGTH
 from rekindle.train.student import Student, build_student, check_student
@@ -58,6 +63,7 @@ class Prepared:
     held_out: EvaluationData
     tokenizer: Tokenizer  # read at the start: at the end the cache may be out of reach
     ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
+    recorded: Recording | None = None  # how the student, which has no memory yet, is filled
 
 
 def prepare(
@@ -67,11 +73,15 @@ def prepare(
     masked_view: str | None,
     world: World,
     measure: int = MEASURE,
+    deferred: bool = False,
 ) -> Prepared:
     """Check all that can be checked, and build the student; writes nothing, waits for nobody.
 
     ``measure``: the rule by which the run measures held-out values, that it was begun with.
+    ``deferred``: the student has no memory yet; Undeferrable where it cannot be built so.
     """
+    if why := lora_excludes(student_config, config):
+        raise InputError(why)
     masks = student_masks(cache, student_config, masked_view)
     view = None if masks is None else masks.name
     objective = prepare_objective(cache, student_config, config, view)
@@ -96,27 +106,34 @@ def prepare(
         world_size=world.size,
         threads=config.prefetch_threads,
         longest_first=size < config.batch_sequences // world.size,
+        ready=MakeReady(
+            objective,
+            config.micro_batch_sequences,
+            SideStream(world.device) if world.device.type == "cuda" else None,
+        ),
     )
     held_out = EvaluationData(
         cache,
         chosen.held_out,
         (),
         view,
-        size,
+        min(size, config.batch_sequences // world.size),
         config.allow_missing,
         domains=chosen.domains,
         terms={name: term for term in config.objective.distill for name in term.teachers},
         objective=objective,
         measure=measure,
+        longest_first=config.batching == "similar_lengths",
     )
-    student = _student(cache, student_config, config, objective, world)
+    with recording() if deferred else nullcontext() as recorded:
+        student = _student(cache, student_config, config, objective)
+    _make_ready(student, student_config, config, objective, world)
     _check_head(student, student_config, config, objective)
     _tell_not_exportable(student)
-    ungrown = partial(_built, cache, student_config, config, objective)
+    before = partial(_built, cache, student_config, config, objective)
     grows = student_config.grow is not None
-    return Prepared(
-        about, objective, student, stream, held_out, tokenizer, ungrown if grows else None
-    )
+    found = (about, objective, student, stream, held_out, tokenizer, before if grows else None)
+    return Prepared(*found, recorded)
 
 
 def student_masks(
@@ -144,13 +161,7 @@ def prepare_objective(
     names = [name for term in config.objective.distill for name in term.teachers]
     names += [name for method in methods for name in method.teachers]
     teachers = {name: cache.teacher(name) for name in names}
-    for name, teacher in teachers.items():
-        if teacher.coverage < 1 and name not in config.allow_missing:
-            raise InputError(
-                f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
-                f"with {teacher.info.made_by}, or name it in train.allow_missing to train its "
-                "holes without KD"
-            )
+    check_covered(teachers, config.allow_missing, "train.allow_missing")
     infos = {name: teacher.info for name, teacher in teachers.items()}
     _check_k(cache, config, infos)
     objective = Objective(
@@ -192,7 +203,7 @@ def _told_of_pairs(teacher: TeacherReader) -> str | None:
     """Say that an expert on pairs found too few of them, in what is cached of it."""
     if not issubclass(teacher.info.shown, PairView):
         return None
-    shards = [int(unit) for unit in teacher.commits]  # all that there are, or fewer
+    shards = teacher.commits.shard_numbers()  # all that there are, or fewer
     could = rows_of(teacher.corpus, teacher.info.domains, shards)
     kind = PairView.pairs_of(teacher.info.view)
     return told_of_few_pairs(teacher.info.name, kind, teacher.positions, could)
@@ -242,23 +253,35 @@ def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
 
 
 def _student(
-    cache: Cache,
-    config: StudentConfig,
-    train: TrainConfig,
-    objective: Objective,
-    world: World,
+    cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> Student:
-    """Build the student on its device, as the configuration wants it run."""
+    """Build the student, with all that is trained."""
     student = _built(cache, config, train, objective)
     if config.grow is not None:
         student = grow_student(student, config.grow)
     for method in objective.methods:
         add_module(type(method), method.settings, student)
-    student.to(world.device)
+    return student
+
+
+def _make_ready(
+    student: Student,
+    config: StudentConfig,
+    train: TrainConfig,
+    objective: Objective,
+    world: World,
+) -> None:
+    """Have the student run as the configuration wants it, on its device: on the CPU where it is to
+    be sharded, as a device may not have room for the whole.
+    """
+    if student.adapter is not None:
+        log.info("%s", told_of_adapter(student, student.adapter, config.model))
+    if world.size == 1 or train.parallel == "ddp":
+        student.to(world.device)
     if train.gradient_checkpointing:
-        _checkpoint_activations(student)
+        student.checkpoint_activations()
     if train.compile:
-        _compile(student)
+        compile_blocks(student)
     objective.balance = balance_weight(student.model) if student.task == "causal_lm" else 0.0
     routers = told_of_routers(student.model)
     told = [routers] if routers else []
@@ -268,7 +291,6 @@ def _student(
     told += ["compiled blocks"] if train.compile else []
     told += ["activations computed again"] if train.gradient_checkpointing else []
     log.info("student: %s", ", ".join(told))
-    return student
 
 
 def _check_head(
@@ -285,6 +307,8 @@ def _check_head(
         )
     if not student.has_fresh_head or train.warm_head_steps:
         return
+    if objective.trains_text and student.adapter is not None:
+        raise InputError(no_head_to_adapt(config.model))
     if not objective.trains_text:
         log.info("student: nothing trains its fresh language-model head, which stays as it is")
         return
@@ -318,29 +342,6 @@ def _built(
         tuple(cache.corpus.domains) if config.domain_prompts else (),
         cache.corpus.tokenizer,
     )
-
-
-def _checkpoint_activations(student: Student) -> None:
-    model = student.model
-    # transformers' newer name first: the older one goes with its version 6.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    try:
-        with quiet_transformers():
-            enable({"use_reentrant": False})
-    except (ValueError, AttributeError) as error:
-        raise InputError(
-            f"train.gradient_checkpointing: {type(student.model).__name__} has none ({error}); "
-            "set it to false, and micro_batch_sequences lower to save memory"
-        ) from None
-
-
-def _compile(student: Student) -> None:
-    """Compile each block by itself: equal ones share the code, and parameters keep their names."""
-    found = blocks(student.model)
-    if not found:
-        log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
-    for block in found:
-        block.compile()
 
 
 def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:

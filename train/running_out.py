@@ -13,6 +13,7 @@ import torch
 
 from rekindle.data.errors import RekindleError, ResumableError, first_words
 from rekindle.train.config import TrainConfig
+from rekindle.train.precision import bf16_saves, chosen_precision
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
@@ -69,7 +70,7 @@ def running_out(
 
 
 def less_memory(
-    config: TrainConfig, world_size: int, precision: str, balanced: bool = False
+    config: TrainConfig, world_size: int, device_type: str, balanced: bool = False
 ) -> tuple[str, tuple[str, ...]]:
     """What takes less memory in training, with the values as they are; and what to try first.
 
@@ -87,9 +88,10 @@ def less_memory(
     again_computed = (
         f"set train.gradient_checkpointing: true (now {str(config.gradient_checkpointing).lower()})"
     )
-    others = (
-        f"a student in train.precision bf16 (now {precision}), or a shorter corpus.sequence_length"
-    )
+    precision = chosen_precision(config.precision, device_type)
+    others = "a shorter corpus.sequence_length"
+    if bf16_saves(precision, device_type):
+        others = f"a student in train.precision bf16 (now {precision}), or {others}"
     if balanced:
         return (
             f"To go on with --resume, {again_computed}: it changes no batch. In another --out: a "

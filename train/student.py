@@ -2,34 +2,43 @@
 
 Saved, it is an ordinary Hugging Face directory (``AutoModelForMaskedLM.from_pretrained`` loads it)
 with files beside: ``heads.safetensors``, ``rekindle_student.json`` and, of a student with domain
-prompts, ``prompts.safetensors``.
+prompts, ``prompts.safetensors``. Of a student that is an adapter, the adapter takes the model's
+place there, as peft writes it; ``rekindle_student.json`` has its base's digests.
 """
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
+from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import (
+    base_fingerprints,
     load_language_model,
     load_student_model,
     longest_input,
     new_language_model,
 )
-from rekindle.train.model.folder import resolve_model, weight_files
+from rekindle.train.model.fitting import AUTO_CLASSES
+from rekindle.train.model.folder import ABOUT_FILE as ABOUT_FILE
+from rekindle.train.model.folder import is_adapter, read_header, resolve_model, weight_files
 from rekindle.train.model.headers import check_student_files
+from rekindle.train.model.lora import Adapter
+from rekindle.train.model.meta import read_tensors, shape_only
 from rekindle.train.model.network import (
     HEADS_FILE,
     HeadConfig,
@@ -43,7 +52,6 @@ from rekindle.train.model.sight import check_padding
 log = logging.getLogger("rekindle")
 
 PROMPTS_FILE = "prompts.safetensors"
-ABOUT_FILE = "rekindle_student.json"
 UNRECORDED = 512  # tokens, of students that do not say what they were trained with
 # What the names of a student's weights begin with.
 OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by the part of the state dict
@@ -60,6 +68,7 @@ class _About(Settings):
     methods: dict[str, dict[str, object]] = Field(default_factory=dict)
     domains: tuple[str, ...] | None = None
     sequence_length: int | None = None
+    base: dict[str, str] | None = None  # of an adapter: where it lay, and its digests
 
     @classmethod
     def of(cls, directory: Path) -> "_About":
@@ -77,6 +86,9 @@ class _About(Settings):
 class Student(StudentNetwork):
     """The network of a student, and how it is saved and loaded."""
 
+    adapter: Adapter | None = None  # what is trained and saved in the model's place
+    base: dict[str, str] | None = None  # of an adapter, as it is recorded
+
     @property
     def longest_text(self) -> int:
         """The tokens of a text that it was trained with, as far as that is recorded."""
@@ -86,19 +98,42 @@ class Student(StudentNetwork):
         self,
         directory: str | Path,
         about: Mapping[str, object] | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        as_held: bool = False,
     ) -> None:
         """Write the Hugging Face files, the heads and prompts, and what the student is, plus
-        ``about``.
-
-        ``tensors``: the whole weights by name, of a student that is held in shards.
+        ``about``. ``as_held``: see ``save_model``.
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        held = self.state_dict() if tensors is None else tensors
-        body = None if tensors is None else weights_below(held, "model")
+        self.save_model(path, as_held=as_held)
+        self.save_beside(path, self.state_dict(), about)
+
+    def save_model(
+        self,
+        path: Path,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        as_held: bool = False,
+    ) -> None:
+        """Write the Hugging Face files. ``tensors``: some of the model's, in the place of all.
+
+        ``as_held``: as the model has them. Of some families (Mixtral) the published files have
+        others, into which transformers converts; it loads both.
+        """
+        if self.adapter is not None and self.base is not None:
+            self.adapter.save(path, self.base["model"])
+            return
         with quiet_transformers():
-            self.model.save_pretrained(path, state_dict=body)
+            held = None if tensors is None else dict(tensors)
+            self.model.save_pretrained(path, state_dict=held, save_original_format=not as_held)
+
+    def save_beside(
+        self, path: Path, held: Mapping[str, Tensor], about: Mapping[str, object] | None = None
+    ) -> None:
+        """Write the heads and prompts that are among the weights ``held``, and what the student is,
+        plus ``about``.
+        """
         for part, file in OWN_FILES.items():
             own = {k: v.contiguous() for k, v in weights_below(held, part).items()}
             if own or file == HEADS_FILE:
@@ -110,16 +145,43 @@ class Student(StudentNetwork):
             methods=self.methods,
             domains=None if self.prompts is None else self.prompts.domains,
             sequence_length=self.sequence_length,
+            base=self.base,
         ).model_dump(mode="json")
         described = {key: value for key, value in described.items() if value is not None}
         content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds, by the names of ``saved_tensors``; the student's memory.
+
+        Of an adapter: itself, heads and prompts, and not its base.
+        """
+        held: dict[str, Tensor] = self.state_dict(keep_vars=True)
+        if self.adapter is None:
+            return held
+        own = {name: values for name, values in held.items() if not name.startswith("model.")}
+        return own | {f"model.{k}": values for k, values in self.adapter.tensors().items()}
+
+    def finished(self) -> "Student":
+        """Return what a run leaves: an adapter and its base as one model, where that is asked for
+        (``student.lora.merge``). Training is over then.
+        """
+        if self.adapter is None or not self.adapter.merges:
+            return self
+        if self.adapter.quantize is not None:  # four bits have no room for the sum
+            with TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                return type(self).from_pretrained(folder)
+        self.adapter.merge()
+        self.adapter = self.base = None
+        return self
+
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, *, vocabulary_size: int | None = None
     ) -> "Student":
-        """Load a directory written by ``save_pretrained``, heads and prompts included.
+        """Load a directory written by ``save_pretrained``, heads and prompts included; an adapter
+        is merged into its base.
 
         Raises InputError when it is none.
         """
@@ -139,7 +201,7 @@ class Student(StudentNetwork):
         """Take over the heads of the student in ``directory`` that are heads of this one, too, and
         the prompts of the domains that both have.
         """
-        earlier, weights = _About.of(directory), load_file(directory / HEADS_FILE)
+        earlier, weights = _About.of(directory), _beside(directory / HEADS_FILE)
         for name, head in self.head_configs.items():
             before = earlier.heads.get(name)
             if before == head:
@@ -151,8 +213,18 @@ class Student(StudentNetwork):
                 told = "student: the head %r begins afresh, for that of %s is another one (%s)"
                 log.warning(told, name, directory, ", ".join(keys))
         if self.prompts is not None and earlier.domains is not None:
-            vectors = load_file(directory / PROMPTS_FILE)["vectors.weight"]
+            vectors = _beside(directory / PROMPTS_FILE)["vectors.weight"]
             self.prompts.take(earlier.domains, vectors)
+
+
+def _beside(file: Path) -> dict[str, Tensor]:
+    """What lies beside a student's weights; InputError where it is gone or damaged."""
+    if not file.is_file():
+        raise InputError(
+            f"{file.parent} is a student without its {file.name}, which lies beside its weights. "
+            "Copy that too"
+        )
+    return read_tensors(file)
 
 
 def saved_heads(directory: Path) -> dict[str, HeadConfig]:
@@ -160,18 +232,31 @@ def saved_heads(directory: Path) -> dict[str, HeadConfig]:
     return _About.of(directory).heads if (directory / ABOUT_FILE).is_file() else {}
 
 
-def saved_weights(directory: Path) -> dict[str, Tensor]:
-    """Read what ``save_pretrained`` wrote, by the names of the student's state dict.
+class Saved(NamedTuple):
+    """Where a tensor stands."""
 
-    Large models are in several files. Raises InputError where one is missing, and what safetensors
-    raises for a damaged one.
+    file: Path
+    key: str  # what it is called there
+    shape: tuple[int, ...]
+
+    @classmethod
+    def all_in(cls, file: Path, prefix: str = "") -> dict[str, "Saved"]:
+        """Return those of a file, by their names after ``prefix``; InputError for a damaged one."""
+        found = read_header(file).items()
+        return {prefix + key: cls(file, key, stored.shape) for key, stored in found}
+
+
+def saved_tensors(directory: Path) -> dict[str, Saved]:
+    """Find what ``save_pretrained`` wrote, by the names of the student's state dict.
+
+    Large models are in several files. Raises InputError where one is missing or damaged.
     """
     files = [("model", file) for file in weight_files(directory)]
     files += [(part, directory / file) for part, file in OWN_FILES.items()]
-    found: dict[str, Tensor] = {}
+    found: dict[str, Saved] = {}
     for part, file in files:
         if file.name != PROMPTS_FILE or file.is_file():
-            found |= {f"{part}.{name}": v for name, v in load_file(file).items()}
+            found |= Saved.all_in(file, f"{part}.")
     return found
 
 
@@ -184,6 +269,16 @@ def check_student(
     who = f"student {config.model!r}"
     found = check_student_files(directory, task, who, config.from_scratch, attention)
     _check_sizes(config, found, vocabulary_size, sequence_length)
+    if config.lora is not None:
+        if is_adapter(directory):
+            raise InputError(
+                f"{who} is an adapter itself, and student.lora would put another one on it. Merge "
+                f"it first (`pipeline merge-adapter {shlex.quote(config.model)} --out DIR`) and "
+                "adapt the result, or leave student.lora out to train the sum whole"
+            )
+        plain = config.lora.model_copy(update={"dora": False})  # which reads the weights
+        with torch.random.fork_rng(devices=[]):
+            Adapter(shape_only(found, AUTO_CLASSES[task]), plain, task, who)
 
 
 def build_student(
@@ -213,11 +308,19 @@ def build_student(
     else:
         loaded = load_student_model(directory, config.language_task, attention)
         model, fresh = loaded.model, bool(loaded.head)
-    check_padding(model, f"student {config.model!r}")
+    try_when_filled(lambda: check_padding(model, f"student {config.model!r}"))
+    adapter, task = None, config.language_task
+    if config.lora is not None:  # before it is split, which tries its logits
+        adapter = Adapter(model, config.lora, task, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
     asked = {name: _formed(head, config, model, tokenizer) for name, head in heads.items()}
-    student = Student(model, config.language_task, asked, vocabulary_size, prompted)
+    student = Student(model, task, asked, vocabulary_size, prompted)
     student.sequence_length = sequence_length or None
+    if adapter is not None:
+        place = directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
+        student.adapter = adapter
+        student.base = {"model": str(place), **base_fingerprints(directory)}
+        student.base |= {} if adapter.quantize is None else {"quantize": adapter.quantize}
     if config.from_scratch:
         return student
     student.source, student.has_fresh_head = directory, fresh

@@ -4,7 +4,7 @@ The road from a cache to a loss for a training loop of one's own; ours asks ``de
 the same parts, term by term.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -114,7 +114,10 @@ def to_device(
         raise ValueError(f"task is {task!r}; a student is masked_lm or causal_lm")
     task = task or _task_of(batch)
     language = [n for n, target in batch.targets.items() if isinstance(target, TokenTargetBatch)]
-    temperatures, ks = _by_name(temperature, language, "temperature"), _by_name(k, language, "k")
+    there = f"the batch has the language models {language or 'none'}"
+    there += ". Of experts all logits are kept: their temperature is the loss's"
+    temperatures = by_name(temperature, language, "temperature", there)
+    ks = by_name(k, language, "k", there)
     rows = _rows(batch, task, device)
     masked = batch.masked is not None and task == "masked_lm"
     shown: dict[str, Inputs] = {} if masked else {"": rows.inputs}  # by view of pairs; "": the text
@@ -164,24 +167,20 @@ def _task_of(batch: Batch) -> str | None:
     return tasks[0] if tasks else None
 
 
-def _by_name(given: T | Mapping[str, T] | None, names: list[str], what: str) -> dict[str, T]:
-    """Return what each of the language models ``names`` is given; those that are given nothing are
-    left out.
+def by_name(
+    given: T | Mapping[str, T] | None, names: Collection[str], what: str, there: str
+) -> dict[str, T]:
+    """Return what each of the teachers ``names`` is given; those that are given nothing are left
+    out. ``there`` says in an error which teachers there are.
     """
     if given is None:
         return {}
-    if not isinstance(given, Mapping) and names:
-        return dict.fromkeys(names, given)
     if not isinstance(given, Mapping):
-        raise InputError(
-            f"{what} is {given}, and the batch has no language model that it is for. Of experts "
-            "all logits are kept: their temperature is the loss's"
-        )
-    if unknown := sorted(given.keys() - set(names)):
-        raise InputError(
-            f"{what} names {', '.join(map(repr, unknown))}; the batch has the language models "
-            f"{names or 'none'}. Of experts all logits are kept: their temperature is the loss's"
-        )
+        if not names:
+            raise InputError(f"{what} is {given}; {there}")
+        return dict.fromkeys(names, given)
+    if unknown := sorted(given.keys() - {*names}):
+        raise InputError(f"{what} names {', '.join(map(repr, unknown))}; {there}")
     return dict(given)
 
 

@@ -30,8 +30,8 @@ from rekindle.data.corpus.config import (
 from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.places import same_place
-from rekindle.data.source.documents import LeftOut
 from rekindle.data.source.held_texts import Found
+from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.source_states import (
     Present,
     States,
@@ -41,9 +41,9 @@ from rekindle.data.source.source_states import (
     usual_order,
 )
 from rekindle.data.source.sources import Origin
+from rekindle.data.storage.base import Store
+from rekindle.data.storage.commits import Commits
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
-from rekindle.data.storage.shards import Commit
-from rekindle.data.storage.store import Store
 
 log = logging.getLogger("rekindle")
 
@@ -242,24 +242,24 @@ def complete_addition(
 
 
 def counted_before_end(
-    left_out: LeftOut, committed: Mapping[str, Commit], ends_at: int | None
+    left_out: LeftOut, committed: Commits, ends_at: int | None
 ) -> tuple[dict[str, int], Found]:
     """How many records were left out before the corpus's end: bad ones, by kind, and those that
     hold a text of a test.
     """
-    last = last_document([committed[unit] for unit in sorted(committed)], ends_at)
+    last = last_document(committed, ends_at)
     return left_out.counts(last), left_out.held(last)
 
 
-def last_document(commits: Sequence[Commit], ends_at: int | None) -> int | None:
+def last_document(commits: Commits, ends_at: int | None) -> int | None:
     """The index of the last document of a corpus of so many sequences, ahead of whose end text is
     read; None where its end is the source's, -1 where it ends before the first.
     """
-    if ends_at is None or sum(commit.rows for commit in commits) < ends_at:
+    if ends_at is None or commits.rows.sum() < ends_at:
         return None
     if not commits:
         return -1
-    document, token = commits[-1].facts["next"]
+    document, token = commits.newest.facts["next"]
     return int(document) - (token == 0)
 
 

@@ -2,55 +2,54 @@
 here.
 """
 
-from collections.abc import Callable
-
+import numpy as np
 import pyarrow as pa
-import xxhash
 
 from rekindle.data.corpus.config import PackingFacts
-from rekindle.data.corpus.packing import Sequence as PackedSequence
-from rekindle.data.storage.columns import list_type
+from rekindle.data.corpus.rows import Rows
+from rekindle.data.storage.columns import list_array, list_type, offsets_of
 
-BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
-
-
-def digest_of(sequence: PackedSequence) -> str:
-    """The identity of an example: 128 bits over its token ids and its text, as 32 hex digits."""
-    state = xxhash.xxh3_128(sequence.input_ids.astype("<i4").tobytes())
-    state.update(sequence.text.encode("utf-8", "surrogatepass"))
-    return str(state.hexdigest())
-
-
-def _bucket(sequence: PackedSequence) -> int:
-    document = sequence.document.encode("utf-8", "surrogatepass")
-    return int(xxhash.xxh3_64_intdigest(document)) % BUCKETS
-
-
-Column = tuple[pa.DataType, Callable[[PackedSequence], object]]
 TYPES = "token_types"
-COLUMNS: dict[str, Column] = {
-    "digest": (pa.string(), digest_of),
-    "input_ids": (list_type(pa.int32()), lambda sequence: sequence.input_ids),
-    "char_starts": (list_type(pa.int32()), lambda sequence: sequence.char_starts),
-    "word_starts": (list_type(pa.bool_()), lambda sequence: sequence.word_starts),
-    "document_starts": (list_type(pa.int32()), lambda sequence: sequence.document_starts),
-    "document": (pa.string(), lambda sequence: sequence.document),
-    "domain": (pa.string(), lambda sequence: sequence.domain),
-    "span_start": (pa.int64(), lambda sequence: sequence.span[0]),
-    "span_end": (pa.int64(), lambda sequence: sequence.span[1]),
-    "text": (pa.string(), lambda sequence: sequence.text),
-    "bucket": (pa.uint16(), _bucket),
+COLUMNS: dict[str, pa.DataType] = {
+    "digest": pa.string(),
+    "input_ids": list_type(pa.int32()),
+    "char_starts": list_type(pa.int32()),
+    "word_starts": list_type(pa.bool_()),
+    "document_starts": list_type(pa.int32()),
+    "document": pa.string(),
+    "domain": pa.string(),
+    "span_start": pa.int64(),
+    "span_end": pa.int64(),
+    "text": pa.string(),
+    "bucket": pa.uint16(),
 }
-PAIR_COLUMNS = COLUMNS | {
-    TYPES: (list_type(pa.uint8()), lambda sequence: sequence.token_types),
-}
-
-
-def columns_of(config: PackingFacts) -> dict[str, Column]:
-    """The columns of a corpus that is made so: of pairs the segments are kept, too."""
-    return PAIR_COLUMNS if "pair_field" in config else COLUMNS
+PAIR_COLUMNS = COLUMNS | {TYPES: list_type(pa.uint8())}
 
 
 def fields_of(config: PackingFacts) -> list[pa.Field]:
-    """Those columns, as a schema has them."""
-    return [pa.field(name, dtype) for name, (dtype, _) in columns_of(config).items()]
+    """The columns of a corpus that is made so, as a schema has them: of pairs the segments are
+    kept, too.
+    """
+    columns = PAIR_COLUMNS if "pair_field" in config else COLUMNS
+    return [pa.field(name, dtype) for name, dtype in columns.items()]
+
+
+def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
+    """The columns of some sequences."""
+    tokens, pieces = offsets_of(rows.lengths), offsets_of(rows.pieces)
+    columns = {
+        "digest": pa.array(rows.digests, pa.string()),
+        "input_ids": list_array(tokens, rows.input_ids),
+        "char_starts": list_array(tokens, rows.char_starts),
+        "word_starts": list_array(tokens, rows.word_starts),
+        "document_starts": list_array(pieces, rows.document_starts),
+        "document": pa.array(rows.documents, pa.string()),
+        "domain": pa.array(rows.domains, pa.string()),
+        "span_start": pa.array(np.ascontiguousarray(rows.spans[:, 0])),
+        "span_end": pa.array(np.ascontiguousarray(rows.spans[:, 1])),
+        "text": pa.array(rows.texts, pa.string()),
+        "bucket": pa.array(rows.buckets),
+    }
+    if rows.token_types is not None:
+        columns[TYPES] = list_array(tokens, rows.token_types.astype(np.uint8))
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)

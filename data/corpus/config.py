@@ -24,8 +24,8 @@ class CorpusConfig(Settings):
 
     source: tuple[Place, ...] = Field(
         min_length=1,
-        description="files or globs (txt, jsonl, csv, tsv, parquet, arrow), a datasets id, or "
-        "python-docs",
+        description="files or globs (txt, jsonl, csv, tsv, parquet, arrow), here or in a store "
+        "(s3://…), a datasets id, or python-docs",
     )
     text_field: str = Field(
         "text",

@@ -7,10 +7,8 @@ teachers and views.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property, partial
-from itertools import count as count_from
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +23,7 @@ from rekindle.data.corpus.additions import (
     info_name,
     read_additions,
 )
-from rekindle.data.corpus.columns import TYPES, Column, columns_of, fields_of
+from rekindle.data.corpus.columns import TYPES, fields_of, record_batch
 from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
@@ -34,35 +32,35 @@ from rekindle.data.corpus.config import (
     describe_corpus,
     tokenizer_facts,
 )
-from rekindle.data.corpus.packing import PIECE_SEPARATOR, Position, pack_documents
-from rekindle.data.corpus.packing import Sequence as PackedSequence
-from rekindle.data.corpus.special_names import SpecialNames
+from rekindle.data.corpus.in_order import InOrder, in_threads
+from rekindle.data.corpus.making import Maker, Making
+from rekindle.data.corpus.packing import Position, packing_of
+from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, in_groups
+from rekindle.data.corpus.special_names import special_names
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.source.documents import LeftOut, read_documents
+from rekindle.data.source.documents import Fields, origins_of
 from rekindle.data.source.held_texts import Found
+from rekindle.data.source.left_out import LeftOut
+from rekindle.data.source.parts import Reader
 from rekindle.data.source.sources import Origin
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import flat_lists, list_views
+from rekindle.data.storage.commits import Commits, ShardCommits
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
-    Commit,
     Shard,
     ShardSet,
     describe,
     rows_in_batches,
 )
-from rekindle.data.storage.store import Store
+from rekindle.data.storage.units import unit_of
 
 CUT = ("cut_pairs", "cut_tokens")  # facts of a shard's record, in a corpus of pairs
-
-
-def unit_of(shard: int, replica: int | None = None) -> str:
-    """The name of a unit of work: a corpus shard, or one masked replica of it."""
-    return f"{shard:05d}" if replica is None else f"{shard:05d}-r{replica:03d}"
 
 
 class Corpus(RowReader):
@@ -82,15 +80,15 @@ class Corpus(RowReader):
             )
         assert tokenizer is not None  # it stands in the first description
         self.info: CorpusInfo = {"config": self.additions[-1].config, "tokenizer": tokenizer}
-        committed = self.shards.committed()
-        missing = first_missing(committed)
-        if missing < max(len(committed), self.additions[-1].shards or 0):
+        self.units = self.shards.committed()
+        self.commits = ShardCommits(self.units)
+        missing = len(self.commits)
+        if missing < max(len(self.units), self.additions[-1].shards or 0):
             raise CacheFormatError(
                 f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
                 "have it made again"
             )
-        self.commits: list[Commit] = [committed[unit_of(i)] for i in range(missing)]
-        self._firsts = np.cumsum([0] + [c.rows for c in self.commits])
+        self._firsts = np.concatenate([[0], np.cumsum(self.units.rows)])
         self._open: dict[int, Shard] = {}
 
     def __len__(self) -> int:
@@ -104,7 +102,7 @@ class Corpus(RowReader):
     @property
     def tokens(self) -> int:
         """Tokens in all sequences, special tokens included."""
-        return sum(c.count("tokens") for c in self.commits)
+        return int(self.units.counts("tokens").sum())
 
     @property
     def documents(self) -> int:
@@ -118,11 +116,11 @@ class Corpus(RowReader):
     def domains(self) -> dict[str, int]:
         """Sequences per domain."""
         found: Counter[str] = Counter()
-        for commit in self.commits:
-            counts = commit.facts.get("domains")
-            if not isinstance(counts, dict) or {type(n) for n in counts.values()} - {int}:
+        for shard, counts in enumerate(self.units.named("domains")):
+            if counts is None or {type(n) for n in counts.values()} - {int}:
                 raise CacheFormatError(
-                    f"the commit record of {commit.path} does not count its domains. {REPAIR}"
+                    f"the commit record of {self.commits[shard].path} does not count its domains. "
+                    f"{REPAIR}"
                 )
             found.update(counts)
         return dict(found)
@@ -144,8 +142,17 @@ class Corpus(RowReader):
 
     def fingerprint_of(self, shards: int) -> str:
         """Identity of the first shards alone: what a corpus that has grown since was."""
-        digests = "".join(commit.sha256 for commit in self.commits[:shards])
-        return hashlib.sha256(digests.encode()).hexdigest()
+        return self.units.fingerprint(shards)
+
+    @property
+    def fingerprints_before(self) -> Iterator[str]:
+        """Identities of the first shards alone, one more at a time: all that the corpus can have
+        been.
+        """
+        state = hashlib.sha256()
+        for digest in self.units.sha256s[:-1]:
+            state.update(digest.encode())
+            yield state.copy().hexdigest()
 
     def shard(self, index: int) -> Shard:
         """Corpus shard ``index``, memory-mapped."""
@@ -235,13 +242,15 @@ def build_corpus(
     sequences_per_shard: int,
     progress: Callable[[int, int], None] = lambda sequences, tokens: None,
     tell: bool = True,
+    in_order: InOrder = in_threads,
 ) -> Corpus:
     """Make the corpus, or what is missing of it: after an interruption, a shard taken away, a
     larger limit or appended source files.
 
     ``progress(sequences, tokens)`` is called with what each finished shard added; ``tell``: say the
-    first records that are left out. Raises InputError for a source without text, CacheMismatchError
-    when the cache holds a corpus of another configuration or when the source was changed since.
+    first records that are left out; ``in_order`` makes the parts of the source, and no byte depends
+    on it. Raises InputError for a source without text, CacheMismatchError when the cache holds a
+    corpus of another configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     if config.special_tokens == "token":
@@ -259,25 +268,25 @@ def build_corpus(
     # A new addition not before it has text: a mistake in the source must not claim the cache.
     claim = cache(partial(_describe, store, additions, tokenizer))
     for number, addition in enumerate(additions):
-        count = max(first_missing(committed), addition.first_shard)
+        count = max(committed.contiguous, addition.first_shard)
         if addition.shards is not None and count >= addition.shards:
             continue
         following = additions[number + 1 :]
         ends_at = addition.ends_at(following)
         source = last.origins[: len(addition.order)] or config.source
         left_out = LeftOut(config.on_bad_record == "skip", held)
-        made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out)
-        for shard, rows, where, named in made:
+        made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out, in_order)
+        for shard, rows, named in made:
             count = shard + 1
             if unit_of(shard) in committed:
                 continue
             claim()
             about = about_shard(shard, addition, info["tokenizer"])
             schema = describe(fields_of(addition.config), about)
-            facts = _facts(rows, where, named)
-            batches = _batches(rows, schema, columns_of(addition.config))
-            committed[unit_of(shard)] = shards.write(unit_of(shard), schema, batches, facts)
-            progress(len(rows), committed[unit_of(shard)].count("tokens"))
+            batches = _batches(rows, schema)
+            commit = shards.write(unit_of(shard), schema, batches, _facts(rows, named))
+            committed.add(commit)
+            progress(len(rows), commit.count("tokens"))
         if not count and not following:
             raise _empty(config, left_out)
         claim()
@@ -305,15 +314,15 @@ def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer)
     save_tokenizer(store, tokenizer)
 
 
-def _grown(store: Store, committed: Mapping[str, Commit]) -> tuple[int, int]:
+def _grown(store: Store, committed: Commits) -> tuple[int, int]:
     """Shards and sequences after which a corpus may grow."""
-    count = first_missing(committed)
+    count = committed.contiguous
     if count < len(committed):
         raise CacheMismatchError(
             f"{store.location}/corpus lacks shard {count}: run `pipeline cache-teachers` with the "
             "configuration the cache was made with, then with the longer corpus"
         )
-    return count, sum(commit.rows for commit in committed.values())
+    return count, int(committed.rows.sum())
 
 
 def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
@@ -323,70 +332,60 @@ def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> di
     return about | ({"stage": addition.number} if addition.number else {})
 
 
-def first_missing(committed: Mapping[str, Commit]) -> int:
-    """The number of the first shard that is not there."""
-    return next(n for n in count_from(0) if unit_of(n) not in committed)
-
-
 def _shards_after(
-    committed: Mapping[str, Commit],
+    committed: Commits,
     tokenizer: Tokenizer,
     addition: Addition,
     ends_at: int | None,
     source: Sequence[str | Origin],
     left_out: LeftOut,
-) -> Iterator[tuple[int, list[PackedSequence], Position, int]]:
-    """(shard number, its sequences, where the next begins, how many of the documents that begin in
-    it hold names of special tokens) from the first missing shard on.
+    in_order: InOrder,
+) -> Iterator[tuple[int, Rows, int]]:
+    """(shard number, its sequences, how many of the documents that begin in it hold names of
+    special tokens) from the first missing shard on.
 
     ``ends_at``: how many sequences the corpus has at the addition's end.
     """
-    shard = max(first_missing(committed), addition.first_shard)
+    shard = max(committed.contiguous, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    fields = (config["text_field"], config["domain_field"], left_out, config.get("pair_field"))
-    documents = read_documents(source, *fields)
-    names = SpecialNames(tokenizer)
-    left = names.watch(islice(documents, start.document_index, None), start.document_index)
-    sequences = pack_documents(
-        left,
-        sequence_length=config["sequence_length"],
-        packing=config["packing"],
-        tokenizer=tokenizer,
-        pairs="pair_field" in config,
-        start=start,
-        end_of_text=config.get("end_of_text", False),
+    fields = Fields(config["text_field"], config["domain_field"], config.get("pair_field"))
+    length = config["sequence_length"]
+    maker = Maker(
+        Reader(fields, left_out.bad, left_out.texts),
+        tokenizer.encoder,
+        special_names(tokenizer),
+        packing_of(tokenizer, length, config["packing"], config.get("end_of_text", False)),
+        length,
     )
+    making = Making(origins_of(source), maker, left_out, in_order, start)
     remaining = None
     if ends_at is not None:
-        remaining = ends_at - sum(committed[unit_of(n)].rows for n in range(shard))
-        if not remaining and (left_out.bad or left_out.texts):
-            next(left, None)  # nothing is to be made, but what is left out before the end counts
-    limited = islice(sequences, remaining)
-    while taken := list(islice(limited, config["sequences_per_shard"])):
-        end = taken[-1][1]
-        yield shard, [sequence for sequence, _ in taken], end, names.count(start, end)
+        remaining = ends_at - int(committed.rows[:shard].sum())
+        if not remaining:
+            if left_out.bad or left_out.texts:
+                making.read_on()
+            return
+    for rows in in_groups(making.rows(), config["sequences_per_shard"], remaining):
+        end = Position(*rows.ends[-1].tolist())
+        yield shard, rows, making.holders.count(start, end)
         shard, start = shard + 1, end
 
 
-def _facts(rows: Sequence[PackedSequence], where: Position, named: int) -> dict[str, object]:
+def _facts(rows: Rows, named: int) -> dict[str, object]:
     """What a shard's record says of it: how many tokens, sequences of each domain, documents with
     names of special tokens, pairs that were cut and tokens that they lost; where the next begins.
     """
-    domains = Counter(row.domain for row in rows if row.domain is not None)
-    tokens = sum(len(row.input_ids) for row in rows)
-    facts = {"tokens": tokens, "next": list(where), "domains": dict(sorted(domains.items()))}
+    domains = Counter(domain for domain in rows.domains if domain is not None)
+    facts: dict[str, object] = {"tokens": len(rows.input_ids), "next": rows.ends[-1].tolist()}
+    facts["domains"] = dict(sorted(domains.items()))
     facts |= {"special_names": named} if named else {}
-    if rows[0].token_types is not None:
-        lost = [row.lost for row in rows if row.lost]
-        facts |= dict(zip(CUT, (len(lost), sum(lost)), strict=True))
+    if rows.token_types is not None:
+        cut = int(np.count_nonzero(rows.lost)), int(rows.lost.sum())
+        facts |= dict(zip(CUT, cut, strict=True))
     return facts
 
 
-def _batches(
-    rows: Sequence[PackedSequence], schema: pa.Schema, columns: Mapping[str, Column]
-) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Rows, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for first, last in rows_in_batches(len(rows)):
-        part = rows[first:last]
-        made = [pa.array([of(row) for row in part], dtype) for dtype, of in columns.values()]
-        yield pa.record_batch(made, schema=schema)
+        yield record_batch(rows.part(first, last), schema)

@@ -1,9 +1,11 @@
 """What was decided for the text of a corpus without being asked for: told in a line each."""
 
+import numpy as np
+
 from rekindle.data.corpus.corpus import CUT, Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
 from rekindle.data.counted import counted
-from rekindle.data.source.documents import told_of_bad, told_of_held
+from rekindle.data.source.left_out import told_of_bad, told_of_held
 
 
 def end_of_text(corpus: Corpus) -> int | None:
@@ -24,7 +26,7 @@ def special_names(corpus: Corpus) -> int:
     """How many documents have the name of a special token in their text, as far as it was counted:
     versions before format 3 did not.
     """
-    return sum(c.count("special_names") for c in corpus.commits if "special_names" in c.facts)
+    return int(np.nansum(corpus.units.numbers("special_names")))
 
 
 def _of_pairs(corpus: Corpus) -> list[str]:
@@ -32,7 +34,7 @@ def _of_pairs(corpus: Corpus) -> list[str]:
     if not corpus.has_pairs:
         return []
     names = f"{config['text_field']} and {config['pair_field']}"
-    pairs, tokens = (sum(commit.count(name) for commit in corpus.commits) for name in CUT)
+    pairs, tokens = (int(corpus.units.counts(name).sum()) for name in CUT)
     cut = f"; {counted(pairs, 'pair')} cut, the longer text first: {counted(tokens, 'token')} lost"
     return [f"each sequence is a pair of texts: {names}{cut if pairs else ''}"]
 

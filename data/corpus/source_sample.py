@@ -2,8 +2,9 @@
 be told before it is read.
 """
 
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.packing import lacks_end, pack_documents
+from rekindle.data.corpus.encoded import lengths_of
+from rekindle.data.corpus.packing import lacks_end, packing_of, plan
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
-from rekindle.data.source.documents import Document, LeftOut, read_documents
-from rekindle.data.source.records import arrow_batches
-from rekindle.data.source.sources import PYTHON_DOCS, TABLES, recorded_origin, source_files
+from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.left_out import LeftOut
+from rekindle.data.source.record_batches import arrow_batches
+from rekindle.data.source.sources import (
+    HUB,
+    PYTHON_DOCS,
+    TABLES,
+    Origin,
+    find_origins,
+    recorded_origin,
+)
 from rekindle.data.source.tables import bytes_of_rows
+from rekindle.data.storage.addresses import open_binary, states_of_objects
+from rekindle.data.storage.client import is_remote
 from rekindle.data.text_files import compression_of, open_text
 
 SAMPLE_BYTES = 2_000_000  # of text
@@ -35,32 +47,35 @@ class SourceSample:
 
 
 def sample_source(config: CorpusConfig) -> SourceSample:
-    """The first 2 MB of text or 2,000 documents, whichever is first.
+    """The first 2 MB of text or 2,000 documents, whichever is first. Files after them are not
+    opened.
 
     Raises InputError as ``read_documents`` does, and for a source without text.
     """
-    documents: list[Document] = []
+    taken = _Taken()
     read = total = 0.0
     left_out = LeftOut(config.on_bad_record == "skip", config.held_texts())
-    for place, size in _places(config.source):
-        full = len(documents) >= SAMPLE_DOCUMENTS or _text_bytes(documents) >= SAMPLE_BYTES
-        fields = (config.text_field, config.domain_field, left_out, config.pair_field)
-        stream = read_documents([place], *fields)
-        before = left_out.total
-        taken = list(_until_full(stream, documents))
-        rows = len(taken) + left_out.total - before
-        if place == PYTHON_DOCS:  # it is no file, and small
-            read += _text_bytes(taken)
-            total += _text_bytes(taken) + _text_bytes(stream)
-        elif size is None:
-            read += _text_bytes(taken)
-            total += _text_bytes(taken) if next(stream, None) is None else np.nan
-        else:
+    fields = (config.text_field, config.domain_field, left_out, config.pair_field)
+    for origin, size in _sizes(config.source):
+        if size is not None:
             total += size
-            if not full:
-                read += (
-                    size if next(stream, None) is None else _bytes_read(place, size, taken, rows)
-                )
+            if taken.full:
+                continue
+        stream = read_documents([origin], *fields)
+        before = left_out.total
+        here = taken.fill(stream)
+        if origin.format == PYTHON_DOCS:  # it is no file, and small
+            read += _text_bytes(here)
+            total += _text_bytes(here) + _text_bytes(stream)
+        elif size is None:
+            read += _text_bytes(here)
+            total += _text_bytes(here) if next(stream, None) is None else np.nan
+        elif next(stream, None) is None:
+            read += size
+        else:
+            rows = len(here) + left_out.total - before
+            read += _bytes_read(origin.place, size, here, rows)
+    documents = taken.documents
     if not documents:
         advice = left_out.advice("give a source with at least one non-blank document")
         raise InputError(
@@ -73,27 +88,36 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     return SourceSample(documents, read / total if 0 < read < total else 1.0, left_out)
 
 
-def _places(source: Iterable[str]) -> list[tuple[str, int | None]]:
-    """(what ``read_documents`` takes, bytes) for every file; None where bytes are not known."""
-    places: dict[Path, tuple[str, int | None]] = {}
-    for entry in source:
-        files = source_files([entry])
-        for path in map(Path, files):
-            places.setdefault(path.resolve(), (str(path), path.stat().st_size))
-        if not files:
-            places.setdefault(Path(entry), (entry, None))
-    return list(places.values())
+def _sizes(source: Iterable[str]) -> list[tuple[Origin, int | None]]:
+    """(what is read, its bytes); None where bytes are not known."""
+    origins = find_origins([*source])
+    files = [one.place for one in origins if one.is_file]
+    sizes = {
+        place: state[0] for place, state in states_of_objects([*filter(is_remote, files)]).items()
+    }
+    sizes |= {place: os.path.getsize(place) for place in files if place not in sizes}
+    return [(one, sizes.get(one.place)) for one in origins]
 
 
-def _until_full(stream: Iterator[Document], documents: list[Document]) -> Iterator[Document]:
-    """What is moved from ``stream`` into ``documents``, until the sample is large enough."""
-    size = _text_bytes(documents)
-    while len(documents) < SAMPLE_DOCUMENTS and size < SAMPLE_BYTES:
-        if (document := next(stream, None)) is None:
-            return
-        documents.append(document)
-        size += _text_bytes([document])
-        yield document
+@dataclass
+class _Taken:
+    """The documents of the sample so far, and the bytes of their text."""
+
+    documents: list[Document] = field(default_factory=list)
+    bytes: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the sample is large enough."""
+        return len(self.documents) >= SAMPLE_DOCUMENTS or self.bytes >= SAMPLE_BYTES
+
+    def fill(self, stream: Iterator[Document]) -> list[Document]:
+        """Take documents of ``stream`` until the sample is large enough; return those."""
+        before = len(self.documents)
+        while not self.full and (document := next(stream, None)) is not None:
+            self.documents.append(document)
+            self.bytes += _text_bytes([document])
+        return self.documents[before:]
 
 
 def _text_bytes(documents: Iterable[Document]) -> int:
@@ -104,7 +128,8 @@ def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float
     """About how many bytes of a file its first ``rows`` are, of which ``taken`` is the text."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1] == ".parquet":
-        return size * min(1.0, rows / pq.read_metadata(path).num_rows)
+        with open_binary(path) as file:
+            return size * min(1.0, rows / pq.read_metadata(file).num_rows)
     if suffixes[-1] == ".arrow":
         return size * min(1.0, rows / sum(batch.num_rows for batch in arrow_batches(path)))
     compression, table = compression_of(path), recorded_origin(path).format
@@ -130,7 +155,7 @@ def _bytes_of_lines(path: str, lines: int) -> int:
 def _density(path: str, compression: str) -> float:
     """Unpacked bytes per packed byte in the first part of a file."""
     unpacked = 0
-    with pa.OSFile(path) as raw, pa.CompressedInputStream(raw, compression) as stream:
+    with open_binary(path) as raw, pa.input_stream(raw, compression=compression) as stream:
         while unpacked < DENSITY_BYTES and (piece := stream.read(1 << 20)):
             unpacked += len(piece)
         return unpacked / raw.tell()
@@ -140,18 +165,19 @@ def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     """About how many sequences the corpus will have, in a second or so; None where the size of the
     source is not known. Raises InputError as ``sample_source`` does.
     """
-    if any(size is None and place != PYTHON_DOCS for place, size in _places(config.source)):
+    if any(origin.format == HUB for origin in find_origins(config.source)):
         return config.limit_sequences
     sample = sample_source(config)
     if sample.share is None:
         return config.limit_sequences
-    sequences = pack_documents(
-        sample.documents,
-        sequence_length=config.sequence_length,
-        packing=config.packing,
-        tokenizer=tokenizer,
-        pairs=config.pair_field is not None,
-        end_of_text=config.packing == "document" and lacks_end(tokenizer),
-    )
-    whole = max(1, round(sum(1 for _ in sequences) / sample.share))
+    texts = [document.text for document in sample.documents]
+    if config.pair_field is not None:
+        tokens = tokenizer.whole_lengths(texts, [str(one.pair) for one in sample.documents])
+        sequences = int(np.count_nonzero(tokens > tokenizer.whole_lengths([""], [""])))
+    else:
+        end = config.packing == "document" and lacks_end(tokenizer)
+        how = packing_of(tokenizer, config.sequence_length, config.packing, end)
+        tokens = lengths_of(tokenizer.encoder.encodings(texts))
+        sequences = len(plan(tokens.tolist(), 0, how, last=True).pieces)
+    whole = max(1, round(sequences / sample.share))
     return min(whole, config.limit_sequences or whole)

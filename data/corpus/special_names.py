@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 
 from rekindle.data.corpus.packing import Position
 from rekindle.data.corpus.tokenizer import Tokenizer
@@ -11,29 +11,37 @@ from rekindle.data.source.documents import Document
 SHORTEST = 3  # shorter names, and those that are words, say nothing where they stand in a text
 
 
-class SpecialNames:
-    """The documents with the name of a special token among those that were read."""
+def special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """What finds one in a text; None where there are none."""
+    known = {tokenizer.hf.convert_ids_to_tokens(number) for number in tokenizer.special_ids}
+    names = sorted(n for n in known if len(n) >= SHORTEST and not n.isalnum())
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
-    def __init__(self, tokenizer: Tokenizer):
-        known = {tokenizer.hf.convert_ids_to_tokens(number) for number in tokenizer.special_ids}
-        names = sorted(n for n in known if len(n) >= SHORTEST and not n.isalnum())
-        self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
-        self._holders: list[int] = []
 
-    def watch(self, documents: Iterable[Document], first: int) -> Iterator[Document]:
-        """The documents as they come; ``first`` is the index of the first one in the corpus."""
-        for index, document in enumerate(documents, first):
-            pattern = self._pattern
-            if pattern is not None and any(map(pattern.search, document.texts)):
-                self._holders.append(index)
-            yield document
+def holders_of(names: re.Pattern[str] | None, documents: Sequence[Document]) -> list[int]:
+    """Which of the documents hold some."""
+    if names is None:
+        return []
+    find = names.search
+    return [n for n, document in enumerate(documents) if any(map(find, document.texts))]
+
+
+class Holders:
+    """The documents that hold some, among those that were read."""
+
+    def __init__(self) -> None:
+        self._indices: list[int] = []
+
+    def extend(self, indices: Iterable[int]) -> None:
+        """Those that were read next, by their index in the corpus."""
+        self._indices += indices
 
     def count(self, start: Position, end: Position) -> int:
         """How many documents hold some, of those that begin from ``start`` on and before ``end``.
 
         All of them must have been read.
         """
-        begins = [bisect_left(self._holders, _next_document(place)) for place in (start, end)]
+        begins = [bisect_left(self._indices, _next_document(place)) for place in (start, end)]
         return begins[1] - begins[0]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from rekindle.data.corpus.config import TokenizerFacts
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
-from rekindle.data.storage.store import Store
 
 TOKENIZER = "corpus/tokenizer"
 TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256

@@ -147,8 +147,8 @@ def _load_wordpiece(path: Path) -> "PreTrainedTokenizerFast":
             f"{path} is no BERT vocabulary: it lacks {', '.join(missing)}; "
             f"give the directory with tokenizer.json instead"
         )
-    words = (token for token in tokens if not re.fullmatch(r"\[.+\]", token))
-    cased = any(re.search("[A-Z]", word) for word in words)
+    words = (token for token in tokens if not (token.startswith("[") and token.endswith("]")))
+    cased = bool(re.search("[A-Z]", "\n".join(words)))
     return BertTokenizerFast(vocab=str(path), do_lower_case=not cased)
 
 

@@ -1,11 +1,12 @@
 """What an import is told of the targets beside the rows: checked before a row is read."""
 
+import json
 from typing import Any, Literal, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.settings import Settings
-from rekindle.data.targets.schema import TEACHER_NAME, VOCABULARY_TASKS, Task
+from rekindle.data.targets.schema import TEACHER_NAME, VOCABULARY_TASKS, Codec, Task
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -30,8 +31,10 @@ class ImportConfig(Settings):
         gt=0,
         description="candidates kept of a position; null: as many as the first row has at least",
     )
-    codec: Literal["default", "precise"] = Field(
-        "default", description="precise keeps log-probabilities to 1/2048 nat in twice the bytes"
+    codec: Codec = Field(
+        "default",
+        description="precise keeps log-probabilities to 1/2048 nat in twice the bytes; compact is "
+        "the default compressed, for cold storage and transfer",
     )
     labels: tuple[str, ...] = Field((), description="of a classifier: the names, in their order")
     problem: Problem | None = Field(
@@ -50,6 +53,12 @@ class ImportConfig(Settings):
                 "must name the model that the targets are of: model: NAME (and whatever else is to "
                 "be remembered: engine, revision, date)"
             )
+        try:
+            json.dumps(value, allow_nan=False, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"is kept as JSON: texts, numbers, lists and mappings of them ({error})"
+            ) from None
         return value
 
     @model_validator(mode="after")
@@ -59,6 +68,8 @@ class ImportConfig(Settings):
             raise ValueError(f"labels and problem are of classifiers; a {self.task} has none")
         if not vocabulary and self.k is not None:
             raise ValueError(f"k is of language models; of a {self.task} all logits are kept")
+        if not vocabulary and self.codec != "default":
+            raise ValueError(f"codec is of language models; a {self.task} has one, the default")
         if "classification" in self.task and len(set(self.labels)) < max(2, len(self.labels)):
             raise ValueError(
                 f"a {self.task} needs the names of its labels, two or more and each another one"
@@ -75,7 +86,7 @@ class ImportSettings(TypedDict, total=False):
     task: Task
     view: str | None
     k: int | None
-    codec: Literal["default", "precise"]
+    codec: Codec
     labels: tuple[str, ...]
     problem: Problem | None
     allow_missing: bool

@@ -44,6 +44,7 @@ TYPES = {
     "ids": pa.list_(_INTS),
     "candidates": pa.list_(_TEXTS),
     "log_probs": pa.list_(_FLOATS),
+    "temperature": pa.float64(),
     "log_tail": _FLOATS,
     "sampled_ids": pa.list_(_INTS),
     "sampled_log_probs": pa.list_(_FLOATS),
@@ -110,7 +111,9 @@ class Export:
         if not isinstance(kind, VocabularyKind):
             words = [] if kind.per_sequence else ["positions"]
             return [*found, *words, "label", "labels", "logits", "probabilities"]
-        kept = ["ids", "candidates", "log_probs", "log_tail"]
+        kept = ["temperature"] if kind.read_at != 1 else []
+        kept += ["ids", "candidates", "log_probs", "log_tail"]
+        kept += ["log_tails"] if self._further else []
         if kind.sampled:
             kept = ["sampled_ids", "candidates", "sampled_log_probs"]
         lacks = () if info.imported is None else info.imported.lacks
@@ -119,10 +122,19 @@ class Export:
         return [*found, "positions", *kept, "gold_tokens", *gold, *entropy]
 
     @property
+    def _further(self) -> list[float]:
+        """The temperatures of further tails."""
+        if self.teacher is None or not isinstance(kind := self.teacher.kind, VocabularyKind):
+            return []
+        return [at for at in self.teacher.info.temperatures if kind.has_tail and at != kind.read_at]
+
+    @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of the rows."""
         words = self.teacher is not None and self.teacher.info.kind == "token"
         types = TYPES | (WORD_TYPES if words else {})
+        further = [pa.field(_name(at), _FLOATS) for at in self._further]
+        types |= {"log_tails": pa.struct(further)}
         return pa.schema([pa.field(name, types[name]) for name in self.names])
 
     def batches(
@@ -159,8 +171,8 @@ class Export:
         asked = (self.k, self.limit, self.view and self.view.name)
         state = xxhash.xxh3_64(repr((self.corpus.fingerprint, *asked)).encode())
         for part in self.teacher.parts if self.teacher is not None else ():
-            for unit, commit in sorted(part.commits.items()):
-                state.update(f"{part.info.folder} {unit} {commit.sha256}".encode())
+            for unit, sha256 in sorted(zip(part.commits, part.commits.sha256s, strict=True)):
+                state.update(f"{part.info.folder} {unit} {sha256}".encode())
         return str(state.hexdigest())
 
     @property
@@ -204,7 +216,9 @@ class Export:
             f"{lead}ids": [*kept.astype(np.int32)],
             "candidates": [self._texts.of(row) for row in kept],
             f"{lead}log_probs": [*log_probs.astype(np.float32)],
-            "log_tail": [None if tail == -np.inf else tail for tail in log_tail.tolist()],
+            "temperature": kind.read_at,
+            "log_tail": _masses(log_tail),
+            "log_tails": {_name(at): _masses(target.decode(at, self.k)[2]) for at in self._further},
             "gold_tokens": self._texts.of(gold),
         }
         if "gold_rank" in columns:
@@ -213,6 +227,15 @@ class Export:
         if "entropy" in columns:
             values["entropy"] = columns["entropy"].astype(np.float32) / STEP
         return values
+
+
+def _name(temperature: float) -> str:
+    return repr(temperature).removesuffix(".0")
+
+
+def _masses(log_tail: Floats) -> list[float | None]:
+    """Logarithms of masses, null where there is none."""
+    return [None if tail == -np.inf else tail for tail in log_tail.tolist()]
 
 
 class _Texts:

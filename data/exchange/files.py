@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Advance = Callable[[int], None]
-DECIMALS = 6  # of numbers in JSON lines: 500 times finer than what a codec keeps
+# Of numbers in JSON lines: 500 times finer than what a codec keeps; of small ones, as the logarithm
+# of a tail that is nearly all, so many digits.
+DECIMALS, DIGITS = 6, 7
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
 
@@ -29,15 +31,15 @@ def write_export(
     export: Export, out: Path, force: bool = False, progress: Advance = lambda rows: None
 ) -> int:
     """Write the rows to ``out``, by its ending, or as a dataset's folder where it has none; return
-    how many there are. Raises InputError for another ending, and for what is there already.
+    how many there are. Raises InputError for another ending, for what is there already, and, even
+    with ``force``, for a folder that is no data set's.
     """
     if out.suffix and out.suffix not in SUFFIXES:
         raise InputError(
             f"{out}: rows are written as {', '.join(SUFFIXES)}, or, to a name without an ending, "
             "as a folder that datasets.load_from_disk reads"
         )
-    if out.exists() and not force:
-        raise InputError(f"{out} is there already; give another name, or --force to replace it")
+    _check_target(out, force)
     count = 0
 
     def counted(rows: int) -> None:
@@ -61,6 +63,25 @@ def write_export(
                 for batch in export.batches(counted):
                     writer.write_batch(batch)
     return count
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """Raise InputError where ``out`` must not be written to. A folder is replaced only by a folder,
+    and only if it is a data set's: whatever else it holds is somebody's.
+    """
+    if not out.exists():
+        return
+    if out.is_dir() and (out.suffix or not _is_dataset(out)):
+        raise InputError(
+            f"{out} is a folder, and holds no data set; it is left as it is: give another name"
+        )
+    if not force:
+        raise InputError(f"{out} is there already; give another name, or --force to replace it")
+
+
+def _is_dataset(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return not names or {"state.json", "dataset_info.json"} <= names
 
 
 def _save_dataset(export: Export, folder: Path, progress: Advance) -> None:
@@ -97,5 +118,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(inside) for inside in value]
     if isinstance(value, float):
-        return round(value, DECIMALS) if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return round(value, DECIMALS) if abs(value) >= 0.1 else float(f"{value:.{DIGITS}g}")
     return value

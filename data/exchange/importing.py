@@ -13,24 +13,27 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.batch import read_masked
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, naming
 from rekindle.data.exchange.config import ImportConfig
+from rekindle.data.exchange.expected import expected_positions, may_have_targets
 from rekindle.data.exchange.label_rows import LabelRows
-from rekindle.data.exchange.rows import Place, Row, place_of, tokens_of
-from rekindle.data.exchange.token_rows import TokenRows, expanded_row
-from rekindle.data.inventory import is_imported
-from rekindle.data.storage.columns import split_lists
+from rekindle.data.exchange.logprobs import expanded_row
+from rekindle.data.exchange.rows import Place, Row, check_shown, place_of, tokens_of
+from rekindle.data.exchange.token_rows import TokenRows
+from rekindle.data.inventory import is_imported, roll_up_records, stated_by_shards
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import WITH_IMPORTS, damage
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
+from rekindle.data.storage.units import UnitPlace, unit_of
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.imported import EXPECTED
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
-from rekindle.data.targets.reading.reader import TeacherReader, target_positions
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind
@@ -39,7 +42,6 @@ from rekindle.data.writing import check_same, claim_teacher, write_targets
 log = logging.getLogger("rekindle")
 
 OPEN_UNITS = 4  # of which the expected positions are held
-UnitPlace = tuple[int, int | None]  # shard of the corpus, replica
 
 
 @dataclass
@@ -85,7 +87,10 @@ def import_targets(
             with naming(name):
                 job.take(name, row)
             progress(1)
-        return job.finish()
+        done = job.finish()
+        if alone is not False:  # nobody takes records back meanwhile
+            roll_up_records(corpus.store)
+        return done
 
 
 def numbered(rows: Iterable[Row], where: str = "rows") -> Iterator[tuple[str, Row]]:
@@ -104,9 +109,10 @@ class _Import:
         masked = view_kind(self.view_name).masked
         self.replicas = self.view.replicas if masked and self.view else None
         repaired = _without_damage(corpus, config.name) if alone else 0
-        self.present = None
         if is_described(corpus.store, config.name):
-            self.present = read_teacher(corpus.store, config.name)
+            self.present: TeacherInfo | None = read_teacher(corpus.store, config.name)
+        else:  # it may have been lost
+            self.present = stated_by_shards(corpus.store, config.name)
         self.reader: TokenRows | LabelRows | None = None
         self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
         self.pending: dict[UnitPlace, dict[int, Columns]] = {}
@@ -125,10 +131,13 @@ class _Import:
         self.done = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
         if self.present is not None:
             check_same(self.corpus, self.present, reader.info)
-        elif self.done:  # its description was lost
-            claim_teacher(self.corpus, reader.info)
         if self.done:
-            self.stored = TeacherReader(self.corpus, [reader.info], self.view)
+            claim_teacher(self.corpus, reader.info)  # unless its description is there
+            self.stored = self._reader_of(reader.info)
+
+    def _reader_of(self, info: TeacherInfo) -> TeacherReader:
+        """What reads the units that are there now."""
+        return TeacherReader(self.corpus, [info], self.view)
 
     def take(self, name: str, row: Row) -> None:
         """Take one row; commit the unit that it completes."""
@@ -140,7 +149,8 @@ class _Import:
             tokens = tokens_of(self.corpus, (place.shard, place.row))
             whole = expanded_row(row, tokens, self.config.task)
             k = self.config.k or known
-            begun = TokenRows.begin(self.corpus, self.config, self.view_name, k, whole)
+            view = (self.view_name, self._share)
+            begun = TokenRows.begin(self.corpus, self.config, view, k, whole)
             if begun is None:
                 self.waiting.append((name, row))
                 return
@@ -157,11 +167,12 @@ class _Import:
         assert self.reader is not None
         place = place_of(row, self.corpus, self.replicas)
         unit = (place.shard, place.replica)
-        shape = self.corpus.commits[place.shard].rows
-        seen = self.seen.setdefault(unit, np.zeros(shape, bool))
+        seen = self._come(unit)
         if seen[place.row]:
-            raise InputError(f"sequence {place.index} had a row before; give one of the two")
+            self._refuse(place)
         tokens = tokens_of(self.corpus, (place.shard, place.row))
+        if self.reader.info.is_vocabulary:
+            check_shown(row, self._shown(place, tokens), place)
         whole = expanded_row(row, tokens, self.config.task)
         columns = self.reader.columns(whole, tokens, self._expected(unit)[place.row])
         seen[place.row] = True
@@ -172,25 +183,45 @@ class _Import:
             return
         pending = self.pending.setdefault(unit, {})
         pending[place.row] = columns
-        if len(pending) == shape:
+        if seen.all():
             self._write(unit)
+
+    @property
+    def _share(self) -> float:
+        """About which share of a sequence's tokens has a target, at most."""
+        masks = self.view.identity.get("mask", {}) if self.view else {}
+        return float(masks.get("probability", 1.0))
+
+    def _come(self, unit: UnitPlace) -> NDArray[np.bool_]:
+        """Which sequences of a unit have come; those that can have no target need not."""
+        if unit not in self.seen:
+            self.seen[unit] = ~may_have_targets(self.corpus, self.view, unit[0])
+        return self.seen[unit]
+
+    def _refuse(self, place: Place) -> None:
+        if may_have_targets(self.corpus, self.view, place.shard)[place.row]:
+            raise InputError(f"sequence {place.index} had a row before; give one of the two")
+        raise InputError(
+            f"sequence {place.index} has no pair of texts in {self.view_name}, so that nothing of "
+            "it was shown; leave its row out"
+        )
 
     def _expected(self, unit: UnitPlace) -> list[NDArray[np.int64]]:
         """Where each row of a unit has a target, or may have one."""
         if unit not in self.expected:
             assert self.reader is not None
-            shard, replica = unit
-            if self.reader.info.is_vocabulary:
-                found = target_positions(self.corpus, self.reader.info, self.view, shard, replica)
-            else:
-                batches = [*self.corpus.shard(shard).batches()]
-                lists = (split_lists(batches, name) for name in ("word_starts", "char_starts"))
-                pairs = zip(*lists, strict=True)
-                found = [np.flatnonzero(words & (starts >= 0)) for words, starts in pairs]
+            found = expected_positions(self.corpus, self.reader.info, self.view, unit)
             self.expected[unit] = found
             while len(self.expected) > OPEN_UNITS:
                 self.expected.popitem(last=False)
         return self.expected[unit]
+
+    def _shown(self, place: Place, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The tokens of a sequence as the model was shown them."""
+        if place.replica is None or self.view is None:
+            return tokens
+        where = [(place.shard, place.row)]
+        return read_masked(self.view, where, tokens[None], place.replica).input_ids[0]
 
     def _compare(self, place: Place, columns: Columns) -> None:
         """Hold the targets of a row against those of a unit that is finished."""
@@ -211,20 +242,26 @@ class _Import:
 
     def _write(self, unit: UnitPlace) -> None:
         assert self.reader is not None
+        if isinstance(self.reader, TokenRows):
+            self.reader.alignment.check()
         info, pending = self.reader.info, self.pending.pop(unit)
+        self.done.add(unit_of(*unit))
+        if ShardSet(self.corpus.store, info.folder).has(unit_of(*unit)):  # another import was first
+            self.stored, first = self._reader_of(info), self.corpus.first(unit[0])
+            for row, columns in pending.items():
+                self._compare(Place(first + row, unit[0], row, unit[1]), columns)
+            return
         ordered = sorted(pending)
-        counts = [_length(pending[row]) for row in ordered]
+        counts = np.array([_length(pending[row]) for row in ordered], np.int64)
         rows = np.repeat(np.array(ordered, np.int64), counts)
-        names = pending[ordered[0]]
+        names = pending[ordered[0]] if ordered else ()
         columns = {name: np.concatenate([pending[row][name] for row in ordered]) for name in names}
-        facts = {}
-        if info.is_vocabulary:
-            facts[EXPECTED] = sum(len(one) for one in self._expected(unit))
-        elif info.kind == "sequence":
-            facts[EXPECTED] = self.corpus.commits[unit[0]].rows
+        if info.kind == "sequence":
+            facts = {EXPECTED: int(may_have_targets(self.corpus, self.view, unit[0]).sum())}
+        else:
+            facts = {EXPECTED: sum(len(one) for one in self._expected(unit))}
         raise_version(self.corpus.store, WITH_IMPORTS)
         write_targets(info, self.corpus, unit, rows, columns, facts)
-        self.done.add(unit_of(*unit))
         self.result_facts["made"] += 1
 
     # --- the end ----------------------------------------------------------------------------------
@@ -242,9 +279,9 @@ class _Import:
         missing: list[tuple[int, int | None]] = []  # sequence, replica
         for unit in planned:
             if unit_of(*unit) not in self.done:
-                seen = self.seen.get(unit)
-                size = self.corpus.commits[unit[0]].rows
-                lacking = range(size) if seen is None else np.flatnonzero(~seen)
+                lacking = np.flatnonzero(~self._come(unit))
+                if not len(lacking):  # none of its sequences can have a target
+                    self.pending[unit] = {}
                 first = self.corpus.first(unit[0])
                 missing += [(first + int(row), unit[1]) for row in lacking]
         if missing and not self.config.allow_missing:
@@ -265,13 +302,16 @@ class _Import:
         )
 
     def _notes(self, missing: int) -> list[str]:
-        notes = []
+        notes = self.reader.notes() if isinstance(self.reader, LabelRows) else []
         if isinstance(self.reader, TokenRows):
             info = self.reader.info
             lacks = info.imported.lacks if info.imported else ()
             notes += self.reader.noticed.told(self.reader.k)
             if info.estimator["tail"] == "derived":
                 notes.append("tails are what is left of 1, derived in float64 (no log_tail given)")
+            if info.temperatures != (1.0,):
+                listed = ", ".join(f"{at:g}" for at in info.temperatures)
+                notes.append(f"a student can be trained at the temperatures {listed}")
             if lacks:
                 notes.append(
                     f"not given, and so not kept: {', '.join(lacks)} (curricula need them: the "
@@ -345,7 +385,7 @@ def _without_damage(corpus: Corpus, name: str) -> int:
             store.discard(f"{folder}/teacher.json")
             count += 1
     shards = ShardSet(store, folder)
-    check = shards.check if isinstance(store, LocalStore) else lambda commit: None
+    check = shards.check if isinstance(store, LocalStore) else None
     for unit, problem in shards.survey(check)[1].items():
         log.warning("%s: made anew", damage(problem).rstrip("."))
         shards.forget(unit)

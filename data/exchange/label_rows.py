@@ -1,11 +1,13 @@
 """Checks the answers of classifiers and of regressors in rows. P words, C labels."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
 from rekindle.data.exchange.config import ImportConfig
 from rekindle.data.exchange.rows import Floats64, Row, check_keys, matrix, numbers, whole_numbers
@@ -15,6 +17,7 @@ from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.schema import TeacherInfo
 
 LEAST = 1e-12  # of a probability: its logarithm stands for a logit
+LARGEST = float(np.finfo(np.float32).max)
 FIELDS = ("positions", "logits", "probabilities")
 
 
@@ -25,6 +28,7 @@ class LabelRows:
     corpus: Corpus
     info: TeacherInfo
     allow_missing: bool
+    untold: int = field(default=0, init=False)  # words without an answer, of sequences with a row
 
     fields = FIELDS
 
@@ -56,6 +60,7 @@ class LabelRows:
     def columns(self, row: Row, tokens: NDArray[np.int32], expected: NDArray[np.int64]) -> Columns:
         """The columns of a row's answers. ``expected``: the positions at which words begin."""
         check_keys(row, FIELDS)
+        self._check_names(row.get("labels"))
         if self.info.kind == "sequence":
             if row.get("positions") is not None:
                 raise InputError(f"positions: a {self.info.task} says one thing of a sequence")
@@ -71,7 +76,33 @@ class LabelRows:
         logits = self._logits(row, one=False)
         if len(logits) != len(positions):
             raise InputError(f"it has {len(positions)} positions and {len(logits)} lists of logits")
+        lacking = np.setdiff1d(expected, positions)
+        if len(lacking) and not self.allow_missing:
+            raise InputError(
+                f"{len(lacking)} of its {counted(len(expected), 'word')} have no answer (the first "
+                f"begins at {int(lacking[0])}). Give them all, or allow that some are missing "
+                "(allow_missing, --allow-missing)"
+            )
+        self.untold += len(lacking)
         return {"positions": positions.astype(np.uint16), "logits": logits}
+
+    def notes(self) -> list[str]:
+        """What is to be said once of all rows."""
+        told = f"without an answer, in sequences that have a row: {counted(self.untold, 'word')}"
+        return [told] if self.untold else []
+
+    def _check_names(self, given: object) -> None:
+        """Refuse numbers that stand in another order than the teacher's labels do."""
+        ours = [*self.info.label_names]
+        if given is None or len(ours) == 1:
+            return
+        named = [*given] if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        if named != ours:
+            raise InputError(
+                f"labels: its numbers are of {', '.join(map(str, named))}, and the labels were "
+                f"given as {', '.join(ours)}: each would be another label's. Give them in the "
+                "rows' order (labels, --label)"
+            )
 
     def _logits(self, row: Row, one: bool) -> NDArray[np.float32]:
         """Logits [1,C] of a sequence, or [P,C] of its words."""
@@ -87,7 +118,10 @@ class LabelRows:
                 values = found.astype(np.float64).reshape(len(counts), labels)
                 if not np.isfinite(values).all():
                     raise InputError("must be finite")
-            return (values if name == "logits" else self._of(values)).astype(np.float32)
+            logits = values if name == "logits" else self._of(values)
+            if (np.abs(logits) > LARGEST).any():
+                raise InputError(f"must lie within ±{LARGEST:.2g}, the range of float32")
+            return logits.astype(np.float32)
 
     def _of(self, probs: Floats64) -> Floats64:
         """The logits that probabilities [N,C] belong to."""
@@ -96,9 +130,11 @@ class LabelRows:
         if ((probs < 0) | (probs > 1 + ROUNDING)).any():
             raise InputError("must lie between 0 and 1")
         several = self.info.problem == "multi_label_classification"
-        if not several and (np.abs(probs.sum(axis=1) - 1) > ROUNDING).any():
+        sums = probs.sum(axis=1)
+        wrong = sums[np.abs(sums - 1) > ROUNDING]
+        if not several and len(wrong):
             raise InputError(
-                f"must sum to 1 (given: {probs.sum(axis=1).max():.6g}); labels that do not exclude "
+                f"must sum to 1 (given: {wrong[0]:.6g}); labels that do not exclude "
                 "each other are of the problem multi_label_classification"
             )
         sure = np.clip(probs, LEAST, None)

@@ -13,15 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.errors import InputError
+from rekindle.data.exchange.rows import Row
+from rekindle.data.exchange.tails import temperature_of
 
 FIELD = "prompt_logprobs"
+GOLD = ("gold_log_probs", "gold_ranks")
+
+
+def expanded_row(row: Row, tokens: NDArray[np.int32], task: str) -> Row:
+    """``row`` with the fields that an engine's ``prompt_logprobs`` stands for."""
+    if row.get(FIELD) is None:
+        return row
+    if task != "causal_lm":
+        raise InputError(f"{FIELD} are of a causal_lm, and the task is {task}")
+    more = fields_of_prompt(row[FIELD], tokens)
+    if temperature_of(row) != 1:  # what is kept of the true token is of 1
+        more = {name: value for name, value in more.items() if name not in GOLD}
+    if doubled := [name for name in more if row.get(name) is not None]:
+        raise InputError(f"it has both {FIELD} and {doubled[0]}; leave one out")
+    return {name: value for name, value in row.items() if name != FIELD} | more
 
 
 def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, object]:
     """``ids``, ``log_probs``, ``gold_log_probs`` and ``gold_ranks`` of a prompt whose tokens are
     ``input_ids`` [S]. Raises InputError where these are of another prompt.
     """
-    entries = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else []
+    entries = [*values] if isinstance(values, Sequence | np.ndarray) else []
     if len(entries) != len(input_ids) or (entries and entries[0] is not None):
         first = "" if not entries or entries[0] is None else ", the first of which is not null"
         raise InputError(
@@ -29,9 +46,7 @@ def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, obj
             f"for the first (given: {len(entries)} entries{first}). Give the engine the token ids "
             "of the cache, not the text, so that it puts nothing before or after them"
         )
-    found: dict[str, list[Any]] = {
-        name: [] for name in ("ids", "log_probs", "gold_log_probs", "gold_ranks")
-    }
+    found: dict[str, list[Any]] = {name: [] for name in ("ids", "log_probs", *GOLD)}
     for place, entry in enumerate(entries[1:], start=1):
         ids, log_probs, ranks = _parted(entry, place)
         gold = int(input_ids[place])
@@ -64,9 +79,10 @@ def _parted(entry: Any, place: int) -> tuple[list[int], list[float], list[int | 
         log_prob, rank = (
             (value, None) if isinstance(value, float) else (get("logprob"), get("rank"))
         )
-        if not str(key).isdecimal() or log_prob is None:
+        whole = rank is None or (isinstance(rank, int) and not isinstance(rank, bool))
+        if not str(key).isdecimal() or log_prob is None or not whole:
             raise InputError(f"{told} (given: {str(key)[:20]!r}: {str(value)[:40]})")
         ids.append(int(key))
         log_probs.append(log_prob)
-        ranks.append(None if rank is None else int(rank) - 1)
+        ranks.append(None if rank is None else rank - 1)
     return ids, log_probs, ranks

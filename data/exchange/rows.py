@@ -20,9 +20,11 @@ Floats64 = NDArray[np.float64]
 
 # What `pipeline export-targets` writes for people to read, which an import passes over.
 ABOUT = (
-    *("text", "document", "domain", "tokens", "shown_ids"),
-    *("candidates", "gold_tokens", "label", "labels"),
+    *("text", "document", "domain", "tokens"),
+    *("candidates", "gold_tokens", "label"),
 )
+# What must be that of the cache where it is given. ``labels``: see label_rows.py.
+PROOFS = ("shown_ids", "labels")
 KEYS = ("index", "digest", "input_ids", "replica")
 
 
@@ -63,8 +65,35 @@ def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
     if replicas is not None:
         replica = _whole_number(row, "replica", replicas, "which masking the model was shown")
     elif row.get("replica") is not None:
-        raise InputError("it has a replica, and this teacher sees no masks; leave it out")
+        raise InputError(
+            "it has a replica, and this teacher sees no masks. Rows of a masked LM need its task "
+            "(task, --task masked_lm); of any other leave the replica out"
+        )
     return Place(index, *place, replica)
+
+
+def check_shown(row: Row, shown: NDArray[np.int32], place: Place) -> None:
+    """Raise InputError where ``shown_ids`` are not the tokens [S] that the model was shown, and
+    where nothing proves which masks these had.
+    """
+    if row.get("shown_ids") is not None:
+        with naming("shown_ids"):
+            given = whole_numbers(row["shown_ids"])
+            if not np.array_equal(given, shown):
+                which = f" with the masks of replica {place.replica}"
+                masks = which if place.replica is not None else ""
+                both = min(len(given), len(shown))
+                at = [*np.flatnonzero(given[:both] != shown[:both]), both][0]
+                raise InputError(
+                    f"they are not those of sequence {place.index}{masks}, from place {at} on: "
+                    "its targets are of other inputs"
+                )
+    elif place.replica is not None and row.get("positions") is None:
+        raise InputError(
+            f"it has neither positions nor shown_ids, so that nothing shows that its targets are "
+            f"of the masks of replica {place.replica}. `pipeline export-targets --view masked` "
+            "writes both"
+        )
 
 
 def tokens_of(corpus: Corpus, place: tuple[int, int]) -> NDArray[np.int32]:
@@ -97,7 +126,7 @@ def _check_tokens(
 def check_keys(row: Row, fields: Sequence[str]) -> None:
     """Raise InputError for a key that stands for nothing; columns that are null do not count."""
     for key, value in row.items():
-        if value is not None and key not in (*KEYS, *ABOUT, *fields):
+        if value is not None and key not in (*KEYS, *PROOFS, *ABOUT, *fields):
             known = (*KEYS, *fields)
             raise InputError(
                 f"{key!r} is no field of a row (there are {', '.join(known)})"
@@ -142,7 +171,7 @@ def numbers(value: Any, count: int, each: str) -> Floats64:
 
 def log_masses(value: Any, count: int) -> Floats64:
     """Logarithms of masses [P], of which null is that of none, −inf."""
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence | np.ndarray):
         value = [-math.inf if one is None else one for one in value]
     found = _array(value)
     if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):

@@ -14,8 +14,10 @@ from rekindle.data.corpus.config import hole_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
+from rekindle.data.exchange.alignment import Alignment
 from rekindle.data.exchange.config import ImportConfig
-from rekindle.data.exchange.logprobs import FIELD, fields_of_prompt
+from rekindle.data.exchange.logprobs import FIELD, GOLD
+from rekindle.data.exchange.noticed import Noticed
 from rekindle.data.exchange.rows import (
     Floats64,
     Row,
@@ -25,17 +27,28 @@ from rekindle.data.exchange.rows import (
     numbers,
     whole_numbers,
 )
+from rekindle.data.exchange.tails import (
+    AGREE,
+    FURTHER,
+    TAIL,
+    TEMPERATURE,
+    at_one,
+    check_same_tails,
+    further_odds,
+    further_of,
+    temperature_of,
+)
 from rekindle.data.targets.codec import Columns, fixed_point
+from rekindle.data.targets.codec_compact import compact_rows
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.imported import Imported, Scalar
 from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 
 ROUNDING = 0.01  # by so much the masses of a position may add up to more than 1
-AGREE = 0.25  # nats between two statements about one token: more than any codec's rounding
 TOP = ("positions", "ids", "log_probs")
-OPTIONAL = ("log_tail", "gold_log_probs", "gold_ranks", "entropy")
-FIELDS = (*TOP, *OPTIONAL, FIELD)
+OPTIONAL = (TAIL, *GOLD, "entropy")
+FIELDS = (*TOP, TEMPERATURE, *OPTIONAL, FURTHER, FIELD)
 SCALAR_OF: dict[Scalar, str] = {  # column -> field
     "gold_log_prob": "gold_log_probs",
     "gold_rank": "gold_ranks",
@@ -44,46 +57,34 @@ SCALAR_OF: dict[Scalar, str] = {  # column -> field
 
 
 @dataclass
-class Noticed:
-    """What was done to the rows, to be said once: positions of each."""
-
-    sorted: int = 0
-    cut: int = 0
-    over: int = 0  # whose masses summed to a little more than 1
-    untold: int = 0  # without a target, of sequences that have a row
-
-    def told(self, k: int) -> list[str]:
-        """A sentence for each."""
-        said = [
-            (self.sorted, "candidates were put in order of probability at {}"),
-            (
-                self.cut,
-                f"the {k} likeliest candidates are kept, the others' mass in the tail, at {{}}",
-            ),
-            (self.over, "masses a little above 1 (rounding) were scaled to 1 at {}"),
-            (self.untold, "without a target, in sequences that have a row: {}"),
-        ]
-        return [told.format(counted(count, "position")) for count, told in said if count]
-
-
-@dataclass
 class TokenRows:
-    """Reads the rows of one vocabulary teacher, all of which have the same ``optional`` fields."""
+    """Reads the rows of one vocabulary teacher, all of which have the same ``optional`` fields, are
+    of one ``temperature``, and have tails at the same ``further`` ones.
+    """
 
     corpus: Corpus
     info: TeacherInfo
     optional: tuple[str, ...]
     allow_missing: bool
+    temperature: float = 1.0
+    further: tuple[float, ...] = ()
     noticed: Noticed = field(default_factory=Noticed)
+    alignment: Alignment = field(default_factory=Alignment)
 
     fields = FIELDS
 
     @classmethod
     def begin(
-        cls, corpus: Corpus, config: ImportConfig, view: str, k: int | None, row: Row
+        cls,
+        corpus: Corpus,
+        config: ImportConfig,
+        view: tuple[str, float],
+        k: int | None,
+        row: Row,
     ) -> "TokenRows | None":
         """For the teacher of ``config`` whose rows are like ``row``; None where it has no position,
-        and ``k`` is not known.
+        and ``k`` is not known. ``view``: its name, and about which share of a sequence's tokens has
+        a target in it.
         """
         if k is None:
             with naming("ids"):
@@ -95,18 +96,29 @@ class TokenRows:
                 raise InputError("ids: a position has no candidates")
         facts, optional = corpus.info["tokenizer"], optional_of(row)
         tokens = facts["size"] - len(hole_ids(facts))
-        kept = TopK.settings(k, (1.0,), config.codec, facts["size"], None, tokens)
+        temperature, further = temperature_of(row), tuple(further_of(row))
+        stored = tuple(sorted({temperature, *further}))
+        kept = TopK.settings(k, stored, config.codec, facts["size"], None, tokens)
         kept["estimator"] = {
             **kept["estimator"],  # type: ignore[dict-item]
-            "tail": "given" if "log_tail" in optional else "derived",
+            "tail": "given" if TAIL in optional else "derived",
         }
         lacks = tuple(column for column, name in SCALAR_OF.items() if name not in optional)
         imported = Imported(provenance=config.provenance, lacks=lacks)
         prints = {"provenance": imported.fingerprint, "tokenizer": facts["digest"]}
-        about = {"name": config.name, "task": config.task, "view": view, "imported": imported}
+        about: dict[str, object] = {"name": config.name, "task": config.task, "view": view[0]}
+        about |= {"imported": imported}
+        if (codec := CODECS[config.codec]).compressed:
+            if facts["size"] > codec.largest_vocabulary:
+                raise InputError(
+                    f"the compact codec takes vocabularies up to {codec.largest_vocabulary:,} "
+                    f"tokens, not {facts['size']:,}; use codec: default"
+                )
+            positions = corpus.info["config"]["sequence_length"] * view[1]
+            about["rows_per_batch"] = compact_rows(positions)
         about |= {"model": config.provenance["model"], "fingerprints": prints}
         info = TeacherInfo.model_validate(about | kept)
-        return cls(corpus, info, optional, config.allow_missing)
+        return cls(corpus, info, optional, config.allow_missing, temperature, further)
 
     @property
     def k(self) -> int:
@@ -127,27 +139,51 @@ class TokenRows:
                 f"{odd[0]}: {'the first rows have none' if odd[0] in given else 'missing'}; every "
                 "row must have the same fields"
             )
+        check_same_tails(row, self.temperature, self.further)
         positions = self._positions(row, expected)
         count = len(positions)
         ids, log_probs = self._candidates(row, positions)
-        gold = tokens[positions + (self.info.task == "causal_lm")].astype(np.int64)
+        of = positions + (self.info.task == "causal_lm")
+        gold = tokens[of].astype(np.int64)
+        if GOLD[0] not in self.optional:
+            self.alignment.add(ids, tokens, of)
         scalars = self._scalars(row, ids, log_probs, gold)
         order = np.argsort(-log_probs, axis=1, kind="stable")
         self.noticed.sorted += int((order != np.arange(order.shape[1])).any(axis=1).sum())
         ids = np.take_along_axis(ids, order, axis=1)
         log_probs = np.take_along_axis(log_probs, order, axis=1)
         self.noticed.cut += int(np.isfinite(log_probs[:, self.k :]).any(axis=1).sum())
-        given_tail = None
-        if "log_tail" in self.optional:
-            with naming("log_tail"):
-                given_tail = log_masses(row["log_tail"], count)
-        kept, odds = self._with_tail(log_probs, given_tail, positions)
         encode, size = CODECS[self.info.codec].encode, self.info.vocabulary_size or 0
         top = ids[:, : self.k].reshape(count, self.k)
-        if not count:
-            kept, odds = np.zeros((0, self.k)), np.zeros((0, 1))
+        kept, odds = np.zeros((0, self.k)), np.zeros((0, len(self.info.temperatures)))
+        if count:
+            kept, odds = self._kept(row, log_probs, positions)
         columns = encode(top, kept.astype(np.float32), odds.astype(np.float32), size)
         return {"positions": positions.astype(np.uint16)} | columns | scalars
+
+    def _kept(
+        self, row: Row, log_probs: Floats64, positions: NDArray[np.int64]
+    ) -> tuple[Floats64, Floats64]:
+        """The K likeliest log-probabilities [P,K] at 1, and log(kept/tail) [P,T] at each stored
+        temperature.
+        """
+        given_tail, stored = None, self.info.temperatures
+        if TAIL in self.optional:
+            with naming(TAIL):
+                given_tail = log_masses(row[TAIL], len(positions))
+        kept, own = self._with_tail(log_probs, given_tail, positions)
+        if stored == (1.0,):
+            return kept, own
+        odds = {self.temperature: own[:, 0]}
+        if self.further:
+            assert given_tail is not None
+            facts = self.corpus.info["tokenizer"]
+            tokens = facts["size"] - len(hole_ids(facts))
+            found = further_odds(row, log_probs, given_tail, self.k, tokens, positions)
+            odds |= dict(zip(self.further, found.T, strict=True))
+        if self.temperature != 1.0:
+            kept = at_one(kept, self.temperature, odds.get(1.0))
+        return kept, np.stack([odds[at] for at in stored], axis=1)
 
     def _positions(self, row: Row, expected: NDArray[np.int64]) -> NDArray[np.int64]:
         """The positions [P] that the row has targets for."""
@@ -235,10 +271,14 @@ class TokenRows:
         self._check_masses(log_probs, given, positions)
         return ids, log_probs
 
+    @property
+    def _told(self) -> str:
+        return f"temperature {self.temperature:g}"
+
     def _check_masses(
         self, log_probs: Floats64, given: NDArray[np.bool_], positions: NDArray[np.int64]
     ) -> None:
-        advice = "log_probs are natural logarithms of probabilities at temperature 1"
+        advice = f"log_probs are natural logarithms of probabilities at {self._told}"
         if (at := _first((given & ~np.isfinite(log_probs)).any(axis=1))) is not None:
             wrong = log_probs[at][given[at] & ~np.isfinite(log_probs[at])][0]
             raise InputError(
@@ -331,21 +371,13 @@ class TokenRows:
 def optional_of(row: Row) -> tuple[str, ...]:
     """Which of the OPTIONAL fields a row has; InputError for half of what says something as one."""
     found = tuple(name for name in OPTIONAL if row.get(name) is not None)
+    if (at := temperature_of(row)) != 1 and (odd := [name for name in found if name != TAIL]):
+        raise InputError(
+            f"{odd[0]}: it is kept of temperature 1, and the row's is {at:g}; leave it out"
+        )
     if ("gold_ranks" in found) != ("gold_log_probs" in found):
         raise InputError("gold_log_probs and gold_ranks belong together; give both, or neither")
     return found
-
-
-def expanded_row(row: Row, tokens: NDArray[np.int32], task: str) -> Row:
-    """``row`` with the fields that an engine's ``prompt_logprobs`` stands for."""
-    if row.get(FIELD) is None:
-        return row
-    if task != "causal_lm":
-        raise InputError(f"{FIELD} are of a causal_lm, and the task is {task}")
-    more = fields_of_prompt(row[FIELD], tokens)
-    if doubled := [name for name in more if row.get(name) is not None]:
-        raise InputError(f"it has both {FIELD} and {doubled[0]}; leave one out")
-    return {name: value for name, value in row.items() if name != FIELD} | more
 
 
 def _first(wrong: Any) -> int | None:

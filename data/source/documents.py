@@ -6,22 +6,20 @@ tokens. Every mistake in the source is an InputError that names the place.
 """
 
 import logging
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
-from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
-from rekindle.data.source.held_texts import Found, HeldTexts, Hold
+from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.python_docs import python_docs
-from rekindle.data.source.records import Bad, Record, read_records, shown
+from rekindle.data.source.record import Bad, Block, Record, shown
+from rekindle.data.source.records import BLOCK_BYTES, read_blocks, records_of
 from rekindle.data.source.sources import PYTHON_DOCS, TABLES, Origin, find_origins
 from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
-LONGEST_TOLD = 100  # characters of a test's text in a message
 _NO_NAME = (Mapping, list, tuple, bytes)  # what a domain cannot be
 
 
@@ -52,92 +50,6 @@ class Fields(NamedTuple):
     pair: str | None
 
 
-class LeftOut:
-    """Which records are left out, and were: the bad ones, unless they are errors, and those that
-    hold a text of a test; of each kind, how many documents were read before each.
-    """
-
-    def __init__(self, bad: bool = True, held: HeldTexts | None = None) -> None:
-        self.bad, self.texts = bad, held
-        self.first = ""  # what is wrong with the first bad one
-        self.first_held = ""  # which one holds a text first, and which
-        self.documents = 0  # read so far
-        self._bad: dict[str, array[int]] = {}
-        self._held: dict[str, array[int]] = {}
-
-    def add(self, bad: Bad) -> None:
-        """One more bad record."""
-        self.first = self.first or bad.message
-        self._bad.setdefault(bad.kind, array("q")).append(self.documents)
-
-    def add_held(self, document: Document, hold: Hold) -> None:
-        """One more that holds a text."""
-        nearly = " nearly" * (hold.kind == "near")
-        text = f"{hold.text[:LONGEST_TOLD]}{'…' * (len(hold.text) > LONGEST_TOLD)}"
-        self.first_held = self.first_held or f"{document.id} holds{nearly}: {text}"
-        self._held.setdefault(hold.kind, array("q")).append(self.documents)
-
-    def counts(self, last_document: int | None = None) -> dict[str, int]:
-        """How many bad ones of each kind, up to the document of that index or in all."""
-        return _counted(self._bad, last_document)
-
-    def held(self, last_document: int | None = None) -> Found:
-        """How many that hold a text, up to the document of that index or in all."""
-        return Found(**_counted(self._held, last_document))
-
-    def tell_first(self) -> None:
-        """Say the first one of each in a line."""
-        if self.first:
-            log.warning("the first bad record that was left out: %s", self.first)
-        if self.first_held:
-            log.info("the first record left out for a test's text: %s", self.first_held)
-
-    @property
-    def total(self) -> int:
-        """How many were left out so far."""
-        return sum(map(len, (*self._bad.values(), *self._held.values())))
-
-    def advice(self, usual: str) -> str:
-        """What to do where no document is left: ``usual``, unless texts of tests were all."""
-        if any(self.held()) and not self._bad:
-            return "give other text, or other files in corpus.without: it held texts of these"
-        return usual
-
-    def told(self, last_document: int | None = None) -> str:
-        """What was left out, up to the document of that index or in all, in words; nothing where
-        there was nothing.
-        """
-        told = []
-        if bad := self.counts(last_document):
-            told += [told_of_bad(bad), f"the first: {self.first}"]
-        if any(held := self.held(last_document)):
-            told += [told_of_held(held), f"the first: {self.first_held}"]
-        return "; ".join(told)
-
-
-def _counted(left_out: "Mapping[str, array[int]]", last_document: int | None) -> dict[str, int]:
-    found = {
-        kind: sum(last_document is None or before <= last_document for before in places)
-        for kind, places in sorted(left_out.items())
-    }
-    return {kind: number for kind, number in found.items() if number}
-
-
-def told_of_bad(counts: Mapping[str, int]) -> str:
-    """How many bad records were left out of each kind, in words; nothing where there was none."""
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
-    return f"bad records left out: {kinds}" if counts else ""
-
-
-def told_of_held(found: Found, files: Sequence[str] = ()) -> str:
-    """How many records were left out because they hold a text, in words."""
-    of = ", ".join(files) or "corpus.without"
-    return (
-        f"{counted(sum(found), 'record')} left out for texts of {of} "
-        f"({found.exact:,} hold one as it stands, {found.near:,} nearly)"
-    )
-
-
 def read_documents(
     source: Sequence[str | Origin],
     text_field: str = "text",
@@ -166,41 +78,61 @@ def read_documents(
     Raises InputError: at the call for a source that does not exist or is of no known kind; while
     reading for a damaged file, and for a bad record that is not left out.
     """
-    origins = [origin for origin in source if isinstance(origin, Origin)]
-    if not origins:
-        origins = find_origins(
-            [str(entry) for entry in ([source] if isinstance(source, str) else source)]
-        )
+    origins = origins_of(source)
     return _documents(origins, Fields(text_field, domain_field, pair_field), left_out)
+
+
+def origins_of(source: Sequence[str | Origin]) -> Sequence[Origin]:
+    """What ``find_origins`` finds for ``source``, or ``source``, if that is its result."""
+    origins = [origin for origin in source if isinstance(origin, Origin)]
+    return origins or find_origins(
+        [str(entry) for entry in ([source] if isinstance(source, str) else source)]
+    )
 
 
 def _documents(
     origins: Sequence[Origin], fields: Fields, left_out: LeftOut | None
 ) -> Iterator[Document]:
-    texts = left_out and left_out.texts
     for origin in origins:
-        count = 0
-        for document in _of_origin(origin, fields):
-            if isinstance(document, Bad):
-                if left_out is None or not left_out.bad:
-                    raise InputError(
-                        f"{document.message}; or leave such records out (corpus.on_bad_record: "
-                        "skip)"
-                    )
-                left_out.add(document)
-                continue
-            count += 1
-            if left_out and texts and (hold := texts.find(*document.texts)):
-                left_out.add_held(document, hold)
-                continue
-            yield document
-            if left_out is not None:
-                left_out.documents += 1
-        if not count:
-            log.warning("%s: there is no text in it", origin.place)
+        empty = True
+        for block in document_blocks(origin, fields):
+            for document in documents_of(block, origin, fields):
+                empty &= isinstance(document, Bad)
+                if keeps(document, left_out):
+                    yield document
+                    if left_out is not None:
+                        left_out.documents += 1
+        if empty:
+            tell_empty(origin)
 
 
-def _of_origin(origin: Origin, fields: Fields) -> Iterator[Document | Bad]:
+def tell_empty(origin: Origin) -> None:
+    """Say that there is no text in it."""
+    log.warning("%s: there is no text in it", origin.place)
+
+
+def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document]:
+    """Whether that is a document that is not left out; if it is, it is noted.
+
+    Raises InputError for a bad record that is not left out.
+    """
+    if isinstance(found, Bad):
+        if left_out is None or not left_out.bad:
+            raise InputError(
+                f"{found.message}; or leave such records out (corpus.on_bad_record: skip)"
+            )
+        left_out.add(found)
+        return False
+    if left_out and left_out.texts and (hold := left_out.texts.find(*found.texts)):
+        left_out.add_held(found.id, hold)
+        return False
+    return True
+
+
+def document_blocks(
+    origin: Origin, fields: Fields, size: int = BLOCK_BYTES
+) -> Iterator["Block | Pages"]:
+    """What ``documents_of`` makes documents of, in blocks of about ``size`` bytes."""
     if fields.pair is not None and origin.format in (PYTHON_DOCS, "txt"):
         raise InputError(
             f"{origin.place} has no fields, so that no record of it is a pair (corpus.pair_field: "
@@ -208,9 +140,30 @@ def _of_origin(origin: Origin, fields: Fields) -> Iterator[Document | Bad]:
         )
     if origin.format == PYTHON_DOCS:
         for page in python_docs():
-            yield Document(page.id, page.text, page.part)
+            yield Pages([Document(page.id, page.text, page.part)])
         return
-    for record in read_records(origin, [*filter(None, fields), "id"]):
+    yield from read_blocks(origin, [*filter(None, fields), "id"], size)
+
+
+class Pages(NamedTuple):
+    """Documents as they are."""
+
+    documents: Sequence[Document]
+
+    @property
+    def size(self) -> int:
+        """About how many bytes they are."""
+        return sum(len(document.text) for document in self.documents)
+
+
+def documents_of(
+    block: "Block | Pages", origin: Origin, fields: Fields
+) -> Iterator[Document | Bad]:
+    """The documents of a block of ``origin``, and what of it is bad."""
+    if isinstance(block, Pages):
+        yield from block.documents
+        return
+    for record in records_of(block, origin):
         found = record if isinstance(record, Bad) else _document(record, origin, fields)
         if found is not None:
             yield found

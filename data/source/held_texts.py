@@ -117,7 +117,7 @@ class HeldTexts:
             for gram in rare or [min(grams, key=lambda gram: (shared[gram], gram))]:
                 leads[gram].append(number)
         self._leads: Mapping[_Gram, list[int]] = leads
-        self._leading = leads.keys()
+        self._leading = frozenset(leads)
 
     def find(self, *fields: str) -> Hold | None:
         """A text that one of a record's ``fields`` holds, exactly if there is such a one."""

@@ -8,9 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rekindle.data.errors import InputError
-from rekindle.data.source.records import Bad, read_records
+from rekindle.data.source.record import Bad
+from rekindle.data.source.records import read_records
 from rekindle.data.source.sources import HUB, PYTHON_DOCS, Origin, recorded_origin
-from rekindle.data.text_files import PACKED_SUFFIXES, STDIN, half_a_pair, open_text
+from rekindle.data.text_files import (
+    PACKED_SUFFIXES,
+    STDIN,
+    half_a_pair,
+    is_file,
+    open_text,
+    state_of,
+)
 
 LONGEST_LINE = 1 << 28  # bytes of a line of a txt file, which is held in memory
 PIPED = Origin("jsonl", STDIN, "stdin")
@@ -24,14 +32,14 @@ def read_rows(path: str) -> Iterator[Row]:
     Raises InputError: at the call for a file that is not there or of no known type; while reading
     for a row that is none.
     """
-    if path != STDIN and not Path(path).exists():
+    if path != STDIN and state_of(path) is None:
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv, txt or parquet file")
     if Path(path).is_dir():
         raise InputError(f"{path!r} is a folder; give a jsonl, csv, tsv, txt or parquet file")
     origin = PIPED if path == STDIN else recorded_origin(path)
     if origin.format in (HUB, PYTHON_DOCS):
         # A pipe of the shell (`<(…)`, /dev/stdin) has no ending: what is piped is jsonl.
-        if Path(path).is_file():
+        if is_file(path):
             raise InputError(
                 f"{path}: unknown type of file; rows are .jsonl, .csv, .tsv or .txt (each also "
                 f"packed: {', '.join(PACKED_SUFFIXES)}), .parquet or .arrow: rename or convert it"

@@ -1,5 +1,6 @@
 """Which files a corpus was read from, known by their content: by another path, under another name
-and among new ones they are the same files.
+and among new ones they are the same files. Objects of a store are known by their size and the
+checksum that the store says they have (or, if it says none, by when they were written).
 """
 
 import fnmatch
@@ -13,11 +14,13 @@ from typing import NamedTuple
 import xxhash
 
 from rekindle.data.errors import CacheMismatchError
-from rekindle.data.source.sources import Origin, find_origins, named_again, recorded_origin
+from rekindle.data.source.sources import Origin, origins_and_repeats, recorded_origin
+from rekindle.data.storage.addresses import states_of_objects
+from rekindle.data.storage.client import is_remote
 
 log = logging.getLogger("rekindle")
 
-State = list[int | str]  # bytes, checksum of samples
+State = list[int | str]  # bytes; checksum of samples, or the tag that its store gives an object
 States = dict[str, State]  # by the path of a source file
 SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
 SAMPLE_BYTES = 1 << 16
@@ -32,10 +35,18 @@ class Present(NamedTuple):
 
 def look_at(source: Sequence[str]) -> list[Present]:
     """What ``source`` stands for now, in reading order. Raises InputError for what is not there."""
-    again = named_again(source)
+    origins, again = origins_and_repeats(source)
     if again:
         log.info("corpus.source names %d of its files more than once; each is read once", again)
-    return [Present(o, _state_of(o.place) if o.is_file else None) for o in find_origins(source)]
+    remote = states_of_objects([o.place for o in origins if o.is_file and is_remote(o.place)])
+
+    def state(origin: Origin) -> State | None:
+        if not origin.is_file:
+            return None
+        known = remote.get(origin.place)
+        return _state_of(origin.place) if known is None else [*known]
+
+    return [Present(origin, state(origin)) for origin in origins]
 
 
 def states_of(present: Sequence[Present]) -> States:
@@ -46,8 +57,11 @@ def states_of(present: Sequence[Present]) -> States:
 def _state_of(path: str) -> State:
     digest, size = xxhash.xxh3_64(), os.path.getsize(path)
     with open(path, "rb") as file:
+        if size <= SAMPLE_BYTES:  # all samples are the whole of it
+            digest.update(file.read(SAMPLE_BYTES) * SAMPLES)
+            return [size, digest.hexdigest()]
         for sample in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return [size, digest.hexdigest()]
 

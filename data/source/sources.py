@@ -1,4 +1,5 @@
-"""What a corpus source stands for: files, datasets ids, the Python docs, in reading order.
+"""What a corpus source stands for: files here or in a store, datasets ids, the Python docs, in
+reading order.
 
 No text is read here: names and directories decide, and of what ``save_to_disk`` wrote its list.
 """
@@ -9,11 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rekindle.data.errors import InputError
 from rekindle.data.places import expanded
+from rekindle.data.storage.addresses import find_objects, open_binary
+from rekindle.data.storage.client import FILE_URL, is_remote
 from rekindle.data.text_files import PACKED_SUFFIXES
 
 PYTHON_DOCS = "python-docs"
@@ -37,12 +39,12 @@ class Origin(NamedTuple):
     """
 
     format: str  # txt | jsonl | csv | tsv | parquet | arrow | hub | python-docs
-    place: str  # a path, or a datasets id
+    place: str  # a path, an address (s3://…), or a datasets id
     name: str
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a local file, which can be told apart and added to."""
+        """Whether it is a file, here or in a store, which can be told apart and added to."""
         return self.format not in (HUB, PYTHON_DOCS)
 
 
@@ -54,6 +56,7 @@ def find_origins(source: Sequence[str]) -> list[Origin]:
         .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
         .arrow (the IPC file format and the stream format). Where a file or a directory has glob
         characters in its name, it is meant as it stands;
+      - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects;
       - a directory written by ``datasets``' ``save_to_disk`` (of several splits: ``train``);
       - a datasets id, ``name``, ``name:config`` or ``name:config:split``, an empty config being the
         default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
@@ -62,17 +65,27 @@ def find_origins(source: Sequence[str]) -> list[Origin]:
 
     Raises InputError for a source that does not exist or is of no known kind.
     """
-    return list(_by_identity(source).values())
+    return origins_and_repeats(source)[0]
 
 
-def named_again(source: Sequence[str]) -> int:
-    """How often ``source`` names a file that it has named before."""
-    found = [origin for entry in source for origin in _resolve(entry)]
-    return len(found) - len(_by_identity(source))
+def origins_and_repeats(source: Sequence[str]) -> tuple[list[Origin], int]:
+    """(``find_origins``; how often ``source`` names a file that it has named before)."""
+    entries = [source] if isinstance(source, str) else source
+    if not entries:
+        raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
+    found: dict[str, Origin] = {}
+    named = 0
+    for entry in entries:
+        for origin in _resolve(entry):
+            named += 1
+            local = origin.format != HUB and not is_remote(origin.place)
+            key = os.path.realpath(origin.place) if local else origin.place
+            found.setdefault(key, origin)
+    return list(found.values()), named - len(found)
 
 
 def source_files(source: Sequence[str]) -> list[str]:
-    """The local files ``source`` stands for, in reading order; none for a hub id or python-docs.
+    """The files ``source`` stands for, in reading order; none for a hub id or python-docs.
 
     Raises InputError as ``find_origins`` does.
     """
@@ -87,24 +100,14 @@ def recorded_origin(place: str) -> Origin:
     return Origin(PYTHON_DOCS if place == PYTHON_DOCS else HUB, place, place)
 
 
-def _by_identity(source: Sequence[str]) -> dict[str, Origin]:
-    entries = [source] if isinstance(source, str) else source
-    if not entries:
-        raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
-    found: dict[str, Origin] = {}
-    for entry in entries:
-        for origin in _resolve(entry):
-            key = origin.place if origin.format == HUB else os.path.realpath(origin.place)
-            found.setdefault(key, origin)
-    return found
-
-
 def _resolve(entry: str) -> list[Origin]:
     if entry == PYTHON_DOCS:
         return [recorded_origin(entry)]
-    path = expanded(entry)
+    path = expanded(entry).removeprefix(FILE_URL)
+    if is_remote(path):
+        return _in_store(path)
     if os.path.isdir(path):
-        return _saved_dataset(Path(path))
+        return _saved_dataset(path)
     if os.path.exists(path):
         return [_file(path)]
     if glob.has_magic(path):
@@ -115,6 +118,19 @@ def _resolve(entry: str) -> list[Origin]:
     elif _HUB_ID.fullmatch(entry) and _format(entry) is None:
         return [recorded_origin(entry)]
     raise no_such_source(entry)
+
+
+def _in_store(address: str) -> list[Origin]:
+    if files := find_objects(address):
+        return [_file(file) for file in files]
+    directory = address.rstrip("/")
+    if below := find_objects(f"{directory}/"):
+        return _saved_dataset(directory, below)
+    raise InputError(
+        f"corpus source {address!r}: there is no such object, and none that it matches as a glob "
+        "(or these credentials may not list them); give an object, or a glob such as "
+        "s3://bucket/texts/**/*.jsonl.gz"
+    )
 
 
 def _with_literal_directories(pattern: str) -> str:
@@ -150,33 +166,37 @@ def _file(path: str) -> Origin:
     return recorded_origin(path)
 
 
-def _saved_dataset(directory: Path) -> list[Origin]:
+def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list[Origin]:
+    """The files of what ``save_to_disk`` wrote; ``objects``: what lies in it, in a store."""
     splits = _saved(directory, "dataset_dict.json", "splits")
     if splits is not None:
         if "train" not in splits:
             raise InputError(
                 f"{directory} holds the splits {', '.join(map(str, splits))} and no 'train'; "
-                f"name one of them, such as {directory / str(splits[0])}"
+                f"name one of them, such as {os.path.join(directory, str(splits[0]))}"
                 if splits
                 else f"{directory} holds no splits"
             )
-        return _saved_dataset(directory / "train")
+        return _saved_dataset(os.path.join(directory, "train"), objects)
     files = _saved(directory, "state.json", "_data_files")
     if files is None:
         raise InputError(
             f"{directory} is a directory that datasets' save_to_disk did not write; "
-            f"{_name_its_files(directory)}"
+            f"{_name_its_files(directory, objects)}"
         )
-    return [_file(str(directory / part["filename"])) for part in files]
+    return [_file(os.path.join(directory, part["filename"])) for part in files]
 
 
-def _saved(directory: Path, name: str, key: str) -> list[Any] | None:
+def _saved(directory: str, name: str, key: str) -> list[Any] | None:
     """What a file of a saved dataset lists; None where there is no such file."""
-    path = directory / name
-    if not path.is_file():
+    path = os.path.join(directory, name)
+    try:
+        with open_binary(path) as file:
+            content = file.read()
+    except FileNotFoundError:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[key]
+        found = json.loads(content)[key]
         sound = isinstance(found, list) and (
             key == "splits" or all(isinstance(part["filename"], str) for part in found)
         )
@@ -187,17 +207,17 @@ def _saved(directory: Path, name: str, key: str) -> list[Any] | None:
     return list(found)
 
 
-def _name_its_files(directory: Path) -> str:
-    for name in islice(_names_below(directory), _LOOKED_AT):
+def _name_its_files(directory: str, objects: Sequence[str] | None) -> str:
+    for name in islice(_names_below(directory) if objects is None else objects, _LOOKED_AT):
         if _format(name):
             stem, suffix = os.path.splitext(name)
             ending = os.path.splitext(stem)[1] * (suffix in PACKED_SUFFIXES) + suffix
-            pattern = os.path.join(glob.escape(str(directory)), "**", f"*{ending}")
+            pattern = os.path.join(glob.escape(directory), "**", f"*{ending}")
             return f"name its files with a glob, such as {pattern}"
     return f"and it holds no file that is read ({_KNOWN_SUFFIXES})"
 
 
-def _names_below(directory: Path) -> Iterator[str]:
+def _names_below(directory: str) -> Iterator[str]:
     for _, folders, names in os.walk(directory):
         folders.sort()
         yield from sorted(names)

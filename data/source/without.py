@@ -7,7 +7,8 @@ from functools import cache, lru_cache
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
 from rekindle.data.source.held_texts import HeldTexts
-from rekindle.data.source.records import Bad, read_records
+from rekindle.data.source.record import Bad
+from rekindle.data.source.records import read_records
 from rekindle.data.source.rows import Row, read_rows
 from rekindle.data.source.sources import PYTHON_DOCS, Origin, find_origins
 from rekindle.data.text_files import FileState, half_a_pair, state_of

@@ -1,7 +1,7 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 4 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 5 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
@@ -11,6 +11,10 @@ versions stand side by side in it; the manifest's alone counts.
 Version 4 is that of a cache with a teacher whose targets were imported
 (``data/targets/imported.py``): it is raised to it before the first of them is written, and is in
 all else a version 3. Caches without such a teacher stay what they are.
+
+Version 5 is that of a cache with a roll-up of commit records (``records.py``), which large sets
+have: an older Rekindle that repairs such a cache would leave the roll-up as it was. In all else it
+is a version 3, or a 4.
 """
 
 import logging
@@ -18,21 +22,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from rekindle.data.errors import CacheFormatError, CacheVersionError, InputError
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import (
     FORMAT_VERSION,
     REPAIR,
     SEAL,
     VERSION,
-    WITH_IMPORTS,
+    WITH_ROLL_UPS,
     seal,
     unseal,
 )
-from rekindle.data.storage.store import Store
 
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
-NEWEST = WITH_IMPORTS  # of the versions that are read
+NEWEST = WITH_ROLL_UPS  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:

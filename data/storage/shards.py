@@ -10,6 +10,7 @@ footer), and a checksum of itself.
 import hashlib
 import json
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -19,12 +20,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import xxhash
 
-from rekindle.data.errors import CacheFormatError, CacheMismatchError, unusable
+from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, unusable
 from rekindle.data.storage.arrow_sizes import unpacked_bytes
 from rekindle.data.storage.atomic import new_attempt
-from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Region
+from rekindle.data.storage.base import Store
+from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Commits
+from rekindle.data.storage.records import Records
 from rekindle.data.storage.seal import REPAIR
-from rekindle.data.storage.store import Store
+from rekindle.data.storage.shard_bytes import Region, ShardBytes
 
 MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch: ours are some 10 MB
 
@@ -37,9 +40,10 @@ class ShardSet:
     def __init__(self, store: Store, folder: str):
         self.store = store
         self.folder = folder
+        self.records = Records(store, folder)
 
-    def committed(self) -> dict[str, Commit]:
-        """The finished units by name, from one listing of the commit records.
+    def committed(self) -> Commits:
+        """The finished units by name, in their order, from one listing of the commit records.
 
         Raises CacheFormatError when one of them is damaged.
         """
@@ -49,29 +53,20 @@ class ShardSet:
         return commits
 
     def survey(
-        self, check: Callable[[Commit], object] = lambda commit: None
-    ) -> tuple[dict[str, Commit], dict[str, CacheFormatError]]:
+        self, check: Callable[[Commit], object] | None = None
+    ) -> tuple[Commits, dict[str, CacheFormatError]]:
         """The finished units by name, and what is wrong with those whose record is damaged, or that
-        do not pass ``check``, which raises CacheFormatError.
+        do not pass ``check``, which raises CacheFormatError. With it the records themselves are
+        read, whatever their roll-up says.
         """
-        names = [n for n in self.store.names(f"{self.folder}/commits") if n.endswith(".json")]
-        contents = self.store.read_many([f"{self.folder}/commits/{name}" for name in names])
-        commits: dict[str, Commit] = {}
-        damaged: dict[str, CacheFormatError] = {}
-        for unit, content in zip((n.removesuffix(".json") for n in names), contents, strict=True):
-            try:
-                commit = self._parse(unit, content)
-                check(commit)
-                commits[unit] = commit
-            except CacheFormatError as error:
-                damaged[unit] = error
-        return commits, damaged
+        return self.records.survey(check)
 
     def forget(self, unit: str) -> None:
         """Take back a unit that is damaged, so that it is made again: first its record."""
         path = None
         with suppress(CacheFormatError, FileNotFoundError):  # then `gc` finds what it named
             path = self.commit(unit).path
+        self.records.forget_roll_up()
         self.store.discard(f"{self.folder}/commits/{unit}.json")
         if path is not None:
             self.store.discard(f"{self.folder}/{path}")
@@ -82,15 +77,7 @@ class ShardSet:
 
     def commit(self, unit: str) -> Commit:
         """The record of one finished unit."""
-        return self._parse(unit, self.store.read_bytes(f"{self.folder}/commits/{unit}.json"))
-
-    def _parse(self, unit: str, content: bytes) -> Commit:
-        name = f"{self.folder}/commits/{unit}.json"
-        body = self.store.parse_json(name, content)
-        commit = Commit.from_json(body, f"{self.store.location}/{name}")
-        if commit.unit != unit:
-            raise CacheFormatError(f"the commit record {name} speaks of unit {commit.unit!r}")
-        return commit
+        return self.records.read(unit)
 
     def write(
         self,
@@ -120,7 +107,7 @@ class ShardSet:
                 commit = Commit(unit, path, *written, about, rows_per_batch)
                 self.store.finish(name)
         except BaseException:
-            with suppress(OSError):  # of a disk that may not be written: the first error counts
+            with suppress(OSError, InputError):  # of a disk or a bucket: the first error counts
                 self.store.discard(name)
             raise
         # From here on an error must leave the data: whether the record was created is not known.
@@ -133,7 +120,7 @@ class ShardSet:
 
     def check(self, commit: Commit) -> None:
         """Hold every byte of a unit against its checksums; CacheFormatError when one differs."""
-        self.open(commit).check()
+        self.open(commit, direct=True).check()
 
     def open(
         self,
@@ -141,8 +128,10 @@ class ShardSet:
         about: Mapping[str, object] | None = None,
         fields: Sequence[pa.Field] | None = None,
         hold: Callable[[int, pa.RecordBatch], None] | None = None,
+        direct: bool = False,
     ) -> "Shard":
-        """The committed shard, memory-mapped; checksums are verified as its parts are touched.
+        """The committed shard; checksums are verified as its parts are touched. ``direct``: as it
+        is in the store, whatever a local copy says.
 
         Raises CacheMismatchError when the shard does not say of itself what ``about`` says,
         CacheFormatError when its columns are not ``fields``. Every record batch is given to
@@ -151,17 +140,22 @@ class ShardSet:
         name = f"{self.folder}/{commit.path}"
         told = f"{self.store.location}/{name} is missing although it was committed"
         with unusable(told, FileNotFoundError, advice=f". {REPAIR}"):
-            path = self.store.local_file(name)
-        shard = Shard(path, commit, hold)
+            source = self.store.open_bytes(
+                name, commit.bytes, commit.sha256, commit.regions, direct
+            )
+        shard = Shard(source, commit, hold)
         described = shard.metadata
         different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
         if different:
             raise CacheMismatchError(
-                f"{path} was not made for {self.folder} as it is now: its {', '.join(different)} "
-                "differ. Shards cannot be exchanged, nor the descriptions beside them edited"
+                f"{shard.name} was not made for {self.folder} as it is now: its "
+                f"{', '.join(different)} differ. Shards cannot be exchanged, nor the descriptions "
+                "beside them edited"
             )
         if fields is not None and not shard.schema.equals(pa.schema(fields), check_metadata=False):
-            raise CacheFormatError(f"{path} has not the columns that {self.folder} consists of")
+            raise CacheFormatError(
+                f"{shard.name} has not the columns that {self.folder} consists of"
+            )
         return shard
 
 
@@ -230,27 +224,26 @@ def _write_file(
 
 
 class Shard:
-    """One committed Arrow file. Record batches are checked when they are first touched.
-
-    The file is mapped, not held open: a process reads thousands of shards at a time.
-    """
+    """One committed Arrow file. Record batches are checked when they are first touched."""
 
     def __init__(
-        self, path: Path, commit: Commit, hold: Callable[[int, pa.RecordBatch], None] | None = None
+        self,
+        source: ShardBytes,
+        commit: Commit,
+        hold: Callable[[int, pa.RecordBatch], None] | None = None,
     ):
-        self.path = path
+        self.name = source.name  # in messages
         self.commit = commit
+        self.source = source
         self._hold = hold
         self._checked: set[int] = set()
         self._batches: dict[int, pa.RecordBatch] = {}
-        if path.stat().st_size != commit.bytes:
+        self._reading = threading.RLock()  # a file has one position, whichever thread reads
+        if source.size != commit.bytes:
             raise CacheFormatError(
-                f"{path} has {path.stat().st_size:,} bytes, {commit.bytes:,} were committed: it "
+                f"{self.name} has {source.size:,} bytes, {commit.bytes:,} were committed: it "
                 f"was cut short or changed. {REPAIR}"
             )
-        with pa.memory_map(str(path)) as file:
-            self._buffer = file.read_buffer()  # the mapping outlives the file's descriptor
-        self._bytes = memoryview(self._buffer)
         self._check(0)  # the schema
         self._check(len(commit.regions) - 1)  # the footer
         self._reader = self._open()
@@ -258,11 +251,11 @@ class Shard:
         # In format 1 the schema shared its region with the first batch.
         self._first_region = len(commit.regions) - 1 - self.batch_count
         if self._first_region not in (0, 1) or len(self._rows) != self.batch_count:
-            raise CacheFormatError(f"{path} does not have the record batches that were committed")
+            raise CacheFormatError(f"{self.name} has not the record batches that were committed")
 
     def _open(self, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
-        with unusable(f"{self.path} is not an Arrow IPC file", pa.ArrowException, OSError):
-            return pa.ipc.open_file(self._buffer, options=options)
+        with unusable(f"{self.name} is not an Arrow IPC file", pa.ArrowException, OSError):
+            return pa.ipc.open_file(self.source.file(), options=options)
 
     @property
     def schema(self) -> pa.Schema:
@@ -273,7 +266,7 @@ class Shard:
     def metadata(self) -> dict[str, Any]:
         """The self-description that the writer put into the schema."""
         raw = (self.schema.metadata or {}).get(b"rekindle", b"")
-        told = f"{self.path} does not describe itself: not a shard"
+        told = f"{self.name} does not describe itself: not a shard"
         with unusable(told, ValueError, TypeError, RecursionError):
             described: dict[str, Any] = dict(json.loads(raw))
         return described
@@ -293,14 +286,15 @@ class Shard:
         found = self._batches.get(index)
         if found is None:
             if index >= self.batch_count:
-                raise CacheFormatError(f"{self.path} has no record batch {index}: it lacks rows")
+                raise CacheFormatError(f"{self.name} has no record batch {index}: it lacks rows")
             region = self._first_region + index
-            self._check(region)
-            self._check_size(index, region)
-            found = self._get(self._reader, index)
+            with self._reading:
+                self._check(region)
+                self._check_size(index, region)
+                found = self._get(self._reader, index)
             if self._hold is not None:
                 self._hold(index, found)
-            if keep:
+            if keep and self.source.kept:
                 self._batches[index] = found
         return found
 
@@ -311,23 +305,24 @@ class Shard:
     def _check_size(self, index: int, region: int) -> None:
         """A batch whose bytes are those committed may still come from a stranger's writer."""
         offset, length, _ = self.commit.regions[region]
-        told = f"{self.path}: no record batch {index} where it must be"
+        told = f"{self.name}: no record batch {index} where it must be"
         with unusable(told, struct.error, IndexError, ValueError):
-            unpacked = unpacked_bytes(self._buffer.slice(offset, length), after_schema=region == 0)
+            content = self.source.region(offset, length)
+            unpacked = unpacked_bytes(content, after_schema=region == 0)
         if unpacked > MOST_UNPACKED:
             raise CacheFormatError(
-                f"{self.path}: record batch {index} would unpack to {unpacked:,} bytes, more than "
+                f"{self.name}: record batch {index} would unpack to {unpacked:,} bytes, more than "
                 f"{MOST_UNPACKED:,}: it was not written by Rekindle"
             )
 
     def _get(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
         start, stop = self._rows[index]
-        with unusable(f"{self.path}: record batch {index}", pa.ArrowException, OSError):
+        with unusable(f"{self.name}: record batch {index}", pa.ArrowException, OSError):
             batch = reader.get_batch(index)
             batch.validate(full=True)  # offsets that point outside would crash the process
         if batch.num_rows != stop - start:
             raise CacheFormatError(
-                f"{self.path}: record batch {index} has {batch.num_rows} rows, not {stop - start}"
+                f"{self.name}: record batch {index} has {batch.num_rows} rows, not {stop - start}"
             )
         return batch
 
@@ -349,16 +344,24 @@ class Shard:
         for region in range(len(self.commit.regions)):
             self._check(region)
 
+    def sha256(self) -> str:
+        """That of the whole file, as it is now."""
+        digest = hashlib.sha256()
+        for offset, length, _ in self.commit.regions:
+            digest.update(memoryview(self.source.region(offset, length)))
+        return digest.hexdigest()
+
     def _check(self, region: int) -> None:
         if region in self._checked:
             return
         offset, length, expected = self.commit.regions[region]
-        if xxhash.xxh3_64_hexdigest(self._bytes[offset : offset + length]) != expected:
+        if xxhash.xxh3_64_hexdigest(memoryview(self.source.region(offset, length))) != expected:
             raise CacheFormatError(
-                f"{self.path}: bytes {offset:,}–{offset + length:,} are not what was committed "
+                f"{self.name}: bytes {offset:,}–{offset + length:,} are not what was committed "
                 f"(checksum mismatch). {REPAIR}"
             )
-        self._checked.add(region)
+        if self.source.kept:  # what is asked for again is another answer
+            self._checked.add(region)
 
 
 def describe(fields: list[pa.Field], metadata: Mapping[str, object]) -> pa.Schema:

@@ -41,6 +41,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
+from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.codec import (
     Columns,
     decode_ids,
@@ -48,12 +49,13 @@ from rekindle.data.targets.codec import (
     high_planes,
     pack_planes,
 )
-from rekindle.data.targets.schema import SCALARS
+from rekindle.data.targets.schema import SCALARS, rank_dtype
 
 HEAD = 8  # the first candidates' gaps are much wider; apart, they get code tables of their own
 MANTISSA = 16  # classes per power of two; zstd gives each class a code by its frequency
 LARGEST_VOCABULARY = 2**19  # whose classes fit a byte
 LARGEST_TABLE = 2**18
+POSITIONS_PER_BATCH = 4096
 OFTEN = 4  # a rarer id costs more in the table than as it is
 
 Bytes = NDArray[np.uint8]
@@ -95,6 +97,17 @@ def _id_bytes(vocabulary_size: int) -> int:
 
 def _largest_shift(vocabulary_size: int) -> int:
     return min(13 + high_planes(vocabulary_size), 15)  # of the largest id beside the largest table
+
+
+def compact_rows(positions_per_sequence: float) -> int:
+    """Sequences per record batch of the compact codec: about POSITIONS_PER_BATCH, a power of two.
+
+    Smaller ones compress worse, from larger ones a shuffled reader uses little.
+    """
+    rows = 1
+    while rows < ROWS_PER_BATCH and 2 * rows * positions_per_sequence <= POSITIONS_PER_BATCH:
+        rows *= 2
+    return rows
 
 
 def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
@@ -199,6 +212,19 @@ def _forecast(
     at = np.minimum(rank.astype(np.int64), values.shape[1] - 1)
     value = np.take_along_axis(values, at[:, None], axis=1)[:, 0].astype(np.int64)
     return best + (value * (worst - best) * 2 + 255) // 510
+
+
+def with_unknown(columns: Columns, vocabulary_size: int) -> Columns:
+    """``columns`` with those scalars that imported targets may lack, so that they pack to nothing:
+    who reads them leaves them out again.
+    """
+    count = len(columns["log_prob_max"])
+    unknown = {
+        "gold_rank": np.zeros(count, rank_dtype(vocabulary_size)),
+        "gold_log_prob": columns["log_prob_max"],  # as is forecast of rank 0
+        "entropy": np.zeros(count, np.uint16),
+    }
+    return unknown | columns
 
 
 def from_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:

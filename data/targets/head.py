@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, unusable
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.store import open_store
 
 HEAD_FILES = ("head.json", "head.safetensors")
 Floats = NDArray[np.float32]

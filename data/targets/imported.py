@@ -1,7 +1,9 @@
 """What ``teacher.json`` says of targets that came from elsewhere: no model was run for them here.
 
 An engine, an API or somebody's own loop made them; ``data/exchange/`` checks them and writes them
-as stage 1 writes a teacher's. Caches with such a teacher are of format version 4.
+as stage 1 writes a teacher's. Caches with such a teacher are of format version 4: it may lack
+scalars, and be of temperatures of which 1 is none (``data/exchange/tails.py``). ``log_prob_max`` is
+that of the candidates alone then, of their softmax at 1; the differences are as ever.
 """
 
 import hashlib

@@ -81,7 +81,7 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
     for batch in batches:
         sums.add(batch)
     if sums.facts().get(FACT) != stated:
-        raise CacheFormatError(f"{shard.path}: its scalars are not those that were committed")
+        raise CacheFormatError(f"{shard.name}: its scalars are not those that were committed")
     return batches
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import Lists
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet, describe
+from rekindle.data.storage.units import unit_of
 
 Lengths = NDArray[np.int64]
 ALGORITHM = 1  # raise it when masks or pairs would come out differently
@@ -80,16 +81,14 @@ class StoredView(View):
         """Write what is missing of every replica of every corpus shard."""
         described = self.identity | ({"replicas": self.replicas} if self.masked else {})
         self.corpus.store.create(f"{self.shards.folder}/view.json", seal(described))
-        done = self.shards.committed()
-        for shard in range(len(self.corpus.commits)):
-            for replica in self.numbers(self.replicas):
-                unit = self.unit(shard, replica)
-                if unit not in done:
-                    about = about_unit(self.name, shard, replica) | self.identity
-                    schema = describe(list(self.fields), about)
-                    columns = self._columns(shard, replica)
-                    batches = (pa.record_batch(found, schema=schema) for found in columns)
-                    self.shards.write(unit, schema, batches)
+        numbers = self.numbers(self.replicas)
+        missing = self.shards.committed().lacking(len(self.corpus.commits), numbers)
+        for shard, replica in sorted(missing, key=lambda place: place[0]):
+            about = about_unit(self.name, shard, replica) | self.identity
+            schema = describe(list(self.fields), about)
+            columns = self._columns(shard, replica)
+            batches = (pa.record_batch(found, schema=schema) for found in columns)
+            self.shards.write(self.unit(shard, replica), schema, batches)
 
     @abstractmethod
     def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:

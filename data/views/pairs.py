@@ -2,19 +2,20 @@
 and the student's encoding of them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress, pairwise
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.tokenizer import NEWEST_CUT
+from rekindle.data.corpus.encoder import NEWEST_CUT
 from rekindle.data.source.sentences import split_sentences
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import Lists, list_type, list_views
 from rekindle.data.storage.shards import rows_in_batches
-from rekindle.data.storage.store import Store
 from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import generator
 
@@ -188,14 +189,14 @@ def _distant_pairs(
 
 
 def rows_of(
-    corpus: Corpus, domains: Sequence[str] | None, shards: Iterable[int] | None = None
+    corpus: Corpus, domains: Sequence[str] | None, shards: NDArray[np.int64] | None = None
 ) -> int:
     """Sequences (of ``domains``; None: all) in the ``shards`` of a corpus, or in all of it."""
-    among = range(len(corpus.commits)) if shards is None else shards
-    commits = [corpus.commits[number] for number in among]
+    among = np.arange(len(corpus.commits)) if shards is None else shards
     if domains is None:
-        return sum(commit.rows for commit in commits)
-    return sum(commit.facts["domains"].get(name, 0) for commit in commits for name in {*domains})
+        return int(corpus.units.rows[among].sum())
+    chosen = compress(corpus.units.named("domains"), np.isin(np.arange(len(corpus.commits)), among))
+    return sum((counts or {}).get(name, 0) for counts in chosen for name in {*domains})
 
 
 def told_of_few_pairs(teacher: str, kind: str, found: int, could: int) -> str | None:

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rekindle.data.corpus.config import are_tokens
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, unusable
 from rekindle.data.storage.columns import flat_lists, list_views
 from rekindle.data.storage.cuts import Flat, RowReader
 from rekindle.data.storage.seal import REPAIR, read_sealed
-from rekindle.data.storage.shards import ROWS_PER_BATCH, Commit, Shard, ShardSet
+from rekindle.data.storage.shards import ROWS_PER_BATCH, Shard, ShardSet
+from rekindle.data.storage.units import unit_of
 from rekindle.data.views.base import about_unit
 from rekindle.data.views.registry import view_kind
 
@@ -27,7 +28,7 @@ class ViewReader(RowReader):
         super().__init__()
         self.corpus, self.name, self.kind, self.most = corpus, name, view_kind(name), most
         self.shards = ShardSet(corpus.store, f"views/{name}")
-        self.commits: dict[str, Commit] = self.shards.committed()
+        self.commits = self.shards.committed()
         self._open: dict[str, Shard] = {}
 
     @property
@@ -47,10 +48,11 @@ class ViewReader(RowReader):
     def replicas(self) -> int:
         """How many replicas every corpus shard has; no more than are to be read."""
         # Text that was added a moment ago may have no masks yet; the rest of it has.
-        every = range(len(self.corpus.commits))
-        shards = [shard for shard in every if unit_of(shard, 0) in self.commits]
-        count = 0
-        while count != self.most and shards and self._have(shards, count):
+        every, count = len(self.corpus.commits), 0
+        without = self.commits.lacking(every, [0])
+        while count != self.most and len(without) < every:
+            if len(self.commits.lacking(every, [count])) > len(without):
+                break
             count += 1
         return count
 
@@ -69,9 +71,6 @@ class ViewReader(RowReader):
                 if found >= most:
                     return found
         return found
-
-    def _have(self, shards: list[int], replica: int) -> bool:
-        return all(unit_of(shard, replica) in self.commits for shard in shards)
 
     def has(self, shard: int, replica: int | None = None) -> bool:
         """Whether the unit is committed."""

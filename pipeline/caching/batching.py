@@ -64,6 +64,12 @@ def run_batches(
         if columns is not None:
             yield rows, columns
             continue
+        if teacher.config.tp_plan:
+            raise InputError(
+                f"teacher {teacher.info.name!r}: {counted(len(rows), 'sequence')} do not fit into "
+                "memory, and the other processes of tp_plan are at the same batch: give it "
+                f"batch_tokens below {len(rows) * int(lengths[rows].max())}"
+            )
         if len(rows) == 1:
             raise InputError(
                 f"teacher {teacher.info.name!r}: one sequence of {lengths[rows[0]]} tokens alone "

@@ -5,13 +5,14 @@ Resume is plan − commits: the same command again does only what is missing. Ho
 share the units of one cache: ``make_unit``.
 """
 
-import functools
 import logging
 import random
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rekindle.data.cache import write_manifest
@@ -23,10 +24,12 @@ from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.inventory import roll_up_records
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
@@ -38,14 +41,13 @@ from rekindle.pipeline.caching.compute_unit import Unit
 from rekindle.pipeline.caching.extensions import plan_parts
 from rekindle.pipeline.caching.first_checks import check_files, rehearse
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
-from rekindle.pipeline.caching.make_unit import UnitRunner
+from rekindle.pipeline.caching.make_unit import Loader
 from rekindle.pipeline.caching.repair import repair_cache
 from rekindle.pipeline.caching.shared_pass import Group, passes, told_of_shared
 from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher, told_of_slow_pass
 from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.processes.jobs import run_units
-from rekindle.pipeline.processes.worker import places_for
+from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.interrupts import telling
@@ -55,15 +57,18 @@ from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
 
+ARRIVES_WITHIN = 60.0  # seconds: network file systems look again only after some
+
 
 @dataclass(frozen=True)
 class StageOne:
     """What a run of stage 1 did."""
 
     corpus_sequences: int
-    units_done: int
+    units_done: int  # by this process and its workers
     units_present: int
     repaired: int = 0  # damaged files that were made again
+    units_of_others: int = 0  # that another process has made meanwhile
 
     def as_text(self) -> str:
         """What was done, in a line."""
@@ -72,6 +77,8 @@ class StageOne:
             f"{counted(self.units_done, 'unit')} made, {self.units_present} were there "
             "(unit: a teacher's file)"
         )
+        if self.units_of_others:
+            told += f", {self.units_of_others} were made by other processes meanwhile"
         if not self.repaired:
             return told
         removed = f"{counted(self.repaired, 'damaged file')} removed"
@@ -81,13 +88,14 @@ class StageOne:
 def cache_teachers(
     config: RunConfig,
     only: Sequence[str] = (),
-    workers: int = 1,
+    executor: Executor | None = None,
     progress: Progress = SILENT,
     check: bool | None = None,
 ) -> StageOne:
     """Make the cache of ``config``, or what is missing of it, or damaged.
 
-    ``only`` limits the work to teachers of those names; ``check`` is for ``repair_cache``.
+    ``only`` limits the work to teachers of those names; ``executor`` runs them (None: this process
+    does); ``check`` is for ``repair_cache``.
     Raises InputError before anything is written for whatever the files of the teachers and of the
     student, and a new corpus's first sequences, show to be wrong; InputError or CacheMismatchError
     before any teacher runs if one of them cannot teach on this corpus.
@@ -109,7 +117,9 @@ def cache_teachers(
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        corpus = _build(store, config, progress, made)
+        if alone is not False:  # nobody takes records back meanwhile
+            roll_up_records(store)
+        corpus = _build(store, config, executor or OnThisMachine(), progress, made)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
@@ -127,7 +137,7 @@ def cache_teachers(
         parts = [part for plan in plans for part in plan_parts(corpus, plan)]
         before, after = masks_last(parts, hard)
         _tell_slow(parts, corpus, config.cache.masked_replicas)
-        done = present = 0
+        missed = present = 0
         for group in (*passes(before), *passes(after)):
             if hard and group[0] in after:
                 build_hard_masks(hard, True, progress)
@@ -137,7 +147,7 @@ def cache_teachers(
                 info = part.info
                 missing, finished = missing_units(corpus, info.folder, info.view, replicas)
                 present += finished
-                done += len(missing)
+                missed += len(missing)
                 if missing or _lacks_head(info, store):
                     left.append((part, missing))
             if left:
@@ -150,7 +160,7 @@ def cache_teachers(
                     _less_memory(group[0]),
                 )
                 with enough:
-                    _run(left, corpus, units, workers, progress, made)
+                    _run(left, corpus, units, executor or OnThisMachine(), progress, made)
             for part in group:
                 if not part.config.vocabulary:
                     _tell_cut(corpus, part.info)
@@ -158,8 +168,11 @@ def cache_teachers(
                     store.create(f"{part.info.folder}/{FINISHED}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
+        if alone is not False:
+            roll_up_records(store)
         write_manifest(store)
-    return StageOne(len(corpus), done, present, repaired)
+    done = made.total() - made["corpus"]
+    return StageOne(len(corpus), done, present, repaired, missed - done)
 
 
 def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
@@ -171,7 +184,9 @@ def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
     return f"made and kept: {', '.join(told)}", True
 
 
-def _build(store: Store, config: RunConfig, progress: Progress, made: Counter[str]) -> Corpus:
+def _build(
+    store: Store, config: RunConfig, executor: Executor, progress: Progress, made: Counter[str]
+) -> Corpus:
     """The corpus, with shards as the configuration, or else the cache, has them; those of a new one
     are as large as suits it.
     """
@@ -190,7 +205,8 @@ def _build(store: Store, config: RunConfig, progress: Progress, made: Counter[st
                 "corpus: %s per shard, a file (cache.sequences_per_shard)",
                 counted(size, "sequence"),
             )
-        return build_corpus(store, config.corpus, size, shard_done)
+        in_order = partial(executor.in_order, "corpus")
+        return build_corpus(store, config.corpus, size, shard_done, in_order=in_order)
 
 
 def _tell_slow(parts: Sequence[TeacherPlan], corpus: Corpus, replicas: int) -> None:
@@ -218,7 +234,7 @@ def _lacks_head(info: TeacherInfo, store: Store) -> bool:
 
 
 def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
-    if found := cut_of(info, ShardSet(corpus.store, info.folder).committed().values()):
+    if found := cut_of(info, ShardSet(corpus.store, info.folder).committed()):
         log.warning("%s", found.as_text(f"teacher {info.name}"))
 
 
@@ -237,45 +253,76 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
 
     They are of the view itself, or of a teacher that is shown it.
     """
-    each, shards = view_kind(view).numbers(replicas), range(len(corpus.commits))
-    planned = [Unit(shard, replica) for replica in each for shard in shards]
+    each, shards = view_kind(view).numbers(replicas), len(corpus.commits)
     done = ShardSet(corpus.store, folder).committed()
-    missing = [unit for unit in planned if unit.name not in done]
-    return missing, len(planned) - len(missing)
+    missing = [Unit(*place) for place in done.lacking(shards, each)]
+    return missing, len(each) * shards - len(missing)
 
 
 def _run(
     left: list[tuple[TeacherPlan, list[Unit]]],
     corpus: Corpus,
     units: list[Unit],
-    workers: int,
+    executor: Executor,
     progress: Progress,
     made: Counter[str],
 ) -> None:
     """Make what is ``left`` of teachers that share their passes: ``units``, in that order."""
     group = tuple(part for part, _ in left)
-    rows = sum(corpus.commits[unit.shard].rows for _, missing in left for unit in missing)
+    each = corpus.units.rows
+    rows = sum(int(each[unit.shard]) for _, missing in left for unit in missing)
     name = ", ".join(f"{part.info.name} {part.info.part}".strip() for part in group)
     if sum(map(bool, (missing for _, missing in left))) > 1:
         log.info("%s", told_of_shared(group))
+    for part in group:
+        if executor.elsewhere and part.config.precision == "auto":
+            decided = part.info.name, part.info.precision
+            log.info("teacher %s: precision auto is %s, by this machine", *decided)
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:
             for teacher, commit in commits.items():
+                if executor.elsewhere:
+                    _check_arrived(corpus.store, folders[teacher], commit.unit)
                 made[teacher] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
 
-        if workers == 1 or not units:
-            runner = UnitRunner(group, corpus)
-            for unit in units:
-                report(runner.make(unit))
-        else:
-            load = functools.partial(_load, group, corpus.store.location)
-            places = places_for(workers)
-            names = " and ".join(f"teacher {part.info.name!r}" for part in group)
-            run_units(names, load, units, places, report)
+        folders = {part.info.name: part.info.folder for part in group}
+        names = " and ".join(f"teacher {name!r}" for name in folders)
+        executor.run(Work(names, Loader(group, corpus), units, *_needs(group)), report)
+    if executor.elsewhere:  # also what a node found made where it looked
+        for part, missing in left:
+            there = {*corpus.store.names(f"{part.info.folder}/commits")}
+            for unit in (unit.name for unit in missing if f"{unit.name}.json" not in there):
+                _check_arrived(corpus.store, part.info.folder, unit)
+
+
+def _check_arrived(store: Store, folder: str, unit: str) -> None:
+    """InputError where another machine's commit is not to be seen here within ARRIVES_WITHIN s."""
+    until = time.monotonic() + ARRIVES_WITHIN
+    while not ShardSet(store, folder).has(unit):
+        if time.monotonic() > until:
+            raise InputError(
+                f"a node has made unit {unit} of {folder}, or found it made, but it is not in "
+                f"{store.location} as this process sees it: that folder is not shared with the "
+                "node. Give cache.path a folder that all nodes share, or an object store (s3://…)"
+            )
+        time.sleep(0.2)
+
+
+def _needs(group: Group) -> tuple[dict[str, float], dict[str, float]]:
+    """What the most demanding of teachers that share a model takes of a cluster's machine, and the
+    longest of their limits.
+    """
+    needs, within = dict[str, float](), dict[str, float]()
+    for part in group:
+        asked = part.config.resources
+        for found, values in ((needs, asked.of_ray()), (within, asked.within())):
+            for name, amount in values.items():
+                found[name] = max(amount, found.get(name, 0))
+    return needs, within
 
 
 def _less_memory(plan: TeacherPlan) -> str:
@@ -284,8 +331,3 @@ def _less_memory(plan: TeacherPlan) -> str:
         f"{plan.info.precision}; fp16 on older devices), give it fewer --workers beside it, or "
         "take a smaller one"
     )
-
-
-def _load(group: Group, location: str) -> Callable[[Unit], dict[str, Commit]]:
-    """What a worker process does with each unit: its teacher is loaded here, once."""
-    return UnitRunner(group, Corpus(open_store(location))).make

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from rekindle.data.batch import pad
 from rekindle.data.corpus.columns import TYPES
-from rekindle.data.corpus.corpus import unit_of
-from rekindle.data.corpus.tokenizer import Encoded
+from rekindle.data.corpus.encoded import Encoded
+from rekindle.data.corpus.words import word_characters
 from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
+from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Counts
@@ -151,7 +152,7 @@ class UnitRun:
         lists = [split_lists(self.batches, name) for name in ("char_starts", "word_starts")]
         positions, sources = [], []
         for text, tokens, starts, begin_words in zip(texts, encoded, *lists, strict=True):
-            places, characters = _word_characters(text, starts, begin_words)
+            places, characters = word_characters(text, starts, begin_words)
             token = tokens.tokens_at(characters, room)
             covered = token >= 0
             positions.append(places[covered])
@@ -299,20 +300,3 @@ class UnitRun:
         order = np.argsort(rows, kind="stable")
         ordered = {name: flat[order] for name, flat in columns.items()}
         return UnitResult(rows[order], ordered, self.facts)
-
-
-def _word_characters(
-    text: str, starts: NDArray[np.int32], words: NDArray[np.bool_]
-) -> tuple[Rows, Rows]:
-    """Positions that begin a word, and the first character of each that is no white space.
-
-    Byte-level tokens start at the space before their word, where another tokenizer's token ends.
-    """
-    blank = np.array([*map(str.isspace, text), False])
-    solid = np.where(blank, len(text), np.arange(len(text) + 1))
-    solid = np.minimum.accumulate(solid[::-1])[::-1]
-    places = np.flatnonzero(words & (starts >= 0))
-    characters = solid[starts[places]]
-    following = np.append(starts[places], len(text))[1:]
-    inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
-    return places[inside], characters[inside]

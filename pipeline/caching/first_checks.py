@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.errors import naming
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST
-from rekindle.data.storage.store import LocalStore, Store
+from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masking import MaskConfig
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.teachers import plan_teacher

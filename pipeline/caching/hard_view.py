@@ -7,7 +7,7 @@ be described before any teacher runs. It is written once its teacher has seen al
 import logging
 from collections.abc import Sequence
 
-from rekindle.data.corpus.corpus import Corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.targets.reading.files import is_described, read_parts, read_teacher
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
@@ -86,4 +86,4 @@ def _complete(corpus: Corpus, name: str) -> bool:
     if not is_described(corpus.store, name):
         return False
     reader = TeacherReader(corpus, read_parts(corpus.store, name))
-    return {unit_of(shard) for shard in range(len(corpus.commits))} <= reader.main.commits.keys()
+    return not reader.main.commits.lacking(len(corpus.commits), [None])

@@ -5,11 +5,14 @@ unit, whether another has committed it; two that make the same one are harmless.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.commits import SECONDS
 from rekindle.data.storage.shards import Commit, ShardSet
+from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import write_head
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
@@ -17,6 +20,7 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.writing import claim_teacher, write_targets
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
+from rekindle.pipeline.caching.shared_out import tell, told
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
 
@@ -34,12 +38,16 @@ class UnitRunner:
             for teacher in self.teachers
             if kind_of(teacher.info).has_head
         }
-        self.kept, info = None, first.info  # reads the part whose ids tails are taken of
+        self.plans, info = plans, first.info
+        self.kept = None  # reads the part whose ids tails are taken of
         if info.extends is not None:
             main = read_teacher(corpus.store, info.name, info.extends)
             self.kept = TeacherReader(corpus, [main], first.view)
+
+    def store_lost(self) -> None:
+        """Write the matrices of described teachers that are lost."""
         for teacher in self.teachers:
-            if is_described(corpus.store, teacher.info.name):  # a matrix of it that was lost
+            if is_described(self.corpus.store, teacher.info.name):
                 self._store_head(teacher.info)
 
     def make(self, unit: Unit) -> dict[str, Commit]:
@@ -53,8 +61,10 @@ class UnitRunner:
         left = [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]
         if not left:
             return {}
-        began, (first, *beside) = time.perf_counter(), left
-        result = run_unit(first, unit, kept=self.kept, beside=beside)
+        began = time.perf_counter()
+        if self.shared_out:
+            tell(unit)
+        result = self.run(unit, left)
         # Each has its part of what the passes took, and what its own file takes.
         spent, made = (time.perf_counter() - began) / len(left), {}
         for teacher, own in zip(left, (result, *result.beside), strict=True):
@@ -63,11 +73,60 @@ class UnitRunner:
             made[teacher.info.name] = write_unit(teacher.info, self.corpus, unit, own, began)
         return made
 
+    @property
+    def shared_out(self) -> bool:
+        """Whether other processes make a part of each pass."""
+        return self.plans[0].config.tp_plan is not None
+
+    def run(self, unit: Unit, teachers: Sequence[Teacher]) -> UnitResult:
+        """Compute a unit of teachers that share its passes; write nothing."""
+        first, *beside = teachers
+        return run_unit(first, unit, kept=self.kept, beside=beside)
+
     def _store_head(self, info: TeacherInfo) -> None:
         """The matrix comes after the teacher's description, and before any unit."""
         if (head := self.heads.pop(info.name, None)) is not None:
             claim_teacher(self.corpus, info)
             write_head(self.corpus.store, info.folder, head)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads the model of teachers that share its passes, and gives what makes their units.
+
+    Picklable: another process opens the cache for itself.
+    """
+
+    plans: Sequence[TeacherPlan]
+    corpus: Corpus
+
+    def __call__(self) -> Callable[[Unit], dict[str, Commit]]:
+        """Raises InputError for a model that cannot be loaded, or not as a teacher."""
+        if self.plans[0].config.tp_plan is not None:
+            tell((self.plans, self.corpus.store.location))
+        runner = UnitRunner(self.plans, self.corpus)
+        runner.store_lost()
+        return runner.make
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial, (_load, self.plans, self.corpus.store.location)
+
+
+def _load(plans: Sequence[TeacherPlan], location: str) -> Callable[[Unit], dict[str, Commit]]:
+    return Loader(plans, Corpus(open_store(location)))()
+
+
+def follow() -> None:
+    """Make the passes that the main process makes, and keep nothing, until it lets go."""
+    runner = None
+    while (message := told()) is not None:
+        if isinstance(message, Unit):
+            assert runner is not None
+            runner.run(message, runner.teachers)
+        else:
+            plans, location = message
+            runner = None  # its model goes before the next one comes
+            runner = UnitRunner(plans, Corpus(open_store(location)))
 
 
 def write_unit(

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Collection
 
 from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
-from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.errors import CacheFormatError, naming
 from rekindle.data.inventory import (
     damaged_descriptions,
@@ -17,9 +16,11 @@ from rekindle.data.inventory import (
     target_folders,
 )
 from rekindle.data.source.source_states import look_at
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import damage, seal
 from rekindle.data.storage.shards import Commit, ShardSet
-from rekindle.data.storage.store import LocalStore, Store
+from rekindle.data.storage.store import LocalStore
+from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.progress import Progress
 
@@ -60,7 +61,11 @@ def repair_cache(
                 task.advance(1, bytes=commit.bytes)
                 shards.check(commit)
 
-            _, damaged = shards.survey(check_bytes) if whole else shards.survey()
+            sound, damaged = shards.survey(check_bytes if whole else None)
+            if whole and not damaged and (wrong := shards.records.wrongly_rolled_up(sound)):
+                log.warning("%s: made anew", damage(wrong).rstrip("."))
+                shards.records.forget_roll_up()
+                removed += 1
             for unit, problem in damaged.items():
                 log.warning("%s: made anew", damage(problem).rstrip("."))
                 shards.forget(unit)
@@ -93,10 +98,10 @@ def _restore_additions(store: Store) -> None:
     commits = shards.survey()[0]
     if not commits:
         return
-    last = shards.open(commits[max(commits)]).metadata.get("stage", 0)
+    last = shards.open(commits.newest).metadata.get("stage", 0)
     if all(store.exists(info_name(number)) for number in range(last + 1)):
         return
-    said = {int(unit): shards.open(commit).metadata for unit, commit in commits.items()}
+    said = {int(one.unit): shards.open(one).metadata for one in commits.records()}
     for number in sorted({about.get("stage", 0) for about in said.values()}):
         if store.exists(info_name(number)):
             continue
@@ -120,7 +125,7 @@ def _restore_description(store: Store, folder: str) -> None:
     if "teacher.json" in store.names(folder):
         return
     shards = ShardSet(store, folder)
-    for commit in shards.survey()[0].values():
+    for commit in shards.survey()[0].records():
         info = TeacherInfo.model_validate(shards.open(commit).metadata["teacher"])
         store.create(f"{folder}/teacher.json", seal(info.model_dump(mode="json")))
         return

@@ -56,7 +56,10 @@ def score_hidden(
     if tokens is None:
         tokens = TokenColumns(info.vocabulary_size, np.zeros(0, np.int64), np.zeros(0, np.int64))
     real, scorer = tokens.cut(head), SCORERS[info.kind](info)
-    step = max(1, LOGITS_BYTES[hidden.device.type] // (4 * info.vocabulary_size))
+    device = head.weight.device  # of a model over several devices it is the last
+    hidden, gold = hidden.to(device), gold.to(device)
+    extra = None if extra is None else extra.to(device)
+    step = max(1, LOGITS_BYTES[device.type] // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
         states, truth = hidden[start : start + step], gold[start : start + step]
         more = None if extra is None else extra[start : start + step]

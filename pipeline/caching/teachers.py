@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError, naming
-from rekindle.data.storage.shards import ROWS_PER_BATCH
+from rekindle.data.targets.codec_compact import compact_rows
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.registry import KINDS, VOCABULARY_KINDS, kind_of
@@ -27,6 +27,7 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
+from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
 from rekindle.pipeline.teacher_config import TeacherConfig
@@ -42,12 +43,11 @@ from rekindle.train.model.files import (
     place,
     weights_fingerprint,
 )
-from rekindle.train.model.fitting import AUTO_CLASSES
+from rekindle.train.model.fitting import AUTO_CLASSES, knows_segments
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.padding import padding_of
-from rekindle.train.model.segments import knows_segments
 from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.precision import told_of_slow
@@ -56,7 +56,6 @@ from rekindle.train.record.lineage import lineage_of_model
 log = logging.getLogger("rekindle")
 
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-COMPACT_POSITIONS = 4096
 SMALL_HEAD = 1000  # heads up to this many classes are kept whole
 UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 
@@ -204,17 +203,6 @@ def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) 
         )
 
 
-def compact_rows(positions_per_sequence: float) -> int:
-    """Sequences per record batch of the compact codec: about COMPACT_POSITIONS, a power of two.
-
-    Smaller ones compress worse, from larger ones a shuffled reader uses little.
-    """
-    rows = 1
-    while rows < ROWS_PER_BATCH and 2 * rows * positions_per_sequence <= COMPACT_POSITIONS:
-        rows *= 2
-    return rows
-
-
 def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     labels = int(settings.num_labels)
     if labels > SMALL_HEAD:
@@ -260,8 +248,11 @@ class Teacher:
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
         self.stores_tails = _stores_tails(plan.info)
-        model = load_model(plan.directory, AUTO_CLASSES[plan.info.task], self.placement.dtype)
-        self.model: nn.Module = model.to(self.placement.device).eval()
+        auto_class, who = AUTO_CLASSES[plan.info.task], f"teacher {plan.info.name!r}"
+        more = loading(plan.config, plan.directory, auto_class)
+        model = load_model(plan.directory, auto_class, self.placement.dtype, more)
+        check_spread(model, who)
+        self.model: nn.Module = (model if more else model.to(self.placement.device)).eval()
         settings: Any = model.config
         self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.

@@ -21,6 +21,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.text_files import state_of
 from rekindle.train.model.folder import tokenizer_folder
 from rekindle.train.model.split_model import OutputHead
 
@@ -34,7 +35,7 @@ def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> T
     directory = tokenizer_folder(directory)
     directory = tokenizer_folder(directory)
     if has_tokenizer_files(directory):
-        return load_tokenizer(str(directory))
+        return _loaded(directory)
     ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
     if theirs != ours:
         raise InputError(
@@ -48,6 +49,19 @@ def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> T
         name,
     )
     return corpus.tokenizer
+
+
+# A run asks for a teacher's three times: on a corpus's beginning, on all of it, and to run it.
+_LOADED: dict[Path, tuple[object, Tokenizer]] = {}
+
+
+def _loaded(directory: Path) -> Tokenizer:
+    """The tokenizer in a folder whose files are as they were is loaded once only."""
+    files = [(path, state_of(path)) for path in sorted(directory.iterdir())]
+    known = _LOADED.get(directory)
+    if known is None or known[0] != files:
+        known = _LOADED[directory] = files, load_tokenizer(str(directory))
+    return known[1]
 
 
 def count_shared(

@@ -22,10 +22,15 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.console import in_line
 from rekindle.pipeline.plain_values import for_json
+from rekindle.pipeline.plan.text import TOLD_PADDING
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import terminal_width, text_lines
+from rekindle.train.config import TrainConfig
+from rekindle.train.order.similar_lengths import padded
 
 SAMPLE_SHARDS = 8  # record batches looked at for the histograms
+SAMPLE_PLACES = 64  # where the lengths of some sequences are looked at
+BATCH: int = TrainConfig.model_fields["batch_sequences"].default
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
 PACKED = {"document": "each of one document", "contiguous": "documents joined"}
@@ -69,7 +74,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "sequence_length": corpus.info["config"]["sequence_length"],
         "packing": corpus.info["config"]["packing"],
         "vocabulary": corpus.info["tokenizer"]["size"],
-        "bytes": sum(c.bytes for c in corpus.commits),
+        "bytes": corpus.units.bytes,
         "domains": corpus.domains,
         "views": {name: view.replicas for name, view in cache.views.items()},
         "complete": corpus.complete,
@@ -78,6 +83,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
         "held": corpus.held._asdict(),
         "end_of_text": end_of_text(corpus),
         "special_names": special_names(corpus),
+        "padding": _padding(cache),
     }
 
 
@@ -99,6 +105,15 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
     }
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
+
+
+def _padding(cache: Cache) -> dict[str, float]:
+    """Tokens that a student computes for each of the text, by ``train.batching``."""
+    if not len(cache):
+        return {}
+    places = np.linspace(0, len(cache) - 1, SAMPLE_PLACES).astype(np.int64)
+    near = np.unique(places[:, None] + np.arange(SAMPLE_PLACES // 8))
+    return padded(cache.lengths(near[near < len(cache)]), BATCH)
 
 
 def _bytes_per_token(cache: Cache, teacher: TeacherReader) -> float:
@@ -142,7 +157,7 @@ def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
         assert isinstance(batch, TokenTargetBatch)
         entropy.append(batch.columns.get("entropy", np.zeros(0)) / STEP)
         if teacher.kind.has_tail:
-            _, _, log_tail = batch.decode()
+            _, _, log_tail = batch.decode(teacher.kind.read_at)
             kept.append(-np.expm1(log_tail))
     highest = np.log(teacher.info.vocabulary_size or 2)
     spreads = {"entropy": _spread(np.concatenate(entropy), highest)}
@@ -163,7 +178,7 @@ def _as_text(
     path: str, cache: Cache, readers: Sequence[TeacherReader], spreads: Sequence[Spreads]
 ) -> str:
     corpus = cache.corpus
-    config, size = corpus.info["config"], sum(commit.bytes for commit in corpus.commits)
+    config, size = corpus.info["config"], corpus.units.bytes
     lines = [
         f"{path}: {counted(len(corpus), 'sequence')} (pieces of up to "
         f"{config['sequence_length']:,} tokens, {PACKED[config['packing']]}), "
@@ -178,6 +193,12 @@ def _as_text(
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
+    if (padding := _padding(cache)) and padding["shuffled"] >= TOLD_PADDING:
+        lines.append(
+            f"padding: in batches of {BATCH}, {padding['shuffled']:.2f} tokens are computed for "
+            f"each of the text; with train.batching: similar_lengths "
+            f"{padding['similar_lengths']:.2f}"
+        )
     lines += [in_line(line) for line in remarks(corpus)]
     lines += text_lines(_summary(cache, readers), terminal_width())
     for reader in readers:

@@ -2,8 +2,6 @@
 nothing.
 """
 
-import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheError, CacheFormatError
 from rekindle.data.inventory import (
@@ -28,13 +25,13 @@ from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import REPAIR, damage
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
+from rekindle.data.storage.units import place_of, unit_of
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
 from rekindle.data.views.reader import ViewReader
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.progress import SILENT, Progress, ProgressTask
 
-UNIT = re.compile(r"(\d{5,})(?:-r(\d{3,}))?")  # as unit_of writes it
 Reader = ViewReader | TeacherReader
 
 
@@ -96,19 +93,19 @@ def _check_files(shards: ShardSet, report: VerifyReport, task: ProgressTask) -> 
     sound, damaged = shards.survey(partial(_check_bytes, shards, task))
     report.problems += [damage(error) for error in damaged.values()]
     report.shards += len(sound)
-    report.bytes += sum(commit.bytes for commit in sound.values())
+    report.bytes += sound.bytes
+    if not damaged and (wrong := shards.records.wrongly_rolled_up(sound)):
+        report.problems.append(damage(wrong))
     with suppress(CacheFormatError):  # of a damaged record, which is told above
         report.orphans += len(orphans(shards))
 
 
 def _check_bytes(shards: ShardSet, task: ProgressTask, commit: Commit) -> None:
-    shard = shards.open(commit)
+    shard = shards.open(commit, direct=True)
     shard.check()
-    with open(shard.path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != commit.sha256:
+    if shard.sha256() != commit.sha256:
         raise CacheFormatError(
-            f"{shard.path} is damaged: its sha256 is not the committed one. {REPAIR}"
+            f"{shard.name} is damaged: its sha256 is not the committed one. {REPAIR}"
         )
     for _ in shard.batches():  # each is held against the number of its rows
         pass
@@ -147,8 +144,9 @@ def _problems_of_units(
     """
     for unit in reader.commits:
         task.advance()
-        place = _place(unit, len(cache.corpus.commits))
-        if place is None or (place[1] is None) == view_kind(view).masked:
+        place, shards = place_of(unit), len(cache.corpus.commits)
+        masked = view_kind(view).masked
+        if place is None or place[0] >= shards or (place[1] is None) == masked:
             yield f"{reader.folder}: unit {unit} is of no corpus shard"
             continue
         try:
@@ -159,14 +157,6 @@ def _problems_of_units(
                 reader.batches(*place)
         except CacheError as error:
             yield str(error)
-
-
-def _place(unit: str, shards: int) -> tuple[int, int | None] | None:
-    """The corpus shard and replica that a unit's name stands for, if there is such a shard."""
-    found = UNIT.fullmatch(unit)
-    if found is None or int(found[1]) >= shards:
-        return None
-    return int(found[1]), None if found[2] is None else int(found[2])
 
 
 def _problems_of_targets(

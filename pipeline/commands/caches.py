@@ -1,8 +1,11 @@
 """The commands that make, plan, check, show and tidy a cache."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,13 +14,61 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.pipeline.commands.options import CachePath, Json, Overrides, RunFile
 from rekindle.pipeline.exits import resumable
 
+if TYPE_CHECKING:
+    from rekindle.pipeline.processes.units import Executor
+
+TEXT_PROCESSES = 16  # that make a corpus unasked: about as many as one can feed and write for
+
+
+class Where(StrEnum):
+    """What ``--executor`` names."""
+
+    local = "local"
+    ray = "ray"
+
+
+@contextmanager
+def _executor(where: Where, address: str | None, workers: int | None) -> Iterator["Executor"]:
+    """What runs teachers; InputError for a cluster that cannot be joined."""
+    if where is Where.local:
+        if address is not None:
+            raise InputError(f"--address {address} is of a Ray cluster: say --executor ray as well")
+        from rekindle.data.cores import cores
+        from rekindle.pipeline.processes.units import OnThisMachine
+
+        yield OnThisMachine(workers or 1, 1 if workers else min(cores(), TEXT_PROCESSES))
+        return
+    from rekindle.pipeline.processes.on_ray import on_ray
+
+    with on_ray(address, workers) as joined:
+        yield joined
+
 
 def cache_teachers(
     run: RunFile,
     teacher: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="only this teacher; may be repeated")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes, one per device")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="processes, one per device, which make a new corpus as well [default: 1, for a "
+            "corpus past some 50 MB one for each core; with --executor ray as many as there is "
+            "room for]",
+            show_default=False,
+        ),
+    ] = None,
+    executor: Annotated[
+        Where, typer.Option(help="where teachers run: this machine, or a Ray cluster")
+    ] = Where.local,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="of the Ray cluster [default: RAY_ADDRESS, the one that runs here, or a new one]",
+            show_default=False,
+        ),
+    ] = None,
     check: Annotated[
         bool | None,
         typer.Option(
@@ -34,13 +85,24 @@ def cache_teachers(
 
         config = load_config(run, set_)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
+        from rekindle.pipeline.caching.make_unit import follow
+        from rekindle.pipeline.caching.shared_out import check_processes, in_step
         from rekindle.pipeline.stages.run import cache_stages
 
-        asked = (teacher or (), workers, progress, check)
-        if config.stages:
-            lines = [text for one in cache_stages(config, *asked) if (text := one.as_text())]
-        else:
-            lines = [f"{config.cache.path}: {stage_one(config, *asked).as_text()}"]
+        chosen = [one for one in config.teachers if not teacher or one.name in teacher]
+        check_processes(chosen, executor is Where.local and (workers or 1) == 1)
+        with (
+            in_step(chosen) as follows,
+            _executor(executor, address, workers) as runs_them,
+        ):
+            if follows:
+                follow()
+                return
+            asked = (teacher or (), runs_them, progress, check)
+            if config.stages:
+                lines = [text for one in cache_stages(config, *asked) if (text := one.as_text())]
+            else:
+                lines = [f"{config.cache.path}: {stage_one(config, *asked).as_text()}"]
     typer.echo("\n".join(lines))
 
 
@@ -56,15 +118,27 @@ def plan(
     tokens: Annotated[
         str | None, typer.Option(metavar="N", help="or so many tokens of such texts: 5e9")
     ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="what a new cache costs on so many machines")
+    ] = None,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="with --nodes: speed and prices (docs/scaling.md)"),
+    ] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Say what cache-teachers would do: sequences, bytes, time, break-even. Writes nothing."""
     from rekindle.pipeline.config import load_config
+    from rekindle.pipeline.plan.cluster import assumed, cluster_lines, on_nodes
     from rekindle.pipeline.plan.scale import Scale
 
-    scale = Scale.asked(texts, tokens)
+    scale, assumptions = Scale.asked(texts, tokens), assumed(assume or ())
+    if assume and nodes is None:
+        raise InputError("--assume says what is assumed of machines; give --nodes, too")
     config = load_config(run, set_)
+    if config.stages and nodes is not None:
+        raise InputError("--nodes is for a run without stages: give one of them as its own file")
     if config.stages:
         from rekindle.pipeline.plan.staged import plan_staged_run
 
@@ -73,10 +147,17 @@ def plan(
         typer.echo(listed if as_json else "\n".join(stage.as_text() for stage in stages))
         return
     from rekindle.pipeline.plan.run import plan_run
-    from rekindle.pipeline.plan.text import shown_plan
+    from rekindle.pipeline.plan.text import shown_plan, wrapped
 
     found = plan_run(config, probe, scale)
-    typer.echo(json.dumps(found.as_dict()) + "\n" if as_json else shown_plan(found), nl=False)
+    cluster = None if nodes is None else on_nodes(found, nodes, assumptions)
+    if as_json:
+        beside = {} if cluster is None else {"cluster": vars(cluster)}
+        typer.echo(json.dumps(found.as_dict() | beside))
+        return
+    typer.echo(shown_plan(found), nl=False)
+    if cluster is not None:
+        typer.echo("\n".join(wrapped(cluster_lines(cluster))))
 
 
 def gc(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,15 +79,20 @@ def _pairs(given: list[str]) -> dict[str, str]:
     for key, equals, value in parted:
         if not (key and equals and value):
             raise InputError(f"--provenance {key}{equals}{value}: give KEY=VALUE")
-    return {key: value for key, _, value in parted}
+    found = {key: value for key, _, value in parted}
+    for key, _, value in parted:
+        if found[key] != value:
+            raise InputError(f"--provenance {key} is {value} and {found[key]}; give it once")
+    return found
 
 
 def _rows(paths: list[Path]) -> "Iterator[tuple[str, Row]]":
     from rekindle.data.exchange.importing import numbered
     from rekindle.data.source.rows import read_rows
 
-    for path in paths:
-        yield from numbered(read_rows(str(path)), str(path))
+    # All before the first is read: a name that is wrong is told before dear work.
+    files = [(read_rows(str(path)), str(path)) for path in paths]
+    return chain.from_iterable(numbered(rows, path) for rows, path in files)
 
 
 def export_targets(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rekindle.data.errors import InputError
+from rekindle.data.places import address_of
+from rekindle.data.storage.client import is_remote
 from rekindle.pipeline.commands.options import (
     Force,
     HeadName,
@@ -26,6 +28,8 @@ from rekindle.pipeline.console import say
 from rekindle.pipeline.exits import by_itself, interruptible, line_with
 
 if TYPE_CHECKING:
+    from rekindle.train.export.merged import Merged
+    from rekindle.train.export.result import Exported
     from rekindle.train.finetune.config import FinetuneConfig
 
 
@@ -79,21 +83,23 @@ def finetune(
     from rekindle.train.answers import score
     from rekindle.train.finetune import run
     from rekindle.train.finetune.result import EarlierResult
+    from rekindle.train.record.stored_result import local_result
 
-    given = (model, train_file, dev_file, str(out))
+    place = address_of(out) or str(out)
     try:
-        if config.epochs:
-            with interruptible(by_itself):
+        with interruptible(by_itself), local_result(out, force) as target:
+            given = (model, train_file, dev_file, str(target))
+            if config.epochs:
                 result = run.finetune(
                     *given, seeds=seeds, metric=metric, config=config, force=force
                 )
-        elif seeds == 1:
-            if config.merge is None:
-                typed = _as_evaluate(model, dev, metric, config, set_ or [])
-                say(f"nothing is trained; without --train: {typed}")
-            result = score.score_model(*given, metric=metric, config=config, force=force)
-        else:
-            raise InputError("with epochs=0 nothing is trained: leave --seeds out")
+            elif seeds == 1:
+                if config.merge is None:
+                    typed = _as_evaluate(model, dev, metric, config, set_ or [])
+                    say(f"nothing is trained; without --train: {typed}")
+                result = score.score_model(*given, metric=metric, config=config, force=force)
+            else:
+                raise InputError("with epochs=0 nothing is trained: leave --seeds out")
     except EarlierResult as error:
         raise InputError(f"{error}: {line_with('--force')}") from None
     if as_json:
@@ -106,12 +112,12 @@ def finetune(
     typer.echo(f"{result.shown_metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")
-    typer.echo(f"expert: {out}" if config.epochs else f"scores: {out}")
+    typer.echo(f"expert: {place}" if config.epochs else f"scores: {place}")
     if config.epochs:
         from rekindle.pipeline.commands.following import after_finetune
 
         say("Next, with a FILE of yours:")
-        for line in after_finetune(str(out), result):
+        for line in after_finetune(place, result):
             say(f"  {line}")
 
 
@@ -215,12 +221,41 @@ def export(
     """Write a student's task head, with its body, as a folder that transformers alone loads."""
     from rekindle.pipeline.builtin.names import resolve_name
     from rekindle.train.export.folder import export_head
+    from rekindle.train.record.stored_result import local_result
 
-    with interruptible():
-        found = export_head(resolve_name(model), str(out), head, force=force)
+    with interruptible(), local_result(out, force) as target:
+        found = export_head(resolve_name(model), str(target), head, force=force)
+    _tell_written("exported", found, as_json)
+
+
+def merge_adapter(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDENT", help="a student that is an adapter (student.lora), or a checkpoint"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a student that is an adapter as a whole model: its sum with the base."""
+    from rekindle.pipeline.builtin.names import resolve_name
+    from rekindle.train.export.merged import merge_student
+    from rekindle.train.record.stored_result import local_result
+
+    with interruptible(), local_result(out, force) as target:
+        found = merge_student(resolve_name(model), str(target), force=force)
+    _tell_written("merged", found, as_json)
+
+
+def _tell_written(done: str, found: "Exported | Merged", as_json: bool) -> None:
+    """Say where a model was written, and what loads it."""
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
-    typer.echo(f"exported: {out}")
-    say(f"{found.told()}. With transformers alone:")
-    say(f"  transformers.{found.auto_class}.from_pretrained({json.dumps(found.out)})")
+    typer.echo(f"{done}: {found.out}")
+    copied = ", in a local copy of that folder" if is_remote(found.out) else ""
+    say(f"{found.told()}. With transformers alone{copied}:")
+    folder = found.out.rpartition("/")[2] if copied else found.out
+    say(f"  transformers.{found.auto_class}.from_pretrained({json.dumps(folder)})")

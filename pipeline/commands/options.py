@@ -7,11 +7,13 @@ import typer
 from typer.core import TyperCommand
 
 from rekindle.data.errors import InputError
-from rekindle.data.places import expanded
+from rekindle.data.places import address_of, expanded
+from rekindle.data.storage.client import FILE_URL
 
 # Arguments and options that are places and no Path: hub ids, addresses and built-in names too.
 PLACES = ("cache", "model", "train", "dev", "test", "text")
 
+WRITING_TO_STORES = ("train-student", "finetune", "export", "merge-adapter")  # with --out s3://…
 
 # Commands whose --help lists the keys of --set; those of a run are in docs and recipes.
 KEYS_LISTED = ("finetune", "evaluate", "predict")
@@ -58,11 +60,25 @@ class Command(TyperCommand):
                 raise InputError(
                     "--out -: only the rows of `pipeline predict` go to stdout; give a name"
                 )
+            address = address_of(Path(value)) if name == "out" and value else None
+            if address is not None and self.name not in WRITING_TO_STORES:
+                raise InputError(
+                    f"--out {address}: {self.name} writes to this machine only; give a local "
+                    "--out, and copy it there afterwards. To a store write: "
+                    f"{', '.join(WRITING_TO_STORES)}"
+                )
             if isinstance(value, Path) or (name in PLACES and isinstance(value, str)):
-                ctx.params[name] = type(value)(expanded(str(value)))
+                ctx.params[name] = type(value)(expanded(_without_scheme(value)))
             elif isinstance(value, list | tuple) and all(isinstance(one, Path) for one in value):
-                ctx.params[name] = [Path(expanded(str(one))) for one in value]
+                ctx.params[name] = [Path(expanded(_without_scheme(one))) for one in value]
         return super().invoke(ctx)
+
+
+def _without_scheme(place: str | Path) -> str:
+    """A local place that is written as an address, as its path. A Path has one slash for two."""
+    start = "file:" if isinstance(place, Path) else FILE_URL
+    inside = str(place).removeprefix(start)
+    return inside if inside.startswith("/") else str(place)
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.errors import InputError
+from rekindle.data.text_files import is_file
 from rekindle.pipeline.compare.runs import Comparison, RunFacts
 from rekindle.pipeline.compare.scores import heads_of
 from rekindle.pipeline.compare.standing import Draws, OnRows, Right, Standing, draw, standing_of
@@ -112,7 +113,7 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
         )
     if not head and len(known) > 1:
         raise InputError(f"--test {test}: {told}; say whose file it is, as in {known[0]}={file}")
-    if not Path(file).is_file():
+    if not is_file(file):
         raise InputError(f"--test {test}: there is no file {file}")
     return head or known[0], file
 

@@ -1,5 +1,6 @@
 """What ``cycle.json`` says of a cycle, and whether a folder holds this very one, to go on with."""
 
+import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from rekindle.data.errors import CheckpointError, InputError, naming
 from rekindle.data.former import as_begun, with_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.source.sources import source_files
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.base import Store
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.arms import TWINS
 from rekindle.pipeline.cycle.config import CycleConfig
@@ -25,6 +27,7 @@ log = logging.getLogger("rekindle")
 ELSEWHERE = "give another --out"
 _BEFORE = {"test_texts": "keep"}  # what is meant where older versions had no such key
 _MADE = {"student": "models", "experts": "experts"}  # what begins as a model of the file
+_FINE_TUNED = ("experts", "search/*", "fine-tuned/*")  # where is what was made of a task
 _SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
 
 
@@ -112,6 +115,35 @@ def look(
             f"{home} has the arm {gone[0]!r}, which is not asked for now. Arms may be added, not "
             "taken away: name it again, or give another --out"
         )
+
+
+def remove_other_rows(tasks: Sequence[TaskFiles], home: Path) -> None:
+    """Remove the files of splits that have other texts than these, such as an older version chose.
+
+    Raises CheckpointError where something was fine-tuned on them.
+    """
+    for one in tasks:
+        for split, file in one.files_in(home).items():
+            if file.exists() and _texts_in(file) != one.texts_of(split):
+                _check_unused(one.task.name, file, home)
+                file.unlink()
+
+
+def _texts_in(file: Path) -> list[tuple[str, str | None]]:
+    with reading(file, "remove it and run the cycle again"):
+        ones = map(json.loads, file.read_bytes().splitlines())
+        return [(one.get("sentence1", one.get("text")), one.get("sentence2")) for one in ones]
+
+
+def _check_unused(task: str, file: Path, home: Path) -> None:
+    """Raise CheckpointError where anything was fine-tuned on a task, finished or not."""
+    places = (f"{of}/{name}" for of in _FINE_TUNED for name in (task, f".{task}.seeds"))
+    if used := next((found for place in places for found in home.glob(place)), None):
+        raise CheckpointError(
+            f"{file} has other rows than this version takes, and {used} was made of them. Go on "
+            f"with the version that began it, or {ELSEWHERE}"
+        )
+    log.info("task %s: %s is written anew, for this version takes other rows", task, file.name)
 
 
 def _same_sources(
@@ -216,6 +248,13 @@ def _draws_added(home: Path, before: int, now: int) -> list[str]:
             f"{before}, or another --out"
         )
     return ["label_draws"]
+
+
+def draws_at_first(home: Path, config: CycleConfig) -> int:
+    """With how many draws of the labels the cycle in ``home`` was begun; now, if it is new."""
+    begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
+    first = begun.get("draws_at_first") or begun.get("settings", {}).get("label_draws")
+    return int(first or config.label_draws)
 
 
 def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:

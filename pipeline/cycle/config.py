@@ -44,6 +44,7 @@ _OTHER_MODEL = (
 _NOT_OF_A_CYCLE = {
     "student.from_scratch": _OTHER_MODEL,
     "student.grow": _OTHER_MODEL,
+    "student.lora": "trains other weights than the fine-tunings that it is compared with",
     "student.domain_prompts": "puts a token into every text that fine-tuning does not have",
     "train.objective.distill": f"{_ARMS_SET}; give distill, for all experts, or tasks.….distill",
     "train.objective.methods": _ARMS_SET,

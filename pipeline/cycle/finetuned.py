@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError
 from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, with_once_fixed
-from rekindle.train.finetune.result import WRITER, FinetuneResult, best_of
+from rekindle.train.finetune.result import RESULT_FILE, WRITER, FinetuneResult, best_of
 from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"
@@ -122,20 +122,28 @@ def _refuse(constant: str) -> None:
 
 def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | None:
     """The result in ``out / folder``; None where there is none yet. CheckpointError if damaged."""
-    path = out / folder / "metrics.json"
+    path = out / folder / RESULT_FILE
     values = read_json(path)
     if values is None:
         return None
+    try:
+        return finetuned_of(values, folder, arm, task)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}; {_AGAIN}") from None
+
+
+def finetuned_of(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
+    """The result that a metrics.json says. ValueError for what `pipeline finetune` does not
+    leave.
+    """
     try:
         if values["written_by"] != WRITER:
             raise ValueError(f"written by {values['written_by']!r}")
         whole = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
         return _checked(_reader().validate_json(whole, strict=True))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(
-            f"{path} is not what `pipeline finetune` leaves ({told}); {_AGAIN}"
-        ) from None
+        raise ValueError(f"is not what `pipeline finetune` leaves ({told})") from None
 
 
 @cache

@@ -68,12 +68,20 @@ class TaskFiles:
         own = {"positive": data.positive, "threshold": data.threshold}
         return config.model_copy(update=TaskSettings(problem=data.problem, **own).model_dump())
 
+    def texts_of(self, split: str) -> list[tuple[str, str | None]]:
+        """The texts of a split's rows, each with the second one of its pair."""
+        return _examples(self.splits[split], self.rows[split])
+
+    def files_in(self, home: Path) -> dict[str, Path]:
+        """Where each split is written in a cycle's folder."""
+        return {name: home / TASKS_FOLDER / self.task.name / f"{name}.jsonl" for name in self.rows}
+
     @property
     def facts(self) -> dict[str, object]:
         """What ``cycle.json`` says of it."""
         counts = {name: len(rows) for name, rows in self.rows.items()}
-        seen = set(_examples(self.splits["train"], self.rows["train"]))
-        shared = sum(one in seen for one in _examples(self.splits["test"], self.rows["test"]))
+        seen = set(self.texts_of("train"))
+        shared = sum(one in seen for one in self.texts_of("test"))
         return {
             "metric": self.metric,
             "regression": self.regression,
@@ -238,8 +246,9 @@ def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[st
 
 
 def _normalised(example: tuple[str, str | None]) -> tuple[str, ...]:
+    """Of a pair in either order: whether two texts say the same is one question both ways round."""
     # Of "?!" nothing is left, which is not for that reason the same as "...".
-    return tuple(normalised(text) or text for text in example if text is not None)
+    return tuple(sorted(normalised(text) or text for text in example if text is not None))
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -253,11 +262,10 @@ def test_files(home: Path, config: CycleConfig) -> list[Path]:
 def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
     """Write the splits of every task whose files are not there."""
     for one in tasks:
-        folder = home / TASKS_FOLDER / one.task.name
-        for name, rows in one.rows.items():
-            if not (folder / f"{name}.jsonl").exists():
-                records = (_record(one.splits[name], int(row)) for row in rows)
-                write_lines(folder / f"{name}.jsonl", records)
+        for name, file in one.files_in(home).items():
+            if not file.exists():
+                rows = map(int, one.rows[name])
+                write_lines(file, (_record(one.splits[name], row) for row in rows))
 
 
 def _record(data: TaskData, row: int) -> dict[str, object]:

@@ -98,9 +98,10 @@ def _guidance(results: CycleResults) -> Iterator[str]:
 
 
 def is_gain(one: Difference) -> bool:
-    """Whether it is more than chance; the same gain with every seed, which has no p, is."""
-    p = one.p_adjusted
-    return one.mean > 0 and (one.n > 1 if p is None else p < _SURE)
+    """Whether it is more than chance, by a test: the same gain with every seed has none (of two
+    seeds on few rows that is often so by chance).
+    """
+    return one.mean > 0 and one.p_adjusted is not None and one.p_adjusted < _SURE
 
 
 def _tests(results: CycleResults) -> Iterator[str]:
@@ -129,7 +130,7 @@ def _tests(results: CycleResults) -> Iterator[str]:
 
 def _planned(results: CycleResults) -> str:
     """How many tests p is adjusted for, where not all that are planned are there."""
-    there = Counter(one.against for one in results.differences)
+    there = Counter(one.against for one in results.differences if one.p is not None)
     planned = planned_tests(results.arms, [*results.metrics])
     told = [f"{len(names)} against {arm}" for arm, names in planned.items() if there[arm]]
     lacking = any(len(names) > there[arm] for arm, names in planned.items() if there[arm])
@@ -194,6 +195,13 @@ def _covered_by_draws(results: CycleResults, draws: int, seeds: int) -> Iterator
         "the test split, the unlabelled text and the seeds of pre-training and fine-tuning are the "
         "same in all draws: how much others would change is not in the intervals"
     )
+    planned, first = results.file.get("label_draws") or 0, results.settings.get("draws_at_first")
+    if first and first < planned:
+        yield (
+            f"the cycle was begun with {counted(first, 'draw')} of the labels, and "
+            f"{planned - first} more were asked for later: if that was decided by what had come "
+            "out, p and intervals are surer than they may be"
+        )
 
 
 def _metrics(found: Collection[FineTuned]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -55,10 +55,15 @@ def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
     return cycle_html(cycle, [comparison], replace(read_results(cycle), cache=cache, cost=cost))
 
 
-def compare_cycle(directories: Sequence[Path], out: Path | None, as_json: bool) -> str | None:
+def compare_cycle(
+    directories: Sequence[Path],
+    out: Path | None,
+    as_json: bool,
+    named: Callable[[str], str] = str,
+) -> str | None:
     """What ``pipeline compare`` says of a cycle of several draws or texts, where that alone is
     given: its students are of different corpora, and only their scores can be compared. ``out``
-    receives the page. None for anything else.
+    receives the page, as ``named`` makes it of the text. None for anything else.
     """
     home = directories[0]
     if len(directories) > 1 or not is_cycle(home):
@@ -69,7 +74,7 @@ def compare_cycle(directories: Sequence[Path], out: Path | None, as_json: bool) 
         return None
     results = read_results(home)
     if out is not None:
-        write_text(out, cycle_html(home, [*map(compare_runs, groups)], results))
+        write_text(out, named(cycle_html(home, [*map(compare_runs, groups)], results)))
     return json.dumps(results.as_dict()) if as_json else printed(home, results)
 
 

@@ -30,7 +30,7 @@ from rekindle.pipeline.cycle.scores import (
     over_draws,
     scores_of,
 )
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW, searched_of
+from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW, searched_of, taken_from
 from rekindle.pipeline.cycle.verdict import verdict_of
 
 RESULTS_FILE = "results.json"  # there once a cycle, or a draw of it, has come to its end
@@ -61,6 +61,7 @@ def read_results(out: Path) -> CycleResults:
     texts = read_texts(next(iter(ended.values()), out))  # all have the same
     plan = replace(plan, draws=[*draws], texts=texts)
     said = list(_left_out([draw for draw in folders if draw not in ended], planned, lacking))
+    said += _taken(folders[FIRST_DRAW])
     return _results(plan, grid, draws, scores, said)
 
 
@@ -151,6 +152,16 @@ def _left_out(
     if means := [arm for arm, task in lacking if task == MEAN]:
         arms = ", ".join(means)
         yield f"{UNFINISHED}, without a mean over tasks, which not every draw has: {arms}"
+
+
+def _taken(first: Path) -> Iterator[str]:
+    """A sentence where the search was not made here."""
+    if taken := taken_from(first):
+        told = ", ".join(f"{task} (of {file})" for task, file in taken.items())
+        yield (
+            f"the search was made in another folder, and taken over for {told}: its scores and its "
+            "seconds are of there"
+        )
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -16,7 +16,8 @@ Tasks with texts of their own have OUT/cache/TASK, corpus-TASK.yaml and stage1-T
 student is of one task. Of several ``students`` number j > 0 is students/NAME.j, and what is made of
 number j is in the folder student-j of fine-tuned/ARM/TASK and of distilled/ARM/TASK. Several
 ``label_draws`` have a cycle each, OUT/draws/K, of which the first searches for all; OUT itself then
-has cycle.json, run.yaml, results.json and report.html alone.
+has cycle.json, run.yaml, results.json, report.html and, where something is searched, search.json,
+which says to folders on other machines what it found.
 
 Each of these is what the command of that stage leaves, and can be used alone. A finished job is
 recognised by what it leaves, so the same command again goes on where it stopped.
@@ -28,7 +29,9 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from rekindle.data.cores import cores
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.storage.atomic import remove_leftovers, write_json, write_text
 from rekindle.pipeline.builtin.missing import make_missing
@@ -40,7 +43,9 @@ from rekindle.pipeline.cycle.begun import (
     as_it_was_begun,
     check_read_same_text,
     check_same_text,
+    draws_at_first,
     look,
+    remove_other_rows,
 )
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
@@ -56,9 +61,17 @@ from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import RESULTS_FILE, read_results
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, search_home
+from rekindle.pipeline.cycle.searched import (
+    DRAWS_FOLDER,
+    FIRST_DRAW,
+    SEARCH_FILE,
+    packed,
+    search_home,
+    taken_from,
+    to_take_over,
+)
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
-from rekindle.pipeline.processes.worker import Place, cores, places_for, visible_devices, warm_up
+from rekindle.pipeline.processes.worker import Place, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.finetune.result import RESULT_FILE
 from rekindle.train.record.run_folder import alone_in, open_folder
@@ -81,6 +94,7 @@ def run_cycle(
     *,
     draw: int | None = None,
     task: str | None = None,
+    searched: Path | None = None,
     workers: int | None = None,
     places: Sequence[Place] = (),
     beside: Collection[str] = (),
@@ -89,32 +103,50 @@ def run_cycle(
     """Run what is not finished of the cycle in ``out``; returns what came out.
 
     ``draw`` and ``task`` limit the work to one draw of the labels, and to one of the tasks that
-    have texts of their own; what comes out is of all that is there. ``workers`` jobs at a time, or
-    one at each of ``places``; by default one per CUDA device, without one as many as there are
-    cores, at most 4. ``beside`` names what else may be in ``out`` before the cycle begins. Raises
-    InputError for wrong files, models and settings before anything is run, and for an ``out`` that
-    holds something else; CheckpointError for one that holds another cycle.
+    have texts of their own; what comes out is of all that is there. ``searched`` is the file of a
+    search of the same cycle in another folder, which the first draw takes over. ``workers`` jobs at
+    a time, or one at each of ``places``; by default one per CUDA device, without one as many as
+    there are cores, at most 4. ``beside`` names what else may be in ``out`` before the cycle
+    begins. Raises InputError for wrong files, models and settings before anything is run, and for
+    an ``out`` that holds something else; CheckpointError for one that holds another cycle.
     """
     home = Path(os.path.abspath(out))
     _check_part(config, draw, task)
     places = places or places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
     how = _How(places, progress, task or "")
     if config.label_draws == 1:
+        if searched is not None:
+            raise InputError(f"--searched {searched} is for a cycle of several draws (label_draws)")
         return _run_one(config, home, how, beside)
     config = as_it_was_begun(home, config)
     make_missing(config)
     tasks = read_draws(config)
     check_taught(config, tasks)
     about = about_cycle(config, tasks, check_start(config))
-    with open_folder(home, lambda: look(home, config, about, beside)):
+    about["draws_at_first"] = draws_at_first(home, config)
+    first, of_first = home / DRAWS_FOLDER / str(FIRST_DRAW), config.of_draw(FIRST_DRAW)
+
+    def look_at_all() -> dict[Path, dict[str, Any]]:
+        look(home, config, about, beside)
+        if searched is None:
+            return {}
+        own = about_cycle(of_first, tasks, about["start"])
+        return to_take_over(searched, first, of_first, own, how.only)
+
+    with open_folder(home, look_at_all) as taken:
         write_json(home / CYCLE_FILE, about)
         write_text(home / "run.yaml", dump_config(config))
+        for path, values in taken.items():
+            write_json(path, values)
     check_read_same_text(home, range(config.label_draws))
     for number in range(config.label_draws) if draw is None else [draw]:
         log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
         check_same_text(config, home, number)
-        _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how)
+        beside = ("search",) if number == FIRST_DRAW and taken_from(first) else ()
+        _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how, beside)
     with alone_in(home, wait=True):  # another process may have worked at another draw
+        if (search := packed(first)) is not None:
+            write_json(home / SEARCH_FILE, search)
         results = read_results(home)
         write_json(home / RESULTS_FILE, results.as_dict())
         write_text(home / "report.html", cycle_html(home, (), results))
@@ -133,6 +165,7 @@ def _run_one(
     runs = configs(home, config, tasks)
     about = about_cycle(config, tasks, check_start(config))
     with open_folder(home, lambda: look(home, config, about, beside)):
+        remove_other_rows(tasks, home)
         write_json(home / CYCLE_FILE, about)
         cache = Path(config.cache.path)  # others may write there at the same time
         for folder in home.glob("**/"):
@@ -183,7 +216,8 @@ def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
                 if not file.exists():
                     raise InputError(
                         f"draw {home.name} of the labels takes over what draw 0 has searched, and "
-                        f"its search for {arm} on {task.name} is not finished: run --draw 0 first"
+                        f"its search for {arm} on {task.name} is not finished: run --draw 0 first, "
+                        f"or give --searched the {SEARCH_FILE} of a folder where that was done"
                     )
 
 

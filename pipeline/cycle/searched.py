@@ -1,21 +1,42 @@
 """The search over fine-tuning settings: what each arm has tried on dev, and whether all were alike.
 
 The points are planned in ``config.search_points``, run as jobs of ``jobs``, and the best on dev is
-taken by ``job_functions.fine_tune``.
+taken by ``job_functions.fine_tune``. What the first of several draws of the labels has searched is
+in OUT/search.json too, so that a folder on another machine can take it over.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from rekindle.data.errors import CheckpointError
-from rekindle.pipeline.compare.runs import is_cycle
-from rekindle.pipeline.cycle.finetuned import FineTuned, Grid, read_finetuned
+from rekindle.data.corpus.additions import read_additions
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.former import with_defaults
+from rekindle.data.settings import parse_settings
+from rekindle.data.source.source_states import look_at, states_of
+from rekindle.data.storage.store import open_store
+from rekindle.pipeline.compare.runs import CYCLE_FILE, is_cycle
+from rekindle.pipeline.cycle.config import CycleConfig
+from rekindle.pipeline.cycle.finetuned import (
+    FineTuned,
+    Grid,
+    finetuned_of,
+    read_finetuned,
+    read_json,
+)
+from rekindle.pipeline.cycle.sections import point_name
+from rekindle.train.finetune.result import RESULT_FILE
+from rekindle.train.record.run_folder import differences
 
 DRAWS_FOLDER = "draws"  # in a cycle's: a cycle for each draw of the labels, by its number
 FIRST_DRAW = 0
+SEARCH_FILE = "search.json"  # in a cycle's folder: what its first draw has searched
+TAKEN_FILE = "taken.json"  # in search/: the tasks whose search was made elsewhere, and its file
+WRITER = "rekindle search"
 _EQUAL = 1e-9  # of two means: rounding decides between them
 
 
@@ -115,3 +136,195 @@ def _settings(grid: Grid, one: FineTuned) -> dict[str, object]:
 
 def _told(grid: Grid, point: Sequence[object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in zip(grid, point, strict=True))
+
+
+# --- elsewhere ------------------------------------------------------------------------------------
+
+# What may be written otherwise in another folder: places (their content is compared), and what
+# decides nothing but rounding and which dropout is drawn. Arms may be fewer.
+_FREE = (
+    *("about", "arms", "label_draws", "cache.path", "corpus.on_bad_record"),
+    *("corpus.tokenizer", "student.model", "experts.model", "train.micro_batch_sequences"),
+)
+_FREE_OF_TASK = ("about", "train", "dev", "test")
+_FACTS = ("metric", "regression", "pairs", "train", "dev", "test")
+
+
+def packed(home: Path) -> dict[str, Any] | None:
+    """What the cycle in ``home`` has searched to the end, by task, with all that it depends on;
+    None where that is nothing.
+    """
+    about = read_json(home / CYCLE_FILE)
+    grid: Grid = (about or {}).get("search") or {}
+    if about is None or len(points_of(grid)) < 2 or "start" not in about:  # of older versions
+        return None
+    config = parse_settings(CycleConfig, about["settings"], str(home / CYCLE_FILE))
+    texts, found = {}, {}
+    for task in about["tasks"]:
+        text = task if task in config.texts else ""
+        states = _states(home, config, text)
+        ones = {arm: _as_left(home, read_search(home, arm, task, grid)) for arm in about["arms"]}
+        if states is not None and all(len(of) == len(points_of(grid)) for of in ones.values()):
+            texts[text], found[task] = states, ones
+    about = about | {"settings": without_cache(about["settings"])}
+    whole = {"written_by": WRITER, "about": about, "texts": texts, "search": found}
+    return whole if found else None
+
+
+def _as_left(home: Path, tried: Sequence[FineTuned]) -> list[dict[str, Any]]:
+    """The files of what was tried, without the course of every epoch and where the cycle was."""
+    found = []
+    for one in tried:
+        values = read_json(home / one.folder / RESULT_FILE) or {}
+        per_seed = [seed | {"epochs": []} for seed in values["per_seed"]]
+        places = {"model": Path(one.model).name, "files": one.splits}
+        found.append(values | {"per_seed": per_seed} | places)
+    return found
+
+
+def _states(home: Path, config: CycleConfig, text: str) -> list[list[int | str]] | None:
+    """Which files a cached text was read from, by their content; None without a cache."""
+    for place in (config.cache_of(text).path, str(home / "cache" / text)):
+        if additions := read_additions(open_store(place))[0]:
+            return sorted(additions[-1].sources.values(), key=str)
+    return None
+
+
+def without_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A cycle's settings without the place of its cache, which is of one machine."""
+    return {**settings, "cache": {**settings.get("cache", {}), "path": ""}}
+
+
+def read_search_file(file: Path) -> dict[str, Any]:
+    """What ``packed`` gave, from its file. InputError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["written_by"] != WRITER:
+            raise ValueError(f"written by {found['written_by']!r}")
+        parts = (found["about"]["settings"], found["about"]["tasks"], found["about"]["start"])
+        if not all(isinstance(one, dict) for one in (*parts, found["texts"], found["search"])):
+            raise TypeError("its parts are no objects")
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is not what a cycle has searched ({error}); give the {SEARCH_FILE} in the "
+            "folder of one"
+        ) from None
+
+
+def to_take_over(
+    file: Path, home: Path, config: CycleConfig, about: Mapping[str, Any], only: str
+) -> dict[Path, dict[str, Any]]:
+    """What is to be written so that the first draw, in ``home``, has what that of the same cycle
+    has searched elsewhere, as ``file`` says it: of the task ``only``, or of all that it has.
+
+    ``config`` and ``about`` are those of the first draw here. Raises InputError for a file that is
+    damaged or of another cycle, for arms that it lacks, and where the first draw has searched here,
+    and found something else.
+    """
+    record = read_search_file(file)
+    if len(config.search_points()) < 2:
+        raise InputError(f"--searched {file}: nothing is searched here (search)")
+    tasks = [t.name for t in config.tasks if t.name in record["search"] and only in ("", t.name)]
+    if not tasks:
+        has = ", ".join(record["search"])
+        raise InputError(f"{file} has no search of {only or 'a task here'} (it has: {has})")
+    texts = {text: states_of(look_at(config.text_of(text).source)) for text in config.texts}
+    here = {"texts": {text: sorted(of.values(), key=str) for text, of in texts.items()}}
+    check_of_one_cycle(str(file), record, here | {"about": about})
+    lacking, whose = dict[Path, dict[str, Any]](), taken_from(home)
+    for task, arm, point in product(tasks, config.arms, config.search_points()):
+        values = _tried_at(file, record, arm, task, config, point)
+        path = home / "search" / arm / task / point_name(point) / RESULT_FILE
+        there = read_json(path)
+        if there is None:
+            lacking[path], whose[task] = values, str(file)
+        elif _as_compared(there) != _as_compared(values):
+            raise InputError(
+                f"{path} is there, and not what {file} has: a search is taken over where none was "
+                "made. Leave out --searched, or give another --out"
+            )
+    said: dict[Path, dict[str, Any]] = {home / "search" / TAKEN_FILE: dict(whose)}
+    return said | lacking if lacking else {}  # what says so comes first
+
+
+def _tried_at(
+    file: Path,
+    record: Mapping[str, Any],
+    arm: str,
+    task: str,
+    config: CycleConfig,
+    point: Mapping[str, object],
+) -> dict[str, Any]:
+    """What a file has of a point of the search, as metrics.json has it."""
+    grid, seeds = config.search, [*config.seeds_of_search]
+    try:
+        for values in record["search"][task].get(arm, ()):
+            one = finetuned_of(values, f"search/{arm}/{task}", arm, task)
+            if one.point(grid) == tuple(point.values()) and one.seeds == seeds:
+                return dict(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is damaged: {arm} on {task} {error}") from None
+    told = ", ".join(f"{key} {value}" for key, value in point.items())
+    raise InputError(
+        f"{file} has not {told} of {arm} on {task}: every arm is to be searched alike. Leave the "
+        "arm out, or run --draw 0 here"
+    )
+
+
+def _as_compared(values: Mapping[str, Any]) -> object:
+    return values["config"], [(one["seed"], one["scores"]) for one in values["per_seed"]]
+
+
+def taken_from(home: Path) -> dict[str, str]:
+    """The tasks whose search a folder has taken over, and the file that it is of."""
+    return read_json(home / "search" / TAKEN_FILE) or {}
+
+
+def check_of_one_cycle(where: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise InputError, naming the key, where what two searches depend on differs: settings, rows,
+    start model or text.
+    """
+    texts = {*one["texts"]} & {*other["texts"]}
+    files = {text for text in texts if one["texts"][text] and other["texts"][text]}
+    before, now = (_compared(each, texts, files) for each in (one, other))
+    for key, (there, here) in differences([before, now], items=True).items():
+        raise InputError(
+            f"{where} is of another cycle: {key} is {there!r} there, and {here!r} here. A search "
+            "is taken over where settings, labelled rows, start model and text are the same"
+        )
+
+
+def _compared(
+    one: Mapping[str, Any], texts: Collection[str], files: Collection[str]
+) -> dict[str, Any]:
+    """``files``: those of the ``texts`` that are of files, which may lie anywhere."""
+    about = one["about"]
+    rows = {
+        name: {key: facts[key] for key in _FACTS} | {"files": sorted(facts["files"].values())}
+        for name, facts in about["tasks"].items()
+    }
+    found = {"settings": decisive(about["settings"], files), "tasks": rows, "start": about["start"]}
+    found["text"] = {text: [*map(list, one["texts"][text])] for text in texts}
+    return found
+
+
+def decisive(settings: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """The settings of a cycle, with its tasks by name, that its scores depend on: not where things
+    lie, nor the text of ``files``, and not the arms, of which there may be more.
+    """
+    found: dict[str, Any] = json.loads(json.dumps(with_defaults(CycleConfig, settings)))
+    found["tasks"] = {task["name"]: task for task in found["tasks"]}
+    for name, task in found["tasks"].items():
+        _drop(task, (*_FREE_OF_TASK, *["corpus.source"] * (name in files)))
+    _drop(found, (*_FREE, *["corpus.source"] * ("" in files)))
+    return found
+
+
+def _drop(section: dict[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        *outer, last = key.split(".")
+        inner: Any = section
+        for part in outer:
+            inner = inner.get(part) or {}
+        inner.pop(last, None)

@@ -14,6 +14,7 @@ _WHO = {
     LONGER: "longer (twice the epochs)",
     PSEUDO: "pseudo (the expert's classes as labels)",
 }
+_UNTESTED = "the same every time, so that no test can be made"
 
 
 def verdict_of(results: CycleResults) -> str:
@@ -61,10 +62,8 @@ def _of_primary(results: CycleResults, primary: Primary) -> str:
     if lacking := [arm for arm in primary.against if arm not in {one.against for one in ones}]:
         them = "" if len(lacking) == len(primary.against) else f" with {', '.join(lacking)}"
         return f"the primary comparison, of {primary.arm}{them} on {place}, is not known yet"
-    # Where no test can be made (the same difference every time), none has shown it.
-    tested = [one for one in ones if one.p is not None]
-    beaten = [one.against for one in tested if is_gain(one)]
-    lost = [one.against for one in tested if is_gain(replace(one, mean=-one.mean))]
+    beaten = [one.against for one in ones if is_gain(one)]
+    lost = [one.against for one in ones if is_gain(replace(one, mean=-one.mean))]
     apart = [one.against for one in ones if one.against not in (*beaten, *lost)]
     told = [f"beats {_listed(beaten)}"] if beaten else []
     told += [f"is worse than {_listed(lost)}"] if lost else []
@@ -82,7 +81,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _p(one: Difference) -> str:
     if one.p_adjusted is None:
-        return ", the same every time, so that no test can be made" if one.n > 1 else ""
+        return f", {_UNTESTED}" if one.n > 1 else ""
     return f", p {p_words(one.p_adjusted)}"
 
 
@@ -108,7 +107,7 @@ def _points(one: Difference) -> str:
 def _sure(one: Difference, unit: str) -> str:
     if one.n == 1:
         return f"and one {unit} says nothing of chance"
-    told = "more than chance" if is_gain(one) else "not told apart"
+    told = _UNTESTED if one.p is None else "more than chance" if is_gain(one) else "not told apart"
     return f"{told}{_higher(one, unit)}"
 
 

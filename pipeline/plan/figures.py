@@ -11,6 +11,25 @@ from rekindle.data.targets.reading.cut import Cut
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Tokens that a student computes for each of the text, with either ``train.batching``."""
+
+    batching: str  # as configured
+    shuffled: float
+    similar_lengths: float
+
+    def as_text(self) -> str:
+        """Say what the configured one costs, and the other."""
+        values = {"shuffled": self.shuffled, "similar_lengths": self.similar_lengths}
+        own = values.pop(self.batching)
+        ((other, value),) = values.items()
+        return (
+            f"train.batching {self.batching}: with padding, about {own:.2f} tokens are computed "
+            f"for each of the text ({other}: {value:.2f})"
+        )
+
+
+@dataclass(frozen=True)
 class CorpusPlan:
     """The corpus. ``bytes`` are those to be written; ``basis`` says what the figures rest on, or
     why there are none. ``texts``: documents, where so many were asked about.
@@ -24,6 +43,8 @@ class CorpusPlan:
     bytes: int | None
     sequence_length: int | None = None
     texts: int | None = None
+    sequences_per_shard: int | None = None
+    padding: Padding | None = None  # of the student's batches; None without a student
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,13 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.permutation import permute
-from rekindle.data.source.documents import told_of_held
 from rekindle.data.source.held_texts import Found
+from rekindle.data.source.left_out import told_of_held
 from rekindle.data.storage.atomic import write_lines
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH, ShardSet, describe
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.scale import Scale
 
@@ -109,7 +110,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
             few = " (few: the figures are rough)" if read < FEW else ""
             basis = f"scaled from {counted(read, 'text')} of the source{few}"
-        if told := sample.left_out.told(last_document(reference.commits, corpus.limit_sequences)):
+        if told := sample.left_out.told(last_document(reference.units, corpus.limit_sequences)):
             basis += f"; {'up to there, ' * estimated}{told}"
     if present is not None and not present.commits:
         present = None  # begun, and killed before there was anything

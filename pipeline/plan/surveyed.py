@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import naming
 from rekindle.data.storage.columns import list_views
+from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.reading.files import is_described
 from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
 from rekindle.data.targets.schema import TeacherInfo
@@ -21,7 +22,7 @@ from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.teachers import TeacherPlan, told_of_slow_pass
 from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.plan.figures import CorpusPlan, TeacherWork, ViewPlan
+from rekindle.pipeline.plan.figures import CorpusPlan, Padding, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.teacher import at_hand, described, plan_all_teachers, plans_at_hand
@@ -29,8 +30,9 @@ from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
 from rekindle.train.model.headers import has_fresh_head
-from rekindle.train.model.heads_told import told_of_fresh_head
+from rekindle.train.model.heads import told_of_fresh_head
 from rekindle.train.order.sequences import told_of_few
+from rekindle.train.order.similar_lengths import padded
 from rekindle.train.precision import told_of_slow
 from rekindle.train.schedules import is_used
 
@@ -55,7 +57,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         survey = survey_corpus(config, Path(folder), scale)
         views = build_views(survey.steps, sampled, Progress.silent())
         views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
-        per_sequence = sum(c.bytes for c in survey.reference.commits) / len(survey.reference)
+        per_sequence = survey.reference.units.bytes / len(survey.reference)
         corpus = CorpusPlan(
             source=config.corpus.source,
             sequences=survey.sequences,
@@ -65,6 +67,8 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
             bytes=round(survey.new_sequences * per_sequence),
             sequence_length=config.corpus.sequence_length,
             texts=survey.texts,
+            sequences_per_shard=config.cache.sequences_per_shard or survey.shard_size,
+            padding=_padding(config, survey),
         )
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)
@@ -73,6 +77,18 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         slow = _told_of_slow(config, survey, plans, teachers)
         warnings = (*survey.warnings, *_told(config, survey, views), *slow)
     return Surveyed(corpus, shown, teachers, warnings)
+
+
+def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
+    """What the student's batches are padded by, as a sample of the sequences tells."""
+    train, steps = config.train, survey.steps
+    if config.student is None:
+        return None
+    lengths = [
+        steps.lengths(s, 0, min(c.rows, ROWS_PER_BATCH)) for s, c in enumerate(steps.commits)
+    ]
+    sizes = (train.batch_sequences, train.micro_batch_sequences)
+    return Padding(train.batching, **padded(np.concatenate(lengths), *sizes))
 
 
 def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
@@ -141,7 +157,7 @@ def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> Vie
     work = work_of(survey, config.cache, f"views/{view.name}", view.name)
     last = len(survey.steps.commits) - 1  # the largest: what each file has anyway counts least
     commits = view.shards.committed()
-    made = [commits[unit] for unit in commits if unit.startswith(f"{last:05d}")]
+    made = [commits[view.unit(last, replica)] for replica in view.numbers(view.replicas)]
     per_row = sum(commit.bytes for commit in made) / sum(commit.rows for commit in made)
     bound = isinstance(view, HardMaskedView)
     return ViewPlan(view.name, work.units, work.present, round(work.rows * per_row), bound)

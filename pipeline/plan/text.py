@@ -8,6 +8,7 @@ from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import text_lines
 
 WIDTH = 80
+TOLD_PADDING = 1.1  # tokens computed for each of the text; less is not worth a line
 SHOWN_AS = {"masked": "masked text", "pairs": "pairs of texts"}  # the views, by kind
 ABOUT = (
     "A unit is a teacher's work on one file of sequences; a target is what it says of one "
@@ -24,8 +25,11 @@ def shown_plan(plan: RunPlan) -> str:
         kind = SHOWN_AS[view.name.partition("-")[0]]
         there = f"{kind} ({view.name}): {left} to make, {view.units_present:,} there"
         lines.append(there + _to_write(view.bytes, bound))
+    padding = plan.corpus.padding
+    if padding is not None and max(padding.shuffled, padding.similar_lengths) >= TOLD_PADDING:
+        lines.append(padding.as_text())
     table = text_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
-    head = [*_wrapped(lines), *table, *(_wrapped([ABOUT]) if plan.teachers else [])]
+    head = [*wrapped(lines), *table, *(wrapped([ABOUT]) if plan.teachers else [])]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
     lines += _of_shared(plan.teachers)
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
@@ -40,7 +44,7 @@ def shown_plan(plan: RunPlan) -> str:
         unknown = f"; not known without it: {', '.join(one.unknown)}" if one.unknown else ""
         lines.append(f"  {one.name}: {one.what}{unknown}")
     lines += [f"warning: {warning}" for warning in plan.warnings]
-    return "\n".join([*head, *_wrapped(lines)]) + "\n"
+    return "\n".join([*head, *wrapped(lines)]) + "\n"
 
 
 def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
@@ -53,7 +57,7 @@ def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
     ]
 
 
-def _wrapped(sentences: list[str]) -> list[str]:
+def wrapped(sentences: list[str]) -> list[str]:
     """The sentences in lines of WIDTH; their own lines stay apart."""
     lines = [line for sentence in sentences for line in sentence.split("\n")]
     return [fill(line, WIDTH, break_on_hyphens=False) for line in lines]

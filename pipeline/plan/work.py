@@ -4,7 +4,7 @@ Nothing is run here. Positions are counted on the plan's sample rows, as exactly
 without the model, and scaled by tokens. Bytes follow from the widths of the columns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +76,7 @@ def work_of(
     present = 0
     if survey.present is not None:
         units, present = missing_units(survey.present, folder, view, cache.masked_replicas)
-        for unit in units:
-            commit = survey.present.commits[unit.shard]
-            share = share_of(domains, commit.facts["domains"], commit.rows)
-            work.append(Shards(1, commit.rows, commit.facts["tokens"], share))
+        work += _missing_shards(survey.present, [unit.shard for unit in units], domains)
     if sequences := survey.new_sequences:
         times = len(view_kind(view).numbers(cache.masked_replicas))
         share = share_of(domains, survey.reference.domains, len(survey.reference))
@@ -89,6 +86,24 @@ def work_of(
             tokens = rows * survey.new_tokens / sequences
             work += [Shards(count * times, rows, tokens, share)] if count and rows else []
     return FolderWork(work, present)
+
+
+def _missing_shards(
+    corpus: Corpus, numbers: Sequence[int], domains: Sequence[str] | None
+) -> Iterator[Shards]:
+    """Those shards of ``corpus``, together where they have as many rows."""
+    rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
+    chosen = tokens
+    if domains is not None:
+        counted = enumerate(corpus.units.named("domains"))
+        shares = [share_of(domains, counts or {}, int(rows[shard])) for shard, counts in counted]
+        chosen = tokens * shares
+    among = np.array(numbers, np.int64)
+    for size in np.unique(rows[among]).tolist():
+        alike = among[rows[among] == size]
+        every = float(tokens[alike].sum())
+        share = float(chosen[alike].sum()) / every if every else 1.0
+        yield Shards(len(alike), size, every / len(alike), share)
 
 
 # --- positions ------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ sums are then formed in the same order whatever the number of cores, so that no 
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from operator import methodcaller
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
+from rekindle.data.cores import cores
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.pipeline.console import log_to_stderr
@@ -24,7 +24,6 @@ from rekindle.pipeline.processes.worker import (
     Returned,
     Worker,
     WorkerKilled,
-    cores,
     killed_at_exit,
 )
 from rekindle.pipeline.progress import Progress, ProgressTask
@@ -34,7 +33,7 @@ log = logging.getLogger("rekindle")
 
 MOST_WORKERS = 4
 STOP_WITHIN = 60.0  # seconds that jobs have to keep what they have done, when all is interrupted
-_GO_ON = "To go on after what is finished, run the same command again"
+GO_ON = "To go on after what is finished, run the same command again"
 _Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method of its task
 
 
@@ -134,7 +133,7 @@ def run_jobs(
                     if keep_going:
                         results[job.name] = error
                     elif isinstance(error, WorkerKilled):
-                        raise InputError(f"{job.name}: {error}. {_GO_ON}") from None
+                        raise InputError(f"{job.name}: {error}. {GO_ON}") from None
                     else:
                         raise
                 else:
@@ -207,51 +206,3 @@ def _do(job: Job, parent: Connection) -> object:
     """Do a job, in the process that is for it."""
     log_to_stderr(logging.INFO, lead=f"{job.name}: ")
     return job.function(*job.arguments, Report(parent.send))
-
-
-# --- units of one work ----------------------------------------------------------------------------
-
-Unit = TypeVar("Unit")
-Result = TypeVar("Result")
-# Makes the large object that all units need, a function of a unit: each process does it once.
-Load = Callable[[], Callable[[Unit], Result]]
-
-
-def run_units(
-    name: str,
-    load: Load[Unit, Result],
-    units: Sequence[Unit],
-    places: Sequence[Place],
-    report: Callable[[Result], None],
-) -> None:
-    """Do ``units`` in a process at each of ``places``; ``report`` takes each result as it comes.
-
-    An error of a unit, or of ``load``, ends all (see ``Worker.receive``). Raises InputError if a
-    process was killed.
-    """
-    waiting, workers = deque(units), list[Worker]()
-    with killed_at_exit(workers):
-        for place in places[: len(units)]:
-            workers.append(Worker(name, partial(_do_units, load), place))
-            workers[-1].send(waiting.popleft())
-        while workers:
-            for worker in Worker.with_messages(workers):
-                try:
-                    message = worker.receive()
-                except Interrupted:  # what was made is for the caller to tell
-                    raise KeyboardInterrupt from None
-                except WorkerKilled as error:
-                    advice = f"{_GO_ON}, with fewer --workers if need be"
-                    raise InputError(f"{name}: {error}. {advice}") from None
-                if isinstance(message, Returned):
-                    workers.remove(worker)
-                    continue
-                report(cast(Result, message))
-                worker.send(waiting.popleft() if waiting else None)
-
-
-def _do_units(load: Load[Unit, Result], parent: Connection) -> None:
-    """What each process does: a unit at a time, until the parent has no more."""
-    do = load()
-    while (unit := parent.recv()) is not None:
-        parent.send(do(unit))

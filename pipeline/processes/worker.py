@@ -57,6 +57,7 @@ class Place:
         """Make this process work here; before it looks at any device."""
         if self.device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.device
+        os.environ["RAYON_NUM_THREADS"] = str(self.threads)  # those of tokenizers
         import torch
 
         torch.set_num_threads(self.threads)
@@ -210,8 +211,3 @@ def places_for(workers: int) -> list[Place]:
     if not devices:
         return [Place(None, threads)] * workers
     return [Place(devices[number % len(devices)], threads) for number in range(workers)]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

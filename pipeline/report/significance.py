@@ -125,8 +125,8 @@ def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | Non
     """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), in the order given.
 
     The i-th smallest of m is multiplied by m − i + 1, is at least as large as the one before it,
-    and at most 1. None, for a test that could not be made, stays None and does not count;
-    ``missing`` tests that were planned and are not there yet do: what is not known cannot make the
+    and at most 1. None, for a test that could not be made, stays None, and is one of the m; so are
+    ``missing`` tests that were planned and are not there yet: what is not known cannot make the
     others surer.
 
     Raises ValueError for what is not in [0, 1].
@@ -137,7 +137,7 @@ def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | Non
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, place) in enumerate(sorted(tests)):
-        largest = max(largest, min(1.0, p * (len(tests) + missing - rank)))
+        largest = max(largest, min(1.0, p * (len(p_values) + missing - rank)))
         adjusted[place] = largest
     return adjusted
 

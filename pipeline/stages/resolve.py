@@ -11,6 +11,7 @@ from typing import Any
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError, naming
+from rekindle.data.storage.client import is_remote
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import vocabulary_kind
@@ -25,6 +26,7 @@ from rekindle.pipeline.config import (
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.objective.estimates import check_estimates
+from rekindle.train.record.working_copy import place_of
 
 _OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
 
@@ -74,7 +76,8 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     caches, two corpora or two teachers of one name in one cache, prompts of no earlier cache or of
     which the stage does not read.
     """
-    directories = {stage.name: str(out / stage.name) for stage in config.stages}
+    # In a store, of which every node has a copy of its own, a stage's name is its address.
+    directories = {stage.name: f"{place_of(out)}/{stage.name}" for stage in config.stages}
     stages = []
     for stage in config.stages:
         if (prompts := stage.write_prompts) is not None:
@@ -103,7 +106,8 @@ def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
 
 
 def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
-    stage.config.needed_student()
+    if stage.config.needed_student().lora is not None:
+        _check_adapted(stage, earlier)
     if stage.prompts is not None:
         _check_prompts(stage, stage.prompts)
     for key, name, cache in _teachers_read(stage):
@@ -115,6 +119,18 @@ def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
                 f"teachers: {', '.join(cached) or 'none'}). Add it to `teachers`"
             )
     check_estimates(stage.config.train.objective.distill, _kinds_read(stage, earlier))
+
+
+def _check_adapted(stage: Stage, earlier: Sequence[Stage]) -> None:
+    """That a stage does not put an adapter on the adapter that an earlier one leaves."""
+    names = references(stage.written.needed_student().model)
+    for one in (one for one in earlier if one.name in names):
+        lora = one.config.needed_student().lora
+        if lora is not None and not lora.merge:
+            raise InputError(
+                f"student.lora adapts the student of stage {one.name!r}, which is an adapter "
+                "itself. Set student.lora.merge: true in that stage"
+            )
 
 
 def _kinds_read(stage: Stage, earlier: Sequence[Stage]) -> dict[str, VocabularyKind]:
@@ -148,6 +164,11 @@ def _teachers_read(stage: Stage) -> Iterator[tuple[str, str, str]]:
 
 
 def _check_prompts(stage: Stage, prompts: PromptsConfig) -> None:
+    if is_remote(prompts.to):
+        raise InputError(
+            f"write_prompts.to is {prompts.to}: prompts are written to this machine; name a local "
+            "file in write_prompts.to and in corpus.source"
+        )
     sources = stage.config.corpus.source
     if not any(prompts.to == s or fnmatch.fnmatch(prompts.to, s) for s in sources):
         raise InputError(

@@ -23,6 +23,7 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.processes.units import Executor
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.several_runs import STAGES_FILE, check_same_runs, is_finished, read_runs
 from rekindle.pipeline.stages.prompts import write_prompts
@@ -32,6 +33,7 @@ from rekindle.train.distributed import join_world
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.loop import TrainResult
 from rekindle.train.record.run_folder import goes_on, open_folder
+from rekindle.train.record.stored_run import write_definition
 
 log = logging.getLogger("rekindle")
 
@@ -53,6 +55,7 @@ def run_stages(
         missing = world.decide(lambda: held.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
         world.decide(lambda: write_json(out / STAGES_FILE, record))
+        world.decide(lambda: write_definition(out / STAGES_FILE, resume))
         for stage in stages:
             if stage.name not in missing:
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
@@ -167,7 +170,7 @@ class CachedStage:
 def cache_stages(
     config: RunConfig,
     only: Sequence[str] = (),
-    workers: int = 1,
+    executor: Executor | None = None,
     progress: Progress = SILENT,
     check: bool | None = None,
 ) -> list[CachedStage]:
@@ -189,6 +192,6 @@ def cache_stages(
         chosen = [t.name for t in part.teachers if t.name in only] if part else []
         if part and (chosen or not only):
             _write_text(ready.stage)
-            made = cache_teachers(part, chosen, workers, progress, check)
+            made = cache_teachers(part, chosen, executor, progress, check)
         done.append(CachedStage(ready, made))
     return done

@@ -33,6 +33,7 @@ from rekindle.pipeline.sweep.grid import SweepRun
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.launch import launched
 from rekindle.train.record.run_folder import goes_on, open_folder
+from rekindle.train.record.stored_run import write_definition
 
 log = logging.getLogger("rekindle")
 
@@ -104,6 +105,7 @@ def run_sweep(
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
+        write_definition(out / SWEEP_FILE, resume)
         return _train_missing(runs, out, workers, progress)
 
 

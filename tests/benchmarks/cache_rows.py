@@ -15,11 +15,11 @@ from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.codec import Columns, encode, fixed_point
+from rekindle.data.targets.codec_compact import compact_rows
 from rekindle.data.targets.codec_precise import encode_precise
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
 from rekindle.pipeline.caching.make_unit import write_unit
-from rekindle.pipeline.caching.teachers import compact_rows
 
 CODECS = ("default", "precise", "compact")  # ours; the first is what ratios refer to
 VOCABULARY, K, TEMPERATURES = 30_522, 32, (1.0, 2.0, 4.0)

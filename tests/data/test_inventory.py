@@ -15,10 +15,11 @@ from rekindle.data.inventory import (
     shard_sets,
     target_folders,
 )
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST, begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet
-from rekindle.data.storage.store import LocalStore, Store
+from rekindle.data.storage.store import LocalStore
 
 SETS = [
     "corpus",

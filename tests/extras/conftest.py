@@ -18,6 +18,14 @@ def _one_thread(one_thread: None) -> None:
     """In every test of this folder."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each folder in one process; begin with Ray's, which mostly waits."""
+    own = [item for item in items if item.path.is_relative_to(EXTRAS)]
+    for item in own:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(EXTRAS).parts[0]))
+    items.sort(key=lambda item: not item.path.is_relative_to(EXTRAS / "ray"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests of a folder whose package is not installed; in CI they fail."""

@@ -27,6 +27,7 @@ def write(path, found):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_cache_is_recorded_and_a_change_is_named(digests, tmp_path, capsys):
     one = tmp_path / "one.json"
     assert digests.main(["record", "--only", "cover", "--out", str(one)]) == 0

@@ -57,7 +57,7 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    assert [path.name for path in CACHES] == ["cache-v1", "cache-v2", "cache-v3"]
+    assert [path.name for path in CACHES] == [f"cache-v{n}" for n in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
@@ -94,7 +94,7 @@ def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_
     assert about["cache"]["targets"] == {"lm": {"k": 9, "part": "k9"}}
 
 
-def test_the_newest_holds_what_is_new_in_it():
+def test_version_3_holds_what_is_new_in_it():
     corpus = Cache.open(HERE / "cache-v3").corpus
     facts = corpus.info["tokenizer"]
     ids = np.concatenate([corpus.shard(0).table()["input_ids"].combine_chunks().flatten()])
@@ -103,6 +103,29 @@ def test_the_newest_holds_what_is_new_in_it():
     assert end_of_text(corpus) == facts["eos_id"]
     assert end_of_text(corpus) in ids
     assert special_names(corpus) == 1
+
+
+def test_version_4_holds_imported_targets_and_their_rows_are_still_them(tmp_path, monkeypatch):
+    """What the same rows come to today is held against every column that is frozen."""
+    path, copy = HERE / "cache-v4", tmp_path / "cache"
+    frozen = Cache.open(path)
+    infos = {name: teacher.info for name, teacher in frozen.teachers.items()}
+    imported = json.loads(module_of("make_cache").rows_of(path).read_text())
+    assert {name for name, info in infos.items() if info.imported} == {*imported}
+    assert {info.codec for info in infos.values()} == {"default", "precise", "compact"}
+    assert infos["tails"].temperatures == (1.0, 2.0, 4.0)
+    assert infos["served"].temperatures == (2.0,)
+    assert infos["packed"].imported.lacks == ("gold_log_prob", "gold_rank", "entropy")
+    shutil.copytree(path, copy)
+    before, cache = files_of(copy), Cache.open(copy)
+    for name, given in imported.items():
+        provenance = infos[name].imported.provenance
+        done = cache.import_targets(name, given["rows"], provenance, **given["settings"])
+        assert (done.units_done, done.units_present) == (0, 8 if name == "masked" else 4)
+    assert files_of(copy) == before
+    monkeypatch.setattr(manifest, "NEWEST", 3)
+    with pytest.raises(CacheVersionError, match=r"cache format 4; this version.*formats 1 to 3"):
+        Cache.open(copy)
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)

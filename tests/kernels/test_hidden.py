@@ -44,9 +44,12 @@ def test_loss_and_gradients_are_those_of_all_logits(
     options: dict[str, Any] = {"divergence": kind, "temperature": tau} | head_options
     if labelled:
         options |= {"labels": labels(), "ce_weight": 0.3, "kd_weight": 0.7}
-    for reduction, rows, (cap, scale) in itertools.product(
-        ("mean", "sum", "none"), (None, torch.arange(ROWS) % 3), ((None, 1.0), (3.0, 1.7))
+    # Every two of reduction, weights of rows and the teacher's cap together.
+    caps = itertools.cycle([(None, 1.0), (3.0, 1.7), (3.0, 1.7), (None, 1.0)])
+    for reduction, rows in itertools.product(
+        ("mean", "sum", "none"), (None, torch.arange(ROWS) % 3)
     ):
+        cap, scale = next(caps)
         options |= {"reduction": reduction}
         options |= {"row_weight": None if rows is None else rows.double().to(DEVICE)}
         targets = teacher(softcap=cap, logit_scale=scale)
@@ -94,8 +97,9 @@ def test_it_is_what_sparse_targets_of_every_id_give(kind: str, tau: float) -> No
     )
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("kind", "reduction"), [*((kind, "mean") for kind in DIVERGENCES), (DIVERGENCES[0], "none")]
+)
 def test_gradcheck(kind: str, reduction: str) -> None:
     targets = teacher(softcap=5.0)
 
@@ -227,13 +231,13 @@ def test_no_more_than_blocks_of_logits_are_ever_made(
     monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget(block, buffers, 4))
     x, w, b = head(torch.float32, rows=rows)
     mode = Largest((block, VOCABULARY))
-    inner = ops._run
+    inner = ops._evaluated
 
     def watched(*arguments: Any) -> Any:
         with mode:  # inside the operator, which no mode sees into
             return inner(*arguments)
 
-    monkeypatch.setattr(ops, "_run", watched)
+    monkeypatch.setattr(ops, "_evaluated", watched)
     targets: Any = teacher(rows=rows)
     if form == "dense":
         targets = DenseTargets(teacher_logits(targets).float())

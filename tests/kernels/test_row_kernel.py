@@ -38,6 +38,9 @@ VARIANTS = [
     (90, "bf16", False, 30522, 64, {"POWER": 2, "HIDE": True, "ENCODED": True}),
     (90, "bf16", True, 128256, 64, {"POWER": 1, "HIDE": True, "ENCODED": True, "PLANES": 1}),
     (100, "bf16", True, 256000, 64, {"POWER": 2, "HIDE": True, "ENCODED": True, "PLANES": 2}),
+    (90, "bf16", True, 30522, 64, {"POWER": 2, "HIDE": True, "bias": "fp32"}),
+    (90, "bf16", False, 30522, 192, {"POWER": 2, "HIDE": False, "TEACHERS": 3}),
+    (90, "bf16", True, 128256, 192, {"POWER": 1, "HIDE": True, "TEACHERS": 3}),
 ]
 
 COMPILE = """
@@ -48,25 +51,28 @@ from triton.compiler import ASTSource
 from rekindle.kernels.triton_rows import COMPILED, _tile
 from rekindle.kernels.row_kernel import row_kernel
 
-BYTES = {"high_ptr": "*u8"}
-FLOATS = ("probs", "tail", "weight", "ce_factor", "kd_factor", "ce", "kd")
-TYPES = BYTES | {"ids_ptr": "*i64", "labels_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in FLOATS}
-TYPES |= dict.fromkeys(("stride", "V", "K", "kept", "ignore_index"), "i32")
+FLOATS = ("probs", "tail", "weight", "counts", "ce", "kd")
+TYPES = {"ids_ptr": "*i64", "labels_ptr": "*i64"} | {f"{n}_ptr": "*fp32" for n in FLOATS}
+TYPES |= dict.fromkeys(("stride", "V", "K", "kept", "ignore_index", "upstream_stride"), "i32")
 TYPES |= dict.fromkeys(("inverse_tau", "scale", "softcap", "resolution",
-    "log_skew", "logit_skew"), "fp32")
+    "log_skew", "logit_skew", "ce_weight", "spread"), "fp32")
 tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 def compiled(arch, dtype, aligned, vocabulary, kept, options):
     block_k = triton.next_power_of_2(kept)
     tile = _tile(vocabulary, block_k)
-    constants = dict(DIVERGENCE=0, TAIL=0, POWER=1, ENCODED=False, PLANES=0,
-        HAS_TAIL=True, HAS_LABELS=True, HAS_WEIGHT=True,
+    bias = options.pop("bias", None)
+    constants = dict(DIVERGENCE=0, TAIL=0, POWER=1, ENCODED=False, PLANES=0, TEACHERS=1,
         SOFTCAP=False, HIDE=True, GRADIENT=True, BLOCK=tile.pop("BLOCK"), BLOCK_K=block_k) | options
     types = TYPES | {"logits_ptr": "*" + dtype, "grad_ptr": "*" + dtype}
     if constants["ENCODED"]:
-        types |= {"ids_ptr": "*i16", "probs_ptr": "*u8", "tail_ptr": "*i16"}
+        types |= {"ids_ptr": "*i16", "probs_ptr": "*u8", "tail_ptr": "*i16", "high_ptr": "*u8"}
+    if bias:
+        types["bias_ptr"] = "*" + bias
+    types["kd_weights"] = ("fp32",) * constants["TEACHERS"]
     names = row_kernel.arg_names
     signature = {n: types.get(n, "constexpr") for n in names}
+    constants |= {n: None for n in names if n not in types and n not in constants}
     sixteen = [["tt.divisibility", 16]]
     attributes = {(i,): sixteen for i, n in enumerate(names)
                   if n.endswith("_ptr") or (aligned and n == "stride")}
@@ -131,7 +137,7 @@ def test_products_are_fused_with_sums(results: list[dict[str, int]], index: int)
 
 
 def test_every_launch_says_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both kernels; no compiler is asked."""
+    """All kernels; no compiler is asked."""
     from rekindle.kernels import triton_rows
     from rekindle.kernels.targets import LossSettings, SparseTargets
 
@@ -147,13 +153,15 @@ def test_every_launch_says_how_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -
         def __call__(self, *arguments: object, **options: object) -> None:
             said[self.name] = options
 
-    for name in ("row_kernel", "_scale_kernel"):
+    names = {"_count_kernel", "row_kernel", "_sum_kernel", "_scale_kernel"}
+    for name in names:
         monkeypatch.setattr(triton_rows, name, Kernel(name))
     z = torch.zeros(2, 9)
-    targets = SparseTargets(
-        torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), None, None, None
-    )
-    triton_rows.losses_of_rows(z, z, targets, LossSettings(), None)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    targets = SparseTargets(ids, torch.ones(2, 1), None, ids[:, 0], None)
+    kernel = triton_rows.RowKernel(targets, LossSettings(), False)
+    kernel.run(z, z, slice(0, 2))
+    kernel.losses()
     triton_rows.scale_unless_one(z, torch.tensor(2.0))
     fusion = {name: options.get("enable_fp_fusion") for name, options in said.items()}
-    assert fusion == {"row_kernel": True, "_scale_kernel": True}
+    assert fusion == dict.fromkeys(names, True)

@@ -148,7 +148,7 @@ def test_in_a_shells_pipe_whoever_reads_may_have_enough_before_the_end(expert, t
     assert json.loads(process.stdout.readline())["text"] == TEXTS[0]
     process.stdout.close()
     errors = process.stderr.read().decode()
-    assert process.wait(60) == 0, errors
+    assert process.wait(300) == 0, errors
     assert "error" not in errors.lower()
     assert "Traceback" not in errors
 

@@ -269,13 +269,16 @@ def test_the_command_line_is_frozen():
             *("--seeds", "--set", "--text-field", "--train"),
         ],
         "export": ["--force", "--head", "--json", "--out"],
+        "merge-adapter": ["--force", "--json", "--out"],
         "evaluate": [
             *("--force", "--head", "--json", "--label-field", "--metric", "--out", "--set"),
             *("--test", "--text", "--text-field"),
         ],
         "predict": ["--force", "--head", "--json", "--out", "--set", "--text", "--text-field"],
-        "cache-teachers": ["--check", "--set", "--teacher", "--workers"],
-        "plan": ["--json", "--probe", "--set", "--texts", "--tokens"],
+        "cache-teachers": [
+            *("--address", "--check", "--executor", "--set", "--teacher", "--workers"),
+        ],
+        "plan": ["--assume", "--json", "--nodes", "--probe", "--set", "--texts", "--tokens"],
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
@@ -284,7 +287,7 @@ def test_the_command_line_is_frozen():
         ],
         "export-targets": ["--force", "--k", "--limit", "--out", "--teacher", "--view"],
         "train-student": ["--out", "--resume", "--set", "--sweep", "--workers"],
-        "rekindle": ["--draw", "--json", "--out", "--set", "--task", "--workers"],
+        "rekindle": ["--draw", "--json", "--out", "--searched", "--set", "--task", "--workers"],
         "compare": [
             *("--expert", "--json", "--label-field", "--metric", "--out", "--set", "--test"),
             "--text-field",

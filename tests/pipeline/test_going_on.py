@@ -86,7 +86,7 @@ def test_an_interrupted_student_goes_on_with_the_line(run_file, tmp_path, step, 
     """Also where it was interrupted before there was anything to go on with."""
     out = tmp_path / "my run"
     typed = ["train-student", str(run_file), "--out", str(out), "--set", "train.seed=3"]
-    where = (loop, "prepare", 1) if step is None else (loop, "_step", step)
+    where = (loop, "prepare", 1) if step is None else (loop, "take_step", step)
 
     def interrupt():
         before_call(*where, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -117,6 +117,7 @@ def test_the_line_is_what_was_typed_with_every_option(name, monkeypatch):
     monkeypatch.setattr(run, "finetune", interrupt)
     monkeypatch.setattr(exits, "leave", sys.exit)
     known = {"set_": "epochs=1", "metric": "f1", "seeds": "2", "workers": "2", "draw": "1"}
+    known |= {"executor": "local"}
     typed = [name]
     for one in typer.main.get_command(app).commands[name].params:
         value = known.get(one.name, f"the {one.name}'s")
@@ -193,7 +194,7 @@ def test_a_second_process_is_told_who_trains_there(run_file, tmp_path):
             os.write(ready[1], b".")
             os.read(go[0], 1)
 
-        before_call(loop, "_step", 3, hold)
+        before_call(loop, "take_step", 3, hold)
 
     first = child(*typed, before=wait)
     try:
@@ -211,7 +212,9 @@ def test_a_second_process_is_told_who_trains_there(run_file, tmp_path):
     killed = child(
         *typed[:-1],
         str(other),
-        before=lambda: before_call(loop, "_step", 5, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+        before=lambda: before_call(
+            loop, "take_step", 5, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        ),
     )
     assert killed.wait() == -signal.SIGKILL
     end_of(child(*typed[:-1], str(other), "--resume"), 0)
@@ -227,7 +230,7 @@ def test_files_may_grow_no_further(run_file, tmp_path, size):
         def now():
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-        before_call(loop, "_step", 6, now)
+        before_call(loop, "take_step", 6, now)
 
     said = end_of(child(*typed, before=limit), 2)
     assert re.search(r"error: .* cannot be written: .*File too large", said)

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,6 +147,31 @@ def test_torchrun_and_its_workers_that_are_killed_go_on_to_the_same_bits(run_fil
 
 
 @pytest.mark.slow
+def test_two_nodes_begin_again_by_themselves_when_a_process_is_killed(run_file, tmp_path):
+    """As docs/clusters.md starts them: one torchrun a node, whose line resumes where it can."""
+    out = tmp_path / "run"
+    program = shlex.join([sys.executable, "-m", "rekindle.pipeline.cli", *typed(run_file, out)])
+    line = f"[ -e {out}/run.json ] && again=--resume; exec {program} --set train.parallel=fsdp"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"--rdzv-endpoint=127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", place, "--rdzv-id=a", "--local-addr=127.0.0.1"]
+    command += ["--max-restarts=2", "--no-python", "bash", "-c", f"{line} $again"]
+    settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen(command, **options, env=os.environ | settings) for _ in range(2)]
+    until(lambda: len(read_metrics(out)) >= 12 or any(n.poll() is not None for n in nodes), 200)
+    workers = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    ended = [finish(node) for node in nodes]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert sum("resuming" in err for _, _, err in ended) == 1
+    assert [r["step"] for r in metrics(out) if r["kind"] == "train"] == list(range(1, 41))
+    assert (out / "summary.json").is_file()
+
+
+@pytest.mark.slow
 def test_processes_that_are_told_to_end_go_on_to_the_same_bits(run_file, whole, tmp_path):
     """As a scheduler does: torchrun passes it on to its workers."""
     broken = tmp_path / "broken"
@@ -161,7 +188,9 @@ def test_processes_that_are_told_to_end_go_on_to_the_same_bits(run_file, whole, 
     assert_same_bits(broken, whole)
 
 
-def test_stages_are_cached_by_one_process_and_trained_by_all(run_file, tmp_path):
+@pytest.fixture
+def stages_file(run_file, tmp_path):
+    """Two stages of four steps; the second's teacher is the first's student."""
     values = yaml.safe_load(run_file.read_text())
     values["train"] |= {"steps": 4, "evaluate_every": 4, "checkpoint_every": 4}
     values["cache"]["path"] = str(tmp_path / "cache")
@@ -169,14 +198,30 @@ def test_stages_are_cached_by_one_process_and_trained_by_all(run_file, tmp_path)
     values["stages"] = [{"name": "first"}, {"name": "second", "set": second}]
     path = tmp_path / "stages.yaml"
     path.write_text(yaml.safe_dump(values))
-    code, out, err = finish(start(path, tmp_path / "out"))
-    assert code == 0, err
-    assert out.count("4 steps in") == 2
+    return path
+
+
+def check_stages(folder, said, err):
+    assert said.count("4 steps in") == 2
     assert "another process works on" not in err
-    cached = Cache.open(tmp_path / "second-cache").teacher("lm")
+    cached = Cache.open(folder / "second-cache").teacher("lm")
     assert cached.coverage == 1
-    assert cached.fingerprint == weights_fingerprint(tmp_path / "out" / "first")
-    assert (tmp_path / "out" / "second" / "run.yaml").is_file()
+    assert cached.fingerprint == weights_fingerprint(folder / "out" / "first")
+    assert (folder / "out" / "second" / "run.yaml").is_file()
+
+
+def test_stages_are_cached_by_one_process_and_trained_by_all(stages_file, tmp_path):
+    children = fork(stages_file, tmp_path / "out")
+    end_well(children)
+    err = "".join(child.errors for child in children)
+    check_stages(tmp_path, (tmp_path / "out.said").read_text(), err)
+
+
+@pytest.mark.slow  # forked, above
+def test_torchrun_caches_stages_in_one_process_and_trains_in_all(stages_file, tmp_path):
+    code, out, err = finish(start(stages_file, tmp_path / "out"))
+    assert code == 0, err
+    check_stages(tmp_path, out, err)
 
 
 @pytest.mark.slow  # forked, below

@@ -19,7 +19,7 @@ from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
 from testlib.models import NARROW, STILL
 from testlib.several.forked import end_well, forked_world
-from testlib.students import weights
+from testlib.students import assert_same_run, assert_same_weights, weights
 
 SCRIPT = Path(__file__).with_name("torchrun_jobs.py")
 EVERYTHING = [
@@ -182,30 +182,6 @@ def runs(request):
     """The folder of all jobs."""
     slow = request.node.get_closest_marker("slow")
     return request.getfixturevalue("slow_runs" if slow else "quick_runs")
-
-
-def assert_same_run(found, expected):
-    """Equal but for the order in which numbers are added."""
-    ours, theirs = read_metrics(found), read_metrics(expected)
-    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {"kind", "step", "tokens_per_second", "data_wait", "seconds"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (name, a["step"])
-    assert_same_weights(weights(found), weights(expected))
-
-
-def assert_same_weights(found, expected):
-    """But for the attention's key biases: their gradient is 0 but for rounding (a softmax does not
-    see what is added to all its inputs), and Adam makes whole steps of that.
-    """
-    assert found.keys() == expected.keys()
-    for name in found:
-        if not name.endswith("key.bias"):
-            a, b = found[name], expected[name]
-            torch.testing.assert_close(
-                a, b, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
 
 
 @pytest.mark.parametrize("name", named(*JOBS))

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
+from rekindle.data.storage.shards import ShardSet
 from rekindle.train.config import DistillTerm, StudentConfig
 from rekindle.train.evaluate import EvaluationData, best_of, evaluate
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.passes import Remembered
 from rekindle.train.objective.task_loss import heads_of
 from rekindle.train.student import build_student
 
@@ -68,6 +72,63 @@ def test_ce_is_the_mean_cross_entropy_over_the_held_out_positions(kind, masked_w
     found = evaluate(student, data, CPU)
     assert found.keys() == {"ce"}
     assert found["ce"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+class Numbers:
+    """A cache whose batches are the numbers that are asked for."""
+
+    def gather(self, index, *arguments, **options):
+        return index.tolist()
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 9))
+def test_processes_share_what_is_evaluated(count, world_size, size):
+    """Each sequence counts once; all have as many batches; each reads neighbours."""
+    data = EvaluationData(Numbers(), np.arange(count) * 3, (), None, size)
+    shares = [list(data.share(rank, world_size)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [[n for batch, counts in share for n in batch if counts] for share in shares]
+    assert [n for share in counted for n in share] == data.index.tolist()
+    assert all(len(batch) <= size for share in shares for batch, _ in share)
+    assert all(len(batch) > 0 for share in shares for batch, _ in share)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The units that were opened, by folder."""
+    found, real = {}, ShardSet.open
+
+    def noted(self, commit, *arguments, **options):
+        found.setdefault(self.folder, set()).add(commit.unit)
+        return real(self, commit, *arguments, **options)
+
+    monkeypatch.setattr(ShardSet, "open", noted)
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_process_opens_only_the_shards_that_hold_its_share(masked_world, opened, rank):
+    """Of the corpus, the masks and each teacher."""
+    index = np.arange(len(masked_world.open().corpus))
+    data = data_of(masked_world, ["big", "sense"], index)
+    opened.clear()
+    for batch, _ in data.share(rank, 4):
+        assert batch.targets
+    shards, _ = data.cache.corpus.locate(np.array_split(index, 4)[rank])
+    wanted = {f"{shard:05d}" for shard in shards}
+    assert len(wanted) < len(data.cache.corpus.commits)
+    assert len(opened) == 4
+    for units in opened.values():  # 00000, or of a replica 00000-r000
+        assert {unit[:5] for unit in units} == wanted
+
+
+def test_a_pass_that_one_process_does_not_know_is_run_by_all():
+    inputs = {"input_ids": torch.tensor([[1, 2]])}
+    runs, answers = [], iter([False, False, True])
+    passes = Remembered(lambda known: next(answers))
+    for _ in range(3):
+        passes.run(inputs, None, lambda *given: runs.append(given) or (None, torch.zeros(1)))
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize("kind", ["masked", "causal"])

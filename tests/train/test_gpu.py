@@ -8,10 +8,13 @@ import sys
 import pytest
 import torch
 
+from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.train import loop
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import World
 from rekindle.train.loop import train_student
+from rekindle.train.objective.objective import Objective, StepLoss
 from rekindle.train.record.run_log import read_metrics
 from testlib.models import STILL
 
@@ -67,6 +70,39 @@ def test_a_gpu_trains_the_student_of_a_cpu(train):
 @pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
 def test_ways_to_run_it_change_nothing(train, option):
     assert train("with", **{option: True}) == pytest.approx(train("without"), rel=2e-3)
+
+
+def test_a_step_waits_for_nothing(train, monkeypatch):
+    """PyTorch refuses whatever would make the host wait while a step is given to the device."""
+    take = loop.take_step
+
+    def watched(*given):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return take(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    expected = train("plain")
+    monkeypatch.setattr(loop, "take_step", watched)
+    assert train("watched", log_gradients_every=None) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_bad_step_changes_no_weight(train, monkeypatch):
+    """It is read one step late; both are taken back on the device."""
+    loss, weights = Objective.loss, []
+
+    def broken(self, student, batch, counts, plan, device):
+        weights.append([p.detach().clone() for p in student.parameters()])
+        found = loss(self, student, batch, counts, plan, device)
+        return StepLoss(found.total * (torch.nan if plan.step == 4 else 1.0), found.terms)
+
+    monkeypatch.setattr(Objective, "loss", broken)
+    with pytest.raises(InputError, match="the loss is nan at step 5"):
+        train("broken", log_gradients_every=None)
+    assert len(weights) == 6
+    assert all(map(torch.equal, weights[4], weights[5]))
+    assert not all(map(torch.equal, weights[3], weights[4]))
 
 
 def test_bf16_is_near_float32(train):

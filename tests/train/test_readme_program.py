@@ -36,5 +36,6 @@ def test_it_runs(names, capsys):
     found = {}
     exec(compile(program, "README.md", "exec"), found)
     assert found["loss"].requires_grad
+    assert found["logits"].shape[1] == found["cache"].corpus.info["tokenizer"]["size"]
     assert float(found["loss"]) > 0
     assert "complete" in capsys.readouterr().out

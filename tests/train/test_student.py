@@ -278,6 +278,13 @@ def test_other_directories_are_no_students(directories, tmp_path):
         Student.from_pretrained(tmp_path)
 
 
+def test_heads_that_are_gone_are_named(directories, tmp_path):
+    student_of(directories).save_pretrained(tmp_path)
+    (tmp_path / "heads.safetensors").unlink()
+    with pytest.raises(InputError, match=r"a student without its heads\.safetensors"):
+        Student.from_pretrained(tmp_path)
+
+
 def test_heads_are_carried_over_where_they_are_the_same(directories, tmp_path):
     student = student_of(directories)
     student.save_pretrained(tmp_path)

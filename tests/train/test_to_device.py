@@ -159,6 +159,6 @@ def test_what_no_language_model_of_the_batch_is_for_is_refused(masked_world):
     with pytest.raises(InputError, match="is a multi_label_classification expert: its logits"):
         _ = to_device(batch, "cpu").targets["topics"].targets
     experts = cache.gather(np.arange(3), ["sense"])
-    with pytest.raises(InputError, match=r"temperature is 2.0, and the batch has no"):
+    with pytest.raises(InputError, match=r"temperature is 2.0; the batch has the"):
         to_device(experts, "cpu", temperature=2.0)
     assert len(to_device(experts, "cpu").select) == 0

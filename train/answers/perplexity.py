@@ -21,7 +21,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, Self
 
@@ -31,10 +31,12 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from rekindle.data.batch import length_buckets, pad
-from rekindle.data.corpus.tokenizer import Encoded, Tokenizer, load_tokenizer
+from rekindle.data.corpus.encoded import Encoded
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.sources import recorded_origin
 from rekindle.train.answers.config import PerplexityConfig
 from rekindle.train.answers.watch import NOBODY, Watch
@@ -60,6 +62,7 @@ from rekindle.train.student import ABOUT_FILE, Student
 
 MOST_TOKENS = 1024  # that a model sees at a time, unless a length is given
 SORTED_BATCHES = 16  # whose windows are sorted by length together
+TEXTS_AT_A_TIME = 64  # that are tokenised
 LOGIT_ROWS = 256  # whose logits are held at a time
 _LARGEST_CE = 700.0  # whose exponential is a number
 
@@ -164,9 +167,12 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
     """
     directory, placement = resolve_model(model), place(precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(directory)))
+    tell_slow({"--set precision={}": precision}, placement.device.partition(":")[0])
     with quiet_transformers():
         if (directory / ABOUT_FILE).is_file():
             network: StudentNetwork = Student.from_pretrained(directory)
+            for weights in network.parameters():  # as transformers loads: not the buffers
+                weights.data = weights.data.to(placement.dtype)
         else:
             config, task = load_config(directory), _language_task(model, directory, text)
             check_fits(config, task, repr(model))
@@ -176,7 +182,6 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
                     f"{model!r} has a vocabulary of {rows:,}, and its tokenizer ids up to "
                     f"{tokenizer.size - 1:,}: it belongs to another tokenizer"
                 )
-            tell_slow({"--set precision={}": precision}, placement.device.partition(":")[0])
             loaded = load_model(directory, AUTO_CLASSES[task], placement.dtype)
             network = StudentNetwork(loaded, task, vocabulary_size=tokenizer.size)
     if network.task == "masked_lm" and tokenizer.mask_id is None:
@@ -224,13 +229,18 @@ class _Texts:
 
     def encoded(self, tokenizer: Tokenizer) -> Iterator[Ids]:
         """The tokens of each, without special ones; InputError for a record that is no text."""
-        for document, found in tokenizer.encode_documents(self._read()):
+        for document, found in self._tokenised(tokenizer):
             self.count += 1
             self.bytes += len(document.text.encode())
             if not tokenizer.prefix:  # what a causal model does not predict
                 self.bytes -= _bytes_of_first(document.text, found)
             self.tokens += len(found.ids)
             yield found.ids
+
+    def _tokenised(self, tokenizer: Tokenizer) -> Iterator[tuple[Document, Encoded]]:
+        documents = self._read()
+        while taken := [*islice(documents, TEXTS_AT_A_TIME)]:
+            yield from zip(taken, tokenizer.encode([one.text for one in taken]), strict=True)
 
     def _read(self) -> Iterator[Document]:
         for document in self._documents:

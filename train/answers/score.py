@@ -24,7 +24,10 @@ from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undef
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.files import place
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.precision import bf16_saves
+from rekindle.train.record.stored_result import write_whole
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE
 
@@ -64,7 +67,9 @@ def score_model(
     for name, split in data.items():
         logger.info("%s: %s", scored[name], split.described())
         tell_undefined(scored[name], split)
-    with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config)):
+    where = place(config.precision)
+    bf16 = bf16_saves(where.precision, where.device.partition(":")[0])
+    with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config, bf16)):
         judge = _judge(model, data["dev"], config)
         found, cut = _scores_by_way(model, judge, data["dev"], config, "dev")
         tests = None
@@ -80,6 +85,7 @@ def score_model(
     result = FinetuneResult.of(model, files, data, metric, [only], *about, cut=cut)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
+    write_whole(Path(out), force)
     return result
 
 

@@ -6,12 +6,14 @@ Whoever opens a student's folder must not take its task heads for something that
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.train.export.plain import not_exportable, plain_labels, problem_of
 from rekindle.train.export.result import Exported
 from rekindle.train.measures import UNSEEN
-from rekindle.train.model.network import HeadConfig, StudentNetwork
+from rekindle.train.model.network import HeadConfig
+from rekindle.train.student import Student
 
 CARD_FILE = "README.md"
 SHOWN = 12  # labels that a card names
@@ -21,7 +23,7 @@ LANGUAGE = {
 }
 
 
-def student_card(student: StudentNetwork, directory: Path, best: Path | None = None) -> str:
+def student_card(student: Student, directory: Path, best: Path | None = None) -> str:
     """Say how to use the student in ``directory``: its heads first, then the language model.
 
     ``best``: the checkpoint with the best held-out value, where that is not the student.
@@ -43,13 +45,48 @@ def student_card(student: StudentNetwork, directory: Path, best: Path | None = N
             "```",
             "",
         ]
-    lines += [
-        f"As a language model it needs no export: `{auto}.from_pretrained({json.dumps(where)})`.",
-    ]
+    if student.base is None:
+        load = f"`{auto}.from_pretrained({json.dumps(where)})`"
+        lines += [f"As a language model it needs no export: {load}."]
+    else:
+        lines += _adapter(where, auto, student.base)
     if best is not None:
         told = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
         lines += ["", told]
     return "\n".join(lines) + "\n"
+
+
+def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
+    """How to use an adapter: with Rekindle as it is, with peft on its base, merged by itself."""
+    base = about["model"]
+    merge = shlex.join(["pipeline", "merge-adapter", where, "--out", f"{where}-merged"])
+    with_peft = [
+        "With peft:",
+        "",
+        "```python",
+        "import peft, transformers",
+        f"base = transformers.{auto}.from_pretrained({json.dumps(base)})",
+        f"model = peft.PeftModel.from_pretrained(base, {json.dumps(where)})",
+        "```",
+        "",
+    ]
+    if kind := about.get("quantize"):
+        with_peft = [
+            f"It was trained on weights of its base that were rounded to {kind}: on the base as it "
+            "lies there peft would compute something else.",
+            "",
+        ]
+    return [
+        f"The language model is an **adapter** (LoRA) of `{base}`, and needs that. Rekindle takes "
+        "this folder wherever a model stands.",
+        "",
+        *with_peft,
+        "As a whole model of its own:",
+        "",
+        "```sh",
+        merge,
+        "```",
+    ]
 
 
 def _exports(

@@ -6,6 +6,7 @@
 import json
 import logging
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ from rekindle.train.export.result import Exported
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.family_head import SAME, auto_class
 from rekindle.train.model.files import longest_input
-from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.fitting import knows_segments
+from rekindle.train.model.folder import is_adapter, resolve_model
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.padding import padding_of
-from rekindle.train.model.segments import knows_segments
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
+from rekindle.train.record.stored_result import write_whole
+from rekindle.train.record.working_copy import place_of
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
@@ -58,12 +61,13 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
         with new_folder(Path(out).resolve()) as staged:
             made.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            found = _described(student, name, made, staged, model, out, limit)
+            found = _described(student, name, made, staged, model, place_of(Path(out)), limit)
             lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
             content = {"written_by": WRITER, **found.as_dict(), LINEAGE: lineage}
             text = json.dumps(content, indent=1) + "\n"
             (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
             (staged / CARD_FILE).write_text(export_card(found), encoding="utf-8")
+        write_whole(Path(out), force)
     return found
 
 
@@ -74,6 +78,11 @@ def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
     heads = saved_heads(directory)
     if wanted is None and len(heads) == 1:
         return next(iter(heads))
+    if not heads and is_adapter(directory):
+        raise InputError(
+            f"student {model!r} has no task heads: it is an adapter of a language model. "
+            f"`pipeline merge-adapter {shlex.quote(model)} --out DIR` writes the whole model"
+        )
     if not heads:
         auto = "AutoModelForMaskedLM or AutoModelForCausalLM"
         raise InputError(

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rekindle.data.errors import InputError, first_words
+from rekindle.train.model.adapter import whole_shapes_of
 from rekindle.train.model.family_head import (
     SAME,
     FamilyHead,
@@ -108,7 +109,7 @@ def place_of_ours(student: StudentNetwork, head: HeadConfig) -> tuple[FamilyHead
     made = FamilyHead.fresh(model, head.kind, head.num_labels, padding, settings=settings)
     frame = made.frame
     outputs = set(output_tensors(frame.config, auto_class(frame.config, head.kind)))
-    body = {f"{frame.base_model_prefix}.{name}" for name in model.base_model.state_dict()}
+    body = {f"{frame.base_model_prefix}.{name}" for name in whole_shapes_of(model.base_model)}
     shapes = {name: tuple(values.shape) for name, values in frame.state_dict().items()}
     ours = TaskHead(model.config.get_text_config().hidden_size, head.num_labels, 0.0)
     dense = {

@@ -189,10 +189,9 @@ class FixedBudget(FinetuneConfig):
 NOTHING_KEPT = "Nothing of it is kept"
 
 
-def less_memory(config: FinetuneConfig) -> str:
-    """What takes less memory, with the values as they are."""
-    return (
-        f"Lower batch_size (now {config.batch_size}) or max_length (now {config.max_length}), or "
-        f"train in precision bf16 (now {config.precision}): `--set batch_size="
-        f"{max(1, config.batch_size // 2)}`"
-    )
+def less_memory(config: FinetuneConfig, bf16: bool) -> str:
+    """What takes less memory, with the values as they are; ``bf16``: whether that would."""
+    own = [f"batch_size (now {config.batch_size})", f"max_length (now {config.max_length})"]
+    fewer = f"Lower {' or '.join(own)}"
+    fewer += f", or train in precision bf16 (now {config.precision})" if bf16 else ""
+    return f"{fewer}: `--set batch_size={max(1, config.batch_size // 2)}`"

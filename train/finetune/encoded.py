@@ -19,8 +19,8 @@ from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.words import EncodedWords, encode_words
 from rekindle.train.model.files import longest_input
+from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.padding import padding_of
-from rekindle.train.model.segments import knows_segments
 
 logger = logging.getLogger("rekindle")
 

@@ -43,7 +43,7 @@ from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
-from rekindle.train.precision import autocast, tell_slow
+from rekindle.train.precision import autocast, bf16_saves, tell_slow
 from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
@@ -127,7 +127,8 @@ def finetune(
     settings, where = {"metric": metric} | config.model_dump(mode="json"), place(config.precision)
     with quiet_transformers():
         about = what_is_tuned(model, files, settings, where)
-    enough = running_out(Path(out), seeds_done.kept, less_memory(config))
+    bf16 = bf16_saves(where.precision, where.device.partition(":")[0])
+    enough = running_out(Path(out), seeds_done.kept, less_memory(config, bf16))
     with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
         started = time.perf_counter()
         job = _prepare(model, data, metric, config)
@@ -143,7 +144,7 @@ def finetune(
             about = (model, files, data, metric, ones, *took)
             return FinetuneResult.of(*about, cut=job.cut, unread=unread)
 
-        seeds_done.publish(home, lambda folder, ones: result_of(ones).save(folder))
+        seeds_done.publish(home, lambda folder, ones: result_of(ones).save(folder), force)
     return result_of(seeds_done.results)
 
 

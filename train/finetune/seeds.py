@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, RekindleError
+from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import (
     new_folder,
     publish_folder,
@@ -34,6 +35,8 @@ from rekindle.train.interrupts import telling
 from rekindle.train.model.files import Placement, config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.run_folder import LOCK_FILE, alone_in, check_same, read_record, reading
+from rekindle.train.record.stored_result import write_whole
+from rekindle.train.record.working_copy import store_of
 
 ABOUT_FILE = "about.json"
 Write = Callable[[Path, Sequence[SeedResult]], None]
@@ -149,12 +152,13 @@ class FinishedSeeds:
         for seed in set() if self.every else self.found.keys() - {best.seed}:
             remove(self._model(seed))
 
-    def publish(self, out: Path, write: Write) -> None:
+    def publish(self, out: Path, write: Write, force: bool = False) -> None:
         """Make the best one's folder ``out``, and put those of every seed into it where they are
-        kept; ``write`` adds to each what came out of its seeds. Nothing else is left.
+        kept; ``write`` adds to each what came out of its seeds. Nothing else is left. ``force``: as
+        of ``write_whole``.
         """
         made = self._model(self._best().seed)
-        if not self.every:
+        if not self.every and store_of(out) is None:
             write(made, self.results)
             publish_folder(made, out)
             return
@@ -162,10 +166,11 @@ class FinishedSeeds:
         with new_folder(whole) as staged:  # of copies: after a kill every seed is here still
             shutil.copytree(made, staged, dirs_exist_ok=True)
             write(staged, self.results)
-            for one in self.results:
+            for one in self.results if self.every else ():
                 shutil.copytree(self._model(one.seed), seed_folder(staged, one.seed))
                 write(seed_folder(staged, one.seed), [one])
         publish_folder(whole, out)
+        write_whole(out, force)
 
     def told(self) -> tuple[str, bool]:
         """What an interrupt leaves, and whether that is anything."""
@@ -204,7 +209,7 @@ def what_is_tuned(
     """What decides the result of every seed: by content, wherever it lies."""
     directory = resolve_model(model)
     weights = {"config": config_fingerprint(directory), "weights": weights_fingerprint(directory)}
-    digests = {split: _sha256(Path(path)) for split, path in files.items()}
+    digests = {split: sha256_of(path) for split, path in files.items()}
     tokenizer = padded_tokenizer(model)  # all of it: not its vocabulary alone decides what is read
     read_as = f"{tokenizer.backend_tokenizer.to_str()}\0{tokenizer.model_max_length}"
     return {
@@ -215,8 +220,3 @@ def what_is_tuned(
         "device": torch.device(placement.device).type,
         "precision": placement.precision,
     }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,13 +5,13 @@ Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quot
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.source.records import Bad, read_records
+from rekindle.data.source.record import Bad
+from rekindle.data.source.records import read_records
 from rekindle.data.source.sources import Origin, recorded_origin
-from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair
+from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, is_file
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.label_lists import TAGS, words_in
 
@@ -39,7 +39,7 @@ class TaskFile(NamedTuple):
 
 def read_file(path: str, settings: TaskSettings) -> TaskFile:
     """Read the columns of a task; InputError, naming the row, for a text that is none."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
     origin = recorded_origin(path)
     if origin.format not in _FORMATS:

@@ -47,9 +47,9 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
-from rekindle.train.config import GrowConfig
 from rekindle.train.growth.families import Embedding, Linear, Norm, Role, family_of
 from rekindle.train.growth.maps import Axis, balanced_sources, in_blocks, layer_sources
+from rekindle.train.model.student_config import GrowConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

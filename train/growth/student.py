@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from rekindle.data.errors import InputError
-from rekindle.train.config import GrowConfig
 from rekindle.train.growth.grow import Growth
 from rekindle.train.growth.maps import Axis
 from rekindle.train.model.family_head import FamilyHead
+from rekindle.train.model.student_config import GrowConfig
 from rekindle.train.student import Student, saved_heads
 
 

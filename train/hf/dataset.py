@@ -4,18 +4,24 @@ What they give is a number, not its content: a collator reads a whole batch at o
 that makes it. The order is that of ``Cache.batches`` and of our own loop, from (seed, epoch) alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
+from rekindle.train.config import Batching
+from rekindle.train.order.similar_lengths import dealt, turns, window_of
+
+# Of an epoch: steps, and the places that each of them reads.
+_Window = tuple[int, range, list[NDArray[np.int64]]]
+_NO_WINDOW: _Window = (0, range(0), [])
 
 
 class Place(NamedTuple):
@@ -24,6 +30,7 @@ class Place(NamedTuple):
     sequence: int  # its number in the corpus
     epoch: int  # which replica of the masks it is seen in
     counts: bool = True  # False: it fills up a process's share, and has no loss
+    corpus: str | None = None  # whose sequence it is; None: of the collator's own
 
 
 class Shares:
@@ -43,17 +50,27 @@ class Shares:
         rank: int = 0,
         world_size: int = 1,
         sequences: ArrayLike | None = None,
+        batching: Batching = "shuffled",
+        batch_sequences: int | None = None,
     ):
-        """Take the ``sequences`` (all of them if None) of a cache, in the order of ``seed``.
+        """Take the ``sequences`` (their numbers; all if None) of a cache, in the order of ``seed``.
 
-        Raises ValueError for a rank outside the world, InputError where there is no sequence or
-        one that the corpus has not.
+        ``batching``: as ``train.batching``. For similar_lengths ``batch_sequences`` is the batch
+        size of each process's DataLoader (a Trainer with our mixin says it by itself).
+
+        Raises ValueError for a rank outside the world, another batching and a batch without
+        sequences; InputError for what are no numbers, and where there is no sequence or one that
+        the corpus has not.
         """
+        if batching not in get_args(Batching):
+            raise ValueError(f"batching is {batching!r}; it is {' or '.join(get_args(Batching))}")
+        if batch_sequences is not None and batch_sequences < 1:
+            raise ValueError(f"batch_sequences must be at least 1, got {batch_sequences}")
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"rank must lie in 0..world_size − 1, got {rank} of {world_size} processes"
             )
-        self.sequences = None if sequences is None else np.asarray(sequences, np.int64)
+        self.sequences = None if sequences is None else _numbers(sequences)
         self.size = len(cache) if self.sequences is None else len(self.sequences)
         if not self.size:
             raise InputError("there is no sequence to train on: the corpus or `sequences` is empty")
@@ -63,9 +80,14 @@ class Shares:
                 raise InputError(
                     f"sequences are numbers {least} to {most}; the corpus has 0 to {len(cache) - 1}"
                 )
+        self.corpus = cache.corpus.fingerprint
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.batching, self.batch_sequences = batching, batch_sequences
+        self._lengths = cache.lengths if batching == "similar_lengths" else None
+        self._window = _NO_WINDOW
         # Shared memory: workers of a DataLoader that persist hear of a new epoch, too.
         self._epoch = torch.tensor(epoch).share_memory_()
+        self.repeats = False  # whether a sequence that fills up a share counts all the same
 
     @property
     def epoch(self) -> int:
@@ -76,12 +98,16 @@ class Shares:
         """Read that epoch from now on: another order, and the next replica of masks."""
         self._epoch.fill_(epoch)
 
-    def share(self, rank: int, world_size: int) -> Any:
-        """Return the same data set as one of ``world_size`` processes reads it; they stay in the
-        same epoch.
+    def share(
+        self, rank: int, world_size: int, repeats: bool = False, batch_sequences: int | None = None
+    ) -> Any:
+        """Return the same data set as one of ``world_size`` processes reads it, in batches of that
+        size if it is given; they stay in the same epoch. ``repeats``: what fills up a share counts
+        once more, for means over batches.
         """
         other = copy(self)
-        other.rank, other.world_size = rank, world_size
+        other.rank, other.world_size, other.repeats = rank, world_size, repeats
+        other.batch_sequences, other._window = batch_sequences or self.batch_sequences, _NO_WINDOW
         return other
 
     @property
@@ -92,10 +118,58 @@ class Shares:
     def place(self, number: int, epoch: int) -> Place:
         """Return what stands at place ``number`` of this share of ``epoch``."""
         at = number * self.world_size + self.rank
-        found = int(permute(np.array([at % self.size]), self.size, seed=self.seed, epoch=epoch)[0])
-        if self.sequences is not None:
-            found = int(self.sequences[found])
-        return Place(found, epoch, at < self.size)
+        if self._lengths is not None:
+            at = self._by_length(at, epoch, self._lengths)
+        found = int(self._numbers(np.array([at]), epoch)[0])
+        return Place(found, epoch, self.repeats or at < self.size, self.corpus)
+
+    def _numbers(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The sequences at ``places`` [B] of the shuffled epoch, which begins again at its end."""
+        found = permute(places % self.size, self.size, seed=self.seed, epoch=epoch)
+        return found if self.sequences is None else self.sequences[found]
+
+    def _by_length(self, at: int, epoch: int, lengths: Callable[..., NDArray[np.int64]]) -> int:
+        """The place of the shuffled epoch that stands at ``at`` where batches are of similar
+        lengths. What does not fill a batch, at the epoch's end, stays where it is.
+        """
+        if (batch := self.pass_sequences) is None:
+            raise InputError(
+                "batching: similar_lengths needs batch_sequences, the batch size of the DataLoader "
+                "that reads the data set: sequences are sorted and cut by it"
+            )
+        step, within = divmod(at, batch)
+        full = self.length * self.world_size // batch
+        if step >= full:
+            return at
+        known, window, dealt_places = self._window
+        if known != epoch or step not in window:
+            window = window_of(step, 0, full)
+            places = np.arange(window.start * batch, window.stop * batch, dtype=np.int64)
+            order, sizes = turns(window, self.seed, epoch), [batch] * len(window)
+            parts = dealt(lengths(self._numbers(places, epoch)), sizes, order)
+            dealt_places = [places[part] for part in parts]
+            self._window = epoch, window, dealt_places
+        return int(dealt_places[step - window.start][within])
+
+    @property
+    def pass_sequences(self) -> int | None:
+        """Sequences that all processes read together in a batch each; None where it does not
+        matter, or is not known.
+        """
+        if self._lengths is None or self.batch_sequences is None:
+            return None
+        return self.batch_sequences * self.world_size
+
+
+def _numbers(sequences: ArrayLike) -> NDArray[np.int64]:
+    """Return the numbers of sequences; InputError for a mask, which would be read as 0 and 1."""
+    found = np.asarray(sequences)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise InputError(
+            f"sequences has {found.ndim} dimensions of {found.dtype}; give a list of the numbers "
+            "of sequences (of a mask: np.flatnonzero(mask))"
+        )
+    return found.astype(np.int64)
 
 
 class CacheDataset(Shares, Dataset[Place]):
@@ -111,19 +185,17 @@ class CacheDataset(Shares, Dataset[Place]):
 
 
 class IterableCacheDataset(Shares, IterableDataset[Place]):
-    """The same order as a stream, which goes on where it was left.
+    """The same order as a stream, which ``load_state_dict`` goes on with where it was left.
 
-    Each ``iter()`` gives what is left of the epoch, and the next one begins the next epoch (unless
-    ``set_epoch`` says another). ``batch_sequences`` is the DataLoader's batch_size: its workers
-    then give the batches in the order of a single process.
+    Each ``iter()`` gives the epoch from its first place on, or from where the state stood; after
+    its last one the next begins the next epoch (unless ``set_epoch`` says another; with workers of
+    a DataLoader it must). One that is not read to its end changes nothing. ``batch_sequences`` is
+    the DataLoader's batch_size: its workers then give the batches in the order of a single process.
     """
 
     def __init__(self, cache: Cache, batch_sequences: int, **settings: Any):
         """Take ``settings`` as of CacheDataset."""
-        super().__init__(cache, **settings)
-        if batch_sequences < 1:
-            raise ValueError(f"batch_sequences must be at least 1, got {batch_sequences}")
-        self.batch_sequences = batch_sequences
+        super().__init__(cache, batch_sequences=batch_sequences, **settings)
         self._first = torch.tensor(0).share_memory_()  # the place at which the next iter() begins
         self._given = 0  # places that the running epoch has given in this process
 
@@ -140,11 +212,10 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
     def __iter__(self) -> Iterator[Place]:
         worker = get_worker_info()
         number, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        epoch, first = self.epoch, int(self._first)
-        for start in range(
-            first + number * self.batch_sequences, self.length, of * self.batch_sequences
-        ):
-            for at in range(start, min(start + self.batch_sequences, self.length)):
+        epoch, first, size = self.epoch, int(self._first), self.batch_sequences
+        assert size is not None
+        for start in range(first + number * size, self.length, of * size):
+            for at in range(start, min(start + size, self.length)):
                 self._given = at + 1
                 yield self.place(at, epoch)
         if worker is None:
@@ -158,7 +229,8 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
         in its own copy (torchdata's StatefulDataLoader asks every copy by itself).
         """
         position = self._given if consumed is None else consumed
-        return {
+        similar = {} if self.pass_sequences is None else {"pass_sequences": self.pass_sequences}
+        return similar | {
             "epoch": self.epoch,
             "position": max(position, int(self._first)),
             "seed": self.seed,
@@ -179,6 +251,15 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
                     f"{getattr(self, name)}: its order is another one. Go on with the same cache, "
                     "sequences and seed"
                 )
+        if (before := state.get("pass_sequences")) != self.pass_sequences:
+            was, now = (
+                "shuffled" if size is None else f"of similar lengths, {size} in a batch of all"
+                for size in (before, self.pass_sequences)
+            )
+            raise InputError(
+                f"the state is of a stream that is {was}, this one is {now}: its order is another "
+                "one. Go on with the same batching and batch_sequences × processes"
+            )
         taken = state["position"] * state["world_size"]
         if taken % self.world_size and taken < self.size:
             raise InputError(
@@ -186,5 +267,5 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
                 "processes cannot share; go on with a number of them that divides it"
             )
         self.set_epoch(state["epoch"])
-        self._first.fill_(min(taken // self.world_size, self.length))
+        self._first.fill_(self.length if taken >= self.size else taken // self.world_size)
         self._given = int(self._first)

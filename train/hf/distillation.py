@@ -8,7 +8,7 @@ S positions, V vocabulary, H hidden; P rows with a loss.
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,16 +28,16 @@ from rekindle.kernels.call import StudentLogits
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import DistillTerm
 from rekindle.train.hf.collator import TargetCollator
-from rekindle.train.model.fitting import SAID
+from rekindle.train.model.fitting import AUTO_CLASSES, SAID
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.language_loss import IGNORED, head_loss
 from rekindle.train.objective.selection import Counts
-from rekindle.train.objective.terms import check_terms
-from rekindle.train.to_device import DeviceBatch, DeviceTargets, to_device
+from rekindle.train.objective.terms import check_terms, told_of_between
+from rekindle.train.record.coverage import check_covered
+from rekindle.train.to_device import DeviceBatch, DeviceTargets, by_name, to_device
 
 log = logging.getLogger("rekindle")
 
-T = TypeVar("T")
 Rows = Callable[[Tensor], Tensor | StudentLogits]  # what the losses take of the student, at rows
 
 
@@ -61,10 +61,13 @@ class Distillation:
         kd_weight: float | Mapping[str, float] = 1.0,
         ce_weight: float = 1.0,
         temperature: float | Mapping[str, float] | None = None,
+        temperature_between: str = "refuse",
         divergence: str = "forward_kl",
+        skew: float | None = None,
         tail: str = "bucket",
         k: int | Mapping[str, int] | None = None,
         masked_view: str | None = None,
+        allow_missing: Sequence[str] = (),
     ):
         """Say what is taught; nothing is read yet.
 
@@ -72,16 +75,21 @@ class Distillation:
             cache: with the teachers' targets.
             teachers: names of language models in it.
             task: what the student is, masked_lm or causal_lm; None: what the teachers are.
-            kd_weight: λ, for all or by teacher. One of weight 0 is not read.
+            kd_weight: λ, for all, or one for each teacher. One of weight 0 is not read.
             ce_weight: μ, of the cross-entropy on the text.
             temperature: τ, for all or by teacher; None: 1, or the one that a sample was drawn at.
+            temperature_between: refuse, or interpolate, for ``topk`` targets at a temperature
+                between three or more stored ones (``data/targets/between.py`` says how well).
             divergence: as of ``kd_loss``.
+            skew: α of the divergence skew_kl; None: 0.1.
             tail: as of ``kd_loss``.
             k: read so few candidates, for all or by teacher; None: all that are kept.
             masked_view: of masked LMs the masks of the student; None: the only ones there are.
+            allow_missing: teachers that may lack targets: what they lack is trained without them.
 
         Raises InputError for what cannot be learnt: another task, other masks than a teacher's, a
-        temperature or k that is not stored, a divergence that a sample cannot teach.
+        temperature or k that is not stored, a divergence that a sample cannot teach, targets that
+        are not all there.
         """
         if isinstance(teachers, str) or not teachers:
             raise InputError(
@@ -89,19 +97,29 @@ class Distillation:
                 f"{sorted(cache.teachers)}"
             )
         self.cache, self.ce_weight = cache, ce_weight
+        self._collators: list[TargetCollator] = []  # which are told that a loss is asked for
+        self._compared = False  # whether the student's tokenizer was held against the cache's
         self.infos = {name: cache.teacher(name).info for name in teachers}
         teachers_task = _task_of(self.infos)
         self.task = task or teachers_task
         self.masked_view = _masks(cache, self.infos, self.task, masked_view)
-        weights = _of_each(kd_weight, self.infos, "kd_weight")
-        temperatures = _of_each(temperature, self.infos, "temperature")
-        ks = _of_each(k, self.infos, "k")
+        there = f"the teachers are {list(self.infos)}"
+        weights = by_name(kd_weight, self.infos, "kd_weight", there)
+        if untold := [name for name in self.infos if name not in weights]:
+            raise InputError(
+                f"kd_weight is {kd_weight} and says nothing of {untold}. Give one number for all, "
+                "or one for each teacher: 0 for one that does not teach"
+            )
+        temperatures = by_name(temperature, self.infos, "temperature", there)
+        ks = by_name(k, self.infos, "k", there)
         given = [
             {
                 "teachers": [name],
-                "weight": weights.get(name, 1.0),
-                "temperature": temperatures.get(name) or vocabulary_kind(info).read_at,
+                "weight": weights[name],
+                "temperature": temperatures.get(name, vocabulary_kind(info).read_at),
+                "temperature_between": temperature_between,
                 "divergence": divergence,
+                "skew": skew,
                 "tail": tail,
                 "k": ks.get(name),
             }
@@ -109,10 +127,14 @@ class Distillation:
         ]
         terms = [parse_settings(DistillTerm, term) for term in given]
         check_terms(terms, self.infos, self.task, "teachers")
-        self.terms = {
-            term.teachers[0]: term for term in terms if weights.get(term.teachers[0], 1.0) > 0
-        }
-        self.weights = {name: float(weights.get(name, 1.0)) for name in self.terms}
+        self.terms = {term.teachers[0]: term for term in terms if weights[term.teachers[0]] > 0}
+        for line in told_of_between([*self.terms.values()], self.infos):
+            log.info(line)
+        self.temperature_between = terms[0].temperature_between
+        self.weights = {name: float(weights[name]) for name in self.terms}
+        self.allow_missing = tuple(allow_missing)
+        taught = {name: cache.teacher(name) for name in self.terms}
+        check_covered(taught, self.allow_missing, "allow_missing")
         if ce_weight < 0 or not (ce_weight or self.terms):
             raise InputError(
                 f"ce_weight is {ce_weight} and kd_weight {kd_weight}: weights are 0 or more, and "
@@ -126,23 +148,34 @@ class Distillation:
 
     def collator(self) -> TargetCollator:
         """Return what makes batches of the places that a data set gives."""
-        return TargetCollator(self.cache, list(self.terms), self.task, self.masked_view)
+        made = TargetCollator(
+            self.cache, list(self.terms), self.task, self.masked_view, self.allow_missing
+        )
+        self._collators.append(made)
+        return made
 
     def check_student(self, model: nn.Module, tokenizer: Any = None) -> None:
-        """Raise InputError for a student of another task or vocabulary than the targets'.
+        """Raise InputError for a student without a vocabulary, or of another task or vocabulary
+        than the targets'.
 
-        Without its tokenizer only the number of its rows can be compared.
+        Without its tokenizer, here or in an earlier call, only the number of its rows can be
+        compared, which is said.
         """
         given: Any = model
         whole = given.get_base_model() if hasattr(given, "get_base_model") else given
         kind = type(whole).__name__
-        said = next((task for form, task in SAID.items() if re.search(form, kind)), self.task)
-        if said != self.task:
+        said = next((task for form, task in SAID.items() if re.search(form, kind)), None)
+        if said not in (None, self.task):
             raise InputError(
                 f"the student is a {kind}, a {said}; the targets are of a {self.task}. Use a "
                 "student of the teachers' task, or teachers of its own"
             )
         output = whole.get_output_embeddings()
+        if output is None and said is None:
+            raise InputError(
+                f"the student is a {kind}, which has no output over the vocabulary. Load it as a "
+                f"language model, with {AUTO_CLASSES[self.task]}"
+            )
         rows = whole.config.get_text_config().vocab_size if output is None else len(output.weight)
         if rows < self.vocabulary_size:
             raise InputError(
@@ -163,6 +196,13 @@ class Distillation:
             own = wrap_tokenizer(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
             advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
             unshared_ids(self.cache.corpus, own, beside, "the student", advice)
+            self._compared = True
+        elif not self._compared:
+            log.warning(
+                "the student's tokenizer is not known: that its ids mean what the cache's do is "
+                "not checked. Give a fast tokenizer: the Trainer's processing_class, or to "
+                "check_student"
+            )
 
     def counts(self, batches: Sequence[tuple[Batch, Tensor]]) -> Counts:
         """Return how many rows each mean is over: of the micro-batches of a step, each with its
@@ -180,7 +220,14 @@ class Distillation:
         """Send a batch's targets to a device, as they are stored."""
         temperature = {name: term.temperature for name, term in self.terms.items()}
         k = {name: term.k for name, term in self.terms.items() if term.k is not None}
-        return to_device(batch, device, task=self.task, temperature=temperature, k=k)
+        return to_device(
+            batch,
+            device,
+            task=self.task,
+            temperature=temperature,
+            k=k,
+            temperature_between=self.temperature_between,
+        )
 
     def loss(
         self,
@@ -240,6 +287,8 @@ class Distillation:
         """Each position goes through the head once where it can: its cross-entropy is formed in the
         call of the first teacher that has a target at every row.
         """
+        for collator in self._collators:
+            collator.read = True
         moved = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, output.device)
         own = moved.labels if labels is None else self._at(labels.to(output.device), moved.select)
         counts = counts or self._counts_of(moved, own)
@@ -331,17 +380,3 @@ def _masks(
                 "masked_view out"
             )
     return view
-
-
-def _of_each(
-    given: T | Mapping[str, T] | None, infos: Mapping[str, TeacherInfo], what: str
-) -> dict[str, T]:
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(infos, given)
-    if unknown := sorted(given.keys() - infos.keys()):
-        raise InputError(
-            f"{what} names {', '.join(map(repr, unknown))}; the teachers are {list(infos)}"
-        )
-    return dict(given)

@@ -4,7 +4,10 @@ It makes the batches and the loss; optimiser, schedule, precision, checkpoints a
 Trainer's. transformers is imported by whoever mixes it in.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -14,11 +17,23 @@ from torch.utils.data import DataLoader
 
 from rekindle.data.batch import Batch
 from rekindle.data.errors import InputError
-from rekindle.train.hf.collator import TARGETS
+from rekindle.train.hf.collator import TARGETS, TargetCollator
 from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset, Place, Shares
 from rekindle.train.hf.distillation import Distillation
+from rekindle.train.model.routers import balance_weight, told_of_routers
+from rekindle.train.objective.language_loss import IGNORED
+from rekindle.train.objective.objective import ROUTER
 from rekindle.train.objective.selection import Counts
 
+log = logging.getLogger("rekindle")
+
+# All that is taken of the Trainer; of TRL's, ``_prepare_dataset`` is overridden. Some of it is no
+# documented interface: where a version lacks any, nothing is trained.
+METHODS = (
+    *("compute_loss", "get_batch_samples", "get_eval_dataloader", "get_train_dataloader", "log"),
+    *("get_cp_size", "get_sp_size", "get_tp_size"),
+)
+ATTRIBUTES = ("_train_batch_size", "accelerator", "label_smoother", "model_accepts_loss_kwargs")
 COLUMNS = ["input_ids", "labels", "distillation"]  # of a row that stands for a cache's sequences
 
 
@@ -32,8 +47,20 @@ class DistillationMixin:
     ``kd/TEACHER`` are logged beside it.
     """
 
-    # To transformers: do not divide the loss by the number of micro-batches.
+    # To transformers from 5.19: do not divide the loss by the number of micro-batches.
     loss_is_scaled_for_ga = True
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Raise TypeError where the mixin comes after the Trainer, whose loss would be taken."""
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[1 : cls.__mro__.index(DistillationMixin)]
+        if other := next(
+            (kind for kind in before if not issubclass(kind, DistillationMixin)), None
+        ):
+            raise TypeError(
+                f"{cls.__name__}: DistillationMixin must come before {other.__name__}, whose own "
+                f"loss is trained on otherwise: class {cls.__name__}(DistillationMixin, …)"
+            )
 
     def __init__(self, *args: Any, distillation: Distillation, **kwargs: Any):
         """Take the Trainer's own arguments, and what the student is taught.
@@ -43,6 +70,8 @@ class DistillationMixin:
         """
         self.distillation = distillation
         self._counts: Counts | None = None  # of the step in hand
+        self._micro_batches = 1  # of that step, in this process
+        self._balance = 0.0  # the weight of the student's load-balancing loss
         self._shown: dict[str, Tensor] = {}  # sums since the last log
         self._steps_shown = 0  # how many steps that is
         known = signature(super().__init__).parameters.values()
@@ -58,6 +87,7 @@ class DistillationMixin:
         data = CacheDataset(distillation.cache) if everything else kwargs["train_dataset"]
         kwargs["train_dataset"] = data
         _check_data(data, kwargs["data_collator"])
+        _check_evaluated(kwargs.get("eval_dataset"), kwargs["data_collator"])
         if hasattr(super(), "_prepare_dataset"):  # TRL's takes none but those of `datasets`
             kwargs["train_dataset"] = _stand_in()
         super().__init__(**kwargs)
@@ -65,11 +95,14 @@ class DistillationMixin:
         trainer.train_dataset = data
         if everything:  # the Trainer's own, where no arguments are given
             data.seed = trainer.args.seed
-        if not hasattr(super(), "loss_is_scaled_for_ga"):
+        base = super()
+        lacking = [name for name in METHODS if not hasattr(base, name)]
+        if lacking := lacking + [name for name in ATTRIBUTES if not hasattr(trainer, name)]:
             raise InputError(
-                "this version of transformers would divide the loss by the number of micro-batches "
-                "once more: it has no Trainer.loss_is_scaled_for_ga. Use transformers 5.19 or newer"
+                f"the Trainer of this version of transformers has no {', '.join(lacking)}, which "
+                "the distillation is made of. Use transformers 5.17 or newer, below 6"
             )
+        self._divides = not hasattr(base, "loss_is_scaled_for_ga")  # transformers before 5.19
         if kwargs.get("compute_loss_func") is not None or trainer.label_smoother is not None:
             raise InputError(
                 "compute_loss_func and label_smoothing_factor say another loss than the "
@@ -82,6 +115,10 @@ class DistillationMixin:
                 f"a cache's targets are of whole sequences, once (sizes {parts}). Use DDP or FSDP"
             )
         distillation.check_student(trainer.model, trainer.processing_class)
+        if distillation.task == "causal_lm":
+            self._balance = balance_weight(trainer.model)
+            if routers := told_of_routers(trainer.model):
+                log.info("student: %s", routers)
         trainer.add_callback(_epochs(trainer.train_dataset))
 
     # --- batches ---
@@ -111,8 +148,15 @@ class DistillationMixin:
                 f"the data set has batch_sequences {data.batch_sequences}, the Trainer reads "
                 f"batches of {batch} (per_device_train_batch_size): give it the same"
             )
+        if training and data.batch_sequences not in (None, batch):
+            raise InputError(
+                f"the data set has batch_sequences {data.batch_sequences}, the Trainer reads "
+                f"batches of {batch} (per_device_train_batch_size): leave batch_sequences out"
+            )
+        if not training and isinstance(data, IterableCacheDataset):
+            data = deepcopy(data)  # which moves on when it is read: evaluations stay in one epoch
         return DataLoader(
-            data.share(args.process_index, args.world_size),
+            data.share(args.process_index, args.world_size, not training, batch),
             batch_size=batch,
             collate_fn=trainer.data_collator,
             drop_last=training and args.dataloader_drop_last,
@@ -126,7 +170,12 @@ class DistillationMixin:
         """Take a step's micro-batches, and count what its means are over, on all processes."""
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         taken = [(_targets(batch), batch["labels"]) for batch in batches]
-        self._counts = self.distillation.counts(taken).over(self._sum)
+        counts = self.distillation.counts(taken)
+        if self._balance:  # a share of it is each micro-batch's, by its tokens
+            rows = dict(counts.rows) | {ROUTER: sum(_tokens(*one) for one in taken)}
+            counts = replace(counts, rows=rows)
+        self._counts = counts.over(self._sum)
+        self._micro_batches = len(batches)
         self._steps_shown += 1
         return batches, items
 
@@ -165,13 +214,25 @@ class DistillationMixin:
         found = self.distillation.loss(outputs.logits, batch, inputs["labels"], counts)
         loss = found.loss
         if model.training:
-            self._note(found.ce, found.kd)
+            shown = {"ce": found.ce, **{f"kd/{name}": found.kd[name] for name in found.kd}}
+            if self._balance and counts is not None:
+                share = _balance_of(outputs) * _tokens(batch, inputs["labels"])
+                shown[ROUTER] = share / max(counts.rows[ROUTER], 1)
+                loss = loss + self._balance * shown[ROUTER]
+            self._note(shown)
             # Gradients are averaged over the processes, and each has its share of one mean.
             loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]
+            if self._divides:
+                loss = loss * self._undone(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _note(self, ce: Tensor, kd: Mapping[str, Tensor]) -> None:
-        for name, value in {"ce": ce, **{f"kd/{name}": kd[name] for name in kd}}.items():
+    def _undone(self, num_items_in_batch: Any) -> int:
+        """Return what transformers before 5.19 will divide the loss by."""
+        scaled = self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
+        return 1 if scaled and num_items_in_batch is not None else self._micro_batches
+
+    def _note(self, shown: Mapping[str, Tensor]) -> None:
+        for name, value in shown.items():
             self._shown[name] = self._shown.get(name, 0.0) + value.detach().float()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -201,6 +262,22 @@ def _targets(inputs: Mapping[str, Any]) -> Batch:
     )
 
 
+def _tokens(batch: Batch, labels: Tensor) -> int:
+    """Return how many tokens count of a micro-batch; none of one that fills up a share."""
+    return int(batch.lengths.sum()) if bool((labels != IGNORED).any()) else 0
+
+
+def _balance_of(outputs: Any) -> Tensor:
+    """Return the load-balancing loss of a pass, without its weight."""
+    found = getattr(outputs, "aux_loss", None)
+    if not isinstance(found, Tensor):
+        raise InputError(
+            "the student's configuration has output_router_logits: true, and its output has no "
+            "aux_loss, the load-balancing loss. Set it to false"
+        )
+    return found
+
+
 def _check_data(data: object, collator: Any) -> None:
     """Check, with one sequence, that a data set and a collator give targets."""
     if not isinstance(data, Shares):
@@ -214,8 +291,20 @@ def _check_data(data: object, collator: Any) -> None:
             f"train_dataset is the share of process {data.rank} of {data.world_size}; the "
             "Trainer's processes share it by themselves. Leave rank and world_size out"
         )
-    first: Place = data.place(0, data.epoch)
+    first: Place = data.share(0, 1, batch_sequences=1).place(0, data.epoch)
     _targets(collator([first]))
+
+
+def _check_evaluated(given: Any, collator: Any) -> None:
+    """InputError for data sets that a collator of ours cannot read."""
+    if not isinstance(collator, TargetCollator) or given is None:
+        return
+    for data in given.values() if isinstance(given, Mapping) else [given]:
+        if not isinstance(data, Shares):
+            raise InputError(
+                f"eval_dataset is a {type(data).__name__}; the collator reads sequences of the "
+                "cache. Give a CacheDataset, or a data_collator of yours that takes both"
+            )
 
 
 def _stand_in() -> Any:

@@ -1,30 +1,40 @@
-"""Adapters of peft's: what they change of their base's configuration, and how they are merged in.
+"""Adapters of peft's: what one changes of its base's configuration, and how it is merged in.
 
-Only whole, mergeable ones: what comes out is an ordinary model.
+Only whole, mergeable ones: what comes out is an ordinary model. peft is imported here and in
+``lora`` alone.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.train.model.causes import refusing
+from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import (
+    ABOUT_FILE,
     ADAPTER_FILE,
     ADAPTER_WEIGHTS,
     StoredTensor,
+    own_files,
     read_object,
     stored_tensors,
 )
 from rekindle.train.model.labels import outputs_in_file
 from rekindle.train.model.meta import shape_only
+from rekindle.train.model.quantised import four_bit_shape, need_bitsandbytes, round_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,6 +43,11 @@ if TYPE_CHECKING:
 _VOLATILE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 # Kinds that put something before the text or between the layers: nothing to merge.
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
+INSTALL = "install the extra, in Rekindle's checkout: pip install -e '.[peft]'"
+PREFIX = "base_model.model."  # of the names in an adapter's file
+# Within a model that an adapter is put into: the names of what is the model's, and what is not.
+_INSIDE = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
+_BESIDE = re.compile(r"\.(lora_\w+|original_module)\.")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
 
 
@@ -52,18 +67,24 @@ def need_peft(directory: Path) -> None:
     if find_spec("peft") is None:
         raise InputError(
             f"{directory} is an adapter, and the package peft, which loads it, is not installed. "
-            "Merge it (merge_and_unload) and give the whole model, or install the extra, in "
-            "Rekindle's checkout: pip install -e '.[peft]'"
+            "Merge it (`pipeline merge-adapter`, or peft's merge_and_unload) where peft is, and "
+            f"give the whole model, or {INSTALL}"
         )
 
 
 def adapter_fingerprints(directory: Path) -> dict[str, str]:
-    """The digest of the adapter's own files, and the version of peft that merges it."""
+    """The digest of the adapter's own files, a student's heads and prompts among them, and the
+    version of peft that merges it.
+    """
     settings = read_object(directory / ADAPTER_FILE)
     kept = {k: v for k, v in settings.items() if k not in _VOLATILE}
+    if kind := recorded_base(directory).get("quantize"):
+        kept["quantize"] = kind
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    with open(directory / ADAPTER_WEIGHTS, "rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    beside = [file for file in own_files(directory) if file.name != ADAPTER_WEIGHTS]
+    for file in (directory / ADAPTER_WEIGHTS, *beside):
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return {"adapter": digest.hexdigest(), "peft": version("peft")}
 
 
@@ -113,7 +134,7 @@ def refuse_other_base(model: "PreTrainedModel", directory: Path, base: Path) -> 
 
 
 def _name(key: str) -> str:
-    return _WRAPPED.sub("", key.removeprefix("base_model.model."))
+    return _WRAPPED.sub("", key.removeprefix(PREFIX))
 
 
 def _rows(
@@ -147,7 +168,7 @@ def merge_adapter(
     import peft
 
     given = stored_tensors(directory)
-    with refusing(what):
+    with refusing(what), quiet_peft():
         grown = vocabulary_size > base.get_input_embeddings().weight.shape[0]
         if grown:
             base.resize_token_embeddings(vocabulary_size, mean_resizing=False)
@@ -188,3 +209,79 @@ def _check_new_rows(model: "PreTrainedModel", brought: set[str], directory: Path
                 f"{ADAPTER_WEIGHTS}: its new rows would be random. Save it with its embeddings "
                 "(save_embedding_layers=True)"
             )
+
+
+def whole_shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a module's tensors, by the names that they have where no adapter is
+    within, and none of them in four bits.
+    """
+    packed = {
+        f"{name}.weight": size
+        for name, part in module.named_modules()
+        if (size := four_bit_shape(getattr(part, "weight", None))) is not None
+    }
+    scales = tuple(f"{name}." for name in packed)  # which lie beside it: `weight.absmax`
+    return {
+        _INSIDE.sub("", name): packed.get(name, values.shape)
+        for name, values in module.state_dict().items()
+        if not _BESIDE.search(name) and not name.startswith(scales)
+    }
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence peft's warnings: of what it sets right by itself, and of what is refused here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def round_as_trained(base: "PreTrainedModel", directory: Path) -> None:
+    """Round those weights of ``base`` that the adapter in ``directory`` was trained beside in four
+    bits: it is an adapter of them.
+    """
+    if (kind := recorded_base(directory).get("quantize")) is None:
+        return
+    if kind != "nf4":
+        raise InputError(
+            f"{directory} was trained on weights rounded to {kind!r}, which this version of "
+            "Rekindle does not know"
+        )
+    need_bitsandbytes(f"{directory}, an adapter of weights in four bits,")
+    ending = ".lora_A.weight"
+    names = [name for name in whole_tensors(directory) if name.endswith(ending)]
+    round_weights(base, [name.removesuffix(ending) for name in names])
+
+
+def recorded_base(directory: Path) -> dict[str, str]:
+    """Return what a student that is an adapter says of its base: where it lay (model), the digests
+    of its weights and its configuration, and how it was rounded (quantize), if so. Empty for an
+    adapter of others.
+    """
+    if not (directory / ABOUT_FILE).is_file():
+        return {}
+    found = read_object(directory / ABOUT_FILE).get("base")
+    return found if isinstance(found, dict) else {}
+
+
+def trained_as(directory: Path) -> str | None:
+    """Return the class of transformers that a student which is an adapter was trained as; None for
+    an adapter of others.
+    """
+    about = directory / ABOUT_FILE
+    return AUTO_CLASSES[str(read_object(about)["task"])] if about.is_file() else None
+
+
+def refuse_changed_base(directory: Path, base: Path, now: Mapping[str, str]) -> None:
+    """Raise InputError where the base is not the one that the adapter in ``directory`` was trained
+    on, by the digests ``now``.
+    """
+    before = recorded_base(directory)
+    other = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    if other:
+        raise InputError(
+            f"{directory} is an adapter, and {base} is not the base that it was trained on: its "
+            f"{' and its '.join(other)} differ from those of {before.get('model')} at that time "
+            f"(digests in {directory / ABOUT_FILE}). Put the right one's path into "
+            f"base_model_name_or_path in {directory / ADAPTER_FILE}"
+        )

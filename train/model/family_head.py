@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, first_words
+from rekindle.train.deferred.recording import try_when_filled
+from rekindle.train.model.adapter import whole_shapes_of
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.meta import shape_only
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["sequence", "token"]  # what a head judges
 TASKS = {"sequence": "sequence_classification", "token": "token_classification"}
+SECTION = "student.head: family"  # of the configuration
 POOLERS = ("pooler", "pooler_activation")  # parts of a body that belong to the head
 SAME = 1e-5  # of a logit, or of the largest one above 1
 LENGTHS = (7, 2, 5)  # tokens of the rows that heads are tried with
@@ -52,7 +55,7 @@ class FamilyHead(nn.Module):
         Raises InputError, saying why, where the family has none, or none for this body.
         """
         made = cls.fresh(model, kind, outputs, padding, causal)
-        made._check(model.base_model, kind)
+        try_when_filled(lambda: made._check(model.base_model, kind), SECTION)
         return made
 
     @classmethod
@@ -74,12 +77,17 @@ class FamilyHead(nn.Module):
         setattr(frame, frame.base_model_prefix, _Given(body))
         if any(True for _ in frame.buffers()):
             raise InputError(f"{name} keeps more in its head than weights")
-        frame.to_empty(device="cpu").to(torch.float32)
+        for module in frame.modules():
+            for key, weight in module._parameters.items():
+                if weight is not None:
+                    empty = torch.empty(weight.shape, device="cpu")
+                    module._parameters[key] = nn.Parameter(empty, weight.requires_grad)
         for module in frame.modules():
             frame._init_weights(module)
         made = cls(frame)
         if causal and kind == "sequence":
-            made._check_reads_on(model.config.get_text_config().hidden_size)
+            width = model.config.get_text_config().hidden_size
+            try_when_filled(lambda: made._check_reads_on(width), SECTION)
         return made
 
     def forward(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -102,7 +110,7 @@ class FamilyHead(nn.Module):
 
     def _check(self, body: nn.Module, kind: Kind) -> None:
         """Raise InputError unless it says what the family's class says with ``body``."""
-        name, inputs = type(self.frame).__name__, sample_inputs(self.frame.config)
+        name, inputs = type(self.frame).__name__, self._sample()
         places = inputs["attention_mask"].bool()
         try:
             with evaluating(self), evaluating(body):
@@ -120,9 +128,9 @@ class FamilyHead(nn.Module):
 
     def _check_reads_on(self, width: int) -> None:
         """Raise InputError where it reads the first token's states [``width``] alone."""
-        inputs = sample_inputs(self.frame.config)
-        draw = torch.Generator().manual_seed(0)
-        states = torch.randn(*inputs["input_ids"].shape, width, generator=draw)
+        inputs = self._sample()
+        draw, ids = torch.Generator().manual_seed(0), inputs["input_ids"]
+        states = torch.randn(*ids.shape, width, generator=draw).to(ids.device)
         other = states.clone()
         other[:, 1:] += 1.0
         with evaluating(self):
@@ -131,6 +139,11 @@ class FamilyHead(nn.Module):
                     f"{type(self.frame).__name__} judges a text by its first token, which in a "
                     "causal LM has seen no other"
                 )
+
+    def _sample(self) -> dict[str, Tensor]:
+        """What it is tried with, where its weights are."""
+        device = next((p.device for p in self.frame.parameters()), torch.device("cpu"))
+        return {k: v.to(device) for k, v in sample_inputs(self.frame.config).items()}
 
     @contextmanager
     def _whole(self, body: nn.Module) -> Iterator[None]:
@@ -234,5 +247,5 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _shapes(body: nn.Module) -> dict[str, torch.Size]:
-    tensors = body.state_dict().items()
-    return {name: values.shape for name, values in tensors if not name.startswith(POOLERS)}
+    shapes = whole_shapes_of(body).items()
+    return {name: shape for name, shape in shapes if not name.startswith(POOLERS)}

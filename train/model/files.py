@@ -6,9 +6,11 @@ import copy
 import hashlib
 import json
 import logging
-from functools import cache, lru_cache
+from collections.abc import Mapping
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +18,15 @@ from torch import nn
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
+from rekindle.train.deferred.recording import active
 from rekindle.train.model.adapter import (
     adapter_fingerprints,
     complete_config,
     merge_adapter,
     need_peft,
+    refuse_changed_base,
+    round_as_trained,
+    trained_as,
 )
 from rekindle.train.model.causes import (
     MERGED,
@@ -41,9 +47,9 @@ from rekindle.train.model.folder import (
     settings_folder,
     stored_tensors,
 )
-from rekindle.train.model.heads import say_unused, use_own_head
+from rekindle.train.model.heads import say_unused, take_weights, use_own_head
 from rekindle.train.model.labels import complete_labels
-from rekindle.train.model.meta import Shape, refuse_missing, refuse_shapes, split_names
+from rekindle.train.model.meta import Shape, load_later, refuse_missing, refuse_shapes, split_names
 from rekindle.train.model.padding import (
     COUNT_PAST_PADDING,
     drop_outside_padding,
@@ -93,7 +99,18 @@ def adapted_fingerprints(directory: Path) -> dict[str, str]:
     if base is None:
         return {}
     need_peft(directory)
+    check_base(directory, base)
     return {"base": weights_fingerprint(base)} | adapter_fingerprints(directory)
+
+
+def check_base(directory: Path, base: Path) -> None:
+    """Raise InputError where a student that is the adapter in ``directory`` had another base."""
+    refuse_changed_base(directory, base, base_fingerprints(base))
+
+
+def base_fingerprints(base: Path) -> dict[str, str]:
+    """The digests of a model that is adapted."""
+    return {"weights": weights_fingerprint(base), "config": config_fingerprint(base)}
 
 
 def config_fingerprint(directory: Path) -> str:
@@ -157,12 +174,14 @@ def load_weights(
     advice: str = "",
     config: "PretrainedConfig | None" = None,
     whole: str = TRAINED,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Loaded:
     """Load safetensors weights through a transformers Auto class, never with remote code.
 
     ``config``: the directory's, changed. ``whole``: why they must not be quantised, if so. What is
     not there, or in another shape than the configuration gives it, is random; the caller judges.
-    ``what`` and ``advice`` are as of ``refusing``. Raises InputError for all that cannot be loaded.
+    ``what`` and ``advice`` are as of ``refusing``; ``more`` is for transformers. Raises InputError
+    for all that cannot be loaded.
     """
     import transformers
 
@@ -171,8 +190,11 @@ def load_weights(
         return _load_adapted(directory, base, auto_class, dtype, what, config)
     check_headers(directory)
     check_quantisation(directory, read_settings(directory), stored_tensors(directory), whole)
+    load: Any = getattr(transformers, auto_class).from_pretrained
+    if active() is not None:
+        load = partial(load_later, auto_class)
     with refusing(what, advice):
-        model, info = getattr(transformers, auto_class).from_pretrained(
+        model, info = load(
             str(directory),
             config=config,
             dtype=dtype,
@@ -180,6 +202,7 @@ def load_weights(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them; the caller refuses
+            **more,
         )
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
@@ -197,46 +220,50 @@ def _load_adapted(
 ) -> Loaded:
     """Load an adapter's base in float32, merge the adapter into it, and round the sum to ``dtype``.
 
-    Where ``config`` has other outputs than the adapter, the head is that of ``config``, and random.
+    A student is merged as the language model that it was trained as, whatever the class. Where
+    that, or ``config``, has another head than the adapter, it is random.
     """
     import transformers
 
+    check_base(directory, base)
     attention = config._attn_implementation  # student.attention, where that is set
-    own = load_config(directory, auto_class, attention)
+    kind = trained_as(directory) or auto_class
+    own = load_config(directory, kind, attention)
     start = copy.deepcopy(own)
     plain = load_config(base, attention=attention)
     start.get_text_config().vocab_size = plain.get_text_config().vocab_size
     told = f"{what}: its base"
-    found = load_weights(base, auto_class, torch.float32, told, config=start, whole=MERGED)
+    found = load_weights(base, kind, torch.float32, told, config=start, whole=MERGED)
+    round_as_trained(found.model, directory)
     size = own.get_text_config().vocab_size
     merged, brought = merge_adapter(found.model, directory, size, what)
     body, head = (sorted({*names} - brought) for names in (found.body, found.head))
     shapes = {name: both for name, both in found.shapes.items() if name not in brought}
-    if config.num_labels != own.num_labels:
+    if kind != auto_class or config.num_labels != own.num_labels:
         with refusing(what):
             model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
-        held, wanted = merged.state_dict(), model.state_dict()
-        shapes = {
-            name: (tuple(held[name].shape), tuple(values.shape))
-            for name, values in wanted.items()
-            if held[name].shape != values.shape
-        }
-        model.load_state_dict({k: v for k, v in held.items() if k not in shapes}, strict=False)
-        merged, head = model, sorted(shapes)
-    else:
-        for key in ("id2label", "label2id", "problem_type"):  # what callers set
-            setattr(merged.config, key, getattr(config, key))
-        set_padding(merged.config, padding_of(config))
+        fresh, shapes = take_weights(model.eval(), merged, directory)
+        fresh |= {*body, *head} & model.state_dict().keys()
+        return Loaded(model.to(dtype), *split_names(model, sorted(fresh)), shapes)
+    for key in ("id2label", "label2id", "problem_type"):  # what callers set
+        setattr(merged.config, key, getattr(config, key))
+    set_padding(merged.config, padding_of(config))
     return Loaded(merged.to(dtype), body, head, shapes)
 
 
-def load_model(directory: Path, auto_class: str, dtype: torch.dtype) -> nn.Module:
-    """Load a teacher; every weight must come from the directory.
+def load_model(
+    directory: Path,
+    auto_class: str,
+    dtype: torch.dtype,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> nn.Module:
+    """Load a teacher; every weight must come from the directory. ``more``: what transformers is
+    told of devices.
 
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
     what = f"{directory} cannot be loaded as {auto_class}"
-    loaded = load_weights(directory, auto_class, dtype, what, whole="")
+    loaded = load_weights(directory, auto_class, dtype, what, whole="", more=more)
     refuse_shapes(what, loaded.shapes)
     refuse_missing(directory, auto_class, loaded.model.config, sorted(loaded.body + loaded.head))
     return loaded.model
@@ -326,9 +353,9 @@ class Placement(Settings):
 
 
 def place(precision: str) -> Placement:
-    """Return the first device of this process, and the precision that ``auto`` means on it."""
+    """Return the device of this process, and the precision that ``auto`` means on it."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = "cuda:0" if kind == "cuda" else kind
+    device = f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind
     return Placement(device=device, precision=chosen_precision(precision, kind))
 
 

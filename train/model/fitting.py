@@ -1,4 +1,4 @@
-"""Which tasks a model is for, by its configuration alone: no weights are read.
+"""Which tasks and inputs a model is for, by its configuration alone: no weights are read.
 
 What a language model in fact sees is tried once it is loaded (``sight.py``).
 """
@@ -123,3 +123,12 @@ def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
     known = [t for t in AUTO_CLASSES if t not in (task, *LANGUAGE) or t in language]
     known = [t for t in known if t != task and _has_class(config, t)]
     return f"; it can be {', '.join(known)}" if known else ""
+
+
+def knows_segments(config: "PretrainedConfig") -> bool:
+    """Whether a model has embeddings of two segments or more.
+
+    ``token_type_ids`` are for such models alone: GPT-2 and its like take them for words, and add
+    the embedding of token 0 to every place.
+    """
+    return (getattr(config.get_text_config(), "type_vocab_size", None) or 0) >= 2

@@ -14,6 +14,8 @@ from typing import Any
 
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.storage.client import is_remote
+from rekindle.data.storage.folders import folder_copy
 from rekindle.data.text_files import refuse_pointer
 from rekindle.train.model.unfinished import unfinished, usable_checkpoint
 
@@ -23,6 +25,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 SETTINGS_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ABOUT_FILE = "rekindle_student.json"  # beside a student: what it is
 SHARDS = "model-*-of-*.safetensors"
 # Whole weights, as transformers looks for them.
 WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
@@ -38,10 +41,18 @@ class StoredTensor:
 
 
 def resolve_model(path_or_id: str) -> Path:
-    """The local directory of a model; a hub id is downloaded (or found in the hub's cache).
+    """The local directory of a model; a hub id is downloaded (or found in the hub's cache), and of
+    a folder in a store (``s3://…``) there is a local copy.
 
-    Raises InputError when it is neither.
+    Raises InputError when it is none of these.
     """
+    if is_remote(path_or_id):
+        copied = folder_copy(path_or_id.rstrip("/"))
+        try:
+            check_folder(copied)
+        except InputError as error:
+            raise InputError(str(error).replace(str(copied), path_or_id)) from None
+        return copied
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -261,9 +272,9 @@ def base_of(directory: Path) -> Path | None:
         raise InputError(f"{file} names no base (base_model_name_or_path)")
     path, own = Path(name).expanduser(), directory.resolve()
     places = [path, *(folder / path for folder in (own, *own.parents))]
-    found = next((place for place in places if place.is_dir()), path)
+    found = next((str(place) for place in places if place.is_dir()), str(path))
     try:
-        base = resolve_model(str(found))
+        base = resolve_model(name if is_remote(name) else found)
     except InputError as error:
         raise InputError(
             f"{directory} is an adapter, and its base cannot be had: {error}. Put the base's path "

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import naming
+from rekindle.data.text_files import state_of
 from rekindle.train.model.adapter import refuse_other_base, whole_tensors
 from rekindle.train.model.causes import MERGED, TRAINED, check_quantisation, quantised_by
-from rekindle.train.model.files import load_config, refuse_body, suit
+from rekindle.train.model.files import check_base, load_config, refuse_body, suit
 from rekindle.train.model.fitting import AUTO_CLASSES, LANGUAGE, check_fits
 from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
 from rekindle.train.model.meta import (
@@ -37,7 +38,7 @@ def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConf
     check_fits(config, task, who, base_of(directory) is None or task in LANGUAGE)
     with naming(who):
         suit(config, directory, auto_class)
-        found = _misfit(directory, auto_class, config)
+        found = _misfit_of(directory, auto_class, config)
         if found is not None:
             refuse_shapes(f"{directory} cannot be loaded as {auto_class}", found.shapes)
             refuse_missing(directory, auto_class, config, sorted(found.body + found.head))
@@ -88,6 +89,21 @@ def check_expert_files(directory: Path) -> None:
         refuse_shapes(what, {name: found.shapes[name] for name in body})
 
 
+# Stage 1 asks of each teacher three times: before any work, on a corpus's beginning, and on all.
+_COMPARED: dict[tuple[object, ...], Misfit | None] = {}
+
+
+def _misfit_of(directory: Path, auto_class: str, config: "PretrainedConfig") -> Misfit | None:
+    """``_misfit``, of files that are as they were worked out once only."""
+    base = base_of(directory)
+    folders = [directory] if base is None else [directory, base]
+    files = sorted(path for folder in folders for path in folder.iterdir())
+    key = (auto_class, *((path, state_of(path)) for path in files))
+    if key not in _COMPARED:
+        _COMPARED[key] = _misfit(directory, auto_class, config)
+    return _COMPARED[key]
+
+
 def _misfit(
     directory: Path, auto_class: str, config: "PretrainedConfig", why: str = ""
 ) -> Misfit | None:
@@ -110,6 +126,7 @@ def _misfit(
     model = shape_only(config, auto_class)
     if base is not None:
         refuse_other_base(model, directory, base)
+        check_base(directory, base)
     found = misfit(model, tensors)
     if found is None or base is None:
         return found

@@ -1,8 +1,9 @@
 """Heads that a folder has weights of: which of a family's heads a configuration means, and what of
-them no class takes.
+them no class takes. And what is said of a language-model head that begins afresh.
 """
 
 import logging
+import math
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
 from rekindle.train.model.folder import stored_tensors
+from rekindle.train.model.meta import Shape
+from rekindle.train.step_config import usual_head_steps
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -42,3 +45,39 @@ def say_unused(directory: Path, model: "PreTrainedModel", names: Collection[str]
         more = ", …" if len(parts) > 3 else ""
         told = "%s: weights of heads that %s does not have are left unused: %s%s"
         log.info(told, directory, type(model).__name__, ", ".join(parts[:3]), more)
+
+
+def take_weights(
+    model: "PreTrainedModel", whole: "PreTrainedModel", directory: Path
+) -> tuple[set[str], dict[str, tuple[Shape, Shape]]]:
+    """Give ``model`` the weights of one of its family, ``whole``, which ``directory`` holds.
+
+    Returns the names of those that it does not get, and which of them have another shape there:
+    that, and its own.
+    """
+    held, wanted = whole.state_dict(), model.state_dict()
+    shapes = {
+        name: (tuple(held[name].shape), tuple(values.shape))
+        for name, values in wanted.items()
+        if name in held and held[name].shape != values.shape
+    }
+    taken = (held.keys() & wanted.keys()) - shapes.keys()
+    model.load_state_dict({name: held[name] for name in taken}, strict=False)
+    say_unused(directory, model, held.keys() - wanted.keys())
+    return wanted.keys() - taken, shapes
+
+
+def told_of_fresh_head(model: str, vocabulary: int, steps: int, taught: str = "") -> str:
+    """Say what it means to train a fresh head over ``vocabulary`` tokens, and what to do instead.
+
+    ``steps``: of the run; 0: not known yet. ``taught``: by whom, if not by the text.
+    """
+    alone = str(usual_head_steps(steps)) if steps else "N, a fifth of the steps, at most 100"
+    return (
+        f"student {model!r} has no language-model head: a fresh one, with random weights, "
+        f"is trained{taught}. Its cross-entropy begins near {math.log(vocabulary):.1f} nats (a "
+        f"guess among {vocabulary:,} tokens), where a teacher's divergence is about 1: at first "
+        "the loss, and most of the gradient that reaches the body, are this head's learning. "
+        f"Either train it alone at first (train.warm_head_steps: {alone}), "
+        "or, where its words do not matter, leave the text out (train.objective.hard.weight: 0)"
+    )

@@ -2,23 +2,43 @@
 them a folder has not. Nothing is read but headers.
 """
 
+import copy
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rekindle.data.errors import InputError
+from rekindle.train.deferred.recording import active
 from rekindle.train.model.causes import refusing
-from rekindle.train.model.folder import StoredTensor
+from rekindle.train.model.folder import StoredTensor, read_header, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
 FILLING = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "zero_", "fill_"}
+
+IN_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' variable: whether it does not load so
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Misfit(NamedTuple):
@@ -114,3 +134,49 @@ def refuse_missing(
             f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be "
             f"random.{saved} Is the teacher's `task` right for this model?"
         )
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds; within a recording, tensors that are read when it is filled.
+
+    Raises InputError for a damaged one.
+    """
+    header, recorded = read_header(file), active()
+    if recorded is None:
+        return load_file(file)
+    strange = sorted({one.dtype for one in header.values()} - _TYPES.keys())
+    if strange:
+        recorded.refuse(f"{file.name} holds {strange[0]}")
+    return {k: recorded.tensor(file, k, _TYPES[one.dtype], one.shape) for k, one in header.items()}
+
+
+def load_later(auto_class: str, directory: str, config: "PretrainedConfig", **more: Any) -> Any:
+    """As transformers loads a folder, within a recording: files are read when that is filled."""
+    made = shape_only(copy.deepcopy(config), auto_class)  # a family may have several classes
+    found: dict[str, Tensor] = {}
+    for file in weight_files(Path(directory)):
+        found |= read_tensors(file)
+    with _in_this_thread():
+        model, info = type(made).from_pretrained(None, config=made.config, state_dict=found, **more)
+    model.name_or_path = model.config.name_or_path = directory
+    if hasattr(model, "adjust_generation_fn"):
+        none = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))
+        given = {"force_download": False, "local_files_only": True, "subfolder": ""}
+        model.adjust_generation_fn(
+            None, True, False, directory, trust_remote_code=False, **none, **given
+        )
+    return model, info
+
+
+@contextmanager
+def _in_this_thread() -> Iterator[None]:
+    """Have transformers load so: what is done in other threads is not recorded."""
+    before = os.environ.get(IN_THREADS)
+    os.environ[IN_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[IN_THREADS]
+        else:
+            os.environ[IN_THREADS] = before

@@ -10,15 +10,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, naming
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.model.family_head import FamilyHead
-from rekindle.train.model.passes import Recorded
-from rekindle.train.model.segments import knows_segments
+from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.model.family_head import SECTION, FamilyHead
+from rekindle.train.model.fitting import knows_segments
+from rekindle.train.model.meta import read_tensors
+from rekindle.train.model.passes import Recorded, with_known_padding
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
@@ -190,7 +191,7 @@ class StudentNetwork(nn.Module):
 
     def _fresh_head(self, head: HeadConfig) -> nn.Module:
         if head.form == "family":
-            with naming("student.head: family"):
+            with naming(SECTION):
                 sizes = (head.kind, head.num_labels, head.padding)
                 return FamilyHead.of(self.model, *sizes, causal=self.task == "causal_lm")
         config = self.model.config.get_text_config()
@@ -212,7 +213,7 @@ class StudentNetwork(nn.Module):
         key = _method_key(name)
         self.heads[key] = module
         if self.source is not None and (self.source / HEADS_FILE).is_file():
-            found = weights_below(load_file(self.source / HEADS_FILE), key)
+            found = weights_below(read_tensors(self.source / HEADS_FILE), key)
             shapes = {k: v.shape for k, v in module.state_dict().items()}
             if shapes == {k: v.shape for k, v in found.items()}:
                 module.load_state_dict(found)
@@ -280,6 +281,8 @@ class StudentNetwork(nn.Module):
         read = inputs
         if SEGMENTS in inputs and not knows_segments(self.model.config):
             read = {name: value for name, value in inputs.items() if name != SEGMENTS}
+        if self.prompts is None and self._asks_for_padding:
+            read = with_known_padding(read)
         if self.prompts is not None:
             read = self.prompts.insert(read, self.model.get_input_embeddings())
             select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])
@@ -297,7 +300,14 @@ class StudentNetwork(nn.Module):
         if self.prompts is None:
             return inputs
         numbers = torch.tensor(self.prompts.numbers(domains))
-        return {**inputs, DOMAINS: numbers.to(inputs["input_ids"].device)}
+        device = inputs["input_ids"].device
+        numbers = numbers.pin_memory() if device.type == "cuda" else numbers
+        return {**inputs, DOMAINS: numbers.to(device, non_blocking=True)}
+
+    @property
+    def _asks_for_padding(self) -> bool:
+        """Whether the model looks whether a mask hides anything: others may take masks apart."""
+        return getattr(self.model.config, "_attn_implementation", None) == "sdpa"
 
     @property
     def output_head(self) -> OutputHead:
@@ -319,6 +329,24 @@ class StudentNetwork(nn.Module):
         """
         body = {id(parameter) for parameter in self.model.base_model.parameters()}
         return {n: p for n, p in self.model.named_parameters() if id(p) not in body}
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass, from now on; InputError where the model
+        has no way to.
+        """
+        model = self.model
+        # transformers' newer name first: the older one goes with its version 6.
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        try:
+            with quiet_transformers():
+                enable({"use_reentrant": False})
+        except (ValueError, AttributeError) as error:
+            raise InputError(
+                f"train.gradient_checkpointing: {type(model).__name__} has none ({error}); "
+                "set it to false, and micro_batch_sequences lower to save memory"
+            ) from None
 
     def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         if self.task == "masked_lm":

@@ -6,7 +6,7 @@ hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +49,20 @@ class Recorded:
 
 
 class Remembered(Recorded):
-    """Runs the body once for equal inputs: several values of an evaluation share its passes."""
+    """Runs the body once for equal inputs: several values of an evaluation share its passes.
+
+    ``known_to_all(known)``: whether a pass is ``known`` in all processes; in some, it is run.
+    """
+
+    def __init__(self, known_to_all: Callable[[bool], bool] = bool) -> None:
+        super().__init__()
+        self.known_to_all = known_to_all
 
     def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> Found:
         """Return what an equal pass gave, or run the body."""
-        for known in self.passes:
-            if known.answers(inputs, select):
-                return (None if select is None else known.hidden), known.states
+        known = next((one for one in self.passes if one.answers(inputs, select)), None)
+        if self.known_to_all(known is not None) and known is not None:
+            return (None if select is None else known.hidden), known.states
         return super().run(inputs, select, body)
 
 
@@ -81,3 +88,57 @@ class Replayed(Recorded):
     def _leaf(self, values: Tensor) -> Tensor:
         self.leaves.append(values.detach().requires_grad_())
         return self.leaves[-1]
+
+
+# --- what a pass asks of its mask ---
+# transformers asks ``mask.all()`` before every pass with PyTorch's own attention, to leave a mask
+# out that hides nothing. On a GPU the answer would be waited for until all that was asked before is
+# done; the host knows it.
+
+MASK = "attention_mask"
+_SAME = (Tensor.to, Tensor.bool, Tensor.long)  # what leaves the answer as it is
+
+
+class PaddingMask(Tensor):
+    """A mask [B,S] that answers ``all()`` itself."""
+
+    full: bool  # whether it hides nothing
+
+    @classmethod
+    def of(cls, mask: Tensor, full: bool) -> "PaddingMask":
+        """Return the mask, with the answer."""
+        found = mask.as_subclass(cls)
+        found.full = full
+        return found
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer ``all()``; of all else give plain tensors, but where only the type is another."""
+        with torch._C.DisableTorchFunctionSubclass():
+            own = args[0] if args and isinstance(args[0], cls) else None
+            if func is Tensor.all and own is not None and len(args) == 1 and not kwargs:
+                return own.full
+            found = func(*args, **(kwargs or {}))
+            if not isinstance(found, Tensor):
+                return found
+            if own is not None and func in _SAME:
+                return cls.of(found, own.full)
+            return found.as_subclass(Tensor) if isinstance(found, cls) else found
+
+
+def note_padding(mask: Tensor, full: bool) -> Tensor:
+    """Note on a mask whether it hides nothing; for ``with_known_padding``."""
+    mask.hides_nothing = full  # type: ignore[attr-defined]
+    return mask
+
+
+def with_known_padding(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a pass's inputs with a mask that answers by itself, where that is noted on it."""
+    full = getattr(inputs[MASK], "hides_nothing", None)
+    return inputs if full is None else {**inputs, MASK: PaddingMask.of(inputs[MASK], full)}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
+from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.routers import balance_weight, balanced_states
 from rekindle.train.model.sight import BROKEN, check_sight, evaluating, sample_ids
@@ -87,14 +88,19 @@ class SplitLanguageModel:
 
         body.forward = forward
         self._hooked = not causal
-        if causal:
-            try:
-                self._check()
-                return
-            except NotImplementedError:  # decoders that transform their states, as BERT's do
-                self._hooked = True
-        self._install_hooks()
-        self._check()
+        if not causal:
+            self._install_hooks()
+        try_when_filled(self._settle, "student")  # teachers have their weights
+
+    def _settle(self) -> None:
+        try:
+            self._check()
+        except NotImplementedError:
+            if self._hooked:
+                raise
+            self._hooked = True  # decoders that transform their states, as BERT's do
+            self._install_hooks()
+            self._check()
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The body's final hidden states [B,S,H]."""
@@ -112,7 +118,7 @@ class SplitLanguageModel:
         """
         if not self._hooked:
             states = self.states(inputs)
-            return states.flatten(0, 1)[select], states
+            return states.flatten(0, 1)[select.to(states.device)], states
         self._select = select
         try:
             picked = self.model(**inputs).logits

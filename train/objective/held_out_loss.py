@@ -9,8 +9,9 @@ would differ from process to process, and a resumed run from one that was not in
 load-balancing loss of routers, which is of training alone, is no part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.train.config import DistillTerm, RankingConfig
+from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking import group_keys, score_errors
 from rekindle.train.objective.selection import names_of
 from rekindle.train.student import Student
 
 Sums = dict[str, tuple[float, int]]  # by name: what is summed up, and over how many rows
+Key = TypeVar("Key")
 
 
 def is_plain(term: DistillTerm, target: TokenTargetBatch) -> bool:
@@ -73,6 +76,13 @@ class HeldOutLoss:
                 found[f"{method.name}/{name}"] = weight * float(loss)
         for name, total in found.items():
             self._put(name, total, counts.rows[name])
+
+    def join(self, world: World) -> None:
+        """Add what the other processes have summed up."""
+        every = world.gather((self._sums, self._ranked))
+        self._sums = added(sums for sums, _ in every)
+        names = dict.fromkeys(name for _, ranked in every for name in ranked)
+        self._ranked = {name: added(ranked.get(name, {}) for _, ranked in every) for name in names}
 
     def mean(self) -> float | None:
         """Return the objective of all batches; None where none of its terms had a row."""
@@ -130,6 +140,15 @@ class HeldOutLoss:
 
     def _put(self, name: str, total: float, rows: int) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + np.array([total, rows], np.float64)
+
+
+def added(parts: Iterable[Mapping[Key, NDArray[np.float64]]]) -> dict[Key, NDArray[np.float64]]:
+    """Return the sums of what stands under each name."""
+    total: dict[Key, NDArray[np.float64]] = {}
+    for part in parts:
+        for name, values in part.items():
+            total[name] = total.get(name, 0.0) + values
+    return total
 
 
 def ranked_loss(groups: NDArray[np.float64], config: RankingConfig) -> float:

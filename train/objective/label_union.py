@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
+from rekindle.train.device_batch import send
 
 FLOOR = 1e-6  # of a margin: an example that two experts claim alike still counts a little
 
@@ -50,7 +52,7 @@ class LabelUnion:
 
     def pad(self, expert: str, probs: Tensor) -> Tensor:
         """Return an expert's probabilities [B,C_j] among all labels [B,U]; 0 for those it lacks."""
-        places = torch.tensor(self.places[expert], device=probs.device)
+        places = send(np.array(self.places[expert], np.int64), probs.device)
         return probs.new_zeros(len(probs), len(self.names)).index_copy_(1, places, probs)
 
     def mixed(self, logits: Mapping[str, Tensor], weights: Tensor, temperature: float) -> Tensor:
@@ -71,7 +73,7 @@ class LabelUnion:
         """
         probs = torch.softmax(torch.cat(list(logits.values()), dim=1) / temperature, dim=1)
         places = [place for own in self.places.values() for place in own]
-        index = torch.tensor(places, device=probs.device)
+        index = send(np.array(places, np.int64), probs.device)
         return probs.new_zeros(len(probs), len(self.names)).index_add_(1, index, probs)
 
 

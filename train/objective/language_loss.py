@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
 from rekindle.data.errors import InputError
-from rekindle.kernels.checks import LossTargets
+from rekindle.kernels.checks import LossTargets, SparseKinds
 from rekindle.kernels.hidden import row_entropy
 from rekindle.kernels.losses import KDLoss, LossOptions, linear_kd_loss, merge_targets
-from rekindle.kernels.targets import DecodedTargets
+from rekindle.kernels.targets import MAX_KEPT, DecodedTargets
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import LanguageRows, kd_targets, send, sparse_targets
 from rekindle.train.model.split_model import OutputHead
@@ -29,7 +29,10 @@ IGNORED = -100  # the label of a row without cross-entropy
 
 
 def head_loss(
-    hidden: Tensor, head: OutputHead, targets: LossTargets | None, **options: Unpack[LossOptions]
+    hidden: Tensor,
+    head: OutputHead,
+    targets: LossTargets | list[SparseKinds] | None,
+    **options: Unpack[LossOptions],
 ) -> KDLoss:
     """Return `linear_kd_loss` of hidden states [N,H] and the student's output matrix, summed over
     the rows; without targets the cross-entropy alone.
@@ -45,7 +48,7 @@ def head_loss(
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one call of the loss teaches: targets, and the LM rows they belong to."""
+    """What a teacher (or a mixture) teaches: targets, and the LM rows they belong to."""
 
     name: str  # what the loss is shown as
     term: DistillTerm
@@ -53,6 +56,37 @@ class Lesson:
     targets: LossTargets
     rows: Rows  # [n] of the P rows, ascending
     row_weight: Tensor | None = None  # [n] 1 or 0: which of them are taught
+
+    @property
+    def kept(self) -> int:
+        """Count the ids of a row that the targets list."""
+        return self.targets.ids.shape[1] if isinstance(self.targets, SparseKinds) else 0
+
+    def joins(self, other: "Lesson") -> bool:
+        """Tell whether both can be taught in one call, which reads the logits once for both."""
+        asked = ((t.temperature, t.divergence, t.tail, t.skew) for t in (self.term, other.term))
+        return (
+            len(set(asked)) == 1
+            and self.row_weight is other.row_weight is None
+            and isinstance(self.targets, SparseKinds)
+            and isinstance(other.targets, SparseKinds)
+            and np.array_equal(self.rows, other.rows)
+        )
+
+
+def calls_of(lessons: Sequence[Lesson]) -> list[list[Lesson]]:
+    """Return the lessons by the call that teaches them: in turn, but each with the first that it
+    joins. A call's ids are as many as the kernels take.
+    """
+    calls: list[list[Lesson]] = []
+    for lesson in lessons:
+        for call in calls:
+            if call[0].joins(lesson) and sum(each.kept for each in (*call, lesson)) <= MAX_KEPT:
+                call.append(lesson)
+                break
+        else:
+            calls.append([lesson])
+    return calls
 
 
 class LanguageLoss:
@@ -77,11 +111,15 @@ class LanguageLoss:
         """
         open_rows = np.full(len(self.rows.keys), hard > 0)  # those whose cross-entropy is due
         labelled = max(self.counts.labels, 1)
-        for lesson in [found for term, weight in terms for found in self._lessons(term, weight)]:
+        lessons = [found for term, weight in terms for found in self._lessons(term, weight)]
+        for call in [[each] for each in lessons] if apart else calls_of(lessons):
+            lesson = call[0]
             joined = lesson.row_weight is None and not apart
             due = open_rows[lesson.rows] if joined else np.zeros(1, bool)
-            loss = self._taught(lesson, due, hard / labelled)
-            add(lesson.name, loss.loss, loss.kd / max(self.counts.rows[lesson.name], 1))
+            loss = self._taught(call, due, hard / labelled)
+            for number, each in enumerate(call):
+                shown = (loss.kd[number] if len(call) > 1 else loss.kd) / self._rows_of(each)
+                add(each.name, None if number else loss.loss, shown)
             if due.any():
                 add("ce", None, loss.ce / labelled)
                 open_rows[lesson.rows] = False
@@ -90,8 +128,15 @@ class LanguageLoss:
             loss = head_loss(hidden, self.head, None, labels=labels, ce_weight=hard / labelled)
             add("ce", loss.loss, loss.ce / labelled)
 
-    def _taught(self, lesson: Lesson, due: NDArray[np.bool_], ce_weight: float) -> KDLoss:
-        """Return the loss of a lesson, with the cross-entropy of those of its rows that are due."""
+    def _rows_of(self, lesson: Lesson) -> int:
+        return max(self.counts.rows[lesson.name], 1)
+
+    def _taught(self, call: Sequence[Lesson], due: NDArray[np.bool_], ce_weight: float) -> KDLoss:
+        """Return the loss of lessons in one call, with the cross-entropy of their rows that are
+        due.
+        """
+        lesson, weights = call[0], [each.weight / self._rows_of(each) for each in call]
+        together = [each.targets for each in call if isinstance(each.targets, SparseKinds)]
         hidden, own = self._at(lesson.rows, self.hidden, self.rows.labels)
         labels = None
         if due.any():
@@ -99,10 +144,10 @@ class LanguageLoss:
         return head_loss(
             hidden,
             self.head,
-            lesson.targets,
+            together if len(call) > 1 else lesson.targets,
             labels=labels,
             ce_weight=ce_weight if due.any() else 0.0,
-            kd_weight=lesson.weight / max(self.counts.rows[lesson.name], 1),
+            kd_weight=weights if len(call) > 1 else weights[0],
             temperature=lesson.term.temperature,
             divergence=lesson.term.divergence,
             skew=lesson.term.skew,

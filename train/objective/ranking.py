@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rekindle.data.batch import Batch, Ints
 from rekindle.train.config import DistillTerm, RankingConfig
-from rekindle.train.device_batch import inputs_of, language_rows
+from rekindle.train.device_batch import inputs_of, language_rows, send
 from rekindle.train.distributed import World
 from rekindle.train.objective.selection import Centres, Counts, StepPlan
 from rekindle.train.objective.task_pass import run_heads, taught_rows
@@ -69,14 +69,14 @@ def ranking_loss(
     if not config.pairwise or not centres.pairs:
         return loss
     place = np.searchsorted(np.array(centres.keys, np.int64), keys)
-    group = torch.from_numpy(place).to(errors.device)
-    sizes = torch.tensor(centres.sizes, dtype=torch.float32, device=errors.device)
+    group = send(place, errors.device)
+    sizes = send(np.array(centres.sizes, np.float32), errors.device)
     if centres.means is None:
         assert len(errors) == sum(centres.sizes), "a part of a step needs the step's mean errors"
         sums = torch.zeros_like(sizes).index_add_(0, group, errors.detach())
         means = sums / sizes
     else:
-        means = torch.tensor(centres.means, dtype=torch.float32, device=errors.device)
+        means = send(np.array(centres.means, np.float32), errors.device)
     apart = sizes[group] * (errors - means[group]).square()
     return loss + config.pairwise / centres.pairs * apart.sum()
 

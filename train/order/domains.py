@@ -43,20 +43,22 @@ def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
     of sequences. Raises CacheFormatError for a shard that has not the domains its record counts.
     """
     distinct = list(dict.fromkeys(names))
-    parts = [_shard_runs(corpus, shard, distinct) for shard in range(len(corpus.commits))]
+    counted = enumerate(corpus.units.named("domains"))
+    parts = [_shard_runs(corpus, shard, counts or {}, distinct) for shard, counts in counted]
     runs = np.concatenate([np.zeros((0, 3), np.int64), *parts])
     # Shards end within a stretch: what touches there is one range.
     return {n: Ranges(runs[runs[:, 0] == i, 1:]).joined() for i, n in enumerate(distinct)}
 
 
-def _shard_runs(corpus: Corpus, shard: int, names: Sequence[str]) -> Runs:
-    commit, first = corpus.commits[shard], corpus.first(shard)
-    counts: Mapping[str, int] = commit.facts["domains"]
+def _shard_runs(
+    corpus: Corpus, shard: int, counts: Mapping[str, int], names: Sequence[str]
+) -> Runs:
+    first, following = corpus.first(shard), corpus.first(shard + 1)
     inside = [name for name in names if counts.get(name)]
     if not inside:
         return np.zeros((0, 3), np.int64)
-    if counts[inside[0]] == commit.rows:
-        return np.array([[names.index(inside[0]), first, first + commit.rows]], np.int64)
+    if counts[inside[0]] == following - first:
+        return np.array([[names.index(inside[0]), first, following]], np.int64)
     wanted = pa.array(names, pa.string())
     # Not verified by a checksum of their own, but held against the record, which has one; and
     # every sequence that is trained on is verified with its record batch.
@@ -66,7 +68,7 @@ def _shard_runs(corpus: Corpus, shard: int, names: Sequence[str]) -> Runs:
     for number, name in enumerate(names):
         if int((numbers == number).sum()) != counts.get(name, 0):
             raise CacheFormatError(
-                f"{corpus.shard(shard).path} has not the sequences of {name!r} that its commit "
+                f"{corpus.shard(shard).name} has not the sequences of {name!r} that its commit "
                 f"record counts. {REPAIR}"
             )
     edges = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1, append=numbers[-1] - 1))

@@ -94,13 +94,13 @@ class Replay:
     def knows(self, step: int) -> bool:
         """Whether what ``step`` replays can be said yet."""
         # Not by the losses: they are noted a moment before what follows from them is summed up.
-        return self._interval(step) < len(self._starts)
+        return self.interval(step) < len(self._starts)
 
     def at(self, step: int) -> Ints:
         """The sequence numbers that ``step`` replays. ``knows(step)`` must be true."""
         if not self.names:
             return np.zeros(0, np.int64)
-        interval = self._interval(step)
+        interval = self.interval(step)
         began = self.slots_before(interval * (self.every or 0))
         deal = _deal(self.weights(interval))
         offset = self._offset(interval)
@@ -187,7 +187,8 @@ class Replay:
         own = total(self._own)
         return [before + round(here) for before, here in zip(self._before, own, strict=True)]
 
-    def _interval(self, step: int) -> int:
+    def interval(self, step: int) -> int:
+        """The evaluation interval that ``step`` lies in: what is replayed is decided for each."""
         return 0 if self.every is None else step // self.every
 
     def _extend(self) -> None:

@@ -6,7 +6,8 @@ of past evaluations. It is that of a single process: the ranks share it out (``s
 
 import logging
 import math
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from rekindle.train.config import CurriculumConfig, TrainConfig
 from rekindle.train.order.domains import check_domains, domain_ranges
 from rekindle.train.order.held_out import Ranges, Split, split_corpus
 from rekindle.train.order.replay import Replay
+from rekindle.train.order.similar_lengths import WINDOWS, Windows, dealt, turns, window_of
 from rekindle.train.schedules import USUAL_WARMUP
 
 log = logging.getLogger("rekindle")
@@ -32,6 +34,8 @@ class Order:
     of ``sequences`` begin after it, with a new one: masks and order go on changing. With ``replay``
     a part of every batch, at its end, is replayed instead; what a step of it replays may follow
     evaluations: ``replay`` is told of them, and a checkpoint holds its state besides the step.
+    ``lengths`` of sequences: batches are of similar lengths (``similar_lengths.py``); None: the
+    order stays shuffled.
     """
 
     def __init__(
@@ -42,8 +46,10 @@ class Order:
         first: Ranges | None = None,
         first_steps: int = 0,
         replay: Replay | None = None,
+        lengths: Callable[[Ints], Ints] | None = None,
     ):
         self.sequences, self.batch_sequences, self._seed = sequences, batch_sequences, seed
+        self._lengths, self._windows = lengths, Windows(self._dealt)
         self.replay = replay or Replay({}, 0, batch_sequences, seed)
         begin = 0 if first is None else self._place(first_steps)
         epoch = 0 if first is None else -(-begin // max(1, len(first)))
@@ -55,11 +61,49 @@ class Order:
         return len(self.sequences)
 
     def at(self, step: int) -> Ints:
-        """The sequence numbers [batch_sequences] of ``step``; reads nothing."""
+        """The sequence numbers [batch_sequences] of ``step``; reads nothing but lengths."""
+        if self._lengths is not None:
+            return self._windows.at(step, self._window)
+        return np.concatenate([self._own(step, step + 1), self.replay.at(step)])
+
+    def _own(self, step: int, stop: int) -> Ints:
+        """What the steps of one phase read that is not replayed, in its shuffled order."""
         start, sequences, epoch = self._phase(step)
-        stop, size = start + self._place(step + 1) - self._place(step), len(sequences)
-        places = stream_part(start, stop, size, seed=self._seed, first_epoch=epoch)
-        return np.concatenate([sequences.select(places), self.replay.at(step)])
+        end, size = start + self._place(stop) - self._place(step), len(sequences)
+        places = stream_part(start, end, size, seed=self._seed, first_epoch=epoch)
+        return sequences.select(places)
+
+    def _dealt(self, window: range) -> list[Ints]:
+        """What each step of a window reads, where batches are of similar lengths: its own part and
+        the replayed one, each dealt out by length.
+        """
+        assert self._lengths is not None
+        order = turns(window, self._seed)
+        replayed = [self.replay.at(step) for step in window]
+        slots = [len(part) for part in replayed]
+        each = [
+            (self._own(window.start, window.stop), [self.batch_sequences - n for n in slots]),
+            (np.concatenate(replayed), slots),
+        ]
+        parts = [[n[i] for i in dealt(self._lengths(n), sizes, order)] for n, sizes in each]
+        return [np.concatenate(both) for both in zip(*parts, strict=True)]
+
+    def _window(self, step: int) -> range:
+        """The window of ``step``: its steps are of one phase, begin in one epoch, and what they
+        replay is decided at once.
+        """
+        here = self._stretch(step)
+        stop = step + 1
+        while self._stretch(stop) == here:
+            stop += stop - step
+        first = bisect_left(range(step), here, key=self._stretch)
+        last = bisect_right(range(stop), here, lo=step, key=self._stretch)
+        return window_of(step, first, last)
+
+    def _stretch(self, step: int) -> tuple[int, int, int]:
+        """What the steps of a window have in common; it ascends."""
+        start = self._phase(step)[0]
+        return self._place(step) - start, self.epoch(step), self.replay.interval(step)
 
     def epoch(self, step: int) -> int:
         """The epoch in which ``step`` begins: whose masks it sees, replayed sequences too."""
@@ -102,12 +146,13 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
         steps = first_steps(config.curriculum, config.steps)
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
     replay = _replay(config, split, where)
+    lengths = cache.lengths if config.batching == "similar_lengths" else None
     _tell(config, len(cache), len(train), len(held_out))
     if config.epochs is not None or config.tokens is not None:
         told = f"{counted(config.steps, 'step')} of {counted(config.batch_sequences, 'sequence')}"
         log.info("train: %s = %s; %s are trained on", config.length, told, f"{len(train):,}")
     return Chosen(
-        Order(train, config.batch_sequences, config.seed, first, steps, replay),
+        Order(train, config.batch_sequences, config.seed, first, steps, replay, lengths),
         held_out.spread(config.evaluate_sequences),
         _held_out_of(config, split, {n: where[n] for n in evaluated_domains(cache, config)}),
     )
@@ -181,6 +226,12 @@ def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> Non
             )
     for line in told_of_few(config, sequences, train):
         log.warning("%s", line)
+    if config.batching == "similar_lengths" and train < 2 * WINDOWS * config.batch_sequences:
+        log.info(
+            "train.batching: similar_lengths has no effect on fewer than %d batches an epoch: "
+            "%s are trained on, %d a step",
+            *(2 * WINDOWS, counted(train, "sequence"), config.batch_sequences),
+        )
     if not held_out:
         log.info(
             "nothing is held out (train.held_out %g): nothing is evaluated, and no checkpoint is "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
@@ -18,7 +19,7 @@ from rekindle.train.order.sequences import Order
 AHEAD = 2  # batches per thread: one is read while one waits
 PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
 
-_Asked = tuple[int, Future[Batch]]  # a step to read, and where its batch is put
+_Asked = tuple[int, Future[Any]]  # a step to read, and where its batch is put
 
 
 @dataclass
@@ -29,7 +30,8 @@ class TrainingStream:
     every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose
     targets are read: those whose weight is 0 are not touched. ``longest_first``: the share is in
     order of length, so that micro-batches cut out of it are hardly padded, and one that does not
-    fit into memory shows at once.
+    fit into memory shows at once. ``ready(step, batch)``: what the loop is given, made by the
+    thread that has read the batch.
 
     Raises InputError when there is nothing to train on, and when the world does not divide the
     batch.
@@ -44,6 +46,7 @@ class TrainingStream:
     world_size: int = 1
     threads: int = 1
     longest_first: bool = False
+    ready: Callable[[int, Batch], Any] = field(default=lambda step, batch: batch)
     waited: float = field(default=0.0, init=False)  # seconds the loop has waited for data
 
     def __post_init__(self) -> None:
@@ -76,15 +79,15 @@ class TrainingStream:
             scalars=False,
         )
 
-    def steps(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, batch) for every step from ``start`` to ``stop``, in that order.
+    def steps(self, start: int, stop: int) -> Generator[tuple[int, Any], None, None]:
+        """Yield (step, what is ready of its batch) from ``start`` to ``stop``, in that order.
 
         Reads no further ahead than AHEAD batches per thread, nor than ``order`` knows: an order
         that follows evaluations is told of each before the next batch is taken. An error in reading
         comes after the batches before it. Closing it ends all threads.
         """
         asked: SimpleQueue[_Asked | None] = SimpleQueue()
-        ahead: deque[Future[Batch]] = deque()  # of the next step, and of those after it
+        ahead: deque[Future[Any]] = deque()  # of the next step, and of those after it
         threads = [
             threading.Thread(target=self._read, args=(asked,), name="prefetch", daemon=True)
             for _ in range(min(self.threads, stop - start))
@@ -109,7 +112,7 @@ class TrainingStream:
                 thread.join(max(0.0, until - time.monotonic()))
 
     def _ask(
-        self, step: int, stop: int, ahead: deque[Future[Batch]], asked: SimpleQueue[_Asked | None]
+        self, step: int, stop: int, ahead: deque[Future[Any]], asked: SimpleQueue[_Asked | None]
     ) -> None:
         """Have as many batches from ``step`` on read as may be read."""
         last = min(stop, step + AHEAD * self.threads)
@@ -123,6 +126,6 @@ class TrainingStream:
             if not found.set_running_or_notify_cancel():
                 continue
             try:
-                found.set_result(self.batch(step))
+                found.set_result(self.ready(step, self.batch(step)))
             except BaseException as error:
                 found.set_exception(error)

@@ -3,36 +3,52 @@
 ``checkpoints/step-00000200/`` is a student directory with its tokenizer, plus
 ``optimizer.safetensors`` and ``trainer.json``, which holds the position, the configuration, the
 cache's fingerprints, a sha256 of each file and a checksum of itself. It is written under a
-temporary name and renamed, so a kill leaves either the whole or nothing that is looked at. Weights
-are stored whole: a run may go on in another number of processes.
+temporary name and renamed, so a kill leaves either the whole or nothing that is looked at. Tensors
+are stored whole: a run may go on in another number of processes. Those of a large student in shards
+are in several files (``sharded``).
+
+Version 1 (without a number) had the names of the family's published files, which of some families
+are not those that the student has, and one file of moments.
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
+from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
-from rekindle.train.distributed import ParallelStudent, like, whole
+from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.model.unfinished import SUMMARY_FILE, checkpoints_of
 from rekindle.train.record.identity import had_checkpoint, note_checkpoint
 from rekindle.train.record.run_log import read_metrics
-from rekindle.train.student import Student, saved_weights
+from rekindle.train.record.sharded import (
+    check_seen,
+    read_rows,
+    share_of,
+    write_files,
+    write_student,
+)
+from rekindle.train.record.stored_run import leave_checkpoints, write_checkpoint
+from rekindle.train.student import Saved, Student, saved_tensors
 
 log = logging.getLogger("rekindle")
 
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+MOMENTS = (OPTIMIZER_FILE, "optimizer-*-of-*.safetensors")
+VERSION = 2
 
 
 def restore(
@@ -45,7 +61,7 @@ def restore(
     Raises CheckpointError where there were some, and none is left or sound: what they held would be
     trained again, without a word.
     """
-    found = student.world.decide(lambda: _newest(run))
+    found = _newest(run, student.world)
     if found is None:
         log.info("no sound checkpoint in %s; starting from the beginning", run)
         return {}
@@ -67,27 +83,40 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of ``step`` (steps done), with the ``tokenizer`` that makes it a model
     of its own; remove all but the last ``keep``, and the best, that of ``state["best"]["step"]``.
-    Every process takes part, the main one writes.
+    Every process takes part; the main one writes, of a student in shards each its files.
     """
-    weights = gather_weights(student.student) if student.sharded else None
-    moments = _optimizer_tensors(student.student, optimizer)
-    target = checkpoint_folder(run, step)
+    own, world, target = student.student, student.world, checkpoint_folder(run, step)
+    with ExitStack() as held:  # by the main process: the folder, until it has its name
+        staged = world.decide(lambda: held.enter_context(new_folder(target)))
+        written: dict[str, str] = {}
+        if student.sharded:
+            limit = share_of(own.state_dict().values(), world)
+            written = write_student(student, staged, as_held=True, limit=limit)
+            units = [{key: value} for key, value in _moments(own, optimizer).items()]
+            written |= write_files(world, units, limit, staged / OPTIMIZER_FILE, save_file)
+        digests = {name: one for found in world.gather(written) for name, one in found.items()}
 
-    def write() -> Path:
-        with new_folder(target) as staged:
-            student.student.save_pretrained(staged, tensors=weights)
+        def finish() -> Path:
+            check_seen(staged, digests)
+            if not student.sharded:
+                own.save_pretrained(staged, as_held=True)
+                moments = _moments(own, optimizer)
+                save_file({k: v.contiguous() for k, v in moments.items()}, staged / OPTIMIZER_FILE)
             if tokenizer is not None:
                 tokenizer.save(str(staged))
-            save_file(moments, staged / OPTIMIZER_FILE)
-            digests = {f.name: _sha256(f) for f in sorted(staged.iterdir()) if f.is_file()}
-            content = dict(state) | {"step": step, "files": digests}
-            (staged / TRAINER_FILE).write_bytes(seal(content))
-        note_checkpoint(run)
-        remove_leftovers(target.parent)
-        _remove_older(target, state, keep)
-        return target
+            rest = [f for f in staged.iterdir() if f.is_file() and f.name not in digests]
+            files = digests | {f.name: sha256_of(f) for f in rest}
+            about = {"version": VERSION, "step": step, "files": dict(sorted(files.items()))}
+            (staged / TRAINER_FILE).write_bytes(seal(dict(state) | about))
+            files[TRAINER_FILE] = sha256_of(staged / TRAINER_FILE)
+            held.close()
+            note_checkpoint(run)
+            write_checkpoint(target, files)
+            remove_leftovers(target.parent)
+            _remove_older(target, state, keep)
+            return target
 
-    return student.world.decide(write)
+        return world.decide(finish)
 
 
 def _remove_older(newest: Path, state: Mapping[str, Any], keep: int) -> None:
@@ -98,17 +127,23 @@ def _remove_older(newest: Path, state: Mapping[str, Any], keep: int) -> None:
     for old in done[:-keep]:
         if best is None or old != checkpoint_folder(run, best):
             remove(old)
+    leave_checkpoints(newest, keep, None if best is None else checkpoint_folder(run, best).name)
 
 
-def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    remove_leftovers(run / "checkpoints")
-    found = latest_checkpoint(run)
-    if found is not None:
-        return found
+def _newest(run: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
+    world.decide(lambda: remove_leftovers(run / "checkpoints"))
+    found = latest_checkpoint(run, world)
+    if found is None:
+        world.decide(lambda: _refuse_lost(run))
+    return found
+
+
+def _refuse_lost(run: Path) -> None:
+    """Raise CheckpointError where there were checkpoints."""
     damaged = ", ".join(path.name for path in checkpoints_of(run))
     steps = max((r["step"] for r in read_metrics(run) if r["kind"] == "train"), default=0)
     if not damaged and not had_checkpoint(run, steps) and not (run / SUMMARY_FILE).exists():
-        return None
+        return
     told = (
         f"none of its checkpoints is sound ({damaged})" if damaged else "its checkpoints are gone"
     )
@@ -119,21 +154,48 @@ def _newest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     )
 
 
-def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest sound checkpoint and its state; damaged ones are passed over with a message."""
-    for path in reversed(checkpoints_of(run)):
-        try:
-            state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
-            damaged = [n for n, digest in state["files"].items() if _sha256(path / n) != digest]
-            if not damaged:
-                return path, state
-            problem = damaged[0]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = str(error)
-        except CacheFormatError as error:
-            problem = damage(error)
+def latest_checkpoint(run: Path, world: World | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest sound checkpoint and its state; damaged ones are passed over with a message.
+
+    Each process of a ``world`` reads a share of the files. Raises CheckpointError for one that a
+    newer version wrote.
+    """
+    world = world or World.alone()
+    for path in world.decide(lambda: checkpoints_of(run)[::-1]):
+        state, problem = world.decide(partial(_state_of, path))
+        if not problem:
+            names = sorted(state["files"])[world.rank :: world.size]
+            problem = next(filter(None, world.gather(_damage_of(path, state, names))), "")
+        if not problem:
+            return path, state
         log.warning("checkpoint %s is damaged (%s); trying the one before", path, problem)
     return None
+
+
+def _state_of(path: Path) -> tuple[dict[str, Any], str]:
+    """Return what a checkpoint says of itself, or what is wrong with that."""
+    try:
+        state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
+        version = state.get("version", 1)
+        dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, str(error) or type(error).__name__
+    except CacheFormatError as error:
+        return {}, damage(error)
+    if version not in range(1, VERSION + 1):
+        raise CheckpointError(
+            f"checkpoint {path} is of version {version!r}; this version of Rekindle reads up to "
+            f"{VERSION}. Go on with the newer one that wrote it"
+        )
+    return state, ""
+
+
+def _damage_of(path: Path, state: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return which of a checkpoint's files is not what was written, if any."""
+    try:
+        return next((n for n in names if sha256_of(path / n) != state["files"][n]), "")
+    except OSError as error:
+        return str(error)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -156,48 +218,52 @@ def left_by_interrupt(run: Path) -> tuple[str, bool]:
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimiser state back in place, exactly; in shards where they are."""
+    """Put weights and optimiser state back in place, exactly; of a student in shards those rows
+    that this process holds, and no others are read.
+    """
+    own = student.own_weights()
     try:
-        found = saved_weights(path)
-        moments = load_file(path / OPTIMIZER_FILE)
+        found = saved_tensors(path)
+        files = [file for pattern in MOMENTS for file in sorted(path.glob(pattern))]
+        moments = {key: place for file in files for key, place in Saved.all_in(file).items()}
+        if not files:
+            raise InputError(f"it has no {OPTIMIZER_FILE}")
+        tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
+        wrong = sorted((own.keys() - found.keys() - tied) | (found.keys() - own.keys()))
+        wrong += [k for k, v in found.items() if k in own and own[k].shape != v.shape]
+        if wrong:
+            told = ", ".join(wrong)
+            raise CheckpointError(f"checkpoint {path} does not fit this student: {told}")
+        read_rows(found, own)
+        read_rows(moments, _homes(moments, student, optimizer))
     except (OSError, InputError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
-    own = student.state_dict(keep_vars=True)
-    tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
-    wrong = sorted((own.keys() - found.keys() - tied) | (found.keys() - own.keys()))
-    wrong += [k for k, v in found.items() if k in own and own[k].shape != v.shape]
-    if wrong:
-        raise CheckpointError(f"checkpoint {path} does not fit this student: {', '.join(wrong)}")
-    for name, values in found.items():
-        own[name].detach().copy_(like(own[name], values))
-    for name, parameter in student.named_parameters():
-        kept = {k.split("\0")[1]: v for k, v in moments.items() if k.split("\0")[0] == name}
-        if kept:
-            optimizer.state[parameter] = {k: like(parameter, v, k) for k, v in kept.items()}
 
 
-def gather_weights(student: Student) -> dict[str, Tensor]:
-    """All weights put together, on the CPU; every process takes part. Tied ones stay tied."""
-    made: dict[int, Tensor] = {}
-    weights = {}
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        if id(tensor) not in made:
-            made[id(tensor)] = whole(tensor.detach()).cpu()
-        weights[name] = made[id(tensor)]
-    return weights
+def _homes(
+    moments: Mapping[str, Saved], student: Student, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Make room in the optimiser for what is stored of it: beside a parameter, in shards if it is
+    (AdamW's ``step`` is one number).
+    """
+    parameters, homes = dict(student.named_parameters()), dict[str, Tensor]()
+    for key, place in moments.items():
+        name, kind = key.split("\0")
+        parameter = parameters[name].detach()
+        alike = place.shape == parameter.shape and kind != "step"
+        homes[key] = (
+            torch.zeros_like(parameter)
+            if alike
+            else torch.zeros(place.shape, device=parameter.device)
+        )
+        optimizer.state[parameters[name]][kind] = homes[key]
+    return homes
 
 
-def _optimizer_tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in student.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            found = whole(value.detach())
-            # Put together one at a time: twice the whole student has no room on a device of many.
-            found = found if found is value else found.cpu()
-            tensors[f"{name}\0{key}"] = found.contiguous()
-    return tensors
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _moments(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's tensors, in shards where they are."""
+    return {
+        f"{name}\0{key}": value.detach()
+        for name, parameter in student.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }

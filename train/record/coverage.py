@@ -1,11 +1,15 @@
-"""What a run was trained with, counted: with KD, with cross-entropy alone, with neither."""
+"""What a run was trained with, counted: with KD, with cross-entropy alone, with neither; and what
+it may lack.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.data.errors import InputError
+from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.train.config import MIXED, DistillTerm
 from rekindle.train.objective.selection import (
     StepPlan,
@@ -19,6 +23,21 @@ NAMES = tuple(
     for what in ("sequences", "positions")
     for how in ("with_kd", "ce_only", "neither")
 )
+
+
+def check_covered(
+    teachers: Mapping[str, TeacherReader], allowed: Collection[str], setting: str
+) -> None:
+    """Raise InputError for a teacher that lacks targets and is not ``allowed`` to; ``setting`` is
+    where that is said.
+    """
+    for name, teacher in teachers.items():
+        if teacher.coverage < 1 and name not in allowed:
+            raise InputError(
+                f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
+                f"with {teacher.info.made_by}, or name it in {setting} to train its holes without "
+                "KD"
+            )
 
 
 class Coverage:

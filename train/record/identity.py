@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.former import as_begun, with_defaults, with_every_key
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
@@ -21,7 +21,7 @@ from rekindle.train.config import STEPS_ONCE, StudentConfig, TrainConfig
 from rekindle.train.measures import MEASURE, SECTION, measure_of
 from rekindle.train.method import find_method
 from rekindle.train.model.files import config_fingerprint, weights_fingerprint
-from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE, resolve_model
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
 from rekindle.train.step_config import LENGTH, recorded_steps
@@ -109,7 +109,7 @@ def refuse_grown(run: Path, corpus: Corpus) -> None:
     found = _read(run) or {}
     with reading(run / RUN_FILE, START_AGAIN):
         before = found.get("cache", {}).get("corpus")
-    if before not in map(corpus.fingerprint_of, range(1, len(corpus.commits))):
+    if before not in corpus.fingerprints_before:
         return
     rule = _rule(run, {"student": found.get("student", {})})
     if not is_finished(run):
@@ -214,7 +214,7 @@ def _with_defaults(part: str, recorded: About) -> About:
     """A recorded section with the defaults of keys that are younger than the run; methods have
     some of their own.
     """
-    values = with_defaults(SECTIONS[part], recorded)
+    values = with_every_key(SECTIONS[part], with_defaults(SECTIONS[part], recorded))
     if part == "train":
         terms = values["objective"]["methods"]
         with suppress(InputError):  # there is no such method here
@@ -231,9 +231,10 @@ def is_finished(run: Path, model: bool = True) -> bool:
 
     Without ``model`` the student itself may be gone: removed, say, where no other run needs it.
     """
-    files = (SUMMARY_FILE, *(("config.json", ABOUT_FILE) if model else ()))
-    weights = not model or any(run.glob("*.safetensors"))
-    return weights and all((run / name).is_file() for name in files)
+    files = (SUMMARY_FILE, *((ABOUT_FILE,) if model else ()))
+    settings = any((run / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE))
+    weights = settings and any(run.glob("*.safetensors"))
+    return (weights or not model) and all((run / name).is_file() for name in files)
 
 
 def read_summary(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.seal import unseal
 from rekindle.data.targets.lineage import Ancestor, Lineage, joined_lineage, with_weights
 from rekindle.train.model.files import weights_fingerprint
-from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.folder import base_of, resolve_model
 from rekindle.train.record.checkpoint import TRAINER_FILE
 from rekindle.train.step_config import recorded_steps
 from rekindle.train.student import ABOUT_FILE
@@ -33,7 +33,8 @@ def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
 
 
 def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
-    """The lineage of the model in ``directory``; empty for one that is not a student of ours.
+    """The lineage of the model in ``directory``; empty for one that is not a student of ours. Of an
+    adapter of others it is that of its base.
 
     ``weights``: their fingerprint, where it is known already. Raises InputError when what a student
     says of itself cannot be read.
@@ -45,7 +46,10 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
             f"{directory}: what the student says of its training is damaged "
             f"({type(error).__name__}: {error})"
         ) from None
-    return with_weights(found, weights or weights_fingerprint(directory)) if found else ()
+    if found:
+        return with_weights(found, weights or weights_fingerprint(directory))
+    base = base_of(directory)
+    return () if base is None else lineage_of_model(base)
 
 
 def _recorded(directory: Path) -> Lineage:

@@ -20,7 +20,7 @@ from rekindle.data.storage.seal import FORMAT_VERSION
 from rekindle.data.storage.shards import describe, rows_in_batches
 from rekindle.data.targets.between import knots
 from rekindle.data.targets.codec import Columns, Floats
-from rekindle.data.targets.codec_compact import Widths
+from rekindle.data.targets.codec_compact import Widths, with_unknown
 from rekindle.data.targets.codec_registry import CODECS, Codec
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo, rank_dtype
@@ -65,8 +65,11 @@ class TargetKind(ABC):
 
     @property
     def read_at(self) -> float:
-        """A temperature it can be read at: 1, or the one that a sample was drawn at."""
-        return self.info.temperatures[0] if self.sampled else 1.0
+        """A temperature it can be read at: 1, or the one that a sample was drawn at, or the first
+        of those that imported targets are known at, where 1 is none of them.
+        """
+        stored = self.info.temperatures
+        return stored[0] if stored and 1.0 not in stored and not self.whole else 1.0
 
     def contradiction(self) -> str | None:
         """Why there can be no such targets, if so: readers rely on it once teacher.json is read."""
@@ -263,9 +266,24 @@ class VocabularyKind(TargetKind):
         rank = pa.from_numpy_dtype(rank_dtype(self.size))
         scalars: Widths = {"gold_log_prob": (pa.uint16(), None), "gold_rank": (rank, None)}
         scalars["entropy"] = (pa.uint16(), None)
-        for lacking in () if self.info.imported is None else self.info.imported.lacks:
+        for lacking in self._lacks:
             del scalars[lacking]
         return self.kept_columns() | scalars
+
+    @property
+    def _lacks(self) -> tuple[str, ...]:
+        """The scalars that imported targets came without."""
+        return () if self.info.imported is None else self.info.imported.lacks
+
+    def _packed(self, columns: Columns) -> Columns:
+        if self._lacks and self.codec.compressed:
+            columns = with_unknown(columns, self.size)
+        return super()._packed(columns)
+
+    def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
+        """Return list offsets [R+1] and the columns [P,…] of a record batch, as they are used."""
+        offsets, columns = super().read(batch)
+        return offsets, {name: c for name, c in columns.items() if name not in self._lacks}
 
     def candidate_ids(self, columns: Columns) -> NDArray[np.int64] | None:
         """Return the ids [P,K] that were kept, −1 for none; None where all ids are."""
@@ -317,12 +335,16 @@ class VocabularyKind(TargetKind):
             return (info.temperatures.index(temperature),)
         if between and self.interpolates(temperature):
             return knots(temperature, info.temperatures)
-        reason = (
-            "a sample is of one distribution. Change"
-            if self.sampled
-            else f"the mass outside its top {self.k} at another one is not known (or not yet of "
-            "all text: `pipeline cache-teachers` was not finished). Add it to"
-        )
+        unknown = f"the mass outside its top {self.k} at another one is not known"
+        if self.sampled:
+            reason = "a sample is of one distribution. Change the teacher's targets.temperatures"
+        elif info.imported:
+            reason = f"{unknown}: its rows did not say it. Import rows with log_tails of it"
+        else:
+            reason = (
+                f"{unknown} (or not yet of all text: `pipeline cache-teachers` was not finished). "
+                "Add it to the teacher's targets.temperatures"
+            )
         last = "or train at a stored one"
         if between and self.has_tail:
             last += ". Interpolated is what lies between the least and the largest of three or more"
@@ -331,5 +353,5 @@ class VocabularyKind(TargetKind):
             last += "(temperature_between: interpolate)"
         raise InputError(
             f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
-            f"{temperature}: {reason} the teacher's targets.temperatures, {last}"
+            f"{temperature}: {reason}, {last}"
         )

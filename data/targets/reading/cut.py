@@ -5,14 +5,12 @@ are (the expert's own, special ones included) and those that are lost. It depend
 the model alone, and no data depends on it.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.storage.commits import Commit
+from rekindle.data.storage.commits import Commits
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
 
@@ -58,20 +56,19 @@ class Cut:
         )
 
 
-def cut_of(info: TeacherInfo, commits: Iterable[Commit]) -> Cut | None:
+def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
     """The shares over units; None where nothing is cut (or an older version did not record it).
 
     Units that record nothing count with the corpus's tokens.
     """
-    found = [_counts(info, commit) for commit in commits]
+    if not commits.says(FACT):
+        return None
+    each = commits.numbers("positions") if kind_of(info).per_sequence else commits.rows
+    seen = [np.nan_to_num(one).astype(int).tolist() for one in (each, commits.numbers("tokens"))]
+    found = [
+        Counts(texts, 0, tokens, 0) if counts is None else Counts(**counts)
+        for counts, texts, tokens in zip(commits.named(FACT), *seen, strict=True)
+    ]
     texts, cut = sum(one.texts for one in found), sum(one.cut for one in found)
     tokens, lost = sum(one.tokens for one in found), sum(one.lost for one in found)
     return Cut(cut / texts, lost / tokens) if cut else None
-
-
-def _counts(info: TeacherInfo, commit: Commit) -> Counts:
-    recorded: Any = commit.facts.get(FACT)
-    if isinstance(recorded, dict):
-        return Counts(**recorded)
-    texts = commit.facts.get("positions", 0) if kind_of(info).per_sequence else commit.rows
-    return Counts(texts, 0, commit.facts.get("tokens", 0), 0)

@@ -109,12 +109,8 @@ def _kept(
 
 def _finished(teacher: TeacherReader, replicas: int | None) -> list[TeacherInfo]:
     """The parts that have all text in so many replicas; the first one, if none has."""
-    each = range(replicas or 1) if teacher.masked else [None]
-    units = {
-        teacher.info.shown.unit(shard, replica)
-        for shard in range(len(teacher.corpus.commits))
-        for replica in each
-    }
+    each = teacher.info.shown.numbers(replicas or 1)
+    shards = len(teacher.corpus.commits)
     parts = [p for p in teacher.parts if p is teacher.parts[0] or kind_of(p.info).grows]
-    whole = [p.info for p in parts if units <= p.commits.keys()]
+    whole = [p.info for p in parts if not p.commits.lacking(shards, each)]
     return whole or [teacher.parts[0].info]

@@ -2,8 +2,8 @@
 
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, unusable
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import REPAIR, read_sealed
-from rekindle.data.storage.store import Store
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
 

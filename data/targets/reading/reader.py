@@ -4,6 +4,7 @@ A teacher's targets lie in one part, or in several: what it was first cached wit
 a larger k or further temperatures. A reader shows them as one, by the parts that are finished.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
-from rekindle.data.storage.commits import seconds_of
+from rekindle.data.storage.commits import SECONDS, Commits
 from rekindle.data.storage.cuts import (
     BatchKey,
     Flat,
@@ -27,8 +29,7 @@ from rekindle.data.storage.cuts import (
     cut_lengths,
     joined,
 )
-from rekindle.data.storage.shards import Commit, Shard, ShardSet
-from rekindle.data.storage.store import Store
+from rekindle.data.storage.shards import Shard, ShardSet
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.imported import EXPECTED
@@ -48,7 +49,7 @@ class Part:
 
     info: TeacherInfo
     shards: ShardSet
-    commits: dict[str, Commit]
+    commits: Commits
     finished: bool  # whether it once covered all there was
 
     @classmethod
@@ -60,7 +61,7 @@ class Part:
 
     def covers(self, other: "Part") -> bool:
         """Whether it has all the units of ``other``, or had before new text came."""
-        return self.finished or other.commits.keys() <= self.commits.keys()
+        return self.finished or self.commits.has_all(other.commits)
 
 
 class TeacherReader(RowReader):
@@ -100,12 +101,8 @@ class TeacherReader(RowReader):
         self.info = self.main.info.model_copy(update={"temperatures": temperatures})
         self.kind, self.rows_per_batch = kind_of(self.info), self.info.rows_per_batch
         # Units whose tails are still to come are not there yet.
-        tails = [part.commits.keys() for part in self.tails]
-        self.commits = {
-            unit: commit
-            for unit, commit in self._read_of(self.main).items()
-            if all(unit in there for there in tails)
-        }
+        tails = [part.commits for part in self.tails]
+        self.commits = self._read_of(self.main).shared_with(tails)
         self._open: dict[tuple[str, str], Shard] = {}
         self._evicting = threading.Lock()  # several threads may read ahead
 
@@ -122,13 +119,11 @@ class TeacherReader(RowReader):
             "was begun with. Start a new run in another --out"
         )
 
-    def _read_of(self, part: Part) -> dict[str, Commit]:
+    def _read_of(self, part: Part) -> Commits:
         """The commits of a part, without those of replicas that are not to be read."""
         if self.view is None or self.view.most is None or not self.masked:
             return part.commits
-        shards, each = range(len(self.corpus.commits)), range(self.view.most)
-        units = {self.info.shown.unit(shard, replica) for shard in shards for replica in each}
-        return {unit: commit for unit, commit in part.commits.items() if unit in units}
+        return part.commits.of_first(len(self.corpus.commits), self.view.most)
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
@@ -160,7 +155,7 @@ class TeacherReader(RowReader):
     @property
     def bytes(self) -> int:
         """Bytes of all committed shards, of every part."""
-        return sum(commit.bytes for part in self.parts for commit in part.commits.values())
+        return sum(part.commits.bytes for part in self.parts)
 
     @cached_property
     def bytes_on_disk(self) -> int:
@@ -170,33 +165,32 @@ class TeacherReader(RowReader):
         return self.bytes + head
 
     @property
-    def _commits_read(self) -> list[Commit]:
-        read = (self._read_of(part) for part in (self.main, *self.tails))
-        return [commit for commits in read for commit in commits.values()]
+    def _commits_read(self) -> list[Commits]:
+        return [self._read_of(part) for part in (self.main, *self.tails)]
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
-        return sum(commit.bytes for commit in self._commits_read)
+        return sum(commits.bytes for commits in self._commits_read)
 
     @property
     def unseen(self) -> Cut | None:
         """What of the texts an expert did not see; None where it saw all, or it is not known."""
-        return cut_of(self.info, self.main.commits.values())
+        return cut_of(self.info, self.main.commits)
 
     @property
     def seconds(self) -> float | None:
         """What the parts that are read took to compute, in seconds of one process each, the loading
         of models aside. None if not every unit recorded it: older caches did not.
         """
-        found = [seconds_of(commit) for commit in self._commits_read]
-        known = [seconds for seconds in found if seconds is not None]
-        return sum(known) if known and len(known) == len(found) else None
+        found = np.concatenate([commits.numbers(SECONDS) for commits in self._commits_read])
+        known = (found >= 0) & (found < math.inf)
+        return sum(found.tolist()) if len(found) and known.all() else None
 
     @property
     def positions(self) -> int:
         """Positions (or, for sequence teachers, sequences) that have a target."""
-        return sum(commit.count("positions") for commit in self.commits.values())
+        return int(self.commits.counts("positions").sum())
 
     @property
     def coverage(self) -> float:
@@ -204,7 +198,7 @@ class TeacherReader(RowReader):
         unit that was imported, its share of the targets that it could have.
         """
         planned = len(self.corpus) * self.replicas
-        return sum(map(_rows_with_targets, self.commits.values())) / planned if planned else 0.0
+        return _rows_with_targets(self.commits) / planned if planned else 0.0
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
@@ -289,11 +283,11 @@ class TeacherReader(RowReader):
             columns = [*kind_of(part.info).schema({})]
             shard = part.shards.open(part.commits[unit], about, columns)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
-                raise CacheFormatError(f"{shard.path} has other record batches than teacher.json")
-            stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), str(shard.path))
+                raise CacheFormatError(f"{shard.name} has other record batches than teacher.json")
+            stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), shard.name)
             if stated.identity() != part.info.identity():
                 raise CacheMismatchError(
-                    f"{shard.path} was made by another teacher than teacher.json describes: "
+                    f"{shard.name} was made by another teacher than teacher.json describes: "
                     "targets were exchanged, or the description was edited"
                 )
             self._open[key] = shard
@@ -348,11 +342,12 @@ class TeacherReader(RowReader):
             raise CacheFormatError(f"{what}: record batch {index} has {problem}")
 
 
-def _rows_with_targets(commit: Commit) -> float:
-    expected = commit.facts.get(EXPECTED)
-    if type(expected) is not int or expected <= 0:
-        return commit.rows
-    return commit.rows * commit.count("positions") / expected
+def _rows_with_targets(commits: Commits) -> float:
+    rows, expected = commits.rows, commits.numbers(EXPECTED)
+    if not (counted := expected > 0).any():
+        return int(rows.sum())
+    shares = commits.counts("positions")[counted] / expected[counted]
+    return float(rows[~counted].sum() + (rows[counted] * shares).sum())
 
 
 def target_positions(

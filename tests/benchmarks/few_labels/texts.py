@@ -5,7 +5,7 @@
 - clinc: the first three domains of CLINC150 in the order of its file (travel, banking, utility), 45
   intents; its train, val and test sets.
 - sst2: 6,000 of the 67,349 train sentences as unlabelled text, and 1,000 others as what the
-  labelled ones are drawn from, so that no sentence is both.
+  labelled ones are drawn from: no row is both (18 are, but for a full stop or the like).
 """
 
 import json

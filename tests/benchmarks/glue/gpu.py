@@ -29,6 +29,7 @@ sys.path.insert(0, str(HERE.parent / "pages"))
 
 from record import CELLS, Origin, plan_of, read_rows, record  # noqa: E402
 
+from rekindle.data.errors import RekindleError  # noqa: E402
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER  # noqa: E402
 
 MOST_BYTES = 60_000_000  # of all inputs
@@ -132,23 +133,26 @@ def run(
     running: dict[subprocess.Popen[bytes], int] = {}
     failed: Counter[int] = Counter()
     rows.mkdir(parents=True, exist_ok=True)
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            draw = waiting.pop(0)
-            process = subprocess.Popen(command(table, out, draw, workers), cwd=inputs)
-            running[process] = draw
-            _wait_for(process, out / DRAWS_FOLDER / str(draw) / "cycle.json", until)
-        for process in [one for one in running if one.poll() is not None]:
-            draw = running.pop(process)
-            keep(table, out, rows, origin)
-            if process.returncode and not failed[draw]:
-                waiting.append(draw)
-            failed[draw] += process.returncode != 0
-        if until is not None and time.monotonic() > until:
-            end(list(running))
-            keep(table, out, rows, origin)
-            break
-        time.sleep(0.1)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                draw = waiting.pop(0)
+                process = subprocess.Popen(command(table, out, draw, workers), cwd=inputs)
+                running[process] = draw
+                _wait_for(process, out / DRAWS_FOLDER / str(draw) / "cycle.json", until)
+            for process in [one for one in running if one.poll() is not None]:
+                draw = running.pop(process)
+                keep(table, out, rows, origin)
+                if process.returncode and not failed[draw]:
+                    waiting.append(draw)
+                failed[draw] += process.returncode != 0
+            if until is not None and time.monotonic() > until:
+                end(list(running))
+                keep(table, out, rows, origin)
+                break
+            time.sleep(0.1)
+    finally:  # whatever ends it, such as rows that are not of this table
+        end([one for one in running if one.poll() is None])
     return len(read_rows(table)) == len(draws) * len(names)
 
 
@@ -208,7 +212,11 @@ def main() -> None:
         return
     out, rows = given.out.resolve(), given.rows.resolve()
     how = {"at_once": given.at_once, "workers": given.workers, "seconds": given.seconds}
-    if not run(given.inputs.resolve(), out, rows, **how):
+    try:
+        done = run(given.inputs.resolve(), out, rows, **how)
+    except RekindleError as error:
+        sys.exit(f"error: {error}")
+    if not done:
         sys.exit("not all draws are recorded: the same command goes on")
     print(json.dumps({"recorded": len(read_rows(HERE)), "rows": str(rows / CELLS)}))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from rekindle.data.errors import InputError
 from rekindle.pipeline.cycle.config import load_cycle
 from rekindle.train.model.files import load_student_model
 from testlib.compared.recorded import DRAWS, TASKS
@@ -104,6 +105,25 @@ def test_when_the_time_is_over_a_draw_is_told_to_keep_what_it_has(
 
     out, rows = tmp_path / "out", tmp_path / "rows"
     assert not gpu.run(tmp_path, out, rows, table=table, command=command, seconds=1.0)
+    assert kept.read_text() == "told\n"
+
+
+def test_no_draw_runs_on_where_rows_are_refused(
+    gpu: ModuleType, make_table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, kept, out = make_table("glue", own_texts=False), tmp_path / "kept", tmp_path / "out"
+
+    def command(table: Path, out: Path, draw: int, workers: int) -> list[str]:
+        begun = out / "draws" / str(draw)
+        work = f"trap 'echo told >> {kept}; exit' TERM; mkdir -p {begun}; touch {begun}/cycle.json"
+        return ["bash", "-c", "true" if draw == 0 else f"{work}; while true; do sleep 0.05; done"]
+
+    def refuse(*_: object) -> None:
+        raise InputError("another table")
+
+    monkeypatch.setattr(gpu, "keep", refuse)
+    with pytest.raises(InputError, match="another table"):
+        gpu.run(tmp_path, out, tmp_path / "rows", table=table, command=command, at_once=2)
     assert kept.read_text() == "told\n"
 
 

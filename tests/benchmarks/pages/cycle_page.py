@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from of_rows import draws_of, results_of, whole_draws
-from record import Cell
+from record import OWN_SEARCH, Cell
 
 from rekindle.data.counted import counted
 from rekindle.pipeline.cycle.config import CycleConfig
@@ -246,6 +246,14 @@ def _made_of(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
     if config.search:
         yield "What was chosen on dev in draw 0, by arm, and taken over in the others:"
         yield table(_chosen(config, rows))
+        elsewhere = [
+            f"{r['task']} {r['draw']}" for r in rows if r.get("search_of", OWN_SEARCH) != OWN_SEARCH
+        ]
+        if elsewhere:
+            yield (
+                "Run in another folder than draw 0, with its search taken over from search.json "
+                f"(`--searched`): {', '.join(elsewhere)}."
+            )
     yield _with(rows)
 
 

@@ -5,7 +5,10 @@
 A cell is one task in one draw of the labels. It is a line of ``cells.jsonl`` in the table's folder
 once all its arms are scored; a line that is there stays as it is, so that rows of several machines
 and days stand in one file (to measure a cell anew, remove its line). Run it on the machine that has
-measured, with the code that has: both are recorded as they are here.
+measured, with the code that has: both are recorded as they are here. What draw 0 of a task has
+searched goes to ``search.json`` beside them: another machine runs later draws with
+
+    pipeline rekindle few_labels.yaml --out runs/few-labels --draw 3 --searched search.json
 """
 
 import argparse
@@ -21,18 +24,32 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError, RekindleError
+from rekindle.pipeline.compare.runs import CYCLE_FILE
 from rekindle.pipeline.cycle.arms import WITH_TEACHERS
 from rekindle.pipeline.cycle.cells import Cells, read_cells
 from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.costs import arm_costs
-from rekindle.pipeline.cycle.finetuned import own_head
+from rekindle.pipeline.cycle.finetuned import own_head, read_json
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults, scores_of
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER
+from rekindle.pipeline.cycle.searched import (
+    DRAWS_FOLDER,
+    FIRST_DRAW,
+    SEARCH_FILE,
+    check_of_one_cycle,
+    decisive,
+    packed,
+    read_search_file,
+    search_home,
+    taken_from,
+    without_cache,
+)
+from rekindle.train.record.run_folder import differences
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = HERE.parent
 CELLS = "cells.jsonl"
+OWN_SEARCH = "draw 0 of the same folder"
 
 Cell = dict[str, Any]
 
@@ -94,7 +111,7 @@ def cells_in(run: Path, told: list[str], origin: Origin) -> Iterator[Cell]:
                 missing = ", ".join(dict.fromkeys(lacking))
                 told.append(f"draw {draw}, {task}: not finished ({missing})")
             else:
-                yield _cell(draw, task, found, cells, origin)
+                yield _cell(draw, task, found, cells, origin) | _depends_on(home, task)
 
 
 def _lacking(found: CycleResults, cells: Cells, task: str) -> Iterator[str]:
@@ -139,6 +156,18 @@ def _cell(draw: int, task: str, found: CycleResults, cells: Cells, origin: Origi
         "precision": expert.precision,
         "versions": dict(expert.versions),
         **asdict(origin),
+    }
+
+
+def _depends_on(home: Path, task: str) -> dict[str, Any]:
+    """What must be the same in all rows of a task, and whose search it went by."""
+    about = read_json(home / CYCLE_FILE) or {}
+    files = about["tasks"][task].get("files", {})
+    return {
+        "settings": without_cache(about.get("settings") or {}),
+        "start": about.get("start"),
+        "files": sorted(files.values()),
+        "search_of": taken_from(search_home(home)).get(task, OWN_SEARCH),
     }
 
 
@@ -189,6 +218,34 @@ def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
                 f"draw {cell['draw']}, {cell['task']}: {what} {here!r}, and the table's file says "
                 f"{there!r}. Rows of one table are of one file: give the folder of that cycle"
             )
+    if "train" not in cell.get("settings", {}):  # of a row that is older than this
+        return
+    planned = config.of_draw(cell["draw"]).model_dump(mode="json", by_alias=True)
+    both = [decisive(one, config.texts) for one in (cell["settings"], planned)]
+    for key, (here, there) in differences(both, items=True).items():
+        raise InputError(
+            f"draw {cell['draw']}, {cell['task']}: it was run with {key} {here!r}, and the table's "
+            f"file says {there!r}. Rows of one table are of one file: give the folder of that cycle"
+        )
+
+
+def check_alike(rows: list[Cell]) -> None:
+    """Raise InputError where rows of one task had other data, another start model or, in what the
+    search of draw 0 chose for all, other settings.
+    """
+    first: dict[tuple[str, str], Cell] = {}
+    for one in rows:
+        for key in ("chosen", "start", "files"):
+            if one.get(key) is None:
+                continue
+            before = first.setdefault((one["task"] if key != "start" else "", key), one)
+            if before[key] != one[key]:
+                raise InputError(
+                    f"{one['task']}: draw {one['draw']} has {key} {one[key]!r}, and "
+                    f"{before['task']}, draw {before['draw']}, has {before[key]!r}: they cannot "
+                    f"stand in one table. Where draw 0 was run elsewhere, give --searched its "
+                    f"{SEARCH_FILE}"
+                )
 
 
 def write_rows(table: Path, rows: list[Cell]) -> None:
@@ -197,12 +254,32 @@ def write_rows(table: Path, rows: list[Cell]) -> None:
     (table / CELLS).write_text(text, encoding="utf-8")
 
 
+def record_search(table: Path, run: Path, rows: list[Cell]) -> None:
+    """Add what draw 0 in ``run`` has searched for tasks whose draw 0 is among the ``rows``; what is
+    there stays. InputError where it is of another cycle.
+    """
+    home, path = run / DRAWS_FOLDER / str(FIRST_DRAW), table / SEARCH_FILE
+    if (new := packed(home)) is None:
+        return
+    whole = read_search_file(path) if path.exists() else new | {"search": {}, "texts": {}}
+    if path.exists():
+        check_of_one_cycle(str(path), whole, new)
+    there = {one["task"] for one in rows if one["draw"] == FIRST_DRAW}
+    for task in [task for task in new["search"] if task in there and task not in whole["search"]]:
+        text = task if task in new["texts"] else ""
+        whole["search"][task], whole["texts"][text] = new["search"][task], new["texts"][text]
+    if whole["search"]:
+        path.write_text(json.dumps(whole, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def record(table: Path, run: Path, origin: Origin) -> list[str]:
     """Add what ``run`` has finished to the ``table``'s rows; sentences of what was done."""
     config, rows, told = plan_of(table), read_rows(table), list[str]()
     there = {(one["draw"], one["task"]) for one in rows}
     found = merged(rows, cells_in(run, told, origin), config)
     new = [one for one in found if (one["draw"], one["task"]) not in there]
+    check_alike(found)
+    record_search(table, run, found)
     if new:
         write_rows(table, found)
     added = [f"added: draw {one['draw']}, {one['task']}" for one in new]

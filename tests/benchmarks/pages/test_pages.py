@@ -88,6 +88,7 @@ def test_recorded_cells_are_of_their_table_each_once_and_in_order(
     order = [(task.name, draw) for task in config.tasks for draw in range(config.label_draws)]
     cells = [(row["task"], row["draw"]) for row in rows]
     assert cells == [cell for cell in order if cell in cells]
+    record.check_alike(rows)
     for row in rows:
         record.check_of_table(row, config)
         assert row["text"]["removed"]
@@ -205,13 +206,93 @@ def test_a_cell_of_another_comparison_is_refused(
     assert not (table / "cells.jsonl").exists()
 
 
+def test_a_cell_that_was_run_with_other_settings_is_refused(
+    record: ModuleType, table: Path, run: Path
+) -> None:
+    """Where things lie is no setting: rows come from several machines."""
+    config = record.plan_of(table)
+    for draw in range(3):
+        own = config.of_draw(draw).model_dump(mode="json", by_alias=True)
+        own["student"]["model"] = own["corpus"]["tokenizer"] = own["cache"]["path"] = f"/at/{draw}"
+        edit(run / "draws" / str(draw) / "cycle.json", lambda v, own=own: v.update(settings=own))
+    assert recorded(record, table, run)[-1].startswith("6 of 6 cells")
+    rows = record.read_rows(table)
+    assert {row["settings"]["seed"] for row in rows} == {0, 1, 2}
+    assert {row["settings"]["cache"]["path"] for row in rows} == {""}
+    (table / "cells.jsonl").unlink()
+    change = {"epochs": 7}
+    edit(run / "draws/1/cycle.json", lambda v: v["settings"]["finetune"].update(change))
+    with pytest.raises(InputError, match=r"draw 1, cola: it was run with finetune.epochs 7, and"):
+        recorded(record, table, run)
+    assert not (table / "cells.jsonl").exists()
+
+
+def test_rows_that_cannot_stand_in_one_table_are_refused(
+    record: ModuleType, table: Path, run: Path
+) -> None:
+    """As of a machine that has searched by itself, or has made the start model anew."""
+    recorded(record, table, run)
+    rows = record.read_rows(table)
+    for key, other, words in (
+        ("chosen", rows[4]["chosen"] | {"kd": {"learning_rate": 1.0}}, "mrpc: draw 1 has chosen"),
+        ("files", ["other"], "mrpc: draw 1 has files"),
+        ("start", {"weights": "other"}, "start .*give --searched its search.json"),
+    ):
+        ones = [row | {"start": {"weights": "w"}} for row in rows]
+        record.check_alike(ones)
+        ones[4] |= {key: other}
+        with pytest.raises(InputError, match=words):
+            record.check_alike(ones)
+
+
+def test_what_draw_0_has_searched_is_kept_beside_the_rows(
+    record: ModuleType, table: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = record.plan_of(table).of_draw(0).model_dump(mode="json")
+    facts = dict.fromkeys(("metric", "regression", "pairs", "train", "dev", "test"), 1)
+    tasks = {task: facts | {"files": {"place": task}} for task in TASKS}
+    made = {
+        "written_by": "rekindle search",
+        "about": {"settings": settings, "start": {"weights": "w"}, "tasks": tasks},
+        "texts": {"cola": [], "mrpc": []},
+        "search": {"cola": {"kd": ["first"]}, "mrpc": {"kd": ["first"]}},
+    }
+    monkeypatch.setattr(record, "packed", lambda home: json.loads(json.dumps(made)))
+    shutil.move(run / "draws/0/experts/mrpc", run / "aside")
+    recorded(record, table, run)
+    file = table / "search.json"
+    assert json.loads(file.read_text())["search"] == {"cola": {"kd": ["first"]}}
+    shutil.move(run / "aside", run / "draws/0/experts/mrpc")
+    made["search"] = {"cola": {"kd": ["again"]}, "mrpc": {"kd": ["again"]}}
+    recorded(record, table, run)
+    found = record.read_search_file(file)
+    assert found["search"] == {"cola": {"kd": ["first"]}, "mrpc": {"kd": ["again"]}}
+    assert found["texts"] == made["texts"]
+    made["about"]["start"] = {"weights": "other"}
+    with pytest.raises(InputError, match=r"search.json is of another cycle: start.weights"):
+        recorded(record, table, run)
+
+
+def test_a_search_that_was_taken_over_is_told_on_the_page(
+    pages: ModuleType, record: ModuleType, table: Path, run: Path
+) -> None:
+    (run / "draws/0/search/taken.json").write_text(json.dumps({"mrpc": "search.json"}))
+    shutil.rmtree(run / "draws/0/experts")
+    recorded(record, table, run)
+    page = pages.cycle_page.measured("table", record.plan_of(table), record.read_rows(table))
+    assert "taken over from search.json (`--searched`): mrpc 1, mrpc 2." in page
+
+
 def test_the_file_of_small_experts_has_a_student_larger_than_them(record: ModuleType) -> None:
     config = record.plan_of(BENCHMARKS / "small_expert")
     other = record.plan_of(BENCHMARKS / "few_labels")
     assert config.has_other_experts
     assert {*config.arms} == {*other.arms, "start"}
     assert [task.name for task in config.tasks] == ["trec", "clinc"]
+    for key in ("train", "finetune", "search", "seeds", "label_draws", "distill", "seed"):
+        assert getattr(config, key) == getattr(other, key), key
     keys = ("train", "dev", "test", "train_examples", "train_per_class", "dev_examples", "corpus")
+    keys += ("finetune",)
     for own, theirs in zip(config.tasks, other.tasks, strict=False):
         assert {key: getattr(own, key) for key in keys} == {k: getattr(theirs, k) for k in keys}
 

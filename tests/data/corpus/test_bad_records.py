@@ -15,8 +15,9 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import InputError
-from rekindle.data.source import records
-from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source import json_lines
+from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.left_out import LeftOut
 from rekindle.data.storage.store import LocalStore
 
 GOOD = b'{"text": "good", "domain": "d"}\n'
@@ -200,7 +201,7 @@ def test_joined_files_have_a_byte_order_mark_anywhere(tmp_path):
 
 
 def test_a_line_without_end_is_no_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(json_lines, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "d.jsonl"
     path.write_bytes(GOOD + b'{"text": "' + b"x" * (1 << 21) + b'"}\n')
     with pytest.raises(InputError, match=r"d\.jsonl:2: a line of more than 1 MiB"):

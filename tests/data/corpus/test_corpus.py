@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rekindle.data.corpus.columns import BUCKETS
+from rekindle.data.corpus import in_order
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
-from rekindle.data.corpus.packing import pack
+from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.corpus.packing import packing_of
+from rekindle.data.corpus.rows import BUCKETS, EncodedDocuments, rows_of_texts
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.source.documents import read_documents
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.seal import SEAL, seal
 from rekindle.data.storage.store import LocalStore
+from rekindle.data.storage.units import unit_of
 
 PER_SHARD = 16
 PACKINGS = ("document", "contiguous")
@@ -46,7 +48,7 @@ def store(tmp_path):
 def contents(store):
     """The bytes of every committed shard, and of what stands beside them."""
     corpus = Corpus(store)
-    shards = [corpus.shards.open(commit).path.read_bytes() for commit in corpus.commits]
+    shards = [corpus.shards.open(commit).source.path.read_bytes() for commit in corpus.commits]
     return shards, store.read_bytes("corpus/corpus.json"), store.read_bytes("corpus/complete.json")
 
 
@@ -76,26 +78,27 @@ def test_rows_are_the_packed_sequences_of_the_source(store, config, packing):
     chosen = config(packing=packing)
     corpus = build_corpus(store, chosen, PER_SHARD)
     tokenizer = load_tokenizer(chosen.tokenizer)
-    documents = tokenizer.encode_documents(read_documents(chosen.source, "text", "domain"))
-    expected = [
-        sequence
-        for sequence, _ in pack(documents, sequence_length=24, packing=packing, tokenizer=tokenizer)
-    ]
+    documents = [*read_documents(chosen.source, "text", "domain")]
+    encoded = tokenizer.encoder.texts([document.text for document in documents])
+    how = packing_of(tokenizer, 24, packing)
+    expected, _ = rows_of_texts(EncodedDocuments(documents, *encoded), 0, how, last=True)
     assert len(corpus) == len(expected)
     assert [c.rows for c in corpus.commits[:-1]] == [PER_SHARD] * (len(corpus.commits) - 1)
     rows = [row for i in range(len(corpus.commits)) for row in corpus.shard(i).table().to_pylist()]
-    for row, sequence in zip(rows, expected, strict=True):
+    for number, row in enumerate(rows):
+        one = expected.part(number, number + 1)
         for name in ("input_ids", "char_starts", "word_starts", "document_starts"):
-            assert row[name] == getattr(sequence, name).tolist(), name
-        assert (row["text"], row["document"], row["domain"]) == (
-            sequence.text,
-            sequence.document,
-            sequence.domain,
+            assert row[name] == getattr(one, name).tolist(), name
+        assert (row["text"], row["document"], row["domain"], row["digest"]) == (
+            *one.texts,
+            *one.documents,
+            *one.domains,
+            *one.digests,
         )
-        assert (row["span_start"], row["span_end"]) == sequence.span
+        assert [row["span_start"], row["span_end"]] == one.spans[0].tolist()
         assert 0 <= row["bucket"] < BUCKETS
-    assert corpus.tokens == sum(len(s.input_ids) for s in expected)
-    assert corpus.domains == Counter(s.domain for s in expected)
+    assert corpus.tokens == len(expected.input_ids)
+    assert corpus.domains == Counter(expected.domains)
     assert len({row["digest"] for row in rows}) == len({(r["text"], *r["input_ids"]) for r in rows})
 
 
@@ -427,8 +430,9 @@ def test_there_is_no_corpus(store):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_memory_stays_flat(tmp_path, config, packing):
+def test_memory_stays_flat(tmp_path, config, packing, monkeypatch):
     """A corpus twenty times as long takes no more memory to make."""
+    monkeypatch.setattr(in_order, "cores", lambda: 2)  # each of which has some text in hand
 
     def peak(documents):
         source = tmp_path / f"{documents}.txt"

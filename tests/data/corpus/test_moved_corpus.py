@@ -102,7 +102,7 @@ def test_another_path_to_the_same_files_changes_nothing(tmp_path, build, monkeyp
     assert len(corpus.additions) == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(names=st.permutations(range(FILES)), begun=st.integers(1, FILES), stop=st.integers(1, 3))
 def test_whatever_the_files_are_called_the_corpus_goes_on(
     tmp_path_factory, wordpiece, names, begun, stop

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.corpus.packing import BEGINNING, Position, pack
-from rekindle.data.corpus.tokenizer import Encoded, load_tokenizer
+from rekindle.data.corpus.encoded import Encoded
+from rekindle.data.corpus.packing import BEGINNING, Position, packing_of
+from rekindle.data.corpus.rows import EncodedDocuments, pack, rows_of_texts
+from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.source.documents import Document, read_documents
 from testlib.corpora import SHARED
 
@@ -26,6 +28,7 @@ LLAMA = Specials((1,), (), 3)
 GPT2 = Specials((), (), 3)
 NOTHING = Specials((), (), None)
 PADDED = Specials((1, 4), (5, 2), None)
+EMPTY = (np.zeros(0, np.int32),) * 3 + (np.zeros(0, np.bool_),)
 ALL = [BERT, ROBERTA, LLAMA, GPT2, NOTHING, PADDED]
 
 
@@ -45,11 +48,44 @@ def corpus(texts):
     ]
 
 
-def packed(documents, length, packing, specials, start=BEGINNING):
-    rest = documents[start.document_index :]
-    return list(
-        pack(rest, sequence_length=length, packing=packing, tokenizer=specials, start=start)
+class Row(NamedTuple):
+    input_ids: np.ndarray
+    char_starts: np.ndarray
+    word_starts: np.ndarray
+    document_starts: np.ndarray
+    document: str
+    domain: str | None
+    span: tuple[int, int]
+    text: str
+    digest: str
+
+
+def batch_of(documents):
+    encoded = [Encoded(*map(np.array, EMPTY)), *(found for _, found in documents)]
+    lengths = np.array([len(found.ids) for _, found in documents], np.int64)
+    return EncodedDocuments(
+        [document for document, _ in documents], Encoded.joined(encoded), lengths
     )
+
+
+def each_of(rows):
+    """A row at a time, and the Position after it."""
+    for number in range(len(rows)):
+        one = rows.part(number, number + 1)
+        span = tuple(one.spans[0].tolist())
+        lists = (one.input_ids, one.char_starts, one.word_starts, one.document_starts)
+        row = Row(*lists, one.documents[0], one.domains[0], span, one.texts[0], one.digests[0])
+        yield row, Position(*one.ends[0].tolist())
+
+
+def packed(documents, length, packing, specials, start=BEGINNING, at_a_time=100):
+    how = packing_of(specials, length, packing)
+    if how.alone:
+        found = rows_of_texts(batch_of(documents), 0, how, last=True)[0].after(start)
+        return [*each_of(found)]
+    rest = documents[start.document_index :]
+    batches = [batch_of(rest[n : n + at_a_time]) for n in range(0, len(rest), at_a_time)]
+    return [pair for found in pack(batches, how, start) for pair in each_of(found)]
 
 
 def rows(texts, length, packing, specials):
@@ -186,17 +222,13 @@ def test_positions_name_the_next_token(case):
         assert position.token < [*counts, 1][position.document_index] or position.token == 0
 
 
-def test_documents_are_read_only_as_they_are_needed():
-    taken = []
-
-    def documents():
-        for pair in corpus(["aaaa"] * 10):
-            taken.append(pair)
-            yield pair
-
-    stream = pack(documents(), sequence_length=8, packing="contiguous", tokenizer=NOTHING)
-    list(islice(stream, 2))
-    assert len(taken) == 4
+@given(CASES, st.integers(1, 3))
+def test_sequences_do_not_depend_on_where_documents_are_parted(case, at_a_time):
+    documents, *how = case_of(case)
+    whole, parted = packed(documents, *how), packed(documents, *how, at_a_time=at_a_time)
+    assert [position for _, position in parted] == [position for _, position in whole]
+    for (found, _), (wanted, _) in zip(parted, whole, strict=True):
+        assert_equal(found, wanted)
 
 
 # --- examples: where the special tokens go --------------------------------------------------------
@@ -260,12 +292,12 @@ def test_a_piece_has_its_own_text():
 @pytest.mark.parametrize("packing", ["document", "contiguous"])
 def test_no_room_for_text_is_refused_at_the_call(specials, length, packing):
     with pytest.raises(ValueError, match="no room for text"):
-        pack([], sequence_length=length, packing=packing, tokenizer=specials)
+        packing_of(specials, length, packing)
 
 
 def test_an_unknown_packing_is_refused():
     with pytest.raises(ValueError, match="'document' or 'contiguous'"):
-        pack([], sequence_length=9, packing="both", tokenizer=BERT)
+        packing_of(BERT, 9, "both")
 
 
 @pytest.mark.parametrize("packing", ["document", "contiguous"])
@@ -297,7 +329,7 @@ def hard_corpus(tokenizer):
     if wiki.exists():
         texts += [document.text[:4000] for document in islice(read_documents([str(wiki)]), 5)]
     documents = [Document(str(i), text, None) for i, text in enumerate(texts)]
-    return list(tokenizer.encode_documents(documents))
+    return [*zip(documents, tokenizer.encode(texts), strict=True)]
 
 
 def byte_of_symbol():

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import fsspec
 import pytest
 
 from rekindle.data.corpus.config import CorpusConfig
@@ -73,6 +74,18 @@ def test_records_that_hold_a_text_are_left_out_counted_and_said(home, build, cap
     assert line.endswith(" (6 hold one as it stands, 0 nearly)")
     assert "d.jsonl:3 holds: what runs over the 2 hills" in caplog.text
     assert f"texts of {home / 'b.csv'} are sentence\n" in caplog.text
+
+
+def test_such_files_in_a_store_are_read_as_those_on_the_disk_and_anew_when_they_change(home, build):
+    store = fsspec.filesystem("memory")
+    for name in FILES:
+        store.pipe_file(f"/tests/{name}", (home / name).read_bytes())
+    places = ["memory://tests/*.jsonl", "memory://tests/b.csv"]
+    corpus = build("stored", files=(), without=places)
+    assert corpus.held == Found(exact=6)
+    assert texts(corpus) == texts(build("local"))
+    store.pipe_file("/tests/b.csv", f"label,sentence\nx,{TEXTS[5]}\n".encode())
+    assert build("changed", files=(), without=places).held == Found(exact=4)
 
 
 def test_without_such_files_a_corpus_is_as_it_was(build):

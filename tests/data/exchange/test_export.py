@@ -28,6 +28,7 @@ def cache(tmp_path_factory, make_teacher, make_cache):
         make_teacher("fine", "causal_lm", targets=top | {"codec": "precise"}),
         make_teacher("mlm", "masked_lm", targets=top),
         make_teacher("classes", "sequence_classification", config=LABELS),
+        make_teacher("pair", "sequence_classification", config=LABELS, pairs="adjacent"),
         make_teacher("words", "token_classification", config=LABELS),
         make_teacher("score", "regression"),
         make_teacher("sample", "causal_lm", targets={"kind": "threshold", "k": 4}),
@@ -53,7 +54,8 @@ def assert_same(cache, name, other):
             for key, value in vars(one).items():
                 again = getattr(two, key)
                 if isinstance(value, dict):
-                    value, again = value[1.0], again[1.0]
+                    assert value.keys() == again.keys()
+                    value, again = (np.stack([*each.values()]) for each in (value, again))
                 if isinstance(value, np.ndarray) and value.dtype.kind == "f":
                     np.testing.assert_allclose(value, again, atol=2e-6, err_msg=key)
                 else:
@@ -75,6 +77,27 @@ def test_what_is_exported_and_imported_again_is_the_same(cache, tmp_path, name, 
         assert info.estimator["tail"] == "given"
         assert info.imported.lacks == ()
         assert problems(cache.store.root) == []
+
+
+def test_pairs_are_those_that_there_are(cache):
+    """A sequence without a pair needs no row, and may have none: a student is shown nothing of it,
+    and would learn an answer to that.
+    """
+    info = cache.teachers["pair"].info
+    settings = {"task": info.task, "labels": info.label_names, "view": info.view}
+    rows = [*Export(cache.corpus, cache.teacher("pair")).rows()]
+    without = min({*range(12)} - {row["index"] for row in rows})
+    odd = rows[0] | {"index": without, "input_ids": None, "digest": cache.example(without).digest}
+    with pytest.raises(InputError, match=f"sequence {without} has no pair of texts in"):
+        cache.import_targets("odd", [odd], {"model": "pair"}, **settings)
+    done = cache.import_targets("pair-again", rows, {"model": "pair"}, **settings)
+    assert (done.rows, done.missing, done.units_done) == (len(rows), 0, 3)
+    assert cache.teachers["pair-again"].coverage == 1
+    for index in range(12):
+        one, two = (cache.example(index).targets[name] for name in ("pair", "pair-again"))
+        assert [target.logits.tolist() for target in one] == [t.logits.tolist() for t in two]
+    with pytest.raises(InputError, match=f"without a row: {rows[3]['index']}"):
+        cache.import_targets("few", rows[:3] + rows[4:], {"model": "pair"}, **settings)
 
 
 def test_a_row_has_words_beside_its_numbers(cache):
@@ -169,3 +192,19 @@ def test_a_file_that_is_there_is_not_replaced_unasked(cache, tmp_path):
         assert pa.ipc.open_file(file).read_all().num_rows == 1
     with pytest.raises(InputError, match="a name without an ending"):
         write_export(export, tmp_path / "rows.csv")
+
+
+def test_a_folder_that_is_no_data_set_is_never_replaced(cache, tmp_path):
+    """Even when asked: ``--out`` may be somebody's home, or the cache itself."""
+    export = Export(cache.corpus, limit=1)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis").write_text("mine")
+    (tmp_path / "rows.jsonl").mkdir()
+    for out in (tmp_path / "home", cache.store.root, tmp_path / "rows.jsonl"):
+        with pytest.raises(InputError, match="it is left as it is"):
+            write_export(export, out, force=True)
+    assert (tmp_path / "home/thesis").read_text() == "mine"
+    write_export(export, tmp_path / "rows")
+    with pytest.raises(InputError, match="is there already"):
+        write_export(export, tmp_path / "rows")
+    assert write_export(Export(cache.corpus, limit=2), tmp_path / "rows", force=True) == 2

@@ -7,8 +7,10 @@ import signal
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.inventory import collect_garbage
-from rekindle.data.storage.store import LocalStore
+from rekindle.data.inventory import collect_garbage, shard_sets
+from rekindle.data.storage.object_store import ObjectStore
+from rekindle.data.storage.store import LocalStore, open_store
+from rekindle.pipeline.checks.verify import verify_cache
 from testlib.caches import committed, problems
 from testlib.elsewhere import PROVENANCE, rows_of
 from testlib.processes import Child, before_call
@@ -53,3 +55,32 @@ def test_killed_at_any_step_it_goes_on(whole, empty, step):
     assert [path.name for path in empty.rglob("*.tmp")] == []
     assert len([*(empty / "targets/there/data").iterdir()]) == 3
     Cache.open(empty).example(0)
+
+
+def test_in_an_object_store_it_ends_in_the_bytes_of_a_local_one(whole, bare, s3):
+    """A real S3 server; killed before the second of three units is committed."""
+    url, rows = f"{s3}/imported", rows_of(Cache.open(bare))
+    store = open_store(url)
+    for path in bare.rglob("*"):
+        if path.is_file():
+            store.replace(str(path.relative_to(bare)), path.read_bytes())
+
+    def work():
+        before_call(ObjectStore, "create", 4, die)
+        Cache.open(url).import_targets("there", rows, PROVENANCE)
+
+    child = Child(work)
+    assert child.wait() == -signal.SIGKILL, child.errors
+    done = Cache.open(url).import_targets("there", rows, PROVENANCE)
+    assert (done.units_present, done.units_done) == (1, 2)
+    (shards,) = (one for one in shard_sets(store) if one.folder == "targets/there")
+    found = {
+        f"targets/there/{unit}": store.read_bytes(f"targets/there/{commit.path}")
+        for unit, commit in shards.committed().items()
+    }
+    assert found == committed(whole, "targets")
+    assert store.read_bytes("cache.json") == (whole / "cache.json").read_bytes()
+    report = verify_cache(url)
+    assert (report.problems, report.orphans) == ([], 1)
+    collect_garbage(store, 0)
+    assert verify_cache(url).orphans == 0

@@ -1,10 +1,14 @@
 """A row that is wrong is refused by one message that names it, and nothing of it is kept."""
 
+from datetime import date
+
 import numpy as np
 import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.data.exchange.logprobs import fields_of_prompt
+from rekindle.data.exchange.rows import log_masses
 from testlib.caches import committed
 from testlib.elsewhere import PROVENANCE, row_of, with_gold
 
@@ -34,7 +38,7 @@ WRONG = {
     "another digest": (lambda row: row | {"digest": "0" * 32}, "its digest is '000"),
     "another sequence": (lambda row: row | {"index": 3}, "input_ids: .* sequence 3 has"),
     "another token": (lambda row: changed(row, "input_ids", 1, 7), "input_ids: at place 1 token 7"),
-    "a replica": (lambda row: row | {"replica": 0}, "this teacher sees no masks"),
+    "a replica": (lambda row: row | {"replica": 0}, "sees no masks.*--task masked_lm"),
     "an unknown field": (lambda row: row | {"logprobs": []}, "did you mean 'log_probs'"),
     "no ids": (lambda row: row | {"ids": None}, "ids: must be a list of lists of whole numbers"),
     "ids as numbers": (
@@ -129,9 +133,11 @@ def test_rows_are_alike_and_each_sequence_has_one(cache):
     ("settings", "words"),
     [
         ({"provenance": {"engine": "x"}}, "must name the model"),
+        ({"provenance": {"model": "x", "date": date(2026, 11, 29)}}, "provenance.* kept as JSON"),
         ({"name": "../x"}, "name"),
         ({"task": "sequence_classification"}, "needs the names of its labels"),
         ({"labels": ("a", "b")}, "labels and problem are of classifiers"),
+        ({"task": "regression", "codec": "compact"}, "codec is of language models"),
         ({"task": "masked_lm", "view": "masked-0"}, "view 'masked-0' is none"),
         ({"taks": "causal_lm"}, "did you mean 'task'"),
     ],
@@ -144,3 +150,15 @@ def test_wrong_settings_are_refused_before_a_row_is_read(cache, settings, words)
     asked = {"name": "t", "provenance": PROVENANCE} | settings
     with pytest.raises(InputError, match=words):
         cache.import_targets(asked.pop("name"), rows(), asked.pop("provenance"), **asked)
+
+
+def test_arrays_of_objects_are_lists():
+    """As pandas and datasets hand rows on."""
+    entry = {"9": {"logprob": -0.5, "rank": 1}}
+    found = fields_of_prompt(np.array([None, entry], object), np.array([4, 9], np.int32))
+    assert found["ids"] == [[9]]
+    assert found["gold_ranks"] == [0]
+    assert log_masses(np.array([None, -2.0], object), 2).tolist() == [-np.inf, -2.0]
+    for text in ("ab", b"ab"):
+        with pytest.raises(InputError, match="must be one entry for each"):
+            fields_of_prompt(text, np.array([4, 9], np.int32))

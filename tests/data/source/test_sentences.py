@@ -61,6 +61,6 @@ def test_examples(text, expected):
 
 @pytest.mark.parametrize("unit", [".", "\n ", '."', " ", ". ", "a.", "(", "。", "\n- "])
 def test_time_is_linear_on_text_made_to_backtrack(unit):
-    started = time.perf_counter()
+    started = time.process_time()
     split_sentences(unit * 100_000)
-    assert time.perf_counter() - started < 5  # quadratic time would take minutes
+    assert time.process_time() - started < 5  # quadratic time would take minutes

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import build_corpus
 from rekindle.data.errors import InputError
-from rekindle.data.source.documents import Document, LeftOut, read_documents
+from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.tables import bytes_of_rows, table_rows
 from rekindle.data.storage.store import LocalStore
 

@@ -15,6 +15,7 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.data.storage import shards as shards_module
 from rekindle.data.storage.columns import list_array, list_type, offsets_of
 from rekindle.data.storage.seal import checksum
+from rekindle.data.storage.shard_bytes import Mapped
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Commit,
@@ -68,7 +69,7 @@ def test_what_is_written_is_read(shards):
     assert shard.batch_count == 3
     assert shard.table().equals(pa.Table.from_batches(batches(rows, fill=7), SCHEMA))
     assert shard.metadata == {"kind": "test", "shard": 0}
-    content = shard.path.read_bytes()
+    content = shard.source.path.read_bytes()
     assert len(content) == commit.bytes
     assert hashlib.sha256(content).hexdigest() == commit.sha256
     assert files(shards) == ["set/commits/00000.json", f"set/{commit.path}"]
@@ -99,7 +100,7 @@ def test_a_unit_without_rows(shards):
 def test_a_flipped_byte_anywhere_is_found_on_first_touch(shards, rows):
     """Byte after byte: header, schema, bodies, padding, footer."""
     commit = shards.write("00000", SCHEMA, batches(rows))
-    path = shards.open(commit).path
+    path = shards.open(commit).source.path
     content = path.read_bytes()
     with open(path, "r+b", buffering=0) as file:
         for place in range(len(content)):
@@ -113,7 +114,7 @@ def test_a_flipped_byte_anywhere_is_found_on_first_touch(shards, rows):
 def test_only_what_is_touched_is_read_and_checked(shards):
     """Damage in one record batch does not keep the others from being read, and is found by name."""
     commit = shards.write("00000", SCHEMA, batches(3 * ROWS_PER_BATCH))
-    path = shards.open(commit).path
+    path = shards.open(commit).source.path
     offset, length, _ = commit.regions[2]  # of the second batch, after the schema and the first
     content = bytearray(path.read_bytes())
     content[offset + length // 2] ^= 1
@@ -127,7 +128,7 @@ def test_only_what_is_touched_is_read_and_checked(shards):
 
 def test_a_truncated_or_lengthened_file_is_found(shards):
     commit = shards.write("00000", SCHEMA, batches(5))
-    path = shards.open(commit).path
+    path = shards.open(commit).source.path
     content = path.read_bytes()
     for changed in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
         path.write_bytes(changed)
@@ -170,6 +171,21 @@ def test_an_exception_when_it_becomes_durable_leaves_no_file(shards, monkeypatch
         with pytest.raises(InputError, match="No space"):
             shards.write("00000", SCHEMA, batches(3))
     assert files(shards) == []
+
+
+def test_an_interrupt_stays_one_where_the_data_cannot_be_removed(shards, monkeypatch):
+    """As of a bucket that is away: what it says then would hide what ended the work."""
+
+    def told(name):
+        raise KeyboardInterrupt
+
+    def away(name):
+        raise InputError("cannot reach s3://bucket")
+
+    monkeypatch.setattr(shards.store, "finish", told)
+    monkeypatch.setattr(shards.store, "discard", away)
+    with pytest.raises(KeyboardInterrupt):
+        shards.write("00000", SCHEMA, batches(3))
 
 
 def test_an_error_of_the_commit_keeps_the_data(shards, monkeypatch):
@@ -218,10 +234,10 @@ def test_of_two_writers_one_commits_and_its_data_is_whole(shards):
 
 def test_a_writer_that_comes_late_leaves_the_committed_data_alone(shards):
     first = shards.write("00000", SCHEMA, batches(3, fill=1))
-    content = shards.open(first).path.read_bytes()
+    content = shards.open(first).source.path.read_bytes()
     second = shards.write("00000", SCHEMA, batches(3, fill=2))
     assert second == first
-    assert shards.open(first).path.read_bytes() == content
+    assert shards.open(first).source.path.read_bytes() == content
     assert len(files(shards)) == 2
 
 
@@ -366,7 +382,7 @@ def test_a_file_that_is_no_arrow_file(shards):
     for content in (b"x" * 100, b"ARROW1\0\0" + b"\0" * 92, b"ARROW1"):
         path, commit = committed_as_it_is(shards, content, 0)
         with pytest.raises(CacheFormatError, match="not an Arrow IPC file"):
-            Shard(path, commit)
+            Shard(Mapped(path), commit)
 
 
 def test_rows_must_be_those_that_were_committed(shards):

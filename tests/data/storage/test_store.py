@@ -1,6 +1,7 @@
 """Stores: exclusive creation under races, no leftovers, names that stay inside; an S3 server."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -16,13 +17,9 @@ import pytest
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.errors import CacheFormatError, InputError
-from rekindle.data.storage.store import (
-    CONFLICT_DELAYS,
-    LocalStore,
-    ObjectStore,
-    open_store,
-    safe_name,
-)
+from rekindle.data.storage.base import safe_name
+from rekindle.data.storage.object_store import CONFLICT_DELAYS, ObjectStore
+from rekindle.data.storage.store import LocalStore, open_store
 
 # --- a local folder -------------------------------------------------------------------------------
 
@@ -148,11 +145,11 @@ def test_a_data_object_is_begun_finished_and_read(local):
     path = local.begin("data/a.arrow")
     path.write_bytes(b"123")
     local.finish("data/a.arrow")
-    assert local.local_file("data/a.arrow").read_bytes() == b"123"
+    assert bytes_in(local, "data/a.arrow", b"123") == b"123"
     local.discard("data/a.arrow")
     local.discard("data/a.arrow")  # not an error
     with pytest.raises(FileNotFoundError):
-        local.local_file("data/a.arrow")
+        bytes_in(local, "data/a.arrow", b"123")
     with pytest.raises(FileNotFoundError):
         local.read_bytes("data/a.arrow")
 
@@ -197,6 +194,13 @@ def test_open_store(tmp_path, monkeypatch):
         open_store("foo://x/y")
 
 
+def bytes_in(store, name: str, content: bytes) -> bytes:
+    """A data object's bytes, of which ``content`` was committed."""
+    regions = [(0, len(content), "")]
+    found = store.open_bytes(name, len(content), hashlib.sha256(content).hexdigest(), regions)
+    return bytes(found.region(0, len(content)))
+
+
 # --- object stores --------------------------------------------------------------------------------
 
 
@@ -229,6 +233,19 @@ def test_a_conflict_of_two_puts_is_asked_again(memory, monkeypatch):
         memory.create("commits/1.json", b"x")
 
 
+def test_a_store_without_conditional_puts_is_only_read(tmp_path, memory, monkeypatch):
+    """By its kind, and by what its server does: some take no notice of the condition."""
+    store = ObjectStore(f"local://{tmp_path}")
+    (tmp_path / "a").write_bytes(b"1")
+    assert store.read_bytes("a") == b"1"
+    with pytest.raises(InputError, match=r"can be read, not written to.*s3:// or gs://"):
+        store.create("b", b"1")
+    put = memory.fs.pipe_file
+    monkeypatch.setattr(memory.fs, "pipe_file", lambda path, value, mode: put(path, value))
+    with pytest.raises(InputError, match="overwrites objects that must not be"):
+        memory.create("b", b"1")
+
+
 def test_errors_of_the_client_become_one_message(memory, monkeypatch):
     class NoCredentialsError(Exception):
         pass
@@ -236,7 +253,7 @@ def test_errors_of_the_client_become_one_message(memory, monkeypatch):
     def fail(*args, **options):
         raise NoCredentialsError("Unable to locate credentials")
 
-    for method in ("cat_file", "ls", "pipe_file", "put_file", "rm_file", "get_file"):
+    for method in ("cat_file", "ls", "pipe_file", "put_file", "rm_file", "info"):
         monkeypatch.setattr(memory.fs, method, fail)
     memory.begin("data/x").write_bytes(b"")
     uses = [
@@ -246,7 +263,7 @@ def test_errors_of_the_client_become_one_message(memory, monkeypatch):
         lambda: memory.replace("a", b""),
         lambda: memory.finish("data/x"),
         lambda: memory.discard("a"),
-        lambda: memory.local_file("a"),
+        lambda: bytes_in(memory, "a", b""),
     ]
     for use in uses:
         with pytest.raises(InputError, match=r"cannot reach.*Unable to locate credentials"):
@@ -270,7 +287,7 @@ def test_an_uploaded_object_does_not_stay_on_the_local_disk(memory):
     path.write_bytes(b"123")
     memory.finish("data/a.arrow")
     assert not path.exists()
-    assert memory.local_file("data/a.arrow").read_bytes() == b"123"
+    assert bytes_in(memory, "data/a.arrow", b"123") == b"123"
 
 
 def test_the_local_copies_go_with_the_store():
@@ -285,10 +302,11 @@ def test_another_process_has_a_client_and_copies_of_its_own(tmp_path):
     """A fork that is done with the store leaves the copies to the process that made them."""
     store = ObjectStore(f"local://{tmp_path}")
     store.replace("a", b"1")
-    mine = store.local_file("a")
+    mine = store.begin("data/mine")
+    mine.write_bytes(b"2")
     other = pickle.loads(pickle.dumps(store))
     assert other.read_bytes("a") == b"1"
-    assert other.local_file("a") != mine
+    assert other.begin("data/mine") != mine
     client = store.fs
     child = os.fork()
     if not child:
@@ -296,11 +314,18 @@ def test_another_process_has_a_client_and_copies_of_its_own(tmp_path):
         del store
         os._exit(0 if sound else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert mine.read_bytes() == b"1"
+    assert mine.read_bytes() == b"2"
     assert store.fs is client
 
 
 # --- a real S3 server, in a process of its own ----------------------------------------------------
+
+
+def test_credentials_are_no_part_of_a_location():
+    """And are not repeated: what is said of a location is logged."""
+    with pytest.raises(InputError, match="holds no user names") as caught:
+        open_store("s3://AKIA:hidden-word@bucket/run")
+    assert "hidden-word" not in str(caught.value)
 
 
 def test_s3_create_is_exclusive(s3):
@@ -329,14 +354,14 @@ def test_s3_objects_and_listings(s3):
     assert store.names("data") == ["a.arrow"]
     assert store.folders("data") == ["sub"]
     other = open_store(f"{s3}/objects")
-    assert other.local_file("data/a.arrow").read_bytes() == b"1" * 1000
-    assert other.local_file("data/a.arrow") == other.local_file("data/a.arrow")
+    assert bytes_in(other, "data/a.arrow", b"1" * 1000) == b"1" * 1000
     other.discard("data/a.arrow")
     other.discard("data/a.arrow")
     assert store.names("data") == []
-    for read in (store.read_bytes, open_store(f"{s3}/objects").local_file):
-        with pytest.raises(FileNotFoundError):
-            read("data/a.arrow")
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes("data/a.arrow")
+    with pytest.raises(FileNotFoundError):
+        bytes_in(store, "data/a.arrow", b"another")
     assert files(store._scratch) == []  # a download that failed left nothing
 
 
@@ -358,8 +383,8 @@ def test_a_corpus_built_on_s3_is_byte_for_byte_the_local_one(s3, tmp_path, corpu
     assert again.complete
     assert again.tokenizer.digest == ours.tokenizer.digest
     for number, commit in enumerate(again.commits):
-        ours_path = ours.shards.open(ours.commits[number]).path
-        assert again.shards.open(commit).path.read_bytes() == ours_path.read_bytes()
+        here = ours.shards.open(ours.commits[number])
+        assert again.shards.open(commit).sha256() == here.sha256() == commit.sha256
         assert again.shard(number).table().equals(ours.shard(number).table())
     build_corpus(stores[1], config, 20)  # nothing is missing
     assert Corpus(stores[1]).fingerprint == ours.fingerprint

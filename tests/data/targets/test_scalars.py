@@ -165,7 +165,7 @@ def test_units_without_a_sum_are_read_as_a_whole(tmp_path):
 
 def place_of(shard: Shard, number: int, column: str) -> tuple[int, int]:
     """Where the values of a column of a record batch lie in the file."""
-    with pa.memory_map(str(shard.path)) as file:
+    with pa.memory_map(str(shard.source.path)) as file:
         whole = file.read_buffer()
         array = pa.ipc.open_file(whole).get_batch(number)[column]
         while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
@@ -176,9 +176,9 @@ def place_of(shard: Shard, number: int, column: str) -> tuple[int, int]:
 
 def overwrite(shard: Shard, number: int, column: str) -> None:
     first, size = place_of(shard, number, column)
-    content = bytearray(shard.path.read_bytes())
+    content = bytearray(shard.source.path.read_bytes())
     content[first : first + size] = bytes(byte ^ 0x55 for byte in content[first : first + size])
-    shard.path.write_bytes(content)
+    shard.source.path.write_bytes(content)
 
 
 @pytest.mark.parametrize("column", ["digest", *SCALARS])

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
+from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.source.documents import read_documents
 from rekindle.data.source.sentences import split_sentences
 from rekindle.data.storage.store import LocalStore
+from rekindle.data.storage.units import unit_of
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import (
     MaskConfig,
@@ -72,7 +73,7 @@ def view_rows(corpus, name, replica=None):
 def units(view):
     """The bytes of each committed unit."""
     return {
-        unit: view.shards.open(commit).path.read_bytes()
+        unit: view.shards.open(commit).source.path.read_bytes()
         for unit, commit in view.shards.committed().items()
     }
 

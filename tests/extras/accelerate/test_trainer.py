@@ -1,22 +1,20 @@
 """The mixin with the real Trainer: the losses of our own loop, however the steps are made."""
 
-import json
-
 import pytest
-import torch
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset
 from rekindle.train.hf.trainer import DistillationMixin
-from testlib.several.forked import end_well, forked_world
 from testlib.trainers.runs import (
     BATCH,
     SEED,
     STEPS,
+    in_two_processes,
     losses,
     our_losses,
     teaching,
+    trained,
     trainer_of,
 )
 
@@ -57,39 +55,66 @@ def check_parts(row):
     assert parts == pytest.approx(row["loss"], rel=1e-5)
 
 
-def in_two_processes(new_student, path, out, **more):
-    """The losses that the first of two processes logs."""
+@pytest.mark.parametrize("accepts", [True, False])
+def test_an_older_trainer_divides_by_the_micro_batches(
+    taught, ours, cache, new_student, tmp_path, monkeypatch, accepts
+):
+    """As transformers before 5.19 does, unless the model takes the number of items: undone."""
+    from transformers import Trainer
 
-    def work():
-        from accelerate.state import AcceleratorState
+    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga")
+    trainer = made(new_student, cache, tmp_path, batch=1, each=BATCH)
+    trainer.loss_is_scaled_for_ga = None  # what this version's Trainer asks: as those did
+    trainer.model_accepts_loss_kwargs = accepts
+    trainer.train()
+    assert losses(trainer) == ours
 
-        AcceleratorState._reset_state(True)
-        torch.set_num_threads(1)
-        given = more.pop("sequences", None)
+
+def test_counts_are_summed_over_processes_once_a_step(cache, new_student, tmp_path, monkeypatch):
+    """And what is logged, where it is; not once a micro-batch."""
+    trainer = made(new_student, cache, tmp_path, batch=1, each=4, max_steps=6, logging_steps=3)
+    sums, own = [], trainer._sum
+    monkeypatch.setattr(trainer, "_sum", lambda values: sums.append(values) or own(values))
+    trainer.train()
+    assert len(sums) == 6 + 2
+
+
+def of_two_processes(new_student, path, out, sequences=None, asked=trained, **more):
+    def make():
         cache = Cache.open(path)
-        data = CacheDataset(cache, seed=SEED, sequences=given)
-        trainer = made(new_student, cache, out, train_dataset=data, ddp_backend="gloo", **more)
-        assert trainer.args.world_size == 2
-        trainer.train()
-        if trainer.args.process_index == 0:
-            (out / "losses.json").write_text(json.dumps(losses(trainer)))
+        data = CacheDataset(cache, seed=SEED, sequences=sequences)
+        built = {"eval_dataset": data}
+        more["train_dataset"] = data
+        return made(new_student, cache, out, built=built, ddp_backend="gloo", **more)
 
-    end_well(forked_world(work))
-    return json.loads((out / "losses.json").read_text())
+    return in_two_processes(make, out, asked)
 
 
 def test_two_processes_share_every_step(taught, ours, new_student, tmp_path):
-    assert in_two_processes(new_student, taught[1], tmp_path, batch=1, each=2) == ours
+    assert of_two_processes(new_student, taught[1], tmp_path, batch=1, each=2) == ours
 
 
 def test_processes_that_do_not_divide_the_epoch(taught, cache, new_student, tmp_path):
     """Nine sequences: the second process's last batch holds one that has no loss."""
     nine, more = list(range(9)), {"max_steps": 6}
-    found = in_two_processes(new_student, taught[1], tmp_path, batch=2, sequences=nine, **more)
+    found = of_two_processes(new_student, taught[1], tmp_path, batch=2, sequences=nine, **more)
     data = CacheDataset(cache, seed=SEED, sequences=nine)
     one = made(new_student, cache, tmp_path / "one", train_dataset=data, **more)
     one.train()
     assert found == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_an_evaluation_has_no_batch_of_nothing(taught, cache, new_student, tmp_path):
+    """Three sequences, one at a time: the second process's last batch repeats the first one."""
+    three, one = [4, 1, 7], {"per_device_eval_batch_size": 1}
+    ask = {"asked": lambda trainer: trainer.evaluate()["eval_loss"]}
+    found = of_two_processes(new_student, taught[1], tmp_path, sequences=three, **ask, **one)
+    data = CacheDataset(cache, seed=SEED, sequences=three)
+    alone = made(new_student, cache, tmp_path / "one", **one)
+    first = CacheDataset(cache, sequences=[data[0].sequence])
+    whole, again = (alone.evaluate(one)["eval_loss"] for one in (data, first))
+    assert whole != pytest.approx(again, rel=1e-3)
+    assert found == pytest.approx((3 * whole + again) / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["map", "iterable"])
@@ -133,6 +158,15 @@ def test_batches_may_be_made_in_workers_and_evaluated(taught, ours, cache, new_s
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_evaluations_are_all_of_one_epoch(taught, cache, new_student, tmp_path):
+    """A stream too, which moves on when it is read: in another replica of the masks."""
+    data = IterableCacheDataset(cache, BATCH, seed=SEED)
+    built = {"eval_dataset": data}
+    trainer = made(new_student, cache, tmp_path, built=built, per_device_eval_batch_size=BATCH)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert data.epoch == 0
+
+
 def test_arguments_may_stand_in_their_places(cache, new_student, tmp_path):
     """The order of all sequences is that of ``args.seed``, wherever it is given."""
     from transformers import Trainer, TrainingArguments
@@ -156,6 +190,8 @@ def test_what_cannot_teach_is_refused_before_training(taught, cache, new_student
     plain = {"data_collator": lambda items: {"input_ids": whole(items)["input_ids"]}}
     refused("a batch has input_ids and no targets", built=plain)
     refused("train_dataset is a list; targets belong", train_dataset=[{"input_ids": [1]}])
+    rows = {"test": [{"input_ids": [1]}]}
+    refused("eval_dataset is a list; the collator reads sequences", built={"eval_dataset": rows})
     share = CacheDataset(cache, rank=1, world_size=2)
     refused("the share of process 1 of 2", train_dataset=share)
     refused("say another loss", label_smoothing_factor=0.1)

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.corpus import unit_of
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
+from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import encode
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
@@ -26,7 +26,7 @@ def committed_files(cache):
     sets |= {name: view.shards for name, view in cache.views.items()}
     sets |= {name: teacher.main.shards for name, teacher in cache.teachers.items()}
     return [
-        (name, cache.corpus.first(int(unit[:5])), shards.open(commit).path)
+        (name, cache.corpus.first(int(unit[:5])), shards.open(commit).source.path)
         for name, shards in sets.items()
         for unit, commit in shards.committed().items()
     ]

@@ -61,3 +61,29 @@ def as_prompt_logprobs(cache: Cache, row: dict) -> dict:
         )
     kept = {name: row[name] for name in ("index", "input_ids")}
     return kept | {"prompt_logprobs": entries}
+
+
+def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Log-probabilities [P,V] at a temperature."""
+    cold = logits / temperature
+    return cold - np.logaddexp.reduce(cold, axis=1, keepdims=True)
+
+
+def tempered_row(
+    cache: Cache, index: int, own: float, further: tuple[float, ...] = (), k: int = 4
+) -> dict:
+    """The row of an engine that was run at temperature ``own``, and has the mass outside the
+    candidates at ``further`` ones, too.
+    """
+    whole = distributions(cache, index)
+    ids = np.argsort(-whole, axis=1)[:, :k]
+    tails = {}
+    for at in (own, *further):
+        rest = log_softmax(whole, at)
+        np.put_along_axis(rest, ids, -np.inf, axis=1)
+        tails[at] = np.logaddexp.reduce(rest, axis=1).tolist()
+    log_probs = np.take_along_axis(log_softmax(whole, own), ids, axis=1).tolist()
+    row = row_of(cache, index, k) | {"log_probs": log_probs, "temperature": own}
+    if further:
+        row |= {"log_tail": tails[own], "log_tails": {f"{at:g}": tails[at] for at in further}}
+    return row

@@ -24,6 +24,7 @@ from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.pipeline.processes import worker
+from rekindle.pipeline.processes.units import OnThisMachine
 from testlib.caches import committed
 from testlib.command import pipeline
 from testlib.processes import Child
@@ -245,6 +246,6 @@ def with_workers(config: Any, journal: Journal, seconds: float = 0.05) -> Child:
     def work() -> None:
         fork_workers()
         slow(journal, seconds)
-        cache_teachers(config, workers=2)
+        cache_teachers(config, executor=OnThisMachine(2))
 
     return Child(work)

@@ -47,13 +47,22 @@ class Child:
                 self._said += more
         return self._said.decode()
 
+    def closed(self) -> bool:
+        """Whether nobody is left who could say anything."""
+        try:
+            more = os.read(self._pipe, 1 << 16)
+        except BlockingIOError:
+            return False
+        self._said += more
+        return not more
+
     def ended(self) -> bool:
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """Its exit code, or minus the signal that ended it."""
         until(self.ended, seconds)
         if self.status is None:
@@ -62,13 +71,13 @@ class Child:
         return self.status
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> bool:
+def until(condition: Callable[[], object], seconds: float = 300) -> bool:
     """Whether it came true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.005)
+        time.sleep(0.01)
     return True
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import select
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +46,8 @@ from rekindle.pipeline.builtin.tasks import (
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.make_builtin import job_of, needs, with_what_they_need
 from rekindle.train.record.run_folder import alone_in
+from testlib.command import run_main
+from testlib.processes import Child, until
 
 
 @pytest.fixture
@@ -347,7 +348,7 @@ def test_one_process_at_a_time_makes_models_and_clears_what_was_killed(tmp_path,
         assert other.stdout.readline() == "ready\n"
         assert not select.select([other.stdout], [], [], 0.5)[0]
         assert left.exists()
-    assert other.communicate(timeout=60)[0] == "made\n"
+    assert other.communicate(timeout=300)[0] == "made\n"
     assert not left.exists()
 
 
@@ -403,17 +404,34 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(
-    tmp_path, monkeypatch, hasty_home, fresh
-):
-    """Also in a ``fresh`` home, where the command writes the documents first."""
-    made, kept = tmp_path / "home" / folder().name, None
+def test_ctrl_c_while_models_are_made_leaves_nothing_half(tmp_path, monkeypatch):
+    """The command's process is forked, the one that makes models and its helpers are real."""
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
+    made = folder()
+    documents_file(made, "corpus").parent.mkdir(parents=True)
+    documents_file(made, "corpus").write_text('{"id": "a", "text": "A few words of a text."}\n')
+
+    def work():
+        os.dup2(sys.stderr.fileno(), 2)  # that of what is started, too
+        run_main("cache-teachers", run_file(tmp_path))
+
+    child = Child(work)
+    assert until(lambda: [*made.glob(".begun-*/*")] or child.ended(), 300), child.errors
+    assert not child.ended(), child.errors
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait() == 130, child.errors
+    assert until(child.closed), "somebody is left who holds its stderr"
+    assert "Traceback" not in child.errors
+    models = {"bert", "bert-larger"}  # whole where the signal came late
+    assert {path.name for path in made.iterdir()} <= {"documents", "tokenizer", "log"} | models
+    assert all((made / one / "model.safetensors").is_file() for one in models & {*os.listdir(made)})
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(tmp_path, monkeypatch, hasty_home):
+    """In a home where the command writes the documents first."""
+    made = tmp_path / "home" / folder().name
     corpus = made / "documents" / "corpus.jsonl"
-    if not fresh:
-        make_missing(resolve_name("python-docs/corpus"))
-        shutil.copytree(folder() / "documents", made / "documents")
-        kept = corpus.stat().st_mtime_ns
     environment = os.environ | {"REKINDLE_HOME": str(tmp_path / "home")}
     process = subprocess.Popen(
         [sys.executable, "-m", "rekindle.pipeline.cli", "cache-teachers", str(run_file(tmp_path))],
@@ -428,14 +446,13 @@ def test_ctrl_c_leaves_nothing_half_and_the_same_command_goes_on(
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() - began < 300
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)  # also that nobody is left who holds its stderr
+    _, errors = process.communicate(timeout=300)  # also that nobody is left who holds its stderr
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert list((tmp_path / "home").iterdir()) == [made]
     there = {path.name for path in made.iterdir()}
     assert there <= {"documents", "tokenizer", "bert-larger", "log"}
-    kept = kept or corpus.stat().st_mtime_ns
-    assert corpus.stat().st_mtime_ns == kept
+    kept = corpus.stat().st_mtime_ns
 
     monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
     make_missing(resolve_name("python-docs/bert-larger"))  # in this process

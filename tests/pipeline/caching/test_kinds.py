@@ -39,7 +39,7 @@ def test_what_a_configuration_keeps_is_a_sound_description(name):
         kind = kind_of(info)
         assert kind.sized
         assert kind.contradiction() is None
-        assert kind.read_at == (2.0 if kind.sampled else 1.0)
+        assert kind.read_at == (1.0 if kind.whole else 2.0)
         assert kind.schema({}).names[0] == "digest"
         assert set(kind.schema({}).names[1:]) == {*kind.stored_columns(), *kind.entry_columns()}
         assert kind.bytes_per_position >= 2 + 2 + 4 + 2

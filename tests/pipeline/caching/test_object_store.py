@@ -1,5 +1,7 @@
 """Stage 1 in an object store: a real S3 server, as users have it, in a process of its own."""
 
+import logging
+import random
 from typing import Any
 
 import numpy as np
@@ -7,9 +9,14 @@ import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.inventory import collect_garbage, shard_sets
-from rekindle.data.storage.store import Store, open_store
+from rekindle.data.storage.base import Store
+from rekindle.data.storage.copies import FOLDER, GIGABYTES
+from rekindle.data.storage.object_store import ObjectStore
+from rekindle.data.storage.shard_bytes import Asked, Mapped
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
+from testlib.servers.faulty_s3 import faulty_server
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +36,21 @@ def contents(store: Store) -> dict[tuple[str, str], str]:
     }
 
 
+def same_examples(here: Cache, there: Cache) -> None:
+    assert len(there) == len(here) == 13
+    for index in (0, 11, len(here) - 1):
+        ours, theirs = here.example(index), there.example(index)
+        for name, targets in ours.targets.items():
+            for a, b in zip(targets, theirs.targets[name], strict=True):
+                a, b = vars(a), vars(b)
+                assert a.keys() == b.keys()
+                for key, value in a.items():
+                    if isinstance(value, np.ndarray):
+                        assert (value == b[key]).all(), (name, key)
+
+
 def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
-    s3, tmp_path, configure, teachers
+    s3, tmp_path, configure, teachers, monkeypatch, caplog
 ):
     url = f"{s3}/stage-one"
     later = [
@@ -45,16 +65,16 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
     local, remote = open_store(tmp_path / "cache"), open_store(url)
     assert contents(remote) == contents(local)
     here, there = Cache.open(tmp_path / "cache"), Cache.open(url)
-    assert len(there) == len(here) == 13
-    for index in (0, 11, len(here) - 1):
-        ours, theirs = here.example(index), there.example(index)
-        for name, targets in ours.targets.items():
-            for a, b in zip(targets, theirs.targets[name], strict=True):
-                a, b = vars(a), vars(b)
-                assert a.keys() == b.keys()
-                for key, value in a.items():
-                    if isinstance(value, np.ndarray):
-                        assert (value == b[key]).all(), (name, key)
+    same_examples(here, there)
+    assert isinstance(there.corpus.shard(0).source, Mapped)
+    with caplog.at_level(logging.WARNING, "rekindle"):
+        monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
+        monkeypatch.setenv(GIGABYTES, "0")  # no room for copies: read piece by piece
+        without = Cache.open(url)
+        same_examples(here, without)
+    assert isinstance(without.corpus.shard(0).source, Asked)
+    assert any("no room for local copies" in text for text in caplog.messages)
+    monkeypatch.undo()
 
     damaged = f"targets/lm/{there.teachers['lm'].commits['00001-r000'].path}"
     content = bytearray(remote.read_bytes(damaged))
@@ -72,3 +92,32 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
     remote.replace("targets/lm/data/00000-r000-0badbeef.arrow", b"left by a killed process")
     assert verify_cache(url).orphans == 1
     assert [*collect_garbage(remote, 0.0)] == ["targets/lm/data/00000-r000-0badbeef.arrow"]
+
+
+def test_a_server_at_fault_changes_no_byte(s3, tmp_path, configure, teachers, monkeypatch):
+    """One request in eight is refused, dropped, cut short or done unheard, and for a second the
+    server is not there, in the middle of a unit.
+    """
+    rng = random.Random(0)
+    faults = [rng.choice(["503", "500", "drop", "unheard", "cut"]) for _ in range(10_000)]
+    small = {"limit_sequences": 8}, {"sequences_per_shard": 4, "replicas": 1, "mask": {}}
+    cache_teachers(configure(tmp_path / "cache", teachers, *small))
+    with faulty_server(monkeypatch) as server:
+        cache_teachers(configure(f"{s3}/first-answer", []))
+        server.faults = [fault if rng.random() < 0.125 else "" for fault in faults]
+        finish, finished = ObjectStore.finish, list[str]()
+
+        def finish_without_a_server(store: ObjectStore, name: str) -> None:
+            if name.startswith("targets/"):
+                finished.append(name)
+            if len(finished) == 2:
+                server.away(1.0)
+            finish(store, name)
+
+        monkeypatch.setattr(ObjectStore, "finish", finish_without_a_server)
+        cache_teachers(configure(f"{s3}/faults", teachers, *small))
+        there = Cache.open(f"{s3}/faults")
+        here = Cache.open(tmp_path / "cache")
+        assert contents(there.store) == contents(here.store)
+        assert verify_cache(f"{s3}/faults").problems == []
+        assert server.seen > 80

@@ -54,6 +54,7 @@ def test_the_summary_is_what_is_in_the_cache(cache):
         name: sum(e.domain == name for e in examples) for name in ("even", "odd")
     }
     assert corpus["complete"] is True
+    assert corpus["padding"]["shuffled"] >= corpus["padding"]["similar_lengths"] >= 1
     assert list(corpus["views"].values()) == [2]
     folder = cache / "targets"
     for name, teacher in facts["teachers"].items():

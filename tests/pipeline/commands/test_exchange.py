@@ -131,6 +131,13 @@ def test_a_wrong_row_is_one_message_with_its_file_and_number(cache, rows, tmp_pa
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(f"error: {rows}, row 5: position 2: ")
     assert "there" not in Cache.open(cache).teachers
+    rows.write_text("\n".join(lines))
+    result = pipeline("import-targets", cache, "there", rows, tmp_path / "more.jsonl", *FROM)
+    assert result.returncode == 2
+    assert "no such file" in result.stderr
+    assert "there" not in Cache.open(cache).teachers
+    result = pipeline("import-targets", cache, "there", rows, *FROM, "--provenance", "model=b")
+    assert "--provenance model is big/one and b; give it once" in result.stderr
     result = pipeline("import-targets", cache, "there", rows, "--provenance", "model")
     assert (result.returncode, result.stdout) == (2, "")
     assert "give KEY=VALUE" in result.stderr

@@ -120,6 +120,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("student.grow={layers: 3}", "the comparison would be of models"),
         ("student.task=causal_lm", "masked_lm students"),
         ("student.domain_prompts=true", "fine-tuning does not have"),
+        ("student.lora={r: 2}", "trains other weights than the fine-tunings"),
         ("train.objective.distill=[{teachers: [a]}]", "what the arms set"),
         ("distill.temprature=2", "did you mean 'temperature'"),
         ("tasks.a.distill={wieght: 2}", "did you mean 'weight'"),

@@ -175,6 +175,18 @@ def test_a_task_that_has_fewer_draws_has_no_part_in_a_mean(out):
     assert any("without a mean over tasks" in note for note in results.notes)
 
 
+def test_draws_that_were_added_later_are_said(out):
+    """Whoever adds draws until a test holds will see one hold."""
+
+    def said(first):
+        edit(out / "cycle.json", lambda v: v.update(draws_at_first=first))
+        return [note for note in read_results(out).notes if "asked for later" in note]
+
+    assert said(DRAWS) == []
+    (note,) = said(1)
+    assert note.startswith("the cycle was begun with 1 draw of the labels, and 3 more were")
+
+
 def test_the_search_is_of_the_first_draw_and_goes_for_all(out):
     results = read_results(out)
     assert {one.task for one in results.searched} == {*FEW}

@@ -17,6 +17,7 @@ from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.jobs import plan_jobs
 from rekindle.pipeline.cycle.run import _tell_again, run_cycle
 from rekindle.pipeline.cycle.run_files import configs
+from rekindle.pipeline.cycle.searched import read_search
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.pipeline.processes.worker import Place
 from testlib.small_cycle.here import TINY, WORDS, Here, sections, task_files
@@ -181,6 +182,32 @@ def test_the_first_draw_searches_for_all(whole):
         best = max(tried, key=lambda one: one["mean"])["config"]["learning_rate"]
         rates = [metrics_of(out / n / folder / "colour")["config"] for n in "01"]
         assert [one["learning_rate"] for one in rates] == [best, best]
+
+
+@pytest.mark.slow
+def test_another_folder_takes_the_search_over(whole, values, tmp_path, here):
+    """As on a machine that has the file alone: its draw is that of the folder that has searched."""
+    file, count = whole[0] / "search.json", len(here.done)
+    results = run_cycle(config_of(values, **MANY), tmp_path, draw=1, searched=file)
+    new = [path.relative_to(tmp_path).parts for path in here.done[count:]]
+    assert {parts[:2] for parts in new} == {("draws", "1")}
+    assert not any("search" in parts for parts in new)
+    assert results.draws == [1]
+    for one in results.scores:
+        (known,) = [s for s in whole[1].scores if (s.arm, s.metric) == (one.arm, one.metric)]
+        assert one.scores == known.scores[1:]
+    assert [one.tried for one in results.searched] == [one.tried for one in whole[1].searched]
+    told = f"taken over for colour (of {file}): its scores and its seconds are of there"
+    assert any(told in note for note in results.notes)
+    # Its own first draw goes by it as well, and then has it for others.
+    count = len(here.done)
+    both = run_cycle(config_of(values, **MANY), tmp_path)
+    assert not any("search" in path.parts for path in here.done[count:])
+    assert {(one.arm, one.metric): one.scores for one in both.scores} == {
+        (one.arm, one.metric): one.scores for one in whole[1].scores
+    }
+    own, given = (json.loads(one.read_text()) for one in (tmp_path / "search.json", file))
+    assert own["search"] == given["search"]
 
 
 def test_each_draw_has_labels_of_its_own_and_the_same_again(whole, values, tmp_path, monkeypatch):
@@ -355,6 +382,8 @@ def test_draws_are_added_and_not_taken_away(values, tmp_path, nothing_runs):
     many = {number: config_of(values, label_draws=number) for number in (1, 2, 3)}
     run_cycle(many[2], tmp_path)
     run_cycle(many[3], tmp_path, draw=2)
+    run_cycle(many[3], tmp_path, draw=2)
+    assert json.loads((tmp_path / "cycle.json").read_text())["draws_at_first"] == 2
     assert sorted(path.name for path in (tmp_path / "draws").iterdir()) == ["0", "1", "2"]
     with pytest.raises(CheckpointError, match="has 3 draws of the labels, and 2 are asked for"):
         run_cycle(many[2], tmp_path)
@@ -369,6 +398,80 @@ def test_draws_are_added_and_not_taken_away(values, tmp_path, nothing_runs):
 def test_a_search_that_is_not_finished_is_not_taken_over(values, tmp_path, nothing_runs):
     with pytest.raises(InputError, match="search for expert on colour is not finished: run --draw"):
         run_cycle(config_of(values, **MANY), tmp_path, draw=1)
+
+
+def test_a_folder_that_takes_a_search_over_has_all_of_it(whole, values, tmp_path, nothing_runs):
+    config, file = config_of(values, **MANY), whole[0] / "search.json"
+    results = run_cycle(config, tmp_path, draw=1, searched=file)
+    own, known = (home / "draws" / "0" for home in (tmp_path, whole[0]))
+    for arm in ("expert", "start", "committee"):
+        found, there = (read_search(one, arm, "colour", config.search) for one in (own, known))
+        assert [(one.config, one.dev, one.seeds) for one in found] == [
+            (one.config, one.dev, one.seeds) for one in there
+        ]
+    assert json.loads((own / "search/taken.json").read_text()) == {"colour": str(file)}
+    told = f"taken over for colour (of {file}): its scores and its seconds are of there"
+    assert any(told in note for note in results.notes)
+    run_cycle(config, tmp_path, draw=0)  # which goes by it as well
+    assert (own / "cycle.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search": {"learning_rate": [1e-3, 4e-3]}}, r"settings\.search\.learning_rate.*0\.003"),
+        ({"finetune": {"epochs": 2}}, r"settings\.finetune\.\w+ is"),
+        ({"arms": ["committee", "mlm"]}, "has not learning_rate 0.001 of mlm on colour.*Leave the"),
+        ({"seed": 7}, r"settings\.seed is 0 there, and 7 here"),
+        ({"search": {}}, "nothing is searched here"),
+        ({"label_draws": 1}, "is for a cycle of several draws"),
+    ],
+)
+def test_a_search_of_another_cycle_is_refused(
+    whole, values, tmp_path, nothing_runs, changes, words
+):
+    with pytest.raises(InputError, match=words):
+        run_cycle(
+            config_of(values, **MANY | changes),
+            tmp_path / "out",
+            searched=whole[0] / "search.json",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_of_other_content_is_refused(whole, values, tmp_path, nothing_runs, corpus_file):
+    """Rows, text and start model are known by what they are, not by where they lie."""
+    given = json.loads((whole[0] / "search.json").read_text())
+    file = tmp_path / "search.json"
+
+    def refused(change, words, out="out"):
+        found = json.loads(json.dumps(given))
+        change(found)
+        file.write_text(json.dumps(found))
+        with pytest.raises(InputError, match=words):
+            run_cycle(config_of(values, **MANY), tmp_path / out, draw=1, searched=file)
+
+    def scored(found):
+        found["search"]["colour"]["start"][0]["per_seed"][0]["scores"]["accuracy"] = 2.0
+
+    about = given["about"]
+    rows = about["tasks"]["colour"]["files"]
+    for change, words in (
+        (lambda f: f["about"]["start"].update(weights="other"), "start.weights is 'other' there"),
+        (lambda f: f["texts"].update({"": [[1, "other"]]}), r"text\..* is"),
+        (lambda f: f["about"]["tasks"]["colour"].update(files={**rows, "more": "x"}), "files"),
+        (lambda f: f["search"]["colour"].update(start=[{}]), "damaged: start on colour"),
+        (lambda f: f["search"]["colour"]["start"].pop(), "has not learning_rate"),
+        (lambda f: f.update(search={}), "has no search of a task here"),
+        (lambda f: f.update(written_by="nobody"), "is not what a cycle has searched"),
+        (lambda f: f.pop("about"), "is not what a cycle has searched"),
+    ):
+        refused(change, words)
+    assert not (tmp_path / "out").exists()
+    moved = json.loads(json.dumps(given).replace(str(corpus_file.parent), "/elsewhere"))
+    file.write_text(json.dumps(moved))
+    run_cycle(config_of(values, **MANY), tmp_path / "here", draw=1, searched=file)
+    refused(scored, "is there, and not what .* has", "here")
 
 
 def test_draws_that_would_be_equal_are_refused(values, tmp_path):

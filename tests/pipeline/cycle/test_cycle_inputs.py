@@ -7,11 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cycle import inputs
+from rekindle.pipeline.cycle.begun import remove_other_rows
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.inputs import _read, read_draws, read_tasks, write_tasks
+from rekindle.pipeline.cycle.inputs import (
+    _read,
+    read_draws,
+    read_tasks,
+    write_tasks,
+)
 from rekindle.pipeline.cycle.sections import CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, FixedBudget, TaskSettings
 from rekindle.train.finetune.task_data import read_task
@@ -135,6 +141,33 @@ def test_files_that_are_there_are_left(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
+def test_files_of_other_rows_are_written_anew_unless_something_was_made_of_them(tmp_path, caplog):
+    """As a version leaves them that took out other rows of test."""
+    caplog.set_level("INFO")
+    task = task_of(tmp_path, numbered(20))
+    older, now = _read(task, 1), _read(task, 0)
+    write_tasks([now], tmp_path / "new")
+    write_tasks([older], tmp_path)
+    remove_other_rows([now], tmp_path)
+    write_tasks([now], tmp_path)
+    files = [f"tasks/t/{name}.jsonl" for name in ("train", "dev", "test")]
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
+    told = "task t: {}.jsonl is written anew"
+    assert [told.format(n) in caplog.text for n in ("train", "dev", "test")] == [True, True, False]
+    for place in ("experts/t", "experts/.t.seeds", "search/mlm/t", "fine-tuned/mlm/.t.seeds"):
+        made = tmp_path / place
+        made.mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=rf"train\.jsonl has other rows .*{place} was"):
+            remove_other_rows([older], tmp_path)
+        made.rmdir()
+    remove_other_rows([now], tmp_path)  # these very rows
+    assert (tmp_path / files[0]).exists()
+    (tmp_path / files[0]).write_text("{")
+    with pytest.raises(CheckpointError, match=r"train\.jsonl is damaged .*remove it"):
+        remove_other_rows([now], tmp_path)
+
+
 def test_test_examples_that_train_has_are_counted(tmp_path):
     train = numbered(20)
     facts = _read(task_of(tmp_path, train, test=[*train, *numbered(4, first=900)]), 0).facts
@@ -230,6 +263,15 @@ def test_a_pair_is_tested_only_as_a_pair(tmp_path):
     pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "label": n % 2} for n in range(20)]
     tests = [pairs[4], pairs[5] | {"sentence2": "another"}]
     assert _read(task_of(tmp_path, pairs, test=tests), 0).held == {"train": 1}
+
+
+def test_a_pair_the_other_way_round_is_the_same_row(tmp_path):
+    """MRPC has one such row of its test in its train set, with its label, and STS-B six."""
+    pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "label": n % 2} for n in range(20)]
+    turned = {"sentence1": "B 4.", "sentence2": "A 4.", "label": 0}
+    found = _read(task_of(tmp_path, pairs, test=[turned, turned | {"label": 1}]), 0, remove=True)
+    assert found.held == {"train": 1}
+    assert 4 not in {*found.rows["train"], *found.rows["dev"]}
 
 
 def test_so_many_of_each_class_are_trained_on_as_far_as_there_are(tmp_path, caplog):

@@ -30,7 +30,8 @@ def test_where_guidance_does_not_help_one_sentence_says_so(tmp_path):
     (note,) = guided(tmp_path / "once", [0.05])
     assert note.endswith("(mixture +5.00 with one seed, in points)")
     assert guided(tmp_path / "helps", [0.02, 0.021, 0.019]) == []
-    assert guided(tmp_path / "equal", [0.125, 0.125, 0.125]) == []
+    (note,) = guided(tmp_path / "equal", [0.125, 0.125])  # of two seeds: often by chance
+    assert "(mixture +12.50 (+12.50 … +12.50), in points)" in note
 
 
 def test_without_the_student_of_the_text_guidance_is_held_against_the_expert(tmp_path):

@@ -1,5 +1,6 @@
 """A plan says what stage 1 will do before it is done, is right about it, and leaves no trace."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan import probe as plan_probe
 from rekindle.pipeline.plan import run as plan
+from rekindle.pipeline.plan.figures import Padding
 from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.sample import survey_corpus
+from rekindle.pipeline.plan.surveyed import _padding
 from rekindle.pipeline.plan.text import shown_plan
+from rekindle.train.config import StudentConfig
 from testlib.planned import NAMES, WHOLE, of
 
 
@@ -98,6 +103,20 @@ def test_a_small_source_is_counted(made):
     assert (planned.sequences, planned.tokens) == (len(corpus), corpus.tokens)
     assert not planned.estimated
     assert planned.bytes == pytest.approx(sum(c.bytes for c in corpus.commits), rel=0.15)
+
+
+def test_what_padding_costs_the_student_is_said(made, tmp_path):
+    model = StudentConfig(model=made["config"].corpus.tokenizer)
+    chosen = made["config"].model_copy(update={"student": model})
+    found = _padding(chosen, survey_corpus(chosen, tmp_path))
+    assert found.batching == "shuffled"
+    assert found.shuffled >= found.similar_lengths >= 1
+    uneven = replace(made["plain"].corpus, padding=Padding("similar_lengths", 3.0, 1.04))
+    shown = " ".join(shown_plan(replace(made["plain"], corpus=uneven)).split())
+    assert (
+        "train.batching similar_lengths: with padding, about 1.04 tokens are computed for each of "
+        "the text (shuffled: 3.00)" in shown
+    )
 
 
 def test_the_views_come_out_as_planned(made):

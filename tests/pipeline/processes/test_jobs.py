@@ -90,7 +90,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(jobs: list[Job], folder: Path) -> None:
-    run_jobs(jobs, folder / "log", Progress.silent())
+    run_jobs(jobs, folder / "log", Progress.silent(), [Place(None, 1)] * 2)
 
 
 def test_jobs_run_after_what_they_need_and_once(work: ModuleType, tmp_path: Path) -> None:
@@ -140,14 +140,14 @@ def test_a_job_that_fails_stops_the_others(
 ) -> None:
     slow, later = tmp_path / "slow", tmp_path / "later"
     jobs = [
-        Job("slow", work.write, (slow, [], 60.0), output=slow),
+        Job("slow", work.write, (slow, [], 600.0), output=slow),
         Job("bad", getattr(work, function), (), output=tmp_path / "never"),
         Job("later", work.write, (later, [], 0.0), output=later, after=("bad",)),
     ]
     began = time.monotonic()
     with pytest.raises(error, match=message):
         run(jobs, tmp_path)
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300
     assert not slow.exists()
     assert not later.exists()
 
@@ -160,14 +160,14 @@ def test_an_interrupt_waits_for_what_jobs_keep_and_no_longer(
     done.touch()
     jobs = [
         Job("done", work.write, (done, [], 0.0), output=done),
-        Job("slow", work.write, (slow, [], 60.0), output=slow),
+        Job("slow", work.write, (slow, [], 600.0), output=slow),
         Job("deaf", work.deaf, (deaf,), output=tmp_path / "never"),
         Job("keep", work.keep, (os.getpid(), [deaf]), output=tmp_path / "never"),
     ]
     began = time.monotonic()
     with pytest.raises(Interrupted) as caught:
         run_counted(jobs, tmp_path / "log", Progress.silent(), [Place(None, 1)] * 3)
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300
     assert caught.value.told == (
         "; 1 of 4 jobs are finished; keep: interrupted at step 3; a checkpoint of it is written"
     )

@@ -5,14 +5,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from rekindle.data.corpus.in_order import AHEAD
 from rekindle.data.errors import CacheError, InputError
 from rekindle.pipeline.processes import worker
-from rekindle.pipeline.processes.jobs import run_units
+from rekindle.pipeline.processes.units import run_units, units_in_order
 from rekindle.pipeline.processes.worker import Place
 
 LOADS = """
@@ -27,6 +29,10 @@ def numbers(folder):
         return number, os.getpid()
 
     return do
+
+def slower_at_first(folder):
+    do = numbers(folder)
+    return lambda number: time.sleep(0.1 / (1 + number)) or do(number)
 
 def refuses():
     raise CacheError("cannot be loaded")
@@ -81,6 +87,18 @@ def test_each_unit_is_done_once_and_each_process_loads_once(
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == processes
 
 
+def test_results_come_in_the_order_of_the_units(loads: ModuleType, tmp_path: Path) -> None:
+    """Of any number of units: those are taken that are soon due."""
+    load, taken = partial(loads.slower_at_first, tmp_path), count()
+    found = units_in_order("numbers", load, taken, [Place(None, 1)] * 3)
+    results = list(islice(found, 12))
+    found.close()  # type: ignore[attr-defined]
+    assert [number for number, _ in results] == list(range(12))
+    assert len({pid for _, pid in results}) == 3
+    assert 12 < next(taken) <= 12 + AHEAD * 3 + 1
+    assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 3
+
+
 def test_there_are_no_more_processes_than_units(loads: ModuleType, tmp_path: Path) -> None:
     assert len(run(partial(loads.numbers, tmp_path), range(1), 3)) == 1
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 1
@@ -105,3 +123,5 @@ def test_an_error_ends_all(
 ) -> None:
     with pytest.raises(error, match=message):
         run(getattr(loads, load), range(4), 2)
+    with pytest.raises(error, match=message):
+        list(units_in_order("numbers", getattr(loads, load), range(4), [Place(None, 1)] * 2))

@@ -134,7 +134,7 @@ names = st.one_of(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(names)
 def test_any_name_is_shown_and_breaks_nothing(name: str) -> None:
     def draw(axes: object) -> None:

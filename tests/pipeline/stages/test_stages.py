@@ -233,7 +233,7 @@ def kill():
     [
         ("killed", "out/second", 5),
         ("interrupted", "out/second", 5),
-        ("killed", "out/first", 3),
+        pytest.param("killed", "out/first", 3, marks=pytest.mark.slow),  # as the second
         ("killed", "lm", 13),  # sequences: at the third unit of four, in the first stage
     ],
 )

@@ -160,6 +160,12 @@ def test_a_student_is_asked_as_the_language_model_it_is(tmp_path, file, make_mod
         found = text_perplexity(str(where), file, config=PerplexityConfig(tokens=50))
         plain = text_perplexity(str(model), file, config=PerplexityConfig(tokens=50))
         assert (found.ce == pytest.approx(plain.ce, abs=1e-5)) is not prompted
+        coarse = PerplexityConfig(tokens=50, precision="bf16")  # its weights are rounded, as asked
+        rounded = text_perplexity(str(where), file, config=coarse)
+        assert rounded.ce != found.ce
+        if not prompted:
+            of_model = text_perplexity(str(model), file, config=coarse)
+            assert rounded.ce == pytest.approx(of_model.ce, abs=1e-5)
 
 
 def test_texts_are_read_as_a_corpus_reads_them(tmp_path, make_model, bytelevel):

@@ -73,6 +73,24 @@ def test_a_stream_goes_on_where_it_was_left(cache, workers):
         assert len(list(again)) == len(again)  # a whole epoch, the next
 
 
+def test_an_epoch_that_was_read_to_its_end_has_no_places_left(cache):
+    """Also for processes that do not divide it."""
+    nine = np.arange(9)
+    state = IterableCacheDataset(cache, 4, sequences=nine).state_dict(consumed=9)
+    for rank in range(4):
+        again = IterableCacheDataset(cache, 4, sequences=nine, rank=rank, world_size=4)
+        again.load_state_dict(state)
+        assert list(again) == []
+
+
+def test_a_mask_is_no_list_of_numbers(cache):
+    for given in (np.arange(len(cache)) < 3, [0.0, 2.0], [[0, 1]], 3):
+        with pytest.raises(InputError, match=r"sequences has . dimensions of \w+; give a list of"):
+            CacheDataset(cache, sequences=given)
+    with pytest.raises(InputError, match="no sequence to train on"):
+        CacheDataset(cache, sequences=[])
+
+
 def test_a_state_of_another_order_is_refused(cache):
     state = IterableCacheDataset(cache, 4, seed=1).state_dict(consumed=3)
     with pytest.raises(InputError, match=r"a stream with seed 1, this one has 2"):
@@ -81,3 +99,56 @@ def test_a_state_of_another_order_is_refused(cache):
         IterableCacheDataset(cache, 4, seed=1, world_size=2).load_state_dict(state)
     with pytest.raises(InputError, match="sequences are numbers 0 to 9999"):
         CacheDataset(cache, sequences=np.array([0, 9999]))
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+def test_batches_of_similar_lengths_are_the_same_epoch(cache, batch):
+    """On any number of processes whose batches are together as large; hardly padded."""
+
+    def read(world, **more):
+        settings = {"seed": 5, "epoch": 1, "batching": "similar_lengths"} | more
+        shares = [
+            CacheDataset(
+                cache, rank=r, world_size=world, batch_sequences=2 * batch // world, **settings
+            )
+            for r in range(world)
+        ]
+        places = [[share[i] for i in range(len(share))] for share in shares]
+        assert sorted(n for share in places for n in numbers(share)) == list(range(len(cache)))
+        size = 2 * batch // world
+        return [
+            [n for share in places for n in numbers(share[start : start + size])]
+            for start in range(0, len(places[0]), size)
+        ]
+
+    alone, shuffled = read(1), read(1, batching="shuffled")
+    full = len(cache) // (2 * batch)  # what does not fill a batch of all stays at the end
+    assert [sorted(b) for b in read(2)[:full]] == [sorted(b) for b in alone[:full]]
+    assert {*alone[-1]} == {*shuffled[-1]} or len(cache) % (2 * batch) == 0
+    assert read(1, epoch=2) != alone
+    computed = [
+        sum(int(cache.lengths(np.array(b)).max()) * len(b) for b in batches)
+        for batches in (alone, shuffled)
+    ]
+    assert computed[0] < computed[1]
+
+
+def test_similar_lengths_need_the_size_of_a_batch(cache):
+    with pytest.raises(InputError, match="needs batch_sequences"):
+        CacheDataset(cache, batching="similar_lengths")[0]
+    with pytest.raises(ValueError, match="batching is 'sorted'"):
+        CacheDataset(cache, batching="sorted")
+
+
+def test_a_stream_of_similar_lengths_goes_on_in_the_same_order_alone(cache):
+    def stream(batch, **more):
+        return IterableCacheDataset(cache, batch, seed=1, **more)
+
+    one = stream(4, batching="similar_lengths")
+    taken = [place for _, place in zip(range(9), one, strict=False)]
+    again = stream(4, batching="similar_lengths")
+    again.load_state_dict(one.state_dict())
+    assert taken + list(again) == list(stream(4, batching="similar_lengths"))
+    for other in (stream(4), stream(3, batching="similar_lengths")):
+        with pytest.raises(InputError, match="the state is of a stream that is of similar lengths"):
+            other.load_state_dict(one.state_dict())

@@ -1,13 +1,18 @@
 """The loss of a loop of one's own: the objective's, from logits and from hidden states."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
+from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.train.hf import collator
 from rekindle.train.hf.collator import TARGETS
-from rekindle.train.hf.dataset import Place
+from rekindle.train.hf.dataset import CacheDataset, Place
 from rekindle.train.hf.distillation import Distillation
+from testlib.elsewhere import PROVENANCE, row_of
 from testlib.objective.setting import EPOCH, Setting
 from testlib.students import gradients, same_gradients
 
@@ -48,6 +53,10 @@ def batch_of(setting, teaching, index=None):
 
 @pytest.mark.parametrize("road", ["logits", "hidden"])
 def test_losses_and_gradients_are_the_objectives(setting, teaching, road):
+    check_as_the_objective(setting, teaching, road)
+
+
+def check_as_the_objective(setting, teaching, road):
     expected = setting.run()
     found = batch_of(setting, teaching)
     batch, labels = found.pop(TARGETS), found.pop("labels")
@@ -64,6 +73,25 @@ def test_losses_and_gradients_are_the_objectives(setting, teaching, road):
     assert float(made.loss.detach()) == pytest.approx(float(expected[0]), rel=1e-5)
     assert float(made.ce) == pytest.approx(expected[1]["ce"], rel=1e-5)
     same_gradients(gradients(student), expected[2])
+
+
+@pytest.mark.parametrize("road", ["logits", "hidden"])
+def test_a_skew_and_a_temperature_between_are_those_of_the_run_file(masked_world, caplog, road):
+    said = {"temperature": 3.0, "temperature_between": "interpolate"}
+    said |= {"divergence": "skew_kl", "skew": 0.3}
+    objective = {"hard": {"weight": 0.5}, "distill": [{"teachers": ["big"]} | said]}
+    setting = Setting(masked_world, objective)
+    with caplog.at_level("INFO", logger="rekindle"):
+        teaching = Distillation(setting.cache, ["big"], ce_weight=0.5, **said)
+    assert "teacher big: at temperature 3 the mass outside its top 8 is interpolated" in caplog.text
+    check_as_the_objective(setting, teaching, road)
+    other = Distillation(setting.cache, ["big"], ce_weight=0.5, **said | {"skew": 0.1})
+    batch = batch_of(setting, teaching)
+    shown = {name: v for name, v in batch.items() if name not in (TARGETS, "labels")}
+    with torch.no_grad():
+        logits = setting.student.model(**shown).logits
+    one, two = (each.loss(logits, batch[TARGETS]).kd["big"] for each in (teaching, other))
+    assert float(one) != pytest.approx(float(two), rel=1e-3)
 
 
 def test_micro_batches_sum_up_to_the_batch(setting, teaching):
@@ -111,14 +139,59 @@ def test_what_cannot_be_learnt_is_refused(masked_world):
     refused(r"'big' stores the temperatures \[1.0, 2.0, 4.0\], not 3", temperature=3.0)
     refused("'sense' is a sequence_classification expert: its logits need a head", ["sense"])
     refused("'big' is a masked_lm; a causal_lm student has no loss", task="causal_lm")
+    refused(r"temperature: .* greater than 0 \(given: 0\)", temperature=0)
     refused("has no teacher 'none'", ["none"])
     refused("k = 9 is not cached", k=9)
+    refused("skew is for divergence: skew_kl, not jsd", divergence="jsd", skew=0.2)
+    refused("temperature_between", temperature_between="guess")
     refused("has the masked views", masked_view="masked-other")
     refused("nothing is trained", kd_weight=0, ce_weight=0)
     refused("kd_weight names 'wide'; the teachers are", kd_weight={"wide": 1.0})
+    partial = {"kd_weight": {"big": 0.7}}
+    refused(r"kd_weight is .* says nothing of \['wide'\]", ["big", "wide"], **partial)
     refused("teachers is 'big'; give a list", "big")
     with pytest.raises(InputError, match="made of items that are dict"):
         Distillation(cache, ["big"]).collator()([{"input_ids": [1]}])
+
+
+def test_sequences_of_another_cache_are_refused(masked_world, causal_world):
+    collate = Distillation(causal_world.open(), ["lm"]).collator()
+    collate([CacheDataset(causal_world.open())[0]])
+    with pytest.raises(InputError, match="of the sequences of another cache than the targets"):
+        collate([CacheDataset(masked_world.open())[0]])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_targets_that_teach_nobody_are_told_of_once(causal_world, monkeypatch, caplog, asked):
+    """As those of a Trainer without the mixin; not once a loss was asked for."""
+    monkeypatch.setattr(collator, "TELL_UNREAD", 3)
+    teaching = Distillation(causal_world.open(), ["lm"])
+    collate = teaching.collator()
+    batch = collate([Place(0, 0)])[TARGETS]
+    if asked:
+        size = teaching.vocabulary_size
+        teaching.loss(torch.zeros(*batch.input_ids.shape, size), batch)
+    for _ in range(7):
+        collate([Place(0, 0)])
+    told = [line for line in caplog.messages if "3 batches of cached targets were made" in line]
+    assert len(told) == (not asked)
+
+
+def test_a_teacher_that_lacks_targets_is_named(causal_world, tmp_path):
+    """Holes within a unit, and a unit that is not there: trained without it where that is said."""
+    shutil.copytree(causal_world.path, tmp_path / "cache")
+    (tmp_path / "cache/targets/lm/commits/00000.json").unlink()
+    cache = Cache.open(tmp_path / "cache")
+    rows = [row_of(cache, index) for index in range(1, len(cache), 2)]
+    cache.import_targets("holed", rows, PROVENANCE, allow_missing=True)
+    for name in ("lm", "holed"):
+        with pytest.raises(InputError, match=f"'{name}' has targets for .* name it in allow_missi"):
+            Distillation(cache, [name])
+        Distillation(cache, [name], kd_weight=0)  # not read
+    both = Distillation(cache, ["lm", "holed"], allow_missing=["lm", "holed"])
+    found = both.collator()([Place(number, 0) for number in range(4)])[TARGETS].targets
+    assert len(found["lm"].rows) == 0
+    assert {*found["holed"].rows.tolist()} == {1, 3}
 
 
 def test_a_teacher_of_other_masks_is_refused(masked_world, monkeypatch):
@@ -136,5 +209,21 @@ def test_a_student_of_another_task_is_refused(masked_world, causal_world):
 
     model = AutoModelForMaskedLM.from_pretrained(str(masked_world.student))
     Distillation(masked_world.open(), ["big"]).check_student(model)
+    with pytest.raises(InputError, match=r"is a BertModel, .* with AutoModelForMaskedLM"):
+        Distillation(masked_world.open(), ["big"]).check_student(model.bert)
     with pytest.raises(InputError, match="the student is a BertForMaskedLM, a masked_lm; the"):
         Distillation(causal_world.open(), ["lm"]).check_student(model)
+
+
+def test_a_student_whose_tokenizer_is_not_known_is_told_of(causal_world, caplog):
+    """Once it was held against the cache's, another call needs it no more."""
+    from transformers import AutoModelForCausalLM
+
+    teaching = Distillation(causal_world.open(), ["lm"])
+    model = AutoModelForCausalLM.from_pretrained(str(causal_world.student))
+    teaching.check_student(model)
+    assert "that its ids mean what the cache's do is not checked" in caplog.text
+    caplog.clear()
+    teaching.check_student(model, teaching.cache.corpus.tokenizer.hf)
+    teaching.check_student(model)
+    assert "is not checked" not in caplog.text

@@ -13,16 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 PAGE = Path(__file__).parents[3] / "docs/own_trainer.md"
-NAMES = {"runs/cache": "{cache}", "big-lm": "lm", "code-lm": "odd", "range(3)": "range(1)"}
+NAMES = {"runs/cache": "{cache}", "path/to/big-lm": "{lm}", "big-lm": "lm", "code-lm": "odd"}
+NAMES |= {"range(3)": "range(1)", "AutoModelForMaskedLM": "AutoModelForCausalLM"}
 
 
 @pytest.fixture
 def blocks(causal_world):
     """The page's Python, about the cache of the tests."""
     text = PAGE.read_text(encoding="utf-8")
+    lm = causal_world.open().teacher("lm").info.model
     for name, ours in NAMES.items():
         assert name in text
-        text = text.replace(name, ours.format(cache=causal_world.path))
+        text = text.replace(name, ours.format(cache=causal_world.path, lm=lm))
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
@@ -33,14 +35,16 @@ class Module(torch.nn.Module):
         self.logged = {name: float(value)}
 
 
-def test_the_plain_loop_and_the_lightning_module(blocks, causal_world, monkeypatch):
+def test_the_plain_loop_and_the_lightning_module(blocks, causal_world, monkeypatch, capsys):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(str(causal_world.student)).eval()
     here = {"model": model, "rank": 0, "world_size": 1, "device": "cpu"}
     here |= {"tokenizer": causal_world.open().corpus.tokenizer.hf}
     here |= {"optimizer": torch.optim.AdamW(model.parameters(), lr=2e-3)}
-    taught, _, loop, module = blocks
+    taught, _, aligned, loop, module = blocks
     exec(taught, here)
+    exec(aligned, here)
+    assert 0 <= float(re.search(r"\d[\d.e-]*", capsys.readouterr().out)[0]) < 1e-3
     teaching, lightning = here["teaching"], SimpleNamespace(LightningModule=Module)
     monkeypatch.setitem(sys.modules, "lightning", lightning)
     exec(module, here)

@@ -22,6 +22,7 @@ from rekindle.train import loop as module
 from rekindle.train.config import StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.loop import autocast
+from rekindle.train.objective import ready
 from rekindle.train.objective.objective import Objective
 from rekindle.train.order.held_out import split_corpus
 from rekindle.train.order.sequences import Order
@@ -349,13 +350,13 @@ def test_coverage_counts_sequences(masked_world, tmp_path):
 
 def test_held_out_sequences_are_never_trained_on(masked_world, tmp_path, monkeypatch):
     seen = []
-    step = module._step
+    step = module.take_step
 
-    def noting(training, batch, *rest):
-        seen.extend(batch.index.tolist())
-        return step(training, batch, *rest)
+    def noting(training, ready, *rest):
+        seen.extend(ready.batch.index.tolist())
+        return step(training, ready, *rest)
 
-    monkeypatch.setattr(module, "_step", noting)
+    monkeypatch.setattr(module, "take_step", noting)
     run(masked_world, tmp_path / "run", train_config(steps=30))
     cache = masked_world.open()
     split = split_corpus(cache, 0.1)
@@ -397,6 +398,6 @@ def test_split_batch_is_what_the_loop_accumulates_over(masked_world, tmp_path, m
         sizes.append([len(p.index) for p in parts])
         return parts
 
-    monkeypatch.setattr(module, "split_batch", noting)
+    monkeypatch.setattr(ready, "split_batch", noting)
     run(masked_world, tmp_path / "run", train_config(steps=2, micro_batch_sequences=4))
     assert sizes == [[4, 2]] * 2

@@ -23,8 +23,8 @@ def signalled(*numbers):
 @pytest.mark.parametrize(
     ("where", "number", "signals", "step"),
     [
-        ("_step", 3, [signal.SIGINT], 3),
-        ("_step", 7, [signal.SIGTERM, signal.SIGTERM], 7),  # to the group, and by its leader
+        ("take_step", 3, [signal.SIGINT], 3),
+        ("take_step", 7, [signal.SIGTERM, signal.SIGTERM], 7),  # to the group, and by its leader
         ("_evaluate", 1, [signal.SIGTERM], 5),  # which is finished, as the metrics show
         ("_save", 1, [signal.SIGINT], 5),  # of step 4: the one in hand is the next
         ("_save", 4, [signal.SIGINT], 10),  # of the end
@@ -60,7 +60,7 @@ def test_a_second_signal_interrupts_at_once(masked_world, tmp_path, monkeypatch)
         now[0] += SAME + 0.1
         signalled(signal.SIGINT)
 
-    before_call(module, "_step", 6, twice, monkeypatch.setattr)
+    before_call(module, "take_step", 6, twice, monkeypatch.setattr)
     with pytest.raises(Interrupted) as caught:
         run(masked_world, out, train_config(ALL))
     assert caught.value.told == f"; kept: {out}/checkpoints/step-00000005"
@@ -79,7 +79,7 @@ def test_a_handler_of_the_caller_stays(masked_world, tmp_path, monkeypatch):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        before_call(module, "_step", 3, lambda: signalled(signal.SIGTERM), monkeypatch.setattr)
+        before_call(module, "take_step", 3, lambda: signalled(signal.SIGTERM), monkeypatch.setattr)
         assert run(masked_world, tmp_path / "run", train_config(ALL)).steps == 10
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -16,8 +16,8 @@ import torch
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.storage.seal import SEAL, seal
-from rekindle.train import loop as module
 from rekindle.train.answers.judge import open_judge
+from rekindle.train.export import finished
 from rekindle.train.export.folder import export_head
 from rekindle.train.model.folder import resolve_model
 from testlib.loop import ALL, no_reader_left, run, stop_at, train_config
@@ -107,7 +107,7 @@ def test_heads_of_the_family_go_on_to_the_same_bits(masked_world, tmp_path):
 def test_an_interrupt_while_the_model_is_written(masked_world, whole, tmp_path, monkeypatch):
     out, config = tmp_path / "run", train_config(ALL)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_json", stop_at_summary(write_json))
+        patched.setattr(finished, "write_json", stop_at_summary(write_json))
         with pytest.raises(KeyboardInterrupt):
             run(masked_world, out, config)
     result = run(masked_world, out, config, resume=True)

@@ -1,6 +1,7 @@
 """The ranges of domains, against the domains that the rows themselves have."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,7 @@ def test_a_corpus_without_domains_says_which_key_makes_them(tmp_path, wordpiece)
 
 def test_rows_that_are_not_what_their_record_counts_are_refused(tmp_path, wordpiece):
     corpus = build(tmp_path, wordpiece, list(enumerate("abab")))
-    corpus.commits[0].facts["domains"].update(a=1, b=3)
+    commit = corpus.commits[0]
+    corpus.units.add(replace(commit, facts=commit.facts | {"domains": {"a": 1, "b": 3}}))
     with pytest.raises(CacheFormatError, match="commit record counts"):
         domain_ranges(corpus, ["a", "b"])

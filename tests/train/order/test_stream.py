@@ -47,7 +47,7 @@ def prefetchers():
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert condition()
@@ -192,7 +192,7 @@ def test_reading_runs_ahead_by_so_many_batches_per_thread_and_no_further(threads
 
 def test_threads_read_at_the_same_time():
     """Each waits until four batches are being read."""
-    four = threading.Barrier(4, timeout=5)
+    four = threading.Barrier(4, timeout=60)
     one = stream(FakeCache(lambda index: four.wait()), range(20), threads=4)
     assert [step for step, _ in one.steps(0, 8)] == list(range(8))
 
@@ -222,7 +222,7 @@ def test_of_two_errors_the_first_step_s_is_raised():
         for step in (2, 3):
             if index[0] == one.order.at(step)[0]:
                 if step == 2:
-                    late.wait(5)
+                    late.wait(60)
                 late.set()
                 raise RuntimeError(f"step {step}")
 
@@ -237,7 +237,7 @@ def test_of_two_errors_the_first_step_s_is_raised():
 def test_closing_ends_every_thread_and_begins_no_other_batch(taken):
     gate = threading.Event()
     gate.set()
-    cache = FakeCache(lambda index: gate.wait(5))
+    cache = FakeCache(lambda index: gate.wait(60))
     steps = stream(cache, range(20), threads=3).steps(0, 10**9)
     list(islice(steps, taken))
     assert len(prefetchers()) == (3 if taken else 0)

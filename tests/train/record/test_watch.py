@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.train.record.watch import EARLIEST, WINDOW, LossWatch, recent_losses
+from rekindle.train.record.watch import EARLIEST, LATEST, WINDOW, LossWatch, recent_losses
 
 calm = st.lists(st.floats(0.5, 3.0), min_size=EARLIEST, max_size=300)
 
@@ -79,4 +79,24 @@ def test_a_resumed_watch_knows_what_the_other_knew(losses, at):
     records.append({"kind": "evaluate", "step": at, "loss": 1e9})
     resumed = LossWatch(3.0, recent_losses(records, at))
     assert [resumed.complaint(loss, 1.0) for loss in losses[at:]] == answers[at:]
-    assert len(recent_losses(records, at)) == min(at, WINDOW)
+    assert len(recent_losses(records, at)) == min(at, WINDOW + LATEST)
+
+
+@given(st.lists(st.floats(0.5, 30.0), min_size=1, max_size=60), st.integers(0, 60), st.data())
+def test_a_late_watch_judges_alike_wherever_it_is_asked_or_goes_on(losses, at, data):
+    """Of the step before nothing is known when a step begins, though it may have been read."""
+    whole, limits = LossWatch(3.0, late=1), []
+    for step in range(len(losses)):
+        limits.append(whole.usual())
+        if step:
+            whole.complaint(losses[step - 1], 1.0, usual=limits[step - 1])
+    if any(loss > usual.limit for loss, usual in zip(losses, limits, strict=True)):
+        return  # a stopped run is not resumed past its stop
+    at = min(at, len(losses))
+    resumed, unread = LossWatch(3.0, [(loss, ()) for loss in losses[:at]], late=1), []
+    for step in range(at, len(losses)):
+        unread.append((losses[step], resumed.usual()))
+        assert unread[-1][1] == limits[step]
+        for loss, usual in unread[: len(unread) - data.draw(st.integers(0, 1))]:  # a checkpoint
+            resumed.complaint(loss, 1.0, usual=usual)
+            del unread[0]

@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.corpus import build_corpus, unit_of
+from rekindle.data.corpus.corpus import build_corpus
 from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
+from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import encode
 from rekindle.data.targets.codec_precise import encode_precise
 from rekindle.data.targets.head import StoredHead, encode_hidden, write_head

@@ -68,7 +68,9 @@ def _cross_entropy(z: Tensor, targets: SparseTargets, settings: LossSettings) ->
 
 
 def _divergence(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
-    q, q_rest, has_target = target_masses(targets, settings.tail, z.dtype)
+    q, has_target = target_masses(targets, settings.tail, z.dtype)
+    assert has_target is not None
+    q, q_rest = q[:, :-1], q[:, -1]
     log_p, log_p_rest = _student(z / settings.temperature, targets.ids)
     # An empty rest (every possible id is listed) is no outcome: whatever mass the target has
     # there is rounding.

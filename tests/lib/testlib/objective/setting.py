@@ -1,5 +1,6 @@
 """A step of an objective, in any number of micro-batches and processes, and its reference."""
 
+import functools
 import threading
 
 import numpy as np
@@ -20,6 +21,18 @@ from testlib.students import gradients, same_gradients
 CPU = torch.device("cpu")
 
 
+@functools.lru_cache(64)
+def built(model, task, heads, vocabulary):
+    """A student and its weights: it is built and checked once, for all settings that have it."""
+    config = StudentConfig(model=model, task=task)
+    student = build_student(config, dict(heads), vocabulary, 0)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # biases and LayerNorms away from their initial values
+        for parameter in student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
+    return student, {name: value.clone() for name, value in student.state_dict().items()}
+
+
 class Setting:
     """A student, an objective and a batch of one world; ``task`` follows the world's student."""
 
@@ -32,12 +45,10 @@ class Setting:
         infos = {name: self.cache.teacher(name).info for name in names}
         self.objective = Objective(config, infos, self.task, steps)
         self.vocabulary = self.cache.corpus.info["tokenizer"]["size"]
-        student = StudentConfig(model=str(world.student), task=self.task)
-        self.student = build_student(student, self.objective.heads, self.vocabulary, 0).eval()
-        draw = torch.Generator().manual_seed(5)
-        with torch.no_grad():  # biases and LayerNorms away from their initial values
-            for parameter in self.student.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
+        heads = tuple(sorted(self.objective.heads.items()))
+        self.student, weights = built(str(world.student), self.task, heads, self.vocabulary)
+        self.student.load_state_dict(weights)
+        self.student.eval().zero_grad(set_to_none=True)
         self.index = np.arange(3, 20) if batch is None else np.asarray(batch)
         self.missing = missing
 

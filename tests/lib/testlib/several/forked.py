@@ -9,7 +9,7 @@ from testlib.processes import Child
 PROCESSES = 2
 
 
-def forked_world(work: Callable[[], object]) -> list[Child]:
+def forked_world(work: Callable[[], object], processes: int = PROCESSES) -> list[Child]:
     """Processes that run ``work``, each with what torchrun would say in its environment.
 
     This process is to have one thread: OpenMP's others do not come along.
@@ -17,8 +17,8 @@ def forked_world(work: Callable[[], object]) -> list[Child]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": PROCESSES}
-    shared |= {"LOCAL_WORLD_SIZE": PROCESSES, "OMP_NUM_THREADS": 1}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    shared |= {"LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
 
     def begin(rank: int) -> Child:
         def run() -> None:
@@ -28,7 +28,7 @@ def forked_world(work: Callable[[], object]) -> list[Child]:
 
         return Child(run)
 
-    return [begin(rank) for rank in range(PROCESSES)]
+    return [begin(rank) for rank in range(processes)]
 
 
 def end_well(children: list[Child]) -> None:

@@ -1,5 +1,9 @@
 """The same steps by our loop and by a Trainer of Hugging Face's: what both are told, and see."""
 
+import json
+
+import torch
+
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.hf.dataset import CacheDataset
@@ -7,6 +11,7 @@ from rekindle.train.hf.distillation import Distillation
 from rekindle.train.loop import train_student
 from rekindle.train.optimizer import configured_adamw
 from rekindle.train.record.run_log import read_metrics
+from testlib.several.forked import end_well, forked_world
 
 STEPS, BATCH, SEED = 20, 4, 3
 WEIGHTS = {"big": 0.7, "odd.lm": 0.4}
@@ -78,3 +83,26 @@ def trainer_of(kind, config, model, distillation, out, *, batch=BATCH, each=1, *
 
 def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def trained(trainer):
+    trainer.train()
+    return losses(trainer)
+
+
+def in_two_processes(make, out, asked=trained):
+    """What the first of two processes has ``asked`` of its trainer: the losses that it logs."""
+
+    def work():
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        torch.set_num_threads(1)
+        trainer = make()
+        assert trainer.args.world_size == 2
+        found = asked(trainer)
+        if trainer.args.process_index == 0:
+            (out / "found.json").write_text(json.dumps(found))
+
+    end_well(forked_world(work))
+    return json.loads((out / "found.json").read_text())

@@ -133,7 +133,7 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
     names = list(TARGETS) if codec == "default" else CODED
     teachers = teachers_of(lookup, "causal_lm", names, codec)
     found = {}
-    for tokens in (1, 60, 4096):
+    for tokens in (1, 60, 4096) if codec == "default" else (60, 4096):
         given = [teacher | {"batch_tokens": tokens} for teacher in teachers]
         config = configure(tmp_path / str(tokens), given)
         if tokens == 60:
@@ -159,22 +159,23 @@ def test_the_same_bytes_with_any_batch_and_after_a_resume(
         else:
             cache_teachers(config)
         found[tokens] = committed(tmp_path / str(tokens), "targets")
-    assert len(found[1]) == 3 * len(names)
-    assert found[1] == found[60] == found[4096]
+    assert len(found[60]) == 3 * len(names)
+    assert all(one == found[60] for one in found.values())
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_a_batchs_rounding_hardly_moves_a_draw(tmp_path, configure, make_model, wordpiece, name):
+def test_a_batchs_rounding_hardly_moves_a_draw(tmp_path, configure, make_model, wordpiece):
     """Of a real model: its logits differ by float32 noise from batch to batch."""
     model = make_model("bert", AUTO["masked_lm"], wordpiece, seed=4, initializer_range=0.15)
     caches = []
     for tokens in (24, 4096):
-        given = [t | {"batch_tokens": tokens} for t in teachers_of(model, "masked_lm", [name])]
+        teachers = teachers_of(model, "masked_lm", list(SAMPLES))
+        given = [teacher | {"batch_tokens": tokens} for teacher in teachers]
         cache_teachers(configure(tmp_path / str(tokens), given))
-        caches.append(whole_batch(Cache.open(tmp_path / str(tokens)), name))
-    one, other = (np.sort(c.decode(SAMPLES[name])[0], axis=1) for c in caches)
-    assert len(one) > 80
-    assert (one != other).any(axis=1).mean() <= 0.02
+        caches.append(Cache.open(tmp_path / str(tokens)))
+    for name, tau in SAMPLES.items():
+        one, other = (np.sort(whole_batch(c, name).decode(tau)[0], axis=1) for c in caches)
+        assert len(one) > 80
+        assert (one != other).any(axis=1).mean() <= 0.02, name
 
 
 # --- the audit ------------------------------------------------------------------------------------

@@ -33,15 +33,15 @@ def long(tmp_path, configure, every) -> Any:
     return config
 
 
-def assert_left_at_once(
-    process: Any, interrupt: Callable[[], None], run: Path, seconds: float
-) -> None:
+def assert_left_at_once(process: Any, interrupt: Callable[[], None], started: float) -> None:
+    """In two seconds, or in as many as it took to come so far on a machine that is busy."""
     children = descendants(process.pid)
     began = time.monotonic()
+    seconds = max(2, began - started)
     interrupt()
-    assert process.wait(30) == 130
+    assert process.wait(300) == 130
     assert time.monotonic() - began < seconds
-    assert until(lambda: not alive(children), 2), "a child outlives it"
+    assert until(lambda: not alive(children), seconds), "a child outlives it"
 
 
 def assert_line_to_resume(errors: str, run: Path, workers: int) -> None:
@@ -59,9 +59,9 @@ def test_ctrl_c_ends_at_once_with_the_line_to_go_on(tmp_path, long, workers):
         fork_workers()
         run_main("cache-teachers", run, "--workers", workers)
 
-    child = Child(work)
+    started, child = time.monotonic(), Child(work)
     assert until(lambda: units(cache) or child.ended()), child.errors
-    assert_left_at_once(child, lambda: os.kill(child.pid, signal.SIGINT), run, 2)
+    assert_left_at_once(child, lambda: os.kill(child.pid, signal.SIGINT), started)
     assert_line_to_resume(child.errors, run, workers)
     there = units(cache)
     again = cache_teachers(long)
@@ -86,9 +86,9 @@ def start(run: Path, workers: int) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_of_the_real_command(tmp_path, long, workers):
     run, cache = tmp_path / "run.yaml", tmp_path / "cache"
-    process = start(run, workers)
+    started, process = time.monotonic(), start(run, workers)
     assert until(lambda: units(cache) or process.poll() is not None)
-    assert_left_at_once(process, lambda: process.send_signal(signal.SIGINT), run, 2)
+    assert_left_at_once(process, lambda: process.send_signal(signal.SIGINT), started)
     assert process.stderr is not None
     assert_line_to_resume(process.stderr.read(), run, workers)
     again = start(run, workers)
@@ -118,8 +118,8 @@ def test_a_process_of_the_real_command_is_killed(tmp_path, configure, every, vic
     else:
         os.kill(process.pid if victim == "parent" else forked[0], signal.SIGKILL)
     try:
-        assert process.wait(30) == (2 if victim == "worker" else -signal.SIGKILL)
-        assert until(lambda: not alive(children), 5), "workers outlive the process they work for"
+        assert process.wait(300) == (2 if victim == "worker" else -signal.SIGKILL)
+        assert until(lambda: not alive(children), 30), "workers outlive the process they work for"
     finally:
         for pid in alive(children):
             os.kill(pid, signal.SIGKILL)

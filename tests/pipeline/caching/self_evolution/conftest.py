@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -26,13 +27,16 @@ def learn(tmp_path_factory, make_model, wordpiece, configure):
         shutil.copytree(start, path, dirs_exist_ok=True)
         text = tmp_path_factory.mktemp("text")
         cache_teachers(configure(text, []))
-        rows = [torch.tensor(e.input_ids.astype(np.int64))[None] for e in examples(text)]
-        taught = torch.cat([row[0] for row in rows]) % 2 == 0
+        rows = [torch.tensor(e.input_ids.astype(np.int64)) for e in examples(text)]
+        labels = pad_sequence(rows, batch_first=True, padding_value=-1)
+        there = labels >= 0
+        inputs = {"input_ids": labels.clamp_min(0), "attention_mask": there.long()}
+        taught = labels[there] % 2 == 0
         model = transformers.AutoModelForMaskedLM.from_pretrained(str(path)).eval()
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         for _ in range(200):
-            logits = torch.cat([model(row).logits[0] for row in rows])
-            losses = F.cross_entropy(logits, torch.cat([row[0] for row in rows]), reduction="none")
+            logits = model(**inputs).logits[there]
+            losses = F.cross_entropy(logits, labels[there], reduction="none")
             if (losses < HARD).float().mean() > 0.3:
                 break
             optimizer.zero_grad()

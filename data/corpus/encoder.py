@@ -1,0 +1,91 @@
+"""What of a tokenizer cuts texts into tokens: all that a process needs to do so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rekindle.data.corpus.encoded import (
+    EncodedPairs,
+    EncodedTexts,
+    encoded_pairs,
+    encoded_texts,
+    lengths_of,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from tokenizers import Tokenizer as Backend
+
+NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Encodes texts: no special tokens, no padding, no truncation."""
+
+    backend: "Backend"
+
+    def encodings(self, texts: Sequence[str]) -> "list[Encoding]":
+        """What the tokenizers library makes of each."""
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    def texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """The tokens of each."""
+        return encoded_texts(texts, self.encodings(texts))
+
+    def pairs(self, texts: Sequence[str], max_length: int) -> EncodedPairs:
+        """The tokens of pairs, each the texts of an even and the next place; see ``joined``."""
+        encodings = self.encodings(texts)
+        whole = encoded_texts(texts, encodings)
+        pairs = zip(encodings[0::2], encodings[1::2], strict=True)
+        joined = [self.joined(*pair, max_length, NEWEST_CUT) for pair in pairs]
+        return encoded_pairs(whole, lengths_of(encodings), joined)
+
+    def joined(
+        self, first: "Encoding", second: "Encoding", max_length: int, cut: int
+    ) -> "Encoding":
+        """The two, shortened in place, with special tokens.
+
+        Raises ValueError when ``max_length`` leaves no room for a token of each.
+        """
+        room = max_length - self.backend.num_special_tokens_to_add(is_pair=True)
+        if room < 2:
+            raise ValueError(f"max_length {max_length} leaves no room for a pair of texts")
+        keep_first, keep_second = _CUTS[cut](len(first), len(second), room)
+        first.truncate(keep_first)
+        second.truncate(keep_second)
+        return self.backend.post_process(first, second, True)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The backend's own pickle forgets encode_special_tokens.
+        return _read, (self.backend.to_str(), self.backend.encode_special_tokens)
+
+
+def _read(content: str, special_names_are_text: bool) -> Encoder:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(content)
+    backend.encode_special_tokens = special_names_are_text
+    return Encoder(backend)
+
+
+# --- pairs that are too long ----------------------------------------------------------------------
+
+
+def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of each text stay, as the tokenizers library has it: the shorter text keeps
+    no more than half, and the longer one (of equals the second) what is left, an odd token too.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
+
+
+def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
+    """The rule of older views: an odd token is the first text's."""
+    kept = min(second, max(room // 2, room - first))
+    return min(first, room - kept), kept
+
+
+_CUTS = {1: _longest_first_once, NEWEST_CUT: _longest_first}

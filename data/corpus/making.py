@@ -1,0 +1,176 @@
+"""Makes sequences of a source: parts of it side by side, whoever does them; one after another only
+what goes over from one to the next.
+
+A process that is handed a part reads its records, tokenises its texts and, where no sequence
+crosses a document, makes the sequences as well. What is left for the process that asks is to count,
+and to join what crosses documents.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+
+from rekindle.data.corpus.encoder import Encoder
+from rekindle.data.corpus.in_order import InOrder
+from rekindle.data.corpus.packing import BEGINNING, Packing, Position
+from rekindle.data.corpus.rows import EncodedDocuments, Rows, pack, rows_of_pairs, rows_of_texts
+from rekindle.data.corpus.special_names import Holders, holders_of
+from rekindle.data.errors import InputError
+from rekindle.data.source.documents import tell_empty
+from rekindle.data.source.left_out import LeftOut
+from rekindle.data.source.parts import Part, Reader, cut_parts
+from rekindle.data.source.sources import Origin
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a part: so many documents, of which some ``holders`` hold names of special
+    tokens; their sequences, or their tokens where sequences cross documents.
+    """
+
+    documents: int
+    left_out: LeftOut
+    with_text: set[int]
+    reached: int
+    error: InputError | None
+    holders: list[int] = field(default_factory=list)
+    made: Rows | EncodedDocuments | None = None
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes parts into sequences or tokens. ``how`` they are packed; of pairs ``length``."""
+
+    reader: Reader
+    encoder: Encoder
+    names: re.Pattern[str] | None
+    how: Packing
+    length: int
+
+    def __call__(self, part: Part) -> Made:
+        """Read, tokenised, and packed as far as no other part is needed for it."""
+        found = self.reader(part)
+        documents = found.kept
+        texts = [text for document in documents for text in document.texts]
+        made: Rows | EncodedDocuments
+        if self.reader.fields.pair is not None:
+            made = rows_of_pairs(documents, self.encoder.pairs(texts, self.length))
+        else:
+            made = EncodedDocuments(documents, *self.encoder.texts(texts))
+            if self.how.alone:
+                made = rows_of_texts(made, 0, self.how, last=True)[0]
+        return Made(
+            len(documents),
+            found.left_out,
+            found.with_text,
+            found.reached,
+            found.error,
+            holders_of(self.names, documents),
+            made,
+        )
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """Counts the documents of parts."""
+
+    reader: Reader
+
+    def __call__(self, part: Part) -> Made:
+        found = self.reader(part)
+        more = found.with_text, found.reached, found.error
+        return Made(len(found.kept), found.left_out, *more)
+
+
+@dataclass
+class Making:
+    """The sequences of ``origins`` from a position on, as ``maker`` makes them; ``in_order`` has it
+    do so. Counts on the way what was left out, and the holders of names.
+    """
+
+    origins: Sequence[Origin]
+    maker: Maker
+    left_out: LeftOut
+    in_order: InOrder
+    start: Position = BEGINNING
+    holders: Holders = field(default_factory=Holders)
+    _told: int = 0  # origins of which it is known whether there is text in them
+    _with_text: set[int] = field(default_factory=set)
+
+    def rows(self) -> Iterator[Rows]:
+        """The sequences in order, those of a part at a time."""
+        if self.maker.how.alone:
+            return self._after_start()
+        return pack(self._tokens(), self.maker.how, self.start)
+
+    def read_on(self) -> None:
+        """Read up to the start and the next document, for what is left out before it."""
+        with closing(self._made()) as made:
+            next(made, None)
+
+    def _after_start(self) -> Iterator[Rows]:
+        for index, made in self._made():
+            assert isinstance(made, Rows)
+            rows = made.moved(index)
+            yield rows.after(self.start) if index <= self.start.document_index else rows
+
+    def _tokens(self) -> Iterator[EncodedDocuments]:
+        for index, made in self._made():
+            assert isinstance(made, EncodedDocuments)
+            yield made.rest(max(0, self.start.document_index - index))
+
+    def _made(self) -> Generator[tuple[int, Rows | EncodedDocuments], None, None]:
+        """What was made of each part, and the index of its first document."""
+        parts = cut_parts(self.origins, self.maker.reader.fields)
+        if self.start.document_index:
+            parts = self._from_start(parts)
+        with closing(self.in_order(partial(_itself, self.maker), parts)) as each:
+            for made in each:
+                index = self.left_out.documents
+                self.holders.extend(index + holder for holder in made.holders)
+                self._count(made)
+                assert made.made is not None
+                yield index, made.made
+                if made.error:
+                    raise made.error
+        self._tell_until(len(self.origins))
+
+    def _from_start(self, parts: Iterator[Part]) -> Iterator[Part]:
+        """The parts from that on in which the start lies; those before it are only counted."""
+        ahead = deque[Part]()
+
+        def taken() -> Iterator[Part]:
+            for part in parts:
+                ahead.append(part)
+                yield part
+
+        load = partial(_itself, _Counter(self.maker.reader))
+        with closing(self.in_order(load, taken())) as each:
+            for made in each:
+                if self.left_out.documents + made.documents > self.start.document_index:
+                    break
+                ahead.popleft()
+                self._count(made)
+                if made.error:
+                    raise made.error
+        return chain(ahead, parts)
+
+    def _count(self, made: Made) -> None:
+        self.left_out.extend(made.left_out)
+        self._with_text |= made.with_text
+        self._tell_until(made.reached)
+
+    def _tell_until(self, number: int) -> None:
+        """Say which of the origins before that number have no text."""
+        for passed in range(self._told, number):
+            if passed not in self._with_text:
+                tell_empty(self.origins[passed])
+        self._told = max(self._told, number)
+
+
+def _itself(do: Callable[[Part], Made]) -> Callable[[Part], Made]:
+    return do

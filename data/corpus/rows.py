@@ -1,0 +1,331 @@
+"""The sequences of a corpus as columns, made of the tokens of many documents at a time."""
+
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.encoded import Encoded, EncodedPairs
+from rekindle.data.corpus.packing import BEGINNING, Ints, Packing, Position, plan
+from rekindle.data.source.documents import Document
+
+PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
+BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
+
+
+@dataclass(frozen=True)
+class EncodedDocuments:
+    """Documents that follow each other, and their tokens: ``lengths`` [documents] of each."""
+
+    documents: list[Document]
+    tokens: Encoded
+    lengths: Ints
+
+    def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
+        """These, and others after them."""
+        tokens = Encoded.joined([self.tokens, other.tokens])
+        lengths = np.concatenate([self.lengths, other.lengths])
+        return EncodedDocuments(self.documents + other.documents, tokens, lengths)
+
+    def rest(self, first: int) -> "EncodedDocuments":
+        """These from a document on."""
+        tokens = self.tokens.part(slice(int(self.lengths[:first].sum()), None))
+        return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R sequences; L tokens in all, special ones included, of P pieces of documents.
+
+    lengths [R]; input_ids [L] int32; char_starts [L] int32: where the token's text starts in its
+    text, −1 for special tokens; word_starts [L] bool: False for special tokens, and for a first
+    token that goes on with a word of the sequence before; token_types [L] int32: the segments of
+    pairs, None of other sequences. pieces [R], document_starts [P] int32: in each sequence the
+    positions where a document begins or is resumed. documents (their ids), domains: of the first
+    token's document; spans [R,2]: the characters of that document; buckets [R] uint16: of it, by
+    hash. texts: the sequences' own, the documents' parts joined by a blank line; of a pair both
+    texts whole, whatever was cut of their tokens, and its span is the first one's. digests: the
+    identity of each, 128 bits over its token ids and its text, as 32 hex digits. lost [R]: tokens
+    of pairs that were cut. ends [R,2]: the Position after each.
+    """
+
+    lengths: Ints
+    input_ids: NDArray[np.int32]
+    char_starts: NDArray[np.int32]
+    word_starts: NDArray[np.bool_]
+    token_types: NDArray[np.int32] | None
+    pieces: Ints
+    document_starts: NDArray[np.int32]
+    documents: list[str]
+    domains: list[str | None]
+    spans: Ints
+    buckets: NDArray[np.uint16]
+    texts: list[str]
+    digests: list[str]
+    lost: Ints
+    ends: Ints
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def _firsts(self) -> tuple[Ints, Ints]:
+        return _before(self.lengths), _before(self.pieces)
+
+    def part(self, first: int, last: int) -> "Rows":
+        """Some of the sequences."""
+        row = slice(first, last)
+        token, piece = (slice(firsts[first], firsts[last]) for firsts in self._firsts)
+        types = self.token_types
+        return Rows(
+            lengths=self.lengths[row],
+            input_ids=self.input_ids[token],
+            char_starts=self.char_starts[token],
+            word_starts=self.word_starts[token],
+            token_types=None if types is None else types[token],
+            pieces=self.pieces[row],
+            document_starts=self.document_starts[piece],
+            documents=self.documents[row],
+            domains=self.domains[row],
+            spans=self.spans[row],
+            buckets=self.buckets[row],
+            texts=self.texts[row],
+            digests=self.digests[row],
+            lost=self.lost[row],
+            ends=self.ends[row],
+        )
+
+    def after(self, start: Position) -> "Rows":
+        """Those after a position. Raises ValueError for one inside a document, where none ends."""
+        ends = [Position(*end) for end in self.ends.tolist()]
+        first = bisect_right(ends, start)
+        if start.token and ends[first - 1 : first] != [start]:
+            raise _no_such(start)
+        return self.part(first, len(self))
+
+    def moved(self, documents: int) -> "Rows":
+        """The same after so many other documents."""
+        return replace(self, ends=self.ends + np.array([documents, 0]))
+
+    @staticmethod
+    def joined(parts: "Many[Rows]") -> "Rows":
+        """Those of several, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        columns: dict[str, object] = {}
+        for name in Rows.__dataclass_fields__:
+            each = [getattr(part, name) for part in parts]
+            if isinstance(each[0], list):
+                columns[name] = [value for column in each for value in column]
+            else:
+                columns[name] = None if each[0] is None else np.concatenate(each)
+        return Rows(**columns)  # type: ignore[arg-type]
+
+
+def _before(counts: Ints) -> Ints:
+    """How many there are before each, and in all."""
+    return np.append(0, np.cumsum(counts))
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def pack(
+    batches: Iterable[EncodedDocuments], how: Packing, start: Position = BEGINNING
+) -> Iterator[Rows]:
+    """The sequences of documents that they cross, wherever one batch ends and another begins.
+
+    ``batches`` begin with the document of index start.document_index. Raises ValueError for a start
+    inside a document that is not that long.
+    """
+    index, token = start
+    left: EncodedDocuments | None = None
+    for batch in batches:
+        left = left.then(batch) if left else batch
+        if token and len(left.lengths) and token >= left.lengths[0]:
+            raise _no_such(start)
+        rows, (done, token) = rows_of_texts(left, token, how, last=False)
+        yield rows.moved(index)
+        index, left = index + done, left.rest(done)
+    if left and len(left.lengths):
+        yield rows_of_texts(left, token, how, last=True)[0].moved(index)
+
+
+def _no_such(start: Position) -> ValueError:
+    return ValueError(
+        f"packing cannot start at token {start.token} of document {start.document_index}, where no "
+        "sequence ends: the corpus or the tokenizer was changed"
+    )
+
+
+def rows_of_texts(
+    batch: EncodedDocuments, token: int, how: Packing, last: bool
+) -> tuple[Rows, Position]:
+    """The sequences of a batch from a token of its first document on, and the Position after them;
+    unless it is the ``last`` one, without those that have room left.
+    """
+    planned = plan(batch.lengths.tolist(), token, how, last)
+    document, tokens, before, after, pieces, ends = planned
+    P, R, C = len(tokens), len(pieces), int(tokens.sum())
+    widths = tokens + len(how.between) * before + len(how.end) * after
+    affixes = len(how.prefix) + len(how.suffix)
+    row_of, firsts = np.repeat(np.arange(R), pieces), _before(pieces)
+    places = _before(widths)
+    begins = places[firsts] + affixes * np.arange(R + 1)  # [R+1] of each sequence
+    at = places[:-1] + affixes * row_of + len(how.prefix) + len(how.between) * before  # [P]
+    # Tokens are taken one after another: where each goes is all there is to know.
+    taken = np.arange(C)
+    source = slice(token, token + C)
+    where = taken + np.repeat(at - _before(tokens)[:-1], tokens)
+    ids, starts, stops, words = batch.tokens.part(source)
+    input_ids = np.empty(begins[-1], np.int32)
+    char_starts, word_starts = np.full(begins[-1], -1, np.int32), np.zeros(begins[-1], np.bool_)
+    input_ids[where], word_starts[where] = ids, words
+    for number, special in enumerate(how.prefix):
+        input_ids[begins[:-1] + number] = special
+    for number, special in enumerate(reversed(how.suffix), start=1):
+        input_ids[begins[1:] - number] = special
+    for special in how.between:
+        input_ids[at[before] - 1] = special
+    for special in how.end:
+        input_ids[(at + tokens)[after]] = special
+    first_token = _before(tokens)
+    spans = np.zeros((P, 2), np.int64)
+    spans[:, 0], spans[:, 1] = starts[first_token[:-1]], stops[first_token[1:] - 1]
+    characters = _before(spans[:, 1] - spans[:, 0] + len(PIECE_SEPARATOR))
+    shifts = characters[:-1] - np.repeat(characters[firsts[:-1]], pieces) - spans[:, 0]
+    char_starts[where] = starts + np.repeat(shifts, tokens).astype(np.int32)
+    documents = batch.documents
+    cuts = zip(document.tolist(), *spans.T.tolist(), strict=True)
+    parts = [documents[number].text[begin:end] for number, begin, end in cuts]
+    bounds = firsts.tolist()
+    texts = [
+        parts[a] if b - a == 1 else PIECE_SEPARATOR.join(parts[a:b]) for a, b in pairwise(bounds)
+    ]
+    leading = document[firsts[:-1]].tolist()
+    rows = _finished(
+        lengths=np.diff(begins),
+        input_ids=input_ids,
+        char_starts=char_starts,
+        word_starts=word_starts,
+        token_types=None,
+        pieces=pieces,
+        document_starts=(at - begins[row_of]).astype(np.int32),
+        documents=[documents[number] for number in leading],
+        spans=spans[firsts[:-1]],
+        texts=texts,
+        lost=np.zeros(R, np.int64),
+        ends=ends,
+    )
+    return rows, Position(*ends[-1].tolist()) if R else Position(0, token)
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
+    """A sequence of each pair, as the tokenizer joined it, nothing of a pair without a token. What
+    was cut of a pair is in no sequence.
+    """
+    content = encoded.of >= 0
+    row_of = np.repeat(np.arange(len(documents)), encoded.lengths)
+    char_starts = np.full(len(content), -1, np.int32)
+    word_starts = np.zeros(len(content), np.bool_)
+    tokens, kept = encoded.texts.tokens, encoded.texts.lengths
+    firsts = [len(document.text) + len(PIECE_SEPARATOR) for document in documents]
+    shifts = np.array(firsts, np.int32).repeat(2)
+    shifts[0::2] = 0
+    char_starts[content] = tokens.starts + np.repeat(shifts, kept)
+    word_starts[content] = tokens.word_starts
+    some = np.zeros(len(documents), np.bool_)
+    some[row_of[content]] = True
+    stays = some[row_of]
+    first_content = np.searchsorted(row_of[content], np.flatnonzero(some))
+    begins = _before(encoded.lengths)[:-1][some]
+    starts = np.flatnonzero(content)[first_content] - begins
+    held = [document for document, has in zip(documents, some.tolist(), strict=True) if has]
+    spans = [(0, len(document.text)) for document in held]
+    ends = np.flatnonzero(some) + 1
+    return _finished(
+        lengths=encoded.lengths[some],
+        input_ids=encoded.ids[stays],
+        char_starts=char_starts[stays],
+        word_starts=word_starts[stays],
+        token_types=encoded.types[stays],
+        pieces=np.ones(len(held), np.int64),
+        document_starts=starts.astype(np.int32),
+        documents=held,
+        spans=np.array(spans, np.int64).reshape(-1, 2),
+        texts=[PIECE_SEPARATOR.join(document.texts) for document in held],
+        lost=encoded.lost[some],
+        ends=np.stack([ends, np.zeros_like(ends)], axis=1),
+    )
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def in_groups(parts: Iterable[Rows], size: int, limit: int | None = None) -> Iterator[Rows]:
+    """The sequences, so many at a time, the last ones fewer; no more than ``limit`` of them, and no
+    more parts than these need.
+    """
+    taken: list[Rows] = []
+    count = 0
+    left = sys.maxsize if limit is None else limit
+    for rows in parts:
+        first = 0
+        while first < len(rows) and left:
+            last = min(first + min(size - count, left), len(rows))
+            taken.append(rows.part(first, last))
+            count, left, first = count + last - first, left - (last - first), last
+            if count == size:
+                yield Rows.joined(taken)
+                taken, count = [], 0
+        if not left:
+            break
+    if taken:
+        yield Rows.joined(taken)
+
+
+# --- what is the same of both ---------------------------------------------------------------------
+
+
+def _finished(
+    *,
+    lengths: Ints,
+    input_ids: NDArray[np.int32],
+    documents: list[Document],
+    texts: list[str],
+    **columns: object,
+) -> Rows:
+    """Those sequences, of the first token's ``documents``."""
+    content = input_ids.astype("<i4", copy=False).view(np.uint8).data
+    digests = []
+    for (a, b), text in zip(
+        pairwise(accumulate((4 * lengths).tolist(), initial=0)), texts, strict=True
+    ):
+        state = xxhash.xxh3_128(content[a:b])
+        state.update(text.encode("utf-8", "surrogatepass"))
+        digests.append(state.hexdigest())
+    buckets = [_bucket(document.id) for document in documents]
+    return Rows(
+        lengths=lengths,
+        input_ids=input_ids,
+        documents=[document.id for document in documents],
+        domains=[document.domain for document in documents],
+        buckets=np.array(buckets, np.uint16),
+        texts=texts,
+        digests=digests,
+        **columns,  # type: ignore[arg-type]
+    )
+
+
+def _bucket(document: str) -> int:
+    return int(xxhash.xxh3_64_intdigest(document.encode("utf-8", "surrogatepass"))) % BUCKETS

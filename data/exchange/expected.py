@@ -1,0 +1,34 @@
+"""Where targets may be: what a row is held against, and what a unit of an import waits for."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.words import word_characters
+from rekindle.data.storage.columns import split_lists
+from rekindle.data.storage.units import UnitPlace
+from rekindle.data.targets.reading.reader import target_positions
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import ViewReader
+
+
+def expected_positions(
+    corpus: Corpus, info: TeacherInfo, view: ViewReader | None, unit: UnitPlace
+) -> list[NDArray[np.int64]]:
+    """Where each row of a unit has a target of a language model, or an answer for a word."""
+    if info.is_vocabulary:
+        return target_positions(corpus, info, view, *unit)
+    batches = [*corpus.shard(unit[0]).batches()]
+    texts = [text for batch in batches for text in batch["text"].to_pylist()]
+    lists = [split_lists(batches, name) for name in ("char_starts", "word_starts")]
+    return [word_characters(*row)[0] for row in zip(texts, *lists, strict=True)]
+
+
+def may_have_targets(corpus: Corpus, view: ViewReader | None, shard: int) -> NDArray[np.bool_]:
+    """Which rows of a shard may have any: in a view of pairs those that have one. A student is
+    shown nothing of the others.
+    """
+    if view is None or not view.kind.paired:
+        return np.ones(corpus.commits[shard].rows, bool)
+    there = [batch["text_a"].is_valid() for batch in view.batches(shard)]
+    return np.concatenate([one.to_numpy(zero_copy_only=False) for one in there])

@@ -1,0 +1,174 @@
+"""The temperatures that rows are of, and the mass outside their candidates at each.
+
+A row's ``log_probs`` and ``log_tail`` are of its ``temperature`` T (1 unless it says another one);
+``log_tails`` has that mass at further ones. What a codec keeps of candidates, their differences at
+τ = 1, is T times those of ``log_probs``: known, whatever T is. What is not known at a temperature
+that no row states is the mass outside them, so nothing can be read there, 1 included.
+
+P positions, W candidates given of the position that has most, K kept ones, T temperatures.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.errors import InputError, naming
+from rekindle.data.exchange.rows import Floats64, Row, log_masses
+from rekindle.data.targets.codec import RANGE
+
+TEMPERATURE, TAIL, FURTHER = "temperature", "log_tail", "log_tails"
+HOTTEST = 1000.0
+AGREE = 0.25  # nats between two statements about one thing: more than any codec's rounding
+
+
+def temperature_of(row: Row) -> float:
+    """The temperature of a row's log-probabilities."""
+    value = row.get(TEMPERATURE)
+    return 1.0 if value is None else _temperature(value, TEMPERATURE)
+
+
+def further_of(row: Row) -> dict[float, object]:
+    """``log_tails`` by temperature, ascending; none where the row has none."""
+    given = row.get(FURTHER)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"{FURTHER} must be an object: temperature -> list of logarithms (given: "
+            f"{str(given)[:40]})"
+        )
+    if row.get(TAIL) is None:
+        raise InputError(f"{FURTHER} are given and no {TAIL}, the mass that belongs to log_probs")
+    found: dict[float, object] = {}
+    for key, values in given.items():
+        if values is None:  # Arrow's structs have every key of the file
+            continue
+        at = _temperature(key, FURTHER)
+        if at in found or at == temperature_of(row):
+            raise InputError(f"{FURTHER}: {at:g} is there twice ({TAIL} is of `{TEMPERATURE}`)")
+        found[at] = values
+    return dict(sorted(found.items()))
+
+
+def _temperature(value: object, name: str) -> float:
+    try:
+        found = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = 0.0
+    if not 0 < found < HOTTEST:
+        raise InputError(
+            f"{name}: {str(value)[:40]!r} is no temperature: a number above 0 and below {HOTTEST:g}"
+        )
+    return found
+
+
+def check_same_tails(row: Row, temperature: float, further: Sequence[float]) -> None:
+    """Raise InputError for a row of other temperatures than those before it."""
+    if (own := temperature_of(row)) != temperature:
+        raise InputError(
+            f"{TEMPERATURE} is {own:g}, and that of the first rows {temperature:g}; all must be of "
+            "one. Import the others as another teacher"
+        )
+    if (own_further := [*further_of(row)]) != [*further]:
+        raise InputError(
+            f"{FURTHER} are of the temperatures {own_further}, and those of the first rows of "
+            f"{[*further]}; every row must have the same"
+        )
+
+
+def further_odds(
+    row: Row,
+    log_probs: Floats64,
+    log_tail: Floats64,
+    k: int,
+    tokens: int,
+    positions: NDArray[np.int64],
+) -> Floats64:
+    """log(kept mass / mass outside) [P,T] at the temperatures of ``log_tails``.
+
+    ``log_probs`` [P,W] by falling probability, −inf where fewer are given, and ``log_tail`` [P] are
+    at the row's own temperature; ``tokens``: how many ids can have a probability. Raises InputError
+    where no distribution has the candidates as its likeliest and these masses outside them.
+    """
+    own, further = temperature_of(row), further_of(row)
+    relative = own * (log_probs - log_probs[:, :1])
+    tails = {own: log_tail}
+    for at, values in further.items():
+        with naming(f"{FURTHER}: {at:g}"):
+            tails[at] = log_masses(values, len(log_probs))
+            if (tails[at] > -1e-12).any():
+                raise InputError("no mass is left for the candidates of a position")
+    outside = {at: _outside(relative, at, log_mass) for at, log_mass in tails.items()}
+    others = tokens - np.isfinite(log_probs).sum(axis=1)
+    wrong = _contradictory(relative, outside, relative[:, k - 1], others)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        masses = ", ".join(f"{np.exp(tails[tau][at]):.4g} at {tau:g}" for tau in sorted(tails))
+        raise InputError(
+            f"{FURTHER}: position {positions[at]}: masses of {masses} outside the candidates are "
+            "of no one distribution whose likeliest tokens these are. Are they of these "
+            "temperatures, and of all tokens but these?"
+        )
+    odds = []
+    for at in further:
+        kept, dropped = (_sum(part / at) for part in (relative[:, :k], relative[:, k:]))
+        odds.append(kept - np.logaddexp(dropped, outside[at]))
+    return np.stack(odds, axis=1)
+
+
+def at_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
+    """``kept`` log-probabilities [P,K] at ``temperature``, by falling probability, as those at 1.
+
+    ``odds`` [P]: log(kept mass / tail) at 1; None where it is not known: then they are those of the
+    candidates alone. Raises InputError for candidates further apart than a codec can say.
+    """
+    relative = temperature * (kept - kept[:, :1])
+    if (relative < -RANGE).any():
+        apart = float((kept[:, 0] - kept.min(axis=1)).max())
+        raise InputError(
+            f"candidates lie {apart:.3g} nats apart at temperature {temperature:g}, and those of a "
+            f"position may be {RANGE / temperature:.3g}: give fewer of each (k)"
+        )
+    whole = 0.0 if odds is None else -np.logaddexp(0.0, -odds)[:, None]
+    found: Floats64 = relative - _sum(relative)[:, None] + whole
+    return found
+
+
+def _outside(relative: Floats64, temperature: float, log_tail: Floats64) -> Floats64:
+    """Return log Σ exp(relative/τ) [P] over the tokens that are no candidates."""
+    return _sum(relative / temperature) + log_tail - np.log(-np.expm1(log_tail))
+
+
+def _sum(values: Floats64) -> Floats64:
+    found: Floats64 = np.logaddexp.reduce(values, axis=1)
+    return found
+
+
+def _contradictory(
+    relative: Floats64,
+    outside: Mapping[float, Floats64],
+    last: Floats64,
+    others: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Where [P] no distribution has all these masses.
+
+    f(β) = log Σ exp(β·relative) over the others is convex in β = 1/τ; f(0) is the log of their
+    number, ``others`` [P] at most; and as none of them is likelier than the ``last`` [P] that is
+    kept, f falls by −last at least, from β to β + 1. What a codec had to cut off is not judged.
+    """
+    order = sorted(outside, reverse=True)
+    at = np.array([0.0, *(1 / tau for tau in order)])
+    sums = np.stack([np.log(np.maximum(others, 1)), *(outside[tau] for tau in order)], axis=1)
+    told = np.isfinite(sums[:, 1:])
+    mixed = told.any(axis=1) & ~told.all(axis=1)
+    odds = np.stack([_sum(relative / tau) - outside[tau] for tau in order], axis=1)
+    judged = told.all(axis=1) & (np.abs(odds) < RANGE - 0.1).all(axis=1)
+    sums = np.where(judged[:, None], sums, 0.0)
+    steps = np.diff(at)
+    flat = (np.diff(sums, axis=1) > last[:, None] * steps + AGREE).any(axis=1)
+    share = steps[:-1] / (steps[:-1] + steps[1:])
+    chord = sums[:, :-2] + share * (sums[:, 2:] - sums[:, :-2])
+    bent = (sums[:, 1:-1] > chord + AGREE).any(axis=1)
+    found: NDArray[np.bool_] = mixed | (judged & (flat | bent))
+    return found

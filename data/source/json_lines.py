@@ -1,0 +1,103 @@
+"""The lines of JSON of a file: read as blocks of bytes, parsed wherever a block is handed to."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rekindle.data.errors import InputError
+from rekindle.data.source.record import Bad, Record, decoded, line_ends, lines_out_of, shown
+from rekindle.data.text_files import open_text
+
+LONGEST_LINE = 1 << 28  # bytes of a line, which is held in memory
+
+
+class Lines(NamedTuple):
+    """Whole lines of the file at ``place``, of which the first has the number ``first``."""
+
+    place: str
+    first: int
+    content: bytes
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return len(self.content)
+
+    def records(self) -> Iterator[Record | Bad]:
+        """Each line that is not blank. Raises InputError for a file that is one array."""
+        for number, line in enumerate(io.BytesIO(self.content), self.first):
+            # Also within the file, where several were joined that each began with a mark.
+            text = decoded(line.removeprefix(b"\xef\xbb\xbf"), number, self.place)
+            if isinstance(text, Bad):
+                yield text
+            elif text and not text.isspace():
+                yield _parsed(text, number, self.place)
+
+
+def line_blocks(place: str, size: int) -> Iterator[Lines]:
+    """The file in blocks of about so many bytes. Raises InputError for a line past LONGEST_LINE."""
+    first = 1
+    with open_text(place) as stream:
+        while content := stream.read(size):
+            if not content.endswith(b"\n"):
+                content += stream.readline(LONGEST_LINE + 1)
+            begin = content.rfind(b"\n", 0, -1) + 1  # of the last line
+            if len(content) - begin > LONGEST_LINE:
+                if begin:
+                    yield Lines(place, first, content[:begin])
+                number = first + content.count(b"\n", 0, begin)
+                raise InputError(
+                    f"{place}:{number}: a line of more than "
+                    f"{LONGEST_LINE >> 20} MiB; each line must be one object. If the file is one "
+                    f"array: {lines_out_of('.[]', place)}"
+                )
+            yield Lines(place, first, content)
+            first += content.count(b"\n")
+
+
+def _parsed(text: str, number: int, place: str) -> Record | Bad:
+    if number == 1 and text.lstrip().startswith("["):
+        raise InputError(
+            f"{place}:1: the file begins with a JSON array; each line must be one object: "
+            f"{lines_out_of('.[]', place)}"
+        )
+    try:
+        values = _OBJECTS.decode(text)
+    except _Twice as error:
+        told = f"the key {error.args[0]!r} stands twice in one object; keep one of the two"
+        return Bad("a key twice", f"{place}:{number}: {told}")
+    except (ValueError, RecursionError) as error:
+        told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, json.JSONDecodeError):
+            told = f"{error.msg} at character {error.pos + 1}"
+        hint = _hint(text, error, place)
+        return Bad(
+            "not JSON", f"{place}:{number}: not JSON ({told}); each line must be one object{hint}"
+        )
+    if not isinstance(values, dict):
+        message = f"{place}:{number}: {shown(values)}; each line must be one JSON object"
+        return Bad("no object", message)
+    return Record(number, values)
+
+
+class _Twice(Exception):
+    """Of an object's key, of whose values json would take the last."""
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads makes one for each text
+
+
+def _hint(text: str, error: Exception, place: str) -> str:
+    if "\r" in text.strip():
+        return f". Its lines end in a carriage return alone: {line_ends(place)}"
+    if isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()):
+        return f". If objects go on over several lines: {lines_out_of('.', place)}"
+    return ""

@@ -1,0 +1,109 @@
+"""Which records of a source are left out, and why: counts of them, and how these are told."""
+
+import logging
+from array import array
+from collections.abc import Mapping, Sequence
+
+from rekindle.data.counted import counted
+from rekindle.data.source.held_texts import Found, HeldTexts, Hold
+from rekindle.data.source.record import Bad
+
+log = logging.getLogger("rekindle")
+
+LONGEST_TOLD = 100  # characters of a test's text in a message
+
+
+class LeftOut:
+    """Which records are left out, and were: the bad ones, unless they are errors, and those that
+    hold a text of a test; of each kind, how many documents were read before each.
+    """
+
+    def __init__(self, bad: bool = True, held: HeldTexts | None = None) -> None:
+        self.bad, self.texts = bad, held
+        self.first = ""  # what is wrong with the first bad one
+        self.first_held = ""  # which one holds a text first, and which
+        self.documents = 0  # read so far
+        self._bad: dict[str, array[int]] = {}
+        self._held: dict[str, array[int]] = {}
+
+    def add(self, bad: Bad) -> None:
+        """One more bad record."""
+        self.first = self.first or bad.message
+        self._bad.setdefault(bad.kind, array("q")).append(self.documents)
+
+    def add_held(self, document: str, hold: Hold) -> None:
+        """One more that holds a text."""
+        nearly = " nearly" * (hold.kind == "near")
+        text = f"{hold.text[:LONGEST_TOLD]}{'…' * (len(hold.text) > LONGEST_TOLD)}"
+        self.first_held = self.first_held or f"{document} holds{nearly}: {text}"
+        self._held.setdefault(hold.kind, array("q")).append(self.documents)
+
+    def extend(self, other: "LeftOut") -> None:
+        """All that were left out of what was read next, with the documents that were not."""
+        self.first = self.first or other.first
+        self.first_held = self.first_held or other.first_held
+        for mine, theirs in ((self._bad, other._bad), (self._held, other._held)):
+            for kind, places in theirs.items():
+                shifted = array("q", [self.documents + before for before in places])
+                mine.setdefault(kind, array("q")).extend(shifted)
+        self.documents += other.documents
+
+    def counts(self, last_document: int | None = None) -> dict[str, int]:
+        """How many bad ones of each kind, up to the document of that index or in all."""
+        return _counted(self._bad, last_document)
+
+    def held(self, last_document: int | None = None) -> Found:
+        """How many that hold a text, up to the document of that index or in all."""
+        return Found(**_counted(self._held, last_document))
+
+    def tell_first(self) -> None:
+        """Say the first one of each in a line."""
+        if self.first:
+            log.warning("the first bad record that was left out: %s", self.first)
+        if self.first_held:
+            log.info("the first record left out for a test's text: %s", self.first_held)
+
+    @property
+    def total(self) -> int:
+        """How many were left out so far."""
+        return sum(map(len, (*self._bad.values(), *self._held.values())))
+
+    def advice(self, usual: str) -> str:
+        """What to do where no document is left: ``usual``, unless texts of tests were all."""
+        if any(self.held()) and not self._bad:
+            return "give other text, or other files in corpus.without: it held texts of these"
+        return usual
+
+    def told(self, last_document: int | None = None) -> str:
+        """What was left out, up to the document of that index or in all, in words; nothing where
+        there was nothing.
+        """
+        told = []
+        if bad := self.counts(last_document):
+            told += [told_of_bad(bad), f"the first: {self.first}"]
+        if any(held := self.held(last_document)):
+            told += [told_of_held(held), f"the first: {self.first_held}"]
+        return "; ".join(told)
+
+
+def _counted(left_out: "Mapping[str, array[int]]", last_document: int | None) -> dict[str, int]:
+    found = {
+        kind: sum(last_document is None or before <= last_document for before in places)
+        for kind, places in sorted(left_out.items())
+    }
+    return {kind: number for kind, number in found.items() if number}
+
+
+def told_of_bad(counts: Mapping[str, int]) -> str:
+    """How many bad records were left out of each kind, in words; nothing where there was none."""
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
+    return f"bad records left out: {kinds}" if counts else ""
+
+
+def told_of_held(found: Found, files: Sequence[str] = ()) -> str:
+    """How many records were left out because they hold a text, in words."""
+    of = ", ".join(files) or "corpus.without"
+    return (
+        f"{counted(sum(found), 'record')} left out for texts of {of} "
+        f"({found.exact:,} hold one as it stands, {found.near:,} nearly)"
+    )

@@ -1,0 +1,95 @@
+"""A source in parts, which can be read side by side: cut here as bytes or record batches, made into
+documents wherever a part is handed to.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rekindle.data.errors import InputError
+from rekindle.data.source.documents import (
+    Document,
+    Fields,
+    Pages,
+    document_blocks,
+    documents_of,
+    keeps,
+)
+from rekindle.data.source.held_texts import HeldTexts
+from rekindle.data.source.left_out import LeftOut
+from rekindle.data.source.record import Bad, Block
+from rekindle.data.source.sources import Origin
+
+PART_BYTES = 1 << 16  # small, so that the last ones leave no core idle for long
+
+
+class Part(NamedTuple):
+    """Blocks that follow each other, each with its origin and that one's number; and what kept the
+    source from being read on after them.
+    """
+
+    blocks: Sequence[tuple[int, Origin, Block | Pages]]
+    error: InputError | None = None
+
+
+@dataclass
+class Documents:
+    """What a part comes to: its documents, what was left out of them, and of which origins there
+    was any text; and what kept it from being read on after them.
+    """
+
+    kept: list[Document] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    with_text: set[int] = field(default_factory=set)
+    reached: int = 0  # the number of the last origin
+    error: InputError | None = None
+
+
+def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
+    """All of them, in parts of about PART_BYTES, the small files together. An error is in its place
+    among the parts.
+    """
+    blocks: list[tuple[int, Origin, Block | Pages]] = []
+    taken = 0
+    try:
+        for number, origin in enumerate(origins):
+            for block in document_blocks(origin, fields, PART_BYTES):
+                blocks.append((number, origin, block))
+                taken += block.size
+                if taken >= PART_BYTES:
+                    yield Part(blocks)
+                    blocks, taken = [], 0
+    except InputError as error:
+        yield Part(blocks, error)
+        return
+    if blocks:
+        yield Part(blocks)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads parts: which ``fields`` they have, whether bad records are left out, and texts that no
+    record may hold. Small but for these texts, and picklable.
+    """
+
+    fields: Fields
+    skip_bad: bool
+    held: HeldTexts | None
+
+    def __call__(self, part: Part) -> Documents:
+        """Its documents, up to the first error."""
+        rule = LeftOut(self.skip_bad, self.held)
+        found = Documents(left_out=rule, error=part.error)
+        try:
+            for number, origin, block in part.blocks:
+                found.reached = number
+                for document in documents_of(block, origin, self.fields):
+                    if not isinstance(document, Bad):
+                        found.with_text.add(number)
+                    if keeps(document, rule):
+                        found.kept.append(document)
+                        rule.documents += 1
+        except InputError as error:
+            found.error = error
+        rule.texts = None  # which everyone has
+        return found

@@ -1,0 +1,143 @@
+"""The record batches of parquet and Arrow files: read here, made into records wherever one is
+handed to.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rekindle.data.errors import InputError
+from rekindle.data.source.record import Bad, Record
+from rekindle.data.storage.addresses import open_binary
+from rekindle.data.storage.client import is_remote
+
+ROWS_AT_A_TIME = 256  # bounds what becomes Python objects when record batches are large
+
+_Batch = tuple[pa.RecordBatch, list[str]]  # the wanted columns, the names of all
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows of the file at ``place``, of which the first has the number ``first``; the ``fields``
+    are all that the file has.
+    """
+
+    place: str
+    first: int
+    rows: pa.RecordBatch
+    fields: Sequence[str]
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return int(self.rows.nbytes)
+
+    def records(self) -> Iterator[Record | Bad]:  # noqa: D102
+        unread = dict.fromkeys(self.fields)
+        try:
+            found = self.rows.to_pylist()
+        except UnicodeDecodeError:
+            for index in range(self.rows.num_rows):
+                yield _row(self.rows, index, self.first + index, self.place, unread)
+            return
+        yield from (Record(row, unread | of) for row, of in enumerate(found, self.first))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Arrow's own pickle sends the whole of the buffers that a slice lies in.
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.rows.schema) as writer:
+            writer.write_batch(self.rows)
+        return _received, (self.place, self.first, sink.getvalue().to_pybytes(), self.fields)
+
+
+def _received(place: str, first: int, content: bytes, fields: Sequence[str]) -> Columns:
+    return Columns(place, first, pa.ipc.open_stream(content).read_next_batch(), fields)
+
+
+def column_blocks(place: str, table_format: str, wanted: Sequence[str] | None) -> Iterator[Columns]:
+    """The rows of a parquet or Arrow file, those columns of them that are ``wanted``, or may hold
+    what is wanted by a dotted name.
+    """
+    batches = _parquet_batches if table_format == "parquet" else _arrow_batches
+    first = 1
+    for columns, fields in batches(place, wanted):
+        for begin in range(0, columns.num_rows, ROWS_AT_A_TIME):
+            part = columns.slice(begin, ROWS_AT_A_TIME)
+            yield Columns(place, first, part, fields)
+            first += part.num_rows
+
+
+def _row(
+    columns: pa.RecordBatch, index: int, row: int, place: str, unread: dict[str, None]
+) -> Record | Bad:
+    """A row of columns some of which are no UTF-8, which Arrow does not look at."""
+    values: dict[str, object] = {}
+    for name in columns.schema.names:
+        try:
+            values[name] = columns[name][index].as_py()
+        except UnicodeDecodeError as error:
+            return Bad(
+                "not UTF-8",
+                f"{place}, record {row}: the field {name!r} is not UTF-8 ({error.reason} at byte "
+                f"{error.start + 1}); write the file anew from text that is",
+            )
+    return Record(row, unread | values)
+
+
+def _parquet_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
+    with pq.ParquetFile(open_binary(path) if is_remote(path) else path) as file:
+        fields = file.schema_arrow.names
+        columns = columns_for(wanted, fields, path)
+        for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
+            yield batch, fields
+
+
+def _arrow_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
+    for batch in arrow_batches(path):
+        fields = batch.schema.names
+        columns = batch.select(columns_for(wanted, fields, path))
+        for column in columns.columns:
+            _check_column(column)
+        yield columns, fields
+
+
+def columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
+    """Those columns that are wanted, or may hold what is wanted by a dotted name."""
+    columns = [
+        f for f in fields if wanted is None or any(f == w or w.startswith(f"{f}.") for w in wanted)
+    ]
+    doubled = next((name for name in columns if columns.count(name) > 1), None)
+    if doubled:
+        raise InputError(
+            f"{path} has {columns.count(doubled)} columns called {doubled!r}; which of them is "
+            "meant is not clear: rename them"
+        )
+    return columns
+
+
+def _check_column(column: pa.Array) -> None:
+    """ArrowException for offsets that lead outside of the buffers, as in a damaged file.
+
+    Text that is no UTF-8 is no damage, and is found row by row.
+    """
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+    try:
+        (column.view(as_bytes) if as_bytes else column).validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+
+
+def arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow file, or of a stream in one; mapped, so that values which
+    nobody asks for are not read.
+    """
+    with pa.PythonFile(open_binary(path)) if is_remote(path) else pa.memory_map(path) as memory:
+        is_file_format = memory.read(6) == b"ARROW1"
+        memory.seek(0)
+        if is_file_format:
+            file = pa.ipc.open_file(memory)
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(memory)

@@ -1,0 +1,264 @@
+"""Local copies of objects, in one bounded folder that all processes of a node share.
+
+$REKINDLE_COPIES/              rekindle-copies-UID in the temporary folder unless it is set
+  KEY/                         a copy: the files of one object or folder, whole; never changed
+  .KEY.0123abcd.BYTES.part/    one that is being fetched, locked by who does; BYTES are set aside
+  .lock                        held while something is added, taken or removed
+  .fetching-00 … .fetching-ff  held while a copy is fetched, so that a node fetches each once
+  .in-use                      a byte for each copy, locked by the processes that use it
+
+All locks are let go of when a process is killed. A copy that a process uses is not removed; of the
+others the least recently used go first. Where there is no room, there is no copy: the caller reads
+without one.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_attempt, remove, sync
+
+log = logging.getLogger("rekindle")
+
+FOLDER, GIGABYTES = "REKINDLE_COPIES", "REKINDLE_COPIES_GB"  # in the environment
+SHARE = 0.5  # of the disk that is free, or taken by copies, unless GIGABYTES says otherwise
+# Nothing else in the folder is ever removed: it may be one that holds other things, too.
+_KEY = re.compile(r"[0-9a-f]{32}")
+_PART = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}\.(\d+)\.part")
+
+
+def copies() -> "Copies":
+    """The node's copies, as the environment says where they are."""
+    told = os.environ.get(FOLDER)
+    usual = Path(tempfile.gettempdir()) / f"rekindle-copies-{os.getuid()}"
+    return _copies_in(Path(told).expanduser() if told else usual)
+
+
+@cache  # locks of a process are lost when it closes any file of theirs
+def _copies_in(root: Path) -> "Copies":
+    return Copies(root)
+
+
+def key_of(*parts: object) -> str:
+    """The key of what ``parts`` (address, size, checksum) tell from everything else."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+class Copies:
+    """The copies in ``root``. One object for each folder in a process: see ``copies``."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.problem = ""  # why the last one had no room
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._used: Counter[str] = Counter()  # by this process: how often
+        self._marks: BinaryIO | None = None
+        self._mutex = threading.RLock()
+
+    @contextmanager
+    def using(self, key: str, size: int, fetch: Callable[[Path], None]) -> Iterator[Path | None]:
+        """The folder of a copy for the time being; as ``take`` otherwise."""
+        found = self.take(key, size, fetch)
+        try:
+            yield found
+        finally:
+            if found is not None:
+                self.release(key)
+
+    def take(self, key: str, size: int, fetch: Callable[[Path], None]) -> Path | None:
+        """The folder of the copy ``key``, which stays until ``release``. One that is not there is
+        made by ``fetch``, which fills an empty folder with ``size`` bytes. None where there is no
+        room for it (``problem`` says why).
+
+        Raises InputError and FileNotFoundError of ``fetch``; InputError for a folder of another
+        user. What else the disk says against it means that there is no room.
+        """
+        if self._process != os.getpid():  # a fork: the locks are those of its parent
+            self._begin()
+        try:
+            self._prepare()
+            if found := self._take(key):
+                return found
+            with _locked(self.root / f".fetching-{key[:2]}"):
+                return self._take(key) or self._make(key, size, fetch)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):  # what is to be fetched is not there
+                raise
+            self.problem = f"{self.root}: {error.strerror or error}"
+            return None
+
+    def release(self, key: str) -> None:
+        """Let a copy go that was taken."""
+        with self._mutex:
+            self._used[key] -= 1
+            if not self._used[key]:
+                del self._used[key]
+                if self._marks is not None:
+                    fcntl.lockf(self._marks, fcntl.LOCK_UN, 1, _place(key))
+
+    def release_with(self, owner: object, key: str) -> None:
+        """Let a copy go when ``owner`` goes."""
+        weakref.finalize(owner, self._release_in, os.getpid(), key)
+
+    def _release_in(self, process: int, key: str) -> None:
+        if process == os.getpid():  # a fork of it has not taken it
+            self.release(key)
+
+    @property
+    def most(self) -> int:
+        """The bytes that all copies together may have."""
+        if told := os.environ.get(GIGABYTES):
+            with suppress(ValueError):
+                if (number := float(told)) >= 0:
+                    return int(number * 1e9)
+            raise InputError(
+                f"{GIGABYTES}={told}: it is the gigabytes of local copies, such as 200"
+            )
+        held = sum(size for _, size in self._sizes())
+        return int(SHARE * (shutil.disk_usage(self.root).free + held))
+
+    def _prepare(self) -> None:
+        if self._marks is not None:
+            return
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.root.lstat().st_uid != os.getuid():
+            raise InputError(
+                f"{self.root} belongs to another user, who could change what is read there; give a "
+                f"folder of your own with {FOLDER}"
+            )
+        with self._mutex:
+            if self._marks is None:
+                self._marks = open(self.root / ".in-use", "a+b")  # noqa: SIM115 - until the end
+
+    def _take(self, key: str) -> Path | None:
+        folder = self.root / key
+        with _locked(self.root / ".lock", shared=True), suppress(FileNotFoundError):
+            os.utime(folder)
+            self._mark(key)
+            return folder
+        return None
+
+    def _mark(self, key: str) -> None:
+        with self._mutex:
+            assert self._marks is not None  # since ``_prepare``
+            if not self._used[key]:
+                fcntl.lockf(self._marks, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _place(key))
+            self._used[key] += 1
+
+    def _make(self, key: str, size: int, fetch: Callable[[Path], None]) -> Path | None:
+        part = self.root / f".{key}.{new_attempt()}.{size}.part"
+        with _locked(self.root / ".lock"):
+            if not self._make_room(size):
+                return None
+            part.mkdir()
+            held = os.open(part, os.O_RDONLY)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            fetch(part)
+            for file in sorted(part.rglob("*")):
+                sync(file)
+            with _locked(self.root / ".lock"):
+                self._mark(key)
+                os.rename(part, self.root / key)
+            return self.root / key
+        except BaseException:
+            remove(part)
+            raise
+        finally:
+            os.close(held)
+
+    def _make_room(self, size: int) -> bool:
+        """Remove what is left of killed processes, and copies that nobody uses, until there is room
+        for ``size`` bytes.
+        """
+        for part in self.root.glob(".*.part"):
+            if _PART.fullmatch(part.name) and _is_left(part):
+                remove(part)
+        most, sizes = self.most, dict(self._sizes())
+        held = sum(sizes.values())
+
+        def fits() -> bool:
+            return held + size <= most and size <= shutil.disk_usage(self.root).free
+
+        if not fits() and size <= most:
+            for folder in sorted(
+                filter(self._is_unused, sizes), key=lambda one: one.stat().st_mtime
+            ):
+                gone = folder.with_name(f".{folder.name}.{new_attempt()}.0.part")
+                os.rename(folder, gone)  # in one go, whenever this process is killed
+                remove(gone)
+                held -= sizes[folder]
+                if fits():
+                    break
+        if fits():
+            return True
+        self.problem = (
+            f"{self.root} has room for {most / 1e9:.3g} GB of copies ({GIGABYTES}), and processes "
+            f"that run use {held / 1e9:.3g} GB of it"
+        )
+        return False
+
+    def _sizes(self) -> Iterator[tuple[Path, int]]:
+        """Every copy, and those that are being fetched, with the bytes that they take."""
+        for entry in os.scandir(self.root):
+            if found := _PART.fullmatch(entry.name):
+                yield Path(entry.path), int(found[1])
+            elif _KEY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                files = (os.path.join(at, n) for at, _, names in os.walk(entry.path) for n in names)
+                yield Path(entry.path), sum(map(os.path.getsize, files))
+
+    def _is_unused(self, folder: Path) -> bool:
+        key = folder.name
+        with self._mutex:
+            if key[0] == "." or self._used[key]:
+                return False
+            assert self._marks is not None  # since ``_prepare``
+            try:
+                fcntl.lockf(self._marks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(key))
+            except OSError:
+                return False
+            fcntl.lockf(self._marks, fcntl.LOCK_UN, 1, _place(key))
+        return True
+
+
+def _place(key: str) -> int:
+    """The byte of ``.in-use`` that stands for a copy."""
+    return int(key[:15], 16)
+
+
+def _is_left(part: Path) -> bool:
+    """Whether nobody fetches it any more."""
+    try:
+        folder = os.open(part, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _locked(path: Path, shared: bool = False) -> Iterator[None]:
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield

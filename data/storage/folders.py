@@ -1,0 +1,97 @@
+"""Folders in a store, as local copies that all processes of a node share."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from rekindle.data.errors import InputError
+from rekindle.data.storage.addresses import (
+    fetch_object,
+    find_objects,
+    open_binary,
+    states_below,
+    states_of_objects,
+)
+from rekindle.data.storage.copies import FOLDER, copies, key_of
+
+State = tuple[int, str]  # bytes and tag of an object
+UNFINISHED = ".unfinished"  # in a folder while it is uploaded
+CHECKPOINTS = "checkpoints"  # of a run: a record step-00000200.json for each
+
+
+def folder_copy(address: str) -> Path:
+    """The local copy of a model's folder, which stays until this process ends. Of a run's
+    checkpoint ``…/checkpoints/step-00000200`` the record beside it says where its files are.
+
+    Raises InputError where there is none, or no room for a copy.
+    """
+    files = find_objects(f"{address}/") or _of_checkpoint(address)
+    if not files:
+        raise InputError(f"model {address!r}: there is no such folder, or nothing in it")
+    if UNFINISHED in map(_name, files):
+        raise InputError(
+            f"{address} is not whole: it is uploaded at this moment, or that was killed. Wait, or "
+            "run the command again that writes it"
+        )
+    beside = find_objects(f"{address}/{CHECKPOINTS}/")
+    records = {f"{CHECKPOINTS}/{_name(file)}" for file in beside if file.endswith(".json")}
+    states = states_of_objects(files)
+    return _taken(address, {_name(file): (file, states[file]) for file in files}, records)
+
+
+def tree_copy(address: str, wanted: Callable[[str], bool]) -> Path:
+    """The local copy of those files in a folder, and in the folders below, whose names there are
+    ``wanted``; as ``folder_copy`` otherwise.
+    """
+    below = states_below(address)
+    if not below:
+        raise InputError(f"{address}: there is no such folder, or nothing in it")
+    records = {name for name in below if _is_record(name)}
+    files = {
+        name: (f"{address}/{name}", state)
+        for name, state in below.items()
+        if wanted(name) and name not in records
+    }
+    return _taken(address, files, records)
+
+
+def _is_record(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) > 1 and parts[-2] == CHECKPOINTS and name.endswith(".json")
+
+
+def _name(place: str) -> str:
+    return place.rpartition("/")[2]
+
+
+def _taken(address: str, files: Mapping[str, tuple[str, State]], records: Collection[str]) -> Path:
+    """The copy of ``files``, by their names in it; of checkpoints, by their ``records``, only that
+    they are there.
+    """
+    inside = address.replace("://", "/")  # what tells runs from each other is in their paths
+
+    def fetch(into: Path) -> None:
+        for name, (place, (size, _)) in files.items():
+            (into / inside / name).parent.mkdir(parents=True, exist_ok=True)
+            fetch_object(place, size, into / inside / name)
+        for record in records:
+            (into / inside / record.removesuffix(".json")).mkdir(parents=True, exist_ok=True)
+
+    node = copies()
+    size = sum(size for _, (size, _) in files.values())
+    key = key_of(address, sorted(files.items()), sorted(records))
+    if (found := node.take(key, size, fetch)) is None:
+        raise InputError(
+            f"no room for a local copy of {address} ({size / 1e9:.3g} GB): {node.problem}. Free "
+            f"some, or name a folder on another disk with {FOLDER}"
+        )
+    return found / inside
+
+
+def _of_checkpoint(address: str) -> list[str]:
+    try:
+        with open_binary(f"{address}.json") as file:
+            folder = _name(json.loads(file.read())["folder"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return find_objects(f"{address.rpartition('/')[0]}/{folder}/")

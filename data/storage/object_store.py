@@ -1,0 +1,222 @@
+"""A store in a bucket."""
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rekindle.data.errors import InputError
+from rekindle.data.storage.base import Store, safe_name
+from rekindle.data.storage.client import Client, changed_at
+from rekindle.data.storage.copies import copies, key_of
+from rekindle.data.storage.patience import is_passing
+from rekindle.data.storage.shard_bytes import Asked, Mapped, Region, ShardBytes
+from rekindle.data.storage.uploads import upload_folder
+
+if TYPE_CHECKING:
+    from rekindle.data.storage.client import FileSystem
+
+log = logging.getLogger("rekindle")
+
+T = TypeVar("T")
+
+REQUESTS = 32  # at a time
+CONDITIONAL = ("s3", "gs", "s3a", "gcs", "memory")  # whose clients create an object exclusively
+CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts meet on their way
+
+
+def refuse_unconditional(address: str) -> None:
+    """Raise InputError for a store of a kind that is not written to."""
+    if (kind := address.partition("://")[0]) not in CONDITIONAL:
+        raise InputError(
+            f"{address} can be read, not written to: of {kind}:// no conditional put is known, "
+            "without which two writers may both believe that they were first. Use "
+            f"{' or '.join(f'{one}://' for one in CONDITIONAL[:2])}, or a local folder"
+        )
+
+
+class ObjectStore(Store):
+    """A bucket with conditional puts, through fsspec. Data objects pass through local files.
+
+    A shard is written whole to a local file and uploaded afterwards, because closing an
+    object-store stream after an exception publishes what was written so far. A reader maps a copy
+    that all processes of the node share (``copies``), or asks for single regions.
+    Raises InputError when the bucket cannot be reached (credentials, endpoint, network).
+    """
+
+    def __init__(self, url: str):
+        self._client = Client(url)
+        self.root, self.location = self._client.root, self._client.location
+        self._scratch = upload_folder(self)
+        self._tried = False  # whether its server creates exclusively
+
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
+        """Open it anew in another process, with a client and a temporary folder of its own."""
+        return ObjectStore, (self.location,)
+
+    @property
+    def fs(self) -> "FileSystem":
+        """The file system as fsspec has it, of this process."""
+        return self._client.fs
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{safe_name(name)}"
+
+    def _asked(self, name: str, ask: Callable[[str], T], *passed: type[Exception]) -> T:
+        """What ``ask`` of the object's path returns, with patience; errors but those of type
+        ``passed`` become one message.
+        """
+        path = self._path(name)
+        return self._client.asked(f"{self.location}/{name}", lambda: ask(path), *passed)
+
+    @property
+    def bucket_missing(self) -> str | None:  # noqa: D102
+        return self._client.bucket_missing
+
+    def read_bytes(self, name: str) -> bytes:  # noqa: D102
+        return self._asked(name, lambda path: bytes(self.fs.cat_file(path)), FileNotFoundError)
+
+    def read_many(self, names: Sequence[str]) -> list[bytes]:  # noqa: D102
+        pool = ThreadPoolExecutor(REQUESTS)  # a request takes long, and little work
+        try:
+            return list(pool.map(self.read_bytes, names))
+        finally:  # after an error or Ctrl-C nobody waits for those that are patient
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def listing(self, folder: str) -> dict[str, str]:  # noqa: D102
+        return {
+            name: str(entry.get("ETag") or (entry.get("size"), changed_at(entry)))
+            for name, entry in self._listed(folder, "file")
+        }
+
+    def _entries(self, folder: str, folders: bool) -> list[str]:
+        return [name for name, _ in self._listed(folder, "directory" if folders else "file")]
+
+    def _listed(self, folder: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and description of each entry of that kind."""
+        path = self._path(folder) if folder else self.root
+        try:
+            listed = partial(self.fs.ls, path, detail=True, refresh=True)
+            where = f"{self.location}/{folder}"
+            entries = self._client.asked(where, listed, FileNotFoundError)
+        except FileNotFoundError:
+            return
+        self.fs.invalidate_cache(path)  # a million descriptions, which nobody asks for again
+        for entry in entries:
+            name = entry["name"].rstrip("/").removeprefix(path)
+            # Consoles make "folders" by an empty object of the folder's own name: no entry of it.
+            if entry["type"] == kind and name[:1] == "/" and name[1:2] != ".":
+                yield name[1:], entry
+
+    def create(self, name: str, content: bytes) -> bool:  # noqa: D102
+        refuse_unconditional(self.location)
+        made = self._put_new(name, content)
+        if made and not self._tried:  # some servers take no notice of the condition, and overwrite
+            if self._put_new(name, content):
+                raise InputError(
+                    f"the server of {self.location} overwrites objects that must not be "
+                    "(If-None-Match: *): commits would not be safe there. Use a newer version of "
+                    "it, or another store"
+                )
+            self._tried = True
+        return made
+
+    def _put_new(self, name: str, content: bytes) -> bool:
+        path = self._path(name)
+        with self._client.reaching(f"{self.location}/{name}"):
+            for delay in (*CONFLICT_DELAYS, None):
+                try:
+                    put = partial(self.fs.pipe_file, path, content, mode="create")
+                    self._client.patience.over(put)
+                    return True
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if delay is None or is_passing(error) or not _is_conflict(error):
+                        raise
+                    time.sleep(delay)
+        raise AssertionError  # the last conflict is raised
+
+    def replace(self, name: str, content: bytes) -> None:  # noqa: D102
+        self._asked(name, lambda path: self.fs.pipe_file(path, content))
+
+    def upload(self, file: Path, name: str) -> None:
+        """Write a local file over whatever was there."""
+        self._asked(name, lambda path: self.fs.put_file(str(file), path))
+
+    def download(self, name: str, into: Path) -> None:
+        """Write an object into a new local file."""
+        size = self.state(name)[0]
+        with open(into, "xb") as file:
+            self._client.fetch(f"{self.location}/{name}", self._path(name), size, file)
+
+    def _local(self, name: str) -> Path:
+        return self._scratch / safe_name(name)
+
+    def finish(self, name: str) -> None:  # noqa: D102
+        self._asked(name, lambda path: self.fs.put_file(str(self._local(name)), path))
+        self._local(name).unlink()  # a whole teacher may be more than the local disk holds
+
+    def discard(self, name: str) -> None:  # noqa: D102
+        self._local(name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            self._asked(name, self.fs.rm_file, FileNotFoundError)
+
+    def state(self, name: str) -> tuple[int, float]:  # noqa: D102
+        found = self._client.info(f"{self.location}/{name}", self._path(name))
+        return int(found["size"]), changed_at(found)
+
+    def open_bytes(  # noqa: D102
+        self, name: str, size: int, sha256: str, regions: Sequence[Region], direct: bool = False
+    ) -> ShardBytes:
+        told = f"{self.location}/{name}"
+        if not direct:
+            node, key = copies(), key_of(told, size, sha256)
+            file = PurePosixPath(name).name
+            with suppress(_NotAsCommitted):  # what of it is damaged, its regions tell
+                folder = node.take(
+                    key, size, lambda into: self._fetch(name, into / file, size, sha256)
+                )
+                if folder is not None:
+                    found = Mapped(folder / file, told)
+                    node.release_with(found, key)
+                    return found
+                _say_without(node.problem)
+        return Asked(told, self.state(name)[0], regions, partial(self._read, name), anew=direct)
+
+    def _read(self, name: str, begin: int, end: int) -> bytes:
+        return self._client.read(f"{self.location}/{name}", self._path(name), begin, end)
+
+    def _fetch(self, name: str, into: Path, size: int, sha256: str) -> None:
+        if self.state(name)[0] != size:
+            raise _NotAsCommitted
+        with open(into, "xb") as file:
+            if (
+                self._client.fetch(f"{self.location}/{name}", self._path(name), size, file)
+                != sha256
+            ):
+                raise _NotAsCommitted
+
+
+class _NotAsCommitted(Exception):
+    """An object has other bytes than its commit record says."""
+
+
+@cache
+def _say_without(problem: str) -> None:
+    log.warning(
+        "no room for local copies (%s): what has none is read from the store piece by piece, which "
+        "is slower",
+        problem,
+    )
+
+
+def _is_conflict(error: OSError) -> bool:
+    """Whether two conditional puts met (S3's 409): this one did not win, and must ask again."""
+    told = repr(error.__cause__ or error)
+    return error.errno == errno.EBUSY or "ConditionalRequestConflict" in told

@@ -1,0 +1,106 @@
+"""Asks a server again that is overloaded, or away for a while.
+
+The clients repeat a request some times within seconds. Here that is done for minutes: a run of days
+outlives a server that is started anew.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from rekindle.data.errors import first_words
+
+log = logging.getLogger("rekindle")
+
+T = TypeVar("T")
+
+PATIENCE = 300.0  # seconds, for a server that has answered before
+AT_FIRST = 5.0  # for one that never has: its address may be wrong
+FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
+
+_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)
+# By name: the clients are extras, and their errors share no base.
+_PASSING = {
+    "ClientConnectorError",
+    "ClientOSError",
+    "ClientPayloadError",
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "ContentLengthError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ReadTimeoutError",
+    "ResponseStreamingError",
+    "ServerDisconnectedError",
+    "ServerTimeoutError",
+    "gaierror",
+}
+_PASSING_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+
+
+class Patience:
+    """What is known of one server: whether it ever answered."""
+
+    def __init__(self, location: str):
+        self.location = location
+        self.answered = False
+
+    def over(self, call: Callable[[], T]) -> T:
+        """Return what ``call`` does, called again for some minutes while the server is overloaded
+        or cannot be reached. It must be harmless if an earlier call succeeded unheard.
+        """
+        began, told = time.monotonic(), False
+        for delay in _delays():
+            try:
+                found = call()
+            except Exception as error:
+                if not is_passing(error):
+                    self.answered = True
+                    raise
+                longest = PATIENCE if self.answered else AT_FIRST
+                if time.monotonic() - began + delay > longest:
+                    raise
+                if not told and self.answered:
+                    log.warning(
+                        "%s is overloaded or away (%s): asked again for %.0f s",
+                        *(self.location, first_words(error, 150), longest),
+                    )
+                    told = True
+                time.sleep(delay)
+            else:
+                self.answered = True
+                return found
+        raise AssertionError  # delays have no end
+
+
+def _delays() -> Iterator[float]:
+    """Longer each time, and of random length: many processes do not ask at the same moment."""
+    longest = FIRST_DELAY
+    while True:
+        yield random.uniform(longest / 2, longest)
+        longest = min(2 * longest, LONGEST_DELAY)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the server was not reached, was overloaded, or
+    failed. What it answered (no such object, no right, wrong credentials) is none of these.
+    """
+    seen = set[int]()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, _ANSWERS):
+            return False
+        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__name__ in _PASSING:
+            return True
+        response: Any = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code = str(response.get("Error", {}).get("Code", ""))
+            return status >= 500 or status == 429 or code in _PASSING_CODES or "Thrott" in code
+        cause = cause.__cause__ or cause.__context__
+    return False

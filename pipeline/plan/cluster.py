@@ -1,0 +1,167 @@
+"""What a planned cache costs on many machines: time, files, requests, money. Arithmetic alone.
+
+Nothing is measured here: the speed of a GPU and all prices are assumed, and said.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from rekindle.data.counted import counted, shown_bytes
+from rekindle.data.errors import InputError
+from rekindle.data.settings import Settings, parse_settings
+from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
+from rekindle.pipeline.plan.text import shown_seconds
+from rekindle.pipeline.yaml_text import parse_yaml
+
+LISTED = 1000  # names that an object store lists in one request
+ROLLED_UP = 160  # bytes of a unit in the roll-up of commit records, about
+MANY = 1_000_000  # units; of more, files and requests cost more than they should
+FEWER = 250_000  # units that the advice aims at
+
+
+class Assumptions(Settings):
+    """What `--assume KEY=VALUE` says; the prices are those of a large cloud's list in 2026."""
+
+    gpus_per_node: int = Field(8, gt=0, description="processes of stage 1 on a node")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="of a teacher on one GPU; null: as the probe measured it here"
+    )
+    gpu_hour: float = Field(2.5, ge=0, description="dollars")
+    gigabyte_month: float = Field(0.023, ge=0, description="dollars, stored")
+    thousand_writes: float = Field(0.005, ge=0, description="dollars; listings cost as much")
+    thousand_reads: float = Field(0.0004, ge=0, description="dollars")
+    listing_seconds: float = Field(0.1, ge=0, description="of a request that lists 1,000 names")
+    megabytes_per_second: float = Field(100, gt=0, description="that a process reads of a store")
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A new cache on ``nodes``; None where the teachers' time is not known."""
+
+    nodes: int
+    assumed: dict[str, Any]
+    units: int  # of the corpus, the views and the teachers: a data file and a commit record each
+    objects: int
+    bytes: int
+    roll_up_bytes: int  # of all roll-ups of commit records
+    listings: int  # requests that list all commit records once
+    open_seconds: float  # of a cache in an object store
+    writes: int  # requests
+    gpu_hours: float | None
+    seconds: float | None  # until all teachers are done
+    writes_per_second: float | None
+    bytes_per_second: float | None  # that each node writes
+    gpu_dollars: float | None
+    month_dollars: float  # to store it
+    write_dollars: float
+    read_dollars: float  # for the requests of a student that reads all of it once
+    advice: str | None  # where there are too many files
+
+
+def assumed(given: Sequence[str]) -> Assumptions:
+    """Read the values of ``--assume``; InputError for a key that is none, or a wrong value."""
+    values: dict[str, object] = {}
+    for one in given:
+        key, separator, text = one.partition("=")
+        if not separator:
+            raise InputError(f"--assume takes KEY=VALUE, got {one!r}")
+        values[key.strip()] = parse_yaml(text, f"--assume {key}")
+    return parse_settings(Assumptions, values, "--assume")
+
+
+def on_nodes(plan: RunPlan, nodes: int, assume: Assumptions) -> ClusterPlan:
+    """Say what the cache of ``plan`` costs on so many nodes. InputError where the corpus is not
+    known.
+    """
+    corpus = plan.corpus
+    if corpus.sequences is None or corpus.tokens is None or plan.totals.bytes is None:
+        raise InputError(f"--nodes: the corpus is not known; {corpus.basis}")
+    shards = math.ceil(corpus.sequences / (corpus.sequences_per_shard or 1))
+    sets = [shards, *(view.units_to_make + view.units_present for view in plan.views)]
+    sets += [(t.units_to_make or 0) + (t.units_present or 0) for t in plan.teachers]
+    units = sum(sets)
+    listings = sum(math.ceil(count / LISTED) for count in sets)
+    seconds = [_seconds(work, corpus, assume) for work in plan.teachers]
+    known = [one for one in seconds if one is not None]
+    busy = sum(known) if len(known) == len(seconds) and known else None
+    processes = nodes * assume.gpus_per_node
+    wall = None
+    if busy is not None:  # one teacher after another: the last units of each leave some idle
+        wall = 0.0
+        for work, one in zip(plan.teachers, known, strict=True):
+            count = work.units_to_make or 1
+            wall += math.ceil(count / processes) * one / count
+    size = plan.totals.bytes
+    return ClusterPlan(
+        nodes=nodes,
+        assumed=assume.model_dump(),
+        units=units,
+        objects=2 * units,
+        bytes=size,
+        roll_up_bytes=ROLLED_UP * units,
+        listings=listings,
+        open_seconds=listings * assume.listing_seconds
+        + ROLLED_UP * units / (1e6 * assume.megabytes_per_second),
+        writes=2 * units,
+        gpu_hours=None if busy is None else busy / 3600,
+        seconds=wall,
+        writes_per_second=2 * units / wall if wall else None,
+        bytes_per_second=size / wall / nodes if wall else None,
+        gpu_dollars=None if busy is None else busy / 3600 * assume.gpu_hour,
+        month_dollars=size / 1e9 * assume.gigabyte_month,
+        write_dollars=2 * units / 1000 * assume.thousand_writes,
+        read_dollars=(2 * units * assume.thousand_reads + listings * assume.thousand_writes) / 1000,
+        advice=_advice(units, corpus),
+    )
+
+
+def _seconds(work: TeacherWork, corpus: CorpusPlan, assume: Assumptions) -> float | None:
+    """Seconds of one process that a teacher takes."""
+    if assume.tokens_per_second is None:
+        return work.seconds
+    assert corpus.tokens is not None
+    tokens = corpus.tokens * work.replicas * (1.0 if work.share is None else work.share)
+    return tokens / assume.tokens_per_second / (1 + len(work.shares))
+
+
+def _advice(units: int, corpus: CorpusPlan) -> str | None:
+    size = corpus.sequences_per_shard or 1
+    if units <= MANY:
+        return None
+    larger = size * 2 ** math.ceil(math.log2(units / FEWER))
+    return (
+        f"{units:,} units are many files: cache.sequences_per_shard: {larger} makes them "
+        f"{math.ceil(units * size / larger):,} (now {size}; a unit is what a kill loses)"
+    )
+
+
+def cluster_lines(plan: ClusterPlan) -> list[str]:
+    """The plan for people."""
+    said = ", ".join(f"{key}={value:g}" for key, value in plan.assumed.items() if value is not None)
+    time = "time and GPU hours are not known: --assume tokens_per_second=N, of one GPU"
+    dollars = ""
+    if plan.seconds is not None and plan.gpu_hours is not None:
+        rate = plan.assumed["tokens_per_second"]
+        basis = "" if rate else ", each GPU as fast as this process was with the probe"
+        time = f"{shown_seconds(plan.seconds)}, {plan.gpu_hours:,.0f} GPU hours{basis}"
+        written = shown_bytes(round(plan.bytes_per_second or 0))
+        time += f"; {written}/s a node and {plan.writes_per_second:,.1f} requests/s to write"
+        dollars = f"{plan.gpu_dollars:,.0f} for GPUs, "
+    lines = [
+        f"on {counted(plan.nodes, 'node')} of {plan.assumed['gpus_per_node']} GPUs: {time}",
+        f"files: {plan.objects:,} (a data file and a commit record for each of {plan.units:,} "
+        f"units, those of the corpus among them), {shown_bytes(plan.bytes)}; roll-ups of the "
+        f"records: {shown_bytes(plan.roll_up_bytes)}",
+        f"opened in an object store: {counted(plan.listings, 'listing')} and the roll-ups, "
+        f"{plan.open_seconds:,.1f} seconds; on a disk that tells when a folder changed, without "
+        "any listing",
+        f"dollars: {dollars}{plan.month_dollars:,.2f} a month to store it, "
+        f"{plan.write_dollars:,.2f} for the requests that write it, {plan.read_dollars:,.2f} for "
+        "those of a student that reads all of it once",
+        f"assumed (--assume KEY=VALUE): {said}",
+    ]
+    return lines + ([f"warning: {plan.advice}"] if plan.advice else [])

@@ -1,0 +1,244 @@
+"""Does the units of one work on a Ray cluster. The one file that imports ray.
+
+Each actor loads the work's large object once and does a unit at a time. Actors come and go with the
+cluster: what an actor that is lost was doing is done by another. Results are small (what a unit
+makes lies in the cache), and the process that was started here alone hands units out.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count, islice
+from typing import Any, ClassVar, Generic
+
+from rekindle.data.corpus.in_order import in_threads
+from rekindle.data.counted import counted
+from rekindle.data.errors import InputError, RekindleError
+from rekindle.pipeline.processes.handing_out import (
+    Done,
+    Failed,
+    HandingOut,
+    told_of_nodes,
+)
+from rekindle.pipeline.processes.same_code import running_code
+from rekindle.pipeline.processes.units import Load, OnThisMachine, Result, Unit, Work
+
+log = logging.getLogger("rekindle")
+
+ANSWERS_WITHIN = 10.0  # seconds
+BESIDE = 4  # units that are out beyond two for each actor, where results are given in order
+
+
+# --- on the cluster's nodes -----------------------------------------------------------------------
+
+
+class _Kept(logging.Handler):
+    """Keeps the warnings of this process, for the process that is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def taken(self) -> tuple[str, ...]:
+        lines, self.lines = tuple(dict.fromkeys(self.lines)), []
+        return lines
+
+
+class _Actor:
+    """The large object of a work, on one of the cluster's nodes."""
+
+    def __init__(self) -> None:
+        self.kept = _Kept()
+        log.addHandler(self.kept)
+        self.do: Callable[[Any], Any] | None = None
+
+    def where(self) -> tuple[str, dict[str, str]]:
+        """The node, and what it runs."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        return f"{ray.util.get_node_ip_address()} ({node[:8]})", running_code()
+
+    def load(
+        self, load: Callable[[], Callable[[Any], Any]], folder: str, threads: int, gpus: float
+    ) -> object:
+        """Load the object as the process in ``folder`` would, before any unit."""
+        return self._answer(lambda: self._load(load, folder, threads, gpus))
+
+    def _load(
+        self, load: Callable[[], Callable[[Any], Any]], folder: str, threads: int, gpus: float
+    ) -> None:
+        if not gpus:  # whatever this version of ray hides by itself
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import torch
+
+        try:
+            os.chdir(folder)  # relative paths of the run file are from there
+        except OSError as error:
+            raise InputError(
+                f"the folder of this command, {folder}, cannot be entered there "
+                f"({error.strerror}): every node must see the same files under the same names"
+            ) from None
+        torch.set_num_threads(threads)
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # those of tokenizers
+        self.do = load()
+
+    def make(self, unit: Any) -> object:
+        """Do a unit."""
+        assert self.do is not None
+        do = self.do
+        return self._answer(lambda: do(unit))
+
+    def _answer(self, work: Callable[[], object]) -> object:
+        try:
+            return Done(work(), self.kept.taken())
+        except (RekindleError, OSError) as error:
+            return Failed(error)
+        except Exception:  # its class may not exist where it is received
+            return Failed(RuntimeError(traceback.format_exc()))
+
+
+# --- in the process that was started --------------------------------------------------------------
+
+
+@contextmanager
+def on_ray(address: str | None, actors: int | None) -> Iterator["OnRay"]:
+    """Join the cluster at ``address`` (None: the one that RAY_ADDRESS names, or that runs on this
+    machine; or else a new one of this machine alone), for at most so many ``actors`` (None: as many
+    as there is room for).
+
+    Raises InputError without ray, or where there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError(
+            "--executor ray needs the package ray, which is not installed: in the checkout, "
+            "pip install -e '.[ray]'"
+        ) from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    asked = address or os.environ.get("RAY_ADDRESS")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _check_answers(asked)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f" at {asked}" if asked else ""
+        raise InputError(
+            f"no Ray cluster could be joined{where}: {str(error).splitlines()[0]}. Give the "
+            "--address of one that runs (`ray start --head` says it), or none for a new one of "
+            "this machine alone"
+        ) from None
+    try:
+        if signal.getsignal(signal.SIGTERM) != before and before is not None:
+            signal.signal(signal.SIGTERM, before)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        log.info("ray: %s, %s", counted(len(nodes), "node"), told_of_nodes(nodes))
+        yield OnRay(ray, actors)
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """OSError where nothing listens at ``host:port``: Ray itself tries on for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        place = host.removeprefix("[").removesuffix("]"), int(port)  # [::1]:6379
+        socket.create_connection(place, timeout=ANSWERS_WITHIN).close()
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """An ``Executor`` on the cluster that this process has joined."""
+
+    elsewhere: ClassVar[bool] = True
+
+    ray: Any
+    actors: int | None
+
+    def run(self, work: Work[Unit, Result], report: Callable[[Result], None]) -> None:
+        """As for any ``Executor``. A unit that fails is tried elsewhere; one that fails TRIES times
+        ends the work, with its name, once all others are done.
+        """
+        if not work.units:
+            OnThisMachine().run(work, report)
+            return
+        most = self.actors or len(work.units)
+        handing_out = HandingOut(
+            self.ray, self.ray.remote(_Actor), work, lambda _, result: report(result), most
+        )
+        try:
+            handing_out.run()
+        finally:
+            handing_out.close()
+
+    def in_order(
+        self, name: str, load: Load[Unit, Result], units: Iterable[Unit]
+    ) -> Generator[Result, None, None]:
+        """As for any ``Executor``. A unit is tried again as by ``run``; one that fails TRIES times
+        ends the work at once. What is one unit alone is done here.
+        """
+        following = iter(units)
+        first = list(islice(following, 2))
+        if len(first) < 2:
+            yield from in_threads(load, first)
+            return
+        results: dict[int, Result] = {}
+
+        def report(unit: _Numbered[Unit], result: Result) -> None:
+            results[unit.number] = result
+
+        work = Work(name, partial(_Each, load), list[_Numbered[Unit]](), {"num_gpus": 0.0})
+        most = self.actors or sys.maxsize
+        handing_out = HandingOut(self.ray, self.ray.remote(_Actor), work, report, most)
+        numbered = map(_Numbered, count(), chain(first, following))
+        taken = given = 0
+        try:
+            while True:
+                out = 2 * len(handing_out.actors) + BESIDE
+                more = list(islice(numbered, max(0, out - (taken - given))))
+                handing_out.waiting.extend(more)
+                taken += len(more)
+                if not handing_out.pending:
+                    return
+                handing_out.go_on()
+                if handing_out.given_up:  # those after it would wait for it
+                    raise handing_out.of_given_up()
+                while given in results:
+                    yield results.pop(given)
+                    given += 1
+        finally:
+            handing_out.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Numbered(Generic[Unit]):
+    """A unit, and its place among all."""
+
+    number: int
+    unit: Unit
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return str(self.number)
+
+
+class _Each(Generic[Unit, Result]):
+    """Does numbered units."""
+
+    def __init__(self, load: Load[Unit, Result]):
+        self._do = load()
+
+    def __call__(self, numbered: _Numbered[Unit]) -> Result:
+        return self._do(numbered.unit)

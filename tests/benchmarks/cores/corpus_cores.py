@@ -1,0 +1,145 @@
+"""Making a corpus on two cores beside one: reading, tokenising, packing, writing.
+
+    python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--csv PATH]
+
+SHARED: the folder of the shared corpora (`corpus/wiki_train.jsonl`, `glue/sst2_train.jsonl`,
+`tokenizers/bert-base-uncased`). Long texts (a quarter of that Wikipedia) and short ones (nearly all
+sentences of SST-2) into sequences of 512. One process may use the first core, one the first two
+(``taskset``: threads, as for any corpus that is not long), and one these with ``--workers 2``; they
+make the same corpora in turns, in one run, each on its own. What is paid once (imports) is left
+out, but not loading the tokenizer, nor the workers' beginning.
+
+On idle cores. On others the rows say so: the load average is part of their case. What does not
+depend on it is the last row of each case, the share of one process's CPU time that is left to the
+process which cuts the source into parts and writes, where two workers make these: it cannot be
+shared out, so that its inverse bounds what any number of cores can give.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # last: its files are called as packages are
+from results_csv import RESULTS, Row, append, processor, versions
+
+Found = dict[str, Any]
+CASES = {  # file, field, packing, sequences
+    "long texts, contiguous": ("corpus/wiki_train.jsonl", "text", "contiguous", 3_000),
+    "short texts, contiguous": ("glue/sst2_train.jsonl", "sentence1", "contiguous", 1_500),
+    "short texts, a sequence each": ("glue/sst2_train.jsonl", "sentence1", "document", 60_000),
+}
+TOY = 100  # sequences
+VARIANTS = {"one core": ("0", 1), "two cores": ("0,1", 1), "two cores, 2 workers": ("0,1", 2)}
+
+
+def serve(shared: Path, workers: int, toy: bool) -> None:
+    """Make the corpus of each case that is named on standard input; answer with what was found."""
+    import transformers  # noqa: F401
+
+    from rekindle.data.corpus.config import CorpusConfig
+    from rekindle.data.corpus.corpus import Corpus, build_corpus
+    from rekindle.data.storage.store import LocalStore
+    from rekindle.pipeline.processes.units import OnThisMachine
+
+    def make(folder: str, case: str, limit: int | None = None) -> Corpus:
+        path, field, packing, sequences = CASES[case]
+        config = CorpusConfig(
+            source=(str(shared / path),),
+            text_field=field,
+            tokenizer=str(shared / "tokenizers/bert-base-uncased"),
+            sequence_length=512,
+            packing=packing,
+            limit_sequences=limit or sequences,
+        )
+        in_order = partial(OnThisMachine(workers).in_order, "corpus")
+        return build_corpus(LocalStore(Path(folder)), config, 512, in_order=in_order)
+
+    with tempfile.TemporaryDirectory() as folder:
+        make(folder, next(iter(CASES)), TOY)  # what is imported on first use
+    print("ready", flush=True)
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory() as folder:
+            before, began = _used(), time.perf_counter()
+            corpus = make(folder, line.strip(), TOY if toy else None)
+            seconds, after = time.perf_counter() - began, _used()
+            found = {"seconds": seconds, "cpu": after - before, "is": corpus.fingerprint}
+            print(json.dumps(found), flush=True)
+
+
+def _used() -> float:
+    """CPU seconds of this process."""
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    return spent.ru_utime + spent.ru_stime
+
+
+def started(shared: Path, variant: str, toy: bool) -> Callable[[str], Found]:
+    """A process of that variant, as a function of a case."""
+    cores, workers = VARIANTS[variant]
+    command = ["taskset", "-c", cores, sys.executable, __file__, str(shared)]
+    command += ["--serve", str(workers), *["--toy"] * toy]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == "ready\n"
+
+    def make(case: str) -> Found:
+        process.stdin.write(f"{case}\n")
+        process.stdin.flush()
+        return dict(json.loads(process.stdout.readline()))
+
+    return make
+
+
+def measure(shared: Path, toy: bool) -> list[Row]:
+    """Every case with every variant, in turns."""
+    makers = {variant: started(shared, variant, toy) for variant in VARIANTS}
+    rows: list[Row] = []
+    for case in CASES:
+        loads = [os.getloadavg()[0]]
+        turns = [{v: make(case) for v, make in makers.items()} for _ in range(2 if toy else 3)]
+        loads.append(os.getloadavg()[0])
+        assert len({found["is"] for turn in turns for found in turn.values()}) == 1
+        told = f"{case}, load {min(loads):.1f}-{max(loads):.1f}"
+        cpu = statistics.median(turn["one core"]["cpu"] for turn in turns)
+        rows.append((told, "one core", "CPU time", cpu, "s"))
+        for variant in VARIANTS:
+            seconds = statistics.median(turn[variant]["seconds"] for turn in turns)
+            rows.append((told, variant, "time", seconds, "s"))
+        for variant in [*VARIANTS][1:]:
+            ratios = [turn["one core"]["seconds"] / turn[variant]["seconds"] for turn in turns]
+            rows.append((told, variant, "ratio to one core", statistics.median(ratios), "1"))
+        alone = statistics.median(t["two cores, 2 workers"]["cpu"] / cpu for t in turns)
+        rows.append((told, "two cores, 2 workers", "first process's share of CPU time", alone, "1"))
+        for _, variant, metric, value, unit in rows[-7:]:
+            print(f"{told}: {variant}: {metric} {value:.3g} {unit}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and append to the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("--toy", action="store_true", help="some seconds; its figures say nothing")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.shared, options.serve, options.toy)
+        return
+    rows = measure(options.shared, options.toy)
+    if not options.toy:
+        about = versions("tokenizers", "transformers", "pyarrow", "numpy")
+        append(rows, "corpus_cores", processor(), about, options.csv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Steps that are read late, as on a GPU: nothing is waited for, and nothing else changes."""
+
+import json
+import sys
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.train import loop, prepare
+from rekindle.train.device_batch import SentArray
+from rekindle.train.objective.objective import Objective, StepLoss
+from rekindle.train.objective.ready import MakeReady
+from rekindle.train.steps.take import Judge
+from testlib.loop import ALL, run, stop_at, train_config
+from testlib.students import metrics, same_weights
+
+READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """As if the device were a GPU: a step is read when the next one was given to it."""
+    made = []
+
+    def judge(training, recent):
+        made.append(Judge(training, recent, late=True))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "Judge", judge)
+    return made
+
+
+def test_a_run_read_late_is_the_same_to_the_bit(masked_world, whole, tmp_path, late):
+    """Its weights, what is logged of each step, and where it goes on."""
+    out, seen = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, out, train_config(ALL), report=stop_at(7))
+    config = train_config(ALL)
+    result = run(
+        masked_world, out, config, resume=True, report=lambda done, values: seen.append(done)
+    )
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+    assert (result.coverage, result.evaluation) == (whole.coverage, whole.evaluation)
+    assert seen == list(range(6, 11))  # evaluated at 5, and the best so far
+    assert len(late) == 2
+
+
+def broken_at(step, spoil):
+    """The loss of a step, spoilt."""
+    loss = Objective.loss
+
+    def broken(self, student, batch, counts, plan, device):
+        found = loss(self, student, batch, counts, plan, device)
+        return StepLoss(spoil(found.total), found.terms) if plan.step == step else found
+
+    return broken
+
+
+def of_optimizer(optimizer):
+    """All that it knows of each parameter."""
+    states = optimizer.state_dict()["state"].values()
+    return [value.clone() for state in states for value in state.values()]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda total: total * torch.nan, "the loss is nan at step 7"),
+        (lambda total: total + (total * 0).sqrt() * 0, "the grad_norm is nan at step 7"),
+        (lambda total: total * 1000, "more than 10 times the first step's"),
+    ],
+)
+def test_a_bad_step_changes_nothing(masked_world, tmp_path, monkeypatch, late, spoil, told):
+    """Nor does the one after it, which was given to the device before it was known."""
+    distill = [{"teachers": ["big"]}, {"teachers": ["sense"]}]
+    config = train_config(distill, checkpoint_every=10, evaluate_every=20, keep_best=None)
+    monkeypatch.setattr(Objective, "loss", broken_at(6, spoil))
+    before, apply = {}, Judge.apply
+
+    def noting(judge, *given):
+        student, optimizer = judge.training.student.student, judge.training.optimizer
+        before[len(before)] = [p.detach().clone() for p in student.parameters()] + of_optimizer(
+            optimizer
+        )
+        apply(judge, *given)
+
+    monkeypatch.setattr(Judge, "apply", noting)
+    with pytest.raises(InputError, match=told) as late_error:
+        run(masked_world, tmp_path / "late", config)
+    assert len(before) == 8  # two steps were given to the device: the bad one, and the next
+    training = late[0].training
+    after = [p.detach() for p in training.student.student.parameters()]
+    after += of_optimizer(training.optimizer)
+    for now, then, still in zip(after, before[6], before[7], strict=True):
+        assert torch.equal(now, then)
+        assert torch.equal(still, then)
+    assert [r["step"] for r in metrics(tmp_path / "late")] == list(range(1, 7))
+    monkeypatch.setattr(loop, "Judge", partial(Judge, late=False))
+    before.clear()
+    with pytest.raises(InputError, match=told) as error:
+        run(masked_world, tmp_path / "once", config)
+    assert len(before) == 7
+    assert str(error.value).replace("once", "late") == str(late_error.value)
+    name = "stopped-at-step-00000007.json"
+    late_suspects, suspects = (tmp_path / which / name for which in ("late", "once"))
+    assert json.loads(late_suspects.read_text()) == json.loads(suspects.read_text())
+
+
+def ours():
+    """Whether the call comes from the loop's side: the kernels look at values on a CPU alone."""
+    frame = sys._getframe(1)
+    while frame is not None and "/kernels/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a host must wait for its device to say."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READS and ours():
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+def test_a_step_reads_nothing_from_its_device(masked_world, tmp_path, monkeypatch, late, micro):
+    """In any of its passes, of language models and experts, padded; what was left by the step
+    before is read outside it, once.
+    """
+    take, found, counted = loop.take_step, [], Counter()
+    for name in ("tolist", "numpy", "cpu"):  # which a CPU does without an operation
+        real = getattr(torch.Tensor, name)
+
+        def counting(tensor, *args, real=real, name=name, **kwargs):
+            counted[name] += ours()
+            return real(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+
+    def watched(*given):
+        read = dict(+counted)
+        counted.clear()
+        with Reads() as mode:
+            taken = take(*given)
+        found.append((read, dict(mode.found), dict(+counted)))
+        counted.clear()
+        return taken
+
+    monkeypatch.setattr(loop, "take_step", watched)
+    config = train_config(
+        ALL, steps=4, evaluate_every=9, log_gradients_every=None, micro_batch_sequences=micro
+    )
+    run(masked_world, tmp_path / "run", config)
+    assert [step for _, *step in found] == [[{}, {}]] * 4
+    assert [read for read, *_ in found[1:]] == [{}, {"tolist": 1}, {"tolist": 1}]
+
+
+def test_batches_of_similar_lengths_go_on_to_the_same_bits(masked_world, tmp_path):
+    """Also in micro-batches, and beside replay; the evaluation is in order of length, too."""
+    more = {"batching": "similar_lengths", "micro_batch_sequences": 4, "steps": 6}
+    config = train_config(ALL, domains=["odd"], replay={"domains": ["even"]}, **more)
+    with pytest.raises(KeyboardInterrupt):
+        run(masked_world, tmp_path / "run", config, report=stop_at(5))
+    run(masked_world, tmp_path / "run", config, resume=True)
+    run(masked_world, tmp_path / "whole", config)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"train\.batching"):
+        run(masked_world, tmp_path / "run", train_config(ALL, steps=6), resume=True)
+
+
+class Noted:
+    """Copies as a side stream does, on a CPU; counts who takes them."""
+
+    def __init__(self):
+        self.sent, self.taken = [], Counter()
+
+    def send(self, values):
+        found = SentArray.of(values, torch.from_numpy(values.copy()), None)
+        self.sent.append(found)
+        return found
+
+
+def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_path, monkeypatch):
+    """And every copy that is sent is what the loss takes: none is made again."""
+    copies, real, taken = Noted(), SentArray.there, Counter()
+
+    def there(array):
+        taken[id(array)] += array.sent is not None
+        return real(array)
+
+    monkeypatch.setattr(SentArray, "there", there)
+    monkeypatch.setattr(
+        prepare, "MakeReady", lambda objective, size, _: MakeReady(objective, size, copies)
+    )
+    out = run(masked_world, tmp_path / "run", train_config(ALL)).directory
+    assert same_weights(out, whole.directory)
+    assert metrics(out) == metrics(whole.directory)
+    unused = [array for array in copies.sent if not taken[id(array)]]
+    assert len(copies.sent) > 100
+    assert not unused

@@ -1,0 +1,1 @@
+"""A student that is built without memory, and filled shard by shard."""

@@ -1,0 +1,254 @@
+"""A model built without its memory: what gives its tensors their values is recorded, and done later
+for one tensor at a time (as deferred initialisation in torchdistx did it).
+
+Within ``recording`` the code that builds a model runs as always, on tensors without memory
+(``FakeTensorMode``), and what it does to them is written down. ``Filling`` does it again, in
+the same order: torch's generator draws the same numbers, so values are the same to the bit. A
+tensor lives from what decides its value to the last that is done to it, and is handed over; of what
+is overwritten later only the numbers are drawn. Tensors of files are not read before that, of those
+that a model takes as they are no more than the rows that are wanted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import init
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rekindle.data.errors import InputError, naming
+
+# What gives all that a tensor is made of a new value, whatever it was.
+_OVERWRITES = ("normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "bernoulli_")
+
+
+class Undeferrable(Exception):
+    """What builds the model looks at values, or does what no recording can do again. No error for
+    users: it is built whole then.
+    """
+
+
+@dataclass(frozen=True)  # no tuple: torch looks into these for tensors
+class Ref:
+    """A tensor without memory: a view into ``cell``, the memory that it would have."""
+
+    cell: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Of its values."""
+        return prod(self.size) * self.dtype.itemsize
+
+    def of(self, storage: torch.UntypedStorage) -> Tensor:
+        """The tensor in real memory."""
+        empty = torch.empty(0, dtype=self.dtype)
+        return empty.set_(storage, self.offset, self.size, self.stride)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of an operator, and what it does to memory."""
+
+    call: Callable[..., Any]
+    arguments: Any  # (args, kwargs), with Ref in the place of tensors without memory
+    results: list[Any]
+    reads: frozenset[int]
+    makes: frozenset[int]  # cells that come into being by it
+    writes: frozenset[int]  # cells that were there before
+    covers: frozenset[int]  # those of them that it overwrites, whatever they held
+    draws: bool  # from torch's generator
+
+    @property
+    def cells(self) -> frozenset[int]:
+        """All that it needs."""
+        return self.reads | self.makes | self.writes
+
+
+class Stored(NamedTuple):
+    """A tensor of a file."""
+
+    file: Path
+    key: str
+
+
+@dataclass
+class Recording:
+    """What was done to tensors without memory, and what has to be tried once they have values."""
+
+    fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    steps: list[Step] = field(default_factory=list)
+    stored: dict[int, Stored] = field(default_factory=dict)  # by cell
+    trials: list[Callable[[], object]] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)  # of each cell
+    failed: str | None = None
+    _cells: dict[int, int] = field(default_factory=dict)
+    _alive: list[torch.UntypedStorage] = field(default_factory=list)  # their addresses are names
+
+    def tensor(self, file: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a file, which nobody has read."""
+        with self.fake:
+            made = torch.empty(shape, dtype=dtype)
+        self.stored[self.ref(made).cell] = Stored(file, key)
+        return made
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """What a tensor without memory is a view of."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._cells:
+            self._cells[storage._cdata] = len(self.bytes)
+            self._alive.append(storage)
+            self.bytes.append(storage.nbytes())
+        cell = self._cells[storage._cdata]
+        size, stride = tuple(tensor.shape), tensor.stride()
+        return Ref(cell, tensor.dtype, size, stride, int(tensor.storage_offset()))
+
+    def step(self, call: Any, args: Any, kwargs: Any, known: int, results: Any) -> None:
+        """Write a call down; ``known``: how many cells there were before it."""
+        given = tree_map(self._named, (args, kwargs))
+        made = [self._named(one) for one in tree_leaves(results)]
+        inside = [one for one in tree_leaves(given) if isinstance(one, Ref)]
+        target = _written(call, *given)
+        writes = frozenset(ref.cell for ref in target)
+        others = list(inside)
+        for ref in target:
+            others.remove(ref)
+        makes = frozenset(r.cell for r in made if isinstance(r, Ref) and r.cell >= known)
+        draws = torch.Tag.nondeterministic_seeded in call.tags
+        if draws and not (writes or makes):
+            self.refuse(f"{call} draws numbers for a tensor that has memory")
+        if not (writes or makes):
+            return  # a view, or a question about shapes
+        covers = frozenset[int]()
+        if call._schema.name.removeprefix("aten::") in _OVERWRITES:
+            covers = frozenset(r.cell for r in target if r.bytes == self.bytes[r.cell])
+        reads = frozenset(ref.cell for ref in others) | (writes - covers)
+        self.steps.append(
+            Step(call, given, made, reads, makes, writes, covers - {r.cell for r in others}, draws)
+        )
+
+    def filled(self, call: Callable[..., Any], tensor: Tensor, args: Any, kwargs: Any) -> None:
+        """Write down a ``call`` that draws all values of ``tensor``, and looks at them."""
+        ref = self.ref(tensor)
+        cell, none = frozenset({ref.cell}), frozenset[int]()
+        covers = cell if ref.bytes == self.bytes[ref.cell] else none
+        given = ((ref, *args), kwargs)
+        self.steps.append(Step(call, given, [None], cell - covers, none, cell, covers, draws=True))
+
+    def refuse(self, why: str) -> None:
+        """Raise Undeferrable, whatever becomes of the error on its way."""
+        self.failed = why
+        raise Undeferrable(why)
+
+    def _named(self, value: Any) -> Any:
+        return self.ref(value) if isinstance(value, FakeTensor) else value
+
+
+def _written(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Ref]:
+    """The tensors that a call changes in place."""
+    found = list[Ref]()
+    for number, argument in enumerate(call._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += [one for one in tree_leaves(value) if isinstance(one, Ref)]
+    return found
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, recording: Recording):
+        super().__init__()
+        self.recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, recording = kwargs or {}, self.recording
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, FakeTensor):
+                recording.ref(one)
+        known = len(recording.bytes)
+        try:
+            results = func(*args, **kwargs)
+            if not _on_meta((args, kwargs, results)):
+                recording.step(func, args, kwargs, known, results)
+        except Exception as error:
+            recording.failed = recording.failed or f"{func}: {type(error).__name__}"
+            raise
+        return results
+
+
+def _on_meta(values: Any) -> bool:
+    """Whether all tensors are on the meta device: nothing is drawn for them, none has values."""
+    found = [one.device.type for one in tree_leaves(values) if isinstance(one, Tensor)]
+    return bool(found) and {*found} == {"meta"}
+
+
+@contextmanager
+def _whole_truncation(recording: Recording) -> Iterator[None]:
+    """Take torch's truncated normal, which draws again what lies outside, for one operator."""
+    original = init._no_grad_trunc_normal_
+
+    def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            return original(tensor, *args, **kwargs)
+        recording.filled(original, tensor, args, kwargs)
+        return tensor
+
+    init._no_grad_trunc_normal_ = record
+    try:
+        yield
+    finally:
+        init._no_grad_trunc_normal_ = original
+
+
+_ACTIVE = ContextVar[Recording | None]("recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Build without memory, within; Undeferrable where that cannot be done."""
+    made = Recording()
+    token = _ACTIVE.set(made)
+    try:
+        with made.fake, _Recorder(made), _whole_truncation(made):
+            yield made
+    except Exception as error:
+        if made.failed is not None:
+            raise Undeferrable(made.failed) from error
+        raise
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active() -> Recording | None:
+    """The recording that this code runs within."""
+    return _ACTIVE.get()
+
+
+def try_when_filled(trial: Callable[[], object], what: str = "") -> None:
+    """Run ``trial``, which needs the values of weights: now, or once there are any. ``what`` is
+    then put before what it says, as the caller does now.
+    """
+    recorded = active()
+    if recorded is None:
+        trial()
+    else:
+        recorded.trials.append(partial(_named, trial, what))
+
+
+def _named(trial: Callable[[], object], what: str) -> None:
+    with naming(what) if what else nullcontext():
+        try:
+            trial()
+        except NotImplementedError as error:
+            raise InputError(str(error)) from None

@@ -1,0 +1,44 @@
+"""What a finished run leaves: its directory as that of a model, whole or not."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.storage.atomic import new_files, write_json
+from rekindle.train.distributed import ParallelStudent
+from rekindle.train.export.card import CARD_FILE, student_card
+from rekindle.train.model.unfinished import SUMMARY_FILE
+from rekindle.train.record.sharded import write_student
+from rekindle.train.record.working_copy import place_of
+
+
+def make_model_directory(
+    run: Path,
+    student: ParallelStudent,
+    about: Mapping[str, object],
+    tokenizer: Tokenizer,
+    best_elsewhere: Path | None,
+    summary: Mapping[str, object],
+) -> None:
+    """Make ``run`` a model directory; the ``summary``, written last, says that it is.
+
+    Every process takes part; the main one writes, of a student in shards each its files.
+    """
+    world = student.world
+    with ExitStack() as held:  # by the main process: what is written, until all is
+        staged = world.decide(lambda: held.enter_context(new_files(run)))
+        if student.sharded:
+            write_student(student, staged, about)
+
+        def finish() -> None:
+            own = student.student.finished()
+            if not student.sharded:
+                own.save_pretrained(staged, about)
+            tokenizer.save(str(staged))
+            card = student_card(own, run, best_elsewhere).replace(str(run), place_of(run))
+            (staged / CARD_FILE).write_text(card, encoding="utf-8")
+            held.close()
+            write_json(run / SUMMARY_FILE, summary)
+
+        world.decide(finish)

@@ -1,0 +1,99 @@
+"""Writes a student that is an adapter as a whole model of its own: the sum with its base."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import new_folder
+from rekindle.data.storage.client import is_remote
+from rekindle.train.export.card import CARD_FILE, student_card
+from rekindle.train.export.folder import WRITER, check_target, tokenizer_of
+from rekindle.train.model.files import base_fingerprints
+from rekindle.train.model.folder import (
+    ABOUT_FILE,
+    ADAPTER_FILE,
+    base_of,
+    read_object,
+    resolve_model,
+)
+from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
+from rekindle.train.record.stored_result import write_whole
+from rekindle.train.record.working_copy import place_of
+from rekindle.train.running_out import running_out
+from rekindle.train.student import Student
+
+log = logging.getLogger("rekindle")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written: where, of which adapter and base."""
+
+    out: str
+    student: str
+    base: str
+    auto_class: str  # of transformers, which loads it
+    heads: tuple[str, ...]  # beside it
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it as plain values for JSON."""
+        return asdict(self)
+
+    def told(self) -> str:
+        """Say what it is, in a sentence."""
+        beside = f", with its task heads beside it ({', '.join(self.heads)})" if self.heads else ""
+        return f"{self.student}, merged into its base {self.base}: a whole model{beside}"
+
+
+def merge_student(model: str, out: str, *, force: bool = False) -> Merged:
+    """Write the student in ``model``, an adapter, to ``out`` with its base as one model in float32,
+    which needs neither peft nor the base; heads, tokenizer and lineage come along. The folder
+    appears whole or not at all.
+
+    Raises InputError where ``model`` is no student or no adapter, where its base is gone or another
+    one, and where ``out`` is in use; with ``force`` an earlier export goes.
+    """
+    check_target(Path(out), force)
+    directory = resolve_model(model)
+    base = base_of(directory)
+    if base is None:
+        raise InputError(
+            f"{model!r} is a whole model, no adapter: there is nothing to merge, and it can stand "
+            "wherever a model is wanted"
+        )
+    if not (directory / ABOUT_FILE).is_file():
+        raise InputError(
+            f"{model!r} is an adapter, but no student of Rekindle's. Merge it with peft "
+            "(PeftModel.from_pretrained(base, folder).merge_and_unload(), then save_pretrained); "
+            "Rekindle takes it as it is wherever a model folder is wanted"
+        )
+    named = str(read_object(directory / ADAPTER_FILE)["base_model_name_or_path"])
+    tokenizer, place = tokenizer_of(directory), place_of(Path(out))
+    with running_out(Path(out), lambda: f"{out} is left as it was", "Free some"):
+        student = Student.from_pretrained(directory)
+        _check_finite(student, model)
+        shown, kind = named if is_remote(named) else str(base), type(student.model).__name__
+        found = Merged(place, model, shown, kind, tuple(student.head_configs))
+        with new_folder(Path(out).resolve()) as staged:
+            student.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
+            about = {"written_by": WRITER, **found.as_dict(), **base_fingerprints(base)}
+            text = json.dumps({**about, LINEAGE: lineage}, indent=1) + "\n"
+            (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
+            card = student_card(student, Path(out)).replace(out, place)
+            (staged / CARD_FILE).write_text(card, encoding="utf-8")
+        write_whole(Path(out), force)
+    return found
+
+
+def _check_finite(student: Student, model: str) -> None:
+    strange = [
+        name for name, values in student.named_parameters() if not torch.isfinite(values).all()
+    ]
+    if strange:
+        raise InputError(f"{model!r} cannot be merged: {strange[0]} would not be finite")

@@ -1,0 +1,77 @@
+"""Weights of a base that an adapter changes, rounded to four bits (QLoRA, arXiv 2305.14314).
+
+NF4 in blocks of 64, by bitsandbytes, which is imported here alone; it has a CPU's code, too. What
+is trained on such weights is an adapter of these, not of those in the base's folder: whoever loads
+it rounds them first (``round_weights``).
+"""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+
+INSTALL = "install the extra, in Rekindle's checkout: pip install -e '.[quantized]'"
+_OPTIONS: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": False}
+
+
+def need_bitsandbytes(what: str) -> None:
+    """Raise InputError, of ``what``, where bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"{what} needs the package bitsandbytes, which is not installed: {INSTALL}"
+        )
+
+
+def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
+    """Return a linear layer with the weights of ``layer`` in four bits, which computes with what
+    ``rounded`` makes of them, and hands gradients through.
+
+    Raises InputError, of ``what``, for another kind of layer.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise InputError(
+            f"{what}: student.lora.quantize rounds linear layers, and a {type(layer).__name__} is "
+            "adapted. Leave quantize out, or adapt linear layers alone (target_modules)"
+        )
+    if layer.weight.is_meta:  # there are no weights: it is only looked at
+        return layer
+    import bitsandbytes
+
+    made = bitsandbytes.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=None,
+        quant_type=_OPTIONS["quant_type"],
+        compress_statistics=_OPTIONS["compress_statistics"],
+    )
+    made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **_OPTIONS)
+    made.bias = layer.bias
+    return made.to(layer.weight.device)
+
+
+def four_bit_shape(values: object) -> torch.Size | None:
+    """Return the shape of a matrix that is held in four bits; None of other tensors."""
+    state = getattr(values, "quant_state", None)
+    return None if state is None else torch.Size(state.shape)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """Return what four bits keep of a matrix, as it is computed with; float32."""
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(weight.contiguous(), **_OPTIONS)
+    return functional.dequantize_4bit(packed, state)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Round the weights of the layers ``names`` of ``model`` in place."""
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        weight: Tensor = layer.weight
+        weight.copy_(rounded(weight.detach().float()))

@@ -1,0 +1,102 @@
+"""What a step takes of its batch, made ready by the thread that reads it: its targets selected, cut
+into micro-batches and, for a GPU, on their way there while the step before runs.
+
+Copies are made from pinned memory on a stream of their own, so that neither the host nor the step
+in hand waits for them. What a loss makes out of a batch on the host (masks, places of rows) is
+sent when it is made.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rekindle.data.batch import Batch, TokenTargetBatch
+from rekindle.train.device_batch import ENCODED, SentArray, split_batch
+from rekindle.train.objective.objective import Objective
+from rekindle.train.objective.selection import StepPlan
+
+D = TypeVar("D")
+# By class, the arrays that a loss takes as they are.
+COLUMNS = {*ENCODED, "ids", "counts", "log_probs", "hidden", "hidden_scale"} - {"tail_log_odds"}
+ARRAYS = {"input_ids", "token_types", "labels"}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch that a step can begin with."""
+
+    plan: StepPlan
+    batch: Batch  # with those targets that the step uses
+    parts: list[Batch]  # its micro-batches
+
+
+class Copies(Protocol):
+    """Sends arrays ahead."""
+
+    def send(self, values: NDArray) -> NDArray:
+        """Return the array, on its way."""
+        ...
+
+
+class SideStream(Copies):
+    """Copies to a GPU on a stream of its own; any thread may ask."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def send(self, values: NDArray) -> NDArray:
+        """Return the array with its copy, for which the stream that takes it will wait."""
+        # On this thread, too: what it pins would else belong to the first GPU.
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
+            there = pinned.to(self.device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return SentArray.of(values, there, copied)
+
+
+@dataclass(frozen=True)
+class MakeReady:
+    """Makes batches ready; ``size``: sequences of a micro-batch; ``copies``: None on a CPU."""
+
+    objective: Objective
+    size: int | None
+    copies: Copies | None = None
+
+    def __call__(self, step: int, read: Batch) -> Ready:
+        """Return what ``step`` takes of what was read for it."""
+        plan = self.objective.plan(step)
+        batch = self.objective.select(read, plan)
+        parts = split_batch(batch, self.size or len(batch.index))
+        if self.copies is not None:
+            parts = [_sent(part, self.copies) for part in parts]
+        return Ready(plan, batch, parts)
+
+
+def _sent(part: Batch, copies: Copies) -> Batch:
+    """Return a micro-batch whose large arrays are on their way."""
+    masked = part.masked and _with_arrays(part.masked, copies)
+    pairs = {name: _with_arrays(pair, copies) for name, pair in part.pairs.items()}
+    targets = dict(part.targets)
+    for name, target in targets.items():
+        if isinstance(target, TokenTargetBatch):
+            columns = _sent_columns(target.columns, copies)
+            targets[name] = replace(target, columns=columns)
+    ids = part.input_ids if masked is not None else copies.send(part.input_ids)
+    return replace(part, masked=masked, pairs=pairs, targets=targets, input_ids=ids)
+
+
+def _sent_columns(columns: Mapping[str, NDArray], copies: Copies) -> dict[str, NDArray]:
+    return {n: copies.send(one) if n in COLUMNS else one for n, one in columns.items()}
+
+
+def _with_arrays(one: D, copies: Copies) -> D:
+    """Return a dataclass of arrays, those of ``ARRAYS`` on their way."""
+    given: Any = one
+    names = [field.name for field in fields(given) if field.name in ARRAYS]
+    changed: D = replace(given, **{name: copies.send(getattr(given, name)) for name in names})
+    return changed

@@ -1,0 +1,219 @@
+"""A student in shards on disk: every process writes files of its own, and reads its own rows.
+
+Tensors are written whole, into files that any number of processes reads and that transformers
+loads: ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with an index. Those of a file
+are put together one at a time, in the process that writes it: it never holds more than the file,
+and one tensor beside.
+"""
+
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rekindle.data.errors import CheckpointError, InputError
+from rekindle.data.storage.addresses import sha256_of
+from rekindle.data.storage.atomic import sync
+from rekindle.train.distributed import ParallelStudent, World, blocks, local_rows, whole
+from rekindle.train.model.folder import INDEX_FILE, WEIGHTS_FILE, read_header
+from rekindle.train.record.run_folder import LOCK_FILE
+from rekindle.train.student import Saved
+
+LARGEST = 2 << 30  # bytes of a file, unless a block of the model, or a tensor, has more
+LEAST = 64 << 20  # of a checkpoint's file: less is not worth one of its own
+
+Unit = Mapping[str, Tensor]  # what stands in one file, by name
+
+
+def write_student(
+    student: ParallelStudent,
+    folder: Path,
+    about: Mapping[str, object] | None = None,
+    *,
+    as_held: bool = False,
+    limit: int | None = None,
+) -> dict[str, str]:
+    """Write what ``Student.save_pretrained`` does of a student in shards, in files of ``limit``
+    bytes (None: ``LARGEST``); return the sha256 of those files that this process wrote.
+
+    Every process takes part, and sees the ``folder``. ``as_held``, as ``Student.save_model`` has
+    it, each of them writes; else the main one, as transformers converts there alone.
+    """
+    own, world = student.student, student.world
+    tied = getattr(own.model, "all_tied_weights_keys", None) or {}
+
+    def convert(tensors: Unit, file: Path) -> None:
+        with TemporaryDirectory(dir=folder) as made:
+            own.save_model(Path(made), tensors)
+            os.rename(Path(made, WEIGHTS_FILE), file)
+
+    def save(tensors: Unit, file: Path) -> None:
+        kept = {k: v for k, v in tensors.items() if k not in tied or tied[k] not in tensors}
+        save_file(kept, file, {"format": "pt"})
+
+    if world.main:
+        own.save_model(folder, {})  # the files beside the weights; it would remove these
+    units, file, limit = _units(own.model), folder / WEIGHTS_FILE, limit or LARGEST
+    if as_held:
+        digests = write_files(world, units, limit, file, save)
+    else:
+        digests = write_files(world, units, limit, file, convert, writers=1)
+    places = {key: name for name in digests for key in read_header(folder / name)}
+    every = {key: name for found in world.gather(places) for key, name in found.items()}
+    held = own.state_dict(keep_vars=True)
+    rest = {k: whole(v.detach()).cpu() for k, v in held.items() if not k.startswith("model.")}
+    if world.main:
+        own.save_beside(folder, rest, about)
+        if WEIGHTS_FILE not in every.values():
+            sizes = {"total_parameters": own.model.num_parameters(), "total_size": _size(units)}
+            index = {"metadata": sizes, "weight_map": every}
+            content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / INDEX_FILE).write_text(content, encoding="utf-8")
+    return digests
+
+
+def write_files(
+    world: World,
+    units: Sequence[Unit],
+    limit: int,
+    file: Path,
+    save: Callable[[Unit, Path], None],
+    writers: int | None = None,
+) -> dict[str, str]:
+    """``save`` all tensors of the ``units`` as ``file``, or as several with numbers in their names;
+    return the sha256 of those that this process wrote. Every process takes part.
+
+    The first ``writers`` processes write (None: all), each one file at a time.
+    """
+    parts = in_files([_size([unit]) for unit in units], limit)
+    writers = writers or world.size
+    digests: dict[str, str] = {}
+    for first in range(0, len(parts), writers):
+        mine, own = first + world.rank, dict[str, Tensor]()
+        for number in range(first, min(first + writers, len(parts))):
+            for unit in parts[number]:
+                own |= _together(units[unit], number == mine)
+        if world.rank < writers and mine < len(parts):
+            several = f"-{mine + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+            written = file.with_name(f"{file.stem}{several}{file.suffix}")
+            save(own, written)
+            sync(written)  # of another machine's file the main process could not do it
+            digests[written.name] = sha256_of(written)
+    return digests
+
+
+def in_files(sizes: Sequence[int], limit: int) -> list[range]:
+    """Cut units of these ``sizes`` into runs of at most ``limit`` bytes each, or of one unit."""
+    found, first, total = list[range](), 0, 0
+    for number, size in enumerate(sizes):
+        if number > first and total + size > limit:
+            found.append(range(first, number))
+            first, total = number, 0
+        total += size
+    return [*found, range(first, len(sizes))]
+
+
+def share_of(tensors: Iterable[Tensor], world: World) -> int:
+    """Return how large the files of a checkpoint are, so that every process writes as much."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return min(LARGEST, max(LEAST, math.ceil(total / world.size)))
+
+
+def _size(units: Sequence[Unit]) -> int:
+    """Return the bytes of all tensors, tied ones once."""
+    each = {id(tensor): tensor for unit in units for tensor in unit.values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in each.values())
+
+
+def _units(model: torch.nn.Module) -> list[Unit]:
+    """Return the model's tensors, those together that must stand in one file: tied ones, and a
+    block's, of which transformers forms those that the files of its family have.
+    """
+    homes = {
+        id(tensor): f"block {number}"
+        for number, block in enumerate(blocks(model))
+        for tensor in block.state_dict(keep_vars=True).values()
+    }
+    units: dict[object, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        units.setdefault(homes.get(id(tensor), id(tensor)), {})[name] = tensor
+    return list(units.values())
+
+
+def _together(unit: Unit, mine: bool) -> dict[str, Tensor]:
+    """Put tensors together, each once; those that are ``mine`` stay, on the CPU."""
+    made: dict[int, Tensor | None] = {}
+    for tensor in unit.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = _gathered(tensor, mine)
+    return {name: found for name, t in unit.items() if (found := made[id(t)]) is not None}
+
+
+def _gathered(tensor: Tensor, mine: bool) -> Tensor | None:
+    found = whole(tensor.detach())
+    return found.cpu().contiguous() if mine else None
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read_rows(places: Mapping[str, Saved], homes: Mapping[str, Tensor]) -> None:
+    """Read into each of the ``homes`` those rows of the tensor of its name that it holds."""
+    for file in dict.fromkeys(place.file for place in places.values()):
+        with safe_open(file, "pt") as stored:
+            for name, place in places.items():
+                if place.file == file:
+                    _fill(homes[name], stored, place.key)
+
+
+def _fill(home: Tensor, stored: Any, key: str) -> None:
+    rows, first = local_rows(home)
+    if rows.dim() == 0:
+        rows.copy_(stored.get_tensor(key))
+    elif len(rows):
+        rows.copy_(stored.get_slice(key)[first : first + len(rows)])
+
+
+# --- files that all processes see -----------------------------------------------------------------
+
+
+def refuse_unshared(run: Path, world: World) -> None:
+    """Raise InputError where a process does not see the folder that the main one works in."""
+    told = world.decide(lambda: _read(run / LOCK_FILE))
+
+    def check() -> None:
+        if _read(run / LOCK_FILE) != told:
+            raise InputError(
+                f"process {world.rank} on {socket.gethostname()} does not see the files of the "
+                f"main one in {run}: with train.parallel: fsdp, and to --resume, all processes "
+                "read and write there. Give an --out on a file system that all nodes share"
+            )
+
+    world.agree(check)
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def check_seen(folder: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError where files that other processes have written are not there."""
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise CheckpointError(
+            f"{lost[0]}, which another process has written to {folder}, is not seen by the main "
+            "one. Give an --out on a file system that all nodes share"
+        )

@@ -1,0 +1,202 @@
+"""One optimiser step, and what it measured: read from the device when that is through with it.
+
+A step is judged where it is computed, so that nothing is waited for before the optimiser's step: a
+loss or a gradient that is no number, or a loss that explodes, leaves weights and moments as they
+are, and so do all steps after it, until the loop has read why. On a GPU that is one step later,
+while the next one runs; on a CPU, where nothing runs beside it, at once.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rekindle.data.cache import Cache
+from rekindle.data.errors import InputError
+from rekindle.data.storage.atomic import write_json
+from rekindle.train.config import TrainConfig
+from rekindle.train.distributed import ParallelStudent
+from rekindle.train.objective.pulls import with_norms
+from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.ready import Ready
+from rekindle.train.objective.selection import StepPlan
+from rekindle.train.optimizer import set_learning_rate
+from rekindle.train.precision import autocast
+from rekindle.train.prepare import Prepared
+from rekindle.train.record.watch import LATEST, LossWatch, Usual, Weights
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a step of a run needs."""
+
+    out: Path
+    cache: Cache
+    config: TrainConfig
+    student: ParallelStudent
+    optimizer: torch.optim.Optimizer
+    prepared: Prepared
+    lineage: list[dict[str, object]]  # of the student, as its files have it
+
+
+class Reading:
+    """Numbers [n] on their way from the device: ``read`` waits for them, and for nothing else."""
+
+    def __init__(self, values: Tensor):
+        self._values = values
+        self._there: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """Return them."""
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[float] = self._values.tolist()
+        return found
+
+
+@dataclass
+class Taken:
+    """A step that the device was given; its values may not be known yet."""
+
+    plan: StepPlan
+    names: list[str]  # of the losses that are shown
+    rate: float
+    head_alone: bool
+    began: float
+    usual: Usual
+    values: Reading  # norm of the gradient, loss, those of `names`, tokens
+    beside: dict[str, float] = field(default_factory=dict)  # what else is logged of it
+
+    @property
+    def done(self) -> int:
+        """Steps that were done when it was."""
+        return self.plan.step + 1
+
+
+class Judge:
+    """Says which steps count: on the device, before the optimiser's step, and then to the loop.
+
+    ``recent``: losses of a run that goes on (``recent_losses``). ``late``: whether a step is read
+    when the next one has been given to the device.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        recent: Iterable[tuple[float, Weights]] = (),
+        late: bool | None = None,
+    ):
+        device = training.student.world.device
+        self.training = training
+        self.late = int(device.type == "cuda" if late is None else late) * LATEST
+        self.watch = LossWatch(training.config.explosion_factor, recent, self.late)
+        self._stopped = torch.zeros((), device=device)  # 1 from the first step that is not to count
+        self._unread: deque[Taken] = deque()
+        self._read = 0.0  # when a step was read last
+
+    def apply(self, loss: Tensor, norm: Tensor, usual: Usual) -> None:
+        """Do the optimiser's step, if this one and all before it count; waits for nothing."""
+        fine = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= usual.limit)
+        self._stopped = torch.maximum(self._stopped, (~fine).float())
+        optimizer: Any = self.training.optimizer
+        optimizer.found_inf = self._stopped  # as torch's GradScaler tells a fused optimiser
+        optimizer.step()
+
+    def add(self, taken: Taken) -> None:
+        """Keep a step until it is read."""
+        self._unread.append(taken)
+
+    def known(self, everything: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yield the steps done and what is logged of each, in their order; all but what the device
+        may still be at. ``everything``: wait for that, too.
+
+        Raises InputError at the first step that does not count.
+        """
+        while len(self._unread) > (0 if everything else self.late):
+            taken = self._unread.popleft()
+            yield taken.done, self._values(taken)
+
+    def _values(self, taken: Taken) -> dict[str, float]:
+        norm, loss, *values, tokens = taken.values.read()
+        now = time.perf_counter()
+        # A step that was given to the device while another ran began when that one was done.
+        seconds, self._read = now - max(taken.began, self._read), now
+        complaint = self.watch.complaint(loss, norm, taken.plan.weights, taken.usual)
+        if complaint is not None:
+            stop = (self.training, taken.plan.step, complaint)
+            self.training.student.world.decide(lambda: _stop(*stop))
+        return (
+            {"loss": loss, "learning_rate": taken.rate, "grad_norm": norm}
+            | with_norms(dict(zip(taken.names, values, strict=True)))
+            | ({"head_alone": 1.0} if taken.head_alone else {})
+            | {"tokens_per_second": tokens / seconds, "tokens": tokens}
+            | taken.beside
+        )
+
+
+def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
+    """Do an optimiser step on this process's share of a batch.
+
+    Gradients are averaged over the processes, so each one's share is multiplied by their number.
+    """
+    began = time.perf_counter()
+    config, world, objective = training.config, training.student.world, training.prepared.objective
+    plan, batch, parts = ready.plan, ready.batch, ready.parts
+    step, run = plan.step, training.student.run
+    head_alone = step < config.warm_head_steps
+    training.student.student.train_head_alone(head_alone)
+    # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
+    torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
+    rate = set_learning_rate(training.optimizer, config, step)
+    counts = objective.counts(batch, plan).over(world.sum)
+    loss = nothing = torch.zeros((), device=world.device)
+    terms: dict[str, Tensor] = {}
+    with autocast(config.precision, world.device):
+        counts = with_centres(counts, objective.task, parts, plan, world, run)
+    for number, part in enumerate(parts):
+        with training.student.accumulating(last=number == len(parts) - 1):
+            with autocast(config.precision, world.device):
+                total, shown = run(objective.loss, part, counts, plan, world.device)
+            (total * world.size).backward()
+        loss = loss + total.detach()
+        for name, value in shown.items():
+            terms[name] = terms.get(name, nothing) + value
+    norm = training.student.clip(config.max_grad_norm or math.inf).double()
+    names = objective.shown(counts, plan)
+    own = [loss, *(terms.get(name, nothing) for name in names)]
+    here = torch.stack([value.float() for value in own]).double()
+    tokens = here.new_full((1,), int(batch.lengths.sum()))
+    summed = world.sum_there(torch.cat([here, tokens]))
+    usual = judge.watch.usual(plan.weights)
+    judge.apply(summed[0], norm, usual)
+    training.optimizer.zero_grad(set_to_none=True)
+    values = Reading(torch.cat([norm[None], summed]))
+    taken = Taken(plan, names, rate, head_alone, began, usual, values)
+    judge.add(taken)
+    return taken
+
+
+def _stop(training: Training, step: int, complaint: str) -> None:
+    """Write the ids of the step's examples into a file; raise the InputError that says where."""
+    index = training.prepared.stream.order.at(step)
+    digests = [str(digest) for digest in training.cache.gather(index, []).digests]
+    path = training.out / f"stopped-at-step-{step + 1:08d}.json"
+    content = {"step": step + 1, "reason": complaint}
+    write_json(path, content | {"sequences": index.tolist(), "digests": digests})
+    raise InputError(
+        f"{complaint} at step {step + 1}. Its {len(index)} examples are named in {path}; look at "
+        f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "
+        "lower learning rate or a longer warm-up in another --out; a loss that is finite may go on "
+        "with --resume and train.explosion_factor: null"
+    )
