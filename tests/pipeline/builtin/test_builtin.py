@@ -422,7 +422,10 @@ def test_ctrl_c_while_models_are_made_leaves_nothing_half(tmp_path, monkeypatch)
     assert child.wait() == 130, child.errors
     assert until(child.closed), "somebody is left who holds its stderr"
     assert "Traceback" not in child.errors
-    last = {"bert": "model.safetensors", "bert-larger": "tokenizer.json"}  # the latter has no weights
+    last = {
+        "bert": "model.safetensors",
+        "bert-larger": "tokenizer.json",
+    }  # the latter has no weights
     there = {path.name for path in made.iterdir()}
     assert there <= {"documents", "tokenizer", "log", *last}
     # What stands there is whole, also where the signal came late.
