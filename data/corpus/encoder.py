@@ -1,8 +1,12 @@
 """What of a tokenizer cuts texts into tokens: all that a process needs to do so."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rekindle.data.corpus.encoded import (
     EncodedPairs,
@@ -12,8 +16,11 @@ from rekindle.data.corpus.encoded import (
     lengths_of,
 )
 
+from rekindle.data.errors import InputError
+from rekindle.data.forms.dialogue import MOST_NAMES, meant_as_token
+
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import AddedToken, Encoding
     from tokenizers import Tokenizer as Backend
 
 NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
@@ -56,6 +63,10 @@ class Encoder:
         second.truncate(keep_second)
         return self.backend.post_process(first, second, True)
 
+    def for_dialogues(self) -> "DialogueEncoder":
+        """What encodes dialogues as their template has written them."""
+        return DialogueEncoder.of(self.backend)
+
     def __reduce__(self) -> tuple[object, ...]:
         # The backend's own pickle forgets encode_special_tokens.
         return _read, (self.backend.to_str(), self.backend.encode_special_tokens)
@@ -67,6 +78,67 @@ def _read(content: str, special_names_are_text: bool) -> Encoder:
     backend = Backend.from_str(content)
     backend.encode_special_tokens = special_names_are_text
     return Encoder(backend)
+
+
+# --- dialogues ------------------------------------------------------------------------------------
+
+
+def special_tokens(backend: "Backend") -> "dict[int, AddedToken]":
+    """The special tokens that are found in a text, by id."""
+    added = backend.get_added_tokens_decoder()
+    return {id: added[id] for id in sorted(added) if added[id].special and added[id].content}
+
+
+@dataclass(frozen=True, eq=False)
+class DialogueEncoder:
+    """Encodes dialogues, in which special tokens are written as ``meant_as_token`` has it, and
+    their names are text. ``meant`` [ids of its own]: the token that each stands for.
+    """
+
+    backend: "Backend"
+    meant: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, backend: "Backend") -> "DialogueEncoder":
+        """That of a tokenizer. Raises InputError for one with more special tokens than there are
+        characters to write them with.
+        """
+        from tokenizers import AddedToken
+
+        special = special_tokens(backend)
+        if len(special) > MOST_NAMES:
+            raise InputError(f"the tokenizer has {len(special):,} special tokens, too many")
+        own = deepcopy(backend)
+        own.encode_special_tokens = True
+        size = 1 + max(own.get_vocab(with_added_tokens=True).values())
+        meant = np.arange(size + len(special), dtype=np.int32)
+        for number, (id, token) in enumerate(special.items()):
+            written = meant_as_token(number, token.content)
+            # Not special, so that it is found where names of special tokens are text.
+            sides = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+            own.add_tokens([AddedToken(written, normalized=False, **sides)])
+            alias = own.token_to_id(written)
+            if alias >= len(meant):
+                meant = np.append(meant, np.arange(len(meant), alias + 1, dtype=np.int32))
+            meant[alias] = id
+        return cls(own, meant)
+
+    def texts(
+        self, texts: Sequence[str], written: Sequence[str]
+    ) -> tuple[EncodedTexts, NDArray[np.bool_]]:
+        """The tokens of the ``texts`` that are ``written`` so; which are meant as special ones."""
+        encodings = self.backend.encode_batch(written, add_special_tokens=False)
+        found = encoded_texts(texts, encodings)
+        ids = self.meant[found.tokens.ids]
+        special = ids != found.tokens.ids
+        return found._replace(tokens=found.tokens._replace(ids=ids)), special
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _read_dialogues, (self.backend.to_str(), self.meant)
+
+
+def _read_dialogues(content: str, meant: NDArray[np.int32]) -> DialogueEncoder:
+    return DialogueEncoder(_read(content, special_names_are_text=True).backend, meant)
 
 
 # --- pairs that are too long ----------------------------------------------------------------------

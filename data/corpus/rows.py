@@ -7,6 +7,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -20,24 +21,57 @@ PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
 BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
 
 
+class Marks(NamedTuple):
+    """Which of some documents' tokens [L] are ``trained``, and which are ``special`` ones that
+    stand for nothing of a text. [documents]: ``after``, whether what is put beside each is trained;
+    ``lost``, how many of its tokens were cut.
+    """
+
+    trained: NDArray[np.bool_]
+    special: NDArray[np.bool_]
+    after: NDArray[np.bool_]
+    lost: Ints
+
+    @classmethod
+    def of_texts(cls, documents: int, tokens: int) -> "Marks":
+        """Those of plain texts: all is trained."""
+        nothing = np.zeros(tokens, np.bool_), np.ones(documents, np.bool_)
+        return cls(np.ones(tokens, np.bool_), *nothing, np.zeros(documents, np.int64))
+
+    def then(self, other: "Marks") -> "Marks":
+        """These, and those of others after them."""
+        return Marks(*map(np.concatenate, zip(self, other, strict=True)))
+
+    def rest(self, documents: int, tokens: int) -> "Marks":
+        """These without those of so many first documents, of so many tokens."""
+        trained, special, after, lost = self
+        return Marks(trained[tokens:], special[tokens:], after[documents:], lost[documents:])
+
+
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents that follow each other, and their tokens: ``lengths`` [documents] of each."""
+    """Documents that follow each other, and their tokens: ``lengths`` [documents] of each; and
+    their ``marks``, in a corpus of which not all is trained.
+    """
 
     documents: list[Document]
     tokens: Encoded
     lengths: Ints
+    marks: Marks | None = None
 
     def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
         """These, and others after them."""
         tokens = Encoded.joined([self.tokens, other.tokens])
         lengths = np.concatenate([self.lengths, other.lengths])
-        return EncodedDocuments(self.documents + other.documents, tokens, lengths)
+        marks = self.marks.then(other.marks) if self.marks and other.marks else None
+        return EncodedDocuments(self.documents + other.documents, tokens, lengths, marks)
 
     def rest(self, first: int) -> "EncodedDocuments":
         """These from a document on."""
-        tokens = self.tokens.part(slice(int(self.lengths[:first].sum()), None))
-        return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:])
+        before = int(self.lengths[:first].sum())
+        tokens = self.tokens.part(slice(before, None))
+        marks = self.marks and self.marks.rest(first, before)
+        return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:], marks)
 
 
 @dataclass(frozen=True)
@@ -52,8 +86,10 @@ class Rows:
     token's document; spans [R,2]: the characters of that document; buckets [R] uint16: of it, by
     hash. texts: the sequences' own, the documents' parts joined by a blank line; of a pair both
     texts whole, whatever was cut of their tokens, and its span is the first one's. digests: the
-    identity of each, 128 bits over its token ids and its text, as 32 hex digits. lost [R]: tokens
-    of pairs that were cut. ends [R,2]: the Position after each.
+    identity of each, 128 bits over its token ids and its text (and what is trained, if not all is),
+    as 32 hex digits. lost [R]: tokens of pairs and dialogues that were cut. ends [R,2]: the
+    Position after each. trained [L] bool: what is learnt; None where that is all. untrained [R]:
+    how many sequences were left out before each (after the last one, too) that had nothing to learn.
     """
 
     lengths: Ints
@@ -71,6 +107,8 @@ class Rows:
     digests: list[str]
     lost: Ints
     ends: Ints
+    trained: NDArray[np.bool_] | None = None
+    untrained: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,7 +138,16 @@ class Rows:
             digests=self.digests[row],
             lost=self.lost[row],
             ends=self.ends[row],
+            trained=None if self.trained is None else self.trained[token],
+            untrained=None if self.untrained is None else self.untrained[row],
         )
+
+    def chosen(self, stays: NDArray[np.bool_]) -> "Rows":
+        """The sequences [R] that stay."""
+        if stays.all():
+            return self.part(0, len(self))
+        edges = np.flatnonzero(np.diff(stays, prepend=False, append=False))
+        return Rows.joined([self.part(a, b) for a, b in edges.reshape(-1, 2).tolist()])
 
     def after(self, start: Position) -> "Rows":
         """Those after a position. Raises ValueError for one inside a document, where none ends."""
@@ -207,9 +254,24 @@ def rows_of_texts(
     parts = [documents[number].text[begin:end] for number, begin, end in cuts]
     bounds = firsts.tolist()
     texts = [
-        parts[a] if b - a == 1 else PIECE_SEPARATOR.join(parts[a:b]) for a, b in pairwise(bounds)
+        parts[a] if b - a == 1 else _text(parts[a:b]) for a, b in pairwise(bounds)
     ]
     leading = document[firsts[:-1]].tolist()
+    trained, lost = None, np.zeros(R, np.int64)
+    if (marks := batch.marks) is not None:
+        special = where[marks.special[source]]
+        char_starts[special], word_starts[special] = -1, False
+        trained, beside = np.zeros(begins[-1], np.bool_), marks.after[document]
+        trained[where] = marks.trained[source]
+        for number in range(len(how.prefix)):
+            trained[begins[:-1] + number] = beside[firsts[:-1]]
+        for number in range(1, len(how.suffix) + 1):
+            trained[begins[1:] - number] = beside[firsts[1:] - 1]
+        for _ in how.between:
+            trained[at[before] - 1] = beside[np.flatnonzero(before) - 1]
+        for _ in how.end:
+            trained[(at + tokens)[after]] = beside[after]
+        lost = marks.lost[leading] * (how.alone & (ends[:, 1] == 0))
     rows = _finished(
         lengths=np.diff(begins),
         input_ids=input_ids,
@@ -221,10 +283,16 @@ def rows_of_texts(
         documents=[documents[number] for number in leading],
         spans=spans[firsts[:-1]],
         texts=texts,
-        lost=np.zeros(R, np.int64),
+        lost=lost,
         ends=ends,
+        trained=trained,
     )
     return rows, Position(*ends[-1].tolist()) if R else Position(0, token)
+
+
+def _text(parts: Many[str]) -> str:
+    """Those of pieces; nothing where these are of tokens without a text."""
+    return PIECE_SEPARATOR.join(parts) if any(parts) else ""
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -269,6 +337,37 @@ def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
     )
 
 
+# --- what is learnt -------------------------------------------------------------------------------
+
+
+def with_trained(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The sequences that have a trained token; each says how many without one came before it."""
+    held: Rows | None = None  # until it is known whether others follow
+    count, end = 0, np.zeros(2, np.int64)
+    for rows in parts:
+        if rows.trained is None:
+            yield rows
+            continue
+        row_of = np.repeat(np.arange(len(rows)), rows.lengths)
+        learnt = np.bincount(row_of, rows.trained, len(rows)) > 0
+        stays = np.flatnonzero(learnt)
+        if len(rows) and not len(stays):
+            count, end = count + len(rows), rows.ends[-1]
+        if not len(stays):
+            continue
+        if held is not None:
+            yield held
+        before = np.diff(stays, prepend=-1) - 1
+        before[0] += count
+        held = replace(rows.chosen(learnt), untrained=before)
+        count, end = len(rows) - 1 - int(stays[-1]), rows.ends[-1]
+    if held is not None and held.untrained is not None:
+        if count:
+            held.untrained[-1] += count
+            held.ends[-1] = end
+        yield held
+
+
 # --- groups ---------------------------------------------------------------------------------------
 
 
@@ -303,6 +402,7 @@ def _finished(
     input_ids: NDArray[np.int32],
     documents: list[Document],
     texts: list[str],
+    trained: NDArray[np.bool_] | None = None,
     **columns: object,
 ) -> Rows:
     """Those sequences, of the first token's ``documents``."""
@@ -313,6 +413,8 @@ def _finished(
     ):
         state = xxhash.xxh3_128(content[a:b])
         state.update(text.encode("utf-8", "surrogatepass"))
+        if trained is not None and not (learnt := trained[a // 4 : b // 4]).all():
+            state.update(np.packbits(learnt).data)
         digests.append(state.hexdigest())
     buckets = [_bucket(document.id) for document in documents]
     return Rows(
@@ -323,6 +425,7 @@ def _finished(
         buckets=np.array(buckets, np.uint16),
         texts=texts,
         digests=digests,
+        trained=trained,
         **columns,  # type: ignore[arg-type]
     )
 
