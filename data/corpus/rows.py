@@ -59,6 +59,11 @@ class EncodedDocuments:
     lengths: Ints
     marks: Marks | None = None
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # By columns: to pickle an object for each of many short documents takes longer than to make
+        # their tokens into sequences.
+        return _of_columns, ([*zip(*self.documents, strict=True)], self.tokens, self.lengths)
+
     def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
         """These, and others after them."""
         tokens = Encoded.joined([self.tokens, other.tokens])
@@ -72,6 +77,10 @@ class EncodedDocuments:
         tokens = self.tokens.part(slice(before, None))
         marks = self.marks and self.marks.rest(first, before)
         return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:], marks)
+
+
+def _of_columns(columns: Many[Many[str]], tokens: Encoded, lengths: Ints) -> EncodedDocuments:
+    return EncodedDocuments([*map(Document._make, zip(*columns, strict=True))], tokens, lengths)
 
 
 @dataclass(frozen=True)
