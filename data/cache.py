@@ -23,6 +23,7 @@ from rekindle.data.batch import (
     read_masked,
     read_pairs,
     read_targets,
+    read_trained,
     read_types,
 )
 from rekindle.data.corpus.corpus import Corpus
@@ -40,7 +41,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_IMPORTS, seal
+from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_IMPORTS, WITH_TRAINED, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
@@ -252,6 +253,7 @@ class Cache:
             epoch=epoch,
             documents=RowTexts(partial(self.corpus.text, "document"), where),
             token_types=read_types(self.corpus, where),
+            trained=read_trained(self.corpus, where),
         )
 
     def lengths(self, index: Ints) -> Ints:
@@ -382,6 +384,8 @@ def write_manifest(store: Store) -> None:
     cache = Cache(store)
     if any(teacher.info.imported for teacher in cache.teachers.values()):
         version = max(version, WITH_IMPORTS)  # also where a lost manifest said so
+    if cache.corpus.has_trained:
+        version = max(version, WITH_TRAINED)
     store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from rekindle.data.corpus.encoder import special_tokens
+from rekindle.data.corpus.encoder import GivenEncoder, special_tokens
 from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
@@ -104,9 +104,7 @@ class CorpusConfig(Settings):
     def entries(self) -> tuple[Entry, ...]:
         """What ``source`` names, and what its records hold."""
         return tuple(
-            Entry(one.path, one.format)
-            if isinstance(one, SourceEntry)
-            else Entry(one, self.format)
+            Entry(one.path, one.format) if isinstance(one, SourceEntry) else Entry(one, self.format)
             for one in self.source
         )
 
@@ -299,6 +297,19 @@ def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
         as_tokens = config.special_tokens == "token"
         forms["chat"] = Dialogues(chat_template(config, tokenizer), names, as_tokens)
     return forms
+
+
+def given_encoder(tokenizer: Tokenizer, dialogues: bool) -> GivenEncoder:
+    """What makes tokens of records that are no texts; ``dialogues``: some are."""
+    special = np.zeros(tokenizer.size, np.bool_)
+    special[[*tokenizer.special_ids - {tokenizer.hf.unk_token_id}]] = True
+    return GivenEncoder(tokenizer.encoder.for_dialogues() if dialogues else None, special)
+
+
+def recorded_entries(config: PackingFacts) -> list[Entry]:
+    """What a corpus was read from, as its cache has it."""
+    contents = config.get("contents") or ["text"] * len(config["source"])
+    return [*map(Entry, config["source"], contents)]
 
 
 def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:

@@ -7,7 +7,6 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -15,37 +14,11 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.encoded import Encoded, EncodedPairs
 from rekindle.data.corpus.packing import BEGINNING, Ints, Packing, Position, plan
+from rekindle.data.forms.marks import Marks
 from rekindle.data.source.documents import Document
 
 PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
 BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
-
-
-class Marks(NamedTuple):
-    """Which of some documents' tokens [L] are ``trained``, and which are ``special`` ones that
-    stand for nothing of a text. [documents]: ``after``, whether what is put beside each is trained;
-    ``lost``, how many of its tokens were cut.
-    """
-
-    trained: NDArray[np.bool_]
-    special: NDArray[np.bool_]
-    after: NDArray[np.bool_]
-    lost: Ints
-
-    @classmethod
-    def of_texts(cls, documents: int, tokens: int) -> "Marks":
-        """Those of plain texts: all is trained."""
-        nothing = np.zeros(tokens, np.bool_), np.ones(documents, np.bool_)
-        return cls(np.ones(tokens, np.bool_), *nothing, np.zeros(documents, np.int64))
-
-    def then(self, other: "Marks") -> "Marks":
-        """These, and those of others after them."""
-        return Marks(*map(np.concatenate, zip(self, other, strict=True)))
-
-    def rest(self, documents: int, tokens: int) -> "Marks":
-        """These without those of so many first documents, of so many tokens."""
-        trained, special, after, lost = self
-        return Marks(trained[tokens:], special[tokens:], after[documents:], lost[documents:])
 
 
 @dataclass(frozen=True)
@@ -62,7 +35,8 @@ class EncodedDocuments:
     def __reduce__(self) -> tuple[object, ...]:
         # By columns: to pickle an object for each of many short documents takes longer than to make
         # their tokens into sequences.
-        return _of_columns, ([*zip(*self.documents, strict=True)], self.tokens, self.lengths)
+        columns = [*zip(*self.documents, strict=True)]
+        return _of_columns, (columns, self.tokens, self.lengths, self.marks)
 
     def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
         """These, and others after them."""
@@ -79,8 +53,11 @@ class EncodedDocuments:
         return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:], marks)
 
 
-def _of_columns(columns: Many[Many[str]], tokens: Encoded, lengths: Ints) -> EncodedDocuments:
-    return EncodedDocuments([*map(Document._make, zip(*columns, strict=True))], tokens, lengths)
+def _of_columns(
+    columns: Many[Many[str]], tokens: Encoded, lengths: Ints, marks: Marks | None
+) -> EncodedDocuments:
+    documents = [*map(Document._make, zip(*columns, strict=True))]
+    return EncodedDocuments(documents, tokens, lengths, marks)
 
 
 @dataclass(frozen=True)
@@ -98,7 +75,7 @@ class Rows:
     identity of each, 128 bits over its token ids and its text (and what is trained, if not all is),
     as 32 hex digits. lost [R]: tokens of pairs and dialogues that were cut. ends [R,2]: the
     Position after each. trained [L] bool: what is learnt; None where that is all. untrained [R]:
-    how many sequences were left out before each (after the last one, too) that had nothing to learn.
+    how many sequences without a trained token were left out before each (and after the last one).
     """
 
     lengths: Ints
@@ -262,25 +239,24 @@ def rows_of_texts(
     cuts = zip(document.tolist(), *spans.T.tolist(), strict=True)
     parts = [documents[number].text[begin:end] for number, begin, end in cuts]
     bounds = firsts.tolist()
-    texts = [
-        parts[a] if b - a == 1 else _text(parts[a:b]) for a, b in pairwise(bounds)
-    ]
+    texts = [parts[a] if b - a == 1 else _text(parts[a:b]) for a, b in pairwise(bounds)]
     leading = document[firsts[:-1]].tolist()
     trained, lost = None, np.zeros(R, np.int64)
     if (marks := batch.marks) is not None:
-        special = where[marks.special[source]]
-        char_starts[special], word_starts[special] = -1, False
+        unsaid = where[marks.special[source]]
+        char_starts[unsaid], word_starts[unsaid] = -1, False
+        lost = marks.lost[leading]
+        # What stands beside a document is trained as its own text is.
         trained, beside = np.zeros(begins[-1], np.bool_), marks.after[document]
         trained[where] = marks.trained[source]
-        for number in range(len(how.prefix)):
-            trained[begins[:-1] + number] = beside[firsts[:-1]]
-        for number in range(1, len(how.suffix) + 1):
-            trained[begins[1:] - number] = beside[firsts[1:] - 1]
+        for place in range(len(how.prefix)):
+            trained[begins[:-1] + place] = beside[firsts[:-1]]
+        for place in range(1, len(how.suffix) + 1):
+            trained[begins[1:] - place] = beside[firsts[1:] - 1]
         for _ in how.between:
             trained[at[before] - 1] = beside[np.flatnonzero(before) - 1]
         for _ in how.end:
             trained[(at + tokens)[after]] = beside[after]
-        lost = marks.lost[leading] * (how.alone & (ends[:, 1] == 0))
     rows = _finished(
         lengths=np.diff(begins),
         input_ids=input_ids,
@@ -344,37 +320,6 @@ def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
         lost=encoded.lost[some],
         ends=np.stack([ends, np.zeros_like(ends)], axis=1),
     )
-
-
-# --- what is learnt -------------------------------------------------------------------------------
-
-
-def with_trained(parts: Iterable[Rows]) -> Iterator[Rows]:
-    """The sequences that have a trained token; each says how many without one came before it."""
-    held: Rows | None = None  # until it is known whether others follow
-    count, end = 0, np.zeros(2, np.int64)
-    for rows in parts:
-        if rows.trained is None:
-            yield rows
-            continue
-        row_of = np.repeat(np.arange(len(rows)), rows.lengths)
-        learnt = np.bincount(row_of, rows.trained, len(rows)) > 0
-        stays = np.flatnonzero(learnt)
-        if len(rows) and not len(stays):
-            count, end = count + len(rows), rows.ends[-1]
-        if not len(stays):
-            continue
-        if held is not None:
-            yield held
-        before = np.diff(stays, prepend=-1) - 1
-        before[0] += count
-        held = replace(rows.chosen(learnt), untrained=before)
-        count, end = len(rows) - 1 - int(stays[-1]), rows.ends[-1]
-    if held is not None and held.untrained is not None:
-        if count:
-            held.untrained[-1] += count
-            held.ends[-1] = end
-        yield held
 
 
 # --- groups ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ characters of no meaning of the same number, and afterwards the template's own a
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from rekindle.data.errors import did_you_mean
@@ -19,7 +19,8 @@ _FIELDS = ("messages", "tools")
 _HIDDEN, _MEANT = 0x100000, 0xF0000  # private characters: of names that are text, and of tokens
 MOST_NAMES = 0xFFFE  # a plane of private characters
 _HIDDEN_RUN = re.compile(f"([{chr(_HIDDEN)}-{chr(_HIDDEN + MOST_NAMES)}])\\1*")
-_PRIVATE = re.compile(f"[{chr(_MEANT)}-{chr(_MEANT + MOST_NAMES)}{chr(_HIDDEN)}-{chr(_HIDDEN + MOST_NAMES)}]")
+_PLANES = "".join(f"{chr(a)}-{chr(a + MOST_NAMES)}" for a in (_MEANT, _HIDDEN))
+_PRIVATE = re.compile(f"[{_PLANES}]")
 
 
 def meant_as_token(number: int, name: str) -> str:
@@ -57,9 +58,11 @@ class Dialogues:
         """The dialogue of a record, as its template writes it."""
         try:
             messages, tools = _messages(values, columns), _tools(values, columns)
-            shown_messages = [self._each(message, self._hide) for message in messages]
-            shown_tools = None if tools is None else [self._each(one, self._hide) for one in tools]
-            found, spans = self.template.render(shown_messages, shown_tools)
+            hidden = [
+                {key: self._hidden(value) for key, value in message.items()} for message in messages
+            ]
+            shown_tools = None if tools is None else [*map(self._hidden, tools)]
+            found, spans = self.template.render(hidden, shown_tools)
         except UnfitDialogue as error:
             return Bad(error.kind, f"{where}: {error.told}")
         if not found or found.isspace():
@@ -91,19 +94,17 @@ class Dialogues:
         name, length = self.names[ord(run[0][0]) - _HIDDEN], len(run[0])
         return (name * -(-length // len(name)))[:length]
 
-    def _each(self, value: object, do: Callable[[str], str]) -> object:
+    def _hidden(self, value: object) -> object:
         if isinstance(value, str):
-            return do(value)
+            return self._hide(value)
         if isinstance(value, Mapping):
-            return {key: self._each(one, do) for key, one in value.items()}
+            return {key: self._hidden(one) for key, one in value.items()}
         if isinstance(value, list | tuple):
-            return [self._each(one, do) for one in value]
+            return [*map(self._hidden, value)]
         return value
 
 
-
-
-# --- what a record holds ----------------------------------------------------------------------------
+# --- what a record holds --------------------------------------------------------------------------
 
 
 def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, object]]:
@@ -150,7 +151,7 @@ def _parsed(value: object, field: str) -> object:
 
 
 def _filled(value: object, columns: bool) -> object:
-    """The value without what is null in it, where ``columns`` have nulls for all that others have."""
+    """The value without what is null in it, where ``columns`` have nulls for what others have."""
     if not columns:
         return value
     if isinstance(value, Mapping):

@@ -25,11 +25,13 @@ def tokens_in(
     """
     # The texts one after the other, with a character between two that nothing has.
     begins = np.cumsum([0, *(count + 1 for count in characters)])
-    flat = [(a + first, b + first) for first, each in zip(begins, spans, strict=False) for a, b in each]
+    shifted = zip(begins[:-1], spans, strict=True)
+    flat = [(a + first, b + first) for first, each in shifted for a, b in each]
     if not flat:
         return np.zeros(len(starts), np.bool_)
     froms, tos = np.array(flat, np.int64).T
     before = np.repeat(begins[:-1], lengths)
-    span = np.searchsorted(tos, starts + before, side="right")  # the first that ends after it begins
+    # The first span that ends after the token begins.
+    span = np.searchsorted(tos, starts + before, side="right")
     begin_of = np.append(froms, np.iinfo(np.int64).max)[span]
     return np.asarray(begin_of < ends + before)

@@ -94,7 +94,8 @@ class Template:
             count = len(messages)
             part = f" (of the first {count} messages, with a prompt for the next)" if prompt else ""
             told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UnfitDialogue("the template raises", f"the template raises{part}: {told}") from None
+            told = f"the chat template raises{part}: {told}"
+            raise UnfitDialogue("the template raises", told) from None
         return str(texts[0]), [*spans[0]] if marked else []
 
 

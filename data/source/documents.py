@@ -7,7 +7,6 @@ tokens. Every mistake in the source is an InputError that names the place.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple, TypeGuard
 
 from rekindle.data.errors import InputError, did_you_mean
@@ -54,13 +53,18 @@ class Fields(NamedTuple):
     text: str
     domain: str | None
     pair: str | None
-    forms: Mapping[str, Form] = MappingProxyType({})
+    forms: Mapping[str, Form] | None = None
 
     def read(self, origin: Origin) -> list[str]:
         """The fields that are read of an origin, the one with its text first."""
         if origin.content == "text":
             return [*filter(None, (self.text, self.domain, self.pair)), "id"]
-        return [*self.forms[origin.content].fields, *filter(None, (self.domain,)), "id"]
+        return [*self.form_of(origin).fields, *filter(None, (self.domain,)), "id"]
+
+    def form_of(self, origin: Origin) -> Form:
+        """What makes documents of an origin's records."""
+        assert self.forms is not None  # whoever names such a source has them
+        return self.forms[origin.content]
 
 
 def read_documents(
@@ -69,7 +73,7 @@ def read_documents(
     domain_field: str | None = None,
     left_out: LeftOut | None = None,
     pair_field: str | None = None,
-    forms: Mapping[str, Form] = MappingProxyType({}),
+    forms: Mapping[str, Form] | None = None,
 ) -> Iterator[Document]:
     """The documents of ``source`` in a fixed order, in memory that does not grow with the files.
 
@@ -219,7 +223,7 @@ def _given_document(
     record: Record, origin: Origin, fields: Fields, domain: str | Bad | None, where: str
 ) -> Document | Bad:
     """The document of a record that is no plain text."""
-    made = fields.forms[origin.content](record.values, origin.format in _COLUMNS, where)
+    made = fields.form_of(origin)(record.values, origin.format in _COLUMNS, where)
     if isinstance(made, Bad):
         return made
     if isinstance(domain, Bad):

@@ -18,7 +18,7 @@ from rekindle.data.source.documents import (
 from rekindle.data.source.held_texts import HeldTexts
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record import Bad, Block
-from rekindle.data.source.sources import Origin
+from rekindle.data.source.sources import Content, Origin
 
 PART_BYTES = 1 << 16  # small, so that the last ones leave no core idle for long
 
@@ -30,6 +30,11 @@ class Part(NamedTuple):
 
     blocks: Sequence[tuple[int, Origin, Block | Pages]]
     error: InputError | None = None
+
+    @property
+    def content(self) -> Content:
+        """What its records hold, all of them the same."""
+        return self.blocks[0][1].content if self.blocks else "text"
 
 
 @dataclass
@@ -46,13 +51,16 @@ class Documents:
 
 
 def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
-    """All of them, in parts of about PART_BYTES, the small files together. An error is in its place
-    among the parts.
+    """All of them, in parts of about PART_BYTES, the small files together, if their records hold
+    the same. An error is in its place among the parts.
     """
     blocks: list[tuple[int, Origin, Block | Pages]] = []
     taken = 0
     try:
         for number, origin in enumerate(origins):
+            if blocks and blocks[0][1].content != origin.content:
+                yield Part(blocks)
+                blocks, taken = [], 0
             for block in document_blocks(origin, fields, PART_BYTES):
                 blocks.append((number, origin, block))
                 taken += block.size

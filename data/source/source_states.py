@@ -15,7 +15,13 @@ from typing import NamedTuple
 import xxhash
 
 from rekindle.data.errors import CacheMismatchError
-from rekindle.data.source.sources import Content, Entry, Origin, origins_and_repeats, recorded_origin
+from rekindle.data.source.sources import (
+    Content,
+    Entry,
+    Origin,
+    origins_and_repeats,
+    recorded_origin,
+)
 from rekindle.data.storage.addresses import states_of_objects
 from rekindle.data.storage.client import is_remote
 
@@ -171,7 +177,7 @@ def _content(one: Present) -> object:
 def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
     names: Mapping[str, str] = {one.origin.name: one.origin.place for one in new}
     told = [
-        f"{names[name]} (has other content, or is read in another format)"
+        f"{names[name]} (has other content)"
         if (name := os.path.basename(place)) in names
         else f"{place} (is not there)"
         for place in lost[:3]
@@ -179,6 +185,6 @@ def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return CacheMismatchError(
         f"the corpus source has changed since the cache was begun: {', '.join(told)}{more}. Files "
-        "are known by their content, whatever they are called; a corpus grows by further files "
-        "(and by a larger limit_sequences). Use another cache.path for changed text"
+        "are known by their content (and format), whatever they are called; a corpus grows by "
+        "further files (and by a larger limit_sequences). Use another cache.path for changed text"
     )

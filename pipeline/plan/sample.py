@@ -179,7 +179,7 @@ def _extrapolated(
         return len(reference), reference.tokens, False
     if sample.share is None and limit is None:
         raise InputError(
-            f"how much text there is in {', '.join(config.source)} is not known before it is read "
+            f"how much text there is in {', '.join(config.places)} is not known before it is read "
             "to its end; set corpus.limit_sequences to plan for so many sequences"
         )
     sequences = limit or 0
