@@ -28,6 +28,11 @@ class EncodedDocuments:
     tokens: Encoded
     lengths: Ints
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # By columns: to pickle an object for each of many short documents takes longer than to make
+        # their tokens into sequences.
+        return _of_columns, ([*zip(*self.documents, strict=True)], self.tokens, self.lengths)
+
     def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
         """These, and others after them."""
         tokens = Encoded.joined([self.tokens, other.tokens])
@@ -38,6 +43,10 @@ class EncodedDocuments:
         """These from a document on."""
         tokens = self.tokens.part(slice(int(self.lengths[:first].sum()), None))
         return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:])
+
+
+def _of_columns(columns: Many[Many[str]], tokens: Encoded, lengths: Ints) -> EncodedDocuments:
+    return EncodedDocuments([*map(Document._make, zip(*columns, strict=True))], tokens, lengths)
 
 
 @dataclass(frozen=True)
