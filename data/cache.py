@@ -46,7 +46,7 @@ from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
 from rekindle.data.targets.reading.extent import Extent, Kept
-from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.files import is_begun, read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.reading.sequence_ranking import (
     HARD,
@@ -82,7 +82,7 @@ class Cache:
         self.teachers: dict[str, TeacherReader] = {
             name: self._teacher(name, self.views)
             for name in store.folders("targets")
-            if _is_begun(store, name)
+            if is_begun(store, name)
         }
 
     @classmethod
@@ -356,6 +356,8 @@ class Cache:
             name: list(self._example_targets(teacher, shard, row, ids))
             for name, teacher in self.teachers.items()
         }
+        trained = read_trained(self.corpus, [(shard, row)])
+        record |= {} if trained is None else {"trained": trained[0]}
         return Example(index=index, input_ids=ids, pairs=pairs, targets=targets, **record)
 
     def _example_targets(
@@ -397,8 +399,3 @@ def _numbers(index: Ints | Sequence[int]) -> Ints:
             "numbers [B], integers in 0..len(cache) − 1"
         )
     return found.astype(np.int64)
-
-
-def _is_begun(store: Store, name: str) -> bool:
-    """Whether a teacher's folder holds anything: its first writer may have been killed before."""
-    return bool(store.names(f"targets/{name}") or store.names(f"targets/{name}/commits"))

@@ -42,7 +42,7 @@ from rekindle.data.source.source_states import (
     states_of,
     usual_order,
 )
-from rekindle.data.source.sources import Content, Entry, Origin
+from rekindle.data.source.sources import Entry, Origin
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import Commits
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
@@ -69,7 +69,7 @@ class Addition:
     shards: int | None = None  # shards at its end, of all additions; None while it is being made
     bad_records: Mapping[str, int] = field(default_factory=dict)
     held: Found = field(default_factory=Found)
-    contents: Mapping[str, Content] = field(default_factory=dict)
+    contents: Mapping[str, str] = field(default_factory=dict)
     origins: tuple[Origin, ...] = field(default=(), compare=False)
 
     def ends_at(self, following: Sequence["Addition"]) -> int | None:
@@ -112,7 +112,7 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             shards, sequences = int(after["shards"]), int(after["sequences"])
-            contents: dict[str, Content] = dict(body.get("contents", {}))
+            contents: dict[str, str] = dict(body.get("contents", {}))
         name, ends, bad, held = complete_name(number), None, {}, Found()
         with suppress(FileNotFoundError), _stated(store, name):
             end = read_sealed(store, name)

@@ -3,6 +3,7 @@ it; how they are stored is not said here.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.config import PackingFacts
 from rekindle.data.corpus.rows import Rows
 from rekindle.data.storage.columns import list_array, list_type, list_views, offsets_of
+from rekindle.data.storage.shards import rows_in_batches
 
 TYPES = "token_types"
 TRAINED = "trained"
@@ -66,6 +68,12 @@ def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
     if rows.trained is not None:
         columns[TRAINED] = list_array(tokens, rows.trained)
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
+
+
+def record_batches(rows: Rows, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """All record batches of a shard of those sequences."""
+    for first, last in rows_in_batches(len(rows)):
+        yield record_batch(rows.part(first, last), schema)
 
 
 def learnt_content(batch: pa.RecordBatch) -> list[NDArray[np.bool_]]:

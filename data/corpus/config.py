@@ -15,6 +15,7 @@ from rekindle.data.counted import counted
 from rekindle.data.forms.dialogue import Dialogues
 from rekindle.data.forms.template import Template, find_template
 from rekindle.data.forms.tokens import TokenRows
+from rekindle.data.forms.written import WRITTEN, WrittenDialogues
 from rekindle.data.settings import Free, Place, Settings
 from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
@@ -114,7 +115,7 @@ class CorpusConfig(Settings):
         return tuple(entry.place for entry in self.entries)
 
     @property
-    def contents(self) -> frozenset[Content]:
+    def contents(self) -> frozenset[str]:
         """What the records of its source hold."""
         return frozenset(entry.content for entry in self.entries)
 
@@ -206,7 +207,7 @@ class PackingFacts(TypedDict):
     pair_field: NotRequired[str]
     trained: NotRequired[bool]
     chat_template: NotRequired[str]
-    contents: NotRequired[list[Content]]
+    contents: NotRequired[list[str]]
 
 
 # What is meant where nothing is said.
@@ -290,6 +291,8 @@ def chat_template(config: CorpusConfig, tokenizer: Tokenizer) -> Template:
 def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
     """What makes documents of the configuration's records that are no texts."""
     forms: dict[str, Form] = {}
+    if WRITTEN in config.contents:
+        forms[WRITTEN] = WrittenDialogues()
     if "tokens" in config.contents:
         forms["tokens"] = TokenRows(tokenizer.size, tokenizer.holes)
     if "chat" in config.contents:
@@ -299,8 +302,9 @@ def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
     return forms
 
 
-def given_encoder(tokenizer: Tokenizer, dialogues: bool) -> GivenEncoder:
-    """What makes tokens of records that are no texts; ``dialogues``: some are."""
+def given_encoder(tokenizer: Tokenizer, forms: Mapping[str, Form]) -> GivenEncoder:
+    """What makes tokens of records that are no texts, but of these ``forms``."""
+    dialogues = not forms.keys().isdisjoint(("chat", WRITTEN))
     special = np.zeros(tokenizer.size, np.bool_)
     special[[*tokenizer.special_ids - {tokenizer.hf.unk_token_id}]] = True
     return GivenEncoder(tokenizer.encoder.for_dialogues() if dialogues else None, special)

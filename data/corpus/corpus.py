@@ -23,7 +23,7 @@ from rekindle.data.corpus.additions import (
     info_name,
     read_additions,
 )
-from rekindle.data.corpus.columns import LEARNT, TRAINED, TYPES, facts_of, fields_of, record_batch
+from rekindle.data.corpus.columns import LEARNT, TRAINED, TYPES, facts_of, fields_of, record_batches
 from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
@@ -60,7 +60,6 @@ from rekindle.data.storage.shards import (
     Shard,
     ShardSet,
     describe,
-    rows_in_batches,
 )
 from rekindle.data.storage.units import unit_of
 
@@ -304,7 +303,7 @@ def build_corpus(
             claim()
             about = about_shard(shard, addition, info["tokenizer"])
             schema = describe(fields_of(addition.config), about)
-            batches = _batches(rows, schema)
+            batches = record_batches(rows, schema)
             commit = shards.write(unit_of(shard), schema, batches, facts_of(rows, named))
             committed.add(commit)
             progress(len(rows), commit.count("tokens"))
@@ -383,7 +382,7 @@ def _shards_after(
         special_names(tokenizer),
         packing_of(tokenizer, length, config["packing"], config.get("end_of_text", False)),
         length,
-        given_encoder(tokenizer, "chat" in forms) if config.get("trained") else None,
+        given_encoder(tokenizer, forms) if config.get("trained") else None,
     )
     making = Making(origins_of(source), maker, left_out, in_order, start)
     remaining = None
@@ -397,8 +396,3 @@ def _shards_after(
         end = Position(*rows.ends[-1].tolist())
         yield shard, rows, making.holders.count(start, end)
         shard, start = shard + 1, end
-
-
-def _batches(rows: Rows, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for first, last in rows_in_batches(len(rows)):
-        yield record_batch(rows.part(first, last), schema)

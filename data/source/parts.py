@@ -18,7 +18,7 @@ from rekindle.data.source.documents import (
 from rekindle.data.source.held_texts import HeldTexts
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record import Bad, Block
-from rekindle.data.source.sources import Content, Origin
+from rekindle.data.source.sources import Origin
 
 PART_BYTES = 1 << 16  # small, so that the last ones leave no core idle for long
 
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     error: InputError | None = None
 
     @property
-    def content(self) -> Content:
+    def content(self) -> str:
         """What its records hold, all of them the same."""
         return self.blocks[0][1].content if self.blocks else "text"
 

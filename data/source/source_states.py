@@ -16,7 +16,6 @@ import xxhash
 
 from rekindle.data.errors import CacheMismatchError
 from rekindle.data.source.sources import (
-    Content,
     Entry,
     Origin,
     origins_and_repeats,
@@ -73,7 +72,7 @@ def _state_of(path: str) -> State:
     return [size, digest.hexdigest()]
 
 
-def contents_of(present: Sequence[Present]) -> dict[str, Content]:
+def contents_of(present: Sequence[Present]) -> dict[str, str]:
     """What the records of each origin hold, by place, where it is something else than text."""
     return {o.place: o.content for o, _ in present if o.content != "text"}
 
@@ -117,7 +116,7 @@ def found_again(
     order: Sequence[str],
     states: States,
     present: Sequence[Present],
-    contents: Mapping[str, Content] = MappingProxyType({}),
+    contents: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Origin], list[Origin]]:
     """(the origins that were read, in the ``order`` in which they were; those that are new).
 

@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     """One entry of a source, and what its records hold."""
 
     place: str
-    content: Content = "text"
+    content: str = "text"  # a Content; or what is read as such once more
 
     @classmethod
     def of(cls, entry: "str | Entry") -> "Entry":
@@ -55,7 +55,7 @@ class Origin(NamedTuple):
     format: str  # txt | jsonl | csv | tsv | parquet | arrow | hub | python-docs
     place: str  # a path, an address (s3://…), or a datasets id
     name: str
-    content: Content = "text"
+    content: str = "text"
 
     @property
     def is_file(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.columns import learnt_content
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import naming
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.reading.files import is_described
@@ -68,6 +69,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
             texts=survey.texts,
             sequences_per_shard=config.cache.sequences_per_shard or survey.shard_size,
             padding=_padding(config, survey),
+            trained=_trained_share(survey.reference),
         )
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)
@@ -150,6 +152,11 @@ def _check_files(config: RunConfig, must_be: bool) -> None:
     if student is not None and at_hand(student.model, must_be) is None:
         student = None
     check_files(here, student)
+
+
+def _trained_share(corpus: Corpus) -> float | None:
+    """The share of its tokens that is trained; None where all are."""
+    return corpus.trained_tokens / max(corpus.tokens, 1) if corpus.has_trained else None
 
 
 def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> ViewPlan:
