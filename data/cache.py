@@ -386,8 +386,7 @@ def write_manifest(store: Store) -> None:
     cache = Cache(store)
     if any(teacher.info.imported for teacher in cache.teachers.values()):
         version = max(version, WITH_IMPORTS)  # also where a lost manifest said so
-    if cache.corpus.has_trained:
-        version = max(version, WITH_TRAINED)
+    version = max(version, WITH_TRAINED * cache.corpus.has_trained)
     store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 

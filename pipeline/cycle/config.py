@@ -288,10 +288,7 @@ class CycleConfig(Settings):
         where = f"corpus of task {name!r}" if own else "corpus"
         found = parse_settings(CorpusConfig, common | own, where)
         if found.contents != {"text"}:
-            raise InputError(
-                f"{where}.format: a cycle's experts read texts, and its source has dialogues or "
-                "rows of tokens; give text"
-            )
+            raise InputError(f"{where}: a cycle is of texts; its source has dialogues or tokens")
         return found
 
     def with_cache_in(self, home: Path) -> "CycleConfig":

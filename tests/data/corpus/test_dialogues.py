@@ -17,7 +17,8 @@ from rekindle.data.storage.manifest import begin_manifest, read_manifest
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
-from testlib.dialogues import (
+from testlib.vocabularies.changed import that_begins_only
+from testlib.vocabularies.dialogues import (
     DIALOGUES,
     MARKED,
     PLAIN,
@@ -27,7 +28,6 @@ from testlib.dialogues import (
     said,
     write_rows,
 )
-from testlib.vocabularies.changed import that_begins_only
 
 WHOLE = [number for number in range(len(DIALOGUES)) if number != 5]  # 5 has no answer
 

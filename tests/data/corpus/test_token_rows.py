@@ -14,7 +14,7 @@ from rekindle.data.corpus.texts import CorpusTexts
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.store import LocalStore
-from testlib.dialogues import write_rows
+from testlib.vocabularies.dialogues import write_rows
 
 IDS = list(range(10, 40))
 HALF = [-100] * 15 + IDS[15:]
