@@ -214,7 +214,7 @@ class PackingFacts(TypedDict):
 UNSTATED: dict[str, object] = {"special_tokens": "text", "without": "nothing", "pair_field": None}
 # As they are given.
 _NOT_RECORDED = {
-    "tokenizer", "on_bad_record", "without", "without_fields", "format", "chat_template"
+    "source", "tokenizer", "on_bad_record", "without", "without_fields", "format", "chat_template"
 }  # fmt: skip
 
 

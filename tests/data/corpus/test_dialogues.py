@@ -1,5 +1,6 @@
 """Corpora of dialogues: what the chat template writes; what the assistant says is trained."""
 
+import pickle
 from itertools import chain
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from rekindle.data.batch import read_trained
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.corpus.in_order import in_threads
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.storage.manifest import begin_manifest, read_manifest
@@ -47,7 +49,7 @@ def folders(tmp_path_factory, bytelevel, wordpiece):
 @pytest.fixture
 def build(tmp_path, folders):
     def made(cache="cache", tokenizer="gpt2", dialogues=DIALOGUES, template=None, **values):
-        stop, done = values.pop("stop", None), []
+        stop, in_order, done = values.pop("stop", None), values.pop("in_order", in_threads), []
         if isinstance(dialogues, list):
             dialogues = write_rows(tmp_path / "chat.jsonl", dialogues)
         given = {"source": str(dialogues), "format": "chat", "tokenizer": str(folders[tokenizer])}
@@ -61,7 +63,7 @@ def build(tmp_path, folders):
                 raise KeyboardInterrupt
 
         config = CorpusConfig(**given | {"sequence_length": 256} | values)
-        return build_corpus(LocalStore(tmp_path / cache), config, 2, progress)
+        return build_corpus(LocalStore(tmp_path / cache), config, 2, progress, in_order=in_order)
 
     return made
 
@@ -173,6 +175,26 @@ def test_an_interruption_changes_nothing(build, packing):
     assert again.fingerprint == whole.fingerprint
     assert remarks(again) == remarks(whole)
     assert whole.units.counts("untrained_sequences").sum() > 0
+
+
+def sent(load, parts):
+    """Every part made elsewhere: what goes there and what comes back is pickled."""
+    do = pickle.loads(pickle.dumps(load))()
+    return (pickle.loads(pickle.dumps(do(pickle.loads(pickle.dumps(part))))) for part in parts)
+
+
+@pytest.mark.parametrize("packing", ["document", "contiguous"])
+def test_other_processes_make_the_same(build, tmp_path, packing):
+    rows_of_ids = [{"input_ids": [*range(5, 60)], "loss_mask": [0] * 10 + [1] * 45}]
+    tokens = write_rows(tmp_path / "tokens.jsonl", rows_of_ids)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "the old river"}])
+    chat = write_rows(tmp_path / "a.jsonl", DIALOGUES)
+    of_format = {"chat": chat, "tokens": tokens, "text": texts}
+    source = [{"path": str(path), "format": name} for name, path in of_format.items()]
+    here = build(source=source, packing=packing)
+    there = build("there", source=source, packing=packing, in_order=sent)
+    assert there.fingerprint == here.fingerprint
+    assert len({row["document"].partition(":")[0] for row in rows(here)}) > 1
 
 
 @pytest.mark.parametrize("packing", ["document", "contiguous"])
