@@ -191,8 +191,8 @@ def test_other_processes_make_the_same(build, tmp_path, packing):
     chat = write_rows(tmp_path / "a.jsonl", DIALOGUES)
     of_format = {"chat": chat, "tokens": tokens, "text": texts}
     source = [{"path": str(path), "format": name} for name, path in of_format.items()]
-    here = build(source=source, packing=packing)
-    there = build("there", source=source, packing=packing, in_order=sent)
+    here = build(source=source, packing=packing, sequence_length=32)
+    there = build("there", source=source, packing=packing, sequence_length=32, in_order=sent)
     assert there.fingerprint == here.fingerprint
     assert len({row["document"].partition(":")[0] for row in rows(here)}) > 1
 
