@@ -30,11 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from rekindle.data.batch import length_buckets, pad
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.padding import length_buckets, pad
 from rekindle.data.source.documents import Document, read_documents
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.sources import recorded_origin
