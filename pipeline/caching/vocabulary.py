@@ -22,6 +22,7 @@ from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.text_files import state_of
+from rekindle.pipeline.caching.mapped import VocabularyMap
 from rekindle.train.model.folder import tokenizer_folder
 from rekindle.train.model.split_model import OutputHead
 
@@ -97,12 +98,15 @@ class TokenColumns:
     output matrix to a round size, get no probability. The teacher's tokens that the corpus's
     tokenizer does not have (``foreign``: chat tokens, say) take part in the softmax where a tail is
     stored, which their mass joins; else they are left out before it, like padding: whole
-    distributions, samples and hidden states are those of the common vocabulary.
+    distributions, samples and hidden states are those of the common vocabulary. ``rows`` [V]: the
+    teacher's id of each, −1 for absent ones; None: the same id.
     """
 
     size: int
     absent: NDArray[np.int64]
     foreign: NDArray[np.int64]
+    rows: NDArray[np.int64] | None = None
+    others: NDArray[np.int64] | None = None  # its tokens that have no id, where ``rows`` are given
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Tokenizer, rows: int, with_tail: bool) -> "TokenColumns":
@@ -116,15 +120,43 @@ class TokenColumns:
             foreign = sorted({number for number, _ in more if number < rows})
         return cls(facts["size"], absent, np.array(foreign, np.int64))
 
+    @classmethod
+    def mapped(cls, found: VocabularyMap, with_tail: bool) -> "TokenColumns":
+        """Those of a teacher whose tokens have other ids."""
+        absent = np.flatnonzero(found.rows < 0)
+        foreign = found.others if with_tail else found.others[:0]
+        return cls(len(found.rows), absent, foreign, found.rows, found.others)
+
     def cut(self, head: OutputHead) -> OutputHead:
         """The head of the W rows that are looked at."""
+        if self.rows is not None:
+            return head.cut(1 + int(np.concatenate([self.rows, self._others]).max()))
         return head.cut(max(self.size, int(self.foreign.max(initial=-1)) + 1))
+
+    @property
+    def _others(self) -> NDArray[np.int64]:
+        assert self.others is not None
+        return self.others
+
+    def mapped_mass(self, logits: Tensor) -> NDArray[np.float32]:
+        """[N]: the share of the probability of the teacher's tokens that ``rows`` have."""
+        assert self.rows is not None
+        own = self.rows[self.rows >= 0]
+        whole = np.concatenate([own, self._others])
+        sums = [logits[:, torch.from_numpy(ids).to(logits.device)] for ids in (own, whole)]
+        own_sum, whole_sum = (torch.logsumexp(part, dim=1) for part in sums)
+        return (own_sum - whole_sum).exp().cpu().numpy()
 
     def arranged(self, logits: Tensor) -> Tensor:
         """Logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
-        if not len(self.absent) and not len(self.foreign) and logits.shape[1] == self.size:
+        same = self.rows is None and not len(self.absent) and not len(self.foreign)
+        if same and logits.shape[1] == self.size:
             return logits
         foreign = logits[:, torch.from_numpy(self.foreign).to(logits.device)]
+        if self.rows is not None:
+            own = logits[:, torch.from_numpy(self.rows.clip(min=0)).to(logits.device)]
+            own[:, torch.from_numpy(self.absent).to(logits.device)] = -torch.inf
+            return torch.cat([own, foreign], dim=1)
         own = logits[:, : self.size]
         lacking = self.size - own.shape[1]  # of a teacher with fewer tokens
         own = torch.nn.functional.pad(own, (0, lacking)) if lacking else own.clone()
