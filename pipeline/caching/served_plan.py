@@ -1,6 +1,8 @@
 """Describes a teacher that a server runs: by what the server says, without any files."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.targets.served import Served, difference
+from rekindle.pipeline.served.client import ServerAwayError
 from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.served.probes import Said, ask, check_spelling, probe_prompts, probes_of
 from rekindle.pipeline.served.server import GENERATED, Server
@@ -39,6 +42,17 @@ class Source:
         with naming(who):
             return cls(Server(config.served), who)
 
+    @contextmanager
+    def naming(self, what: str = "") -> Iterator[None]:
+        """Put whose server, and ``what`` it was asked about, before an error's message."""
+        lead = f"{self.who}: {what}"
+        try:
+            yield
+        except ServerAwayError as error:
+            raise ServerAwayError(f"{lead}{error}") from None
+        except InputError as error:
+            raise InputError(f"{lead}{error}") from None
+
 
 def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> TeacherInfo:
     """What the cache says of the teacher, shown ``view``. The server is asked a few questions.
@@ -52,7 +66,7 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
     kept = config.targets
     settings = TopK.settings(kept.k, (1.0,), kept.codec, facts["size"], None, tokens)
     settings["estimator"] = {**settings["estimator"], "tail": "derived"}  # type: ignore[dict-item]
-    with naming(source.who):
+    with source.naming():
         _check_codec(kept.codec, facts["size"])
         served = _identified(source.server, corpus, config, int(str(settings["k"])))
         about: dict[str, object] = {

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.errors import naming
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.served import digest_of
@@ -42,7 +41,7 @@ class ServedTeacher:
         assert known is not None
         assert k is not None
         prompts = [[*probe.input_ids] for probe in known.probes]
-        with naming(self.source.who):
+        with self.source.naming():
             said, _ = ask(self.source.server, prompts, k)
         check_same_answers(known, said, self.config)
         return digest_of(probes_of(prompts, said, k))
@@ -86,13 +85,13 @@ class ServedTeacher:
         def one(rows: Sequence[int]) -> list[Columns]:
             named = f"sequence {first + rows[0]}"
             named += f" to {first + rows[-1]}" if rows[1:] else ""
-            with naming(f"{self.source.who}: {named}"):
+            with self.source.naming(f"{named}: "):
                 answers = self.source.server.prompt_logprobs(
                     [tokens[row].tolist() for row in rows], self.info.k or 0
                 )
             columns = []
             for row, entries in zip(rows, answers, strict=True):
-                with naming(f"{self.source.who}: sequence {first + row}"):
+                with self.source.naming(f"sequence {first + row}: "):
                     columns.append(self.answers.columns(entries, tokens[row]))
             return columns
 

@@ -15,7 +15,12 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ReadTimeoutError,
+)
 
 from rekindle.data.errors import InputError, first_words
 from rekindle.pipeline.served.config import ServedConfig
@@ -82,7 +87,7 @@ class Client:
                 answer = self._pool.request(method, where, body=body, headers=self._headers)
                 passing, ordered = self._passing(answer)
             except HTTPError as error:
-                passing, ordered = first_words(error) or type(error).__name__, 0.0
+                passing, ordered = self._failure(error), 0.0
                 if optional:
                     return None
             if not passing:
@@ -106,6 +111,14 @@ class Client:
                 f"{order:.0f} s; run the same command then: it goes on"
             )
         return f"HTTP {answer.status}{_message(answer)}", order
+
+    def _failure(self, error: HTTPError) -> str:
+        """What failed, without the client's own names for it."""
+        if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
+            return f"no answer within {self.config.timeout_s:g} s, served.timeout_s"
+        if isinstance(error, NewConnectionError):
+            return first_words(error).rpartition(": ")[2]
+        return "the connection broke off"
 
     def _check_patience(self, passing: str, spent: float) -> None:
         longest = (

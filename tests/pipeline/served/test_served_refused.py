@@ -15,6 +15,7 @@ from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.served import client
+from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
 from testlib.caches import committed
 
@@ -88,7 +89,7 @@ def test_another_tokenizer(tmp_path, configure, teacher, double, bytelevel):
         cache_teachers(configure(tmp_path, [other]))
     double.tokenizer = type("Other", (), {"decode": lambda self, ids: f"w{ids[0]}"})()
     try:
-        with pytest.raises(InputError, match="another tokenizer than the corpus: id .* here"):
+        with pytest.raises(InputError, match=r"another tokenizer than the corpus: id .* here"):
             cache_teachers(configure(tmp_path, [teacher()]))
     finally:
         double.serve(double.folder)
@@ -176,13 +177,19 @@ def test_a_retry_after_is_understood(order, least, most):
     assert least <= client._seconds(order) <= most
 
 
-def test_the_server_says_when_to_come_back(tmp_path, configure, teacher, double, monkeypatch):
-    waited = []
-    monkeypatch.setattr(client.threading, "Event", lambda: Recorded(waited))
-    double.faults += ["429"]
+def test_the_server_says_when_to_come_back(double):
+    waited: list[float] = []
+    asking = client.Client(ServedConfig(url=double.url, model="tiny"))
+    asking._stop = Recorded(waited)
+    double.faults += ["429", "503"]
     double.retry_after = "7"
-    cache_teachers(configure(tmp_path, [teacher()]))
-    assert waited == [7.0]
+    body = {"model": "tiny", "prompt": [[5, 6]], "prompt_logprobs": 1, "max_tokens": 1}
+    assert len(asking.post("/completions", body)["choices"]) == 1
+    assert waited == [7.0, 7.0]
+    double.faults += ["429"]
+    double.retry_after = "9000"
+    with pytest.raises(InputError, match="asks to come back in 9000 s; run the same command then"):
+        asking.post("/completions", body)
 
 
 class Recorded:

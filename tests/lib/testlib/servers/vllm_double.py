@@ -108,9 +108,8 @@ class Answering(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault.isdecimal():
-            self.send(
-                int(fault), _error(int(fault), "later"), {"Retry-After": self.server.retry_after}
-            )
+            later = {"Retry-After": self.server.retry_after}
+            self.send(int(fault), _error(int(fault), "later"), later)
             return
         if fault == "swap":
             self.server.serve(self.server.other)
@@ -187,7 +186,7 @@ def spoil(answer: dict[str, Any], fault: str) -> None:
     """Make the answer wrong in one way, or put it into another order."""
     choices = answer["choices"]
     entries = choices[0]["prompt_logprobs"]
-    key, value = next(iter(entries[2].items())) if len(entries) > 2 else ("", {})
+    value = next(iter(entries[2].values())) if len(entries) > 2 else {}
     if fault == "reordered":
         choices.reverse()
     elif fault == "count":
@@ -206,7 +205,8 @@ def spoil(answer: dict[str, Any], fault: str) -> None:
     elif fault == "rank":
         value["rank"] = None
     elif fault == "ids":
-        entries[2]["999999"] = entries[2].pop(key)
+        for number, other in enumerate([*entries[2]][1:]):
+            entries[2][str(999_999 + number)] = entries[2].pop(other)
     elif fault == "few":
         for number in [*entries[2]][2:]:
             del entries[2][number]
