@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.settings import GGUF_FILE, Free, Place, Settings, with_gguf_file
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (
@@ -125,6 +125,7 @@ class TeacherConfig(Settings):
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
     model: Place = Field(description="a model directory or a hub id; not of one that is served")
+    gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
     task: Task = Field(description="what the model does; causal_lm of one that is served")
     served: ServedConfig | None = Field(
         None, description="a server that runs the model, in place of its files (docs/served.md)"
@@ -164,6 +165,8 @@ class TeacherConfig(Settings):
         "has targets at what they mask; clean: it sees the text as it is, once, and has a target "
         "for every token (self-evolution)",
     )
+
+    _with_file = model_validator(mode="before")(with_gguf_file)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ What is known is the model's name there, and what it answered to a few fixed seq
 A server that answers those otherwise runs another model. It gives the likeliest ids of a position
 and their log-probabilities: tails are derived from these, and no entropy is known.
 
-Caches with such a teacher are of format version 6.
+Caches with such a teacher are of format version 7.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.served import digest_of
 from rekindle.pipeline.caching.batching import joined_columns
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
@@ -21,7 +22,7 @@ from rekindle.pipeline.served.answers import Answers
 from rekindle.pipeline.served.in_threads import ask_in_order
 from rekindle.pipeline.served.probes import ask, probes_of
 
-Tokens = list[NDArray[np.int32]]
+Rows = Sequence[NDArray]
 
 
 class ServedTeacher:
@@ -46,20 +47,23 @@ class ServedTeacher:
         check_same_answers(known, said, self.config)
         return digest_of(probes_of(prompts, said, k))
 
-    def tokens_of(
+    def sequences(
         self, unit: Unit, only: NDArray[np.int64] | None = None
-    ) -> tuple[Tokens, list[int]]:
-        """The sequences of a unit, and those of them that have a target (of the rows ``only``)."""
+    ) -> tuple[list[int], Rows, Rows]:
+        """The rows of a unit that have a target (of the rows ``only``); of each row of the unit
+        its tokens, and where its targets are.
+        """
         table = self.corpus.shard(unit.shard).table()
         tokens = split_lists(table.to_batches(), "input_ids")
+        positions = target_positions(self.corpus, self.info, None, unit.shard, None)
         chosen, domains = self.info.domains, table["domain"].to_pylist()
         rows = range(len(tokens)) if only is None else sorted(map(int, only))
         wanted = [
             row
             for row in rows
-            if len(tokens[row]) > 1 and (chosen is None or domains[row] in chosen)
+            if len(positions[row]) and (chosen is None or domains[row] in chosen)
         ]
-        return tokens, wanted
+        return wanted, tokens, positions
 
     def unit(self, unit: Unit, only: NDArray[np.int64] | None = None) -> UnitResult:
         """All targets of the teacher on one unit, or on the rows ``only`` of it.
@@ -67,21 +71,20 @@ class ServedTeacher:
         Raises InputError for an answer that is wrong, with its place; CacheMismatchError where the
         server has come to run another model meanwhile: nothing is kept of the unit.
         """
-        tokens, rows = self.tokens_of(unit, only)
+        rows, tokens, positions = self.sequences(unit, only)
         each = self.config.served.prompts_per_request if self.config.served else 1
         parts = [rows[start : start + each] for start in range(0, len(rows), each)]
-        found = [columns for part in self._asked(unit, tokens, parts) for columns in part]
+        asked = self._asked(self.corpus.first(unit.shard), tokens, positions, parts)
+        found = [columns for part in asked for columns in part]
         facts = {"probes": self.check_same()}
         if not found:
             return UnitResult(np.zeros(0, np.int64), {}, facts)
-        counts = [len(tokens[row]) - 1 for row in rows]
+        counts = [len(positions[row]) for row in rows]
         return UnitResult(np.repeat(np.array(rows, np.int64), counts), joined_columns(found), facts)
 
     def _asked(
-        self, unit: Unit, tokens: Tokens, parts: Sequence[Sequence[int]]
+        self, first: int, tokens: Rows, positions: Rows, parts: Sequence[Sequence[int]]
     ) -> Iterator[list[Columns]]:
-        first = self.corpus.first(unit.shard)
-
         def one(rows: Sequence[int]) -> list[Columns]:
             named = f"sequence {first + rows[0]}"
             named += f" to {first + rows[-1]}" if rows[1:] else ""
@@ -92,7 +95,7 @@ class ServedTeacher:
             columns = []
             for row, entries in zip(rows, answers, strict=True):
                 with self.source.naming(f"sequence {first + row}: "):
-                    columns.append(self.answers.columns(entries, tokens[row]))
+                    columns.append(self.answers.columns(entries, tokens[row], positions[row]))
             return columns
 
         served = self.config.served

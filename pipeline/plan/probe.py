@@ -75,7 +75,7 @@ def _probe_server(plan: TeacherPlan, steps: Corpus) -> Probe:
     places = [(shard, row) for shard, one in enumerate(steps.commits) for row in range(one.rows)]
     lengths = [int(steps.lengths(shard, row, row + 1)[0]) for shard, row in places]
     shard, row = places[int(np.argmax(lengths))]
-    tokens, _ = teacher.tokens_of(Unit(shard))
+    _, tokens, _ = teacher.sequences(Unit(shard))
     began = time.perf_counter()
     teacher.source.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
     return Probe((time.perf_counter() - began) / max(lengths), None)

@@ -32,19 +32,23 @@ class Answers:
         facts = corpus.info["tokenizer"]
         self.size, self.holes = int(facts["size"]), {*hole_ids(facts).tolist()}
 
-    def columns(self, entries: Any, tokens: NDArray[np.int32]) -> Columns:
-        """The columns of the targets of a sequence with ``tokens`` [S].
+    def columns(
+        self, entries: Any, tokens: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> Columns:
+        """The columns of the targets of a sequence with ``tokens`` [S], which has them at
+        ``positions``.
 
         Raises InputError, naming the place, for what is no distribution's top, or not of these
         tokens.
         """
-        fields = fields_of_prompt(entries, tokens)
+        fields: dict[str, Any] = fields_of_prompt(entries, tokens)
         _check_entries(entries)
-        self._without_foreign(fields)
+        fields = {name: [values[at] for at in positions] for name, values in fields.items()}
+        self._without_foreign(fields, positions)
         rows = TokenRows(self.corpus, self.info, GOLD, allow_missing=False)
-        return rows.columns(fields, tokens, np.arange(len(tokens) - 1))
+        return rows.columns(fields, tokens, positions)
 
-    def _without_foreign(self, fields: dict[str, Any]) -> None:
+    def _without_foreign(self, fields: dict[str, Any], positions: NDArray[np.int64]) -> None:
         """Leave out what the corpus's tokenizer has no token for: its mass joins the tail."""
         for place, (ids, log_probs) in enumerate(
             zip(fields["ids"], fields["log_probs"], strict=True)
@@ -55,8 +59,8 @@ class Answers:
             if len(kept) < (self.info.k or 0):
                 strange = next(i for i in ids if i >= self.size or i in self.holes)
                 raise InputError(
-                    f"prompt_logprobs: entry {place + 1}: {strange} is no token of the cache's "
-                    f"vocabulary of {self.size:,}, and only {len(kept)} candidates are left "
+                    f"prompt_logprobs: entry {positions[place] + 1}: {strange} is no token of the "
+                    f"cache's vocabulary of {self.size:,}, and {len(kept)} candidates are left "
                     f"without it, where {self.info.k} are kept. Take corpus.tokenizer from the "
                     "served model, or a smaller targets.k"
                 )

@@ -63,6 +63,26 @@ def test_it_says_what_the_same_model_says_here(tmp_path, configure, teacher, loc
     assert found.values["big"]["max_error"] <= 1e-6  # the server says the same again
 
 
+def test_a_corpus_that_says_what_is_trained(tmp_path, configure, teacher, local):
+    ids = [[9, 30, 41, 52, 63, 74, 85], [11, 40, 50]]
+    rows = [
+        {"input_ids": ids[0], "labels": [-100, -100, 41, 52, -100, -100, 85]},
+        {"input_ids": ids[1], "labels": [-100, -100, 50]},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    corpus = {"source": [str(source)], "format": "tokens", "limit_sequences": None}
+    cache_teachers(
+        configure(tmp_path / "cache", [teacher(), local], corpus | {"domain_field": None})
+    )
+    cache = Cache.open(tmp_path / "cache")
+    found = [example.targets for example in examples(cache)]
+    assert [t["big"][0].positions.tolist() for t in found] == [[1, 2, 5], [1]]
+    for one in found:
+        assert np.array_equal(one["big"][0].ids, one["local"][0].ids)
+    assert verify_cache(str(tmp_path / "cache")).problems == []
+
+
 FAULTS = ["429", "503", "drop", "cut", "500", "slow", "408"]
 
 
