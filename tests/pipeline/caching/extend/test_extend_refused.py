@@ -67,6 +67,7 @@ def test_files_in_place_of_others_are_refused(of_two_files, make, texts, ran, fi
     assert files_of(path) == before
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("change", ["a letter", "a line more", "gone"])
 @pytest.mark.parametrize("asked", [{}, {"limit": None}, {"limit": None, "files": "bdc"}])
 def test_a_changed_file_is_refused(tmp_path, make, texts, change, asked):
