@@ -105,6 +105,8 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "lineage": [run.model_dump() for run in info.lineage],
     }
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
+    if info.served is not None:
+        facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
@@ -206,6 +208,7 @@ def _as_text(
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
     lines += [_imported_line(r) for r in readers if r.info.imported]
+    lines += [_served_line(r) for r in readers if r.info.served]
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
@@ -257,6 +260,15 @@ def _imported_line(teacher: TeacherReader) -> str:
     return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
 
 
+def _served_line(teacher: TeacherReader) -> str:
+    info = teacher.info
+    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
+    return in_line(
+        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
+        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
+    )
+
+
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
     taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
     return (
@@ -287,6 +299,8 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
+        if example.trained is None:  # all of it
+            del shown["trained"]
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
     lines = [f"example {index} · {example.digest} · document {example.document}"]
