@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from testlib.models import AUTO
-from testlib.rehearsed import rehearsed_once
+from testlib.stage_one.rehearsed import rehearsed_once
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,8 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from testlib.extending import Make, Ran, rows
 from testlib.models import AUTO
+from testlib.stage_one.extending import Make, Ran, rows
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.storage.shards import ShardSet
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from testlib.caches import committed, examples
-from testlib.extending import (
+from testlib.stage_one.extending import (
     assert_kept,
     assert_same_targets,
     assert_sound,

@@ -17,7 +17,7 @@ from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.train.device_batch import sparse_targets
 from testlib.caches import committed, examples
-from testlib.extending import (
+from testlib.stage_one.extending import (
     CPU,
     assert_kept,
     assert_same_targets,

@@ -10,7 +10,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
-from testlib.extending import files_of, grow_folder
+from testlib.stage_one.extending import files_of, grow_folder
 
 
 @pytest.mark.parametrize(

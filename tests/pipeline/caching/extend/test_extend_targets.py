@@ -9,7 +9,8 @@ import torch
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.train.device_batch import kd_targets, sparse_targets
-from testlib.extending import (
+from testlib.run_alone import NOISE
+from testlib.stage_one.extending import (
     CPU,
     UNITS,
     assert_kept,
@@ -20,7 +21,6 @@ from testlib.extending import (
     logits_at,
     units,
 )
-from testlib.run_alone import NOISE
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
