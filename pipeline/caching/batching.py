@@ -60,9 +60,10 @@ def run_batches(
     """Yield batches of the rows with a length > 0, and what comes of each; and after each call of
     ``forward`` whether that was the last.
 
-    Of a device that runs beside the host, ``teacher.way.most`` batches are on their way at once:
-    the host takes what came of one while the next is computed. A batch that is out of memory is halved, and with it the teacher's ``batch_tokens``: what is
-    left of this unit and later ones start from there.
+    Of a device that runs beside the host ``teacher.way.most`` batches are on their way at once: what
+    came of one is taken while the next is computed. A batch that is out of memory is halved, and
+    with it the teacher's ``batch_tokens``: what is left of this unit and later ones start from
+    there.
     """
     waiting = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
     flying = deque[tuple[Rows, Pending]]()
@@ -108,7 +109,7 @@ def run_batches(
 
 
 def _in_memory(teacher: Teacher, do: Callable[[], Found], rows: Rows) -> Found | None:
-    """What ``do`` gives of a batch, or None when it is out of memory (and what it held is free again).
+    """What ``do`` gives of a batch, or None when it is out of memory (what it held is free again).
 
     Raises InputError for a model that fails on this batch: our own bugs do not come as
     RuntimeErrors of torch, nor do indices that a model's tables lack.

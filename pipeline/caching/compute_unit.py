@@ -102,7 +102,7 @@ def begin_unit(
     audited: bool = False,
     beside: Sequence[Teacher] = (),
 ) -> Steps:
-    """As ``run_unit``, in steps: each batch that the device is given, with whether it is the last."""
+    """As ``run_unit``, in steps: of each batch that the device is given, whether it is the last."""
     run = UnitRun(teacher, unit, only, audited)
     if teacher.config.vocabulary:
         return run.vocabulary(kept, beside)
