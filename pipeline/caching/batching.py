@@ -60,9 +60,9 @@ def run_batches(
     """Yield batches of the rows with a length > 0, and what comes of each; and after each call of
     ``forward`` whether that was the last.
 
-    Of a device that runs beside the host ``teacher.way.most`` batches are on their way at once: what
-    came of one is taken while the next is computed. A batch that is out of memory is halved, and
-    with it the teacher's ``batch_tokens``: what is left of this unit and later ones start from
+    Of a device that runs beside the host, ``teacher.way.most`` batches are on their way at once:
+    what came of one is taken while the next is computed. A batch that is out of memory is halved,
+    and with it the teacher's ``batch_tokens``: what is left of this unit and later ones start from
     there.
     """
     waiting = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
