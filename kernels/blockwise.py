@@ -1,10 +1,10 @@
 """The loop over blocks of rows: losses and gradients of bounded memory, formed in one go.
 
 The gradient is formed while a block's logits exist, so that [N,V] never does for a linear head.
-Rows without loss are dropped before the first product. The Triton path of a linear head is this
-loop, too: library products around the row kernel, in few large blocks. There the device is waited
-for only to count the rows of weight ≠ 0 where row weights are given. Nothing here talks to
-autograd. Shapes: N rows, H hidden, V vocabulary, K kept ids, R rows that are kept, C block rows.
+On a CPU rows without loss are dropped before the first product; a GPU would have to be waited for
+to count them, and keeps them all. The Triton path of a linear head is this loop, too: library
+products around the row kernel, in few large blocks. Nothing here talks to autograd. Shapes: N rows,
+H hidden, V vocabulary, K kept ids, R rows that are kept, C block rows.
 """
 
 import math
@@ -34,11 +34,16 @@ def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gr
         factors = None if factors is None else factors.take(rows)
     head = _GivenLogits(call, rows) if call.student.weight is None else _LinearHead(call, rows)
     losses = _block_losses(call, kept, rows)
+    idle = ~kept.active() if kept.weight is not None and not _drops_rows(call) else None
     found = []
     for block in head.blocks:
         z = head.logits(block)
         own = None if factors is None else factors.take(block)
-        found.append(losses(z, block, own))
+        of_block = losses(z, block, own)
+        if idle is not None:  # such rows may hold anything, and NaN · 0 is no 0
+            z.masked_fill_(idle[block, None], 0.0)
+            of_block = BlockLosses(*(v.t().masked_fill(idle[block], 0.0).t() for v in of_block))
+        found.append(of_block)
         head.add(z, block)
     return _of_all_rows(call, found, rows), head.gradients()
 
@@ -53,22 +58,13 @@ def fused_head(
     """
     from rekindle.kernels.triton_rows import RowKernel
 
-    rows, kept = _rows_to_keep(call), call.targets
-    if rows is not None:
-        kept = kept.take(rows)
-        upstream = upstream if upstream is None or upstream.dim() == 0 else upstream[rows]
-    head = _LinearHead(call, rows)
-    kernel = RowKernel(kept, call.settings, any(call.computation.wanted), upstream, head.lift)
+    head, wanted = _LinearHead(call, None), any(call.computation.wanted)
+    kernel = RowKernel(call.targets, call.settings, wanted, upstream, head.lift)
     for block in head.blocks:
         z = head.logits(block)
         kernel.run(z, z, block, head.bias)
         head.add(z, block)
-    if upstream is not None:
-        return None, head.gradients()
-    losses = kernel.losses()
-    if rows is not None and call.settings.reduction == "none":
-        losses = tuple(_at_rows(v, rows, len(call.targets.ids)) for v in losses)  # type: ignore[assignment]
-    return losses, head.gradients()
+    return kernel.losses() if upstream is None else None, head.gradients()
 
 
 def _at_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -131,7 +127,7 @@ class _LinearHead:
         product_dtype = product_dtype or dtype
         logits_dtype = product_dtype if self.fused else dtype
         x = (hidden if rows is None else hidden[rows]).to(product_dtype)
-        if rows is None and call.targets.weight is not None:
+        if call.targets.weight is not None and (self.fused or not _drops_rows(call)):
             x = x.masked_fill(~call.targets.active()[:, None], 0.0)  # 0 · NaN reaches dW
         self.x, self.w = x, weight.to(product_dtype)
         self.bias = bias if self.fused or bias is None else bias.to(dtype)
@@ -204,30 +200,29 @@ def _block_losses(
     )
 
 
-def _rows_to_keep(call: Call) -> Tensor | None:
-    """Indices of the rows that weigh something, and on the PyTorch path have a label or a target.
+def _drops_rows(call: Call) -> bool:
+    """Whether rows without loss are looked for: their number decides shapes, which the host reads.
 
-    None to keep all: they all do, or on the Triton path there are no weights, or no time to ask.
-    Dropping rows saves the same share of the products, at the price of waiting once for their
-    number; while a graph is captured one cannot wait, and the kernel skips those rows itself.
+    It saves their share of the products. Who has many such rows on a GPU leaves them out himself.
     """
-    targets, device = call.targets, call.targets.ids.device
-    if call.computation.impl == "triton":
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return None if targets.weight is None or capturing else targets.active().nonzero()[:, 0]
-    if call.teacher.states is None:
-        useful = (
-            targets.labelled(call.settings.ignore_index) if targets.labels is not None else None
-        )
-        if useful is None or not bool(useful.all()):
-            listed = (targets.ids >= 0).any(1)
-            useful = listed if useful is None else useful | listed
-        if targets.weight is not None:
-            useful = useful & targets.active()
-        return None if bool(useful.all()) else useful.nonzero()[:, 0]
-    if targets.weight is None:
-        return torch.arange(len(targets.ids), device=device)  # without waiting for it
-    return targets.active().nonzero()[:, 0]
+    return call.targets.ids.device.type == "cpu"
+
+
+def _rows_to_keep(call: Call) -> Tensor | None:
+    """Indices of the rows that weigh something and have a label or a target; None to keep all."""
+    targets = call.targets
+    if not _drops_rows(call):
+        whole = call.teacher.states is not None
+        return torch.arange(len(targets.ids), device=targets.ids.device) if whole else None
+    if call.teacher.states is not None:
+        return targets.active().nonzero()[:, 0]
+    useful = targets.labelled(call.settings.ignore_index) if targets.labels is not None else None
+    if useful is None or not bool(useful.all()):
+        listed = (targets.ids >= 0).any(1)
+        useful = listed if useful is None else useful | listed
+    if targets.weight is not None:
+        useful = useful & targets.active()
+    return None if bool(useful.all()) else useful.nonzero()[:, 0]
 
 
 def _torch_blocks(call: Call, rows: int) -> list[slice]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.settings import GGUF_FILE, Free, Place, Settings, with_gguf_file
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (
@@ -124,6 +124,7 @@ class TeacherConfig(Settings):
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
     model: Place = Field(description="a model directory or a hub id")
+    gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
     task: Task = Field(description="what the model does")
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="what is kept")
     domains: tuple[str, ...] | None = Field(
@@ -160,6 +161,8 @@ class TeacherConfig(Settings):
         "has targets at what they mask; clean: it sees the text as it is, once, and has a target "
         "for every token (self-evolution)",
     )
+
+    _with_file = model_validator(mode="before")(with_gguf_file)
 
     @model_validator(mode="after")
     def _fits_its_task(self) -> "TeacherConfig":

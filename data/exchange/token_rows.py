@@ -223,6 +223,8 @@ class TokenRows:
         rule = f"its sequence has targets at {int(expected[0])} to {int(expected[-1])}"
         if self.info.task == "causal_lm":
             rule += ", where t stands for the token after t: the last token predicts none"
+            if self.corpus.has_trained:
+                rule += ", and only of tokens that the corpus trains"
         elif self.info.shown.masked:
             rule = "it is not masked in this replica; those that are: "
             rule += f"{expected[:8].tolist()}{' …' if len(expected) > 8 else ''}"

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import length_buckets, pad
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.padding import length_buckets, pad
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.in_flight import Pending
 from rekindle.pipeline.caching.teachers import Teacher

@@ -13,11 +13,11 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import pad
 from rekindle.data.corpus.columns import TYPES
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.corpus.words import word_characters
 from rekindle.data.errors import InputError
+from rekindle.data.padding import pad
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import Columns, decode_ids

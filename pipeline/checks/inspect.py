@@ -14,7 +14,7 @@ from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.lineage import Ancestor
@@ -71,6 +71,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
     return {
         "sequences": len(corpus),
         "tokens": corpus.tokens,
+        "trained_tokens": corpus.trained_tokens,
         "sequence_length": corpus.info["config"]["sequence_length"],
         "packing": corpus.info["config"]["packing"],
         "vocabulary": corpus.info["tokenizer"]["size"],
@@ -288,11 +289,23 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
-    lines = [f"example {index} · {example.digest} · document {example.document}", example.text]
+    lines = [f"example {index} · {example.digest} · document {example.document}"]
+    lines.append(example.text or cache.texts[index])
+    if example.trained is not None:
+        lines.append(_trained_line(example, cache.corpus.tokenizer))
     for name, found in targets.items():
         for target in found:
             lines += _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
     return "\n".join(lines) + "\n"
+
+
+def _trained_line(example: Example, tokenizer: Tokenizer) -> str:
+    """How much of it is trained, and what: the runs of trained tokens."""
+    assert example.trained is not None
+    edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False)).reshape(-1, 2)
+    said = [in_line(tokenizer.hf.decode(example.input_ids[a:b])) for a, b in edges.tolist()]
+    count = int(example.trained.sum())
+    return f"trained: {count} of {len(example.input_ids)} tokens: {' … '.join(said)}"
 
 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:

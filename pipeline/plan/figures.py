@@ -45,6 +45,7 @@ class CorpusPlan:
     texts: int | None = None
     sequences_per_shard: int | None = None
     padding: Padding | None = None  # of the student's batches; None without a student
+    trained: float | None = None  # the share of the tokens that is; None where all are
 
 
 @dataclass(frozen=True)

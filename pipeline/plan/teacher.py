@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.tokenizer_files import is_gguf
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
@@ -169,6 +170,8 @@ def at_hand(model: str, must_be: bool) -> Path | None:
     if path.is_dir():
         return resolve_model(model)
     if missing(model):
+        return None
+    if is_gguf(model) and not path.is_file() and not must_be:
         return None
     if not path.is_absolute() and HUB_ID.match(model):
         from huggingface_hub import snapshot_download

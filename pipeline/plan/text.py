@@ -71,6 +71,8 @@ def _of_corpus(corpus: CorpusPlan) -> str:
     texts = "" if corpus.texts is None else f"{about}{counted(corpus.texts, 'text')}, "
     pieces = f" (pieces of up to {corpus.sequence_length:,} tokens)"
     counts = f"{texts}{about}{sequences}{pieces}, {about}{tokens}"
+    if corpus.trained is not None:
+        counts += f" ({about}{corpus.trained:.1%} of them trained)"
     return f"{counts}{_to_write(corpus.bytes)}; {corpus.basis}"
 
 

@@ -11,8 +11,8 @@ import transformers
 from cache_rows import VOCABULARY, make_corpus, timed
 from results_csv import Row
 
-from rekindle.data.batch import length_buckets
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.padding import length_buckets
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig

@@ -25,8 +25,8 @@ from rekindle.data.settings import parse_settings
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.split_model import OutputHead
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.student import Student
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.01, 1.0

@@ -3,11 +3,13 @@
     python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--csv PATH]
 
 SHARED: the folder of the shared corpora (`corpus/wiki_train.jsonl`, `glue/sst2_train.jsonl`,
-`tokenizers/bert-base-uncased`). Long texts (a quarter of that Wikipedia) and short ones (nearly all
-sentences of SST-2) into sequences of 512. One process may use the first core, one the first two
-(``taskset``: threads, as for any corpus that is not long), and one these with ``--workers 2``; they
-make the same corpora in turns, in one run, each on its own. What is paid once (imports) is left
-out, but not loading the tokenizer, nor the workers' beginning.
+`tokenizers/bert-base-uncased`). Long texts (most of that Wikipedia) and short ones (the sentences
+of SST-2, some times over) into sequences of 512, in shards of the usual size: some ten seconds of
+one core each, beside which the workers' beginning (a quarter of a second) is little. One process
+may use the first core, one the first two (``taskset``: threads, as for any corpus that is not
+long), and one these with ``--workers 2``; they make the same corpora in turns, in one run, each on
+its own. What is paid once (imports) is left out, but not loading the tokenizer, nor the workers'
+beginning.
 
 On idle cores. On others the rows say so: the load average is part of their case. What does not
 depend on it is the last row of each case, the share of one process's CPU time that is left to the
@@ -33,28 +35,34 @@ sys.path.append(str(Path(__file__).parents[1]))  # last: its files are called as
 from results_csv import RESULTS, Row, append, processor, versions
 
 Found = dict[str, Any]
-CASES = {  # file, field, packing, sequences
-    "long texts, contiguous": ("corpus/wiki_train.jsonl", "text", "contiguous", 3_000),
-    "short texts, contiguous": ("glue/sst2_train.jsonl", "sentence1", "contiguous", 1_500),
-    "short texts, a sequence each": ("glue/sst2_train.jsonl", "sentence1", "document", 60_000),
+CASES = {  # file, how many times over, field, packing, sequences
+    "long texts, contiguous": ("corpus/wiki_train.jsonl", 1, "text", "contiguous", 11_000),
+    "short texts, contiguous": ("glue/sst2_train.jsonl", 6, "sentence1", "contiguous", 8_000),
+    "short texts, a sequence each": ("glue/sst2_train.jsonl", 4, "sentence1", "document", 250_000),
 }
 TOY = 100  # sequences
 VARIANTS = {"one core": ("0", 1), "two cores": ("0,1", 1), "two cores, 2 workers": ("0,1", 2)}
 
 
-def serve(shared: Path, workers: int, toy: bool) -> None:
+def source_of(case: str, sources: Path) -> Path:
+    """Where the text of a case lies."""
+    path, times, *_ = CASES[case]
+    return sources / f"{times}-{Path(path).name}"
+
+
+def serve(shared: Path, sources: Path, workers: int, toy: bool) -> None:
     """Make the corpus of each case that is named on standard input; answer with what was found."""
     import transformers  # noqa: F401
 
-    from rekindle.data.corpus.config import CorpusConfig
+    from rekindle.data.corpus.config import CorpusConfig, usual_shard_size
     from rekindle.data.corpus.corpus import Corpus, build_corpus
     from rekindle.data.storage.store import LocalStore
     from rekindle.pipeline.processes.units import OnThisMachine
 
     def make(folder: str, case: str, limit: int | None = None) -> Corpus:
-        path, field, packing, sequences = CASES[case]
+        _, _, field, packing, sequences = CASES[case]
         config = CorpusConfig(
-            source=(str(shared / path),),
+            source=(str(source_of(case, sources)),),
             text_field=field,
             tokenizer=str(shared / "tokenizers/bert-base-uncased"),
             sequence_length=512,
@@ -62,7 +70,8 @@ def serve(shared: Path, workers: int, toy: bool) -> None:
             limit_sequences=limit or sequences,
         )
         in_order = partial(OnThisMachine(workers).in_order, "corpus")
-        return build_corpus(LocalStore(Path(folder)), config, 512, in_order=in_order)
+        size = usual_shard_size(sequences)
+        return build_corpus(LocalStore(Path(folder)), config, size, in_order=in_order)
 
     with tempfile.TemporaryDirectory() as folder:
         make(folder, next(iter(CASES)), TOY)  # what is imported on first use
@@ -82,11 +91,11 @@ def _used() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def started(shared: Path, variant: str, toy: bool) -> Callable[[str], Found]:
+def started(shared: Path, sources: Path, variant: str, toy: bool) -> Callable[[str], Found]:
     """A process of that variant, as a function of a case."""
     cores, workers = VARIANTS[variant]
     command = ["taskset", "-c", cores, sys.executable, __file__, str(shared)]
-    command += ["--serve", str(workers), *["--toy"] * toy]
+    command += ["--serve", str(sources), str(workers), *["--toy"] * toy]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
     assert process.stdout.readline() == "ready\n"
@@ -99,16 +108,21 @@ def started(shared: Path, variant: str, toy: bool) -> Callable[[str], Found]:
     return make
 
 
-def measure(shared: Path, toy: bool) -> list[Row]:
+def measure(shared: Path, sources: Path, toy: bool) -> list[Row]:
     """Every case with every variant, in turns."""
-    makers = {variant: started(shared, variant, toy) for variant in VARIANTS}
+    for case, (path, times, *_) in CASES.items():
+        with source_of(case, sources).open("wb") as file:
+            for _ in range(times):
+                file.write((shared / path).read_bytes())
+    makers = {variant: started(shared, sources, variant, toy) for variant in VARIANTS}
     rows: list[Row] = []
     for case in CASES:
         loads = [os.getloadavg()[0]]
         turns = [{v: make(case) for v, make in makers.items()} for _ in range(2 if toy else 3)]
         loads.append(os.getloadavg()[0])
         assert len({found["is"] for turn in turns for found in turn.values()}) == 1
-        told = f"{case}, load {min(loads):.1f}-{max(loads):.1f}"
+        sequences = TOY if toy else CASES[case][-1]
+        told = f"{case}, {sequences:,} sequences, load {min(loads):.1f}-{max(loads):.1f}"
         cpu = statistics.median(turn["one core"]["cpu"] for turn in turns)
         rows.append((told, "one core", "CPU time", cpu, "s"))
         for variant in VARIANTS:
@@ -130,12 +144,13 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("--toy", action="store_true", help="some seconds; its figures say nothing")
     parser.add_argument("--csv", type=Path, default=RESULTS)
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.shared, options.serve, options.toy)
+        serve(options.shared, Path(options.serve[0]), int(options.serve[1]), options.toy)
         return
-    rows = measure(options.shared, options.toy)
+    with tempfile.TemporaryDirectory() as sources:
+        rows = measure(options.shared, Path(sources), options.toy)
     if not options.toy:
         about = versions("tokenizers", "transformers", "pyarrow", "numpy")
         append(rows, "corpus_cores", processor(), about, options.csv)
