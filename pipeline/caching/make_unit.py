@@ -14,6 +14,8 @@ from itertools import chain
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.commits import SECONDS
+from rekindle.data.storage.manifest import raise_version
+from rekindle.data.storage.seal import WITH_SERVED
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import write_head
@@ -23,6 +25,7 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.writing import claim_teacher, write_targets
 from rekindle.pipeline.caching.compute_unit import Steps, Unit, UnitResult, begin_unit, run_unit
+from rekindle.pipeline.caching.served_units import ServedTeacher
 from rekindle.pipeline.caching.shared_out import tell, told
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
@@ -133,6 +136,22 @@ class UnitRunner:
             write_head(self.corpus.store, info.folder, head)
 
 
+class ServedRunner:
+    """The same of a teacher that a server runs, which shares with none: no model is loaded."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus):
+        raise_version(corpus.store, WITH_SERVED)
+        self.teacher = ServedTeacher(plan, corpus)
+
+    def make(self, unit: Unit) -> dict[str, Commit]:
+        """As ``UnitRunner.make``."""
+        info, corpus = self.teacher.info, self.teacher.corpus
+        if ShardSet(corpus.store, info.folder).has(unit.name):
+            return {}
+        began = time.perf_counter()
+        return {info.name: write_unit(info, corpus, unit, self.teacher.unit(unit), began)}
+
+
 @dataclass(frozen=True)
 class Loader:
     """Loads the model of teachers that share its passes, and gives what makes their units.
@@ -145,6 +164,8 @@ class Loader:
 
     def __call__(self) -> Callable[[Unit], dict[str, Commit]]:
         """Raises InputError for a model that cannot be loaded, or not as a teacher."""
+        if self.plans[0].config.served is not None:
+            return ServedRunner(self.plans[0], self.corpus).make
         if self.plans[0].config.tp_plan is not None:
             tell((self.plans, self.corpus.store.location))
         runner = UnitRunner(self.plans, self.corpus)

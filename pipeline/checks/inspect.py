@@ -105,6 +105,8 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "lineage": [run.model_dump() for run in info.lineage],
     }
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
+    if info.served is not None:
+        facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
@@ -206,6 +208,7 @@ def _as_text(
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
     lines += [_imported_line(r) for r in readers if r.info.imported]
+    lines += [_served_line(r) for r in readers if r.info.served]
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
@@ -255,6 +258,15 @@ def _imported_line(teacher: TeacherReader) -> str:
     tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
     lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
     return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
+
+
+def _served_line(teacher: TeacherReader) -> str:
+    info = teacher.info
+    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
+    return in_line(
+        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
+        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
+    )
 
 
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
