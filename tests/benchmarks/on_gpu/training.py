@@ -11,18 +11,18 @@ import torch
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from results_csv import Row
 from train_setup import Bench, K, prepare
-from train_variants import BARE, KD1, KD2, PLAIN, ours
+from train_variants import BARE, KD1, PLAIN, ours
 
 import train  # noqa: TID251 (the benchmark beside this one)
 
-NAMES = [PLAIN, KD1, KD2, BARE]
+NAMES = [PLAIN, KD1, BARE]
 PROFILED = 20  # steps
 
 
 def measure(toy: bool, add: Callable[[Row], None]) -> None:
     """Tokens a second of a few short runs in turns; then one more, under the profiler."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher, steps, warm_up, rounds, batch = ("bert-base", "minilm-l6", 60, 20, 2, 256)
+    student, teacher, steps, warm_up, rounds, batch = ("bert-base", "minilm-l6", 80, 20, 1, 256)
     if toy:
         student, teacher, steps, warm_up, rounds, batch = train.DEFAULTS["toy"]
     with tempfile.TemporaryDirectory() as folder:
