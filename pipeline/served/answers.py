@@ -42,7 +42,7 @@ class Answers:
         tokens.
         """
         fields: dict[str, Any] = fields_of_prompt(entries, tokens)
-        _check_entries(entries)
+        _check_entries(entries, self.info.k or 0)
         fields = {name: [values[at] for at in positions] for name, values in fields.items()}
         self._without_foreign(fields, positions)
         rows = TokenRows(self.corpus, self.info, GOLD, allow_missing=False)
@@ -68,7 +68,9 @@ class Answers:
             fields["log_probs"][place] = [log_probs[n] for n in kept]
 
 
-def _check_entries(entries: Sequence[Any]) -> None:
+def _check_entries(entries: Sequence[Any], k: int) -> None:
+    """Raise InputError unless each entry has the ``k`` likeliest tokens."""
+    wanted = {*range(1, k + 1)}
     for place, entry in enumerate(entries[1:], start=1):
         for key, value in entry.items():
             where = f"prompt_logprobs: entry {place}, token {key}"
@@ -85,11 +87,18 @@ def _check_entries(entries: Sequence[Any]) -> None:
                     f"{where} has no probability at all ({log_prob:g}): the server gives what is "
                     "left after its filters; it must give raw_logprobs (--logprobs-mode)"
                 )
+        if lacking := wanted - {value["rank"] for value in entry.values()}:
+            raise InputError(
+                f"prompt_logprobs: entry {place} lacks the candidate of rank {min(lacking)}, and "
+                f"the {k} likeliest were asked for"
+            )
 
 
-def said_of(entries: Any, tokens: Sequence[int]) -> list[dict[int, float]]:
-    """What is said of each prediction [P]: log-probabilities by id. InputError as ``columns``."""
+def said_of(entries: Any, tokens: Sequence[int], k: int) -> list[dict[int, float]]:
+    """What is said of each prediction [P]: log-probabilities by id, of the ``k`` likeliest and the
+    token itself. InputError as ``columns``.
+    """
     fields: dict[str, Any] = fields_of_prompt(entries, np.array(tokens, np.int32))
-    _check_entries(entries)
+    _check_entries(entries, k)
     pairs = zip(fields["ids"], fields["log_probs"], strict=True)
     return [dict(zip(ids, log_probs, strict=True)) for ids, log_probs in pairs]

@@ -32,7 +32,7 @@ def ask(server: Server, prompts: Sequence[Sequence[int]], k: int) -> tuple[Said,
     answers.
     """
     found = server.prompt_logprobs(prompts, k)
-    said = [said_of(entries, prompt) for entries, prompt in zip(found, prompts, strict=True)]
+    said = [said_of(entries, prompt, k) for entries, prompt in zip(found, prompts, strict=True)]
     return said, found
 
 

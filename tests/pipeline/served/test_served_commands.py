@@ -71,7 +71,7 @@ def test_a_student_learns_from_it(command, run_file, whole, make_teacher, tmp_pa
         "model": make_teacher("start", "causal_lm", seed=3)["model"],
         "task": "causal_lm",
     }
-    values["train"] = {"steps": 2, "batch_sequences": 4, "held_out": 0.0, "objective": {}}
+    values["train"] = {"steps": 2, "batch_sequences": 4, "held_out": 0.25, "objective": {}}
     values["train"]["objective"]["distill"] = [{"teachers": ["big"], "weight": 1.0}]
     run.write_text(yaml.safe_dump(values))
     code, _, err = command("train-student", run, "--out", tmp_path / "student")
@@ -80,3 +80,4 @@ def test_a_student_learns_from_it(command, run_file, whole, make_teacher, tmp_pa
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
     assert losses
     assert all(loss > 0 for loss in losses)
+    assert any("kl/big" in line for line in lines)

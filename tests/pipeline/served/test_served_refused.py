@@ -104,7 +104,8 @@ WRONG = {
     "nan": "finite",
     "rank": "has no rank",
     "ids": "999999 is no token of the cache's vocabulary",
-    "few": "and 6 are kept of each",
+    "few": "and the 6 likeliest were asked for",
+    "hole": "lacks the candidate of rank 3",
     "none": "has no prompt_logprobs",
     "index": "there must be one for each, from 0",
 }

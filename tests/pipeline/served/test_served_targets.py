@@ -3,6 +3,7 @@ faults; stage 1 goes on after a kill.
 """
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -18,8 +19,11 @@ from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.pipeline.config import dump_config
 from testlib.caches import committed, examples
+from testlib.command import run_main
 from testlib.killing import Journal, assert_finished, die, forked, with_workers
+from testlib.processes import Child
 
 STEP = 1 / 2048  # of the precise codec
 
@@ -116,6 +120,27 @@ def test_killed_it_goes_on(tmp_path, configure, teacher, whole):
     child = forked(config, Journal(tmp_path / "journal", cache, step, die))
     assert child.wait() == -signal.SIGKILL, child.errors
     assert_finished(cache, config, whole)
+
+
+def test_an_interrupt_waits_for_no_answer(tmp_path, configure, teacher, double):
+    """Ctrl-C while the server hangs ends the command, though ``timeout_s`` is far away."""
+    run = tmp_path / "run.yaml"
+    run.write_text(dump_config(configure(tmp_path / "cache", [teacher(timeout_s=600)])))
+    double.faults += ["", "", "", *["hang"] * 3]
+    child = Child(lambda: run_main("cache-teachers", run))
+    assert double.hung.wait(60)
+    try:
+        os.kill(child.pid, signal.SIGINT)
+        assert child.wait(30) == 130, child.errors
+    finally:
+        double.let_go.set()
+
+
+def test_it_is_exported(whole):
+    """What a server does not say stands in no row."""
+    found = Cache.open(whole).to_datasets(["big"])["big"]
+    assert {"gold_log_probs", "gold_ranks", "log_tail"} <= {*found.column_names}
+    assert "entropy" not in found.column_names
 
 
 def test_another_address_of_the_same_model_goes_on(tmp_path, configure, teacher, double, own):

@@ -37,6 +37,7 @@ class Double(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answering)
         self.name, self.faults, self.asked = name, list[str](), list[dict[str, Any]]()
         self.keys = set[str | None]()
+        self.hung, self.let_go = threading.Event(), threading.Event()  # of requests that hang
         self.lock = threading.Lock()
         self.serve(folder)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -111,6 +112,9 @@ class Answering(BaseHTTPRequestHandler):
             later = {"Retry-After": self.server.retry_after}
             self.send(int(fault), _error(int(fault), "later"), later)
             return
+        if fault == "hang":
+            self.server.hung.set()
+            self.server.let_go.wait(60)
         if fault == "swap":
             self.server.serve(self.server.other)
         if fault == "slow":
@@ -210,6 +214,8 @@ def spoil(answer: dict[str, Any], fault: str) -> None:
     elif fault == "few":
         for number in [*entries[2]][2:]:
             del entries[2][number]
+    elif fault == "hole":
+        entries[2] = {n: said for n, said in entries[2].items() if said["rank"] != 3}
     elif fault == "none":
         del choices[0]["prompt_logprobs"]
     elif fault == "index":
