@@ -27,6 +27,7 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
+from rekindle.pipeline.caching.in_flight import way_to
 from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
@@ -255,6 +256,7 @@ class Teacher:
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
+        self.way = way_to(self.placement.device)
         self.stores_tails = _stores_tails(plan.info)
         auto_class, who = AUTO_CLASSES[plan.info.task], f"teacher {plan.info.name!r}"
         more = loading(plan.config, plan.directory, auto_class)
@@ -329,4 +331,4 @@ class Teacher:
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""
-        return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
+        return self.way.send(values.astype(np.int64))

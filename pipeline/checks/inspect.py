@@ -299,6 +299,8 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
+        if example.trained is None:  # all of it
+            del shown["trained"]
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
     lines = [f"example {index} · {example.digest} · document {example.document}"]
