@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.rows import PIECE_SEPARATOR
-from rekindle.data.corpus.token_bytes import bytes_of_tokens, common_tokens, starts_of_tokens
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import split_lists
+from rekindle.data.tokens.token_bytes import bytes_of_tokens, common_tokens, starts_of_tokens
 
 log = logging.getLogger("rekindle")
 

@@ -89,6 +89,7 @@ def assert_gradient(gradient: Tensor, expected: Tensor) -> None:
     assert (error <= ulp * expected.abs() + ulp_floor + 2e-6 * scale).all(), error.max()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -100,6 +101,7 @@ def test_every_divergence_tail_and_temperature(divergence: str, tail: str, tau: 
     )  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("vocabulary", "k"),
@@ -210,6 +212,7 @@ def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> 
     assert_gradient(z, gradient)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("budget", [1, 2 * 4 * 128, 10**9])
 def test_linear_head(budget: int, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:

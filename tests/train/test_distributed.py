@@ -130,7 +130,7 @@ TRAINS |= {f"warm-{p}": (None, WARM | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {"replay-ddp": (None, REPLAY | {"parallel": "ddp"})}
 TRAINS |= {f"family-{p}": (FAMILY, JOBS["ddp-micro"] | {"parallel": p}) for p in ("ddp", "fsdp")}
 # What another job shows with the other way of sharing a student.
-SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp", "family-ddp", "family-fsdp"}
+SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp", "warm-ddp", "family-ddp", "family-fsdp"}
 
 
 def named(*names):

@@ -134,9 +134,11 @@ class TeacherReader(RowReader):
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the teacher's weights; of its provenance, where it was imported."""
+        """The digest of the teacher's weights; of its provenance, where it was imported; of a
+        server's answers to the probes.
+        """
         prints = self.info.fingerprints
-        return prints.get("weights") or prints.get("provenance") or ""
+        return prints.get("weights") or prints.get("provenance") or prints.get("probes") or ""
 
     @property
     def folder(self) -> str:
@@ -313,7 +315,7 @@ class TeacherReader(RowReader):
                 f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
                 "scores and hard positions need a masked_lm or causal_lm teacher"
             )
-        lacks = () if self.info.imported is None else self.info.imported.lacks
+        lacks = self.info.lacks
         if {*lacks} & {*SCALARS[:3]}:
             raise InputError(
                 f"teacher {self.info.name!r} was imported without what it says of the true tokens: "
