@@ -1,6 +1,7 @@
 """The row kernel's divergences in Triton: D over k + 1 outcomes, and its gradient.
 
 What `closed_form.divergence_parts` defines, of one row, in float32 registers; no memory is touched.
+Tensors over ids are [K]; or [C,K], where each of a cluster's C programs holds them all.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,6 +13,18 @@ from rekindle.kernels.targets import LOG_OF_ZERO
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG_ZERO = tl.constexpr(LOG_OF_ZERO)
+
+
+@triton.jit
+def sum_of_row(x):
+    """Σ over a row: a scalar; of [C,·] a program's own part, [C,1]."""
+    return tl.sum(x, len(x.shape) - 1, keep_dims=len(x.shape) > 1)
+
+
+@triton.jit
+def max_of_row(x):
+    """As `sum_of_row`, the largest."""
+    return tl.max(x, len(x.shape) - 1, keep_dims=len(x.shape) > 1)
 
 
 @triton.jit
@@ -59,13 +72,13 @@ def divergence_of_row(q, q_rest, log_p, log_p_rest, log_skew, logit_skew, DIVERG
     term_rest, p_rest, p_phi_rest = _outcome(q_rest, log_p_rest, log_skew, logit_skew, DIVERGENCE)
     if DIVERGENCE == 1:
         # φ relative to the likeliest outcome's: see closed_form._reverse_kl
-        top = tl.max(p, 0)
-        at_top = tl.max(tl.where(p == top, p_phi, float("-inf")), 0)
+        top = max_of_row(p)
+        at_top = max_of_row(tl.where(p == top, p_phi, float("-inf")))
         likeliest = tl.where(p_rest > top, p_phi_rest, at_top)
         p_phi = p * (p_phi - likeliest)
         p_phi_rest = p_rest * (p_phi_rest - likeliest)
-    mean = tl.sum(p_phi, 0) + p_phi_rest
-    return tl.sum(term, 0) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
+    mean = sum_of_row(p_phi) + p_phi_rest
+    return sum_of_row(term) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
 
 
 @triton.jit
@@ -74,9 +87,9 @@ def rest_of_teacher(log_p, others, log_p_outside):
     outside the union, and to those ids of the union that others list.
     """
     log_p = tl.where(others, log_p, float("-inf"))
-    top = tl.maximum(tl.max(log_p, 0), log_p_outside)
+    top = tl.maximum(max_of_row(log_p), log_p_outside)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(log_p - top), 0) + tl.exp(log_p_outside - top)
+    total = sum_of_row(tl.exp(log_p - top)) + tl.exp(log_p_outside - top)
     log_rest = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
     reference = tl.where(total > 0, log_rest, 0.0)
     return log_rest, tl.exp(log_p_outside - reference), tl.exp(log_p - reference)
