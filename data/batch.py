@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import TYPES
+from rekindle.data.corpus.columns import TRAINED, TYPES
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
@@ -269,6 +269,14 @@ def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
     return pad_cuts(cuts, cut_lengths(cuts), TYPES, 0)
 
 
+def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | None:
+    """Read which tokens of the sequences ``where`` are trained [B,S]; None where all are."""
+    if not corpus.has_trained:
+        return None
+    cuts = [corpus.cut(place) for place in where]
+    return pad_cuts(cuts, cut_lengths(cuts), TRAINED, 0).astype(np.bool_)
+
+
 def read_masked(
     view: ViewReader, where: Sequence[Place], clean: Tokens, replica: int
 ) -> MaskedInputs:
@@ -332,11 +340,25 @@ class Batch:
     epoch: int = 0  # for what is drawn anew in every epoch
     documents: Sequence[str | None] = ()  # [B] ids, where they are known
     token_types: Tokens | None = None  # [B,S] the segments, where each sequence is a pair
+    trained: NDArray[np.bool_] | None = None  # [B,S] the tokens that are learnt; None: all
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:
         """[B,S], True at real tokens."""
         return np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+
+    @property
+    def next_places(self) -> tuple[Ints, Ints]:
+        """The rows [P] and positions [P] that predict a token which is trained, the next one: where
+        a causal LM has a loss.
+        """
+        if self.trained is not None:
+            rows, after = np.nonzero(self.trained[:, 1:])
+            return rows.astype(np.int64), after.astype(np.int64)
+        counts = np.maximum(self.lengths - 1, 0)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return rows, positions
 
     def take(self, part: slice) -> "Batch":
         """Return ``part`` of its sequences, from one to another, with their targets.
@@ -357,35 +379,5 @@ class Batch:
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
             token_types=None if self.token_types is None else self.token_types[part, :width],
+            trained=None if self.trained is None else self.trained[part, :width],
         )
-
-
-def length_buckets(lengths: Ints, batch_tokens: int, equal: bool = False) -> list[Ints]:
-    """Batches of row numbers, longest first; each row with a length > 0 stands in exactly one.
-
-    rows × longest ≤ ``batch_tokens`` in every batch, except that a single longer row is a batch by
-    itself. The longest come first, so that a batch which does not fit into memory shows at once.
-    ``equal``: a batch's rows are of one length, for models that padding changes.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    batches = []
-    start = 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        count = max(1, batch_tokens // longest)
-        if equal:
-            count = min(count, int((lengths[order[start:]] == longest).sum()))
-        batches.append(order[start : start + count])
-        start += count
-    return batches
-
-
-def pad(
-    flat: Sequence[NDArray[np.int32] | list[int]], lengths: Ints, fill: int
-) -> NDArray[np.int32]:
-    """Rows of different lengths as [B, longest], ``fill`` at the end."""
-    out = np.full((len(flat), int(lengths.max(initial=1))), fill, dtype=np.int32)
-    for row, values in enumerate(flat):
-        out[row, : len(values)] = values
-    return out

@@ -23,6 +23,7 @@ from rekindle.data.batch import (
     read_masked,
     read_pairs,
     read_targets,
+    read_trained,
     read_types,
 )
 from rekindle.data.corpus.corpus import Corpus
@@ -40,12 +41,12 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_IMPORTS, seal
+from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_TRAINED, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
 from rekindle.data.targets.reading.extent import Extent, Kept
-from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.reading.files import is_begun, read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.reading.sequence_ranking import (
     HARD,
@@ -81,7 +82,7 @@ class Cache:
         self.teachers: dict[str, TeacherReader] = {
             name: self._teacher(name, self.views)
             for name in store.folders("targets")
-            if _is_begun(store, name)
+            if is_begun(store, name)
         }
 
     @classmethod
@@ -252,6 +253,7 @@ class Cache:
             epoch=epoch,
             documents=RowTexts(partial(self.corpus.text, "document"), where),
             token_types=read_types(self.corpus, where),
+            trained=read_trained(self.corpus, where),
         )
 
     def lengths(self, index: Ints) -> Ints:
@@ -354,6 +356,8 @@ class Cache:
             name: list(self._example_targets(teacher, shard, row, ids))
             for name, teacher in self.teachers.items()
         }
+        trained = read_trained(self.corpus, [(shard, row)])
+        record |= {} if trained is None else {"trained": trained[0]}
         return Example(index=index, input_ids=ids, pairs=pairs, targets=targets, **record)
 
     def _example_targets(
@@ -380,8 +384,9 @@ def write_manifest(store: Store) -> None:
     version = max(FORMAT_VERSION, before[VERSION])
     store.replace(MANIFEST, seal({}, version))
     cache = Cache(store)
-    if any(teacher.info.imported for teacher in cache.teachers.values()):
-        version = max(version, WITH_IMPORTS)  # also where a lost manifest said so
+    needed = (teacher.info.format_version for teacher in cache.teachers.values())
+    version = max([version, *needed])  # also where a lost manifest said so
+    version = max(version, WITH_TRAINED * cache.corpus.has_trained)
     store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 
@@ -393,8 +398,3 @@ def _numbers(index: Ints | Sequence[int]) -> Ints:
             "numbers [B], integers in 0..len(cache) − 1"
         )
     return found.astype(np.int64)
-
-
-def _is_begun(store: Store, name: str) -> bool:
-    """Whether a teacher's folder holds anything: its first writer may have been killed before."""
-    return bool(store.names(f"targets/{name}") or store.names(f"targets/{name}/commits"))

@@ -54,3 +54,4 @@ class Example:
     input_ids: NDArray[np.int32]  # [S]
     pairs: dict[str, tuple[str, str] | None]  # by view name
     targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
+    trained: NDArray[np.bool_] | None = None  # [S] what is learnt of it; None: all

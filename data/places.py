@@ -73,3 +73,12 @@ def same_place(one: object, other: object) -> bool:
         return known and Path(here).resolve() == Path(there).resolve()
     except (OSError, ValueError):  # no path at all, or of a variable that is not set here
         return False
+
+
+def home() -> Path:
+    """Return ``$REKINDLE_HOME``, or ``$XDG_CACHE_HOME/rekindle``, or ``~/.cache/rekindle``: where
+    models are kept that are made once.
+    """
+    own, shared = os.environ.get("REKINDLE_HOME"), os.environ.get("XDG_CACHE_HOME")
+    path = Path(own) if own else (Path(shared) if shared else Path("~/.cache")) / "rekindle"
+    return Path(os.path.abspath(path.expanduser()))

@@ -29,6 +29,22 @@ T = TypeVar("T")
 Place = Annotated[str, AfterValidator(expanded)]  # of a configuration
 
 
+GGUF_FILE = "the file of llama.cpp's format in `model`; `model: PLACE/FILE.gguf` says the same"
+
+
+def with_gguf_file(values: object) -> object:
+    """What a section says whose ``model`` names the ``gguf_file`` in it, too."""
+    if not isinstance(values, dict) or values.get("gguf_file") is None:
+        return values
+    model, file = values.get("model"), values["gguf_file"]
+    if not isinstance(model, str) or not isinstance(file, str):
+        return values  # pydantic says which of them is no text
+    if not file.lower().endswith(".gguf") or "/" in file:
+        raise ValueError(f"gguf_file {file!r}: give the name of a file in model that ends in .gguf")
+    kept = {name: value for name, value in values.items() if name != "gguf_file"}
+    return kept | {"model": f"{model.rstrip('/')}/{file}"}
+
+
 @dataclass(frozen=True)
 class MayChange:
     """Marks a key that may differ when work goes on: it decides how the work is done, and not what

@@ -162,6 +162,11 @@ class RunConfig(Settings):
     def _reading_records(self, teacher: TeacherConfig) -> TeacherConfig:
         """The teacher as it reads a corpus of pairs; ValueError for one that cannot."""
         who, field = f"teacher {teacher.name!r}", self.corpus.pair_field
+        if "tokens" in self.corpus.contents and not teacher.vocabulary:
+            raise ValueError(
+                f"{who} ({teacher.task}) reads texts, and rows of the format tokens have none; "
+                "cache it over a corpus of texts or dialogues"
+            )
         if field is None:
             if teacher.pairs == RECORD:
                 raise ValueError(

@@ -66,7 +66,7 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
         left_out = LeftOut(held=text.held_texts())
         fields = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
-            documents = islice(read_documents(text.source, *fields), corpus.documents)
+            documents = islice(read_documents(text.places, *fields), corpus.documents)
             found = find_held(held, (one.texts for one in documents))._asdict()
         except InputError:
             found = dict.fromkeys(Found._fields)

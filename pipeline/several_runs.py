@@ -88,7 +88,7 @@ def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> li
     """
     keys, student, corpus = [*free_keys(config)], config.student, recorded.get("corpus")
     if isinstance(corpus, Mapping) and corpus.get("source") != [*config.corpus.source]:
-        same = is_same_source(open_store(config.cache.path), config.corpus.source)
+        same = is_same_source(open_store(config.cache.path), config.corpus.entries)
         keys += ["corpus.source"] * same
     if student is None or (recorded.get("student") or {}).get("model") == student.model:
         return keys

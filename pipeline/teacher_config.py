@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.settings import GGUF_FILE, Free, Place, Settings, with_gguf_file
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (
@@ -16,6 +16,7 @@ from rekindle.data.targets.schema import (
     Task,
     TeacherInfo,
 )
+from rekindle.pipeline.served.config import ServedConfig
 
 
 class TargetsConfig(Settings):
@@ -123,8 +124,12 @@ class TeacherConfig(Settings):
     """One expert."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
-    model: Place = Field(description="a model directory or a hub id")
-    task: Task = Field(description="what the model does")
+    model: Place = Field(description="a model directory or a hub id; not of one that is served")
+    gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
+    task: Task = Field(description="what the model does; causal_lm of one that is served")
+    served: ServedConfig | None = Field(
+        None, description="a server that runs the model, in place of its files (docs/served.md)"
+    )
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="what is kept")
     domains: tuple[str, ...] | None = Field(
         None, min_length=1, description="only sequences of these domains; null for all"
@@ -160,6 +165,54 @@ class TeacherConfig(Settings):
         "has targets at what they mask; clean: it sees the text as it is, once, and has a target "
         "for every token (self-evolution)",
     )
+
+    _with_file = model_validator(mode="before")(with_gguf_file)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_server(cls, values: object) -> object:
+        """A server's model has one name, and is a language model."""
+        served = values.get("served") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not served:
+            return values
+        name = served.get("model") if isinstance(served, dict) else getattr(served, "model", None)
+        return {"model": name, "task": "causal_lm"} | values if name else values
+
+    @model_validator(mode="after")
+    def _fits_its_server(self) -> "TeacherConfig":
+        if self.served is None:
+            return self
+        if self.model != self.served.model:
+            raise ValueError(
+                f"model is {self.model!r} and served.model {self.served.model!r}; a served teacher "
+                "has no files here: leave model out"
+            )
+        if self.task != "causal_lm":
+            raise ValueError(
+                f"a server gives the answers of causal_lm teachers, not of {self.task}"
+            )
+        kind, given = self.targets.kind, self.targets.temperatures
+        if kind not in (None, "topk"):
+            raise ValueError(
+                f"a server gives the likeliest ids of a position: targets.kind topk, not {kind}"
+            )
+        if "temperatures" in self.targets.model_fields_set and given != (1.0,):
+            raise ValueError(
+                "a server gives probabilities at temperature 1 alone, and the mass outside of its "
+                f"top {self.targets.k} at another one is not known (targets.temperatures: "
+                f"{list(given)}); leave targets.temperatures out"
+            )
+        theirs = ("precision", "batch_tokens", "device_map", "tp_plan", "pairs")
+        for name in theirs:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is the server's matter; leave it out of a served teacher")
+        # Frozen: the same section, as it is meant.
+        targets = {"kind": "topk", "temperatures": (1.0,)}
+        object.__setattr__(self, "targets", self.targets.model_copy(update=targets))
+        if self.resources.num_gpus is None:  # of a cluster: the model is elsewhere
+            resources = self.resources.model_copy(update={"num_gpus": 0.0})
+            object.__setattr__(self, "resources", resources)
+        return self
 
     @model_validator(mode="after")
     def _fits_its_task(self) -> "TeacherConfig":

@@ -239,15 +239,14 @@ class LanguageRows:
 
 
 def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows:
-    """The positions with an LM loss: the masked ones, or every token that has a next one."""
+    """The positions with an LM loss: the masked ones, or all whose next token is trained."""
     width = batch.input_ids.shape[1]
     if task == "masked_lm":
         assert batch.masked is not None
         rows, positions, labels = batch.masked.rows, batch.masked.positions, batch.masked.labels
         inputs = model_inputs(batch.masked.input_ids, batch.lengths, device, batch.token_types)
     else:
-        rows = np.repeat(np.arange(len(batch.lengths)), np.maximum(batch.lengths - 1, 0))
-        positions = np.concatenate([np.arange(max(n - 1, 0)) for n in batch.lengths])
+        rows, positions = batch.next_places
         labels = batch.input_ids[rows, positions + 1].astype(np.int64)
         inputs = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
     keys = rows * width + positions

@@ -25,7 +25,6 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.method import add_module, find_method
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import (
     base_fingerprints,
     load_language_model,
@@ -48,6 +47,7 @@ from rekindle.train.model.network import (
 )
 from rekindle.train.model.padding import padding_of
 from rekindle.train.model.sight import check_padding
+from rekindle.train.outside.quiet import quiet_transformers
 
 log = logging.getLogger("rekindle")
 

@@ -6,7 +6,8 @@
 ``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there are then.
 
 A description has the size and a checksum of samples of every source file, by the path it then had
-(``sources``), and in which ``order`` they were read, with what is no file; an end has the
+(``sources``), and in which ``order`` they were read, with what is no file; and the ``contents`` of
+those whose records are no texts. An end has the
 ``bad_records`` that were left out, by kind, and how many were that ``held`` a text of a test. What
 older ones lack is taken as it was then.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
-from typing import cast
+from typing import Any, cast
 
 from rekindle.data.corpus.config import (
     CorpusConfig,
@@ -30,17 +31,19 @@ from rekindle.data.corpus.config import (
 from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.places import same_place
+from rekindle.data.source.generated import check_generated, generated_in
 from rekindle.data.source.held_texts import Found
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.source_states import (
     Present,
     States,
+    contents_of,
     found_again,
     look_at,
     states_of,
     usual_order,
 )
-from rekindle.data.source.sources import Origin
+from rekindle.data.source.sources import Entry, Origin
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import Commits
 from rekindle.data.storage.seal import REPAIR, read_sealed, seal
@@ -55,7 +58,8 @@ class Addition:
     ``sources`` and ``order``: the files and everything that it and those before it read, in reading
     order; ``origins``: where that is now, and what is new, once it was looked for. ``bad_records``:
     how many were left out of it and those before it, by kind; ``held``: how many because they hold
-    a text of a test.
+    a text of a test. ``contents``: what the records of those hold that are no texts, by place;
+    ``generated``: of those that a model generated, which model, and how.
     """
 
     number: int
@@ -67,6 +71,8 @@ class Addition:
     shards: int | None = None  # shards at its end, of all additions; None while it is being made
     bad_records: Mapping[str, int] = field(default_factory=dict)
     held: Found = field(default_factory=Found)
+    contents: Mapping[str, str] = field(default_factory=dict)
+    generated: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     origins: tuple[Origin, ...] = field(default=(), compare=False)
 
     def ends_at(self, following: Sequence["Addition"]) -> int | None:
@@ -109,6 +115,8 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             shards, sequences = int(after["shards"]), int(after["sequences"])
+            contents: dict[str, str] = dict(body.get("contents", {}))
+            generated = {str(place): dict(of) for place, of in body.get("generated", {}).items()}
         name, ends, bad, held = complete_name(number), None, {}, Found()
         with suppress(FileNotFoundError), _stated(store, name):
             end = read_sealed(store, name)
@@ -116,6 +124,7 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             bad = {str(kind): int(count) for kind, count in end.get("bad_records", {}).items()}
             held = Found(*(int(end.get("held", {}).get(kind, 0)) for kind in Found._fields))
         one = Addition(number, config, sources, order, shards, sequences, ends, bad, held)
+        one = replace(one, contents=contents, generated=generated)
         additions.append(one)
     raise AssertionError  # count() does not end
 
@@ -164,7 +173,9 @@ def claim_addition(
     """
     additions, tokenizer = read_additions(store)
     if not additions:
-        return begun_addition(info["config"], look_at(config.source))
+        begun = begun_addition(info["config"], look_at(config.entries))
+        check_generated(begun.generated, info["tokenizer"]["digest"])
+        return begun
     last = additions[-1]
     assert tokenizer is not None  # it stands in the first description
     if tokenizer != info["tokenizer"]:
@@ -173,10 +184,13 @@ def claim_addition(
     new = as_begun(info["config"], last.config)
     if new != info["config"]:
         log.info("corpus: it was begun without end-of-text tokens, and goes on so")
-    present = _present_or_none(config.source, last)
+    present = _present_or_none(config.entries, last)
     unknown = sorted(last.sources.keys() - {*last.order})
     order = (*last.order, *unknown)
-    read, added = ([], []) if present is None else found_again(order, last.sources, present)
+    read: list[Origin] = []
+    added: list[Origin] = []
+    if present is not None:
+        read, added = found_again(order, last.sources, present, last.contents)
     last = replace(last, origins=(*read, *added))
     changed = differing_keys(last.config, new)
     if not changed and not added and not (unknown and last.shards is None):
@@ -192,9 +206,12 @@ def claim_addition(
         )
     shards, sequences = grown()
     if present is None:
-        present = look_at(config.source)  # which says what is not there
+        present = look_at(config.entries)  # which says what is not there
     sources, order = states_of(present), tuple(origin.place for origin in last.origins)
-    return Addition(last.number + 1, new, sources, order, shards, sequences, origins=last.origins)
+    begun = Addition(last.number + 1, new, sources, order, shards, sequences)
+    begun = _described(begun, present, last.origins)
+    check_generated(begun.generated, info["tokenizer"]["digest"])
+    return begun
 
 
 def begun_addition(
@@ -207,15 +224,26 @@ def begun_addition(
     """A corpus, or a part of one, that is made of what is ``present``."""
     origins = tuple(one.origin for one in present)
     order = tuple(origin.place for origin in origins)
-    return Addition(
-        number, config, states_of(present), order, first_shard, first_sequence, origins=origins
-    )
+    begun = Addition(number, config, states_of(present), order, first_shard, first_sequence)
+    return _described(begun, present, origins)
+
+
+def _described(
+    begun: Addition, present: Sequence[Present], origins: tuple[Origin, ...]
+) -> Addition:
+    """With what is known of what is present."""
+    known = {"contents": contents_of(present), "generated": generated_in(origins)}
+    return replace(begun, origins=origins, **known)  # type: ignore[arg-type]
 
 
 def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
     """Record an addition, if it is not recorded yet; the one before it is at its end then."""
     body: dict[str, object] = {"config": addition.config, "sources": addition.sources}
     body["order"] = list(addition.order)
+    if addition.contents:
+        body["contents"] = dict(addition.contents)
+    if addition.generated:
+        body["generated"] = dict(addition.generated)
     if addition.number:
         body["after"] = {"shards": addition.first_shard, "sequences": addition.first_sequence}
         store.create(complete_name(addition.number - 1), seal({"shards": addition.first_shard}))
@@ -273,7 +301,7 @@ def is_begun(store: Store) -> bool:
     return bool(read_additions(store)[0])
 
 
-def is_same_source(store: Store, source: Sequence[str]) -> bool:
+def is_same_source(store: Store, source: Sequence[str | Entry]) -> bool:
     """Whether ``source`` is what the corpus in ``store`` was read from, and no more, however it is
     written.
     """
@@ -283,12 +311,14 @@ def is_same_source(store: Store, source: Sequence[str]) -> bool:
     last = additions[-1]
     try:
         present = _present_or_none(source, last)
-        return present is None or not found_again(last.order, last.sources, present)[1]
+        if present is None:
+            return True
+        return not found_again(last.order, last.sources, present, last.contents)[1]
     except (InputError, CacheMismatchError):
         return False
 
 
-def _present_or_none(source: Sequence[str], last: Addition) -> list[Present] | None:
+def _present_or_none(source: Sequence[str | Entry], last: Addition) -> list[Present] | None:
     """What the source stands for; None where it is gone from its place, and no more needed."""
     try:
         return look_at(source)
@@ -296,7 +326,7 @@ def _present_or_none(source: Sequence[str], last: Addition) -> list[Present] | N
         recorded = last.config["source"]
         if last.shards is None:
             raise
-        if not same_place(list(source), recorded):
+        if not same_place([Entry.of(one).place for one in source], recorded):
             raise InputError(
                 f"{error}. Or, as the corpus in the cache is complete, corpus.source as it was: "
                 f"[{', '.join(recorded)}], whether that is there or not"

@@ -1,17 +1,25 @@
 """Where the text of a corpus comes from and how it is packed, and what a cache records of both."""
 
 import os
+from collections.abc import Mapping
 from typing import Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
+from rekindle.data.corpus.encoder import GivenEncoder, special_tokens
 from rekindle.data.corpus.packing import lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
+from rekindle.data.forms.dialogue import Dialogues
+from rekindle.data.forms.template import Template, find_template
+from rekindle.data.forms.tokens import TokenRows
+from rekindle.data.forms.written import WRITTEN, WrittenDialogues
 from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
+from rekindle.data.source.sources import Content, Entry
 from rekindle.data.source.without import USUAL, read_held
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
@@ -19,13 +27,30 @@ LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not
 SHARDS = 16  # of a corpus that is neither very small nor large, at least
 
 
+class SourceEntry(Settings):
+    """A part of the source that is of a format of its own."""
+
+    path: Place = Field(description="files, a glob or a datasets id, as in source")
+    format: Content = Field(description="what its records are, as in corpus.format")
+
+
 class CorpusConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
-    source: tuple[Place, ...] = Field(
+    source: tuple[Place | SourceEntry, ...] = Field(
         min_length=1,
         description="files or globs (txt, jsonl, csv, tsv, parquet, arrow), here or in a store "
-        "(s3://…), a datasets id, or python-docs",
+        "(s3://…), a datasets id, or python-docs; {path, format}: one of a format of its own",
+    )
+    format: Content = Field(
+        "text",
+        description="what a record is: text; chat, a dialogue (messages, and tools if there are "
+        "any) of which what the assistant says is trained; tokens (input_ids, and labels or "
+        "loss_mask)",
+    )
+    chat_template: Place | None = Field(
+        None,
+        description="a file with the chat template (Jinja), instead of the tokenizer's own",
     )
     text_field: str = Field(
         "text",
@@ -74,7 +99,44 @@ class CorpusConfig(Settings):
     @field_validator("source", "without", "without_fields", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, str | Mapping) else value
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What ``source`` names, and what its records hold."""
+        return tuple(
+            Entry(one.path, one.format) if isinstance(one, SourceEntry) else Entry(one, self.format)
+            for one in self.source
+        )
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """What ``source`` names."""
+        return tuple(entry.place for entry in self.entries)
+
+    @property
+    def contents(self) -> frozenset[str]:
+        """What the records of its source hold."""
+        return frozenset(entry.content for entry in self.entries)
+
+    @model_validator(mode="after")
+    def _of_the_format(self) -> "CorpusConfig":
+        other = sorted(self.contents - {"text"})
+        if other and self.pair_field is not None:
+            raise ValueError(
+                f"pair_field is for records of two texts, and the source has some of the format "
+                f"{other[0]}; make a corpus of its own of the pairs"
+            )
+        if "tokens" in other and self.without:
+            raise ValueError(
+                "without looks for texts, and rows of the format tokens have none; leave out what "
+                "holds a test where the tokens are made"
+            )
+        if self.chat_template is not None and "chat" not in other:
+            raise ValueError(
+                "chat_template is for dialogues, and no part of the source is one; set format: chat"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fields_of_files(self) -> "CorpusConfig":
@@ -128,7 +190,8 @@ class PackingFacts(TypedDict):
     versions are the same: end_of_text, where the end-of-text token comes after each document of a
     tokenizer that begins a text and does not end it; special_tokens, where they are read as such;
     without, where records are left out that hold a text of a test; pair_field, where they are
-    pairs.
+    pairs; trained, where each token is trained or is not; chat_template, the digest of that of
+    dialogues; contents, what each part of the source holds, where some is no text.
     """
 
     source: list[str]
@@ -142,11 +205,17 @@ class PackingFacts(TypedDict):
     special_tokens: NotRequired[Literal["text", "token"]]
     without: NotRequired[WithoutFacts]
     pair_field: NotRequired[str]
+    trained: NotRequired[bool]
+    chat_template: NotRequired[str]
+    contents: NotRequired[list[str]]
 
 
 # What is meant where nothing is said.
 UNSTATED: dict[str, object] = {"special_tokens": "text", "without": "nothing", "pair_field": None}
-_NOT_RECORDED = {"tokenizer", "on_bad_record", "without", "without_fields"}  # as they are given
+# As they are given.
+_NOT_RECORDED = {
+    "source", "tokenizer", "on_bad_record", "without", "without_fields", "format", "chat_template"
+}  # fmt: skip
 
 
 class TokenizerFacts(TypedDict):
@@ -189,8 +258,16 @@ def usual_shard_size(sequences: int | None) -> int:
 def describe_corpus(
     config: CorpusConfig, tokenizer: Tokenizer, sequences_per_shard: int, held: HeldTexts | None
 ) -> CorpusInfo:
-    """Return what the corpus will be made of; ``held`` are the configuration's texts of tests."""
+    """Return what the corpus will be made of; ``held`` are the configuration's texts of tests.
+
+    Raises InputError for dialogues without a chat template.
+    """
     values = config.model_dump(mode="json", exclude=_NOT_RECORDED)
+    values["source"] = [*config.places]
+    if config.contents != {"text"}:
+        values |= {"trained": True, "contents": [entry.content for entry in config.entries]}
+    if "chat" in config.contents:
+        values["chat_template"] = chat_template(config, tokenizer).digest
     if config.special_tokens == "text":
         del values["special_tokens"]
     if config.pair_field is None:
@@ -204,6 +281,39 @@ def describe_corpus(
         )
     packing = cast("PackingFacts", values | {"sequences_per_shard": sequences_per_shard})
     return {"config": packing, "tokenizer": tokenizer_facts(tokenizer)}
+
+
+def chat_template(config: CorpusConfig, tokenizer: Tokenizer) -> Template:
+    """The chat template of the configuration's dialogues. Raises InputError where there is none."""
+    return find_template(tokenizer.hf, config.tokenizer, config.chat_template)
+
+
+def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
+    """What makes documents of the configuration's records that are no texts."""
+    forms: dict[str, Form] = {}
+    if WRITTEN in config.contents:
+        forms[WRITTEN] = WrittenDialogues()
+    if "tokens" in config.contents:
+        forms["tokens"] = TokenRows(tokenizer.size, tokenizer.holes)
+    if "chat" in config.contents:
+        names = [token.content for token in special_tokens(tokenizer.encoder.backend).values()]
+        as_tokens = config.special_tokens == "token"
+        forms["chat"] = Dialogues(chat_template(config, tokenizer), names, as_tokens)
+    return forms
+
+
+def given_encoder(tokenizer: Tokenizer, forms: Mapping[str, Form]) -> GivenEncoder:
+    """What makes tokens of records that are no texts, but of these ``forms``."""
+    dialogues = not forms.keys().isdisjoint(("chat", WRITTEN))
+    special = np.zeros(tokenizer.size, np.bool_)
+    special[[*tokenizer.special_ids - {tokenizer.hf.unk_token_id}]] = True
+    return GivenEncoder(tokenizer.encoder.for_dialogues() if dialogues else None, special)
+
+
+def recorded_entries(config: PackingFacts) -> list[Entry]:
+    """What a corpus was read from, as its cache has it."""
+    contents = config.get("contents") or ["text"] * len(config["source"])
+    return [*map(Entry, config["source"], contents)]
 
 
 def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
@@ -221,7 +331,9 @@ def differing_keys(one: PackingFacts, other: PackingFacts) -> list[str]:
     """
     facts: list[dict[str, object]] = []
     for config in (one, other):
-        found: dict[str, object] = {key: what for key, what in config.items() if key != "source"}
+        found: dict[str, object] = {
+            key: what for key, what in config.items() if key not in ("source", "contents")
+        }
         if without := config.get("without"):
             found["without"] = (without["rule"], without["digest"])
         facts.append(found)

@@ -7,7 +7,7 @@ teachers and views.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 
 import numpy as np
@@ -23,13 +23,16 @@ from rekindle.data.corpus.additions import (
     info_name,
     read_additions,
 )
-from rekindle.data.corpus.columns import TYPES, fields_of, record_batch
+from rekindle.data.corpus.columns import LEARNT, TRAINED, TYPES, facts_of, fields_of, record_batches
 from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
     TokenizerFacts,
     are_tokens,
+    chat_template,
     describe_corpus,
+    forms_of,
+    given_encoder,
     tokenizer_facts,
 )
 from rekindle.data.corpus.in_order import InOrder, in_threads
@@ -41,26 +44,24 @@ from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, sa
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.source.documents import Fields, origins_of
+from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import Found
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.parts import Reader
-from rekindle.data.source.sources import Origin
+from rekindle.data.source.sources import Entry, Origin
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import flat_lists, list_views
 from rekindle.data.storage.commits import Commits, ShardCommits
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
-from rekindle.data.storage.seal import REPAIR
+from rekindle.data.storage.seal import FORMAT_VERSION, REPAIR, WITH_TRAINED
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Shard,
     ShardSet,
     describe,
-    rows_in_batches,
 )
 from rekindle.data.storage.units import unit_of
-
-CUT = ("cut_pairs", "cut_tokens")  # facts of a shard's record, in a corpus of pairs
 
 
 class Corpus(RowReader):
@@ -103,6 +104,11 @@ class Corpus(RowReader):
     def tokens(self) -> int:
         """Tokens in all sequences, special tokens included."""
         return int(self.units.counts("tokens").sum())
+
+    @property
+    def trained_tokens(self) -> int:
+        """Those of them that are trained."""
+        return int(self.units.counts(LEARNT[0]).sum()) if self.has_trained else self.tokens
 
     @property
     def documents(self) -> int:
@@ -167,7 +173,7 @@ class Corpus(RowReader):
     def _check_batch(self, index: int, batch: pa.RecordBatch) -> None:
         """CacheFormatError for what no writer of ours would have written."""
         required = ("digest", "document", "span_start", "span_end", "text", "bucket")
-        names = ("input_ids", "char_starts", "word_starts", *[TYPES] * self.has_pairs)
+        names = ("input_ids", "char_starts", "word_starts", *self._more_lists)
         lists = {name: list_views(batch[name], name) for name in names}
         offsets, ids = lists["input_ids"]
         same = all(np.array_equal(offsets, there) for there, _ in lists.values())
@@ -187,7 +193,7 @@ class Corpus(RowReader):
         return self.shard(shard).batch(index).slice(local, count)
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
-        names = ["input_ids", *[TYPES] * self.has_pairs]
+        names = ["input_ids", *self._more_lists]
         return flat_lists(self.shard(shard).batch(index), names)
 
     def text(self, name: str, place: Place) -> str | None:
@@ -222,6 +228,15 @@ class Corpus(RowReader):
         """Whether each of its sequences is a pair of texts."""
         return "pair_field" in self.info["config"]
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether it says of each token if it is trained; else all are."""
+        return bool(self.info["config"].get("trained"))
+
+    @property
+    def _more_lists(self) -> list[str]:
+        return [*[TYPES] * self.has_pairs, *[TRAINED] * self.has_trained]
+
     def pairs(self, batch: pa.RecordBatch) -> list[tuple[str, str]]:
         """The two texts of each row of a record batch, whole, of a corpus of pairs."""
         ends, texts = batch["span_end"].to_pylist(), batch["text"].to_pylist()
@@ -253,6 +268,8 @@ def build_corpus(
     corpus of another configuration or when the source was changed since.
     """
     tokenizer = load_tokenizer(config.tokenizer)
+    if "chat" in config.contents:  # so that it is kept with the corpus
+        tokenizer.hf.chat_template = chat_template(config, tokenizer).source
     if config.special_tokens == "token":
         tokenizer = tokenizer.reading_special_tokens()
     held = config.held_texts()
@@ -260,7 +277,7 @@ def build_corpus(
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
     last = claim_addition(store, info, config, lambda: _grown(store, committed))
-    raise_version(store)
+    raise_version(store, WITH_TRAINED if "trained" in info["config"] else FORMAT_VERSION)
     recorded = read_additions(store)[0]
     additions = [*recorded[: last.number], last]
     if committed:  # what a repair took away
@@ -273,9 +290,12 @@ def build_corpus(
             continue
         following = additions[number + 1 :]
         ends_at = addition.ends_at(following)
-        source = last.origins[: len(addition.order)] or config.source
+        source = last.origins[: len(addition.order)] or config.entries
         left_out = LeftOut(config.on_bad_record == "skip", held)
-        made = _shards_after(committed, tokenizer, addition, ends_at, source, left_out, in_order)
+        forms = forms_of(config, tokenizer)
+        made = _shards_after(
+            committed, tokenizer, addition, ends_at, source, forms, left_out, in_order
+        )
         for shard, rows, named in made:
             count = shard + 1
             if unit_of(shard) in committed:
@@ -283,8 +303,8 @@ def build_corpus(
             claim()
             about = about_shard(shard, addition, info["tokenizer"])
             schema = describe(fields_of(addition.config), about)
-            batches = _batches(rows, schema)
-            commit = shards.write(unit_of(shard), schema, batches, _facts(rows, named))
+            batches = record_batches(rows, schema)
+            commit = shards.write(unit_of(shard), schema, batches, facts_of(rows, named))
             committed.add(commit)
             progress(len(rows), commit.count("tokens"))
         if not count and not following:
@@ -297,11 +317,15 @@ def build_corpus(
 
 
 def _empty(config: CorpusConfig, left_out: LeftOut) -> InputError:
-    advice = left_out.advice(
-        "give a source with at least one non-blank document, or the model's own tokenizer"
-    )
+    usual = "give a source with at least one non-blank document, or the model's own tokenizer"
+    if config.contents != {"text"}:
+        usual += (
+            ". Of dialogues and rows of tokens those count of which some token is trained: what an "
+            "assistant says within sequence_length, labels other than -100, a loss_mask of 1"
+        )
+    advice = left_out.advice(usual)
     return InputError(
-        f"the corpus is empty: no text in {', '.join(config.source)} (field "
+        f"the corpus is empty: no text in {', '.join(config.places)} (field "
         f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
         f"{f'; {told}' if (told := left_out.told()) else ''}"
     )
@@ -337,7 +361,8 @@ def _shards_after(
     tokenizer: Tokenizer,
     addition: Addition,
     ends_at: int | None,
-    source: Sequence[str | Origin],
+    source: Sequence[Entry | Origin],
+    forms: Mapping[str, Form],
     left_out: LeftOut,
     in_order: InOrder,
 ) -> Iterator[tuple[int, Rows, int]]:
@@ -349,7 +374,7 @@ def _shards_after(
     shard = max(committed.contiguous, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    fields = Fields(config["text_field"], config["domain_field"], config.get("pair_field"))
+    fields = Fields(config["text_field"], config["domain_field"], config.get("pair_field"), forms)
     length = config["sequence_length"]
     maker = Maker(
         Reader(fields, left_out.bad, left_out.texts),
@@ -357,6 +382,7 @@ def _shards_after(
         special_names(tokenizer),
         packing_of(tokenizer, length, config["packing"], config.get("end_of_text", False)),
         length,
+        given_encoder(tokenizer, forms) if config.get("trained") else None,
     )
     making = Making(origins_of(source), maker, left_out, in_order, start)
     remaining = None
@@ -370,22 +396,3 @@ def _shards_after(
         end = Position(*rows.ends[-1].tolist())
         yield shard, rows, making.holders.count(start, end)
         shard, start = shard + 1, end
-
-
-def _facts(rows: Rows, named: int) -> dict[str, object]:
-    """What a shard's record says of it: how many tokens, sequences of each domain, documents with
-    names of special tokens, pairs that were cut and tokens that they lost; where the next begins.
-    """
-    domains = Counter(domain for domain in rows.domains if domain is not None)
-    facts: dict[str, object] = {"tokens": len(rows.input_ids), "next": rows.ends[-1].tolist()}
-    facts["domains"] = dict(sorted(domains.items()))
-    facts |= {"special_names": named} if named else {}
-    if rows.token_types is not None:
-        cut = int(np.count_nonzero(rows.lost)), int(rows.lost.sum())
-        facts |= dict(zip(CUT, cut, strict=True))
-    return facts
-
-
-def _batches(rows: Rows, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for first, last in rows_in_batches(len(rows)):
-        yield record_batch(rows.part(first, last), schema)

@@ -1,19 +1,30 @@
 """What of a tokenizer cuts texts into tokens: all that a process needs to do so."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rekindle.data.corpus.encoded import (
+    Encoded,
     EncodedPairs,
     EncodedTexts,
     encoded_pairs,
     encoded_texts,
     lengths_of,
 )
+from rekindle.data.errors import InputError
+from rekindle.data.forms.dialogue import MOST_NAMES, meant_as_token
+from rekindle.data.forms.marks import Marks
+from rekindle.data.forms.spans import tokens_in
+from rekindle.data.source.documents import Document
+from rekindle.data.source.given import Dialogue, Given, GivenTokens
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import AddedToken, Encoding
     from tokenizers import Tokenizer as Backend
 
 NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
@@ -56,6 +67,10 @@ class Encoder:
         second.truncate(keep_second)
         return self.backend.post_process(first, second, True)
 
+    def for_dialogues(self) -> "DialogueEncoder":
+        """What encodes dialogues as their template has written them."""
+        return DialogueEncoder.of(self.backend)
+
     def __reduce__(self) -> tuple[object, ...]:
         # The backend's own pickle forgets encode_special_tokens.
         return _read, (self.backend.to_str(), self.backend.encode_special_tokens)
@@ -67,6 +82,149 @@ def _read(content: str, special_names_are_text: bool) -> Encoder:
     backend = Backend.from_str(content)
     backend.encode_special_tokens = special_names_are_text
     return Encoder(backend)
+
+
+# --- dialogues ------------------------------------------------------------------------------------
+
+
+def special_tokens(backend: "Backend") -> "dict[int, AddedToken]":
+    """The special tokens that are found in a text, by id."""
+    added = backend.get_added_tokens_decoder()
+    return {id: added[id] for id in sorted(added) if added[id].special and added[id].content}
+
+
+@dataclass(frozen=True, eq=False)
+class DialogueEncoder:
+    """Encodes dialogues, in which special tokens are written as ``meant_as_token`` has it, and
+    their names are text. ``meant`` [ids of its own]: the token that each stands for.
+    """
+
+    backend: "Backend"
+    meant: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, backend: "Backend") -> "DialogueEncoder":
+        """That of a tokenizer. Raises InputError for one with more special tokens than there are
+        characters to write them with.
+        """
+        from tokenizers import AddedToken
+
+        special = special_tokens(backend)
+        if len(special) > MOST_NAMES:
+            raise InputError(f"the tokenizer has {len(special):,} special tokens, too many")
+        own = deepcopy(backend)
+        own.encode_special_tokens = True
+        size = 1 + max(own.get_vocab(with_added_tokens=True).values())
+        meant = np.arange(size + len(special), dtype=np.int32)
+        for number, (id, token) in enumerate(special.items()):
+            written = meant_as_token(number, token.content)
+            # Not special, so that it is found where names of special tokens are text.
+            sides = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+            own.add_tokens([AddedToken(written, normalized=False, **sides)])
+            alias = int(own.token_to_id(written) or 0)
+            if alias >= len(meant):
+                meant = np.append(meant, np.arange(len(meant), alias + 1, dtype=np.int32))
+            meant[alias] = id
+        return cls(own, meant)
+
+    def texts(
+        self, texts: Sequence[str], written: Sequence[str]
+    ) -> tuple[EncodedTexts, NDArray[np.bool_]]:
+        """The tokens of the ``texts`` that are ``written`` so; which are meant as special ones."""
+        encodings = self.backend.encode_batch(written, add_special_tokens=False)
+        found = encoded_texts(texts, encodings)
+        ids = self.meant[found.tokens.ids]
+        special = ids != found.tokens.ids
+        return found._replace(tokens=found.tokens._replace(ids=ids)), special
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _read_dialogues, (self.backend.to_str(), self.meant)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenEncoder:
+    """The tokens of documents that are no plain texts. ``special`` [size]: the ids that stand for
+    nothing of a text; None of ``dialogues``: there are none.
+    """
+
+    dialogues: DialogueEncoder | None
+    special: NDArray[np.bool_]
+
+    def cut(
+        self, documents: Sequence[Document], length: int
+    ) -> tuple[Encoded, NDArray[np.int64], Marks]:
+        """The tokens of documents of one kind, how many each has, and what is known of them: of
+        dialogues, and of rows that say what is trained, no more than ``length``, the first ones.
+        """
+        tokens, lengths, trained, special = self._found(documents)
+        at = np.arange(len(trained)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        stays = (at < length) | ~np.repeat(_says_what_is_trained(documents), lengths)
+        kept = np.where(_says_what_is_trained(documents), np.minimum(lengths, length), lengths)
+        after = np.zeros(len(lengths), np.bool_)
+        marks = Marks(trained[stays], special[stays], after, lengths - kept)
+        return tokens.part(stays), kept, marks
+
+    def bare(
+        self, documents: Sequence[Document], begin: tuple[int, ...], end: tuple[int, ...]
+    ) -> tuple[Encoded, NDArray[np.int64], Marks]:
+        """The same whole, but without the tokens that packing puts before and after them."""
+        tokens, lengths, trained, special = self._found(documents)
+        stays = np.ones(len(trained), np.bool_)
+        after = ~_says_what_is_trained(documents)
+        last = 0
+        for number, count in enumerate(lengths.tolist()):
+            first, last = last, last + count
+            ids = tuple(tokens.ids[first:last].tolist())
+            if begin and ids[: len(begin)] == begin:
+                stays[first : first + len(begin)] = False
+            if end and ids[-len(end) :] == end:
+                stays[max(first, last - len(end)) : last] = False
+                after[number] = trained[last - 1]
+        of = np.repeat(np.arange(len(lengths)), lengths)[stays]
+        kept = np.bincount(of, minlength=len(lengths)).astype(np.int64)
+        marks = Marks(trained[stays], special[stays], after, np.zeros_like(kept))
+        return tokens.part(stays), kept, marks
+
+    def _found(self, documents: Sequence[Document]) -> "_Found":
+        if isinstance(documents[0].given, GivenTokens):
+            return self._tokens([one.given for one in documents])
+        return self._dialogues(documents)
+
+    def _dialogues(self, documents: Sequence[Document]) -> "_Found":
+        assert self.dialogues is not None
+        texts = [document.text for document in documents]
+        given = [one.given for one in documents if isinstance(one.given, Dialogue)]
+        found, special = self.dialogues.texts(texts, [one.written for one in given])
+        tokens, lengths = found
+        spans = [one.trained for one in given]
+        trained = tokens_in(spans, [*map(len, texts)], tokens.starts, tokens.ends, lengths)
+        return tokens, lengths, trained, special
+
+    def _tokens(self, given: Sequence[Given | None]) -> "_Found":
+        rows = [one for one in given if isinstance(one, GivenTokens)]
+        lengths = np.array([len(one.ids) for one in rows], np.int64)
+        ids = np.concatenate([one.ids for one in rows])
+        whole = (np.ones(count, np.bool_) for count in lengths.tolist())
+        each = zip(rows, whole, strict=True)
+        trained = np.concatenate(
+            [mask if row.trained is None else row.trained for row, mask in each]
+        )
+        nowhere = np.zeros(len(ids), np.int32)  # there is no text
+        tokens = Encoded(ids, nowhere, nowhere, np.ones(len(ids), np.bool_))
+        return tokens, lengths, trained, self.special[ids]
+
+
+def _says_what_is_trained(documents: Sequence[Document]) -> NDArray[np.bool_]:
+    """Which are dialogues, or rows of tokens with labels or a mask of them."""
+    every = [one.given for one in documents]
+    return np.array([not isinstance(g, GivenTokens) or g.trained is not None for g in every], bool)
+
+
+_Found = tuple[Encoded, NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]
+
+
+def _read_dialogues(content: str, meant: NDArray[np.int32]) -> DialogueEncoder:
+    return DialogueEncoder(_read(content, special_names_are_text=True).backend, meant)
 
 
 # --- pairs that are too long ----------------------------------------------------------------------

@@ -8,19 +8,22 @@ and to join what crosses documents.
 
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
-from rekindle.data.corpus.encoder import Encoder
+import numpy as np
+
+from rekindle.data.corpus.encoder import Encoder, GivenEncoder
 from rekindle.data.corpus.in_order import InOrder
 from rekindle.data.corpus.packing import BEGINNING, Packing, Position
 from rekindle.data.corpus.rows import EncodedDocuments, Rows, pack, rows_of_pairs, rows_of_texts
 from rekindle.data.corpus.special_names import Holders, holders_of
 from rekindle.data.errors import InputError
-from rekindle.data.source.documents import tell_empty
+from rekindle.data.forms.marks import Marks
+from rekindle.data.source.documents import Document, tell_empty
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.parts import Part, Reader, cut_parts
 from rekindle.data.source.sources import Origin
@@ -50,6 +53,7 @@ class Maker:
     names: re.Pattern[str] | None
     how: Packing
     length: int
+    given: GivenEncoder | None = None
 
     def __call__(self, part: Part) -> Made:
         """Read, tokenised, and packed as far as no other part is needed for it."""
@@ -60,9 +64,11 @@ class Maker:
         if self.reader.fields.pair is not None:
             made = rows_of_pairs(documents, self.encoder.pairs(texts, self.length))
         else:
-            made = EncodedDocuments(documents, *self.encoder.texts(texts))
-            if self.how.alone:
-                made = rows_of_texts(made, 0, self.how, last=True)[0]
+            made, how = self._encoded(part, documents, texts), self.how
+            if how.alone:
+                if part.content != "text":  # which is whole as it is given
+                    how = Packing(self.length, (), (), (), (), alone=True)
+                made = rows_of_texts(made, 0, how, last=True)[0]
         return Made(
             len(documents),
             found.left_out,
@@ -72,6 +78,20 @@ class Maker:
             holders_of(self.names, documents),
             made,
         )
+
+    def _encoded(self, part: Part, documents: list[Document], texts: list[str]) -> EncodedDocuments:
+        if self.given is None:
+            return EncodedDocuments(documents, *self.encoder.texts(texts))
+        if part.content == "text" or not documents:
+            tokens, lengths = self.encoder.texts(texts)
+            marks = Marks.of_texts(len(documents), len(tokens.ids))
+            return EncodedDocuments(documents, tokens, lengths, marks)
+        if self.how.alone:
+            tokens, lengths, marks = self.given.cut(documents, self.length)
+        else:
+            end = self.how.end or self.how.suffix
+            tokens, lengths, marks = self.given.bare(documents, self.how.prefix, end)
+        return EncodedDocuments([d._replace(given=None) for d in documents], tokens, lengths, marks)
 
 
 @dataclass(frozen=True)
@@ -104,8 +124,8 @@ class Making:
     def rows(self) -> Iterator[Rows]:
         """The sequences in order, those of a part at a time."""
         if self.maker.how.alone:
-            return self._after_start()
-        return pack(self._tokens(), self.maker.how, self.start)
+            return with_trained(self._after_start())
+        return with_trained(pack(self._tokens(), self.maker.how, self.start))
 
     def read_on(self) -> None:
         """Read up to the start and the next document, for what is left out before it."""
@@ -174,3 +194,34 @@ class Making:
 
 def _itself(do: Callable[[Part], Made]) -> Callable[[Part], Made]:
     return do
+
+
+# --- what is learnt -------------------------------------------------------------------------------
+
+
+def with_trained(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The sequences that have a trained token; each says how many without one came before it."""
+    held: Rows | None = None  # until it is known whether others follow
+    count, end = 0, np.zeros(2, np.int64)
+    for rows in parts:
+        if rows.trained is None:
+            yield rows
+            continue
+        row_of = np.repeat(np.arange(len(rows)), rows.lengths)
+        learnt = np.bincount(row_of, rows.trained, len(rows)) > 0
+        stays = np.flatnonzero(learnt)
+        if len(rows) and not len(stays):
+            count, end = count + len(rows), rows.ends[-1]
+        if not len(stays):
+            continue
+        if held is not None:
+            yield held
+        before = np.diff(stays, prepend=-1) - 1
+        before[0] += count
+        held = replace(rows.chosen(learnt), untrained=before)
+        count, end = len(rows) - 1 - int(stays[-1]), rows.ends[-1]
+    if held is not None and held.untrained is not None:
+        if count:
+            held.untrained[-1] += count
+            held.ends[-1] = end
+        yield held

@@ -2,9 +2,11 @@
 
 import numpy as np
 
-from rekindle.data.corpus.corpus import CUT, Corpus
+from rekindle.data.corpus.columns import CUT, LEARNT
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
 from rekindle.data.counted import counted
+from rekindle.data.source.generated import told_of
 from rekindle.data.source.left_out import told_of_bad, told_of_held
 
 
@@ -14,6 +16,8 @@ def end_of_text(corpus: Corpus) -> int | None:
     """
     config = corpus.info["config"]
     if corpus.has_pairs:
+        return None
+    if config["packing"] == "document" and "text" not in config.get("contents", ["text"]):
         return None
     if config["packing"] == "contiguous":
         end = document_separators(corpus.tokenizer)[1]
@@ -39,9 +43,27 @@ def _of_pairs(corpus: Corpus) -> list[str]:
     return [f"each sequence is a pair of texts: {names}{cut if pairs else ''}"]
 
 
+def _of_training(corpus: Corpus) -> list[str]:
+    """What of it is trained, where that is not all."""
+    if not corpus.has_trained:
+        return []
+    trained, left_out, cut, lost = (int(corpus.units.counts(name).sum()) for name in LEARNT)
+    share = trained / max(corpus.tokens, 1)
+    lines = [f"trained: {counted(trained, 'token')}, {share:.1%} of all"]
+    if left_out:
+        lines.append(f"left out, with no trained token: {counted(left_out, 'sequence')}")
+    if cut:
+        lines.append(
+            f"longer than sequence_length, the end cut: {counted(cut, 'dialogue')} (or rows of "
+            f"tokens), {counted(lost, 'token')} lost"
+        )
+    generated = {place: of for one in corpus.additions for place, of in one.generated.items()}
+    return [*lines, *(told_of(place, about) for place, about in generated.items())]
+
+
 def remarks(corpus: Corpus) -> list[str]:
     """What of that a user should know, in words."""
-    lines, number = _of_pairs(corpus), end_of_text(corpus)
+    lines, number = [*_of_training(corpus), *_of_pairs(corpus)], end_of_text(corpus)
     if number is not None:
         token = corpus.tokenizer.hf.convert_ids_to_tokens(number)
         lines.append(f"{token} comes after each document: the tokenizer does not end a text itself")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.encoded import Encoded, EncodedPairs
 from rekindle.data.corpus.packing import BEGINNING, Ints, Packing, Position, plan
+from rekindle.data.forms.marks import Marks
 from rekindle.data.source.documents import Document
 
 PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
@@ -22,31 +23,41 @@ BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a rang
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents that follow each other, and their tokens: ``lengths`` [documents] of each."""
+    """Documents that follow each other, and their tokens: ``lengths`` [documents] of each; and
+    their ``marks``, in a corpus of which not all is trained.
+    """
 
     documents: list[Document]
     tokens: Encoded
     lengths: Ints
+    marks: Marks | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         # By columns: to pickle an object for each of many short documents takes longer than to make
         # their tokens into sequences.
-        return _of_columns, ([*zip(*self.documents, strict=True)], self.tokens, self.lengths)
+        columns = [*zip(*self.documents, strict=True)]
+        return _of_columns, (columns, self.tokens, self.lengths, self.marks)
 
     def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
         """These, and others after them."""
         tokens = Encoded.joined([self.tokens, other.tokens])
         lengths = np.concatenate([self.lengths, other.lengths])
-        return EncodedDocuments(self.documents + other.documents, tokens, lengths)
+        marks = self.marks.then(other.marks) if self.marks and other.marks else None
+        return EncodedDocuments(self.documents + other.documents, tokens, lengths, marks)
 
     def rest(self, first: int) -> "EncodedDocuments":
         """These from a document on."""
-        tokens = self.tokens.part(slice(int(self.lengths[:first].sum()), None))
-        return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:])
+        before = int(self.lengths[:first].sum())
+        tokens = self.tokens.part(slice(before, None))
+        marks = self.marks and self.marks.rest(first, before)
+        return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:], marks)
 
 
-def _of_columns(columns: Many[Many[str]], tokens: Encoded, lengths: Ints) -> EncodedDocuments:
-    return EncodedDocuments([*map(Document._make, zip(*columns, strict=True))], tokens, lengths)
+def _of_columns(
+    columns: Many[Many[str]], tokens: Encoded, lengths: Ints, marks: Marks | None
+) -> EncodedDocuments:
+    documents = [*map(Document._make, zip(*columns, strict=True))]
+    return EncodedDocuments(documents, tokens, lengths, marks)
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,10 @@ class Rows:
     token's document; spans [R,2]: the characters of that document; buckets [R] uint16: of it, by
     hash. texts: the sequences' own, the documents' parts joined by a blank line; of a pair both
     texts whole, whatever was cut of their tokens, and its span is the first one's. digests: the
-    identity of each, 128 bits over its token ids and its text, as 32 hex digits. lost [R]: tokens
-    of pairs that were cut. ends [R,2]: the Position after each.
+    identity of each, 128 bits over its token ids and its text (and what is trained, if not all is),
+    as 32 hex digits. lost [R]: tokens of pairs and dialogues that were cut. ends [R,2]: the
+    Position after each. trained [L] bool: what is learnt; None where that is all. untrained [R]:
+    how many sequences without a trained token were left out before each (and after the last one).
     """
 
     lengths: Ints
@@ -80,6 +93,8 @@ class Rows:
     digests: list[str]
     lost: Ints
     ends: Ints
+    trained: NDArray[np.bool_] | None = None
+    untrained: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -109,7 +124,16 @@ class Rows:
             digests=self.digests[row],
             lost=self.lost[row],
             ends=self.ends[row],
+            trained=None if self.trained is None else self.trained[token],
+            untrained=None if self.untrained is None else self.untrained[row],
         )
+
+    def chosen(self, stays: NDArray[np.bool_]) -> "Rows":
+        """The sequences [R] that stay."""
+        if stays.all():
+            return self.part(0, len(self))
+        edges = np.flatnonzero(np.diff(stays, prepend=False, append=False))
+        return Rows.joined([self.part(a, b) for a, b in edges.reshape(-1, 2).tolist()])
 
     def after(self, start: Position) -> "Rows":
         """Those after a position. Raises ValueError for one inside a document, where none ends."""
@@ -215,10 +239,24 @@ def rows_of_texts(
     cuts = zip(document.tolist(), *spans.T.tolist(), strict=True)
     parts = [documents[number].text[begin:end] for number, begin, end in cuts]
     bounds = firsts.tolist()
-    texts = [
-        parts[a] if b - a == 1 else PIECE_SEPARATOR.join(parts[a:b]) for a, b in pairwise(bounds)
-    ]
+    texts = [parts[a] if b - a == 1 else _text(parts[a:b]) for a, b in pairwise(bounds)]
     leading = document[firsts[:-1]].tolist()
+    trained, lost = None, np.zeros(R, np.int64)
+    if (marks := batch.marks) is not None:
+        unsaid = where[marks.special[source]]
+        char_starts[unsaid], word_starts[unsaid] = -1, False
+        lost = marks.lost[leading]
+        # What stands beside a document is trained as its own text is.
+        trained, beside = np.zeros(begins[-1], np.bool_), marks.after[document]
+        trained[where] = marks.trained[source]
+        for place in range(len(how.prefix)):
+            trained[begins[:-1] + place] = beside[firsts[:-1]]
+        for place in range(1, len(how.suffix) + 1):
+            trained[begins[1:] - place] = beside[firsts[1:] - 1]
+        for _ in how.between:
+            trained[at[before] - 1] = beside[np.flatnonzero(before) - 1]
+        for _ in how.end:
+            trained[(at + tokens)[after]] = beside[after]
     rows = _finished(
         lengths=np.diff(begins),
         input_ids=input_ids,
@@ -230,10 +268,16 @@ def rows_of_texts(
         documents=[documents[number] for number in leading],
         spans=spans[firsts[:-1]],
         texts=texts,
-        lost=np.zeros(R, np.int64),
+        lost=lost,
         ends=ends,
+        trained=trained,
     )
     return rows, Position(*ends[-1].tolist()) if R else Position(0, token)
+
+
+def _text(parts: Many[str]) -> str:
+    """Those of pieces; nothing where these are of tokens without a text."""
+    return PIECE_SEPARATOR.join(parts) if any(parts) else ""
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -312,6 +356,7 @@ def _finished(
     input_ids: NDArray[np.int32],
     documents: list[Document],
     texts: list[str],
+    trained: NDArray[np.bool_] | None = None,
     **columns: object,
 ) -> Rows:
     """Those sequences, of the first token's ``documents``."""
@@ -322,6 +367,8 @@ def _finished(
     ):
         state = xxhash.xxh3_128(content[a:b])
         state.update(text.encode("utf-8", "surrogatepass"))
+        if trained is not None and not (learnt := trained[a // 4 : b // 4]).all():
+            state.update(np.packbits(learnt).data)
         digests.append(state.hexdigest())
     buckets = [_bucket(document.id) for document in documents]
     return Rows(
@@ -332,6 +379,7 @@ def _finished(
         buckets=np.array(buckets, np.uint16),
         texts=texts,
         digests=digests,
+        trained=trained,
         **columns,  # type: ignore[arg-type]
     )
 

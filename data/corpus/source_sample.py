@@ -11,18 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig, forms_of
 from rekindle.data.corpus.encoded import lengths_of
 from rekindle.data.corpus.packing import lacks_end, packing_of, plan
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.source.documents import Document, read_documents
+from rekindle.data.source.given import GivenTokens
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record_batches import arrow_batches
 from rekindle.data.source.sources import (
     HUB,
     PYTHON_DOCS,
     TABLES,
+    Entry,
     Origin,
     find_origins,
     recorded_origin,
@@ -46,17 +48,18 @@ class SourceSample:
     left_out: LeftOut  # of the records before their end
 
 
-def sample_source(config: CorpusConfig) -> SourceSample:
+def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> SourceSample:
     """The first 2 MB of text or 2,000 documents, whichever is first. Files after them are not
-    opened.
+    opened. ``tokenizer``: of a corpus that has something else than texts.
 
     Raises InputError as ``read_documents`` does, and for a source without text.
     """
     taken = _Taken()
     read = total = 0.0
     left_out = LeftOut(config.on_bad_record == "skip", config.held_texts())
-    fields = (config.text_field, config.domain_field, left_out, config.pair_field)
-    for origin, size in _sizes(config.source):
+    forms = {} if tokenizer is None else forms_of(config, tokenizer)
+    fields = (config.text_field, config.domain_field, left_out, config.pair_field, forms)
+    for origin, size in _sizes(config.entries):
         if size is not None:
             total += size
             if taken.full:
@@ -79,7 +82,7 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     if not documents:
         advice = left_out.advice("give a source with at least one non-blank document")
         raise InputError(
-            f"the corpus is empty: no text in {', '.join(config.source)} (field "
+            f"the corpus is empty: no text in {', '.join(config.places)} (field "
             f"{config.text_field!r}); {advice}"
             f"{f'; {told}' if (told := left_out.told()) else ''}"
         )
@@ -88,7 +91,7 @@ def sample_source(config: CorpusConfig) -> SourceSample:
     return SourceSample(documents, read / total if 0 < read < total else 1.0, left_out)
 
 
-def _sizes(source: Iterable[str]) -> list[tuple[Origin, int | None]]:
+def _sizes(source: Iterable[Entry]) -> list[tuple[Origin, int | None]]:
     """(what is read, its bytes); None where bytes are not known."""
     origins = find_origins([*source])
     files = [one.place for one in origins if one.is_file]
@@ -121,7 +124,13 @@ class _Taken:
 
 
 def _text_bytes(documents: Iterable[Document]) -> int:
-    return sum(len(text.encode()) for document in documents for text in document.texts)
+    return sum(map(_bytes_of, documents))
+
+
+def _bytes_of(document: Document) -> int:
+    if isinstance(document.given, GivenTokens):
+        return document.given.ids.nbytes
+    return sum(len(text.encode()) for text in document.texts)
 
 
 def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float:
@@ -161,17 +170,26 @@ def _density(path: str, compression: str) -> float:
         return unpacked / raw.tell()
 
 
+def _about_tokens(document: Document) -> int:
+    given = document.given
+    return len(given.ids) if isinstance(given, GivenTokens) else len(document.text) // 4
+
+
 def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     """About how many sequences the corpus will have, in a second or so; None where the size of the
     source is not known. Raises InputError as ``sample_source`` does.
     """
-    if any(origin.format == HUB for origin in find_origins(config.source)):
+    if any(origin.format == HUB for origin in find_origins(config.entries)):
         return config.limit_sequences
-    sample = sample_source(config)
+    sample = sample_source(config, tokenizer)
     if sample.share is None:
         return config.limit_sequences
     texts = [document.text for document in sample.documents]
-    if config.pair_field is not None:
+    if config.contents != {"text"}:
+        sequences = sum(_about_tokens(one) for one in sample.documents) // config.sequence_length
+        if config.packing == "document":  # a dialogue is a sequence
+            sequences = max(sequences, len(texts))
+    elif config.pair_field is not None:
         tokens = tokenizer.whole_lengths(texts, [str(one.pair) for one in sample.documents])
         sequences = int(np.count_nonzero(tokens > tokenizer.whole_lengths([""], [""])))
     else:

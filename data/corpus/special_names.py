@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rekindle.data.corpus.packing import Position
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.source.documents import Document
+from rekindle.data.source.given import Dialogue
 
 SHORTEST = 3  # shorter names, and those that are words, say nothing where they stand in a text
 
@@ -23,7 +24,13 @@ def holders_of(names: re.Pattern[str] | None, documents: Sequence[Document]) -> 
     if names is None:
         return []
     find = names.search
-    return [n for n, document in enumerate(documents) if any(map(find, document.texts))]
+    return [n for n, document in enumerate(documents) if any(map(find, _own(document)))]
+
+
+def _own(document: Document) -> tuple[str, ...]:
+    """Its texts; of a dialogue without the special tokens that the template writes."""
+    given = document.given
+    return (given.written,) if isinstance(given, Dialogue) else document.texts
 
 
 class Holders:

@@ -44,6 +44,9 @@ def read_tokenizer_files(path_or_id: str) -> "PreTrainedTokenizerFast":
     directory = Path(path_or_id).expanduser()
     if directory.is_dir():
         return _load_directory(directory)
+    if is_gguf(path_or_id) and directory.is_file():
+        check_gguf(directory)
+        return _load_auto(str(directory.parent), gguf_file=directory.name)
     if directory.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
         raise InputError(
             f"tokenizer {path_or_id!r}: no such directory; give the directory that holds the "
@@ -69,13 +72,39 @@ def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
     return _BARE_FILES[names](*(directory / name for name in names))
 
 
-def _load_auto(path_or_id: str) -> "PreTrainedTokenizerFast":
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path, or an id of the hub, names a file of llama.cpp's format."""
+    return str(path).lower().endswith(".gguf")
+
+
+def check_gguf(file: Path) -> None:
+    """Raise InputError where a GGUF file is none, or nothing is there to read it."""
+    refuse_pointer(file)
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(f"{file} is no GGUF file: it does not begin with GGUF")
+    if find_spec("gguf") is None:
+        raise InputError(
+            f"{file} is a GGUF file, and the package gguf, which reads it, is not installed. "
+            "Install the extra, in Rekindle's checkout: pip install -e '.[gguf]'"
+        )
+
+
+def _load_auto(path_or_id: str, gguf_file: str | None = None) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
+    more = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        hf = AutoTokenizer.from_pretrained(path_or_id, use_fast=True, trust_remote_code=False)
+        hf = AutoTokenizer.from_pretrained(
+            path_or_id, use_fast=True, trust_remote_code=False, **more
+        )
     except Exception as error:  # the library's errors share no base; all mean: not to be had
         reason = " ".join(str(error).split())
+        if gguf_file is not None:
+            raise InputError(
+                f"{path_or_id}/{gguf_file} cannot be read: {reason}; is it cut off, or a split "
+                "file's part? Else give the folder that it was made of"
+            ) from error
         _blame_file(Path(path_or_id))
         if find_spec("sentencepiece") is None and re.search("tiktoken|(?i:sentencepiece)", reason):
             raise InputError(f"tokenizer {path_or_id!r} {_NEEDS_PIECES}") from None

@@ -11,15 +11,17 @@ from typing import NamedTuple, TypeGuard
 
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
+from rekindle.data.source.given import Dialogue, Form, Given
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.python_docs import python_docs
 from rekindle.data.source.record import Bad, Block, Record, shown
 from rekindle.data.source.records import BLOCK_BYTES, read_blocks, records_of
-from rekindle.data.source.sources import PYTHON_DOCS, TABLES, Origin, find_origins
+from rekindle.data.source.sources import HUB, PYTHON_DOCS, TABLES, Entry, Origin, find_origins
 from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
+_COLUMNS = ("parquet", "arrow", HUB)  # where what a record lacks is null
 _NO_NAME = (Mapping, list, tuple, bytes)  # what a domain cannot be
 
 
@@ -28,13 +30,14 @@ class Document(NamedTuple):
 
     ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
-    ``pair``: the second text of a record that is a pair.
+    ``pair``: the second text of a record that is a pair. ``given``: what it is, if no plain text.
     """
 
     id: str
     text: str
     domain: str | None
     pair: str | None = None
+    given: Given | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -43,19 +46,34 @@ class Document(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold its text, its domain, and the second text of a pair."""
+    """Which fields of a record hold its text, its domain, and the second text of a pair; ``forms``
+    make what is given in records that are no texts, by what these hold.
+    """
 
     text: str
     domain: str | None
     pair: str | None
+    forms: Mapping[str, Form] | None = None
+
+    def read(self, origin: Origin) -> list[str]:
+        """The fields that are read of an origin, the one with its text first."""
+        if origin.content == "text":
+            return [*filter(None, (self.text, self.domain, self.pair)), "id"]
+        return [*self.form_of(origin).fields, *filter(None, (self.domain,)), "id"]
+
+    def form_of(self, origin: Origin) -> Form:
+        """What makes documents of an origin's records."""
+        assert self.forms is not None  # whoever names such a source has them
+        return self.forms[origin.content]
 
 
 def read_documents(
-    source: Sequence[str | Origin],
+    source: Sequence[str | Entry | Origin],
     text_field: str = "text",
     domain_field: str | None = None,
     left_out: LeftOut | None = None,
     pair_field: str | None = None,
+    forms: Mapping[str, Form] | None = None,
 ) -> Iterator[Document]:
     """The documents of ``source`` in a fixed order, in memory that does not grow with the files.
 
@@ -67,7 +85,8 @@ def read_documents(
     called so comes first. ``domain`` is the value of ``domain_field`` as text, be it text, a number
     or a date; None without ``domain_field``. Of python-docs it is the part of the library, whatever
     ``domain_field`` says. With ``pair_field`` each record is a pair of texts, both of which it must
-    have; .txt files and python-docs have none.
+    have; .txt files and python-docs have none. ``forms`` make what is given of the records of
+    entries that hold no texts, and say what is bad in them.
 
     Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
     are not UTF-8 (of a .txt file the document that has them), a text or domain that is missing or
@@ -79,15 +98,14 @@ def read_documents(
     reading for a damaged file, and for a bad record that is not left out.
     """
     origins = origins_of(source)
-    return _documents(origins, Fields(text_field, domain_field, pair_field), left_out)
+    return _documents(origins, Fields(text_field, domain_field, pair_field, forms), left_out)
 
 
-def origins_of(source: Sequence[str | Origin]) -> Sequence[Origin]:
+def origins_of(source: Sequence[str | Entry | Origin]) -> Sequence[Origin]:
     """What ``find_origins`` finds for ``source``, or ``source``, if that is its result."""
-    origins = [origin for origin in source if isinstance(origin, Origin)]
-    return origins or find_origins(
-        [str(entry) for entry in ([source] if isinstance(source, str) else source)]
-    )
+    entries = [source] if isinstance(source, str) else source
+    origins = [entry for entry in entries if isinstance(entry, Origin)]
+    return origins or find_origins([e for e in entries if not isinstance(e, Origin)])
 
 
 def _documents(
@@ -123,16 +141,27 @@ def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document
             )
         left_out.add(found)
         return False
-    if left_out and left_out.texts and (hold := left_out.texts.find(*found.texts)):
+    if left_out and left_out.texts and (hold := left_out.texts.find(*_looked_at(found))):
         left_out.add_held(found.id, hold)
         return False
     return True
+
+
+def _looked_at(document: Document) -> tuple[str, ...]:
+    """Where a text of a test may stand: not across what a template puts between messages."""
+    given = document.given
+    return (given.parts,) if isinstance(given, Dialogue) else document.texts
 
 
 def document_blocks(
     origin: Origin, fields: Fields, size: int = BLOCK_BYTES
 ) -> Iterator["Block | Pages"]:
     """What ``documents_of`` makes documents of, in blocks of about ``size`` bytes."""
+    if origin.content != "text" and origin.format in (PYTHON_DOCS, "txt", *TABLES):
+        raise InputError(
+            f"{origin.place} cannot hold rows of the format {origin.content}, which corpus.source "
+            "gives it; they are in jsonl, parquet or arrow files, or in a datasets id"
+        )
     if fields.pair is not None and origin.format in (PYTHON_DOCS, "txt"):
         raise InputError(
             f"{origin.place} has no fields, so that no record of it is a pair (corpus.pair_field: "
@@ -142,7 +171,7 @@ def document_blocks(
         for page in python_docs():
             yield Pages([Document(page.id, page.text, page.part)])
         return
-    yield from read_blocks(origin, [*filter(None, fields), "id"], size)
+    yield from read_blocks(origin, fields.read(origin), size)
 
 
 class Pages(NamedTuple):
@@ -174,12 +203,14 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad 
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
-    read = [_text(record, fields.text, "corpus.text_field", where, named)]
-    if fields.pair is not None:
-        read.append(_text(record, fields.pair, "corpus.pair_field", where, named))
     domain = None
     if fields.domain is not None:
         domain = _domain(record, fields.domain, where, named)
+    if origin.content != "text":
+        return _given_document(record, origin, fields, domain, where)
+    read = [_text(record, fields.text, "corpus.text_field", where, named)]
+    if fields.pair is not None:
+        read.append(_text(record, fields.pair, "corpus.pair_field", where, named))
     if isinstance(domain, Bad) or any(isinstance(text, Bad) for text in read):
         return next(found for found in (*read, domain) if isinstance(found, Bad))
     texts = [text for text in read if isinstance(text, str)]
@@ -190,12 +221,30 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad 
         field = (fields.text, fields.pair)[blank.index(True)]
         empty = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
         return Bad("an empty text of a pair", empty)
-    identity = _identity(record, origin)
-    known = [*(("text", text) for text in texts), ("id", identity), ("domain", domain or "")]
-    for what, value in known:
-        if told := half_a_pair(what, str(value)):
+    pair = texts[1] if len(texts) > 1 else None
+    return _whole(Document(_identity(record, origin), texts[0], domain, pair), where)
+
+
+def _given_document(
+    record: Record, origin: Origin, fields: Fields, domain: str | Bad | None, where: str
+) -> Document | Bad:
+    """The document of a record that is no plain text."""
+    made = fields.form_of(origin)(record.values, origin.format in _COLUMNS, where)
+    if isinstance(made, Bad):
+        return made
+    if isinstance(domain, Bad):
+        return domain
+    text, given = made
+    return _whole(Document(_identity(record, origin), text, domain, given=given), where)
+
+
+def _whole(document: Document, where: str) -> Document | Bad:
+    """The document, unless half a character stands in it."""
+    texts = (("text", text) for text in document.texts)
+    for what, value in (*texts, ("id", document.id), ("domain", document.domain or "")):
+        if told := half_a_pair(what, value):
             return Bad("half a surrogate pair", f"{where}: {told}")
-    return Document(identity, texts[0], domain, texts[1] if len(texts) > 1 else None)
+    return document
 
 
 def _text(record: Record, field: str, setting: str, where: str, named: str) -> str | Bad:

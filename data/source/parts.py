@@ -31,6 +31,11 @@ class Part(NamedTuple):
     blocks: Sequence[tuple[int, Origin, Block | Pages]]
     error: InputError | None = None
 
+    @property
+    def content(self) -> str:
+        """What its records hold, all of them the same."""
+        return self.blocks[0][1].content if self.blocks else "text"
+
 
 @dataclass
 class Documents:
@@ -46,13 +51,16 @@ class Documents:
 
 
 def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
-    """All of them, in parts of about PART_BYTES, the small files together. An error is in its place
-    among the parts.
+    """All of them, in parts of about PART_BYTES, the small files together, if their records hold
+    the same. An error is in its place among the parts.
     """
     blocks: list[tuple[int, Origin, Block | Pages]] = []
     taken = 0
     try:
         for number, origin in enumerate(origins):
+            if blocks and blocks[0][1].content != origin.content:
+                yield Part(blocks)
+                blocks, taken = [], 0
             for block in document_blocks(origin, fields, PART_BYTES):
                 blocks.append((number, origin, block))
                 taken += block.size

@@ -9,12 +9,18 @@ import logging
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import xxhash
 
 from rekindle.data.errors import CacheMismatchError
-from rekindle.data.source.sources import Origin, origins_and_repeats, recorded_origin
+from rekindle.data.source.sources import (
+    Entry,
+    Origin,
+    origins_and_repeats,
+    recorded_origin,
+)
 from rekindle.data.storage.addresses import states_of_objects
 from rekindle.data.storage.client import is_remote
 
@@ -33,7 +39,7 @@ class Present(NamedTuple):
     state: State | None
 
 
-def look_at(source: Sequence[str]) -> list[Present]:
+def look_at(source: Sequence[str | Entry]) -> list[Present]:
     """What ``source`` stands for now, in reading order. Raises InputError for what is not there."""
     origins, again = origins_and_repeats(source)
     if again:
@@ -64,6 +70,11 @@ def _state_of(path: str) -> State:
             file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return [size, digest.hexdigest()]
+
+
+def contents_of(present: Sequence[Present]) -> dict[str, str]:
+    """What the records of each origin hold, by place, where it is something else than text."""
+    return {o.place: o.content for o, _ in present if o.content != "text"}
 
 
 def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
@@ -102,14 +113,22 @@ def _is_of(path: Sequence[str], pattern: Sequence[str], folder: bool) -> bool:
 
 
 def found_again(
-    order: Sequence[str], states: States, present: Sequence[Present]
+    order: Sequence[str],
+    states: States,
+    present: Sequence[Present],
+    contents: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Origin], list[Origin]]:
     """(the origins that were read, in the ``order`` in which they were; those that are new).
 
-    Each keeps the name under which it was read, wherever it is now. Raises CacheMismatchError where
-    one is not there, or was changed.
+    Each keeps the name under which it was read, wherever it is now. ``contents``: what the records
+    of those hold that are no texts. Raises CacheMismatchError where one is not there, was changed,
+    or is to be read as something else.
     """
-    recorded = [Present(recorded_origin(place), states.get(place)) for place in order]
+    held = {place: contents.get(place, "text") for place in order}
+    recorded = [
+        Present(recorded_origin(place)._replace(content=held[place]), states.get(place))
+        for place in order
+    ]
     where = _paired(recorded, present)
     taken = set(where.values())
     new = [one for number, one in enumerate(present) if number not in taken]
@@ -118,7 +137,7 @@ def found_again(
         raise _changed(lost, new)
     places = [where[number] for number in range(len(order))]
     origins = [
-        Origin(one.origin.format, present[place].origin.place, one.origin.name)
+        one.origin._replace(place=present[place].origin.place)
         for one, place in zip(recorded, places, strict=True)
     ]
     every = [*origins, *(one.origin for one in present)]
@@ -151,7 +170,7 @@ def _paired(recorded: Sequence[Present], present: Sequence[Present]) -> dict[int
 
 
 def _content(one: Present) -> object:
-    return (one.origin.format, *one.state) if one.state else one.origin
+    return (one.origin.format, one.origin.content, *one.state) if one.state else one.origin
 
 
 def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
@@ -165,6 +184,6 @@ def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return CacheMismatchError(
         f"the corpus source has changed since the cache was begun: {', '.join(told)}{more}. Files "
-        "are known by their content, whatever they are called; a corpus grows by further files "
-        "(and by a larger limit_sequences). Use another cache.path for changed text"
+        "are known by their content (and format), whatever they are called; a corpus grows by "
+        "further files (and by a larger limit_sequences). Use another cache.path for changed text"
     )

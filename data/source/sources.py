@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rekindle.data.errors import InputError
 from rekindle.data.places import expanded
@@ -30,6 +30,20 @@ _KNOWN_SUFFIXES = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/]*){0,2}")
 _LOOKED_AT = 10_000  # files of a directory that was given, to say what it holds
 
+Content = Literal["text", "chat", "tokens"]  # what a record holds
+
+
+class Entry(NamedTuple):
+    """One entry of a source, and what its records hold."""
+
+    place: str
+    content: str = "text"  # a Content; or what is read as such once more
+
+    @classmethod
+    def of(cls, entry: "str | Entry") -> "Entry":
+        """An entry that may be a place alone, whose records are texts."""
+        return entry if isinstance(entry, Entry) else cls(str(entry))  # which may be a Path
+
 
 class Origin(NamedTuple):
     """One thing that is read.
@@ -41,6 +55,7 @@ class Origin(NamedTuple):
     format: str  # txt | jsonl | csv | tsv | parquet | arrow | hub | python-docs
     place: str  # a path, an address (s3://…), or a datasets id
     name: str
+    content: str = "text"
 
     @property
     def is_file(self) -> bool:
@@ -48,10 +63,11 @@ class Origin(NamedTuple):
         return self.format not in (HUB, PYTHON_DOCS)
 
 
-def find_origins(source: Sequence[str]) -> list[Origin]:
+def find_origins(source: Sequence[str | Entry]) -> list[Origin]:
     """What ``source`` stands for, in reading order, each once.
 
-    An entry is one of
+    An entry is a place, or an ``Entry`` of one whose records hold something else than text. A place
+    is one of
       - a file, or a glob (``**`` descends; its files are taken in sorted order): .txt, .jsonl or
         .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
         .arrow (the IPC file format and the stream format). Where a file or a directory has glob
@@ -68,23 +84,28 @@ def find_origins(source: Sequence[str]) -> list[Origin]:
     return origins_and_repeats(source)[0]
 
 
-def origins_and_repeats(source: Sequence[str]) -> tuple[list[Origin], int]:
+def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], int]:
     """(``find_origins``; how often ``source`` names a file that it has named before)."""
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
     found: dict[str, Origin] = {}
     named = 0
-    for entry in entries:
-        for origin in _resolve(entry):
+    for place, content in map(Entry.of, entries):
+        for origin in _resolve(place):
             named += 1
             local = origin.format != HUB and not is_remote(origin.place)
             key = os.path.realpath(origin.place) if local else origin.place
-            found.setdefault(key, origin)
+            first = found.setdefault(key, origin._replace(content=content))
+            if first.content != content:
+                raise InputError(
+                    f"{origin.place} is named twice, once with format {first.content} and once "
+                    f"with format {content}; give it one of them"
+                )
     return list(found.values()), named - len(found)
 
 
-def source_files(source: Sequence[str]) -> list[str]:
+def source_files(source: Sequence[str | Entry]) -> list[str]:
     """The files ``source`` stands for, in reading order; none for a hub id or python-docs.
 
     Raises InputError as ``find_origins`` does.

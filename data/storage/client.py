@@ -30,6 +30,11 @@ def is_remote(place: object) -> bool:
     return isinstance(place, str) and "://" in place and not place.startswith(FILE_URL)
 
 
+# Of a client that would wait for ever for a server that takes a request and does not answer it:
+# seconds for a request, of at most some tens of megabytes. That of s3:// waits for one minute.
+_LIMITS = {scheme: {"requests_timeout": 300.0} for scheme in ("gs", "gcs")}
+
+
 class Client:
     """What is at ``url`` and below, asked for with patience.
 
@@ -141,7 +146,8 @@ def _opened(url: str) -> "tuple[FileSystem, str]":
     import fsspec
 
     try:
-        found: tuple[FileSystem, str] = fsspec.core.url_to_fs(url)
+        limit = _LIMITS.get(url.partition("://")[0], {})
+        found: tuple[FileSystem, str] = fsspec.core.url_to_fs(url, **limit)
     except (ImportError, ValueError) as error:
         raise InputError(
             f"cannot open {url!r}: {error}. "

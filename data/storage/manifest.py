@@ -1,7 +1,7 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 5 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 7 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
@@ -15,6 +15,12 @@ all else a version 3. Caches without such a teacher stay what they are.
 Version 5 is that of a cache with a roll-up of commit records (``records.py``), which large sets
 have: an older Rekindle that repairs such a cache would leave the roll-up as it was. In all else it
 is a version 3, or a 4.
+
+Version 6 is that of a cache whose corpus says of each token whether it is trained (dialogues, rows
+of tokens): an older Rekindle would train all of them. It may have what versions 4 and 5 have.
+
+Version 7 is that of a cache with a teacher that a server ran (``data/targets/served.py``), raised
+before the first of its targets is written; it may have what all the others have.
 """
 
 import logging
@@ -28,7 +34,7 @@ from rekindle.data.storage.seal import (
     REPAIR,
     SEAL,
     VERSION,
-    WITH_ROLL_UPS,
+    WITH_SERVED,
     seal,
     unseal,
 )
@@ -36,7 +42,7 @@ from rekindle.data.storage.seal import (
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
-NEWEST = WITH_ROLL_UPS  # of the versions that are read
+NEWEST = WITH_SERVED  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:

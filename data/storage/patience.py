@@ -102,5 +102,8 @@ def is_passing(error: BaseException) -> bool:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = str(response.get("Error", {}).get("Code", ""))
             return status >= 500 or status == 429 or code in _PASSING_CODES or "Thrott" in code
+        status = getattr(cause, "code", None) or getattr(cause, "status", None)  # gcsfs', aiohttp's
+        if isinstance(status, int) and (status >= 500 or status in (408, 429)):
+            return True
         cause = cause.__cause__ or cause.__context__
     return False

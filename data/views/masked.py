@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.columns import learnt_content
 from rekindle.data.corpus.config import content_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import (
@@ -16,6 +17,7 @@ from rekindle.data.storage.columns import (
     ascend_within,
     list_type,
     list_views,
+    split_lists,
 )
 from rekindle.data.views.base import Lengths, StoredView
 from rekindle.data.views.masking import MaskConfig, Masker
@@ -71,10 +73,10 @@ class MaskedView(StoredView):
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.intp]]:
         """Yield the positions to be masked of each row of a corpus shard, ascending."""
         for batch in self.corpus.shard(number).batches():
-            offsets, starts = list_views(batch["char_starts"], "char_starts")
-            words = list_views(batch["word_starts"], "word_starts")[1]
-            for digest, (a, b) in zip(batch["digest"].to_pylist(), pairwise(offsets), strict=True):
-                yield self.masker.positions(starts[a:b] >= 0, words[a:b], digest, replica)
+            words = split_lists([batch], "word_starts")
+            rows = zip(learnt_content(batch), words, batch["digest"].to_pylist(), strict=True)
+            for content, starts, digest in rows:
+                yield self.masker.positions(content, starts, digest, replica)
 
     def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
         which = replica or 0

@@ -6,11 +6,11 @@ folder. Nothing is made and nothing heavy is imported here: ``missing`` has them
 
 import hashlib
 import json
-import os
 import platform
 from pathlib import Path
 
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.places import home
 from rekindle.pipeline.plain_values import with_strings
 
 PREFIX = "python-docs/"
@@ -77,13 +77,6 @@ def resolve_name(name: str) -> str:
 
 
 # --- where they are -------------------------------------------------------------------------------
-
-
-def home() -> Path:
-    """Return ``$REKINDLE_HOME``, or ``$XDG_CACHE_HOME/rekindle``, or ``~/.cache/rekindle``."""
-    own, shared = os.environ.get("REKINDLE_HOME"), os.environ.get("XDG_CACHE_HOME")
-    path = Path(own) if own else (Path(shared) if shared else Path("~/.cache")) / "rekindle"
-    return Path(os.path.abspath(path.expanduser()))
 
 
 def folder() -> Path:

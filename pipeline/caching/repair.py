@@ -8,6 +8,7 @@ import logging
 from collections.abc import Collection
 
 from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
+from rekindle.data.corpus.config import recorded_entries
 from rekindle.data.errors import CacheFormatError, naming
 from rekindle.data.inventory import (
     damaged_descriptions,
@@ -115,7 +116,7 @@ def _restore_additions(store: Store) -> None:
         config = said[first]["config"]
         lost = f"{store.location}/{info_name(number)} is lost; to write it anew, what was read "
         with naming(f"{lost}must be where it was"):
-            present = look_at(config["source"])
+            present = look_at(recorded_entries(config))
         addition = begun_addition(config, present, number, first, before)
         describe_addition(store, addition, said[first]["tokenizer"])
 

@@ -27,6 +27,8 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
+from rekindle.pipeline.caching.in_flight import way_to
+from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
@@ -62,7 +64,10 @@ UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """A teacher before it is loaded: configuration, directory, description for the cache."""
+    """A teacher before it is loaded: configuration, directory, description for the cache.
+
+    One that a server runs has no ``directory``.
+    """
 
     config: TeacherConfig
     directory: Path
@@ -76,6 +81,8 @@ def plan_teacher(
 
     Raises InputError when it cannot teach on this corpus.
     """
+    if config.served is not None:
+        return TeacherPlan(config, Path(), describe_served(config, corpus, views.shown_to(config)))
     directory = directory or resolve_model(config.model)
     who = f"teacher {config.name!r} ({config.model})"
     settings: Any = check_teacher_files(directory, config.task, who)
@@ -128,6 +135,8 @@ def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
     for; None for any other.
     """
     name, info = plan.config.name, plan.info
+    if info.served is not None:
+        return None
     instead = ""
     if is_described(corpus.store, name):
         instead = (
@@ -247,6 +256,7 @@ class Teacher:
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
+        self.way = way_to(self.placement.device)
         self.stores_tails = _stores_tails(plan.info)
         auto_class, who = AUTO_CLASSES[plan.info.task], f"teacher {plan.info.name!r}"
         more = loading(plan.config, plan.directory, auto_class)
@@ -321,4 +331,4 @@ class Teacher:
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""
-        return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
+        return self.way.send(values.astype(np.int64))

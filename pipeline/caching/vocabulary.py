@@ -5,7 +5,7 @@ at, F tokens of the teacher alone, N rows of hidden states.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class TokenColumns:
     size: int
     absent: NDArray[np.int64]
     foreign: NDArray[np.int64]
+    _sent: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Tokenizer, rows: int, with_tail: bool) -> "TokenColumns":
@@ -124,12 +125,20 @@ class TokenColumns:
         """Logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
         if not len(self.absent) and not len(self.foreign) and logits.shape[1] == self.size:
             return logits
-        foreign = logits[:, torch.from_numpy(self.foreign).to(logits.device)]
+        absent, foreign_ids = self._on(logits.device)
+        foreign = logits[:, foreign_ids]
         own = logits[:, : self.size]
         lacking = self.size - own.shape[1]  # of a teacher with fewer tokens
         own = torch.nn.functional.pad(own, (0, lacking)) if lacking else own.clone()
-        own[:, torch.from_numpy(self.absent).to(logits.device)] = -torch.inf
+        own[:, absent] = -torch.inf
         return torch.cat([own, foreign], dim=1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``absent`` and ``foreign`` there, sent once: sending waits for the device."""
+        if device not in self._sent:
+            absent, foreign = map(torch.from_numpy, (self.absent, self.foreign))
+            self._sent[device] = absent.to(device), foreign.to(device)
+        return self._sent[device]
 
     def stored(self, head: OutputHead) -> StoredHead:
         """The output matrix [V,H] as a cache keeps it: absent ids have a bias that leaves nothing

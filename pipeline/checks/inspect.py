@@ -14,7 +14,7 @@ from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.example import Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.lineage import Ancestor
@@ -71,6 +71,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
     return {
         "sequences": len(corpus),
         "tokens": corpus.tokens,
+        "trained_tokens": corpus.trained_tokens,
         "sequence_length": corpus.info["config"]["sequence_length"],
         "packing": corpus.info["config"]["packing"],
         "vocabulary": corpus.info["tokenizer"]["size"],
@@ -104,6 +105,8 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "lineage": [run.model_dump() for run in info.lineage],
     }
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
+    if info.served is not None:
+        facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
@@ -205,6 +208,7 @@ def _as_text(
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
     lines += [_imported_line(r) for r in readers if r.info.imported]
+    lines += [_served_line(r) for r in readers if r.info.served]
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
@@ -256,6 +260,15 @@ def _imported_line(teacher: TeacherReader) -> str:
     return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
 
 
+def _served_line(teacher: TeacherReader) -> str:
+    info = teacher.info
+    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
+    return in_line(
+        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
+        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
+    )
+
+
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
     taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
     return (
@@ -286,13 +299,27 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
+        if example.trained is None:  # all of it
+            del shown["trained"]
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
-    lines = [f"example {index} · {example.digest} · document {example.document}", example.text]
+    lines = [f"example {index} · {example.digest} · document {example.document}"]
+    lines.append(example.text or cache.texts[index])
+    if example.trained is not None:
+        lines.append(_trained_line(example, cache.corpus.tokenizer))
     for name, found in targets.items():
         for target in found:
             lines += _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
     return "\n".join(lines) + "\n"
+
+
+def _trained_line(example: Example, tokenizer: Tokenizer) -> str:
+    """How much of it is trained, and what: the runs of trained tokens."""
+    assert example.trained is not None
+    edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False)).reshape(-1, 2)
+    said = [in_line(tokenizer.hf.decode(example.input_ids[a:b])) for a, b in edges.tolist()]
+    count = int(example.trained.sum())
+    return f"trained: {count} of {len(example.input_ids)} tokens: {' … '.join(said)}"
 
 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:

@@ -78,7 +78,7 @@ def look(
     """Check that the directory is free, or holds this very cycle."""
     if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
         for text in config.texts:  # later on it may be gone: it is in the cache
-            source_files(config.text_of(text).source)
+            source_files(config.text_of(text).places)
         return
     found = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
     with reading(home / CYCLE_FILE, ELSEWHERE):
@@ -154,7 +154,7 @@ def _same_sources(
         config = config.of_draw(0).with_cache_in(home / DRAWS_FOLDER / str(FIRST_DRAW))
     for text in config.texts:
         there, here = (one["tasks"].get(text, one).get("corpus") for one in (before, now))
-        source = config.text_of(text).source
+        source = config.text_of(text).entries
         if there != here and is_same_source(open_store(config.cache_of(text).path), source):
             yield f"tasks.{text}.corpus.source" if text else "corpus.source"
 
@@ -176,12 +176,13 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
                     raise _other_texts(home, (one, number), text)
             continue
         other = next(iter(begun), None)
-        source = config.text_of(text).source
-        if other is not None and not is_same_source(stores[other], source):
+        text_config = config.text_of(text)
+        if other is not None and not is_same_source(stores[other], text_config.entries):
             raise CheckpointError(
                 f"draw {number} of the labels would read another text than draw {other} has: the "
                 f"files of {f'the corpus of task {text}' if text else 'corpus.source'} "
-                f"({', '.join(source)}) are not as they were. Put them back, or give another --out"
+                f"({', '.join(text_config.places)}) are not as they were. Put them back, or "
+                "give another --out"
             )
 
 

@@ -286,7 +286,10 @@ class CycleConfig(Settings):
         common = self.corpus.model_dump(mode="json", exclude_unset=True)
         own = next((task.corpus for task in self.tasks if task.name == name), {})
         where = f"corpus of task {name!r}" if own else "corpus"
-        return parse_settings(CorpusConfig, common | own, where)
+        found = parse_settings(CorpusConfig, common | own, where)
+        if found.contents != {"text"}:
+            raise InputError(f"{where}: a cycle is of texts; its source has dialogues or tokens")
+        return found
 
     def with_cache_in(self, home: Path) -> "CycleConfig":
         """The same, with its cache in the cycle's folder where it has no place yet."""

@@ -250,7 +250,7 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
 def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Text, start model and budgets, as pairs of what and value."""
     train, own = config.train, config.experts.model
-    sources = [one for text in config.texts for one in config.text_of(text).source]
+    sources = [one for text in config.texts for one in config.text_of(text).places]
     more = f" (of experts {config.expert_seeds})" * (config.expert_seeds != config.seeds)
     who = "the experts that teach are the best on dev"
     if config.all_teach:

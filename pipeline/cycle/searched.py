@@ -229,7 +229,7 @@ def to_take_over(
     if not tasks:
         has = ", ".join(record["search"])
         raise InputError(f"{file} has no search of {only or 'a task here'} (it has: {has})")
-    texts = {text: states_of(look_at(config.text_of(text).source)) for text in config.texts}
+    texts = {text: states_of(look_at(config.text_of(text).entries)) for text in config.texts}
     here = {"texts": {text: sorted(of.values(), key=str) for text, of in texts.items()}}
     check_of_one_cycle(str(file), record, here | {"about": about})
     lacking, whose = dict[Path, dict[str, Any]](), taken_from(home)

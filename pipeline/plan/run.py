@@ -44,7 +44,7 @@ def plan_run(config: RunConfig, probe: bool = True, scale: Scale | None = None) 
     views, warnings = tuple[ViewPlan, ...](), tuple[str, ...]()
     if needed := missing(config.corpus):
         why = f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} not made yet"
-        corpus = CorpusPlan(config.corpus.source, None, None, True, why, None)
+        corpus = CorpusPlan(config.corpus.places, None, None, True, why, None)
         teachers = tuple(TeacherWork(t.name, t.task, reason=why) for t in config.teachers)
     else:
         # It imports torch, which a plan of what is not made yet does without.

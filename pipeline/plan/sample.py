@@ -6,10 +6,13 @@ which views are built and teachers are tried.
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rekindle.data.corpus.additions import (
     begun_addition,
@@ -19,8 +22,8 @@ from rekindle.data.corpus.additions import (
     last_document,
     recorded_shard_size,
 )
-from rekindle.data.corpus.columns import fields_of
-from rekindle.data.corpus.config import CorpusConfig, describe_corpus, usual_shard_size
+from rekindle.data.corpus.columns import LEARNT, TRAINED, fields_of
+from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus, usual_shard_size
 from rekindle.data.corpus.corpus import (
     Corpus,
     about_shard,
@@ -32,9 +35,11 @@ from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.forms.written import content_of, row_of
 from rekindle.data.permutation import permute
 from rekindle.data.source.held_texts import Found
 from rekindle.data.source.left_out import told_of_held
+from rekindle.data.source.sources import Content
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
@@ -99,7 +104,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
         sequences, tokens = len(present), present.tokens
     else:
         corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
-        sample = sample_source(corpus)
+        sample = sample_source(corpus, load_tokenizer(corpus.tokenizer))
         reference = _sample_corpus(sample, corpus, folder)
         if scale is None:
             sequences, tokens, estimated = _extrapolated(reference, sample, corpus)
@@ -159,10 +164,13 @@ def _basis(sample: SourceSample) -> str:
 def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> Corpus:
     """The sample packed as the corpus will be."""
     routed = any(document.domain is not None for document in sample.documents)
-    path = folder / "sample.jsonl"
-    write_lines(path, (d._asdict() | {"domain": d.domain or ""} for d in sample.documents))
+    entries = []
+    for number, (content, alike) in enumerate(groupby(sample.documents, content_of)):
+        path = folder / f"sample-{number}.jsonl"
+        write_lines(path, map(row_of, alike))
+        entries.append(SourceEntry.model_construct(path=str(path), format=cast("Content", content)))
     field = "domain" if routed else None
-    source = {"source": (str(path),), "text_field": "text", "domain_field": field}
+    source = {"source": tuple(entries), "text_field": "text", "domain_field": field}
     pair = {"pair_field": config.pair_field and "pair"}
     left_out = {"without": (), "without_fields": ()}  # they are
     given = config.model_copy(update=source | pair | left_out)
@@ -179,7 +187,7 @@ def _extrapolated(
         return len(reference), reference.tokens, False
     if sample.share is None and limit is None:
         raise InputError(
-            f"how much text there is in {', '.join(config.source)} is not known before it is read "
+            f"how much text there is in {', '.join(config.places)} is not known before it is read "
             "to its end; set corpus.limit_sequences to plan for so many sequences"
         )
     sequences = limit or 0
@@ -220,4 +228,8 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
 def _facts(rows: pa.Table) -> dict[str, object]:
     tokens = sum(len(ids) for ids in rows["input_ids"])
     domains = Counter(domain for domain in rows["domain"].to_pylist() if domain is not None)
-    return {"tokens": tokens, "next": [0, 0], "domains": dict(domains)}
+    facts: dict[str, object] = {"tokens": tokens, "next": [0, 0], "domains": dict(domains)}
+    if TRAINED in rows.schema.names:
+        trained = pc.sum(pc.list_flatten(rows[TRAINED])).as_py()
+        facts |= dict.fromkeys(LEARNT, 0) | {LEARNT[0]: trained}
+    return facts

@@ -3,15 +3,15 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.columns import learnt_content
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import naming
-from rekindle.data.storage.columns import list_views
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.reading.files import is_described
 from rekindle.data.targets.reading.hard_masks import HardMaskedView, hard_tokens
@@ -59,7 +59,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
         views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
         per_sequence = survey.reference.units.bytes / len(survey.reference)
         corpus = CorpusPlan(
-            source=config.corpus.source,
+            source=config.corpus.places,
             sequences=survey.sequences,
             tokens=survey.tokens,
             estimated=survey.estimated,
@@ -69,6 +69,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
             texts=survey.texts,
             sequences_per_shard=config.cache.sequences_per_shard or survey.shard_size,
             padding=_padding(config, survey),
+            trained=_trained_share(survey.reference),
         )
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)
@@ -146,11 +147,17 @@ def _check_files(config: RunConfig, must_be: bool) -> None:
     here = []
     for teacher in config.teachers:
         with naming(f"teacher {teacher.name!r}"):
-            here += [teacher] if at_hand(teacher.model, must_be) is not None else []
+            if teacher.served is None and at_hand(teacher.model, must_be) is not None:
+                here.append(teacher)
     student = config.student
     if student is not None and at_hand(student.model, must_be) is None:
         student = None
     check_files(here, student)
+
+
+def _trained_share(corpus: Corpus) -> float | None:
+    """The share of its tokens that is trained; None where all are."""
+    return corpus.trained_tokens / max(corpus.tokens, 1) if corpus.has_trained else None
 
 
 def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> ViewPlan:
@@ -172,9 +179,7 @@ class AssumedMasks(HardMaskedView):
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
         """As many of each row's tokens as the limit allows."""
         for batch in self.corpus.shard(number).batches():
-            offsets, starts = list_views(batch["char_starts"], "char_starts")
-            for a, b in pairwise(offsets):
-                content = np.flatnonzero(starts[a:b] >= 0)
+            for content in map(np.flatnonzero, learnt_content(batch)):
                 losses = np.full(len(content), np.inf, np.float32)
                 yield content[hard_tokens(losses, 0.0, self.config.limit)]
 

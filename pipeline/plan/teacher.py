@@ -3,11 +3,14 @@
 No model is loaded but by the probe, and none is downloaded.
 """
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.tokenizer_files import is_gguf
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
@@ -27,6 +30,8 @@ from rekindle.pipeline.plan.work import (
     share_of,
     work_of,
 )
+from rekindle.pipeline.served.client import ServerAwayError
+from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.order.domains import check_domains
@@ -39,11 +44,16 @@ def plans_at_hand(
 
     ``views`` are of ``survey.steps``. Raises InputError and CacheMismatchError as ``plan_run``.
     """
-    folders = [at_hand(teacher.model, must_be) for teacher in config.teachers]
-    return [
-        None if folder is None else described(teacher, folder, survey, views, config.cache.seed)
-        for teacher, folder in zip(config.teachers, folders, strict=True)
+    folders = [
+        Path() if teacher.served else at_hand(teacher.model, must_be) for teacher in config.teachers
     ]
+    found: list[TeacherPlan | None] = []
+    for teacher, folder in zip(config.teachers, folders, strict=True):
+        found.append(None)
+        with suppress(ServerAwayError):
+            if folder is not None:
+                found[-1] = described(teacher, folder, survey, views, config.cache.seed)
+    return found
 
 
 def plan_all_teachers(
@@ -93,6 +103,9 @@ def _plan_one(
     if plan and not teacher.vocabulary:
         cut, longest = foreseen_cut(plan, survey.steps)
         known = replace(known, cut=cut, longest=longest)
+    if teacher.served is not None:
+        asked, at_a_time = _requests(teacher.served, parts), teacher.served.max_concurrency
+        known = replace(known, requests=asked, at_a_time=at_a_time)
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)
     measured = None
@@ -110,11 +123,19 @@ def _plan_one(
         known,
         positions=round(tokens * density),
         bytes=_bytes(parts, wanted, density, measured),
-        at_most=measured is None and any(kind_of(info).bounded for info, _ in parts),
+        at_most=(measured is None or measured.bytes_per_position is None)
+        and any(kind_of(info).bounded for info, _ in parts),
         seconds_per_token=rate,
         seconds=None if rate is None else _seconds(teacher.name, parts, rate, shared),
         reason=absent or (None if measured else "its time was not probed"),
     )
+
+
+def _requests(served: ServedConfig, parts: list[Part]) -> int:
+    """How often a server is asked: about all sequences, and of each unit about the probes."""
+    each = served.prompts_per_request
+    missing = (shards for _, work in parts for shards in work.missing)
+    return sum(one.count * (1 + math.ceil(one.rows * one.share / each)) for one in missing)
 
 
 def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> float:
@@ -156,6 +177,8 @@ def described(
 
 def _absence(teacher: TeacherConfig) -> str:
     """Why the teacher's files are not at hand."""
+    if teacher.served is not None:
+        return f"its server {teacher.served.url} does not answer"
     for name in missing(teacher.model):
         return f"its model {name} is not made yet"
     return f"its model {teacher.model} is not on this machine"
@@ -169,6 +192,8 @@ def at_hand(model: str, must_be: bool) -> Path | None:
     if path.is_dir():
         return resolve_model(model)
     if missing(model):
+        return None
+    if is_gguf(model) and not path.is_file() and not must_be:
         return None
     if not path.is_absolute() and HUB_ID.match(model):
         from huggingface_hub import snapshot_download

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from rekindle.data.cores import cores
 from rekindle.data.corpus.in_order import in_threads
@@ -37,6 +37,15 @@ Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 # Makes the large object that all units need, a function of a unit: each process does it once.
 Load = Callable[[], Callable[[Unit], Result]]
+
+
+@runtime_checkable
+class Several(Protocol):
+    """What does units and may begin one before the last is through."""
+
+    def several(self, units: Iterable[Any]) -> Iterator[Any]:
+        """Do units; give the results in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,9 @@ class OnThisMachine:
         """As for any ``Executor``; an error ends all. Raises InputError if a process was killed."""
         if self.processes == 1 or not work.units:
             do = work.load()
-            for unit in work.units:
-                report(do(unit))
+            several = do.several if isinstance(do, Several) else partial(map, do)
+            for result in several(work.units):
+                report(result)
         else:
             run_units(work.name, work.load, work.units, places_for(self.processes), report)
 

@@ -169,7 +169,7 @@ def _check_prompts(stage: Stage, prompts: PromptsConfig) -> None:
             f"write_prompts.to is {prompts.to}: prompts are written to this machine; name a local "
             "file in write_prompts.to and in corpus.source"
         )
-    sources = stage.config.corpus.source
+    sources = stage.config.corpus.places
     if not any(prompts.to == s or fnmatch.fnmatch(prompts.to, s) for s in sources):
         raise InputError(
             f"write_prompts.to is {prompts.to}, which the stage does not read: its corpus.source "

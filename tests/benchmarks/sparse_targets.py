@@ -30,7 +30,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.train_student import train_from_config
-from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.outside.quiet import quiet_transformers
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 BINS = 15  # of the calibration error

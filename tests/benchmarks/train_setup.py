@@ -27,7 +27,7 @@ from rekindle.data.source.python_docs import python_docs
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.config import StudentConfig
-from rekindle.train.model.causes import quiet_transformers
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.student import Student, build_student
 
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))

@@ -1,7 +1,11 @@
 """Small tensors, one thread; Triton on a GPU or under its interpreter."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from testlib.kernels.interpreter import quick_interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -10,11 +14,13 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def triton_runs() -> None:
+def triton_runs() -> Iterator[None]:
     """For tests of Triton's kernels: skipped where it is not installed, and nowhere else."""
     triton = pytest.importorskip("triton")
     interpreted = torch.cuda.is_available() or triton.knobs.runtime.interpret
     assert interpreted, "no GPU, and triton was imported before tests/conftest.py chose"
+    with quick_interpreter():
+        yield
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -3,13 +3,14 @@
 Compiled in a process of its own: this one may hold the interpreter's version of the kernel. Another
 Triton's is looked at by naming the Python of an environment that has it, torch or no torch:
 
-    TRITON_PYTHON=newer/bin/python pytest tests/kernels/test_row_kernel.py
+    TRITON_PYTHON=newer/bin/python pytest -m "slow or not slow" tests/kernels/test_row_kernel.py
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +48,57 @@ VARIANTS = [
 
 ROOT = Path(__file__).parents[2]
 
+# Two of each architecture, and one of every program that is another text; the others, some seconds
+# each, differ from one of these by an architecture or a length alone.
+QUICK = {0, 1, 2, 4, 9, 10, 13, 14, 16}
 
-@pytest.fixture(scope="module")
-def results() -> list[dict[str, Any]]:
+
+def of_each() -> list[Any]:
+    slow = pytest.mark.slow
+    return [
+        pytest.param(index, marks=[] if index in QUICK else slow, id=str(variant[:4]))
+        for index, variant in enumerate(VARIANTS)
+    ]
+
+
+def compiled(indices: Sequence[int]) -> dict[int, dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     python = environment.pop("TRITON_PYTHON", None)
     if python is not None:
         environment["PYTHONPATH"] = str(ROOT / ".ns")
     script = ROOT / "tests" / "lib" / "testlib" / "kernels" / "compiled_rows.py"
     run = subprocess.run(
-        [python or sys.executable, str(script), json.dumps(VARIANTS)],
+        [python or sys.executable, str(script), json.dumps([VARIANTS[i] for i in indices])],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "FP_FUSION" not in run.stderr  # 3.9 warns where fusion is left to a default
-    found: list[dict[str, Any]] = json.loads(run.stdout)
+    return dict(zip(indices, json.loads(run.stdout), strict=True))
+
+
+@pytest.fixture(scope="module")
+def quick_results() -> dict[int, dict[str, Any]]:
+    return compiled(sorted(QUICK))
+
+
+@pytest.fixture(scope="module")
+def slow_results() -> dict[int, dict[str, Any]]:
+    return compiled([index for index in range(len(VARIANTS)) if index not in QUICK])
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> dict[int, dict[str, Any]]:
+    slow = request.node.get_closest_marker("slow")
+    found: dict[int, dict[str, Any]] = request.getfixturevalue(
+        "slow_results" if slow else "quick_results"
+    )
     return found
 
 
-@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=[str(v[:4]) for v in VARIANTS])
-def test_no_spills_and_whole_vectors(results: list[dict[str, Any]], index: int) -> None:
+@pytest.mark.parametrize("index", of_each())
+def test_no_spills_and_whole_vectors(results: dict[int, dict[str, Any]], index: int) -> None:
     """Rows are read and written sixteen bytes at a time wherever they start, and nothing spills
     but a few of a row's constants.
     """
@@ -86,8 +116,8 @@ def test_no_spills_and_whole_vectors(results: list[dict[str, Any]], index: int) 
     assert found["narrow_stores"] <= 8
 
 
-@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=[str(v[:4]) for v in VARIANTS])
-def test_programs_of_a_cluster_share_little(results: list[dict[str, Any]], index: int) -> None:
+@pytest.mark.parametrize("index", of_each())
+def test_programs_of_a_cluster_share_little(results: dict[int, dict[str, Any]], index: int) -> None:
     """Each has a part of the row and all that is about its ids, and stores into its own part alone:
     without that a sum over ids would wait for the others, and a store could overtake another's.
     """
@@ -98,8 +128,8 @@ def test_programs_of_a_cluster_share_little(results: list[dict[str, Any]], index
     assert found["cluster_barriers"] <= (12 if found["shape"][1] > 1 else 0)
 
 
-@pytest.mark.parametrize("index", range(len(VARIANTS)), ids=[str(v[:4]) for v in VARIANTS])
-def test_products_are_fused_with_sums(results: list[dict[str, Any]], index: int) -> None:
+@pytest.mark.parametrize("index", of_each())
+def test_products_are_fused_with_sums(results: dict[int, dict[str, Any]], index: int) -> None:
     """By any version: 60 stand in the logarithms (84 with a softcap); fusion adds 40 or more."""
     written = 84 if VARIANTS[index][-1].get("SOFTCAP") else 60
     assert results[index]["fused"] >= written + 40

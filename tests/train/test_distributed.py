@@ -5,7 +5,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -131,7 +130,7 @@ TRAINS |= {f"warm-{p}": (None, WARM | {"parallel": p}) for p in ("ddp", "fsdp")}
 TRAINS |= {"replay-ddp": (None, REPLAY | {"parallel": "ddp"})}
 TRAINS |= {f"family-{p}": (FAMILY, JOBS["ddp-micro"] | {"parallel": p}) for p in ("ddp", "fsdp")}
 # What another job shows with the other way of sharing a student.
-SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp", "family-ddp", "family-fsdp"}
+SLOW = {"ddp-micro", "sparse-fsdp", "rtd-ddp", "all-ddp", "warm-ddp", "family-ddp", "family-fsdp"}
 
 
 def named(*names):
@@ -251,16 +250,14 @@ def test_one_process_out_of_memory_ends_all(masked_world, student, tmp_path):
     given = written(tmp_path, masked_world.path, [job], out_of_memory=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", str(SCRIPT), str(given)]
-    began = time.monotonic()
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300,  # who waits for another does so for thirty minutes
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode != 0
-    assert time.monotonic() - began < 60
     told = [line for line in done.stderr.splitlines() if line.startswith("error: out of memory")]
     assert len(told) == 1, done.stderr[-3000:]
     assert "train.micro_batch_sequences (now null, the " in told[0]

@@ -21,12 +21,12 @@ from rekindle.train.finetune.merge_baselines import bare_names
 from rekindle.train.finetune.predictions import Answers
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.words import encode_words
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import load_config, longest_input, place
 from rekindle.train.model.fitting import LANGUAGE, knows_segments, task_said
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import SAY_SCORES, check_label_names, problem_of_outputs
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
 ROWS_AT_A_TIME = 2048  # in memory; the more, the better texts of like length come together

@@ -30,11 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from rekindle.data.batch import length_buckets, pad
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.padding import length_buckets, pad
 from rekindle.data.source.documents import Document, read_documents
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.sources import recorded_origin
@@ -50,12 +50,13 @@ from rekindle.train.answers.windows import (
     masked_windows,
 )
 from rekindle.train.device_batch import model_inputs, send
-from rekindle.train.model.causes import quiet_transformers, running
+from rekindle.train.model.causes import running
 from rekindle.train.model.files import load_config, load_model, longest_input, place
 from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.network import StudentNetwork
 from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import tell_slow
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student

@@ -23,9 +23,9 @@ from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
 from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.model.folder import resolve_model
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import bf16_saves
 from rekindle.train.record.stored_result import write_whole
 from rekindle.train.running_out import running_out

@@ -20,13 +20,13 @@ from rekindle.data.storage.atomic import new_folder
 from rekindle.train.export.card import CARD_FILE, export_card
 from rekindle.train.export.plain import distance, plain_labels, plain_model, problem_of
 from rekindle.train.export.result import Exported
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.family_head import SAME, auto_class
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.folder import is_adapter, resolve_model
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.padding import padding_of
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
 from rekindle.train.record.stored_result import write_whole
 from rekindle.train.record.working_copy import place_of

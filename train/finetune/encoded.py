@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from rekindle.data.batch import pad
 from rekindle.data.corpus.tokenizer import wrap_tokenizer
 from rekindle.data.counted import counted
+from rekindle.data.padding import pad
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.words import EncodedWords, encode_words

@@ -40,9 +40,9 @@ from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.finetune.told import Report, SeedProgress
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
+from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, tell_slow
 from rekindle.train.running_out import running_out
 

@@ -105,7 +105,8 @@ def shown(batch: Batch) -> dict[str, Tensor]:
 def labels_of(batch: Batch, task: str) -> Tensor:
     """Return labels [B,S] as the models of transformers take them; −100: no cross-entropy."""
     if task == "causal_lm":
-        clean = np.where(batch.attention_mask, batch.input_ids, IGNORED)
+        learnt = batch.attention_mask if batch.trained is None else batch.trained
+        clean = np.where(learnt, batch.input_ids, IGNORED)
         return torch.from_numpy(clean).long()
     assert batch.masked is not None
     labels = np.full(batch.input_ids.shape, IGNORED, np.int64)

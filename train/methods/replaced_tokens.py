@@ -148,6 +148,8 @@ class ReplacedTokens(Method):
         Nothing is replaced in the others, and that is nothing to learn from.
         """
         judged = batch.attention_mask & ~self.special[batch.input_ids]
+        if batch.trained is not None:
+            judged &= batch.trained
         with_target = np.zeros(len(judged), bool)
         with_target[self._target(batch).rows] = True
         return np.flatnonzero(judged & with_target[:, None])

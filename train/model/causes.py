@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rekindle.data.errors import InputError, RekindleError, first_words
 from rekindle.train.model.folder import SETTINGS_FILE, StoredTensor
+from rekindle.train.outside.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,22 +57,6 @@ PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 TRAINED = "what is trained begins from whole weights"
 MERGED = "an adapter is merged into whole weights"
 DEQUANTISE = "dequantise the model (model.dequantize()) and save it with save_pretrained"
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and reports; what matters is raised by us."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(50)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 @contextmanager

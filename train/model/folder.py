@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
+from rekindle.data.corpus.tokenizer_files import has_tokenizer_files, is_gguf
 from rekindle.data.errors import InputError, first_words
 from rekindle.data.storage.client import is_remote
 from rekindle.data.storage.folders import folder_copy
 from rekindle.data.text_files import refuse_pointer
 from rekindle.train.model.unfinished import unfinished, usable_checkpoint
+from rekindle.train.outside.gguf import folder_of_gguf
 
 log = logging.getLogger("rekindle")
 
@@ -41,11 +42,13 @@ class StoredTensor:
 
 
 def resolve_model(path_or_id: str) -> Path:
-    """The local directory of a model; a hub id is downloaded (or found in the hub's cache), and of
-    a folder in a store (``s3://…``) there is a local copy.
+    """The local directory of a model; a hub id is downloaded (or found in the hub's cache), of a
+    folder in a store (``s3://…``) there is a local copy, and one is made of a GGUF file.
 
     Raises InputError when it is none of these.
     """
+    if is_gguf(path_or_id):
+        return folder_of_gguf(path_or_id)
     if is_remote(path_or_id):
         copied = folder_copy(path_or_id.rstrip("/"))
         try:
@@ -88,8 +91,8 @@ def check_folder(directory: Path) -> None:
     ggufs = sorted(path.name for path in directory.glob("*.gguf"))
     if ggufs:
         raise InputError(
-            f"{directory} holds a GGUF file ({ggufs[0]}) and no {SETTINGS_FILE}: llama.cpp's "
-            "format is not read. Give the model that it was made of, as save_pretrained writes it"
+            f"{directory} holds a GGUF file ({ggufs[0]}) and no {SETTINGS_FILE}. Name the file: "
+            f"{directory / ggufs[0]}, or give `gguf_file: {ggufs[0]}` beside `model`"
         )
     if list(directory.glob("adapter_model.*")):
         raise InputError(

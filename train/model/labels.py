@@ -76,18 +76,25 @@ def outputs_in_file(
     return rows.pop() if len(rows) == 1 else None
 
 
+# By class and configuration: every reading of a classifier's configuration asks for them.
+_ROWS: dict[tuple[object, ...], list[str]] = {}
+
+
 def output_tensors(config: "PretrainedConfig", auto_class: str) -> list[str]:
     """The names of a head's tensors that have a row for each output."""
     probe = copy.deepcopy(config)
     probe.num_labels = _A_COUNT
     probe.problem_type = None
-    model = shape_only(probe, auto_class)
-    body = f"{model.base_model_prefix}."
-    return [
-        name
-        for name, values in model.state_dict().items()
-        if values.shape[:1] == (_A_COUNT,) and not name.startswith(body)
-    ]
+    key = (auto_class, type(config), repr(vars(probe)))
+    if key not in _ROWS:
+        model = shape_only(probe, auto_class)
+        body = f"{model.base_model_prefix}."
+        _ROWS[key] = [
+            name
+            for name, values in model.state_dict().items()
+            if values.shape[:1] == (_A_COUNT,) and not name.startswith(body)
+        ]
+    return list(_ROWS[key])
 
 
 def gives_scores(config: "PretrainedConfig") -> bool:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from rekindle.data.errors import InputError, naming
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.train.model.causes import quiet_transformers
 from rekindle.train.model.family_head import SECTION, FamilyHead
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.meta import read_tensors
 from rekindle.train.model.passes import Recorded, with_known_padding
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
+from rekindle.train.outside.quiet import quiet_transformers
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
 SEGMENTS = "token_type_ids"

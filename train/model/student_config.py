@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from rekindle.data.settings import Place, Settings
+from rekindle.data.settings import GGUF_FILE, Place, Settings, with_gguf_file
 from rekindle.train.schedules import Amount, Count, Positive, Seed
 
 ALL_LINEAR = "all-linear"
@@ -134,6 +134,7 @@ class StudentConfig(Settings):
     model: Place = Field(
         description="a model directory or a hub id: weights, or only a config.json"
     )
+    gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
     from_scratch: bool = Field(False, description="start from random weights of that configuration")
     task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
         "masked_lm",
@@ -161,6 +162,8 @@ class StudentConfig(Settings):
     lora: LoraConfig | None = Field(
         None, description="train an adapter of the model in place of the model; null: all of it"
     )
+
+    _with_file = model_validator(mode="before")(with_gguf_file)
 
     @model_validator(mode="after")
     def _adapts_what_stays(self) -> "StudentConfig":

@@ -130,7 +130,7 @@ def at_masked_positions(batch: Batch) -> Batch:
 
 def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
     """Count the rows of a batch whose targets have been selected."""
-    labels = int(np.maximum(batch.lengths - 1, 0).sum())
+    labels = len(batch.next_places[0])
     if task == "masked_lm":  # without masks no loss is of the text
         labels = 0 if batch.masked is None else len(batch.masked.labels)
     rows: dict[str, int] = {}

@@ -130,9 +130,8 @@ class Replay:
         """Add this process's share of a step to what each domain was replayed with."""
         if self.every is None or not self.names:
             return
-        rows = np.maximum(batch.lengths - 1, 0)
-        if batch.masked is not None:
-            rows = np.bincount(batch.masked.rows, minlength=len(batch.index))
+        owners = batch.next_places[0] if batch.masked is None else batch.masked.rows
+        rows = np.bincount(owners, minlength=len(batch.index))
         for domain, tokens in zip(batch.domains, rows.tolist(), strict=True):
             if domain in self.names:
                 self._own[self.names.index(domain)] += tokens

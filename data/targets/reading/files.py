@@ -24,6 +24,11 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
     return info
 
 
+def is_begun(store: Store, name: str) -> bool:
+    """Whether a teacher's folder holds anything: its first writer may have been killed before."""
+    return bool(store.names(f"targets/{name}") or store.names(f"targets/{name}/commits"))
+
+
 def is_described(store: Store, name: str) -> bool:
     """Whether the cache has a teacher of that name."""
     return "teacher.json" in store.names(f"targets/{name}")

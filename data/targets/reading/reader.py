@@ -14,6 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.columns import TRAINED, learnt_content
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
@@ -133,9 +134,11 @@ class TeacherReader(RowReader):
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the teacher's weights; of its provenance, where it was imported."""
+        """The digest of the teacher's weights; of its provenance, where it was imported; of a
+        server's answers to the probes.
+        """
         prints = self.info.fingerprints
-        return prints.get("weights") or prints.get("provenance") or ""
+        return prints.get("weights") or prints.get("provenance") or prints.get("probes") or ""
 
     @property
     def folder(self) -> str:
@@ -300,7 +303,7 @@ class TeacherReader(RowReader):
                 f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
                 "scores and hard positions need a masked_lm or causal_lm teacher"
             )
-        lacks = () if self.info.imported is None else self.info.imported.lacks
+        lacks = self.info.lacks
         if {*lacks} & {*SCALARS[:3]}:
             raise InputError(
                 f"teacher {self.info.name!r} was imported without what it says of the true tokens: "
@@ -357,12 +360,14 @@ def target_positions(
 
     What the replica of a masked view masks; of a masked LM that sees the text as it is, all but
     special tokens. A causal LM's position t holds the distribution of token t + 1: the last has
-    none.
+    none. Of a corpus that says what is trained, those of trained tokens alone.
     """
     if view is not None:
         masked = split_lists(view.batches(shard, replica), "positions")
         return [row.astype(np.int64) for row in masked]
     batches = [*corpus.shard(shard).batches()]
     if info.sees_clean_text:
-        return [np.flatnonzero(starts >= 0) for starts in split_lists(batches, "char_starts")]
+        return [np.flatnonzero(row) for batch in batches for row in learnt_content(batch)]
+    if corpus.has_trained:
+        return [np.flatnonzero(row[1:]) for row in split_lists(batches, TRAINED)]
     return [np.arange(max(0, len(ids) - 1)) for ids in split_lists(batches, "input_ids")]

@@ -10,6 +10,7 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.data.storage import client, patience
+from rekindle.data.storage.client import Client
 from rekindle.data.storage.patience import Patience, is_passing
 from rekindle.data.storage.store import open_store
 from testlib.servers.faulty_s3 import Faulty, faulty_server
@@ -160,6 +161,13 @@ class NoCredentialsError(Exception):
     pass
 
 
+class HttpError(Exception):
+    """As gcsfs raises it, which has not the errors of S3's clients."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+
 @pytest.mark.parametrize(
     ("error", "passing"),
     [
@@ -169,6 +177,8 @@ class NoCredentialsError(Exception):
         (PermissionError("403"), False),
         (NoCredentialsError(), False),
         (ValueError("bad bucket"), False),
+        *((HttpError(code), True) for code in (408, 429, 500, 503)),
+        *((HttpError(code), False) for code in (400, 401, 403, 412)),
     ],
 )
 def test_what_passes_by_itself(error: Exception, passing: bool) -> None:
@@ -176,3 +186,13 @@ def test_what_passes_by_itself(error: Exception, passing: bool) -> None:
     outer = OSError("translated")
     outer.__cause__ = error
     assert is_passing(outer) is passing
+
+
+def test_a_client_that_would_wait_for_ever_has_a_limit(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "fsspec.core.url_to_fs", lambda url, **how: (asked.setdefault(url, how), url)
+    )
+    for url in ("gs://bucket/a", "s3://bucket/a"):
+        Client(url)
+    assert asked == {"gs://bucket/a": {"requests_timeout": 300.0}, "s3://bucket/a": {}}

@@ -19,6 +19,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks import audit
 from rekindle.pipeline.checks.verify import VerifyReport, verify_cache
 from testlib.caches import problems
+from testlib.models import AUTO
 
 NAMES = ["lm", "causal", "dense", "odd", "classes", "score", "words", "pairs"]
 
@@ -306,8 +307,9 @@ def test_sequences_of_other_domains_are_passed_over(sound, configure, teachers, 
 
 def test_an_audit_finds_targets_of_another_model(copy, configure, teachers, make_model, wordpiece):
     """The weights are those on record, the targets are not: what only an audit can see."""
-    other = make_model("bert", "AutoModelForMaskedLM", wordpiece, seed=7)
-    classes = make_model("bert", "AutoModelForSequenceClassification", wordpiece, seed=7)
+    of_one_layer = {"seed": 7, "num_hidden_layers": 1}  # as the teachers are
+    other = make_model("bert", AUTO["masked_lm"], wordpiece, **of_one_layer)
+    classes = make_model("bert", AUTO["sequence_classification"], wordpiece, **of_one_layer)
     chosen = [teachers[0], teachers[4]]
     for teacher, model in zip(chosen, (other, classes), strict=True):
         folder = copy / "targets" / teacher["name"]

@@ -148,10 +148,13 @@ def test_weights_and_buffers_are_those_of_one_process(seen):
 
 
 def test_no_process_holds_more_than_its_shard_and_a_tensor(seen):
-    """Truncated normal distributions take what torch's function takes beside its tensor."""
+    """Truncated normal distributions take what torch's function takes beside its tensor; of an
+    new embedding whose padding is set to zero there are two for a moment.
+    """
+    beside = {"modernbert-new": 5, "mixtral": 3, "mixtral-new": 3, "bert-new": 2, "llama-new": 2}
     for name, each in seen.items():
         for one in each:
-            tensors = 5 if name == "modernbert-new" else 3 if "mixtral" in name else 1
+            tensors = beside.get(name, 1)
             most = 1.01 * (one["own"] + tensors * one["largest"])  # FSDP2 pads what is uneven
             assert one["most"] <= most, (name, one)
             assert one["usual"] > most, (name, one)  # the meter does see what is held

@@ -9,7 +9,7 @@ import torch
 from rekindle.train.evaluate import EvaluationData, evaluate
 from rekindle.train.method import Method
 from rekindle.train.objective.held_out_loss import HeldOutLoss
-from testlib.objective.cases import CASES, WORLDS, alone, term
+from testlib.objective.cases import SPLIT, WORLDS, alone, term
 from testlib.objective.setting import CPU, Setting
 
 
@@ -45,7 +45,7 @@ def setting_of(request):
     return make
 
 
-@pytest.mark.parametrize(("world", "name"), CASES)
+@pytest.mark.parametrize(("world", "name"), SPLIT)
 def test_the_held_out_loss_is_the_objective_of_all_of_them_at_once(setting_of, world, name):
     """However they are cut into batches, whatever of it is formed for other values anyway."""
     setting = setting_of(world, WORLDS[world][name])

@@ -65,7 +65,7 @@ def test_divergence_and_tail_reach_the_loss(masked_world, divergence, tail):
     for index in (4, 9):
         seen, _, _ = language_example(setting, index)
         target = targets_of(setting, setting.cache.example(index), "big")
-        logits = ask(setting, seen)[0][torch.as_tensor(target.positions)]
+        logits = ask(setting, seen)[torch.as_tensor(target.positions)]
         q, rest = tempered(target, 1.0)
         p = torch.softmax(logits, 1).gather(1, torch.as_tensor(target.ids))
         if tail == "renormalise":

@@ -7,7 +7,7 @@ import pytest
 
 from rekindle.data.batch import SequenceTargetBatch, TokenLabelBatch
 from rekindle.train.device_batch import split_batch
-from testlib.objective.cases import CASES, OBJECTIVES
+from testlib.objective.cases import OBJECTIVES, SPLIT
 from testlib.objective.setting import Setting, same_step
 
 
@@ -21,7 +21,7 @@ def test_micro_batches_of_every_size_give_the_same_gradient(masked_world, name):
         same_step(setting.run(micro=micro), whole)
 
 
-@pytest.mark.parametrize(("world", "name"), CASES)
+@pytest.mark.parametrize(("world", "name"), SPLIT)
 def test_how_a_step_is_split_changes_nothing(setting_of, world, name):
     """Neither micro-batches nor processes, each with every n-th sequence."""
     setting = setting_of(world, name, batch=range(5, 16))
@@ -32,7 +32,7 @@ def test_how_a_step_is_split_changes_nothing(setting_of, world, name):
         same_step(setting.run_apart(processes), whole)
 
 
-@pytest.mark.parametrize(("world", "name"), CASES)
+@pytest.mark.parametrize(("world", "name"), SPLIT)
 def test_all_processes_make_the_same_passes(setting_of, world, name):
     """Whatever a micro-batch lacks: otherwise they would wait for each other's gradients."""
     setting = setting_of(world, name, batch=range(3, 9))

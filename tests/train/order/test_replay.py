@@ -48,7 +48,8 @@ def batch_of(domains, labels=3, masked=True):
     rows = np.repeat(np.arange(len(domains)), labels)
     lengths = np.full(len(domains), labels + 1)
     view = SimpleNamespace(rows=rows) if masked else None
-    return SimpleNamespace(index=lengths, domains=domains, lengths=lengths, masked=view)
+    predicted = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0)), None
+    return SimpleNamespace(index=lengths, domains=domains, next_places=predicted, masked=view)
 
 
 def domain_of(number):

@@ -167,3 +167,13 @@ CAUSAL = {
 }
 WORLDS = {"masked_world": OBJECTIVES, "experts_world": MERGED, "causal_world": CAUSAL}
 CASES = [(world, name) for world, objectives in WORLDS.items() for name in objectives]
+# These differ from another case by a divergence, a temperature, or how experts are weighed, within
+# a row: their rows, means and passes, which is all that splitting a step can change, are its.
+_WITHIN_A_ROW = {
+    *("classifier, logits", "pseudo-labels of all", "entropy, all", "ranking, points alone"),
+    *("mixture, reverse", "mixture, jsd", "mixture, skewed", "mixture, tvd"),
+    *("muki, hot", "muki, no margin", "muki, hard, no margin", "muki, hard, reverse"),
+    *("muki, jsd", "muki, tvd, hard", "concatenate, merged"),
+}
+SPLIT = [case for case in CASES if case[1] not in _WITHIN_A_ROW]
+assert len(CASES) - len(SPLIT) == len(_WITHIN_A_ROW)

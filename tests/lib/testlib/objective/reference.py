@@ -4,6 +4,7 @@ The reference knows nothing of batches: it walks over decoded examples one by on
 model for all its logits, and writes the losses down as the papers do.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -17,16 +18,30 @@ EPOCH = 1
 LOG_OF_ZERO = -126 * math.log(2)  # of a probability of 0, where reverse KL needs it
 
 
-def ask(setting, ids, types=None):
-    """(logits [S,V], final states [S,H]) of one sequence, without any padding."""
+def inputs_of(ids, types=None):
+    """One sequence, without any padding."""
     inputs = {"input_ids": torch.as_tensor(ids).long()[None]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if types is not None:
         inputs["token_type_ids"] = torch.as_tensor(types).long()[None]
-    model = setting.student.model
-    logits = model(**inputs).logits[0]
-    states = model.base_model(**inputs).last_hidden_state[0]
-    return logits[:, : setting.vocabulary], states
+    return inputs
+
+
+def ask(setting, ids):
+    """The logits [S,V] of one sequence."""
+    return setting.student.model(**inputs_of(ids)).logits[0][:, : setting.vocabulary]
+
+
+def final_states(setting, ids, types=None):
+    """The final states [S,H] of one sequence."""
+    body = setting.student.model.base_model
+    return body(**inputs_of(ids, types)).last_hidden_state[0]
+
+
+@functools.lru_cache(1000)
+def example_of(cache, index):
+    """Decoded once: every objective of a world asks for the same ones."""
+    return cache.example(index)
 
 
 def head(setting, name, state):
@@ -102,7 +117,7 @@ def masked_example(setting, index):
 
 def language_example(setting, index):
     """(inputs, positions with an LM loss, their labels)."""
-    clean = setting.cache.example(index).input_ids
+    clean = example_of(setting.cache, index).input_ids
     if setting.task == "causal_lm":
         return clean, np.arange(len(clean) - 1), clean[1:]
     seen, positions = masked_example(setting, index)
@@ -141,8 +156,8 @@ def language_sums(setting, terms, sums):
     """CE and KL over all examples."""
     for index in setting.index.tolist():
         seen, positions, labels = language_example(setting, index)
-        logits, _ = ask(setting, seen)
-        example = setting.cache.example(index)
+        logits = ask(setting, seen)
+        example = example_of(setting.cache, index)
         labels = torch.as_tensor(labels).long()
         ce = F.cross_entropy(logits[positions], labels, reduction="sum")
         sums["ce"].add(ce, ce.detach(), len(positions))
@@ -195,7 +210,7 @@ def task_sums(setting, terms, sums):
             ranking_sums(setting, term, sums)
             continue
         for index in setting.index.tolist():
-            example = setting.cache.example(index)
+            example = example_of(setting.cache, index)
             for name, teachers in who_teaches(setting, example, term):
                 if term.combine in ("mixture", "uncertainty", "concatenate"):
                     sums[name].add(*mixed_row(setting, example, term))
@@ -210,7 +225,7 @@ def ranking_sums(setting, term, sums):
     for name in term.teachers:
         info, rows = setting.objective.teachers[name], []
         for index in setting.index.tolist():
-            example = setting.cache.example(index)
+            example = example_of(setting.cache, index)
             if targets_of(setting, example, name) is not None:
                 group = {"batch": "", "domain": example.domain, "document": example.document}
                 [(score, wanted)] = task_rows(setting, example, info, term)
@@ -236,7 +251,7 @@ def states_of(setting, example, info, term):
     if info.view.startswith("pairs-"):
         tokenizer = setting.cache.corpus.tokenizer
         ids, types = tokenizer.encode_pair(*example.pairs[info.view], max_length=24)
-    return ask(setting, ids, types)[1]
+    return final_states(setting, ids, types)
 
 
 def pooled(setting, states):

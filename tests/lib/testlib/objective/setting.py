@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
@@ -33,11 +34,17 @@ def built(model, task, heads, vocabulary):
     return student, {name: value.clone() for name, value in student.state_dict().items()}
 
 
+@functools.lru_cache(8)
+def opened(path):
+    """The cache there, opened once: nothing writes into a world's."""
+    return Cache.open(path)
+
+
 class Setting:
     """A student, an objective and a batch of one world; ``task`` follows the world's student."""
 
     def __init__(self, world, objective, steps=10, batch=None, missing=()):
-        self.cache = world.open()
+        self.cache = opened(world.path)
         self.task = "masked_lm" if any("masked" in v for v in self.cache.views) else "causal_lm"
         self.view = self.cache.masked_view().name if self.task == "masked_lm" else None
         config = parse_settings(ObjectiveConfig, objective)

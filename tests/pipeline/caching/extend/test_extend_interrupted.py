@@ -17,7 +17,7 @@ from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.train.device_batch import sparse_targets
 from testlib.caches import committed, examples
-from testlib.extending import (
+from testlib.stage_one.extending import (
     CPU,
     assert_kept,
     assert_same_targets,
@@ -39,12 +39,13 @@ def trains(cache: Cache, tau: float, k: int | None) -> None:
     assert torch.allclose(found.probs.sum(1) + found.tail, torch.ones(len(found.ids)), atol=1e-5)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize(
     "change", [{"taus": (1.0, 4.0)}, {"k": 9}, {"k": 9, "taus": (4.0,)}], ids=["τ", "k", "both"]
 )
 def test_interrupted_the_old_state_can_be_read_and_trained_on(
-    tmp_path, make, copied, monkeypatch, change, count
+    make, whole, copied, monkeypatch, change, count
 ):
     path = copied("causal_lm")
     before = files_of(path)
@@ -73,8 +74,7 @@ def test_interrupted_the_old_state_can_be_read_and_trained_on(
     assert_sound(path)
     wanted = {"k": 4, "taus": (1.0, 2.0)} | change
     wanted["taus"] = tuple({1.0, 2.0, *wanted["taus"]})
-    cache_teachers(make(tmp_path / "whole", **wanted))
-    assert_same_targets(Cache.open(path), Cache.open(tmp_path / "whole"))
+    assert_same_targets(Cache.open(path), whole(**wanted))
 
 
 def test_what_an_interrupted_growth_began_is_finished_by_a_larger_one(make, copied, monkeypatch):

@@ -1,0 +1,181 @@
+"""Rows of dialogues: ``messages``, and the ``tools`` that are at hand, by a chat template.
+
+Names of special tokens that a user (or a tool) writes are text; those that the template writes are
+the tokens. To tell them apart, names within messages are kept out of the template's sight, by
+characters of no meaning of the same number, and afterwards the template's own are written so.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from rekindle.data.errors import did_you_mean
+from rekindle.data.forms.template import Template, UnfitDialogue
+from rekindle.data.source.given import Dialogue, Span
+from rekindle.data.source.record import Bad, shown
+
+_FIELDS = ("messages", "tools")
+_HIDDEN, _MEANT = 0x100000, 0xF0000  # private characters: of names that are text, and of tokens
+MOST_NAMES = 0xFFFE  # a plane of private characters
+_HIDDEN_RUN = re.compile(f"([{chr(_HIDDEN)}-{chr(_HIDDEN + MOST_NAMES)}])\\1*")
+_PLANES = "".join(f"{chr(a)}-{chr(a + MOST_NAMES)}" for a in (_MEANT, _HIDDEN))
+_PRIVATE = re.compile(f"[{_PLANES}]")
+
+
+def meant_as_token(number: int, name: str) -> str:
+    """How the special token of that ``number`` is written where it is meant: as long as its name,
+    so that every character stays where it was.
+    """
+    return chr(_MEANT + number) * len(name)
+
+
+class Dialogues:
+    """Reads them. ``names`` are those of the special tokens; ``as_tokens``: they are tokens where
+    a message has them, too.
+    """
+
+    def __init__(self, template: Template, names: Sequence[str], as_tokens: bool):
+        self.template, self.names, self.as_tokens = template, tuple(names), as_tokens
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it reads."""
+        return _FIELDS
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def _find(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self.names), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def __call__(
+        self, values: Mapping[str, object], columns: bool, where: str
+    ) -> tuple[str, Dialogue] | Bad:
+        """The dialogue of a record, as its template writes it."""
+        try:
+            found, spans = self.template.render(*self._shown(values, columns))
+        except UnfitDialogue as error:
+            return Bad(error.kind, f"{where}: {error.told}")
+        return self._document(found, spans, where)
+
+    def prompt(
+        self, values: Mapping[str, object], columns: bool, where: str
+    ) -> tuple[str, Dialogue] | Bad:
+        """The same up to where the assistant is to speak, without what it says last."""
+        try:
+            messages, tools = self._shown(values, columns)
+            while messages and messages[-1].get("role") == "assistant":
+                messages.pop()
+            found = self.template.prompt(messages, tools)
+        except UnfitDialogue as error:
+            return Bad(error.kind, f"{where}: {error.told}")
+        return self._document(found, (), where)
+
+    def _shown(
+        self, values: Mapping[str, object], columns: bool
+    ) -> tuple[list[dict[str, object]], list[object] | None]:
+        """What the template sees of a record."""
+        messages, tools = _messages(values, columns), _tools(values, columns)
+        hidden = [{key: self._hidden(one) for key, one in each.items()} for each in messages]
+        return hidden, None if tools is None else [*map(self._hidden, tools)]
+
+    def _document(
+        self, found: str, spans: tuple[Span, ...], where: str
+    ) -> tuple[str, Dialogue] | Bad:
+        if not found or found.isspace():
+            return Bad("nothing written", f"{where}: the template writes nothing of the dialogue")
+        return self._back(found), Dialogue(self._back(self._mean(found)), spans)
+
+    # --- names of special tokens ---
+
+    def _hide(self, text: str) -> str:
+        if _PRIVATE.search(text):
+            raise UnfitDialogue(
+                "private characters",
+                "a message has characters from Unicode's private planes 15 or 16, which are used "
+                "to tell names of special tokens from the tokens; take them out",
+            )
+        if self.as_tokens:
+            return text
+        return self._find.sub(lambda m: chr(_HIDDEN + self._numbers[m[0]]) * len(m[0]), text)
+
+    def _mean(self, text: str) -> str:
+        return self._find.sub(lambda m: meant_as_token(self._numbers[m[0]], m[0]), text)
+
+    def _back(self, text: str) -> str:
+        if not _HIDDEN_RUN.search(text):
+            return text
+        return _HIDDEN_RUN.sub(self._named, text)
+
+    def _named(self, run: re.Match[str]) -> str:
+        name, length = self.names[ord(run[0][0]) - _HIDDEN], len(run[0])
+        return (name * -(-length // len(name)))[:length]
+
+    def _hidden(self, value: object) -> object:
+        if isinstance(value, str):
+            return self._hide(value)
+        if isinstance(value, Mapping):
+            return {key: self._hidden(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [*map(self._hidden, value)]
+        return value
+
+
+# --- what a record holds --------------------------------------------------------------------------
+
+
+def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, object]]:
+    given = values.get("messages")
+    if given is None:
+        has = ", ".join(map(str, values)) or "no fields"
+        near = did_you_mean("messages", map(str, values))
+        if "conversations" in values:
+            near = "; rename conversations, with role and content for from and value"
+        raise UnfitDialogue("no messages", f"no field 'messages'; it has: {has}{near}")
+    messages = _parsed(given, "messages")
+    if not isinstance(messages, list) or not messages:
+        raise UnfitDialogue("no messages", f"messages must be a list, and is {shown(given)}")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            told = f"message {number} is {shown(message)}; each has a role (and a content)"
+            raise UnfitDialogue("no message", told)
+    return [
+        # As transformers does: templates write what is null as "None".
+        {key: _filled(value, columns) for key, value in message.items() if value is not None}
+        for message in messages
+    ]
+
+
+def _tools(values: Mapping[str, object], columns: bool) -> list[object] | None:
+    tools = _parsed(values.get("tools"), "tools")
+    if tools is None or tools == []:
+        return None
+    found = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [None]
+    if not all(isinstance(tool, Mapping) for tool in found):
+        told = f"tools must be a list of their JSON schemas, and is {shown(tools)}"
+        raise UnfitDialogue("wrong tools", told)
+    return [_filled(tool, columns) for tool in found]
+
+
+def _parsed(value: object, field: str) -> object:
+    """A value, or what is in it, where it is JSON in a text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UnfitDialogue(f"wrong {field}", f"{field} is text and no JSON: {error}") from None
+
+
+def _filled(value: object, columns: bool) -> object:
+    """The value without what is null in it, where ``columns`` have nulls for what others have."""
+    if not columns:
+        return value
+    if isinstance(value, Mapping):
+        kept = {key: one for key, one in value.items() if one is not None}
+        return {key: _filled(one, columns) for key, one in kept.items()}
+    return [_filled(one, columns) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,141 @@
+"""Renders dialogues by a chat template, and finds what the assistant says in what it writes.
+
+No token is made here. Templates are programs of strangers: they run in transformers' sandbox.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from rekindle.data.errors import InputError
+from rekindle.data.source.given import Span
+from rekindle.data.storage.addresses import open_binary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Some templates write the day into the system message: a corpus is the same every day.
+DAY = "26 Jul 2024"
+_GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
+_TODAY = f"{{%- macro strftime_now(format) -%}}{DAY}{{%- endmacro -%}}"
+
+Messages = Sequence[Mapping[str, object]]
+
+
+class UnfitDialogue(Exception):
+    """What is wrong with a dialogue: of which kind, for counts, and in words."""
+
+    def __init__(self, kind: str, told: str):
+        super().__init__(told)
+        self.kind, self.told = kind, told
+
+
+class Template:
+    """A chat template: its ``source`` as Jinja, and the special tokens by the names it knows."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+        self.source, self.special_tokens = source, dict(special_tokens)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what it writes."""
+        said = f"{self.source}\0{sorted(self.special_tokens.items())}"
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether it says itself what the assistant generates, by ``{% generation %}``."""
+        return bool(_GENERATION.search(self.source))
+
+    def render(
+        self, messages: Messages, tools: Sequence[object] | None
+    ) -> tuple[str, tuple[Span, ...]]:
+        """The dialogue as text, and where in it the assistant speaks.
+
+        Raises UnfitDialogue where the template raises, and where what it writes of the first turns
+        is not what it writes of them in the whole.
+        """
+        if self.marks_generation:
+            text, spans = self._written(messages, tools, marked=True)
+            return text, tuple((a, b) for a, b in spans if a < b)
+        text = self._written(messages, tools)[0]
+        spans = []
+        for number, message in enumerate(messages):
+            if message.get("role") == "assistant":
+                before = self._written(messages[:number], tools, prompt=True)[0]
+                said = self._written(messages[: number + 1], tools)[0]
+                if not said.startswith(before) or not text.startswith(said):
+                    raise _rewritten(number)
+                spans.append((len(before), len(said)))
+        return text, tuple((a, b) for a, b in spans if a < b)
+
+    def prompt(self, messages: Messages, tools: Sequence[object] | None) -> str:
+        """The messages as text, up to where the assistant is to speak. UnfitDialogue where the
+        template raises.
+        """
+        return self._written(messages, tools, prompt=True)[0]
+
+    def _written(
+        self,
+        messages: Messages,
+        tools: Sequence[object] | None,
+        marked: bool = False,
+        prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        source = _TODAY + self.source if "strftime_now" in self.source else self.source
+        try:
+            texts, spans = render_jinja_template(
+                [[*messages]],
+                tools=None if tools is None else [*tools],
+                chat_template=source,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:  # whatever it does with what it did not expect
+            count = len(messages)
+            part = f" (of the first {count} messages, with a prompt for the next)" if prompt else ""
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            told = f"the chat template raises{part}: {told}"
+            raise UnfitDialogue("the template raises", told) from None
+        return str(texts[0]), [*spans[0]] if marked else []
+
+
+def _rewritten(number: int) -> UnfitDialogue:
+    return UnfitDialogue(
+        "the template rewrites turns",
+        f"what the template writes up to message {number + 1} is not what it writes of it within "
+        "the whole dialogue (it rewrites earlier turns), so what the assistant says cannot be "
+        "found. Put {% generation %} … {% endgeneration %} around it in a template of your own "
+        "(corpus.chat_template: FILE)",
+    )
+
+
+def find_template(hf: "PreTrainedTokenizerFast", name: str, file: str | None) -> Template:
+    """The template in a ``file``, else that of the tokenizer called ``name``.
+
+    Raises InputError where there is none.
+    """
+    source = hf.chat_template if file is None else _read(file)
+    if isinstance(source, dict):  # some tokenizers have several, by name
+        source = source.get("default")
+    if not source:
+        raise InputError(
+            f"the tokenizer {name} has no chat template, and dialogues (corpus.format: chat) are "
+            "written by one. Give a file with one, in Jinja (corpus.chat_template: FILE), or the "
+            "tokenizer of the model's instruction-tuned sibling, which has one"
+        )
+    return Template(str(source), hf.special_tokens_map)
+
+
+def _read(path: str) -> str:
+    try:
+        with open_binary(path) as file:
+            return bytes(file.read()).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"corpus.chat_template: {path} cannot be read: {told}") from None

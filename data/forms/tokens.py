@@ -1,0 +1,110 @@
+"""Rows of tokens: ``input_ids``, and ``labels`` or ``loss_mask``, which say what is trained."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.errors import did_you_mean
+from rekindle.data.source.given import GivenTokens
+from rekindle.data.source.record import Bad, shown
+
+UNTRAINED = -100  # the label of a token that is not trained, as transformers and torch have it
+_FIELDS = ("input_ids", "labels", "loss_mask")
+
+
+class TokenRows(NamedTuple):
+    """Reads them; ids lie below ``size`` and not in ``holes`` (first, past the last)."""
+
+    size: int
+    holes: tuple[tuple[int, int], ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it reads."""
+        return _FIELDS
+
+    def __call__(
+        self, values: Mapping[str, object], columns: bool, where: str
+    ) -> tuple[str, GivenTokens] | Bad:
+        """The tokens of a record, with no text."""
+        ids = self._ids(values, where)
+        if isinstance(ids, Bad):
+            return ids
+        trained = _trained(values, ids, where)
+        if isinstance(trained, Bad):
+            return trained
+        return "", GivenTokens(ids.astype(np.int32), trained)
+
+    def _ids(self, values: Mapping[str, object], where: str) -> NDArray[np.int64] | Bad:
+        if values.get("input_ids") is None:
+            has = ", ".join(map(str, values)) or "no fields"
+            near = did_you_mean("input_ids", map(str, values))
+            return Bad("no tokens", f"{where}: no field 'input_ids'; it has: {has}{near}")
+        ids = _integers(values["input_ids"])
+        if ids is None or not len(ids):
+            told = f"the field 'input_ids' holds {shown(values['input_ids'])}"
+            return Bad("no tokens", f"{where}: {told}; it must be a list of ids, one or more")
+        known = (ids >= 0) & (ids < self.size)
+        for first, past in self.holes:
+            known &= (ids < first) | (ids >= past)
+        if not known.all():
+            at = int(np.flatnonzero(~known)[0])
+            return Bad(
+                "ids outside the vocabulary",
+                f"{where}: input_ids[{at}] is {ids[at]}, which is no token of corpus.tokenizer "
+                f"({self.size:,} ids): the row was made with another tokenizer",
+            )
+        return ids
+
+
+def _integers(value: object) -> NDArray[np.int64] | None:
+    """A list of whole numbers, of whatever width; None for anything else."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        return None
+    if any(isinstance(one, bool | float | str) or one is None for one in value):
+        return None
+    try:
+        found = np.asarray(value, np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if found.ndim == 1 else None
+
+
+def _trained(
+    values: Mapping[str, object], ids: NDArray[np.int64], where: str
+) -> NDArray[np.bool_] | Bad | None:
+    """Which tokens are trained; None where the record does not say: all of them."""
+    given = [name for name in _FIELDS[1:] if values.get(name) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        told = "it has labels and loss_mask; which of them says what is trained is not clear"
+        return Bad("labels and loss_mask", f"{where}: {told}: leave one out")
+    (name,) = given
+    value = values[name]
+    if isinstance(value, list) and name == "loss_mask":
+        value = [int(one) if isinstance(one, bool) else one for one in value]
+    found = _integers(value)
+    if found is None or len(found) != len(ids):
+        many = "no list of whole numbers" if found is None else f"{len(found):,}"
+        told = f"{name} must be as many numbers as input_ids ({len(ids):,}), and is {many}"
+        return Bad(f"wrong {name}", f"{where}: {told}")
+    if name == "loss_mask":
+        if not np.isin(found, (0, 1)).all():
+            told = "loss_mask must be 1 (trained) or 0 at each token"
+            return Bad("wrong loss_mask", f"{where}: {told}; it has {found.min()}..{found.max()}")
+        return found == 1
+    trained = found != UNTRAINED
+    wrong = np.flatnonzero(trained & (found != ids))
+    if len(wrong):
+        at = int(wrong[0])
+        shifted = np.array_equal(found[:-1][trained[:-1]], ids[1:][trained[:-1]])
+        hint = ". They are shifted by one: transformers shifts labels itself" if shifted else ""
+        return Bad(
+            "wrong labels",
+            f"{where}: labels[{at}] is {found[at]} and input_ids[{at}] {ids[at]}; a label is the "
+            f"token's own id, or {UNTRAINED} where it is not trained{hint}",
+        )
+    return trained

@@ -1,0 +1,43 @@
+"""Dialogues that a template has written already, as rows: of samples, which are read once more."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rekindle.data.source.documents import Document
+from rekindle.data.source.given import Dialogue, GivenTokens
+
+WRITTEN = "written"  # what records of such rows hold; no configuration names it
+_FIELDS = ("text", "written", "trained")
+
+
+class WrittenDialogues:
+    """Reads what ``row_of`` gives."""
+
+    fields = _FIELDS
+
+    def __call__(
+        self, values: Mapping[str, Any], columns: bool, where: str
+    ) -> tuple[str, Dialogue]:
+        """The dialogue of a row."""
+        spans = tuple((int(a), int(b)) for a, b in values["trained"])
+        return values["text"], Dialogue(values["written"], spans)
+
+
+def content_of(document: Document) -> str:
+    """What a row of the document holds."""
+    given = document.given
+    if given is None:
+        return "text"
+    return WRITTEN if isinstance(given, Dialogue) else "tokens"
+
+
+def row_of(document: Document) -> dict[str, object]:
+    """The document as a row, which is read as ``content_of`` says."""
+    row: dict[str, object] = {"id": document.id, "domain": document.domain or ""}
+    given = document.given
+    if isinstance(given, Dialogue):
+        return row | {"text": document.text, "written": given.written, "trained": given.trained}
+    if isinstance(given, GivenTokens):
+        mask = None if given.trained is None else given.trained.astype(int).tolist()
+        return row | {"input_ids": given.ids.tolist(), "loss_mask": mask}
+    return row | {"text": document.text, "pair": document.pair}
