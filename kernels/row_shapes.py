@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     programs: int | None = None  # that share the rows; None: as many as there are rows
 
     @property
-    def constants(self) -> dict[str, object]:
+    def constants(self) -> dict[str, int]:
         """What the kernel is compiled for."""
         kernel = {"HELD": self.held, "CTAS": self.ctas, "STAGES": self.stages, "BLOCK": self.block}
         return kernel | {

@@ -136,18 +136,11 @@ def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_every_shape(tau: float, divergence: str, dtype: torch.dtype) -> None:
     """A peaked row, whose listed ids are taken out, a row of weight 0, a softcap, odd starts."""
-    case = make(rows=5, vocabulary=1023, k=9, dtype=dtype)
+    case = make(rows=5, vocabulary=523, k=9, dtype=dtype)
     weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5], device=DEVICE)
     options: dict[str, Any] = {"labels": case["labels"], "row_weight": weight, "ce_weight": 0.5}
-    assert_agrees(
-        case,
-        temperature=tau,
-        divergence=divergence,
-        softcap=15.0 if tau == 2.0 else None,
-        **options,
-    )
-    options = {"kd_weight": tau**-2, "reduction": "none"}
-    assert_agrees(case, temperature=tau, divergence=divergence, **options)
+    options |= {"temperature": tau, "divergence": divergence}
+    assert_agrees(case, softcap=15.0 if tau == 2.0 else None, **options)
 
 
 @pytest.mark.usefixtures("shape")
@@ -155,14 +148,14 @@ def test_every_shape_takes_heavy_ids_out_exactly() -> None:
     """Twelve listed ids, more than are taken out at a time, each hide what is left by a factor of
     e³; they stand at both edges and in every part of the row, and ties stand beside them.
     """
-    z = torch.zeros(3, 1021)
-    ids = torch.tensor([0, 1, 255, 256, 300, 511, 512, 700, 767, 768, 1016, 1020]).repeat(3, 1)
+    z = torch.zeros(3, 509)
+    ids = torch.tensor([0, 1, 127, 128, 150, 255, 256, 350, 383, 384, 504, 508]).repeat(3, 1)
     z[:, ids[0]] = torch.arange(12.0) * 3 + 3
     z[1, 2] = 9.0  # not listed, and as likely as one that is
-    z[2] += torch.linspace(-80, 0, 1021)
+    z[2] += torch.linspace(-80, 0, 509)
     probs = torch.full((3, 12), 0.08)
     case = {"logits": z.to(DEVICE), "ids": ids.to(DEVICE), "probs": probs.to(DEVICE)}
-    labels = torch.tensor([1020, 2, 5], device=DEVICE)
+    labels = torch.tensor([508, 2, 5], device=DEVICE)
     assert_agrees(case, labels=labels, ce_weight=0.5, temperature=1.0)
     assert_agrees(case, temperature=2.0, divergence="jsd")
 
