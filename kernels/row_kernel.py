@@ -36,10 +36,12 @@ import triton
 import triton.language as tl
 
 from rekindle.kernels.row_divergence import (
+    decoded,
     divergence_of_row,
     max_of_row,
     rest_of_teacher,
     sum_of_row,
+    target_of_teacher,
 )
 from rekindle.kernels.row_sums import (
     exponentials,
@@ -52,7 +54,6 @@ from rekindle.kernels.row_sums import (
     streamed_sums,
     sums_of_others,
 )
-from rekindle.kernels.row_targets import decoded, target_of_teacher
 from rekindle.kernels.targets import LOG_OF_ZERO
 
 _LOG2E = tl.constexpr(1.4426950408889634)
