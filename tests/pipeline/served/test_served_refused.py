@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.settings import parse_settings
+from rekindle.data.settings import free_keys, parse_settings
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -34,6 +34,12 @@ def test_a_served_teacher_needs_its_server_alone():
     assert config.resources.num_gpus == 0
     again = parse_settings(TeacherConfig, config.model_dump(mode="json"))
     assert again == config
+
+
+def test_what_may_change_when_work_goes_on():
+    free = {key.removeprefix("served.") for key in free_keys(parsed()) if "served" in key}
+    fixed = {*ServedConfig.model_fields} - free
+    assert fixed == {"model", "tokenizer"}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def no_units(path: Path) -> bool:
 @pytest.mark.parametrize(
     ("server", "more", "told"),
     [
-        ({"max_logprobs": 5}, {}, "of 6, which is greater than max allowed: 5"),
+        ({"max_logprobs": 5}, {}, "max allowed: 5. Serve the model with --max-logprobs 6"),
         ({"max_model_len": 24}, {}, "--max-model-len 25"),
         ({"name": "tiny-2"}, {}, "has no model 'tiny' (it has: tiny-2); did you mean 'tiny-2'?"),
         ({"api_key": "k"}, {}, "name the environment variable that has it"),
@@ -106,6 +112,7 @@ WRONG = {
     "ids": "999999 is no token of the cache's vocabulary",
     "few": "and the 6 likeliest were asked for",
     "hole": "lacks the candidate of rank 3",
+    "null": "entry 2 is null: the server has read that part of the prompt from its prefix cache",
     "none": "has no prompt_logprobs",
     "index": "there must be one for each, from 0",
 }
