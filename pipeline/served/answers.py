@@ -41,7 +41,7 @@ class Answers:
         Raises InputError, naming the place, for what is no distribution's top, or not of these
         tokens.
         """
-        fields: dict[str, Any] = fields_of_prompt(entries, tokens)
+        fields = _fields(entries, tokens)
         _check_entries(entries, self.info.k or 0)
         fields = {name: [values[at] for at in positions] for name, values in fields.items()}
         self._without_foreign(fields, positions)
@@ -66,6 +66,17 @@ class Answers:
                 )
             fields["ids"][place] = [ids[n] for n in kept]
             fields["log_probs"][place] = [log_probs[n] for n in kept]
+
+
+def _fields(entries: Any, tokens: NDArray[np.int32]) -> dict[str, Any]:
+    """As ``fields_of_prompt``; an engine may give none of what it has read before."""
+    if isinstance(entries, list) and len(entries) == len(tokens) and None in entries[1:]:
+        raise InputError(
+            f"prompt_logprobs: entry {entries.index(None, 1)} is null: the server has read that "
+            "part of the prompt from its prefix cache. Serve the model with "
+            "--no-enable-prefix-caching"
+        )
+    return fields_of_prompt(entries, tokens)
 
 
 def _check_entries(entries: Sequence[Any], k: int) -> None:
@@ -98,7 +109,7 @@ def said_of(entries: Any, tokens: Sequence[int], k: int) -> list[dict[int, float
     """What is said of each prediction [P]: log-probabilities by id, of the ``k`` likeliest and the
     token itself. InputError as ``columns``.
     """
-    fields: dict[str, Any] = fields_of_prompt(entries, np.array(tokens, np.int32))
+    fields = _fields(entries, np.array(tokens, np.int32))
     _check_entries(entries, k)
     pairs = zip(fields["ids"], fields["log_probs"], strict=True)
     return [dict(zip(ids, log_probs, strict=True)) for ids, log_probs in pairs]

@@ -33,6 +33,7 @@ def ask_in_order(
             try:
                 future.set_result(do(question))
             except BaseException as error:
+                over.set()  # those before it are under way; nobody wants those after it
                 future.set_exception(error)
 
     started = 0

@@ -27,6 +27,7 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+TOO_MANY = "max allowed"  # of what vLLM says where k is above its --max-logprobs
 GENERATED = 1  # tokens: the server makes one at least, which nobody reads
 
 
@@ -82,17 +83,22 @@ class Server:
 
         Raises InputError for an answer that is not of these prompts, or that the server refuses.
         """
-        answer = self.client.post(
-            "/completions",
-            {
-                "model": self.config.model,
-                "prompt": [list(prompt) for prompt in prompts],
-                "prompt_logprobs": k,
-                "max_tokens": GENERATED,
-                "return_token_ids": True,
-                **PLAIN,
-            },
-        )
+        body = {
+            "model": self.config.model,
+            "prompt": [list(prompt) for prompt in prompts],
+            "prompt_logprobs": k,
+            "max_tokens": GENERATED,
+            "return_token_ids": True,
+            **PLAIN,
+        }
+        try:
+            answer = self.client.post("/completions", body)
+        except InputError as error:
+            if TOO_MANY not in str(error):
+                raise
+            raise InputError(
+                f"{error}. Serve the model with --max-logprobs {k}, or take a smaller targets.k"
+            ) from None
         if not isinstance(answer, Mapping) or not isinstance(answer.get("choices"), list):
             raise InputError("its answer to /completions has no choices")
         said = answer.get("model")

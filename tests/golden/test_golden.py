@@ -29,7 +29,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import check_start
 from rekindle.train.record.identity import VERSION
-from testlib.extending import assert_kept, files_of
+from testlib.stage_one.extending import assert_kept, files_of
 from testlib.students import TIMES, metrics
 
 HERE = Path(__file__).parent

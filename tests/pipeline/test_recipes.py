@@ -27,12 +27,12 @@ CYCLES = ["rekindle"]  # files of whole cycles
 every_recipe = pytest.mark.parametrize("name", sorted(set(NAMES) - set(CYCLES)))
 # Seconds each: enough to go through every part of both stages once.
 SMALL = (
-    *("--set", "corpus.limit_sequences=80", "--set", "train.steps=4"),
-    *("--set", "train.warmup_steps=1", "--set", "train.evaluate_every=4"),
-    *("--set", "train.batch_sequences=8", "--set", "train.evaluate_sequences=16"),
+    *("--set", "corpus.limit_sequences=64", "--set", "train.steps=2"),
+    *("--set", "train.warmup_steps=1", "--set", "train.evaluate_every=2"),
+    *("--set", "train.batch_sequences=8", "--set", "train.evaluate_sequences=8"),
 )
 
-# The stages of elle hold documents of every domain out: that takes more than 80 sequences.
+# The stages of elle hold documents of every domain out: that takes more than 64 sequences.
 OF_ITS_OWN = {"elle": ("--set", "corpus.limit_sequences=null")}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.settings import parse_settings
+from rekindle.data.settings import free_keys, parse_settings
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -19,6 +19,7 @@ from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
 from testlib.caches import committed
 
+NOWHERE = "http://127.0.0.1:9/v1"
 SERVED = {"url": "http://host:8000/v1/", "model": "org/big"}
 
 
@@ -34,6 +35,12 @@ def test_a_served_teacher_needs_its_server_alone():
     assert config.resources.num_gpus == 0
     again = parse_settings(TeacherConfig, config.model_dump(mode="json"))
     assert again == config
+
+
+def test_what_may_change_when_work_goes_on():
+    free = {key.removeprefix("served.") for key in free_keys(parsed()) if "served" in key}
+    fixed = {*ServedConfig.model_fields} - free
+    assert fixed == {"model", "tokenizer"}
 
 
 @pytest.mark.parametrize(
@@ -64,12 +71,12 @@ def no_units(path: Path) -> bool:
 @pytest.mark.parametrize(
     ("server", "more", "told"),
     [
-        ({"max_logprobs": 5}, {}, "of 6, which is greater than max allowed: 5"),
+        ({"max_logprobs": 5}, {}, "max allowed: 5. Serve the model with --max-logprobs 6"),
         ({"max_model_len": 24}, {}, "--max-model-len 25"),
         ({"name": "tiny-2"}, {}, "has no model 'tiny' (it has: tiny-2); did you mean 'tiny-2'?"),
         ({"api_key": "k"}, {}, "name the environment variable that has it"),
         ({}, {"api_key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE, and that environment"),
-        ({}, {"url": "http://127.0.0.1:9/v1"}, "Is it running"),
+        ({}, {"url": NOWHERE}, "for 0.2 s ([Errno 111] Connection refused). Is it"),
         ({}, {"url": "+/more"}, "end where the server's API begins"),
     ],
 )
@@ -106,6 +113,7 @@ WRONG = {
     "ids": "999999 is no token of the cache's vocabulary",
     "few": "and the 6 likeliest were asked for",
     "hole": "lacks the candidate of rank 3",
+    "null": "entry 2 is null: the server has read that part of the prompt from its prefix cache",
     "none": "has no prompt_logprobs",
     "index": "there must be one for each, from 0",
 }
@@ -155,6 +163,20 @@ def test_a_changed_model_under_the_same_name(
     double.name = "tiny"
     cache_teachers(config)
     assert committed(cache, "targets") == committed(whole, "targets")
+
+
+def test_a_server_that_is_gone_is_needed_for_what_is_missing_alone(
+    tmp_path, configure, teacher, whole, caplog
+):
+    cache = tmp_path / "cache"
+    shutil.copytree(whole, cache)
+    config = configure(cache, [teacher(url=NOWHERE)])
+    with caplog.at_level("WARNING", logger="rekindle"):
+        assert cache_teachers(config).units_present == 3
+    assert "It is taken to be as before" in caplog.text
+    ShardSet(open_store(cache), "targets/big").forget("00001")
+    with pytest.raises(InputError, match="Is it running"):
+        cache_teachers(config, check=False)
 
 
 def test_a_local_teacher_and_a_served_one_are_two(tmp_path, configure, whole, local):

@@ -216,6 +216,8 @@ def spoil(answer: dict[str, Any], fault: str) -> None:
             del entries[2][number]
     elif fault == "hole":
         entries[2] = {n: said for n, said in entries[2].items() if said["rank"] != 3}
+    elif fault == "null":
+        entries[2] = None
     elif fault == "none":
         del choices[0]["prompt_logprobs"]
     elif fault == "index":
