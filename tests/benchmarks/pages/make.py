@@ -22,6 +22,7 @@ BENCHMARKS = HERE.parent
 sys.path[:0] = [str(HERE), str(BENCHMARKS.parent / "lib")]
 
 import cycle_page  # noqa: E402
+import of_real_model  # noqa: E402
 import pictures  # noqa: E402
 from of_rows import results_of  # noqa: E402
 from record import plan_of, read_rows  # noqa: E402
@@ -84,6 +85,11 @@ def muki_rows() -> list[tuple[str, str, dict[str, float]]]:
     return [(name, kind, values) for (name, kind), values in found.items()]
 
 
+def real_model() -> Made:
+    """A real chat model through every command."""
+    return Made(of_real_model.regions())
+
+
 def of_cells(table: str, picture: str = "") -> Made:
     """A table whose cells are recorded one by one; its ``picture`` has its name, or this one."""
     picture = picture or table
@@ -121,12 +127,14 @@ TITLES = {
         "four tasks, six arms, five seeds; the size of two cores",
     ),
     "muki_clinc150": ("MUKI on CLINC150", "three experts, 150 intents, one to three seeds"),
+    "real_model": ("a real chat model", "SmolLM2-135M-Instruct: seven kinds of targets, a map"),
     "few_labels": ("few labels, the task's own text", ""),
     "small_expert": ("small experts", ""),
 }
 MAKERS: dict[str, Callable[[], Made]] = {
     "glue": glue,
     "muki_clinc150": muki_clinc150,
+    "real_model": real_model,
     "few_labels": lambda: of_cells("few_labels"),
     "small_expert": lambda: of_cells("small_expert"),
     "RESULTS": state,

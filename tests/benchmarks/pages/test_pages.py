@@ -28,7 +28,7 @@ MakeTable = MakeRun = Callable[..., Path]
 # --- the pages ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["muki_clinc150", *TABLES, "RESULTS"])
+@pytest.mark.parametrize("name", ["muki_clinc150", "real_model", *TABLES, "RESULTS"])
 def test_a_page_and_its_pictures_are_those_of_the_rows(pages: ModuleType, name: str) -> None:
     made, page = pages.MAKERS[name](), pages.page_of(name).read_text()
     again = "python tests/benchmarks/pages/make.py writes it anew"
