@@ -177,8 +177,8 @@ def rows(found: dict[str, Any], out: Path) -> dict[str, Any]:
     trained = []
     for line in (out / "run" / "metrics.jsonl").read_text().splitlines():
         one = json.loads(line)
-        if "held_out/ce" in one:
-            told = {"ce": one["held_out/ce"], "KL": one["held_out/kl/topk-64"]}
+        if one["kind"] == "evaluate":
+            told = {"ce": one["ce"], "KL": one["kl/topk-64"]}
             trained.append({"step": one["step"], **told})
     kept = found["map"]
     keep = ("generate seconds", "cache seconds", "train seconds")
