@@ -168,6 +168,34 @@ class TeacherConfig(Settings):
 
     _with_file = model_validator(mode="before")(with_gguf_file)
 
+    mapping: Literal["same", "map"] = Field(
+        "same",
+        alias="vocabulary",
+        description="same: its tokenizer has the corpus's token under every id that the corpus "
+        "has. map: of a causal_lm teacher with a tokenizer of its own: it reads the text, and "
+        "teaches where a token of both begins at the same byte; ids are mapped by their bytes",
+    )
+    map_coverage: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="vocabulary: map is refused where it keeps a smaller share of the positions, "
+        "or of the probability there",
+    )
+
+    @model_validator(mode="after")
+    def _maps_what_can_be(self) -> "TeacherConfig":
+        if self.mapping == "map" and self.task != "causal_lm":
+            raise ValueError("vocabulary: map is for causal_lm teachers")
+        if self.mapping == "map" and self.targets.vocabulary_kind not in ("topk", "dense"):
+            raise ValueError(
+                "vocabulary: map is for the kinds topk and dense, not "
+                f"{self.targets.vocabulary_kind}: add targets: {{kind: topk}}"
+            )
+        if self.mapping == "map" and self.served is not None:
+            raise ValueError("vocabulary: map needs the teacher's files; a server gives none")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _named_by_its_server(cls, values: object) -> object:

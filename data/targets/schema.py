@@ -37,6 +37,9 @@ Kind = Literal[Kept, "tails", "sequence", "token"]
 Codec = Literal["default", "precise", "compact"]
 VOCABULARY_TASKS = ("masked_lm", "causal_lm")
 MOST_DRAWS = 255  # of a sample: a count is stored in a byte
+# Facts of the record of a unit whose teacher's tokens were mapped: the positions that could have a
+# target, and the mean share of its probability that mapped tokens have.
+MAPPABLE, MAPPED_MASS = "mappable", "mapped_mass"
 SCALARS = ("positions", "gold_log_prob", "gold_rank", "entropy")
 
 
@@ -67,6 +70,7 @@ class TeacherInfo(Settings):
     versions: dict[str, str] = Field(default_factory=dict)  # informative, not enforced
     model: str = ""  # where it was loaded from; informative
     lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
+    mapped: int | None = Field(None, gt=0)  # tokens that its own tokenizer has, by their bytes
     imported: Imported | None = None  # of targets made elsewhere: whence, and what is not known
     served: Served | None = None  # of a server's model: by what it is known again
 
@@ -76,7 +80,7 @@ class TeacherInfo(Settings):
         they do not know.
         """
         values: dict[str, object] = rest(self)
-        younger = ("lineage", "imported", "served")
+        younger = ("lineage", "imported", "served", "mapped")
         return {key: value for key, value in values.items() if key not in younger or value}
 
     def identity(self) -> dict:

@@ -24,10 +24,11 @@ from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
-from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, TeacherInfo
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
 from rekindle.pipeline.caching.in_flight import Arrays, Pending
+from rekindle.pipeline.caching.mapped import check_mass
 from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import scored_blocks
 from rekindle.pipeline.caching.teachers import Teacher
@@ -126,15 +127,19 @@ class UnitRun:
     def vocabulary(self, kept: TeacherReader | None, beside: Sequence[Teacher] = ()) -> Steps:
         """What is kept of the distribution at each position, also by teachers ``beside``."""
         teacher, info, unit = self.teacher, self.info, self.unit
-        seen = split_lists(self.batches, "input_ids")
+        seen = read = split_lists(self.batches, "input_ids")
         positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
-        ahead = info.task == "causal_lm"
+        ahead, sources = info.task == "causal_lm", positions
         gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
         if self.view is not None:
             masked = split_lists(self.view.batches(unit.shard, unit.replica), "input_ids")
             seen = [row.copy() for row in seen]
             for row, places, ids in zip(seen, positions, masked, strict=True):
                 row[places] = ids
+        if teacher.map is not None:
+            seen, sources, positions, expected = teacher.map.of_rows(self.table, teacher.max_length)
+            self.facts = {MAPPABLE: int(expected[self.wanted].sum())}
+            gold = [row[at + 1] for row, at in zip(read, positions, strict=True)]
         digests = self.table["digest"].to_pylist()
 
         def extra(info: TeacherInfo, rows: Rows) -> Tensor | None:
@@ -152,7 +157,7 @@ class UnitRun:
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
             model = teacher.language_model
-            selected = self._selected(inputs, rows, positions)
+            selected = self._selected(inputs, rows, sources)
             hidden, _ = model.hidden(with_known_padding(inputs), selected)
             pending: list[list[Pending]] = []
             for each in (teacher, *beside):
@@ -168,8 +173,20 @@ class UnitRun:
 
         types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
         joint = yield from self._run(seen, forward, positions, types)
+        if teacher.map is not None:
+            joint = self._with_mass(joint)
         own, *others = (joint.of(number) for number in range(1 + len(beside)))
         return replace(own, beside=tuple(others))
+
+    def _with_mass(self, made: UnitResult) -> UnitResult:
+        """The result, whose record says what the tokens that both have hold of the probability."""
+        columns = dict(made.columns)
+        mass = [columns.pop(name) for name in made.columns if name.endswith(f" {MAPPED_MASS}")]
+        if not mass:
+            return made
+        check_mass(mass[0], self.info.name, self.teacher.config.map_coverage)
+        facts = {**made.facts, MAPPED_MASS: float(mass[0].mean())}
+        return replace(made, columns=columns, facts=facts)
 
     def token_labels(self) -> Steps:
         """Logits of the first token of each word, at the corpus position that begins it."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
+import numpy as np
+
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.commits import SECONDS
 from rekindle.data.storage.manifest import raise_version
@@ -88,19 +90,19 @@ class UnitRunner:
             return
         written = deque[Future[dict[str, Commit]]]()
         with ThreadPoolExecutor(1, "write") as writer:
-            for one, result, seconds in overlapped(self._begun(units)):
+            for one, result, seconds in overlapped(map(self._passes, units)):
                 written.append(writer.submit(self._write, one.unit, one.left, result, seconds))
                 while len(written) > 1:  # no more than one unit waits to be written
                     yield written.popleft().result()
             while written:
                 yield written.popleft().result()
 
-    def _begun(self, units: Iterable[Unit]) -> "Iterator[_Passes]":
-        for unit in units:
-            if left := self._left(unit):
-                first, *beside = left
-                steps = begin_unit(first, unit, kept=self.kept, beside=beside)
-                yield _Passes(unit, left, steps)
+    def _passes(self, unit: Unit) -> "_Passes":
+        """Those that a unit takes; none where all have it."""
+        left = self._left(unit)
+        if not left:
+            return _Passes(unit, left, iter(()), _NOTHING)
+        return _Passes(unit, left, begin_unit(left[0], unit, kept=self.kept, beside=left[1:]))
 
     def _left(self, unit: Unit) -> list[Teacher]:
         """The teachers that have no such unit."""
@@ -111,6 +113,8 @@ class UnitRunner:
         self, unit: Unit, left: Sequence[Teacher], result: UnitResult, seconds: float
     ) -> dict[str, Commit]:
         """Write what passes of so many ``seconds`` gave the teachers that had ``left`` it out."""
+        if not left:
+            return {}
         # Each has its part of what the passes took, and what its own file takes.
         spent, made = seconds / len(left), {}
         for teacher, own in zip(left, (result, *result.beside), strict=True):
@@ -176,19 +180,28 @@ class Loader:
         return partial, (_load, self.plans, self.corpus.store.location)
 
 
+_NOTHING = UnitResult(np.zeros(0, np.int64), {})
+
+
 class _Passes:
     """A unit's passes, taken on step by step."""
 
-    def __init__(self, unit: Unit, left: list[Teacher], steps: Steps):
-        self.unit, self.left, self.steps = unit, left, steps
-        self.began, self.result = time.perf_counter(), None
+    def __init__(
+        self,
+        unit: Unit,
+        left: list[Teacher],
+        steps: Steps | Iterator[bool],
+        result: UnitResult | None = None,
+    ):
+        self.unit, self.left, self.steps, self.result = unit, left, steps, result
+        self.began = time.perf_counter()
 
     def step(self) -> bool:
         """Give the device one batch more; return whether it was given all."""
         try:
             return next(self.steps)
         except StopIteration as end:
-            self.result = end.value
+            self.result = self.result or end.value
             return True
 
     def end(self) -> UnitResult:

@@ -17,7 +17,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import Columns, encode_odds, fixed_point
 from rekindle.data.targets.head import encode_hidden
 from rekindle.data.targets.kinds.registry import KINDS
-from rekindle.data.targets.schema import TeacherInfo, rank_dtype
+from rekindle.data.targets.schema import MAPPED_MASS, TeacherInfo, rank_dtype
 from rekindle.pipeline.caching.sampling import random_sample, threshold_sample, uniforms
 from rekindle.pipeline.caching.vocabulary import TokenColumns
 from rekindle.train.model.split_model import OutputHead
@@ -81,7 +81,9 @@ def scored_blocks(
     for start in range(0, len(hidden), step):
         states, truth = hidden[start : start + step], gold[start : start + step]
         more = None if extra is None else extra[start : start + step]
-        yield scorer, scorer.found(states, tokens.arranged(real.logits(states)), truth, more)
+        logits = real.logits(states)
+        mass = {} if tokens.rows is None else {MAPPED_MASS: tokens.mapped_mass(logits)}
+        yield scorer, mass | scorer.found(states, tokens.arranged(logits), truth, more)
 
 
 def _asks(values: Tensor) -> bool:

@@ -57,10 +57,13 @@ class Source:
 def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> TeacherInfo:
     """What the cache says of the teacher, shown ``view``. The server is asked a few questions.
 
-    Raises InputError when it cannot be reached, or cannot teach on this corpus; CacheMismatchError
-    when the cache has targets of another model.
+    One that cannot be reached is taken to be as the cache describes it: nothing may be missing of
+    it, and whoever makes a unit asks first. Raises ServerAwayError where the cache does not
+    describe it, InputError when it cannot teach on this corpus, CacheMismatchError when the cache
+    has targets of another model.
     """
     source = Source.of(config)
+    base = _described(config, corpus)
     facts = corpus.info["tokenizer"]
     tokens = facts["size"] - len(hole_ids(facts))
     kept = config.targets
@@ -68,7 +71,14 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
     settings["estimator"] = {**settings["estimator"], "tail": "derived"}  # type: ignore[dict-item]
     with source.naming():
         _check_codec(kept.codec, facts["size"])
-        served = _identified(source.server, corpus, config, int(str(settings["k"])))
+        try:
+            served = _identified(source.server, corpus, config, base, int(str(settings["k"])))
+            versions = source.server.versions
+        except ServerAwayError as error:
+            if base is None or base.served is None:
+                raise
+            log.warning("%s: %s It is taken to be as before", source.who, error)
+            served, versions = base.served, base.versions
         about: dict[str, object] = {
             "name": config.name,
             "task": config.task,
@@ -78,27 +88,36 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
             "served": served,
             "fingerprints": {"probes": served.fingerprint, "tokenizer": facts["digest"]},
             "model": served.model,
-            "versions": source.server.versions,
+            "versions": versions,
         }
     if CODECS[kept.codec].compressed:
         about["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"])
     return TeacherInfo.model_validate(settings | about)
 
 
-def _identified(server: Server, corpus: Corpus, config: TeacherConfig, k: int) -> Served:
+def _described(config: TeacherConfig, corpus: Corpus) -> TeacherInfo | None:
+    """The teacher as the cache has it; CacheMismatchError where it had another name there."""
+    assert config.served is not None
+    if not is_described(corpus.store, config.name):
+        return None
+    base = read_teacher(corpus.store, config.name)
+    if base.served is not None and base.served.model != config.served.model:
+        raise CacheMismatchError(
+            f"the cache {corpus.store.location} already holds a teacher {config.name!r} that was "
+            f"served as {base.served.model!r}, not as {config.served.model!r}. Give this one "
+            f"another name, or delete targets/{config.name} to make it anew"
+        )
+    return base
+
+
+def _identified(
+    server: Server, corpus: Corpus, config: TeacherConfig, base: TeacherInfo | None, k: int
+) -> Served:
     """What the server's model is known by: what the cache says, if it is still the same."""
     assert config.served is not None
     _check_length(server, corpus)
     _check_tokenizer(config.served, corpus)
-    known = None
-    if is_described(corpus.store, config.name):
-        known = read_teacher(corpus.store, config.name).served
-    if known is not None and known.model != config.served.model:
-        raise CacheMismatchError(
-            f"the cache {corpus.store.location} already holds a teacher {config.name!r} that was "
-            f"served as {known.model!r}, not as {config.served.model!r}. Give this one another "
-            f"name, or delete targets/{config.name} to make it anew"
-        )
+    known = None if base is None else base.served
     asked = probe_prompts(corpus) if known is None else [[*p.input_ids] for p in known.probes]
     said, found = ask(server, asked, k)
     if config.served.tokenizer is None:

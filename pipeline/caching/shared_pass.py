@@ -35,7 +35,7 @@ def decides_pass(plan: TeacherPlan) -> Hashable | None:
         return None
     prints = tuple(sorted(info.fingerprints.items()))
     decided = (info.task, info.view, info.domains, info.precision, info.vocabulary_size)
-    return (plan.directory, prints, config.batch_tokens, *decided)
+    return (plan.directory, prints, config.batch_tokens, info.mapped, *decided)
 
 
 def told_of_shared(group: Group) -> str:

@@ -28,6 +28,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
 from rekindle.pipeline.caching.in_flight import way_to
+from rekindle.pipeline.caching.mapped import VocabularyMap, check_positions
 from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
@@ -112,7 +113,13 @@ def plan_teacher(
         _check_language_model(config, settings, corpus)
         text = settings.get_text_config()
         width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
-        tokens = _count_shared(corpus, tokenizer, settings, config, views)
+        if config.mapping == "map":
+            rows = int(settings.get_text_config().vocab_size)
+            found = VocabularyMap.of(corpus, tokenizer, rows)
+            check_positions(found, corpus, config.name, config.map_coverage)
+            tokens = info["mapped"] = found.count
+        else:
+            tokens = _count_shared(corpus, tokenizer, settings, config, views)
         info |= configured(config, views, size, width and int(width), tokens)
         if CODECS[config.targets.codec].compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
@@ -265,6 +272,10 @@ class Teacher:
         self.model: nn.Module = (model if more else model.to(self.placement.device)).eval()
         settings: Any = model.config
         self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
+        self.map: VocabularyMap | None = None
+        if plan.info.mapped is not None:
+            rows = int(settings.get_text_config().vocab_size)
+            self.map = VocabularyMap.of(corpus, self.tokenizer, rows)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)
@@ -317,6 +328,8 @@ class Teacher:
     def token_columns(self) -> TokenColumns:
         """Which of a vocabulary teacher's logits are of which ids."""
         rows = len(self.language_model.head.weight)
+        if self.map is not None:
+            return TokenColumns.mapped(self.map, self.stores_tails)
         return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
 
     def output_matrix(self) -> StoredHead:

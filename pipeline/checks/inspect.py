@@ -104,6 +104,9 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
+    if teacher.mapped is not None:
+        share, mass = teacher.mapped
+        facts["mapped"] = {"tokens": info.mapped, "positions": share, "probability": mass}
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
     if info.served is not None:
         facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
@@ -208,6 +211,7 @@ def _as_text(
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
     lines += [_imported_line(r) for r in readers if r.info.imported]
+    lines += [_mapped_line(r.info.name, r.info.mapped, *r.mapped) for r in readers if r.mapped]
     lines += [_served_line(r) for r in readers if r.info.served]
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
@@ -250,6 +254,14 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
 
 def _kept(info: TeacherInfo) -> str:
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
+
+
+def _mapped_line(name: str, tokens: int | None, share: float, mass: float) -> str:
+    return (
+        f"{name} has a tokenizer of its own (vocabulary: map): {tokens:,} tokens of the corpus's "
+        f"are its own, too; targets at {share:.1%} of the positions, where they hold {mass:.1%} "
+        "of its probability"
+    )
 
 
 def _imported_line(teacher: TeacherReader) -> str:

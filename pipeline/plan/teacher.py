@@ -108,12 +108,14 @@ def _plan_one(
         known = replace(known, requests=asked, at_a_time=at_a_time)
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)
-    measured = None
+    measured, absent = None, None if plan else _absence(teacher)
     if plan and probe:
         alone = Pass((plan,), {})  # of which tails alone are to be made
-        measured = (shared or alone).probe(teacher.name, survey.steps)
+        try:
+            measured = (shared or alone).probe(teacher.name, survey.steps)
+        except ServerAwayError:  # it is described by the cache
+            absent = _absence(teacher)
     tokens = sum(work.tokens for _, work in parts)
-    absent = None if plan else _absence(teacher)
     rate = measured.seconds_per_token if measured else None
     if not tokens and survey.estimated:
         none = "the sample has no sequence of its domains"

@@ -114,10 +114,10 @@ class Client:
 
     def _failure(self, error: HTTPError) -> str:
         """What failed, without the client's own names for it."""
+        if isinstance(error, NewConnectionError):  # of which some versions make a timeout
+            return first_words(error).rpartition(": ")[2]
         if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
             return f"no answer within {self.config.timeout_s:g} s, served.timeout_s"
-        if isinstance(error, NewConnectionError):
-            return first_words(error).rpartition(": ")[2]
         return "the connection broke off"
 
     def _check_patience(self, passing: str, spent: float) -> None:

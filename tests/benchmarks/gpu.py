@@ -15,6 +15,7 @@ Exit code: 0 where every part is done, 1 where one is not, 2 without a GPU.
 """
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -33,11 +34,15 @@ from results_csv import RESULTS, Row, append, hardware, versions
 sys.path.insert(1, str(Path(__file__).resolve().parent / "on_gpu"))
 
 
+# Measures one thing, told whether to do a toy of it, and what takes rows as they are found.
+Measure = Callable[[bool, Callable[[Row], None]], None]
+
+
 class Part(NamedTuple):
-    """Measures one thing: ``add`` takes rows as they are found."""
+    """A part of the whole."""
 
     seconds: int  # that it may take
-    measure: Callable[[bool, Callable[[Row], None]], None]  # toy, add
+    measure: Measure
 
 
 class Outcome(NamedTuple):
@@ -51,18 +56,22 @@ class Outcome(NamedTuple):
 
 def parts() -> dict[str, Part]:
     """By name, in the order of the table. Together 360 seconds."""
-    import losses
-    import marked_tests
-    import stage_one
-    import training
-
     return {
-        "tests": Part(80, marked_tests.measure),
-        "losses": Part(90, losses.measure),
-        "host": Part(40, losses.measure_host),
-        "training": Part(90, training.measure),
-        "stage1": Part(60, stage_one.measure),
+        "tests": Part(80, of("marked_tests")),
+        "losses": Part(90, of("losses")),
+        "host": Part(40, of("losses", "measure_host")),
+        "training": Part(90, of("training")),
+        "stage1": Part(60, of("stage_one")),
     }
+
+
+def of(module: str, function: str = "measure") -> Measure:
+    """What measures a part, of a module that is imported then: a part waits for no other's."""
+
+    def measure(toy: bool, add: Callable[[Row], None]) -> None:
+        getattr(importlib.import_module(module), function)(toy, add)
+
+    return measure
 
 
 def run(name: str, seconds: int, folder: Path) -> Outcome:

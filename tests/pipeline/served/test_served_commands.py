@@ -1,10 +1,13 @@
 """What the commands say of a served teacher: plan, verify, inspect, cache-teachers."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import dump_config
 
 
@@ -40,6 +43,15 @@ def test_plan_without_the_server(tmp_path, command, run_file):
     code, out, err = command("plan", run_file(tmp_path / "cache", url="http://127.0.0.1:9/v1"))
     assert code == 0, err
     assert "big: its server http://127.0.0.1:9/v1 does not answer" in " ".join(out.split())
+
+
+def test_plan_of_what_is_missing_without_the_server(tmp_path, command, run_file, whole):
+    cache = shutil.copytree(whole, tmp_path / "cache")
+    ShardSet(open_store(cache), "targets/big").forget("00001")
+    code, out, err = command("plan", run_file(cache, url="http://127.0.0.1:9/v1"))
+    assert code == 0, err
+    assert "does not answer" in (told := " ".join(out.split()))
+    assert "big: 6 requests to its server" in told
 
 
 def test_inspect_verify_and_audit(command, run_file, whole):

@@ -19,6 +19,7 @@ from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
 from testlib.caches import committed
 
+NOWHERE = "http://127.0.0.1:9/v1"
 SERVED = {"url": "http://host:8000/v1/", "model": "org/big"}
 
 
@@ -75,7 +76,7 @@ def no_units(path: Path) -> bool:
         ({"name": "tiny-2"}, {}, "has no model 'tiny' (it has: tiny-2); did you mean 'tiny-2'?"),
         ({"api_key": "k"}, {}, "name the environment variable that has it"),
         ({}, {"api_key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE, and that environment"),
-        ({}, {"url": "http://127.0.0.1:9/v1"}, "Is it running"),
+        ({}, {"url": NOWHERE}, "for 0.2 s ([Errno 111] Connection refused). Is it"),
         ({}, {"url": "+/more"}, "end where the server's API begins"),
     ],
 )
@@ -162,6 +163,20 @@ def test_a_changed_model_under_the_same_name(
     double.name = "tiny"
     cache_teachers(config)
     assert committed(cache, "targets") == committed(whole, "targets")
+
+
+def test_a_server_that_is_gone_is_needed_for_what_is_missing_alone(
+    tmp_path, configure, teacher, whole, caplog
+):
+    cache = tmp_path / "cache"
+    shutil.copytree(whole, cache)
+    config = configure(cache, [teacher(url=NOWHERE)])
+    with caplog.at_level("WARNING", logger="rekindle"):
+        assert cache_teachers(config).units_present == 3
+    assert "It is taken to be as before" in caplog.text
+    ShardSet(open_store(cache), "targets/big").forget("00001")
+    with pytest.raises(InputError, match="Is it running"):
+        cache_teachers(config, check=False)
 
 
 def test_a_local_teacher_and_a_served_one_are_two(tmp_path, configure, whole, local):

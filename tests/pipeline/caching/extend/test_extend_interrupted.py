@@ -120,7 +120,8 @@ def test_masked_targets_can_be_read_while_the_corpus_grows(make, copied, monkeyp
     assert 0 < cache.teachers["lm"].coverage < 1
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
+# A masked teacher has all files that a causal one has, and those of its masks.
+@pytest.mark.parametrize("task", [pytest.param("causal_lm", marks=pytest.mark.slow), "masked_lm"])
 def test_killed_at_any_moment_of_growth_the_cache_opens(make, copied, monkeypatch, task):
     """Before every single small file that is created: descriptions, commit records, completions."""
     path = copied(task)
@@ -193,7 +194,8 @@ def in_use(path: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("how", ["record", "data", "damaged"])
+# What is damaged is taken out, and then is lost: tests/pipeline/caching/test_repair.py.
+@pytest.mark.parametrize("how", ["record", "data", pytest.param("damaged", marks=pytest.mark.slow)])
 def test_a_lost_shard_of_any_addition_is_made_again(tmp_path, make, much_grown, how):
     path = shutil.copytree(much_grown[0], tmp_path / "cache")
     config = make(path, task="masked_lm", limit=20, files="ab", k=9, taus=(8.0, 4.0))
