@@ -399,7 +399,7 @@ def main() -> None:
             batch = make_batch(shape[0], shape, kept[0], tau, device)
             targets = SparseTargets(batch.ids, batch.probs, batch.tail, batch.labels)
             logits = batch.hidden @ batch.weight.t()
-            found = importlib.import_module("row_variants").measure(
+            found = importlib.import_module("rows.shapes").measure(
                 logits, targets, tau, repeats, take_turns
             )
             case = f"row kernel N={shape[0]} V={shape[1]} k={kept[0]} tau={tau:g}"
