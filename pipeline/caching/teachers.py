@@ -111,6 +111,11 @@ def plan_teacher(
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
+        if corpus.is_packed:
+            raise InputError(
+                f"{who} judges texts, and with corpus.packing: packed a sequence is of several "
+                "documents, which have no judgement in common. Use packing: document for it"
+            )
         if config.pairs == RECORD and recorded(directory).pairs is False:
             raise InputError(
                 f"{who} was fine-tuned on single texts, and with corpus.pair_field each record is "
@@ -299,7 +304,10 @@ class Teacher:
         """Raise InputError for a model that cannot be split, or sees what it must not."""
         with naming(f"teacher {self.info.name!r}"):
             try:
-                return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+                split = SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+                if self.corpus.is_packed:
+                    split.check_packed(self.corpus.info["config"]["sequence_length"])
+                return split
             except NotImplementedError as error:
                 raise InputError(str(error)) from None
 
