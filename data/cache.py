@@ -41,7 +41,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_IMPORTS, seal
+from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
@@ -383,9 +383,8 @@ def write_manifest(store: Store) -> None:
     version = max(FORMAT_VERSION, before[VERSION])
     store.replace(MANIFEST, seal({}, version))
     cache = Cache(store)
-    if any(teacher.info.imported for teacher in cache.teachers.values()):
-        version = max(version, WITH_IMPORTS)  # also where a lost manifest said so
-    version = max(version, version_of(cache.corpus.info["config"]))
+    needed = (teacher.info.format_version for teacher in cache.teachers.values())
+    version = max([version, version_of(cache.corpus.info["config"]), *needed])
     store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 

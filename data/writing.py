@@ -94,6 +94,11 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
         raise CacheMismatchError(
             f"{already} was run ({present.model}), not imported; give these targets another name"
         )
+    if bool(info.served) != bool(present.served):
+        raise CacheMismatchError(
+            f"{already} was {'served' if present.served else 'run'} ({present.model}), and this "
+            f"one is {'served' if info.served else 'run'}; give it another name"
+        )
     old, new = present.identity(), info.identity()
     before, now = old.pop("fingerprints"), new.pop("fingerprints")
     prints = [name for name in before | now if before.get(name) != now.get(name)]

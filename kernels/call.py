@@ -71,7 +71,14 @@ class Call(NamedTuple):
 
 _TYPES: dict[object, str] = {
     **{Tensor: "Tensor", Tensor | None: "Tensor?", torch.dtype | None: "ScalarType?"},
-    **{int: "int", float: "float", float | None: "float?", str: "str", Wanted: "bool[]"},
+    **{
+        int: "int",
+        bool: "bool",
+        float: "float",
+        float | None: "float?",
+        str: "str",
+        Wanted: "bool[]",
+    },
     Sequence[float]: "float[]",
 }
 ARGUMENTS: list[str] = []  # of the schema, one per field of a part of Call

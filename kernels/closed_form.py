@@ -164,6 +164,13 @@ def divergence_parts(q: Tensor, log_p: Tensor, settings: LossSettings) -> Diverg
     p = log_p.exp()
     if possible is not None:
         log_p = torch.where(possible, log_p, LOG_OF_ZERO)
+    return parts_of(q, p, log_p, settings, possible)
+
+
+def parts_of(
+    q: Tensor, p: Tensor, log_p: Tensor, settings: LossSettings, possible: Tensor | None = None
+) -> DivergenceParts:
+    """`divergence_parts` of finite log_p, p beside it; ``possible``: which outcomes p can have."""
     log_q = q.log()
     if not (_asks(q) and float(q.amin()) > 0):
         log_q = torch.where(q > 0, log_q, LOG_OF_ZERO)

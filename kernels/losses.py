@@ -150,13 +150,15 @@ def kd_loss(
     if len(teachers) == 1:
         targets, settings = _sparse(teachers[0], target_probs, tail_prob, settings, chosen)
         targets = targets._replace(labels=labels, weight=row_weight)
-        targets = checked(targets, student, settings, chosen)
+        targets, full = checked(targets, student, settings, chosen)
+        if full:
+            settings = settings._replace(full=True)
     else:
         each = []
         for given in teachers:
             own, settings = _sparse(given, target_probs, tail_prob, settings, "torch")
             own = own._replace(labels=labels, weight=row_weight)
-            each.append(checked(own, student, settings, "torch"))
+            each.append(checked(own, student, settings, "torch")[0])
         targets = union_rows(each)
     whole = teacher.states is not None
     if isinstance(target_ids, WholeTargets):

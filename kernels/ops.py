@@ -25,6 +25,7 @@ from rekindle.kernels.call import (
     Wanted,
 )
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
+from rekindle.kernels.small import is_small, small_losses
 from rekindle.kernels.targets import TRITON_INSTALLED, LossSettings, loss_scales
 
 
@@ -69,6 +70,12 @@ def _evaluated(call: Call, upstream: Tensor | None) -> tuple[Losses, Gradients]:
         if dtype != torch.float32:  # of float64 inputs under autocast
             found = found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
         return found, gradients
+    if is_small(call):
+        small = small_losses(call)
+        if small is not None:
+            if upstream is not None:
+                _scale_([g for g in small[1] if g is not None], upstream)
+            return small
     scales = loss_scales(call.targets, call.settings, dtype)
     factors = None
     if any(call.computation.wanted):
@@ -250,10 +257,12 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
     ) -> Losses:
-        found, gradients = _evaluated(call.wanting(_at_once(call)), None)
+        at_once = _at_once(call)
+        wanted = call.computation.wanted
+        found, gradients = _evaluated(call if at_once is wanted else call.wanting(at_once), None)
         flat = call.flat()
         ctx.save_for_backward(*flat[:TENSORS])
-        ctx.rest, ctx.wanted = flat[TENSORS:], call.computation.wanted
+        ctx.rest, ctx.wanted = flat[TENSORS:], wanted
         formed = call.settings.reduction != "none"  # one loss of all
         ctx.gradients = list(gradients) if formed else None
         ctx.mark_non_differentiable(*found[1:])

@@ -1,6 +1,8 @@
-"""The row kernel's divergences in Triton: D over k + 1 outcomes, and its gradient.
+"""A row's targets and divergences in Triton: D over k + 1 outcomes, and its gradient.
 
-What `closed_form.divergence_parts` defines, of one row, in float32 registers; no memory is touched.
+What `encoded.decode`, `targets.target_masses` and `closed_form.divergence_parts` define, of one
+row, in float32 registers. Tensors over ids are [K]; or [C,K], where each of a cluster's C programs
+holds them all.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -8,10 +10,86 @@ What `closed_form.divergence_parts` defines, of one row, in float32 registers; n
 import triton
 import triton.language as tl
 
+from rekindle.kernels.encoded import NO_TAIL, STEP
 from rekindle.kernels.targets import LOG_OF_ZERO
 
 _LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_STEP = tl.constexpr(STEP)
+_NO_TAIL = tl.constexpr(NO_TAIL)
 _LOG_ZERO = tl.constexpr(LOG_OF_ZERO)
+
+
+@triton.jit
+def sum_of_row(x):
+    """Σ over a row: a scalar; of [C,·] a program's own part, [C,1]."""
+    return tl.sum(x, len(x.shape) - 1, keep_dims=len(x.shape) > 1)
+
+
+@triton.jit
+def max_of_row(x):
+    """As `sum_of_row`, the largest."""
+    return tl.max(x, len(x.shape) - 1, keep_dims=len(x.shape) > 1)
+
+
+@triton.jit
+def decoded(
+    ids_ptr, values_ptr, side_ptr, high_ptr, row, lane, K, kept, inverse_tau,
+    PLANES: tl.constexpr,
+):  # fmt: skip
+    """Ids (-1 past `kept`), their probabilities and the tail mass: `encoded.decode` of one row."""
+    stored = lane < K
+    ids = tl.load(ids_ptr + row * K + lane, mask=stored, other=0).to(tl.int32) & 0xFFFF
+    for plane in tl.static_range(PLANES):
+        bit = plane * K + lane
+        planes = tl.load(high_ptr + row * ((PLANES * K + 7) // 8) + bit // 8, mask=stored, other=0)
+        ids |= ((planes.to(tl.int32) >> (bit % 8)) & 1) << (16 + plane)
+    highest = tl.load(side_ptr + row * 3).to(tl.int32) & 0xFFFF
+    lowest = tl.load(side_ptr + row * 3 + 1).to(tl.int32) & 0xFFFF
+    fixed = tl.load(side_ptr + row * 3 + 2).to(tl.int32)
+    step = (lowest - highest).to(tl.float32) * (inverse_tau * _LOG2E / (255.0 * _STEP))
+    values = tl.load(values_ptr + row * K + lane, mask=stored, other=0).to(tl.float32)
+    share = tl.where(stored, tl.exp2(-values * step), 0.0)
+    odds = tl.exp(-tl.abs(fixed.to(tl.float32)) / _STEP)  # the smaller mass over the larger
+    small = odds / (1.0 + odds)
+    large = 1.0 / (1.0 + odds)
+    whole = fixed == _NO_TAIL
+    mass = tl.where(whole, 1.0, tl.where(fixed >= 0, large, small))
+    tail = tl.where(whole, 0.0, tl.where(fixed >= 0, small, large))
+    q = share * (mass / sum_of_row(share))
+    tail += sum_of_row(tl.where(lane >= kept, q, 0.0))
+    listed = stored & (lane < kept)
+    return tl.where(listed, ids, -1), tl.where(listed, q, 0.0), tail
+
+
+@triton.jit
+def target_of_teacher(
+    probs_ptr, tail_ptr, at, K, lane, listed, q, tail,
+    TAIL: tl.constexpr, ENCODED: tl.constexpr, SEVERAL: tl.constexpr,
+):  # fmt: skip
+    """Which ids the teacher lists, its target over the k + 1 outcomes, whether it has one.
+
+    `at` is the place of its row; q and tail are there already if they were encoded.
+    """
+    if not ENCODED:
+        q = tl.load(probs_ptr + at * K + lane, mask=listed, other=-1.0).to(tl.float32)
+        if SEVERAL:
+            listed = listed & (q >= 0)
+        q = tl.where(listed, q, 0.0)
+    total = sum_of_row(q)
+    has_target = max_of_row(listed.to(tl.int32)) > 0
+    rest = 0.0
+    if TAIL == 0:
+        if ENCODED:
+            rest = tail
+        elif tail_ptr is not None:
+            rest = tl.maximum(tl.load(tail_ptr + at).to(tl.float32), 0.0)
+        else:
+            rest = tl.maximum(1.0 - total, 0.0)
+    if TAIL == 1:
+        has_target = has_target & (total > 0)
+        q = q / tl.where(total > 0, total, 1.0)
+    return listed, q, rest, has_target
 
 
 @triton.jit
@@ -59,13 +137,13 @@ def divergence_of_row(q, q_rest, log_p, log_p_rest, log_skew, logit_skew, DIVERG
     term_rest, p_rest, p_phi_rest = _outcome(q_rest, log_p_rest, log_skew, logit_skew, DIVERGENCE)
     if DIVERGENCE == 1:
         # φ relative to the likeliest outcome's: see closed_form._reverse_kl
-        top = tl.max(p, 0)
-        at_top = tl.max(tl.where(p == top, p_phi, float("-inf")), 0)
+        top = max_of_row(p)
+        at_top = max_of_row(tl.where(p == top, p_phi, float("-inf")))
         likeliest = tl.where(p_rest > top, p_phi_rest, at_top)
         p_phi = p * (p_phi - likeliest)
         p_phi_rest = p_rest * (p_phi_rest - likeliest)
-    mean = tl.sum(p_phi, 0) + p_phi_rest
-    return tl.sum(term, 0) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
+    mean = sum_of_row(p_phi) + p_phi_rest
+    return sum_of_row(term) + term_rest, p_phi_rest - p_rest * mean, p_phi - p * mean
 
 
 @triton.jit
@@ -74,9 +152,9 @@ def rest_of_teacher(log_p, others, log_p_outside):
     outside the union, and to those ids of the union that others list.
     """
     log_p = tl.where(others, log_p, float("-inf"))
-    top = tl.maximum(tl.max(log_p, 0), log_p_outside)
+    top = tl.maximum(max_of_row(log_p), log_p_outside)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(log_p - top), 0) + tl.exp(log_p_outside - top)
+    total = sum_of_row(tl.exp(log_p - top)) + tl.exp(log_p_outside - top)
     log_rest = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
     reference = tl.where(total > 0, log_rest, 0.0)
     return log_rest, tl.exp(log_p_outside - reference), tl.exp(log_p - reference)

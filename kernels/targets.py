@@ -80,6 +80,7 @@ class LossSettings(NamedTuple):
     planes: int = 0  # their id planes
     skew: float = SKEW  # α of skew_kl
     shares: Sequence[float] = (1.0,)  # of kd_weight, of each of T teachers
+    full: bool = False  # it was seen: every slot lists an id, every label counts, tails are ≥ 0
 
     @property
     def kd_factors(self) -> list[float]:

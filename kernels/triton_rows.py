@@ -1,4 +1,4 @@
-"""Launch the row kernel and the small ones around it: memory, tile sizes, compile-time switches.
+"""Launch the row kernel and the small ones around it: memory and compile-time switches.
 
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
@@ -14,15 +14,8 @@ from torch import Tensor
 from rekindle.kernels.closed_form import logit
 from rekindle.kernels.divergences import DIVERGENCES
 from rekindle.kernels.row_kernel import row_kernel
+from rekindle.kernels.row_shapes import COMPILED, machine_of, shape_of
 from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
-
-# How every kernel is compiled, said at each launch: a·b + c may become one instruction that rounds
-# once. Triton does so unasked up to 3.9 and no longer from 3.10 (triton-lang/triton#11270). The row
-# kernel wants it for its speed: without, it has 1 to 10 % more instructions and up to 16 more
-# registers a thread. Its accuracy needs neither: the interpreter, which fuses nothing, is held to
-# the same bounds as a GPU. Said or not, which pairs are fused is the compiler's choice: losses and
-# gradients are equal to the bit on one version of Triton and one GPU, not from one to another.
-COMPILED = {"enable_fp_fusion": True}
 
 
 class RowKernel:
@@ -91,19 +84,24 @@ class RowKernel:
         tau, labelled = settings.temperature, targets.labels is not None
         # the least share of a row that total − listed resolves as well as a gradient is stored
         resolution = 2.0**-3 if logits.dtype == torch.float32 else 2.0**-9
+        power = _POWERS.get(tau, 0) if labelled or tau == 1.0 else -1
+        floats = 1 + (power == 0) + (settings.softcap is not None)
+        machine = machine_of(logits.device)
+        shape = shape_of(vocabulary, logits.itemsize, block_k, floats, machine)
         _launch(
-            row_kernel, count, logits, gradient, *targets, bias, self.counts, upstream,
-            loss, ce, kd, logits.stride(0), vocabulary, self.kept, settings.kept,
+            row_kernel, min(count, shape.programs or count), logits, gradient, *targets, bias,
+            self.counts, upstream, loss, ce, kd, count, logits.stride(0), vocabulary,
+            self.kept, settings.kept,
             settings.ignore_index, 0 if upstream is None else upstream.dim(), 1.0 / tau,
             float(settings.logit_scale), float(settings.softcap or 0.0), resolution,
             math.log(settings.skew), logit(settings.skew), float(settings.ce_weight),
             self.factors, self.spread,
             DIVERGENCE=DIVERGENCES.index(settings.divergence), TAIL=TAILS.index(settings.tail),
-            POWER=_POWERS.get(tau, 0) if labelled or tau == 1.0 else -1,
+            POWER=power,
             ENCODED=targets.probs.dtype == torch.uint8, PLANES=settings.planes,
             TEACHERS=len(self.factors), SOFTCAP=settings.softcap is not None,
-            HIDE=gradient is logits, GRADIENT=self.gradient,
-            BLOCK_K=block_k, **_tile(vocabulary, block_k),
+            HIDE=gradient is logits and not shape.held, GRADIENT=self.gradient,
+            BLOCK_K=block_k, **shape.constants,
         )  # fmt: skip
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,23 +128,6 @@ _POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # POWER by temperature
 def _power(count: int) -> int:
     """The next power of two."""
     return 1 << max(0, count - 1).bit_length()
-
-
-def _tile(vocabulary: int, block_k: int) -> dict[str, int]:
-    """Entries a step, warps and registers: a table, as what writes in place cannot be autotuned.
-
-    The register limits are where the compiler spills nothing; without one it aims for more programs
-    a processor and spills a few row constants.
-    """
-    if vocabulary >= 100_000:
-        # few rows in flight, so that their second reading finds them in the L2
-        tile = {"BLOCK": 16384, "num_warps": 16, "maxnreg": 128}
-    else:
-        block = min(4096, max(256, _power(vocabulary)))
-        tile = {"BLOCK": block, "num_warps": max(1, block // 512), "maxnreg": 64}
-    if block_k > 512:
-        tile["maxnreg"] = 65536 // (32 * tile["num_warps"]) if tile["num_warps"] > 8 else 255
-    return tile
 
 
 def _launch(

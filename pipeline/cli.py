@@ -21,6 +21,7 @@ from rekindle.pipeline.commands.models import (
     evaluate,
     export,
     finetune,
+    generate,
     merge_adapter,
     predict,
 )
@@ -294,8 +295,21 @@ def doctor() -> None:
 
 
 for command in (
-    *(demo, init, finetune, evaluate, predict, export, merge_adapter, cache_teachers, plan, gc),
-    *(verify, inspect_, import_targets, export_targets, train_student, rekindle, compare, doctor),
+    *(
+        demo,
+        init,
+        finetune,
+        evaluate,
+        predict,
+        generate,
+        export,
+        merge_adapter,
+        cache_teachers,
+        plan,
+        gc,
+    ),
+    *(verify, inspect_, import_targets, export_targets, train_student, rekindle, compare),
+    doctor,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
 

@@ -16,6 +16,7 @@ from rekindle.data.targets.schema import (
     Task,
     TeacherInfo,
 )
+from rekindle.pipeline.served.config import ServedConfig
 
 
 class TargetsConfig(Settings):
@@ -123,9 +124,12 @@ class TeacherConfig(Settings):
     """One expert."""
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
-    model: Place = Field(description="a model directory or a hub id")
+    model: Place = Field(description="a model directory or a hub id; not of one that is served")
     gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
-    task: Task = Field(description="what the model does")
+    task: Task = Field(description="what the model does; causal_lm of one that is served")
+    served: ServedConfig | None = Field(
+        None, description="a server that runs the model, in place of its files (docs/served.md)"
+    )
     targets: TargetsConfig = Field(default_factory=TargetsConfig, description="what is kept")
     domains: tuple[str, ...] | None = Field(
         None, min_length=1, description="only sequences of these domains; null for all"
@@ -163,6 +167,80 @@ class TeacherConfig(Settings):
     )
 
     _with_file = model_validator(mode="before")(with_gguf_file)
+
+    mapping: Literal["same", "map"] = Field(
+        "same",
+        alias="vocabulary",
+        description="same: its tokenizer has the corpus's token under every id that the corpus "
+        "has. map: of a causal_lm teacher with a tokenizer of its own: it reads the text, and "
+        "teaches where a token of both begins at the same byte; ids are mapped by their bytes",
+    )
+    map_coverage: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="vocabulary: map is refused where it keeps a smaller share of the positions, "
+        "or of the probability there",
+    )
+
+    @model_validator(mode="after")
+    def _maps_what_can_be(self) -> "TeacherConfig":
+        if self.mapping == "map" and self.task != "causal_lm":
+            raise ValueError("vocabulary: map is for causal_lm teachers")
+        if self.mapping == "map" and self.targets.vocabulary_kind not in ("topk", "dense"):
+            raise ValueError(
+                "vocabulary: map is for the kinds topk and dense, not "
+                f"{self.targets.vocabulary_kind}: add targets: {{kind: topk}}"
+            )
+        if self.mapping == "map" and self.served is not None:
+            raise ValueError("vocabulary: map needs the teacher's files; a server gives none")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_server(cls, values: object) -> object:
+        """A server's model has one name, and is a language model."""
+        served = values.get("served") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not served:
+            return values
+        name = served.get("model") if isinstance(served, dict) else getattr(served, "model", None)
+        return {"model": name, "task": "causal_lm"} | values if name else values
+
+    @model_validator(mode="after")
+    def _fits_its_server(self) -> "TeacherConfig":
+        if self.served is None:
+            return self
+        if self.model != self.served.model:
+            raise ValueError(
+                f"model is {self.model!r} and served.model {self.served.model!r}; a served teacher "
+                "has no files here: leave model out"
+            )
+        if self.task != "causal_lm":
+            raise ValueError(
+                f"a server gives the answers of causal_lm teachers, not of {self.task}"
+            )
+        kind, given = self.targets.kind, self.targets.temperatures
+        if kind not in (None, "topk"):
+            raise ValueError(
+                f"a server gives the likeliest ids of a position: targets.kind topk, not {kind}"
+            )
+        if "temperatures" in self.targets.model_fields_set and given != (1.0,):
+            raise ValueError(
+                "a server gives probabilities at temperature 1 alone, and the mass outside of its "
+                f"top {self.targets.k} at another one is not known (targets.temperatures: "
+                f"{list(given)}); leave targets.temperatures out"
+            )
+        theirs = ("precision", "batch_tokens", "device_map", "tp_plan", "pairs")
+        for name in theirs:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is the server's matter; leave it out of a served teacher")
+        # Frozen: the same section, as it is meant.
+        targets = {"kind": "topk", "temperatures": (1.0,)}
+        object.__setattr__(self, "targets", self.targets.model_copy(update=targets))
+        if self.resources.num_gpus is None:  # of a cluster: the model is elsewhere
+            resources = self.resources.model_copy(update={"num_gpus": 0.0})
+            object.__setattr__(self, "resources", resources)
+        return self
 
     @model_validator(mode="after")
     def _fits_its_task(self) -> "TeacherConfig":

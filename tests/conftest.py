@@ -140,10 +140,14 @@ DEAR = {
 TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what is DEAR: tests near the end of the list are taken by the other process,
     which would set up their fixtures once more, or wait for one long test. Slow tests have an hour.
     """
+    from testlib.covering import leave_the_rest_slow
+
+    leave_the_rest_slow(items)
     dear = {TESTS / name for name in DEAR}
     assert all(path.exists() for path in dear)
     items.sort(key=lambda item: dear.isdisjoint({item.path, item.path.parent}))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
-from typing import cast
+from typing import Any, cast
 
 from rekindle.data.corpus.config import (
     CorpusConfig,
@@ -31,6 +31,7 @@ from rekindle.data.corpus.config import (
 from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.places import same_place
+from rekindle.data.source.generated import check_generated, generated_in
 from rekindle.data.source.held_texts import Found
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.source_states import (
@@ -57,7 +58,8 @@ class Addition:
     ``sources`` and ``order``: the files and everything that it and those before it read, in reading
     order; ``origins``: where that is now, and what is new, once it was looked for. ``bad_records``:
     how many were left out of it and those before it, by kind; ``held``: how many because they hold
-    a text of a test. ``contents``: what the records of those hold that are no texts, by place.
+    a text of a test. ``contents``: what the records of those hold that are no texts, by place;
+    ``generated``: of those that a model generated, which model, and how.
     """
 
     number: int
@@ -70,6 +72,7 @@ class Addition:
     bad_records: Mapping[str, int] = field(default_factory=dict)
     held: Found = field(default_factory=Found)
     contents: Mapping[str, str] = field(default_factory=dict)
+    generated: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     origins: tuple[Origin, ...] = field(default=(), compare=False)
 
     def ends_at(self, following: Sequence["Addition"]) -> int | None:
@@ -113,13 +116,15 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             shards, sequences = int(after["shards"]), int(after["sequences"])
             contents: dict[str, str] = dict(body.get("contents", {}))
+            generated = {str(place): dict(of) for place, of in body.get("generated", {}).items()}
         name, ends, bad, held = complete_name(number), None, {}, Found()
         with suppress(FileNotFoundError), _stated(store, name):
             end = read_sealed(store, name)
             ends = int(end["shards"])
             bad = {str(kind): int(count) for kind, count in end.get("bad_records", {}).items()}
             held = Found(*(int(end.get("held", {}).get(kind, 0)) for kind in Found._fields))
-        one = Addition(number, config, sources, order, shards, sequences, ends, bad, held, contents)
+        one = Addition(number, config, sources, order, shards, sequences, ends, bad, held)
+        one = replace(one, contents=contents, generated=generated)
         additions.append(one)
     raise AssertionError  # count() does not end
 
@@ -168,7 +173,9 @@ def claim_addition(
     """
     additions, tokenizer = read_additions(store)
     if not additions:
-        return begun_addition(info["config"], look_at(config.entries))
+        begun = begun_addition(info["config"], look_at(config.entries))
+        check_generated(begun.generated, info["tokenizer"]["digest"])
+        return begun
     last = additions[-1]
     assert tokenizer is not None  # it stands in the first description
     if tokenizer != info["tokenizer"]:
@@ -202,7 +209,9 @@ def claim_addition(
         present = look_at(config.entries)  # which says what is not there
     sources, order = states_of(present), tuple(origin.place for origin in last.origins)
     begun = Addition(last.number + 1, new, sources, order, shards, sequences)
-    return replace(begun, contents=contents_of(present), origins=last.origins)
+    begun = _described(begun, present, last.origins)
+    check_generated(begun.generated, info["tokenizer"]["digest"])
+    return begun
 
 
 def begun_addition(
@@ -216,7 +225,15 @@ def begun_addition(
     origins = tuple(one.origin for one in present)
     order = tuple(origin.place for origin in origins)
     begun = Addition(number, config, states_of(present), order, first_shard, first_sequence)
-    return replace(begun, contents=contents_of(present), origins=origins)
+    return _described(begun, present, origins)
+
+
+def _described(
+    begun: Addition, present: Sequence[Present], origins: tuple[Origin, ...]
+) -> Addition:
+    """With what is known of what is present."""
+    known = {"contents": contents_of(present), "generated": generated_in(origins)}
+    return replace(begun, origins=origins, **known)  # type: ignore[arg-type]
 
 
 def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
@@ -225,6 +242,8 @@ def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFact
     body["order"] = list(addition.order)
     if addition.contents:
         body["contents"] = dict(addition.contents)
+    if addition.generated:
+        body["generated"] = dict(addition.generated)
     if addition.number:
         body["after"] = {"shards": addition.first_shard, "sequences": addition.first_sequence}
         store.create(complete_name(addition.number - 1), seal({"shards": addition.first_shard}))

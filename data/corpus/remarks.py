@@ -6,6 +6,7 @@ from rekindle.data.corpus.columns import CUT, LEARNT
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
 from rekindle.data.counted import counted
+from rekindle.data.source.generated import told_of
 from rekindle.data.source.left_out import told_of_bad, told_of_held
 
 
@@ -56,7 +57,8 @@ def _of_training(corpus: Corpus) -> list[str]:
             f"longer than sequence_length, the end cut: {counted(cut, 'dialogue')} (or rows of "
             f"tokens), {counted(lost, 'token')} lost"
         )
-    return lines
+    generated = {place: of for one in corpus.additions for place, of in one.generated.items()}
+    return [*lines, *(told_of(place, about) for place, about in generated.items())]
 
 
 def remarks(corpus: Corpus) -> list[str]:

@@ -1,10 +1,14 @@
 """Where targets may be: what a row is held against, and what a unit of an import waits for."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.columns import word_characters
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.exchange.rows import Row
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.units import UnitPlace
 from rekindle.data.targets.reading.reader import target_positions
@@ -22,6 +26,24 @@ def expected_positions(
     texts = [text for batch in batches for text in batch["text"].to_pylist()]
     lists = [split_lists(batches, name) for name in ("char_starts", "word_starts")]
     return [word_characters(*row)[0] for row in zip(texts, *lists, strict=True)]
+
+
+def of_trained(row: Row, tokens: int, expected: NDArray[np.int64]) -> Row:
+    """The row of a causal LM with what it says of ``expected`` positions alone, where it says
+    something of each of its sequence's ``tokens`` that has a next one, as an engine does.
+    """
+    ids, whole = row.get("ids"), tokens - 1
+    lists = isinstance(ids, list | tuple | np.ndarray) and row.get("positions") is None
+    if not lists or len(ids) != whole or len(expected) == whole:  # type: ignore[arg-type]
+        return row
+
+    def at(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: at(one) for key, one in value.items()}
+        several = isinstance(value, list | tuple | np.ndarray) and len(value) == whole
+        return [value[place] for place in expected.tolist()] if several else value
+
+    return {name: value if name == "input_ids" else at(value) for name, value in row.items()}
 
 
 def may_have_targets(corpus: Corpus, view: ViewReader | None, shard: int) -> NDArray[np.bool_]:

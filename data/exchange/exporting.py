@@ -116,7 +116,7 @@ class Export:
         kept += ["log_tails"] if self._further else []
         if kind.sampled:
             kept = ["sampled_ids", "candidates", "sampled_log_probs"]
-        lacks = () if info.imported is None else info.imported.lacks
+        lacks = info.lacks
         gold = [] if "gold_rank" in lacks else ["gold_log_probs", "gold_ranks"]
         entropy = [] if "entropy" in lacks else ["entropy"]
         return [*found, "positions", *kept, "gold_tokens", *gold, *entropy]

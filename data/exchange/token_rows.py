@@ -16,6 +16,7 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
 from rekindle.data.exchange.alignment import Alignment
 from rekindle.data.exchange.config import ImportConfig
+from rekindle.data.exchange.expected import of_trained
 from rekindle.data.exchange.logprobs import FIELD, GOLD
 from rekindle.data.exchange.noticed import Noticed
 from rekindle.data.exchange.rows import (
@@ -133,6 +134,8 @@ class TokenRows:
         InputError for anything that is no distribution's top, or not where it must be.
         """
         check_keys(row, FIELDS)
+        if self.corpus.has_trained and self.info.task == "causal_lm":
+            row = of_trained(row, len(tokens), expected)
         if (given := optional_of(row)) != self.optional:
             odd = sorted({*given} ^ {*self.optional})
             raise InputError(

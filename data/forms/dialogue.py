@@ -12,7 +12,7 @@ from functools import cached_property
 
 from rekindle.data.errors import did_you_mean
 from rekindle.data.forms.template import Template, UnfitDialogue
-from rekindle.data.source.given import Dialogue
+from rekindle.data.source.given import Dialogue, Span
 from rekindle.data.source.record import Bad, shown
 
 _FIELDS = ("messages", "tools")
@@ -57,14 +57,35 @@ class Dialogues:
     ) -> tuple[str, Dialogue] | Bad:
         """The dialogue of a record, as its template writes it."""
         try:
-            messages, tools = _messages(values, columns), _tools(values, columns)
-            hidden = [
-                {key: self._hidden(value) for key, value in message.items()} for message in messages
-            ]
-            shown_tools = None if tools is None else [*map(self._hidden, tools)]
-            found, spans = self.template.render(hidden, shown_tools)
+            found, spans = self.template.render(*self._shown(values, columns))
         except UnfitDialogue as error:
             return Bad(error.kind, f"{where}: {error.told}")
+        return self._document(found, spans, where)
+
+    def prompt(
+        self, values: Mapping[str, object], columns: bool, where: str
+    ) -> tuple[str, Dialogue] | Bad:
+        """The same up to where the assistant is to speak, without what it says last."""
+        try:
+            messages, tools = self._shown(values, columns)
+            while messages and messages[-1].get("role") == "assistant":
+                messages.pop()
+            found = self.template.prompt(messages, tools)
+        except UnfitDialogue as error:
+            return Bad(error.kind, f"{where}: {error.told}")
+        return self._document(found, (), where)
+
+    def _shown(
+        self, values: Mapping[str, object], columns: bool
+    ) -> tuple[list[dict[str, object]], list[object] | None]:
+        """What the template sees of a record."""
+        messages, tools = _messages(values, columns), _tools(values, columns)
+        hidden = [{key: self._hidden(one) for key, one in each.items()} for each in messages]
+        return hidden, None if tools is None else [*map(self._hidden, tools)]
+
+    def _document(
+        self, found: str, spans: tuple[Span, ...], where: str
+    ) -> tuple[str, Dialogue] | Bad:
         if not found or found.isspace():
             return Bad("nothing written", f"{where}: the template writes nothing of the dialogue")
         return self._back(found), Dialogue(self._back(self._mean(found)), spans)

@@ -71,6 +71,12 @@ class Template:
                 spans.append((len(before), len(said)))
         return text, tuple((a, b) for a, b in spans if a < b)
 
+    def prompt(self, messages: Messages, tools: Sequence[object] | None) -> str:
+        """The messages as text, up to where the assistant is to speak. UnfitDialogue where the
+        template raises.
+        """
+        return self._written(messages, tools, prompt=True)[0]
+
     def _written(
         self,
         messages: Messages,

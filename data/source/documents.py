@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeGuard
 
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
-from rekindle.data.source.given import Form, Given
+from rekindle.data.source.given import Dialogue, Form, Given
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.python_docs import python_docs
 from rekindle.data.source.record import Bad, Block, Record, shown
@@ -141,10 +141,16 @@ def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document
             )
         left_out.add(found)
         return False
-    if left_out and left_out.texts and (hold := left_out.texts.find(*found.texts)):
+    if left_out and left_out.texts and (hold := left_out.texts.find(*_looked_at(found))):
         left_out.add_held(found.id, hold)
         return False
     return True
+
+
+def _looked_at(document: Document) -> tuple[str, ...]:
+    """Where a text of a test may stand: not across what a template puts between messages."""
+    given = document.given
+    return (given.parts,) if isinstance(given, Dialogue) else document.texts
 
 
 def document_blocks(

@@ -3,6 +3,7 @@
 And who makes that of a record. Knows no template and no tokenizer.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from rekindle.data.source.record import Bad
 
 Span = tuple[int, int]  # characters, from and to
+PRIVATE_RUN = re.compile(f"[{chr(0xF0000)}-{chr(0xFFFFD)}]+")  # how special tokens are written
 
 
 class Dialogue(NamedTuple):
@@ -21,6 +23,11 @@ class Dialogue(NamedTuple):
 
     written: str
     trained: tuple[Span, ...]
+
+    @property
+    def parts(self) -> str:
+        """What stands between its special tokens, each in a line of its own."""
+        return PRIVATE_RUN.sub("\n", self.written)
 
 
 class GivenTokens(NamedTuple):

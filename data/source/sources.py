@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     @classmethod
     def of(cls, entry: "str | Entry") -> "Entry":
         """An entry that may be a place alone, whose records are texts."""
-        return entry if isinstance(entry, Entry) else cls(entry)
+        return entry if isinstance(entry, Entry) else cls(str(entry))  # which may be a Path
 
 
 class Origin(NamedTuple):

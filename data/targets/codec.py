@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 STEP = 1024.0  # fixed point: units per nat
 RANGE = 32.0  # nats between the best and the lowest representable candidate
+WHOLE = 1e-2  # steps: what float32 leaves of a whole number of them
 SATURATED = 65535  # 64 nats: log(1.6e-28)
 NO_TAIL = 32767
 
@@ -67,14 +68,20 @@ def encode(
     relative = np.minimum(log_probs[:, :1] - log_probs, RANGE)  # 0 ≤ relative ≤ RANGE
     span = relative[:, -1:]
     scale = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
+    highest = fixed_point(-log_probs[:, 0])
+    # A span of whole steps stays one, wherever the best candidate is rounded to: what is read from
+    # a cache and written again is the same then.
+    steps = (span[:, 0] * STEP).astype(np.float64)
+    whole = np.minimum(highest + np.rint(steps), SATURATED).astype(np.uint16)
+    is_whole = np.abs(steps - np.rint(steps)) < WHOLE
     planes = high_planes(vocabulary_size)
     columns: Columns = {"ids": (ids & 0xFFFF).astype(np.uint16)}
     if planes:
         columns["ids_high"] = pack_planes(ids >> 16, planes)
     return columns | {
         "values": np.rint(relative * scale).astype(np.uint8),
-        "log_prob_max": fixed_point(-log_probs[:, 0]),
-        "log_prob_min": fixed_point(-log_probs[:, 0] + span[:, 0]),
+        "log_prob_max": highest,
+        "log_prob_min": np.where(is_whole, whole, fixed_point(-log_probs[:, 0] + span[:, 0])),
         "tail_log_odds": encode_odds(tail_log_odds),
     }
 

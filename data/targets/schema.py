@@ -9,7 +9,7 @@ A larger k or further temperatures are kept beside what is there, in
 
 Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token in 1/1024 nat),
 ``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat). Targets that
-were imported have those columns that ``imported.lacks`` does not name.
+were imported, or that a server gave, have those columns that ``lacks`` does not name.
 """
 
 from typing import Literal
@@ -18,9 +18,11 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rekindle.data.settings import Settings
+from rekindle.data.storage.seal import FORMAT_VERSION, WITH_IMPORTS, WITH_SERVED
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.lineage import Ancestor
+from rekindle.data.targets.served import Served
 from rekindle.data.views.base import View
 from rekindle.data.views.registry import view_kind
 
@@ -35,6 +37,9 @@ Kind = Literal[Kept, "tails", "sequence", "token"]
 Codec = Literal["default", "precise", "compact"]
 VOCABULARY_TASKS = ("masked_lm", "causal_lm")
 MOST_DRAWS = 255  # of a sample: a count is stored in a byte
+# Facts of the record of a unit whose teacher's tokens were mapped: the positions that could have a
+# target, and the mean share of its probability that mapped tokens have.
+MAPPABLE, MAPPED_MASS = "mappable", "mapped_mass"
 SCALARS = ("positions", "gold_log_prob", "gold_rank", "entropy")
 
 
@@ -65,15 +70,17 @@ class TeacherInfo(Settings):
     versions: dict[str, str] = Field(default_factory=dict)  # informative, not enforced
     model: str = ""  # where it was loaded from; informative
     lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
+    mapped: int | None = Field(None, gt=0)  # tokens that its own tokenizer has, by their bytes
     imported: Imported | None = None  # of targets made elsewhere: whence, and what is not known
+    served: Served | None = None  # of a server's model: by what it is known again
 
     @model_serializer(mode="wrap")
     def _without_what_is_empty(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """As before there were lineages and imports: earlier versions refuse a key that they do
-        not know.
+        """As before there were lineages, imports and servers: earlier versions refuse a key that
+        they do not know.
         """
         values: dict[str, object] = rest(self)
-        younger = ("lineage", "imported")
+        younger = ("lineage", "imported", "served", "mapped")
         return {key: value for key, value in values.items() if key not in younger or value}
 
     def identity(self) -> dict:
@@ -96,6 +103,18 @@ class TeacherInfo(Settings):
     def shown(self) -> type[View]:
         """The kind of view that it was shown."""
         return view_kind(self.view)
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """The scalars that are not stored: whoever gave the targets did not say them."""
+        source = self.imported or self.served
+        return () if source is None else source.lacks
+
+    @property
+    def format_version(self) -> int:
+        """The version that a cache with such a teacher has at least."""
+        needed = {WITH_IMPORTS: self.imported, WITH_SERVED: self.served}
+        return max([FORMAT_VERSION, *(version for version, told in needed.items() if told)])
 
     @property
     def made_by(self) -> str:

@@ -6,8 +6,9 @@ same batches.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, first_words
 from rekindle.data.padding import length_buckets, pad
 from rekindle.data.targets.codec import Columns
+from rekindle.pipeline.caching.in_flight import Pending
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.model.padding import set_padding
+from rekindle.train.model.passes import note_padding
 from rekindle.train.running_out import is_out_of_memory
 
 log = logging.getLogger("rekindle")
 
 Rows = NDArray[np.int64]
+Found = TypeVar("Found")
 
 
 def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tensor]:
@@ -32,7 +36,8 @@ def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tenso
     lengths = np.array([len(s) for s in sequences])
     ids = pad(sequences, lengths, _padding_id(teacher, sequences))
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    return {"input_ids": teacher.tensor(ids), "attention_mask": teacher.tensor(mask)}
+    seen = note_padding(teacher.tensor(mask), bool(mask.all()))
+    return {"input_ids": teacher.tensor(ids), "attention_mask": seen}
 
 
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
@@ -50,20 +55,32 @@ def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
 
 
 def run_batches(
-    teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Columns]
-) -> Iterator[tuple[Rows, Columns]]:
-    """Yield batches of the rows with a length > 0, and what ``forward`` gives of each.
+    teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Pending]
+) -> Iterator[tuple[Rows, Columns] | bool]:
+    """Yield batches of the rows with a length > 0, and what comes of each; and after each call of
+    ``forward`` whether that was the last.
 
-    A batch that is out of memory is halved, and with it the teacher's ``batch_tokens``: what is
-    left of this unit and later ones start from there.
+    Of a device that runs beside the host, ``teacher.way.most`` batches are on their way at once:
+    what came of one is taken while the next is computed. A batch that is out of memory is halved,
+    and with it the teacher's ``batch_tokens``: what is left of this unit and later ones start from
+    there.
     """
     waiting = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
-    while waiting:
-        rows, waiting = waiting[0], waiting[1:]
-        columns = _in_memory(teacher, forward, rows)
-        if columns is not None:
-            yield rows, columns
-            continue
+    flying = deque[tuple[Rows, Pending]]()
+    while waiting or flying:
+        if waiting and len(flying) < teacher.way.most:
+            rows, waiting = waiting[0], waiting[1:]
+            pending = _in_memory(teacher, lambda rows=rows: forward(rows), rows)  # type: ignore[misc]
+            if pending is not None:
+                flying.append((rows, pending))
+                yield not waiting
+                continue
+        else:
+            rows, pending = flying.popleft()
+            columns = _in_memory(teacher, pending, rows)
+            if columns is not None:
+                yield rows, columns
+                continue
         if teacher.config.tp_plan:
             raise InputError(
                 f"teacher {teacher.info.name!r}: {counted(len(rows), 'sequence')} do not fit into "
@@ -91,14 +108,14 @@ def run_batches(
             torch.cuda.empty_cache()
 
 
-def _in_memory(teacher: Teacher, forward: Callable[[Rows], Columns], rows: Rows) -> Columns | None:
-    """What ``forward`` gives, or None when it is out of memory (and what it held is free again).
+def _in_memory(teacher: Teacher, do: Callable[[], Found], rows: Rows) -> Found | None:
+    """What ``do`` gives of a batch, or None when it is out of memory (what it held is free again).
 
     Raises InputError for a model that fails on this batch: our own bugs do not come as
     RuntimeErrors of torch, nor do indices that a model's tables lack.
     """
     try:
-        return forward(rows)
+        return do()
     except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
         if not is_out_of_memory(error):
             reason = first_words(error) or repr(error)

@@ -275,7 +275,7 @@ def _run(
     if sum(map(bool, (missing for _, missing in left))) > 1:
         log.info("%s", told_of_shared(group))
     for part in group:
-        if executor.elsewhere and part.config.precision == "auto":
+        if executor.elsewhere and part.config.precision == "auto" and not part.info.served:
             decided = part.info.name, part.info.precision
             log.info("teacher %s: precision auto is %s, by this machine", *decided)
     maskings = len({unit.replica for unit in units})

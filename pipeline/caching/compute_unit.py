@@ -4,7 +4,7 @@ columns.
 No files are written here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,17 +23,20 @@ from rekindle.data.targets.codec import Columns, decode_ids
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
-from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, TeacherInfo
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.caching.batching import joined_columns, padded_inputs, run_batches
+from rekindle.pipeline.caching.in_flight import Arrays, Pending
+from rekindle.pipeline.caching.mapped import check_mass
 from rekindle.pipeline.caching.sampling import sample_keys
-from rekindle.pipeline.caching.scoring import score_hidden
+from rekindle.pipeline.caching.scoring import scored_blocks
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.model.causes import running
+from rekindle.train.model.passes import with_known_padding
 
 Rows = NDArray[np.int64]
 Inputs = dict[str, Tensor]
-Forward = Callable[[Rows, Inputs], Columns]
+Forward = Callable[[Rows, Inputs], Pending]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class UnitResult:
         lead, shared = f"{number} ", {k: v for k, v in self.columns.items() if k == "positions"}
         own = {k.removeprefix(lead): v for k, v in self.columns.items() if k.startswith(lead)}
         return replace(self, columns=own | shared)
+
+
+Steps = Generator[bool, None, UnitResult]
 
 
 @dataclass(frozen=True, order=True)
@@ -79,11 +85,28 @@ def run_unit(
     ``kept`` reads the ids that tails at further temperatures are taken of. ``audited``: the means
     of Monte-Carlo passes have their standard errors beside them, ``mc_errors``.
     """
+    steps = begin_unit(teacher, unit, only, kept, audited, beside)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: UnitResult = end.value
+            return found
+
+
+def begin_unit(
+    teacher: Teacher,
+    unit: Unit,
+    only: Rows | None = None,
+    kept: TeacherReader | None = None,
+    audited: bool = False,
+    beside: Sequence[Teacher] = (),
+) -> Steps:
+    """As ``run_unit``, in steps: of each batch that the device is given, whether it is the last."""
     run = UnitRun(teacher, unit, only, audited)
-    with torch.inference_mode():
-        if teacher.config.vocabulary:
-            return run.vocabulary(kept, beside)
-        return run.sequences() if kind_of(teacher.info).per_sequence else run.token_labels()
+    if teacher.config.vocabulary:
+        return run.vocabulary(kept, beside)
+    return run.sequences() if kind_of(teacher.info).per_sequence else run.token_labels()
 
 
 class UnitRun:
@@ -100,18 +123,22 @@ class UnitRun:
             self.wanted &= np.isin(np.arange(len(domains)), only)
         self.facts: Mapping[str, object] = {}
 
-    def vocabulary(self, kept: TeacherReader | None, beside: Sequence[Teacher] = ()) -> UnitResult:
+    def vocabulary(self, kept: TeacherReader | None, beside: Sequence[Teacher] = ()) -> Steps:
         """What is kept of the distribution at each position, also by teachers ``beside``."""
         teacher, info, unit = self.teacher, self.info, self.unit
-        seen = split_lists(self.batches, "input_ids")
+        seen = read = split_lists(self.batches, "input_ids")
         positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
-        ahead = info.task == "causal_lm"
+        ahead, sources = info.task == "causal_lm", positions
         gold = [row[places + ahead] for row, places in zip(seen, positions, strict=True)]
         if self.view is not None:
             masked = split_lists(self.view.batches(unit.shard, unit.replica), "input_ids")
             seen = [row.copy() for row in seen]
             for row, places, ids in zip(seen, positions, masked, strict=True):
                 row[places] = ids
+        if teacher.map is not None:
+            seen, sources, positions, expected = teacher.map.of_rows(self.table, teacher.max_length)
+            self.facts = {MAPPABLE: int(expected[self.wanted].sum())}
+            gold = [row[at + 1] for row, at in zip(read, positions, strict=True)]
         digests = self.table["digest"].to_pylist()
 
         def extra(info: TeacherInfo, rows: Rows) -> Tensor | None:
@@ -126,22 +153,39 @@ class UnitRun:
             places = np.concatenate([positions[r] for r in rows])
             return teacher.tensor(sample_keys(info, names, unit.replica, places))
 
-        def forward(rows: Rows, inputs: Inputs) -> Columns:
+        def forward(rows: Rows, inputs: Inputs) -> Pending:
             truth = teacher.tensor(np.concatenate([gold[r] for r in rows]))
             model = teacher.language_model
-            hidden, _ = model.hidden(inputs, self._selected(inputs, rows, positions))
-            found: Columns = {}
-            for number, each in enumerate((teacher, *beside)):
+            selected = self._selected(inputs, rows, sources)
+            hidden, _ = model.hidden(with_known_padding(inputs), selected)
+            pending: list[list[Pending]] = []
+            for each in (teacher, *beside):
                 more, tokens = extra(each.info, rows), each.token_columns
-                scored = score_hidden(hidden, model.head, truth, each.info, more, tokens)
-                columns = joined_columns([*scored])
-                found |= {f"{number} {name}": values for name, values in columns.items()}
-            return found
+                scored = scored_blocks(hidden, model.head, truth, each.info, more, tokens)
+                pending.append([teacher.way.fetch(found, s.encoded) for s, found in scored])
+
+            def read() -> Columns:
+                joined = (joined_columns([block() for block in blocks]) for blocks in pending)
+                return {f"{n} {name}": v for n, one in enumerate(joined) for name, v in one.items()}
+
+            return read
 
         types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
-        joint = self._run(seen, forward, positions, types, self._documents())
+        joint = yield from self._run(seen, forward, positions, types, self._documents())
+        if teacher.map is not None:
+            joint = self._with_mass(joint)
         own, *others = (joint.of(number) for number in range(1 + len(beside)))
         return replace(own, beside=tuple(others))
+
+    def _with_mass(self, made: UnitResult) -> UnitResult:
+        """The result, whose record says what the tokens that both have hold of the probability."""
+        columns = dict(made.columns)
+        mass = [columns.pop(name) for name in made.columns if name.endswith(f" {MAPPED_MASS}")]
+        if not mass:
+            return made
+        check_mass(mass[0], self.info.name, self.teacher.config.map_coverage)
+        facts = {**made.facts, MAPPED_MASS: float(mass[0].mean())}
+        return replace(made, columns=columns, facts=facts)
 
     def _documents(self) -> list[NDArray] | None:
         """Which document of its row each token is of; None where each row is of one."""
@@ -151,7 +195,7 @@ class UnitRun:
         numbers = np.concatenate([document_numbers(batch) for batch in self.batches])
         return np.split(numbers, np.cumsum(lengths)[:-1])
 
-    def token_labels(self) -> UnitResult:
+    def token_labels(self) -> Steps:
         """Logits of the first token of each word, at the corpus position that begins it."""
         teacher, texts = self.teacher, self.table["text"].to_pylist()
         encoded = teacher.tokenizer.encode(texts)
@@ -165,30 +209,27 @@ class UnitRun:
             positions.append(places[covered])
             sources.append(token[covered] + len(teacher.tokenizer.prefix))
 
-        def forward(rows: Rows, inputs: Inputs) -> Columns:
+        def forward(rows: Rows, inputs: Inputs) -> Pending:
             logits = self._logits(inputs).flatten(0, 1)
-            logits = self._finite(logits[self._selected(inputs, rows, sources)])
-            return {"logits": logits.cpu().numpy()}
+            return self._fetch(logits[self._selected(inputs, rows, sources)])
 
-        return self._run(seen, forward, positions)
+        return (yield from self._run(seen, forward, positions))
 
-    def sequences(self) -> UnitResult:
+    def sequences(self) -> Steps:
         """Logits of each sequence, or of each pair."""
         seen, types = self._expert_inputs()
 
-        def forward(rows: Rows, inputs: Inputs) -> Columns:
-            logits = self._finite(self._logits(inputs))
-            columns = {"logits": logits.cpu().numpy()}
-            if self.info.monte_carlo_passes:
-                columns |= self._monte_carlo(inputs, rows, logits)
-            return columns
+        def forward(rows: Rows, inputs: Inputs) -> Pending:
+            logits = self._logits(inputs)
+            passes = self.info.monte_carlo_passes
+            return self._fetch(logits, self._monte_carlo(inputs, rows, logits) if passes else {})
 
-        return self._run(seen, forward, types=types)
+        return (yield from self._run(seen, forward, types=types))
 
     def _logits(self, inputs: Inputs) -> Tensor:
         """What an expert says, in fp32; InputError, naming it, where its own code fails."""
         with running(f"teacher {self.info.name!r} ({self.info.model})"):
-            logits: Tensor = self.teacher.model(**inputs).logits.float()
+            logits: Tensor = self.teacher.model(**with_known_padding(inputs)).logits.float()
         return logits
 
     def _expert_inputs(self) -> tuple[list[NDArray], list[NDArray] | None]:
@@ -213,8 +254,8 @@ class UnitRun:
         self._tell_cut(whole)
         return ids, types
 
-    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> Columns:
-        """Mean class probabilities over dropout passes; InputError when dropout changes nothing.
+    def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> dict[str, Tensor]:
+        """Mean class probabilities over dropout passes, and whether dropout changes anything.
 
         ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
         expert may be so sure that the latter are 0 and 1 whatever dropout does.
@@ -229,17 +270,10 @@ class UnitRun:
             model.eval()
         # A pass is held against the next, a single one against the pass without dropout.
         other = passes[1:] if len(passes) > 1 else logits
-        if not bool((passes[0] != other).any()):
-            raise InputError(
-                f"teacher {self.info.name!r}: {len(passes)} Monte-Carlo passes are identical, so "
-                "the model has no dropout to draw uncertainty from. Set hidden_dropout_prob in its "
-                "config.json, or monte_carlo.passes to 0"
-            )
         probs = torch.softmax(passes, dim=-1)
-        found: Columns = {"mc_probs": probs.mean(dim=0).cpu().numpy()}
+        found = {"mc_probs": probs.mean(dim=0), "drawn": (passes[0] != other).any()}
         if self.audited:
-            errors = probs.std(dim=0, correction=min(1, count - 1)) / count**0.5
-            found["mc_errors"] = errors.cpu().numpy()
+            found["mc_errors"] = probs.std(dim=0, correction=min(1, count - 1)) / count**0.5
         return found
 
     def _wrapped(self, texts: list[Encoded]) -> tuple[list[NDArray], int]:
@@ -263,13 +297,25 @@ class UnitRun:
         flat = np.concatenate([i * width + places[r] for i, r in enumerate(rows)])
         return self.teacher.tensor(flat)
 
-    def _finite(self, logits: Tensor) -> Tensor:
-        if not bool(torch.isfinite(logits).all()):
+    def _fetch(self, logits: Tensor, more: Mapping[str, Tensor] | None = None) -> Pending:
+        """An expert's logits, and ``more`` of ``_monte_carlo``, on their way."""
+        found = {"logits": logits, **(more or {}), "finite": torch.isfinite(logits).all()}
+        return self.teacher.way.fetch(found, self._checked)
+
+    def _checked(self, found: Arrays) -> Columns:
+        """Raise InputError for logits that are no numbers, and where dropout changes nothing."""
+        if not found.pop("finite"):
             raise InputError(
                 f"teacher {self.info.name!r} produced logits that are not finite in "
                 f"{self.info.precision}; try `precision: fp32` for it, and check the model"
             )
-        return logits
+        if not found.pop("drawn", True):
+            raise InputError(
+                f"teacher {self.info.name!r}: {self.info.monte_carlo_passes} Monte-Carlo passes "
+                "are identical, so the model has no dropout to draw uncertainty from. Set "
+                "hidden_dropout_prob in its config.json, or monte_carlo.passes to 0"
+            )
+        return found
 
     def _run(
         self,
@@ -278,7 +324,7 @@ class UnitRun:
         positions: list[Rows] | None = None,
         types: list[NDArray] | None = None,
         documents: list[NDArray] | None = None,
-    ) -> UnitResult:
+    ) -> Steps:
         """Columns of the rows that the teacher is for, ``seen`` by it, in the order of the corpus.
         ``types``: the segments of rows that are pairs; ``documents``: of rows of several.
 
@@ -289,7 +335,8 @@ class UnitRun:
         if positions is not None:
             lengths *= np.array([len(row) > 0 for row in positions])
 
-        def of_batch(rows: Rows) -> Columns:
+        @torch.inference_mode()
+        def of_batch(rows: Rows) -> Pending:
             inputs = padded_inputs(self.teacher, [seen[r] for r in rows])
             if types is not None and self.teacher.token_types:
                 kinds = [types[r] for r in rows]
@@ -302,10 +349,15 @@ class UnitRun:
                     inputs[DOCUMENTS] = self.teacher.tensor(numbers)
             return forward(rows, inputs)
 
-        finished = list(run_batches(self.teacher, lengths, of_batch))
+        finished: list[tuple[Rows, Columns]] = []
+        for batch in run_batches(self.teacher, lengths, of_batch):
+            if isinstance(batch, bool):
+                yield batch
+            else:
+                finished.append(batch)
         if not finished:
             return UnitResult(np.zeros(0, np.int64), {}, self.facts)
-        rows = np.concatenate([batch for batch, _ in finished])
+        rows = np.concatenate([of for of, _ in finished])
         columns = joined_columns([found for _, found in finished])
         if positions is not None:
             columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)

@@ -30,10 +30,11 @@ SEQUENCES = 64  # of the corpus
 
 def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None) -> None:
     """Check the folders of models that are there, or must be: their configurations, the headers of
-    their weights. Raises InputError, naming the teacher or the student.
+    their weights. What a server runs has none. Raises InputError, naming the teacher or the
+    student.
     """
     for teacher in teachers:
-        if not missing(teacher.model):
+        if teacher.served is None and not missing(teacher.model):
             who = f"teacher {teacher.name!r}"
             with naming(who):
                 directory = resolve_model(teacher.model)

@@ -5,12 +5,19 @@ unit, whether another has committed it; two that make the same one are harmless.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+
+import numpy as np
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.commits import SECONDS
+from rekindle.data.storage.manifest import raise_version
+from rekindle.data.storage.seal import WITH_SERVED
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.targets.head import write_head
@@ -19,7 +26,8 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.writing import claim_teacher, write_targets
-from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
+from rekindle.pipeline.caching.compute_unit import Steps, Unit, UnitResult, begin_unit, run_unit
+from rekindle.pipeline.caching.served_units import ServedTeacher
 from rekindle.pipeline.caching.shared_out import tell, told
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
@@ -50,6 +58,10 @@ class UnitRunner:
             if is_described(self.corpus.store, teacher.info.name):
                 self._store_head(teacher.info)
 
+    def __call__(self, unit: Unit) -> dict[str, Commit]:
+        """As ``make``."""
+        return self.make(unit)
+
     def make(self, unit: Unit) -> dict[str, Commit]:
         """Compute, write and commit a unit of each teacher that has none, so that a kill costs no
         more than one; return the commits by the teachers' names.
@@ -57,16 +69,54 @@ class UnitRunner:
         None of a teacher of which another process has made it meanwhile: two that were started on
         one cache share the work.
         """
-        store = self.corpus.store
-        left = [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]
+        left = self._left(unit)
         if not left:
             return {}
         began = time.perf_counter()
         if self.shared_out:
             tell(unit)
         result = self.run(unit, left)
+        return self._write(unit, left, result, time.perf_counter() - began)
+
+    def several(self, units: Iterable[Unit]) -> Iterator[dict[str, Commit]]:
+        """Make units as ``make`` does, in their order.
+
+        On a device that runs beside the host it is given a unit's first batch before what came of
+        the last ones of the unit before is taken, and a thread writes meanwhile: a kill costs two
+        units at most, and what of a third was begun.
+        """
+        if self.teachers[0].way.most == 1 or self.shared_out:
+            yield from map(self.make, units)
+            return
+        written = deque[Future[dict[str, Commit]]]()
+        with ThreadPoolExecutor(1, "write") as writer:
+            for one, result, seconds in overlapped(map(self._passes, units)):
+                written.append(writer.submit(self._write, one.unit, one.left, result, seconds))
+                while len(written) > 1:  # no more than one unit waits to be written
+                    yield written.popleft().result()
+            while written:
+                yield written.popleft().result()
+
+    def _passes(self, unit: Unit) -> "_Passes":
+        """Those that a unit takes; none where all have it."""
+        left = self._left(unit)
+        if not left:
+            return _Passes(unit, left, iter(()), _NOTHING)
+        return _Passes(unit, left, begin_unit(left[0], unit, kept=self.kept, beside=left[1:]))
+
+    def _left(self, unit: Unit) -> list[Teacher]:
+        """The teachers that have no such unit."""
+        store = self.corpus.store
+        return [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]
+
+    def _write(
+        self, unit: Unit, left: Sequence[Teacher], result: UnitResult, seconds: float
+    ) -> dict[str, Commit]:
+        """Write what passes of so many ``seconds`` gave the teachers that had ``left`` it out."""
+        if not left:
+            return {}
         # Each has its part of what the passes took, and what its own file takes.
-        spent, made = (time.perf_counter() - began) / len(left), {}
+        spent, made = seconds / len(left), {}
         for teacher, own in zip(left, (result, *result.beside), strict=True):
             began = time.perf_counter() - spent
             self._store_head(teacher.info)
@@ -90,6 +140,22 @@ class UnitRunner:
             write_head(self.corpus.store, info.folder, head)
 
 
+class ServedRunner:
+    """The same of a teacher that a server runs, which shares with none: no model is loaded."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus):
+        raise_version(corpus.store, WITH_SERVED)
+        self.teacher = ServedTeacher(plan, corpus)
+
+    def make(self, unit: Unit) -> dict[str, Commit]:
+        """As ``UnitRunner.make``."""
+        info, corpus = self.teacher.info, self.teacher.corpus
+        if ShardSet(corpus.store, info.folder).has(unit.name):
+            return {}
+        began = time.perf_counter()
+        return {info.name: write_unit(info, corpus, unit, self.teacher.unit(unit), began)}
+
+
 @dataclass(frozen=True)
 class Loader:
     """Loads the model of teachers that share its passes, and gives what makes their units.
@@ -102,14 +168,66 @@ class Loader:
 
     def __call__(self) -> Callable[[Unit], dict[str, Commit]]:
         """Raises InputError for a model that cannot be loaded, or not as a teacher."""
+        if self.plans[0].config.served is not None:
+            return ServedRunner(self.plans[0], self.corpus).make
         if self.plans[0].config.tp_plan is not None:
             tell((self.plans, self.corpus.store.location))
         runner = UnitRunner(self.plans, self.corpus)
         runner.store_lost()
-        return runner.make
+        return runner
 
     def __reduce__(self) -> tuple[object, ...]:
         return partial, (_load, self.plans, self.corpus.store.location)
+
+
+_NOTHING = UnitResult(np.zeros(0, np.int64), {})
+
+
+class _Passes:
+    """A unit's passes, taken on step by step."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        left: list[Teacher],
+        steps: Steps | Iterator[bool],
+        result: UnitResult | None = None,
+    ):
+        self.unit, self.left, self.steps, self.result = unit, left, steps, result
+        self.began = time.perf_counter()
+
+    def step(self) -> bool:
+        """Give the device one batch more; return whether it was given all."""
+        try:
+            return next(self.steps)
+        except StopIteration as end:
+            self.result = self.result or end.value
+            return True
+
+    def end(self) -> UnitResult:
+        """Take them to their end."""
+        while self.result is None:
+            self.step()
+        return self.result
+
+
+def overlapped(
+    begun: Iterable[_Passes],
+) -> Iterator[tuple[_Passes, UnitResult, float]]:
+    """Yield what comes of units in their order, and the seconds that each took: one has its first
+    batch when the device was given the last of the one before, whose results are taken then.
+    """
+    last, done = None, 0.0
+    for passes in chain(begun, [None]):
+        given_all = passes is None or passes.step()
+        if last is not None:
+            result, now = last.end(), time.perf_counter()
+            # Begun while another ran, it has its time from when that was done.
+            yield last, result, now - max(last.began, done)
+            done = now
+        while passes is not None and not given_all:
+            given_all = passes.step()
+        last = passes
 
 
 def _load(plans: Sequence[TeacherPlan], location: str) -> Callable[[Unit], dict[str, Commit]]:

@@ -140,11 +140,16 @@ def _largest(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The scale is a power of two that leaves room for sums of k·V weights of t_k's size.
     """
-    top, ids = torch.topk(probs, k, dim=1, sorted=False)
+    if not _asks(probs):
+        top, ids = _ordered(probs, k)
+    else:
+        top, ids = torch.topk(probs, k, dim=1, sorted=False)
     lowest = top.min(dim=1, keepdim=True).values
     exponent = ((lowest.view(torch.int32) >> 23) - 126).clamp_(min=LOWEST_EXPONENT)  # t_k < 2^e
     bits = ROOM - k.bit_length() - probs.shape[1].bit_length()
     scale = ((bits - exponent + 127) << 23).view(torch.float32)
+    if not _asks(probs):
+        return top, ids, scale
     short = (lowest * scale < 1)[:, 0]
     if bool(short.any()):  # topk may take any of the zeros; here those of the lowest ids
         full, order = torch.sort(probs[short], dim=1, descending=True, stable=True)
@@ -153,6 +158,19 @@ def _largest(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     order = (top.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
     order = order.sort(dim=1, descending=True).values
     return (order >> 32).to(torch.int32).view(torch.float32), WORD - (order & WORD), scale
+
+
+def _asks(values: Tensor) -> bool:
+    """Whether what tensors hold may be asked for: a device would have to be waited for."""
+    return values.device.type == "cpu"
+
+
+def _ordered(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest [N,k] by falling value, ties by id, and their ids: by one top-k of both."""
+    ids = torch.arange(probs.shape[1], device=probs.device)
+    both = (probs.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
+    order = torch.topk(both, k, dim=1).values
+    return (order >> 32).to(torch.int32).view(torch.float32), WORD - (order & WORD)
 
 
 def random_sample(probs: Tensor, draws: int, u: Tensor) -> tuple[Tensor, Tensor]:

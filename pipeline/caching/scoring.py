@@ -5,18 +5,19 @@ the teacher alone has, of targets with a tail (else W = V). A logit of −inf is
 token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import Columns, encode_odds, fixed_point
 from rekindle.data.targets.head import encode_hidden
 from rekindle.data.targets.kinds.registry import KINDS
-from rekindle.data.targets.schema import TeacherInfo, rank_dtype
+from rekindle.data.targets.schema import MAPPED_MASS, TeacherInfo, rank_dtype
 from rekindle.pipeline.caching.sampling import random_sample, threshold_sample, uniforms
 from rekindle.pipeline.caching.vocabulary import TokenColumns
 from rekindle.train.model.split_model import OutputHead
@@ -46,6 +47,23 @@ def score_hidden(
 ) -> Iterator[Columns]:
     """Yield the cache's columns of ``hidden`` [N,H], a bounded block of rows at a time.
 
+    As ``scored_blocks``, for a host that waits.
+    """
+    for scorer, found in scored_blocks(hidden, head, gold, info, extra, tokens):
+        yield scorer.encoded(found)
+
+
+def scored_blocks(
+    hidden: Tensor,
+    head: OutputHead,
+    gold: Tensor,
+    info: TeacherInfo,
+    extra: Extra = None,
+    tokens: TokenColumns | None = None,
+) -> Iterator[tuple["Scorer", dict[str, Tensor]]]:
+    """Yield what is kept of ``hidden`` [N,H], on the device, a bounded block of rows at a time; and
+    what encodes it. A device is not waited for.
+
     ``gold`` [N] are the true ids. ``tokens``: which logits are of which ids; None: row i is of id
     i, each a token.
 
@@ -63,7 +81,14 @@ def score_hidden(
     for start in range(0, len(hidden), step):
         states, truth = hidden[start : start + step], gold[start : start + step]
         more = None if extra is None else extra[start : start + step]
-        yield scorer.columns(states, tokens.arranged(real.logits(states)), truth, more)
+        logits = real.logits(states)
+        mass = {} if tokens.rows is None else {MAPPED_MASS: tokens.mapped_mass(logits)}
+        yield scorer, mass | scorer.found(states, tokens.arranged(logits), truth, more)
+
+
+def _asks(values: Tensor) -> bool:
+    """Whether what tensors hold may be asked for: a device would have to be waited for."""
+    return values.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -84,15 +109,20 @@ class Scorer:
     def __init__(self, info: TeacherInfo):
         self.info, self.kind = info, KINDS[info.kind](info)
 
-    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
-        """Return the columns of a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold`` [N]."""
-        return self.encoded(self.scores(logits, gold, extra))
+    def found(
+        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
+    ) -> dict[str, Tensor]:
+        """Return what ``encoded`` takes of a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold``
+        [N].
+        """
+        return self.scores(logits, gold, extra)
 
     def scores(self, logits: Tensor, gold: Tensor, extra: Extra) -> dict[str, Tensor]:
         """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,W].
 
         They are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are sums
-        over those ids, never 1 − kept. Raises InputError when the teacher's logits are NaN or +inf.
+        over those ids, never 1 − kept. Raises InputError when the teacher's logits are NaN or +inf;
+        ``encoded`` does, where a device would have to be waited for.
         """
         with_tail = self.kind.has_tail
         own = logits[:, : self.info.vocabulary_size]
@@ -100,7 +130,8 @@ class Scorer:
         gold_logit = logits.gather(1, gold[:, None])
         gold_rank = (logits > gold_logit).sum(dim=1)
         highest = top[:, :1].clone() if own.shape == logits.shape else _largest(logits)
-        relative = _relative(logits, highest, self.info)
+        wrong = self._wrong(logits, highest)
+        relative = _relative(logits, highest)
         odds, weights = _tail_log_odds(relative, ids if with_tail else None, self.info.temperatures)
         total = weights.sum(dim=1)
         entropy = total.log() - torch.einsum("nv,nv->n", weights, relative) / total
@@ -108,15 +139,40 @@ class Scorer:
         gold_log_prob = (gold_logit - highest - normaliser)[:, 0]
         scalars = {"gold_log_prob": gold_log_prob, "gold_rank": gold_rank, "entropy": entropy}
         block = Block(relative, weights, normaliser, ids, top - highest, odds)
-        return scalars | self.kept(block, extra)
+        return scalars | self.kept(block, extra) | wrong
+
+    def _wrong(self, logits: Tensor, highest: Tensor) -> dict[str, Tensor]:
+        """Raise InputError for logits that are no numbers; return whether they are, where that
+        would have to be waited for.
+        """
+        if not _asks(logits):
+            return {"wrong": ~torch.isfinite(highest).all() | torch.isnan(logits).any()}
+        if not bool(torch.isfinite(highest).all()) or bool(torch.isnan(logits).any()):
+            raise self._no_numbers()
+        return {}
+
+    def _no_numbers(self) -> InputError:
+        precision = self.info.precision
+        way = "Try `precision: fp32` for it, and check" if precision != "fp32" else "Check"
+        return InputError(
+            f"teacher {self.info.name!r} produced logits that are NaN or infinite in {precision}; "
+            f"its targets would be worthless. {way} the model: its weights may hold NaN"
+        )
+
+    def arrays(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+        """Return scores on the host; InputError where the teacher's logits were no numbers."""
+        found = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in scores.items()}
+        if found.pop("wrong", False):
+            raise self._no_numbers()
+        return found
 
     def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return what is kept of the rows."""
         return {}
 
-    def encoded(self, scores: dict[str, Tensor]) -> Columns:
+    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the cache's columns (NumPy) of scores."""
-        found: Columns = {name: value.cpu().numpy() for name, value in scores.items()}
+        found = self.arrays(scores)
         dtype = rank_dtype(self.info.vocabulary_size or 0)
         return found | {
             "gold_log_prob": fixed_point(-found["gold_log_prob"]),
@@ -133,7 +189,7 @@ class TopKScorer(Scorer):
         log_probs = block.above - block.normaliser
         return {"log_probs": log_probs, "ids": block.ids, "tail_log_odds": block.tail_log_odds}
 
-    def encoded(self, scores: dict[str, Tensor]) -> Columns:
+    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the cache's columns (NumPy) of scores."""
         columns = super().encoded(scores)
         kept = [columns.pop(name) for name in ("ids", "log_probs", "tail_log_odds")]
@@ -178,22 +234,35 @@ class DenseScorer(Scorer):
 class HiddenScorer(Scorer):
     """The states that the output matrix multiplies."""
 
-    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
+    def found(
+        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
+    ) -> dict[str, Tensor]:
         """Return the scalars and the states."""
-        stored, scale = encode_hidden(hidden.float().cpu().numpy())
-        scalars = super().columns(hidden, logits, gold, extra)
-        return scalars | {"hidden": stored, "hidden_scale": scale}
+        return super().found(hidden, logits, gold, extra) | {"hidden": hidden.float()}
+
+    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+        """Return the scalars' columns and the states'."""
+        columns = super().encoded(scores)
+        stored, scale = encode_hidden(columns.pop("hidden"))
+        return columns | {"hidden": stored, "hidden_scale": scale}
 
 
 class TailsScorer(Scorer):
     """Tail masses of ids that are stored already."""
 
-    def columns(self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra) -> Columns:
-        """Return log(kept mass / mass outside) [N,T], as it is stored."""
+    def found(
+        self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
+    ) -> dict[str, Tensor]:
+        """Return log(kept mass / mass outside) [N,T]."""
         assert extra is not None
-        relative = _relative(logits, _largest(logits), self.info)
-        odds, _ = _tail_log_odds(relative, extra, self.info.temperatures)
-        return {"tail_log_odds": encode_odds(odds.cpu().numpy())}
+        highest = _largest(logits)
+        wrong = self._wrong(logits, highest)
+        odds, _ = _tail_log_odds(_relative(logits, highest), extra, self.info.temperatures)
+        return {"tail_log_odds": odds} | wrong
+
+    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+        """Return it as it is stored."""
+        return {"tail_log_odds": encode_odds(self.arrays(scores)["tail_log_odds"])}
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -210,13 +279,7 @@ def _largest(logits: Tensor) -> Tensor:
     return logits.max(dim=1, keepdim=True).values
 
 
-def _relative(logits: Tensor, highest: Tensor, info: TeacherInfo) -> Tensor:
-    if not bool(torch.isfinite(highest).all()) or bool(torch.isnan(logits).any()):
-        way = "Try `precision: fp32` for it, and check" if info.precision != "fp32" else "Check"
-        raise InputError(
-            f"teacher {info.name!r} produced logits that are NaN or infinite in {info.precision}; "
-            f"its targets would be worthless. {way} the model: its weights may hold NaN"
-        )
+def _relative(logits: Tensor, highest: Tensor) -> Tensor:
     return logits.sub_(highest).clamp_(min=LOWEST)
 
 

@@ -27,14 +27,15 @@ def passes(parts: Sequence[TeacherPlan]) -> list[Group]:
 
 def decides_pass(plan: TeacherPlan) -> Hashable | None:
     """Return all that decides a language model's forward passes over a corpus, batches included;
-    None of what shares with nobody: task experts, and tails, which are of ids that lie there.
+    None of what shares with nobody: task experts, tails, which are of ids that lie there, and
+    what a server runs.
     """
     info, config = plan.info, plan.config
-    if not config.vocabulary or info.extends is not None:
+    if not config.vocabulary or info.extends is not None or config.served is not None:
         return None
     prints = tuple(sorted(info.fingerprints.items()))
     decided = (info.task, info.view, info.domains, info.precision, info.vocabulary_size)
-    return (plan.directory, prints, config.batch_tokens, *decided)
+    return (plan.directory, prints, config.batch_tokens, info.mapped, *decided)
 
 
 def told_of_shared(group: Group) -> str:

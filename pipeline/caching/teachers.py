@@ -27,6 +27,9 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
+from rekindle.pipeline.caching.in_flight import way_to
+from rekindle.pipeline.caching.mapped import VocabularyMap, check_positions
+from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
@@ -62,7 +65,10 @@ UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """A teacher before it is loaded: configuration, directory, description for the cache."""
+    """A teacher before it is loaded: configuration, directory, description for the cache.
+
+    One that a server runs has no ``directory``.
+    """
 
     config: TeacherConfig
     directory: Path
@@ -76,6 +82,10 @@ def plan_teacher(
 
     Raises InputError when it cannot teach on this corpus.
     """
+    if corpus.is_packed:
+        _check_reads_rows(config)
+    if config.served is not None:
+        return TeacherPlan(config, Path(), describe_served(config, corpus, views.shown_to(config)))
     directory = directory or resolve_model(config.model)
     who = f"teacher {config.name!r} ({config.model})"
     settings: Any = check_teacher_files(directory, config.task, who)
@@ -105,17 +115,18 @@ def plan_teacher(
         _check_language_model(config, settings, corpus)
         text = settings.get_text_config()
         width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
-        tokens = _count_shared(corpus, tokenizer, settings, config, views)
+        if config.mapping == "map":
+            rows = int(settings.get_text_config().vocab_size)
+            found = VocabularyMap.of(corpus, tokenizer, rows)
+            check_positions(found, corpus, config.name, config.map_coverage)
+            tokens = info["mapped"] = found.count
+        else:
+            tokens = _count_shared(corpus, tokenizer, settings, config, views)
         info |= configured(config, views, size, width and int(width), tokens)
         if CODECS[config.targets.codec].compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
-        if corpus.is_packed:
-            raise InputError(
-                f"{who} judges texts, and with corpus.packing: packed a sequence is of several "
-                "documents, which have no judgement in common. Use packing: document for it"
-            )
         if config.pairs == RECORD and recorded(directory).pairs is False:
             raise InputError(
                 f"{who} was fine-tuned on single texts, and with corpus.pair_field each record is "
@@ -128,11 +139,24 @@ def plan_teacher(
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
 
 
+def _check_reads_rows(config: TeacherConfig) -> None:
+    """Raise InputError for a teacher that is not shown the rows of a packed corpus themselves."""
+    lead = f"teacher {config.name!r}: with corpus.packing: packed a sequence is of several "
+    advice = ". Use packing: document for it"
+    if not config.vocabulary:
+        raise InputError(f"{lead}documents, which have no judgement in common{advice}")
+    if config.served is not None or config.mapping == "map":
+        how = "a server" if config.served is not None else "another tokenizer"
+        raise InputError(f"{lead}documents, and {how} reads it as one text{advice}")
+
+
 def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
     """What is said, before a teacher runs, of a precision that this device has no instructions
     for; None for any other.
     """
     name, info = plan.config.name, plan.info
+    if info.served is not None:
+        return None
     instead = ""
     if is_described(corpus.store, name):
         instead = (
@@ -252,6 +276,7 @@ class Teacher:
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
+        self.way = way_to(self.placement.device)
         self.stores_tails = _stores_tails(plan.info)
         auto_class, who = AUTO_CLASSES[plan.info.task], f"teacher {plan.info.name!r}"
         more = loading(plan.config, plan.directory, auto_class)
@@ -260,6 +285,10 @@ class Teacher:
         self.model: nn.Module = (model if more else model.to(self.placement.device)).eval()
         settings: Any = model.config
         self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
+        self.map: VocabularyMap | None = None
+        if plan.info.mapped is not None:
+            rows = int(settings.get_text_config().vocab_size)
+            self.map = VocabularyMap.of(corpus, self.tokenizer, rows)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)
@@ -315,6 +344,8 @@ class Teacher:
     def token_columns(self) -> TokenColumns:
         """Which of a vocabulary teacher's logits are of which ids."""
         rows = len(self.language_model.head.weight)
+        if self.map is not None:
+            return TokenColumns.mapped(self.map, self.stores_tails)
         return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
 
     def output_matrix(self) -> StoredHead:
@@ -329,4 +360,4 @@ class Teacher:
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""
-        return torch.from_numpy(values.astype(np.int64)).to(self.placement.device)
+        return self.way.send(values.astype(np.int64))

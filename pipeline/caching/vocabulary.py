@@ -5,7 +5,7 @@ at, F tokens of the teacher alone, N rows of hidden states.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
 from rekindle.data.errors import InputError
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.text_files import state_of
+from rekindle.pipeline.caching.mapped import VocabularyMap
 from rekindle.train.model.folder import tokenizer_folder
 from rekindle.train.model.split_model import OutputHead
 
@@ -97,12 +98,17 @@ class TokenColumns:
     output matrix to a round size, get no probability. The teacher's tokens that the corpus's
     tokenizer does not have (``foreign``: chat tokens, say) take part in the softmax where a tail is
     stored, which their mass joins; else they are left out before it, like padding: whole
-    distributions, samples and hidden states are those of the common vocabulary.
+    distributions, samples and hidden states are those of the common vocabulary. ``rows`` [V]: the
+    teacher's id of each, −1 for absent ones, and ``others``: its tokens that are of none; None: the
+    same id.
     """
 
     size: int
     absent: NDArray[np.int64]
     foreign: NDArray[np.int64]
+    rows: NDArray[np.int64] | None = None
+    others: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _sent: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Tokenizer, rows: int, with_tail: bool) -> "TokenColumns":
@@ -116,20 +122,56 @@ class TokenColumns:
             foreign = sorted({number for number, _ in more if number < rows})
         return cls(facts["size"], absent, np.array(foreign, np.int64))
 
+    @classmethod
+    def mapped(cls, found: VocabularyMap, with_tail: bool) -> "TokenColumns":
+        """Those of a teacher whose tokens have other ids."""
+        absent = np.flatnonzero(found.rows < 0)
+        foreign = found.others if with_tail else found.others[:0]
+        return cls(len(found.rows), absent, foreign, found.rows, found.others)
+
     def cut(self, head: OutputHead) -> OutputHead:
         """The head of the W rows that are looked at."""
+        if self.rows is not None:
+            return head.cut(1 + int(np.concatenate([self.rows, self.others]).max()))
         return head.cut(max(self.size, int(self.foreign.max(initial=-1)) + 1))
+
+    def mapped_mass(self, logits: Tensor) -> Tensor:
+        """[N]: the share of the probability of the teacher's tokens that ``rows`` have."""
+        others = self._on(logits.device)[3]
+        own = torch.logsumexp(self._own(logits), dim=1)
+        return torch.sigmoid(own - torch.logsumexp(logits[:, others], dim=1))
+
+    def _own(self, logits: Tensor) -> Tensor:
+        """Logits [N,V] of a teacher whose tokens have other ids."""
+        absent, _, rows, _ = self._on(logits.device)
+        own = logits[:, rows]
+        own[:, absent] = -torch.inf
+        return own
 
     def arranged(self, logits: Tensor) -> Tensor:
         """Logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
-        if not len(self.absent) and not len(self.foreign) and logits.shape[1] == self.size:
+        same = self.rows is None and not len(self.absent) and not len(self.foreign)
+        if same and logits.shape[1] == self.size:
             return logits
-        foreign = logits[:, torch.from_numpy(self.foreign).to(logits.device)]
+        absent, foreign_ids, *_ = self._on(logits.device)
+        foreign = logits[:, foreign_ids]
+        if self.rows is not None:
+            return torch.cat([self._own(logits), foreign], dim=1)
         own = logits[:, : self.size]
         lacking = self.size - own.shape[1]  # of a teacher with fewer tokens
         own = torch.nn.functional.pad(own, (0, lacking)) if lacking else own.clone()
-        own[:, torch.from_numpy(self.absent).to(logits.device)] = -torch.inf
+        own[:, absent] = -torch.inf
         return torch.cat([own, foreign], dim=1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """``absent``, ``foreign``, ``rows`` and ``others`` there, sent once: sending waits for the
+        device.
+        """
+        if device not in self._sent:
+            rows = self.foreign[:0] if self.rows is None else self.rows.clip(min=0)
+            each = map(torch.from_numpy, (self.absent, self.foreign, rows, self.others))
+            self._sent[device] = tuple(ids.to(device) for ids in each)
+        return self._sent[device]
 
     def stored(self, head: OutputHead) -> StoredHead:
         """The output matrix [V,H] as a cache keeps it: absent ids have a bias that leaves nothing

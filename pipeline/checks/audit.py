@@ -25,6 +25,7 @@ from rekindle.pipeline.caching.sampling import (
     uniforms,
 )
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
+from rekindle.pipeline.checks.audit_served import audit_served
 from rekindle.pipeline.checks.judge import (
     Distributions,
     Judged,
@@ -98,7 +99,8 @@ def audit_cache(
     Vocabulary teachers: ``kl`` (live ‖ cached, nats), ``top1`` agreement and ``kept_mass``, means
     over positions; of samples ``total_variation`` to one drawn again; task heads: ``max_error`` of
     the logits. ``rows``: how many were compared; ``of_bound``: the largest error as a share of its
-    bound, which is beyond it above 1. Of masked replicas the first is audited.
+    bound, which is beyond it above 1. Of masked replicas the first is audited. A server's teacher
+    is asked again (``audit_served``).
 
     Raises CacheMismatchError when a teacher's files are not those that were cached, InputError when
     the configuration says something else of it, or has none of the cache's teachers.
@@ -117,7 +119,11 @@ def audit_cache(
     audits = {}
     for name, each in configs.items():
         with progress.task(f"audit of {name}", unit="sequences", total=len(index)) as task:
-            audits[name] = _Audit(cache, _live(cache, each)).over(index, task)
+            if each.served is not None:
+                parts = _parts(cache, index)
+                audits[name] = TeacherAudit(*audit_served(cache, each, parts, task))
+            else:
+                audits[name] = _Audit(cache, _live(cache, each)).over(index, task)
     return AuditReport(audits)
 
 
@@ -128,6 +134,11 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
         raise InputError(
             f"teacher {config.name!r} was imported ({info.imported.told()}): there is no model to "
             "audit it with. Take it out of `teachers` of the configuration"
+        )
+    if info.served is not None:
+        raise InputError(
+            f"teacher {config.name!r} was served as {info.served.model!r}: give the configuration "
+            "the cache was made with, which has its served section"
         )
     directory = resolve_model(config.model)
     prints = info.fingerprints

@@ -108,7 +108,12 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         "parts": [part.info.part for part in teacher.parts],
         "lineage": [run.model_dump() for run in info.lineage],
     }
+    if teacher.mapped is not None:
+        share, mass = teacher.mapped
+        facts["mapped"] = {"tokens": info.mapped, "positions": share, "probability": mass}
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
+    if info.served is not None:
+        facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
@@ -210,6 +215,8 @@ def _as_text(
         for number, run in enumerate(reader.info.lineage):
             lines.append(_lineage_line(reader.info.name, number, run))
     lines += [_imported_line(r) for r in readers if r.info.imported]
+    lines += [_mapped_line(r.info.name, r.info.mapped, *r.mapped) for r in readers if r.mapped]
+    lines += [_served_line(r) for r in readers if r.info.served]
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
@@ -253,12 +260,29 @@ def _kept(info: TeacherInfo) -> str:
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
 
 
+def _mapped_line(name: str, tokens: int | None, share: float, mass: float) -> str:
+    return (
+        f"{name} has a tokenizer of its own (vocabulary: map): {tokens:,} tokens of the corpus's "
+        f"are its own, too; targets at {share:.1%} of the positions, where they hold {mass:.1%} "
+        "of its probability"
+    )
+
+
 def _imported_line(teacher: TeacherReader) -> str:
     assert teacher.info.imported is not None
     imported, tail = teacher.info.imported, teacher.info.estimator.get("tail")
     tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
     lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
     return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
+
+
+def _served_line(teacher: TeacherReader) -> str:
+    info = teacher.info
+    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
+    return in_line(
+        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
+        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
+    )
 
 
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
@@ -291,6 +315,8 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
+        if example.trained is None:  # all of it
+            del shown["trained"]
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
     lines = [f"example {index} · {example.digest} · document {example.document}"]

@@ -180,7 +180,8 @@ def _problems_of_targets(
         for row, ((lists, a, b), expected) in enumerate(zip(cuts, predicted, strict=True)):
             found = lists.columns["positions"][a:b]
             may = expected if wanted[row] else expected[:0]
-            holes = teacher.info.imported is not None  # which were allowed, and are counted
+            # Which were allowed, and are counted.
+            holes = teacher.info.imported is not None or teacher.info.mapped is not None
             if not (np.isin(found, may).all() if holes else np.array_equal(found, may)):
                 yield f"row {row} has targets at other positions than it should"
 

@@ -13,8 +13,9 @@ from rekindle.pipeline.compare.heads import head_and_place, with_heads
 from rekindle.pipeline.compare.runs import Comparison
 from rekindle.pipeline.overrides import set_value
 from rekindle.pipeline.progress import Progress
-from rekindle.train.answers.config import AskConfig, PerplexityConfig
+from rekindle.train.answers.config import AskConfig, GenerateConfig, PerplexityConfig
 from rekindle.train.answers.evaluate import Evaluation, evaluate_file
+from rekindle.train.answers.generate import Generated, generate_file
 from rekindle.train.answers.perplexity import Perplexity, text_perplexity
 from rekindle.train.answers.predict import Predicted, predict_file
 from rekindle.train.answers.target import check_target
@@ -84,6 +85,16 @@ def predictions(
     config, places = _config(AskConfig, sets, fields), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
         return predict_file(*places, out, head=head, config=config, force=force, watch=task)
+
+
+def generated(
+    model: str, prompts: str, out: str, force: bool, sets: Sequence[str] | None
+) -> Generated:
+    """Have a language model write on from prompts."""
+    check_target(out, resolve_name(prompts), resolve_name(model), force)
+    config, places = _config(GenerateConfig, sets), _places(model, prompts)
+    with Progress.to_terminal() as progress, progress.task("generate", "prompts") as task:
+        return generate_file(*places, out, config=config, force=force, watch=task)
 
 
 def _found(given: Sequence[str]) -> list[str]:

@@ -33,6 +33,10 @@ def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
         from rekindle.data.exchange.config import ImportConfig
 
         return ImportConfig
+    if command == "generate":
+        from rekindle.train.answers.config import GenerateConfig
+
+        return GenerateConfig
     if command in ("evaluate", "predict", "compare"):
         from rekindle.train.answers.config import AskConfig, PerplexityConfig
 

@@ -207,6 +207,27 @@ def predict(
         typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
 
 
+def generate(
+    model: ModelPlace,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="rows with messages, for the chat template, or a text to go on from (prompt, "
+            "text): jsonl, csv, tsv, parquet, arrow, txt"
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="the file of rows of tokens (jsonl)")],
+    force: Force = False,
+    set_: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Have a causal LM answer prompts: rows of tokens for a corpus (corpus.format: tokens)."""
+    from rekindle.pipeline.commands import asking
+
+    found = asking.generated(model, prompts, out, force, set_)
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+
+
 def export(
     model: Annotated[
         str, typer.Argument(metavar="STUDENT", help="a student's directory, or a checkpoint of one")

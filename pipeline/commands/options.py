@@ -11,12 +11,12 @@ from rekindle.data.places import address_of, expanded
 from rekindle.data.storage.client import FILE_URL
 
 # Arguments and options that are places and no Path: hub ids, addresses and built-in names too.
-PLACES = ("cache", "model", "train", "dev", "test", "text")
+PLACES = ("cache", "model", "train", "dev", "test", "text", "prompts")
 
 WRITING_TO_STORES = ("train-student", "finetune", "export", "merge-adapter")  # with --out s3://…
 
 # Commands whose --help lists the keys of --set; those of a run are in docs and recipes.
-KEYS_LISTED = ("finetune", "evaluate", "predict")
+KEYS_LISTED = ("finetune", "evaluate", "predict", "generate")
 
 
 class Command(TyperCommand):

@@ -79,6 +79,8 @@ class TeacherWork:
     cut: Cut | None = None  # None: it sees all of its texts, or is not at hand
     longest: int | None = None  # tokens that its model takes, of one that reads texts
     shares: tuple[str, ...] = ()  # teachers by whose forward passes it is made, too
+    requests: int | None = None  # of one that a server runs: how often that is asked
+    at_a_time: int | None = None  # of these
 
 
 @dataclass(frozen=True)

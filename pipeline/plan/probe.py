@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult, run_unit
 from rekindle.pipeline.caching.make_unit import write_unit
+from rekindle.pipeline.caching.served_units import ServedTeacher
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.plan.work import bytes_without_positions
 
@@ -26,7 +28,7 @@ class Probe:
     """What was measured of a teacher on the sample rows."""
 
     seconds_per_token: float  # of the corpus, in one replica
-    bytes_per_position: float | None  # None where there was no position
+    bytes_per_position: float | None  # None where there was no position, or it was not tried
 
 
 def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
@@ -36,6 +38,8 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
     The shards of ``steps`` grow, so a slow teacher is measured on a few sequences and a fast one on
     full batches. Raises InputError when the teacher cannot be run.
     """
+    if plans[0].config.served is not None:
+        return [_probe_server(plans[0], steps)]
     everything = [
         replace(plan, info=plan.info.model_copy(update={"domains": None})) for plan in plans
     ]
@@ -63,6 +67,18 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
         positions = written.facts["positions"]
         found.append(Probe(rate / len(plans), max(0, own) / positions if positions else None))
     return found
+
+
+def _probe_server(plan: TeacherPlan, steps: Corpus) -> Probe:
+    """One request about the sample's longest sequence, timed."""
+    teacher = ServedTeacher(plan, steps)
+    places = [(shard, row) for shard, one in enumerate(steps.commits) for row in range(one.rows)]
+    lengths = [int(steps.lengths(shard, row, row + 1)[0]) for shard, row in places]
+    shard, row = places[int(np.argmax(lengths))]
+    _, tokens, _ = teacher.sequences(Unit(shard))
+    began = time.perf_counter()
+    teacher.source.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
+    return Probe((time.perf_counter() - began) / max(lengths), None)
 
 
 def _run(

@@ -147,7 +147,8 @@ def _check_files(config: RunConfig, must_be: bool) -> None:
     here = []
     for teacher in config.teachers:
         with naming(f"teacher {teacher.name!r}"):
-            here += [teacher] if at_hand(teacher.model, must_be) is not None else []
+            if teacher.served is None and at_hand(teacher.model, must_be) is not None:
+                here.append(teacher)
     student = config.student
     if student is not None and at_hand(student.model, must_be) is None:
         student = None

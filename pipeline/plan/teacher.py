@@ -3,7 +3,9 @@
 No model is loaded but by the probe, and none is downloaded.
 """
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from rekindle.pipeline.plan.work import (
     share_of,
     work_of,
 )
+from rekindle.pipeline.served.client import ServerAwayError
+from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.order.domains import check_domains
@@ -40,11 +44,16 @@ def plans_at_hand(
 
     ``views`` are of ``survey.steps``. Raises InputError and CacheMismatchError as ``plan_run``.
     """
-    folders = [at_hand(teacher.model, must_be) for teacher in config.teachers]
-    return [
-        None if folder is None else described(teacher, folder, survey, views, config.cache.seed)
-        for teacher, folder in zip(config.teachers, folders, strict=True)
+    folders = [
+        Path() if teacher.served else at_hand(teacher.model, must_be) for teacher in config.teachers
     ]
+    found: list[TeacherPlan | None] = []
+    for teacher, folder in zip(config.teachers, folders, strict=True):
+        found.append(None)
+        with suppress(ServerAwayError):
+            if folder is not None:
+                found[-1] = described(teacher, folder, survey, views, config.cache.seed)
+    return found
 
 
 def plan_all_teachers(
@@ -94,14 +103,19 @@ def _plan_one(
     if plan and not teacher.vocabulary:
         cut, longest = foreseen_cut(plan, survey.steps)
         known = replace(known, cut=cut, longest=longest)
+    if teacher.served is not None:
+        asked, at_a_time = _requests(teacher.served, parts), teacher.served.max_concurrency
+        known = replace(known, requests=asked, at_a_time=at_a_time)
     if not known.units_to_make:
         return replace(known, positions=0, bytes=0, seconds=0.0)
-    measured = None
+    measured, absent = None, None if plan else _absence(teacher)
     if plan and probe:
         alone = Pass((plan,), {})  # of which tails alone are to be made
-        measured = (shared or alone).probe(teacher.name, survey.steps)
+        try:
+            measured = (shared or alone).probe(teacher.name, survey.steps)
+        except ServerAwayError:  # it is described by the cache
+            absent = _absence(teacher)
     tokens = sum(work.tokens for _, work in parts)
-    absent = None if plan else _absence(teacher)
     rate = measured.seconds_per_token if measured else None
     if not tokens and survey.estimated:
         none = "the sample has no sequence of its domains"
@@ -111,11 +125,19 @@ def _plan_one(
         known,
         positions=round(tokens * density),
         bytes=_bytes(parts, wanted, density, measured),
-        at_most=measured is None and any(kind_of(info).bounded for info, _ in parts),
+        at_most=(measured is None or measured.bytes_per_position is None)
+        and any(kind_of(info).bounded for info, _ in parts),
         seconds_per_token=rate,
         seconds=None if rate is None else _seconds(teacher.name, parts, rate, shared),
         reason=absent or (None if measured else "its time was not probed"),
     )
+
+
+def _requests(served: ServedConfig, parts: list[Part]) -> int:
+    """How often a server is asked: about all sequences, and of each unit about the probes."""
+    each = served.prompts_per_request
+    missing = (shards for _, work in parts for shards in work.missing)
+    return sum(one.count * (1 + math.ceil(one.rows * one.share / each)) for one in missing)
 
 
 def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> float:
@@ -157,6 +179,8 @@ def described(
 
 def _absence(teacher: TeacherConfig) -> str:
     """Why the teacher's files are not at hand."""
+    if teacher.served is not None:
+        return f"its server {teacher.served.url} does not answer"
     for name in missing(teacher.model):
         return f"its model {name} is not made yet"
     return f"its model {teacher.model} is not on this machine"

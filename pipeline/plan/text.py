@@ -32,6 +32,7 @@ def shown_plan(plan: RunPlan) -> str:
     head = [*wrapped(lines), *table, *(wrapped([ABOUT]) if plan.teachers else [])]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
     lines += _of_shared(plan.teachers)
+    lines += [_of_served(teacher) for teacher in plan.teachers if teacher.requests]
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
     lines += [_total(plan), f"{plan.break_even.sentence} {plan.break_even.assumes}".rstrip()]
     runs = plan.break_even.teachers
@@ -55,6 +56,16 @@ def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
         f"{', '.join(group)}: one forward pass for all of them; its time is divided among them"
         for group in names
     ]
+
+
+def _of_served(teacher: TeacherWork) -> str:
+    told = f"{teacher.name}: {counted(teacher.requests or 0, 'request')} to its server"
+    if not teacher.seconds_per_token:
+        return told
+    return (
+        f"{told}; its time is that of one request, measured now, as if they came one after another "
+        f"({teacher.at_a_time} are sent at a time)"
+    )
 
 
 def wrapped(sentences: list[str]) -> list[str]:

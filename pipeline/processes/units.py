@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from rekindle.data.cores import cores
 from rekindle.data.corpus.in_order import in_threads
@@ -33,10 +33,23 @@ log = logging.getLogger("rekindle")
 
 WARM_UP, IN_THREADS = 512, 768  # of 64 kB of text: some 20 and 30 seconds of two cores
 
+BEGUN = 3  # units that are begun, or being written, before one is through
+
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 # Makes the large object that all units need, a function of a unit: each process does it once.
 Load = Callable[[], Callable[[Unit], Result]]
+
+
+@runtime_checkable
+class Several(Protocol):
+    """What does units and may begin one before the last is through."""
+
+    def several(self, units: Iterable[Any]) -> Iterator[Any]:
+        """Do units; give a result of each, in their order. At most BEGUN are taken of which none
+        has been given.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -90,8 +103,8 @@ class OnThisMachine:
         """As for any ``Executor``; an error ends all. Raises InputError if a process was killed."""
         if self.processes == 1 or not work.units:
             do = work.load()
-            for unit in work.units:
-                report(do(unit))
+            for result in _each(do, work.units):
+                report(result)
         else:
             run_units(work.name, work.load, work.units, places_for(self.processes), report)
 
@@ -140,8 +153,12 @@ def run_units(
     waiting, workers = deque(units), list[Worker]()
     with killed_at_exit(workers):
         for place in places[: len(units)]:
-            workers.append(Worker(name, partial(_do_units, load), place))
-            workers[-1].send(waiting.popleft())
+            workers.append(Worker(name, partial(_do_each, load), place))
+        # In turns, so that few units are shared out; None where there are no more of them.
+        for number in range(BEGUN):
+            for worker in workers:
+                if number < _held(worker.place):
+                    worker.send(waiting.popleft() if waiting else None)
         while workers:
             for worker in Worker.with_messages(workers):
                 try:
@@ -194,8 +211,24 @@ def units_in_order(
         workers.clear()
 
 
+def _held(place: Place) -> int:
+    """How many units a process has at hand: on a device it begins some before one is through."""
+    return 1 if place.device is None else BEGUN
+
+
+def _each(do: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
+    """Do units one after another, or as ``Several`` does."""
+    return do.several(units) if isinstance(do, Several) else map(do, units)
+
+
+def _do_each(load: Load[Unit, Result], parent: Connection) -> None:
+    """What each process of ``run_units`` does: all that the parent sends, until that is None."""
+    for result in _each(load(), iter(parent.recv, None)):
+        parent.send(result)
+
+
 def _do_units(load: Load[Unit, Result], parent: Connection) -> None:
-    """What each process does: a unit at a time, until the parent has no more."""
+    """What each process of ``units_in_order`` does: a unit at a time, until there are no more."""
     do = load()
     while (unit := parent.recv()) is not None:
         parent.send(do(unit))

@@ -12,12 +12,12 @@ from cache_rows import VOCABULARY, make_corpus, timed
 from results_csv import Row
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.padding import pad
+from rekindle.data.padding import length_buckets
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.reader import ViewReader
-from rekindle.pipeline.caching.batching import length_buckets
+from rekindle.pipeline.caching.batching import padded_inputs
 from rekindle.pipeline.caching.compute_unit import Unit, run_unit
 from rekindle.pipeline.caching.make_unit import write_unit
 from rekindle.pipeline.caching.teachers import Teacher, plan_teacher
@@ -88,22 +88,21 @@ def overhead(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def forward_batches(
-    teacher: Teacher, corpus: Corpus, view: ViewReader
+    teacher: Teacher, corpus: Corpus, view: ViewReader, number: int = 0
 ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-    """The inputs stage 1 gives the model on the first unit, and its masked places, by batch."""
-    shard = corpus.shard(0)
+    """The inputs stage 1 gives the model on a shard, and its masked places, by batch."""
+    shard = corpus.shard(number)
     indices = range(shard.batch_count)
     seen = [s.copy() for s in split_lists([shard.batch(i) for i in indices], "input_ids")]
-    views = [view.batch(0, i, 0) for i in indices]
+    views = [view.batch(number, i, 0) for i in indices]
     positions = split_lists(views, "positions")
     for row, where, put in zip(seen, positions, split_lists(views, "input_ids"), strict=True):
         row[where] = put
     lengths = np.array([len(s) for s in seen])
     batches, selected = [], []
     for rows in length_buckets(lengths, teacher.batch_tokens):
-        ids = pad([seen[r] for r in rows], lengths[rows], 0)
-        mask = np.arange(ids.shape[1]) < lengths[rows, None]
-        batches.append({"input_ids": teacher.tensor(ids), "attention_mask": teacher.tensor(mask)})
-        flat = [i * ids.shape[1] + positions[r].astype(np.int64) for i, r in enumerate(rows)]
+        batches.append(padded_inputs(teacher, [seen[r] for r in rows]))
+        width = batches[-1]["input_ids"].shape[1]
+        flat = [i * width + positions[r].astype(np.int64) for i, r in enumerate(rows)]
         selected.append(teacher.tensor(np.concatenate(flat)))
     return batches, selected

@@ -201,45 +201,57 @@ def teacher_steps(device: str) -> dict[str, Step]:
     return {"a call each": apart, "one call": together}
 
 
+def measure(add: Callable[[Row], None]) -> None:
+    """Print a table; ``add`` takes its rows as they are found."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for path in ("cpu", "launches", *(["gpu"] if device == "cuda" else [])):
+        for tau in (1.0, 2.0):
+            for row in measured(path, tau):
+                add(row)
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    best = best_seconds(teacher_steps(device), clock, repeats=min(5, REPEATS), calls=1)
+    case = f"teachers linear N={TAUGHT_ROWS} V=30522 H=256 T={TEACHERS}"
+    for name, seconds in best.items():
+        add((f"{case} {name}", "rekindle", "time", 1e3 * seconds, "ms"))
+        print(f"{case} {name:12} {1e3 * seconds:8.1f} ms, {seconds / best['a call each']:.2f}")
+
+
+def measured(path: str, tau: float) -> list[Row]:
+    """The rows of all tasks on one path, which are printed."""
+    rows: list[Row] = []
+    counts: collections.Counter[str] = collections.Counter()
+    impl = "torch" if path == "cpu" else "triton"
+    # other work on the processor is not counted; on a GPU backward has a thread of its own
+    clock = time.perf_counter if path == "gpu" else time.process_time
+    with counted_launches(counts) if path == "launches" else nullcontext():
+        contenders = steps("cuda" if path == "gpu" else "cpu", tau, impl)
+        if path == "launches":
+            contenders = {n: s for n, s in contenders.items() if "eager" not in n}
+        best = best_seconds(contenders, clock, REPEATS, CALLS)
+        made = {n: launches(s, counts) for n, s in contenders.items()}
+    for name, seconds in best.items():
+        task, provider = name.split()
+        case = f"{path} {task} N={ROWS} V={VOCABULARY} H={HIDDEN} k={KEPT} tau={tau:g}"
+        rows.append((case, provider, "host", 1e6 * seconds, "us"))
+        line = f"{case:52} {provider:9} {1e6 * seconds:8.0f} us"
+        if path == "launches":
+            rows.append((case, provider, "launches", made[name].total(), ""))
+            line += f"  {made[name].total()} launches: {dict(made[name])}"
+        elif provider == "rekindle":
+            ratio = seconds / best[f"{task} eager"]
+            rows.append((case, provider, "host / eager", ratio, "x"))
+            line += f"  {ratio:.2f} x eager"
+        print(line, flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", action="store_true")
     record = parser.parse_args().record
     torch.set_num_threads(1)
     rows: list[Row] = []
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = ["cpu", "launches", *(["gpu"] if device == "cuda" else [])]
-    for path in paths:
-        for tau in (1.0, 2.0):
-            counts: collections.Counter[str] = collections.Counter()
-            impl = "torch" if path == "cpu" else "triton"
-            # other work on the processor is not counted; on a GPU backward has a thread of its own
-            clock = time.perf_counter if path == "gpu" else time.process_time
-            with counted_launches(counts) if path == "launches" else nullcontext():
-                contenders = steps("cuda" if path == "gpu" else "cpu", tau, impl)
-                if path == "launches":
-                    contenders = {n: s for n, s in contenders.items() if "eager" not in n}
-                best = best_seconds(contenders, clock)
-                made = {n: launches(s, counts) for n, s in contenders.items()}
-            for name, seconds in best.items():
-                task, provider = name.split()
-                case = f"{path} {task} N={ROWS} V={VOCABULARY} H={HIDDEN} k={KEPT} tau={tau:g}"
-                rows.append((case, provider, "host", 1e6 * seconds, "us"))
-                line = f"{case:52} {provider:9} {1e6 * seconds:8.0f} us"
-                if path == "launches":
-                    rows.append((case, provider, "launches", made[name].total(), ""))
-                    line += f"  {made[name].total()} launches: {dict(made[name])}"
-                elif provider == "rekindle":
-                    ratio = seconds / best[f"{task} eager"]
-                    rows.append((case, provider, "host / eager", ratio, "x"))
-                    line += f"  {ratio:.2f} x eager"
-                print(line, flush=True)
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    best = best_seconds(teacher_steps(device), clock, repeats=5, calls=1)
-    case = f"teachers linear N={TAUGHT_ROWS} V=30522 H=256 T={TEACHERS}"
-    for name, seconds in best.items():
-        rows.append((f"{case} {name}", "rekindle", "time", 1e3 * seconds, "ms"))
-        print(f"{case} {name:12} {1e3 * seconds:8.1f} ms, {seconds / best['a call each']:.2f}")
+    measure(rows.append)
     if record:
         append(rows, "host_cost", hardware(), versions("torch", "triton"))
 

@@ -78,14 +78,16 @@ def peak_memory(device: torch.device) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-def ours(bench: Bench, temperature: float | None) -> Segment:
-    """``train_student``, with KD from the cache or without."""
+def ours(
+    bench: Bench, temperature: float | None, watch: Callable[[int], None] = lambda done: None
+) -> Segment:
+    """``train_student``, with KD from the cache or without; ``watch`` is told of every step."""
     term = {"teachers": ["teacher"], "temperature": temperature}
     values = {
         "steps": bench.steps,
         "batch_sequences": bench.batch,
         "learning_rate": LEARNING_RATE,
-        "warmup_steps": 10,
+        "warmup_steps": min(10, bench.steps // 2),
         "weight_decay": WEIGHT_DECAY,
         "max_grad_norm": MAX_NORM,
         "checkpoint_every": bench.steps + 1,
@@ -100,6 +102,7 @@ def ours(bench: Bench, temperature: float | None) -> Segment:
             raise AssertionError(f"step {done} had {values['tokens']} tokens, not {bench.tokens}")
         waits.append(values["data_wait"])
         window(done)
+        watch(done)
 
     student = StudentConfig(model=str(bench.folder / "student"))
     config = parse_settings(TrainConfig, values)
@@ -278,7 +281,7 @@ def trainer(bench: Bench, masked_rows: bool) -> Segment:
             max_steps=bench.steps,
             per_device_train_batch_size=bench.batch,
             learning_rate=LEARNING_RATE,
-            warmup_steps=10,
+            warmup_steps=min(10, bench.steps // 2),
             lr_scheduler_type="linear",
             weight_decay=WEIGHT_DECAY,
             max_grad_norm=MAX_NORM,

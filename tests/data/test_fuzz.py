@@ -79,7 +79,7 @@ def test_caches_are_sound_before_they_are_changed(templates):
 
 
 def test_strangers_get_typed_errors_or_give_sound_data(templates, tmp_path):
-    failed = run_cases(cases_of(templates, 60), templates, tmp_path)
+    failed = run_cases(cases_of(templates, 32), templates, tmp_path)
     assert not failed, explained(failed)
 
 

@@ -123,6 +123,7 @@ def check_epoch(size, batch, world):
 SIZES = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 127, 129, 257)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("first_epoch", [0, 3])
 @pytest.mark.parametrize("batch", [1, 4, 6, 13, 64, 360])
 def test_a_stream_reads_every_index_once_per_epoch_over_epoch_borders(batch, first_epoch):

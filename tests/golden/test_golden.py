@@ -29,7 +29,7 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import check_start
 from rekindle.train.record.identity import VERSION
-from testlib.extending import assert_kept, files_of
+from testlib.stage_one.extending import assert_kept, files_of
 from testlib.students import TIMES, metrics
 
 HERE = Path(__file__).parent
@@ -57,7 +57,7 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    assert [path.name for path in CACHES] == [f"cache-v{n}" for n in (1, 2, 3, 4)]
+    assert [path.name for path in CACHES] == [f"cache-v{n}" for n in (1, 2, 3, 4, 7)]
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
@@ -126,6 +126,15 @@ def test_version_4_holds_imported_targets_and_their_rows_are_still_them(tmp_path
     monkeypatch.setattr(manifest, "NEWEST", 3)
     with pytest.raises(CacheVersionError, match=r"cache format 4; this version.*formats 1 to 3"):
         Cache.open(copy)
+
+
+def test_version_7_holds_served_targets():
+    infos = [teacher.info for teacher in Cache.open(HERE / "cache-v7").teachers.values()]
+    assert {info.codec for info in infos} == {"default", "precise", "compact"}
+    for info in infos:
+        assert info.served.model == info.model == "tiny"
+        assert info.served.fingerprint == info.fingerprints["probes"]
+        assert info.lacks == ("entropy",)
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)

@@ -77,6 +77,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("vocabulary", "kept", "k", "divergence", "tail"), PLANS)
 @pytest.mark.usefixtures("triton_runs")
 def test_the_kernel_decodes_as_the_twin(vocabulary, kept, k, divergence, tail):

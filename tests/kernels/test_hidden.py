@@ -34,6 +34,7 @@ from testlib.hidden import (
 )
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("head_options", [{}, {"softcap": 4.0, "logit_scale": 0.6}])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])

@@ -121,6 +121,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("tau", "reduction", "labelled"), PLANS)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -146,6 +147,7 @@ def test_closed_form_equals_autograd(
                 torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -69,6 +69,7 @@ def test_only_what_lies_between_rows_is_zero() -> None:
     assert whole.isnan().all()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("budget", [1, 10**9])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_linear_heads_products_read_nothing_that_nobody_wrote(
@@ -100,6 +101,7 @@ def test_a_linear_heads_products_read_nothing_that_nobody_wrote(
     assert read >= 8
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("stride", [VOCABULARY, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_has_nothing_unwritten_between_its_rows(

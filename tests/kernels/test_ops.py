@@ -35,6 +35,7 @@ def call(case: dict, student: ops.StudentLogits, impl: str, reduction: str) -> l
     return ops.Call(student, targets, WholeTeacher(), settings, computation).flat()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(impl: str, reduction: str) -> None:
     """Schemas, fakes, autograd registration and ahead-of-time tracing with dynamic shapes."""
@@ -56,6 +57,7 @@ def gradients(case: dict, function: Any, factor: float = 1.0) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss.sum(), (x, w, b))]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_as_one_graph(impl: str, reduction: str) -> None:
     case = make()
@@ -161,6 +163,7 @@ def test_logits_of_any_layout(impl: str) -> None:
         torch.testing.assert_close(result, results[0])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("layout", ["transpose", "last position", "no rows"])
 def test_the_gradient_of_a_single_row_of_any_stride(impl: str, layout: str, compiled: bool) -> None:

@@ -77,6 +77,7 @@ def one_by_one(leaves: list[Tensor], head: bool, **given: Any) -> KDLoss:
     return KDLoss(loss, made[0].ce, torch.stack([m.kd for m in made], -1))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_one_call_is_the_sum_of_its_teachers(impl: str, divergence: str, head: bool) -> None:

@@ -16,6 +16,9 @@ from rekindle.kernels.targets import LossSettings, SparseTargets
 from testlib.kernels.reference import reference_losses
 
 pytest.importorskip("triton")
+row_shapes = pytest.importorskip("rekindle.kernels.row_shapes")
+triton_rows = pytest.importorskip("rekindle.kernels.triton_rows")
+Shape = row_shapes.Shape
 
 # Listed entries go through the ordinary formula before they are overwritten; it may overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
@@ -89,6 +92,7 @@ def assert_gradient(gradient: Tensor, expected: Tensor) -> None:
     assert (error <= ulp * expected.abs() + ulp_floor + 2e-6 * scale).all(), error.max()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -100,6 +104,68 @@ def test_every_divergence_tail_and_temperature(divergence: str, tail: str, tau: 
     )  # fmt: skip
 
 
+def shape_named(name: str, vocabulary: int) -> Shape:
+    """Of a row of V entries: streamed over several blocks, or held by one program or several."""
+    if name == "streamed":
+        return Shape(False, 1, 256, 1, 64, stages=3, programs=2)
+    block = max(256, 1 << (vocabulary - 1).bit_length())
+    return Shape(True, 4 if name == "cluster" else 1, block, 8, 128)
+
+
+@pytest.fixture(params=["streamed", "held", "cluster"])
+def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape of the kernel takes the rows, whatever the table says."""
+    name = request.param
+    machine = row_shapes.machine_of(torch.device(DEVICE))
+    if name == "cluster" and DEVICE == "cuda" and not machine.clusters:
+        pytest.skip("no clusters by this GPU or this Triton")
+    monkeypatch.setattr(
+        triton_rows, "shape_of", lambda vocabulary, *_: shape_named(name, vocabulary)
+    )
+
+
+@pytest.mark.usefixtures("shape")
+@pytest.mark.parametrize(
+    ("tau", "divergence", "dtype"),
+    [
+        (1.0, "forward_kl", torch.bfloat16),
+        (2.0, "reverse_kl", torch.float16),
+        (3.0, "jsd", torch.float32),  # exponentials of their own
+        (4.0, "skew_kl", torch.float32),
+    ],
+)
+def test_every_shape(tau: float, divergence: str, dtype: torch.dtype) -> None:
+    """A peaked row, whose listed ids are taken out, a row of weight 0, a softcap, odd starts."""
+    case = make(rows=5, vocabulary=523, k=9, dtype=dtype)
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5], device=DEVICE)
+    options: dict[str, Any] = {"labels": case["labels"], "row_weight": weight, "ce_weight": 0.5}
+    options |= {"temperature": tau, "divergence": divergence}
+    assert_agrees(case, softcap=15.0 if tau == 2.0 else None, **options)
+
+
+@pytest.mark.usefixtures("shape")
+def test_every_shape_takes_heavy_ids_out_exactly() -> None:
+    """Twelve listed ids, more than are taken out at a time, each hide what is left by a factor of
+    e³; they stand at both edges and in every part of the row, and ties stand beside them.
+    """
+    z = torch.zeros(3, 509)
+    ids = torch.tensor([0, 1, 127, 128, 150, 255, 256, 350, 383, 384, 504, 508]).repeat(3, 1)
+    z[:, ids[0]] = torch.arange(12.0) * 3 + 3
+    z[1, 2] = 9.0  # not listed, and as likely as one that is
+    z[2] += torch.linspace(-80, 0, 509)
+    probs = torch.full((3, 12), 0.08)
+    case = {"logits": z.to(DEVICE), "ids": ids.to(DEVICE), "probs": probs.to(DEVICE)}
+    labels = torch.tensor([508, 2, 5], device=DEVICE)
+    assert_agrees(case, labels=labels, ce_weight=0.5, temperature=1.0)
+    assert_agrees(case, temperature=2.0, divergence="jsd")
+
+
+@pytest.mark.usefixtures("shape")
+def test_every_shape_writes_a_private_buffer_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_linear_head(10**9, 1.0, monkeypatch)
+
+
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("vocabulary", "k"),
@@ -210,6 +276,7 @@ def test_rows_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> 
     assert_gradient(z, gradient)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("budget", [1, 2 * 4 * 128, 10**9])
 def test_linear_head(budget: int, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:

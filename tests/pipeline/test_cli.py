@@ -275,6 +275,7 @@ def test_the_command_line_is_frozen():
             *("--test", "--text", "--text-field"),
         ],
         "predict": ["--force", "--head", "--json", "--out", "--set", "--text", "--text-field"],
+        "generate": ["--force", "--json", "--out", "--prompts", "--set"],
         "cache-teachers": [
             *("--address", "--check", "--executor", "--set", "--teacher", "--workers"),
         ],

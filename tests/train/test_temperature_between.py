@@ -69,6 +69,7 @@ def divergence(q, p):
     return (q * (np.log(q) - np.log(p))).sum(axis=1)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("codec", ["default", "precise"])
 @pytest.mark.parametrize("k", [8, 64])
 def test_an_interpolated_target_is_within_its_stated_error(codec, k):

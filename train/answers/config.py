@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rekindle.data.settings import Settings
+from rekindle.data.settings import Place, Settings
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.schedules import Seed
 
@@ -21,6 +21,39 @@ class AskConfig(TaskSettings):
         ge=4,
         description="tokens per text; longer ones are cut, also to what the model takes; null: as "
         "the expert was fine-tuned or the student trained, else 512, if the model takes them",
+    )
+
+
+class GenerateConfig(Settings):
+    """How a language model writes on."""
+
+    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="1: as the model itself draws; 0: the likeliest token each time",
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="only the likeliest tokens that have this much together"
+    )
+    top_k: int | None = Field(None, ge=1, description="only so many of the likeliest tokens")
+    samples: int = Field(1, ge=1, description="answers to each prompt")
+    seed: Seed = Field(0, description="of the draws")
+    prompt_field: str = Field(
+        "prompt", description="the text to go on from, in rows without messages"
+    )
+    prompt_tokens: int | None = Field(
+        None, ge=1, description="go on from so many of a text's first tokens; null: from all"
+    )
+    chat_template: Place | None = Field(
+        None, description="a file with the chat template (Jinja), instead of the tokenizer's own"
+    )
+    limit: int | None = Field(None, ge=1, description="so many of the first prompts; null: all")
+    batch_tokens: int = Field(
+        8192, ge=1, description="tokens at a time: prompts, answers and padding"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the weights; auto: bf16 where CUDA has it"
     )
 
 

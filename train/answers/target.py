@@ -10,7 +10,12 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.text_files import PACKED_SUFFIXES, STDIN
 from rekindle.train.model.folder import base_of
 
-_ANSWERS = {"probabilities", "score", "scores"}  # one of them is in every line that was written
+_ANSWERS = {
+    "probabilities",
+    "score",
+    "scores",
+    "loss_mask",
+}  # one of them is in every line that was written
 _OTHERS, _BOOKS = ("csv", "tsv", "txt", "parquet", "arrow"), (".xlsx", ".xls", ".ods")
 _LONGEST_LINE = 1 << 24  # bytes of the first line that are read
 

@@ -5,7 +5,10 @@ the first token, as BERT's and RoBERTa's: which tensors those are is found by th
 whether they mean the same by trying.
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rekindle.data.errors import InputError, first_words
@@ -66,11 +69,23 @@ def plain_model(student: StudentNetwork, name: str) -> PreTrainedModel:
     return made.eval()
 
 
+# By model: a run asks before it begins, and again when the student is written. No weights matter.
+_ANSWERS: WeakKeyDictionary[nn.Module, dict[tuple[str, str], str | None]] = WeakKeyDictionary()
+
+
 def not_exportable(student: StudentNetwork, name: str) -> str | None:
     """Say why the head ``name`` cannot be exported and what to do; None where it can be.
 
     Weights are neither read nor run.
     """
+    known = _ANSWERS.setdefault(student.model, {})
+    key = (name, repr((student.head_configs[name], student.prompts is None, student.task)))
+    if key not in known:
+        known[key] = _not_exportable(student, name)
+    return known[key]
+
+
+def _not_exportable(student: StudentNetwork, name: str) -> str | None:
     head, model = student.head_configs[name], student.model
     if student.prompts is not None:
         return (

@@ -85,7 +85,7 @@ def output_tensors(config: "PretrainedConfig", auto_class: str) -> list[str]:
     probe = copy.deepcopy(config)
     probe.num_labels = _A_COUNT
     probe.problem_type = None
-    key = (auto_class, type(config), probe.to_json_string(use_diff=False))
+    key = (auto_class, type(config), repr(vars(probe)))
     if key not in _ROWS:
         model = shape_only(probe, auto_class)
         body = f"{model.base_model_prefix}."

@@ -272,8 +272,8 @@ class VocabularyKind(TargetKind):
 
     @property
     def _lacks(self) -> tuple[str, ...]:
-        """The scalars that imported targets came without."""
-        return () if self.info.imported is None else self.info.imported.lacks
+        """The scalars that imported or served targets came without."""
+        return self.info.lacks
 
     def _packed(self, columns: Columns) -> Columns:
         if self._lacks and self.codec.compressed:
@@ -340,6 +340,8 @@ class VocabularyKind(TargetKind):
             reason = "a sample is of one distribution. Change the teacher's targets.temperatures"
         elif info.imported:
             reason = f"{unknown}: its rows did not say it. Import rows with log_tails of it"
+        elif info.served:
+            reason = f"{unknown}: a server says it at temperature 1 alone"
         else:
             reason = (
                 f"{unknown} (or not yet of all text: `pipeline cache-teachers` was not finished). "

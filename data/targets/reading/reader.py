@@ -37,7 +37,7 @@ from rekindle.data.targets.imported import EXPECTED
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Cut, cut_of
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
-from rekindle.data.targets.schema import SCALARS, TeacherInfo
+from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
@@ -134,9 +134,11 @@ class TeacherReader(RowReader):
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the teacher's weights; of its provenance, where it was imported."""
+        """The digest of the teacher's weights; of its provenance, where it was imported; of a
+        server's answers to the probes.
+        """
         prints = self.info.fingerprints
-        return prints.get("weights") or prints.get("provenance") or ""
+        return prints.get("weights") or prints.get("provenance") or prints.get("probes") or ""
 
     @property
     def folder(self) -> str:
@@ -200,6 +202,18 @@ class TeacherReader(RowReader):
         """
         planned = len(self.corpus) * self.replicas
         return _rows_with_targets(self.commits) / planned if planned else 0.0
+
+    @property
+    def mapped(self) -> tuple[float, float] | None:
+        """Of a teacher whose tokens are mapped to the corpus's: the share of the positions that
+        have a target, and the mean share of its probability there that mapped tokens have.
+        """
+        if self.info.mapped is None or not self.positions:
+            return None
+        counts = self.commits.counts("positions")
+        mass = np.nan_to_num(self.commits.numbers(MAPPED_MASS))
+        share = counts.sum() / self.commits.counts(MAPPABLE).sum()
+        return float(share), float((mass * counts).sum() / counts.sum())
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
@@ -301,7 +315,7 @@ class TeacherReader(RowReader):
                 f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
                 "scores and hard positions need a masked_lm or causal_lm teacher"
             )
-        lacks = () if self.info.imported is None else self.info.imported.lacks
+        lacks = self.info.lacks
         if {*lacks} & {*SCALARS[:3]}:
             raise InputError(
                 f"teacher {self.info.name!r} was imported without what it says of the true tokens: "

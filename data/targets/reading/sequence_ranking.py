@@ -56,12 +56,11 @@ def sequence_scores(
     """
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
-    imported = teacher.info.imported
-    if score == "mean_entropy" and imported and "entropy" in imported.lacks:
-        raise InputError(
-            f"teacher {teacher.info.name!r} was imported without entropies; mean_entropy needs the "
-            "field entropy in its rows, or another score"
-        )
+    if score == "mean_entropy" and "entropy" in teacher.info.lacks:
+        how = "was imported without entropies; mean_entropy needs the field entropy in its rows"
+        if teacher.info.served:
+            how = "is a server's, which says no entropies; mean_entropy needs another teacher"
+        raise InputError(f"teacher {teacher.info.name!r} {how}, or another score")
     each = teacher.info.shown.numbers(teacher.replicas) if replica is None else [replica]
     size = len(teacher.corpus)
     total, count = np.zeros(size), np.zeros(size)

@@ -289,6 +289,13 @@ def test_a_template_that_cannot_say_is_refused(build, template, message):
         build(template=template)
 
 
+def test_dialogues_that_hold_a_text_of_a_test_are_left_out(build, tmp_path):
+    tests = write_rows(tmp_path / "test.jsonl", [{"text": "which city?"}])
+    corpus = build(without=[str(tests)])
+    assert len(corpus) == len(WHOLE) - 1
+    assert sum(corpus.held) == 1
+
+
 def test_a_source_without_anything_to_learn_is_refused(build):
     with pytest.raises(InputError, match="those count of which some token is trained"):
         build(dialogues=DIALOGUES[5:6])

@@ -341,6 +341,7 @@ def byte_of_symbol():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("length", [8, 32])
 @pytest.mark.parametrize("packing", ["document", "contiguous"])
 def test_gpt2_s_bytes_stand_where_char_starts_say(length, packing):
@@ -382,6 +383,7 @@ def test_bert_s_pieces_stand_where_char_starts_say(length, packing):
     assert checked > 80
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["bert-base-uncased", "gpt2"])
 @pytest.mark.parametrize("packing", ["document", "contiguous"])
 def test_published_tokenizers_resume(name, packing):

@@ -62,6 +62,7 @@ def assert_same(cache, name, other):
                     np.testing.assert_array_equal(value, again, err_msg=key)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".arrow"])
 @pytest.mark.parametrize("name", ["clm", "fine", "mlm", "classes", "words", "score"])
 def test_what_is_exported_and_imported_again_is_the_same(cache, tmp_path, name, ending):

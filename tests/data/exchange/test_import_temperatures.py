@@ -54,6 +54,7 @@ def assert_as_full_logits(cache, name, temperatures, k, tolerance):
             np.testing.assert_allclose(found, np.log(inside) - np.log1p(-inside), atol=2e-3)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("codec", STEP)
 @pytest.mark.parametrize("case", STATED)
 def test_what_is_read_at_each_stated_temperature_is_as_full_logits_say(cache, case, codec):

@@ -143,6 +143,7 @@ class Boom(BaseException):
     """Not an Exception, as a KeyboardInterrupt is not."""
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("after", [0, 1, 2])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Boom])
 def test_an_exception_while_writing_commits_nothing_and_leaves_no_file(shards, after, error):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rekindle.data.targets.codec import (
     RANGE,
+    STEP,
     decode_ids,
     decode_log_probs,
     encode,
@@ -243,3 +244,17 @@ def test_fixed_point_is_within_half_a_step(nats):
 def test_fixed_point_saturates_and_never_wraps():
     values = np.array([-1e-7, -0.0, 63.999, 64, 1e30, np.inf], np.float32)
     assert fixed_point(values).tolist() == [0, 0, 65_535, 65_535, 65_535, 65_535]
+
+
+def test_what_was_read_and_is_written_again_is_read_the_same():
+    """Also where the best candidate lies halfway between two steps, as some do of many."""
+    draw = np.random.default_rng(0)
+    relative = np.sort(draw.normal(0, 3, (50_000, 8)), axis=1)[:, ::-1]
+    kept = draw.uniform(0.05, 0.999, (50_000, 1))
+    log_probs = relative - np.log(np.exp(relative).sum(axis=1, keepdims=True)) + np.log(kept)
+    ids, odds = np.tile(np.arange(8), (50_000, 1)), np.log(kept / (1 - kept))
+    columns = encode(ids, log_probs.astype(np.float32), odds.astype(np.float32), 1000)
+    once = decode_log_probs(columns)[0]
+    for _ in range(3):
+        columns = encode(ids, decode_log_probs(columns)[0], columns["tail_log_odds"] / STEP, 1000)
+        np.testing.assert_array_equal(decode_log_probs(columns)[0], once)

@@ -302,6 +302,7 @@ def test_the_targets_bytes_are_not_read(cache, made, tmp_path, name, number):
         broken.gather(np.arange(128, 132) - (0 if number else 128), [name])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("column", ["positions", "gold_log_prob", "gold_rank", "entropy"])
 @pytest.mark.parametrize("name", ["top", "dense", "draws"])

@@ -1,6 +1,6 @@
 """Models of which the tests of stage 1 know the answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,14 @@ import torch
 import transformers
 
 from testlib.models import AUTO
+from testlib.stage_one.rehearsed import rehearsed_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rehearsed_once() -> Iterator[None]:
+    """In every test of this folder; ``test_first_checks`` has a new configuration each time."""
+    with rehearsed_once():
+        yield
 
 
 @pytest.fixture

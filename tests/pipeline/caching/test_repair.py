@@ -298,18 +298,14 @@ def damage_and_mend(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_is_made_again(whole, tmp_path, configure, teachers, kind):
-    """One way of damage for each kind of file; the slow test below has all of them."""
+    """One way of damage for each kind of file, and each way for several kinds: every second file is
+    gone. The slow test below has all of them.
+    """
+    number = list(KINDS).index(kind)
+    change = "gone" if number % 2 else list(CHANGES)[number // 2 % 5]
     cache, name = tmp_path / "cache", one(whole, KINDS[kind])
-    change = list(CHANGES)[list(KINDS).index(kind) % 5]
     config = configure(cache, teachers, CORPUS)
     damage_and_mend(whole, cache, config, name, change, concerned(name))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_is_gone_is_made_again(whole, tmp_path, configure, teachers, kind):
-    cache, name = tmp_path / "cache", one(whole, KINDS[kind])
-    config = configure(cache, teachers, CORPUS)
-    damage_and_mend(whole, cache, config, name, "gone", concerned(name))
 
 
 @pytest.mark.slow
@@ -404,6 +400,7 @@ LARGER = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("change", ["middle byte", "gone"])
 @pytest.mark.parametrize("kind", LARGER)
 def test_a_part_of_a_teacher_with_a_larger_k_is_made_again(
@@ -476,6 +473,7 @@ ADDITIONS = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("change", ["middle byte", "gone"])
 @pytest.mark.parametrize("pattern", ADDITIONS)
 def test_a_file_of_a_corpus_that_has_grown_is_made_again(

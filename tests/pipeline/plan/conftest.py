@@ -6,7 +6,7 @@ import pytest
 
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan.run import plan_run
-from testlib.planned import WHOLE, Teachers
+from testlib.stage_one.planned import WHOLE, Teachers
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from rekindle.pipeline.plan.sample import survey_corpus
 from rekindle.pipeline.plan.surveyed import _padding
 from rekindle.pipeline.plan.text import shown_plan
 from rekindle.train.config import StudentConfig
-from testlib.planned import NAMES, WHOLE, of
+from testlib.stage_one.planned import NAMES, WHOLE, of
 
 
 def tree(path: Path) -> dict[str, Any]:

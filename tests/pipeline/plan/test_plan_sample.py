@@ -21,7 +21,7 @@ from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.progress import Progress
-from testlib.planned import WHOLE
+from testlib.stage_one.planned import WHOLE
 
 SENTENCE = "the old river runs under the new city and the light falls over a quick engine"
 WORDS = [*SENTENCE.split()]

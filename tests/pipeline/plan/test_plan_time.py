@@ -20,7 +20,7 @@ from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.scale import Scale
 from rekindle.pipeline.plan.shared import Pass
 from rekindle.pipeline.plan.text import shown_plan, shown_seconds
-from testlib.planned import NAMES, WHOLE, of
+from testlib.stage_one.planned import NAMES, WHOLE, of
 
 
 def test_a_slow_teacher_is_probed_on_one_sequence(tmp_path, configure, teachers, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 from rekindle.data.corpus.in_order import AHEAD
 from rekindle.data.errors import CacheError, InputError
-from rekindle.pipeline.processes import worker
+from rekindle.pipeline.processes import units, worker
 from rekindle.pipeline.processes.units import run_units, units_in_order
 from rekindle.pipeline.processes.worker import Place
 
@@ -33,6 +33,20 @@ def numbers(folder):
 def slower_at_first(folder):
     do = numbers(folder)
     return lambda number: time.sleep(0.1 / (1 + number)) or do(number)
+
+class Ahead:
+    # takes two units more before it gives the result of one
+
+    def __call__(self, number):
+        raise AssertionError("one at a time")
+
+    def several(self, units):
+        due = []
+        for number in units:
+            due.append((number, os.getpid()))
+            if len(due) == 3:
+                yield due.pop(0)
+        yield from due
 
 def refuses():
     raise CacheError("cannot be loaded")
@@ -70,9 +84,9 @@ def test_what_is_imported_ahead_exists() -> None:
     assert all(find_spec(name) for name in [*worker._PRELOADED, worker._FINE_TUNING])
 
 
-def run(load: Callable[[], Callable[[int], object]], units: range, places: int) -> list[object]:
+def run(load: Callable[[], Callable[[int], object]], given: range, places: int) -> list[object]:
     results = list[object]()
-    run_units("numbers", load, units, [Place(None, 1)] * places, results.append)
+    run_units("numbers", load, given, [Place(None, 1)] * places, results.append)
     return results
 
 
@@ -97,6 +111,17 @@ def test_results_come_in_the_order_of_the_units(loads: ModuleType, tmp_path: Pat
     assert len({pid for _, pid in results}) == 3
     assert 12 < next(taken) <= 12 + AHEAD * 3 + 1
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 3
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_what_begins_units_ahead_has_them_at_hand(
+    loads: ModuleType, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """In turns: few are shared out."""
+    monkeypatch.setattr(units, "_held", lambda place: units.BEGUN)
+    results = run(loads.Ahead, range(count), 2)
+    assert sorted(number for number, _ in results) == list(range(count))  # type: ignore[misc, attr-defined]
+    assert len({pid for _, pid in results}) == min(count, 2)  # type: ignore[misc, attr-defined]
 
 
 def test_there_are_no_more_processes_than_units(loads: ModuleType, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def rows_of(*labels, words=4):
     ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize(
     ("rows", "settings"),

@@ -131,6 +131,7 @@ def test_transformers_alone_gives_the_heads_logits(place, student, tmp_path, nam
     assert not {"rekindle_student.json", "heads.safetensors"} & {p.name for p in out.iterdir()}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2"])
 @pytest.mark.parametrize("name", TAGGED)
 def test_heads_of_a_family_come_out_whole(make_model, wordpiece, bytelevel, tmp_path, family, name):

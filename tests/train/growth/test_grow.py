@@ -81,6 +81,7 @@ def wider(model, numerator, denominator=1):
 # --- the table: what keeps the logits ---
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("preserve", ["exact", "approximate"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", MODELS)
@@ -122,6 +123,7 @@ def test_exact_is_refused_where_a_post_norm_model_cannot(name):
     assert change(model, hidden_size=12) > 0.1
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("which", ["spread", "last", "first"])
 @pytest.mark.parametrize("layers", [3, 4, 7])
 @pytest.mark.parametrize("name", MODELS)
@@ -247,6 +249,7 @@ def test_copies_learn_different_things_only_with_noise():
         assert torch.allclose(rows[12:], rows[copies], atol=1e-5) is not differ
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("preserve", ["approximate", "exact"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", MODELS)
@@ -299,6 +302,7 @@ def test_new_layers_learn(name):
 # --- what comes out is a model like any other ---
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_grown_model_is_saved_and_loaded_as_any_other(tmp_path, name, tied):

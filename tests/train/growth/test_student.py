@@ -62,6 +62,7 @@ def outputs(student):
     return {"lm": student.output_head.logits(found.hidden)} | found.logits
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
 def test_all_outputs_stay_where_the_model_keeps_its_own(student_of, family, tied):

@@ -128,6 +128,7 @@ WRITERS = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("owner", "name", "error", "number"), WRITERS)
 def test_a_full_disk_is_told_and_costs_nothing_that_was_finished(
     masked_world, whole, tmp_path, monkeypatch, owner, name, error, number

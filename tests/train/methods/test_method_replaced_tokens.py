@@ -1,5 +1,7 @@
 """Replaced-token detection: the loss, what is refused, and what a run leaves behind."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -322,6 +324,17 @@ def test_an_electra_student_is_an_electra_discriminator(kinds, electra, tmp_path
     assert all(
         torch.equal(v, head[k]) for k, v in model.discriminator_predictions.state_dict().items()
     )
+
+
+def test_only_trained_tokens_are_judged(kinds):
+    """Of a corpus that says which they are."""
+    cache, method = method_of(kinds, "topk")
+    batch = gather(cache, method, [1, 4, 5])
+    trained = np.random.default_rng(0).random(batch.input_ids.shape) < 0.5
+    every = method.corrupted(batch, CPU).judged.numpy()
+    found = method.corrupted(replace(batch, trained=trained), CPU).judged.numpy()
+    assert found.tolist() == [place for place in every if trained.flat[place]]
+    assert 0 < len(found) < len(every)
 
 
 class Stopped(Exception):

@@ -39,7 +39,7 @@ def fits(counts, expected):
     return statistic < chi2.ppf(1 - 1e-5, max(len(cells) - 1, 1))
 
 
-DRAWS = 1200
+DRAWS = 700
 CASES = [(kind, 1.0) for kind in KINDS] + [("topk", 3.0), ("dense", 2.0), ("hidden", 0.5)]
 
 

@@ -221,6 +221,7 @@ def distance(p):
 DRAWS = {"random": random_draws, "threshold": threshold_draws}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", SAMPLED)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_student_of_samples_ends_as_the_teacher_where_that_is_allowed(kind, divergence):
@@ -238,6 +239,7 @@ def test_a_student_of_the_whole_distribution_ends_as_the_teacher(divergence):
     assert distance(ended) < (0.02 if divergence == "tvd" else 2e-3)  # a kink: steps of Adam's size
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "none"])
 @pytest.mark.parametrize("kind", SAMPLED)
 def test_nothing_lies_outside_a_sample_whatever_the_tail(kind, tail):

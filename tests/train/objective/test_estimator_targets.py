@@ -169,6 +169,7 @@ def check_loss(target, tau, k, rtol=2e-5, **choice):
 # --- the loss -------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("name", "tau", "k"), CASES)
 def test_loss_and_gradient_are_those_of_the_decoded_targets(cache, name, tau, k):
     target = gathered(cache, [name]).targets[name]
@@ -271,6 +272,7 @@ def test_hidden_states_are_sent_as_integers_beside_one_matrix(cache):
     assert isinstance(whole, HiddenTargets)  # all of it is no part of it
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["dense", "hidden"])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl"])
 def test_the_whole_distribution_under_every_divergence(cache, name, kind):
@@ -538,6 +540,7 @@ def test_a_student_trains_on_every_kind(world, tmp_path):
     check_trained(train(world, tmp_path / "run", *KINDS), tmp_path / "run", KINDS)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["topk-compact", "random", "hidden"])
 def test_micro_batches_train_as_the_whole_batch_does(world, tmp_path, name):
     still = {"learning_rate": 1e-9}  # dropout draws otherwise in other batches; compare step one

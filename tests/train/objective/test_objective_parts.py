@@ -24,7 +24,7 @@ def test_micro_batches_of_every_size_give_the_same_gradient(masked_world, name):
 @pytest.mark.parametrize(("world", "name"), SPLIT)
 def test_how_a_step_is_split_changes_nothing(setting_of, world, name):
     """Neither micro-batches nor processes, each with every n-th sequence."""
-    setting = setting_of(world, name, batch=range(5, 16))
+    setting = setting_of(world, name, batch=range(5, 12))
     whole = setting.run()
     for micro in (1, 4):
         same_step(setting.run(micro=micro), whole)
@@ -35,7 +35,7 @@ def test_how_a_step_is_split_changes_nothing(setting_of, world, name):
 @pytest.mark.parametrize(("world", "name"), SPLIT)
 def test_all_processes_make_the_same_passes(setting_of, world, name):
     """Whatever a micro-batch lacks: otherwise they would wait for each other's gradients."""
-    setting = setting_of(world, name, batch=range(3, 9))
+    setting = setting_of(world, name, batch=range(3, 7))
     whole = setting.passes(setting.batch(0))
     assert all(whole)
     for part in [*split_batch(setting.batch(0), 1), without_rows(setting.batch(0))]:

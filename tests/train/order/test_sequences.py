@@ -101,6 +101,7 @@ def test_the_first_steps_read_only_the_first_part():
         assert own <= set(numbers_of(EASY)) or step >= FIRST
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
 @pytest.mark.parametrize("threads", [1, 7])
 def test_any_world_and_any_threads_read_the_same(world, threads):

@@ -173,6 +173,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path, make_student):
     assert same(weights, dict(student.state_dict()))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("file", ["model", "heads", "optimizer", "config.json", "trainer.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, make_student, caplog, file, damage):

@@ -8,6 +8,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+IN_TURN = Path(__file__).with_name("moto_in_turn.py")
+
 
 class S3Server:
     """It holds its objects in memory: killed, it has none, unless it keeps a ``recording`` of what
@@ -22,7 +24,7 @@ class S3Server:
         if recording is not None:
             more = {"MOTO_ENABLE_RECORDING": "1", "MOTO_RECORDER_FILEPATH": str(recording)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, str(IN_TURN), "-H", "127.0.0.1", "-p", str(port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | more,

@@ -54,6 +54,7 @@ def masked_cache(request, tmp_path_factory, configure, masked_models) -> Cache:
     return Cache.open(path)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", [*MASKED, *VOCABULARY_TARGETS])
 def test_masked_targets_are_the_models_own(masked_cache, masked_models, name):
     directory = masked_models.get(name, masked_models["bert"])
@@ -163,6 +164,7 @@ def causal_cache(request, tmp_path_factory, configure, causal_models, bytelevel)
     return Cache.open(path)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", VOCABULARY_TARGETS)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_causal_targets_are_the_models_own(causal_cache, causal_models, family, kind):

@@ -200,6 +200,7 @@ def test_the_audit_agrees_with_every_kind(world):
     assert 0.2 < found["topk"]["kept_mass"] < 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("codec", ["precise", "compact"])
 def test_the_audit_agrees_with_every_codec(world, configure, codec):
     teachers = teachers_of(world.model, world.task, CODED, codec)

@@ -88,6 +88,7 @@ def test_every_cache_is_sound(world):
 # --- what is decoded is what the model says -------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", ["topk", "every"])
 def test_topk_in_every_codec(world, name, codec):
@@ -157,6 +158,7 @@ def test_hidden_states_decode_to_the_models_log_probs(world):
     assert max(worst) < 0.01  # the bound means something: far below the default codec's
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", TARGETS)
 def test_scalars_are_the_models_own_whatever_is_kept_beside_them(world, name):
     """At τ = 1, also for samples of another temperature."""
@@ -175,6 +177,7 @@ def test_scalars_are_the_models_own_whatever_is_kept_beside_them(world, name):
 # --- samples --------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", ["threshold", "threshold-2"])
 def test_threshold_keeps_what_is_above_theta_and_draws_the_rest_at_theta(world, name, codec):
@@ -241,6 +244,7 @@ def many(request, tmp_path_factory, configure, make_model, wordpiece) -> World:
     return World(task, model, {"default": folder}, config)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples_are_unbiased(many, name):
     """For every token, the sum over all positions of (sample − probability) is a sum of

@@ -10,8 +10,8 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching import make_unit
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from testlib.extending import Make, Ran, rows
 from testlib.models import AUTO
+from testlib.stage_one.extending import Make, Ran, rows
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +28,11 @@ def texts(tmp_path_factory, corpus_file) -> Path:
 
 @pytest.fixture(scope="session")
 def models(make_model, wordpiece) -> dict[str, Path]:
+    one = {"num_hidden_layers": 1}
     return {
-        "masked_lm": make_model("bert", AUTO["masked_lm"], wordpiece),
-        "causal_lm": make_model("llama", AUTO["causal_lm"], wordpiece),
-        "other": make_model("llama", AUTO["causal_lm"], wordpiece, seed=9),
+        "masked_lm": make_model("bert", AUTO["masked_lm"], wordpiece, **one),
+        "causal_lm": make_model("llama", AUTO["causal_lm"], wordpiece, **one),
+        "other": make_model("llama", AUTO["causal_lm"], wordpiece, seed=9, **one),
     }
 
 
@@ -65,6 +66,21 @@ def make(configure, texts, models) -> Make:
             corpus={"source": source, "limit_sequences": limit} | corpus,
             cache={"replicas": replicas, "mask": {"policy": "random", "probability": 0.3}},
         )
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, make) -> Callable[..., Cache]:
+    """whole(…) -> the cache of ``make``'s configuration, made in one go; nobody writes into it."""
+    made: dict[str, Path] = {}
+
+    def built(**asked: Any) -> Cache:
+        if (key := repr(sorted(asked.items()))) not in made:
+            path = tmp_path_factory.mktemp("whole") / "cache"
+            cache_teachers(make(path, **asked))
+            made[key] = path
+        return Cache.open(made[key])
 
     return built
 

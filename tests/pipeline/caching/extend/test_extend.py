@@ -14,7 +14,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.storage.shards import ShardSet
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from testlib.caches import committed, examples
-from testlib.extending import (
+from testlib.stage_one.extending import (
     assert_kept,
     assert_same_targets,
     assert_sound,
@@ -81,6 +81,7 @@ def cases():
         yield pytest.param(task, packing, change, marks=[] if quick else pytest.mark.slow)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("task", "packing", "change"), cases())
 def test_a_longer_corpus(tmp_path, make, texts, ran, task, packing, change):
     """The old sequences stay, the rest of the source follows, and only that is run."""
@@ -124,7 +125,7 @@ def test_a_longer_corpus(tmp_path, make, texts, ran, task, packing, change):
     assert files_of(path) == after
 
 
-def test_grown_again_and_again(tmp_path, make, ran):
+def test_grown_again_and_again(tmp_path, make, whole, ran):
     """Every growth leaves a short shard; limits, files and both by turns."""
     path = tmp_path / "cache"
     steps = [("a", 3), ("a", 8), ("ab", 8), ("ab", 16), ("abc", 22), ("abcd", None)]
@@ -138,13 +139,12 @@ def test_grown_again_and_again(tmp_path, make, ran):
         assert len(ran) == result.units_done
         assert_sound(path)
     assert rows(cache)[:6] == [3, 5, 5, 3, 5, 1]
-    cache_teachers(make(tmp_path / "whole", files="abcd", limit=None))
-    assert_same_targets(cache, Cache.open(tmp_path / "whole"))
+    assert_same_targets(cache, whole(files="abcd", limit=None))
     assert len(list((path / "corpus").glob("growth-*.json"))) == 5
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
-def test_grown_before_it_was_finished(tmp_path, make, monkeypatch, stop):
+def test_grown_before_it_was_finished(tmp_path, make, whole, monkeypatch, stop):
     """A corpus that was interrupted after ``stop`` shards may be asked for as a longer one."""
     path, original, written = tmp_path / "cache", ShardSet.write, []
 
@@ -160,11 +160,10 @@ def test_grown_before_it_was_finished(tmp_path, make, monkeypatch, stop):
             cache_teachers(make(path, files="a", limit=17))
     cache_teachers(make(path, files="ab", limit=None))
     assert_sound(path)
-    cache_teachers(make(tmp_path / "whole", files="ab", limit=None))
-    assert_same_targets(Cache.open(path), Cache.open(tmp_path / "whole"))
+    assert_same_targets(Cache.open(path), whole(files="ab", limit=None))
 
 
-def test_grown_in_the_middle_of_growing(tmp_path, make, monkeypatch):
+def test_grown_in_the_middle_of_growing(tmp_path, make, whole, monkeypatch):
     path, original, calls = tmp_path / "cache", ShardSet.write, []
     cache_teachers(make(path, limit=3))
 
@@ -182,8 +181,7 @@ def test_grown_in_the_middle_of_growing(tmp_path, make, monkeypatch):
     cache_teachers(make(path, limit=20, files="ab"))
     assert_kept(before, path)
     assert_sound(path)
-    cache_teachers(make(tmp_path / "whole", limit=20, files="ab"))
-    assert_same_targets(Cache.open(path), Cache.open(tmp_path / "whole"))
+    assert_same_targets(Cache.open(path), whole(limit=20, files="ab"))
 
 
 def test_a_corpus_grown_for_every_kind_of_teacher(tmp_path, make, models, make_model, wordpiece):

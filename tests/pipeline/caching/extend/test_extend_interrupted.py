@@ -17,7 +17,7 @@ from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.train.device_batch import sparse_targets
 from testlib.caches import committed, examples
-from testlib.extending import (
+from testlib.stage_one.extending import (
     CPU,
     assert_kept,
     assert_same_targets,
@@ -39,12 +39,13 @@ def trains(cache: Cache, tau: float, k: int | None) -> None:
     assert torch.allclose(found.probs.sum(1) + found.tail, torch.ones(len(found.ids)), atol=1e-5)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize(
     "change", [{"taus": (1.0, 4.0)}, {"k": 9}, {"k": 9, "taus": (4.0,)}], ids=["τ", "k", "both"]
 )
 def test_interrupted_the_old_state_can_be_read_and_trained_on(
-    tmp_path, make, copied, monkeypatch, change, count
+    make, whole, copied, monkeypatch, change, count
 ):
     path = copied("causal_lm")
     before = files_of(path)
@@ -73,8 +74,7 @@ def test_interrupted_the_old_state_can_be_read_and_trained_on(
     assert_sound(path)
     wanted = {"k": 4, "taus": (1.0, 2.0)} | change
     wanted["taus"] = tuple({1.0, 2.0, *wanted["taus"]})
-    cache_teachers(make(tmp_path / "whole", **wanted))
-    assert_same_targets(Cache.open(path), Cache.open(tmp_path / "whole"))
+    assert_same_targets(Cache.open(path), whole(**wanted))
 
 
 def test_what_an_interrupted_growth_began_is_finished_by_a_larger_one(make, copied, monkeypatch):
@@ -120,7 +120,8 @@ def test_masked_targets_can_be_read_while_the_corpus_grows(make, copied, monkeyp
     assert 0 < cache.teachers["lm"].coverage < 1
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
+# A masked teacher has all files that a causal one has, and those of its masks.
+@pytest.mark.parametrize("task", [pytest.param("causal_lm", marks=pytest.mark.slow), "masked_lm"])
 def test_killed_at_any_moment_of_growth_the_cache_opens(make, copied, monkeypatch, task):
     """Before every single small file that is created: descriptions, commit records, completions."""
     path = copied(task)
@@ -193,7 +194,8 @@ def in_use(path: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("how", ["record", "data", "damaged"])
+# What is damaged is taken out, and then is lost: tests/pipeline/caching/test_repair.py.
+@pytest.mark.parametrize("how", ["record", "data", pytest.param("damaged", marks=pytest.mark.slow)])
 def test_a_lost_shard_of_any_addition_is_made_again(tmp_path, make, much_grown, how):
     path = shutil.copytree(much_grown[0], tmp_path / "cache")
     config = make(path, task="masked_lm", limit=20, files="ab", k=9, taus=(8.0, 4.0))

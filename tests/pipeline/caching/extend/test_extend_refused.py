@@ -10,7 +10,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
-from testlib.extending import files_of, grow_folder
+from testlib.stage_one.extending import files_of, grow_folder
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,7 @@ def test_files_in_place_of_others_are_refused(of_two_files, make, texts, ran, fi
     assert files_of(path) == before
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("change", ["a letter", "a line more", "gone"])
 @pytest.mark.parametrize("asked", [{}, {"limit": None}, {"limit": None, "files": "bdc"}])
 def test_a_changed_file_is_refused(tmp_path, make, texts, change, asked):

@@ -9,7 +9,8 @@ import torch
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
 from rekindle.train.device_batch import kd_targets, sparse_targets
-from testlib.extending import (
+from testlib.run_alone import NOISE
+from testlib.stage_one.extending import (
     CPU,
     UNITS,
     assert_kept,
@@ -20,11 +21,10 @@ from testlib.extending import (
     logits_at,
     units,
 )
-from testlib.run_alone import NOISE
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
-def test_further_temperatures(tmp_path, make, copied, models, ran, task):
+def test_further_temperatures(make, whole, copied, models, ran, task):
     """Tail masses of the ids that are stored; nothing else is made."""
     path = copied(task)
     before, size = files_of(path), Cache.open(path).teachers["lm"].bytes
@@ -45,12 +45,11 @@ def test_further_temperatures(tmp_path, make, copied, models, ran, task):
     positions = cache.teachers["lm"].positions
     assert cache.teachers["lm"].bytes - size < UNITS[task] * 6000 + 8 * positions
     assert_tails_are_the_models(cache, models[task], task, {0.5, 1.0, 2.0, 4.0})
-    cache_teachers(make(tmp_path / "whole", task=task, taus=(0.5, 1.0, 2.0, 4.0)))
-    assert_same_targets(cache, Cache.open(tmp_path / "whole"))
+    assert_same_targets(cache, whole(task=task, taus=(0.5, 1.0, 2.0, 4.0)))
 
 
 @pytest.mark.parametrize("codec", ["default", "precise", "compact"])
-def test_further_temperatures_and_candidates_in_every_codec(tmp_path, make, models, codec):
+def test_further_temperatures_and_candidates_in_every_codec(tmp_path, make, whole, models, codec):
     path = tmp_path / "cache"
     cache_teachers(make(path, codec=codec))
     for step in ({"taus": (1.0, 3.0)}, {"k": 9, "taus": (1.0, 2.0)}, {"k": 9, "taus": (8.0,)}):
@@ -63,12 +62,11 @@ def test_further_temperatures_and_candidates_in_every_codec(tmp_path, make, mode
     assert cache.teachers["lm"].info.codec == codec
     assert cache.teachers["lm"].info.k == 9
     assert_tails_are_the_models(cache, models["causal_lm"], "causal_lm", {1.0, 2.0, 3.0, 8.0})
-    cache_teachers(make(tmp_path / "whole", codec=codec, k=9, taus=(1.0, 2.0, 3.0, 8.0)))
-    assert_same_targets(cache, Cache.open(tmp_path / "whole"))
+    assert_same_targets(cache, whole(codec=codec, k=9, taus=(1.0, 2.0, 3.0, 8.0)))
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
-def test_a_larger_k(tmp_path, make, copied, models, ran, task):
+def test_a_larger_k(make, whole, copied, models, ran, task):
     path = copied(task)
     before = files_of(path)
     result = cache_teachers(make(path, task=task, k=9))
@@ -79,12 +77,11 @@ def test_a_larger_k(tmp_path, make, copied, models, ran, task):
     cache = Cache.open(path)
     assert cache.teachers["lm"].info.k == 9
     assert_tails_are_the_models(cache, models[task], task, {1.0, 2.0})
-    cache_teachers(make(tmp_path / "whole", task=task, k=9))
-    assert_same_targets(cache, Cache.open(tmp_path / "whole"))
+    assert_same_targets(cache, whole(task=task, k=9))
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
-def test_a_larger_k_and_further_temperatures_at_once(tmp_path, make, copied, models, ran, task):
+def test_a_larger_k_and_further_temperatures_at_once(make, whole, copied, models, ran, task):
     path = copied(task)
     before = files_of(path)
     assert cache_teachers(make(path, task=task, k=9, taus=(8.0,))).units_done == UNITS[task]
@@ -93,8 +90,7 @@ def test_a_larger_k_and_further_temperatures_at_once(tmp_path, make, copied, mod
     cache = Cache.open(path)
     # What could be read before can be read now.
     assert_tails_are_the_models(cache, models[task], task, {1.0, 2.0, 8.0})
-    cache_teachers(make(tmp_path / "whole", task=task, k=9, taus=(1.0, 2.0, 8.0)))
-    assert_same_targets(cache, Cache.open(tmp_path / "whole"))
+    assert_same_targets(cache, whole(task=task, k=9, taus=(1.0, 2.0, 8.0)))
 
 
 STEPS = {
@@ -102,10 +98,18 @@ STEPS = {
     "candidates": {"k": 9},
     "text": {"limit": 17},
 }
+ROUND = [tuple([*STEPS][turn:] + [*STEPS][:turn]) for turn in range(3)]
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(STEPS)))
-def test_in_every_order(tmp_path, make, copied, ran, order):
+# Quick are three in which each step is once the first, once the second and once the last.
+ORDERS = [
+    pytest.param(order, marks=[] if order in {*ROUND} else pytest.mark.slow)
+    for order in itertools.permutations(STEPS)
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_every_order(make, whole, copied, ran, order):
     """Each step asks for all that the steps before it asked for; the end is the same."""
     path, asked = copied("causal_lm"), {}
     for name in order:
@@ -119,8 +123,7 @@ def test_in_every_order(tmp_path, make, copied, ran, order):
         assert_sound(path)
     cache = Cache.open(path)
     assert cache.teachers["lm"].coverage == 1
-    cache_teachers(make(tmp_path / "whole", k=9, taus=(1.0, 2.0, 4.0), limit=17))
-    assert_same_targets(cache, Cache.open(tmp_path / "whole"))
+    assert_same_targets(cache, whole(k=9, taus=(1.0, 2.0, 4.0), limit=17))
     ran.clear()
     assert cache_teachers(make(path, **asked)).units_done == 0
     assert ran == []

@@ -51,7 +51,7 @@ def assert_line_to_resume(errors: str, run: Path, workers: int) -> None:
     assert line.endswith(f"To go on: pipeline cache-teachers {run} --workers {workers}")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_ends_at_once_with_the_line_to_go_on(tmp_path, long, workers):
     run, cache = tmp_path / "run.yaml", tmp_path / "cache"
 

@@ -57,7 +57,7 @@ def test_one_of_several_processes_is_killed(tmp_path, configure, few, whole, vic
     assert_finished(cache, config, whole)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_processes_share_the_work(tmp_path, configure, every, workers):
     """Started at once on one cache, both end well, and hardly any unit is computed twice."""
     teachers = [every[0], every[3]]

@@ -62,6 +62,7 @@ def test_the_clean_pass_has_a_target_at_every_token(made, model):
         assert np.abs(target.entropy - entropy).max() <= STEP / 2 + NOISE
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["topk", "threshold", "random", "dense", "hidden"])
 @pytest.mark.parametrize("packing", ["document", "contiguous"])
 def test_every_kind_of_target_is_sound_and_audited(tmp_path, evolve, kind, packing):

@@ -5,6 +5,7 @@ what the assistant says.
 """
 
 import json
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -137,6 +138,23 @@ def test_labels_of_any_batch_are_those_of_its_sequences(cache, truth):
                 wanted = [i if t else -100 for i, t in zip(ids, trained, strict=True)]
                 assert row[:length].tolist() == wanted
                 assert (row[length:] == -100).all()
+
+
+def test_targets_of_an_engine_are_taken_where_they_are_trained(tmp_path, config, models, truth):
+    """It says something of every token of a dialogue."""
+    copytree(config.cache.path, tmp_path / "cache")
+    cache = Cache.open(tmp_path / "cache")
+    rows = []
+    for number, (ids, _) in enumerate(truth):
+        top = log_probs(models[1], ids)[:-1].topk(5, dim=1)
+        said = {"ids": top.indices.tolist(), "log_probs": top.values.tolist()}
+        rows.append({"index": number, "input_ids": ids} | said)
+    cache.import_targets("there", rows, {"model": "x"}, task="causal_lm", k=5)
+    for number, (ids, trained) in enumerate(truth):
+        (target,) = cache.example(number).targets["there"]
+        places = [place for place in range(len(ids) - 1) if trained[place + 1]]
+        assert target.positions.tolist() == places
+        assert target.ids[:, 0].tolist() == [rows[number]["ids"][place][0] for place in places]
 
 
 def test_it_is_told_what_is_trained(tmp_path, config, cache, configure, teachers, corpus, truth):

@@ -1,6 +1,6 @@
 """Reading a small corpus whose shards are small, beside the same one in shards of 4,096.
 
-    python tests/benchmarks/shard_sizes.py [--toy] [--csv PATH]
+    python tests/benchmarks/scale/shard_sizes.py [--toy] [--csv PATH]
 
 5,000 and 50,000 sequences of 32 tokens, a causal teacher (31 targets each, k = 32), batches of 32
 sequences drawn from all of them, one thread, warm page cache. The same integers in every size of
@@ -13,6 +13,7 @@ that of 4,096 at the usual size, 0.8 at 64.
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from cache_rows import Ints, Ours, draw_columns, make_corpus, timed
 from results_csv import RESULTS, Row, append, processor, versions
 

@@ -1,0 +1,1 @@
+"""What tokens stand for, whatever text they are of."""

@@ -1,0 +1,122 @@
+"""What tokens stand for, as bytes: what the vocabularies of two tokenizers have in common.
+
+Known of byte-level BPE (GPT-2's and its successors) and of pieces with "▁" for a space (Llama's,
+T5's), with or without tokens for single bytes.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.tokenizer import Tokenizer
+from rekindle.data.errors import InputError
+
+_SPACE = "▁"
+Ids = NDArray[np.int64]
+Starts = NDArray[np.int64]
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
+    """[size]: the bytes of each id; None of special tokens, and of ids that are none.
+
+    Raises InputError for a tokenizer that changes texts, or whose tokens leave open which bytes
+    they are (WordPiece does both).
+    """
+    described = json.loads(tokenizer.encoder.backend.to_str())
+    kinds = _kinds(described.get("decoder"))
+    if "ByteLevel" in kinds:
+        read = _of_letters
+    elif "ByteFallback" in kinds or "Metaspace" in kinds or "Replace" in kinds:
+        read = _of_pieces
+    else:
+        raise InputError(
+            f"the bytes of the tokens of {tokenizer.name} are not known (its decoder is "
+            f"{' + '.join(kinds) or 'none'}). Known are byte-level BPE, and pieces with '▁' for a "
+            "space"
+        )
+    added = tokenizer.hf.added_tokens_decoder
+    found: list[bytes | None] = [None] * tokenizer.size
+    for id, token in tokenizer.tokens():
+        if id in added:  # written as it is
+            found[id] = None if added[id].special else added[id].content.encode()
+        elif id not in tokenizer.special_ids:
+            found[id] = read(token)
+    return found
+
+
+def _kinds(part: object) -> list[str]:
+    """The types of a decoder's steps."""
+    if not isinstance(part, dict):
+        return []
+    inner = part.get("decoders")
+    return [k for one in inner for k in _kinds(one)] if inner else [str(part.get("type"))]
+
+
+@lru_cache(maxsize=1)
+def _letters() -> dict[str, int]:
+    """Which byte a letter of a byte-level vocabulary stands for: Latin-1's visible ones for
+    themselves, the letters from U+0100 on for the others, in order.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def _of_letters(token: str) -> bytes | None:
+    known = _letters()
+    return bytes(known[c] for c in token) if all(c in known for c in token) else None
+
+
+def _of_pieces(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace(_SPACE, " ").encode()
+
+
+def common_tokens(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) -> Ids:
+    """[ours]: the id among ``theirs`` that stands for the same bytes, −1 where there is none.
+
+    One id each: where several of a vocabulary stand for the same bytes ("A" and "<0x41>"), it is
+    the last one, since pieces come after the tokens for single bytes.
+    """
+    by_bytes = {content: id for id, content in enumerate(theirs) if content}
+    last = {content: id for id, content in enumerate(ours) if content}
+    found = np.full(len(ours), -1, np.int64)
+    for content in by_bytes.keys() & last.keys():
+        found[last[content]] = by_bytes[content]
+    return found
+
+
+def starts_of_tokens(
+    ids: NDArray[np.integer], known: Sequence[bytes | None], text: bytes
+) -> Starts | None:
+    """Where in ``text`` the bytes of each token begin, int64 [L]: −1 of a first one whose space is
+    not in the text (Llama's tokenizers put it there). None where the tokens are not the text.
+
+    A sequence may have been cut within a character, of which the text has the whole.
+    """
+    parts = [known[id] for id in ids.tolist()]
+    if any(part is None for part in parts):
+        return None
+    first = _first(b"".join(part for part in parts if part is not None), text)
+    if first is None:
+        return None
+    lengths = np.array([len(part or b"") for part in parts], np.int64)
+    return first + np.cumsum(lengths) - lengths
+
+
+def _first(written: bytes, text: bytes) -> int | None:
+    for first, whole in ((0, text), (-1, b" " + text)):
+        rest = whole[len(written) :]
+        if whole.startswith(written) and (not rest or _goes_on(rest)):
+            return first
+    begin = len(text) - len(written)
+    return begin if begin > 0 and text.endswith(written) and _goes_on(text[begin:]) else None
+
+
+def _goes_on(part: bytes) -> bool:
+    """Whether it begins within a character of UTF-8."""
+    return part[0] & 0xC0 == 0x80

@@ -1,0 +1,286 @@
+"""Reading a row of logits in Triton: its maximum, its exponentials and their sums.
+
+Two ways. *Held*: the whole row is read once, and its exponentials stay in the registers of one
+program, or of a cluster of C, until the gradient is formed of them. *Streamed*: it is read a block
+at a time, twice. Tensors over entries are [B]; [C,B/C] of a cluster, whose programs each hold a
+part. Of targets and losses nothing is known here.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from rekindle.kernels.row_divergence import max_of_row, sum_of_row
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_HEAVIEST = tl.constexpr(8)  # entries taken out of a held row before it is summed again
+
+
+@triton.jit
+def logits_at(base, bias, at, mask, scale, softcap, SOFTCAP: tl.constexpr, KEEP: tl.constexpr = ""):
+    """float32 logits after bias, scale and softcap; -inf stays -inf, and stands where none is.
+
+    KEEP tells the cache what becomes of them. Loads that differ in it are not made one.
+    """
+    x = tl.load(base + at, mask=mask, other=float("-inf"), eviction_policy=KEEP).to(tl.float32)
+    if bias is not None:
+        x += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
+    x *= scale
+    if SOFTCAP:
+        # tanh by exp2: the interpreter has no libdevice
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * _LOG2E / softcap)))
+        x = tl.where(x == float("-inf"), x, softcap * tanh)
+    return x
+
+
+@triton.jit
+def slope(x, scale, softcap, SOFTCAP: tl.constexpr):
+    """d(transformed)/d(raw) at transformed x."""
+    if SOFTCAP:
+        tanh = x / softcap
+        return tl.where(x == float("-inf"), 0.0, scale * (1.0 - tanh * tanh))
+    else:
+        return scale
+
+
+@triton.jit
+def exponentials(x, reference, k, POWER: tl.constexpr):
+    """exp((x − reference)/τ) and exp(x − reference); k is log2(e)/τ.
+
+    POWER is τ where the second is a power of the first (1, 2, 4), 0 where it is an exponential of
+    its own, -1 where nobody asks for it.
+    """
+    u = tl.exp2((x - reference) * k)
+    e = u
+    if POWER == 2:
+        e = u * u
+    if POWER == 4:
+        e = u * u * (u * u)
+    if POWER == 0:
+        e = tl.exp2((x - reference) * _LOG2E)
+    return u, e
+
+
+@triton.jit
+def mixed(u, e, rest_weight, one_weight, POWER: tl.constexpr):
+    """Gradient of most entries: rest_weight · u + one_weight · e.
+
+    A power is taken once more by Horner's rule, so that none is kept in registers beside u.
+    """
+    if POWER == 1:
+        g = (rest_weight + one_weight) * u
+    elif POWER == 2:
+        g = u * (rest_weight + one_weight * u)
+    elif POWER == 4:
+        g = u * (rest_weight + one_weight * u * u * u)
+    else:
+        g = rest_weight * u
+        if POWER == 0:
+            g += one_weight * e
+    return g
+
+
+@triton.jit
+def finite(peak):
+    """What exponents are relative to: the peak, or 0 where there is nothing."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+# ---- held ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _larger(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _plus(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _largest_in_cluster(peak, flag, CTAS: tl.constexpr):
+    """Both are maxima, equal to the bit in every program: branches may depend on them."""
+    if CTAS > 1:
+        peak, flag = tl.reduce((tl.reshape(peak, [CTAS]), tl.reshape(flag, [CTAS])), 0, _larger)
+    return peak, flag
+
+
+@triton.jit
+def _part(x, x_edge, k, POWER: tl.constexpr):
+    """Of a program's part of the row: its maximum, both exponentials, their sums."""
+    peak = tl.maximum(max_of_row(x), max_of_row(x_edge))
+    u, e = exponentials(x, finite(peak), k, POWER)
+    u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
+    s_tau = sum_of_row(u) + sum_of_row(u_edge)
+    s_one = sum_of_row(e) + sum_of_row(e_edge)
+    return peak, s_tau, s_one, u, e, u_edge, e_edge
+
+
+@triton.jit
+def _others(peak, s_tau, z_k, k, resolution):
+    """What is left of a part's sum without entries z_k of it; 1 where that is mostly rounding."""
+    listed = sum_of_row(tl.exp2((z_k - finite(peak)) * k))
+    others = s_tau - listed
+    return others, ((others < resolution * s_tau) & (listed > 0)).to(tl.int32)
+
+
+@triton.jit
+def _without_heaviest(
+    base, middle, bias, edge, edge_mask, head, n_middle, ids, z_k, cta,
+    k, scale, softcap, resolution,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CTAS: tl.constexpr,
+):  # fmt: skip
+    """A part's maximum and sum at τ of the ids that are not listed, and the row's maximum of them.
+
+    The part is read again, eight entries a group, so that a thread compares an id to its groups'
+    and to eight constants, and needs no register for each entry's own.
+    """
+    group = tl.arange(0, BLOCK // CTAS // 8)[:, None] * 8
+    lane = tl.arange(0, 8)[None, :]
+    if CTAS > 1:
+        group = cta[:, :, None] * (BLOCK // CTAS) + group[None, :, :]
+        lane = lane[None, :, :]
+    o = group + lane
+    y = logits_at(middle, bias, o, o < n_middle, scale, softcap, SOFTCAP, "evict_last")
+    y_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP, "evict_last")
+    left = z_k
+    unresolved = 1
+    peak = max_of_row(left)
+    others = peak
+    of_others = 0.0
+    while unresolved > 0:
+        for _ in range(_HEAVIEST):
+            heaviest = max_of_row(left)
+            here = (left == heaviest) & (left != float("-inf"))
+            gone = max_of_row(tl.where(here, ids, -1))
+            y_edge = tl.where(edge == gone, float("-inf"), y_edge)
+            left = tl.where(ids == gone, float("-inf"), left)
+            place = gone - head
+            if CTAS > 1:
+                place = place[:, :, None]
+            y = tl.where((group == place // 8 * 8) & (lane == place % 8), float("-inf"), y)
+        peak = tl.maximum(max_of_row(tl.max(y, len(y.shape) - 1)), max_of_row(y_edge))
+        reference = finite(peak)
+        u_edge = tl.exp2((y_edge - reference) * k)
+        if CTAS > 1:
+            reference = reference[:, :, None]
+        u = tl.exp2((y - reference) * k)
+        s_tau = sum_of_row(tl.sum(u, len(y.shape) - 1)) + sum_of_row(u_edge)
+        others, unresolved = _others(peak, s_tau, left, k, resolution)
+        of_others, unresolved = _largest_in_cluster(peak, unresolved, CTAS)
+    return peak, others, of_others
+
+
+@triton.jit
+def held_row(
+    base, middle, bias, at, edge, edge_mask, head, n_middle, ids, z_k, cta,
+    k, scale, softcap, resolution,
+    SOFTCAP: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, CTAS: tl.constexpr,
+):  # fmt: skip
+    """A row read once, less its listed ids of logits z_k, which are -inf but in their own part.
+
+    Returns of the row the maximum and the sum at τ of the ids that are not listed, and the maximum
+    and the sum at 1 of all; then what a program holds: the logits and both exponentials of its part
+    and of the row's edges, and what these are relative to.
+
+    A part's sum of the others is total − listed while the remainder is large enough to be resolved.
+    Otherwise the part is read again (nobody has written yet), and the heaviest listed entries are
+    taken out, some at a time, until it is: each costs a comparison an entry.
+    """
+    x = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP)
+    x_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP)
+    peak, s_tau, s_one, u, e, u_edge, e_edge = _part(x, x_edge, k, POWER)
+    of_all = finite(peak)
+    others, unresolved = _others(peak, s_tau, z_k, k, resolution)
+    top, unresolved = _largest_in_cluster(peak, unresolved, CTAS)
+    of_others = top
+    if unresolved > 0:
+        peak, others, of_others = _without_heaviest(
+            base, middle, bias, edge, edge_mask, head, n_middle, ids, z_k, cta,
+            k, scale, softcap, resolution, SOFTCAP, BLOCK, CTAS,
+        )  # fmt: skip
+        # listed entries may overflow: they are written over
+        y = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP, "evict_first")
+        u, e = exponentials(y, finite(peak), k, POWER)
+        u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
+    s_tau = others
+    if CTAS > 1:
+        empty = peak == float("-inf")
+        s_tau *= tl.where(empty, 0.0, tl.exp2((finite(peak) - finite(of_others)) * k))
+        s_one *= tl.where(s_one > 0, tl.exp2((of_all - finite(top)) * _LOG2E), 0.0)
+        s_tau, s_one = tl.reduce((tl.reshape(s_tau, [CTAS]), tl.reshape(s_one, [CTAS])), 0, _plus)
+    return of_others, s_tau, top, s_one, x, u, e, x_edge, u_edge, e_edge, peak
+
+
+# ---- streamed -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _fold(peak, s_tau, s_one, x, k, POWER: tl.constexpr):
+    """Take logits [L,S] into L running (max, Σ exp((z − max)/τ), Σ exp(z − max)).
+
+    The S stand in one thread: it asks no other, and rescales once in S entries.
+    """
+    new = tl.maximum(peak, tl.max(x, 1))
+    reference = finite(new)
+    shrink_tau, shrink_one = exponentials(peak, reference, k, POWER)
+    u, e = exponentials(x, reference[:, None], k, POWER)
+    return new, s_tau * shrink_tau + tl.sum(u, 1), s_one * shrink_one + tl.sum(e, 1)
+
+
+@triton.jit
+def streamed_sums(
+    base, middle, bias, edge, edge_mask, n_middle, k, scale, softcap,
+    SOFTCAP: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(max, Σ exp((z − max)/τ), Σ exp(z − max)) of a whole row."""
+    S: tl.constexpr = 128 // middle.dtype.element_ty.primitive_bitwidth
+    L: tl.constexpr = BLOCK // S
+    at = tl.arange(0, L)[:, None] * S + tl.arange(0, S)[None, :]
+    peaks = tl.full([L], float("-inf"), tl.float32)
+    sums_tau = tl.zeros([L], tl.float32)
+    sums_one = tl.zeros([L], tl.float32)
+    for i in tl.range(0, tl.cdiv(n_middle, BLOCK), num_stages=STAGES):
+        o = i * BLOCK + at
+        x = logits_at(middle, bias, o, o < n_middle, scale, softcap, SOFTCAP, "evict_last")
+        peaks, sums_tau, sums_one = _fold(peaks, sums_tau, sums_one, x, k, POWER)
+    x_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP)
+    peak = tl.maximum(tl.max(peaks, 0), tl.max(x_edge, 0))
+    of_tau, of_one = exponentials(peaks, finite(peak), k, POWER)
+    u, e = exponentials(x_edge, finite(peak), k, POWER)
+    return (
+        peak,
+        tl.sum(sums_tau * of_tau, 0) + tl.sum(u, 0),
+        tl.sum(sums_one * of_one, 0) + tl.sum(e, 0),
+    )
+
+
+@triton.jit
+def hide(base, ids, listed):
+    """Take the listed ids out of the row."""
+    nothing = tl.full(ids.shape, float("-inf"), tl.float32)
+    tl.store(base + ids, nothing.to(base.dtype.element_ty), mask=listed)
+
+
+@triton.jit
+def sums_of_others(
+    base, middle, copy, copy_middle, edge, edge_mask, n_middle, ids, listed, k, scale, softcap,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(max, Σ exp((z − max)/τ)) of the ids that are not listed, by way of a copy of the row."""
+    tl.store(copy + edge, tl.load(base + edge, mask=edge_mask), mask=edge_mask)
+    for i in range(0, tl.cdiv(n_middle, BLOCK)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(copy_middle + o, tl.load(middle + o, mask=o < n_middle), mask=o < n_middle)
+    tl.debug_barrier()
+    hide(copy, ids, listed)
+    tl.debug_barrier()
+    peak, s_tau, _ = streamed_sums(
+        copy, copy_middle, None, edge, edge_mask, n_middle, k, scale, softcap, SOFTCAP, -1, BLOCK,
+        STAGES,
+    )  # fmt: skip
+    tl.debug_barrier()  # the copy is read before gradients replace it
+    return peak, s_tau

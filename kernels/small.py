@@ -1,0 +1,137 @@
+"""A small call in few operations: what a loss costs when its arithmetic costs nothing.
+
+The same loss as `closed_form`, of which it is the case that nothing is padded, ignored or weighted
+and no probability is near zero. One softmax over all ids (two at τ ≠ 1 with labels) is read, summed
+without the listed ids and scaled to the gradient: a third of the operations, for which a call of
+few rows pays more than for what they compute. Whether the case is there is asked of the
+probabilities themselves; where it is not, nothing has been done. Larger calls are left to
+`closed_form`, whose bits they keep.
+
+Shapes: N rows, H hidden, V vocabulary, K kept ids.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rekindle.kernels.blocks import Gradients, product_
+from rekindle.kernels.call import Call
+from rekindle.kernels.closed_form import parts_of
+from rekindle.kernels.targets import LossSettings, SparseTargets, target_masses
+
+LARGEST = 4096  # N·V; beyond it passes over the logits are dearer than the operations' own price
+LEAST = (
+    1e-30  # of a probability; its logarithm, and what is divided by it, is right to the last bits
+)
+
+Losses = tuple[Tensor, Tensor, Tensor]
+
+
+def is_small(call: Call) -> bool:
+    """Whether a call may be computed here; what its tensors hold may still be against it."""
+    student, targets, teacher, settings, _ = call
+    rows, kept = targets.ids.shape
+    return (
+        settings.full
+        and 0 < rows * student.vocabulary <= LARGEST
+        and kept > 0
+        and targets.weight is None
+        and targets.probs.dim() == 2
+        and teacher.states is None
+        and settings.reduction != "none"
+        and settings.softcap is None
+        and settings.logit_scale == 1.0
+    )
+
+
+def small_losses(call: Call) -> tuple[Losses, Gradients] | None:
+    """(loss, ce, kd) and the wanted gradients; None, where a probability is too near to zero."""
+    student, targets, _, settings, computation = call
+    dtype, wanted = student.compute_dtype, computation.wanted
+    x, w = student.inputs, student.weight
+    if w is None:
+        z = x if x.dtype == dtype else x.to(dtype)
+    else:
+        x, w = (t if t.dtype == dtype else t.to(dtype) for t in (x, w))
+        z = torch.empty(len(x), len(w), dtype=dtype)
+        product_(z, x, w.t())
+        if student.bias is not None:
+            z.add_(student.bias)
+    found = _losses(z, targets, settings, any(wanted))
+    if found is None:
+        return None
+    losses, gradient = found.losses, found.gradient
+    if gradient is None:
+        return losses, (None, None, None)
+    if w is None:
+        given = student.inputs
+        return losses, (gradient if given.dtype == dtype else gradient.to(given.dtype), None, None)
+    dx, dw = torch.empty_like(x) if wanted[0] else None, torch.empty_like(w) if wanted[1] else None
+    if dx is not None:
+        product_(dx, gradient, w)
+    if dw is not None:
+        product_(dw, gradient.t(), x)
+    sums = (dx, dw, gradient.sum(0) if wanted[2] else None)
+    pairs = zip(sums, student, strict=True)
+    dx, dw, db = (t if t is None or own is None else t.to(own.dtype) for t, own in pairs)
+    return losses, (dx, dw, db)
+
+
+class _Found(NamedTuple):
+    losses: Losses
+    gradient: Tensor | None  # [N,V] of the loss, with respect to the logits
+
+
+def _losses(
+    z: Tensor, targets: SparseTargets, settings: LossSettings, wanted: bool
+) -> _Found | None:
+    """Of logits [N,V], which are only read."""
+    tau, ids, labels = settings.temperature, targets.ids, targets.labels
+    if targets.tail is not None and settings.tail == "bucket" and targets.probs.dtype == z.dtype:
+        q = torch.cat([targets.probs, targets.tail[:, None]], 1)
+    else:
+        q, has_target = target_masses(targets, settings.tail, z.dtype, whole=True)
+        if has_target is not None and not bool(has_target.all()):
+            return None
+    reduced, scale = (
+        (torch.mean, 1.0 / len(z)) if settings.reduction == "mean" else (torch.sum, 1.0)
+    )
+    shares = torch.softmax(z if tau == 1.0 else z / tau, 1)
+    inside = shares.gather(1, ids)
+    parts, at_one, label = [inside], shares, ids
+    if labels is not None:
+        label = labels[:, None]
+        if tau != 1.0:
+            at_one = torch.softmax(z, 1)
+        parts.append(at_one.gather(1, label))
+    shares.scatter_(1, ids, 0.0)
+    rest = shares.sum(1, keepdim=True)
+    parts.insert(1, rest)
+    p = torch.cat(parts, 1)
+    if not float(p.amin()) > LEAST:  # NaN is not, either
+        return None
+    log_p = p.log()
+    if labels is not None:
+        ce = reduced(log_p[:, -1]).neg_()
+        p, log_p = p[:, :-1], log_p[:, :-1]
+    value, gradient = parts_of(q, p, log_p, settings)
+    kd = reduced(value)
+    factor = settings.kd_factors[0]
+    loss = kd * factor
+    if labels is None:
+        ce = torch.zeros_like(kd)
+    else:
+        loss = loss.add_(ce, alpha=settings.ce_weight)
+    if not wanted:
+        return _Found((loss, ce, kd), None)
+    gradient = gradient.mul_(factor * scale / tau)
+    listed, of_rest = gradient[:, :-1], gradient[:, -1:] / rest
+    if labels is None:
+        return _Found((loss, ce, kd), shares.mul_(of_rest).scatter_(1, ids, listed))
+    a = settings.ce_weight * scale
+    if at_one is shares:
+        shares.mul_(of_rest.add_(a)).scatter_(1, ids, listed.add(inside, alpha=a))
+    else:
+        shares = at_one.mul_(a).addcmul_(shares, of_rest).scatter_add_(1, ids, listed)
+    return _Found((loss, ce, kd), shares.scatter_(1, label, -a, reduce="add"))

@@ -1,0 +1,97 @@
+"""The way between the host and a teacher's device: arrays that are sent there, results on their
+way back while the next batch runs.
+
+On a GPU nothing waits but the reading of a batch, which the one after is asked for before. Copies
+go through pinned memory: to the device on the stream that computes, back on one of their own. On a
+CPU, where nothing runs beside anything, all is there at once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rekindle.data.targets.codec import Columns
+
+Arrays = dict[str, NDArray]
+Finish = Callable[[Arrays], Columns]  # what the host makes of results
+Pending = Callable[[], Columns]  # waits for results, and makes that of them
+
+
+class Way(Protocol):
+    """``most``: batches that may be on their way back at once, which bounds memory."""
+
+    most: int
+
+    def send(self, values: NDArray) -> Tensor:
+        """Return an array on the device; its memory may not be written to any more."""
+        ...
+
+    def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
+        """Begin to bring results; what comes of them may be asked for once."""
+        ...
+
+
+class Here(Way):
+    """No way at all."""
+
+    most = 1
+
+    def send(self, values: NDArray) -> Tensor:
+        """Return the array as a tensor."""
+        return torch.from_numpy(values)
+
+    def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
+        """Finish at once: what does not fit into memory is told with the batch."""
+        columns = finish({name: values.numpy() for name, values in found.items()})
+        return lambda: columns
+
+
+class ToGpu(Way):
+    """To a CUDA device, and back."""
+
+    most = 2
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of a model over several devices
+
+    def send(self, values: NDArray) -> Tensor:
+        """Return the array on the device, where it will be once it is used."""
+        return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
+
+    def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
+        """Copy to pinned memory, which is given back as soon as it has been read."""
+        pinned: dict[str, Tensor] = {}
+        events: list[torch.cuda.Event] = []
+        for device in dict.fromkeys(values.device for values in found.values()):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            side = self._streams[device]
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for name, values in found.items():
+                    if values.device == device:
+                        room = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                        pinned[name] = room.copy_(values, non_blocking=True)
+                        values.record_stream(side)
+                events.append(torch.cuda.Event())
+                events[-1].record(side)
+
+        def read() -> Columns:
+            for event in events:
+                event.synchronize()
+            arrays = {name: np.array(pinned[name].numpy()) for name in found}
+            pinned.clear()
+            return finish(arrays)
+
+        return read
+
+
+def way_to(device: str) -> Way:
+    """Return the way to a device, by its name."""
+    found = torch.device(device)
+    return ToGpu(found) if found.type == "cuda" else Here()

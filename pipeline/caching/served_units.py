@@ -1,0 +1,103 @@
+"""Makes the units of a teacher that a server runs: asks, checks, and keeps nothing that is wrong.
+
+A unit is what it is for other teachers, a file of the corpus; so are its commits, a resumed run,
+repair and workers.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.columns import split_lists
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.reading.reader import target_positions
+from rekindle.data.targets.served import digest_of
+from rekindle.pipeline.caching.batching import joined_columns
+from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
+from rekindle.pipeline.caching.served_plan import Source, check_same_answers
+from rekindle.pipeline.caching.teachers import TeacherPlan
+from rekindle.pipeline.served.answers import Answers
+from rekindle.pipeline.served.in_threads import ask_in_order
+from rekindle.pipeline.served.probes import ask, probes_of
+
+Rows = Sequence[NDArray]
+
+
+class ServedTeacher:
+    """A server's model, ready to be asked about a corpus."""
+
+    def __init__(self, plan: TeacherPlan, corpus: Corpus):
+        self.info, self.config, self.corpus = plan.info, plan.config, corpus
+        self.source = Source.of(plan.config)
+        self.answers = Answers(corpus, plan.info)
+        self.check_same()
+
+    def check_same(self) -> str:
+        """Return the digest of what the server answers to the probes now. Raises
+        CacheMismatchError where another model answers.
+        """
+        known, k = self.info.served, self.info.k
+        assert known is not None
+        assert k is not None
+        prompts = [[*probe.input_ids] for probe in known.probes]
+        with self.source.naming():
+            said, _ = ask(self.source.server, prompts, k)
+        check_same_answers(known, said, self.config)
+        return digest_of(probes_of(prompts, said, k))
+
+    def sequences(
+        self, unit: Unit, only: NDArray[np.int64] | None = None
+    ) -> tuple[list[int], Rows, Rows]:
+        """The rows of a unit that have a target (of the rows ``only``); of each row of the unit
+        its tokens, and where its targets are.
+        """
+        table = self.corpus.shard(unit.shard).table()
+        tokens = split_lists(table.to_batches(), "input_ids")
+        positions = target_positions(self.corpus, self.info, None, unit.shard, None)
+        chosen, domains = self.info.domains, table["domain"].to_pylist()
+        rows = range(len(tokens)) if only is None else sorted(map(int, only))
+        wanted = [
+            row
+            for row in rows
+            if len(positions[row]) and (chosen is None or domains[row] in chosen)
+        ]
+        return wanted, tokens, positions
+
+    def unit(self, unit: Unit, only: NDArray[np.int64] | None = None) -> UnitResult:
+        """All targets of the teacher on one unit, or on the rows ``only`` of it.
+
+        Raises InputError for an answer that is wrong, with its place; CacheMismatchError where the
+        server has come to run another model meanwhile: nothing is kept of the unit.
+        """
+        rows, tokens, positions = self.sequences(unit, only)
+        each = self.config.served.prompts_per_request if self.config.served else 1
+        parts = [rows[start : start + each] for start in range(0, len(rows), each)]
+        asked = self._asked(self.corpus.first(unit.shard), tokens, positions, parts)
+        found = [columns for part in asked for columns in part]
+        facts = {"probes": self.check_same()}
+        if not found:
+            return UnitResult(np.zeros(0, np.int64), {}, facts)
+        counts = [len(positions[row]) for row in rows]
+        return UnitResult(np.repeat(np.array(rows, np.int64), counts), joined_columns(found), facts)
+
+    def _asked(
+        self, first: int, tokens: Rows, positions: Rows, parts: Sequence[Sequence[int]]
+    ) -> Iterator[list[Columns]]:
+        def one(rows: Sequence[int]) -> list[Columns]:
+            named = f"sequence {first + rows[0]}"
+            named += f" to {first + rows[-1]}" if rows[1:] else ""
+            with self.source.naming(f"{named}: "):
+                answers = self.source.server.prompt_logprobs(
+                    [tokens[row].tolist() for row in rows], self.info.k or 0
+                )
+            columns = []
+            for row, entries in zip(rows, answers, strict=True):
+                with self.source.naming(f"sequence {first + row}: "):
+                    columns.append(self.answers.columns(entries, tokens[row], positions[row]))
+            return columns
+
+        served = self.config.served
+        threads = served.max_concurrency if served else 1
+        return ask_in_order(one, parts, threads, self.source.server.client.stop)

@@ -1,0 +1,104 @@
+"""Asks the server of a teacher again about random sequences, and compares with what the cache
+holds.
+
+Two answers of one server differ by what its kernels and batches make of them, which nobody states.
+A sequence may be off by the teacher's ``served.tolerance`` in the mean, beside what two roundings
+of the codec may: the mean over its positions of Σ p·|Δ log p| over the kept ids. An id that the
+server no longer names counts for 1 nat.
+
+N positions, K candidates.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.cache import Cache
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.codec_registry import CODECS
+from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.served import MISSING
+from rekindle.pipeline.caching.compute_unit import Unit
+from rekindle.pipeline.caching.served_plan import describe_served
+from rekindle.pipeline.caching.served_units import ServedTeacher
+from rekindle.pipeline.caching.teachers import TeacherPlan
+from rekindle.pipeline.progress import ProgressTask
+from rekindle.pipeline.teacher_config import TeacherConfig
+
+Floats = NDArray[np.float64]
+Part = tuple[int, NDArray[np.int64]]  # a shard, and rows of it
+
+
+def audit_served(
+    cache: Cache, config: TeacherConfig, parts: Iterable[Part], task: ProgressTask
+) -> tuple[dict[str, float], list[str]]:
+    """What was measured over ``parts``, and what lies beyond its bound, the worst first.
+
+    ``mean_error``, ``max_error`` of a log-probability in nats, ``top1`` agreement, ``kept_mass``;
+    ``rows``: positions; ``of_bound``: the largest error of a sequence as a share of its bound.
+    Raises CacheMismatchError where another model is served, InputError where none is.
+    """
+    reader = cache.teacher(config.name)
+    describe_served(config, cache.corpus, reader.info.view)
+    teacher = ServedTeacher(TeacherPlan(config, Path(), reader.main.info), cache.corpus)
+    assert config.served is not None
+    found: dict[str, list[Floats]] = {n: [] for n in ("mean", "max", "top1", "mass")}
+    beyond: list[tuple[float, str]] = []
+    largest = 0.0
+    for shard, rows in parts:
+        task.advance(len(rows))
+        if not reader.has(shard, None):
+            continue
+        live = teacher.unit(Unit(shard), only=rows)
+        counts, cached = reader.gather([(shard, int(row)) for row in rows], None)
+        owners = np.repeat(rows, counts)
+        order = np.argsort(owners, kind="stable")
+        owners, cached = owners[order], {name: flat[order] for name, flat in cached.items()}
+        assert isinstance(reader.kind, VocabularyKind)
+        for row in np.unique(owners):
+            mine, theirs = owners == row, live.rows == row
+            here, again = (
+                {name: flat[chosen] for name, flat in columns.items()}
+                for columns, chosen in ((cached, mine), (live.columns, theirs))
+            )
+            errors = _errors(reader.kind, here, again)
+            mean, bound = float(errors["mean"].mean()), float(errors["bound"].mean())
+            bound += config.served.tolerance
+            share = mean / bound
+            largest = max(largest, share)
+            for name, parted in found.items():
+                parted.append(errors[name])
+            if share > 1:
+                example = cache.corpus.first(shard) + int(row)
+                told = f"example {example}: its log-probabilities are off by {mean:.3g} nats in "
+                beyond.append((share, f"{told}the mean, at most {bound:.3g} (served.tolerance)"))
+    joined = {name: np.concatenate(parted or [np.zeros(1)]) for name, parted in found.items()}
+    values = {
+        "mean_error": float(joined["mean"].mean()),
+        "max_error": float(joined["max"].max()),
+        "top1": float(joined["top1"].mean()),
+        "kept_mass": float(joined["mass"].mean()),
+        "rows": float(sum(map(len, found["mean"]))),
+        "of_bound": largest,
+    }
+    return values, [told for _, told in sorted(beyond, key=lambda each: -each[0])]
+
+
+def _errors(kind: VocabularyKind, cached: Columns, live: Columns) -> dict[str, Floats]:
+    """Of each position [N] of a sequence, ``cached`` beside ``live``."""
+    ids, stored, _ = kind.decode(cached, None, 1.0, None)
+    again, said, _ = kind.decode(live, None, 1.0, None)
+    same = ids[:, :, None] == again[:, None, :]
+    theirs = (same * said[:, None, :].astype(np.float64)).sum(axis=2)
+    error = np.where(same.any(axis=2), np.abs(stored - theirs), MISSING)
+    probs = np.exp(stored.astype(np.float64))
+    span = (stored.max(axis=1) - stored.min(axis=1)).astype(np.float64)
+    return {
+        "mean": (probs * error).sum(axis=1),
+        "max": error.max(axis=1),
+        "top1": (ids[:, 0] == again[:, 0]).astype(np.float64),
+        "mass": probs.sum(axis=1),
+        "bound": 2 * CODECS[kind.info.codec].error_bound(span, 1.0),
+    }

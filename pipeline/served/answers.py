@@ -1,0 +1,115 @@
+"""What a server says of a sequence, checked and as the cache keeps it.
+
+The reading of ``prompt_logprobs``, and of top-k with what is missing as the tail, is that of
+imports (``data/exchange``); what an import cannot know is checked here.
+
+S tokens of a sequence, P = S − 1 predictions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.config import hole_ids
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import InputError
+from rekindle.data.exchange.logprobs import GOLD, fields_of_prompt
+from rekindle.data.exchange.token_rows import TokenRows
+from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.schema import TeacherInfo
+
+ABOVE = 1e-5  # nats above 0 that a log-probability in float32 may be rounded to
+NONE_LEFT = -9000.0  # vLLM writes −9999 for no probability at all
+
+
+class Answers:
+    """Reads the answers of one teacher."""
+
+    def __init__(self, corpus: Corpus, info: TeacherInfo):
+        self.corpus, self.info = corpus, info
+        facts = corpus.info["tokenizer"]
+        self.size, self.holes = int(facts["size"]), {*hole_ids(facts).tolist()}
+
+    def columns(
+        self, entries: Any, tokens: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> Columns:
+        """The columns of the targets of a sequence with ``tokens`` [S], which has them at
+        ``positions``.
+
+        Raises InputError, naming the place, for what is no distribution's top, or not of these
+        tokens.
+        """
+        fields = _fields(entries, tokens)
+        _check_entries(entries, self.info.k or 0)
+        fields = {name: [values[at] for at in positions] for name, values in fields.items()}
+        self._without_foreign(fields, positions)
+        rows = TokenRows(self.corpus, self.info, GOLD, allow_missing=False)
+        return rows.columns(fields, tokens, positions)
+
+    def _without_foreign(self, fields: dict[str, Any], positions: NDArray[np.int64]) -> None:
+        """Leave out what the corpus's tokenizer has no token for: its mass joins the tail."""
+        for place, (ids, log_probs) in enumerate(
+            zip(fields["ids"], fields["log_probs"], strict=True)
+        ):
+            if max(ids) < self.size and not (self.holes and self.holes.intersection(ids)):
+                continue
+            kept = [n for n, i in enumerate(ids) if i < self.size and i not in self.holes]
+            if len(kept) < (self.info.k or 0):
+                strange = next(i for i in ids if i >= self.size or i in self.holes)
+                raise InputError(
+                    f"prompt_logprobs: entry {positions[place] + 1}: {strange} is no token of the "
+                    f"cache's vocabulary of {self.size:,}, and {len(kept)} candidates are left "
+                    f"without it, where {self.info.k} are kept. Take corpus.tokenizer from the "
+                    "served model, or a smaller targets.k"
+                )
+            fields["ids"][place] = [ids[n] for n in kept]
+            fields["log_probs"][place] = [log_probs[n] for n in kept]
+
+
+def _fields(entries: Any, tokens: NDArray[np.int32]) -> dict[str, Any]:
+    """As ``fields_of_prompt``; an engine may give none of what it has read before."""
+    if isinstance(entries, list) and len(entries) == len(tokens) and None in entries[1:]:
+        raise InputError(
+            f"prompt_logprobs: entry {entries.index(None, 1)} is null: the server has read that "
+            "part of the prompt from its prefix cache. Serve the model with "
+            "--no-enable-prefix-caching"
+        )
+    return fields_of_prompt(entries, tokens)
+
+
+def _check_entries(entries: Sequence[Any], k: int) -> None:
+    """Raise InputError unless each entry has the ``k`` likeliest tokens."""
+    wanted = {*range(1, k + 1)}
+    for place, entry in enumerate(entries[1:], start=1):
+        for key, value in entry.items():
+            where = f"prompt_logprobs: entry {place}, token {key}"
+            if not isinstance(value, dict) or value.get("rank") is None:
+                raise InputError(f"{where} has no rank (given: {str(value)[:60]})")
+            log_prob = value["logprob"]
+            if log_prob > ABOVE:
+                raise InputError(
+                    f"{where}: a log-probability is {log_prob:.6g}, above 0. The server must give "
+                    "raw_logprobs (--logprobs-mode), not logits"
+                )
+            if log_prob < NONE_LEFT:
+                raise InputError(
+                    f"{where} has no probability at all ({log_prob:g}): the server gives what is "
+                    "left after its filters; it must give raw_logprobs (--logprobs-mode)"
+                )
+        if lacking := wanted - {value["rank"] for value in entry.values()}:
+            raise InputError(
+                f"prompt_logprobs: entry {place} lacks the candidate of rank {min(lacking)}, and "
+                f"the {k} likeliest were asked for"
+            )
+
+
+def said_of(entries: Any, tokens: Sequence[int], k: int) -> list[dict[int, float]]:
+    """What is said of each prediction [P]: log-probabilities by id, of the ``k`` likeliest and the
+    token itself. InputError as ``columns``.
+    """
+    fields = _fields(entries, np.array(tokens, np.int32))
+    _check_entries(entries, k)
+    pairs = zip(fields["ids"], fields["log_probs"], strict=True)
+    return [dict(zip(ids, log_probs, strict=True)) for ids, log_probs in pairs]

@@ -1,0 +1,202 @@
+"""Asks a server over HTTP, again where it is overloaded, away, or its answer was cut off.
+
+Knows nothing of what is asked. An API key comes from the environment, goes into one header, and
+stands in no message.
+"""
+
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ReadTimeoutError,
+)
+
+from rekindle.data.errors import InputError, first_words
+from rekindle.pipeline.served.config import ServedConfig
+
+log = logging.getLogger("rekindle")
+
+AT_FIRST = 5.0  # seconds, for a server that never answered: its address may be wrong
+FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
+LONGEST_ORDER = 600.0  # seconds that a Retry-After may ask for
+CONNECT = 10.0  # seconds
+PASSING = {408, 425, 429}  # and all from 500 on: the same request may succeed later
+
+
+class ServerAwayError(InputError):
+    """A server that cannot be reached, or does not come to answer."""
+
+
+class StoppedError(Exception):
+    """Another request has failed, or the work was interrupted: nobody waits for this answer."""
+
+
+class Client:
+    """One server. Threads may share it."""
+
+    def __init__(self, config: ServedConfig):
+        self.url, self.config = config.url, config
+        self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if (name := config.api_key_env) is not None:
+            if not os.environ.get(name):
+                raise InputError(
+                    f"served.api_key_env names {name}, and that environment variable is not set; "
+                    "set it to the server's API key, or leave api_key_env out"
+                )
+            self._headers["Authorization"] = f"Bearer {os.environ[name]}"
+        timeout = urllib3.Timeout(connect=min(CONNECT, config.timeout_s), read=config.timeout_s)
+        # No redirects: the key would go where nobody sent it.
+        self._pool = urllib3.PoolManager(
+            maxsize=config.max_concurrency, block=True, timeout=timeout, retries=False
+        )
+        self._answered, self._told = False, False
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Have requests that wait to be asked again end now."""
+        self._stop.set()
+
+    def get(self, path: str, optional: bool = False) -> Any:
+        """The JSON at ``path``, below the address; None where an ``optional`` one is not there."""
+        return self._ask("GET", path, None, optional)
+
+    def post(self, path: str, body: Mapping[str, object]) -> Any:
+        """What the server answers to ``body``; harmless if it was asked before, unheard."""
+        return self._ask("POST", path, json.dumps(body).encode(), False)
+
+    def _ask(self, method: str, path: str, body: bytes | None, optional: bool) -> Any:
+        """Raises ServerAwayError when patience ends, InputError for what the server refuses."""
+        where = self.url.removesuffix("/v1") + path if optional else self.url + path
+        spent, delays = 0.0, _delays()
+        while True:
+            if self._stop.is_set():
+                raise StoppedError
+            began = time.monotonic()
+            try:
+                answer = self._pool.request(method, where, body=body, headers=self._headers)
+                passing, ordered = self._passing(answer)
+            except HTTPError as error:
+                passing, ordered = self._failure(error), 0.0
+                if optional:
+                    return None
+            if not passing:
+                self._answered = True
+                return self._read(answer, where, optional)
+            delay = next(delays)
+            spent += time.monotonic() - began + delay
+            self._check_patience(passing, spent)
+            if self._stop.wait(max(delay, ordered)):
+                raise StoppedError
+
+    def _passing(self, answer: urllib3.BaseHTTPResponse) -> tuple[str, float]:
+        """What is wrong for now ("" where nothing is), and the seconds that the server asks for."""
+        if answer.status not in PASSING and answer.status < 500:
+            return "", 0.0
+        self._answered = True
+        order = _seconds(answer.headers.get("Retry-After"))
+        if order > LONGEST_ORDER:
+            raise ServerAwayError(
+                f"the server {self.url} answers {answer.status} and asks to come back in "
+                f"{order:.0f} s; run the same command then: it goes on"
+            )
+        return f"HTTP {answer.status}{_message(answer)}", order
+
+    def _failure(self, error: HTTPError) -> str:
+        """What failed, without the client's own names for it."""
+        if isinstance(error, NewConnectionError):  # of which some versions make a timeout
+            return first_words(error).rpartition(": ")[2]
+        if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
+            return f"no answer within {self.config.timeout_s:g} s, served.timeout_s"
+        return "the connection broke off"
+
+    def _check_patience(self, passing: str, spent: float) -> None:
+        longest = (
+            self.config.patience_s if self._answered else min(AT_FIRST, self.config.patience_s)
+        )
+        if spent > longest:
+            kept = (
+                "What was made is kept: the same command goes on"
+                if self._answered
+                else ("Is it running, and is its address (served.url) right?")
+            )
+            raise ServerAwayError(
+                f"the server {self.url} has not answered for {longest:g} s ({passing}). {kept}"
+            )
+        if not self._told and self._answered:
+            self._told = True
+            log.warning(
+                "%s is overloaded or away (%s): asked again for %g s", self.url, passing, longest
+            )
+
+    def _read(self, answer: urllib3.BaseHTTPResponse, where: str, optional: bool) -> Any:
+        if optional and answer.status != 200:
+            return None
+        if answer.status in (401, 403):
+            named = self.config.api_key_env
+            advice = (
+                f"the key in {named} is not one of its"
+                if named
+                else (
+                    "it wants an API key: name the environment variable that has it in "
+                    "served.api_key_env"
+                )
+            )
+            raise InputError(f"the server {self.url} answers {answer.status}: {advice}")
+        if answer.status != 200:
+            hint = ""
+            if answer.status == 404:
+                hint = ". Does served.url end where the server's API begins, with /v1?"
+            raise InputError(f"{where} answers HTTP {answer.status}{_message(answer)}{hint}")
+        try:
+            return json.loads(answer.data)
+        except ValueError:
+            if optional:
+                return None
+            raise InputError(
+                f"{where} answers what is no JSON ({answer.data[:60]!r}); served.url must be that "
+                "of an OpenAI-compatible server"
+            ) from None
+
+
+def _message(answer: urllib3.BaseHTTPResponse) -> str:
+    """What an error's body says, in a line."""
+    try:
+        body = json.loads(answer.data)
+    except ValueError:
+        return ""
+    inside = body.get("error", body) if isinstance(body, dict) else {}
+    told = inside.get("message") if isinstance(inside, dict) else inside
+    return f": {' '.join(str(told).split())[:300]}" if told else ""
+
+
+def _seconds(order: str | None) -> float:
+    """What a Retry-After header asks for: seconds, or a date; 0 for none, or one not understood."""
+    if order is None:
+        return 0.0
+    try:
+        return max(0.0, float(order))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(order).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _delays() -> Iterator[float]:
+    """Longer each time, and of random length: many do not ask again at the same moment."""
+    longest = FIRST_DELAY
+    while True:
+        yield random.uniform(longest / 2, longest)
+        longest = min(2 * longest, LONGEST_DELAY)

@@ -1,0 +1,148 @@
+"""A server that speaks vLLM's dialect of OpenAI's API: what it says of itself, and of prompts.
+
+Followed are vLLM's API models of 0.10 to 0.2x (``CompletionRequest``, ``CompletionResponseChoice``,
+``ModelCard``): token ids in, ``prompt_logprobs`` out, a choice for each prompt, told apart by
+``index``; an error is ``{"error": {message, type, param, code}}``. Servers older than
+``return_token_ids`` pass over it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rekindle.data.counted import counted
+from rekindle.data.errors import InputError, did_you_mean
+from rekindle.pipeline.served.client import Client
+from rekindle.pipeline.served.config import ServedConfig
+
+# The distribution itself, whatever the server's or its model's defaults are: they show in the
+# answers of one that gives processed log-probabilities (--logprobs-mode).
+PLAIN = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+TOO_MANY = "max allowed"  # of what vLLM says where k is above its --max-logprobs
+GENERATED = 1  # tokens: the server makes one at least, which nobody reads
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a server says of a model that it has."""
+
+    name: str
+    root: str | None  # what it was loaded from
+    longest: int | None  # tokens, of prompt and answer together
+
+
+class Server:
+    """One model of one server. Threads may share it."""
+
+    def __init__(self, config: ServedConfig):
+        self.config, self.client = config, Client(config)
+
+    @cached_property
+    def model(self) -> Model:
+        """Raises InputError where the server has no model of that name."""
+        listed = self.client.get("/models")
+        cards = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+            raise InputError(
+                f"{self.client.url}/models lists no models; served.url must be that of an "
+                "OpenAI-compatible server"
+            )
+        names = [str(card.get("id")) for card in cards]
+        if self.config.model not in names:
+            raise InputError(
+                f"the server {self.client.url} has no model {self.config.model!r} (it has: "
+                f"{', '.join(names) or 'none'}){did_you_mean(self.config.model, names)}"
+            )
+        card = cards[names.index(self.config.model)]
+        longest, root = card.get("max_model_len"), card.get("root")
+        return Model(
+            self.config.model,
+            root if isinstance(root, str) else None,
+            longest if isinstance(longest, int) else None,
+        )
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """What is known of the server's software and of what it loaded; informative."""
+        said = self.client.get("/version", optional=True)
+        version = said.get("version") if isinstance(said, dict) else None
+        known = {"vllm": version, "served_root": self.model.root}
+        return {name: value for name, value in known.items() if isinstance(value, str)}
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]], k: int) -> list[Any]:
+        """What the server says of each prompt's tokens: the ``prompt_logprobs`` of each.
+
+        Raises InputError for an answer that is not of these prompts, or that the server refuses.
+        """
+        body = {
+            "model": self.config.model,
+            "prompt": [list(prompt) for prompt in prompts],
+            "prompt_logprobs": k,
+            "max_tokens": GENERATED,
+            "return_token_ids": True,
+            **PLAIN,
+        }
+        try:
+            answer = self.client.post("/completions", body)
+        except InputError as error:
+            if TOO_MANY not in str(error):
+                raise
+            raise InputError(
+                f"{error}. Serve the model with --max-logprobs {k}, or take a smaller targets.k"
+            ) from None
+        if not isinstance(answer, Mapping) or not isinstance(answer.get("choices"), list):
+            raise InputError("its answer to /completions has no choices")
+        said = answer.get("model")
+        if said not in (None, self.config.model):
+            raise InputError(f"its answer is of the model {said!r}, not {self.config.model!r}")
+        self._check_count(answer, sum(map(len, prompts)))
+        return [
+            self._of_prompt(choice, prompt)
+            for choice, prompt in zip(
+                _in_order(answer["choices"], len(prompts)), prompts, strict=True
+            )
+        ]
+
+    def _check_count(self, answer: Mapping[str, Any], sent: int) -> None:
+        usage = answer.get("usage")
+        read = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        if read is not None and read != sent:
+            raise InputError(
+                f"it read {read} tokens where {sent} were sent: it adds some, or cuts prompts off. "
+                "It must take token ids as they are"
+            )
+
+    def _of_prompt(self, choice: Mapping[str, Any], prompt: Sequence[int]) -> Any:
+        read = choice.get("prompt_token_ids")
+        if read is not None and list(read) != list(prompt):
+            raise InputError(
+                f"it read other tokens than were sent ({counted(len(read), 'token')} where "
+                f"{len(prompt)} were sent); it must take token ids as they are"
+            )
+        if choice.get("prompt_logprobs") is None:
+            raise InputError(
+                "its answer has no prompt_logprobs; vLLM's server gives them (/v1/completions), "
+                "others do not"
+            )
+        return choice["prompt_logprobs"]
+
+
+def _in_order(choices: list[Any], count: int) -> list[Mapping[str, Any]]:
+    """The choices by their ``index``, whatever their order; there must be one for each prompt."""
+    found = {choice.get("index"): choice for choice in choices if isinstance(choice, Mapping)}
+    if len(choices) != count or found.keys() != {*range(count)}:
+        shown = ", ".join(str(one.get("index")) for one in found.values())
+        raise InputError(
+            f"it answers {counted(count, 'prompt')} with {counted(len(choices), 'choice')} of "
+            f"index {shown or 'none'}; there must be one for each, from 0"
+        )
+    return [found[number] for number in range(count)]

@@ -1,0 +1,99 @@
+"""Stage 1, files and all, beside the bare forward loop with its head on the masked rows."""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from cache_overhead import forward_batches
+from cache_rows import VOCABULARY, make_corpus
+from results_csv import Row
+
+from rekindle.data.views.masked import MaskedView
+from rekindle.data.views.masking import MaskConfig
+from rekindle.data.views.reader import ViewReader
+from rekindle.pipeline.caching.compute_unit import Unit
+from rekindle.pipeline.caching.make_unit import UnitRunner
+from rekindle.pipeline.caching.teachers import plan_teacher
+from rekindle.pipeline.caching.views import Views
+from rekindle.pipeline.teacher_config import TargetsConfig, TeacherConfig
+from rekindle.train.model.passes import with_known_padding
+
+BARE, STAGE, ONE_BY_ONE = "forward, masked tokens", "stage 1", "stage 1, a unit at a time"
+
+
+def measure(toy: bool, add: Callable[[Row], None]) -> None:
+    """Tokens a second of each, in turns; stage 1 as a share of the bare loop."""
+    layers, width, units, rows, length = (1, 32, 2, 8, 32) if toy else (12, 768, 6, 2048, 128)
+    with tempfile.TemporaryDirectory() as given:
+        folder = Path(given)
+        corpus = make_corpus(folder, units * rows, length, rows)
+        masked = MaskedView(corpus, MaskConfig(), 0, 1)
+        masked.build()
+        model = folder / "tokenizer"  # the model beside its tokenizer
+        torch.manual_seed(0)
+        transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=width // 32 if toy else width // 64,
+                intermediate_size=4 * width,
+            )
+        ).save_pretrained(model)
+        kept = TargetsConfig(kind="topk", k=64)
+        config = TeacherConfig(name="teacher", model=str(model), task="masked_lm", targets=kept)
+        plan = plan_teacher(config, corpus, Views(masked), 0)
+        runner = UnitRunner((plan,), corpus)
+        (teacher,) = runner.teachers
+        view = ViewReader(corpus, teacher.info.view)
+        batches = [
+            pair
+            for shard in range(units)
+            for pair in zip(*forward_batches(teacher, corpus, view, shard), strict=True)
+        ]
+        work = [Unit(shard, 0) for shard in range(units)]
+        on_gpu, turn = teacher.placement.device != "cpu", 0
+
+        @torch.inference_mode()
+        def bare() -> None:
+            for inputs, select in batches:
+                hidden, _ = teacher.language_model.hidden(with_known_padding(inputs), select)
+                teacher.language_model.head.logits(hidden)
+
+        def named() -> UnitRunner:
+            nonlocal turn
+            turn += 1
+            info = plan.info.model_copy(update={"name": f"teacher-{turn}"})
+            runner.teachers = [teacher.beside(replace(plan, info=info))]
+            return runner
+
+        works: dict[str, Callable[[], object]] = {
+            BARE: bare,
+            STAGE: lambda: [*named().several(work)],
+            ONE_BY_ONE: lambda: [*map(named().make, work)],
+        }
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for number in range(2 if toy else 4):
+            for name, do in works.items():
+                began = time.perf_counter()
+                do()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                if number:  # the first round warms up
+                    times[name].append(time.perf_counter() - began)
+    case = f"{units} units of {rows} x {length}, L={layers} H={width} k=64 V={VOCABULARY}"
+    for name, seconds in times.items():
+        best = statistics.median(seconds)
+        add((case, name, "tokens/s", units * rows * length / best, "1/s"))
+        share = statistics.median(b / s for b, s in zip(times[BARE], seconds, strict=True))
+        add((case, name, "share of the forward loop's rate", share, "1"))
+    if on_gpu:
+        add((case, STAGE, "peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB"))

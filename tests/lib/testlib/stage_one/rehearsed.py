@@ -1,0 +1,35 @@
+"""A rehearsal of stage 1 that went well is not held again for the same configuration and files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rekindle.pipeline.caching import cache_teachers as module
+
+
+@contextmanager
+def rehearsed_once() -> Iterator[None]:
+    """Of a small cache the rehearsal is a fourth of the work, and most tests have the same one."""
+    real, passed = module.rehearse, set[str]()
+
+    def rehearse(config: Any, teachers: Sequence[Any], store: Any) -> None:
+        where = [*config.corpus.source, *(teacher.model for teacher in teachers)]
+        masks = config.cache.model_copy(update={"path": ""})
+        asked = (config.corpus, masks, teachers, config.student, config.train.objective)
+        key = repr((asked, [_state(Path(one)) for one in where]))
+        if key not in passed:
+            real(config, teachers, store)
+            passed.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "rehearse", rehearse)
+        yield
+
+
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """Every file there, as it is now."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
