@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
     python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
-    python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape it has
+    python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape (rows/)
 
 Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is
 reading and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear":
@@ -381,6 +381,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="toy sizes, few repetitions")
     parser.add_argument("--shapes", action="store_true", help="the row kernel in every shape")
+    parser.add_argument("--cubins", type=Path, help="and clusters compiled by rows/cubins.py")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -395,14 +396,15 @@ def main() -> None:
     if options.shapes:
         if options.toy:  # interpreted: a second a call
             shapes, temperatures, repeats = ((2, 4099, 8),), (2.0,), 1
+        k = 8 if options.toy else 64
         for shape, tau in itertools.product(shapes, temperatures):
-            batch = make_batch(shape[0], shape, kept[0], tau, device)
+            batch = make_batch(shape[0], shape, k, tau, device)
             targets = SparseTargets(batch.ids, batch.probs, batch.tail, batch.labels)
             logits = batch.hidden @ batch.weight.t()
             found = importlib.import_module("rows.shapes").measure(
-                logits, targets, tau, repeats, take_turns
+                logits, targets, tau, repeats, take_turns, options.cubins
             )
-            case = f"row kernel N={shape[0]} V={shape[1]} k={kept[0]} tau={tau:g}"
+            case = f"row kernel N={shape[0]} V={shape[1]} k={k} tau={tau:g}"
             append(
                 [(case, *row) for row in found], f"{name} --shapes", hardware(), about, options.out
             )

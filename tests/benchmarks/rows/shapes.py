@@ -3,43 +3,24 @@
 Called by `kernels.py --shapes`. A shape first has to agree with float64.
 """
 
+import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from rows.candidates import candidates
+from rows.cubins import launchers
 from torch import Tensor
 
 from rekindle.kernels import triton_rows
 from rekindle.kernels.losses import kd_loss
-from rekindle.kernels.row_shapes import Machine, Shape, machine_of, shape_of
+from rekindle.kernels.row_shapes import Shape, machine_of, shape_of
 from rekindle.kernels.targets import LossSettings, SparseTargets
 
 GATE_ROWS = 16
-REGISTERS = {16: 64, 32: 80, 64: 128}  # by what a thread holds of its row
-
-
-def candidates(vocabulary: int, size: int, machine: Machine) -> dict[str, Shape]:
-    """Shapes by name: held by 1 to 16 programs, and streamed with and without a bound on rows."""
-    block = max(256, 1 << (vocabulary - 1).bit_length())
-    found = {}
-    for ctas in (1, 2, 4, 8, 16) if machine.clusters else (1,):
-        for warps in (8, 16, 32):
-            most = 65_536 // (32 * warps)
-            held = block // (ctas * warps * 32)
-            if held in REGISTERS and REGISTERS[held] <= most:
-                registers = REGISTERS[held]
-                found[f"held {ctas}x{warps}"] = Shape(True, ctas, block, warps, registers)
-    for tile, warps, registers in ((4_096, 8, 64), (8_192, 16, 64), (16_384, 16, 128)):
-        if tile > block:
-            continue
-        resident = machine.processors * (65_536 // (32 * warps * registers))
-        bounds = {"": None, " resident": resident, " L2": machine.cache // (vocabulary * size)}
-        for stages in (1, 3):
-            for name, programs in bounds.items():
-                shape = Shape(False, 1, tile, warps, registers, stages, programs)
-                found[f"streamed {tile}x{warps} stages {stages}{name}"] = shape
-    return found
+POWERS = {1.0: 1, 2.0: 2, 4.0: 4}
 
 
 def measure(
@@ -48,6 +29,7 @@ def measure(
     tau: float,
     repeats: int,
     take_turns: Callable[[dict[str, Callable[[], Any]], str, int], dict[str, list[float]]],
+    cubins: Path | None = None,
 ) -> list[tuple[str, str, float, str]]:
     """Prints one table of logits [N,V]; returns (provider, metric, value, unit)."""
     rows, vocabulary = logits.shape
@@ -67,17 +49,26 @@ def measure(
             triton_rows.shape_of = shape_of
 
     works: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(logits)}
-    kept, floats = 1 << (targets.ids.shape[1] - 1).bit_length(), 1 + (tau not in (1.0, 2.0, 4.0))
+    kept, floats = 1 << (targets.ids.shape[1] - 1).bit_length(), 1 + (tau not in POWERS)
     chosen = shape_of(vocabulary, logits.itemsize, kept, floats, machine)
-    for name, shape in {
-        "table": chosen,
-        **candidates(vocabulary, logits.itemsize, machine),
-    }.items():
+    shapes = {"table": chosen}
+    for name, fields in candidates(vocabulary, logits.itemsize, *machine).items():
+        shapes[name] = Shape(*fields)
+    tried: dict[str, Callable[[], Any]] = {}
+    for name, shape in shapes.items():
+        tried[name] = lambda shape=shape: run(shape)
+    if cubins is not None:
+        values = _arguments(logits, gradient, targets, kernel, settings)
+        stream = torch.cuda.current_stream().cuda_stream
+        power = POWERS.get(tau, 0)
+        tried |= launchers(cubins, vocabulary, power, rows, values, stream)
+    for name, work in tried.items():
         try:
-            run(shape)
+            gradient.zero_()
+            work()
             found = gradient[:GATE_ROWS].double()
             assert (found - expected).norm() <= 3e-2 * expected.norm(), "is not the derivative"
-            works[name] = lambda shape=shape: run(shape)
+            works[name] = work
         except Exception as error:  # a shape that the compiler or the device refuses is a finding
             print(f"  {name:36s} {type(error).__name__}: {str(error).splitlines()[0][:80]}")
     times = {
@@ -88,6 +79,27 @@ def measure(
         share = 100 * times["copy"] / milliseconds
         print(f"  {name:36s} {milliseconds:9.3f} ms {share:6.1f} % of copy")
     return [(f"rekindle {n}", "time", t, "ms") for n, t in times.items()]
+
+
+def _arguments(
+    logits: Tensor,
+    gradient: Tensor,
+    targets: SparseTargets,
+    kernel: triton_rows.RowKernel,
+    settings: LossSettings,
+) -> dict[str, Any]:
+    """The row kernel's arguments by name, as `cubins` compiles it."""
+    (rows, vocabulary), kept = logits.shape, targets.ids.shape[1]
+    ones = torch.ones(max(rows, 2), device=logits.device)
+    values = {"logits_ptr": logits, "grad_ptr": gradient, "ids_ptr": targets.ids}
+    values |= {"probs_ptr": targets.probs, "tail_ptr": targets.tail, "labels_ptr": targets.labels}
+    values |= {"weight_ptr": ones, "counts_ptr": ones, "ce_ptr": kernel.ce, "kd_ptr": kernel.kd}
+    numbers = {"rows": rows, "stride": logits.stride(0), "V": vocabulary, "K": kept, "kept": 0}
+    numbers |= {"ignore_index": settings.ignore_index, "upstream_stride": 0}
+    numbers |= {"inverse_tau": 1.0 / settings.temperature, "scale": 1.0, "softcap": 0.0}
+    numbers |= {"resolution": 2.0**-9, "log_skew": math.log(0.5), "logit_skew": 0.0}
+    numbers |= {"ce_weight": settings.ce_weight, "spread": 1.0}
+    return {**values, **numbers, "kd_weights": settings.kd_factors}
 
 
 def _gradient_in_float64(logits: Tensor, targets: SparseTargets, settings: LossSettings) -> Tensor:
