@@ -20,11 +20,11 @@ from rekindle.kernels.hidden import DenseTargets
 from rekindle.train.device_batch import (
     Inputs,
     LanguageRows,
+    clean_inputs,
     inputs_of,
     kd_targets,
     language_rows,
     masked_only,
-    model_inputs,
     send,
 )
 
@@ -141,7 +141,7 @@ def _rows(batch: Batch, task: str | None, device: torch.device) -> LanguageRows:
     """Return the rows of the LM loss; none of clean text that no causal LM reads."""
     if task == "causal_lm" or (task == "masked_lm" and batch.masked is not None):
         return language_rows(batch, task, device)
-    clean = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+    clean = clean_inputs(batch, device)
     none = np.zeros(0, np.int64)
     return LanguageRows(clean, send(none, device), send(none, device), none)
 

@@ -340,3 +340,19 @@ def _made_differently(store: Store, difference: str) -> CacheMismatchError:
         f"{store.location} holds a corpus made differently ({difference}). "
         "Use another cache.path for this corpus, or the configuration the cache was made with"
     )
+
+
+def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
+    """What is raised for a source without a sequence."""
+    usual = "give a source with at least one non-blank document, or the model's own tokenizer"
+    if config.contents != {"text"}:
+        usual += (
+            ". Of dialogues and rows of tokens those count of which some token is trained: what an "
+            "assistant says within sequence_length, labels other than -100, a loss_mask of 1"
+        )
+    advice = left_out.advice(usual)
+    return InputError(
+        f"the corpus is empty: no text in {', '.join(config.places)} (field "
+        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
+        f"{f'; {told}' if (told := left_out.told()) else ''}"
+    )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.encoder import GivenEncoder, special_tokens
-from rekindle.data.corpus.packing import lacks_end
+from rekindle.data.corpus.packing import PackingName, lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.forms.dialogue import Dialogues
@@ -21,6 +21,7 @@ from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
 from rekindle.data.source.without import USUAL, read_held
+from rekindle.data.storage.seal import FORMAT_VERSION, WITH_PACKED, WITH_TRAINED
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
@@ -71,8 +72,10 @@ class CorpusConfig(Settings):
         le=MAX_SEQUENCE_LENGTH,
         description="tokens per sequence, special tokens included",
     )
-    packing: Literal["document", "contiguous"] = Field(
-        "document", description="document never crosses a document; contiguous fills every sequence"
+    packing: PackingName = Field(
+        "document",
+        description="document never crosses a document; contiguous fills every sequence; packed: "
+        "several documents in one, attention within each",
     )
     special_tokens: Literal["text", "token"] = Field(
         "text",
@@ -198,7 +201,7 @@ class PackingFacts(TypedDict):
     text_field: str
     domain_field: str | None
     sequence_length: int
-    packing: Literal["document", "contiguous"]
+    packing: PackingName
     limit_sequences: int | None
     sequences_per_shard: int
     end_of_text: NotRequired[bool]
@@ -241,6 +244,13 @@ class CorpusInfo(TypedDict):
     tokenizer: TokenizerFacts
 
 
+def version_of(config: PackingFacts) -> int:
+    """The least format version of a cache with a corpus that is made so."""
+    if config["packing"] == "packed":
+        return WITH_PACKED
+    return WITH_TRAINED if "trained" in config else FORMAT_VERSION
+
+
 def usual_shard_size(sequences: int | None) -> int:
     """Return how many sequences a shard of a new corpus of about so many has; MOST where that is
     not known.
@@ -272,7 +282,7 @@ def describe_corpus(
         del values["special_tokens"]
     if config.pair_field is None:
         del values["pair_field"]
-    if config.packing == "document" and config.pair_field is None and lacks_end(tokenizer):
+    if config.packing != "contiguous" and config.pair_field is None and lacks_end(tokenizer):
         values["end_of_text"] = True
     if held is not None:
         files = [*config.without]

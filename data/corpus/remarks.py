@@ -17,7 +17,7 @@ def end_of_text(corpus: Corpus) -> int | None:
     config = corpus.info["config"]
     if corpus.has_pairs:
         return None
-    if config["packing"] == "document" and "text" not in config.get("contents", ["text"]):
+    if config["packing"] != "contiguous" and "text" not in config.get("contents", ["text"]):
         return None
     if config["packing"] == "contiguous":
         end = document_separators(corpus.tokenizer)[1]
