@@ -6,7 +6,7 @@ the former costs in held-out loss (the losses of packed documents are those of e
     python tests/benchmarks/short_texts/short_texts.py losses   # three seeds of each
 
 The texts are SST-2's (a sentence or a part of one, 13 tokens on average), a sequence each; packed,
-several to a row. A batch has about as many tokens either way, and rates are of these, told as texts.
+several to a row. A batch has about as many tokens either way; rates are of these, told as texts.
 `rate` also counts this process's CPU time, which other work on the machine hardly changes.
 """
 
