@@ -70,7 +70,7 @@ def _put(pointer, value, cta, CTAS: tl.constexpr):
         tl.store(pointer, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_kernel(
     logits_ptr,  # [N,V] float32 | bfloat16 | float16, rows `stride` apart
     grad_ptr,  # the same layout; the same memory if HIDE, or if the logits may be lost

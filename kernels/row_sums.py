@@ -206,6 +206,7 @@ def held_row(
         y = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP, "evict_first")
         u, e = exponentials(y, finite(peak), k, POWER)
         u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
+        tl.debug_barrier()  # all is read before anything is written
     s_tau = others
     if CTAS > 1:
         empty = peak == float("-inf")
