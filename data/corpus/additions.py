@@ -13,6 +13,7 @@ older ones lack is taken as it was then.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -26,9 +27,9 @@ from rekindle.data.corpus.config import (
     TokenizerFacts,
     as_begun,
     differing_keys,
-    told_of,
 )
 from rekindle.data.corpus.stored_tokenizer import check_gaps
+from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.places import same_place
 from rekindle.data.source.generated import check_generated, generated_in
@@ -356,3 +357,22 @@ def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
         f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
         f"{f'; {told}' if (told := left_out.told()) else ''}"
     )
+
+
+# What is meant where nothing is said.
+UNSTATED: dict[str, object] = {
+    "special_tokens": "text",
+    "without": "nothing",
+    "pair_field": None,
+    "attention": "row",
+}
+
+
+def told_of(config: PackingFacts, key: str) -> str:
+    """What it says of a key, in a message."""
+    if key == "without" and (without := config.get("without")):
+        names = ", ".join(map(os.path.basename, without["files"]))
+        how = f"{without['digest'][:8]}, found by rule {without['rule']}"
+        return f"{counted(without['texts'], 'text')} of {names} ({how})"
+    value = (UNSTATED | config).get(key)
+    return str(value) if key == "without" else repr(value)

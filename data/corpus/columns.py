@@ -131,10 +131,10 @@ def word_characters(
 
 
 def document_numbers(batch: pa.RecordBatch) -> NDArray[np.int32]:
-    """Which document of its row each token of a record batch is of [L], from 0 in each row.
+    """Which document of its row each token of a record batch is of [L], from 0 in each row. What
+    stands before the first is its own.
 
-    CacheFormatError where documents do not begin one after another within their row, the first with
-    it.
+    CacheFormatError where documents do not begin one after another within their row.
     """
     offsets = list_views(batch["input_ids"], "input_ids")[0].astype(np.int64)
     lists, starts = list_views(batch[STARTS], STARTS)
@@ -144,9 +144,10 @@ def document_numbers(batch: pa.RecordBatch) -> NDArray[np.int32]:
     row_of = np.repeat(np.arange(len(counts)), counts)
     lengths = np.diff(offsets)
     rising = (np.diff(starts) > 0) | (np.diff(row_of) > 0)
-    inside = (starts < lengths[row_of]).all() and rising.all()
-    if not ((counts > 0).all() and inside and not starts[firsts].any()):
+    inside = (starts < lengths[row_of]).all() and rising.all() and (starts >= 0).all()
+    if not ((counts > 0).all() and inside):
         raise CacheFormatError("documents do not begin one after another within their sequences")
+    starts[firsts] = 0
     begins = np.zeros(offsets[-1] - offsets[0], np.int32)
     begins[(offsets[:-1] - offsets[0])[row_of] + starts] = 1
     number = np.cumsum(begins, dtype=np.int32)

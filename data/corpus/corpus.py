@@ -45,6 +45,7 @@ from rekindle.data.corpus.config import (
     given_encoder,
     tokenizer_facts,
     version_of,
+    within_documents,
 )
 from rekindle.data.corpus.in_order import InOrder, in_threads
 from rekindle.data.corpus.making import Maker, Making
@@ -176,8 +177,7 @@ class Corpus(RowReader):
         if index not in self._open:
             addition = [s for s in self.additions if s.first_shard <= index][-1]
             about = about_shard(index, addition, self.info["tokenizer"])
-            commit = self.commits[index]
-            fields = fields_of(self.info["config"])
+            commit, fields = self.commits[index], fields_of(self.info["config"])
             self._open[index] = self.shards.open(commit, about, fields, self._check_batch)
         return self._open[index]
 
@@ -248,7 +248,7 @@ class Corpus(RowReader):
     @property
     def is_packed(self) -> bool:
         """Whether its sequences hold several documents, with attention within each."""
-        return self.info["config"]["packing"] == "packed"
+        return within_documents(self.info["config"])
 
     @property
     def _more_lists(self) -> list[str]:

@@ -61,9 +61,20 @@ def _of_training(corpus: Corpus) -> list[str]:
     return [*lines, *(told_of(place, about) for place, about in generated.items())]
 
 
+def _of_rows(corpus: Corpus) -> list[str]:
+    """How full rows of several documents are."""
+    if not corpus.is_packed or not len(corpus):
+        return []
+    length = corpus.info["config"]["sequence_length"]
+    full = corpus.tokens / (len(corpus) * length)
+    each = f"{corpus.documents / len(corpus):.1f} documents in each, attention within them"
+    return [f"rows of {length:,} tokens are {full:.1%} full: {each}"]
+
+
 def remarks(corpus: Corpus) -> list[str]:
     """What of that a user should know, in words."""
-    lines, number = [*_of_training(corpus), *_of_pairs(corpus)], end_of_text(corpus)
+    lines = [*_of_training(corpus), *_of_pairs(corpus), *_of_rows(corpus)]
+    number = end_of_text(corpus)
     if number is not None:
         token = corpus.tokenizer.hf.convert_ids_to_tokens(number)
         lines.append(f"{token} comes after each document: the tokenizer does not end a text itself")

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
@@ -180,3 +182,34 @@ def test_targets_made_elsewhere_are_refused(caches):
 def test_a_trainer_is_refused(caches):
     with pytest.raises(InputError, match="of which a Trainer tells its model nothing"):
         CacheDataset(caches("gpt2")[1])
+
+
+def test_contiguous_rows_may_be_read_so_too(tmp_path, make_cache, model_of, source):
+    """Of a row each document's part, as it stands, is read alone."""
+    folder, model = model_of("gpt2")
+    teacher = {"name": "t", "model": str(model), "task": CAUSAL, "targets": {"kind": "dense"}}
+    corpus = {"tokenizer": str(folder), "packing": "contiguous", "attention": "document"}
+    corpus |= {"sequence_length": 32, "limit_sequences": 4, "domain_field": None, "source": source}
+    cache = Cache.open(make_cache(tmp_path / "cache", [teacher], corpus).cache.path)
+    read = AutoModelForCausalLM.from_pretrained(model).eval()
+    several = 0
+    for number in range(len(cache)):
+        row = cache.example(number)
+        positions, gold = [], []
+        for start, stop in documents_in(cache, number):
+            ids = torch.from_numpy(row.input_ids[start:stop].astype(np.int64))
+            with torch.no_grad():
+                log_probs = torch.log_softmax(read(ids[None]).logits[0], dim=-1)[:-1]
+            positions += range(start, stop - 1)
+            gold += log_probs.gather(1, ids[1:, None])[:, 0].tolist()
+            several += start > 0
+        (target,) = row.targets["t"]
+        assert target.positions.tolist() == positions
+        np.testing.assert_allclose(target.gold_log_prob, gold, atol=1.01 / STEP)
+    assert several
+    assert cache.manifest["format_version"] == 8
+
+
+def test_attention_is_said_of_contiguous_rows_alone(tmp_path, configure):
+    with pytest.raises(InputError, match="attention is for packing: contiguous"):
+        configure(tmp_path, [], {"attention": "document"})
