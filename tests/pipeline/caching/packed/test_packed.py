@@ -16,6 +16,7 @@ from rekindle.train.hf.dataset import CacheDataset
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
+from rekindle.train.to_device import to_device
 from testlib.loop import train_config
 from testlib.vocabularies.dialogues import write_rows
 
@@ -213,3 +214,9 @@ def test_contiguous_rows_may_be_read_so_too(tmp_path, make_cache, model_of, sour
 def test_attention_is_said_of_contiguous_rows_alone(tmp_path, configure):
     with pytest.raises(InputError, match="attention is for packing: contiguous"):
         configure(tmp_path, [], {"attention": "document"})
+
+
+def test_a_loop_of_one_s_own_is_refused(caches):
+    cache = caches("gpt2")[1]
+    with pytest.raises(InputError, match="take no notice when they are told"):
+        to_device(cache.gather([0, 1], []), "cpu")
