@@ -11,6 +11,8 @@ from rekindle.data.targets.codec import STEP
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.text import shown_plan
 from rekindle.train.config import StudentConfig
 from rekindle.train.hf.dataset import CacheDataset
 from rekindle.train.loop import train_student
@@ -151,6 +153,14 @@ def test_the_last_token_of_a_document_predicts_nothing(caches):
     assert [*zip(rows.tolist(), positions.tolist(), strict=True)] == expected
     part = batch.take(slice(1, 3))
     assert part.next_places[0].tolist() == [row - 1 for row in rows.tolist() if row in (1, 2)]
+
+
+def test_a_plan_says_how_full_rows_will_be(tmp_path, configure, source, caches):
+    full = caches("bert")[1].corpus.full
+    corpus = {"packing": "packed", "sequence_length": LENGTH, "limit_sequences": None}
+    config = configure(tmp_path / "c", [], corpus | {"domain_field": None, "source": source})
+    told = " ".join(shown_plan(plan_run(config, probe=False)).split())
+    assert f"rows of several documents {full:.1%} full" in told
 
 
 def test_what_packed_rows_are_is_said_and_older_versions_do_not_read_them(caches):
