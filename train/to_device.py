@@ -107,9 +107,16 @@ def to_device(
         k: read so few candidates, for all or by teacher; None: all that are kept.
 
     Raises: InputError for a temperature or a k that is not cached, for a name that is no language
-        model of the batch, and for targets that are not of the student's task.
+        model of the batch, for targets that are not of the student's task, and for rows of several
+        documents.
     """
     device = torch.device(device)
+    if batch.document_numbers is not None:
+        raise InputError(
+            "the batch has rows of several documents (corpus.packing: packed), and many models "
+            "take no notice when they are told which token is of which. `pipeline train-student` "
+            "tries how its student is told; for a loop of one's own use packing: document"
+        )
     if task not in (None, "masked_lm", "causal_lm"):
         raise ValueError(f"task is {task!r}; a student is masked_lm or causal_lm")
     task = task or _task_of(batch)

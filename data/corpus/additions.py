@@ -376,3 +376,10 @@ def told_of(config: PackingFacts, key: str) -> str:
         return f"{counted(without['texts'], 'text')} of {names} ({how})"
     value = (UNSTATED | config).get(key)
     return str(value) if key == "without" else repr(value)
+
+
+def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
+    """What a shard of the corpus says of itself."""
+    about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
+    about |= {"tokenizer": tokenizer}
+    return about | ({"stage": addition.number} if addition.number else {})

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
+    about_shard,
     claim_addition,
     complete_addition,
     counted_before_end,
@@ -37,7 +38,6 @@ from rekindle.data.corpus.columns import (
 from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
-    TokenizerFacts,
     are_tokens,
     chat_template,
     describe_corpus,
@@ -251,6 +251,12 @@ class Corpus(RowReader):
         return within_documents(self.info["config"])
 
     @property
+    def full(self) -> float | None:
+        """The share of such rows that is no padding; None of other ones."""
+        places = len(self) * self.info["config"]["sequence_length"]
+        return self.tokens / places if self.is_packed and places else None
+
+    @property
     def _more_lists(self) -> list[str]:
         return [*[TYPES] * self.has_pairs, *[TRAINED] * self.has_trained]
 
@@ -349,13 +355,6 @@ def _grown(store: Store, committed: Commits) -> tuple[int, int]:
             "configuration the cache was made with, then with the longer corpus"
         )
     return count, int(committed.rows.sum())
-
-
-def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
-    """What a shard of the corpus says of itself."""
-    about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
-    about |= {"tokenizer": tokenizer}
-    return about | ({"stage": addition.number} if addition.number else {})
 
 
 def _shards_after(

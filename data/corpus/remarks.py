@@ -63,12 +63,11 @@ def _of_training(corpus: Corpus) -> list[str]:
 
 def _of_rows(corpus: Corpus) -> list[str]:
     """How full rows of several documents are."""
-    if not corpus.is_packed or not len(corpus):
+    if corpus.full is None:
         return []
     length = corpus.info["config"]["sequence_length"]
-    full = corpus.tokens / (len(corpus) * length)
     each = f"{corpus.documents / len(corpus):.1f} documents in each, attention within them"
-    return [f"rows of {length:,} tokens are {full:.1%} full: {each}"]
+    return [f"rows of {length:,} tokens are {corpus.full:.1%} full: {each}"]
 
 
 def remarks(corpus: Corpus) -> list[str]:

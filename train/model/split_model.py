@@ -122,7 +122,9 @@ class SplitLanguageModel:
                 "not formed of rows of several documents (corpus.packing: packed). Set "
                 "output_router_logits to false in its config.json, or use packing: document"
             )
-        self._form = find_form(self.model, self.causal, room)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, enabled=False):  # which rounds more than the weights do
+            self._form = find_form(self.model, self.causal, room)
 
     def _read(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the model is handed: of rows of several documents what tells it of them."""

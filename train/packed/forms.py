@@ -82,6 +82,7 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
         edges = _edges(numbers)
         read = {name: value.reshape(1, -1) for name, value in read.items()}
         longest = int(edges.diff().max())
+        read |= {"use_cache": False} if causal else {}
         read |= {MASK: None, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
         read |= {"max_length_q": longest, "max_length_k": longest}
     else:

@@ -15,7 +15,7 @@ from rekindle.train.model.sight import (
     sample_ids,
 )
 from rekindle.train.model.split_model import SplitLanguageModel
-from rekindle.train.packed.forms import Form
+from rekindle.train.packed.forms import Form, as_read, possible_forms
 from rekindle.train.student import Student
 
 SIZES = {
@@ -186,8 +186,31 @@ def test_documents_of_a_row_are_read_as_if_each_were_alone(name, attention):
     model.set_attn_implementation(attention)
     causal = head == "ForCausalLM"
     assert find_form(model, causal, 16) == form
-    split = SplitLanguageModel(model, causal)
-    ids = sample_ids(model.config, 42)
+    assert_read_alone(SplitLanguageModel(model, causal))
+
+
+def test_rows_may_be_read_one_after_another():
+    """As for flash attention, which is told where documents begin; here by their positions."""
+    split = SplitLanguageModel(made("Llama", "ForCausalLM"), causal=True)
+    split._form = Form("flat", 0)
+    assert_read_alone(split)
+
+
+def test_flash_attention_is_told_where_documents_begin():
+    model = made("Bert", "ForMaskedLM")
+    model.config._attn_implementation = "flash_attention_2"
+    (forms,) = possible_forms(model, causal=False)
+    numbers = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 1]])
+    inputs = {"input_ids": torch.arange(8).view(2, 4), "document_numbers": numbers}
+    told = as_read(model, inputs, forms[0], causal=False)
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 2, 3, 4, 7, 8]
+    assert (told["max_length_q"], told["max_length_k"], told["attention_mask"]) == (3, 3, None)
+    assert told["position_ids"].tolist() == [[0, 1, 0, 0, 0, 1, 2, 0]]
+    assert told["input_ids"].tolist() == [[*range(8)]]
+
+
+def assert_read_alone(split):
+    ids = sample_ids(split.model.config, 42)
     rows, numbers = torch.zeros(3, 16, dtype=torch.int64), torch.full((3, 16), -1)
     alone, at = [], 0
     for row, lengths in enumerate(DOCUMENTS_IN_ROWS):

@@ -11,11 +11,14 @@ from rekindle.data.targets.codec import STEP
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.pipeline.plan.run import plan_run
+from rekindle.pipeline.plan.text import shown_plan
 from rekindle.train.config import StudentConfig
 from rekindle.train.hf.dataset import CacheDataset
 from rekindle.train.loop import train_student
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import build_student
+from rekindle.train.to_device import to_device
 from testlib.loop import train_config
 from testlib.vocabularies.dialogues import write_rows
 
@@ -152,6 +155,14 @@ def test_the_last_token_of_a_document_predicts_nothing(caches):
     assert part.next_places[0].tolist() == [row - 1 for row in rows.tolist() if row in (1, 2)]
 
 
+def test_a_plan_says_how_full_rows_will_be(tmp_path, configure, source, caches):
+    full = caches("bert")[1].corpus.full
+    corpus = {"packing": "packed", "sequence_length": LENGTH, "limit_sequences": None}
+    config = configure(tmp_path / "c", [], corpus | {"domain_field": None, "source": source})
+    told = " ".join(shown_plan(plan_run(config, probe=False)).split())
+    assert f"rows of several documents {full:.1%} full" in told
+
+
 def test_what_packed_rows_are_is_said_and_older_versions_do_not_read_them(caches):
     alone, packed = caches("bert")
     assert "several documents in each, attention within each" in inspect_cache(
@@ -213,3 +224,9 @@ def test_contiguous_rows_may_be_read_so_too(tmp_path, make_cache, model_of, sour
 def test_attention_is_said_of_contiguous_rows_alone(tmp_path, configure):
     with pytest.raises(InputError, match="attention is for packing: contiguous"):
         configure(tmp_path, [], {"attention": "document"})
+
+
+def test_a_loop_of_one_s_own_is_refused(caches):
+    cache = caches("gpt2")[1]
+    with pytest.raises(InputError, match="take no notice when they are told"):
+        to_device(cache.gather([0, 1], []), "cpu")
