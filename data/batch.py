@@ -12,7 +12,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import TRAINED, TYPES
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
@@ -259,24 +258,6 @@ def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
     return pad_cuts(cuts, lengths, "input_ids", corpus.info["tokenizer"]["pad_id"]), lengths
 
 
-def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
-    """Read the segments of the sequences ``where`` [B,S], 0 where padded; None where the corpus has
-    no pairs.
-    """
-    if not corpus.has_pairs:
-        return None
-    cuts = [corpus.cut(place) for place in where]
-    return pad_cuts(cuts, cut_lengths(cuts), TYPES, 0)
-
-
-def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | None:
-    """Read which tokens of the sequences ``where`` are trained [B,S]; None where all are."""
-    if not corpus.has_trained:
-        return None
-    cuts = [corpus.cut(place) for place in where]
-    return pad_cuts(cuts, cut_lengths(cuts), TRAINED, 0).astype(np.bool_)
-
-
 def read_masked(
     view: ViewReader, where: Sequence[Place], clean: Tokens, replica: int
 ) -> MaskedInputs:
@@ -341,6 +322,8 @@ class Batch:
     documents: Sequence[str | None] = ()  # [B] ids, where they are known
     token_types: Tokens | None = None  # [B,S] the segments, where each sequence is a pair
     trained: NDArray[np.bool_] | None = None  # [B,S] the tokens that are learnt; None: all
+    # [B,S] which document of its sequence a token is of, −1 where padded; None: each is of one
+    document_numbers: Tokens | None = None
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:
@@ -349,11 +332,15 @@ class Batch:
 
     @property
     def next_places(self) -> tuple[Ints, Ints]:
-        """The rows [P] and positions [P] that predict a token which is trained, the next one: where
-        a causal LM has a loss.
+        """The rows [P] and positions [P] that predict a token which is trained, the next one of
+        the same document: where a causal LM has a loss.
         """
-        if self.trained is not None:
-            rows, after = np.nonzero(self.trained[:, 1:])
+        learnt, numbers = self.trained, self.document_numbers
+        if numbers is not None:
+            same = np.diff(numbers, prepend=numbers[:, :1]) == 0
+            learnt = same & (self.attention_mask if learnt is None else learnt)
+        if learnt is not None:
+            rows, after = np.nonzero(learnt[:, 1:])
             return rows.astype(np.int64), after.astype(np.int64)
         counts = np.maximum(self.lengths - 1, 0)
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -365,7 +352,7 @@ class Batch:
 
         It is no wider than the longest of them.
         """
-        lengths = self.lengths[part]
+        lengths, numbers = self.lengths[part], self.document_numbers
         width = int(lengths.max(initial=1))
         return replace(
             self,
@@ -380,4 +367,5 @@ class Batch:
             documents=self.documents[part],
             token_types=None if self.token_types is None else self.token_types[part, :width],
             trained=None if self.trained is None else self.trained[part, :width],
+            document_numbers=None if numbers is None else numbers[part, :width],
         )

@@ -23,9 +23,8 @@ from rekindle.data.batch import (
     read_masked,
     read_pairs,
     read_targets,
-    read_trained,
-    read_types,
 )
+from rekindle.data.corpus.config import version_of
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.texts import CorpusTexts
 from rekindle.data.errors import CacheError, CacheMismatchError, InputError
@@ -35,13 +34,14 @@ from rekindle.data.exchange.exporting import Export
 from rekindle.data.exchange.files import held_dataset, mapped_dataset
 from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
 from rekindle.data.exchange.rows import Row
+from rekindle.data.marks import read_marks, read_trained
 from rekindle.data.permutation import epoch_batch
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, WITH_TRAINED, seal
+from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
@@ -252,8 +252,7 @@ class Cache:
             },
             epoch=epoch,
             documents=RowTexts(partial(self.corpus.text, "document"), where),
-            token_types=read_types(self.corpus, where),
-            trained=read_trained(self.corpus, where),
+            **read_marks(self.corpus, where),
         )
 
     def lengths(self, index: Ints) -> Ints:
@@ -385,8 +384,7 @@ def write_manifest(store: Store) -> None:
     store.replace(MANIFEST, seal({}, version))
     cache = Cache(store)
     needed = (teacher.info.format_version for teacher in cache.teachers.values())
-    version = max([version, *needed])  # also where a lost manifest said so
-    version = max(version, WITH_TRAINED * cache.corpus.has_trained)
+    version = max([version, version_of(cache.corpus.info["config"]), *needed])
     store.replace(MANIFEST, seal(cache.rolled_up, version))
 
 

@@ -14,11 +14,14 @@ import triton.language as tl
 from rekindle.kernels.row_divergence import max_of_row, sum_of_row
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_NO_HINT = tl.constexpr("")  # wrapped: Triton 3.6 does not wrap defaults
 _HEAVIEST = tl.constexpr(8)  # entries taken out of a held row before it is summed again
 
 
 @triton.jit
-def logits_at(base, bias, at, mask, scale, softcap, SOFTCAP: tl.constexpr, KEEP: tl.constexpr = ""):
+def logits_at(
+    base, bias, at, mask, scale, softcap, SOFTCAP: tl.constexpr, KEEP: tl.constexpr = _NO_HINT
+):
     """float32 logits after bias, scale and softcap; -inf stays -inf, and stands where none is.
 
     KEEP tells the cache what becomes of them. Loads that differ in it are not made one.
@@ -206,6 +209,7 @@ def held_row(
         y = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP, "evict_first")
         u, e = exponentials(y, finite(peak), k, POWER)
         u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
+        tl.debug_barrier()  # all is read before anything is written
     s_tau = others
     if CTAS > 1:
         empty = peak == float("-inf")

@@ -21,6 +21,7 @@ from rekindle.data.batch import (
     TokenLabelBatch,
     TokenTargetBatch,
 )
+from rekindle.data.corpus.columns import DOCUMENTS
 from rekindle.data.errors import InputError
 from rekindle.data.targets.between import parabola
 from rekindle.data.targets.codec import high_planes
@@ -83,9 +84,15 @@ def send(values: NDArray, device: torch.device) -> Tensor:
 
 
 def model_inputs(
-    input_ids: NDArray, lengths: NDArray, device: torch.device, token_types: NDArray | None = None
+    input_ids: NDArray,
+    lengths: NDArray,
+    device: torch.device,
+    token_types: NDArray | None = None,
+    document_numbers: NDArray | None = None,
 ) -> Inputs:
-    """``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``) as int64."""
+    """``input_ids`` and ``attention_mask`` [B,S] (``token_type_ids``, ``document_numbers``) as
+    int64.
+    """
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     inputs = {
         "input_ids": send(input_ids, device).long(),
@@ -93,7 +100,19 @@ def model_inputs(
     }
     if token_types is not None:
         inputs["token_type_ids"] = send(token_types, device).long()
+    if document_numbers is not None:
+        inputs[DOCUMENTS] = send(document_numbers, device).long()
     return inputs
+
+
+def clean_inputs(batch: Batch, device: torch.device) -> Inputs:
+    """Those of a batch's sequences as they stand."""
+    return _shown(batch, batch.input_ids, device)
+
+
+def _shown(batch: Batch, input_ids: NDArray, device: torch.device) -> Inputs:
+    more = (batch.token_types, batch.document_numbers)
+    return model_inputs(input_ids, batch.lengths, device, *more)
 
 
 def kd_targets(
@@ -244,11 +263,11 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
     if task == "masked_lm":
         assert batch.masked is not None
         rows, positions, labels = batch.masked.rows, batch.masked.positions, batch.masked.labels
-        inputs = model_inputs(batch.masked.input_ids, batch.lengths, device, batch.token_types)
+        inputs = _shown(batch, batch.masked.input_ids, device)
     else:
         rows, positions = batch.next_places
         labels = batch.input_ids[rows, positions + 1].astype(np.int64)
-        inputs = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+        inputs = clean_inputs(batch, device)
     keys = rows * width + positions
     return LanguageRows(inputs, send(keys, device), send(labels, device), keys)
 
@@ -258,7 +277,7 @@ def inputs_of(batch: Batch, view: str, device: torch.device) -> Inputs:
     view, or the clean text.
     """
     if not view_kind(view).paired:
-        return model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+        return clean_inputs(batch, device)
     pairs = batch.pairs[view]
     # Sequences without a pair are shown as one padding token and carry no weight.
     lengths = np.maximum(pairs.lengths, 1)

@@ -23,7 +23,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import PairView, rows_of, told_of_few_pairs
 from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
-from rekindle.train.deferred.recording import Recording, recording
+from rekindle.train.deferred.recording import Recording, recording, try_when_filled
 from rekindle.train.distributed import World, compile_blocks
 from rekindle.train.evaluate import EvaluationData
 from rekindle.train.export.plain import not_exportable
@@ -333,15 +333,13 @@ def _built(
 ) -> Student:
     """Build the student as it is before it grows."""
     info = cache.corpus.info
-    return build_student(
-        config,
-        objective.heads,
-        info["tokenizer"]["size"],
-        train.seed,
-        info["config"]["sequence_length"],
-        tuple(cache.corpus.domains) if config.domain_prompts else (),
-        cache.corpus.tokenizer,
-    )
+    size, length = info["tokenizer"]["size"], info["config"]["sequence_length"]
+    domains = tuple(cache.corpus.domains) if config.domain_prompts else ()
+    more = (length, domains, cache.corpus.tokenizer)
+    student = build_student(config, objective.heads, size, train.seed, *more)
+    if cache.corpus.is_packed:
+        try_when_filled(lambda: student.check_packed(length))
+    return student
 
 
 def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:

@@ -20,11 +20,11 @@ from rekindle.kernels.hidden import DenseTargets
 from rekindle.train.device_batch import (
     Inputs,
     LanguageRows,
+    clean_inputs,
     inputs_of,
     kd_targets,
     language_rows,
     masked_only,
-    model_inputs,
     send,
 )
 
@@ -107,9 +107,16 @@ def to_device(
         k: read so few candidates, for all or by teacher; None: all that are kept.
 
     Raises: InputError for a temperature or a k that is not cached, for a name that is no language
-        model of the batch, and for targets that are not of the student's task.
+        model of the batch, for targets that are not of the student's task, and for rows of several
+        documents.
     """
     device = torch.device(device)
+    if batch.document_numbers is not None:
+        raise InputError(
+            "the batch has rows of several documents (corpus.packing: packed), and many models "
+            "take no notice when they are told which token is of which. `pipeline train-student` "
+            "tries how its student is told; for a loop of one's own use packing: document"
+        )
     if task not in (None, "masked_lm", "causal_lm"):
         raise ValueError(f"task is {task!r}; a student is masked_lm or causal_lm")
     task = task or _task_of(batch)
@@ -141,7 +148,7 @@ def _rows(batch: Batch, task: str | None, device: torch.device) -> LanguageRows:
     """Return the rows of the LM loss; none of clean text that no causal LM reads."""
     if task == "causal_lm" or (task == "masked_lm" and batch.masked is not None):
         return language_rows(batch, task, device)
-    clean = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+    clean = clean_inputs(batch, device)
     none = np.zeros(0, np.int64)
     return LanguageRows(clean, send(none, device), send(none, device), none)
 

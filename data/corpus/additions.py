@@ -13,6 +13,7 @@ older ones lack is taken as it was then.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -26,9 +27,9 @@ from rekindle.data.corpus.config import (
     TokenizerFacts,
     as_begun,
     differing_keys,
-    told_of,
 )
 from rekindle.data.corpus.stored_tokenizer import check_gaps
+from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.places import same_place
 from rekindle.data.source.generated import check_generated, generated_in
@@ -340,3 +341,45 @@ def _made_differently(store: Store, difference: str) -> CacheMismatchError:
         f"{store.location} holds a corpus made differently ({difference}). "
         "Use another cache.path for this corpus, or the configuration the cache was made with"
     )
+
+
+def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
+    """What is raised for a source without a sequence."""
+    usual = "give a source with at least one non-blank document, or the model's own tokenizer"
+    if config.contents != {"text"}:
+        usual += (
+            ". Of dialogues and rows of tokens those count of which some token is trained: what an "
+            "assistant says within sequence_length, labels other than -100, a loss_mask of 1"
+        )
+    advice = left_out.advice(usual)
+    return InputError(
+        f"the corpus is empty: no text in {', '.join(config.places)} (field "
+        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
+        f"{f'; {told}' if (told := left_out.told()) else ''}"
+    )
+
+
+# What is meant where nothing is said.
+UNSTATED: dict[str, object] = {
+    "special_tokens": "text",
+    "without": "nothing",
+    "pair_field": None,
+    "attention": "row",
+}
+
+
+def told_of(config: PackingFacts, key: str) -> str:
+    """What it says of a key, in a message."""
+    if key == "without" and (without := config.get("without")):
+        names = ", ".join(map(os.path.basename, without["files"]))
+        how = f"{without['digest'][:8]}, found by rule {without['rule']}"
+        return f"{counted(without['texts'], 'text')} of {names} ({how})"
+    value = (UNSTATED | config).get(key)
+    return str(value) if key == "without" else repr(value)
+
+
+def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
+    """What a shard of the corpus says of itself."""
+    about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
+    about |= {"tokenizer": tokenizer}
+    return about | ({"stage": addition.number} if addition.number else {})

@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.config import PackingFacts
 from rekindle.data.corpus.rows import Rows
+from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.columns import list_array, list_type, list_views, offsets_of
 from rekindle.data.storage.shards import rows_in_batches
 
+Places = NDArray[np.int64]
+
 TYPES = "token_types"
 TRAINED = "trained"
+STARTS = "document_starts"
+DOCUMENTS = "document_numbers"  # of each token; found, not stored
 CUT = ("cut_pairs", "cut_tokens")  # facts of a shard's record, in a corpus of pairs
 # The same of a corpus that has something else than texts: how many of its tokens are trained, how
 # many sequences were left out that had none; dialogues that were cut, and tokens that they lost.
@@ -102,3 +107,64 @@ def facts_of(rows: Rows, named: int) -> dict[str, object]:
         left_out = 0 if rows.untrained is None else int(rows.untrained.sum())
         facts |= dict(zip(LEARNT, (int(rows.trained.sum()), left_out, *cut), strict=True))
     return facts
+
+
+def word_characters(
+    text: str, starts: NDArray[np.int32], words: NDArray[np.bool_]
+) -> tuple[Places, Places]:
+    """Return the positions that begin a word, and the first character of each that is no white
+    space. ``starts`` and ``words`` [S] are the sequence's ``char_starts`` and ``word_starts``.
+
+    Byte-level tokens start at the space before their word, where another tokenizer's token ends.
+    """
+    blank = np.array([*map(str.isspace, text), False])
+    solid = np.where(blank, len(text), np.arange(len(text) + 1))
+    solid = np.minimum.accumulate(solid[::-1])[::-1]
+    places = np.flatnonzero(words & (starts >= 0))
+    characters = solid[starts[places]]
+    following = np.append(starts[places], len(text))[1:]
+    inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
+    return places[inside], characters[inside]
+
+
+# --- several documents in a row -------------------------------------------------------------------
+
+
+def document_numbers(batch: pa.RecordBatch) -> NDArray[np.int32]:
+    """Which document of its row each token of a record batch is of [L], from 0 in each row. What
+    stands before the first is its own.
+
+    CacheFormatError where documents do not begin one after another within their row.
+    """
+    offsets = list_views(batch["input_ids"], "input_ids")[0].astype(np.int64)
+    lists, starts = list_views(batch[STARTS], STARTS)
+    counts = np.diff(lists)
+    starts = starts[lists[0] : lists[-1]].astype(np.int64)
+    firsts = np.cumsum(counts) - counts
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    lengths = np.diff(offsets)
+    rising = (np.diff(starts) > 0) | (np.diff(row_of) > 0)
+    inside = (starts < lengths[row_of]).all() and rising.all() and (starts >= 0).all()
+    if not ((counts > 0).all() and inside):
+        raise CacheFormatError("documents do not begin one after another within their sequences")
+    starts[firsts] = 0
+    begins = np.zeros(offsets[-1] - offsets[0], np.int32)
+    begins[(offsets[:-1] - offsets[0])[row_of] + starts] = 1
+    number = np.cumsum(begins, dtype=np.int32)
+    row_first = number[offsets[:-1] - offsets[0]]
+    return number - np.repeat(row_first, lengths)
+
+
+def next_token_places(batch: pa.RecordBatch, packed: bool) -> list[Places]:
+    """The positions of each row of a record batch that predict a token which is trained, the next
+    one, of the same document where rows are ``packed`` of several.
+    """
+    offsets, _ = list_views(batch["input_ids"], "input_ids")
+    learnt = np.ones(offsets[-1] - offsets[0], np.bool_)
+    if TRAINED in batch.schema.names:
+        learnt = list_views(batch[TRAINED], TRAINED)[1][offsets[0] : offsets[-1]]
+    if packed and len(learnt):
+        numbers = document_numbers(batch)
+        learnt = learnt & (np.diff(numbers, prepend=numbers[:1]) == 0)
+    rows = pairwise((offsets - offsets[0]).tolist())
+    return [np.flatnonzero(learnt[a + 1 : b]) for a, b in rows]

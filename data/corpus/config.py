@@ -1,6 +1,5 @@
 """Where the text of a corpus comes from and how it is packed, and what a cache records of both."""
 
-import os
 from collections.abc import Mapping
 from typing import Literal, NotRequired, TypedDict, cast
 
@@ -9,9 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.corpus.encoder import GivenEncoder, special_tokens
-from rekindle.data.corpus.packing import lacks_end
+from rekindle.data.corpus.packing import PackingName, lacks_end
 from rekindle.data.corpus.tokenizer import Tokenizer
-from rekindle.data.counted import counted
 from rekindle.data.forms.dialogue import Dialogues
 from rekindle.data.forms.template import Template, find_template
 from rekindle.data.forms.tokens import TokenRows
@@ -21,6 +19,7 @@ from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
 from rekindle.data.source.without import USUAL, read_held
+from rekindle.data.storage.seal import FORMAT_VERSION, WITH_PACKED, WITH_TRAINED
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
 LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
@@ -71,8 +70,13 @@ class CorpusConfig(Settings):
         le=MAX_SEQUENCE_LENGTH,
         description="tokens per sequence, special tokens included",
     )
-    packing: Literal["document", "contiguous"] = Field(
-        "document", description="document never crosses a document; contiguous fills every sequence"
+    packing: PackingName = Field(
+        "document",
+        description="document never crosses a document; contiguous fills every sequence; packed: "
+        "several documents in one, attention within each",
+    )
+    attention: Literal["row", "document"] | None = Field(
+        None, description="of packing: contiguous, what a token sees: its row, if not given"
     )
     special_tokens: Literal["text", "token"] = Field(
         "text",
@@ -139,6 +143,15 @@ class CorpusConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _attention_of_rows(self) -> "CorpusConfig":
+        if self.attention is not None and self.packing != "contiguous":
+            raise ValueError(
+                f"attention is for packing: contiguous; with packing: {self.packing} a token sees "
+                "its document. Leave attention out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fields_of_files(self) -> "CorpusConfig":
         if self.without_fields and not self.without:
             raise ValueError("without_fields are those of the files in without, which names none")
@@ -191,14 +204,15 @@ class PackingFacts(TypedDict):
     tokenizer that begins a text and does not end it; special_tokens, where they are read as such;
     without, where records are left out that hold a text of a test; pair_field, where they are
     pairs; trained, where each token is trained or is not; chat_template, the digest of that of
-    dialogues; contents, what each part of the source holds, where some is no text.
+    dialogues; contents, what each part of the source holds, where some is no text; attention,
+    where a token of a contiguous row sees its document alone.
     """
 
     source: list[str]
     text_field: str
     domain_field: str | None
     sequence_length: int
-    packing: Literal["document", "contiguous"]
+    packing: PackingName
     limit_sequences: int | None
     sequences_per_shard: int
     end_of_text: NotRequired[bool]
@@ -208,10 +222,9 @@ class PackingFacts(TypedDict):
     trained: NotRequired[bool]
     chat_template: NotRequired[str]
     contents: NotRequired[list[str]]
+    attention: NotRequired[Literal["document"]]
 
 
-# What is meant where nothing is said.
-UNSTATED: dict[str, object] = {"special_tokens": "text", "without": "nothing", "pair_field": None}
 # As they are given.
 _NOT_RECORDED = {
     "source", "tokenizer", "on_bad_record", "without", "without_fields", "format", "chat_template"
@@ -239,6 +252,18 @@ class CorpusInfo(TypedDict):
 
     config: PackingFacts
     tokenizer: TokenizerFacts
+
+
+def within_documents(config: PackingFacts) -> bool:
+    """Whether a row may hold several documents, and a token sees its own alone."""
+    return config["packing"] == "packed" or config.get("attention") == "document"
+
+
+def version_of(config: PackingFacts) -> int:
+    """The least format version of a cache with a corpus that is made so."""
+    if within_documents(config):
+        return WITH_PACKED
+    return WITH_TRAINED if "trained" in config else FORMAT_VERSION
 
 
 def usual_shard_size(sequences: int | None) -> int:
@@ -272,7 +297,9 @@ def describe_corpus(
         del values["special_tokens"]
     if config.pair_field is None:
         del values["pair_field"]
-    if config.packing == "document" and config.pair_field is None and lacks_end(tokenizer):
+    if config.attention != "document":
+        del values["attention"]
+    if config.packing != "contiguous" and config.pair_field is None and lacks_end(tokenizer):
         values["end_of_text"] = True
     if held is not None:
         files = [*config.without]
@@ -338,16 +365,6 @@ def differing_keys(one: PackingFacts, other: PackingFacts) -> list[str]:
             found["without"] = (without["rule"], without["digest"])
         facts.append(found)
     return sorted(k for k in facts[0].keys() | facts[1] if facts[0].get(k) != facts[1].get(k))
-
-
-def told_of(config: PackingFacts, key: str) -> str:
-    """What it says of a key, in a message."""
-    if key == "without" and (without := config.get("without")):
-        names = ", ".join(map(os.path.basename, without["files"]))
-        how = f"{without['digest'][:8]}, found by rule {without['rule']}"
-        return f"{counted(without['texts'], 'text')} of {names} ({how})"
-    value = (UNSTATED | config).get(key)
-    return str(value) if key == "without" else repr(value)
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:

@@ -16,24 +16,36 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
+    about_shard,
     claim_addition,
     complete_addition,
     counted_before_end,
     describe_addition,
+    empty_corpus,
     info_name,
     read_additions,
 )
-from rekindle.data.corpus.columns import LEARNT, TRAINED, TYPES, facts_of, fields_of, record_batches
+from rekindle.data.corpus.columns import (
+    DOCUMENTS,
+    LEARNT,
+    TRAINED,
+    TYPES,
+    document_numbers,
+    facts_of,
+    fields_of,
+    record_batches,
+)
 from rekindle.data.corpus.config import (
     CorpusConfig,
     CorpusInfo,
-    TokenizerFacts,
     are_tokens,
     chat_template,
     describe_corpus,
     forms_of,
     given_encoder,
     tokenizer_facts,
+    version_of,
+    within_documents,
 )
 from rekindle.data.corpus.in_order import InOrder, in_threads
 from rekindle.data.corpus.making import Maker, Making
@@ -42,7 +54,7 @@ from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, in_groups
 from rekindle.data.corpus.special_names import special_names
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
-from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
+from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.source.documents import Fields, origins_of
 from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import Found
@@ -54,7 +66,7 @@ from rekindle.data.storage.columns import flat_lists, list_views
 from rekindle.data.storage.commits import Commits, ShardCommits
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
-from rekindle.data.storage.seal import FORMAT_VERSION, REPAIR, WITH_TRAINED
+from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Shard,
@@ -165,8 +177,7 @@ class Corpus(RowReader):
         if index not in self._open:
             addition = [s for s in self.additions if s.first_shard <= index][-1]
             about = about_shard(index, addition, self.info["tokenizer"])
-            commit = self.commits[index]
-            fields = fields_of(self.info["config"])
+            commit, fields = self.commits[index], fields_of(self.info["config"])
             self._open[index] = self.shards.open(commit, about, fields, self._check_batch)
         return self._open[index]
 
@@ -193,8 +204,9 @@ class Corpus(RowReader):
         return self.shard(shard).batch(index).slice(local, count)
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
-        names = ["input_ids", *self._more_lists]
-        return flat_lists(self.shard(shard).batch(index), names)
+        batch = self.shard(shard).batch(index)
+        offsets, columns = flat_lists(batch, ["input_ids", *self._more_lists])
+        return offsets, columns | ({DOCUMENTS: document_numbers(batch)} if self.is_packed else {})
 
     def text(self, name: str, place: Place) -> str | None:
         """What the text column ``name`` has for a row."""
@@ -232,6 +244,17 @@ class Corpus(RowReader):
     def has_trained(self) -> bool:
         """Whether it says of each token if it is trained; else all are."""
         return bool(self.info["config"].get("trained"))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its sequences hold several documents, with attention within each."""
+        return within_documents(self.info["config"])
+
+    @property
+    def full(self) -> float | None:
+        """The share of such rows that is no padding; None of other ones."""
+        places = len(self) * self.info["config"]["sequence_length"]
+        return self.tokens / places if self.is_packed and places else None
 
     @property
     def _more_lists(self) -> list[str]:
@@ -277,7 +300,7 @@ def build_corpus(
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
     last = claim_addition(store, info, config, lambda: _grown(store, committed))
-    raise_version(store, WITH_TRAINED if "trained" in info["config"] else FORMAT_VERSION)
+    raise_version(store, version_of(info["config"]))
     recorded = read_additions(store)[0]
     additions = [*recorded[: last.number], last]
     if committed:  # what a repair took away
@@ -308,27 +331,12 @@ def build_corpus(
             committed.add(commit)
             progress(len(rows), commit.count("tokens"))
         if not count and not following:
-            raise _empty(config, left_out)
+            raise empty_corpus(config, left_out)
         claim()
         if tell:
             left_out.tell_first()
         complete_addition(store, addition, count, *counted_before_end(left_out, committed, ends_at))
     return Corpus(store)
-
-
-def _empty(config: CorpusConfig, left_out: LeftOut) -> InputError:
-    usual = "give a source with at least one non-blank document, or the model's own tokenizer"
-    if config.contents != {"text"}:
-        usual += (
-            ". Of dialogues and rows of tokens those count of which some token is trained: what an "
-            "assistant says within sequence_length, labels other than -100, a loss_mask of 1"
-        )
-    advice = left_out.advice(usual)
-    return InputError(
-        f"the corpus is empty: no text in {', '.join(config.places)} (field "
-        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
-        f"{f'; {told}' if (told := left_out.told()) else ''}"
-    )
 
 
 def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer) -> None:
@@ -347,13 +355,6 @@ def _grown(store: Store, committed: Commits) -> tuple[int, int]:
             "configuration the cache was made with, then with the longer corpus"
         )
     return count, int(committed.rows.sum())
-
-
-def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
-    """What a shard of the corpus says of itself."""
-    about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
-    about |= {"tokenizer": tokenizer}
-    return about | ({"stage": addition.number} if addition.number else {})
 
 
 def _shards_after(

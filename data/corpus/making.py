@@ -18,6 +18,7 @@ import numpy as np
 
 from rekindle.data.corpus.encoder import Encoder, GivenEncoder
 from rekindle.data.corpus.in_order import InOrder
+from rekindle.data.corpus.joining import joined_rows
 from rekindle.data.corpus.packing import BEGINNING, Packing, Position
 from rekindle.data.corpus.rows import EncodedDocuments, Rows, pack, rows_of_pairs, rows_of_texts
 from rekindle.data.corpus.special_names import Holders, holders_of
@@ -124,7 +125,8 @@ class Making:
     def rows(self) -> Iterator[Rows]:
         """The sequences in order, those of a part at a time."""
         if self.maker.how.alone:
-            return with_trained(self._after_start())
+            rows = with_trained(self._after_start())
+            return joined_rows(rows, self.maker.length) if self.maker.how.joined else rows
         return with_trained(pack(self._tokens(), self.maker.how, self.start))
 
     def read_on(self) -> None:

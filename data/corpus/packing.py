@@ -1,13 +1,14 @@
 """Where sequences begin and end in documents: pure index arithmetic, no text, no input or output.
 
-Two packings. "document": no sequence crosses a document. "contiguous": documents follow each other
-and fill every sequence but the last. Packing can begin at any Position it has given and then gives
-exactly the remaining sequences.
+Three packings. "document": no sequence crosses a document. "contiguous": documents follow each
+other and fill every sequence but the last. "packed": the sequences of "document" follow each other
+in rows, each whole. Packing can begin at any Position it has given and then gives exactly the
+remaining sequences.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.tokenizer import Tokenizer
 
 Ints = NDArray[np.int64]
+PackingName = Literal["document", "contiguous", "packed"]
 
 
 class Position(NamedTuple):
@@ -31,7 +33,8 @@ BEGINNING = Position(0, 0)
 class Packing:
     """How sequences are formed: ``room`` tokens of text and of what stands beside documents, within
     ``prefix`` and ``suffix``. ``between`` two documents of a sequence, and as the ``end`` of each,
-    stands a token, or none. ``alone``: no sequence crosses a document.
+    stands a token, or none. ``alone``: no sequence crosses a document. ``joined``: these then
+    follow each other in rows.
     """
 
     room: int
@@ -40,12 +43,13 @@ class Packing:
     between: tuple[int, ...]
     end: tuple[int, ...]
     alone: bool
+    joined: bool = False
 
 
 def packing_of(
     tokenizer: Tokenizer,
     sequence_length: int,
-    packing: Literal["document", "contiguous"],
+    packing: PackingName,
     end_of_text: bool = True,
 ) -> Packing:
     """How documents become sequences. No token of a document is dropped; a document without tokens
@@ -60,6 +64,7 @@ def packing_of(
     ends with that token or there is none, with the suffix's last token between two of them.
     In both an end-of-sequence token that would be the first of a sequence is left out: nothing
     stands before it there.
+    packed: as document; what becomes of the sequences then is said in ``joining.py``.
 
     Raises ValueError for an unknown packing and a sequence_length without room for content.
     """
@@ -69,14 +74,15 @@ def packing_of(
             f"sequence_length {sequence_length} leaves no room for text beside the {special} "
             "special tokens of each sequence"
         )
-    if packing not in ("document", "contiguous"):
-        raise ValueError(f"packing must be 'document' or 'contiguous', not {packing!r}")
-    alone = packing == "document"
+    if packing not in get_args(PackingName):
+        raise ValueError(f"packing must be one of {get_args(PackingName)}, not {packing!r}")
+    alone = packing != "contiguous"
     between, end = document_separators(tokenizer)
     if alone:
         between, end = (), document_end(tokenizer, end_of_text)
     room = sequence_length - special
-    return Packing(room, tokenizer.prefix, tokenizer.suffix, between, end, alone)
+    joined = packing == "packed"
+    return Packing(room, tokenizer.prefix, tokenizer.suffix, between, end, alone, joined)
 
 
 def document_end(tokenizer: Tokenizer, end_of_text: bool) -> tuple[int, ...]:
@@ -152,3 +158,19 @@ def plan(lengths: Sequence[int], token: int, how: Packing, last: bool) -> Plan:
     before_of, after_of = (mark.astype(np.bool_) for mark in marks)
     counts, positions = np.array(pieces, np.int64), np.array(ends, np.int64).reshape(-1, 2)
     return Plan(document_of, tokens, before_of, after_of, counts, positions)
+
+
+def next_fit(lengths: Sequence[int], room: int, apart: Sequence[object]) -> list[int]:
+    """How many of the sequences of ``lengths`` stand in each row of at most ``room`` tokens, where
+    each goes into the row of the one before it, if that has room and both have one value in
+    ``apart``.
+    """
+    counts: list[int] = []
+    left, of = -1, object()  # of no row
+    for length, value in zip(lengths, apart, strict=True):
+        if length > left or value != of:
+            counts.append(0)
+            left, of = room, value
+        counts[-1] += 1
+        left -= length
+    return counts

@@ -17,7 +17,7 @@ def end_of_text(corpus: Corpus) -> int | None:
     config = corpus.info["config"]
     if corpus.has_pairs:
         return None
-    if config["packing"] == "document" and "text" not in config.get("contents", ["text"]):
+    if config["packing"] != "contiguous" and "text" not in config.get("contents", ["text"]):
         return None
     if config["packing"] == "contiguous":
         end = document_separators(corpus.tokenizer)[1]
@@ -61,9 +61,19 @@ def _of_training(corpus: Corpus) -> list[str]:
     return [*lines, *(told_of(place, about) for place, about in generated.items())]
 
 
+def _of_rows(corpus: Corpus) -> list[str]:
+    """How full rows of several documents are."""
+    if corpus.full is None:
+        return []
+    length = corpus.info["config"]["sequence_length"]
+    each = f"{corpus.documents / len(corpus):.1f} documents in each, attention within them"
+    return [f"rows of {length:,} tokens are {corpus.full:.1%} full: {each}"]
+
+
 def remarks(corpus: Corpus) -> list[str]:
     """What of that a user should know, in words."""
-    lines, number = [*_of_training(corpus), *_of_pairs(corpus)], end_of_text(corpus)
+    lines = [*_of_training(corpus), *_of_pairs(corpus), *_of_rows(corpus)]
+    number = end_of_text(corpus)
     if number is not None:
         token = corpus.tokenizer.hf.convert_ids_to_tokens(number)
         lines.append(f"{token} comes after each document: the tokenizer does not end a text itself")

@@ -101,7 +101,7 @@ class Rows:
 
     @cached_property
     def _firsts(self) -> tuple[Ints, Ints]:
-        return _before(self.lengths), _before(self.pieces)
+        return sums_before(self.lengths), sums_before(self.pieces)
 
     def part(self, first: int, last: int) -> "Rows":
         """Some of the sequences."""
@@ -162,7 +162,7 @@ class Rows:
         return Rows(**columns)  # type: ignore[arg-type]
 
 
-def _before(counts: Ints) -> Ints:
+def sums_before(counts: Ints) -> Ints:
     """How many there are before each, and in all."""
     return np.append(0, np.cumsum(counts))
 
@@ -209,14 +209,14 @@ def rows_of_texts(
     P, R, C = len(tokens), len(pieces), int(tokens.sum())
     widths = tokens + len(how.between) * before + len(how.end) * after
     affixes = len(how.prefix) + len(how.suffix)
-    row_of, firsts = np.repeat(np.arange(R), pieces), _before(pieces)
-    places = _before(widths)
+    row_of, firsts = np.repeat(np.arange(R), pieces), sums_before(pieces)
+    places = sums_before(widths)
     begins = places[firsts] + affixes * np.arange(R + 1)  # [R+1] of each sequence
     at = places[:-1] + affixes * row_of + len(how.prefix) + len(how.between) * before  # [P]
     # Tokens are taken one after another: where each goes is all there is to know.
     taken = np.arange(C)
     source = slice(token, token + C)
-    where = taken + np.repeat(at - _before(tokens)[:-1], tokens)
+    where = taken + np.repeat(at - sums_before(tokens)[:-1], tokens)
     ids, starts, stops, words = batch.tokens.part(source)
     input_ids = np.empty(begins[-1], np.int32)
     char_starts, word_starts = np.full(begins[-1], -1, np.int32), np.zeros(begins[-1], np.bool_)
@@ -229,17 +229,17 @@ def rows_of_texts(
         input_ids[at[before] - 1] = special
     for special in how.end:
         input_ids[(at + tokens)[after]] = special
-    first_token = _before(tokens)
+    first_token = sums_before(tokens)
     spans = np.zeros((P, 2), np.int64)
     spans[:, 0], spans[:, 1] = starts[first_token[:-1]], stops[first_token[1:] - 1]
-    characters = _before(spans[:, 1] - spans[:, 0] + len(PIECE_SEPARATOR))
+    characters = sums_before(spans[:, 1] - spans[:, 0] + len(PIECE_SEPARATOR))
     shifts = characters[:-1] - np.repeat(characters[firsts[:-1]], pieces) - spans[:, 0]
     char_starts[where] = starts + np.repeat(shifts, tokens).astype(np.int32)
     documents = batch.documents
     cuts = zip(document.tolist(), *spans.T.tolist(), strict=True)
     parts = [documents[number].text[begin:end] for number, begin, end in cuts]
     bounds = firsts.tolist()
-    texts = [parts[a] if b - a == 1 else _text(parts[a:b]) for a, b in pairwise(bounds)]
+    texts = [parts[a] if b - a == 1 else joined_text(parts[a:b]) for a, b in pairwise(bounds)]
     leading = document[firsts[:-1]].tolist()
     trained, lost = None, np.zeros(R, np.int64)
     if (marks := batch.marks) is not None:
@@ -275,7 +275,7 @@ def rows_of_texts(
     return rows, Position(*ends[-1].tolist()) if R else Position(0, token)
 
 
-def _text(parts: Many[str]) -> str:
+def joined_text(parts: Many[str]) -> str:
     """Those of pieces; nothing where these are of tokens without a text."""
     return PIECE_SEPARATOR.join(parts) if any(parts) else ""
 
@@ -301,7 +301,7 @@ def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
     some[row_of[content]] = True
     stays = some[row_of]
     first_content = np.searchsorted(row_of[content], np.flatnonzero(some))
-    begins = _before(encoded.lengths)[:-1][some]
+    begins = sums_before(encoded.lengths)[:-1][some]
     starts = np.flatnonzero(content)[first_content] - begins
     held = [document for document, has in zip(documents, some.tolist(), strict=True) if has]
     spans = [(0, len(document.text)) for document in held]
@@ -360,16 +360,6 @@ def _finished(
     **columns: object,
 ) -> Rows:
     """Those sequences, of the first token's ``documents``."""
-    content = input_ids.astype("<i4", copy=False).view(np.uint8).data
-    digests = []
-    for (a, b), text in zip(
-        pairwise(accumulate((4 * lengths).tolist(), initial=0)), texts, strict=True
-    ):
-        state = xxhash.xxh3_128(content[a:b])
-        state.update(text.encode("utf-8", "surrogatepass"))
-        if trained is not None and not (learnt := trained[a // 4 : b // 4]).all():
-            state.update(np.packbits(learnt).data)
-        digests.append(state.hexdigest())
     buckets = [_bucket(document.id) for document in documents]
     return Rows(
         lengths=lengths,
@@ -378,10 +368,29 @@ def _finished(
         domains=[document.domain for document in documents],
         buckets=np.array(buckets, np.uint16),
         texts=texts,
-        digests=digests,
+        digests=digests_of(lengths, input_ids, texts, trained),
         trained=trained,
         **columns,  # type: ignore[arg-type]
     )
+
+
+def digests_of(
+    lengths: Ints,
+    input_ids: NDArray[np.int32],
+    texts: list[str],
+    trained: NDArray[np.bool_] | None,
+) -> list[str]:
+    """The identity of each of those sequences, as ``Rows`` describes it."""
+    content = input_ids.astype("<i4", copy=False).view(np.uint8).data
+    digests = []
+    bounds = pairwise(accumulate((4 * lengths).tolist(), initial=0))
+    for (a, b), text in zip(bounds, texts, strict=True):
+        state = xxhash.xxh3_128(content[a:b])
+        state.update(text.encode("utf-8", "surrogatepass"))
+        if trained is not None and not (learnt := trained[a // 4 : b // 4]).all():
+            state.update(np.packbits(learnt).data)
+        digests.append(state.hexdigest())
+    return digests
 
 
 def _bucket(document: str) -> int:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from rekindle.data.corpus.config import CorpusConfig, forms_of
 from rekindle.data.corpus.encoded import lengths_of
-from rekindle.data.corpus.packing import lacks_end, packing_of, plan
+from rekindle.data.corpus.packing import lacks_end, next_fit, packing_of, plan
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.source.documents import Document, read_documents
@@ -193,9 +193,15 @@ def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
         tokens = tokenizer.whole_lengths(texts, [str(one.pair) for one in sample.documents])
         sequences = int(np.count_nonzero(tokens > tokenizer.whole_lengths([""], [""])))
     else:
-        end = config.packing == "document" and lacks_end(tokenizer)
+        end = config.packing != "contiguous" and lacks_end(tokenizer)
         how = packing_of(tokenizer, config.sequence_length, config.packing, end)
         tokens = lengths_of(tokenizer.encoder.encodings(texts))
-        sequences = len(plan(tokens.tolist(), 0, how, last=True).pieces)
+        planned = plan(tokens.tolist(), 0, how, last=True)
+        sequences = len(planned.pieces)
+        if how.joined:
+            special = len(how.prefix) + len(how.suffix)
+            lengths = planned.tokens + special + len(how.end) * planned.after
+            domains = [sample.documents[number].domain for number in planned.document]
+            sequences = len(next_fit(lengths.tolist(), config.sequence_length, domains))
     whole = max(1, round(sequences / sample.share))
     return min(whole, config.limit_sequences or whole)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rekindle.data.corpus.columns import word_characters
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.words import word_characters
 from rekindle.data.exchange.rows import Row
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.units import UnitPlace

@@ -81,6 +81,12 @@ def import_targets(
     wrong: the units that were complete before it are kept. Raises CacheMismatchError where the
     cache has another teacher of that name, or other targets of this one.
     """
+    if corpus.is_packed:
+        raise InputError(
+            "the corpus has several documents in a sequence and attention within each "
+            "(corpus.packing: packed); targets that were made elsewhere have seen a sequence as "
+            "one text. Import them into a cache with packing: document"
+        )
     with corpus.store.working() as alone:
         job = _Import(corpus, config, alone is not False)
         for name, row in rows:

@@ -1,7 +1,7 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 7 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 8 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
@@ -21,6 +21,10 @@ of tokens): an older Rekindle would train all of them. It may have what versions
 
 Version 7 is that of a cache with a teacher that a server ran (``data/targets/served.py``), raised
 before the first of its targets is written; it may have what all the others have.
+
+Version 8 is that of a cache whose corpus has several documents in a row and attention within each
+(``packing: packed``): an older Rekindle would show a student the others, too. It may have what
+all the others have.
 """
 
 import logging
@@ -34,7 +38,7 @@ from rekindle.data.storage.seal import (
     REPAIR,
     SEAL,
     VERSION,
-    WITH_SERVED,
+    WITH_PACKED,
     seal,
     unseal,
 )
@@ -42,7 +46,7 @@ from rekindle.data.storage.seal import (
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
-NEWEST = WITH_SERVED  # of the versions that are read
+NEWEST = WITH_PACKED  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:

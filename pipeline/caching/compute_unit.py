@@ -13,9 +13,8 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.corpus.columns import TYPES
+from rekindle.data.corpus.columns import DOCUMENTS, TYPES, document_numbers, word_characters
 from rekindle.data.corpus.encoded import Encoded
-from rekindle.data.corpus.words import word_characters
 from rekindle.data.errors import InputError
 from rekindle.data.padding import pad
 from rekindle.data.storage.columns import split_lists
@@ -172,7 +171,7 @@ class UnitRun:
             return read
 
         types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
-        joint = yield from self._run(seen, forward, positions, types)
+        joint = yield from self._run(seen, forward, positions, types, self._documents())
         if teacher.map is not None:
             joint = self._with_mass(joint)
         own, *others = (joint.of(number) for number in range(1 + len(beside)))
@@ -187,6 +186,14 @@ class UnitRun:
         check_mass(mass[0], self.info.name, self.teacher.config.map_coverage)
         facts = {**made.facts, MAPPED_MASS: float(mass[0].mean())}
         return replace(made, columns=columns, facts=facts)
+
+    def _documents(self) -> list[NDArray] | None:
+        """Which document of its row each token is of; None where each row is of one."""
+        if not self.teacher.corpus.is_packed:
+            return None
+        lengths = [len(ids) for ids in split_lists(self.batches, "input_ids")]
+        numbers = np.concatenate([document_numbers(batch) for batch in self.batches])
+        return np.split(numbers, np.cumsum(lengths)[:-1])
 
     def token_labels(self) -> Steps:
         """Logits of the first token of each word, at the corpus position that begins it."""
@@ -316,9 +323,10 @@ class UnitRun:
         forward: Forward,
         positions: list[Rows] | None = None,
         types: list[NDArray] | None = None,
+        documents: list[NDArray] | None = None,
     ) -> Steps:
         """Columns of the rows that the teacher is for, ``seen`` by it, in the order of the corpus.
-        ``types``: the segments of rows that are pairs.
+        ``types``: the segments of rows that are pairs; ``documents``: of rows of several.
 
         ``forward`` gives those of a batch: an entry for each of their ``positions``, which ascend,
         or for each row. Rows without a token or a position are left out.
@@ -334,6 +342,11 @@ class UnitRun:
                 kinds = [types[r] for r in rows]
                 padded = pad(kinds, np.array([len(k) for k in kinds]), 0)
                 inputs["token_type_ids"] = self.teacher.tensor(padded)
+            if documents is not None:
+                told = [documents[r] for r in rows]
+                numbers = pad(told, np.array([len(row) for row in told]), -1)
+                if (numbers > 0).any():
+                    inputs[DOCUMENTS] = self.teacher.tensor(numbers)
             return forward(rows, inputs)
 
         finished: list[tuple[Rows, Columns]] = []

@@ -82,6 +82,8 @@ def plan_teacher(
 
     Raises InputError when it cannot teach on this corpus.
     """
+    if corpus.is_packed:
+        _check_reads_rows(config)
     if config.served is not None:
         return TeacherPlan(config, Path(), describe_served(config, corpus, views.shown_to(config)))
     directory = directory or resolve_model(config.model)
@@ -135,6 +137,17 @@ def plan_teacher(
     if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
         info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
+
+
+def _check_reads_rows(config: TeacherConfig) -> None:
+    """Raise InputError for a teacher that is not shown the rows of a packed corpus themselves."""
+    lead = f"teacher {config.name!r}: with corpus.packing: packed a sequence is of several "
+    advice = ". Use packing: document for it"
+    if not config.vocabulary:
+        raise InputError(f"{lead}documents, which have no judgement in common{advice}")
+    if config.served is not None or config.mapping == "map":
+        how = "a server" if config.served is not None else "another tokenizer"
+        raise InputError(f"{lead}documents, and {how} reads it as one text{advice}")
 
 
 def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
@@ -320,7 +333,10 @@ class Teacher:
         """Raise InputError for a model that cannot be split, or sees what it must not."""
         with naming(f"teacher {self.info.name!r}"):
             try:
-                return SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+                split = SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+                if self.corpus.is_packed:
+                    split.check_packed(self.corpus.info["config"]["sequence_length"])
+                return split
             except NotImplementedError as error:
                 raise InputError(str(error)) from None
 

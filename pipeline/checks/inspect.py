@@ -33,7 +33,11 @@ SAMPLE_PLACES = 64  # where the lengths of some sequences are looked at
 BATCH: int = TrainConfig.model_fields["batch_sequences"].default
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
-PACKED = {"document": "each of one document", "contiguous": "documents joined"}
+PACKED = {
+    "document": "each of one document",
+    "contiguous": "documents joined",
+    "packed": "several documents in each, attention within each",
+}
 
 
 @dataclass(frozen=True)

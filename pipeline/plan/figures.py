@@ -46,6 +46,7 @@ class CorpusPlan:
     sequences_per_shard: int | None = None
     padding: Padding | None = None  # of the student's batches; None without a student
     trained: float | None = None  # the share of the tokens that is; None where all are
+    full: float | None = None  # the share of rows of several documents that is text; None: of one
 
 
 @dataclass(frozen=True)

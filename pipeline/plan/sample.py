@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rekindle.data.corpus.additions import (
+    about_shard,
     begun_addition,
     claim_addition,
     complete_addition,
@@ -24,12 +25,7 @@ from rekindle.data.corpus.additions import (
 )
 from rekindle.data.corpus.columns import LEARNT, TRAINED, fields_of
 from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus, usual_shard_size
-from rekindle.data.corpus.corpus import (
-    Corpus,
-    about_shard,
-    build_corpus,
-    unit_of,
-)
+from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer

@@ -70,6 +70,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
             sequences_per_shard=config.cache.sequences_per_shard or survey.shard_size,
             padding=_padding(config, survey),
             trained=_trained_share(survey.reference),
+            full=survey.reference.full,
         )
         found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
         shown = tuple(_view_plan(config, survey, view) for view in found)

@@ -84,6 +84,8 @@ def _of_corpus(corpus: CorpusPlan) -> str:
     counts = f"{texts}{about}{sequences}{pieces}, {about}{tokens}"
     if corpus.trained is not None:
         counts += f" ({about}{corpus.trained:.1%} of them trained)"
+    if corpus.full is not None:
+        counts += f", rows of several documents {about}{corpus.full:.1%} full"
     return f"{counts}{_to_write(corpus.bytes)}; {corpus.basis}"
 
 

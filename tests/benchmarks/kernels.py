@@ -2,6 +2,7 @@
 
     python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
     python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
+    python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape (rows/)
 
 Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is
 reading and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear":
@@ -30,6 +31,7 @@ from results_csv import RESULTS, append, hardware, versions
 from torch import Tensor
 
 from rekindle.kernels.losses import kd_loss, linear_kd_loss
+from rekindle.kernels.targets import SparseTargets
 
 SHAPES = ((8192, 30522, 768), (8192, 50368, 768), (8192, 128256, 4096), (8192, 256000, 2304))
 TOY_SHAPES = ((64, 1003, 32),)
@@ -378,6 +380,8 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="toy sizes, few repetitions")
+    parser.add_argument("--shapes", action="store_true", help="the row kernel in every shape")
+    parser.add_argument("--cubins", type=Path, help="and clusters compiled by rows/cubins.py")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -389,6 +393,22 @@ def main() -> None:
     print(f"{hardware()}: copy {rates[0] / 1e12:.3f} TB/s, product {rates[1] / 1e12:.3f} TFLOP/s")
     name = "kernels --toy" if options.toy else "kernels"
     about = versions("torch", "triton", "liger_kernel", "cut_cross_entropy", "orda_kernel")
+    if options.shapes:
+        if options.toy:  # interpreted: a second a call
+            shapes, temperatures, repeats = ((2, 4099, 8),), (2.0,), 1
+        k = 8 if options.toy else 64
+        for shape, tau in itertools.product(shapes, temperatures):
+            batch = make_batch(shape[0], shape, k, tau, device)
+            targets = SparseTargets(batch.ids, batch.probs, batch.tail, batch.labels)
+            logits = batch.hidden @ batch.weight.t()
+            found = importlib.import_module("rows.shapes").measure(
+                logits, targets, tau, repeats, take_turns, options.cubins
+            )
+            case = f"row kernel N={shape[0]} V={shape[1]} k={k} tau={tau:g}"
+            append(
+                [(case, *row) for row in found], f"{name} --shapes", hardware(), about, options.out
+            )
+        return
     for task, shape, k, tau in itertools.product(TASKS, shapes, kept, temperatures):
         if task == "linear-ce" and (k, tau) != (kept[0], temperatures[0]):
             continue  # it has neither

@@ -123,8 +123,7 @@ def test_programs_of_a_cluster_share_little(results: dict[int, dict[str, Any]], 
     """
     found = results[index]
     assert found["apart"]
-    # two exchanges and the one in the loop that is seldom entered, at their beginning and end, and
-    # the end of the kernel
+    # four for each of two exchanges, and for that in the loop which is seldom entered
     assert found["cluster_barriers"] <= (12 if found["shape"][1] > 1 else 0)
 
 

@@ -10,6 +10,7 @@ WRONG = ["", "~", "true", "3", "-1", "2.5", ".inf", "1e999", "[]", "{}", "[[a]]"
 WRONG += ["no/such", "/", ".", "..", "a\\0b", "'a\\nb'", '"a\\0b"', '"\\ud800"', "'  '", "é" * 300]
 WRONG += ["99999999999999999999", "[*", "{{a}}", "$NOWHERE", "~nobody-here", "s3://b/x", "a:b:c:d"]
 GOOD = {  # what is right after all
+    "attention": {"", "~"},
     "chat_template": {"", "~"},
     "domain_field": {"", "~"},
     "limit_sequences": {"", "~", "3"},

@@ -66,6 +66,12 @@ class Shares:
             raise ValueError(f"batching is {batching!r}; it is {' or '.join(get_args(Batching))}")
         if batch_sequences is not None and batch_sequences < 1:
             raise ValueError(f"batch_sequences must be at least 1, got {batch_sequences}")
+        if cache.corpus.is_packed:
+            raise InputError(
+                "the corpus has several documents in a sequence and attention within each "
+                "(corpus.packing: packed), of which a Trainer tells its model nothing. Train with "
+                "`pipeline train-student`, or use packing: document"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"rank must lie in 0..world_size − 1, got {rank} of {world_size} processes"

@@ -30,7 +30,7 @@ from rekindle.data.views.masking import generator
 from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.config import MethodSettings, WeightField
-from rekindle.train.device_batch import model_inputs, send, sparse_targets
+from rekindle.train.device_batch import clean_inputs, send, sparse_targets
 from rekindle.train.method import Method, MethodRun
 from rekindle.train.model.folder import own_files
 from rekindle.train.model.network import StudentNetwork, weights_below
@@ -129,7 +129,7 @@ class ReplacedTokens(Method):
         """The batch's text with its replacements, the same for an example in every batch."""
         target = self._target(batch)
         sampled = self._sample(batch, target, device)
-        inputs = model_inputs(batch.input_ids, batch.lengths, device, batch.token_types)
+        inputs = clean_inputs(batch, device)
         original = inputs["input_ids"].flatten()
         places = send(target.rows * batch.input_ids.shape[1] + target.positions, device)
         changed = original.index_copy(0, places, sampled)

@@ -182,6 +182,19 @@ class StudentNetwork(nn.Module):
         self.prompts = None if domains is None else DomainPrompts(self.model, domains)
         self.add_heads(heads or {})
 
+    def check_packed(self, room: int) -> None:
+        """Raise InputError for a model that cannot read rows of up to ``room`` tokens that hold
+        several documents, or has domain prompts, which stand in each row once.
+        """
+        if self.prompts is not None:
+            raise InputError(
+                "student.domain_prompts: a prompt stands in a sequence once, and with "
+                "corpus.packing: packed that is of several documents. Leave domain_prompts out, or "
+                "use packing: document"
+            )
+        with naming("student"):
+            self._split.check_packed(room)
+
     def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:
         """Add freshly initialised heads where there are none of that name and shape."""
         for name, head in heads.items():

@@ -1,4 +1,5 @@
-"""What a language model sees of its input, found by trying: later tokens, earlier ones, padding.
+"""What a language model sees of its input, found by trying: later tokens, earlier ones, padding,
+other documents of its row.
 
 Nothing that a configuration says of it is believed: flags differ from family to family, and a
 checkpoint may have been trained another way than its class was written for. Knows nothing of
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rekindle.data.errors import InputError
+from rekindle.data.corpus.columns import DOCUMENTS
+from rekindle.data.errors import InputError, first_words
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.padding import padding_of
+from rekindle.train.packed.forms import Form, as_read, possible_forms
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,6 +33,7 @@ PADDING = 5  # tokens, of which a mask says that they are none
 ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-4}
 COARSEST = 4e-3  # in bfloat16, and in what is coarser
 OF_SHAPES = 10.0
+SAME_ROUNDING = 3.0
 # That nothing is seen is said only of movements that are none; untrained weights move little.
 NOTHING = 1e-2
 
@@ -150,6 +154,67 @@ def check_padding(model: "PreTrainedModel", who: str) -> None:
             "learns of a sequence would depend on its neighbours in the batch. Use a student of "
             "another family; as a teacher it is shown sequences of one length together"
         )
+
+
+def find_form(model: "PreTrainedModel", causal: bool, room: int) -> Form:
+    """How the model is told that a row of up to ``room`` tokens holds several documents: a row of
+    two, and each of them alone, in which it says the same.
+
+    Raises SightError where it says something else, however it is told; or sees of one document
+    what stands in the other.
+    """
+    name, limit = type(model).__name__, OF_SHAPES * _rounding(model)
+    told = f"{name} cannot read rows of several documents (corpus.packing: packed)"
+    advice = "Use packing: document, or a model of another family"
+    worst, why = math.inf, ""
+    for forms in possible_forms(model, causal):
+        tried: list[tuple[float, Form]] = []
+        for form in forms:
+            try:
+                with evaluating(model):
+                    tried.append((_moved_by_packing(model, form, causal, room), form))
+            except BROKEN as error:
+                why = why or f"{type(error).__name__}: {first_words(error)}"
+        if tried:
+            least = min(moved for moved, _ in tried)
+            if least <= limit:  # to rotary positions all first ones are the same, to rounding
+                return next(form for moved, form in tried if moved <= SAME_ROUNDING * least)
+            worst = min(worst, least)
+    if worst == math.inf:
+        raise SightError(f"{told}: its code fails ({why}). {advice}")
+    raise SightError(
+        f"{told}: what it says of a document beside another one differs from what it says of it "
+        f"alone by {worst:.2g} (of its spread; rounding explains {limit:.0e}). {advice}"
+    )
+
+
+def _moved_by_packing(model: "PreTrainedModel", form: Form, causal: bool, room: int) -> float:
+    """How far another document in its row moves the states of one, at most."""
+    longest = min(room, longest_input(model.config) or room)
+    ids = sample_ids(model.config, longest + 1).to(next(model.parameters()).device)
+    cut = longest - min(PADDING, longest // 2)
+    first, second, another = ids[:cut], ids[cut:longest], ids[longest:]
+    changed = torch.cat([first[:-1], another])
+    padding = padding_of(model.config) or 0
+    rest = nn.functional.pad(second, (0, cut), value=padding)
+    rows = torch.stack([ids[:longest], torch.cat([changed, second]), rest])
+    numbers = torch.zeros_like(rows)
+    numbers[:2, cut:] = 1
+    numbers[2, len(second) :] = -1
+    packed = {"input_ids": rows, DOCUMENTS: numbers}
+    found = _states(model, as_read(model, packed, form, causal)).reshape(*rows.shape, -1)
+    alone = [
+        _states(model, {"input_ids": one[None], "attention_mask": torch.ones_like(one[None])})[0]
+        for one in (first, second)
+    ]
+    # Where nothing of the other is seen, not even rounding differs.
+    seen = _moved(found[0, cut:], found[1, cut:]) * OF_SHAPES
+    return max(
+        seen,
+        _moved(alone[0], found[0, :cut]),
+        _moved(alone[1], found[0, cut:]),
+        _moved(alone[1], found[2, : len(second)]),
+    )
 
 
 def _states(model: "PreTrainedModel", inputs: Mapping[str, Tensor]) -> Tensor:

@@ -17,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rekindle.data.corpus.columns import DOCUMENTS
 from rekindle.data.errors import InputError
 from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.routers import balance_weight, balanced_states
-from rekindle.train.model.sight import BROKEN, check_sight, evaluating, sample_ids
+from rekindle.train.model.sight import (
+    BROKEN,
+    SightError,
+    check_sight,
+    evaluating,
+    find_form,
+    sample_ids,
+)
+from rekindle.train.packed.forms import Form, as_read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,6 +79,7 @@ class SplitLanguageModel:
         self.causal = causal
         self._select: Tensor | None = None
         self._states: Tensor | None = None
+        self._form: Form | None = None  # of rows of several documents, once it is known
         self._balanced = causal and balance_weight(self.model) > 0
         self.balance: Tensor | None = None  # the load-balancing loss of the last pass in training
         self.alone = False  # whether the head is trained alone: the body makes no gradients
@@ -102,8 +112,34 @@ class SplitLanguageModel:
             self._install_hooks()
             self._check()
 
+    def check_packed(self, room: int) -> None:
+        """Raise SightError for a model that cannot read rows of up to ``room`` tokens that hold
+        several documents; what it can be told by is found.
+        """
+        if self._balanced:
+            raise SightError(
+                f"{type(self.model).__name__} has a load-balancing loss of its routers, which is "
+                "not formed of rows of several documents (corpus.packing: packed). Set "
+                "output_router_logits to false in its config.json, or use packing: document"
+            )
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, enabled=False):  # which rounds more than the weights do
+            self._form = find_form(self.model, self.causal, room)
+
+    def _read(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the model is handed: of rows of several documents what tells it of them."""
+        if DOCUMENTS not in inputs:
+            return inputs
+        if self._form is None:
+            self.check_packed(inputs[DOCUMENTS].shape[1])
+        assert self._form is not None
+        return as_read(self.model, inputs, self._form, self.causal)
+
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The body's final hidden states [B,S,H]."""
+        return _in_rows(self._states_of(self._read(inputs)), inputs)
+
+    def _states_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
         self.balance = None
         if self._balanced and self.model.training:
             states, self.balance = balanced_states(self.model, inputs)
@@ -121,9 +157,9 @@ class SplitLanguageModel:
             return states.flatten(0, 1)[select.to(states.device)], states
         self._select = select
         try:
-            picked = self.model(**inputs).logits
+            picked = self.model(**self._read(inputs)).logits
             assert self._states is not None
-            return picked, self._states
+            return picked, _in_rows(self._states, inputs)
         finally:
             self._select = self._states = None
 
@@ -189,6 +225,11 @@ class SplitLanguageModel:
             raise NotImplementedError(_unsupported(self.model, str(error))) from error
         if not known:
             raise NotImplementedError(_unsupported(self.model, "its logits are not head(hidden)"))
+
+
+def _in_rows(states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """States [B,S,H], also where rows of several documents were read one after another."""
+    return states if DOCUMENTS not in inputs else states.reshape(*inputs[DOCUMENTS].shape, -1)
 
 
 class _Output:

@@ -14,7 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import TRAINED, learnt_content
+from rekindle.data.corpus.columns import learnt_content, next_token_places
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.settings import parse_settings
@@ -372,7 +372,8 @@ def target_positions(
 
     What the replica of a masked view masks; of a masked LM that sees the text as it is, all but
     special tokens. A causal LM's position t holds the distribution of token t + 1: the last has
-    none. Of a corpus that says what is trained, those of trained tokens alone.
+    none, nor has the last of a document in a row of several. Of a corpus that says what is
+    trained, those of trained tokens alone.
     """
     if view is not None:
         masked = split_lists(view.batches(shard, replica), "positions")
@@ -380,6 +381,5 @@ def target_positions(
     batches = [*corpus.shard(shard).batches()]
     if info.sees_clean_text:
         return [np.flatnonzero(row) for batch in batches for row in learnt_content(batch)]
-    if corpus.has_trained:
-        return [np.flatnonzero(row[1:]) for row in split_lists(batches, TRAINED)]
-    return [np.arange(max(0, len(ids) - 1)) for ids in split_lists(batches, "input_ids")]
+    packed = corpus.is_packed
+    return [places for batch in batches for places in next_token_places(batch, packed)]

@@ -27,7 +27,8 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.cache import Cache, write_manifest
-from rekindle.data.corpus.corpus import Corpus, about_shard
+from rekindle.data.corpus.additions import about_shard
+from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.permutation import epoch_batch
 from rekindle.data.storage import records
 from rekindle.data.storage.commits import Commit, columns_of

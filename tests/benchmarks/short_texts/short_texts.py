@@ -1,10 +1,13 @@
-"""What `train.batching: similar_lengths` saves on short texts, and what it costs in held-out loss.
+"""What `train.batching: similar_lengths` and `corpus.packing: packed` save on short texts, and what
+the former costs in held-out loss (the losses of packed documents are those of each alone).
 
-    python tests/benchmarks/short_texts/short_texts.py rate     # four runs in turn
+    python tests/benchmarks/short_texts/short_texts.py rate     # seven runs in turn
+    python tests/benchmarks/short_texts/short_texts.py rate --whole  # without micro-batches
     python tests/benchmarks/short_texts/short_texts.py losses   # three seeds of each
 
-The texts are SST-2's (a sentence or a part of one, 13 tokens on average), a sequence each. `rate`
-also counts this process's CPU time, which other work on the machine hardly changes.
+The texts are SST-2's (a sentence or a part of one, 13 tokens on average), a sequence each; packed,
+several to a row. A batch has about as many tokens either way; rates are of these, told as texts.
+`rate` also counts this process's CPU time, which other work on the machine hardly changes.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -34,19 +37,22 @@ BATCHINGS = ("shuffled", "similar_lengths")
 BATCH, LENGTH = 32, 64
 RATE_TEXTS, LOSS_TEXTS = 1_500, 8_000
 RATE, LOSSES, TEACHER = Shape(4, 256, 4), Shape(2, 128, 2), Shape(2, 128, 2)
+PACKED = {64: 7, 128: 3, 256: 2}  # rows of a batch, by their length: about as many texts as BATCH
 WARM_UP = 4  # steps of a part that are not measured
 
 
-def cache(folder: Path, texts: int, teacher: Path) -> Cache:
-    """The first ``texts`` of SST-2 and the teacher's targets, k = 64."""
+def cache(folder: Path, texts: int, teacher: Path, packed: int | None = None) -> Cache:
+    """The first ``texts`` of SST-2 and the teacher's targets, k = 64. ``packed``: in such rows."""
+    part = folder.with_suffix(".jsonl")
+    with open(SHARED / "glue" / "sst2_train.jsonl", encoding="utf-8") as lines:
+        part.write_text("".join(islice(lines, texts)), encoding="utf-8")
     values = {
         "corpus": {
-            "source": str(SHARED / "glue" / "sst2_train.jsonl"),
+            "source": str(part),
             "text_field": "sentence1",
             "tokenizer": str(teacher),
-            "sequence_length": LENGTH,
-            "packing": "document",
-            "limit_sequences": texts,
+            "sequence_length": packed or LENGTH,
+            "packing": "packed" if packed else "document",
         },
         "cache": {"path": str(folder), "replicas": 1},
         "teachers": [
@@ -75,34 +81,47 @@ def config(batching: str, steps: int, **more: object) -> TrainConfig:
     return parse_settings(TrainConfig, values | more)
 
 
-def rate(folder: Path, rounds: int, steps: int) -> list[Row]:
-    """Sequences a second of each arm, in turn, in ``rounds`` of ``steps``."""
+def rate(folder: Path, rounds: int, steps: int, whole: bool = False) -> list[Row]:
+    """Texts a second of each arm, in turn, in ``rounds`` of ``steps``."""
     write_model(folder / "student", RATE, 0)
     write_model(folder / "teacher", TEACHER, 1)
-    data = cache(folder / "cache", RATE_TEXTS, folder / "teacher")
-    arms = list(product(BATCHINGS, (None, BATCH // 4)))
+    data = {None: cache(folder / "cache", RATE_TEXTS, folder / "teacher")}
+    for size in PACKED:
+        data[size] = cache(folder / f"cache-{size}", RATE_TEXTS, folder / "teacher", size)
+    tokens = data[None].corpus.tokens / len(data[None])  # of a text
+    arms: list[tuple] = list(product(BATCHINGS, (None,) if whole else (None, BATCH // 4)))
+    arms += [("packed", size) for size in PACKED]
     wall: dict[tuple, list[float]] = {arm: [] for arm in arms}
     busy: dict[tuple, list[float]] = {arm: [] for arm in arms}
     for number, arm in product(range(rounds), arms):
         times = [(time.perf_counter(), time.process_time())]
+        read: list[float] = []
 
-        def note(step: int, values: object, times: list = times) -> None:
+        def note(step: int, values: dict, times: list = times, read: list = read) -> None:
             times.append((time.perf_counter(), time.process_time()))
+            read.append(values["tokens"])
 
         batching, micro = arm
-        chosen = config(batching, steps, micro_batch_sequences=micro, seed=number, held_out=0.0)
-        out = folder / f"{batching}-{micro}-{number}"
-        train_student(data, StudentConfig(model=str(folder / "student")), chosen, out, report=note)
+        more: dict[str, object] = {"micro_batch_sequences": micro}
+        if batching == "packed":
+            batching, more = "shuffled", {"batch_sequences": PACKED[micro]}
+        chosen = config(batching, steps, **more, seed=number, held_out=0.0)
+        out = folder / f"{arm[0]}-{micro}-{number}"
+        student = StudentConfig(model=str(folder / "student"))
+        read_from = data[micro if arm[0] == "packed" else None]
+        train_student(read_from, student, chosen, out, report=note)
         measured = times[WARM_UP:-1]  # what ends a run, too, is no step
+        done = sum(read[WARM_UP:-1]) / tokens  # texts, of the steps between these times
         for kept, which in ((wall, 0), (busy, 1)):
-            kept[arm].append((measured[-1][which] - measured[0][which]) / (len(measured) - 1))
+            kept[arm].append((measured[-1][which] - measured[0][which]) / done)
     rows: list[Row] = []
     for arm in arms:
-        name = f"{arm[0]}{f', micro-batches of {arm[1]}' if arm[1] else ''}"
+        parts = f", {'rows' if arm[0] == 'packed' else 'micro-batches'} of {arm[1]}"
+        name = arm[0] + (parts if arm[1] else "")
         for kept, metric in ((wall, "wall"), (busy, "cpu_time")):
-            ratios = [BATCH / seconds for seconds in kept[arm]]
+            ratios = [1 / seconds for seconds in kept[arm]]
             against = [a / b for a, b in zip(kept[arms[0]], kept[arm], strict=True)]
-            rows.append(("rate", name, metric, statistics.median(ratios), "sequences/s"))
+            rows.append(("rate", name, metric, statistics.median(ratios), "texts/s"))
             rows.append(("rate", name, f"{metric} over shuffled", statistics.median(against), "x"))
     return rows
 
@@ -133,11 +152,15 @@ def main() -> None:
     asked.add_argument("--steps", type=int, help="of a run: 14 (rate), 200 (losses)")
     asked.add_argument("--times", type=int, default=3, help="rounds, or seeds")
     asked.add_argument("--threads", type=int, default=1)
+    asked.add_argument("--whole", action="store_true", help="rate: batches in one pass alone")
     given = asked.parse_args()
     logging.getLogger("rekindle").setLevel(logging.ERROR)
     torch.set_num_threads(given.threads)
-    run, usual = (rate, 14) if given.what == "rate" else (losses, 200)
-    rows = run(given.folder / given.what, given.times, given.steps or usual)
+    folder = given.folder / given.what
+    if given.what == "rate":
+        rows = rate(folder, given.times, given.steps or 14, given.whole)
+    else:
+        rows = losses(folder, given.times, given.steps or 200)
     for row in rows:
         print(*row)
     load = f"load {os.getloadavg()[0]:.1f}; {given.threads} thread"

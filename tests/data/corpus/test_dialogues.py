@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from rekindle.data.batch import read_trained
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.in_order import in_threads
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.marks import read_trained
 from rekindle.data.storage.manifest import begin_manifest, read_manifest
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masked import MaskedView

@@ -1,4 +1,5 @@
 import unicodedata
+from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.data.corpus.encoded import Encoded
+from rekindle.data.corpus.joining import joined_rows
 from rekindle.data.corpus.packing import BEGINNING, Position, packing_of
 from rekindle.data.corpus.rows import EncodedDocuments, pack, rows_of_texts
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -296,7 +298,7 @@ def test_no_room_for_text_is_refused_at_the_call(specials, length, packing):
 
 
 def test_an_unknown_packing_is_refused():
-    with pytest.raises(ValueError, match="'document' or 'contiguous'"):
+    with pytest.raises(ValueError, match="'contiguous', 'packed'"):
         packing_of(BERT, 9, "both")
 
 
@@ -393,3 +395,80 @@ def test_published_tokenizers_resume(name, packing):
         assert len(rest) == len(whole) - number
         for (found, _), (wanted, _) in zip(rest, whole[number:], strict=True):
             assert_equal(found, wanted)
+
+
+# --- packed: the sequences of single documents in rows --------------------------------------------
+
+
+def sequences_of(documents, length, specials):
+    how = packing_of(specials, length, "packed")
+    return rows_of_texts(batch_of(documents), 0, how, last=True)[0]
+
+
+def joined(parts, length):
+    return [one for rows in joined_rows(parts, length) for one in each_of(rows)]
+
+
+@given(CASES, st.integers(1, 3))
+def test_a_row_holds_whole_sequences_of_one_domain_as_many_as_fit(case, at_a_time):
+    documents, length, _, specials = case_of(case)
+    whole = sequences_of(documents, length, specials)
+    edges = [*range(0, len(whole), at_a_time), len(whole)]
+    parts = [whole.part(a, b) for a, b in pairwise(edges)]
+    rows = joined(parts, length)
+    alone = [*each_of(whole)]
+    lengths = [len(one.input_ids) for one, _ in alone]
+    counts = [len(row.document_starts) for row, _ in rows]
+    assert sum(counts) == len(alone)
+    for (row, position), stop, count in zip(rows, accumulate(counts), counts, strict=True):
+        inside = alone[stop - count : stop]
+        assert row.input_ids.tolist() == [i for one, _ in inside for i in one.input_ids]
+        assert row.word_starts.tolist() == [w for one, _ in inside for w in one.word_starts]
+        starts = accumulate(lengths[stop - count : stop - 1], initial=0)
+        assert row.document_starts.tolist() == [*starts]
+        assert len(row.input_ids) <= length
+        assert row.text == "\n\n".join(one.text for one, _ in inside)
+        for token, start in zip(row.input_ids, row.char_starts, strict=True):
+            assert (start < 0) == (token < 10)
+            assert start < 0 or row.text[start] == chr(token)
+        first = inside[0][0]
+        assert (row.document, row.domain, row.span) == (first.document, first.domain, first.span)
+        assert {one.domain for one, _ in inside} == {row.domain}
+        assert position == inside[-1][1]
+        if stop < len(alone) and alone[stop][0].domain == row.domain:
+            assert len(row.input_ids) + lengths[stop] > length
+
+
+@given(CASES)
+def test_rows_go_on_from_every_position(case):
+    documents, length, _, specials = case_of(case)
+    whole = sequences_of(documents, length, specials)
+    rows = joined([whole], length)
+    for number, (_, position) in enumerate(rows, start=1):
+        rest = joined([whole.after(position)], length)
+        assert [p for _, p in rest] == [p for _, p in rows[number:]]
+        for (found, _), (wanted, _) in zip(rest, rows[number:], strict=True):
+            assert_equal(found, wanted)
+
+
+def test_each_document_of_a_row_has_its_own_special_tokens():
+    one = [(Document(f"d{i}", text, None), characters(text)) for i, text in enumerate(["ab", "c"])]
+    for specials, ids in (
+        (BERT, [1, "a", "b", 2, 1, "c", 2]),
+        (LLAMA, [1, "a", "b", 3, 1, "c", 3]),
+        (GPT2, ["a", "b", 3, "c", 3]),
+    ):
+        ((row, _),) = joined([sequences_of(one, 9, specials)], 9)
+        assert [chr(i) if i >= 10 else int(i) for i in row.input_ids] == ids
+
+
+def test_rows_with_other_borders_are_others():
+    """Of tokens without a text all else may be the same, and what each document sees is not."""
+    found = set()
+    for texts in (["ab", "c"], ["a", "bc"]):
+        one = [(Document("d", text, None), characters(text)) for text in texts]
+        whole = replace(sequences_of(one, 9, NOTHING), texts=["", ""])
+        ((row, _),) = joined([whole], 9)
+        found.add((row.input_ids.tobytes(), row.text, row.digest))
+    assert len(found) == 2
+    assert len({one[:2] for one in found}) == 1

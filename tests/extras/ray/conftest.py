@@ -10,6 +10,7 @@ import pytest
 from rekindle.pipeline.processes import handing_out
 
 STORE = 80 << 20  # bytes, of each node: results are small
+PATIENCE = 120  # seconds for a node to join
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +28,26 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def nodes(cluster: Any) -> Iterator[Callable[..., Any]]:
-    """nodes(**resources) -> a new node of one CPU; all are removed at the end."""
+    """nodes(**resources) -> a new node of one CPU; all are removed at the end.
+
+    Ray's own half a minute is not enough on a loaded machine, and a node may die as it begins.
+    """
     added = []
 
     def add(**more: Any) -> Any:
-        added.append(cluster.add_node(**{"num_cpus": 1, "object_store_memory": STORE} | more))
-        return added[-1]
+        for last in (False, True):
+            settings = {"num_cpus": 1, "object_store_memory": STORE} | more
+            node = cluster.add_node(wait=False, **settings)
+            try:
+                cluster._wait_for_node(node, timeout=PATIENCE)
+            except TimeoutError:
+                cluster.remove_node(node, allow_graceful=False)
+                if last:
+                    raise
+            else:
+                break
+        added.append(node)
+        return node
 
     yield add
     for node in added:

@@ -307,6 +307,7 @@ class Thread(Worker):
 
     def __init__(self, name: str, work: Callable[[Connection], object], place: Place):
         self._connection, parent = multiprocessing.Pipe()
+        self.place = place
 
         def live() -> None:
             try:

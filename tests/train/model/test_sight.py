@@ -7,8 +7,15 @@ import torch
 import transformers
 
 from rekindle.data.errors import InputError
-from rekindle.train.model.sight import SightError, check_sight, moved_by_padding
+from rekindle.train.model.sight import (
+    SightError,
+    check_sight,
+    find_form,
+    moved_by_padding,
+    sample_ids,
+)
 from rekindle.train.model.split_model import SplitLanguageModel
+from rekindle.train.packed.forms import Form, as_read, possible_forms
 from rekindle.train.student import Student
 
 SIZES = {
@@ -155,3 +162,85 @@ def test_states_of_another_number_are_moved():
     """Funnel's classifiers read states of several tokens each: padding makes them more."""
     model = transformers.FunnelForSequenceClassification(transformers.FunnelConfig(**FUNNEL))
     assert moved_by_padding(model) > 1
+
+
+# --- rows of several documents --------------------------------------------------------------------
+
+WINDOWS = {"local_attention": 8, "global_attn_every_n_layers": 2}
+SLIDING = {"sliding_window": 4, "num_key_value_heads": 1}
+PACKED = {
+    "bert": ("Bert", "ForMaskedLM", {}, Form("mask", 0)),
+    "roberta": ("Roberta", "ForMaskedLM", {}, Form("mask", 1)),  # it counts past its padding id
+    "modernbert": ("ModernBert", "ForMaskedLM", WINDOWS, Form("windows", 0)),
+    "llama": ("Llama", "ForCausalLM", {}, Form("mask", 0)),
+    "mistral": ("Mistral", "ForCausalLM", SLIDING, Form("positions", 0)),
+}
+DOCUMENTS_IN_ROWS = [(3, 9, 4), (11, 2), (13,)]  # tokens of each; the widest row has 16
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PACKED)
+def test_documents_of_a_row_are_read_as_if_each_were_alone(name, attention):
+    family, head, values, form = PACKED[name]
+    model = made(family, head, **values)
+    model.set_attn_implementation(attention)
+    causal = head == "ForCausalLM"
+    assert find_form(model, causal, 16) == form
+    assert_read_alone(SplitLanguageModel(model, causal))
+
+
+def test_rows_may_be_read_one_after_another():
+    """As for flash attention, which is told where documents begin; here by their positions."""
+    split = SplitLanguageModel(made("Llama", "ForCausalLM"), causal=True)
+    split._form = Form("flat", 0)
+    assert_read_alone(split)
+
+
+def test_flash_attention_is_told_where_documents_begin():
+    model = made("Bert", "ForMaskedLM")
+    model.config._attn_implementation = "flash_attention_2"
+    (forms,) = possible_forms(model, causal=False)
+    numbers = torch.tensor([[0, 0, 1, -1], [0, 0, 0, 1]])
+    inputs = {"input_ids": torch.arange(8).view(2, 4), "document_numbers": numbers}
+    told = as_read(model, inputs, forms[0], causal=False)
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 2, 3, 4, 7, 8]
+    assert (told["max_length_q"], told["max_length_k"], told["attention_mask"]) == (3, 3, None)
+    assert told["position_ids"].tolist() == [[0, 1, 0, 0, 0, 1, 2, 0]]
+    assert told["input_ids"].tolist() == [[*range(8)]]
+
+
+def assert_read_alone(split):
+    ids = sample_ids(split.model.config, 42)
+    rows, numbers = torch.zeros(3, 16, dtype=torch.int64), torch.full((3, 16), -1)
+    alone, at = [], 0
+    for row, lengths in enumerate(DOCUMENTS_IN_ROWS):
+        place = 0
+        for number, length in enumerate(lengths):
+            one = ids[at : at + length][None]
+            rows[row, place : place + length], numbers[row, place : place + length] = one[0], number
+            alone.append(
+                split.states({"input_ids": one, "attention_mask": torch.ones_like(one)})[0]
+            )
+            at, place = at + length, place + length
+    inputs = {
+        "input_ids": rows,
+        "document_numbers": numbers,
+        "attention_mask": (numbers >= 0).long(),
+    }
+    select = (numbers.flatten() >= 0).nonzero()[:, 0]
+    _, states = split.hidden(inputs, select)
+    assert torch.allclose(states[numbers >= 0], torch.cat(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "values"),
+    [
+        ("Mamba", "ForCausalLM", {}),
+        ("Bloom", "ForCausalLM", {"n_head": 2}),
+        ("FNet", "ForMaskedLM", {}),
+    ],
+)
+def test_a_model_that_cannot_be_told_of_documents_is_refused(family, head, values):
+    model = made(family, head, **values)
+    with pytest.raises(SightError, match=r"cannot read rows of several documents.*packing: doc"):
+        find_form(model, head == "ForCausalLM", 16)

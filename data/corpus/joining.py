@@ -1,0 +1,82 @@
+"""Packing ``packed``: the sequences of single documents joined to rows, several in each.
+
+Each is in a row what it is alone, its own special tokens beside it, and none is cut: a row is full
+where the next does not fit (next fit), or is of another domain, as a row is of one. So a document
+that fits into a row lies whole in one, and each of the pieces that a longer one is cut into is the
+first of its row.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import xxhash
+
+from rekindle.data.corpus.packing import Ints, next_fit
+from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, digests_of, joined_text, sums_before
+
+
+def joined_rows(parts: Iterable[Rows], room: int) -> Iterator[Rows]:
+    """Rows of at most ``room`` tokens; ``parts`` are sequences of a document each, in order.
+
+    document_starts are the positions where each document's tokens begin, its special tokens among
+    them. What a row says of its document it says of its first one.
+    """
+    left: Rows | None = None  # whose last row may have room for more
+    for rows in parts:
+        if not len(rows):
+            continue
+        left = Rows.joined([left, rows]) if left is not None else rows
+        counts = next_fit(left.lengths.tolist(), room, left.domains)[:-1]
+        if counts:
+            done = sum(counts)
+            yield _joined(left.part(0, done), counts)
+            left = left.part(done, len(left))
+    if left is not None:
+        yield _joined(left, [len(left)])
+
+
+def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
+    """So many sequences in each row."""
+    edges = sums_before(np.array(counts, np.int64))
+    firsts, lasts = edges[:-1], edges[1:] - 1
+    begins = sums_before(rows.lengths)
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    starts = begins[:-1] - begins[firsts][row_of]
+    # Where the text of each begins in its row's: nothing stands between those without a text.
+    sizes = np.array([len(text) + len(PIECE_SEPARATOR) for text in rows.texts], np.int64)
+    characters = sums_before(sizes)
+    shifts = characters[:-1] - characters[firsts][row_of]
+    bounds = list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
+    texts = [joined_text(rows.texts[a:b]) for a, b in bounds]
+    char_starts = rows.char_starts + np.repeat(shifts, rows.lengths).astype(np.int32)
+    lengths = np.add.reduceat(rows.lengths, firsts)
+    untrained = rows.untrained
+    digests = digests_of(lengths, rows.input_ids, texts, rows.trained)
+    for number, (a, b) in enumerate(bounds):
+        if b > a + 1:  # where documents begin decides what each token sees
+            digests[number] = _with_starts(digests[number], starts[a:b])
+    return Rows(
+        lengths=lengths,
+        input_ids=rows.input_ids,
+        char_starts=np.where(rows.char_starts < 0, np.int32(-1), char_starts),
+        word_starts=rows.word_starts,
+        token_types=rows.token_types,
+        pieces=np.array(counts, np.int64),
+        document_starts=starts.astype(np.int32),
+        documents=[rows.documents[first] for first in firsts],
+        domains=[rows.domains[first] for first in firsts],
+        spans=rows.spans[firsts],
+        buckets=rows.buckets[firsts],
+        texts=texts,
+        digests=digests,
+        lost=np.add.reduceat(rows.lost, firsts),
+        ends=rows.ends[lasts],
+        trained=rows.trained,
+        untrained=None if untrained is None else np.add.reduceat(untrained, firsts),
+    )
+
+
+def _with_starts(digest: str, starts: Ints) -> str:
+    state = xxhash.xxh3_128(bytes.fromhex(digest))
+    state.update(starts.astype("<i8").tobytes())
+    return state.hexdigest()

@@ -1,0 +1,62 @@
+"""What a corpus says of the single tokens of some sequences, beside which they are.
+
+B sequences, S positions of the longest.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.columns import DOCUMENTS, TRAINED, TYPES
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.cuts import Place, cut_lengths, pad_cuts
+
+Tokens = NDArray[np.int32]
+
+
+def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
+    """Read the segments of the sequences ``where`` [B,S], 0 where padded; None where the corpus has
+    no pairs.
+    """
+    if not corpus.has_pairs:
+        return None
+    cuts = [corpus.cut(place) for place in where]
+    return pad_cuts(cuts, cut_lengths(cuts), TYPES, 0)
+
+
+def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | None:
+    """Read which tokens of the sequences ``where`` are trained [B,S]; None where all are."""
+    if not corpus.has_trained:
+        return None
+    cuts = [corpus.cut(place) for place in where]
+    return pad_cuts(cuts, cut_lengths(cuts), TRAINED, 0).astype(np.bool_)
+
+
+def read_documents(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
+    """Read which document of its sequence each token is of [B,S], from 0, −1 where padded; None
+    where each of the sequences ``where`` is of one.
+    """
+    if not corpus.is_packed:
+        return None
+    cuts = [corpus.cut(place) for place in where]
+    found = pad_cuts(cuts, cut_lengths(cuts), DOCUMENTS, -1)
+    return found if (found > 0).any() else None
+
+
+class Marks(TypedDict):
+    """What a batch says of single tokens, where there is anything to say; see ``Batch``."""
+
+    token_types: Tokens | None
+    trained: NDArray[np.bool_] | None
+    document_numbers: Tokens | None
+
+
+def read_marks(corpus: Corpus, where: Sequence[Place]) -> Marks:
+    """Read what there is of these of the sequences ``where`` [B]."""
+    return {
+        "token_types": read_types(corpus, where),
+        "trained": read_trained(corpus, where),
+        "document_numbers": read_documents(corpus, where),
+    }

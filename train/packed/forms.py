@@ -1,0 +1,131 @@
+"""How a model of transformers is told that a row holds several documents, each to be read as if it
+were alone. Which form a model understands is found by trying (``train/model/sight.py``).
+
+B rows of S tokens. A pass's inputs say with ``document_numbers`` [B,S] which document of its row
+each token is of, −1 where it is padding; what is said here takes its place, and the mask's.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rekindle.data.corpus.columns import DOCUMENTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = Mapping[str, Tensor]
+MASK = "attention_mask"
+
+
+class Form(NamedTuple):
+    """What is handed to a model, and the position ``first`` of a document's first token.
+
+    mask: a mask [B,1,S,S] for all layers. windows: one for layers that see all, and one for those
+    of a bidirectional model that see a window. positions: the position ids alone, which causal
+    models of transformers understand where they are given no mask. blocks: a block mask of flex
+    attention. flat: all rows one after another, and where each document begins, as flash
+    attention's kernels for sequences of different lengths have it.
+    """
+
+    kind: Literal["mask", "windows", "positions", "blocks", "flat"]
+    first: int
+
+
+def possible_forms(model: "PreTrainedModel", causal: bool) -> Iterator[list[Form]]:
+    """The forms that a model with this attention may understand, the quickest first: of each kind
+    for every first position. Families of RoBERTa's kind count past their padding id.
+    """
+    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    kinds: tuple[Any, ...] = ("mask", "positions" if causal else "windows")
+    if "flash" in attention:
+        kinds = ("flat",)
+    elif attention == "flex_attention":
+        kinds = ("blocks",)
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    firsts = [0] if padding is None or padding < 0 else [0, padding + 1]
+    for kind in kinds:
+        yield [Form(kind, first) for first in firsts]
+
+
+def positions_of(numbers: Tensor, first: int) -> Tensor:
+    """The position ids [B,S], from ``first`` in each document."""
+    places = torch.arange(numbers.shape[1], device=numbers.device).expand(numbers.shape)
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(dim=1).values + first
+
+
+def block_mask(numbers: Tensor, causal: bool) -> Tensor:
+    """[B,1,S,S]: whether a token (the third dimension) sees another one."""
+    sees = numbers[:, None, :, None] == numbers[:, None, None, :]
+    return sees.tril() if causal else sees
+
+
+def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) -> dict[str, Any]:
+    """A pass's inputs with its ``document_numbers`` said in that form. Of ``flat`` they are of a
+    single row [1,B·S].
+    """
+    numbers = inputs[DOCUMENTS]
+    positions = positions_of(numbers, form.first)
+    read: dict[str, Any] = {k: v for k, v in inputs.items() if k not in (DOCUMENTS, MASK)}
+    read["position_ids"] = positions
+    if form.kind == "mask":
+        read[MASK] = _for_attention(model, block_mask(numbers, causal))
+    elif form.kind == "positions":
+        read |= {MASK: None, "use_cache": False}  # beside a cache they are not asked
+    elif form.kind == "windows":
+        read[MASK] = _with_windows(model, block_mask(numbers, causal))
+    elif form.kind == "flat":
+        edges = _edges(numbers)
+        read = {name: value.reshape(1, -1) for name, value in read.items()}
+        longest = int(edges.diff().max())
+        read |= {"use_cache": False} if causal else {}
+        read |= {MASK: None, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+        read |= {"max_length_q": longest, "max_length_k": longest}
+    else:
+        read[MASK] = _block_mask_of_flex(model, numbers, causal)
+    return read
+
+
+def _for_attention(model: "PreTrainedModel", sees: Tensor) -> Tensor:
+    """As PyTorch's own attention takes a mask; written out, it is added to the scores."""
+    if model.config._attn_implementation == "sdpa":
+        return sees
+    dtype = next(model.parameters()).dtype
+    hidden = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return hidden.masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def _edges(numbers: Tensor) -> Tensor:
+    """Where documents begin in [B·S], and its end: int32. Padding counts as one."""
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([numbers.numel()])]).int()
+
+
+def _with_windows(model: "PreTrainedModel", sees: Tensor) -> dict[str, Tensor]:
+    """A mask for each type of a bidirectional model's layers."""
+    from transformers.masking_utils import sliding_window_bidirectional_overlay
+
+    places = torch.arange(sees.shape[-1], device=sees.device)
+    size = model.config.get_text_config().sliding_window
+    near = sliding_window_bidirectional_overlay(size)(0, 0, places[:, None], places)
+    each = {"full_attention": sees, "sliding_attention": sees & near}
+    return {name: _for_attention(model, mask) for name, mask in each.items()}
+
+
+def _block_mask_of_flex(model: "PreTrainedModel", numbers: Tensor, causal: bool) -> Any:
+    from transformers import masking_utils
+
+    dtype = next(model.parameters()).dtype
+    states = torch.empty((*numbers.shape, 0), dtype=dtype, device=numbers.device)
+    within = masking_utils.packed_sequence_mask_function(numbers)
+    given: dict[str, Any] = {"config": model.config.get_text_config(), "inputs_embeds": states}
+    given |= {MASK: None, "and_mask_function": within}
+    if causal:
+        return masking_utils.create_causal_mask(**given, past_key_values=None)
+    return masking_utils.create_bidirectional_mask(**given)
