@@ -1,7 +1,7 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 8 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 9 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
@@ -25,6 +25,9 @@ before the first of its targets is written; it may have what all the others have
 Version 8 is that of a cache whose corpus has several documents in a row and attention within each
 (``packing: packed``): an older Rekindle would show a student the others, too. It may have what
 all the others have.
+
+Version 9 is that of a cache with a teacher whose tokens were mapped to the corpus's
+(``vocabulary: map``): an older Rekindle takes a position without a target for damage.
 """
 
 import logging
@@ -38,7 +41,7 @@ from rekindle.data.storage.seal import (
     REPAIR,
     SEAL,
     VERSION,
-    WITH_PACKED,
+    WITH_MAPPED,
     seal,
     unseal,
 )
@@ -46,7 +49,7 @@ from rekindle.data.storage.seal import (
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
-NEWEST = WITH_PACKED  # of the versions that are read
+NEWEST = WITH_MAPPED  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:

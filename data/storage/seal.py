@@ -18,6 +18,7 @@ WITH_ROLL_UPS = 5  # of a cache whose commit records are rolled up; else it is v
 WITH_TRAINED = 6  # of a cache whose corpus says what is trained; else it is one of those above
 WITH_SERVED = 7  # of a cache that has targets that a server gave; else it is one of those above
 WITH_PACKED = 8  # of a cache with attention within each document of a row; else one of those above
+WITH_MAPPED = 9  # of a cache with a teacher of another tokenizer; else one of those above
 SEAL = "record"  # the key of the checksum
 VERSION = "format_version"
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rekindle.data.settings import Settings
-from rekindle.data.storage.seal import FORMAT_VERSION, WITH_IMPORTS, WITH_SERVED
+from rekindle.data.storage.seal import FORMAT_VERSION, WITH_IMPORTS, WITH_MAPPED, WITH_SERVED
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.lineage import Ancestor
@@ -113,7 +113,11 @@ class TeacherInfo(Settings):
     @property
     def format_version(self) -> int:
         """The version that a cache with such a teacher has at least."""
-        needed = {WITH_IMPORTS: self.imported, WITH_SERVED: self.served}
+        needed = {
+            WITH_IMPORTS: self.imported,
+            WITH_SERVED: self.served,
+            WITH_MAPPED: self.mapped,
+        }
         return max([FORMAT_VERSION, *(version for version, told in needed.items() if told)])
 
     @property

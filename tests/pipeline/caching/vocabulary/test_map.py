@@ -11,6 +11,8 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.storage.manifest import read_manifest
+from rekindle.data.storage.seal import VERSION, WITH_MAPPED
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.tokens.token_bytes import bytes_of_tokens
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -159,6 +161,7 @@ def test_what_is_kept_is_counted_and_shown(made):
     assert reader.info.mapped > 100
     assert 0.3 < mass < 1
     assert "vocabulary: map" in inspect_cache(made.cache.path)
+    assert read_manifest(cache.store)[VERSION] == WITH_MAPPED
 
 
 def test_verify_and_audit_find_nothing_wrong(made):
@@ -219,6 +222,7 @@ def test_dense_targets_are_of_the_common_tokens(tmp_path, configure, text, bytel
 @pytest.mark.parametrize(
     ("teacher", "told"),
     [
+        ({"packing": "packed"}, "attention within documents"),
         ({"map_coverage": 0.999}, "less than map_coverage"),
         ({"targets": {"kind": "threshold"}}, "kinds topk and dense"),
         ({"task": "masked_lm"}, "is for causal_lm"),
@@ -226,8 +230,12 @@ def test_dense_targets_are_of_the_common_tokens(tmp_path, configure, text, bytel
     ],
 )
 def test_what_is_refused(tmp_path, configure, text, bytelevel, llama, teacher, told):
+    corpus = {key: teacher[key] for key in teacher.keys() & {"packing"}}
+    teacher = {key: value for key, value in teacher.items() if key not in corpus}
+    asked = run(tmp_path / "cache", text, bytelevel, llama, **teacher)
+    asked["corpus"] |= corpus
     with pytest.raises(InputError, match=told):
-        cache_teachers(configure(**run(tmp_path / "cache", text, bytelevel, llama, **teacher)))
+        cache_teachers(configure(**asked))
 
 
 def test_a_tokenizer_that_changes_texts(wordpiece):
