@@ -303,7 +303,9 @@ def row_kernel(
                     u, e = exponentials(z_y, reference, k, POWER)
                     g_y = mixed(u, e, rest_weight, one_weight, POWER) - a
                     g_y *= slope(z_y, scale, softcap, SOFTCAP)
-                    alone = labelled & (max_of_row((ids == label).to(tl.int32)) == 0)
+                    # labelled and not listed; by numbers, as 3.9's interpreter makes no mask of
+                    # a single truth beside several
+                    alone = labelled.to(tl.int32) > max_of_row((ids == label).to(tl.int32))
                     if CTAS > 1:
                         place = label - head
                         inside = (place >= 0) & (place < n_middle)
