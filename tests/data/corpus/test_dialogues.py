@@ -377,3 +377,15 @@ def test_a_batch_says_what_is_trained_in_any_order(build):
         trained = each[number]["trained"]
         assert row[: len(trained)].tolist() == trained
         assert not row[len(trained) :].any()
+
+
+def test_packed_dialogues_are_those_of_documents_in_rows(build):
+    alone, packed = rows(build("alone")), build("packed", packing="packed", sequence_length=300)
+    whole = {name: [x for row in alone for x in row[name]] for name in ("input_ids", "trained")}
+    table = rows(packed)
+    assert len(table) < len(alone)
+    for name, expected in whole.items():
+        assert [x for row in table for x in row[name]] == expected
+    assert sum(len(row["document_starts"]) for row in table) == len(alone)
+    left_out = [c.units.counts("untrained_sequences").sum() for c in (packed, build("alone"))]
+    assert left_out[0] == left_out[1]
