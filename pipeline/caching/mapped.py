@@ -131,11 +131,10 @@ def check_positions(found: VocabularyMap, corpus: Corpus, name: str, least: floa
 
     Raises InputError where that is less than the share ``least`` of the positions.
     """
-    if corpus.has_trained or corpus.has_pairs or corpus.is_packed:
+    if corpus.has_trained or corpus.has_pairs:
         raise InputError(
-            f"teacher {name!r}: vocabulary: map reads the text of a sequence as one, and this "
-            "corpus has dialogues, rows of tokens, pairs, or attention within documents. Use a "
-            "teacher of corpus.tokenizer"
+            f"teacher {name!r}: vocabulary: map reads the text of a sequence, and this corpus has "
+            "dialogues, rows of tokens or pairs. Use a teacher of corpus.tokenizer"
         )
     table = corpus.shard(0).table().slice(0, LOOKED_AT)
     rows = found.of_rows(table, 2**31)

@@ -222,7 +222,7 @@ def test_dense_targets_are_of_the_common_tokens(tmp_path, configure, text, bytel
 @pytest.mark.parametrize(
     ("teacher", "told"),
     [
-        ({"packing": "packed"}, "attention within documents"),
+        ({"packing": "packed"}, "another tokenizer reads it as one text"),
         ({"map_coverage": 0.999}, "less than map_coverage"),
         ({"targets": {"kind": "threshold"}}, "kinds topk and dense"),
         ({"task": "masked_lm"}, "is for causal_lm"),
