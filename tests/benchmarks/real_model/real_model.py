@@ -153,8 +153,9 @@ def main() -> None:
     if "cache seconds" not in found:
         found["cache seconds"] = command("cache-teachers", run)[1]
         known.write_text(json.dumps(found))
-    told, _ = command("verify", out / "cache", "--audit", AUDITED, "--config", run, "--json")
-    found["audit"] = json.loads(told)
+    if "audit" not in found:
+        audit = ("--audit", AUDITED, "--config", run)
+        found["audit"] = json.loads(command("verify", out / "cache", *audit, "--json")[0])
     found["inspect"] = json.loads(command("inspect", out / "cache", "--json")[0])
     if not (out / "run" / "summary.json").exists():
         found["train seconds"] = command("train-student", run, "--out", out / "run")[1]
