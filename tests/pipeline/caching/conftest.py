@@ -11,7 +11,7 @@ from testlib.models import AUTO
 from testlib.stage_one.rehearsed import rehearsed_once
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _rehearsed_once() -> Iterator[None]:
     """In every test of this folder; ``test_first_checks`` has a new configuration each time."""
     with rehearsed_once():

@@ -66,8 +66,7 @@ def steps_of_teacher(cache, name, everything):
         )
     if teacher.info.is_vocabulary:
         # Scalars are read past the checksums of whole record batches, so with an unread cache.
-        imported = teacher.info.imported  # without some of them it is asked for none
-        if imported is None or not imported.lacks:
+        if not teacher.info.lacks:  # without some of them it is asked for none
             yield f"{name} scalars", lambda: scalars_of(Cache.open(cache.store.root), name)
             yield f"{name} scores", lambda: cache.scores(name)
 

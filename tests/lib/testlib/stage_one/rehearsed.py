@@ -10,19 +10,22 @@ import pytest
 from rekindle.pipeline.caching import cache_teachers as module
 
 
+_PASSED = set[str]()  # in this process
+
+
 @contextmanager
 def rehearsed_once() -> Iterator[None]:
     """Of a small cache the rehearsal is a fourth of the work, and most tests have the same one."""
-    real, passed = module.rehearse, set[str]()
+    real = module.rehearse
 
     def rehearse(config: Any, teachers: Sequence[Any], store: Any) -> None:
-        where = [*config.corpus.source, *(teacher.model for teacher in teachers)]
+        where = [*config.corpus.places, *(teacher.model for teacher in teachers)]
         masks = config.cache.model_copy(update={"path": ""})
         asked = (config.corpus, masks, teachers, config.student, config.train.objective)
         key = repr((asked, [_state(Path(one)) for one in where]))
-        if key not in passed:
+        if key not in _PASSED:
             real(config, teachers, store)
-            passed.add(key)
+            _PASSED.add(key)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "rehearse", rehearse)
