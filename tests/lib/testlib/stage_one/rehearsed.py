@@ -9,7 +9,6 @@ import pytest
 
 from rekindle.pipeline.caching import cache_teachers as module
 
-
 _PASSED = set[str]()  # in this process
 
 
