@@ -6,12 +6,13 @@ On a cluster: ``on_ray``. Knows no model.
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from rekindle.data.cores import cores
@@ -31,6 +32,7 @@ from rekindle.train.interrupts import Interrupted
 
 log = logging.getLogger("rekindle")
 
+AT_HAND = 2  # units of a process that does them in order: it waits for nobody
 WARM_UP, IN_THREADS = 512, 768  # of 64 kB of text: some 20 and 30 seconds of two cores
 
 BEGUN = 3  # units that are begun, or being written, before one is through
@@ -186,29 +188,52 @@ def units_in_order(
 
     Raises as ``run_units`` does.
     """
-    workers, free = list[Worker](), SimpleQueue[Worker]()
+    workers, free = list[Worker](), SimpleQueue[_Asked]()
 
     def do(unit: Unit) -> Result:
-        """Have a process do it; a thread for each waits for its answer."""
-        worker = free.get()
+        """Have a process do it; a thread for each unit at hand waits for its answer."""
+        asked = free.get()
         try:
-            worker.send(unit)
-            return cast(Result, worker.receive())
+            with asked.in_turn(unit):
+                return cast(Result, asked.worker.receive())
         except (Interrupted, WorkerKilled) as error:
             raise _ended(name, error) from None
         finally:
-            free.put(worker)
+            free.put(asked)
 
     with killed_at_exit(workers):
         for place in places:
             workers.append(Worker(name, partial(_do_units, load), place))
-            free.put(workers[-1])
-        with closing(in_threads(lambda: do, units, len(workers))) as results:
+            asked = _Asked(workers[-1])
+            for _ in range(AT_HAND):
+                free.put(asked)
+        with closing(in_threads(lambda: do, units, AT_HAND * len(workers))) as results:
             yield from results
         for worker in workers:
             worker.send(None)
             worker.receive()
         workers.clear()
+
+
+class _Asked:
+    """A process that has the next unit at hand while it does one; it answers in their order."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self._sending, self._answered = worker, Lock(), Event()
+        self._answered.set()
+
+    @contextmanager
+    def in_turn(self, unit: object) -> Iterator[None]:
+        """Send a unit, and wait until its answer is the next one."""
+        mine = Event()
+        with self._sending:
+            self.worker.send(unit)
+            before, self._answered = self._answered, mine
+        before.wait()
+        try:
+            yield
+        finally:
+            mine.set()
 
 
 def _held(place: Place) -> int:

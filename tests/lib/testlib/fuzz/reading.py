@@ -64,11 +64,10 @@ def steps_of_teacher(cache, name, everything):
                 cache, cache.gather(everything, [name], epoch=epoch, masked_view=view)
             ),
         )
-    if teacher.info.is_vocabulary:
-        # Scalars are read past the checksums of whole record batches, so with an unread cache.
-        if not teacher.info.lacks:  # without some of them it is asked for none
-            yield f"{name} scalars", lambda: scalars_of(Cache.open(cache.store.root), name)
-            yield f"{name} scores", lambda: cache.scores(name)
+    if teacher.info.is_vocabulary and not teacher.info.lacks:  # it is asked for all scalars or none
+        # They are read past the checksums of whole record batches, so with an unread cache.
+        yield f"{name} scalars", lambda: scalars_of(Cache.open(cache.store.root), name)
+        yield f"{name} scores", lambda: cache.scores(name)
 
 
 def scalars_of(cache, name):
