@@ -204,9 +204,8 @@ def units_in_order(
     with killed_at_exit(workers):
         for place in places:
             workers.append(Worker(name, partial(_do_units, load), place))
-            asked = _Asked(workers[-1])
-            for _ in range(AT_HAND):
-                free.put(asked)
+        for asked in AT_HAND * [_Asked(worker) for worker in workers]:  # few units go to all
+            free.put(asked)
         with closing(in_threads(lambda: do, units, AT_HAND * len(workers))) as results:
             yield from results
         for worker in workers:

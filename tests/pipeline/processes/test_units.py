@@ -109,7 +109,7 @@ def test_results_come_in_the_order_of_the_units(loads: ModuleType, tmp_path: Pat
     found.close()  # type: ignore[attr-defined]
     assert [number for number, _ in results] == list(range(12))
     assert len({pid for _, pid in results}) == 3
-    assert 12 < next(taken) <= 12 + AHEAD * 3 + 1
+    assert 12 < next(taken) <= 12 + AHEAD * units.AT_HAND * 3 + 1
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 3
 
 
