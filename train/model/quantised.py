@@ -49,6 +49,9 @@ def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
         quant_type=_OPTIONS["quant_type"],
         compress_statistics=_OPTIONS["compress_statistics"],
     )
+    # On some CPUs (AVX-512 with bf16) it would compute in bf16 whenever it does not train, and in a
+    # layout that takes no small matrices.
+    made.support_avx512bf16_for_cpu = False
     made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **_OPTIONS)
     made.bias = layer.bias
     return made.to(layer.weight.device)

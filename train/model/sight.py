@@ -8,7 +8,7 @@ teachers, students or caches.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,9 +115,18 @@ def _influence(model: "PreTrainedModel", length: int, of: int) -> float:
     first, again, changed = logits[:, others]
     # A model that draws (hashing, say) moves by itself, too; and a deep one whose states are large
     # at the first token (SmolLM2: 2e-5) rounds otherwise where a product is cut otherwise.
-    alone = model(input_ids=rows[:1], attention_mask=torch.ones_like(rows[:1])).logits.float()
-    own = max(_moved(first, again), _moved(first, alone[0, others]))
+    own = max(_moved(first, again), _moved(first, _of_fewer(model, rows)[others]))
     return max(0.0, _moved(first, changed) - 4 * own)
+
+
+def _of_fewer(model: "PreTrainedModel", rows: Tensor) -> Tensor:
+    """Logits [S,V] of the first row beside fewer others: by products of another shape."""
+    for count in (1, 2):  # some quantised layers on a CPU take no single row
+        with suppress(*BROKEN):
+            fewer = rows[:count]
+            found: Tensor = model(input_ids=fewer, attention_mask=torch.ones_like(fewer)).logits
+            return found[0].float()
+    return model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[0].float()
 
 
 def moved_by_padding(model: "PreTrainedModel") -> float:
