@@ -75,6 +75,7 @@ class HandingOut(Generic[Unit, Result]):
     unloadable: int = 0  # loads that failed
     in_a_row: Counter[str] = field(default_factory=Counter)  # the same, by address
     left_out: dict[str, Exception] = field(default_factory=dict)  # nodes, by address, and why
+    cannot: tuple[str, Exception] | None = None  # the last node that cannot do it, and why
     unplaced: int = 0  # processes in a row that were lost before they had begun
     told: set[str] = field(default_factory=set)
     looked: float = float("-inf")
@@ -103,8 +104,8 @@ class HandingOut(Generic[Unit, Result]):
         """Hand out what can be, and wait a while for answers."""
         self._grow()
         self._hand_out()
-        if self.left_out and self.waiting:  # the others may have gone since
-            self._go_on_elsewhere(*[*self.left_out.items()][-1])
+        if self.cannot is not None and self.waiting:  # the others may have gone since
+            self._go_on_elsewhere(*self.cannot)
         answers = {actor.answer: actor for actor in self.actors if actor.answer is not None}
         if not answers:  # the last one is lost: room for another is looked for again
             time.sleep(LOOK_AGAIN)
@@ -205,12 +206,13 @@ class HandingOut(Generic[Unit, Result]):
             self._leave_out(address, error)
         else:
             log.warning("%s", _last_line(error))
+        self.cannot = address, error
         self._go_on_elsewhere(address, error)
 
     def _leave_out(self, address: str, error: Exception) -> None:
         """Use a node no more, however often it is met, and say so once."""
         if address not in self.left_out:
-            self.left_out[address] = error
+            self.left_out[address], self.cannot = error, (address, error)
             log.warning("%s. The node is left out from now on", _last_line(error).rstrip("."))
 
     def _go_on_elsewhere(self, address: str, error: Exception) -> None:
