@@ -146,6 +146,23 @@ def test_nowhere_to_load() -> None:
         done_by(Cluster(Node("one", load=no_model), Node("two", load=no_model, loading=60.0)))
 
 
+def test_it_ends_where_those_that_could_have_done_it_go_later() -> None:
+    """A node full of somebody else's work may get room: it is waited for as long as it is there."""
+    leaving = Node("leaving", taken=1)
+
+    class Shrinking(Cluster):
+        def wait(self, *given: Any, **how: Any) -> Any:
+            assert self.now < 1000, "it waits for ever"
+            if self.now > 20 and leaving in self.there:
+                self.there.remove(leaving)
+            return super().wait(*given, **how)
+
+    cluster = Shrinking(Node("one", load=no_model), Node("two", load=no_model), leaving)
+    with pytest.raises(InputError, match=r"numbers cannot be loaded on node .*no such model"):
+        done_by(cluster)
+    assert cluster.now > 20
+
+
 def test_a_node_that_fails_at_every_unit_leaves_them_to_one_that_still_loads() -> None:
     tried = list[int]()
 
