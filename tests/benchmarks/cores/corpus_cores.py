@@ -1,15 +1,15 @@
 """Making a corpus on two cores beside one: reading, tokenising, packing, writing.
 
-    python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--csv PATH]
+    python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--times N] [--csv PATH]
 
 SHARED: the folder of the shared corpora (`corpus/wiki_train.jsonl`, `glue/sst2_train.jsonl`,
 `tokenizers/bert-base-uncased`). Long texts (most of that Wikipedia) and short ones (the sentences
 of SST-2, some times over) into sequences of 512, in shards of the usual size: some ten seconds of
-one core each, beside which the workers' beginning (a quarter of a second) is little. One process
-may use the first core, one the first two (``taskset``: threads, as for any corpus that is not
-long), and one these with ``--workers 2``; they make the same corpora in turns, in one run, each on
-its own. What is paid once (imports) is left out, but not loading the tokenizer, nor the workers'
-beginning.
+one core each (``--times``: so many times that, once), beside which the workers' beginning (a
+quarter of a second) is little. One process may use the first core, one the first two (``taskset``:
+threads, as for any corpus that is not long), and one these with ``--workers 2``; they make the same
+corpora in turns, in one run, each on its own. What is paid once (imports) is left out, but not
+loading the tokenizer, nor the workers' beginning.
 
 On idle cores. On others the rows say so: the load average is part of their case. What does not
 depend on it is the last row of each case, the share of one process's CPU time that is left to the
@@ -50,7 +50,12 @@ def source_of(case: str, sources: Path) -> Path:
     return sources / f"{times}-{Path(path).name}"
 
 
-def serve(shared: Path, sources: Path, workers: int, toy: bool) -> None:
+def sequences_of(case: str, toy: bool, times: int) -> int:
+    """How many sequences a corpus of that case has."""
+    return TOY if toy else times * CASES[case][-1]
+
+
+def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> None:
     """Make the corpus of each case that is named on standard input; answer with what was found."""
     import transformers  # noqa: F401
 
@@ -59,15 +64,15 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool) -> None:
     from rekindle.data.storage.store import LocalStore
     from rekindle.pipeline.processes.units import OnThisMachine
 
-    def make(folder: str, case: str, limit: int | None = None) -> Corpus:
-        _, _, field, packing, sequences = CASES[case]
+    def make(folder: str, case: str, sequences: int) -> Corpus:
+        _, _, field, packing, _ = CASES[case]
         config = CorpusConfig(
             source=(str(source_of(case, sources)),),
             text_field=field,
             tokenizer=str(shared / "tokenizers/bert-base-uncased"),
             sequence_length=512,
             packing=packing,
-            limit_sequences=limit or sequences,
+            limit_sequences=sequences,
         )
         in_order = partial(OnThisMachine(workers).in_order, "corpus")
         size = usual_shard_size(sequences)
@@ -79,7 +84,7 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool) -> None:
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
             before, began = _used(), time.perf_counter()
-            corpus = make(folder, line.strip(), TOY if toy else None)
+            corpus = make(folder, line.strip(), sequences_of(line.strip(), toy, times))
             seconds, after = time.perf_counter() - began, _used()
             found = {"seconds": seconds, "cpu": after - before, "is": corpus.fingerprint}
             print(json.dumps(found), flush=True)
@@ -91,11 +96,13 @@ def _used() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def started(shared: Path, sources: Path, variant: str, toy: bool) -> Callable[[str], Found]:
+def started(
+    shared: Path, sources: Path, variant: str, toy: bool, times: int
+) -> Callable[[str], Found]:
     """A process of that variant, as a function of a case."""
     cores, workers = VARIANTS[variant]
     command = ["taskset", "-c", cores, sys.executable, __file__, str(shared)]
-    command += ["--serve", str(sources), str(workers), *["--toy"] * toy]
+    command += ["--serve", str(sources), str(workers), *["--toy"] * toy, "--times", str(times)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
     assert process.stdout.readline() == "ready\n"
@@ -108,20 +115,23 @@ def started(shared: Path, sources: Path, variant: str, toy: bool) -> Callable[[s
     return make
 
 
-def measure(shared: Path, sources: Path, toy: bool) -> list[Row]:
+def measure(shared: Path, sources: Path, toy: bool, times: int) -> list[Row]:
     """Every case with every variant, in turns."""
-    for case, (path, times, *_) in CASES.items():
+    for case, (path, copies, *_) in CASES.items():
         with source_of(case, sources).open("wb") as file:
-            for _ in range(times):
+            for _ in range(copies * times):
                 file.write((shared / path).read_bytes())
-    makers = {variant: started(shared, sources, variant, toy) for variant in VARIANTS}
+    makers = {variant: started(shared, sources, variant, toy, times) for variant in VARIANTS}
     rows: list[Row] = []
     for case in CASES:
         loads = [os.getloadavg()[0]]
-        turns = [{v: make(case) for v, make in makers.items()} for _ in range(2 if toy else 3)]
+        turns = [
+            {v: make(case) for v, make in makers.items()}
+            for _ in range(2 if toy else max(1, 4 - times))
+        ]
         loads.append(os.getloadavg()[0])
         assert len({found["is"] for turn in turns for found in turn.values()}) == 1
-        sequences = TOY if toy else CASES[case][-1]
+        sequences = sequences_of(case, toy, times)
         told = f"{case}, {sequences:,} sequences, load {min(loads):.1f}-{max(loads):.1f}"
         cpu = statistics.median(turn["one core"]["cpu"] for turn in turns)
         rows.append((told, "one core", "CPU time", cpu, "s"))
@@ -143,14 +153,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
     parser.add_argument("--toy", action="store_true", help="some seconds; its figures say nothing")
+    parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.shared, Path(options.serve[0]), int(options.serve[1]), options.toy)
+        serve(
+            options.shared,
+            Path(options.serve[0]),
+            int(options.serve[1]),
+            options.toy,
+            options.times,
+        )
         return
     with tempfile.TemporaryDirectory() as sources:
-        rows = measure(options.shared, Path(sources), options.toy)
+        rows = measure(options.shared, Path(sources), options.toy, options.times)
     if not options.toy:
         about = versions("tokenizers", "transformers", "pyarrow", "numpy")
         append(rows, "corpus_cores", processor(), about, options.csv)
