@@ -213,7 +213,8 @@ def test_results_in_order_while_nodes_come_and_go(cluster, nodes, folder):
         found.close()
     assert [unit for unit, _ in done] == list(range(60))
     assert first not in cluster.worker_nodes
-    assert next(taken) < 60 + 2 * 3 + BESIDE
+    # Beside two on nodes there may be one that waits for room, and one whose loss is not seen yet.
+    assert next(taken) <= 60 + 2 * 4 + BESIDE
 
 
 def test_a_unit_that_always_fails_ends_those_in_order_at_once(cluster, nodes, folder):
