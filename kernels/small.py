@@ -21,9 +21,8 @@ from rekindle.kernels.closed_form import parts_of
 from rekindle.kernels.targets import LossSettings, SparseTargets, target_masses
 
 LARGEST = 4096  # N·V; beyond it passes over the logits are dearer than the operations' own price
-LEAST = (
-    1e-30  # of a probability; its logarithm, and what is divided by it, is right to the last bits
-)
+# Of a probability: its logarithm, and what is divided by it, is right to the last bits.
+LEAST = 1e-30
 
 Losses = tuple[Tensor, Tensor, Tensor]
 

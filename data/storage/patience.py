@@ -54,7 +54,7 @@ class Patience:
         or cannot be reached. It must be harmless if an earlier call succeeded unheard.
         """
         began, told = time.monotonic(), False
-        for delay in _delays():
+        for delay in delays():
             try:
                 found = call()
             except Exception as error:
@@ -77,8 +77,10 @@ class Patience:
         raise AssertionError  # delays have no end
 
 
-def _delays() -> Iterator[float]:
-    """Longer each time, and of random length: many processes do not ask at the same moment."""
+def delays() -> Iterator[float]:
+    """Seconds between two attempts: more each time, and by chance, so that processes do not all ask
+    at the same moment.
+    """
     longest = FIRST_DELAY
     while True:
         yield random.uniform(longest / 2, longest)

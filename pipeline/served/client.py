@@ -7,10 +7,9 @@ stands in no message.
 import json
 import logging
 import os
-import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -23,12 +22,11 @@ from urllib3.exceptions import (
 )
 
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.storage.patience import AT_FIRST, delays
 from rekindle.pipeline.served.config import ServedConfig
 
 log = logging.getLogger("rekindle")
 
-AT_FIRST = 5.0  # seconds, for a server that never answered: its address may be wrong
-FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
 LONGEST_ORDER = 600.0  # seconds that a Retry-After may ask for
 CONNECT = 10.0  # seconds
 PASSING = {408, 425, 429}  # and all from 500 on: the same request may succeed later
@@ -78,7 +76,7 @@ class Client:
     def _ask(self, method: str, path: str, body: bytes | None, optional: bool) -> Any:
         """Raises ServerAwayError when patience ends, InputError for what the server refuses."""
         where = self.url.removesuffix("/v1") + path if optional else self.url + path
-        spent, delays = 0.0, _delays()
+        spent, waits = 0.0, delays()
         while True:
             if self._stop.is_set():
                 raise StoppedError
@@ -93,7 +91,7 @@ class Client:
             if not passing:
                 self._answered = True
                 return self._read(answer, where, optional)
-            delay = next(delays)
+            delay = next(waits)
             spent += time.monotonic() - began + delay
             self._check_patience(passing, spent)
             if self._stop.wait(max(delay, ordered)):
@@ -192,11 +190,3 @@ def _seconds(order: str | None) -> float:
         return max(0.0, parsedate_to_datetime(order).timestamp() - time.time())
     except ValueError:
         return 0.0
-
-
-def _delays() -> Iterator[float]:
-    """Longer each time, and of random length: many do not ask again at the same moment."""
-    longest = FIRST_DELAY
-    while True:
-        yield random.uniform(longest / 2, longest)
-        longest = min(2 * longest, LONGEST_DELAY)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from cache_rows import VOCABULARY, make_corpus, timed
+from cache_rows import VOCABULARY, make_corpus, save_masked_lm, timed
 from results_csv import Row
 
 from rekindle.data.corpus.corpus import Corpus
@@ -35,16 +34,7 @@ def overhead(options: argparse.Namespace, folder: Path) -> list[Row]:
     masked.build()
     directory = folder / "model"
     shutil.copytree(folder / "ours" / "tokenizer", directory)
-    torch.manual_seed(0)
-    transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            intermediate_size=4 * width,
-        )
-    ).save_pretrained(directory)
+    save_masked_lm(directory, layers, width, width // 32)
     config = TeacherConfig(name="teacher", model=str(directory), task="masked_lm")
     teacher = Teacher(plan_teacher(config, corpus, Views(masked), 0), corpus)
     view = ViewReader(corpus, teacher.info.view)

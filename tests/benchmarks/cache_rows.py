@@ -27,6 +27,23 @@ LENGTH, TARGETS, BATCH = 512, 511, 16
 SHARD = 512  # sequences
 
 
+def save_masked_lm(folder: Path, layers: int, width: int, heads: int) -> None:
+    """A random BERT of the benchmarks' vocabulary, beside what is in the folder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+        )
+    ).save_pretrained(folder)
+
+
 SCALARS = ("log_prob_max", "log_prob_min", "tail_log_odds")  # those that the loss needs
 
 Ints = NDArray[np.int64]

@@ -19,8 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
-from cache_rows import VOCABULARY, make_corpus
+from cache_rows import VOCABULARY, make_corpus, save_masked_lm
 from results_csv import RESULTS, Row, append, processor, versions
 
 from rekindle.data.storage.shards import Commit
@@ -41,16 +40,7 @@ def measure(folder: Path, toy: bool) -> list[Row]:
     masked = MaskedView(corpus, MaskConfig(), 0, 1)
     masked.build()
     model = folder / "tokenizer"  # the model beside its tokenizer
-    torch.manual_seed(0)
-    transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            intermediate_size=4 * width,
-        )
-    ).save_pretrained(model)
+    save_masked_lm(model, layers, width, width // 32)
     kept = TargetsConfig(kind="topk", k=64)
     teacher = TeacherConfig(name="teacher", model=str(model), task="masked_lm", targets=kept)
     plan = plan_teacher(teacher, corpus, Views(masked), 0)

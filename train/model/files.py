@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,6 +57,7 @@ from rekindle.train.model.padding import (
     padding_of_new,
     set_padding,
 )
+from rekindle.train.outside.digest import digest_of
 from rekindle.train.precision import chosen_precision
 
 if TYPE_CHECKING:
@@ -79,16 +80,8 @@ def weights_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for file in own_files(directory):
         digest.update(f"{file.name}\0".encode())
-        about = file.stat()
-        digest.update(_digest(file.resolve(), about.st_size, about.st_mtime_ns))
+        digest.update(digest_of(file))
     return digest.hexdigest()
-
-
-@lru_cache(1000)
-def _digest(file: Path, size: int, changed: int) -> bytes:
-    """The sha256 of a file that was last ``changed`` then: asked several times, it is read once."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def adapted_fingerprints(directory: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@ and that folder is the model: whatever is known of folders holds for it.
 """
 
 import fcntl
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from rekindle.data.errors import InputError, first_words
 from rekindle.data.places import home
 from rekindle.data.storage.atomic import new_folder, write_json
 from rekindle.data.text_files import refuse_pointer
+from rekindle.train.outside.digest import digest_of
 from rekindle.train.outside.quiet import quiet_transformers
 
 log = logging.getLogger("rekindle")
@@ -30,8 +30,7 @@ def folder_of_gguf(path_or_id: str) -> Path:
     """
     file = _local(path_or_id)
     refuse_pointer(file)
-    with open(file, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = digest_of(file).hex()
     out = home() / "gguf" / f"{file.stem}-{digest[:16]}"
     if not out.is_dir():
         with _alone(out):

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from cache_overhead import forward_batches
-from cache_rows import VOCABULARY, make_corpus
+from cache_rows import VOCABULARY, make_corpus, save_masked_lm
 from results_csv import Row
 
 from rekindle.data.views.masked import MaskedView
@@ -38,16 +37,7 @@ def measure(toy: bool, add: Callable[[Row], None]) -> None:
         masked = MaskedView(corpus, MaskConfig(), 0, 1)
         masked.build()
         model = folder / "tokenizer"  # the model beside its tokenizer
-        torch.manual_seed(0)
-        transformers.BertForMaskedLM(
-            transformers.BertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=width,
-                num_hidden_layers=layers,
-                num_attention_heads=width // 32 if toy else width // 64,
-                intermediate_size=4 * width,
-            )
-        ).save_pretrained(model)
+        save_masked_lm(model, layers, width, width // 32 if toy else width // 64)
         kept = TargetsConfig(kind="topk", k=64)
         config = TeacherConfig(name="teacher", model=str(model), task="masked_lm", targets=kept)
         plan = plan_teacher(config, corpus, Views(masked), 0)

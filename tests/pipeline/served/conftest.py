@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rekindle.data.storage import patience
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.served import client
 from testlib.servers.vllm_double import Double, served
@@ -32,7 +33,7 @@ def double(
     _double: Double, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Double]:
     """The server, without faults; it is asked again at once."""
-    monkeypatch.setattr(client, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(patience, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(client, "AT_FIRST", 0.2)
     _double.asked.clear()
     yield _double

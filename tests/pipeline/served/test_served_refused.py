@@ -10,6 +10,7 @@ import pytest
 
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.settings import free_keys, parse_settings
+from rekindle.data.storage import patience
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
@@ -187,7 +188,7 @@ def test_a_local_teacher_and_a_served_one_are_two(tmp_path, configure, whole, lo
 
 def test_patience_ends(tmp_path, configure, teacher, double, monkeypatch):
     double.faults += ["", "", "", *["503"] * 200]
-    monkeypatch.setattr(client, "LONGEST_DELAY", 0.02)
+    monkeypatch.setattr(patience, "LONGEST_DELAY", 0.02)
     with pytest.raises(InputError, match=r"not answered for 0.2 s \(HTTP 503: later\).*goes on"):
         cache_teachers(configure(tmp_path, [teacher(patience_s=0.2, max_concurrency=1)]))
 
