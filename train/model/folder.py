@@ -34,7 +34,12 @@ WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2}
 _WIDTHS |= {"I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
-_SIZES = ("vocab_size", "type_vocab_size", "max_position_embeddings", "hidden_size")
+_SIZES: tuple[str, ...] = (
+    "vocab_size",
+    "type_vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+)
 _SIZES += ("embedding_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SIZES += ("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_positions")
 _LARGEST_SIZE = 2**31 - 1
