@@ -263,9 +263,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(content)
         entries.pop("__metadata__", None)
-        found = {name: _stored(file, name, entry) for name, entry in entries.items()}
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{file} is damaged: {_no_header(size)}") from None
+    found = {name: _stored(file, name, entry) for name, entry in entries.items()}
     ends = _check_places(file, entries)
     whole = 8 + length + ends
     if size != whole:

@@ -140,7 +140,7 @@ COMMANDS = {
     ),
     "generate": Command(
         "generate {root}/causal --prompts {root}/chat.jsonl --out {root}/said.jsonl "
-        "--set max_new_tokens=4",
+        "--set max_new_tokens=4 --set temperature=0",
         rows("said.jsonl"),
     ),
     "export": Command("export {root}/whole --head expert --out {root}/given", weights("given")),
