@@ -162,7 +162,7 @@ class Cache:
         """The teacher of that name; InputError with the known ones otherwise."""
         if name not in self.teachers:
             known = ", ".join(sorted(self.teachers)) or "none"
-            became = what_became(self.manifest, self.store.location, name, self.teachers)
+            became = what_became(self.manifest, self.store, name, self.teachers)
             advice = " Cache it with `pipeline cache-teachers`, or take it out of train.objective"
             raise InputError(
                 f"{self.store.location} has no teacher {name!r} (it has: {known})."

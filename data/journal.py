@@ -20,20 +20,19 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rekindle.data.errors import CacheError, CacheFormatError, InputError, unusable
+from rekindle.data.errors import CacheError, InputError, unusable
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.base import Seen, Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import CHANGING, seal
+from rekindle.data.storage.seal import CHANGING, REPAIR, seal
 from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo
 
 log = logging.getLogger("rekindle")
 
-CHANGE, RENAMED, REMOVED = "change", "renamed", "removed"
-KEPT = (CHANGE, RENAMED, REMOVED)  # of cache.json: what cannot be rebuilt from the rest
+KEPT = ("change", "renamed", "removed")  # of cache.json: what cannot be rebuilt from the rest
 Action = Literal["remove", "rename", "transcode"]
 DOING = {"remove": "being removed", "rename": "being renamed", "transcode": "being transcoded"}
 
@@ -45,8 +44,19 @@ class Change(Settings):
     teacher: str = Field(pattern=TEACHER_NAME)
     to: str | None = Field(None, pattern=TEACHER_NAME, description="its new name, or codec")
     sets: tuple[str, ...] = Field((), description="those that are transcoded")
-    version: int = Field(description="the format version that the cache has without the change")
+    version: int = Field(ge=1, lt=CHANGING, description="of the cache without the change")
     phase: Literal["making", "placing", "clearing"] = "making"
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Change":
+        folder = f"targets/{self.teacher}"
+        own = all(f"{one}/".startswith(f"{folder}/") and ".." not in one for one in self.sets)
+        transcoded = self.action == "transcode"
+        if not own or bool(self.sets) != transcoded or (self.phase == "placing" and not transcoded):
+            raise ValueError(f"no change of {folder} is like that")
+        if (self.to is None) != (self.action == "remove") or self.to == self.teacher:
+            raise ValueError(f"{self.action} has no such end: {self.to!r}")
+        return self
 
     @property
     def asked(self) -> tuple[Action, str, str | None]:
@@ -74,22 +84,54 @@ class Change(Settings):
         return f"teacher {self.teacher!r} is {DOING[self.action]}{to.get(self.action, '')}"
 
 
-def change_in(manifest: Mapping[str, Any], store: Store) -> Change | None:
-    """The change that a cache's manifest says is under way; CacheFormatError if it is none."""
-    where = f"{store.location}/{MANIFEST}"
-    for key, kind in ((RENAMED, dict), (REMOVED, list)):
-        if not isinstance(manifest.get(key, kind()), kind):
-            raise CacheFormatError(f"{where} is damaged: {key} is no {kind.__name__}")
-    if (described := manifest.get(CHANGE)) is None:
-        return None
-    with unusable(where, InputError):
-        return parse_settings(Change, described, CHANGE)
+class Journal(Settings):
+    """What ``cache.json`` says of changes."""
+
+    change: Change | None = None
+    renamed: dict[str, str] = Field({}, description="a name that was -> what it became")
+    removed: tuple[str, ...] = ()
+
+    def name_now(self, name: str, there: Container[str]) -> str | None:
+        """What a teacher is called now that was renamed; None if it was not, or was removed."""
+        seen = set[str]()
+        while name not in there and name in self.renamed and name not in seen:
+            seen.add(name)
+            name = self.renamed[name]
+        return name if seen and name in there else None
+
+    def after(self, change: Change) -> "Journal":
+        """The same with what is to be remembered of ``change``, which is under way."""
+        renamed, removed = dict(self.renamed), {*self.removed}
+        if change.action == "rename":
+            assert change.to is not None
+            renamed[change.teacher] = change.to
+            renamed.pop(change.to, None)
+            removed -= {change.teacher, change.to}
+        elif change.action == "remove":
+            renamed.pop(change.teacher, None)
+            removed.add(change.teacher)
+        return Journal(change=change, renamed=renamed, removed=tuple(sorted(removed)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entries in ``cache.json``: those that say something."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if value}
 
 
-def note(store: Store, change: Change, **history: object) -> None:
-    """Write down how far the change is."""
-    body = read_manifest(store) | history | {CHANGE: change.model_dump(mode="json")}
-    store.replace(MANIFEST, seal(body, CHANGING))
+def read_journal(store: Store) -> Journal:
+    """That of a cache; CacheFormatError where there is no sound one, or no cache."""
+    return journal_in(read_manifest(store), store)
+
+
+def journal_in(manifest: Mapping[str, Any], store: Store) -> Journal:
+    """That of a manifest; CacheFormatError where it is none."""
+    with unusable(f"{store.location}/{MANIFEST} is damaged", InputError, advice=f". {REPAIR}"):
+        return parse_settings(Journal, {key: manifest[key] for key in KEPT if key in manifest})
+
+
+def note(store: Store, journal: Journal) -> None:
+    """Write down how far its change is."""
+    rest = {key: value for key, value in read_manifest(store).items() if key not in KEPT}
+    store.replace(MANIFEST, seal(rest | journal.as_json(), CHANGING))
 
 
 def read_seen(store: Store) -> dict[str, Any]:
@@ -97,14 +139,14 @@ def read_seen(store: Store) -> dict[str, Any]:
     done to it.
     """
     manifest = read_manifest(store)
-    change = change_in(manifest, store)
+    change = journal_in(manifest, store).change
     store.seen = change.seen if change else Seen()
     return manifest
 
 
 def tell_changing(manifest: Mapping[str, Any], store: Store) -> None:
     """Say that a change is under way, and what is shown of it."""
-    if (change := change_in(manifest, store)) is not None:
+    if (change := journal_in(manifest, store).change) is not None:
         state = "before" if change.phase == "making" else "after"
         log.info("%s: %s; it is shown as it is %s that", store.location, change.told(), state)
 
@@ -114,10 +156,9 @@ def refuse_changing(store: Store) -> None:
     added then.
     """
     try:
-        manifest = read_manifest(store) if store.exists(MANIFEST) else {}
-        change = change_in(manifest, store)
+        change = read_journal(store).change if store.exists(MANIFEST) else None
     except CacheError:
-        return  # there is no cache, or a damaged one, which others see to
+        return  # a damaged one, which others see to
     if change is not None:
         raise InputError(f"{store.location}: {unfinished(change, store)}")
 
@@ -134,11 +175,11 @@ def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
     """InputError for a teacher of the run file that this cache has under another name, since it was
     renamed: it would be run, and kept, twice. Say of one that was removed that it is made again.
     """
-    manifest, there = read_manifest(store), store.folders("targets")
+    journal, there = read_journal(store), store.folders("targets")
     for info in wanted:
         if info.name in there:
             continue
-        if now := name_now(manifest, info.name, there):
+        if now := journal.name_now(info.name, there):
             present = read_teacher(store, now).model_copy(update={"name": info.name})
             if present.identity_of_model() == info.identity_of_model():
                 raise InputError(
@@ -147,7 +188,7 @@ def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
                     f"`pipeline teachers {shlex.quote(store.location)} --rename {now} {info.name}`)"
                     ". To cache the same model twice, give this one a third name"
                 )
-        elif info.name in manifest.get(REMOVED, ()):
+        elif info.name in journal.removed:
             log.info("teacher %s was removed from this cache; it is cached again", info.name)
 
 
@@ -160,28 +201,16 @@ def unfinished(change: Change, store: Store) -> str:
     )
 
 
-def name_now(manifest: Mapping[str, Any], name: str, there: Container[str]) -> str | None:
-    """What a teacher is called now that was renamed; None if it was not, or was removed then."""
-    renamed: dict[str, str] = manifest.get(RENAMED, {})
-    seen = set[str]()
-    while name not in there and name in renamed and name not in seen:
-        seen.add(name)
-        name = renamed[name]
-    return name if seen and name in there else None
-
-
-def what_became(
-    manifest: Mapping[str, Any], location: str, name: str, there: Container[str]
-) -> str:
+def what_became(manifest: Mapping[str, Any], store: Store, name: str, there: Container[str]) -> str:
     """A sentence on a teacher that is not there any more; "" where nothing is known of it."""
-    place = shlex.quote(location)
-    if now := name_now(manifest, name, there):
+    journal, place = journal_in(manifest, store), shlex.quote(store.location)
+    if now := journal.name_now(name, there):
         return (
             f" Teacher {name!r} was renamed to {now!r}: say {now!r} instead. A run that was begun "
             f"with the old name goes on once `pipeline teachers {place} --rename {now} {name}` "
             "has given it back"
         )
-    if name in manifest.get(REMOVED, ()) or name in manifest.get(RENAMED, {}):
+    if name in journal.removed or name in journal.renamed:
         return (
             f" Teacher {name!r} was removed from this cache (`pipeline teachers --remove`): a run "
             "that was begun with it goes on once `pipeline cache-teachers` has made it again"

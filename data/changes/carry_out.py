@@ -7,28 +7,24 @@ uses the cache.
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
-from typing import Any
 
 from rekindle.data.cache import Cache
 from rekindle.data.changes.copying import Done, copy_units
 from rekindle.data.changes.record_batches import rows_of_codec
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import shown_bytes
-from rekindle.data.errors import CacheError, InputError, did_you_mean
+from rekindle.data.errors import CacheError, InputError, did_you_mean, unusable
 from rekindle.data.inventory import orphans, roll_up_records, target_folders
 from rekindle.data.journal import (
-    CHANGE,
-    KEPT,
-    REMOVED,
-    RENAMED,
     Action,
     Change,
-    change_in,
-    name_now,
+    Journal,
+    journal_in,
     note,
+    read_journal,
     unfinished,
 )
 from rekindle.data.roll_up import ROLLED_UP
@@ -45,6 +41,7 @@ from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo
 
 log = logging.getLogger("rekindle")
 
+Asked = tuple[Action, str, str | None]  # what is to be done, to which teacher, and to what end
 SAME_INTEGERS = ("default", "compact")  # codecs
 
 
@@ -64,16 +61,21 @@ def change_teacher(
     """
     with store.changing():
         manifest = read_manifest(store)
-        change = change_in(manifest, store)
+        journal = journal_in(manifest, store)
+        change = journal.change
+        if change is not None and (change.action, action) == ("transcode", "remove"):
+            # Whatever became of the copies, this ends it.
+            change = None if change.teacher == teacher else change
         if change is not None and change.asked != (action, teacher, to):
             raise InputError(f"{store.location}: {unfinished(change, store)}")
         if change is None:
-            change = _checked(store, manifest, action, teacher, to)
+            version = journal.change.version if journal.change else manifest[VERSION]
+            change = _checked(store, journal, version, (action, teacher, to))
             if change is None:
                 return False
             begin(change)
             _check_room(store, change)
-            note(store, change)
+            note(store, journal.model_copy(update={"change": change}))
         else:
             log.info("%s: going on: %s", store.location, change.told())
         _carry_out(store, change, done)
@@ -100,7 +102,7 @@ def settle(store: Store) -> None:
     of it, else carry it out.
     """
     with store.changing():
-        change = change_in(read_manifest(store), store)
+        change = read_journal(store).change
         if change is not None and change.phase == "making":
             _give_up(store, change)
         elif change is not None:
@@ -110,19 +112,20 @@ def settle(store: Store) -> None:
 # --- what can be done -----------------------------------------------------------------------------
 
 
-def _checked(
-    store: Store, manifest: Mapping[str, Any], action: Action, teacher: str, to: str | None
-) -> Change | None:
-    """The change that is asked for; None if it was done before."""
+def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Change | None:
+    """The change that is asked for, of a cache of that version; None if it was done before."""
+    action, teacher, to = asked
     there = [name for name in store.folders("targets") if is_begun(store, name)]
     if teacher not in there:
-        now = name_now(manifest, teacher, there)
-        if (action == "remove" and teacher in manifest.get(REMOVED, ())) or (
-            action == "rename" and now is not None and now == to
-        ):
+        now = journal.name_now(teacher, there)
+        removed = action == "remove" and teacher in journal.removed
+        if removed or (action == "rename" and now is not None and now == to):
             return None
         raise InputError(_told_unknown(store, teacher, there, now))
-    version = manifest[VERSION]
+    if not re.fullmatch(TEACHER_NAME, teacher):
+        raise InputError(
+            f"{store.location}/targets/{teacher} is of no teacher, by its name: remove it by hand"
+        )
     if action == "remove":
         return _change(action, teacher, None, version)
     assert to is not None
@@ -214,12 +217,12 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
         change = change.model_copy(
             update={"phase": "placing" if change.action == "transcode" else "clearing"}
         )
-        note(store, change, **_history(read_manifest(store), change))
+        note(store, read_journal(store).after(change))
     if change.phase == "placing":
         for folder in change.sets:
             _place(store, change, folder)
         change = change.model_copy(update={"phase": "clearing"})
-        note(store, change)
+        note(store, read_journal(store).model_copy(update={"change": change}))
     for folder in change.sets:
         _remove_orphans(store, folder)
         store.remove_folder(f"{folder}/{NEXT}")
@@ -277,7 +280,11 @@ def _place(store: Store, change: Change, folder: str) -> None:
     for unit in ShardSet(made, folder).committed():
         name = f"{folder}/commits/{unit}.json"
         store.replace(name, made.read_bytes(name))
-    store.replace(f"{folder}/teacher.json", made.read_bytes(f"{folder}/teacher.json"))
+    name = f"{folder}/teacher.json"
+    told = f"{store.location}/{folder}/{NEXT} is not there any more, from which it was read"
+    advice = f". `pipeline teachers {store.location} --remove {change.teacher} --yes` ends it"
+    with unusable(told, FileNotFoundError, advice=advice):
+        store.replace(name, made.read_bytes(name))
     ShardSet(store, folder).records.forget_roll_up()
 
 
@@ -303,22 +310,9 @@ def _finish(store: Store, change: Change) -> None:
     rolled = {key: before[key] for key in ROLLED_UP if key in before}
     with suppress(CacheError):  # of another teacher, which `verify` names
         rolled = Cache(store).rolled_up
-    history = {key: before[key] for key in KEPT if before.get(key) and key != CHANGE}
-    store.replace(MANIFEST, seal(rolled | history, change.version))
+    journal = journal_in(before, store).model_copy(update={"change": None})
+    store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
     store.seen = Seen()
-
-
-def _history(manifest: Mapping[str, Any], change: Change) -> dict[str, object]:
-    """What is remembered of names from now on."""
-    renamed, removed = dict(manifest.get(RENAMED, {})), {*manifest.get(REMOVED, ())}
-    if change.action == "rename":
-        renamed[change.teacher] = change.to
-        renamed.pop(change.to, None)
-        removed -= {change.teacher, change.to}
-    elif change.action == "remove":
-        renamed.pop(change.teacher, None)
-        removed.add(change.teacher)
-    return {RENAMED: renamed, REMOVED: sorted(removed)}
 
 
 def _check_room(store: Store, change: Change) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rekindle.data.cache import Cache
-from rekindle.data.journal import change_in
+from rekindle.data.journal import journal_in
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import Part, TeacherReader
 
@@ -44,7 +44,7 @@ def teachers_of(cache: Cache) -> list[Listed]:
 
 def under_way(cache: Cache) -> str:
     """What is being done to one of them; "" if nothing is."""
-    change = change_in(cache.manifest, cache.store)
+    change = journal_in(cache.manifest, cache.store).change
     if change is None:
         return ""
     return f"{change.told()} ({change.phase}): {change.command(cache.store.location)} goes on"

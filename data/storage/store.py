@@ -94,8 +94,12 @@ class LocalStore(Store):
         self._local(name).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:  # noqa: D102
+        path = self._local(folder)
         with self.writing(folder), suppress(FileNotFoundError):
-            shutil.rmtree(self._local(folder))
+            if path.is_symlink():  # what it leads to is somebody's
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
     @contextmanager
     def _locked(self, folder: Path, how: int) -> Iterator[bool | None]:

@@ -172,12 +172,12 @@ def gc(
     """Remove what killed runs left in a cache: data files that no commit record names."""
     from rekindle.data.changes.carry_out import settle
     from rekindle.data.inventory import collect_garbage
-    from rekindle.data.journal import change_in, unfinished
-    from rekindle.data.storage.manifest import MANIFEST, read_manifest
+    from rekindle.data.journal import read_journal, unfinished
+    from rekindle.data.storage.manifest import MANIFEST
     from rekindle.data.storage.store import open_store
 
     store = open_store(cache)
-    change = change_in(read_manifest(store), store)
+    change = read_journal(store).change
     if change is not None:
         age = time.time() - store.state(MANIFEST)[1]
         if dry_run or age < 3600 * older_than:

@@ -6,15 +6,18 @@ import shutil
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.changes.carry_out import to_transcode
+from rekindle.data.changes.carry_out import settle, to_transcode
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.inventory import roll_up_records
 from rekindle.data.journal import KEPT
 from rekindle.data.storage import records as records_module
+from rekindle.data.storage.seal import SEAL, VERSION, seal
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.reading.files import read_parts
 from rekindle.data.targets.scalars import FACT
+from rekindle.pipeline.caching.repair import repair_cache
+from rekindle.pipeline.progress import SILENT
 from testlib.caches import committed, problems
 from testlib.changing import change, listed, said, same
 
@@ -202,3 +205,63 @@ def test_rolled_up_records_are_those_of_the_changed_teacher(plain, cache, monkey
         change(cache, asked)
         assert problems(cache) == []
     assert same(said(cache)["b"], said(plain)["a"])
+
+
+def test_of_a_linked_folder_the_link_is_removed(cache, tmp_path):
+    """A teacher on another disk: what the link leads to is somebody's."""
+    (cache / "targets/expert").rename(tmp_path / "elsewhere")
+    (cache / "targets/expert").symlink_to(tmp_path / "elsewhere")
+    change(cache, ("remove", "expert"))
+    assert "expert" not in Cache.open(cache).teachers
+    assert (tmp_path / "elsewhere/teacher.json").exists()
+
+
+CHANGE = {"action": "transcode", "teacher": "a", "to": "compact", "sets": ["targets/a"]}
+CHANGE |= {"version": 3, "phase": "placing"}
+JOURNALS = [
+    {"change": [1]},
+    {"change": CHANGE | {"sets": ["corpus"]}},
+    {"change": CHANGE | {"sets": ["targets/a/../../x"]}},
+    {"change": CHANGE | {"sets": []}},
+    {"change": CHANGE | {"teacher": "../a"}},
+    {"change": CHANGE | {"action": "rename", "to": "b", "sets": []}},
+    {"change": CHANGE | {"version": 10}},
+    {"renamed": {"a": ["b"]}},
+    {"removed": [{}]},
+]
+
+
+@pytest.mark.parametrize("journal", JOURNALS, ids=str)
+def test_whatever_a_stranger_writes_down_of_changes_is_damage(cache, journal):
+    write_journal(cache, journal)
+    with pytest.raises(CacheFormatError, match=r"cache\.json is damaged: (change|renamed|removed)"):
+        Cache.open(cache)
+    for step in (lambda: change(cache, ("remove", "a")), lambda: settle(open_store(cache))):
+        with pytest.raises(CacheFormatError, match=r"cache\.json is damaged"):
+            step()
+    assert ["cache.json is damaged" in problem for problem in problems(cache)] == [True]
+    assert repair_cache(open_store(cache), [], True, SILENT) == 1  # then it is made anew
+
+
+def test_what_cannot_be_finished_any_more_can_be_removed(cache):
+    """Somebody deleted the copy by hand, in the middle of a change."""
+    write_journal(cache, {"change": CHANGE})
+    with pytest.raises(CacheFormatError, match=r"\.next is not there any more.*--remove a --yes"):
+        change(cache, ("transcode", "a", "compact"))
+    change(cache, ("remove", "a"))
+    assert problems(cache) == []
+    assert [*Cache.open(cache).teachers] == ["expert"]
+
+
+def test_two_names_that_became_each_other_end(cache):
+    write_journal(cache, {"renamed": {"x": "y", "y": "x", "z": "expert"}, "removed": ["w"]})
+    opened = Cache.open(cache)
+    for name, word in (("x", "removed"), ("z", "renamed to 'expert'"), ("w", "removed")):
+        with pytest.raises(InputError, match=f"Teacher '{name}' was {word}"):
+            opened.teacher(name)
+
+
+def write_journal(cache, journal):
+    body = json.loads((cache / "cache.json").read_text())
+    body = {key: value for key, value in body.items() if key not in (*KEPT, VERSION, SEAL)}
+    (cache / "cache.json").write_bytes(seal(body | journal))
