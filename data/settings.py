@@ -158,7 +158,7 @@ _RULES = {
     "tuple_type": "must be a list",
     "string_type": "must be text; what looks like a number or true is text in quotes",
     "too_short": "must have at least 1 item",  # no section asks for more
-    "missing": "is missing; add it",
+    "missing": "is missing",
 }
 
 
