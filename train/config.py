@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.former import Formerly
-from rekindle.data.settings import Free, MayChange, Settings, parse_settings
+from rekindle.data.settings import Free, MayChange, Names, Settings, parse_settings
 from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
 from rekindle.train.model.student_config import GrowConfig as GrowConfig
@@ -22,13 +22,7 @@ Batching = Literal["shuffled", "similar_lengths"]
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
-def _in_list(value: object) -> object:
-    """Put a name that stands alone into a list."""
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
-SomeNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_in_list)]
+SomeNames = Annotated[Names, Field(min_length=1)]
 
 
 class HardConfig(Settings):
