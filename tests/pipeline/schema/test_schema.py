@@ -8,78 +8,21 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-from rekindle.data.errors import InputError
-from rekindle.data.settings import Settings, parse_settings, sections_in
+from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.settings_schema import KeysOf, schema_of
 from rekindle.pipeline.cli import app
-from rekindle.pipeline.config import RunConfig
-from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.init import read_recipe, recipes
 from rekindle.pipeline.schema import file_schema
 from rekindle.pipeline.yaml_text import parse_yaml
+from testlib.keys_page import PAGE, TASK, TEACHER, keys_of, least_of, page, refused, sections
 
-CORPUS = {"source": ["a.txt"], "tokenizer": "t"}
-TEACHER = {"name": "a", "model": "m", "task": "causal_lm"}
-TASK = {"name": "a", "train": "a.jsonl", "test": "b.jsonl"}
-# What must be said of a section that needs anything.
-LEAST: dict[str, dict[str, Any]] = {
-    "CacheConfig": {"path": "c"},
-    "CorpusConfig": CORPUS,
-    "CurriculumConfig": {"teacher": "a"},
-    "CycleConfig": {"corpus": CORPUS, "student": {"model": "s"}, "tasks": [TASK]},
-    "CycleCorpusConfig": {"tokenizer": "t"},
-    "CycleTask": TASK,
-    "DistillTerm": {"teachers": ["a"]},
-    "MergeConfig": {"experts": ["a"]},
-    "MethodTerm": {"method": "replaced_tokens"},
-    "PrimaryConfig": {"arm": "kd", "against": ["longer"]},
-    "PromptsConfig": {"teacher": "a", "to": "p.jsonl"},
-    "ReplayConfig": {"domains": ["d"]},
-    "RunConfig": {"corpus": CORPUS, "cache": {"path": "c"}},
-    "ServedConfig": {"url": "http://a/v1", "model": "m"},
-    "SourceEntry": {"path": "a", "format": "text"},
-    "StageConfig": {"name": "one"},
-    "StudentConfig": {"model": "s"},
-    "TeacherConfig": TEACHER,
-}
 VALUES = (None, True, 0, 1, 2, 99, -1, 0.5, 1e9, "", "a", "auto", "5 min", "a.jsonl")
 VALUES += ([], ["a"], ["a", "b"], [0.9, 0.99], [1.0], [TEACHER], [TASK])
 VALUES += ({}, {"from": 1.0}, {"a": 1}, "https://a/v1")
 
 
-def sections() -> list[type[Settings]]:
-    """Each section of both files, once."""
-    found: dict[type[Settings], None] = {}
-    new: list[Any] = [RunConfig, CycleConfig]
-    while new:
-        one = new.pop()
-        if one not in found:
-            found[one] = None
-            for field in one.model_fields.values():
-                new += sections_in(field.annotation)
-                new += [mark.section for mark in field.metadata if isinstance(mark, KeysOf)]
-    return list(found)
-
-
-def keys_of(section: type[Settings]) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def least_of(section: type[Settings]) -> dict[str, Any]:
-    return LEAST.get(section.__name__, {})
-
-
 def check_of(section: type[Settings]) -> Draft202012Validator:
     return Draft202012Validator(schema_of(section, ""))
-
-
-def refused(section: type[Settings], values: object) -> str:
-    """Why the program refuses ``values``; nothing where it takes them."""
-    try:
-        parse_settings(section, values)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 SECTIONS = pytest.mark.parametrize("section", sections(), ids=lambda one: one.__name__)
@@ -135,3 +78,8 @@ def test_the_command_prints_a_schema_with_meanings() -> None:
         Draft202012Validator.check_schema(found)
         assert all("description" in one for one in found["properties"].values())
         assert key in found["properties"]
+
+
+def test_the_page_of_keys_is_what_the_classes_say() -> None:
+    """Renew it with ``python tests/lib/testlib/keys_page.py``."""
+    assert PAGE.read_text(encoding="utf-8") == page()
