@@ -165,9 +165,22 @@ def _type_of(
     return told if field.default is None else told.removesuffix(" or null")
 
 
-def _default_of(schema: dict[str, Any], required: bool) -> str:
-    if required:
+def _required(key: str, schema: dict[str, Any]) -> str:
+    """Whether a key must be given; where there is a choice, what stands in its place."""
+    choices = [one["required"] for one in schema.get("anyOf", ())] or [schema.get("required", [])]
+    if all(key in one for one in choices):
         return "**required**"
+    if any(key in one for one in choices):
+        others = {other for one in choices for other in one if key not in one}
+        instead = sorted(others - set.intersection(*map(set, choices)))
+        if len(choices[0]) > len(choices[-1]) and key in choices[0]:
+            return f"**required** without {' and '.join(f'`{one}`' for one in instead)}"
+    return ""
+
+
+def _default_of(schema: dict[str, Any], required: str) -> str:
+    if required:
+        return required
     value = schema.get("default", "")
     text = value if isinstance(value, str) else json.dumps(value)
     return "" if text in ("", "[]", "{}") else f"`{text}`"
@@ -194,7 +207,8 @@ def values_of(section: type[Settings]) -> Iterator[tuple[str, object, str]]:
                 continue
             tried.append(value)
             why = refused(section, least_of(section) | {key: value})
-            if not why or why.startswith("the configuration: "):
+            about_text = f"…{key}" in why  # a rule on the text alone
+            if not why or (why.startswith("the configuration: ") and not about_text):
                 yield key, value, why.removeprefix("the configuration: ")
 
 
@@ -288,7 +302,7 @@ def page() -> str:
             cells = [
                 f"`{key}`",
                 _type_of(key, one, section, names),
-                _default_of(one, key in schema.get("required", ())),
+                _default_of(one, _required(key, schema)),
                 _plain(one.get("description", "")),
             ]
             parts.append(f"| {' | '.join(cells)} |")
