@@ -30,13 +30,14 @@ T = TypeVar("T")
 Place = Annotated[str, AfterValidator(expanded)]  # of a configuration
 
 
-def _in_list(value: object) -> object:
+def in_list(value: object) -> object:
+    """A text that stands alone, as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 # A list of names; one of them may stand alone.
 Names = Annotated[
-    tuple[str, ...], BeforeValidator(_in_list, json_schema_input_type=str | tuple[str, ...])
+    tuple[str, ...], BeforeValidator(in_list, json_schema_input_type=str | tuple[str, ...])
 ]
 
 
