@@ -1,6 +1,5 @@
 """Families of models in each role, held against transformers' own forward pass; and their page."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,7 @@ from rekindle.train.student import build_student
 from testlib.caches import examples
 from testlib.families.grid import Grid, name_of
 from testlib.families.kinds import EXPERT, STUDENT, TEACHER, TOKENS, Family
-from testlib.families.page import PRECISION, page
+from testlib.families.page import DOCS, PRECISION, page
 from testlib.families.rows import FAMILIES, NO_CLASS
 from testlib.models import AUTO
 from testlib.objective.reference import EPOCH, reference
@@ -154,6 +153,5 @@ def refused(family: Family, role: str, work) -> bool:
 
 
 def test_the_page_says_what_the_rows_say():
-    """`python -m testlib.families.page`, with tests/lib on the path, writes it."""
-    there = Path(__file__).parents[3] / "docs/families.md"
-    assert there.read_text(encoding="utf-8") == page(FAMILIES)
+    """`PYTHONPATH=tests/lib python -m testlib.families.page` writes it."""
+    assert DOCS.read_text(encoding="utf-8") == page(FAMILIES)

@@ -1,16 +1,23 @@
 """The page of the grid, docs/families.md, as its rows say it."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from pathlib import Path
 
 from testlib.families.kinds import EXPERT, ROLES, STUDENT, TEACHER, Family
 
 PRECISION = 1e-5
+DOCS = Path(__file__).parents[4] / "docs/families.md"
+# What is tested together, whatever is installed.
+PINNED = dict(
+    line.split("==")
+    for line in (DOCS.parents[1] / "constraints.txt").read_text().splitlines()
+    if "==" in line
+)
 
 HEAD = f"""# Families of models
 
 What becomes of each family as a teacher, as a student and as an expert with a head, tried with
-tiny models of random weights under transformers {version("transformers")} on a CPU. The tests in
+tiny models of random weights under transformers {PINNED["transformers"]} on a CPU. The tests in
 `tests/pipeline/families` make this page and hold every cell of it.
 
 - **teacher**: what stage 1 keeps of a padded batch of sequences of different lengths equals, at
@@ -57,8 +64,6 @@ def _cell(family: Family, role: str) -> str:
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-
     from testlib.families.rows import FAMILIES
 
-    Path("docs/families.md").write_text(page(FAMILIES), encoding="utf-8")
+    DOCS.write_text(page(FAMILIES), encoding="utf-8")
