@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     ValidationError,
     ValidationInfo,
@@ -27,6 +28,17 @@ from rekindle.data.places import expanded
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
 Place = Annotated[str, AfterValidator(expanded)]  # of a configuration
+
+
+def in_list(value: object) -> object:
+    """A text that stands alone, as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+# A list of names; one of them may stand alone.
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(in_list, json_schema_input_type=str | tuple[str, ...])
+]
 
 
 GGUF_FILE = "the file of llama.cpp's format in `model`; `model: PLACE/FILE.gguf` says the same"
@@ -61,7 +73,8 @@ class Settings(BaseModel):
     """A section of the configuration: immutable, and an unknown key is an error.
 
     Numbers are finite, of 64 bits, and no truth values. A section, a list or a mapping that nothing
-    is said of (``train:`` with every line below it commented out) is an empty one.
+    is said of (``train:`` with every line below it commented out) is an empty one, but where a
+    number may stand in its place (``weight:``), which might be what was forgotten.
     """
 
     model_config = ConfigDict(
@@ -76,7 +89,7 @@ class Settings(BaseModel):
     @classmethod
     def _as_meant(cls, value: object, info: ValidationInfo) -> object:
         choices = _choices(cls.model_fields[info.field_name or ""].annotation)
-        if value is None and not choices & {NoneType, object, Any}:
+        if value is None and not choices & {NoneType, object, Any, int, float, bool, str}:
             return next((empty for kind, empty in _EMPTY if kind in _kinds(choices)), None)
         _check_numbers(value, choices)
         return value

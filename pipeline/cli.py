@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.pipeline.commands.caches import cache_teachers, gc, inspect_, plan, verify
 from rekindle.pipeline.commands.exchange import export_targets, import_targets
 from rekindle.pipeline.commands.models import (
@@ -99,6 +99,19 @@ def init(
     say(f"{out} is the recipe {recipe}: read it, change it. Next:")
     for command in following:
         say(f"  {command}")
+
+
+def schema(
+    kind: Annotated[
+        str, typer.Argument(metavar="[run|cycle]", help="run: both stages; cycle: of rekindle")
+    ] = "run",
+) -> None:
+    """Print the JSON Schema of a run file, with which editors complete and check its keys."""
+    from rekindle.pipeline.schema import KINDS, file_schema
+
+    if kind not in KINDS:
+        raise InputError(f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    typer.echo(json.dumps(file_schema(kind), indent=2, ensure_ascii=False))
 
 
 def train_student(
@@ -302,6 +315,7 @@ for command in (
     *(
         demo,
         init,
+        schema,
         finetune,
         evaluate,
         predict,

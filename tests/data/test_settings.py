@@ -133,6 +133,7 @@ WRONG = [
     ({"name": "r", "terms": [{"teachers": "a"}]}, "terms.0.teachers", "list"),
     ({"name": "r", "terms": [{"teachers": [], "temperature": -1}]}, "terms.0.temperature", "> 0"),
     ({"name": "r", "terms": [{"teachers": [], "weight": "big"}]}, "terms.0.weight", "number"),
+    ({"name": "r", "terms": [{"teachers": [], "weight": None}]}, "terms.0.weight", "nothing"),
     ({"name": "r", "shares": {"first": 0.9}}, "shares", "first + second must not exceed 1"),
     ({"name": "r", "shares": 1}, "shares", "section"),
     ({}, "name", "is missing"),

@@ -188,6 +188,7 @@ def test_the_command_line_is_frozen():
     assert options == {
         "demo": ["--out", "--quick"],
         "init": ["--list", "--out"],
+        "schema": [],
         "finetune": [
             *("--dev", "--force", "--head", "--json", "--label-field", "--metric", "--out"),
             *("--seeds", "--set", "--text-field", "--train"),
