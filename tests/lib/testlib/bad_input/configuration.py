@@ -156,6 +156,8 @@ OPTIONS = (
         "runs the teachers again", "--config RUN.yaml"),
     Bad("a metric without --test", "compare student --metric f1", "--metric", "is that of --test",
         "say which file is scored"),
+    Bad("a schema of nothing known", "schema cache", "'cache'", "is not one of 'run', 'cycle'",
+        "`pipeline schema --help`"),
     Bad("no recipe", "init --out new.yaml", "which recipe?", "There are: chain", "see --list"),
     Bad("an unknown recipe", "init uegpp --out new.yaml", "'uegpp'", "there is no recipe",
         "did you mean 'uegp'?"),
