@@ -59,7 +59,7 @@ def read_manifest(store: Store) -> dict[str, Any]:
     """``cache.json``, checked for damage and for a format version that this code reads."""
     try:
         values = store.read_json(MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if bucket := store.bucket_missing:
             raise InputError(
                 f"there is no bucket {bucket!r} for {store.location} (or these credentials may not "

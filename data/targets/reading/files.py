@@ -15,7 +15,7 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
     path = f"{folder}/teacher.json"
     with unusable(f"{store.location}/{path} is missing", FileNotFoundError, advice=f". {REPAIR}"):
         described = read_sealed(store, path)
-    with unusable(store.location, InputError):
+    with unusable(store.location, InputError, advice=f". {REPAIR}"):
         info = parse_settings(TeacherInfo, described, path)
     if wrong := kind_of(info).contradiction():
         raise CacheFormatError(f"{store.location}/{path} is of no teacher: {wrong}")

@@ -41,6 +41,7 @@ from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, Teacher
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
+LOOKED_AT = 64  # files of a part, before it is read
 DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
 
 
@@ -214,6 +215,14 @@ class TeacherReader(RowReader):
         mass = np.nan_to_num(self.commits.numbers(MAPPED_MASS))
         share = counts.sum() / self.commits.counts(MAPPABLE).sum()
         return float(share), float((mass * counts).sum() / counts.sum())
+
+    def look(self) -> None:
+        """Raise CacheFormatError where a shard is cut short or gone, of LOOKED_AT at most that are
+        spread over all: the others are found as they are read.
+        """
+        for part in (self.main, *self.tails):
+            units = list(self._read_of(part))
+            part.shards.look_at(units[:: -(-len(units) // LOOKED_AT) or 1], part.commits)
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
