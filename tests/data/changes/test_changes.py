@@ -19,7 +19,7 @@ from rekindle.data.targets.scalars import FACT
 from rekindle.pipeline.caching.repair import repair_cache
 from rekindle.pipeline.progress import SILENT
 from testlib.caches import committed, problems
-from testlib.changing import change, listed, said, same
+from testlib.changes.changing import change, listed, said, same
 
 
 def records(cache):

@@ -12,7 +12,7 @@ from rekindle.data.inventory import shard_sets
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.data.storage.store import open_store
 from testlib.caches import committed, problems
-from testlib.changing import change, killed_before, listed, said, same, writes_of
+from testlib.changes.changing import change, killed_before, listed, said, same, writes_of
 
 ASKED = [("rename", "a", "b"), ("transcode", "a", "compact"), ("remove", "a")]
 

@@ -9,7 +9,7 @@ import yaml
 from rekindle.data.cache import Cache
 from rekindle.data.storage.store import open_store
 from testlib.caches import committed, problems
-from testlib.changing import killed_before
+from testlib.changes.changing import killed_before
 from testlib.command import pipeline
 
 
