@@ -111,7 +111,8 @@ def schema(
     from rekindle.pipeline.schema import KINDS, file_schema
 
     if kind not in KINDS:
-        raise InputError(f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        known = f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise InputError(f"{kind!r}: {known}")
     typer.echo(json.dumps(file_schema(kind), indent=2, ensure_ascii=False))
 
 
