@@ -156,7 +156,9 @@ def _blame_file(directory: Path) -> None:
                 f"{path} is not JSON ({error}); give the file as it was saved"
             ) from None
         if not isinstance(found, dict):
-            raise InputError(f"{path} holds {type(found).__name__}, not an object")
+            raise InputError(
+                f"{path} holds {type(found).__name__}, not an object; give the file as it was saved"
+            )
     if (file := directory / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(file))

@@ -189,10 +189,14 @@ def rows_of(path: Path) -> Path:
 
 def decoded(path: Path, index: int) -> dict:
     """Everything one example decodes to, as plain JSON."""
-    example = Cache.open(path).example(index)
+    cache = Cache.open(path)
+    example = cache.example(index)
     plain = {k: v for k, v in vars(example).items() if k != "targets"}
     if plain["trained"] is None:  # as it was before a corpus could say it
         del plain["trained"]
+    numbers = cache.gather([index], []).document_numbers
+    if numbers is not None:
+        plain["document_numbers"] = numbers[0]
     targets = {n: [_plain(vars(t)) for t in found] for n, found in example.targets.items()}
     return _plain(plain) | {"targets": targets}
 

@@ -5,6 +5,7 @@ go on to what they would have come to.
 import importlib.util
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rekindle.data.errors import (
 )
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage import manifest
+from rekindle.data.storage.records import Records
 from rekindle.data.storage.store import LocalStore
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
@@ -57,7 +59,9 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    assert [path.name for path in CACHES] == [f"cache-v{n}" for n in (1, 2, 3, 4, 7)]
+    assert [path.name for path in CACHES] == [f"cache-v{n}" for n in range(1, manifest.NEWEST + 1)]
+    for version, path in enumerate(CACHES, 1):
+        assert manifest.read_manifest(LocalStore(path))["format_version"] == version
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
@@ -128,6 +132,34 @@ def test_version_4_holds_imported_targets_and_their_rows_are_still_them(tmp_path
         Cache.open(copy)
 
 
+def test_version_5_holds_roll_ups_that_are_believed(tmp_path, monkeypatch):
+    """Where the folder of records is as it was when they were rolled up."""
+    copy = Path(shutil.copytree(HERE / "cache-v5", tmp_path / "cache"))
+    rolled = sorted(copy.rglob("records.json"))
+    assert len(rolled) == 3
+    for about in rolled:
+        state = int(json.loads(about.read_text())["state"])
+        os.utime(about.parent / "commits", ns=(state, state))
+    monkeypatch.setattr(Records, "_read_all", None)  # what reads the records one by one
+    assert len(Cache.open(copy).teachers["masked_lm"].commits) == 4
+    os.utime(about.parent / "commits")
+    with pytest.raises(TypeError):
+        Cache.open(copy)
+
+
+def test_version_6_says_what_is_trained():
+    cache = Cache.open(HERE / "cache-v6")
+    files = ["chat", "rows", "rows", "texts", "texts"]
+    assert len(cache) == len(files)
+    for index, name in enumerate(files):
+        example = cache.example(index)
+        assert example.document.startswith(f"{name}.jsonl:")
+        assert example.trained.any()
+        assert example.trained.all() == (index >= 2)
+        (said,) = example.targets["causal_lm"]
+        assert np.array_equal(said.positions, np.flatnonzero(example.trained[1:]))
+
+
 def test_version_7_holds_served_targets():
     infos = [teacher.info for teacher in Cache.open(HERE / "cache-v7").teachers.values()]
     assert {info.codec for info in infos} == {"default", "precise", "compact"}
@@ -135,6 +167,20 @@ def test_version_7_holds_served_targets():
         assert info.served.model == info.model == "tiny"
         assert info.served.fingerprint == info.fingerprints["probes"]
         assert info.lacks == ("entropy",)
+
+
+def test_version_8_has_several_documents_in_a_row():
+    batch = Cache.open(HERE / "cache-v8").gather([1], ["causal_lm"])
+    (numbers,), ends = batch.document_numbers, [17, 26]
+    assert np.flatnonzero(np.diff(numbers, append=2)).tolist() == ends
+    told = batch.targets["causal_lm"].positions.tolist()
+    assert sorted([*told, *ends]) == [*range(27)]  # the last token of a document predicts nothing
+
+
+def test_version_9_holds_targets_of_another_tokenizer():
+    info = Cache.open(HERE / "cache-v9").teachers["causal_lm"].info
+    assert info.mapped is not None
+    assert info.fingerprints["tokenizer"] is not None
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)
