@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     ValidationError,
     ValidationInfo,
@@ -27,6 +28,17 @@ from rekindle.data.places import expanded
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
 Place = Annotated[str, AfterValidator(expanded)]  # of a configuration
+
+
+def in_list(value: object) -> object:
+    """A text that stands alone, as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+# A list of names; one of them may stand alone.
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(in_list, json_schema_input_type=str | tuple[str, ...])
+]
 
 
 GGUF_FILE = "the file of llama.cpp's format in `model`; `model: PLACE/FILE.gguf` says the same"
@@ -61,7 +73,8 @@ class Settings(BaseModel):
     """A section of the configuration: immutable, and an unknown key is an error.
 
     Numbers are finite, of 64 bits, and no truth values. A section, a list or a mapping that nothing
-    is said of (``train:`` with every line below it commented out) is an empty one.
+    is said of (``train:`` with every line below it commented out) is an empty one, but where a
+    number may stand in its place (``weight:``), which might be what was forgotten.
     """
 
     model_config = ConfigDict(
@@ -76,7 +89,7 @@ class Settings(BaseModel):
     @classmethod
     def _as_meant(cls, value: object, info: ValidationInfo) -> object:
         choices = _choices(cls.model_fields[info.field_name or ""].annotation)
-        if value is None and not choices & {NoneType, object, Any}:
+        if value is None and not choices & {NoneType, object, Any, int, float, bool, str}:
             return next((empty for kind, empty in _EMPTY if kind in _kinds(choices)), None)
         _check_numbers(value, choices)
         return value
@@ -157,6 +170,8 @@ _RULES = {
     "dict_type": "must be a mapping: lines of `key: value` below it",
     "tuple_type": "must be a list",
     "string_type": "must be text; what looks like a number or true is text in quotes",
+    "too_short": "must have at least 1 item",  # no section asks for more
+    "missing": "is missing",
 }
 
 
@@ -193,11 +208,21 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
         null = "; null says none" * _means_null(section, found)
         shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)}{null})"
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
+        if found["type"] == "missing":
+            rule += _described(section, found)
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: ", rule, shown)
     keys += (str(found["loc"][-1]),)
     known = sorted({key for section in sections for key in _fields(section)})
     told = f"unknown key {'.'.join(keys)!r}{_meant(keys[-1], known, sections)}"
     return _Problem(keys, told, f" (known here: {', '.join(known)})")
+
+
+def _described(section: type[BaseModel], found: ErrorDetails) -> str:
+    """What a key is, in brackets."""
+    *above, name = found["loc"]
+    fields = [_fields(inside).get(str(name)) for inside in _walk(section, tuple(above))[1]]
+    told = [one.description for one in fields if one is not None and one.description]
+    return f" ({told[0]})" if told else ""
 
 
 def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:

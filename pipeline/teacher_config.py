@@ -1,9 +1,8 @@
 """What the configuration says of a teacher. No model is touched here, and torch is not imported."""
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from rekindle.data.settings import GGUF_FILE, Free, Place, Settings, with_gguf_file
 from rekindle.data.targets.kinds.base import VocabularyKind
@@ -89,7 +88,7 @@ class ResourcesConfig(Settings):
         description="GPUs, also a part of one; null: one where the cluster has any, else none",
     )
     memory_gb: float | None = Field(None, gt=0, description="main memory")
-    custom: Mapping[str, float] = Field(
+    custom: dict[str, float] = Field(
         default_factory=dict, description="other resources, by the names that the cluster has"
     )
     load_minutes: float | None = Field(
@@ -120,8 +119,15 @@ class ResourcesConfig(Settings):
         return found
 
 
+def _of_files_or_served(schema: dict[str, Any]) -> None:
+    """A server's model has its name there, and its task."""
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["name", "served"]}]
+
+
 class TeacherConfig(Settings):
     """One expert."""
+
+    model_config = ConfigDict(json_schema_extra=_of_files_or_served)
 
     name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
     model: Place = Field(description="a model directory or a hub id; not of one that is served")

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rekindle.data.former import Formerly
-from rekindle.data.settings import Free, MayChange, Settings, parse_settings
+from rekindle.data.settings import Free, MayChange, Names, Settings, in_list, parse_settings
+from rekindle.data.settings_schema import one_or_many
 from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
 from rekindle.train.model.student_config import GrowConfig as GrowConfig
@@ -22,13 +23,8 @@ Batching = Literal["shuffled", "similar_lengths"]
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
-def _in_list(value: object) -> object:
-    """Put a name that stands alone into a list."""
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
-SomeNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_in_list)]
+Told = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(in_list)]
+SomeNames = Annotated[Names, Field(min_length=1)]
 
 
 class HardConfig(Settings):
@@ -261,6 +257,11 @@ class TrainConfig(StepConfig):
         100,
         description="at the first step and every so many more, the norm of each term's weighted "
         "gradient at what the heads read, and over the cross-entropy's; null for never",
+    )
+    report_to: Free[Told] = Field(
+        ("tensorboard",),
+        json_schema_extra=one_or_many,
+        description="who is told the numbers of metrics.jsonl, too (docs/trackers.md); none: []",
     )
     keep_checkpoints: Free[Count] = Field(2, description="how many of the last are kept")
     keep_best: Free[str | None] = Field(

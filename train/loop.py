@@ -20,6 +20,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World, build_in_shards
 from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.export.finished import make_model_directory
+from rekindle.train.export.provenance import Provenance
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE, UNSEEN
@@ -38,6 +39,7 @@ from rekindle.train.record.checkpoint import (
 )
 from rekindle.train.record.coverage import Coverage
 from rekindle.train.record.identity import (
+    SECTIONS,
     STUDENT_FILES,
     begin_record,
     check_run,
@@ -56,6 +58,7 @@ from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.sharded import refuse_unshared
 from rekindle.train.record.stored_run import write_begun
+from rekindle.train.record.trackers import check_trackers
 from rekindle.train.record.watch import recent_losses
 from rekindle.train.record.working_copy import store_of
 from rekindle.train.running_out import less_memory, running_out
@@ -153,6 +156,7 @@ def _begin(
 ) -> TrainResult:
     """Prepare a run and do it, or what is left of it."""
     started = time.monotonic()
+    world.decide(lambda: check_trackers(config.report_to))
     measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
     mesh = world.mesh(config.parallel)
 
@@ -240,10 +244,11 @@ def _train(
     )
     judge = Judge(training, recent)
     evaluation: dict[str, float] = {}
+    shown = {name: prepared.about[name] for name in SECTIONS}
     student.student.train()
     # Left by an error or an interrupt, both must end at once: no thread reads on, no file is open.
     with (
-        closing(RunLog(out, first, silent=not world.main)) as run_log,
+        RunLog(out, first, not world.main, config.report_to, shown) as run_log,
         closing(stream.steps(first, config.steps)) as steps,
         Stop.heard() as stop,
     ):
@@ -295,6 +300,7 @@ def _train(
     make_model_directory(
         *(out, student, about, prepared.tokenizer, result.best_elsewhere),
         summary | world.decide(lambda: saved_growth(out)),
+        Provenance.of(prepared.about, training.cache, evaluation),
     )
     return result
 

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from rekindle.data.settings import Settings
 
@@ -38,7 +38,18 @@ def _steps_or_time(value: object) -> object:
     return value
 
 
-Interval = Annotated[int | str, BeforeValidator(_steps_or_time)]  # so many steps, or so long
+Interval = Annotated[  # so many steps, or so long
+    int | str,
+    BeforeValidator(_steps_or_time),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": f"^\\s*{_TIME.pattern}\\s*$"},
+            ]
+        }
+    ),
+]
 
 
 class Schedule(Settings):

@@ -15,6 +15,7 @@ from rekindle.data.forms.template import Template, find_template
 from rekindle.data.forms.tokens import TokenRows
 from rekindle.data.forms.written import WRITTEN, WrittenDialogues
 from rekindle.data.settings import Free, Place, Settings
+from rekindle.data.settings_schema import one_or_many
 from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
@@ -38,6 +39,7 @@ class CorpusConfig(Settings):
 
     source: tuple[Place | SourceEntry, ...] = Field(
         min_length=1,
+        json_schema_extra=one_or_many,
         description="files or globs (txt, jsonl, csv, tsv, parquet, arrow), here or in a store "
         "(s3://…), a datasets id, or python-docs; {path, format}: one of a format of its own",
     )
@@ -91,11 +93,13 @@ class CorpusConfig(Settings):
     limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
     without: tuple[Place, ...] = Field(
         (),
+        json_schema_extra=one_or_many,
         description="files with texts of tests: records that hold one of them, as it stands or "
         "nearly, are left out and counted",
     )
     without_fields: tuple[str, ...] = Field(
         (),
+        json_schema_extra=one_or_many,
         description="the fields of those files that hold their texts; empty: those called as the "
         f"corpus's own, and {', '.join(USUAL)}",
     )

@@ -154,7 +154,9 @@ def _blame_file(directory: Path) -> None:
                 f"{path} is not JSON ({error}); give the file as it was saved"
             ) from None
         if not isinstance(found, dict):
-            raise InputError(f"{path} holds {type(found).__name__}, not an object")
+            raise InputError(
+                f"{path} holds {type(found).__name__}, not an object; give the file as it was saved"
+            )
     if (directory / "config.json").is_file():
         try:
             AutoConfig.from_pretrained(str(directory), trust_remote_code=False)

@@ -37,6 +37,7 @@ MEASURED_NOTE = (
 )
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
+LEAVE_OUT = "leave it out, or remove it"
 # Where these differ, held-out values are of other positions, or of another loss.
 EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
 
@@ -184,12 +185,12 @@ def _runs_in(directory: Path) -> list[RunFolder | None]:
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
-    return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
+    return path.is_file() and (read_record(path, LEAVE_OUT) or {}).get("written_by") == CYCLE_WRITER
 
 
 def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | None:
     """The run; of a student that a sweep has not begun, what is ``planned``."""
-    about = read_record(directory / "run.json")
+    about = read_record(directory / "run.json", LEAVE_OUT)
     if about is None and "corpus" in planned:
         about = {**planned, "cache": {"corpus": planned["corpus"]}}
     if about is None:

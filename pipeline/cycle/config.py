@@ -28,6 +28,7 @@ from rekindle.pipeline.cycle.sections import (
     Point,
     PrimaryConfig,
     Search,
+    SomeOfTerm,
     check_names,
     checked_search,
 )
@@ -75,12 +76,12 @@ class CycleConfig(Settings):
         description="how students are trained, all alike; objective.hard is μ of masked LM",
     )
     tasks: tuple[CycleTask, ...] = Field(min_length=1, description="the labelled tasks")
-    distill: dict[str, object] = Field(
+    distill: SomeOfTerm = Field(
         default_factory=dict,
         description="of every expert's term (weight is λ, temperature, view, …); regressions "
         "have divergence mse unless told",
     )
-    pseudo: dict[str, object] = Field(
+    pseudo: SomeOfTerm = Field(
         default_factory=dict,
         description="of the term of the arm pseudo (confidence, weight, view); confidence is 0 "
         "unless told",

@@ -1,21 +1,25 @@
 """The sections of a cycle's file that a run's has not: experts, tasks, what is compared first."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Place, Settings, parse_settings
+from rekindle.data.settings_schema import KeysOf, one_or_many
 from rekindle.data.targets.schema import TEACHER_NAME
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.cycle.arms import Arm
+from rekindle.train.config import DistillTerm
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 
 Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
 Point = dict[str, Setting]  # what a search tries
-Search = dict[str, tuple[Setting, ...]]
+Search = Annotated[dict[str, tuple[Setting, ...]], KeysOf(FixedBudget, lists=True)]
+SomeOfFineTuning = Annotated[dict[str, object], KeysOf(FixedBudget)]
+SomeOfTerm = Annotated[dict[str, object], KeysOf(DistillTerm)]
 # What a search may not change: the budget is the same for all.
 _BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
 Metric = Literal[
@@ -40,7 +44,9 @@ class CycleCorpusConfig(CorpusConfig):
     """The unlabelled text of all tasks; or what is common to the texts that they have each."""
 
     source: tuple[Place, ...] = Field(
-        (), description=f"{CorpusConfig.model_fields['source'].description}"
+        (),
+        json_schema_extra=one_or_many,
+        description=f"{CorpusConfig.model_fields['source'].description}",
     )
 
 
@@ -60,7 +66,7 @@ class ExpertsConfig(Settings):
     seeds: int | None = Field(
         None, gt=0, description="fine-tunings of each expert; null: as many as of every arm"
     )
-    finetune: dict[str, object] = Field(
+    finetune: SomeOfFineTuning = Field(
         default_factory=dict,
         description="over the file's and the task's finetune, for the experts alone; where model "
         "is another one",
@@ -104,15 +110,15 @@ class CycleTask(Settings):
         description="how pairs are made of the text for an expert on pairs; null: adjacent, if the "
         "task has sentence2",
     )
-    corpus: dict[str, object] = Field(
+    corpus: Annotated[dict[str, object], KeysOf(CycleCorpusConfig)] = Field(
         default_factory=dict,
         description="its own unlabelled text: keys of corpus, over the file's; all tasks have one, "
         "or none",
     )
-    distill: dict[str, object] = Field(
+    distill: SomeOfTerm = Field(
         default_factory=dict, description="of its expert's term, over the file's distill"
     )
-    finetune: dict[str, object] = Field(
+    finetune: SomeOfFineTuning = Field(
         default_factory=dict, description="over the file's finetune, for every arm alike"
     )
 

@@ -133,9 +133,10 @@ WRONG = [
     ({"name": "r", "terms": [{"teachers": "a"}]}, "terms.0.teachers", "list"),
     ({"name": "r", "terms": [{"teachers": [], "temperature": -1}]}, "terms.0.temperature", "> 0"),
     ({"name": "r", "terms": [{"teachers": [], "weight": "big"}]}, "terms.0.weight", "number"),
+    ({"name": "r", "terms": [{"teachers": [], "weight": None}]}, "terms.0.weight", "nothing"),
     ({"name": "r", "shares": {"first": 0.9}}, "shares", "first + second must not exceed 1"),
     ({"name": "r", "shares": 1}, "shares", "section"),
-    ({}, "name", "required"),
+    ({}, "name", "is missing"),
 ]
 
 
@@ -164,7 +165,7 @@ def test_something_else_than_a_mapping(values):
 def test_every_problem_is_told_once():
     text = message({"nam": 1, "limit": "x", "shares": {"frist": 1}}, "run.yaml")
     assert text.startswith("run.yaml: ")
-    for part in ("'nam'", "limit: ", "'shares.frist'", "name: Field required"):
+    for part in ("'nam'", "limit: ", "'shares.frist'", "name: is missing"):
         assert text.count(part) == 1
 
 

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field, field_validator
 
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Place, Settings
+from rekindle.data.settings_schema import one_or_many
 from rekindle.train.schedules import Positive, Seed
 from rekindle.train.step_config import Memory
 
@@ -20,6 +21,7 @@ _PROBLEMS = {  # what else they are called
     "single_label_classification": "classification",
     "multi_label": "multi_label_classification",
 }
+Written = Problem | Literal["single_label_classification", "multi_label"] | None
 
 
 class MergeConfig(Settings):
@@ -51,6 +53,7 @@ class TaskSettings(Settings):
     text_field: tuple[str, ...] = Field(
         (),
         max_length=2,
+        json_schema_extra=one_or_many,
         validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
         description="where the text stands, or the two of a pair, or the tokens; empty: text, or "
         "sentence1 and perhaps sentence2, or tokens",
@@ -68,6 +71,7 @@ class TaskSettings(Settings):
     )
     label_names: tuple[str, ...] = Field(
         (),
+        json_schema_extra=one_or_many,
         description="names of the labels 0, 1, … where tags, or lists of labels, are numbers",
     )
     threshold: float = Field(
@@ -79,6 +83,7 @@ class TaskSettings(Settings):
     )
     drop_labels: tuple[Label, ...] = Field(
         (),
+        json_schema_extra=one_or_many,
         description="rows with these labels are left out, of several labels those that have one "
         "of them; [null]: those without a label",
     )
@@ -88,7 +93,7 @@ class TaskSettings(Settings):
         "beside not_x",
     )
 
-    @field_validator("problem", mode="before")
+    @field_validator("problem", mode="before", json_schema_input_type=Written)
     @classmethod
     def _by_other_names(cls, value: object) -> object:
         return _PROBLEMS.get(value, value) if isinstance(value, str) else value

@@ -34,6 +34,7 @@ from rekindle.train.model.causes import (
     check_implementations,
     check_quantisation,
     quantised_by,
+    refuse_nan,
     refusing,
 )
 from rekindle.train.model.fitting import AUTO_CLASSES
@@ -200,6 +201,8 @@ def load_weights(
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
     say_unused(directory, model, info["unexpected_keys"])
+    if active() is None:
+        refuse_nan(directory, model)
     return Loaded(model, *split_names(model, unset), shapes)
 
 

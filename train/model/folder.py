@@ -28,6 +28,7 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ABOUT_FILE = "rekindle_student.json"  # beside a student: what it is
 SHARDS = "model-*-of-*.safetensors"
+_AS_SAVED = "give the file as save_pretrained wrote it"
 # Whole weights, as transformers looks for them.
 WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -61,7 +62,11 @@ def resolve_model(path_or_id: str) -> Path:
         check_folder(path)
         return path
     if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
-        raise InputError(f"model {path_or_id!r}: no such directory (and not a hub id)")
+        told = "is a file" if path.is_file() else "no such directory (and not a hub id)"
+        raise InputError(
+            f"model {path_or_id!r}: {told}; give a directory written by save_pretrained, or an id "
+            "that is on the hub"
+        )
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -71,7 +76,8 @@ def resolve_model(path_or_id: str) -> Path:
         reason = first_words(error) or type(error).__name__
         raise InputError(
             f"model {path_or_id!r} is no local directory and cannot be loaded from the hub "
-            f"({reason})"
+            f"({reason}); give a directory written by save_pretrained, or an id that is on the hub "
+            "or in its local cache"
         ) from None
 
 
@@ -121,9 +127,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except ValueError as error:  # also bytes that are no UTF-8
-        raise InputError(f"{path} is not JSON ({error})") from None
+        raise InputError(f"{path} is not JSON ({error}); {_AS_SAVED}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds {type(found).__name__}, not an object")
+        raise InputError(f"{path} holds {type(found).__name__}, not an object; {_AS_SAVED}")
     return found
 
 

@@ -5,7 +5,6 @@ imported here.
 from typing import Annotated, Literal, Protocol
 
 from pydantic import (
-    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -13,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from rekindle.data.settings import GGUF_FILE, Place, Settings, with_gguf_file
+from rekindle.data.settings import GGUF_FILE, Names, Place, Settings, with_gguf_file
 from rekindle.train.schedules import Amount, Count, Positive, Seed
 
 ALL_LINEAR = "all-linear"
@@ -66,14 +65,6 @@ class GrowConfig(Settings):
         return {"noise_std": 0.0} | {key: one for key, one in value.items() if key != "noise"}
 
 
-def _in_list(value: object) -> object:
-    """Put a name that stands alone into a list."""
-    return [value] if isinstance(value, str) else value
-
-
-Modules = Annotated[tuple[str, ...], BeforeValidator(_in_list)]
-
-
 class LoraConfig(Settings):
     """LoRA (arXiv 2106.09685): the model stays as it is, and to chosen matrices W of it a product
     scale · B·A of rank r is added, which alone is trained. Needs the extra peft.
@@ -84,7 +75,7 @@ class LoraConfig(Settings):
         None, description="scale = alpha / r (with rslora alpha / √r); null: r, a scale of 1"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="of what A reads, in training")
-    target_modules: Annotated[Modules, Field(min_length=1)] = Field(
+    target_modules: Annotated[Names, Field(min_length=1)] = Field(
         (ALL_LINEAR,),
         description="the layers that are adapted, by the ends of their names (query, value); "
         "all-linear: every linear layer but the output matrix",
@@ -96,7 +87,7 @@ class LoraConfig(Settings):
     dora: bool = Field(
         False, description="train the lengths of W's rows too, apart (arXiv 2402.09353)"
     )
-    modules_to_save: Modules = Field(
+    modules_to_save: Names = Field(
         (), description="layers that are trained whole and saved with the adapter, by name"
     )
     quantize: Literal["nf4"] | None = Field(

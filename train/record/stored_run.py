@@ -171,6 +171,11 @@ def _create(store: ObjectStore, name: str, content: bytes) -> None:
 
 
 def _upload_files(run: Path, store: ObjectStore, but: Collection[str]) -> None:
-    for file in sorted([*run.iterdir(), *run.glob("tensorboard/*")]):
-        if file.is_file() and file.name[0] != "." and file.name not in but:
+    for file in sorted([*run.iterdir(), *run.glob("tensorboard/*"), *run.glob("wandb/*/**/*")]):
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and file.name[0] != "."
+            and file.name not in but
+        ):
             store.upload(file, str(file.relative_to(run)))

@@ -1,0 +1,81 @@
+"""Models of the families in the grid, and caches of what they say, made once."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from rekindle.data.cache import Cache
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.caching.cache_teachers import cache_teachers
+from rekindle.pipeline.config import RunConfig
+from testlib.families.kinds import EXPERT, STUDENT, TEACHER, WORDS, Family, save_tokenizer
+from testlib.families.rows import FAMILIES
+
+TARGETS = {"topk": {"kind": "topk", "k": 8}, "dense": {"kind": "dense"}}
+LENGTHS = (3, 20, 9, 1, 15, 30, 5, 12)  # words of the texts: of the fourth nothing is predicted
+
+
+class Grid:
+    """Folders of models and, by task, a cache of teachers and experts over the same texts."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.cached = folder, dict[tuple[str, str], None]()
+        draw = random.Random(0)
+        texts = [" ".join(draw.choices(WORDS, k=length)) for length in LENGTHS]
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        self.tokenizers = {
+            task: save_tokenizer(folder / f"words-{task}", task)
+            for task in ("masked_lm", "causal_lm")
+        }
+
+    def model(self, family: Family, role: str) -> Path:
+        """A model of ``family`` for a role: that of teachers is the students', too, and the one
+        that is refused as an expert.
+        """
+        role = TEACHER if role == STUDENT or role in family.refused else role
+        folder = self.folder / f"{name_of(family)}-{role}"
+        return folder if folder.exists() else family.save(folder, role)
+
+    def cache(self, family: Family, role: str) -> Cache:
+        """The cache with the family's targets; InputError of those that are refused.
+
+        Those of the quick cases are made together, all others by themselves.
+        """
+        if (family.title, role) not in self.cached:
+            together = [f for f in FAMILIES if f.quick and f.task == family.task]
+            asked = [(f, r) for f in together for r in (TEACHER, EXPERT) if r not in f.refused]
+            if (family, role) not in asked:
+                asked = [(family, role)]
+            cache_teachers(self.config(asked))
+            self.cached |= dict.fromkeys((f.title, r) for f, r in asked)
+        return Cache.open(self.folder / f"cache-{family.task}")
+
+    def config(self, asked: list[tuple[Family, str]]) -> RunConfig:
+        """A run file of the teachers and experts that are ``asked`` for, of one task."""
+        task = asked[0][0].task
+        cache: dict[str, Any] = {"path": str(self.folder / f"cache-{task}")}
+        if task == "masked_lm":  # the two replicas mask every token once between them
+            cache |= {"replicas": 2, "mask": {"policy": "cover"}}
+        corpus = {
+            "source": [str(self.folder / "text.jsonl")],
+            "tokenizer": str(self.tokenizers[task]),
+            "sequence_length": 24,
+        }
+        teachers = [teacher for family, role in asked for teacher in self.teachers(family, role)]
+        return parse_settings(RunConfig, {"corpus": corpus, "cache": cache, "teachers": teachers})
+
+    def teachers(self, family: Family, role: str) -> list[dict[str, Any]]:
+        """Its parts of a run file; two kinds of targets are taken in the same passes."""
+        about = {"model": str(self.model(family, role)), "task": family.task}
+        if role == EXPERT:
+            return [about | {"name": name_of(family), "task": "sequence_classification"}]
+        return [
+            about | {"name": f"{name_of(family)}-{kind}", "targets": targets}
+            for kind, targets in TARGETS.items()
+        ]
+
+
+def name_of(family: Family) -> str:
+    """A name that may be a folder's and a teacher's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in family.title).lower()

@@ -1,0 +1,69 @@
+"""The page of the grid, docs/families.md, as its rows say it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from testlib.families.kinds import EXPERT, ROLES, STUDENT, TEACHER, Family
+
+PRECISION = 1e-5
+DOCS = Path(__file__).parents[4] / "docs/families.md"
+# What is tested together, whatever is installed.
+PINNED = dict(
+    line.split("==")
+    for line in (DOCS.parents[1] / "constraints.txt").read_text().splitlines()
+    if "==" in line
+)
+
+HEAD = f"""# Families of models
+
+What becomes of each family as a teacher, as a student and as an expert with a head, tried with
+tiny models of random weights under transformers {PINNED["transformers"]} on a CPU. The tests in
+`tests/pipeline/families` make this page and hold every cell of it.
+
+- **teacher**: what stage 1 keeps of a padded batch of sequences of different lengths equals, at
+  every masked position (encoders) or every next token (decoders), the log-probabilities of
+  transformers' own forward pass of each sequence alone: whole distributions to {PRECISION:.0e},
+  top-k ones to their codec's precision.
+- **student**: the loss of a step (KD and cross-entropy) and all its gradients equal those of
+  transformers and torch alone to {PRECISION:.0e}; saved after the step, it is loaded by
+  transformers with equal logits.
+- **expert**: the logits that stage 1 keeps of a classifier of texts, and those of
+  `pipeline predict`, equal transformers' own of each text alone to {PRECISION:.0e}.
+
+Refused is what would be wrong: exit code 2 before dear work, with these words in the message. A
+family that is not here is tried when it is loaded, as these are: its logits against its states,
+what it sees of its input, what padding does to it.
+"""
+KINDS = {"masked_lm": "Encoders", "causal_lm": "Decoders"}
+NOTES = {"one": "equal, sequences of one length together", "fresh": "equal, with a fresh LM head"}
+
+
+def page(families: Sequence[Family]) -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for task, title in KINDS.items():
+        parts.append(
+            f"## {title} ({task})\n\n| family | `model_type` | teacher | student | expert |"
+        )
+        parts[-1] += "\n|---|---|---|---|---|\n"
+        parts[-1] += "".join(_row(family) for family in families if family.task == task)
+    return "\n".join(parts)
+
+
+def _row(family: Family) -> str:
+    cells = [family.title, f"`{family.kind}`", *(_cell(family, role) for role in ROLES)]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _cell(family: Family, role: str) -> str:
+    if role in family.refused:
+        return f"refused: {family.refused[role]}"
+    if family.moved_by_padding and role in (TEACHER, EXPERT):
+        return NOTES["one"]
+    return NOTES["fresh"] if family.fresh_head and role == STUDENT else "equal"
+
+
+if __name__ == "__main__":
+    from testlib.families.rows import FAMILIES
+
+    DOCS.write_text(page(FAMILIES), encoding="utf-8")

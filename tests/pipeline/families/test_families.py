@@ -1,0 +1,157 @@
+"""Families of models in each role, held against transformers' own forward pass; and their page."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.train.config import ObjectiveConfig, StudentConfig
+from rekindle.train.finetune.classifier import classifier_config, load_trained, predict
+from rekindle.train.finetune.encoded import EncodedTexts, padding_id_of
+from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.objective.objective import Objective
+from rekindle.train.student import build_student
+from testlib.caches import examples
+from testlib.families.grid import Grid, name_of
+from testlib.families.kinds import EXPERT, STUDENT, TEACHER, TOKENS, Family
+from testlib.families.page import DOCS, PRECISION, page
+from testlib.families.rows import FAMILIES, NO_CLASS
+from testlib.models import AUTO
+from testlib.objective.reference import EPOCH, reference
+from testlib.run_alone import CLASSIFIER, check_distribution, logits_of, model_of
+from testlib.students import gradients, same_gradients
+
+CASES = [
+    pytest.param(family, id=family.title, marks=[] if family.quick else [pytest.mark.slow])
+    for family in FAMILIES
+]
+GUIDES = {family.task: family for family in FAMILIES if family.title in ("BERT", "GPT-2")}
+RATE = 0.05  # of the step that a student takes
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, one_thread) -> Grid:
+    return Grid(tmp_path_factory.mktemp("families"))
+
+
+def same(found, expected):
+    assert float((torch.as_tensor(found) - expected).abs().max()) <= PRECISION
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_as_a_teacher(grid, family):
+    if refused(family, TEACHER, lambda: grid.cache(family, TEACHER)):
+        return
+    cache, model = grid.cache(family, TEACHER), grid.model(family, TEACHER)
+    assert (moved_by_padding(model_of(model, AUTO[family.task])) > 0) == family.moved_by_padding
+    name, ahead, checked = name_of(family), family.task == "causal_lm", 0
+    for example in examples(cache):
+        found = [example.targets[f"{name}-{kind}"] for kind in ("topk", "dense")]
+        for topk, dense in zip(*found, strict=True):
+            logits = logits_of(model, AUTO[family.task], input_ids=dense.input_ids)[:, :TOKENS]
+            for row, position in enumerate(dense.positions.tolist()):
+                gold = int(example.input_ids[position + ahead])
+                check_distribution(topk, row, logits[position], gold)
+                same(dense.log_probs[row], torch.log_softmax(logits[position], -1))
+        places = np.concatenate([target.positions for target in found[1]])
+        # Every token but the first and last of an encoder's, which are none of the text.
+        own = range(not ahead, len(example.input_ids) - 1)
+        assert sorted(places.tolist()) == [*own]
+        checked += len(places)
+    assert checked > 90
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_as_a_student(grid, family, tmp_path):
+    model, guide = grid.model(family, STUDENT), GUIDES[family.task]
+
+    def build():
+        return build_student(StudentConfig(model=str(model), task=family.task), {}, TOKENS, 0)
+
+    if refused(family, STUDENT, build):
+        return
+    cache, student = grid.cache(guide, TEACHER), build().train()
+    assert student.has_fresh_head == family.fresh_head
+    if family.fresh_head:
+        student.save_pretrained(model := tmp_path / "begun")
+    plain = getattr(transformers, AUTO[family.task]).from_pretrained(model, dtype=torch.float32)
+    setting = SimpleNamespace(
+        cache=cache,
+        task=family.task,
+        view=cache.masked_view().name if family.task == "masked_lm" else None,
+        objective=objective_of(cache, name_of(guide), family.task),
+        vocabulary=TOKENS,
+        index=np.arange(len(cache)),
+        student=SimpleNamespace(model=plain.train()),
+    )
+    loss = loss_of(student, setting)
+    expected, _ = reference(setting, 0)
+    assert loss == pytest.approx(float(expected.detach()), rel=PRECISION)
+    expected.backward()
+    own = {name.removeprefix("model."): g for name, g in gradients(student).items()}
+    same_gradients(own, gradients(plain), PRECISION)
+    for each in (student, plain):
+        torch.optim.SGD(each.parameters(), lr=RATE).step()
+    student.eval().save_pretrained(tmp_path / "after")
+    again = getattr(transformers, AUTO[family.task]).from_pretrained(tmp_path / "after")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        same(again.float().eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+
+
+def objective_of(cache, name, task):
+    terms = [{"teachers": [f"{name}-topk"], "temperature": 2.0}]
+    config = parse_settings(ObjectiveConfig, {"hard": {"weight": 1.0}, "distill": terms})
+    return Objective(config, {f"{name}-topk": cache.teacher(f"{name}-topk").info}, task, 10)
+
+
+def loss_of(student, setting):
+    """The loss of a step, with all sequences in one padded batch; gradients are left behind."""
+    objective, plan = setting.objective, setting.objective.plan(0)
+    batch = setting.cache.gather(
+        setting.index, plan.teachers, epoch=EPOCH, masked_view=setting.view
+    )
+    batch = objective.select(batch, plan)
+    assert len(set(batch.lengths.tolist())) > 4
+    made = objective.loss(student, batch, objective.counts(batch, plan), plan, torch.device("cpu"))
+    made.total.backward()
+    return float(made.total.detach())
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_as_an_expert(grid, family):
+    model = grid.model(family, EXPERT)
+    if refused(family, EXPERT, lambda: grid.cache(family, EXPERT)):
+        if family.refused[EXPERT] == NO_CLASS:
+            refused(family, EXPERT, lambda: classifier_config(str(model)))  # as `finetune` asks
+        return
+    tokenizer, name = transformers.AutoTokenizer.from_pretrained(model), name_of(family)
+    rows, expected = [], []
+    for example in examples(grid.cache(family, EXPERT)):
+        rows.append(tokenizer(example.text)["input_ids"])
+        expected.append(logits_of(model, CLASSIFIER, input_ids=rows[-1]))
+        same(example.targets[name][0].logits, expected[-1])
+    assert len({len(row) for row in rows}) > 4
+    assert float(torch.stack(expected).std(0).max()) > 1e3 * PRECISION
+    loaded, own = load_trained(str(model))  # as `evaluate` and `predict` do
+    found = predict(loaded, EncodedTexts(rows, None, padding_id_of(loaded.config, own)), 4)
+    same(found, torch.stack(expected))
+
+
+def refused(family: Family, role: str, work) -> bool:
+    """Whether the row says that ``work`` is refused, with these words."""
+    if role not in family.refused:
+        return False
+    with pytest.raises(InputError) as error:
+        work()
+    assert family.refused[role] in str(error.value)
+    return True
+
+
+def test_the_page_says_what_the_rows_say():
+    """`PYTHONPATH=tests/lib python -m testlib.families.page` writes it."""
+    assert DOCS.read_text(encoding="utf-8") == page(FAMILIES)
