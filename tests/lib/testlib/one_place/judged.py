@@ -195,18 +195,19 @@ def names_the_value(made: Made, message: str) -> bool:
 
 # Where one key of a model's settings decides another's meaning, what does not fit is said instead.
 CONSEQUENCES = ("config.json", "not finite", "has no weights", "lacks weights", "was saved as")
+CONSEQUENCES += ("sees one side",)
 DAMAGE = ("checksum", "is damaged", "roll-up", "another version of this file")
 
 
 def names_the_place(made: Made, message: str) -> str:
     """ "" where the message has the file, or the folder that is a model, and in it the key."""
     file = Path(made.file)
-    if file.suffix == ".yaml" and names_the_value(made, message):
+    if names_the_value(made, message):
         return ""
     if file.name not in message and str(file.parent) not in message:
         return "message does not name the file"
     told_line = re.search(r"tokenizer\.json .* line \d+", message)  # the library knows no key
-    if any(told in message for told in DAMAGE) or names_the_value(made, message) or told_line:
+    if any(told in message for told in DAMAGE) or told_line:
         return ""
     if made.line:
         return "" if made.line in message else "message does not name the line"
