@@ -170,6 +170,8 @@ _RULES = {
     "dict_type": "must be a mapping: lines of `key: value` below it",
     "tuple_type": "must be a list",
     "string_type": "must be text; what looks like a number or true is text in quotes",
+    "too_short": "must have at least 1 item",  # no section asks for more
+    "missing": "is missing",
 }
 
 
@@ -206,11 +208,21 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
         null = "; null says none" * _means_null(section, found)
         shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)}{null})"
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
+        if found["type"] == "missing":
+            rule += _described(section, found)
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: ", rule, shown)
     keys += (str(found["loc"][-1]),)
     known = sorted({key for section in sections for key in _fields(section)})
     told = f"unknown key {'.'.join(keys)!r}{_meant(keys[-1], known, sections)}"
     return _Problem(keys, told, f" (known here: {', '.join(known)})")
+
+
+def _described(section: type[BaseModel], found: ErrorDetails) -> str:
+    """What a key is, in brackets."""
+    *above, name = found["loc"]
+    fields = [_fields(inside).get(str(name)) for inside in _walk(section, tuple(above))[1]]
+    told = [one.description for one in fields if one is not None and one.description]
+    return f" ({told[0]})" if told else ""
 
 
 def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:

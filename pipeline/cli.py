@@ -9,6 +9,7 @@ mismatched cache or checkpoint; 130 interrupted; 1 our bug.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +36,14 @@ from rekindle.pipeline.commands.options import (
     Sweeps,
     TextField,
 )
+from rekindle.pipeline.commands.teachers import teachers
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
     errors_as_exit_codes,
     is_main,
     leave,
     resumable,
+    usage_as_input_errors,
 )
 from rekindle.train.launch import launched, one_of_many
 
@@ -108,7 +111,8 @@ def schema(
     from rekindle.pipeline.schema import KINDS, file_schema
 
     if kind not in KINDS:
-        raise InputError(f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        known = f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise InputError(f"{kind!r}: {known}")
     typer.echo(json.dumps(file_schema(kind), indent=2, ensure_ascii=False))
 
 
@@ -122,7 +126,7 @@ def train_student(
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     given = out or Path("runs") / run.stem
-    from rekindle.pipeline.several_runs import DEFINITIONS, begun_in, check_begun
+    from rekindle.pipeline.several_runs import DEFINITIONS, begun_in, check_begun, check_room
     from rekindle.train.record.stored_run import local_runs
     from rekindle.train.record.working_copy import local_place, place_of
 
@@ -134,8 +138,10 @@ def train_student(
     ):
         if resume:
             check_begun(target)
-        elif out is None and is_main():
-            say(f"without --out, what comes of it goes to {target}")
+        elif is_main():
+            check_room(target)
+            if out is None:
+                say(f"without --out, what comes of it goes to {target}")
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
@@ -322,7 +328,7 @@ for command in (
         plan,
         gc,
     ),
-    *(verify, inspect_, import_targets, export_targets, train_student, rekindle, compare),
+    *(verify, inspect_, teachers, import_targets, export_targets, train_student, rekindle, compare),
     doctor,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
@@ -331,8 +337,9 @@ for command in (
 def main() -> None:
     """The console script: turns errors into one message and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with terminal(), errors_as_exit_codes():
-        app()
+    with terminal(), errors_as_exit_codes(), usage_as_input_errors():
+        code = app(prog_name="pipeline", standalone_mode=False)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,10 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise InputError(
+            f"cannot read the configuration {path}: {error.strerror}; give a file of YAML, as "
+            "`pipeline init RECIPE` writes one (`pipeline init --list` names the recipes)"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"the configuration {path} is not UTF-8 text ({error.reason} at byte "
@@ -269,7 +272,10 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
         ) from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path} must be a mapping with the sections corpus, cache, teachers, …")
+        raise InputError(
+            f"{path} must be a mapping with the sections corpus, cache, teachers, …; "
+            "`pipeline init RECIPE` writes one to begin with"
+        )
     for override in overrides or []:
         set_value(values, override)
     return values

@@ -110,6 +110,40 @@ def line_with(option: str) -> str:
 
 
 @contextmanager
+def usage_as_input_errors() -> Iterator[None]:
+    """Make an InputError of what is wrong with the line itself: an unknown option, say.
+
+    Those are click's errors, which typer carries with it or not: they are known by what they have.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = getattr(error, "format_message", None)
+        if told is None or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        typed = getattr(getattr(error, "ctx", None), "command_path", "pipeline")
+        text = " ".join(told().split()).rstrip(".")
+        raise InputError(f"{text}. `{typed} --help` shows what may be given") from None
+
+
+# What to do, by what the system says of a file.
+_ADVICE = {
+    errno.EEXIST: "a file of that name stands where a folder is needed; give another place",
+    errno.ENOTDIR: "a file stands where a folder is needed; give another place",
+    errno.EISDIR: "a folder stands where a file is needed; give the path of a file",
+    errno.ENOENT: "give the path of what is there",
+    errno.EACCES: "give a place that may be read and written, or change its permissions",
+    errno.EPERM: "give a place that may be read and written, or change its permissions",
+    errno.EROFS: "give a place that may be written",
+    errno.ENOSPC: "make room on that disk, and give the same line again",
+    errno.EDQUOT: "make room within the quota, and give the same line again",
+    errno.EFBIG: "give a place on a file system (or under a `ulimit -f`) for files of that size",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+@contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
     """What a user can cause becomes one message and an exit code; our bugs keep their traceback.
 
@@ -134,7 +168,8 @@ def errors_as_exit_codes() -> Iterator[None]:
         if error.errno is None or (error.filename is None and not full):
             raise
         where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
-        say(f"error: {where}: {error.strerror}")
+        advice = _ADVICE.get(error.errno, "see whether that disk and its mount are sound")
+        say(f"error: {where}: {error.strerror}; {advice}")
         _fail(2)
     finally:
         if main:

@@ -5,11 +5,13 @@ it is for, and the comment lines above its first key that begin with ``pipeline`
 to run it. Reads no configuration and imports nothing heavy.
 """
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from rekindle.data.errors import InputError, did_you_mean
+from rekindle.data.storage.atomic import write_bytes
 
 FOLDER = Path(__file__).parent / "recipes"
 RUN_FILE = "run.yaml"  # what the commands in a recipe call it
@@ -38,8 +40,7 @@ def write_recipe(name: str, out: Path) -> list[str]:
     text = read_recipe(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(out, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        write_bytes(out, text.encode(), publish=os.link)
     except FileExistsError:
         raise InputError(
             f"{out} exists and is left as it is; give another --out, or remove it"

@@ -49,4 +49,9 @@ def _index(here: list, part: str, path: str) -> int:
     if part in names:
         return names.index(part)
     hint = did_you_mean(part, [str(name) for name in names if name])
-    raise InputError(f"--set {path}: {part!r} is no item of a list of {len(here)}{hint}")
+    given = ", ".join([f"0 to {len(here) - 1}"] * bool(here) + [str(n) for n in names if n])
+    raise InputError(
+        f"--set {path}: {part!r} is no item of a list of {len(here)}{hint} (there are: {given})"
+        if here
+        else f"--set {path}: {part!r} is no item of an empty list; set the whole list"
+    )

@@ -14,7 +14,13 @@ from rekindle.data.former import with_defaults, with_every_key
 from rekindle.data.settings import free_keys, sections_in
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
-from rekindle.train.record.run_folder import LOCK_FILE, check_same, read_record, reading
+from rekindle.train.record.run_folder import (
+    LOCK_FILE,
+    check_new,
+    check_same,
+    read_record,
+    reading,
+)
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
 # Of several runs in a store, what says which they are; and which files nobody goes on from once a
@@ -101,6 +107,12 @@ def begun_in(out: Path) -> str | None:
     """The file that says what was begun in ``out``; None where nothing was."""
     files = (RUN_FILE, STAGES_FILE, SWEEP_FILE)
     return next((name for name in files if (out / name).is_file()), None)
+
+
+def check_room(out: Path) -> None:
+    """Raise InputError where ``out`` holds something already: before anything dear is looked at."""
+    file = begun_in(out) or RUN_FILE
+    check_new(out, file, {STAGES_FILE: "run of stages", SWEEP_FILE: "sweep"}.get(file, "run"))
 
 
 def check_begun(out: Path) -> None:

@@ -45,7 +45,7 @@ class Loader(yaml.SafeLoader):
             if key.tag == _MERGE:
                 continue
             if key.value in seen:
-                raise _wrong(f"the key {key.value!r} is given twice", key)
+                raise _wrong(f"the key {key.value!r} is given twice; keep one of them", key)
             seen.add(key.value)
             key.tag = _TEXT  # as it is written: 1 and true are names of keys
         return super().construct_mapping(node, deep)
@@ -99,6 +99,8 @@ def told_of(error: yaml.YAMLError, text: str) -> str:
         if error.context:
             begun = error.context_mark
             cause += f", {error.context}" + (f" from line {begun.line + 1}" if begun else "")
+        if "constructor for the tag" in cause:
+            cause += "; only plain values are read: leave the tag (!…) out"
         if "'\\t'" in cause:
             cause += "; indent with spaces, not with a tab"
         return f" (line {mark.line + 1}, column {mark.column + 1}): {' '.join(cause.split())}"

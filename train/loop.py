@@ -20,6 +20,7 @@ from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World, build_in_shards
 from rekindle.train.evaluate import Best, best_of, evaluate
 from rekindle.train.export.finished import make_model_directory
+from rekindle.train.export.provenance import Provenance
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
 from rekindle.train.interrupts import Interrupted, Stop, telling
 from rekindle.train.measures import MEASURE, UNSEEN
@@ -299,6 +300,7 @@ def _train(
     make_model_directory(
         *(out, student, about, prepared.tokenizer, result.best_elsewhere),
         summary | world.decide(lambda: saved_growth(out)),
+        Provenance.of(prepared.about, training.cache, evaluation),
     )
     return result
 

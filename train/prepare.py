@@ -91,6 +91,8 @@ def prepare(
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
+        if world.main:
+            cache.teacher(name).look()
         if told := _told_of_pairs(cache.teacher(name)):
             log.warning("%s", told)
     about = describe_run(cache, student_config, config, view, objective, measure)

@@ -59,7 +59,10 @@ def _readable(origin: Origin) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # that of a column's name
         told = " ".join(str(error).split())
-        raise InputError(f"{origin.place} cannot be read as {origin.format}: {told}") from error
+        raise InputError(
+            f"{origin.place} cannot be read as {origin.format}: {told.rstrip('.')}. It is cut off, "
+            "damaged or of another format: copy it again, or name it by what it is"
+        ) from error
 
 
 def _one_by_one(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | Bad]:

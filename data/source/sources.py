@@ -130,6 +130,11 @@ def _resolve(entry: str) -> list[Origin]:
     if os.path.isdir(path):
         return _saved_dataset(path)
     if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise InputError(
+                f"{path} is a pipe or a device, and a corpus is read more than once; write what it "
+                "gives into a file"
+            )
         return [_file(path)]
     if glob.has_magic(path):
         matches = glob.glob(_with_literal_directories(path), recursive=True)

@@ -42,7 +42,8 @@ def new_file(path: Path, publish: Publish | None = None) -> Iterator[BinaryIO]:
         (publish or os.replace)(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if str(error.filename) == str(temporary):  # a name that means nothing to who reads of it
+        # None, or a name that means nothing to who reads of it.
+        if error.filename is None or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
     finally:

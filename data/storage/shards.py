@@ -28,6 +28,7 @@ from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Commits
 from rekindle.data.storage.records import Records
 from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shard_bytes import Region, ShardBytes
+from rekindle.data.storage.store import LocalStore
 
 MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch: ours are some 10 MB
 
@@ -118,6 +119,21 @@ class ShardSet:
             self.store.discard(name)
         return winner
 
+    def look_at(self, units: Sequence[str], commits: Commits) -> None:
+        """Raise CacheFormatError where a file of local ``units`` has not the committed size: early,
+        for who will read them after dear work.
+        """
+        if not isinstance(self.store, LocalStore):
+            return  # a request for each
+        for commit in (commits[unit] for unit in units):
+            name = f"{self.folder}/{commit.path}"
+            with unusable(self._missing(name), FileNotFoundError, advice=f". {REPAIR}"):
+                size, _ = self.store.state(name)
+            check_size(f"{self.store.location}/{name}", size, commit)
+
+    def _missing(self, name: str) -> str:
+        return f"{self.store.location}/{name} is missing although it was committed"
+
     def check(self, commit: Commit) -> None:
         """Hold every byte of a unit against its checksums; CacheFormatError when one differs."""
         self.open(commit, direct=True).check()
@@ -138,8 +154,7 @@ class ShardSet:
         ``hold``, with its number, when it is read, to raise when its owner cannot use it.
         """
         name = f"{self.folder}/{commit.path}"
-        told = f"{self.store.location}/{name} is missing although it was committed"
-        with unusable(told, FileNotFoundError, advice=f". {REPAIR}"):
+        with unusable(self._missing(name), FileNotFoundError, advice=f". {REPAIR}"):
             source = self.store.open_bytes(
                 name, commit.bytes, commit.sha256, commit.regions, direct
             )
@@ -223,6 +238,15 @@ def _write_file(
     return rows, file.position, file.sha256.hexdigest(), tuple(file.regions)
 
 
+def check_size(name: str, size: int, commit: Commit) -> None:
+    """Raise CacheFormatError where a file has not the committed size."""
+    if size != commit.bytes:
+        raise CacheFormatError(
+            f"{name} has {size:,} bytes, {commit.bytes:,} were committed: it was cut short or "
+            f"changed. {REPAIR}"
+        )
+
+
 class Shard:
     """One committed Arrow file. Record batches are checked when they are first touched."""
 
@@ -239,11 +263,7 @@ class Shard:
         self._checked: set[int] = set()
         self._batches: dict[int, pa.RecordBatch] = {}
         self._reading = threading.RLock()  # a file has one position, whichever thread reads
-        if source.size != commit.bytes:
-            raise CacheFormatError(
-                f"{self.name} has {source.size:,} bytes, {commit.bytes:,} were committed: it "
-                f"was cut short or changed. {REPAIR}"
-            )
+        check_size(self.name, source.size, commit)
         self._check(0)  # the schema
         self._check(len(commit.regions) - 1)  # the footer
         self._reader = self._open()

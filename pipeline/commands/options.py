@@ -29,6 +29,13 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # of click, here and below,
         """Read the command line."""  # which typer carries with it or not
         typed = [*args]
+        for before, one in zip(["", *typed], typed, strict=False):
+            if one == "" or (one.startswith("--") and one.count("=") == 1 and one.endswith("=")):
+                after = one or before if before.startswith("-") else one or "an argument"
+                raise InputError(
+                    f"{after.rstrip('=')} is given with nothing in it, as by a variable of the "
+                    "shell that is not set; give a value, or leave it out"
+                )
         try:
             found: list[str] = super().parse_args(ctx, args)
         except Exception as error:

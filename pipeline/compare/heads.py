@@ -114,7 +114,9 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     if not head and len(known) > 1:
         raise InputError(f"--test {test}: {told}; say whose file it is, as in {known[0]}={file}")
     if not is_file(file):
-        raise InputError(f"--test {test}: there is no file {file}")
+        raise InputError(
+            f"--test {test}: there is no file {file}; give a jsonl, csv, tsv or parquet file"
+        )
     return head or known[0], file
 
 

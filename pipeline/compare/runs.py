@@ -22,7 +22,7 @@ from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.measures import MEASURE, UNSEEN, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
-from rekindle.train.record.run_log import read_metrics
+from rekindle.train.record.run_log import METRICS_FILE, read_metrics
 from rekindle.train.step_config import LENGTH, recorded_steps
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
@@ -37,6 +37,7 @@ MEASURED_NOTE = (
 )
 CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
 CYCLE_WRITER = "rekindle cycle"
+LEAVE_OUT = "leave it out, or remove it"
 # Where these differ, held-out values are of other positions, or of another loss.
 EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
 
@@ -184,12 +185,12 @@ def _runs_in(directory: Path) -> list[RunFolder | None]:
 def is_cycle(directory: Path) -> bool:
     """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
-    return path.is_file() and (read_record(path) or {}).get("written_by") == CYCLE_WRITER
+    return path.is_file() and (read_record(path, LEAVE_OUT) or {}).get("written_by") == CYCLE_WRITER
 
 
 def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | None:
     """The run; of a student that a sweep has not begun, what is ``planned``."""
-    about = read_record(directory / "run.json")
+    about = read_record(directory / "run.json", LEAVE_OUT)
     if about is None and "corpus" in planned:
         about = {**planned, "cache": {"corpus": planned["corpus"]}}
     if about is None:
@@ -243,7 +244,8 @@ def _read_run(
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
-    spent = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
+    with reading(one.directory / METRICS_FILE):
+        spent = sum(r["tokens"] / s for r in steps if (s := r["tokens_per_second"]) > 0)
     return RunFacts(
         name=name,
         directory=str(one.directory),

@@ -136,7 +136,7 @@ WRONG = [
     ({"name": "r", "terms": [{"teachers": [], "weight": None}]}, "terms.0.weight", "nothing"),
     ({"name": "r", "shares": {"first": 0.9}}, "shares", "first + second must not exceed 1"),
     ({"name": "r", "shares": 1}, "shares", "section"),
-    ({}, "name", "required"),
+    ({}, "name", "is missing"),
 ]
 
 
@@ -165,7 +165,7 @@ def test_something_else_than_a_mapping(values):
 def test_every_problem_is_told_once():
     text = message({"nam": 1, "limit": "x", "shares": {"frist": 1}}, "run.yaml")
     assert text.startswith("run.yaml: ")
-    for part in ("'nam'", "limit: ", "'shares.frist'", "name: Field required"):
+    for part in ("'nam'", "limit: ", "'shares.frist'", "name: is missing"):
         assert text.count(part) == 1
 
 

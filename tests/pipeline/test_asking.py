@@ -69,25 +69,6 @@ def test_a_language_model_is_measured_on_text(tmp_path, model, expert, rows):
     assert pipeline(*advised, "--text-field", "question").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ([], "give either --test"),
-        (["--test", "x.jsonl", "--text", "x.jsonl"], "give either --test"),
-        (["--test", "none.jsonl"], "no such file: 'none.jsonl'"),
-        (["--text", "none.jsonl"], "none.jsonl"),
-        (["--text", "x.jsonl", "--head", "a"], "--head is for labelled rows (--test)"),
-        (["--test", "x.jsonl", "--out", "-"], "only the rows of `pipeline predict` go to stdout"),
-        (["--text", "x.jsonl", "--metric", "f1"], "--metric is for labelled rows (--test)"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_told_in_a_message(expert, arguments, told):
-    done = pipeline("evaluate", expert, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_language_model_knows_no_labels(tmp_path, model, rows):
     asked = (
         ["evaluate", model, "--test", rows, "--label-field", "kind"],

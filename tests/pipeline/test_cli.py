@@ -126,82 +126,6 @@ def test_a_sweep_says_at_its_end_what_failed(run_file, tmp_path):
     assert (out / "learning_rate=1e-3" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--sweep", "cache.seed=1,2"), ("cache.seed", "one cache")),
-        (("--sweep", "train.seed=1,x"), ("train.seed=x",)),
-        (("--workers", "2"), ("--workers", "--sweep", "torchrun")),
-    ],
-)
-def test_a_wrong_sweep_is_refused(run_file, tmp_path, options, words):
-    out = tmp_path / "out"
-    fails(pipeline("train-student", run_file(), "--out", out, *options), 2, *words)
-    assert not out.exists()
-
-
-def test_what_is_no_run_cannot_be_compared(tmp_path):
-    fails(pipeline("compare", tmp_path), 2, str(tmp_path), "no run")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"train": {"step": 4}}, ("train.step", "'steps'")),
-        ({"corpus": {"source": ["x.jsonl"]}}, ("corpus.tokenizer",)),
-        ({"student": {"model": "m", "task": "causal"}}, ("student.task", "causal_lm")),
-    ],
-    ids=["unknown key", "missing key", "bad value"],
-)
-def test_a_wrong_configuration_is_named(run_file, change, words):
-    fails(pipeline("cache-teachers", run_file(**change)), 2, *words)
-
-
-def test_a_missing_model_is_named(run_file, tmp_path):
-    gone = {"name": "lm", "model": str(tmp_path / "gone"), "task": "masked_lm"}
-    gone["targets"] = {"kind": "topk"}
-    fails(pipeline("cache-teachers", run_file(teachers=[gone])), 2, str(tmp_path / "gone"))
-
-
-def test_a_missing_text_field_is_named(run_file):
-    corpus = run_file.values["corpus"] | {"text_field": "txt"}
-    fails(pipeline("cache-teachers", run_file(corpus=corpus)), 2, "'txt'", "text")
-
-
-def test_an_empty_corpus_is_named(run_file, tmp_path):
-    (tmp_path / "empty.jsonl").write_text('{"text": "  "}\n')
-    corpus = run_file.values["corpus"] | {"source": [str(tmp_path / "empty.jsonl")]}
-    fails(pipeline("cache-teachers", run_file(corpus=corpus)), 2, "empty")
-
-
-def test_a_wrong_label_file_is_named(tmp_path, wordpiece, make_model):
-    model = make_model("bert", "AutoModelForMaskedLM", wordpiece)
-    train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
-    train.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
-    dev.write_text('{"text": "c", "label": "maybe"}\n')
-    given = ("finetune", model, "--train", train, "--dev", dev, "--out", tmp_path / "out")
-    fails(pipeline(*given), 2, "maybe", "dev.jsonl")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_teacher_of_another_tokenizer_is_refused(run_file, bytelevel, make_model):
-    other = make_model("roberta", "AutoModelForMaskedLM", bytelevel)
-    teacher = {"name": "other", "model": str(other), "task": "masked_lm"}
-    fails(pipeline("cache-teachers", run_file(teachers=[teacher])), 2, "tokenizer", "other")
-
-
-def test_a_student_of_another_tokenizer_is_refused(run_file, tmp_path, bytelevel, make_model):
-    assert pipeline("cache-teachers", run_file()).returncode == 0
-    other = make_model("roberta", "AutoModelForMaskedLM", bytelevel)
-    path = run_file(student={"model": str(other)})
-    fails(pipeline("train-student", path, "--out", tmp_path / "s"), 2, "another tokenizer")
-    assert not (tmp_path / "s").exists()
-
-
-def test_what_is_no_cache_is_exit_code_3(tmp_path):
-    fails(pipeline("inspect", tmp_path), 3, "not a Rekindle cache")
-
-
 def test_a_flipped_byte_is_exit_code_3_and_named(run_file, tmp_path):
     assert pipeline("cache-teachers", run_file()).returncode == 0
     victim = next((tmp_path / "cache" / "targets" / "lm" / "data").iterdir())
@@ -284,6 +208,7 @@ def test_the_command_line_is_frozen():
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
+        "teachers": ["--json", "--remove", "--rename", "--transcode", "--yes"],
         "import-targets": [
             *("--allow-missing", "--json", "--label", "--provenance", "--set", "--task"),
         ],

@@ -98,20 +98,6 @@ def test_a_byte_order_mark_and_other_line_ends_change_nothing(tmp_path, text):
     assert load_config(path).cache.path == "c"
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "- a", "word"])
-def test_a_file_without_sections(tmp_path, text):
-    with pytest.raises(InputError, match=r"run\.yaml must be a mapping with the sections"):
-        load_config(written(tmp_path, text))
-
-
-def test_what_is_no_file_of_text(tmp_path):
-    with pytest.raises(InputError, match=r"cannot read the configuration .*directory"):
-        load_config(tmp_path)
-    (tmp_path / "run.yaml").write_bytes(b"\x00\xff\xfe")
-    with pytest.raises(InputError, match=r"run\.yaml is not UTF-8 text .*save it as UTF-8"):
-        load_config(tmp_path / "run.yaml")
-
-
 def test_a_section_with_every_line_commented_out_has_its_defaults(tmp_path):
     text = RUN + "train:\n  # steps: 3\nteachers:\n  # - name: a\nstudent:\n  # model: m\n"
     config = load_config(written(tmp_path, text))

@@ -18,6 +18,7 @@ from rekindle.train.finetune.classifier import by_length, load_trained, predict,
 from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, of_words
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.merge_baselines import bare_names
+from rekindle.train.finetune.metrics import check_finite
 from rekindle.train.finetune.predictions import Answers
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.words import encode_words
@@ -95,7 +96,10 @@ def judged(
         found.append(judge.logits(encoded, settings.batch_size))
         cuts = cuts.and_of(encoded)
         watch.advance(len(block))
-    return np.concatenate(found), cuts
+    logits = np.concatenate(found)
+    if data.words is None:
+        check_finite(logits)
+    return logits, cuts
 
 
 def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.train.export.plain import not_exportable, plain_labels, problem_of
+from rekindle.train.export.provenance import Provenance, metadata
 from rekindle.train.export.result import Exported
 from rekindle.train.measures import UNSEEN
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import Student
 
 CARD_FILE = "README.md"
+HUB_TASK = {"masked_lm": "fill-mask", "causal_lm": "text-generation"}
 SHOWN = 12  # labels that a card names
 LANGUAGE = {
     "masked_lm": ("A masked language model", "AutoModelForMaskedLM"),
@@ -23,8 +25,11 @@ LANGUAGE = {
 }
 
 
-def student_card(student: Student, directory: Path, best: Path | None = None) -> str:
-    """Say how to use the student in ``directory``: its heads first, then the language model.
+def student_card(
+    student: Student, directory: Path, best: Path | None = None, made: Provenance | None = None
+) -> str:
+    """Say how to use the student in ``directory``: its heads first, then the language model; and
+    how it was ``made``.
 
     ``best``: the checkpoint with the best held-out value, where that is not the student.
     """
@@ -53,7 +58,9 @@ def student_card(student: Student, directory: Path, best: Path | None = None) ->
     if best is not None:
         told = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
         lines += ["", told]
-    return "\n".join(lines) + "\n"
+    lines += [] if made is None else made.told()
+    block = metadata(HUB_TASK[student.task], "" if made is None else made.model)
+    return block + "\n".join(lines) + "\n"
 
 
 def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
@@ -144,6 +151,8 @@ def file_name(name: str) -> str:
 def export_card(found: Exported) -> str:
     """Say how to use an export."""
     lines = [
+        metadata(found.pipeline, "").rstrip("\n"),
+        "",
         f"# The task head `{found.head}` of a student trained by Rekindle",
         "",
         "transformers loads it alone, with the trained head:",

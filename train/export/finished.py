@@ -8,6 +8,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.train.distributed import ParallelStudent
 from rekindle.train.export.card import CARD_FILE, student_card
+from rekindle.train.export.provenance import Provenance
 from rekindle.train.model.unfinished import SUMMARY_FILE
 from rekindle.train.record.sharded import write_student
 from rekindle.train.record.working_copy import place_of
@@ -20,6 +21,7 @@ def make_model_directory(
     tokenizer: Tokenizer,
     best_elsewhere: Path | None,
     summary: Mapping[str, object],
+    made: Provenance,
 ) -> None:
     """Make ``run`` a model directory; the ``summary``, written last, says that it is.
 
@@ -36,7 +38,7 @@ def make_model_directory(
             if not student.sharded:
                 own.save_pretrained(staged, about)
             tokenizer.save(str(staged))
-            card = student_card(own, run, best_elsewhere).replace(str(run), place_of(run))
+            card = student_card(own, run, best_elsewhere, made).replace(str(run), place_of(run))
             (staged / CARD_FILE).write_text(card, encoding="utf-8")
             held.close()
             write_json(run / SUMMARY_FILE, summary)

@@ -235,6 +235,6 @@ def check_finite(logits: np.ndarray) -> None:
     """Raise InputError for logits that are not finite: the model has diverged."""
     if not np.isfinite(logits).all():
         raise InputError(
-            "the model's outputs are not finite: training diverged; lower the learning_rate or "
-            "lengthen the warmup"
+            "the model's outputs are not finite: its training diverged (lower the learning_rate or "
+            "lengthen the warmup), or its weights are damaged (give a sound checkpoint)"
         )

@@ -122,6 +122,14 @@ class FinetuneResult:
         told = told_end(one.kept_epoch, len(one.epochs), *how)
         return f"seed {one.seed}, {told}" if len(self.per_seed) > 1 else told
 
+    def told_scores(self) -> dict[str, float]:
+        """The means over the seeds, by what they are called."""
+        seeds = len(self.per_seed)
+        of = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+        dev = {f"dev {self.shown_metric}, {of}": self.mean}
+        test = {} if self.test_mean is None else {f"test {self.shown_metric}, {of}": self.test_mean}
+        return dev | test
+
     def as_dict(self) -> dict[str, object]:
         """Return the result as plain values for JSON."""
         return {"written_by": WRITER, **asdict(self)}

@@ -20,6 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.errors import InputError
+from rekindle.train.export.card import CARD_FILE
+from rekindle.train.export.expert_card import expert_card
 from rekindle.train.export.start import check_head, distilled_model
 from rekindle.train.finetune.best_epoch import DONE, MAX_STEPS, PATIENCE, BestEpoch
 from rekindle.train.finetune.classifier import (
@@ -36,7 +38,7 @@ from rekindle.train.finetune.encoded import EncodedTexts, collate, encode, tell_
 from rekindle.train.finetune.loss import loss_of
 from rekindle.train.finetune.metrics import chosen_metric, printed_name, scores_of, tell_undefined
 from rekindle.train.finetune.predictions import Answers, write_predictions
-from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
+from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out, seed_folder
 from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.finetune.told import Report, SeedProgress
@@ -44,6 +46,7 @@ from rekindle.train.model.files import place
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, tell_slow
+from rekindle.train.record.working_copy import place_of
 from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
@@ -144,7 +147,16 @@ def finetune(
             about = (model, files, data, metric, ones, *took)
             return FinetuneResult.of(*about, cut=job.cut, unread=unread)
 
-        seeds_done.publish(home, lambda folder, ones: result_of(ones).save(folder), force)
+        def describe(folder: Path, ones: Sequence[SeedResult]) -> None:
+            found = result_of(ones)
+            found.save(folder)
+            whole = len(ones) == len(seeds_done.results)
+            where = Path(out) if whole else seed_folder(Path(out), ones[0].seed)
+            about = (model, found.problem, found.label_names, found.told_scores())
+            card = expert_card(place_of(where), *about)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+        seeds_done.publish(home, describe, force)
     return result_of(seeds_done.results)
 
 

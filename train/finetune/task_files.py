@@ -4,6 +4,7 @@ Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quot
 .zst or .bz2, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -40,7 +41,8 @@ class TaskFile(NamedTuple):
 def read_file(path: str, settings: TaskSettings) -> TaskFile:
     """Read the columns of a task; InputError, naming the row, for a text that is none."""
     if not is_file(path):
-        raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv or parquet file")
+        what = f"{path!r} is no file" if os.path.exists(path) else f"no such file: {path!r}"
+        raise InputError(f"{what}; give a jsonl, csv, tsv or parquet file")
     origin = recorded_origin(path)
     if origin.format not in _FORMATS:
         raise InputError(
@@ -79,6 +81,11 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if told := half_a_pair(name, value):
                 raise InputError(f"{path}, row {row}: {told}")
     texts = [cast("list[str]", columns[name]) for name in names]
+    if not any(one.strip() for column in texts for one in column):
+        raise InputError(
+            f"{path} has no text in any of its rows ({', '.join(names)}); name the column of the "
+            f"texts with {_SAY_TEXT}"
+        )
     return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from rekindle.data.errors import InputError, RekindleError, first_words
 from rekindle.train.model.folder import SETTINGS_FILE, StoredTensor
@@ -75,6 +76,21 @@ def refusing(what: str, advice: str = "") -> Iterator[None]:
         raise InputError(f"{what}: {_reason(error)}{advice}") from error
 
 
+@torch.no_grad()
+def refuse_nan(directory: Path, model: nn.Module) -> None:
+    """Raise InputError where a weight of the model in ``directory`` is NaN."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
+            continue
+        # The sum takes no memory; infinities of both signs make it NaN, too.
+        if weight.sum().isnan() and (count := int(weight.isnan().sum())):
+            raise InputError(
+                f"{directory}: {count:,} of the {weight.numel():,} values of {name} are NaN, so "
+                "all that the model says would be: its training diverged, or its files are "
+                "damaged. Give a sound checkpoint of it"
+            )
+
+
 @contextmanager
 def running(model: str) -> Iterator[None]:
     """Name the model and the cause when its own code fails on what it is given.
@@ -95,7 +111,10 @@ def running(model: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text or "custom code" in text:
-        return "its code comes with the model (auto_map), and remote code is off"
+        return (
+            "its code comes with the model (auto_map), and remote code is off: give a model whose "
+            "code transformers has"
+        )
     if isinstance(error, KeyError) and _raised_in(error, "activations"):
         return f"transformers knows no activation {text} (hidden_act in its config.json)"
     first = first_words(error).rstrip(".")

@@ -34,6 +34,7 @@ from rekindle.train.model.causes import (
     check_implementations,
     check_quantisation,
     quantised_by,
+    refuse_nan,
     refusing,
 )
 from rekindle.train.model.fitting import AUTO_CLASSES
@@ -200,6 +201,8 @@ def load_weights(
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
     say_unused(directory, model, info["unexpected_keys"])
+    if active() is None:
+        refuse_nan(directory, model)
     return Loaded(model, *split_names(model, unset), shapes)
 
 
@@ -281,7 +284,8 @@ def new_language_model(
         if getattr(config, key, None) is not None:  # of weights that are not taken
             log.info("student: the new weights are not quantised; %s is left out", key)
             delattr(config, key)
-    with refusing(f"student {directory} cannot be made as {AUTO_CLASSES[task]}"):
+    told = f"student {directory} cannot be made as {AUTO_CLASSES[task]} by its config.json"
+    with refusing(told):
         # The configuration may say bfloat16, as large models' do: weights are trained in float32.
         model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(
             config, dtype=torch.float32

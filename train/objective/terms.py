@@ -114,7 +114,7 @@ def _vocabulary_problems(
         if info.task != task:
             yield (
                 f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
-                "positions"
+                f"positions: take it out of the term, or train a {info.task} student"
             )
         vocabulary_kind(info).slots(term.temperature, term.k, term.interpolates)
     yield from estimate_problems(term, [vocabulary_kind(info) for info in infos])

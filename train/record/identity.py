@@ -51,7 +51,7 @@ def student_files(config: StudentConfig) -> dict[str, str]:
 
 def begin_record(run: Path, about: About) -> None:
     """Write what the run is; of one that goes on, what an older version did not know."""
-    before = read_record(run / RUN_FILE) or {}
+    before = read_record(run / RUN_FILE, START_AGAIN) or {}
     if before.get("version") != VERSION:
         cache = {**about["cache"], **before.get("cache", {})}
         begun = {} if before else {CHECKPOINTED: False}  # of an older one it is not known

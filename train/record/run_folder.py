@@ -53,6 +53,9 @@ def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[st
     begun = (out / file).is_file()
     if begun and resume:
         return True
+    above = next(path for path in (*out.absolute().parents, Path("/")) if path.exists())
+    if not above.is_dir():
+        raise InputError(f"{out} cannot be made: {above} is a file; give another --out")
     ours = {LOCK_FILE, *beside}
     if out.exists() and (
         not out.is_dir()
@@ -64,6 +67,15 @@ def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[st
             else f"{out} is not empty and holds no {what}; give another --out"
         )
     return False
+
+
+def check_new(out: Path, file: str, what: str) -> None:
+    """Raise InputError where a ``what`` cannot begin in ``out``: it is not empty, or held."""
+    try:
+        goes_on(out, file, what, resume=False)
+    except InputError:
+        _refuse_held(out)  # which says more than that something is there
+        raise
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.columns import learnt_content, next_token_places
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
 from rekindle.data.storage.commits import SECONDS, Commits
@@ -36,11 +35,13 @@ from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.imported import EXPECTED
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Cut, cut_of
+from rekindle.data.targets.reading.files import check_owner
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
 FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
+LOOKED_AT = 64  # files of a part, before it is read
 DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
 
 
@@ -215,6 +216,14 @@ class TeacherReader(RowReader):
         share = counts.sum() / self.commits.counts(MAPPABLE).sum()
         return float(share), float((mass * counts).sum() / counts.sum())
 
+    def look(self) -> None:
+        """Raise CacheFormatError where a shard is cut short or gone, of LOOKED_AT at most that are
+        spread over all: the others are found as they are read.
+        """
+        for part in (self.main, *self.tails):
+            units = list(self._read_of(part))
+            part.shards.look_at(units[:: -(-len(units) // LOOKED_AT) or 1], part.commits)
+
     def has(self, shard: int, replica: int | None) -> bool:
         """Whether the unit is committed."""
         return self.info.shown.unit(shard, replica) in self.commits
@@ -299,12 +308,7 @@ class TeacherReader(RowReader):
             shard = part.shards.open(part.commits[unit], about, columns)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
                 raise CacheFormatError(f"{shard.name} has other record batches than teacher.json")
-            stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), shard.name)
-            if stated.identity() != part.info.identity():
-                raise CacheMismatchError(
-                    f"{shard.name} was made by another teacher than teacher.json describes: "
-                    "targets were exchanged, or the description was edited"
-                )
+            check_owner(shard, part.info)
             self._open[key] = shard
         return self._open[key]
 

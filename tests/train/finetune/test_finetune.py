@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
+from rekindle.data.settings import parse_settings
+from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.answers.score import evaluate
 from rekindle.train.finetune import run as module
 from rekindle.train.finetune.encoded import EncodedTexts, collate, encode
@@ -131,6 +134,23 @@ def test_it_learns_and_the_saved_expert_gives_the_written_predictions(
     scores, again = evaluate(out, read_task(train, dev)[1])
     assert scores == pytest.approx(result.per_seed[0].scores, abs=1e-6)
     np.testing.assert_allclose(again, logits, atol=2e-5)  # other batches, other rounding
+    check_card(out, result)
+
+
+def check_card(out, result):
+    """The hub's block, a program that runs, a teacher's section that is read, the scores."""
+    card = (Path(out) / "README.md").read_text()
+    block, _, text = card.partition("---\n\n")
+    assert yaml.safe_load(block.removeprefix("---\n"))["pipeline_tag"] == "text-classification"
+    assert f"{result.mean:.4f}" in text
+    assert all(f"`{name}`" in text for name in result.label_names)
+    told = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], told)
+    assert told["judge"].model.config.problem_type == result.problem
+    [teacher] = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["teachers"]
+    read = parse_settings(TeacherConfig, teacher)
+    assert read.model == out
+    assert (read.task == "regression") == (result.problem == "regression")
 
 
 def test_seeds_are_summarised_and_the_best_on_dev_is_kept(tmp_path, bert):
@@ -514,6 +534,18 @@ def test_pairs_texts_and_special_names_are_encoded_as_stage_one_does(wordpiece, 
         ids, segments = tokenizer.encode_pair(a, b, 11)
         assert encoded.input_ids[row] == ids.tolist()
         assert encoded.token_type_ids[row] == segments.tolist()
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named(wordpiece, bert):
+    tokenizer, config = load_tokenizer(str(wordpiece)), AutoConfig.from_pretrained(bert)
+    data = TaskData(["the river"], None, np.zeros(1, np.int64), ("x", "y"))
+    largest = max(encode(tokenizer.hf, config, data, 11).input_ids[0])
+    config.vocab_size = largest
+    told = rf"gives id {largest} \('\S+'\), and the model's embedding has {largest} rows"
+    with pytest.raises(InputError, match=told):
+        encode(tokenizer.hf, config, data, 11)
+    config.vocab_size = largest + 1
+    encode(tokenizer.hf, config, data, 11)
 
 
 def test_batches_are_padded_on_the_right():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -71,6 +72,12 @@ def test_the_directory_tells_what_it_is(masked_world, whole):
 def test_its_card_begins_with_how_to_use_it(whole, tmp_path):
     """What it says works as it stands there; of a head that cannot be exported it says why."""
     card = (whole.directory / "README.md").read_text()
+    block, _, card = card.partition("---\n\n")
+    assert yaml.safe_load(block.removeprefix("---\n")) == {
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "tags": ["rekindle", "knowledge-distillation"],
+    }
     first = card.splitlines()[:12]
     assert "**random** head" in first[2]
     commands = [shlex.split(line, comments=True) for line in first if "pipeline export" in line]
@@ -83,6 +90,25 @@ def test_its_card_begins_with_how_to_use_it(whole, tmp_path):
     assert "The head 'tags' cannot be exported" in card
     assert "student.head=family" in card
     assert f'AutoModelForMaskedLM.from_pretrained("{whole.directory}")' in card
+
+
+def test_its_card_says_what_made_it(masked_world, whole):
+    """Its teachers by name and weights, the text, the steps and the scores; no folder of ours but
+    its own.
+    """
+    card = (whole.directory / "README.md").read_text()
+    cache = masked_world.open()
+    for name in ("big", "odd.lm", "sense", "tags", "pair"):
+        info = cache.teacher(name).info
+        [line] = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
+        assert f"{info.task} | {info.kind}" in line
+        assert info.fingerprints["weights"][:12] in line
+    assert f"fingerprint `{cache.corpus.fingerprint[:12]}`" in card
+    assert "10 steps" in card
+    for name, value in whole.evaluation.items():
+        assert f"| {name} | {value:.4f} |" in card
+    assert "license: …" in card
+    assert str(masked_world.student) not in card
 
 
 def test_the_best_checkpoint_is_named(masked_world, whole, tmp_path):

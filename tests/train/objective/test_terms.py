@@ -220,7 +220,8 @@ REFUSED = [
     # a vocabulary teacher by itself
     (
         term("gpt"),
-        "teacher 'gpt' is a causal_lm; a masked_lm student has no loss at its positions",
+        "teacher 'gpt' is a causal_lm; a masked_lm student has no loss at its positions: "
+        "take it out of the term, or train a causal_lm student",
     ),
     (
         term("big", temperature=3.0),
@@ -258,7 +259,8 @@ def test_impossible_terms_are_refused(given, message):
         ),
         (
             term("big"),
-            "teacher 'big' is a masked_lm; a causal_lm student has no loss at its positions",
+            "teacher 'big' is a masked_lm; a causal_lm student has no loss at its positions: "
+            "take it out of the term, or train a masked_lm student",
         ),
     ],
 )

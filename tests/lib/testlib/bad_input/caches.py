@@ -1,0 +1,178 @@
+"""Bad caches, checkpoints and runs."""
+
+from rekindle.data.changes.carry_out import change_teacher
+from rekindle.data.storage.seal import seal
+from rekindle.data.storage.store import LocalStore
+from testlib.bad_input.row import Bad, Place
+
+MAKE = "cache-teachers run.yaml"
+TRAIN = "train-student run.yaml --out new"
+GO_ON = "train-student run.yaml --out student --resume"
+RENEWS = "`pipeline cache-teachers` makes it anew"
+NOWHERE = ("nowhere", "is not a Rekindle cache", "make one with `pipeline cache-teachers`")
+SHARD = "cache/targets/lm/data/*"
+CUT = "6,530 were committed: it was cut short or changed"
+STEPS = [f"student/checkpoints/step-0000000{step}" for step in (1, 2)]
+
+
+def _written(name: str, content: str):
+    return lambda place: place.write(name, content)
+
+
+def _gone(*names: str):
+    return lambda place: [place.drop(name) for name in names]
+
+
+def _cut(*patterns: str):
+    return lambda place: [place.cut(pattern) for pattern in patterns]
+
+
+def _newer(place: Place) -> None:
+    place.write("cache/cache.json", seal({}, 99))
+
+
+def _changing(place: Place) -> None:
+    change = {"action": "remove", "teacher": "lm", "version": 3}
+    place.write("cache/cache.json", seal({"change": change}, 10))
+
+
+def _renamed(place: Place) -> None:
+    change_teacher(LocalStore(place / "cache"), "rename", "lm", "big")
+
+
+def _unfinished(*spoils):
+    """A run that was killed, and what is wrong with its checkpoints."""
+
+    def spoil(place: Place) -> None:
+        for name in ("summary.json", "run.yaml", "model.safetensors"):
+            place.drop(f"student/{name}")
+        for one in spoils:
+            one(place)
+
+    return spoil
+
+
+def _other_text(place: Place) -> None:
+    place.rows("text.jsonl", {"text": "another river runs under the city"})
+
+
+def _outside(place: Place) -> None:
+    name = "cache/targets/lm/commits/00001-r001.json"
+    place.change(name, path="../../../run.yaml")
+
+
+CACHES = (
+    Bad("no such cache to look at", "inspect nowhere", *NOWHERE, code=3),
+    Bad("no such cache to verify", "verify nowhere", *NOWHERE, code=3),
+    Bad("no such cache to tidy", "gc nowhere", *NOWHERE, code=3),
+    Bad("no such cache to learn from", f"{TRAIN} --set cache.path=nowhere", *NOWHERE, code=3),
+    Bad("no such cache to import into",
+        "import-targets nowhere new text.jsonl --provenance model=x", *NOWHERE, code=3),
+    Bad("no such cache to export", "export-targets nowhere --out new.jsonl", *NOWHERE, code=3),
+    Bad("a file as cache", "inspect run.yaml", "run.yaml", *NOWHERE[1:], code=3),
+    Bad("a cache of a newer format", TRAIN, "cache format 99", "reads formats 1 to",
+        "a later one, or make the cache again", _newer, 3),
+    Bad("a newer cache to add to", MAKE, "cache format 99", "reads formats 1 to",
+        "a later one, or make the cache again", _newer, 3),
+    Bad("a changed manifest", "inspect cache", "cache/cache.json", "its checksum does not match",
+        RENEWS, lambda place: place.change("cache/cache.json", teachers={}), 3),
+    Bad("a manifest that is cut", TRAIN, "cache/cache.json", "is not valid JSON",
+        "`pipeline verify`", _cut("cache/cache.json"), 3),
+    Bad("a shard that is cut, verified", "verify cache", "1 problem in cache", "exactly",
+        "`pipeline cache-teachers`", _cut(SHARD), 3),
+    Bad("a shard that is cut, looked at", "inspect cache", "cache/targets/lm/data", CUT, RENEWS,
+        _cut(SHARD), 3),
+    Bad("a shard that is cut, learnt from", TRAIN, "cache/targets/lm/data", CUT, RENEWS,
+        _cut(SHARD), 3),
+    Bad("a shard that is cut, exported", "export-targets cache --teacher lm --out new.jsonl",
+        "cache/targets/lm/data", CUT, RENEWS, _cut(SHARD), 3),
+    Bad("a shard that is gone", TRAIN, "cache/targets/lm/data", "missing although it was committed",
+        RENEWS, _gone("cache/targets/lm/data"), 3),
+    Bad("a unit that is gone", TRAIN, "teacher 'lm'", "has targets for 75.0% of the cache",
+        "Finish it with `pipeline cache-teachers`",
+        _gone("cache/targets/lm/commits/00001-r001.json")),
+    Bad("a commit record that is cut", TRAIN, "commits/00001-r001.json", "is not valid JSON",
+        "`pipeline verify`", _cut("cache/targets/lm/commits/00001-r001.json"), 3),
+    Bad("a record that leads out of the cache", "verify cache", "1 problem in cache", "exactly",
+        "`pipeline cache-teachers`", _outside, 3),
+    Bad("a corpus shard that is cut", TRAIN, "cache/corpus/data", "were committed", RENEWS,
+        _cut("cache/corpus/data/*"), 3),
+    Bad("masks that are gone", TRAIN, "cache has the masked views none",
+        "Masked-LM students need the view", "`pipeline cache-teachers` makes",
+        _gone("cache/views")),
+    Bad("a teacher's record of nothing", TRAIN, "targets/lm/teacher.json", "is missing", RENEWS,
+        _written("cache/targets/lm/teacher.json", "{}"), 3),
+    Bad("a corpus record of nothing", TRAIN, "cache/corpus/corpus.json",
+        "does not say what the corpus is made of", RENEWS,
+        _written("cache/corpus/corpus.json", "{}"), 3),
+    Bad("a cache without its tokenizer", TRAIN, "cache/corpus/tokenizer/tokenizer.json",
+        "is damaged", RENEWS, _gone("cache/corpus/tokenizer"), 3),
+    Bad("a cache of another text", MAKE, "text.jsonl (has other content)",
+        "the corpus source has changed", "Use another cache.path", _other_text, 3),
+    Bad("a cache of other lengths", f"{MAKE} --set corpus.sequence_length=32",
+        "sequence_length: 24 there, 32 here", "holds a corpus made differently",
+        "Use another cache.path", code=3),
+    Bad("a cache of another tokenizer", MAKE, "another tokenizer",
+        "holds a corpus made differently", "Use another cache.path",
+        lambda place: place.change("tokens/tokenizer_config.json", mask_token="the"), 3),
+    Bad("a teacher that the cache has not to show", "inspect cache --teacher lmm",
+        "no teacher 'lmm'", "it has: expert, lm"),
+    Bad("a teacher that the cache has not to export",
+        "export-targets cache --teacher lmm --out new", "no teacher 'lmm'", "it has: expert, lm"),
+    Bad("no such cache to list", "teachers nowhere", *NOWHERE, code=3),
+    Bad("a teacher that the cache has not to remove", "teachers cache --remove lmm --yes",
+        "no teacher 'lmm'", "it has: expert, lm", "did you mean 'lm'?"),
+    Bad("a teacher removed without a word", "teachers cache --remove lm",
+        "--remove lm takes 4 units", "nothing was removed", "Say --yes as well"),
+    Bad("two changes at once", "teachers cache --remove lm --rename expert e",
+        "--remove and --rename", "give one of them"),
+    Bad("a name that is taken", "teachers cache --rename lm expert", "'expert' already",
+        "give another name", "`pipeline teachers cache --remove expert`"),
+    Bad("a name that is no folder's", "teachers cache --rename lm a/b", "'a/b' is no name",
+        "the first of them a letter or a digit"),
+    Bad("a codec of nothing known", "teachers cache --transcode lm zstd", "--transcode lm zstd",
+        "a teacher is transcoded to default or compact", "under another name"),
+    Bad("an expert to transcode", "teachers cache --transcode expert compact",
+        "'expert' keeps 2 logits", "compact is a codec of topk and threshold alone"),
+    Bad("a cache in the midst of a change", MAKE, "teacher 'lm' is being removed",
+        "or that was interrupted", "Run `pipeline teachers cache --remove lm --yes` (again) first",
+        _changing),
+    Bad("a teacher to run that was renamed", MAKE, "teacher 'lm' was renamed to 'big'",
+        "To cache the same model twice, give this one a third name",
+        "call it 'big' in the run file", _renamed),
+    Bad("a teacher to learn from that was renamed", TRAIN, "no teacher 'lm'",
+        "Teacher 'lm' was renamed to 'big'", "`pipeline teachers cache --rename big lm`", _renamed),
+    Bad("a teacher of another codec", f"{MAKE} --set teachers.0.targets.codec=compact",
+        "a teacher 'lm' that is not this one", "codec: 'default' there, 'compact' here",
+        "`pipeline teachers cache --transcode lm compact`", code=3),
+)  # fmt: skip
+
+RUNS = (
+    Bad("nothing to go on with", "train-student run.yaml --out nowhere --resume", "nowhere",
+        "nothing to go on with", "Leave --resume out to begin"),
+    Bad("a run that is there", "train-student run.yaml --out student", "student", "is not empty",
+        "--resume to go on"),
+    Bad("a run of another configuration", f"{GO_ON} --set train.seed=5",
+        "train.seed: 0 there, 5 here", "was begun with another configuration", "another --out",
+        code=3),
+    Bad("every checkpoint cut", GO_ON, "student cannot go on", "none of its checkpoints is sound",
+        "Put a copy of a checkpoint back",
+        _unfinished(_cut(*(f"{step}/model.safetensors" for step in STEPS))), 3),
+    Bad("checkpoints without their optimizer", GO_ON, "student cannot go on",
+        "none of its checkpoints is sound", "Put a copy of a checkpoint back",
+        _unfinished(_gone(*(f"{step}/optimizer.safetensors" for step in STEPS))), 3),
+    Bad("checkpoints without their state", GO_ON, "student cannot go on",
+        "none of its checkpoints is sound", "Put a copy of a checkpoint back",
+        _unfinished(_cut(*(f"{step}/trainer.json" for step in STEPS))), 3),
+    Bad("a run's record that is cut", GO_ON, "student/run.json", "is damaged",
+        "start a new run in another --out", _cut("student/run.json"), 3),
+    Bad("a run's record that is cut, compared", "compare student", "student/run.json",
+        "is damaged", "leave it out", _cut("student/run.json"), 3),
+    Bad("no run to compare", "compare lm", "lm", "no run and no sweep",
+        "Give directories that its --out named"),
+    Bad("a checkpoint that is cut, exported", f"export {STEPS[1]} --out new",
+        f"{STEPS[1]}/model.safetensors", "is damaged or cut off", "Copy or download it again",
+        _cut(f"{STEPS[1]}/model.safetensors")),
+)  # fmt: skip
+
+ROWS = CACHES + RUNS

@@ -1,0 +1,182 @@
+"""Bad run files, settings and options."""
+
+from testlib.bad_input.row import Bad, Place
+
+MAKE = "cache-teachers run.yaml"
+TRAIN = "train-student run.yaml --out new"
+
+
+def _file(content: str | bytes):
+    return lambda place: place.write("run.yaml", content)
+
+
+def _changed(**sections: object):
+    return lambda place: place.change("run.yaml", **sections)
+
+
+def _added(text: str):
+    return lambda place: place.write("run.yaml", (place / "run.yaml").read_text() + text)
+
+
+def _stages(place: Place) -> None:
+    place.change("run.yaml", stages=[{"name": "a", "set": {"student.model": "{b}"}}])
+
+
+FILES = (
+    Bad("no such run file", "plan none.yaml", "none.yaml", "No such file", "`pipeline init"),
+    Bad("a folder as run file", "plan tokens", "tokens", "Is a directory", "give a file of YAML"),
+    Bad("an empty run file", MAKE, "run.yaml", "must be a mapping", "`pipeline init RECIPE`",
+        _file("")),
+    Bad("a list as run file", TRAIN, "run.yaml", "must be a mapping", "`pipeline init RECIPE`",
+        _file("- corpus\n")),
+    Bad("a run file in UTF-16", MAKE, "run.yaml", "is not UTF-8 text", "save it as UTF-8",
+        _file("corpus: x".encode("utf-16"))),
+    Bad("a bracket that is not closed", "plan run.yaml", "line 2, column 1", "expected ',' or ']'",
+        "from line 1", _file("corpus: [1, 2\n")),
+    Bad("a tab as indentation", MAKE, "line 2, column 1", "'\\t'", "indent with spaces",
+        _file("corpus:\n\tsource: x\n")),
+    Bad("a section twice", TRAIN, "line 34", "the key 'cache' is given twice", "keep one of them",
+        _added("cache: {path: b}\n")),
+    Bad("a tag that makes a Python object", "plan run.yaml", "os.system", "only plain values",
+        "leave the tag", _file("a: !!python/object/apply:os.system ['true']\n")),
+    Bad("an alias that holds itself", MAKE, "line 1", "found unconstructable recursive node", "",
+        _file("corpus: &a [1, *a]\n")),
+    Bad("a cycle for train-student", TRAIN, "run.yaml", "is of a whole cycle",
+        "`pipeline rekindle run.yaml`", _file("tasks: []\n")),
+    Bad("a run for rekindle", "rekindle run.yaml --out new", "run.yaml", "has no tasks",
+        "`pipeline init rekindle`"),
+    Bad("no student section", TRAIN, "`student` section", "has no", "add student.model",
+        _changed(student=...)),
+    Bad("no corpus section", "plan run.yaml", "corpus", "is missing", "(the text)",
+        _changed(corpus=...)),
+    Bad("no tokenizer", MAKE, "corpus.tokenizer", "is missing", "(the student's tokenizer",
+        _changed(corpus={"source": ["text.jsonl"]})),
+    Bad("a stage that names no earlier one", TRAIN, "stage 'a': '{b}'", "is no earlier stage",
+        "there are: none", _stages),
+)  # fmt: skip
+
+VALUES = (
+    Bad("an unknown section", f"{MAKE} --set trian.steps=3", "'trian'", "unknown key",
+        "did you mean 'train'?"),
+    Bad("an unknown key", f"{TRAIN} --set train.step=3", "'train.step'", "unknown key",
+        "did you mean 'steps'?"),
+    Bad("an unknown key in a list", f"{TRAIN} --set train.objective.distill.0.divergance=jsd",
+        "'train.objective.distill.0.divergance'", "unknown key", "did you mean 'divergence'?"),
+    Bad("a word for a number", f"{TRAIN} --set train.steps=many", "train.steps",
+        "should be a valid integer", "(given: 'many')"),
+    Bad("true for a number", f"{TRAIN} --set train.learning_rate=true", "train.learning_rate",
+        "must be a number"),
+    Bad("NaN for a number", f"{TRAIN} --set train.learning_rate=.nan", "train.learning_rate",
+        "should be a finite number"),
+    Bad("a number below its range", f"{TRAIN} --set train.steps=-1", "train.steps",
+        "greater than or equal to 0"),
+    Bad("a number above its range", f"{MAKE} --set corpus.sequence_length=70000",
+        "corpus.sequence_length", "less than or equal to 65536"),
+    Bad("a number of more than 64 bits", f"{TRAIN} --set train.seed=99999999999999999999",
+        "train.seed", "must lie between"),
+    Bad("a number for a section", f"{TRAIN} --set train=3", "train:", "must be a section",
+        "lines of `key: value` below it"),
+    Bad("nothing for a place", f"{MAKE} --set cache.path=", "cache.path", "must be text",
+        "give a value"),
+    Bad("an empty list", f"{MAKE} --set corpus.source=[]", "corpus.source",
+        "must have at least 1 item"),
+    Bad("an unknown task", f"{MAKE} --set teachers.1.task=translation", "teachers.1.task",
+        "should be 'masked_lm', 'causal_lm'"),
+    Bad("a teacher's name that is a path", f"{MAKE} --set teachers.0.name=../lm",
+        "teachers.0.name", "should match pattern"),
+    Bad("two teachers of one name", f"{MAKE} --set teachers.1.name=lm", "'lm'",
+        "two teachers are called", "give each its own name"),
+    Bad("top-k for a classifier", f"{MAKE} --set 'teachers.1.targets={{kind: topk}}'",
+        "teachers.1", "topk targets are for masked_lm and causal_lm"),
+    Bad("one replica that masks every token",
+        f"{MAKE} --set cache.replicas=1 --set cache.mask.policy=cover", "replicas 1",
+        "each token is masked in one", "Give more"),
+    Bad("checkpoints every 0 steps", f"{TRAIN} --set train.checkpoint_every=0",
+        "train.checkpoint_every", "a number of steps, 1 or more"),
+    Bad("a setting without a value", f"{TRAIN} --set train.steps", "'train.steps'",
+        "--set takes key.path=value"),
+    Bad("an item that a list does not have", f"{MAKE} --set teachers.7.name=x", "'7'",
+        "is no item of a list of 2", "0 to 1, lm, expert"),
+    Bad("a key below a number", f"{TRAIN} --set train.steps.x=1", "--set train.steps.x",
+        "lies below a plain value"),
+    Bad("a teacher that the cache has not",
+        f"{TRAIN} --set train.objective.distill.0.teachers=[lmm]", "no teacher 'lmm'",
+        "(it has: expert, lm)", "Cache it with `pipeline cache-teachers`"),
+    Bad("a temperature that is not stored",
+        f"{TRAIN} --set train.objective.distill.0.temperature=3", "not 3.0",
+        "stores the temperatures", "targets.temperatures"),
+    Bad("a masked LM as teacher of a causal student", f"{TRAIN} --set student.task=causal_lm",
+        "teacher 'lm' is a masked_lm", "has no loss at its positions", "take it out of the term"),
+    Bad("a swept key of the cache", f"{TRAIN} --sweep cache.seed=1,2", "--sweep cache.seed",
+        "learn from one cache", "Sweep keys of student.* or train.*"),
+    Bad("a swept value that is none", f"{TRAIN} --sweep train.seed=1,x", "train.seed=x",
+        "should be a valid integer"),
+    Bad("a swept key without values", f"{TRAIN} --sweep train.seed=", "--sweep train.seed=",
+        "names no value", "give key.path=value"),
+)  # fmt: skip
+
+OPTIONS = (
+    Bad("an unknown command", "trian-student run.yaml", "'trian-student'", "No such command",
+        "Did you mean 'train-student'?"),
+    Bad("an unknown option", f"{MAKE} --worker 2", "--worker", "No such option",
+        "Possible options: --workers"),
+    Bad("no run file", "cache-teachers", "RUN.yaml", "Missing argument",
+        "`pipeline cache-teachers --help`"),
+    Bad("0 workers", f"{MAKE} --workers 0", "'--workers'", "greater than or equal to 1",
+        "`pipeline cache-teachers --help`"),
+    Bad("hours below 0", "gc cache --older-than -1", "'--older-than'",
+        "greater than or equal to 0", "`pipeline gc --help`"),
+    Bad("an option whose variable is empty", "train-student run.yaml --out ''", "--out",
+        "is given with nothing in it", "give a value, or leave it out"),
+    Bad("an argument whose variable is empty", "inspect ''", "an argument",
+        "is given with nothing in it", "give a value, or leave it out"),
+    Bad("workers without a sweep", f"{TRAIN} --workers 2", "--workers", "is for --sweep",
+        "needs torchrun"),
+    Bad("a cluster's address without Ray", f"{MAKE} --address 1.2.3.4:5", "--address 1.2.3.4:5",
+        "is of a Ray cluster", "say --executor ray as well"),
+    Bad("a teacher that the file has not", f"{MAKE} --teacher lmm", "no teacher 'lmm'",
+        "it has: lm, expert"),
+    Bad("a key of --set as option",
+        "finetune lm --train train.jsonl --dev dev.jsonl --out new --epochs 3", "--epochs",
+        "is no option", "Type: --set epochs=3"),
+    Bad("a field twice",
+        "finetune lm --train train.jsonl --dev dev.jsonl --out new --label-field a "
+        "--set label_field=b", "--label-field", "say the same", "give one of them"),
+    Bad("an unknown key of predict", "predict expert --text text.jsonl --out new --set a=1",
+        "unknown key 'a'", "known here: batch_size"),
+    Bad("neither --test nor --text", "evaluate expert", "--test", "give either",
+        "or --text (plain text"),
+    Bad("a metric of plain text", "evaluate lm --text text.jsonl --metric f1", "--metric",
+        "is for labelled rows (--test)"),
+    Bad("predictions of evaluate on stdout", "evaluate expert --test dev.jsonl --out -",
+        "--out -", "only the rows of `pipeline predict` go to stdout", "give a name"),
+    Bad("JSON and rows on stdout", "predict expert --text text.jsonl --out - --json", "--json",
+        "would both write to stdout", "give a file with --out"),
+    Bad("an audit without its teachers", "verify cache --audit 3", "--audit",
+        "runs the teachers again", "--config RUN.yaml"),
+    Bad("a metric without --test", "compare student --metric f1", "--metric", "is that of --test",
+        "say which file is scored"),
+    Bad("a schema of nothing known", "schema cycel", "'cycel'",
+        "there are schemas of run and cycle", "did you mean 'cycle'?"),
+    Bad("no recipe", "init --out new.yaml", "which recipe?", "There are: chain", "see --list"),
+    Bad("an unknown recipe", "init uegpp --out new.yaml", "'uegpp'", "there is no recipe",
+        "did you mean 'uegp'?"),
+    Bad("texts in words", "plan run.yaml --texts many", "--texts 'many'",
+        "is no whole number above 0", "as in 10000000"),
+    Bad("texts and tokens", "plan run.yaml --texts 5 --tokens 5", "--texts and --tokens",
+        "both say how large", "give one"),
+    Bad("an unknown assumption", "plan run.yaml --nodes 2 --assume prize=3", "'prize'",
+        "unknown key", "known here: gigabyte_month"),
+    Bad("a cluster's plan of stages", "plan run.yaml --nodes 2 --set 'stages=[{name: a}]'",
+        "--nodes", "is for a run without stages", "give one of them as its own file"),
+    Bad("provenance without a value",
+        "import-targets cache new text.jsonl --provenance model", "--provenance model",
+        "KEY=VALUE"),
+    Bad("an unknown task to import",
+        "import-targets cache new text.jsonl --provenance model=x --task x", "task",
+        "should be 'masked_lm', 'causal_lm'", "(given: 'x')"),
+    Bad("an example that is not there", "inspect cache --example 99", "not 99",
+        "has the examples 0..11"),
+)  # fmt: skip
+
+ROWS = FILES + VALUES + OPTIONS

@@ -1,0 +1,95 @@
+"""Bad labels, of fine-tuning and of scoring."""
+
+from testlib.bad_input.row import Bad
+
+TUNE = "finetune lm --train train.jsonl --dev dev.jsonl --out new"
+SCORE = "evaluate expert --test bad.jsonl"
+DROP = "drop_labels"
+
+
+def _labels(*labels: object, name: str = "train.jsonl"):
+    """A file with these labels; no label for ..."""
+    rows = [{"text": "a river", "label": one} for one in labels]
+    kept = [{k: v for k, v in row.items() if v is not ...} for row in rows]
+    return lambda place: place.rows(name, *kept)
+
+
+def _raw(content: str | bytes, name: str = "train.jsonl"):
+    return lambda place: place.write(name, content)
+
+
+ROWS = (
+    Bad("no such labels", "finetune lm --train none.jsonl --dev dev.jsonl --out new",
+        "'none.jsonl'", "no such file", "give a jsonl, csv, tsv or parquet file"),
+    Bad("a folder of labels", "finetune lm --train tokens --dev dev.jsonl --out new", "'tokens'",
+        "is no file", "give a jsonl, csv, tsv or parquet file"),
+    Bad("labels of an unknown ending", "finetune lm --train run.yaml --dev dev.jsonl --out new",
+        "run.yaml", "unknown type of file", "rename or convert it"),
+    Bad("an empty file of labels", TUNE, "dev.jsonl", "has no rows", "at least one labelled",
+        _raw("", "dev.jsonl")),
+    Bad("labels in binary", TUNE, "train.jsonl", "it is no UTF-8 text", "convert or replace it",
+        _raw(bytes(range(256)))),
+    Bad("a row of labels that is cut", TUNE, "train.jsonl:2", "not JSON",
+        "each line must be one object", _raw('{"text": "a", "label": "good"}\n{"text": "b", ')),
+    Bad("a missing label", TUNE, "train.jsonl, row 2", "label is missing", DROP,
+        _labels("good", ...)),
+    Bad("a score that is NaN", TUNE, "train.jsonl, row 2", "label is missing (given: nan)", DROP,
+        _labels(0.5, float("nan"))),
+    Bad("an infinite score", TUNE, "train.jsonl, row 2", "a number must be finite", "drop the row",
+        _labels(0.5, float("inf"))),
+    Bad("a class that train has not", TUNE, "dev.jsonl, row 1: label 'awful'",
+        "does not occur in train.jsonl", "Correct the label",
+        _labels("awful", name="dev.jsonl")),
+    Bad("one class only", TUNE, "every label is 'good'", "needs at least two classes", "",
+        _labels("good", "good")),
+    Bad("words and numbers", TUNE, "label 0.3", "is a number, but row 1 has 'good', a word",
+        "use one type of label", _labels("good", 0.3)),
+    Bad("an object as label", TUNE, "train.jsonl, row 1",
+        "must be a class name, a number or a list of numbers", "given: {'x': 1}",
+        _labels({"x": 1}, {"x": 2})),
+    Bad("-1 beside classes", TUNE, "label '-1'", "may be a class, or say that there is no label",
+        "drop_labels=[-1]", _labels(0, 1, -1)),
+    Bad("one word in two cases", TUNE, "label 'Good'", "differ in blanks or case alone",
+        "write both alike", _labels("good", "Good", "bad")),
+    Bad("scores in train, classes in dev", TUNE, "dev.jsonl, row 1: label 'good'",
+        "the train labels are scores", "give numbers here", _labels(0.5, 0.7)),
+    Bad("no such column of labels", f"{TUNE} --label-field gold", "train.jsonl",
+        "has no column 'gold' (it has: text, label)", "--label-field"),
+    Bad("a number as labelled text", TUNE, "train.jsonl, row 1", "text must be a string",
+        "given: 1", lambda place: place.rows("train.jsonl", {"text": 1, "label": "good"})),
+    Bad("labelled rows that are all blank", TUNE, "train.jsonl", "has no text in any of its rows",
+        "--text-field", lambda place: place.rows(
+            "train.jsonl", {"text": "", "label": "good"}, {"text": " ", "label": "bad"})),
+    Bad("words in train, texts in dev", TUNE, "train.jsonl has tokens and dev.jsonl has texts",
+        "all of one kind", "name their fields",
+        lambda place: place.rows("train.jsonl", {"tokens": ["a", "b"], "tags": ["O", "O"]})),
+    Bad("a metric of another task", f"{TUNE} --metric pearson", "'pearson'", "does not fit",
+        "use one of: accuracy"),
+    Bad("a positive class that is none", f"{TUNE} --set positive=great --metric f1",
+        "positive is 'great'", "the labels are bad, good", "name one of two classes"),
+    Bad("every label dropped", f"{TUNE} --set 'drop_labels=[good, bad]'", "train.jsonl",
+        "drop_labels leaves none of its 8 rows"),
+    Bad("epochs below 0", f"{TUNE} --set epochs=-1", "epochs", "greater than or equal to 0",
+        "or 'auto'"),
+    Bad("seeds of what is not trained", f"{TUNE} --set epochs=0 --seeds 2", "epochs=0",
+        "nothing is trained", "leave --seeds out"),
+    Bad("labels that the expert does not know", SCORE, "bad.jsonl, row 1",
+        "does not know the label 'awful'; it knows 2: good, bad", "check the model, the file",
+        _labels("awful", name="bad.jsonl")),
+    Bad("the labels of another task", SCORE, "the expert 'expert'",
+        "does not know the label '0.25'", "check the model, the file",
+        _labels(0.25, name="bad.jsonl")),
+    Bad("labels for a language model", "evaluate lm --test dev.jsonl", "'lm'",
+        "without a trained head", "`pipeline finetune lm --train"),
+    Bad("no such head", "evaluate student --head xx --test dev.jsonl", "not 'xx'",
+        "has the task heads expert", "fine-tune it"),
+    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' is none",
+        "--head is for students with task heads", "leave it out"),
+    Bad("a head of a language model", f"{TUNE} --head expert", "'lm' has no task heads",
+        "not 'expert'", "leave head out"),
+    Bad("a head that the runs have not", "compare student --test xx=dev.jsonl",
+        "none is called 'xx'", "the runs have the heads expert",
+        "A distill term of a task's expert"),
+    Bad("no file to compare on", "compare student --test none.jsonl", "--test none.jsonl",
+        "there is no file", "give a jsonl"),
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""A row of the table of bad input, and the folder in which it is typed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of one row: run.yaml, text, labels, models, a cache and a run, to be spoilt."""
+
+    root: Path
+    patch: pytest.MonkeyPatch
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file whole, with its folder."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def rows(self, name: str, *rows: object) -> None:
+        """Write a file of JSON lines."""
+        self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def change(self, name: str, **values: Any) -> None:
+        """Change keys of a file that is a JSON or YAML mapping; a key whose value is ... goes."""
+        path = self.root / name
+        read = json.loads if path.suffix == ".json" else yaml.safe_load
+        found = read(path.read_text()) | values
+        found = {key: value for key, value in found.items() if value is not ...}
+        path.write_text(json.dumps(found))  # JSON is YAML as well
+
+    def drop(self, name: str) -> None:
+        """Remove a file or a folder."""
+        path = self.root / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def cut(self, pattern: str, share: float = 0.5) -> None:
+        """Leave the first ``share`` of the one file of a pattern (or of the first of several)."""
+        path = min(self.root.glob(pattern))
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * share)])
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad input: what was ``done``, the line that is ``typed``, and what is told of it.
+
+    ``thing``, ``rule`` and ``way`` out are parts of the one message: what is wrong, what holds,
+    what to do; no ``way`` where the rule says what may be given. ``spoil`` makes it so, and is told
+    of by ``done``. ``kept``: what may be written all the same, as work that a later run goes on
+    with.
+    """
+
+    done: str
+    typed: str
+    thing: str
+    rule: str
+    way: str = ""
+    spoil: Callable[[Place], object] = lambda place: None
+    code: int = 2
+    kept: str = ""
+
+    def keeps(self, name: str) -> bool:
+        """Whether what is called ``name`` below the test's folder may have been written."""
+        return bool(self.kept) and f"{name}/".startswith(f"here/{self.kept}/")

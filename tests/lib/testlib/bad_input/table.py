@@ -1,0 +1,12 @@
+"""The table of bad input, by theme."""
+
+from testlib.bad_input import caches, configuration, environment, labels, models, text
+
+THEMES = {
+    "run files, settings and options": configuration.ROWS,
+    "text": text.ROWS,
+    "labels": labels.ROWS,
+    "models and tokenizers": models.ROWS,
+    "caches and runs": caches.ROWS,
+    "places and machines": environment.ROWS,
+}

@@ -1,0 +1,53 @@
+"""The card (README.md) of an expert that ``pipeline finetune`` made."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from rekindle.train.export.provenance import LICENCE, metadata, shown
+from rekindle.train.export.result import PIPELINES
+
+SHOWN = 20  # labels that a card names
+TASKS = {"regression": "regression", "token_classification": "token_classification"}
+
+
+def expert_card(
+    place: str, model: str, problem: str, label_names: Sequence[str], scores: Mapping[str, float]
+) -> str:
+    """Say what the expert in ``place`` is, how to use it, how well it does and whence it comes.
+
+    ``model``: that it began as; ``scores``: by what they are called, on dev and perhaps test.
+    """
+    task = PIPELINES.get(problem, "text-classification")
+    teaches = TASKS.get(problem, "sequence_classification")
+    what = problem.replace("_", " ")
+    labels = ", ".join(f"`{name}`" for name in label_names[:SHOWN])
+    more = f" and {len(label_names) - SHOWN} more" if label_names[SHOWN:] else ""
+    lines = [
+        f"# An expert for {what}, fine-tuned from `{shown(model)}`",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        f'judge = pipeline("{task}", model={json.dumps(place)})',
+        'print(judge("a text"))',
+        "```",
+        "",
+        f"It answers with {labels}{more}." if labels else "It answers with numbers.",
+        "As a teacher (`pipeline cache-teachers`), in a run file:",
+        "",
+        "```yaml",
+        "teachers:",
+        f"  - {{name: expert, model: {json.dumps(place)}, task: {teaches}}}",
+        "```",
+        "",
+        "## How it was made",
+        "",
+        "By `pipeline finetune`; `metrics.json` beside this has the settings, every seed's scores "
+        "and the digests of the labelled files.",
+        "",
+        "| | |",
+        "|---|---:|",
+        *[f"| {name} | {value:.4f} |" for name, value in scores.items()],
+        "",
+        LICENCE.format("the model that it began as, and of the labelled rows"),
+    ]
+    return metadata(task, model) + "\n".join(lines) + "\n"

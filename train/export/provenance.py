@@ -1,0 +1,107 @@
+"""What a model came from, for its card: the hub's metadata block, and how it was made."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from rekindle.data.cache import Cache
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.counted import counted
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.train.step_config import recorded_steps
+
+TAGS = ["rekindle", "knowledge-distillation"]
+LICENCE = (
+    "Nobody has said yet under which licence this may be used: that follows from the licences of "
+    "{}. Put `license: …` into the block above before you share it."
+)
+
+
+def shown(model: str) -> str:
+    """A model's name as a card has it: a hub id, or the last part of a folder that only we have."""
+    path = Path(model)
+    local = path.is_absolute() or path.exists() or model.startswith((".", "~")) or "://" in model
+    return path.name if local else model
+
+
+def metadata(task: str, model: str) -> str:
+    """The block that the hub reads: what pipeline runs the model, and what it began as."""
+    base = model if model and shown(model) == model else None
+    block = ModelCardData(
+        library_name="transformers", pipeline_tag=task, tags=[*TAGS], base_model=base
+    )
+    return f"---\n{block.to_yaml()}\n---\n\n"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a student was made: with which teachers, on which text, how well it does."""
+
+    model: str  # that it began as
+    teachers: tuple[TeacherInfo, ...]
+    text: str  # in a line
+    steps: int
+    scores: Mapping[str, float]  # on sequences held out
+
+    @classmethod
+    def of(
+        cls, about: Mapping[str, Any], cache: Cache, scores: Mapping[str, float]
+    ) -> "Provenance":
+        """That of the run ``about``, as ``describe_run`` has it, from ``cache``."""
+        teachers = tuple(cache.teacher(name).info for name in about["cache"]["teachers"])
+        corpus = cache.corpus
+        text = (
+            f"{counted(len(corpus), 'sequence')} of {_sources(corpus)} "
+            f"({counted(corpus.tokens, 'token')}; fingerprint `{corpus.fingerprint[:12]}`)"
+        )
+        return cls(about["student"]["model"], teachers, text, recorded_steps(about) or 0, scores)
+
+    def told(self) -> list[str]:
+        """The lines of a card."""
+        return [
+            "",
+            "## How it was made",
+            "",
+            f"By `pipeline train-student` ({counted(self.steps, 'step')}, "
+            f"from `{shown(self.model)}`) on {self.text}; `run.yaml` beside this has the settings.",
+            *_teachers(self.teachers),
+            *_scores(self.scores),
+            "",
+            LICENCE.format("the model that it began as, of its teachers, and of the text"),
+        ]
+
+
+def _sources(corpus: Corpus) -> str:
+    """The names of the first files of its text, without their folders."""
+    names = [f"`{shown(str(place))}`" for place in corpus.info["config"]["source"]]
+    more = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
+    return f"{', '.join(names[:_SOURCES])}{more}"
+
+
+_SOURCES = 5
+
+
+def _teachers(teachers: Iterable[TeacherInfo]) -> list[str]:
+    rows = [
+        f"| {one.name} | `{shown(one.model)}` | {one.task} | {one.kind}"
+        f"{f', k = {one.k}' * (one.k is not None)} | {_weights(one)} |"
+        for one in teachers
+    ]
+    head = ["", "| teacher | model | task | targets | weights |", "|---|---|---|---|---|"]
+    return [*head, *rows] if rows else ["", "It had no teachers."]
+
+
+def _weights(teacher: TeacherInfo) -> str:
+    """The beginning of the fingerprint of a teacher's weights, by which it is known again."""
+    found = teacher.fingerprints.get("weights")
+    return f"`{found[:12]}`" if found else "not known"
+
+
+def _scores(scores: Mapping[str, float]) -> list[str]:
+    if not scores:
+        return []
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(scores.items())]
+    return ["", "On sequences that were held out:", "", "| | value |", "|---|---:|", *rows]
