@@ -6,7 +6,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset
 from rekindle.train.hf.trainer import DistillationMixin
-from testlib.examples import run_example
+from testlib.pages.examples import run_example
 from testlib.trainers.runs import (
     BATCH,
     SEED,

@@ -5,8 +5,8 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.hf.trainer import DistillationMixin
-from testlib.examples import run_example
 from testlib.models import AUTO, NARROW
+from testlib.pages.examples import run_example
 from testlib.trainers.runs import (
     BATCH,
     in_two_processes,

@@ -6,7 +6,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.loop import train_student
-from testlib.examples import EXAMPLES, run_example
+from testlib.pages.examples import EXAMPLES, run_example
 
 
 def test_each_is_short_and_listed():
