@@ -6,6 +6,7 @@ It reads what runs leave in their directories, finished or not, and opens no cac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rekindle.data.errors import InputError
@@ -201,6 +202,9 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         whole = with_defaults(RunConfig, recorded)  # an older run has not the keys of this version
         settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
+        for name, seconds in (cache.get("teacher_seconds") or {}).items():
+            if type(seconds) not in (int, float, NoneType):
+                raise TypeError(f"cache.teacher_seconds.{name} is {seconds!r:.80}, no number")
         measure = measure_of(about)
         if LENGTH in about:  # in epochs or tokens, as it was begun: so many steps
             length = {"steps": recorded_steps(about), "epochs": None, "tokens": None}
