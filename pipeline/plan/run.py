@@ -4,10 +4,10 @@ Nothing is written but into a temporary folder, no built-in model is made, nothi
 the corpus's tokenizer, and the cache that the configuration names is only read.
 """
 
-import shutil
 from collections.abc import Sequence
 
 from rekindle.data.counted import shown_bytes
+from rekindle.data.room import free_near
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.builtin.names import ABOUT
@@ -75,9 +75,8 @@ def _totals(
     disk, free = None, None
     store = open_store(path)
     if isinstance(store, LocalStore):
-        root = store.root.absolute()
-        nearest = next(folder for folder in (root, *root.parents) if folder.exists())
-        disk, free = str(nearest), shutil.disk_usage(nearest).free
+        nearest, free = free_near(store.root)
+        disk = str(nearest)
     return Totals(size, sum(seconds) if seconds or not teachers else None, unknown, disk, free)
 
 
