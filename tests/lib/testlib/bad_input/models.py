@@ -107,12 +107,14 @@ WEIGHTS = (
     Bad("a teacher with NaN", NEW, "lm: 64 of the 5,376 values of bert.embeddings",
         "are NaN", "Give a sound checkpoint", _with_nan("lm"), kept="new", loads=True),
     Bad("a student with NaN", TRAIN, "lm: 64 of the 5,376 values of bert.embeddings",
-        "are NaN", "Give a sound checkpoint", _with_nan("lm"), loads=True),
+        "are NaN", "Give a sound checkpoint", _with_nan("lm"),
+        loads=True),
     Bad("an expert with NaN", "predict expert --text text.jsonl --out new.jsonl",
         "expert: 64 of the 5,376 values", "are NaN", "Give a sound checkpoint",
         _with_nan("expert"), loads=True),
     Bad("NaN to fine-tune", "finetune lm --train train.jsonl --dev dev.jsonl --out new",
-        "lm: 64 of the 5,376 values", "are NaN", "Give a sound checkpoint", _with_nan("lm"), loads=True),
+        "lm: 64 of the 5,376 values", "are NaN", "Give a sound checkpoint", _with_nan("lm"),
+        loads=True),
     Bad("a masked LM as causal LM", f"{NEW} --set teachers.0.task=causal_lm", "teacher 'lm'",
         "it is no causal LM", "say `task: masked_lm`"),
     Bad("a language model as classifier", f"{NEW} --set teachers.1.model=lm",
@@ -133,7 +135,8 @@ WEIGHTS = (
     Bad("no adapter to merge", "merge-adapter student --out new", "'student' is a whole model",
         "no adapter", "it can stand wherever a model is wanted"),
     Bad("a student of other heads' size", f"{TRAIN} --set student.grow.hidden_size=33",
-        "hidden_size 33 with 2 heads", "whole heads are added", "Give a multiple of it", loads=True),
+        "hidden_size 33 with 2 heads", "whole heads are added", "Give a multiple of it",
+        loads=True),
 )  # fmt: skip
 
 
