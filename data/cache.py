@@ -34,8 +34,9 @@ from rekindle.data.exchange.exporting import Export
 from rekindle.data.exchange.files import held_dataset, mapped_dataset
 from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
 from rekindle.data.exchange.rows import Row
+from rekindle.data.journal import KEPT, read_seen, tell_changing, what_became
 from rekindle.data.marks import read_marks, read_trained
-from rekindle.data.permutation import epoch_batch
+from rekindle.data.permutation import epoch_batch, sequence_numbers
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
@@ -74,7 +75,7 @@ class Cache:
 
     def __init__(self, store: Store):
         self.store = store
-        self.manifest = read_manifest(store)
+        self.manifest = read_seen(store)
         self.corpus = Corpus(store)
         check_roll_up(self.manifest, self.corpus)
         self.extent = Extent()  # all that there is
@@ -92,7 +93,9 @@ class Cache:
         Raises CacheFormatError when there is none, or one of a format this version does not read,
         and CacheMismatchError when its parts do not belong together.
         """
-        return cls(open_store(path))
+        cache = cls(open_store(path))
+        tell_changing(cache.manifest, cache.store)
+        return cache
 
     def within(self, extent: Extent) -> "Cache":
         """Return the cache as it is read by a run of that extent."""
@@ -159,9 +162,11 @@ class Cache:
         """The teacher of that name; InputError with the known ones otherwise."""
         if name not in self.teachers:
             known = ", ".join(sorted(self.teachers)) or "none"
+            became = what_became(self.manifest, self.store, name, self.teachers)
+            advice = " Cache it with `pipeline cache-teachers`, or take it out of train.objective"
             raise InputError(
-                f"{self.store.location} has no teacher {name!r} (it has: {known}). "
-                "Cache it with `pipeline cache-teachers`, or take it out of train.objective"
+                f"{self.store.location} has no teacher {name!r} (it has: {known})."
+                f"{became or advice}"
             )
         if name in self.extent.refused:
             raise InputError(self.extent.refused[name])
@@ -217,7 +222,7 @@ class Cache:
         other masks than ``masked_view``. Without ``scalars`` the batch has no gold_log_prob,
         gold_rank and entropy: no loss needs them.
         """
-        index = _numbers(index)
+        index = sequence_numbers(index)
         for name in teachers:
             info = self.teacher(name).info
             if info.shown.masked and info.view != masked_view:
@@ -381,18 +386,9 @@ def write_manifest(store: Store) -> None:
         if Cache(store).rolled_up == {key: before.get(key) for key in ROLLED_UP}:
             return
     version = max(FORMAT_VERSION, before[VERSION])
-    store.replace(MANIFEST, seal({}, version))
+    kept = {key: before[key] for key in KEPT if key in before}
+    store.replace(MANIFEST, seal(kept, version))
     cache = Cache(store)
     needed = (teacher.info.format_version for teacher in cache.teachers.values())
     version = max([version, version_of(cache.corpus.info["config"]), *needed])
-    store.replace(MANIFEST, seal(cache.rolled_up, version))
-
-
-def _numbers(index: Ints | Sequence[int]) -> Ints:
-    found = np.asarray(index)
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise ValueError(
-            f"the sequences of a batch are {found.dtype} {list(found.shape)}; they must be their "
-            "numbers [B], integers in 0..len(cache) − 1"
-        )
-    return found.astype(np.int64)
+    store.replace(MANIFEST, seal(cache.rolled_up | kept, version))

@@ -46,11 +46,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def first_words(error: BaseException, limit: int = 300) -> str:
     """Return what a library's error says first: its first line, and, where that only announces
-    the reason with a colon, what follows, as one line of at most ``limit`` characters.
+    the reason with a colon, what follows, as one line of at most ``limit`` characters. Of what
+    begins with the drawing of a model, which ends in a bracket of its own, the last line.
     """
     text = str(error).strip()
-    first = text.partition("\n")[0].strip()
-    told = " ".join(text.split()) if first.endswith(":") else first
+    first, _, more = text.partition("\n")
+    told = " ".join(text.split()) if first.rstrip().endswith(":") else first.strip()
+    if told.endswith("(") and more:
+        told = f"{told} … {more.splitlines()[-1].strip()}"
     return told if len(told) <= limit else f"{told[: limit - 2]} …"
 
 

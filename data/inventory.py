@@ -14,6 +14,7 @@ from rekindle.data.corpus.stored_tokenizer import (
     damaged_tokenizer_files,
 )
 from rekindle.data.errors import CacheError, CacheFormatError, CacheVersionError, InputError
+from rekindle.data.journal import read_journal
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
@@ -70,7 +71,7 @@ def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:
             damaged[name] = error
 
     if store.exists(MANIFEST):
-        hold(MANIFEST, partial(read_manifest, store))
+        hold(MANIFEST, partial(read_journal, store))
     for name in descriptions(store):
         if name != TOKENIZER_FILES:
             hold(name, partial(read_sealed, store, name))

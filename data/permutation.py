@@ -5,11 +5,24 @@ network over the next even power of two, walked until it falls below N. Memory i
 N, and the order does not depend on the world size, on prefetching or on where a run was resumed.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 ROUNDS = 6
+
+
+def sequence_numbers(index: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int64]:
+    """``index`` as the numbers of a batch's sequences [B]; ValueError for what is none."""
+    found = np.asarray(index)
+    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+        raise ValueError(
+            f"the sequences of a batch are {found.dtype} {list(found.shape)}; they must be their "
+            "numbers [B], integers in 0..len(cache) − 1"
+        )
+    return found.astype(np.int64)
 
 
 def permute(index: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

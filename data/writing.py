@@ -3,6 +3,7 @@
 Nothing here knows where targets come from: a model that was run, or an import.
 """
 
+import shlex
 from collections.abc import Callable, Mapping
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import Columns
+from rekindle.data.targets.kinds.base import TargetKind
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.scalars import ScalarSums
@@ -53,19 +55,23 @@ def write_targets(
     # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
     # its name free for the corrected configuration.
     claim_teacher(corpus, info)
-    options = None
-    if kind.codec.compressed:
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
     sums = ScalarSums()
     return ShardSet(corpus.store, info.folder).write(
         unit_of(shard, replica),
         schema,
         sums.over(batches),
         about,
-        options,
+        write_options(kind),
         info.rows_per_batch,
         lambda: sums.facts() | dict(late_facts()),
     )
+
+
+def write_options(kind: TargetKind) -> pa.ipc.IpcWriteOptions | None:
+    """How shards of that kind are written."""
+    if not kind.codec.compressed:
+        return None
+    return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
 
 
 def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
@@ -105,7 +111,15 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
     changed = [f"other {' and '.join(prints)}"] if prints else []
     changed += [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in new.items() if old.get(k) != v]
     if changed:
+        place = f"`pipeline teachers {shlex.quote(corpus.store.location)}"
+        codec = ""
+        others = {k for k, v in new.items() if old.get(k) != v} - {"codec", "rows_per_batch"}
+        if not prints and not others and "precise" not in (present.codec, info.codec):
+            codec = (
+                f"Set its targets.codec to {present.codec}, or transcode it ({place} --transcode "
+                f"{info.name} {info.codec}`). Else: "
+            )
         raise CacheMismatchError(
-            f"{already} is not this one ({'; '.join(changed)}). Give this one another name, or "
-            f"delete targets/{info.name} to make it anew"
+            f"{already} is not this one ({'; '.join(changed)}). {codec}Give this one another name, "
+            f"or remove that one ({place} --remove {info.name} --yes`) to make it anew"
         )

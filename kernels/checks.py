@@ -15,6 +15,7 @@ from rekindle.kernels.hidden import HiddenTargets, WholeTargets
 from rekindle.kernels.targets import (
     DecodedTargets,
     LossSettings,
+    SparseRow,
     SparseTargets,
     check_tensor,
 )
@@ -122,8 +123,7 @@ def checked(
     check_tensor("row_weight", weight, (rows,), why, device)
     check_tensor("ids_high", high, (rows, "Q"), why, device)
     for name, integers in (("target_ids", ids), ("labels", labels)):
-        if integers is not None and (integers.is_floating_point() or integers.dtype == torch.bool):
-            raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
+        _check_integers(name, integers)
     if any(t is not None and t.requires_grad for t in targets):
         targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
     look = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
@@ -132,8 +132,19 @@ def checked(
             targets = targets._replace(ids=targets.ids.long())
         if labels is not None and labels.dtype != torch.int64:
             targets = targets._replace(labels=labels.long())
+    if look and weight is not None:
+        _refuse(
+            ~torch.isfinite(weight),
+            lambda row: f"row_weight holds {float(weight[row]):g} in row {row}; it must be finite",
+        )
     full = look and _check_values(targets, student.vocabulary, settings)
     return targets, full
+
+
+def _check_integers(name: str, integers: Tensor | None) -> None:
+    if integers is None or not (integers.is_floating_point() or integers.dtype == torch.bool):
+        return
+    raise ValueError(f"{name} is {integers.dtype}; it must hold integers")
 
 
 def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
@@ -144,8 +155,14 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
     if real.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if isinstance(targets, HiddenTargets):
-        wrong = ~torch.isfinite(real).all(1)
-        _refuse(wrong & active, lambda row: f"the teacher's states of row {row} hold NaN or inf")
+        largest = real.float().abs().amax(1) if real.shape[1] else real.new_zeros(len(real))
+        largest = largest if targets.scale is None else largest * targets.scale
+        _refuse(
+            ~torch.isfinite(largest) & active,
+            lambda row: (
+                f"the teacher's states of row {row} hold NaN or inf, by themselves or by scale"
+            ),
+        )
         return
     best = real.amax(1) if real.shape[1] else real.new_zeros(len(real))
     wrong = ~torch.isfinite(best) | real.isnan().any(1)
@@ -154,6 +171,54 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
         lambda row: (
             f"the teacher's log_probs of row {row} hold NaN or +inf, or are all -inf: that is no "
             "distribution"
+        ),
+    )
+
+
+def check_sums(targets: SparseTargets) -> None:
+    """ValueError, naming the row, for probabilities with a tail of their own that sum to less than
+    1, in rows with ids. On CPU tensors only.
+    """
+    assert targets.tail is not None
+    if targets.tail.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    listed = targets.ids >= 0
+    mass = torch.where(listed, targets.probs, 0.0).sum(1, dtype=torch.float64) + targets.tail
+    _refuse(
+        (mass < 1 - SPARE) & listed.any(1) & targets.active(),
+        lambda row: (
+            f"target_probs and tail_prob sum to {float(mass[row]):g} in row {row}; they must sum "
+            "to 1. Without tail_prob the rest is the tail; a mixture in which some teacher has no "
+            "target is given as the DecodedTargets that merge_targets returns"
+        ),
+    )
+
+
+def check_mixed(teachers: Sequence[SparseRow], weights: Tensor) -> None:
+    """ValueError for what cannot be mixed by weights [N,T]: values on CPU tensors only."""
+    if weights.device.type == "cpu" and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+        raise ValueError("weights hold a negative value, NaN or inf; a mixture's weights are ≥ 0")
+    for number, teacher in enumerate(teachers):
+        _check_integers(f"teacher {number}'s ids", teacher[0])
+        if teacher[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_mixed_values(number, *teacher, weights[:, number].cpu() != 0)
+
+
+def _check_mixed_values(
+    number: int, ids: Tensor, probs: Tensor, tail: Tensor | None, active: Tensor
+) -> None:
+    _refuse(
+        (ids < -1).any(1) & active,
+        lambda row: f"teacher {number}'s ids hold one below -1, which is padding, in row {row}",
+    )
+    wrong = (~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)).any(1)
+    if tail is not None:
+        wrong = wrong | ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1)
+    _refuse(
+        wrong & active,
+        lambda row: (
+            f"teacher {number}'s probs or tail hold a negative value, NaN or inf in row {row}; "
+            "they are probabilities"
         ),
     )
 
@@ -262,8 +327,8 @@ def _check_masses(
 ) -> None:
     """Tails are probabilities, and a bucket makes one distribution with the ids.
 
-    Less than 1 is no mistake: a mixture's row has it where a teacher has no target. With ``none``
-    the probabilities may be weights of a sample, whose mean alone sums to 1.
+    Less than 1 is no mistake of a mixture: its row has it where a teacher has no target. With
+    ``none`` the probabilities may be weights of a sample, whose mean alone sums to 1.
     """
     mass = probs.sum(1, dtype=torch.float64)
     if (tail := targets.tail) is not None:

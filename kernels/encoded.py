@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rekindle.kernels.targets import DecodedTargets
+from rekindle.kernels.targets import DecodedTargets, check_tensor
 
 STEP = 1024.0  # fixed point: units a nat
 PRECISE_STEP = 2048.0  # of 16-bit values
@@ -48,6 +48,36 @@ class EncodedTargets:
         scalars = (self.log_prob_max, self.log_prob_min, self.tail_log_odds)
         side = torch.stack([s.view(torch.int16) for s in scalars if s is not None], dim=1)
         return self.ids.view(torch.int16), self.values, side, self.ids_high
+
+
+def check_encoded(targets: EncodedTargets, rows: int) -> None:
+    """ValueError for integers that are not as a cache stores them, or not of the student's rows."""
+    types = {"ids": torch.uint16, "values": torch.uint8, "log_prob_max": torch.uint16}
+    types |= {"log_prob_min": torch.uint16, "tail_log_odds": torch.int16, "ids_high": torch.uint8}
+    if targets.log_prob_min is None:
+        types["values"] = torch.uint16
+    why = f"as a cache stores N = {rows} rows of targets"
+    for name, dtype in types.items():
+        tensor = getattr(targets, name)
+        if tensor is None and name in ("log_prob_min", "ids_high"):
+            continue
+        shape = {"ids": (rows, "K"), "values": (rows, "K"), "ids_high": (rows, "Q")}
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"the targets' {name} is {type(tensor).__qualname__}; give {why}")
+        check_tensor(f"the targets' {name}", tensor, shape.get(name, (rows,)), why)
+        if tensor.dtype != dtype:
+            raise ValueError(f"the targets' {name} is {tensor.dtype}; it must be {dtype}, {why}")
+    kept, high = targets.ids.shape[1], targets.ids_high
+    if targets.values.shape[1] != kept:
+        raise ValueError(f"the targets have {kept} ids a row and {targets.values.shape[1]} values")
+    bits = 0 if high is None else 8 * high.shape[1]
+    if not 0 <= bits - kept * targets.planes < 8:
+        raise ValueError(
+            f"the targets' ids_high has {bits} bits a row and planes is {targets.planes}; it must "
+            f"have {kept} for each, in whole bytes"
+        )
+    if targets.k is not None and targets.k < 1:
+        raise ValueError(f"the targets' k is {targets.k}; it must be at least 1")
 
 
 def decode(targets: EncodedTargets, temperature: float) -> DecodedTargets:

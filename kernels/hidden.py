@@ -134,11 +134,13 @@ def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch
     sizes: dict[str, tuple[int, ...]] = {"log_probs": (rows, vocabulary)}
     if isinstance(targets, HiddenTargets):
         check_factors("the teacher's ", logit_scale=targets.logit_scale, softcap=targets.softcap)
-        size = targets.weight.shape[-1]
-        sizes = {"states": (rows, size), "scale": (rows,)}
-        sizes |= {"weight": (vocabulary, size), "bias": (vocabulary,)}
+        size = -1 if targets.weight is None else targets.weight.shape[-1]
+        sizes = {"weight": (vocabulary, size), "states": (rows, size)}
+        sizes |= {"scale": (rows,), "bias": (vocabulary,)}
     why = f"for the student's N = {rows} rows and V = {vocabulary} ids"
     for name, shape in sizes.items():
+        if getattr(targets, name) is None and name not in ("scale", "bias"):
+            raise ValueError(f"the teacher's {name} is missing; it is {shape}, {why}")
         check_tensor(f"the teacher's {name}", getattr(targets, name), shape, why, device)
     real = targets.weight if isinstance(targets, HiddenTargets) else targets.log_probs
     if not real.is_floating_point():

@@ -13,7 +13,9 @@ from rekindle.kernels.call import Call, Computation, StudentLogits
 from rekindle.kernels.checks import (
     SparseKinds,
     check_kinds,
+    check_mixed,
     check_student,
+    check_sums,
     check_whole_values,
     checked,
     label_weight,
@@ -21,7 +23,7 @@ from rekindle.kernels.checks import (
 )
 from rekindle.kernels.choice import Targets, choose
 from rekindle.kernels.divergences import EVERY_LINEAR, skew_of
-from rekindle.kernels.encoded import EncodedTargets, decode
+from rekindle.kernels.encoded import EncodedTargets, check_encoded, decode
 from rekindle.kernels.hidden import (
     WholeTargets,
     WholeTeacher,
@@ -34,6 +36,7 @@ from rekindle.kernels.targets import (
     LossSettings,
     SparseRow,
     SparseTargets,
+    check_number,
     check_tensor,
     merge_rows,
     union_rows,
@@ -76,7 +79,7 @@ def kd_loss(
     loss = ce_weight·CE(labels, z) + kd_weight·τ²·D(q ‖ softmax(z/τ))
     z    = cap·tanh(logit_scale·logits / cap)
 
-    The gradient is exactly the derivative of the returned loss. Targets get none.
+    The gradient is exactly the derivative of the returned loss. Targets and row_weight get none.
 
     Args:
         logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
@@ -90,7 +93,9 @@ def kd_loss(
             each teacher, that share all other arguments but kd_weight: the logits are read once for
             all of them, loss = ce_weight·CE + Σ_t kd_weight_t·τ²·D_t, and kd has a last axis [T].
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
-        tail_prob: [N] target mass outside the ids; None takes 1 − Σ target_probs (not below 0).
+        tail_prob: [N] target mass outside the ids, for tail bucket alone; None takes
+            1 − Σ target_probs (not below 0). In a row with ids the two sum to 1; of DecodedTargets
+            they may to less, as a mixture's do where a teacher has no target.
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
         temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
         ce_weight: weight of CE. It is said beside labels (0.0: be told `ce` alone), and needs them.
@@ -134,6 +139,8 @@ def kd_loss(
     several = isinstance(target_ids, list)
     teachers: list[Targets] = [*target_ids] if isinstance(target_ids, list) else [target_ids]
     check_kinds(teachers, several)
+    if skew is not None:
+        check_number("skew", skew)
     settings = LossSettings(
         *(temperature, label_weight(labels, ce_weight), 1.0, divergence, tail),
         *(ignore_index, reduction, softcap, logit_scale),
@@ -146,11 +153,16 @@ def kd_loss(
     if isinstance(target_ids, WholeTargets):
         check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
         teacher = WholeTeacher.of(target_ids)
+    for given in teachers:
+        if isinstance(given, EncodedTargets):
+            check_encoded(given, len(student.inputs))
     chosen = choose(impl, student, teachers)
     if len(teachers) == 1:
         targets, settings = _sparse(teachers[0], target_probs, tail_prob, settings, chosen)
         targets = targets._replace(labels=labels, weight=row_weight)
         targets, full = checked(targets, student, settings, chosen)
+        if tail_prob is not None:
+            check_sums(targets)
         if full:
             settings = settings._replace(full=True)
     else:
@@ -283,13 +295,20 @@ def merge_targets(
         probability
         (ties by id), padding -1 with probability 0 last; float64 if any probs are, else float32.
 
-    Raises: ValueError for shapes that do not fit, or negative weights (checked on CPU).
+    Raises: ValueError for shapes that do not fit, and (on CPU tensors) for weights and
+        probabilities that are negative, NaN or inf, with the row.
     """
     if not teachers:
         raise ValueError(
             "merge_targets was given no teacher; it needs at least one (ids, probs, tail)"
         )
-    rows = teachers[0][0].shape[0]
+    for t, teacher in enumerate(teachers):
+        if not (isinstance(teacher, tuple | list) and len(teacher) == 3):
+            raise ValueError(
+                f"teacher {t} is a {type(teacher).__qualname__}; it must be (ids, probs, tail) at "
+                "the temperature, which `rekindle.kernels.encoded.decode` makes of EncodedTargets"
+            )
+    rows = len(teachers[0][0])
     for t, (ids, probs, tail) in enumerate(teachers):
         why = f"for ids and probs [N,K] and tail [N] with N = {rows}"
         check_tensor(f"teacher {t}'s ids", ids, (rows, "K"), why)
@@ -301,9 +320,9 @@ def merge_targets(
             f"weights are {tuple(weights.shape)}; they must be [T] = [{len(teachers)}] "
             f"or [N,T] = [{rows},{len(teachers)}]"
         )
-    if weights.device.type == "cpu" and bool((weights < 0).any()):
-        raise ValueError("weights hold a negative value; a mixture's weights are ≥ 0")
-    return merge_rows(teachers, weights.expand(rows, len(teachers)))
+    weights = weights.expand(rows, len(teachers))
+    check_mixed(teachers, weights)
+    return merge_rows(teachers, weights)
 
 
 def _rows_are_dense(logits: Tensor) -> bool:
@@ -321,6 +340,11 @@ def _sparse(
     if isinstance(ids, Tensor):
         if probs is None:
             raise ValueError("target_probs is missing; ids alone are no target")
+        if tail is not None and settings.tail != "bucket":
+            raise ValueError(
+                f"tail_prob is given, and tail={settings.tail!r} takes no notice of it: leave it "
+                "out, or say tail='bucket'"
+            )
         return SparseTargets(ids, probs, tail), settings
     if probs is not None or tail is not None:
         kind = type(ids).__name__
@@ -344,4 +368,6 @@ def _sparse(
         packed = SparseTargets(low, values, scalars, high=high)
         return packed, settings._replace(kept=ids.kept, planes=ids.planes)
     decoded = decode(ids, settings.temperature) if isinstance(ids, EncodedTargets) else ids
+    if decoded.probs is None:
+        raise ValueError("the probs of DecodedTargets are missing; ids alone are no target")
     return SparseTargets(*decoded), settings

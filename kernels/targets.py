@@ -6,6 +6,7 @@ Shapes: N rows, V vocabulary, K kept ids a row.
 import importlib.util
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,24 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
 
 
+def check_number(name: str, number: object) -> None:
+    """ValueError for what is no real number, and for a tensor that a gradient is expected of."""
+    if isinstance(number, Tensor) and number.requires_grad:
+        raise ValueError(
+            f"{name} is a tensor that requires a gradient, which the loss gives to the student "
+            "alone; give a number, and form what is learnt of it beside the loss"
+        )
+    if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.dim() == 0)):
+        raise ValueError(f"{name} is {number!r}; it must be a number")
+
+
 def check_factors(whose: str = "", **factors: float | None) -> None:
-    """ValueError for one that is not positive and finite; None is none."""
+    """ValueError for one that is not positive and finite; no softcap is none."""
     for name, factor in factors.items():
-        if factor is not None and not 0 < factor < math.inf:
+        if factor is None and name == "softcap":
+            continue
+        check_number(whose + name, factor)
+        if not 0 < factor < math.inf:  # type: ignore[operator]
             raise ValueError(f"{whose}{name} is {factor}; it must be positive and finite")
 
 
@@ -103,6 +118,7 @@ class LossSettings(NamedTuple):
         )
         weights = [("ce_weight", self.ce_weight), ("kd_weight", self.kd_weight)]
         for name, weight in weights + [("kd_weight", share) for share in self.shares]:
+            check_number(name, weight)
             if not math.isfinite(weight):
                 raise ValueError(f"{name} is {weight}; it must be finite")
 

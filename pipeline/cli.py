@@ -36,6 +36,7 @@ from rekindle.pipeline.commands.options import (
     Sweeps,
     TextField,
 )
+from rekindle.pipeline.commands.teachers import teachers
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
     errors_as_exit_codes,
@@ -348,7 +349,7 @@ for command in (
         plan,
         gc,
     ),
-    *(verify, inspect_, import_targets, export_targets, train_student, rekindle, compare),
+    *(verify, inspect_, teachers, import_targets, export_targets, train_student, rekindle, compare),
     doctor,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)

@@ -42,6 +42,7 @@ def train_from_config(
     make_missing(student)  # in every process: another machine has a home of its own
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (
+        cache.store.reading(),
         join_world() as world,
         progress.task(place_of(out), unit="steps", total=total) as task,
     ):

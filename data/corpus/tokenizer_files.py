@@ -142,8 +142,10 @@ def _check_pieces(directory: Path) -> None:
 
 def _blame_file(directory: Path) -> None:
     """Raise InputError, naming the file, where one of those that transformers read is no JSON
-    object, or config.json is no configuration: it is read for the tokenizer, too.
+    object, tokenizer.json is no tokenizer, or config.json no configuration: it is read for the
+    tokenizer, too.
     """
+    from tokenizers import Tokenizer
     from transformers import AutoConfig
 
     for path in filter(Path.is_file, (directory / name for name in _JSON_FILES)):
@@ -157,6 +159,15 @@ def _blame_file(directory: Path) -> None:
             raise InputError(
                 f"{path} holds {type(found).__name__}, not an object; give the file as it was saved"
             )
+    if (file := directory / "tokenizer.json").is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # of no class of its own
+            told = " ".join(str(error).split())
+            raise InputError(
+                f"{file} is no tokenizer of the tokenizers library: {told}; give the file as it "
+                "was saved"
+            ) from None
     if (directory / "config.json").is_file():
         try:
             AutoConfig.from_pretrained(str(directory), trust_remote_code=False)

@@ -24,6 +24,7 @@ from rekindle.data.exchange.logprobs import expanded_row
 from rekindle.data.exchange.rows import Place, Row, check_shown, place_of, tokens_of
 from rekindle.data.exchange.token_rows import TokenRows
 from rekindle.data.inventory import is_imported, roll_up_records, stated_by_shards
+from rekindle.data.journal import adding
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import WITH_IMPORTS, damage
 from rekindle.data.storage.shards import ShardSet
@@ -87,7 +88,7 @@ def import_targets(
             "(corpus.packing: packed); targets that were made elsewhere have seen a sequence as "
             "one text. Import them into a cache with packing: document"
         )
-    with corpus.store.working() as alone:
+    with adding(corpus.store) as alone:
         job = _Import(corpus, config, alone is not False)
         for name, row in rows:
             with naming(name):

@@ -16,6 +16,7 @@ from rekindle.data.source.given import Dialogue, Span
 from rekindle.data.source.record import Bad, shown
 
 _FIELDS = ("messages", "tools")
+_ABOUT = ("role", "name")  # who speaks, and not what is said
 _HIDDEN, _MEANT = 0x100000, 0xF0000  # private characters: of names that are text, and of tokens
 MOST_NAMES = 0xFFFE  # a plane of private characters
 _HIDDEN_RUN = re.compile(f"([{chr(_HIDDEN)}-{chr(_HIDDEN + MOST_NAMES)}])\\1*")
@@ -143,11 +144,32 @@ def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, obj
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             told = f"message {number} is {shown(message)}; each has a role (and a content)"
             raise UnfitDialogue("no message", told)
+        if told := _lacks(message):
+            raise UnfitDialogue("no message", f"message {number} {told}")
     return [
         # As transformers does: templates write what is null as "None".
         {key: _filled(value, columns) for key, value in message.items() if value is not None}
         for message in messages
     ]
+
+
+def _lacks(message: Mapping[object, object]) -> str:
+    """What is wrong with a content that a template would write all the same, if anything: a missing
+    one as an empty one.
+
+    Calls of tools, thoughts and the like may stand without a content; a number would be written as
+    Python does.
+    """
+    content = message.get("content")
+    if isinstance(content, int | float):
+        return f"has {shown(content)} as its content, which must be text"
+    if content is not None:
+        return ""
+    others = [str(key) for key, one in message.items() if one is not None and key not in _ABOUT]
+    near = did_you_mean("content", (one for one in others if abs(len(one) - len("content")) < 2))
+    if others and not near:
+        return ""
+    return f"of {message['role']!r} has no content{near}; write an empty one if it says nothing"
 
 
 def _tools(values: Mapping[str, object], columns: bool) -> list[object] | None:

@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,10 +33,31 @@ def safe_name(name: str) -> str:
     return name
 
 
+NEXT = ".next"  # the folder in a set of shards with what is to take the place of these
+REPLACED = ("commits", "teacher.json", "records.arrow", "records.json")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What of a store is seen otherwise while it is changed."""
+
+    hidden: str = ""  # a folder that is not listed
+    replaced: tuple[str, ...] = ()  # sets whose REPLACED files are those in their folder NEXT
+
+    def place(self, name: str) -> str:
+        """Where the object that is called ``name`` lies."""
+        for folder in self.replaced:
+            rest = name.removeprefix(f"{folder}/")
+            if rest != name and rest.partition("/")[0] in REPLACED:
+                return f"{folder}/{NEXT}/{rest}"
+        return name
+
+
 class Store(ABC):
     """Named bytes below one root."""
 
     location: str
+    seen = Seen()
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
@@ -50,7 +72,8 @@ class Store(ABC):
 
     def folders(self, folder: str) -> list[str]:
         """The names of the folders directly in ``folder``, sorted."""
-        return sorted(self._entries(folder, folders=True))
+        names = self._entries(folder, folders=True)
+        return sorted(name for name in names if f"{folder}/{name}" != self.seen.hidden)
 
     def listing(self, folder: str) -> dict[str, str]:
         """The names of the objects directly in ``folder``, each with its state: what differs when
@@ -96,6 +119,10 @@ class Store(ABC):
     def discard(self, name: str) -> None:
         """Remove a data object, finished or not; no error when it is gone."""
 
+    @abstractmethod
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder with all that is in it, hidden names too; no error when it is gone."""
+
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
         """Turns a full disk, a lost permission and the like into one message."""
@@ -122,8 +149,26 @@ class Store(ABC):
 
     @contextmanager
     def working(self) -> Iterator[bool | None]:
-        """While a process writes: whether no other one does; None where that cannot be told."""
+        """While a process writes: whether no other one does; None where that cannot be told.
+
+        InputError while another one is ``changing`` what is there.
+        """
         yield None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a process needs what is there; InputError while another one is ``changing`` it."""
+        yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While what is there is changed; InputError while others write, or need what is there."""
+        yield
+
+    @property
+    def free(self) -> int | None:
+        """Bytes that there is room for; None where that cannot be told."""
+        return None
 
     @property
     def writable(self) -> bool:

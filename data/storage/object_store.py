@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.base import Store, safe_name
+from rekindle.data.storage.base import Seen, Store, safe_name
 from rekindle.data.storage.client import Client, changed_at
 from rekindle.data.storage.copies import copies, key_of
 from rekindle.data.storage.patience import is_passing
@@ -55,9 +55,9 @@ class ObjectStore(Store):
         self._scratch = upload_folder(self)
         self._tried = False  # whether its server creates exclusively
 
-    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str], dict[str, Seen]]:
         """Open it anew in another process, with a client and a temporary folder of its own."""
-        return ObjectStore, (self.location,)
+        return ObjectStore, (self.location,), {"seen": self.seen}
 
     @property
     def fs(self) -> "FileSystem":
@@ -65,7 +65,7 @@ class ObjectStore(Store):
         return self._client.fs
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{safe_name(name)}"
+        return f"{self.root}/{safe_name(self.seen.place(name))}"
 
     def _asked(self, name: str, ask: Callable[[str], T], *passed: type[Exception]) -> T:
         """What ``ask`` of the object's path returns, with patience; errors but those of type
@@ -166,6 +166,12 @@ class ObjectStore(Store):
         self._local(name).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             self._asked(name, self.fs.rm_file, FileNotFoundError)
+
+    def remove_folder(self, folder: str) -> None:  # noqa: D102
+        self.fs.invalidate_cache()  # others write there, too
+        with suppress(FileNotFoundError):
+            self._asked(folder, partial(self.fs.rm, recursive=True), FileNotFoundError)
+        self.fs.invalidate_cache()
 
     def state(self, name: str) -> tuple[int, float]:  # noqa: D102
         found = self._client.info(f"{self.location}/{name}", self._path(name))

@@ -3,8 +3,9 @@
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rekindle.data.storage.base import Store, safe_name
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.data.storage.shard_bytes import Mapped, Region, ShardBytes
 
+IN_USE = "corpus"  # a folder of every cache: its lock is held by whoever needs what is there
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -32,7 +34,7 @@ class LocalStore(Store):
         self.location = str(root)
 
     def _local(self, name: str) -> Path:
-        return self.root / safe_name(name)
+        return self.root / safe_name(self.seen.place(name))
 
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
         return self._local(name).read_bytes()
@@ -91,22 +93,69 @@ class LocalStore(Store):
     def discard(self, name: str) -> None:  # noqa: D102
         self._local(name).unlink(missing_ok=True)
 
+    def remove_folder(self, folder: str) -> None:  # noqa: D102
+        path = self._local(folder)
+        with self.writing(folder), suppress(FileNotFoundError):
+            if path.is_symlink():  # what it leads to is somebody's
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
     @contextmanager
-    def working(self) -> Iterator[bool | None]:  # noqa: D102
-        self.root.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.root, os.O_RDONLY)
+    def _locked(self, folder: Path, how: int) -> Iterator[bool | None]:
+        """Hold a lock of a folder: whether it was to be had; None where there are none."""
+        try:
+            number = os.open(folder, os.O_RDONLY)
+        except OSError:  # an older process may see it begun a moment later
+            yield None
+            return
         try:
             # A killed process lets go of the lock.
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone: bool | None = True
+            fcntl.flock(number, how | fcntl.LOCK_NB)
+            held: bool | None = True
         except BlockingIOError:
-            alone = False
+            held = False
         except OSError:  # not to be had on this file system
-            alone = None
+            held = None
         try:
-            yield alone
+            yield held
         finally:
-            os.close(folder)
+            os.close(number)
+
+    @contextmanager
+    def working(self) -> Iterator[bool | None]:  # noqa: D102
+        (self.root / IN_USE).mkdir(parents=True, exist_ok=True)
+        with self.reading(), self._locked(self.root, fcntl.LOCK_EX) as alone:
+            yield alone
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:  # noqa: D102
+        with self._locked(self.root / IN_USE, fcntl.LOCK_SH) as held:
+            if held is False:
+                raise InputError(
+                    f"`pipeline teachers` is changing {self.location} in another process; run the "
+                    "same command again when that has ended"
+                )
+            yield
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:  # noqa: D102
+        with (
+            self._locked(self.root, fcntl.LOCK_EX) as alone,
+            self._locked(self.root / IN_USE, fcntl.LOCK_EX) as unused,
+        ):
+            if alone is False or unused is False:
+                who = "writes to" if alone is False else "reads"
+                raise InputError(
+                    f"another process {who} {self.location} (cache-teachers, import-targets, "
+                    "train-student, verify, export-targets or teachers): nothing was changed; run "
+                    "the same command again when that has ended"
+                )
+            yield
+
+    @property
+    def free(self) -> int | None:  # noqa: D102
+        return shutil.disk_usage(self.root).free
 
     @property
     def writable(self) -> bool:  # noqa: D102

@@ -26,6 +26,7 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.inventory import roll_up_records
 from rekindle.data.room import Room
+from rekindle.data.journal import adding, refuse_changing, refuse_renamed
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
@@ -106,10 +107,11 @@ def cache_teachers(
     check_files(chosen, config.student)
     make_missing(config)
     store = open_store(config.cache.path)
+    refuse_changing(store)
     made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
     with telling(lambda: _kept(made, store)):
         rehearse(config, chosen, store)
-    with telling(lambda: _kept(made, store)), store.working() as alone:
+    with telling(lambda: _kept(made, store)), adding(store) as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
@@ -134,6 +136,7 @@ def cache_teachers(
             if teacher.domains is not None:
                 check_domains(corpus, teacher.domains, f"teacher {teacher.name!r}: domains")
         plans = [plan_teacher(teacher, corpus, views, config.cache.seed) for teacher in chosen]
+        refuse_renamed(store, [plan.info for plan in plans])
         parts = [part for plan in plans for part in plan_parts(corpus, plan)]
         before, after = masks_last(parts, hard)
         _tell_slow(parts, corpus, config.cache.masked_replicas)

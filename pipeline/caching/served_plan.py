@@ -105,7 +105,7 @@ def _described(config: TeacherConfig, corpus: Corpus) -> TeacherInfo | None:
         raise CacheMismatchError(
             f"the cache {corpus.store.location} already holds a teacher {config.name!r} that was "
             f"served as {base.served.model!r}, not as {config.served.model!r}. Give this one "
-            f"another name, or delete targets/{config.name} to make it anew"
+            f"another name, or remove that one (`pipeline teachers`) to make it anew"
         )
     return base
 

@@ -50,9 +50,10 @@ from rekindle.train.model.fitting import AUTO_CLASSES, knows_segments
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
+from rekindle.train.model.meta import shape_only
 from rekindle.train.model.padding import padding_of
 from rekindle.train.model.sight import moved_by_padding
-from rekindle.train.model.split_model import SplitLanguageModel
+from rekindle.train.model.split_model import SplitLanguageModel, output_width, splittable
 from rekindle.train.precision import told_of_slow
 from rekindle.train.record.lineage import lineage_of_model
 
@@ -113,8 +114,10 @@ def plan_teacher(
     assert views.masked is not None or not config.sees_masks
     if config.vocabulary:
         _check_language_model(config, settings, corpus)
-        text = settings.get_text_config()
-        width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
+        width = None
+        if "hidden_size" in VOCABULARY_KINDS[config.targets.vocabulary_kind].needs:
+            with naming(who), splittable():
+                width = output_width(shape_only(settings, AUTO_CLASSES[config.task]))
         if config.mapping == "map":
             rows = int(settings.get_text_config().vocab_size)
             found = VocabularyMap.of(corpus, tokenizer, rows)
@@ -122,7 +125,7 @@ def plan_teacher(
             tokens = info["mapped"] = found.count
         else:
             tokens = _count_shared(corpus, tokenizer, settings, config, views)
-        info |= configured(config, views, size, width and int(width), tokens)
+        info |= configured(config, views, size, width, tokens)
         if CODECS[config.targets.codec].compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
@@ -331,14 +334,11 @@ class Teacher:
 
     def _split(self) -> SplitLanguageModel:
         """Raise InputError for a model that cannot be split, or sees what it must not."""
-        with naming(f"teacher {self.info.name!r}"):
-            try:
-                split = SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
-                if self.corpus.is_packed:
-                    split.check_packed(self.corpus.info["config"]["sequence_length"])
-                return split
-            except NotImplementedError as error:
-                raise InputError(str(error)) from None
+        with naming(f"teacher {self.info.name!r}"), splittable():
+            split = SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
+            if self.corpus.is_packed:
+                split.check_packed(self.corpus.info["config"]["sequence_length"])
+            return split
 
     @cached_property
     def token_columns(self) -> TokenColumns:
@@ -349,14 +349,8 @@ class Teacher:
         return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
 
     def output_matrix(self) -> StoredHead:
-        """What hidden states are multiplied with; InputError if it does not fit them."""
-        head = self.language_model.head
-        if head.weight.shape[1] != self.info.hidden_size:
-            raise InputError(
-                f"teacher {self.info.name!r}: its output matrix takes {head.weight.shape[1]} "
-                f"values, not the hidden size {self.info.hidden_size}; use targets.kind topk"
-            )
-        return self.token_columns.stored(head)
+        """What hidden states are multiplied with."""
+        return self.token_columns.stored(self.language_model.head)
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """An integer array on the teacher's device as int64."""

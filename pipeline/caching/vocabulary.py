@@ -34,7 +34,6 @@ NEVER = -100.0  # a logit that leaves nothing beside a token's; see ``scoring.NO
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
     """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
     directory = tokenizer_folder(directory)
-    directory = tokenizer_folder(directory)
     if has_tokenizer_files(directory):
         return _loaded(directory)
     ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size

@@ -17,9 +17,9 @@ from rekindle.data.errors import InputError
 from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.lineage import Ancestor
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.pipeline.checks.origin import origin_lines
 from rekindle.pipeline.console import in_line
 from rekindle.pipeline.plain_values import for_json
 from rekindle.pipeline.plan.text import TOLD_PADDING
@@ -212,11 +212,7 @@ def _as_text(
     lines += [in_line(line) for line in remarks(corpus)]
     lines += text_lines(_summary(cache, readers), terminal_width())
     for reader in readers:
-        for number, run in enumerate(reader.info.lineage):
-            lines.append(_lineage_line(reader.info.name, number, run))
-    lines += [_imported_line(r) for r in readers if r.info.imported]
-    lines += [_mapped_line(r.info.name, r.info.mapped, *r.mapped) for r in readers if r.mapped]
-    lines += [_served_line(r) for r in readers if r.info.served]
+        lines += origin_lines(reader)
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
@@ -258,39 +254,6 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
 
 def _kept(info: TeacherInfo) -> str:
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
-
-
-def _mapped_line(name: str, tokens: int | None, share: float, mass: float) -> str:
-    return (
-        f"{name} has a tokenizer of its own (vocabulary: map): {tokens:,} tokens of the corpus's "
-        f"are its own, too; targets at {share:.1%} of the positions, where they hold {mass:.1%} "
-        "of its probability"
-    )
-
-
-def _imported_line(teacher: TeacherReader) -> str:
-    assert teacher.info.imported is not None
-    imported, tail = teacher.info.imported, teacher.info.estimator.get("tail")
-    tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
-    lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
-    return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
-
-
-def _served_line(teacher: TeacherReader) -> str:
-    info = teacher.info
-    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
-    return in_line(
-        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
-        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
-    )
-
-
-def _lineage_line(name: str, number: int, run: Ancestor) -> str:
-    taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
-    return (
-        f"{name} lineage {number + 1}: {run.student}, {counted(run.steps, 'step')} on corpus "
-        f"{run.corpus[:12]}, taught by {taught or 'none'} -> weights {(run.weights or '')[:12]}"
-    )
 
 
 def _histogram_line(title: str, spread: Spread, unit: str) -> str:

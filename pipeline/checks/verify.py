@@ -20,6 +20,8 @@ from rekindle.data.inventory import (
     orphans,
     shard_sets,
 )
+from rekindle.data.journal import read_seen
+from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import REPAIR, damage
@@ -71,10 +73,17 @@ def verify_cache(path: str, progress: Progress = SILENT) -> VerifyReport:
 
     Raises CacheError only when there is no cache, or one of another format version.
     """
-    report = VerifyReport()
-    store = open_store(path)
+    report, store = VerifyReport(), open_store(path)
     if not store.exists(MANIFEST):
         read_manifest(store)  # says that there is none
+    with store.reading():
+        _check(path, store, report, progress)
+    return report
+
+
+def _check(path: str, store: Store, report: VerifyReport, progress: Progress) -> None:
+    with suppress(CacheFormatError):  # told below
+        read_seen(store)
     report.imported = imported_teachers(store)
     wrong = damaged_descriptions(store)
     if MANIFEST not in wrong:
@@ -86,7 +95,6 @@ def verify_cache(path: str, progress: Progress = SILENT) -> VerifyReport:
     if not report.problems:  # rows are only worth reading when the bytes are right
         with progress.task("rows", unit="units") as task:
             _check_rows(path, report, task)
-    return report
 
 
 def _check_files(shards: ShardSet, report: VerifyReport, task: ProgressTask) -> None:

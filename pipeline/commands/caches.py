@@ -1,6 +1,7 @@
 """The commands that make, plan, check, show and tidy a cache."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -171,12 +172,19 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove what killed runs left in a cache: data files that no commit record names."""
+    from rekindle.data.changes.carry_out import settle
     from rekindle.data.inventory import collect_garbage
-    from rekindle.data.storage.manifest import read_manifest
+    from rekindle.data.journal import read_journal, unfinished
+    from rekindle.data.storage.manifest import MANIFEST
     from rekindle.data.storage.store import open_store
 
     store = open_store(cache)
-    read_manifest(store)
+    change = read_journal(store).change
+    if change is not None:
+        age = time.time() - store.state(MANIFEST)[1]
+        if dry_run or age < 3600 * older_than:
+            raise InputError(f"{cache}: {unfinished(change, store)}")
+        settle(store)
     removed = collect_garbage(store, 3600 * older_than, dry_run)
     if as_json:
         typer.echo(json.dumps({"removed": removed, "dry_run": dry_run}))
@@ -246,7 +254,8 @@ def verify(
         raise CacheMismatchError(
             f"{cache} does not hold what its teachers say: {'; '.join(beyond)}. Its bytes are "
             "those that were written: these targets are of other weights, or were changed by hand. "
-            "Delete targets/ and the teacher's name in it: `pipeline cache-teachers` makes it anew"
+            f"Remove them (`pipeline teachers {cache} --remove NAME --yes`): `pipeline "
+            "cache-teachers` makes them anew"
         )
 
 

@@ -129,6 +129,10 @@ def export_targets(
     shown = opened.masked_view(None if view == "masked" else view) if view else None
     reader = opened.teacher(teacher) if teacher is not None else None
     export = Export(opened.corpus, reader, shown, k, limit)
-    with Progress.to_terminal() as progress, progress.task("export", "rows", export.count) as bar:
+    with (
+        opened.store.reading(),
+        Progress.to_terminal() as progress,
+        progress.task("export", "rows", export.count) as bar,
+    ):
         count = write_export(export, out, force, bar.advance)
     typer.echo(f"{out}: {counted(count, 'row')}")

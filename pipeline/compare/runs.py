@@ -22,7 +22,7 @@ from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.measures import MEASURE, UNSEEN, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
-from rekindle.train.record.run_log import read_metrics
+from rekindle.train.record.run_log import METRICS_FILE, read_metrics
 from rekindle.train.step_config import LENGTH, recorded_steps
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
@@ -244,7 +244,8 @@ def _read_run(
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
-    spent = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
+    with reading(one.directory / METRICS_FILE):
+        spent = sum(r["tokens"] / s for r in steps if (s := r["tokens_per_second"]) > 0)
     return RunFacts(
         name=name,
         directory=str(one.directory),

@@ -1,5 +1,7 @@
 """What the losses refuse: the row is named, and no argument is left unused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from rekindle.kernels.encoded import EncodedTargets
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets
 from rekindle.kernels.losses import kd_loss, linear_kd_loss, merge_targets
+from rekindle.kernels.targets import DecodedTargets
 
 ROWS, SIZE, BAD = 6, 9, 4
 LOGITS = torch.zeros(ROWS, SIZE)
@@ -43,13 +46,23 @@ def at_bad(tensor: Tensor, value: object) -> Tensor:
         ({"labels": LABELS.numpy(), "ce_weight": 1.0}, "labels is of type ndarray"),
         ({"labels": LABELS}, "labels are given and no ce_weight: say ce_weight=1.0"),
         ({"ce_weight": 1.0}, "ce_weight is 1.0 and there are no labels"),
+        ({"target_probs": at_bad(PROBS, [0.1, 0.1, 0.1])}, "sum to 0.5 in row 4; they must sum to"),
+        ({"tail": "renormalise"}, "tail_prob is given, and tail='renormalise' takes no notice"),
+        ({"tail": "none"}, "tail_prob is given, and tail='none' takes no notice"),
+        ({"row_weight": at_bad(torch.ones(ROWS), torch.nan)}, "row_weight holds nan in row 4"),
+        ({"kd_weight": torch.ones(2)}, r"kd_weight is tensor\(.*; it must be a number"),
+        ({"kd_weight": torch.ones((), requires_grad=True)}, "kd_weight is a tensor that requires"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"softcap": "5"}, "softcap is '5'; it must be a number"),
+        ({"skew": "5"}, "skew is '5'; it must be a number"),
+        ({"skew": 0.2}, "skew is for divergence: skew_kl, not forward_kl"),
     ],
 )
 def test_it_is_refused_with_its_row(change: dict, message: str) -> None:
     arguments = {"target_ids": IDS, "target_probs": PROBS, "tail_prob": TAIL} | change
     with pytest.raises(ValueError, match=message):
         kd_loss(LOGITS, **arguments)
-    if change.keys() & {"labels", "ce_weight"}:
+    if change.keys() & {"labels", "ce_weight", "row_weight"}:
         return
     spared = torch.ones(ROWS).index_fill_(0, torch.tensor([BAD]), 0)
     if "row" in message and all(isinstance(v, Tensor | None) for v in change.values()):
@@ -63,7 +76,7 @@ def test_what_is_less_than_a_distribution_or_is_made_one_is_none_of_these() -> N
     nothing = (at_bad(IDS, -1), PROBS, TAIL)
     ids, probs, tail = merge_targets([(IDS, PROBS, TAIL), nothing], [0.5, 0.5])
     assert float(probs[BAD].sum() + tail[BAD]) == pytest.approx(0.5)
-    kd_loss(LOGITS, ids, probs, tail_prob=tail)
+    kd_loss(LOGITS, DecodedTargets(ids, probs, tail))
     kd_loss(LOGITS, IDS, PROBS * 30, tail="renormalise")
     kd_loss(LOGITS, IDS, PROBS * 3, tail="none")
     half = torch.softmax(torch.randn(ROWS, SIZE), 1).bfloat16()
@@ -76,9 +89,19 @@ def test_whole_distributions_that_are_none_are_named() -> None:
     for wrong in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(ValueError, match="log_probs of row 4"):
             kd_loss(LOGITS, DenseTargets(at_bad(torch.zeros(ROWS, SIZE), wrong)))
-    states = at_bad(torch.zeros(ROWS, 2), torch.nan)
+    states, weight = torch.ones(ROWS, 2), torch.zeros(SIZE, 2)
+    for wrong in (torch.nan, torch.inf, 3e38):
+        scale = at_bad(torch.full((ROWS,), 2.0), wrong)
+        hidden = HiddenTargets(2 * states, scale, weight)
+        with pytest.raises(
+            ValueError, match="states of row 4 hold NaN or inf, by themselves or by"
+        ):
+            kd_loss(LOGITS, hidden)
     with pytest.raises(ValueError, match="states of row 4 hold NaN"):
-        kd_loss(LOGITS, HiddenTargets(states, None, torch.zeros(SIZE, 2)))
+        kd_loss(LOGITS, HiddenTargets(at_bad(states, torch.nan), None, weight))
+    for missing in (HiddenTargets(states, None, None), HiddenTargets(None, None, weight)):
+        with pytest.raises(ValueError, match=r"the teacher's (weight|states) is missing"):
+            kd_loss(LOGITS, missing)
 
 
 def test_a_batch_of_sequences_is_told_to_be_flattened() -> None:
@@ -92,10 +115,65 @@ def test_a_batch_of_sequences_is_told_to_be_flattened() -> None:
             call(LOGITS.numpy())
 
 
+SCALARS = [torch.zeros(ROWS, dtype=d) for d in (torch.uint16, torch.uint16, torch.int16)]
+VALUES = torch.zeros(ROWS, 3, dtype=torch.uint8)
+ENCODED = EncodedTargets(IDS.to(torch.uint16), VALUES, *SCALARS, temperature=2.0)
+
+
 def test_encoded_targets_are_of_one_temperature() -> None:
-    scalars = [torch.zeros(ROWS, dtype=d) for d in (torch.uint16, torch.uint16, torch.int16)]
-    values = torch.zeros(ROWS, 3, dtype=torch.uint8)
-    targets = EncodedTargets(IDS.to(torch.uint16), values, *scalars, temperature=2.0)
     with pytest.raises(ValueError, match=r"temperature is 1.0, and the targets are of 2.0"):
-        kd_loss(LOGITS, targets)
-    kd_loss(LOGITS, targets, temperature=2)
+        kd_loss(LOGITS, ENCODED)
+    kd_loss(LOGITS, ENCODED, temperature=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": IDS}, "targets' ids is torch.int64; it must be torch.uint16, as a cache stores N"),
+        ({"ids": IDS.numpy()}, "targets' ids is ndarray"),
+        ({"values": VALUES.float()}, "values is torch.float32; it must be torch.uint8"),
+        ({"log_prob_min": None}, "values is torch.uint8; it must be torch.uint16"),
+        ({"values": VALUES[:, :2]}, "3 ids a row and 2 values"),
+        ({"log_prob_max": SCALARS[0][:2]}, r"log_prob_max is \(2,\); it must be \(6,\)"),
+        ({"tail_log_odds": torch.zeros(ROWS)}, "tail_log_odds is torch.float32"),
+        ({"planes": 1}, "ids_high has 0 bits a row and planes is 1; it must have 3 for each"),
+        ({"ids_high": VALUES[:, :1]}, "ids_high has 8 bits a row and planes is 0"),
+        ({"k": 0}, "k is 0; it must be at least 1"),
+        ({"k": -1}, "k is -1"),
+    ],
+)
+def test_encoded_targets_are_as_a_cache_stores_them(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kd_loss(LOGITS, replace(ENCODED, **change), temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "weights", "message"),
+    [
+        ((IDS, at_bad(PROBS, [0.5, -0.1, 0]), TAIL), [0.5, 0.5], "teacher 1's probs .* in row 4"),
+        (
+            (IDS, PROBS, at_bad(TAIL, torch.nan)),
+            [0.5, 0.5],
+            "teacher 1's probs or tail .* in row 4",
+        ),
+        (
+            (at_bad(IDS, -2), PROBS, TAIL),
+            [0.5, 0.5],
+            "teacher 1's ids hold one below -1.* in row 4",
+        ),
+        ((IDS + 0.5, PROBS, TAIL), [0.5, 0.5], "teacher 1's ids is torch.float32"),
+        ((IDS, PROBS), [0.5, 0.5], r"teacher 1 is a tuple; it must be \(ids, probs, tail\)"),
+        (
+            ENCODED,
+            [0.5, 0.5],
+            "teacher 1 is a EncodedTargets; .* `rekindle.kernels.encoded.decode`",
+        ),
+        ((IDS, PROBS, TAIL), [0.5, torch.nan], "weights hold a negative value, NaN or inf"),
+    ],
+)
+def test_what_is_mixed_is_probabilities(teacher: object, weights: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge_targets([(IDS, PROBS, TAIL), teacher], weights)
+    spared = torch.ones(ROWS, 2).index_fill_(0, torch.tensor([BAD]), 0)
+    if "row" in message:
+        merge_targets([(IDS, PROBS, TAIL), teacher], spared)

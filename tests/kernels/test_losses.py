@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rekindle.kernels import blocks, choice, ops
 from rekindle.kernels.losses import KDLoss, kd_loss, linear_kd_loss
-from rekindle.kernels.targets import LossSettings, SparseTargets
+from rekindle.kernels.targets import DecodedTargets, LossSettings, SparseTargets
 from testlib.kernels.reference import reference_losses
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_kl")
@@ -177,7 +177,7 @@ def test_stored_tail_is_used_as_given() -> None:
     case = make(rows=3, k=4, holes=False)
     tail = torch.tensor([0.2, 0.0, 0.7], dtype=torch.float64)
     q = 0.3 * case["probs"]  # with any of these tails no more than 1
-    out = kd_loss(case["logits"], case["ids"], q, tail_prob=tail, reduction="none")
+    out = kd_loss(case["logits"], DecodedTargets(case["ids"], q, tail), reduction="none")
     p = case["logits"].softmax(1).gather(1, case["ids"])
     rest = 1 - p.sum(1)
     expected = (q * (q / p).log()).sum(1)

@@ -191,7 +191,9 @@ def test_options_that_change_the_program(reduction: str) -> None:
     tail = torch.linspace(0.05, 0.9, 6, device=DEVICE)
     weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 0.0], device=DEVICE)
     assert_agrees(case, temperature=3.0, reduction=reduction)
-    assert_agrees(case, temperature=1.0, tail_prob=tail, reduction=reduction)
+    probs = case["probs"].where(case["ids"] >= 0, 0.0)
+    whole = probs * ((1 - tail) / probs.sum(1))[:, None]
+    assert_agrees(case | {"probs": whole}, temperature=1.0, tail_prob=tail, reduction=reduction)
     assert_agrees(
         case, labels=case["labels"], ce_weight=1.0, kd_weight=0.0, row_weight=weight,
         reduction=reduction,

@@ -208,6 +208,7 @@ def test_the_command_line_is_frozen():
         "gc": ["--dry-run", "--json", "--older-than"],
         "verify": ["--audit", "--config", "--json"],
         "inspect": ["--example", "--json", "--teacher"],
+        "teachers": ["--json", "--remove", "--rename", "--transcode", "--yes"],
         "import-targets": [
             *("--allow-missing", "--json", "--label", "--provenance", "--set", "--task"),
         ],

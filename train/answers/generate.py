@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,12 @@ class _Work:
 
 def _ends(network: StudentNetwork, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a text, as the model and the tokenizer have them."""
-    own = getattr(getattr(network.model, "generation_config", None), "eos_token_id", None)
+    model = network.model
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
+    if any(type(one) not in (int, NoneType) for one in several):
+        raise InputError(
+            f"{model.name_or_path}/generation_config.json: eos_token_id is {own!r}; it is the id "
+            "of a token, or a list of ids"
+        )
     return sorted({one for one in (*several, tokenizer.eos_id) if one is not None})

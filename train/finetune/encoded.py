@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from rekindle.data.corpus.tokenizer import wrap_tokenizer
 from rekindle.data.counted import counted
+from rekindle.data.errors import InputError
 from rekindle.data.padding import pad
 from rekindle.train.device_batch import model_inputs
 from rekindle.train.finetune.task_data import TaskData
@@ -117,7 +118,10 @@ def encode(
     most = int(min(max_length or MOST_TOKENS, takes))
     if data.words is not None:
         own = wrap_tokenizer(tokenizer, tokenizer.name_or_path)
-        return of_words(encode_words(own, data.words, most), padding_id, most, takes)
+        read = encode_words(own, data.words, most)
+        largest = max((int(row.max(initial=0)) for row in read.ids), default=0)
+        _refuse_unknown(tokenizer, model_config, largest)
+        return of_words(read, padding_id, most, takes)
     found = tokenizer(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )
@@ -131,7 +135,23 @@ def encode(
         texts, apart = [data.texts[row] for row in cut], {"split_special_tokens": True}
         whole = tokenizer(texts, pairs, truncation=False, verbose=False, **apart)
         longest = max(map(len, whole["input_ids"]))
+    _refuse_unknown(tokenizer, model_config, max(map(max, ids), default=0))
     return EncodedTexts(ids, types, padding_id, most, takes, len(cut), longest)
+
+
+def _refuse_unknown(
+    tokenizer: PreTrainedTokenizerFast, model_config: PretrainedConfig, largest: int
+) -> None:
+    """Raise InputError where the ``largest`` id is none that the model can embed."""
+    rows = model_config.get_text_config().vocab_size
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path} gives id {largest} ({token!r}), and the "
+            f"model's embedding has {rows:,} rows. Give the tokenizer files (tokenizer.json, "
+            "tokenizer_config.json, special_tokens_map.json) that the model was saved with, or "
+            "make the embedding larger (transformers' resize_token_embeddings)"
+        )
 
 
 def of_words(found: EncodedWords, padding_id: int, limit: int, takes: float) -> EncodedTexts:

@@ -218,8 +218,10 @@ def read_lists(
             gone[""] += 1
             continue
         if found is None:
+            other = next((row for row, one in enumerate(raw, 1) if read(one) is not None), 0)
+            beside = f", as that of row {other} is" if other else ""
             raise InputError(
-                f"{path}, row {number}: label {value!r} is no list of labels; write "
+                f"{path}, row {number}: label {value!r} is no list of labels{beside}; write "
                 f'["{str(value)[:40]}"] for one label, or say what stands between several with '
                 "label_separator, as in --set 'label_separator=\";\"'"
             )

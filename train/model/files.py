@@ -284,7 +284,8 @@ def new_language_model(
         if getattr(config, key, None) is not None:  # of weights that are not taken
             log.info("student: the new weights are not quantised; %s is left out", key)
             delattr(config, key)
-    with refusing(f"student {directory} cannot be made as {AUTO_CLASSES[task]}"):
+    told = f"student {directory} cannot be made as {AUTO_CLASSES[task]} by its config.json"
+    with refusing(told):
         # The configuration may say bfloat16, as large models' do: weights are trained in float32.
         model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(
             config, dtype=torch.float32

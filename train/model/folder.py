@@ -5,6 +5,7 @@ Only headers are read, and torch is not imported: a wrong folder is found before
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,17 @@ _AS_SAVED = "give the file as save_pretrained wrote it"
 # Whole weights, as transformers looks for them.
 WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2}
+_WIDTHS |= {"I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
+_SIZES: tuple[str, ...] = (
+    "vocab_size",
+    "type_vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+)
+_SIZES += ("embedding_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES += ("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_positions")
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,22 @@ def read_settings(directory: Path) -> dict[str, Any]:
             'again with save_pretrained, or add it ("model_type": "bert")'
         )
     _check_label_numbers(settings.get("id2label"), path)
+    _check_values(settings, path)
     return settings
+
+
+def _check_values(settings: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for what transformers takes as it stands, and fails of later."""
+    named = settings.get("architectures")
+    names = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    if named is not None and not names:
+        raise InputError(
+            f"{path}: architectures is {named!r:.200}; it is a list of the class that the model "
+            'was saved as: ["BertForMaskedLM"]'
+        )
+    for key in _SIZES:
+        if type(size := settings.get(key)) is int and not 0 <= size <= _LARGEST_SIZE:
+            raise InputError(f"{path}: {key} is {size:,}; it must be from 0 to {_LARGEST_SIZE:,}")
 
 
 def _check_label_numbers(names: object, path: Path) -> None:
@@ -242,11 +269,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         entries = json.loads(content)
         entries.pop("__metadata__", None)
-        found = {name: _stored(entry) for name, entry in entries.items()}
-        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{file} is damaged: {_no_header(size)}") from None
-    whole = 8 + length + max(ends, default=0)
+    found = {name: _stored(file, name, entry) for name, entry in entries.items()}
+    ends = _check_places(file, entries)
+    whole = 8 + length + ends
     if size != whole:
         raise InputError(
             f"{file} is damaged or cut off: it has {size:,} bytes, its header announces {whole:,}. "
@@ -259,8 +286,39 @@ def _no_header(size: int) -> str:
     return f"its {size:,} bytes hold no whole safetensors header. Copy or download it again"
 
 
-def _stored(entry: Mapping[str, Any]) -> StoredTensor:
-    return StoredTensor(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+def _stored(file: Path, name: str, entry: object) -> StoredTensor:
+    """What an entry of a header says; InputError, naming its tensor, where that cannot be."""
+    said: Any = entry if isinstance(entry, dict) else {}
+    dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+    numbers = [*shape, *place] if lists else [-1]
+    if not isinstance(dtype, str) or any(type(one) is not int or one < 0 for one in numbers):
+        raise _damaged(file, name, f"the header says {entry!r:.200} of it")
+    width = _WIDTHS.get(dtype)
+    if width is not None and math.prod(shape) * width != place[1] - place[0]:
+        told = f"{dtype} values of the shape {shape} are not its {place[1] - place[0]:,} bytes"
+        raise _damaged(file, name, told)
+    return StoredTensor(dtype, tuple(shape))
+
+
+def _check_places(file: Path, entries: Mapping[str, Any]) -> int:
+    """Return where the last tensor ends; InputError where one does not begin where another ends."""
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda one: tuple(one[1]["data_offsets"])):
+        begin, end = entry["data_offsets"]
+        if begin != at:
+            raise _damaged(
+                file, name, f"it begins at byte {begin:,}, the one before ends at {at:,}"
+            )
+        at = end
+    return at
+
+
+def _damaged(file: Path, tensor: str, told: str) -> InputError:
+    return InputError(
+        f"{file} is damaged, in what its header says of the tensor {tensor!r}: {told}. Copy or "
+        "download it again"
+    )
 
 
 # --- adapters -------------------------------------------------------------------------------------

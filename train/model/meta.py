@@ -57,7 +57,8 @@ def shape_only(config: "PretrainedConfig", auto_class: str) -> "PreTrainedModel"
     import transformers
 
     where = config.name_or_path or "the configuration"
-    with refusing(f"{where} cannot be made as {auto_class}"), torch.device("meta"), _Unfilled():
+    told = f"{where} cannot be made as {auto_class} by its config.json"
+    with refusing(told), torch.device("meta"), _Unfilled():
         made: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
     return made
 

@@ -19,7 +19,7 @@ from rekindle.train.model.family_head import SECTION, FamilyHead
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.meta import read_tensors
 from rekindle.train.model.passes import Recorded, with_known_padding
-from rekindle.train.model.split_model import OutputHead, SplitLanguageModel
+from rekindle.train.model.split_model import OutputHead, SplitLanguageModel, splittable
 from rekindle.train.outside.quiet import quiet_transformers
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
@@ -173,11 +173,8 @@ class StudentNetwork(nn.Module):
         self.has_fresh_head = False  # the language model's own, beside a body that is not
         self.sequence_length: int | None = None  # tokens that it was trained with, where known
         self._passes: Recorded | None = None  # None: each pass is run, and forgotten
-        with naming("student"):
-            try:
-                self._split = SplitLanguageModel(model, causal=task == "causal_lm")
-            except NotImplementedError as error:
-                raise InputError(str(error)) from None
+        with naming("student"), splittable():
+            self._split = SplitLanguageModel(model, causal=task == "causal_lm")
         self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
         self.prompts = None if domains is None else DomainPrompts(self.model, domains)
         self.add_heads(heads or {})
@@ -208,7 +205,9 @@ class StudentNetwork(nn.Module):
                 sizes = (head.kind, head.num_labels, head.padding)
                 return FamilyHead.of(self.model, *sizes, causal=self.task == "causal_lm")
         config = self.model.config.get_text_config()
-        module = TaskHead(config.hidden_size, head.num_labels, _dropout(config))
+        # OPT-350m's states are narrower after its last layer.
+        width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+        module = TaskHead(width, head.num_labels, _dropout(config))
         for linear in (module.dense, module.out):
             nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
             nn.init.zeros_(linear.bias)

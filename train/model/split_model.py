@@ -309,6 +309,22 @@ def _output_of(model: "PreTrainedModel") -> _Output:
     return _Output(found)
 
 
+def output_width(model: "PreTrainedModel") -> int:
+    """How many values a model's output matrix multiplies: of some (RemBERT, OPT-350m) others than
+    its ``hidden_size``. NotImplementedError for a model without one.
+    """
+    return _output_of(model).weight.shape[1]
+
+
+@contextmanager
+def splittable() -> Iterator[None]:
+    """Turn what is said of a model that cannot be split into an InputError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise InputError(str(error)) from None
+
+
 def _changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, float]]:
     """Softcaps and factors that the configuration may mean, the likeliest first."""
     text = config.get_text_config()

@@ -9,8 +9,11 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+from rekindle.data.errors import CheckpointError
 from rekindle.data.storage.atomic import write_text
 from rekindle.train.record.trackers import Trackers
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
@@ -32,7 +35,7 @@ class RunLog:
         if silent:
             return
         self._trackers = Trackers(report_to, run, resume_step, settings)
-        self.path = run / "metrics.jsonl"
+        self.path = run / METRICS_FILE
         if self.path.exists():
             kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -79,13 +82,41 @@ class RunLog:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """All records of a run, in order; none of one that has not begun to write."""
+    """All records of a run, in order; none of one that has not begun to write.
+
+    A last line that is no JSON is what a kill cut short, and left out. Raises CheckpointError,
+    naming the line, for any other that is no record.
+    """
+    path = run / METRICS_FILE
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records: list[dict] = []
-    if not (run / "metrics.jsonl").exists():
-        return records
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:  # the line that a kill cut short
-            continue
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            record = None
+        if told := _problem(record):
+            raise CheckpointError(
+                f"{path} is damaged: line {number} {told}. Put a copy of the file back, or take "
+                "the line out: the run goes on without it"
+            )
+        records.append(record)
     return records
+
+
+def _problem(record: object) -> str:
+    """What keeps a line from being a record, if anything."""
+    if not isinstance(record, dict):
+        return "is no JSON object"
+    if not isinstance(record.get("kind"), str):
+        return "has no kind (train, or evaluate)"
+    if record["kind"] == "train" and "loss" not in record:
+        return "has no loss"
+    for name, value in record.items():
+        if name != "kind" and type(value) not in (int, float):
+            return f"has {value!r} for {name}, which must be a number"
+    if type(step := record.get("step")) is not int or step < 0:
+        return f"has {step!r} for step, which must be a whole number"
+    return ""

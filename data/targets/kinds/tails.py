@@ -14,6 +14,7 @@ class Tails(TargetKind):
     """Tail masses alone."""
 
     name = "tails"
+    told = "the mass outside the ids of another part"
     tasks = VOCABULARY_TASKS
     needs = ()
     codecs = ("default", "precise")

@@ -4,6 +4,7 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import REPAIR, read_sealed
+from rekindle.data.storage.shards import Shard
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.schema import TeacherInfo
 
@@ -32,6 +33,17 @@ def is_begun(store: Store, name: str) -> bool:
 def is_described(store: Store, name: str) -> bool:
     """Whether the cache has a teacher of that name."""
     return "teacher.json" in store.names(f"targets/{name}")
+
+
+def check_owner(shard: Shard, info: TeacherInfo) -> TeacherInfo:
+    """What a shard says of its teacher; CacheMismatchError unless it is the one of ``info``."""
+    stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), shard.name)
+    if stated.identity() != info.identity():
+        raise CacheMismatchError(
+            f"{shard.name} was made by another teacher than teacher.json describes: "
+            "targets were exchanged, or the description was edited"
+        )
+    return stated
 
 
 def read_parts(store: Store, name: str) -> list[TeacherInfo]:

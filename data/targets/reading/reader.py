@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.columns import learnt_content, next_token_places
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
-from rekindle.data.settings import parse_settings
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import ascend_within, flat_lists, list_views, split_lists
 from rekindle.data.storage.commits import SECONDS, Commits
@@ -36,6 +35,7 @@ from rekindle.data.targets.head import StoredHead, read_head
 from rekindle.data.targets.imported import EXPECTED
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Cut, cut_of
+from rekindle.data.targets.reading.files import check_owner
 from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_scalars
 from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
@@ -308,12 +308,7 @@ class TeacherReader(RowReader):
             shard = part.shards.open(part.commits[unit], about, columns)
             if part.commits[unit].rows_per_batch != part.info.rows_per_batch:
                 raise CacheFormatError(f"{shard.name} has other record batches than teacher.json")
-            stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), shard.name)
-            if stated.identity() != part.info.identity():
-                raise CacheMismatchError(
-                    f"{shard.name} was made by another teacher than teacher.json describes: "
-                    "targets were exchanged, or the description was edited"
-                )
+            check_owner(shard, part.info)
             self._open[key] = shard
         return self._open[key]
 

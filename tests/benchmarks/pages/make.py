@@ -90,6 +90,34 @@ def real_model() -> Made:
     return Made(of_real_model.regions())
 
 
+# Steps whose time README shows, as train.py calls them, and in words.
+STEPS = {
+    "ours, plain": "no teacher",
+    "ours, cached KD τ=1": "cached targets, τ = 1",
+    "ours, cached KD τ=2": "cached targets, τ = 2",
+    "by hand, live teacher, top 64": "the teacher beside it",
+}
+
+
+def readme() -> Made:
+    """What a step costs with cached targets and with a teacher that runs beside it."""
+    with open(BENCHMARKS / "results.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["benchmark"] == "train"]
+    last = [row for row in rows if row["metric"] == "time of a step"]
+    last = [row for row in last if row["date"] == last[-1]["date"]]
+    times = {row["provider"]: float(row["value"]) for row in last}
+    shown = [(words, times[name]) for name, words in STEPS.items()]
+    _, one, two, live = (f"{time:.2f}" for _, time in shown)
+    told = (
+        f"**Why**: a step with cached targets takes {one} (τ = 1) to {two} (τ = 2) of the time "
+        f"of a step without any; with the teacher running beside it, {live}\n"
+        f"({last[-1]['device']}; BERT-mini, taught by MiniLM-L12; `tests/benchmarks/train.py`).\n\n"
+        "![time of a training step, over that without a teacher](docs/results/step_time.svg)"
+    )
+    title = "time of a training step, over that without a teacher"
+    return Made({"why": told}, {"step_time.svg": pictures.bars(shown, title)})
+
+
 def of_cells(table: str, picture: str = "") -> Made:
     """A table whose cells are recorded one by one; its ``picture`` has its name, or this one."""
     picture = picture or table
@@ -138,6 +166,7 @@ MAKERS: dict[str, Callable[[], Made]] = {
     "few_labels": lambda: of_cells("few_labels"),
     "small_expert": lambda: of_cells("small_expert"),
     "RESULTS": state,
+    "README": readme,
 }
 
 
@@ -153,7 +182,7 @@ def written(page: str, regions: Mapping[str, str]) -> str:
 
 def page_of(name: str) -> Path:
     """Where the page is."""
-    return ROOT / "RESULTS.md" if name == "RESULTS" else PAGES / f"{name}.md"
+    return ROOT / f"{name}.md" if name in ("README", "RESULTS") else PAGES / f"{name}.md"
 
 
 def make(names: Sequence[str]) -> None:

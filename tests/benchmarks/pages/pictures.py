@@ -101,6 +101,29 @@ def means(
     return _drawn(draw, (8.2, 0.7 + 0.24 * len(rows)), [list(row) for row in rows])
 
 
+def bars(rows: Sequence[tuple[str, float]], title: str) -> str:
+    """An SVG of numbers, a bar each, its value beside it."""
+
+    def draw(canvas: Any) -> None:
+        panel = canvas.subplots()
+        for place, (_, value) in enumerate(rows):
+            panel.barh(place, value, height=0.6, color=svg.PALETTE["light"][0])
+            panel.annotate(
+                f"{value:.2f}",
+                (value, place),
+                (5, 0),
+                fontsize=9,
+                textcoords="offset points",
+                va="center",
+            )
+        _axes(panel, [name for name, _ in rows])
+        panel.set_yticks(range(len(rows)), [name for name, _ in rows])
+        panel.set_xlim(0, 1.15 * max(value for _, value in rows))
+        panel.set_title(title, fontsize=9, loc="left")
+
+    return _drawn(draw, (8.2, 0.7 + 0.3 * len(rows)), [list(row) for row in rows])
+
+
 def _axes(panel: Any, names: Sequence[str]) -> None:
     svg.few_ticks(panel.xaxis, 4)
     panel.set_ylim(len(names) - 0.4, -0.6)

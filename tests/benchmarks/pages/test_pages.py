@@ -28,14 +28,14 @@ MakeTable = MakeRun = Callable[..., Path]
 # --- the pages ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["muki_clinc150", "real_model", *TABLES, "RESULTS"])
+@pytest.mark.parametrize("name", ["muki_clinc150", "real_model", *TABLES, "RESULTS", "README"])
 def test_a_page_and_its_pictures_are_those_of_the_rows(pages: ModuleType, name: str) -> None:
     made, page = pages.MAKERS[name](), pages.page_of(name).read_text()
     again = "python tests/benchmarks/pages/make.py writes it anew"
     assert pages.written(page, made.regions) == page, again
     for file, drawing in made.pictures.items():
         there = (pages.PAGES / file).read_text()
-        assert f"({file})" in page
+        assert f"{file})" in page
         assert pages.pictures.mark_in(there) == pages.pictures.mark_in(drawing) != "", again
         assert len(there) < pages.pictures.MOST_BYTES
 

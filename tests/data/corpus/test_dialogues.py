@@ -264,7 +264,10 @@ BAD = [
     ({"messages": [{"content": "a"}]}, "message 1 is .* each has a role"),
     ({"messages": "no"}, "messages is text and no JSON"),
     ({"messages": said("u: a", "a: b"), "tools": "[1]"}, "tools must be a list of their JSON"),
-    ({"messages": [{"role": "user"}]}, "the chat template raises"),
+    ({"messages": [{"role": "user", "content": {}}]}, "the chat template raises"),
+    ({"messages": [{"role": "user", "name": "a"}]}, "message 1 of 'user' has no content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "message 1 has 5 .* must be text"),
+    ({"messages": [{"role": "user", "ocntent": "a"}]}, "no content; did you mean 'ocntent'"),
     ({"messages": said("u: \U00100000", "a: b")}, "private planes"),
 ]
 

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import unicodedata
 from itertools import pairwise, product
 
@@ -425,6 +426,16 @@ def test_a_tokenizer_without_fast_implementation(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     with pytest.raises(InputError, match="no fast implementation"):
         load_tokenizer(str(tmp_path))
+
+
+def test_the_file_that_is_no_tokenizer_is_named(tmp_path, wordpiece):
+    shutil.copytree(wordpiece, tmp_path / "one")
+    path = tmp_path / "one" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["max_input_chars_per_word"] = 100.5
+    path.write_text(json.dumps(values, indent=1))
+    with pytest.raises(InputError, match=r"tokenizer\.json is no tokenizer .*100\.5.* line \d+"):
+        load_tokenizer(str(tmp_path / "one"))
 
 
 def test_files_that_are_damaged(tmp_path):

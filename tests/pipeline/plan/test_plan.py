@@ -304,7 +304,7 @@ def test_too_little_room_is_told(tmp_path, configure, teachers, monkeypatch):
     class Usage:
         free = found.totals.bytes - 1
 
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     short = plan_run(config, probe=False)
     assert len(short.warnings) == 1
     assert "not enough room" in shown_plan(short)

@@ -1,6 +1,7 @@
 """What a causal LM writes on from prompts: rows of tokens for a corpus."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -130,6 +131,15 @@ def test_another_tokenizer_is_refused(generate, tmp_path, bytelevel):
     (tmp_path / "out.jsonl.about.json").write_text("{}")
     with pytest.raises(InputError, match=r"cannot be read \(it must say model"):
         build_corpus(LocalStore(tmp_path / "cache"), config, 4)
+
+
+def test_an_end_that_is_no_token_is_refused_by_its_key(generate, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    settings = json.dumps({"eos_token_id": [3, {"a": 3}]})
+    (tmp_path / "model/generation_config.json").write_text(settings)
+    told = r"model/generation_config\.json: eos_token_id is \[3, \{'a': 3\}\]"
+    with pytest.raises(InputError, match=told):
+        generate(of=str(tmp_path / "model"))
 
 
 def test_what_cannot_be_generated_is_refused(generate, tmp_path, make_model, wordpiece):

@@ -536,6 +536,18 @@ def test_pairs_texts_and_special_names_are_encoded_as_stage_one_does(wordpiece, 
         assert encoded.token_type_ids[row] == segments.tolist()
 
 
+def test_a_token_that_the_model_has_no_row_for_is_named(wordpiece, bert):
+    tokenizer, config = load_tokenizer(str(wordpiece)), AutoConfig.from_pretrained(bert)
+    data = TaskData(["the river"], None, np.zeros(1, np.int64), ("x", "y"))
+    largest = max(encode(tokenizer.hf, config, data, 11).input_ids[0])
+    config.vocab_size = largest
+    told = rf"gives id {largest} \('\S+'\), and the model's embedding has {largest} rows"
+    with pytest.raises(InputError, match=told):
+        encode(tokenizer.hf, config, data, 11)
+    config.vocab_size = largest + 1
+    encode(tokenizer.hf, config, data, 11)
+
+
 def test_batches_are_padded_on_the_right():
     encoded = EncodedTexts([[5, 6, 7], [1], [8, 8]], [[0, 1, 1], [0], [0, 0]], padding_id=9)
     batch = collate(encoded, [2, 0], torch.device("cpu"))

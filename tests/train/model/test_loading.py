@@ -96,6 +96,36 @@ def test_weights_that_are_cut_off(bert, cut):
     refused(bert, str(file), "cut off", "again", loaders=LOADERS)
 
 
+HEADERS = {
+    "a type that is none": ({"dtype": -1}, "the header says"),
+    "a place in a list": ({"data_offsets": [[0], 4]}, "the header says"),
+    "a shape of other bytes": ({"shape": [1, 1]}, "F32 values of the shape [1, 1] are not its"),
+    "no shape": ({"shape": None}, "the header says"),
+    "the place of another tensor": ({"data_offsets": [4, 132]}, "it begins at byte 4, the one"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_is_held_against_itself_and_the_tensor_named(bert, case):
+    values, told = HEADERS[case]
+    file = bert / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:end])
+    # The first one, of 32 values: none may begin where it begins.
+    name = min(
+        (name for name in entries if name != "__metadata__"),
+        key=lambda name: entries[name]["data_offsets"],
+    )
+    entries[name] |= {"shape": [32]} if "shape" not in values else {}
+    entries[name] |= values
+    said = json.dumps(entries).encode()
+    file.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
+    refused(
+        bert, f"{file} is damaged, in what its header says of", repr(name), told, loaders=LOADERS
+    )
+
+
 def test_shards_of_which_one_is_missing(bert):
     (bert / "model.safetensors").rename(bert / "model-2.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -176,6 +206,24 @@ def test_code_that_comes_with_a_model_is_not_run(bert):
 def test_an_unknown_activation(bert):
     change(bert, hidden_act="gelou")
     refused(bert, "no activation 'gelou'", "hidden_act")
+
+
+@pytest.mark.parametrize("named", ["BertForMaskedLM", [3], [["BertForMaskedLM"]], {"a": "b"}])
+def test_the_class_that_it_was_saved_as_is_a_list_of_names(bert, named):
+    change(bert, architectures=named)
+    refused(bert, "config.json: architectures is ", '["BertForMaskedLM"]')
+
+
+@pytest.mark.parametrize(("key", "size"), [("type_vocab_size", -1), ("hidden_size", 2**31)])
+def test_a_size_that_no_model_has(bert, key, size):
+    change(bert, **{key: size})
+    refused(bert, f"config.json: {key} is {size:,}; it must be from 0 to 2,147,483,647")
+
+
+def test_what_transformers_says_after_drawing_a_model(bert):
+    change(bert, add_cross_attention=True)
+    told = "should be used as a decoder model if cross attention is added"
+    refused(bert, "config.json", told, loaders=[as_new_student])
 
 
 def test_values_that_make_no_model(bert):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from rekindle.data.errors import CheckpointError
 from rekindle.train.record.run_log import RunLog, read_metrics
 
 
@@ -54,6 +55,26 @@ def test_the_line_that_a_kill_cut_short_is_dropped(tmp_path, cut):
     assert kinds(tmp_path) == expected(9)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[1]", "is no JSON object"),
+        ('{"kind": "train", "step": 2', "is no JSON object"),
+        ('{"step": 2, "loss": 1.0}', "has no kind"),
+        ('{"kind": "train", "step": 2}', "has no loss"),
+        ('{"kind": "train", "step": 2.5, "loss": 1.0}', "has 2.5 for step"),
+        ('{"kind": "train", "step": 2, "loss": "1.0"}', "has '1.0' for loss"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line, told):
+    write_steps(tmp_path, 0, 3)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(CheckpointError, match=rf"metrics\.jsonl is damaged: line 2 {told}"):
+        read_metrics(tmp_path)
+
+
 def test_records_are_on_disk_before_the_log_is_closed(tmp_path):
     log = RunLog(tmp_path, 0)
     log.write("train", 1, {"loss": 0.5})
@@ -65,7 +86,7 @@ def test_records_are_on_disk_before_the_log_is_closed(tmp_path):
 def test_values_keep_their_digits(tmp_path, value):
     """A learning rate of 3e-7 must not be written as 0."""
     log = RunLog(tmp_path, 0)
-    log.write("train", 1, {"value": value})
+    log.write("evaluate", 1, {"value": value})
     log.close()
     assert math.isclose(read_metrics(tmp_path)[0]["value"], value, rel_tol=1e-6)
 

@@ -1,6 +1,8 @@
 """Bad caches, checkpoints and runs."""
 
+from rekindle.data.changes.carry_out import change_teacher
 from rekindle.data.storage.seal import seal
+from rekindle.data.storage.store import LocalStore
 from testlib.bad_input.row import Bad, Place
 
 MAKE = "cache-teachers run.yaml"
@@ -27,6 +29,15 @@ def _cut(*patterns: str):
 
 def _newer(place: Place) -> None:
     place.write("cache/cache.json", seal({}, 99))
+
+
+def _changing(place: Place) -> None:
+    change = {"action": "remove", "teacher": "lm", "version": 3}
+    place.write("cache/cache.json", seal({"change": change}, 10))
+
+
+def _renamed(place: Place) -> None:
+    change_teacher(LocalStore(place / "cache"), "rename", "lm", "big")
 
 
 def _unfinished(*spoils):
@@ -108,6 +119,32 @@ CACHES = (
         "no teacher 'lmm'", "it has: expert, lm"),
     Bad("a teacher that the cache has not to export",
         "export-targets cache --teacher lmm --out new", "no teacher 'lmm'", "it has: expert, lm"),
+    Bad("no such cache to list", "teachers nowhere", *NOWHERE, code=3),
+    Bad("a teacher that the cache has not to remove", "teachers cache --remove lmm --yes",
+        "no teacher 'lmm'", "it has: expert, lm", "did you mean 'lm'?"),
+    Bad("a teacher removed without a word", "teachers cache --remove lm",
+        "--remove lm takes 4 units", "nothing was removed", "Say --yes as well"),
+    Bad("two changes at once", "teachers cache --remove lm --rename expert e",
+        "--remove and --rename", "give one of them"),
+    Bad("a name that is taken", "teachers cache --rename lm expert", "'expert' already",
+        "give another name", "`pipeline teachers cache --remove expert`"),
+    Bad("a name that is no folder's", "teachers cache --rename lm a/b", "'a/b' is no name",
+        "the first of them a letter or a digit"),
+    Bad("a codec of nothing known", "teachers cache --transcode lm zstd", "--transcode lm zstd",
+        "a teacher is transcoded to default or compact", "under another name"),
+    Bad("an expert to transcode", "teachers cache --transcode expert compact",
+        "'expert' keeps 2 logits", "compact is a codec of topk and threshold alone"),
+    Bad("a cache in the midst of a change", MAKE, "teacher 'lm' is being removed",
+        "or that was interrupted", "Run `pipeline teachers cache --remove lm --yes` (again) first",
+        _changing),
+    Bad("a teacher to run that was renamed", MAKE, "teacher 'lm' was renamed to 'big'",
+        "To cache the same model twice, give this one a third name",
+        "call it 'big' in the run file", _renamed),
+    Bad("a teacher to learn from that was renamed", TRAIN, "no teacher 'lm'",
+        "Teacher 'lm' was renamed to 'big'", "`pipeline teachers cache --rename big lm`", _renamed),
+    Bad("a teacher of another codec", f"{MAKE} --set teachers.0.targets.codec=compact",
+        "a teacher 'lm' that is not this one", "codec: 'default' there, 'compact' here",
+        "`pipeline teachers cache --transcode lm compact`", code=3),
 )  # fmt: skip
 
 RUNS = (

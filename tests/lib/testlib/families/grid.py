@@ -12,7 +12,11 @@ from rekindle.pipeline.config import RunConfig
 from testlib.families.kinds import EXPERT, STUDENT, TEACHER, WORDS, Family, save_tokenizer
 from testlib.families.rows import FAMILIES
 
-TARGETS = {"topk": {"kind": "topk", "k": 8}, "dense": {"kind": "dense"}}
+TARGETS = {
+    "topk": {"kind": "topk", "k": 8},
+    "dense": {"kind": "dense"},
+    "hidden": {"kind": "hidden"},
+}
 LENGTHS = (3, 20, 9, 1, 15, 30, 5, 12)  # words of the texts: of the fourth nothing is predicted
 
 

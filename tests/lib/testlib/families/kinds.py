@@ -28,7 +28,7 @@ COMMON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 24,
-    "max_position_embeddings": 40,
+    "max_position_embeddings": 26,
     "initializer_range": 0.2,
     "bos_token_id": 0,
     "eos_token_id": 2,

@@ -4,7 +4,7 @@ from typing import Any
 
 from testlib.families.kinds import EXPERT, LEFT_OUT, STUDENT, TEACHER, Family
 
-GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40}
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2}
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -169,7 +169,7 @@ FAMILIES = (
         window_size=4,
         attention_types=[[["global", "local"], 1]],
     ),
-    causal("GPT-NeoX", "gpt_neox", quick=True),
+    causal("GPT-NeoX", "gpt_neox"),
     causal("GPT-J", "gptj", **GPT, rotary_dim=4),
     causal("GPT-BigCode", "gpt_bigcode", **GPT),
     causal("CodeGen", **GPT, rotary_dim=4, **no(EXPERT, why=NO_CLASS)),
@@ -185,10 +185,10 @@ FAMILIES = (
         do_layer_norm_before=False,
     ),
     causal("BLOOM", n_head=2, n_layer=2),
-    causal("MPT", d_model=16, n_heads=2, n_layers=2, max_seq_len=40),
+    causal("MPT", d_model=16, n_heads=2, n_layers=2, max_seq_len=24),
     causal("Falcon", ffn_hidden_size=24),
     causal("Falcon", note="ALiBi", ffn_hidden_size=24, alibi=True),
-    causal("Llama", **GROUPED, quick=True),
+    causal("Llama", **GROUPED),
     causal("Llama", note="tied head", **GROUPED, tie_word_embeddings=True),
     causal(
         "Llama",
@@ -230,7 +230,7 @@ FAMILIES = (
         image_token_index=92,
     ),
     causal("Phi", partial_rotary_factor=0.5),
-    causal("Phi-3", "phi3", num_key_value_heads=1, **PADDED, original_max_position_embeddings=40),
+    causal("Phi-3", "phi3", num_key_value_heads=1, **PADDED, original_max_position_embeddings=26),
     causal("Phi-3.5-MoE", "phimoe", **GROUPED, **EXPERTS),
     causal("OLMo", num_key_value_heads=1, clip_qkv=1.0, **PADDED),
     causal("OLMo2", num_key_value_heads=1, **PADDED),
@@ -356,7 +356,7 @@ FAMILIES = (
         attention_window_size=8,
         **no(EXPERT, why=NO_CLASS),
     ),
-    causal("RWKV", context_length=40, attention_hidden_size=16, **no(EXPERT, why=NO_CLASS)),
+    causal("RWKV", context_length=24, attention_hidden_size=16, **no(EXPERT, why=NO_CLASS)),
     causal("BitNet", num_key_value_heads=1, **no(EXPERT, why=NO_CLASS)),
     causal("nanochat", num_key_value_heads=2, **PADDED, **no(EXPERT, why=NO_CLASS)),
     causal("DiffLlama", num_key_value_heads=2, head_dim=8),

@@ -1,4 +1,4 @@
-"""README's section on the cache from Python is one program, run as it stands but for the names."""
+"""docs/from_python.md is one program, run as it stands but for the names."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 
 from testlib.objective.setting import Setting
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "from_python.md"
 
 
 @pytest.fixture
 def names(masked_world, tmp_path):
-    """What README's names stand for here, with a student that has a head for the classifier."""
+    """What its names stand for here, with a student that has a head for the classifier."""
     Setting(masked_world, {"distill": [{"teachers": ["sense"]}]}).student.save_pretrained(
         tmp_path / "student"
     )
@@ -26,7 +26,7 @@ def names(masked_world, tmp_path):
 
 
 def test_it_runs(names, capsys):
-    section = README.read_text("utf-8").partition("## The cache from Python")[2]
+    section = PAGE.read_text("utf-8").partition("## From your own trainer")[0]
     blocks = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.S)
     assert len(blocks) == 3
     program = "".join(blocks)
@@ -34,7 +34,7 @@ def test_it_runs(names, capsys):
         assert name in program
         program = program.replace(name, here)
     found = {}
-    exec(compile(program, "README.md", "exec"), found)
+    exec(compile(program, PAGE.name, "exec"), found)
     assert found["loss"].requires_grad
     assert found["logits"].shape[1] == found["cache"].corpus.info["tokenizer"]["size"]
     assert float(found["loss"]) > 0

@@ -1,0 +1,334 @@
+"""Removes, renames and transcodes a teacher of a cache, so that it can be killed at any moment.
+
+The phases, and what readers see meanwhile, are those of ``data/journal.py``. Works on local caches
+and on those in object stores, which have no locks: there the caller sees to it that nothing else
+uses the cache.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import copy
+
+from rekindle.data.cache import Cache
+from rekindle.data.changes.copying import Done, copy_units
+from rekindle.data.changes.record_batches import rows_of_codec
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.counted import shown_bytes
+from rekindle.data.errors import CacheError, InputError, did_you_mean, unusable
+from rekindle.data.inventory import orphans, roll_up_records, target_folders
+from rekindle.data.journal import (
+    Action,
+    Change,
+    Journal,
+    journal_in,
+    note,
+    read_journal,
+    unfinished,
+)
+from rekindle.data.roll_up import ROLLED_UP
+from rekindle.data.settings import parse_settings
+from rekindle.data.storage.base import NEXT, Seen, Store
+from rekindle.data.storage.manifest import MANIFEST, read_manifest
+from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
+from rekindle.data.storage.shards import ShardSet
+from rekindle.data.targets.head import HEAD_FILES, read_head
+from rekindle.data.targets.kinds.registry import KINDS, kind_of
+from rekindle.data.targets.reading.files import is_begun, read_parts
+from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo
+
+log = logging.getLogger("rekindle")
+
+Asked = tuple[Action, str, str | None]  # what is to be done, to which teacher, and to what end
+SAME_INTEGERS = ("default", "compact")  # codecs
+
+
+def change_teacher(
+    store: Store,
+    action: Action,
+    teacher: str,
+    to: str | None = None,
+    begin: Callable[[Change], object] = lambda change: None,
+    done: Done = lambda commit: None,
+) -> bool:
+    """Carry a change out, or what is left of it; False if it was done before.
+
+    ``begin`` is called with a new change before anything is written, and may raise; ``done`` with
+    each unit that was copied. Raises InputError for what cannot be done, saying why, and while
+    others use the cache; CacheError where what is to be copied is damaged.
+    """
+    with store.changing():
+        manifest = read_manifest(store)
+        journal = journal_in(manifest, store)
+        change = journal.change
+        if change is not None and (change.action, action) == ("transcode", "remove"):
+            # Whatever became of the copies, this ends it.
+            change = None if change.teacher == teacher else change
+        if change is not None and change.asked != (action, teacher, to):
+            raise InputError(f"{store.location}: {unfinished(change, store)}")
+        if change is None:
+            version = journal.change.version if journal.change else manifest[VERSION]
+            change = _checked(store, journal, version, (action, teacher, to))
+            if change is None:
+                return False
+            begin(change)
+            _check_room(store, change)
+            note(store, journal.model_copy(update={"change": change}))
+        else:
+            log.info("%s: going on: %s", store.location, change.told())
+        _carry_out(store, change, done)
+        return True
+
+
+def size_of(store: Store, teacher: str) -> tuple[int, int]:
+    """Bytes and units of a teacher's shards, its further parts included, as far as they are sound;
+    and of what lies beside them.
+    """
+    total, units = 0, 0
+    for folder in target_folders(store):
+        if folder.split("/")[1] == teacher:
+            commits = ShardSet(store, folder).survey()[0]
+            units += len(commits)
+            total += commits.bytes
+            beside = store.names(folder)
+            total += sum(store.state(f"{folder}/{name}")[0] for name in beside)
+    return total, units
+
+
+def settle(store: Store) -> None:
+    """Put to rest what a killed process left of a change: give it up while nobody has seen anything
+    of it, else carry it out.
+    """
+    with store.changing():
+        change = read_journal(store).change
+        if change is not None and change.phase == "making":
+            _give_up(store, change)
+        elif change is not None:
+            _carry_out(store, change, lambda commit: None)
+
+
+# --- what can be done -----------------------------------------------------------------------------
+
+
+def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Change | None:
+    """The change that is asked for, of a cache of that version; None if it was done before."""
+    action, teacher, to = asked
+    there = [name for name in store.folders("targets") if is_begun(store, name)]
+    if teacher not in there:
+        now = journal.name_now(teacher, there)
+        removed = action == "remove" and teacher in journal.removed
+        if removed or (action == "rename" and now is not None and now == to):
+            return None
+        raise InputError(_told_unknown(store, teacher, there, now))
+    if not re.fullmatch(TEACHER_NAME, teacher):
+        raise InputError(
+            f"{store.location}/targets/{teacher} is of no teacher, by its name: remove it by hand"
+        )
+    if action == "remove":
+        return _change(action, teacher, None, version)
+    assert to is not None
+    if version == 1:
+        raise InputError(
+            f"{store.location} has cache format 1, which what is to be written does not fit: run "
+            "`pipeline cache-teachers` with its run file once, which raises it. (--remove works)"
+        )
+    version = max(version, FORMAT_VERSION)
+    if action == "rename":
+        _check_name(store, teacher, to, there)
+        return _change(action, teacher, to, version)
+    sets = tuple(info.folder for info in to_transcode(read_parts(store, teacher), to))
+    if not sets:
+        return None
+    return _change(action, teacher, to, version, sets)
+
+
+def _change(
+    action: Action, teacher: str, to: str | None, version: int, sets: tuple[str, ...] = ()
+) -> Change:
+    values = {"action": action, "teacher": teacher, "to": to, "version": version, "sets": sets}
+    return parse_settings(Change, values)
+
+
+def _told_unknown(store: Store, teacher: str, there: list[str], now: str | None) -> str:
+    known = ", ".join(there) or "none"
+    hint = f"; {teacher!r} was renamed to {now!r}" if now else did_you_mean(teacher, there)
+    return f"{store.location} has no teacher {teacher!r} (it has: {known}){hint}"
+
+
+def _check_name(store: Store, teacher: str, to: str, there: list[str]) -> None:
+    if to == teacher:
+        raise InputError(f"teacher {teacher!r} is called {to!r} already; give another name")
+    if not re.fullmatch(TEACHER_NAME, to):
+        raise InputError(
+            f"{to!r} is no name of a teacher: it becomes a folder, so give at most 100 of A-Z, "
+            "a-z, 0-9, '.', '_' and '-', the first of them a letter or a digit"
+        )
+    if to in there or is_begun(store, to):  # where case makes no difference, neither lists it
+        raise InputError(
+            f"{store.location} has a teacher {to!r} already: give another name, or remove that one "
+            f"first (`pipeline teachers {store.location} --remove {to}`)"
+        )
+
+
+def to_transcode(parts: list[TeacherInfo], codec: str) -> list[TeacherInfo]:
+    """The parts of a teacher that are to be arranged otherwise; InputError where none can be."""
+    name, able = parts[0].name, [part for part in parts if len(kind_of(part).codecs) > 1]
+    able = [part for part in able if part.kind != "tails"]  # these are as small in either
+    if codec not in SAME_INTEGERS:
+        raise InputError(
+            f"--transcode {name} {codec}: a teacher is transcoded to {' or '.join(SAME_INTEGERS)}, "
+            "which are two arrangements of the same integers. What another codec would keep is not "
+            "there: cache the teacher with it under another name"
+        )
+    if not able:
+        fit = " and ".join(kind for kind in KINDS if "compact" in KINDS[kind].codecs)
+        raise InputError(
+            f"teacher {name!r} keeps {kind_of(parts[0]).sentence} ({parts[0].kind}): compact is a "
+            f"codec of {fit} alone"
+        )
+    if any(part.codec not in SAME_INTEGERS for part in able):
+        raise InputError(
+            f"teacher {name!r} has the codec precise: {codec} would keep less than that, for good. "
+            f"Cache it with targets.codec: {codec} under another name"
+        )
+    found = [part for part in able if part.codec != codec]
+    for part in found:
+        if wrong := kind_of(part.model_copy(update={"codec": codec})).contradiction():
+            raise InputError(
+                f"teacher {name!r} cannot have the codec {codec}: {wrong} (a vocabulary of "
+                f"{part.vocabulary_size:,} tokens)"
+            )
+    return found
+
+
+# --- the phases -----------------------------------------------------------------------------------
+
+
+def _carry_out(store: Store, change: Change, done: Done) -> None:
+    if change.phase == "making":
+        try:
+            for info in _copied(store, change):
+                _copy(store, change, info, done)
+        except CacheError:  # what is damaged must be mended first, by whoever makes it
+            _give_up(store, change)
+            raise
+        change = change.model_copy(
+            update={"phase": "placing" if change.action == "transcode" else "clearing"}
+        )
+        note(store, read_journal(store).after(change))
+    if change.phase == "placing":
+        for folder in change.sets:
+            _place(store, change, folder)
+        change = change.model_copy(update={"phase": "clearing"})
+        note(store, read_journal(store).model_copy(update={"change": change}))
+    for folder in change.sets:
+        _remove_orphans(store, folder)
+        store.remove_folder(f"{folder}/{NEXT}")
+    if change.action != "transcode":
+        store.remove_folder(f"targets/{change.teacher}")
+    _finish(store, change)
+    if change.action != "remove":
+        roll_up_records(store)
+
+
+def _copied(store: Store, change: Change) -> Iterator[TeacherInfo]:
+    """The parts that are copied."""
+    if change.action == "remove":
+        return
+    for info in read_parts(store, change.teacher):
+        if change.action == "rename" or info.folder in change.sets:
+            yield info
+
+
+def _changed(corpus: Corpus, change: Change, info: TeacherInfo) -> dict[str, object]:
+    """The fields of a part that are others in its copy."""
+    if change.action == "rename":
+        return {"name": change.to}
+    return {"codec": change.to, "rows_per_batch": rows_of_codec(corpus, info, str(change.to))}
+
+
+def _made(store: Store, change: Change) -> Store:
+    """The store as it is written to while the copy is made."""
+    made = copy(store)
+    made.seen = Seen(replaced=change.sets)
+    return made
+
+
+def _copy(store: Store, change: Change, info: TeacherInfo, done: Done) -> None:
+    """Make what is missing of the copy of a part."""
+    made, corpus = _made(store, change), Corpus(store)
+    changed = _changed(corpus, change, info)
+    new = info.model_copy(update=changed)
+    made.create(f"{new.folder}/teacher.json", seal(new.model_dump(mode="json")))
+    if change.action == "rename":
+        names = store.names(info.folder)
+        for name in [*HEAD_FILES, FINISHED]:
+            if name in names:
+                store.create(f"{new.folder}/{name}", store.read_bytes(f"{info.folder}/{name}"))
+        if {*HEAD_FILES} <= {*names}:
+            read_head(store, new.folder)
+    copy_units(corpus, made, info, changed, done)
+    if change.action == "rename":  # of a transcoded one, what was there is an orphan, too
+        _remove_orphans(store, new.folder)
+
+
+def _place(store: Store, change: Change, folder: str) -> None:
+    """Put the records that were made in the place of those that were there."""
+    made = _made(store, change)
+    for unit in ShardSet(made, folder).committed():
+        name = f"{folder}/commits/{unit}.json"
+        store.replace(name, made.read_bytes(name))
+    name = f"{folder}/teacher.json"
+    told = f"{store.location}/{folder}/{NEXT} is not there any more, from which it was read"
+    advice = f". `pipeline teachers {store.location} --remove {change.teacher} --yes` ends it"
+    with unusable(told, FileNotFoundError, advice=advice):
+        store.replace(name, made.read_bytes(name))
+    ShardSet(store, folder).records.forget_roll_up()
+
+
+def _remove_orphans(store: Store, folder: str) -> None:
+    for name in orphans(ShardSet(store, folder)):
+        store.discard(name)
+
+
+def _give_up(store: Store, change: Change) -> None:
+    """Remove what was made; nobody has seen it."""
+    log.info("%s: given up: %s", store.location, change.told())
+    if change.action == "rename":
+        store.remove_folder(f"targets/{change.to}")
+    for folder in change.sets:
+        store.remove_folder(f"{folder}/{NEXT}")
+        _remove_orphans(store, folder)
+    _finish(store, change)
+
+
+def _finish(store: Store, change: Change) -> None:
+    """Write ``cache.json`` as it is without a change, in one go."""
+    before = read_manifest(store)
+    rolled = {key: before[key] for key in ROLLED_UP if key in before}
+    with suppress(CacheError):  # of another teacher, which `verify` names
+        rolled = Cache(store).rolled_up
+    journal = journal_in(before, store).model_copy(update={"change": None})
+    store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
+    store.seen = Seen()
+
+
+def _check_room(store: Store, change: Change) -> None:
+    """InputError where the disk will not hold the copy beside what is there."""
+    needed = 0
+    for info in _copied(store, change):
+        commits = ShardSet(store, info.folder).committed()
+        needed += commits.bytes
+        if change.to == "default":
+            positions = int(commits.counts("positions").sum())
+            new = info.model_copy(update={"codec": "default"})
+            needed += positions * kind_of(new).bytes_per_position - commits.bytes
+    free = store.free
+    if free is not None and free < needed:
+        raise InputError(
+            f"{store.location}: {change.told()}, which is a copy of {shown_bytes(needed)} beside "
+            f"what is there until it is finished, and the disk has {shown_bytes(free)} free. Make "
+            "room first; nothing was changed"
+        )

@@ -1,0 +1,85 @@
+"""Copies of a teacher's shards: under another name, or in another codec. No value changes.
+
+The codecs ``default`` and ``compact`` are two arrangements of the same integers.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.base import Store
+from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit
+from rekindle.data.storage.shards import Shard, ShardSet
+from rekindle.data.storage.units import place_of
+from rekindle.data.targets.kinds.base import TargetKind
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.files import check_owner
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.scalars import FACT, ScalarSums
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.writing import write_options
+
+Done = Callable[[Commit], object]
+OF_SCHEMA = ("kind", "format_version", "teacher")  # what every schema says of itself anew
+
+
+def copy_units(
+    corpus: Corpus, made: Store, info: TeacherInfo, changed: dict[str, object], done: Done
+) -> None:
+    """Write and commit in ``made`` what there is of ``info`` (a teacher, or a part of it), with the
+    fields of it that are ``changed``. Units that are there are left as they are.
+
+    Raises CacheError where a unit is damaged, or of another teacher.
+    """
+    shards = ShardSet(corpus.store, info.folder)
+    target = ShardSet(made, info.model_copy(update=changed).folder)
+    present, reader = {*target.committed()}, TeacherReader(corpus, [info])
+    for unit, commit in shards.committed().items():
+        if unit not in present:
+            shard = shards.open(commit, direct=True)
+            stated = check_owner(shard, info)
+            kind = kind_of(stated.model_copy(update=changed))
+            about = {k: v for k, v in shard.metadata.items() if k not in OF_SCHEMA}
+            schema = kind.schema(about)
+            batches = _as_they_are(shard, schema)
+            if "codec" in changed:
+                batches = _transcoded(reader, commit, kind, schema)
+            facts = {fact: value for fact, value in commit.facts.items() if fact != FACT}
+            sums = ScalarSums()
+            target.write(
+                unit,
+                schema,
+                sums.over(batches),
+                facts,
+                write_options(kind),
+                kind.info.rows_per_batch,
+                sums.facts,
+            )
+        done(commit)
+
+
+def _as_they_are(shard: Shard, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for index in range(shard.batch_count):
+        yield pa.RecordBatch.from_arrays(shard.batch(index, keep=False).columns, schema=schema)
+
+
+def _transcoded(
+    reader: TeacherReader, commit: Commit, kind: TargetKind, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a unit, checked as a reader checks them, in the record batches of ``kind``."""
+    place = place_of(commit.unit)
+    assert place is not None  # its shard was of the teacher
+    shard, replica = place
+    digests = reader.corpus.shard(shard).table()["digest"].to_pylist()
+    each = commit.rows_per_batch
+    for first in range(0, commit.rows, ROWS_PER_BATCH):
+        last = min(first + ROWS_PER_BATCH, commit.rows)
+        lists = [reader.row_lists(shard, at // each, replica) for at in range(first, last, each)]
+        counts = np.concatenate([np.diff(one.offsets) for one in lists])
+        columns = {
+            name: np.concatenate([one.columns[name] for one in lists]) for name in lists[0].columns
+        }
+        rows = np.repeat(np.arange(last - first), counts)
+        yield from kind.batches(schema, digests[first:last], rows, columns)

@@ -1,0 +1,77 @@
+"""What teachers a cache has: what is kept of each, in how many bytes, and where it comes from."""
+
+from dataclasses import dataclass
+
+from rekindle.data.cache import Cache
+from rekindle.data.journal import journal_in
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.reader import Part, TeacherReader
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A teacher of a cache, or a part of it: further candidates or temperatures."""
+
+    name: str
+    part: str
+    task: str
+    kind: str
+    kept: str
+    codec: str
+    temperatures: tuple[float, ...]
+    view: str
+    domains: tuple[str, ...] | None
+    precision: str
+    units: int
+    units_planned: int
+    bytes: int
+    made: str  # run, imported, served
+    model: str
+    fingerprint: str
+    mapped: int | None
+    format_version: int
+    lineage: list[dict[str, object]]
+
+
+def teachers_of(cache: Cache) -> list[Listed]:
+    """Every teacher, each followed by its further parts."""
+    return [
+        _listed(cache, teacher, part)
+        for teacher in cache.teachers.values()
+        for part in teacher.parts
+    ]
+
+
+def under_way(cache: Cache) -> str:
+    """What is being done to one of them; "" if nothing is."""
+    change = journal_in(cache.manifest, cache.store).change
+    if change is None:
+        return ""
+    return f"{change.told()} ({change.phase}): {change.command(cache.store.location)} goes on"
+
+
+def _listed(cache: Cache, teacher: TeacherReader, part: Part) -> Listed:
+    info = part.info
+    planned = len(info.shown.numbers(teacher.replicas)) * len(cache.corpus.commits)
+    head = 0 if info.part else teacher.bytes_on_disk - teacher.bytes
+    return Listed(
+        name=info.name,
+        part=info.part,
+        task=info.task,
+        kind=info.kind,
+        kept=kind_of(info).sentence,
+        codec=info.codec,
+        temperatures=info.temperatures,
+        view=info.view,
+        domains=info.domains,
+        precision=info.precision,
+        units=len(part.commits),
+        units_planned=planned,
+        bytes=part.commits.bytes + head,
+        made="imported" if info.imported else "served" if info.served else "run",
+        model=info.model,
+        fingerprint=teacher.fingerprint,
+        mapped=info.mapped,
+        format_version=info.format_version,
+        lineage=[run.model_dump() for run in info.lineage],
+    )

@@ -1,0 +1,22 @@
+"""How many rows the record batches of a teacher's targets have, by its codec."""
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.storage.commits import ROWS_PER_BATCH
+from rekindle.data.targets.codec_compact import compact_rows
+from rekindle.data.targets.codec_registry import CODECS
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import ViewReader
+
+
+def rows_of_codec(corpus: Corpus, info: TeacherInfo, codec: str) -> int:
+    """As whoever wrote the targets would have made them with that codec."""
+    if not CODECS[codec].compressed:
+        return ROWS_PER_BATCH
+    share = 1.0
+    if info.shown.masked:
+        masks = ViewReader(corpus, info.view).identity["mask"]
+        if masks["policy"] == "hard" and info.imported is None:
+            share = masks["limit"] or 1.0
+        else:
+            share = masks.get("probability", 1.0)
+    return compact_rows(corpus.info["config"]["sequence_length"] * share)

@@ -1,0 +1,54 @@
+"""Where a cached teacher comes from, in lines for people."""
+
+from collections.abc import Iterator
+
+from rekindle.data.counted import counted
+from rekindle.data.targets.lineage import Ancestor
+from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.pipeline.console import in_line
+
+
+def origin_lines(teacher: TeacherReader) -> Iterator[str]:
+    """Yield the runs that made it, and how it came into the cache if it was not run as it is."""
+    info = teacher.info
+    for number, run in enumerate(info.lineage):
+        yield _lineage_line(info.name, number, run)
+    if info.imported:
+        yield _imported_line(teacher)
+    if teacher.mapped:
+        yield _mapped_line(info.name, info.mapped, *teacher.mapped)
+    if info.served:
+        yield _served_line(teacher)
+
+
+def _mapped_line(name: str, tokens: int | None, share: float, mass: float) -> str:
+    return (
+        f"{name} has a tokenizer of its own (vocabulary: map): {tokens:,} tokens of the corpus's "
+        f"are its own, too; targets at {share:.1%} of the positions, where they hold {mass:.1%} "
+        "of its probability"
+    )
+
+
+def _imported_line(teacher: TeacherReader) -> str:
+    assert teacher.info.imported is not None
+    imported, tail = teacher.info.imported, teacher.info.estimator.get("tail")
+    tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
+    lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
+    return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
+
+
+def _served_line(teacher: TeacherReader) -> str:
+    info = teacher.info
+    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
+    return in_line(
+        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
+        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
+    )
+
+
+def _lineage_line(name: str, number: int, run: Ancestor) -> str:
+    taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
+    return (
+        f"{name} lineage {number + 1}: {run.student}, {counted(run.steps, 'step')} on corpus "
+        f"{run.corpus[:12]}, taught by {taught or 'none'} -> weights {(run.weights or '')[:12]}"
+    )

@@ -1,0 +1,35 @@
+"""What transformers and json alone make of the changed files: the other reading of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def records(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def probabilities(folder: Path, texts: list[str]) -> np.ndarray:
+    """Of each text, by the classifier in ``folder``, one at a time."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder)).eval()
+    found = []
+    for text in texts:
+        inputs = tokenizer(text, truncation=True, return_tensors="pt", max_length=64)
+        with torch.no_grad():
+            found.append(model(**inputs).logits.softmax(-1)[0].numpy())
+    return np.array(found)
+
+
+def pieces(folder: Path, text: str) -> list[int]:
+    """The ids of a text, without special tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
