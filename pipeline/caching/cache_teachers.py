@@ -25,8 +25,8 @@ from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.inventory import roll_up_records
-from rekindle.data.room import Room
 from rekindle.data.journal import adding, refuse_changing, refuse_renamed
+from rekindle.data.room import Room
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal

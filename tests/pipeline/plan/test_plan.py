@@ -1,5 +1,6 @@
 """A plan says what stage 1 will do before it is done, is right about it, and leaves no trace."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from rekindle.data.counted import shown_bytes
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan import probe as plan_probe
-from rekindle.pipeline.plan import run as plan
 from rekindle.pipeline.plan.figures import Padding
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.sample import survey_corpus
