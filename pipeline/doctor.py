@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from rekindle.data.cores import cores
-from rekindle.data.room import free_near
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.choice import TRITON_INSTALLED
 from rekindle.pipeline.checks.ahead import disk_of, locks_in, memory_of, step_here
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
+from rekindle.train.record.room import free_near
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, str]:

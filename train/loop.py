@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.cache import Cache
-from rekindle.data.room import Room, size_of
 from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World, build_in_shards
@@ -55,6 +54,7 @@ from rekindle.train.record.identity import (
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.occasions import Occasions
+from rekindle.train.record.room import Room, size_of
 from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.sharded import refuse_unshared

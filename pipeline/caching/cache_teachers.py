@@ -26,7 +26,6 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.inventory import roll_up_records
 from rekindle.data.journal import adding, refuse_changing, refuse_renamed
-from rekindle.data.room import Room
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
@@ -54,6 +53,7 @@ from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
 from rekindle.train.order.sequences import told_of_few
+from rekindle.train.record.room import Room
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")

@@ -14,7 +14,6 @@ import torch
 
 from rekindle.data.counted import shown_bytes
 from rekindle.data.errors import InputError
-from rekindle.data.room import free_near
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.pipeline.config import RunConfig
@@ -23,6 +22,7 @@ from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.staged import plan_staged_run
 from rekindle.train.model.files import place
 from rekindle.train.model.folder import resolve_model, stored_tensors
+from rekindle.train.record.room import free_near
 
 PROBLEM = "PROBLEM: "
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight, by precision

@@ -7,7 +7,6 @@ the corpus's tokenizer, and the cache that the configuration names is only read.
 from collections.abc import Sequence
 
 from rekindle.data.counted import shown_bytes
-from rekindle.data.room import free_near
 from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.builtin.names import ABOUT
@@ -22,6 +21,7 @@ from rekindle.pipeline.plan.figures import (
     ViewPlan,
 )
 from rekindle.pipeline.plan.scale import Scale
+from rekindle.train.record.room import free_near
 
 # Without its tokenizer or its text nothing can be said of the corpus, and so of little else;
 # without a teacher's model, all but what the model itself decides.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rekindle.data.room import Room, free_near, size_of
+from rekindle.train.record.room import Room, free_near, size_of
 
 
 @pytest.fixture
