@@ -198,26 +198,29 @@ def check_mixed(teachers: Sequence[SparseRow], weights: Tensor) -> None:
     """ValueError for what cannot be mixed by weights [N,T]: values on CPU tensors only."""
     if weights.device.type == "cpu" and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError("weights hold a negative value, NaN or inf; a mixture's weights are ≥ 0")
-    for t, (ids, probs, tail) in enumerate(teachers):
-        _check_integers(f"teacher {t}'s ids", ids)
-        if ids.device.type != "cpu" or torch.compiler.is_compiling():
-            continue
-        active = weights[:, t].cpu() != 0
-        _refuse(
-            (ids < -1).any(1) & active,
-            lambda row, t=t: f"teacher {t}'s ids hold one below -1, which is padding, in row {row}",
-        )
-        wrong = ~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)
-        if tail is not None:
-            wrong = wrong.any(1) | ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1)
-            wrong = wrong[:, None]
-        _refuse(
-            wrong.any(1) & active,
-            lambda row, t=t: (
-                f"teacher {t}'s probs or tail hold a negative value, NaN or inf in row {row}; they "
-                "are probabilities"
-            ),
-        )
+    for number, teacher in enumerate(teachers):
+        _check_integers(f"teacher {number}'s ids", teacher[0])
+        if teacher[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_mixed_values(number, *teacher, weights[:, number].cpu() != 0)
+
+
+def _check_mixed_values(
+    number: int, ids: Tensor, probs: Tensor, tail: Tensor | None, active: Tensor
+) -> None:
+    _refuse(
+        (ids < -1).any(1) & active,
+        lambda row: f"teacher {number}'s ids hold one below -1, which is padding, in row {row}",
+    )
+    wrong = (~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)).any(1)
+    if tail is not None:
+        wrong = wrong | ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1)
+    _refuse(
+        wrong & active,
+        lambda row: (
+            f"teacher {number}'s probs or tail hold a negative value, NaN or inf in row {row}; "
+            "they are probabilities"
+        ),
+    )
 
 
 def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:

@@ -14,7 +14,7 @@ from rekindle.data.corpus.config import MOST, CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings
-from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.data.targets.schema import TeacherName
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.pairs import RECORD
 from rekindle.pipeline.builtin.names import resolve_values
@@ -109,7 +109,7 @@ class PromptsConfig(Settings):
 class StageConfig(Settings):
     """One run: the file with some values changed."""
 
-    name: str = Field(pattern=TEACHER_NAME, description="its folder in the output directory")
+    name: TeacherName = Field(description="its folder in the output directory")
     set: dict[str, object] = Field(
         default_factory=dict,
         description="key.path: value over the file; '{first}' stands for the directory of the "

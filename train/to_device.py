@@ -119,6 +119,10 @@ def to_device(
         )
     if task not in (None, "masked_lm", "causal_lm"):
         raise ValueError(f"task is {task!r}; a student is masked_lm or causal_lm")
+    if temperature_between not in ("refuse", "interpolate"):
+        raise ValueError(
+            f"temperature_between is {temperature_between!r}; it is refuse or interpolate"
+        )
     task = task or _task_of(batch)
     language = [n for n, target in batch.targets.items() if isinstance(target, TokenTargetBatch)]
     there = f"the batch has the language models {language or 'none'}"

@@ -219,15 +219,19 @@ def verify(
         raise InputError(
             "--audit runs the teachers again: name the configuration with --config RUN.yaml"
         )
+    if config is not None and not audit:
+        raise InputError("--config is of --audit N: say as well how many sequences are audited")
+    from rekindle.pipeline.config import load_config
+
+    audited = None if config is None else load_config(config)
     audits: dict[str, dict[str, float]] = {}
     beyond: list[str] = []
     with Progress.to_terminal() as progress:
         report = verify_cache(cache, progress)
-        if audit and config is not None and not report.problems:
+        if audited is not None and not report.problems:
             from rekindle.pipeline.checks.audit import audit_cache
-            from rekindle.pipeline.config import load_config
 
-            found = audit_cache(cache, load_config(config), audit, progress=progress)
+            found = audit_cache(cache, audited, audit, progress=progress)
             audits, beyond = found.values, found.problems
     if as_json:
         typer.echo(json.dumps(report.as_dict() | {"audit": audits, "beyond": beyond}))

@@ -141,6 +141,9 @@ def test_what_is_not_stored_cannot_be_decoded():
         sparse_targets(batch, 3.0, None, CPU)
     with pytest.raises(InputError, match="keeps 4 candidates; k = 5 is not cached"):
         sparse_targets(batch, 1.0, 5, CPU)
+    for k in (0, -1, 2.5):
+        with pytest.raises(InputError, match=f"k is {k}; it is how many candidates are read"):
+            sparse_targets(batch, 1.0, k, CPU)
 
 
 @given(hnp.arrays(st.sampled_from(["u1", "u2", "i2", "i4", "i8", "f4", "?"]), (3, 4)))

@@ -17,6 +17,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
 from rekindle.train.config import Batching
+from rekindle.train.hf.given import check_cache
 from rekindle.train.order.similar_lengths import dealt, turns, window_of
 
 # Of an epoch: steps, and the places that each of them reads.
@@ -62,6 +63,7 @@ class Shares:
         sequences; InputError for what are no numbers, and where there is no sequence or one that
         the corpus has not.
         """
+        check_cache(cache)
         if batching not in get_args(Batching):
             raise ValueError(f"batching is {batching!r}; it is {' or '.join(get_args(Batching))}")
         if batch_sequences is not None and batch_sequences < 1:
@@ -235,6 +237,11 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
         in its own copy (torchdata's StatefulDataLoader asks every copy by itself).
         """
         position = self._given if consumed is None else consumed
+        if not 0 <= position < self.length + (self.batch_sequences or 1):
+            raise ValueError(
+                f"consumed is {consumed}; it counts this epoch's sequences alone, of which this "
+                f"process has {self.length}"
+            )
         similar = {} if self.pass_sequences is None else {"pass_sequences": self.pass_sequences}
         return similar | {
             "epoch": self.epoch,

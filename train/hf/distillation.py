@@ -6,6 +6,7 @@ S positions, V vocabulary, H hidden; P rows with a loss.
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +27,16 @@ from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.call import StudentLogits
 from rekindle.kernels.losses import kd_loss
+from rekindle.kernels.targets import check_number
 from rekindle.train.config import DistillTerm
 from rekindle.train.hf.collator import TargetCollator
+from rekindle.train.hf.given import (
+    check_allowed,
+    check_cache,
+    check_moved,
+    check_names,
+    check_rows,
+)
 from rekindle.train.model.fitting import AUTO_CLASSES, SAID
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.language_loss import IGNORED, head_loss
@@ -91,11 +100,9 @@ class Distillation:
         temperature or k that is not stored, a divergence that a sample cannot teach, targets that
         are not all there.
         """
-        if isinstance(teachers, str) or not teachers:
-            raise InputError(
-                f"teachers is {teachers!r}; give a list of the cache's language models, "
-                f"{sorted(cache.teachers)}"
-            )
+        check_cache(cache)
+        check_names(cache, teachers)
+        check_allowed(allow_missing, teachers)
         self.cache, self.ce_weight = cache, ce_weight
         self._collators: list[TargetCollator] = []  # which are told that a loss is asked for
         self._compared = False  # whether the student's tokenizer was held against the cache's
@@ -135,7 +142,8 @@ class Distillation:
         self.allow_missing = tuple(allow_missing)
         taught = {name: cache.teacher(name) for name in self.terms}
         check_covered(taught, self.allow_missing, "allow_missing")
-        if ce_weight < 0 or not (ce_weight or self.terms):
+        check_number("ce_weight", ce_weight)
+        if not 0 <= ce_weight < math.inf or not (ce_weight or self.terms):
             raise InputError(
                 f"ce_weight is {ce_weight} and kd_weight {kd_weight}: weights are 0 or more, and "
                 "one of them must be more, else nothing is trained"
@@ -245,10 +253,11 @@ class Distillation:
                 cross-entropy; targets are learnt all the same.
             counts: of the whole step; None: of this batch alone.
         """
-        flat, size = logits.flatten(0, 1), self.vocabulary_size
+        size = self.vocabulary_size
+        check_rows(logits, logits.shape[-1], size, batch, labels)
 
         def rows(select: Tensor) -> Tensor:
-            return flat[select][:, :size]
+            return logits.flatten(0, 1)[select][:, :size]
 
         return self._loss(rows, logits, batch, labels, counts, None)
 
@@ -267,11 +276,12 @@ class Distillation:
         """Return the same from what the output matrix multiplies, hidden [B,S,H], and the matrix
         ``weight`` [V,H] (and ``bias`` [V]): the logits are held a bounded block at a time.
         """
-        head = OutputHead(weight, bias, softcap, logit_scale).cut(self.vocabulary_size)
-        flat = hidden.flatten(0, 1)
+        size = self.vocabulary_size
+        check_rows(hidden, len(weight), size, batch, labels)
+        head = OutputHead(weight, bias, softcap, logit_scale).cut(size)
 
         def rows(select: Tensor) -> StudentLogits:
-            return StudentLogits(flat[select], head.weight, head.bias)
+            return StudentLogits(hidden.flatten(0, 1)[select], head.weight, head.bias)
 
         return self._loss(rows, hidden, batch, labels, counts, head)
 
@@ -301,6 +311,7 @@ class Distillation:
         for name, term in self.terms.items():
             found = moved.targets[name]
             assert isinstance(found, DeviceTargets)
+            check_moved(name, found, term.temperature)
             taught, kd[name] = max(counts.rows[name], 1), torch.zeros_like(ce)
             if not len(found.select):
                 continue
@@ -369,6 +380,8 @@ def _masks(
 ) -> str | None:
     """Return the masked view of the student: the one that is named, its teachers', the only one."""
     if task != "masked_lm":
+        if named is not None:
+            raise InputError(f"masked_view is {named!r}, and a {task} student is shown no masks")
         return None
     seen = sorted({info.view for info in infos.values() if info.shown.masked})
     view = cache.masked_view(named or (seen[0] if len(seen) == 1 else None)).name

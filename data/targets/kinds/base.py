@@ -8,6 +8,7 @@ it in ``train/device_batch.py``; each is registered there by the kind's name.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import ClassVar
 
 import numpy as np
@@ -320,6 +321,8 @@ class VocabularyKind(TargetKind):
         and for one above what is kept.
         """
         info = self.info
+        if k is not None and (not isinstance(k, Integral) or k < 1):
+            raise InputError(f"k is {k!r}; it is how many candidates are read, 1 or more")
         if self.whole:
             return (0,)
         if k is not None and k != self.k and self.sampled:

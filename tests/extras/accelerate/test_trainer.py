@@ -6,6 +6,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset
 from rekindle.train.hf.trainer import DistillationMixin
+from testlib.pages.examples import run_example
 from testlib.trainers.runs import (
     BATCH,
     SEED,
@@ -199,3 +200,12 @@ def test_what_cannot_teach_is_refused_before_training(taught, cache, new_student
     other.resize_token_embeddings(50)
     with pytest.raises(InputError, match="another vocabulary than the targets: 50 rows"):
         made(lambda: other, cache, tmp_path)
+
+
+@pytest.mark.parametrize("taught", ["masked_lm"], indirect=True)
+def test_the_example_runs(taught, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    _, path, student = taught
+    run_example("hf_trainer.py", path, "big", student, tmp_path / "out", 4)
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "out")

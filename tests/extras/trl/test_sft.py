@@ -6,6 +6,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.hf.trainer import DistillationMixin
 from testlib.models import AUTO, NARROW
+from testlib.pages.examples import run_example
 from testlib.trainers.runs import (
     BATCH,
     in_two_processes,
@@ -72,3 +73,11 @@ def test_two_processes_share_every_step(world, ours, tmp_path, wordpiece, each):
     """Also by micro-batches."""
     halves = {"batch": BATCH // 2 // each, "each": each, "ddp_backend": "gloo"}
     assert in_two_processes(lambda: made(world, tmp_path, wordpiece, **halves), tmp_path) == ours
+
+
+def test_the_example_runs(world, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path, student = world
+    run_example("trl_sft.py", path, "big", student, tmp_path / "out", 4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -14,7 +14,7 @@ from rekindle.pipeline.cli import app
 from rekindle.pipeline.init import read_recipe, recipes
 from rekindle.pipeline.schema import file_schema
 from rekindle.pipeline.yaml_text import parse_yaml
-from testlib.keys_page import PAGE, TASK, TEACHER, keys_of, least_of, page, refused, sections
+from testlib.pages.keys_page import PAGE, TASK, TEACHER, keys_of, least_of, page, refused, sections
 
 VALUES = (None, True, 0, 1, 2, 99, -1, 0.5, 1e9, "", "a", "auto", "5 min", "a.jsonl")
 VALUES += ([], ["a"], ["a", "b"], [0.9, 0.99], [1.0], [TEACHER], [TASK])
@@ -81,5 +81,5 @@ def test_the_command_prints_a_schema_with_meanings() -> None:
 
 
 def test_the_page_of_keys_is_what_the_classes_say() -> None:
-    """Renew it with ``python tests/lib/testlib/keys_page.py``."""
+    """Renew it with ``python tests/lib/testlib/pages/keys_page.py``."""
     assert PAGE.read_text(encoding="utf-8") == page()

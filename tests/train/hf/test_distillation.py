@@ -12,6 +12,7 @@ from rekindle.train.hf import collator
 from rekindle.train.hf.collator import TARGETS
 from rekindle.train.hf.dataset import CacheDataset, Place
 from rekindle.train.hf.distillation import Distillation
+from rekindle.train.to_device import to_device
 from testlib.elsewhere import PROVENANCE, row_of
 from testlib.objective.setting import EPOCH, Setting
 from testlib.students import gradients, same_gradients
@@ -150,8 +151,41 @@ def test_what_cannot_be_learnt_is_refused(masked_world):
     partial = {"kd_weight": {"big": 0.7}}
     refused(r"kd_weight is .* says nothing of \['wide'\]", ["big", "wide"], **partial)
     refused("teachers is 'big'; give a list", "big")
+    refused("teachers names 'big' twice", ["big", "wide", "big"])
+    refused(r"allow_missing is \['none'\]; give a list of teachers", allow_missing=["none"])
+    refused("allow_missing is 'big'", allow_missing="big")
+    refused("ce_weight is nan", ce_weight=float("nan"))
+    with pytest.raises(InputError, match=r"cache is 'runs/cache'; give an open one: Cache.open"):
+        Distillation("runs/cache", ["big"])
     with pytest.raises(InputError, match="made of items that are dict"):
         Distillation(cache, ["big"]).collator()([{"input_ids": [1]}])
+
+
+def test_outputs_that_do_not_fit_are_refused(causal_world):
+    """Rows of other tokens would be taught in silence."""
+    cache = causal_world.open()
+    teaching = Distillation(cache, ["lm"], temperature=2.0)
+    batch = teaching.collator()([Place(number, 0) for number in range(3)])
+    targets, labels, size = batch[TARGETS], batch["labels"], teaching.vocabulary_size
+    logits = torch.zeros(*labels.shape, size)
+
+    def refused(message, logits=logits, targets=targets, labels=labels):
+        with pytest.raises(InputError, match=message):
+            teaching.loss(logits, targets, labels)
+
+    front = r"output is \(3, \d+, \d+\), and the batch has 3 .* prompt tuning"
+    refused(front, logits=torch.cat([logits[:, :2], logits], 1))
+    refused("and the batch has 3 sequences of", logits=torch.cat([logits, logits]))
+    refused("and the batch has 3 sequences of", logits=logits.flatten(0, 1))
+    refused(f"of {size - 1} ids; the cache has {size}", logits=logits[..., 1:])
+    refused(r"labels are \(2, ", labels=labels[1:])
+    refused("batch is a dict; give what the collator has under 'distillation'", targets=batch)
+    cold = to_device(targets, "cpu", temperature=1.0)
+    refused("sent with 'lm' at temperature 1, which is taught at 2", targets=cold)
+    with pytest.raises(InputError, match="and the batch has 3 sequences of"):
+        teaching.hidden_loss(logits[:, 1:], torch.zeros(size, size), targets, labels)
+    with pytest.raises(InputError, match="masked_view is 'm', and a causal_lm student is shown no"):
+        Distillation(cache, ["lm"], masked_view="m")
 
 
 def test_sequences_of_another_cache_are_refused(masked_world, causal_world):

@@ -83,7 +83,7 @@ VALUES = (
     Bad("an unknown task", f"{MAKE} --set teachers.1.task=translation", "teachers.1.task",
         "should be 'masked_lm', 'causal_lm'"),
     Bad("a teacher's name that is a path", f"{MAKE} --set teachers.0.name=../lm",
-        "teachers.0.name", "should match pattern"),
+        "teachers.0.name", "a name becomes a folder: give at most 100 of"),
     Bad("two teachers of one name", f"{MAKE} --set teachers.1.name=lm", "'lm'",
         "two teachers are called", "give each its own name"),
     Bad("top-k for a classifier", f"{MAKE} --set 'teachers.1.targets={{kind: topk}}'",

@@ -7,7 +7,7 @@ import pytest
 
 from testlib.objective.setting import Setting
 
-PAGE = Path(__file__).parents[2] / "docs" / "from_python.md"
+PAGE = Path(__file__).parents[3] / "docs" / "from_python.md"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rekindle.data.settings_schema import KeysOf, schema_of
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 
-PAGE = Path(__file__).parents[3] / "docs" / "keys.md"
+PAGE = Path(__file__).parents[4] / "docs" / "keys.md"
 CORPUS = {"source": ["a.txt"], "tokenizer": "t"}
 TEACHER = {"name": "a", "model": "m", "task": "causal_lm"}
 TASK = {"name": "a", "train": "a.jsonl", "test": "b.jsonl"}
@@ -44,7 +44,7 @@ LEAST: dict[str, dict[str, Any]] = {
 HEAD = """\
 # Every key of a configuration file
 
-<!-- Made by tests/lib/testlib/keys_page.py from the classes of the configuration. -->
+<!-- Made by tests/lib/testlib/pages/keys_page.py from the classes of the configuration. -->
 
 A **run file** (of `pipeline cache-teachers`, `plan` and `train-student`) has the sections of
 [the first table](#the-run-file), a **cycle's file** (of `pipeline rekindle`) those of
