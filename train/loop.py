@@ -53,6 +53,7 @@ from rekindle.train.record.identity import (
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.occasions import Occasions
+from rekindle.train.record.room import Room, size_of
 from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.sharded import refuse_unshared
@@ -261,6 +262,7 @@ def _train(
 
         began, waited_before = time.monotonic(), 0.0
         occasions = Occasions(config.checkpoint_every, world, stop)
+        room = Room(out, "checkpoint")
         for step, ready in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
                 began, waited_before = time.monotonic(), stream.waited
@@ -288,6 +290,8 @@ def _train(
                 spent = {"seconds": earlier + time.monotonic() - started}
                 _save(training, done, spent | {"coverage": coverage.over(world.sum), "best": best})
                 occasions.saved()
+                if world.main and not last:
+                    room.after(size_of(checkpoint_folder(out, done)))
             if ending or (last and occasions.after(done)[1]):  # told while that was written
                 raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
     if first == config.steps:

@@ -158,6 +158,8 @@ OPTIONS = (
         "say which file is scored"),
     Bad("a schema of nothing known", "schema cycel", "'cycel'",
         "there are schemas of run and cycle", "did you mean 'cycle'?"),
+    Bad("a setting of no run file", "doctor --set train.steps=3", "--set", "is of a run file",
+        "`pipeline doctor RUN.yaml`"),
     Bad("no recipe", "init --out new.yaml", "which recipe?", "There are: chain", "see --list"),
     Bad("an unknown recipe", "init uegpp --out new.yaml", "'uegpp'", "there is no recipe",
         "did you mean 'uegp'?"),
