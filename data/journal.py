@@ -28,7 +28,7 @@ from rekindle.data.storage.base import Seen, Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import CHANGING, REPAIR, seal
 from rekindle.data.targets.reading.files import read_teacher
-from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo
+from rekindle.data.targets.schema import TeacherInfo, TeacherName
 
 log = logging.getLogger("rekindle")
 
@@ -41,8 +41,8 @@ class Change(Settings):
     """A change of a teacher that was begun, and is not finished."""
 
     action: Action
-    teacher: str = Field(pattern=TEACHER_NAME)
-    to: str | None = Field(None, pattern=TEACHER_NAME, description="its new name, or codec")
+    teacher: TeacherName
+    to: TeacherName | None = Field(None, description="its new name, or codec")
     sets: tuple[str, ...] = Field((), description="those that are transcoded")
     version: int = Field(ge=1, lt=CHANGING, description="of the cache without the change")
     phase: Literal["making", "placing", "clearing"] = "making"
@@ -184,9 +184,9 @@ def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
             if present.identity_of_model() == info.identity_of_model():
                 raise InputError(
                     f"teacher {info.name!r} was renamed to {now!r} in {store.location}, where its "
-                    f"targets are: call it {now!r} in the run file (or give it its name back: "
-                    f"`pipeline teachers {shlex.quote(store.location)} --rename {now} {info.name}`)"
-                    ". To cache the same model twice, give this one a third name"
+                    f"targets are: call it {now!r} in the run file or command (or give it its name "
+                    f"back: `pipeline teachers {shlex.quote(store.location)} --rename {now} "
+                    f"{info.name}`). To cache the same model twice, give this one a third name"
                 )
         elif info.name in journal.removed:
             log.info("teacher %s was removed from this cache; it is cached again", info.name)
@@ -213,6 +213,7 @@ def what_became(manifest: Mapping[str, Any], store: Store, name: str, there: Con
     if name in journal.removed or name in journal.renamed:
         return (
             f" Teacher {name!r} was removed from this cache (`pipeline teachers --remove`): a run "
-            "that was begun with it goes on once `pipeline cache-teachers` has made it again"
+            "that was begun with it goes on once `pipeline cache-teachers` has made it again. Or "
+            "take it out of train.objective"
         )
     return ""

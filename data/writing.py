@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheMismatchError
+from rekindle.data.journal import refuse_renamed
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.units import unit_of
@@ -84,6 +85,16 @@ def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
         check_same(corpus, read_teacher(corpus.store, info.name, info.part), info)
 
 
+def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -> None:
+    """Raise InputError for a teacher that is not ``present`` under its name, since it was renamed;
+    CacheMismatchError as ``check_same`` does.
+    """
+    if present is None:
+        refuse_renamed(corpus.store, [info])
+    else:
+        check_same(corpus, present, info)
+
+
 def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
     """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
 
@@ -112,14 +123,14 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
     changed += [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in new.items() if old.get(k) != v]
     if changed:
         place = f"`pipeline teachers {shlex.quote(corpus.store.location)}"
-        codec = ""
+        way = "Give"
         others = {k for k, v in new.items() if old.get(k) != v} - {"codec", "rows_per_batch"}
         if not prints and not others and "precise" not in (present.codec, info.codec):
-            codec = (
+            way = (
                 f"Set its targets.codec to {present.codec}, or transcode it ({place} --transcode "
-                f"{info.name} {info.codec}`). Else: "
+                f"{info.name} {info.codec}`), or give"
             )
         raise CacheMismatchError(
-            f"{already} is not this one ({'; '.join(changed)}). {codec}Give this one another name, "
-            f"or remove that one ({place} --remove {info.name} --yes`) to make it anew"
+            f"{already} is not this one ({'; '.join(changed)}). {way} this one another name, or "
+            f"remove that one ({place} --remove {info.name} --yes`) to make it anew"
         )

@@ -14,7 +14,7 @@ from rekindle.data.corpus.config import MOST, CorpusConfig
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings
-from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.data.targets.schema import TeacherName
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.pairs import RECORD
 from rekindle.pipeline.builtin.names import resolve_values
@@ -109,7 +109,7 @@ class PromptsConfig(Settings):
 class StageConfig(Settings):
     """One run: the file with some values changed."""
 
-    name: str = Field(pattern=TEACHER_NAME, description="its folder in the output directory")
+    name: TeacherName = Field(description="its folder in the output directory")
     set: dict[str, object] = Field(
         default_factory=dict,
         description="key.path: value over the file; '{first}' stands for the directory of the "
@@ -196,6 +196,16 @@ class RunConfig(Settings):
                 "takes one configuration. Give it the run.yaml of a stage, which `pipeline "
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
+
+    def teachers_named(self, names: Sequence[str]) -> list[TeacherConfig]:
+        """Return those teachers, without names all; InputError for a name of none."""
+        known = {t.name: t for t in self.teachers}
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(
+                f"no teacher {unknown[0]!r} in the configuration (it has: "
+                f"{', '.join(known) or 'none'}){did_you_mean(unknown[0], known)}"
+            )
+        return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
 
     def check_samples(self) -> None:
         """Raise InputError for a term that asks of a teacher here what a sample cannot give."""

@@ -8,12 +8,12 @@ from rekindle.data.settings import GGUF_FILE, Free, Place, Settings, with_gguf_f
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_kind
 from rekindle.data.targets.schema import (
-    TEACHER_NAME,
     VOCABULARY_TASKS,
     Codec,
     Kept,
     Task,
     TeacherInfo,
+    TeacherName,
 )
 from rekindle.pipeline.served.config import ServedConfig
 
@@ -129,7 +129,7 @@ class TeacherConfig(Settings):
 
     model_config = ConfigDict(json_schema_extra=_of_files_or_served)
 
-    name: str = Field(pattern=TEACHER_NAME, description="its name in the cache")
+    name: TeacherName = Field(description="its name in the cache")
     model: Place = Field(description="a model directory or a hub id; not of one that is served")
     gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
     task: Task = Field(description="what the model does; causal_lm of one that is served")

@@ -37,6 +37,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def test_the_walks_name_what_is_there() -> None:
+    """Each line of a figure has a name, and the file that defines it."""
+    text = (ROOT / "docs" / "walks.md").read_text("utf-8")
+    steps = re.findall(r"^  │  (\w+) +(\S+\.py)", text, re.MULTILINE)
+    assert len(steps) > 20
+    steps += [(name, place) for name, place in re.findall(r"\[`(\w+)`\]\(\.\./(\S+\.py)\)", text)]
+    for name, place in steps:
+        defined = rf"^(def|class|async def) {name}\b"
+        assert re.search(defined, (ROOT / place).read_text("utf-8"), re.MULTILINE), (name, place)
+
+
 def test_every_page_is_linked_from_another() -> None:
     linked = {
         (page.parent / target.partition("#")[0]).resolve()

@@ -7,6 +7,7 @@ uses the cache.
 
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
@@ -16,7 +17,7 @@ from rekindle.data.changes.copying import Done, copy_units
 from rekindle.data.changes.record_batches import rows_of_codec
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import shown_bytes
-from rekindle.data.errors import CacheError, InputError, did_you_mean, unusable
+from rekindle.data.errors import CacheError, InputError, did_you_mean, naming, unusable
 from rekindle.data.inventory import orphans, roll_up_records, target_folders
 from rekindle.data.journal import (
     Action,
@@ -28,7 +29,7 @@ from rekindle.data.journal import (
     unfinished,
 )
 from rekindle.data.roll_up import ROLLED_UP
-from rekindle.data.settings import parse_settings
+from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.base import NEXT, Seen, Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
@@ -37,9 +38,16 @@ from rekindle.data.targets.head import HEAD_FILES, read_head
 from rekindle.data.targets.kinds.registry import KINDS, kind_of
 from rekindle.data.targets.reading.files import is_begun, read_parts
 from rekindle.data.targets.reading.reader import FINISHED
-from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo
+from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo, TeacherName
 
 log = logging.getLogger("rekindle")
+
+
+class Name(Settings):
+    """What a teacher is to be called."""
+
+    to: TeacherName
+
 
 Asked = tuple[Action, str, str | None]  # what is to be done, to which teacher, and to what end
 SAME_INTEGERS = ("default", "compact")  # codecs
@@ -160,11 +168,8 @@ def _told_unknown(store: Store, teacher: str, there: list[str], now: str | None)
 def _check_name(store: Store, teacher: str, to: str, there: list[str]) -> None:
     if to == teacher:
         raise InputError(f"teacher {teacher!r} is called {to!r} already; give another name")
-    if not re.fullmatch(TEACHER_NAME, to):
-        raise InputError(
-            f"{to!r} is no name of a teacher: it becomes a folder, so give at most 100 of A-Z, "
-            "a-z, 0-9, '.', '_' and '-', the first of them a letter or a digit"
-        )
+    with naming(f"--rename {teacher} {to}"):
+        parse_settings(Name, {"to": to})
     if to in there or is_begun(store, to):  # where case makes no difference, neither lists it
         raise InputError(
             f"{store.location} has a teacher {to!r} already: give another name, or remove that one "
@@ -214,6 +219,11 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
         except CacheError:  # what is damaged must be mended first, by whoever makes it
             _give_up(store, change)
             raise
+        except InputError as error:  # a full disk, a server that is away
+            place = shlex.quote(store.location)
+            raise InputError(
+                f"{str(error).rstrip('.')}; `pipeline gc {place} --older-than 0` gives it up"
+            ) from error
         change = change.model_copy(
             update={"phase": "placing" if change.action == "transcode" else "clearing"}
         )

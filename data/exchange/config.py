@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.settings import Settings
-from rekindle.data.targets.schema import TEACHER_NAME, VOCABULARY_TASKS, Codec, Task
+from rekindle.data.targets.schema import VOCABULARY_TASKS, Codec, Task, TeacherName
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -14,7 +14,7 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 class ImportConfig(Settings):
     """Which teacher the targets become."""
 
-    name: str = Field(pattern=TEACHER_NAME, description="the teacher's name in the cache")
+    name: TeacherName = Field(description="the teacher's name in the cache")
     provenance: dict[str, Any] = Field(
         description="where the targets come from: `model` says of what, everything else is free "
         "(engine, revision, date, …); kept with the teacher, and part of what it is"

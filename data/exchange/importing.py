@@ -38,7 +38,7 @@ from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind
-from rekindle.data.writing import check_same, claim_teacher, write_targets
+from rekindle.data.writing import check_name, claim_teacher, write_targets
 
 log = logging.getLogger("rekindle")
 
@@ -136,8 +136,7 @@ class _Import:
     def _begin(self, reader: TokenRows | LabelRows) -> None:
         self.reader = reader
         self.done = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
-        if self.present is not None:
-            check_same(self.corpus, self.present, reader.info)
+        check_name(self.corpus, self.present, reader.info)
         if self.done:
             claim_teacher(self.corpus, reader.info)  # unless its description is there
             self.stored = self._reader_of(reader.info)

@@ -91,7 +91,8 @@ class LocalStore(Store):
         sync(path.parent)
 
     def discard(self, name: str) -> None:  # noqa: D102
-        self._local(name).unlink(missing_ok=True)
+        with suppress(IsADirectoryError):  # no data object: nothing that we wrote
+            self._local(name).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:  # noqa: D102
         path = self._local(folder)
@@ -173,4 +174,7 @@ class LocalStore(Store):
     def open_bytes(  # noqa: D102
         self, name: str, size: int, sha256: str, regions: Sequence[Region], direct: bool = False
     ) -> ShardBytes:
-        return Mapped(self._local(name))
+        path = self._local(name)
+        if path.is_dir():  # Arrow has no number for that error
+            raise FileNotFoundError(name)
+        return Mapped(path)

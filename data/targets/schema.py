@@ -12,10 +12,11 @@ Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token i
 were imported, or that a server gave, have those columns that ``lacks`` does not name.
 """
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from rekindle.data.settings import Settings
 from rekindle.data.storage.seal import FORMAT_VERSION, WITH_IMPORTS, WITH_MAPPED, WITH_SERVED
@@ -26,7 +27,7 @@ from rekindle.data.targets.served import Served
 from rekindle.data.views.base import View
 from rekindle.data.views.registry import view_kind
 
-TEACHER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # it becomes a folder
+TEACHER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LONGEST_PART = 60
 PART_NAME = rf"^[a-z0-9.-]{{0,{LONGEST_PART}}}$"  # so does this
 Task = Literal[
@@ -43,10 +44,24 @@ MAPPABLE, MAPPED_MASS = "mappable", "mapped_mass"
 SCALARS = ("positions", "gold_log_prob", "gold_rank", "entropy")
 
 
+def _named(name: str) -> str:
+    if not re.fullmatch(TEACHER_NAME, name):
+        raise ValueError(
+            "a name becomes a folder: give at most 100 of A-Z, a-z, 0-9, '.', '_' and '-', the "
+            "first of them a letter or a digit"
+        )
+    return name
+
+
+TeacherName = Annotated[
+    str, AfterValidator(_named), Field(json_schema_extra={"pattern": TEACHER_NAME})
+]
+
+
 class TeacherInfo(Settings):
     """``teacher.json``: all that decides a teacher's targets, and what is needed to read them."""
 
-    name: str = Field(pattern=TEACHER_NAME)
+    name: TeacherName
     task: Task
     kind: Kind
     view: str  # the recorded name of what it saw, see data/views/

@@ -2,6 +2,7 @@
 how far a value may be off is ``judge``'s.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.journal import what_became
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.registry import kind_of
@@ -46,6 +48,8 @@ from rekindle.train.model.files import (
 )
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.precision import tell_slow
+
+log = logging.getLogger("rekindle")
 
 # Whole live distributions are held for so many sequences: 0.8 GB at 512 tokens of 50,000.
 ROWS_AT_ONCE = 8
@@ -115,6 +119,7 @@ def audit_cache(
             f"the configuration names none of the teachers of {path} (it has: {known}), so there "
             "is nothing to audit; give the configuration the cache was made with"
         )
+    _tell_left_out(cache, config)
     make_missing(*configs.values())
     audits = {}
     for name, each in configs.items():
@@ -125,6 +130,18 @@ def audit_cache(
             else:
                 audits[name] = _Audit(cache, _live(cache, each)).over(index, task)
     return AuditReport(audits)
+
+
+def _tell_left_out(cache: Cache, config: RunConfig) -> None:
+    """Say which teachers are not audited, since the file and the cache do not both have them."""
+    named = [teacher.name for teacher in config.teachers]
+    for name in cache.teachers:
+        if name not in named:
+            log.warning("teacher %s is not audited: the configuration has none of that name", name)
+    for name in named:
+        if name not in cache.teachers:
+            became = what_became(cache.manifest, cache.store, name, cache.teachers)
+            log.warning("teacher %s of the configuration is not in the cache.%s", name, became)
 
 
 def _live(cache: Cache, config: TeacherConfig) -> Teacher:

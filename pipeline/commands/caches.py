@@ -32,8 +32,6 @@ class Where(StrEnum):
 def _executor(where: Where, address: str | None, workers: int | None) -> Iterator["Executor"]:
     """What runs teachers; InputError for a cluster that cannot be joined."""
     if where is Where.local:
-        if address is not None:
-            raise InputError(f"--address {address} is of a Ray cluster: say --executor ray as well")
         from rekindle.data.cores import cores
         from rekindle.pipeline.processes.units import OnThisMachine
 
@@ -81,10 +79,14 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
+    if executor is Where.local and address is not None:
+        raise InputError(f"--address {address} is of a Ray cluster: say --executor ray as well")
     with resumable() as progress:
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
+        if teacher and not config.stages:
+            config.teachers_named(teacher)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
         from rekindle.pipeline.caching.make_unit import follow
         from rekindle.pipeline.caching.shared_out import check_processes, in_step
@@ -219,15 +221,19 @@ def verify(
         raise InputError(
             "--audit runs the teachers again: name the configuration with --config RUN.yaml"
         )
+    if config is not None and not audit:
+        raise InputError("--config is of --audit N: say as well how many sequences are audited")
+    from rekindle.pipeline.config import load_config
+
+    audited = None if config is None else load_config(config)
     audits: dict[str, dict[str, float]] = {}
     beyond: list[str] = []
     with Progress.to_terminal() as progress:
         report = verify_cache(cache, progress)
-        if audit and config is not None and not report.problems:
+        if audited is not None and not report.problems:
             from rekindle.pipeline.checks.audit import audit_cache
-            from rekindle.pipeline.config import load_config
 
-            found = audit_cache(cache, load_config(config), audit, progress=progress)
+            found = audit_cache(cache, audited, audit, progress=progress)
             audits, beyond = found.values, found.problems
     if as_json:
         typer.echo(json.dumps(report.as_dict() | {"audit": audits, "beyond": beyond}))

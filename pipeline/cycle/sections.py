@@ -9,7 +9,7 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Place, Settings, parse_settings
 from rekindle.data.settings_schema import KeysOf, one_or_many
-from rekindle.data.targets.schema import TEACHER_NAME
+from rekindle.data.targets.schema import TeacherName
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.cycle.arms import Arm
 from rekindle.train.config import DistillTerm
@@ -84,7 +84,7 @@ class PrimaryConfig(Settings):
 class CycleTask(Settings):
     """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
 
-    name: str = Field(pattern=TEACHER_NAME, description="its name, and its expert's in the cache")
+    name: TeacherName = Field(description="its name, and its expert's in the cache")
     about: str = Field("", description="what it asks, for the report")
     train: Place = Field(description="labelled examples: jsonl, csv, tsv or parquet")
     test: Place = Field(description="scored once for each fine-tuning; selects nothing")

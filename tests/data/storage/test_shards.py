@@ -386,6 +386,18 @@ def test_a_file_that_is_no_arrow_file(shards):
             Shard(Mapped(path), commit)
 
 
+def test_a_folder_in_place_of_a_file_is_told_and_made_again(shards):
+    commit = shards.write("00000", SCHEMA, batches(5))
+    path = shards.store.root / "set" / commit.path
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CacheFormatError, match="is missing although it was committed"):
+        read_all(shards)
+    shards.forget("00000")
+    shards.write("00000", SCHEMA, batches(5))
+    assert read_all(shards).num_rows == 5
+
+
 def test_rows_must_be_those_that_were_committed(shards):
     commit = shards.write("00000", SCHEMA, batches(3))
     forged(shards, rows=4)

@@ -147,7 +147,7 @@ def test_what_was_killed_is_finished_or_given_up_before_anything_is_added(run, c
     [
         (["--remove", "clm", "--rename", "clm", "b"], "--remove and --rename: give one of them"),
         (["--yes"], "--yes is of --remove"),
-        (["--rename", "clm", "CON/1"], "is no name of a teacher"),
+        (["--rename", "clm", "CON/1"], "a name becomes a folder"),
         (["--transcode", "x", "compact"], "has no teacher 'x' (it has: clm)"),
     ],
 )
@@ -159,3 +159,27 @@ def test_where_there_is_no_cache(tmp_path):
     for options in ([], ["--remove", "a", "--yes"], ["--rename", "a", "b"]):
         assert "is not a Rekindle cache" in refused("teachers", tmp_path / "none", *options, code=3)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_was_imported_and_renamed_is_not_imported_twice(cache, tmp_path):
+    rows = ("export-targets", cache, "--teacher", "clm", "--out", tmp_path / "rows.jsonl")
+    done(*rows)
+    imported = ("import-targets", cache, "imp", tmp_path / "rows.jsonl", "--provenance", "model=x")
+    done(*imported)
+    done("teachers", cache, "--rename", "imp", "imported")
+    assert "was renamed to 'imported'" in refused(*imported)
+    done(*imported[:-1], "model=y")  # another one may have that name
+
+
+def test_an_audit_says_whom_it_leaves_out(run, cache):
+    audit = ("verify", cache, "--audit", "1", "--config", run)
+    values = yaml.safe_load(run.read_text())
+    values["teachers"].append(values["teachers"][0] | {"name": "again"})
+    run.write_text(yaml.safe_dump(values))
+    done("cache-teachers", run)
+    done("teachers", cache, "--rename", "clm", "big")
+    told = done(*audit).stderr
+    assert "teacher big is not audited: the configuration has none of that name" in told
+    assert "teacher clm of the configuration is not in the cache. Teacher 'clm' was renamed" in told
+    assert "--config is of --audit N" in refused("verify", cache, "--config", run)
+    assert "cannot read the configuration" in refused(*audit[:-1], "none.yaml")

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from testlib.bad_input.row import Bad, Place
 
@@ -119,6 +121,22 @@ DISKS = (
         "make room on that disk", _full),
 )  # fmt: skip
 
+
+def _little_memory(place: Place) -> None:
+    place.patch.setattr("rekindle.pipeline.checks.ahead.free_memory", lambda device: 1000)
+
+
+def _little_room(place: Place) -> None:
+    place.patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+
+
+AHEAD = (
+    Bad("a disk too small for a new cache", "doctor run.yaml --set cache.path=new",
+        "disk: ", "10 bytes are free", "give another cache.path", _little_room),
+    Bad("a teacher larger than the memory", "doctor run.yaml", "memory, lm: ",
+        "It does not fit", "device_map: auto", _little_memory),
+)  # fmt: skip
+
 MACHINES = (
     Bad("WORLD_SIZE without torchrun", TRAIN, "WORLD_SIZE=2",
         "no torchrun has started this process", "`unset WORLD_SIZE`",
@@ -137,4 +155,4 @@ MACHINES = (
         "change its permissions", _no_folders(errno.EACCES)),
 )  # fmt: skip
 
-ROWS = OUTPUTS + DISKS + MACHINES
+ROWS = OUTPUTS + DISKS + AHEAD + MACHINES
