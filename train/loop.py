@@ -46,7 +46,6 @@ from rekindle.train.record.identity import (
     is_finished,
     keys_that_may_change,
     measure_of_run,
-    read_summary,
     recorded_extent,
     refuse_grown,
     steps_of_run,
@@ -59,6 +58,7 @@ from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.sharded import refuse_unshared
 from rekindle.train.record.stored_run import write_begun
+from rekindle.train.record.summary import read_summary
 from rekindle.train.record.trackers import check_trackers
 from rekindle.train.record.watch import recent_losses
 from rekindle.train.record.working_copy import store_of
@@ -104,7 +104,7 @@ class TrainResult:
     @classmethod
     def of(cls, run: Path) -> "TrainResult":
         """What the finished run in ``run`` says of itself."""
-        found = read_summary(run)
+        found = read_summary(run, "remove it and resume: it is made anew")
         with reading(run / SUMMARY_FILE):
             known = {name: found[name] for name in ("steps", "seconds", "evaluation", "coverage")}
         return cls(run, **known, best=found.get("best"), was_finished=True)
