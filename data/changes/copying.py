@@ -33,12 +33,12 @@ def copy_units(
 
     Raises CacheError where a unit is damaged, or of another teacher.
     """
-    shards = ShardSet(corpus.store, info.folder)
+    shards, columns = ShardSet(corpus.store, info.folder), [*kind_of(info).schema({})]
     target = ShardSet(made, info.model_copy(update=changed).folder)
     present, reader = {*target.committed()}, TeacherReader(corpus, [info])
     for unit, commit in shards.committed().items():
         if unit not in present:
-            shard = shards.open(commit, direct=True)
+            shard = shards.open(commit, fields=columns, direct=True)
             stated = check_owner(shard, info)
             kind = kind_of(stated.model_copy(update=changed))
             about = {k: v for k, v in shard.metadata.items() if k not in OF_SCHEMA}
