@@ -165,6 +165,8 @@ def train_student(
             )
         else:
             config = load_config(run, set_)
+            if not config.stages:
+                config.needed_student()
             from rekindle.pipeline.stages.run import run_stages
             from rekindle.pipeline.train_student import describe_result, train_from_config
 
@@ -305,12 +307,31 @@ def compare(
     typer.echo(named(told))
 
 
-def doctor() -> None:
-    """Show versions, devices, and which kernel implementation is used and why."""
+def doctor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN.yaml", help="also look ahead: disk and memory of this run"),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Show versions, devices, which kernel runs and why; try a lock and one step of training.
+
+    Of a run file also whether the disk has room for what `pipeline plan` says, and memory for each
+    teacher. Exit code 2 where something will end a run.
+    """
+    from rekindle.pipeline.config import load_config
+
+    if set_ and run is None:
+        raise InputError("--set is of a run file: give one, as in `pipeline doctor RUN.yaml`")
+    config = None if run is None else load_config(run, set_)
+    from rekindle.pipeline.checks.ahead import refuse_problems
     from rekindle.pipeline.doctor import diagnose
 
-    for name, value in diagnose().items():
-        typer.echo(f"{name:14} {value}")
+    facts = diagnose(config)
+    width = max(14, *map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:{width}} {value}")
+    refuse_problems(facts)
 
 
 for command in (

@@ -197,6 +197,16 @@ class RunConfig(Settings):
                 "train-student` leaves in the stage's folder, or a file without `stages`"
             )
 
+    def teachers_named(self, names: Sequence[str]) -> list[TeacherConfig]:
+        """Return those teachers, without names all; InputError for a name of none."""
+        known = {t.name: t for t in self.teachers}
+        if unknown := [name for name in names if name not in known]:
+            raise InputError(
+                f"no teacher {unknown[0]!r} in the configuration (it has: "
+                f"{', '.join(known) or 'none'}){did_you_mean(unknown[0], known)}"
+            )
+        return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
+
     def check_samples(self) -> None:
         """Raise InputError for a term that asks of a teacher here what a sample cannot give."""
         kinds = {t.name: t.described_kind for t in self.teachers}

@@ -1,14 +1,25 @@
-"""What this machine has: versions, devices, and which implementation of the loss runs."""
+"""What this machine has: versions, devices, which implementation of the loss runs; and whether a
+run will find what it needs.
+"""
+
+from pathlib import Path
 
 import torch
 
 from rekindle.data.cores import cores
+from rekindle.data.storage.client import is_remote
 from rekindle.kernels.choice import TRITON_INSTALLED
+from rekindle.pipeline.checks.ahead import disk_of, locks_in, memory_of, step_here
+from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
+from rekindle.train.record.room import free_near
 
 
-def diagnose() -> dict[str, str]:
-    """Facts by name, in the order they are shown."""
+def diagnose(config: RunConfig | None = None) -> dict[str, str]:
+    """Facts by name, in the order they are shown; of the run of ``config`` too, where it is given.
+
+    Raises InputError as ``plan_run`` does.
+    """
     facts = package_versions()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -18,6 +29,12 @@ def diagnose() -> dict[str, str]:
     facts["precision"] = f"auto is {place('auto').precision} here"
     facts["attention"] = "sdpa (transformers' default)"
     facts["kd loss"] = kernel_choice()
+    facts["step"] = step_here()
+    folder = Path() if config is None or is_remote(config.cache.path) else Path(config.cache.path)
+    facts["locks"] = locks_in(free_near(folder)[0])
+    if config is not None:
+        facts["disk"] = disk_of(config)
+        facts |= {f"memory, {name}": told for name, told in memory_of(config)}
     return facts
 
 

@@ -46,7 +46,6 @@ from rekindle.train.record.identity import (
     is_finished,
     keys_that_may_change,
     measure_of_run,
-    read_summary,
     recorded_extent,
     refuse_grown,
     steps_of_run,
@@ -54,10 +53,12 @@ from rekindle.train.record.identity import (
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
 from rekindle.train.record.occasions import Occasions
+from rekindle.train.record.room import Room, size_of
 from rekindle.train.record.run_folder import open_folder, reading
 from rekindle.train.record.run_log import RunLog, read_metrics
 from rekindle.train.record.sharded import refuse_unshared
 from rekindle.train.record.stored_run import write_begun
+from rekindle.train.record.summary import read_summary
 from rekindle.train.record.trackers import check_trackers
 from rekindle.train.record.watch import recent_losses
 from rekindle.train.record.working_copy import store_of
@@ -103,7 +104,7 @@ class TrainResult:
     @classmethod
     def of(cls, run: Path) -> "TrainResult":
         """What the finished run in ``run`` says of itself."""
-        found = read_summary(run)
+        found = read_summary(run, "remove it and resume: it is made anew")
         with reading(run / SUMMARY_FILE):
             known = {name: found[name] for name in ("steps", "seconds", "evaluation", "coverage")}
         return cls(run, **known, best=found.get("best"), was_finished=True)
@@ -261,6 +262,7 @@ def _train(
 
         began, waited_before = time.monotonic(), 0.0
         occasions = Occasions(config.checkpoint_every, world, stop)
+        room = Room(out, "checkpoint")
         for step, ready in steps:
             if step == first:  # what is read before the first step has nothing to hide behind
                 began, waited_before = time.monotonic(), stream.waited
@@ -288,6 +290,8 @@ def _train(
                 spent = {"seconds": earlier + time.monotonic() - started}
                 _save(training, done, spent | {"coverage": coverage.over(world.sum), "best": best})
                 occasions.saved()
+                if world.main and not last:
+                    room.after(size_of(checkpoint_folder(out, done)))
             if ending or (last and occasions.after(done)[1]):  # told while that was written
                 raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
     if first == config.steps:

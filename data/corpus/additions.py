@@ -114,6 +114,8 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
                 tokenizer = body["tokenizer"]
                 _check_tokenizer(body["tokenizer"])
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
+            if not all(isinstance(one, list) for one in sources.values()):
+                raise TypeError("sources says of a file what is no list of its bytes and checksum")
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             shards, sequences = int(after["shards"]), int(after["sequences"])
             contents: dict[str, str] = dict(body.get("contents", {}))

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
@@ -67,9 +68,34 @@ def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
         )
     if any((directory / name).is_file() for name in (*_AUTO_FILES, "config.json")):
         _check_pieces(directory)
+        _check_values(directory / "tokenizer_config.json")
         return _load_auto(str(directory))
     names = next(names for names in _BARE_FILES if _all_there(directory, names))
     return _BARE_FILES[names](*(directory / name for name in names))
+
+
+_FLAGS = re.compile("do_lower_case|strip_accents|tokenize_chinese_chars|add_(bos|eos)_token")
+
+
+def _check_values(file: Path) -> None:
+    """Raise InputError, naming the key, for values of tokenizer_config.json that transformers
+    takes as they are, or fails of without a name; what is no JSON object is blamed later.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    for key, value in found.items() if isinstance(found, dict) else ():
+        rule = ""
+        if _FLAGS.fullmatch(key) and not isinstance(value, bool | NoneType):
+            rule = "true or false"
+        if key == "tokenizer_class" and not isinstance(value, str | NoneType):
+            rule = "the name of a class"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "model_max_length" and value is not None and not (number and value >= 1):
+            rule = "a number of tokens"
+        if rule:
+            raise InputError(f"{file}: {key} is {value!r:.200}; it must be {rule}")
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -30,7 +30,7 @@ from rekindle.data.storage.base import Store
 from rekindle.data.storage.manifest import begin_manifest
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
-from rekindle.data.storage.store import open_store
+from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
@@ -50,10 +50,10 @@ from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
-from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
 from rekindle.train.order.sequences import told_of_few
+from rekindle.train.record.room import Room
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
@@ -103,7 +103,7 @@ def cache_teachers(
     """
     config.check_single()
     config.check_samples()
-    chosen = _chosen(config, only)
+    chosen = config.teachers_named(only)
     check_files(chosen, config.student)
     make_missing(config)
     store = open_store(config.cache.path)
@@ -141,6 +141,8 @@ def cache_teachers(
         before, after = masks_last(parts, hard)
         _tell_slow(parts, corpus, config.cache.masked_replicas)
         missed = present = 0
+        here = isinstance(store, LocalStore)
+        room = Room(Path(store.location) if here else None, "unit")
         for group in (*passes(before), *passes(after)):
             if hard and group[0] in after:
                 build_hard_masks(hard, True, progress)
@@ -163,7 +165,7 @@ def cache_teachers(
                     _less_memory(group[0]),
                 )
                 with enough:
-                    _run(left, corpus, units, executor or OnThisMachine(), progress, made)
+                    _run(left, corpus, units, executor or OnThisMachine(), progress, made, room)
             for part in group:
                 if not part.config.vocabulary:
                     _tell_cut(corpus, part.info)
@@ -241,16 +243,6 @@ def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
         log.warning("%s", found.as_text(f"teacher {info.name}"))
 
 
-def _chosen(config: RunConfig, only: Sequence[str]) -> list[TeacherConfig]:
-    known = {t.name: t for t in config.teachers}
-    unknown = [name for name in only if name not in known]
-    if unknown:
-        raise InputError(
-            f"no teacher {unknown[0]!r} in the configuration (it has: {', '.join(known) or 'none'})"
-        )
-    return [known[name] for name in dict.fromkeys(only)] if only else list(known.values())
-
-
 def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:
     """Return the units of a folder that are not committed, in order, and how many are.
 
@@ -269,6 +261,7 @@ def _run(
     executor: Executor,
     progress: Progress,
     made: Counter[str],
+    room: Room,
 ) -> None:
     """Make what is ``left`` of teachers that share their passes: ``units``, in that order."""
     group = tuple(part for part, _ in left)
@@ -283,6 +276,7 @@ def _run(
             log.info("teacher %s: precision auto is %s, by this machine", *decided)
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
+    room.left = len(units)
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:
@@ -291,6 +285,7 @@ def _run(
                     _check_arrived(corpus.store, folders[teacher], commit.unit)
                 made[teacher] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
+            room.after(sum(commit.bytes for commit in commits.values()))
 
         folders = {part.info.name: part.info.folder for part in group}
         names = " and ".join(f"teacher {name!r}" for name in folders)

@@ -34,9 +34,19 @@ NEVER = -100.0  # a logit that leaves nothing beside a token's; see ``scoring.NO
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
     """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
     directory = tokenizer_folder(directory)
-    if has_tokenizer_files(directory):
-        return _loaded(directory)
     ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
+    if has_tokenizer_files(directory):
+        found = _loaded(directory)
+        around = max((*found.prefix, *found.suffix), default=0)
+        if around >= theirs:
+            token = found.hf.convert_ids_to_tokens(around)
+            raise InputError(
+                f"teacher {name!r}: the tokenizer of {directory} puts id {around} ({token!r}) "
+                f"around each text, and the model's embedding has {theirs:,} rows. Give it the "
+                "tokenizer files (tokenizer.json, tokenizer_config.json, special_tokens_map.json) "
+                "that it was saved with"
+            )
+        return found
     if theirs != ours:
         raise InputError(
             f"teacher {name!r}: {directory} has no tokenizer files, and its vocabulary "

@@ -32,8 +32,6 @@ class Where(StrEnum):
 def _executor(where: Where, address: str | None, workers: int | None) -> Iterator["Executor"]:
     """What runs teachers; InputError for a cluster that cannot be joined."""
     if where is Where.local:
-        if address is not None:
-            raise InputError(f"--address {address} is of a Ray cluster: say --executor ray as well")
         from rekindle.data.cores import cores
         from rekindle.pipeline.processes.units import OnThisMachine
 
@@ -81,10 +79,14 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
+    if executor is Where.local and address is not None:
+        raise InputError(f"--address {address} is of a Ray cluster: say --executor ray as well")
     with resumable() as progress:
         from rekindle.pipeline.config import load_config
 
         config = load_config(run, set_)
+        if teacher and not config.stages:
+            config.teachers_named(teacher)
         from rekindle.pipeline.caching.cache_teachers import cache_teachers as stage_one
         from rekindle.pipeline.caching.make_unit import follow
         from rekindle.pipeline.caching.shared_out import check_processes, in_step

@@ -160,8 +160,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score an expert, or a student's head, on labelled rows; a language model on plain text."""
-    from rekindle.pipeline.commands import asking
-
     if (test is None) == (text is None):
         raise InputError(
             "give either --test (labelled rows: the scores of an expert, or of a student's head) "
@@ -172,9 +170,13 @@ def evaluate(
         for option, value in of_labels.items():
             if value is not None:
                 raise InputError(f"{option} is for labelled rows (--test), not for --text")
+        from rekindle.pipeline.commands import asking
+
         measured = asking.perplexity(model, text, text_field, set_)
         typer.echo(json.dumps(measured.as_dict()) if as_json else measured.told())
         return
+    from rekindle.pipeline.commands import asking
+
     where = None if out is None else str(out)
     fields = (text_field, label_field)
     found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
@@ -198,10 +200,10 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Write what an expert, or a student's head, says of each row: labels and probabilities."""
-    from rekindle.pipeline.commands import asking
-
     if as_json and out == "-":
         raise InputError("--json and --out - would both write to stdout; give a file with --out")
+    from rekindle.pipeline.commands import asking
+
     found = asking.predictions(model, text, out, head, force, text_field, set_)
     if out != "-":
         typer.echo(json.dumps(found.as_dict()) if as_json else found.told())

@@ -6,6 +6,7 @@ It reads what runs leave in their directories, finished or not, and opens no cac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rekindle.data.errors import InputError
@@ -23,6 +24,7 @@ from rekindle.train.measures import MEASURE, UNSEEN, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.record.run_folder import differences, read_record, reading
 from rekindle.train.record.run_log import METRICS_FILE, read_metrics
+from rekindle.train.record.summary import read_summary
 from rekindle.train.step_config import LENGTH, recorded_steps
 
 Facts = dict[str, Any]  # an object of JSON, as a run has left it
@@ -200,6 +202,9 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         whole = with_defaults(RunConfig, recorded)  # an older run has not the keys of this version
         settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
+        for name, seconds in (cache.get("teacher_seconds") or {}).items():
+            if type(seconds) not in (int, float, NoneType):
+                raise TypeError(f"cache.teacher_seconds.{name} is {seconds!r:.80}, no number")
         measure = measure_of(about)
         if LENGTH in about:  # in epochs or tokens, as it was begun: so many steps
             length = {"steps": recorded_steps(about), "epochs": None, "tokens": None}
@@ -240,7 +245,7 @@ def _one_corpus(found: Sequence[RunFolder]) -> str:
 def _read_run(
     one: RunFolder, name: str, settings: dict[str, object], compared: str | None
 ) -> RunFacts:
-    summary = read_record(one.directory / "summary.json") or {}
+    summary = read_summary(one.directory, LEAVE_OUT)
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
@@ -255,7 +260,7 @@ def _read_run(
         seconds=summary.get("seconds"),
         tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
         data_wait=steps[-1].get("data_wait") if steps else None,
-        evaluation=true_names(summary["evaluation"], one.measure) if summary else last,
+        evaluation=true_names(summary.get("evaluation", {}), one.measure) if summary else last,
         coverage=summary.get("coverage", {}),
         scores=mean_scores(one.directory),
         settings=settings,

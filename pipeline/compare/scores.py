@@ -1,6 +1,5 @@
 """Task scores that lie below the runs: what ``pipeline finetune`` left in folders there."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from rekindle.pipeline.report.scores import TaskScores
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.metrics import printed_name
-from rekindle.train.record.run_folder import read_record
+from rekindle.train.record.run_folder import read_record, reading
 
 ABOUT_FILE = "rekindle_student.json"  # of a student: what it is, its heads among it
 Facts = dict[str, Any]
@@ -105,7 +104,8 @@ def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
 
 def heads_of(directory: Path) -> list[str]:
     """The task heads of the student in a run's directory; none where it has not ended."""
-    try:
-        return [*json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))["heads"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    about = read_record(directory / ABOUT_FILE)
+    if about is None:
         return []
+    with reading(directory / ABOUT_FILE):
+        return [*dict(about["heads"])]

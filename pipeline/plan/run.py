@@ -4,7 +4,6 @@ Nothing is written but into a temporary folder, no built-in model is made, nothi
 the corpus's tokenizer, and the cache that the configuration names is only read.
 """
 
-import shutil
 from collections.abc import Sequence
 
 from rekindle.data.counted import shown_bytes
@@ -22,6 +21,7 @@ from rekindle.pipeline.plan.figures import (
     ViewPlan,
 )
 from rekindle.pipeline.plan.scale import Scale
+from rekindle.train.record.room import free_near
 
 # Without its tokenizer or its text nothing can be said of the corpus, and so of little else;
 # without a teacher's model, all but what the model itself decides.
@@ -75,9 +75,8 @@ def _totals(
     disk, free = None, None
     store = open_store(path)
     if isinstance(store, LocalStore):
-        root = store.root.absolute()
-        nearest = next(folder for folder in (root, *root.parents) if folder.exists())
-        disk, free = str(nearest), shutil.disk_usage(nearest).free
+        nearest, free = free_near(store.root)
+        disk = str(nearest)
     return Totals(size, sum(seconds) if seconds or not teachers else None, unknown, disk, free)
 
 

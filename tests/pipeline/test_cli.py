@@ -219,7 +219,7 @@ def test_the_command_line_is_frozen():
             *("--expert", "--json", "--label-field", "--metric", "--out", "--set", "--test"),
             "--text-field",
         ],
-        "doctor": [],
+        "doctor": ["--set"],
     }
 
 

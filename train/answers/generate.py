@@ -221,8 +221,12 @@ class _Work:
     """The model, and how it is asked."""
 
     def __init__(self, network: StudentNetwork, tokenizer: Tokenizer, config: GenerateConfig):
+        from transformers import GenerationConfig
+
         self.network, self.tokenizer, self.config = network, tokenizer, config
         self.ends = _ends(network, tokenizer)
+        # transformers takes what is not asked for from the model's own: none of that is meant.
+        network.model.generation_config = GenerationConfig()
         self.ended = 0
 
     def answers(self, prompts: Sequence[Prompt], watch: Watch) -> list[list[Ids]]:

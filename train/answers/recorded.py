@@ -2,14 +2,16 @@
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.settings import parse_settings
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.finetune.config import FORMER_FIELDS
+from rekindle.train.finetune.config import FORMER_FIELDS, FinetuneConfig
 from rekindle.train.finetune.result import RESULT_FILE, WRITER
 
 log = logging.getLogger("rekindle")
@@ -31,17 +33,50 @@ class Recorded:
 
 
 def recorded(directory: Path) -> Recorded:
-    """Read it; what cannot be read is not there."""
-    try:
-        found = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
-        if found["written_by"] != WRITER:
-            return Recorded()
-        config = dict(found["config"])
-        for former, name in zip(FORMER_FIELDS, ("text_field", "label_field"), strict=True):
-            config.setdefault(name, config.pop(former, None))
-        return Recorded(found["metric"], config, found.get("pairs"))
-    except (OSError, ValueError, KeyError, TypeError):
+    """Read it; a metrics.json that is somebody else's says nothing. Raises InputError, naming file
+    and key, for one of ours that is damaged: texts would be read otherwise, without a word.
+    """
+    path = directory / RESULT_FILE
+    if not path.is_file():
         return Recorded()
+    content = path.read_bytes()
+    try:
+        found = json.loads(content)
+    except ValueError as error:  # also bytes that are no UTF-8
+        if WRITER.encode() not in content:
+            return Recorded()
+        raise _damaged(path, f"it is no JSON, {error}") from None
+    if not isinstance(found, dict) or found.get("written_by") != WRITER:
+        if isinstance(found, dict) and found.keys() >= {"metric", "config", "per_seed"}:
+            raise _damaged(path, f"written_by is {found.get('written_by')!r}, not {WRITER!r}")
+        return Recorded()
+    metric, pairs = found.get("metric"), found.get("pairs")
+    if not isinstance(metric, str) or not isinstance(found.get("config"), dict):
+        raise _damaged(path, "metric must be a name, and config an object")
+    if not isinstance(pairs, bool | NoneType):
+        raise _damaged(path, f"pairs is {pairs!r}, and must be true or false")
+    config = dict(found["config"])
+    for former, name in zip(FORMER_FIELDS, ("text_field", "label_field"), strict=True):
+        config.setdefault(name, config.pop(former, None))
+    _check_config(path, config)
+    return Recorded(metric, config, pairs)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError where a setting that is read again is mistyped, or is none."""
+    names = {*_READING, *_OWN, "text_field", "label_field"} & AskConfig.model_fields.keys()
+    for key in config.keys() - FinetuneConfig.model_fields.keys():
+        if meant := did_you_mean(key, names - config.keys()):
+            raise _damaged(path, f"unknown key config.{key}{meant}")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    parse_settings(AskConfig, given, f"{path} is damaged, in config")
+
+
+def _damaged(path: Path, told: str) -> InputError:
+    return InputError(
+        f"{path}, which says how the expert was fine-tuned, is damaged: {told}. Put a copy of it "
+        "back, or remove it and say all settings again"
+    )
 
 
 def as_recorded(

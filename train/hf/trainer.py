@@ -65,8 +65,8 @@ class DistillationMixin:
     def __init__(self, *args: Any, distillation: Distillation, **kwargs: Any):
         """Take the Trainer's own arguments, and what the student is taught.
 
-        Raises InputError for a student of another vocabulary or task, another data set, and a
-        collator that gives no targets.
+        Raises InputError for a student of another vocabulary or task, another data set, a collator
+        that gives no targets, and an optimizer of nothing that is trained.
         """
         self.distillation = distillation
         self._counts: Counts | None = None  # of the step in hand
@@ -115,6 +115,7 @@ class DistillationMixin:
                 f"a cache's targets are of whole sequences, once (sizes {parts}). Use DDP or FSDP"
             )
         distillation.check_student(trainer.model, trainer.processing_class)
+        _check_optimizer(getattr(trainer, "optimizer", None))
         if distillation.task == "causal_lm":
             self._balance = balance_weight(trainer.model)
             if routers := told_of_routers(trainer.model):
@@ -293,6 +294,18 @@ def _check_data(data: object, collator: Any) -> None:
         )
     first: Place = data.share(0, 1, batch_sequences=1).place(0, data.epoch)
     _targets(collator([first]))
+
+
+def _check_optimizer(given: Any) -> None:
+    """InputError for one of the caller's that holds frozen parameters alone: nothing would move."""
+    groups = () if given is None else given.param_groups
+    if given is None or any(p.requires_grad for group in groups for p in group["params"]):
+        return
+    raise InputError(
+        "the optimizer that was given holds no parameter that is trained: it was made before "
+        "peft_config put an adapter on the model. Leave `optimizers` out, or put the adapter on "
+        "the model first (peft.get_peft_model) and make the optimizer of that"
+    )
 
 
 def _check_evaluated(given: Any, collator: Any) -> None:

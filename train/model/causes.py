@@ -117,6 +117,11 @@ def _reason(error: Exception) -> str:
         )
     if isinstance(error, KeyError) and _raised_in(error, "activations"):
         return f"transformers knows no activation {text} (hidden_act in its config.json)"
+    if isinstance(error, IndexError):
+        return (
+            f"{text}, as where a token's id has no row in the embedding: the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json, special_tokens_map.json) may be other ones"
+        )
     first = first_words(error).rstrip(".")
     if isinstance(error, OSError | ValueError | ImportError | RuntimeError) and first:
         return first

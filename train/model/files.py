@@ -53,6 +53,7 @@ from rekindle.train.model.labels import complete_labels
 from rekindle.train.model.meta import Shape, load_later, refuse_missing, refuse_shapes, split_names
 from rekindle.train.model.padding import (
     COUNT_PAST_PADDING,
+    attend_fully,
     drop_outside_padding,
     padding_of,
     padding_of_new,
@@ -142,6 +143,7 @@ def load_config(
     if attention is not None:
         config._attn_implementation = attention
     drop_outside_padding(config, f"{file}")
+    attend_fully(config, f"{file}")
     asks = file if attention is None else "student.attention"
     check_implementations(config, f"{asks}")
     if is_adapter(directory):

@@ -35,6 +35,7 @@ WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2}
 _WIDTHS |= {"I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
+_OTHERS = ("C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SIZES: tuple[str, ...] = (
     "vocab_size",
     "type_vocab_size",
@@ -171,6 +172,9 @@ def _check_values(settings: Mapping[str, Any], path: Path) -> None:
     for key in _SIZES:
         if type(size := settings.get(key)) is int and not 0 <= size <= _LARGEST_SIZE:
             raise InputError(f"{path}: {key} is {size:,}; it must be from 0 to {_LARGEST_SIZE:,}")
+    for key, share in settings.items():
+        if "dropout" in key and type(share) in (int, float) and not 0 <= share <= 1:
+            raise InputError(f"{path}: {key} is {share}; it must be from 0 to 1")
 
 
 def _check_label_numbers(names: object, path: Path) -> None:
@@ -267,7 +271,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{file} is damaged or cut off: {_no_header(size)}")
         content = stream.read(length)
     try:
-        entries = json.loads(content)
+        entries = json.loads(content, parse_constant=_refuse_constant)
         entries.pop("__metadata__", None)
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{file} is damaged: {_no_header(size)}") from None
@@ -282,6 +286,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def _refuse_constant(word: str) -> object:
+    """NaN and the like are no JSON, and Python reads them."""
+    raise ValueError(word)
+
+
 def _no_header(size: int) -> str:
     return f"its {size:,} bytes hold no whole safetensors header. Copy or download it again"
 
@@ -292,7 +301,7 @@ def _stored(file: Path, name: str, entry: object) -> StoredTensor:
     dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
     lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
     numbers = [*shape, *place] if lists else [-1]
-    if not isinstance(dtype, str) or any(type(one) is not int or one < 0 for one in numbers):
+    if dtype not in (*_WIDTHS, *_OTHERS) or any(type(one) is not int or one < 0 for one in numbers):
         raise _damaged(file, name, f"the header says {entry!r:.200} of it")
     width = _WIDTHS.get(dtype)
     if width is not None and math.prod(shape) * width != place[1] - place[0]:

@@ -1,7 +1,8 @@
 """The padding id of a model: within its vocabulary, and of a new model none that a text may have.
 
 transformers builds the embedding with it: an id outside is an AssertionError there, and the row of
-one inside starts as zeros and is never trained.
+one inside starts as zeros and is never trained. And what else of a configuration is changed as it
+is read.
 """
 
 import logging
@@ -55,6 +56,17 @@ def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
     if padding != -1:
         _say_once(f"{told}; the model is used without one")
     set_padding(config, None)
+
+
+def attend_fully(config: "PretrainedConfig", where: str) -> None:
+    """Have BigBird attend to all tokens from the start, said in a line: with sparse attention it
+    changes to that at the first text that is short, and stays there, so what it says of a longer
+    one depended on what was shown to it before.
+    """
+    if getattr(config, "attention_type", None) == "block_sparse":
+        told = "attention_type block_sparse changes to original_full at the first short text"
+        _say_once(f"{where}: {told}, for good; original_full is used from the start")
+        config.attention_type = "original_full"
 
 
 def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rekindle.data.corpus.columns import DOCUMENTS
 from rekindle.data.errors import InputError, first_words
 from rekindle.train.model.files import longest_input
-from rekindle.train.model.padding import padding_of
+from rekindle.train.model.padding import padding_of, set_padding
 from rekindle.train.packed.forms import Form, as_read, possible_forms
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ PADDING = 5  # tokens, of which a mask says that they are none
 ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-4}
 COARSEST = 4e-3  # in bfloat16, and in what is coarser
 OF_SHAPES = 10.0
+OF_ANSWERS = 100.0  # a logit may be a small difference of large ones
 SAME_ROUNDING = 3.0
 # That nothing is seen is said only of movements that are none; untrained weights move little.
 NOTHING = 1e-2
@@ -131,13 +132,15 @@ def _of_fewer(model: "PreTrainedModel", rows: Tensor) -> Tensor:
 
 def moved_by_padding(model: "PreTrainedModel") -> float:
     """How far padding, of which the attention mask says that it is none, moves the states of a
-    sequence's own tokens: 0 where that is no more than rounding.
+    sequence's own tokens, or what a classifier says of the sequence: 0 where that is no more than
+    rounding.
     """
     room = (longest_input(model.config) or LENGTHS[-1]) - PADDING
     ids = sample_ids(model.config, max(1, min(LENGTHS[1], room)))[None].to(
         next(model.parameters()).device
     )
-    padding = padding_of(model.config) or 0
+    own = padding_of(model.config)
+    padding = (0 if ids[0, -1] else 1) if own is None else own
     alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     padded = {
         "input_ids": nn.functional.pad(ids, (0, PADDING), value=padding),
@@ -146,12 +149,35 @@ def moved_by_padding(model: "PreTrainedModel") -> float:
     try:
         with evaluating(model):
             one, other = (_states(model, inputs)[0, : ids.shape[1]] for inputs in (alone, padded))
+            if one.shape != other.shape:  # states of several tokens each, as Funnel's
+                return math.inf
+            moved = _moved(one, other)
+            if moved > OF_SHAPES * _rounding(model):
+                return moved
+            return _judged_otherwise(model, alone, padded, padding)
     except BROKEN:  # what the model cannot do is told where it is used
         return 0.0
-    if one.shape != other.shape:  # states of several tokens each, as Funnel's
-        return math.inf
-    moved = _moved(one, other)
-    return moved if moved > OF_SHAPES * _rounding(model) else 0.0
+
+
+def _judged_otherwise(
+    model: "PreTrainedModel",
+    alone: Mapping[str, Tensor],
+    padded: Mapping[str, Tensor],
+    padding: int,
+) -> float:
+    """How far a classifier of texts reads its judgement off padding, as XLNet's does, which counts
+    on padding before the text: a share of the largest logit, or 0.
+    """
+    if "SequenceClassification" not in type(model).__name__:
+        return 0.0
+    own = padding_of(model.config)
+    set_padding(model.config, padding)  # by which some look for the last token
+    try:
+        one, other = (model(**inputs).logits[0].float() for inputs in (alone, padded))
+    finally:
+        set_padding(model.config, own)
+    share = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+    return share if share > OF_ANSWERS * _rounding(model) else 0.0
 
 
 def check_padding(model: "PreTrainedModel", who: str) -> None:

@@ -235,8 +235,3 @@ def is_finished(run: Path, model: bool = True) -> bool:
     settings = any((run / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE))
     weights = settings and any(run.glob("*.safetensors"))
     return (weights or not model) and all((run / name).is_file() for name in files)
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """What a finished run came to. Raises CheckpointError for a damaged summary."""
-    return read_record(run / SUMMARY_FILE, "remove it and resume: it is made anew") or {}

@@ -11,7 +11,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.data.storage.seal import unseal
 from rekindle.data.targets.lineage import Ancestor, Lineage, joined_lineage, with_weights
 from rekindle.train.model.files import weights_fingerprint
-from rekindle.train.model.folder import base_of, resolve_model
+from rekindle.train.model.folder import base_of, read_object, resolve_model
 from rekindle.train.record.checkpoint import TRAINER_FILE
 from rekindle.train.step_config import recorded_steps
 from rekindle.train.student import ABOUT_FILE
@@ -41,7 +41,9 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
     """
     try:
         found = _recorded(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{directory}: what the student says of its training is damaged "
             f"({type(error).__name__}: {error})"
@@ -54,21 +56,27 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
 
 def _recorded(directory: Path) -> Lineage:
     """What a run's directory, one of its checkpoints, or an export of either says."""
-    where = str(directory)
     if (exported := directory / EXPORT_FILE).is_file():
-        runs = json.loads(exported.read_text(encoding="utf-8"))[LINEAGE]
-        return tuple(parse_settings(Ancestor, run, where) for run in runs)
+        return _earlier(exported, read_object(exported))
     path = directory / ABOUT_FILE
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    about = read_object(path) if path.is_file() else {}
     trainer = directory / TRAINER_FILE
     steps = None
     if not about.get("made_by") and trainer.is_file():  # a checkpoint
         state = unseal(json.loads(trainer.read_bytes()), TRAINER_FILE)
         about, steps = {"made_by": state, LINEAGE: state.get(LINEAGE, [])}, state["step"]
+        path = trainer
     if not (made_by := about.get("made_by")):
         return ()
-    earlier = [parse_settings(Ancestor, one, where) for one in about.get(LINEAGE, [])[:-1]]
-    return (*earlier, _ancestor(made_by, steps or recorded_steps(made_by)))
+    return (*_earlier(path, about)[:-1], _ancestor(made_by, steps or recorded_steps(made_by)))
+
+
+def _earlier(path: Path, about: Mapping[str, Any]) -> Lineage:
+    """The runs that a file names."""
+    runs = about.get(LINEAGE, [])
+    if not isinstance(runs, list):
+        raise InputError(f"{path}: {LINEAGE} is {runs!r:.200}, not a list of runs")
+    return tuple(parse_settings(Ancestor, run, f"{path}, {LINEAGE}") for run in runs)
 
 
 def _ancestor(about: Mapping[str, Any], steps: int | None) -> Ancestor:

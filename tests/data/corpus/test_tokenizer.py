@@ -438,6 +438,24 @@ def test_the_file_that_is_no_tokenizer_is_named(tmp_path, wordpiece):
         load_tokenizer(str(tmp_path / "one"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("do_lower_case", -1, "-1; it must be true or false"),
+        ("strip_accents", "no", "'no'; it must be true or false"),
+        ("tokenizer_class", True, "True; it must be the name of a class"),
+        ("model_max_length", {"a": 64}, "it must be a number of tokens"),
+        ("model_max_length", 0, "0; it must be a number of tokens"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(tmp_path, wordpiece, key, value, rule):
+    shutil.copytree(wordpiece, tmp_path / "one")
+    path = tmp_path / "one" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=rf"tokenizer_config\.json: {key} is .*{rule}"):
+        load_tokenizer(str(tmp_path / "one"))
+
+
 def test_files_that_are_damaged(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer\.json is not JSON"):

@@ -1,11 +1,16 @@
 """The mixin with the real Trainer: the losses of our own loop, however the steps are made."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
 from rekindle.train.hf.dataset import CacheDataset, IterableCacheDataset
 from rekindle.train.hf.trainer import DistillationMixin
+from testlib.models import AUTO
 from testlib.pages.examples import run_example
 from testlib.trainers.runs import (
     BATCH,
@@ -166,6 +171,25 @@ def test_evaluations_are_all_of_one_epoch(taught, cache, new_student, tmp_path):
     trainer = made(new_student, cache, tmp_path, built=built, per_device_eval_batch_size=BATCH)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
     assert data.epoch == 0
+
+
+def test_the_programs_of_the_pages(taught, tmp_path, monkeypatch):
+    """As they stand, but for names and the number of steps."""
+    task, path, student = taught
+    names = {"runs/cache": str(path), "path/to/student": str(student), "big-lm": "big"}
+    names |= {"max_steps=1000": "max_steps=1", "AutoModelForMaskedLM": AUTO[task]}
+    monkeypatch.chdir(tmp_path)
+    here = {}
+    for page in ("from_python.md", "own_trainer.md"):  # the second goes on with the first's names
+        text = (Path(__file__).parents[3] / "docs" / page).read_text("utf-8")
+        blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+        (program,) = (block for block in blocks if "(DistillationMixin, Trainer)" in block)
+        for name, ours in names.items():
+            assert page == "own_trainer.md" or name in program
+            program = program.replace(name, ours)
+        shutil.rmtree("runs", ignore_errors=True)
+        exec(program, here)
+        assert (tmp_path / "runs/hf/checkpoint-1/tokenizer.json").is_file()
 
 
 def test_arguments_may_stand_in_their_places(cache, new_student, tmp_path):

@@ -64,6 +64,16 @@ def test_a_directory_without_safetensors(tmp_path, configure, bert):
     refused(configure, tmp_path / "c", masked(path), str(path), "no *.safetensors", "Pickled")
 
 
+def test_an_expert_whose_tokenizer_has_other_special_tokens(tmp_path, configure, make_teacher):
+    """Before anything is run: its own code would fail of an index."""
+    teacher = make_teacher("topics", "sequence_classification")
+    path = copy_of(Path(teacher["model"]), tmp_path / "model")
+    (path / "special_tokens_map.json").write_text('{"sep_token": "[SEPARATOR]"}')
+    teacher |= {"model": str(path)}
+    told = ("'[SEPARATOR]') around each text", "special_tokens_map.json")
+    refused(configure, tmp_path / "c", teacher, str(path), *told)
+
+
 def test_damaged_safetensors(tmp_path, configure, bert):
     path = copy_of(bert, tmp_path / "model")
     file = path / "model.safetensors"

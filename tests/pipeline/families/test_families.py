@@ -33,7 +33,7 @@ CASES = [
 ]
 GUIDES = {family.task: family for family in FAMILIES if family.title in ("BERT", "GPT-2")}
 OF_STATES = 1e-3  # hidden states are kept in 16 bits
-RATE = 0.05  # of the step that a student takes
+RATE = 0.01  # of the step that a student takes
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,7 @@ def test_as_an_expert(grid, family):
         if family.refused[EXPERT] == NO_CLASS:
             refused(family, EXPERT, lambda: classifier_config(str(model)))  # as `finetune` asks
         return
+    assert (moved_by_padding(model_of(model, CLASSIFIER)) > 0) == family.moved_by_padding
     tokenizer, name = transformers.AutoTokenizer.from_pretrained(model), name_of(family)
     rows, expected = [], []
     for example in examples(grid.cache(family, EXPERT)):

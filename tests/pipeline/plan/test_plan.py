@@ -1,5 +1,6 @@
 """A plan says what stage 1 will do before it is done, is right about it, and leaves no trace."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from rekindle.data.counted import shown_bytes
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.plan import probe as plan_probe
-from rekindle.pipeline.plan import run as plan
 from rekindle.pipeline.plan.figures import Padding
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.sample import survey_corpus
@@ -304,7 +304,7 @@ def test_too_little_room_is_told(tmp_path, configure, teachers, monkeypatch):
     class Usage:
         free = found.totals.bytes - 1
 
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     short = plan_run(config, probe=False)
     assert len(short.warnings) == 1
     assert "not enough room" in shown_plan(short)

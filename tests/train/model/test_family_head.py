@@ -48,7 +48,7 @@ def test_its_logits_are_those_of_the_familys_class(family, kind):
     [
         ("longformer", "sequence", "runs its body otherwise"),
         ("opt", "token", "no AutoModelForTokenClassification of the family opt"),
-        ("bart", "sequence", "the body of BartForSequenceClassification is another"),
+        ("bart causal", "sequence", "the body of BartForSequenceClassification is another"),
         ("bert causal", "sequence", "by its first token, which in a causal LM has seen no other"),
     ],
 )

@@ -98,6 +98,7 @@ def test_weights_that_are_cut_off(bert, cut):
 
 HEADERS = {
     "a type that is none": ({"dtype": -1}, "the header says"),
+    "a type that there is not": ({"dtype": "F33"}, "the header says"),
     "a place in a list": ({"data_offsets": [[0], 4]}, "the header says"),
     "a shape of other bytes": ({"shape": [1, 1]}, "F32 values of the shape [1, 1] are not its"),
     "no shape": ({"shape": None}, "the header says"),
@@ -218,6 +219,12 @@ def test_the_class_that_it_was_saved_as_is_a_list_of_names(bert, named):
 def test_a_size_that_no_model_has(bert, key, size):
     change(bert, **{key: size})
     refused(bert, f"config.json: {key} is {size:,}; it must be from 0 to 2,147,483,647")
+
+
+@pytest.mark.parametrize("share", [-1, 1.5, float("nan")])
+def test_a_dropout_that_is_no_probability(bert, share):
+    change(bert, hidden_dropout_prob=share)
+    refused(bert, f"config.json: hidden_dropout_prob is {share}; it must be from 0 to 1")
 
 
 def test_what_transformers_says_after_drawing_a_model(bert):

@@ -16,8 +16,9 @@ from rekindle.train.config import StudentConfig
 from rekindle.train.finetune.classifier import load_classifier, padded_tokenizer
 from rekindle.train.finetune.task_data import read_task
 from rekindle.train.model import padding
-from rekindle.train.model.files import load_config
+from rekindle.train.model.files import load_config, load_language_model
 from rekindle.train.student import build_student
+from testlib.families.language import language_model
 from testlib.models import AUTO, NARROW
 from testlib.vocabularies.changed import that_begins_only
 
@@ -146,3 +147,18 @@ def test_a_configuration_without_the_key_and_one_with_a_text_part():
     config = transformers.Gemma3Config()
     padding.set_padding(config, 7)
     assert config.pad_token_id == config.get_text_config().pad_token_id == 7
+
+
+def test_a_big_bird_says_the_same_whatever_it_was_shown_before(tmp_path, caplog):
+    """transformers' changes to full attention at a short text, for good."""
+    language_model("BigBird").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    sparse = settings | {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
+    (tmp_path / "config.json").write_text(json.dumps(sparse))
+    with caplog.at_level(logging.INFO, "rekindle"):
+        model = load_language_model(tmp_path, "masked_lm").eval()
+    assert "original_full is used from the start" in caplog.text
+    long, short = torch.arange(5, 25)[None], torch.arange(5, 9)[None]
+    with torch.no_grad():
+        before, _, after = (model(input_ids=ids).logits for ids in (long, short, long))
+    assert torch.equal(before, after)

@@ -17,6 +17,8 @@ from rekindle.train.model.sight import (
 from rekindle.train.model.split_model import SplitLanguageModel
 from rekindle.train.packed.forms import Form, as_read, possible_forms
 from rekindle.train.student import Student
+from testlib.families.rows import FAMILIES
+from testlib.run_alone import CLASSIFIER
 
 SIZES = {
     "vocab_size": 90,
@@ -156,6 +158,20 @@ def test_padding_moves_nothing_elsewhere(family):
     head = "ForCausalLM" if family in ("Llama", "Mamba") else "ForMaskedLM"
     for dtype in (torch.float32, torch.bfloat16):
         assert moved_by_padding(made(family, head).to(dtype)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"), [("XLNet", True), ("GPT-2", False), ("Qwen2", False), ("RoBERTa", False)]
+)
+def test_a_classifier_may_read_padding_in_the_place_of_the_text(name, moved):
+    """XLNet's reads the last state, whatever the mask says; others find the last token, also those
+    without a padding token.
+    """
+    (family,) = (family for family in FAMILIES if family.title == name)
+    model = family.build(CLASSIFIER, num_labels=3)
+    padding = model.config.pad_token_id
+    assert (moved_by_padding(model) > 0.1) == moved
+    assert model.config.pad_token_id == padding
 
 
 def test_states_of_another_number_are_moved():

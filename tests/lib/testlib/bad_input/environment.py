@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from testlib.bad_input.row import Bad, Place
 
@@ -39,6 +41,9 @@ OUTPUTS = (
         "exists and is no export", "give another --out"),
     Bad("a demo in place of a file", "demo --quick --out run.yaml", "run.yaml",
         "is not empty and holds no demo", "give another --out"),
+    Bad("a link that leads to itself", "inspect loop", "loop/cache.json",
+        "Too many levels of symbolic links", "give the place itself",
+        lambda place: (place / "loop").symlink_to("loop")),
     Bad("a name that is too long", f"init uegp --out {'x' * 300}", "xxxx", "File name too long",
         "give a shorter name"),
 )  # fmt: skip
@@ -119,6 +124,22 @@ DISKS = (
         "make room on that disk", _full),
 )  # fmt: skip
 
+
+def _little_memory(place: Place) -> None:
+    place.patch.setattr("rekindle.pipeline.checks.ahead.free_memory", lambda device: 1000)
+
+
+def _little_room(place: Place) -> None:
+    place.patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+
+
+AHEAD = (
+    Bad("a disk too small for a new cache", "doctor run.yaml --set cache.path=new",
+        "disk: ", "10 bytes are free", "give another cache.path", _little_room),
+    Bad("a teacher larger than the memory", "doctor run.yaml", "memory, lm: ",
+        "It does not fit", "device_map: auto", _little_memory),
+)  # fmt: skip
+
 MACHINES = (
     Bad("WORLD_SIZE without torchrun", TRAIN, "WORLD_SIZE=2",
         "no torchrun has started this process", "`unset WORLD_SIZE`",
@@ -137,4 +158,4 @@ MACHINES = (
         "change its permissions", _no_folders(errno.EACCES)),
 )  # fmt: skip
 
-ROWS = OUTPUTS + DISKS + MACHINES
+ROWS = OUTPUTS + DISKS + AHEAD + MACHINES

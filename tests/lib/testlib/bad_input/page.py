@@ -17,6 +17,10 @@ the way out. Nothing is half-written: an output is there whole or not at all, an
 is said, with the line that goes on. Exit codes: 0 done; 1 a fault of Rekindle's own, with its
 traceback; 2 and 3 as below; 130 interrupted.
 
+`pipeline doctor RUN.yaml` looks ahead: room on the disk for what `pipeline plan` says, memory for
+each teacher, locks where the cache is, one step of training. A run itself warns once when its disk
+will not take the units that are left, or the next checkpoint.
+
 Of each row the test types a line in a folder where all is sound but what it says. A message has
 these parts, and says more.
 """

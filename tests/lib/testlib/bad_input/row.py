@@ -58,7 +58,7 @@ class Bad:
     ``thing``, ``rule`` and ``way`` out are parts of the one message: what is wrong, what holds,
     what to do; no ``way`` where the rule says what may be given. ``spoil`` makes it so, and is told
     of by ``done``. ``kept``: what may be written all the same, as work that a later run goes on
-    with.
+    with. ``loads``: of a model, whether its weights must be read to see it.
     """
 
     done: str
@@ -69,6 +69,7 @@ class Bad:
     spoil: Callable[[Place], object] = lambda place: None
     code: int = 2
     kept: str = ""
+    loads: bool = False
 
     def keeps(self, name: str) -> bool:
         """Whether what is called ``name`` below the test's folder may have been written."""

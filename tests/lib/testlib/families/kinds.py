@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from testlib.models import AUTO
+from testlib.run_alone import CLASSIFIER
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's order: padding is not 0
 SPACE = "Ġ"  # as byte-level tokenizers write it
@@ -73,16 +74,20 @@ class Family:
                     setattr(part, name, 0.0)
         return config
 
-    def save(self, folder: Path, role: str) -> Path:
-        """Write a model for ``role`` and its tokenizer: biases and norms are random too."""
-        auto, more = self.saved_as or AUTO[self.task], {}
-        if role == EXPERT:
-            auto, more = AUTO["sequence_classification"], {"num_labels": LABELS}
+    def build(self, auto: str = "", **more: Any) -> transformers.PreTrainedModel:
+        """A model of the class it is saved by, or of ``auto``; biases and norms are random too."""
+        made = getattr(transformers, auto or self.saved_as or AUTO[self.task])
         torch.manual_seed(0)
-        model = getattr(transformers, auto).from_config(self.config(**more), dtype=torch.float32)
+        model = made.from_config(self.config(**more), dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model.eval()
+
+    def save(self, folder: Path, role: str) -> Path:
+        """Write a model for ``role`` and its tokenizer."""
+        head = role == EXPERT
+        model = self.build(CLASSIFIER, num_labels=LABELS) if head else self.build()
         model.save_pretrained(folder)
         return save_tokenizer(folder, self.task)
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from testlib.families.kinds import EXPERT, LEFT_OUT, STUDENT, TEACHER, Family
+from testlib.families.kinds import EXPERT, LEFT_OUT, ROWS, STUDENT, TEACHER, Family
 
+PADDED = {"pad_token_id": 1}
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2}
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
@@ -27,10 +28,14 @@ SIDES = {
     for what, size in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
 }
 GEMMA = {"query_pre_attn_scalar": 8, "pad_token_id": 1}
+GEMMA4 = GROUPED | PADDED | {"global_head_dim": 8, "hidden_size_per_layer_input": 8}
+GEMMA4 |= {"vocab_size_per_layer_input": ROWS, "num_kv_shared_layers": 0}
+GEMMA4 |= {"final_logit_softcapping": 1.0}
+GEMMA4_EYES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA4_EYES |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16}
 EYES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 EYES |= {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
 MAMBA = {"state_size": 4, "expand": 2}
-PADDED = {"pad_token_id": 1}
 NO_CLASS = "has no AutoModelForSequenceClassification of the family"
 NO_HEAD = "which has no output over the vocabulary"
 RANDOM = "they would be random"
@@ -112,8 +117,7 @@ FAMILIES = (
         **{f"{part}_groups": 2 for part in ("q", "k", "v", "intermediate", "output")},
     ),
     masked("Longformer", attention_window=4),
-    masked("BigBird", "big_bird", attention_type="original_full"),
-    masked("BigBird", "big_bird", note="sparse", block_size=2, num_random_blocks=1),
+    masked("BigBird", "big_bird"),
     masked("LUKE", entity_vocab_size=20, entity_emb_size=8),
     masked(
         "MobileBERT",
@@ -214,7 +218,7 @@ FAMILIES = (
         **GROUPED,
         **GEMMA,
         **WINDOWS,
-        final_logit_softcapping=3.0,
+        final_logit_softcapping=1.0,
         attn_logit_softcapping=2.0,
         quick=True,
     ),
@@ -295,6 +299,25 @@ FAMILIES = (
         global_attn_every_n_layers=2,
     ),
     causal("BERT", note="`is_decoder: true`", is_decoder=True, **PADDED),
+    causal("BART", note="decoder alone", d_model=16, **SIDES, **PADDED, **no(EXPERT, why=RANDOM)),
+    causal(
+        "xLSTM",
+        hidden_size=128,
+        num_blocks=2,
+        num_heads=2,
+        output_logit_soft_cap=1.0,
+        qk_dim_factor=1.0,
+        v_dim_factor=1.0,
+        **PADDED,
+        **no(EXPERT, why=NO_CLASS),
+    ),
+    causal(
+        "Gemma 4",
+        "gemma4",
+        text_config=GEMMA4,
+        vision_config=GEMMA4_EYES,
+        **no(EXPERT, why=NO_CLASS),
+    ),
     causal("Nemotron", num_key_value_heads=1),
     causal("Persimmon"),
     causal("BioGPT", **PADDED),
@@ -352,7 +375,7 @@ FAMILIES = (
         **PADDED,
         num_hidden_layers=3,
         lru_width=16,
-        logits_soft_cap=3.0,
+        logits_soft_cap=1.0,
         attention_window_size=8,
         **no(EXPERT, why=NO_CLASS),
     ),
@@ -384,5 +407,6 @@ FAMILIES = (
         d_inner=24,
         **PADDED,
         **no(TEACHER, STUDENT, why="sees both sides of a token"),
+        moved_by_padding=True,
     ),
 )

@@ -106,6 +106,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 TRAIN = "train-student {root}/run.yaml --out {root}/new"
+TEACH = (
+    "finetune {root}/student --train {root}/train.jsonl --dev {root}/test.jsonl "
+    "--out {root}/taught --set max_steps=1 --set max_length=5 --set learning_rate=0.01"
+)
 SWEEP = "train-student {root}/run.yaml --out {root}/swept --sweep train.seed=0,1 --resume"
 COMMANDS = {
     "train": Command(TRAIN, weights("new"), "--resume"),
@@ -152,5 +156,7 @@ COMMANDS = {
         "rekindle {root}/cycle.yaml --out {root}/cycle",
         lambda root, said: parse_yaml((root / "cycle/run.yaml").read_text(), "run.yaml"),
     ),
+    "ask taught": Command("evaluate {root}/taught --test {root}/labels.jsonl --json", printed),
+    "cache student": Command("cache-teachers {root}/student.yaml", targets("new-student")),
     "compare": Command("compare {root}/whole {root}/half --json", printed),
 }

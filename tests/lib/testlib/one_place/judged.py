@@ -42,6 +42,8 @@ class Made(NamedTuple):
     command: str
     change: Change
     line: str
+    signed: bool  # by somebody who can: that the place is no longer trusted is told enough
+    folder: Path  # what it is in: a cache, a run, a model
 
     def told(self) -> str:
         try:
@@ -84,7 +86,8 @@ def make(case: Case, world: World) -> Made:
     command = draw.choice(subject.commands)
     content, change, line = FORMATS[subject.format](draw, world.made[file])
     world.write(file, content)
-    return Made(file, command, change, line)
+    folder = world.root / Path(file).parts[0]
+    return Made(file, command, change, line, subject.format == "signed", folder)
 
 
 class Begun(RekindleError):
@@ -195,18 +198,19 @@ def names_the_value(made: Made, message: str) -> bool:
 
 # Where one key of a model's settings decides another's meaning, what does not fit is said instead.
 CONSEQUENCES = ("config.json", "not finite", "has no weights", "lacks weights", "was saved as")
+CONSEQUENCES += ("sees one side",)
 DAMAGE = ("checksum", "is damaged", "roll-up", "another version of this file")
 
 
 def names_the_place(made: Made, message: str) -> str:
     """ "" where the message has the file, or the folder that is a model, and in it the key."""
     file = Path(made.file)
-    if file.suffix == ".yaml" and names_the_value(made, message):
+    if names_the_value(made, message) or (made.signed and str(made.folder) in message):
         return ""
     if file.name not in message and str(file.parent) not in message:
         return "message does not name the file"
     told_line = re.search(r"tokenizer\.json .* line \d+", message)  # the library knows no key
-    if any(told in message for told in DAMAGE) or names_the_value(made, message) or told_line:
+    if any(told in message for told in DAMAGE) or told_line:
         return ""
     if made.line:
         return "" if made.line in message else "message does not name the line"

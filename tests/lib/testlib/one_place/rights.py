@@ -177,9 +177,14 @@ def values_of(rows: Any) -> np.ndarray:
     return np.array([list(row["probabilities"].values()) for row in rows])
 
 
+def of_expert(world: World, made: Made, found: Any, expected: Any) -> str:
+    """It is asked as it was fine-tuned, by what is left of that (older results say less)."""
+    return "" if made.change.keys[:1] == ["config"] and len(made.change.place) > 1 else "other"
+
+
 def never(world: World, made: Made, found: Any, expected: Any) -> str:
-    """No change of such a file may give something else."""
-    return "other result"
+    """No change of such a file may give something else; ``plan`` may count by a forged one."""
+    return "" if made.signed and made.command == "plan" else "other result"
 
 
 def of_comparison(world: World, made: Made, found: Any, expected: Any) -> str:
@@ -197,6 +202,7 @@ KINDS: dict[str, Right] = {
     "chat.jsonl": of_chat,
     "tokens.jsonl": of_tokens,
     "half/run.json": of_comparison,
+    "taught/metrics.json": of_expert,
     "metrics.jsonl": of_comparison,
     "whole/run.json": of_comparison,
     "whole/summary.json": of_comparison,

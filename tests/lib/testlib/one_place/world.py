@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from testlib.command import pipeline
-from testlib.one_place.commands import SWEEP
+from testlib.one_place.commands import SWEEP, TEACH
 
 WORDS = ["the", "of", "in", "to", "and", "model", "teacher", "student", "learns", "guides"]
 WORDS += ["writes", "reads", "small", "large"]
@@ -200,6 +200,10 @@ def make_world(root: Path) -> World:
     done("cache-teachers", root / "run.yaml")
     done("train-student", root / "run.yaml", "--out", root / "whole")
     done(*SWEEP.format(root=root).split()[:-1])
+    done(*TEACH.format(root=root).split())
+    whole = {"name": "whole", "model": str(root / "whole"), "task": "masked_lm"}
+    cache = values["cache"] | {"path": str(root / "new-student")}
+    write_yaml(root / "student.yaml", values | {"cache": cache, "teachers": [whole]})
     shutil.copytree(root / "whole", root / "half")
     interrupt(root / "half")
     found = World(root)

@@ -70,13 +70,13 @@ def trainer_of(kind, config, model, distillation, out, *, batch=BATCH, each=1, *
         "use_cpu": True,
         "seed": SEED,
     }
-    built = more.pop("built", {})
+    own = (configured_adamw(model.parameters(), settings()), None)
+    built = {"optimizers": own} | more.pop("built", {})
     return kind(
         model=model,
         args=config(**arguments | more),
         train_dataset=data,
         distillation=distillation,
-        optimizers=(configured_adamw(model.parameters(), settings()), None),
         **built,
     )
 

@@ -1,0 +1,52 @@
+"""Whether a disk will take what is still to be written to it."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from rekindle.data.counted import shown_bytes
+
+log = logging.getLogger("rekindle")
+
+
+def free_near(path: Path) -> tuple[Path, int]:
+    """The existing folder nearest to ``path``, and the bytes that are free there."""
+    absolute = path.absolute()
+    nearest = next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
+    return nearest, shutil.disk_usage(nearest).free
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 of one that is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class Room:
+    """Warns once where the disk of ``folder`` will not take what a run writes there again and
+    again, by what the last ``what`` took. None of a store: its room is not known.
+
+    ``left``: how many are to come, and stay; without it each takes the place of an older one, once
+    it is written.
+    """
+
+    def __init__(self, folder: Path | None, what: str, left: int | None = None):
+        self.folder, self.what, self.left = folder, what, left
+
+    def after(self, took: int) -> None:
+        """One was written, of ``took`` bytes."""
+        if self.left is not None:
+            self.left -= 1
+        to_come = 1 if self.left is None else self.left
+        if self.folder is None or took * to_come <= 0:
+            return
+        where, free = free_near(self.folder)
+        if free >= took * to_come:
+            return
+        most = free // took
+        log.warning(
+            "%s: %s are free, and the last %s took %s: there is no room for %s. Make room now: a "
+            "full disk ends the run, which then goes on from what is written",
+            *(where, shown_bytes(free), self.what, shown_bytes(took)),
+            f"more than {most:,} of the {to_come:,} to come" if most else "another one",
+        )
+        self.folder = None  # told once

@@ -1,0 +1,33 @@
+"""What a finished run came to: its summary.json, read whole or refused by its key."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from rekindle.data.settings import Settings, parse_settings
+from rekindle.train.model.unfinished import SUMMARY_FILE
+from rekindle.train.record.run_folder import read_record, reading
+
+
+class _Summary(Settings):
+    """The types of what is in it; older runs have less."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    steps: int = Field(0, ge=0)
+    seconds: float = 0.0
+    evaluation: dict[str, float] = Field(default_factory=dict)
+    coverage: dict[str, float] = Field(default_factory=dict)
+    best: dict[str, object] | None = None
+
+
+def read_summary(run: Path, advice: str = "") -> dict[str, Any]:
+    """Return what a finished run came to; nothing of another. Raises CheckpointError, naming the
+    key, for a damaged summary.
+    """
+    path = run / SUMMARY_FILE
+    found = read_record(path, advice) or {}
+    with reading(path, advice):
+        parse_settings(_Summary, found)
+    return found
