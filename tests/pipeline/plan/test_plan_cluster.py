@@ -104,7 +104,7 @@ def test_an_unknown_corpus_is_told():
 
 
 def test_a_cache_that_has_all_takes_no_time_and_no_requests():
-    done = work(seconds_per_token=0.0)
+    done = work(seconds=0.0)
     said = cluster_lines(on_nodes(planned(done), 2, Assumptions()))[0]
     assert "0 GPU hours" in said
     assert "requests/s" not in said
