@@ -27,7 +27,16 @@ from rekindle.data.places import expanded
 
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
-Place = Annotated[str, AfterValidator(expanded)]  # of a configuration
+
+
+def _named(place: str) -> str:
+    """The place; ValueError where it names none: nothing would be the folder that one is in."""
+    if not place.strip() or "\0" in place:
+        raise ValueError("must name a file, a folder or an id; give one, or leave the key out")
+    return expanded(place)
+
+
+Place = Annotated[str, AfterValidator(_named)]  # of a configuration
 
 
 def in_list(value: object) -> object:

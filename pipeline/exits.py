@@ -139,6 +139,7 @@ _ADVICE = {
     errno.EDQUOT: "make room within the quota, and give the same line again",
     errno.EFBIG: "give a place on a file system (or under a `ulimit -f`) for files of that size",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ELOOP: "a symbolic link leads back to itself; give the place itself",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

@@ -9,16 +9,18 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit
 from rekindle.data.storage.shards import Shard, ShardSet
-from rekindle.data.storage.units import place_of
+from rekindle.data.storage.units import UnitPlace, place_of
 from rekindle.data.targets.kinds.base import TargetKind
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import check_owner
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.scalars import FACT, ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.views.reader import check_aligned
 from rekindle.data.writing import write_options
 
 Done = Callable[[Commit], object]
@@ -33,19 +35,20 @@ def copy_units(
 
     Raises CacheError where a unit is damaged, or of another teacher.
     """
-    shards = ShardSet(corpus.store, info.folder)
+    shards, columns = ShardSet(corpus.store, info.folder), [*kind_of(info).schema({})]
     target = ShardSet(made, info.model_copy(update=changed).folder)
     present, reader = {*target.committed()}, TeacherReader(corpus, [info])
     for unit, commit in shards.committed().items():
         if unit not in present:
-            shard = shards.open(commit, direct=True)
+            shard = shards.open(commit, fields=columns, direct=True)
             stated = check_owner(shard, info)
             kind = kind_of(stated.model_copy(update=changed))
             about = {k: v for k, v in shard.metadata.items() if k not in OF_SCHEMA}
             schema = kind.schema(about)
-            batches = _as_they_are(shard, schema)
+            place = _place(corpus, shard)
+            batches = _as_they_are(corpus, shard, place[0], schema)
             if "codec" in changed:
-                batches = _transcoded(reader, commit, kind, schema)
+                batches = _transcoded(reader, commit, place, kind, schema)
             facts = {fact: value for fact, value in commit.facts.items() if fact != FACT}
             sums = ScalarSums()
             target.write(
@@ -60,17 +63,28 @@ def copy_units(
         done(commit)
 
 
-def _as_they_are(shard: Shard, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _place(corpus: Corpus, shard: Shard) -> UnitPlace:
+    """Which unit it is; CacheFormatError where it is none of the corpus."""
+    place = place_of(shard.commit.unit)
+    if place is None or place[0] >= len(corpus.commits):
+        raise CacheFormatError(f"{shard.name} is of no corpus shard, by its name")
+    return place
+
+
+def _as_they_are(
+    corpus: Corpus, shard: Shard, number: int, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    """The record batches of a unit, which are those of the corpus's rows."""
     for index in range(shard.batch_count):
-        yield pa.RecordBatch.from_arrays(shard.batch(index, keep=False).columns, schema=schema)
+        batch = shard.batch(index, keep=False)
+        check_aligned(batch, corpus, number, index, shard.name, shard.commit.rows_per_batch)
+        yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
 
 
 def _transcoded(
-    reader: TeacherReader, commit: Commit, kind: TargetKind, schema: pa.Schema
+    reader: TeacherReader, commit: Commit, place: UnitPlace, kind: TargetKind, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a unit, checked as a reader checks them, in the record batches of ``kind``."""
-    place = place_of(commit.unit)
-    assert place is not None  # its shard was of the teacher
     shard, replica = place
     digests = reader.corpus.shard(shard).table()["digest"].to_pylist()
     each = commit.rows_per_batch

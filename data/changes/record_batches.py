@@ -1,6 +1,7 @@
 """How many rows the record batches of a teacher's targets have, by its codec."""
 
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import unusable
 from rekindle.data.storage.commits import ROWS_PER_BATCH
 from rekindle.data.targets.codec_compact import compact_rows
 from rekindle.data.targets.codec_registry import CODECS
@@ -14,9 +15,9 @@ def rows_of_codec(corpus: Corpus, info: TeacherInfo, codec: str) -> int:
         return ROWS_PER_BATCH
     share = 1.0
     if info.shown.masked:
-        masks = ViewReader(corpus, info.view).identity["mask"]
-        if masks["policy"] == "hard" and info.imported is None:
-            share = masks["limit"] or 1.0
-        else:
-            share = masks.get("probability", 1.0)
+        told = f"{corpus.store.location}/views/{info.view} does not say how much is masked"
+        with unusable(told, KeyError, TypeError, ValueError, AttributeError):
+            masks = ViewReader(corpus, info.view).identity["mask"]
+            hard = masks["policy"] == "hard" and info.imported is None
+            share = float((masks["limit"] or 1.0) if hard else masks.get("probability", 1.0))
     return compact_rows(corpus.info["config"]["sequence_length"] * share)

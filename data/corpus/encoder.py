@@ -16,7 +16,7 @@ from rekindle.data.corpus.encoded import (
     encoded_texts,
     lengths_of,
 )
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, first_words
 from rekindle.data.forms.dialogue import MOST_NAMES, meant_as_token
 from rekindle.data.forms.marks import Marks
 from rekindle.data.forms.spans import tokens_in
@@ -37,8 +37,14 @@ class Encoder:
     backend: "Backend"
 
     def encodings(self, texts: Sequence[str]) -> "list[Encoding]":
-        """What the tokenizers library makes of each."""
-        return self.backend.encode_batch(texts, add_special_tokens=False)
+        """What the tokenizers library makes of each; InputError where it cannot encode one."""
+        try:
+            return self.backend.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library's own are of no closer kind
+            raise InputError(
+                f"a tokenizer cannot encode a text: {first_words(error)}. One that does not know "
+                "every character needs an unknown token (unk_token) that is in its vocabulary"
+            ) from error
 
     def texts(self, texts: Sequence[str]) -> EncodedTexts:
         """The tokens of each."""

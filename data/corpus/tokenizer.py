@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.corpus.encoder import NEWEST_CUT, Encoder
 from rekindle.data.corpus.tokenizer_files import read_tokenizer_files
-from rekindle.data.errors import InputError
+from rekindle.data.errors import InputError, naming
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -111,6 +111,9 @@ def wrap_tokenizer(
     backend.encode_special_tokens = special_names_are_text
     added = hf.added_tokens_decoder
     special = {*hf.all_special_ids, *(id for id, token in added.items() if token.special)}
+    encoder = Encoder(backend)
+    with naming(f"tokenizer {name!r}"):
+        encoder.encodings(["a"])
     prefix, suffix = _affixes(backend)
     known = hf.get_vocab()
     vocabulary = sorted(zip(known.values(), known, strict=True))
@@ -128,7 +131,7 @@ def wrap_tokenizer(
         special_ids=frozenset(special),
         prefix=prefix,
         suffix=suffix,
-        encoder=Encoder(backend),
+        encoder=encoder,
     )
 
 

@@ -281,6 +281,12 @@ class UnitRun:
         prefix, suffix = self.teacher.tokenizer.prefix, self.teacher.tokenizer.suffix
         room = self.teacher.max_length - len(prefix) - len(suffix)
         whole = np.array([len(text.ids) for text in texts], np.int64) + len(prefix) + len(suffix)
+        if len(whole) > 1 and not whole.any():
+            raise InputError(
+                f"teacher {self.info.name!r}: its tokenizer makes no token of any of "
+                f"{len(whole)} texts, so it would judge none. Save the tokenizer that it was "
+                f"trained with into its folder ({self.info.model})"
+            )
         self._tell_cut(whole)
         wrapped = (np.concatenate([prefix, text.ids[:room], suffix]) for text in texts)
         return [ids.astype(np.int64) for ids in wrapped], room

@@ -148,8 +148,9 @@ def cluster_lines(plan: ClusterPlan) -> list[str]:
         rate = plan.assumed["tokens_per_second"]
         basis = "" if rate else ", each GPU as fast as this process was with the probe"
         time = f"{shown_seconds(plan.seconds)}, {plan.gpu_hours:,.0f} GPU hours{basis}"
-        written = shown_bytes(round(plan.bytes_per_second or 0))
-        time += f"; {written}/s a node and {plan.writes_per_second:,.1f} requests/s to write"
+        if plan.writes_per_second is not None:  # or the cache has all of it
+            written = shown_bytes(round(plan.bytes_per_second or 0))
+            time += f"; {written}/s a node and {plan.writes_per_second:,.1f} requests/s to write"
         dollars = f"{plan.gpu_dollars:,.0f} for GPUs, "
     lines = [
         f"on {counted(plan.nodes, 'node')} of {plan.assumed['gpus_per_node']} GPUs: {time}",

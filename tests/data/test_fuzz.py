@@ -18,14 +18,16 @@ import pyarrow as pa
 import pytest
 
 from rekindle.data.cache import Cache, write_manifest
-from rekindle.data.errors import CacheError
+from rekindle.data.errors import CacheError, RekindleError
 from rekindle.data.storage import shards
+from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.seal import SEAL
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
 from rekindle.data.views.pairs import PairView
 from rekindle.pipeline.checks.verify import verify_cache
+from testlib.changes.changing import change
 from testlib.fuzz.cases import MUTATORS, RESIDENT, cases_of, explained, peak, run_cases
 from testlib.fuzz.reading import read_everything
 from testlib.fuzz.signed import batches_of
@@ -122,6 +124,31 @@ def test_a_small_file_does_not_fill_the_memory(templates, tmp_path):
         finally:
             os._exit(2)
     assert os.waitpid(process, 0)[1] == 0
+
+
+def changes_of(cache):
+    """Each teacher renamed, and transcoded as far as it can be."""
+    for name in sorted(path.name for path in (cache / "targets").iterdir()):
+        yield from (("rename", name, "x"), ("rename", "x", name))
+        yield from (("transcode", name, codec) for codec in ("compact", "default"))
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(400, marks=pytest.mark.slow)])
+def test_teachers_of_strangers_are_changed_or_refused(templates, tmp_path, monkeypatch, count):
+    """A copy that was half made has another attempt's name than what is there."""
+    monkeypatch.setattr(shards, "new_attempt", new_attempt)
+    refused = 0
+    for template, mutator, seed in cases_of(templates, count, 70_000):
+        root = tmp_path / "cache"
+        shutil.copytree(templates[template], root)
+        MUTATORS[mutator](Stranger(root, random.Random(f"{template} {mutator} {seed}")))
+        for asked in changes_of(root):
+            try:
+                change(root, asked)
+            except RekindleError:
+                refused += 1
+        shutil.rmtree(root)
+    assert refused
 
 
 @pytest.mark.slow

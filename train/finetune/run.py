@@ -43,6 +43,7 @@ from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.files import place
+from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, tell_slow
@@ -271,7 +272,14 @@ def _start(job: _Job) -> PreTrainedModel:
     """What training begins with: a fresh head, or a student's distilled one."""
     if job.config.head is not None:
         return distilled_model(job.model, job.config.head, job.data["train"])
-    return load_classifier(job.model, job.tokenizer, job.data["train"])
+    network = load_classifier(job.model, job.tokenizer, job.data["train"])
+    if moved_by_padding(network):
+        logger.info(
+            "%s lets padding change what it says: trained in padded batches, it is scored on texts "
+            "of one length together",
+            type(network).__name__,
+        )
+    return network
 
 
 def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:

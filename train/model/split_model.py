@@ -154,7 +154,10 @@ class SplitLanguageModel:
         """
         if not self._hooked:
             states = self.states(inputs)
-            return states.flatten(0, 1)[select.to(states.device)], states
+            rows, weight = states.flatten(0, 1)[select.to(states.device)], self._output.weight
+            if weight.is_floating_point() and weight.dtype.itemsize < rows.dtype.itemsize:
+                rows = rows.to(weight.dtype)  # Mamba's states stay in float32, as its residuals do
+            return rows, states
         self._select = select
         try:
             picked = self.model(**self._read(inputs)).logits

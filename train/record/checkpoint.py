@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
+from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
 from rekindle.data.storage.seal import damage, seal, unseal
@@ -49,6 +51,26 @@ TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MOMENTS = (OPTIMIZER_FILE, "optimizer-*-of-*.safetensors")
 VERSION = 2
+
+
+class _Best(Settings):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    step: int = Field(ge=0)
+    name: str = ""
+    value: float = 0.0
+
+
+class _State(Settings):
+    """The types of what a checkpoint says of itself; older ones say less."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+
+    step: int = Field(ge=0)
+    files: dict[str, str]
+    seconds: float = 0.0
+    coverage: dict[str, int] | None = None
+    best: _Best | None = None
 
 
 def restore(
@@ -187,6 +209,12 @@ def _state_of(path: Path) -> tuple[dict[str, Any], str]:
             f"checkpoint {path} is of version {version!r}; this version of Rekindle reads up to "
             f"{VERSION}. Go on with the newer one that wrote it"
         )
+    try:
+        parse_settings(_State, state)
+    except InputError as error:
+        return {}, f"{TRAINER_FILE}: {error}"
+    if path != checkpoint_folder(path.parents[1], state["step"]):
+        return {}, f"{TRAINER_FILE} is of step {state['step']}"
     return state, ""
 
 

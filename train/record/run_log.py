@@ -112,8 +112,6 @@ def _problem(record: object) -> str:
         return "is no JSON object"
     if not isinstance(record.get("kind"), str):
         return "has no kind (train, or evaluate)"
-    if record["kind"] == "train" and "loss" not in record:
-        return "has no loss"
     for name, value in record.items():
         if name != "kind" and type(value) not in (int, float):
             return f"has {value!r} for {name}, which must be a number"

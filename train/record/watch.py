@@ -89,5 +89,6 @@ def recent_losses(
     """The last losses of a run's metrics up to ``until`` steps, for a watch that goes on;
     ``weights`` of a step (0-based).
     """
-    kept = [r for r in records if r["kind"] == "train" and r["step"] <= until]
+    trained = (r for r in records if r["kind"] == "train" and "loss" in r)
+    kept = [r for r in trained if r["step"] <= until]
     return [(r["loss"], weights(r["step"] - 1)) for r in kept[-(WINDOW + LATEST) :]]

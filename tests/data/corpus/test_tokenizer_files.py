@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from rekindle.data.corpus import tokenizer_files
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -48,6 +50,17 @@ def test_a_configuration_that_is_none_is_no_fault_of_the_tokenizer(changed):
     told = refused(changed("config.json", wrong), "tokenizer/config.json cannot be used")
     assert "hidden_size" in told
     assert not told.startswith("tokenizer ")
+
+
+@pytest.mark.parametrize("text", ["a", "b"])
+def test_a_character_that_a_tokenizer_does_not_know_wants_an_unknown_token(tmp_path, text):
+    """The library raises a bare Exception: as it is read here, or at a text."""
+    known = {"<pad>": 0} | ({"a": 1} if text == "b" else {})
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(known)), pad_token="<pad>"
+    ).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"cannot encode a text: .*needs an unknown token"):
+        load_tokenizer(str(tmp_path)).encode([text])
 
 
 @pytest.mark.parametrize(

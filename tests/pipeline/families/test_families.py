@@ -1,6 +1,7 @@
 """Families of models in each role, held against transformers' own forward pass; and their page."""
 
 import copy
+import operator
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,9 @@ CASES = [
     pytest.param(family, id=family.title, marks=[] if family.quick else [pytest.mark.slow])
     for family in FAMILIES
 ]
+TITLE = operator.attrgetter("title")
+# torch has no Fourier transform, which is FNet's mixing, in bfloat16.
+HALVES = [f for f in FAMILIES if TEACHER not in f.refused and f.kind != "fnet"]
 GUIDES = {family.task: family for family in FAMILIES if family.title in ("BERT", "GPT-2")}
 OF_STATES = 1e-3  # hidden states are kept in 16 bits
 RATE = 0.01  # of the step that a student takes
@@ -69,6 +73,31 @@ def test_as_a_teacher(grid, family):
         assert sorted(places.tolist()) == [*own]
         checked += len(places)
     assert checked > 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", HALVES, ids=TITLE)
+def test_as_a_teacher_in_half_precision(tmp_path, one_thread, family):
+    """As near to transformers' own bfloat16 as nothing beside what that rounds."""
+    grid = Grid(tmp_path, {"dense": TARGETS["dense"]}, precision="bf16")
+    model = grid.model(family, TEACHER)
+    half = getattr(transformers, AUTO[family.task]).from_pretrained(model, dtype=torch.bfloat16)
+    cached, own, exact = [], [], []
+    for example in examples(grid.cache(family, TEACHER)):
+        for target in example.targets[f"{name_of(family)}-dense"]:
+            inputs = {"input_ids": torch.as_tensor(target.input_ids).long()[None]}
+            with torch.no_grad():
+                rounded = half.eval()(**inputs).logits[0]
+            logits = logits_of(model, AUTO[family.task], input_ids=target.input_ids)
+            for values, found in ((own, rounded), (exact, logits)):
+                log_probs = torch.log_softmax(found[:, :TOKENS].float(), -1)
+                values.append(log_probs[target.positions])
+            cached.append(torch.as_tensor(target.log_probs))
+    found, rounded, precise = map(torch.cat, (cached, own, exact))
+    rounding = float((rounded - precise).abs().mean())
+    assert rounding > 1e-4
+    assert float((found - rounded).abs().mean()) < 0.5 * rounding
+    assert float((found - precise).abs().mean()) < 1.2 * rounding
 
 
 @pytest.mark.parametrize("family", CASES)

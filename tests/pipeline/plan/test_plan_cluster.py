@@ -103,6 +103,13 @@ def test_an_unknown_corpus_is_told():
         on_nodes(planned(sequences=None), 2, Assumptions())
 
 
+def test_a_cache_that_has_all_takes_no_time_and_no_requests():
+    done = work(seconds=0.0)
+    said = cluster_lines(on_nodes(planned(done), 2, Assumptions()))[0]
+    assert "0 GPU hours" in said
+    assert "requests/s" not in said
+
+
 def test_the_command(tmp_path, configure, teachers, command):
     run = tmp_path / "run.yaml"
     run.write_text(dump_config(configure(Path("runs/cache"), teachers[3:4])))

@@ -64,6 +64,18 @@ def test_the_split_gives_the_models_logits_and_gradients(name):
         )
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "gpt2"])
+def test_half_precision_is_the_models_own(name):
+    """Some keep their states in float32 then, and round them before the output matrix."""
+    model = language_model(name).bfloat16()
+    inputs, select = padded_batch()
+    split = SplitLanguageModel(model, causal=True)
+    with torch.no_grad():
+        found = split.head.logits(split.hidden(inputs, select)[0])
+        plain = model(**inputs).logits.flatten(0, 1)[select].float()
+    assert float((found - plain).abs().mean()) < 2e-3
+
+
 @pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "modernbert", "llama"])
 def test_the_split_leaves_the_model_as_it_was(name):
     model = language_model(name)

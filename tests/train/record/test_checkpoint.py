@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import CheckpointError
+from rekindle.data.storage.seal import seal, unseal
 from rekindle.train.config import StudentConfig
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.model.network import HeadConfig
@@ -196,6 +197,30 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, make_student, caplog, fil
         assert restore(tmp_path, other, fresh)["step"] == 1
     assert "step-00000002 is damaged" in caplog.text
     assert same(state(other, fresh), good)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"step": None}, "step: Input should be a valid integer"),
+        ({"step": 1}, "is of step 1"),
+        ({"best": "None"}, "best: "),
+        ({"coverage": {"positions_neither": [1]}}, "coverage: "),
+        ({"files": {"config.json": 3}}, "files: "),
+    ],
+)
+def test_what_a_signed_checkpoint_says_is_of_its_types(
+    tmp_path, make_student, caplog, change, told
+):
+    student, optimizer = make_student()
+    save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=3)
+    path = save_checkpoint(tmp_path, 2, student, optimizer, {}, keep=3) / "trainer.json"
+    body = unseal(json.loads(path.read_bytes()), "trainer.json") | change
+    path.write_bytes(seal({k: v for k, v in body.items() if k != "format_version"}))
+    found, _ = latest_checkpoint(tmp_path)
+    assert found.name == "step-00000001"
+    assert f"step-00000002 is damaged (trainer.json{': ' * (':' in told)}" in caplog.text
+    assert told in caplog.text
 
 
 def test_without_a_sound_checkpoint_nothing_is_trained_again(tmp_path, make_student):

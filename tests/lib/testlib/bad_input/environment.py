@@ -41,6 +41,9 @@ OUTPUTS = (
         "exists and is no export", "give another --out"),
     Bad("a demo in place of a file", "demo --quick --out run.yaml", "run.yaml",
         "is not empty and holds no demo", "give another --out"),
+    Bad("a link that leads to itself", "inspect loop", "loop/cache.json",
+        "Too many levels of symbolic links", "give the place itself",
+        lambda place: (place / "loop").symlink_to("loop")),
     Bad("a name that is too long", f"init uegp --out {'x' * 300}", "xxxx", "File name too long",
         "give a shorter name"),
 )  # fmt: skip

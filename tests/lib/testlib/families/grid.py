@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from rekindle.pipeline.config import RunConfig
 from testlib.families.kinds import EXPERT, STUDENT, TEACHER, WORDS, Family, save_tokenizer
 from testlib.families.rows import FAMILIES
 
-TARGETS = {
+Targets = Mapping[str, Mapping[str, Any]]
+TARGETS: Targets = {
     "topk": {"kind": "topk", "k": 8},
     "dense": {"kind": "dense"},
     "hidden": {"kind": "hidden"},
@@ -23,8 +25,9 @@ LENGTHS = (3, 20, 9, 1, 15, 30, 5, 12)  # words of the texts: of the fourth noth
 class Grid:
     """Folders of models and, by task, a cache of teachers and experts over the same texts."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, targets: Targets = TARGETS, precision: str = "fp32"):
         self.folder, self.cached = folder, dict[tuple[str, str], None]()
+        self.targets, self.precision = targets, precision
         draw = random.Random(0)
         texts = [" ".join(draw.choices(WORDS, k=length)) for length in LENGTHS]
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -48,6 +51,7 @@ class Grid:
         """
         if (family.title, role) not in self.cached:
             together = [f for f in FAMILIES if f.quick and f.task == family.task]
+            together = together if self.targets is TARGETS else []
             asked = [(f, r) for f in together for r in (TEACHER, EXPERT) if r not in f.refused]
             if (family, role) not in asked:
                 asked = [(family, role)]
@@ -72,11 +76,12 @@ class Grid:
     def teachers(self, family: Family, role: str) -> list[dict[str, Any]]:
         """Its parts of a run file; two kinds of targets are taken in the same passes."""
         about = {"model": str(self.model(family, role)), "task": family.task}
+        about |= {"precision": self.precision}
         if role == EXPERT:
             return [about | {"name": name_of(family), "task": "sequence_classification"}]
         return [
             about | {"name": f"{name_of(family)}-{kind}", "targets": targets}
-            for kind, targets in TARGETS.items()
+            for kind, targets in self.targets.items()
         ]
 
 

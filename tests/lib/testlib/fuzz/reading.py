@@ -9,6 +9,7 @@ from rekindle.data.batch import SequenceTargetBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, RekindleError
 from rekindle.data.storage.cuts import RowTexts
+from rekindle.pipeline.checks.teachers import list_teachers
 from rekindle.pipeline.checks.verify import verify_cache
 from rekindle.train.order.held_out import split_corpus
 
@@ -45,6 +46,7 @@ def steps_of(path):
         return
     cache = opened[0]
     everything = np.arange(min(len(cache), 1000))
+    yield "teachers", lambda: list_teachers(str(path), as_json=True)
     yield "split", lambda: split_corpus(cache, 0.1)
     for index in {0, len(everything) // 2, len(everything) - 1} & set(everything.tolist()):
         yield f"example {index}", lambda index=index: checked_example(cache, cache.example(index))

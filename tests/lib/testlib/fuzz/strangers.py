@@ -20,7 +20,8 @@ class Stranger:
     def __init__(self, root, draw=None):
         self.root, self.draw = root, draw or random.Random(0)
         self.files = sorted(p for p in root.rglob("*") if p.is_file())
-        self.data = [p for p in self.files if p.suffix == ".arrow"]
+        # Not the roll-ups of records, which no record speaks of.
+        self.data = [p for p in self.files if p.suffix == ".arrow" and p.parent.name == "data"]
         self.sealed = [
             p for p in self.files if p.suffix == ".json" and b'"record"' in p.read_bytes()
         ]

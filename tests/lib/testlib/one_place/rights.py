@@ -116,22 +116,27 @@ def of_chat(world: World, made: Made, found: Any, expected: Any) -> str:
     if made.command == "generate":
         others = [n for n in range(len(expected)) if n != int(made.line) - 1]
         return "" if all(same(found[n], expected[n]) for n in others) else "other rows differ"
-    said = [
-        plain.pieces(world.root / "student", text_of(message.get("content")))
-        for row in plain.records(world.root / made.file)
-        for message in row["messages"]
-        if message["role"] == "assistant"
-    ]
-    given = [
-        number
-        for row in shard_rows(world, "new-chat")
-        for number, is_trained in zip(row["input_ids"], row["trained"], strict=True)
-        if is_trained and number not in ENDS
-    ]
-    wanted = [number for ids in said for number in ids if number not in ENDS]
-    if given != wanted:
-        return f"{len(given)} tokens are trained, which are not the {len(wanted)} of the file"
+    rows = {row["document"]: row for row in shard_rows(world, "new-chat")}
+    for number, record in enumerate(plain.records(world.root / made.file), 1):
+        said = "".join(
+            text_of(message.get("content")) + " "
+            for message in record["messages"]
+            if message["role"] == "assistant"
+        )
+        wanted = [one for one in plain.pieces(world.root / "student", said) if one not in ENDS]
+        row = rows.get(f"chat.jsonl:{number}")
+        if row is None:  # nothing to learn, or all of it was cut
+            if wanted and len(str(record)) < LONG:
+                return f"dialogue {number} is missing"
+            continue
+        each = zip(row["input_ids"], row["trained"], strict=True)
+        given = [one for one, is_trained in each if is_trained and one not in ENDS]
+        if given != wanted[: len(given)] or (len(given) < len(wanted) and len(str(record)) < LONG):
+            return f"dialogue {number} has {given} trained, not {wanted}"
     return sound(world, "new-chat")
+
+
+LONG = 300  # characters of a record, of which some may be cut
 
 
 def text_of(content: Any) -> str:

@@ -193,7 +193,7 @@ def make_world(root: Path) -> World:
         corpus |= {"source": [str(root / f"{name}.jsonl")], "format": form}
         causal = {"name": "said", "model": str(root / "causal"), "task": "causal_lm"}
         teachers = values["teachers"] if form == "text" else [causal | {"targets": {"k": 4}}]
-        other = {"corpus": corpus | {"sequence_length": 24}, "teachers": teachers}
+        other = {"corpus": corpus | {"sequence_length": 64}, "teachers": teachers}
         other["cache"] = values["cache"] | {"path": str(root / f"new-{form}")}
         write_yaml(root / f"{form}.yaml", values | other)
     write_cycle(root, values)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
@@ -115,6 +116,21 @@ def test_an_experts_logits_are_the_models_own(expert_cache, experts, name):
     assert max(lengths) == longest if longest < 48 else len(lengths) > 8
     if "pairs" in expert and expert["pairs"] != "random":
         assert len(lengths) < len(expert_cache)  # sequences without a pair are there as well
+
+
+def test_an_expert_whose_tokenizer_makes_nothing_of_the_texts_is_refused(
+    tmp_path, configure, make_model, wordpiece
+):
+    """Another family's, loaded as its own: transformers does that by the model's kind."""
+    model = Path(shutil.copytree(make_model("bert", CLASSIFIER, wordpiece), tmp_path / "expert"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"<pad>": 0}, [])), pad_token="<pad>"
+    ).save_pretrained(model)
+    teacher = {"name": "deaf", "model": str(model), "task": "sequence_classification"}
+    with pytest.raises(
+        InputError, match=r"'deaf': its tokenizer makes no token of any of \d+ texts"
+    ):
+        cache_teachers(configure(tmp_path / "cache", [teacher]))
 
 
 WORDS_TEXT = [
