@@ -107,7 +107,7 @@ def test_a_damaged_record_is_no_reason_for_a_traceback(tmp_path, content):
 MAY_CHANGE = {
     *("micro_batch_sequences", "gradient_checkpointing", "compile", "parallel", "prefetch_threads"),
     *("checkpoint_every", "keep_checkpoints", "keep_best", "explosion_factor"),
-    "log_gradients_every",
+    *("log_gradients_every", "report_to"),
 }
 
 
