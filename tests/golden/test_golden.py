@@ -60,9 +60,8 @@ def same(found: object, expected: object) -> bool:
 
 
 def test_there_is_one_per_format_version():
-    versions = [
-        n for n in range(1, manifest.NEWEST + 1) if n != CHANGING
-    ]  # which no cache stays in
+    """Of each that a cache stays in."""
+    versions = [n for n in range(1, manifest.NEWEST + 1) if n != CHANGING]
     assert [path.name for path in CACHES] == [f"cache-v{n}" for n in versions]
     for version, path in enumerate(CACHES, 1):
         assert manifest.read_manifest(LocalStore(path))["format_version"] == version
