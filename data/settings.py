@@ -37,6 +37,7 @@ def _named(place: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_named)]  # of a configuration
+PlaceOrNone = Annotated[str, AfterValidator(lambda place: place and _named(place))]  # "": left out
 
 
 def in_list(value: object) -> object:

@@ -39,9 +39,11 @@ from rekindle.pipeline.commands.options import (
 from rekindle.pipeline.commands.teachers import teachers
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
+    INTERRUPTED,
     errors_as_exit_codes,
     is_main,
     leave,
+    line_again,
     resumable,
     usage_as_input_errors,
 )
@@ -360,6 +362,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with terminal(), errors_as_exit_codes(), usage_as_input_errors():
         code = app(prog_name="pipeline", standalone_mode=False)
+    if code == INTERRUPTED:  # before a command had begun to say what an interrupt leaves
+        say(f"\ninterrupted. To run it again: {line_again()}")
     sys.exit(code or 0)
 
 

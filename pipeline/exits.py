@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rekindle.pipeline.progress import Progress
 
 
+INTERRUPTED = 130  # exit code
+
+
 def is_main() -> bool:
     """Whether this is the only process, or torchrun's first."""
     return not one_of_many() or launched().rank == 0
@@ -91,7 +94,7 @@ def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterato
 
         for process in multiprocessing.active_children():
             process.kill()
-        leave(130)
+        leave(INTERRUPTED)
 
 
 def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
@@ -162,8 +165,8 @@ def errors_as_exit_codes() -> Iterator[None]:
             say(f"error: {error}")
         _fail(error.exit_code)
     except KeyboardInterrupt:
-        say("\ninterrupted")
-        leave(130)
+        say(f"\ninterrupted. To run it again: {line_again()}")
+        leave(INTERRUPTED)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.errno is None or (error.filename is None and not full):

@@ -1,9 +1,11 @@
 """The train-student command: opens the cache, finds the student's view, trains, shows progress."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.remarks import asked_otherwise
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
 from rekindle.data.targets.reading.extent import Extent, Kept
@@ -20,6 +22,8 @@ from rekindle.train.order.length import in_steps
 from rekindle.train.record.identity import as_run_began, recorded_extent, steps_of_run
 from rekindle.train.record.stored_run import write_finished
 from rekindle.train.record.working_copy import place_of
+
+log = logging.getLogger("rekindle")
 
 RUN_YAML = "run.yaml"  # the whole configuration, in a run's folder
 
@@ -39,6 +43,8 @@ def train_from_config(
     config.check_single()
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
+    if told := asked_otherwise(config.corpus, cache.corpus):
+        log.warning("%s", told)
     make_missing(student)  # in every process: another machine has a home of its own
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (

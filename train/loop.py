@@ -161,7 +161,8 @@ def _begin(
     measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
     mesh = world.mesh(config.parallel)
 
-    build = partial(prepare, cache, student_config, config, masked_view, world, measure)
+    of_run = (cache, student_config, config, masked_view, world, measure)
+    build = partial(prepare, *of_run, goes_on=resume)
     grows = student_config.grow is not None
     if mesh is None:
         prepared, in_shards = world.agree(lambda: build(False)), None

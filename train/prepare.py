@@ -74,11 +74,13 @@ def prepare(
     world: World,
     measure: int = MEASURE,
     deferred: bool = False,
+    goes_on: bool = False,
 ) -> Prepared:
     """Check all that can be checked, and build the student; writes nothing, waits for nobody.
 
     ``measure``: the rule by which the run measures held-out values, that it was begun with.
     ``deferred``: the student has no memory yet; Undeferrable where it cannot be built so.
+    ``goes_on``: the run was begun before, so that targets of its first steps may be gone.
     """
     if why := lora_excludes(student_config, config):
         raise InputError(why)
@@ -91,7 +93,7 @@ def prepare(
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
-        if world.main:
+        if world.main and not goes_on and name in objective.taught:
             cache.teacher(name).look()
         if told := _told_of_pairs(cache.teacher(name)):
             log.warning("%s", told)

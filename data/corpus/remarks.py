@@ -3,6 +3,7 @@
 import numpy as np
 
 from rekindle.data.corpus.columns import CUT, LEARNT
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
 from rekindle.data.counted import counted
@@ -31,6 +32,22 @@ def special_names(corpus: Corpus) -> int:
     versions before format 3 did not.
     """
     return int(np.nansum(corpus.units.numbers("special_names")))
+
+
+_ASKED = ("sequence_length", "packing", "text_field", "pair_field", "limit_sequences")
+
+
+def asked_otherwise(config: CorpusConfig, corpus: Corpus) -> str | None:
+    """What a run file asks of the text that this corpus is not; None where they agree. For who only
+    reads it: what it was made of counts.
+    """
+    asked, made = config.model_dump(mode="json"), dict(corpus.info["config"])
+    other = [
+        f"{key} {made.get(key)} (the run file says {asked[key]})"
+        for key in _ASKED
+        if key in config.model_fields_set and asked[key] != made.get(key)
+    ]
+    return f"the corpus of the cache has {', '.join(other)}: that is read" if other else None
 
 
 def _of_pairs(corpus: Corpus) -> list[str]:

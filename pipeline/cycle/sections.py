@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
-from rekindle.data.settings import Place, Settings, parse_settings
+from rekindle.data.settings import Place, PlaceOrNone, Settings, parse_settings
 from rekindle.data.settings_schema import KeysOf, one_or_many
 from rekindle.data.targets.schema import TeacherName
 from rekindle.pipeline.config import CacheConfig
@@ -37,7 +37,7 @@ Metric = Literal[
 class CycleCacheConfig(CacheConfig):
     """Where the experts' outputs go; as in a run, but for the path's default."""
 
-    path: Place = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
+    path: PlaceOrNone = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
 
 
 class CycleCorpusConfig(CorpusConfig):

@@ -123,7 +123,7 @@ def test_the_line_is_what_was_typed_with_every_option(name, monkeypatch):
         value = known.get(one.name, f"the {one.name}'s")
         if one.opts == [one.name]:  # an argument
             typed.append(value)
-        elif one.name != "help":
+        elif one.name not in ("help", "address"):  # that is of an executor which is not here
             typed += [one.opts[0], *([] if one.is_flag else [value])] * (1 + one.multiple)
     done = pipeline(*typed)
     assert done.returncode == 130, done.stderr

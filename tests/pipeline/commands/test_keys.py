@@ -52,7 +52,7 @@ def test_a_key_that_is_typed_as_an_option_is_answered_with_what_sets_it(
         FinetuneConfig.model_validate(values)
 
 
-@pytest.mark.parametrize("typed", ["finetune m --seed 3", "finetune m --nonsense", "doctor --lr 1"])
+@pytest.mark.parametrize("typed", ["finetune m --seed 3", "finetune m --nonsense", "gc c --lr 1"])
 def test_what_is_no_key_or_begins_an_option_is_left_to_the_option_parser(typed, command):
     code, told = command(typed)
     assert code == 2

@@ -68,3 +68,7 @@ def test_the_plain_loop_and_the_lightning_module(blocks, causal_world, monkeypat
     exec(loop, here)
     assert step() < before - 0.1
     assert isinstance(student.configure_optimizers(), torch.optim.AdamW)
+    student.trainer = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=here["data"]))
+    student.current_epoch = 5
+    student.on_train_epoch_start()
+    assert here["data"].epoch == 5

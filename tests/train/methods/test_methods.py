@@ -226,8 +226,8 @@ def test_one_teacher_of_a_method_and_a_term_is_read_once(masked_world, certainty
         ({"method": "certanty"}, r"methods.0.method: there is no method 'certanty'.*'certainty'"),
         ({"method": "replaced_token"}, "did you mean 'replaced_tokens'"),
         ({"method": "../x"}, "there is no method"),
-        ({"method": "certainty"}, "methods.0.*teacher.*required"),
-        ({"teacher": "big"}, "methods.0.method.*required"),
+        ({"method": "certainty"}, "methods.0.*teacher: is missing"),
+        ({"teacher": "big"}, "methods.0.method: is missing"),
         (
             {"method": "certainty", "teacher": "big", "weigth": 1},
             "methods.0: unknown key 'weigth'; did you mean 'weight'",

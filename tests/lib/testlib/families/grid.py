@@ -23,10 +23,10 @@ LENGTHS = (3, 20, 9, 1, 15, 30, 5, 12)  # words of the texts: of the fourth noth
 
 
 class Grid:
-    """Folders of models and, by task, a cache of teachers and experts over the same texts."""
+    """Folders of models, and caches of teachers and experts over the same texts."""
 
     def __init__(self, folder: Path, targets: Targets = TARGETS, precision: str = "fp32"):
-        self.folder, self.cached = folder, dict[tuple[str, str], None]()
+        self.folder, self.cached = folder, dict[tuple[str, str], Path]()
         self.targets, self.precision = targets, precision
         draw = random.Random(0)
         texts = [" ".join(draw.choices(WORDS, k=length)) for length in LENGTHS]
@@ -47,22 +47,23 @@ class Grid:
     def cache(self, family: Family, role: str) -> Cache:
         """The cache with the family's targets; InputError of those that are refused.
 
-        Those of the quick cases are made together, all others by themselves.
+        Those of the quick cases are made together, all others by themselves: an example is read
+        with the targets of every teacher in its cache.
         """
         if (family.title, role) not in self.cached:
             together = [f for f in FAMILIES if f.quick and f.task == family.task]
             together = together if self.targets is TARGETS else []
             asked = [(f, r) for f in together for r in (TEACHER, EXPERT) if r not in f.refused]
+            path = self.folder / family.task
             if (family, role) not in asked:
-                asked = [(family, role)]
-            cache_teachers(self.config(asked))
-            self.cached |= dict.fromkeys((f.title, r) for f, r in asked)
-        return Cache.open(self.folder / f"cache-{family.task}")
+                asked, path = [(family, role)], self.folder / f"cache-{name_of(family)}-{role}"
+            cache_teachers(self.config(asked, path))
+            self.cached |= dict.fromkeys(((f.title, r) for f, r in asked), path)
+        return Cache.open(self.cached[family.title, role])
 
-    def config(self, asked: list[tuple[Family, str]]) -> RunConfig:
+    def config(self, asked: list[tuple[Family, str]], path: Path) -> RunConfig:
         """A run file of the teachers and experts that are ``asked`` for, of one task."""
-        task = asked[0][0].task
-        cache: dict[str, Any] = {"path": str(self.folder / f"cache-{task}")}
+        task, cache = asked[0][0].task, dict[str, Any](path=str(path))
         if task == "masked_lm":  # the two replicas mask every token once between them
             cache |= {"replicas": 2, "mask": {"policy": "cover"}}
         corpus = {

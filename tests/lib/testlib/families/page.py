@@ -24,8 +24,8 @@ tiny models of random weights under transformers {PINNED["transformers"]} on a C
 - **teacher**: what stage 1 keeps of a padded batch of sequences of different lengths equals, at
   every masked position (encoders) or every next token (decoders), the log-probabilities of
   transformers' own forward pass of each sequence alone: whole distributions to {STATED},
-  top-k ones to their codec's precision. In bfloat16 they differ from transformers' own by less
-  than half of what that rounds.
+  top-k ones to their codec's precision. In bfloat16 they are as near to float32 as transformers'
+  own; FNet and DeBERTa (not v2 and v3) do not run in it on a CPU.
 - **student**: the loss of a step (KD and cross-entropy) and all its gradients equal those of
   transformers and torch alone to {STATED}; saved after the step, it is loaded by
   transformers with equal logits.
