@@ -74,14 +74,18 @@ def _mend(schema: Any) -> None:
             section.pop("title", None)
             keys = section["properties"]
             section["properties"] = {key: _or_nothing(one) for key, one in keys.items()}
+            if section.get("type") == "object" and not section.get("required"):
+                section["type"] = ["object", "null"]  # one that needs nothing may be left empty
 
 
 def _or_nothing(schema: Mapping[str, Any]) -> Schema:
     """The schema of a key, without its title: nothing is an empty section, list or mapping."""
     found = {key: value for key, value in schema.items() if key != "title"}
-    if "$ref" in found or found.get("type") in ("array", "object"):
-        told = {key: found.pop(key) for key in ("description", "default") if key in found}
-        return {"anyOf": [found, {"type": "null"}]} | told
+    if found.get("type") in ("array", "object"):
+        found["type"] = [found["type"], "null"]
+    if {"type": "null"} not in found.get("anyOf", [{"type": "null"}]):
+        for one in found["anyOf"]:  # where a number may stand in its place, a section is none
+            one |= {"type": "object"} if "$ref" in one else {}
     if _lists(found) and {"type": "null"} not in found["anyOf"]:
         found["anyOf"] = [*found["anyOf"], {"type": "null"}]
     return found

@@ -63,6 +63,15 @@ def test_a_value_of_another_type_and_an_unknown_key_are_underlined(section: type
             assert not check.is_valid(values), (key, value, told)
 
 
+def test_the_message_names_the_key() -> None:
+    """Of a section, too: it is no choice between a section and nothing."""
+    whole = {"corpus": {"source": "a", "tokenizer": "t"}, "cache": {"path": "c"}}
+    check = Draft202012Validator(file_schema("run"))
+    for wrong, told in (({"train": {"epoch": 1}}, "'epoch'"), ({"corpus": None}, "None is not")):
+        [error] = check.iter_errors(whole | wrong)
+        assert told in error.message
+
+
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_recipes_are_not_underlined(name: str) -> None:
     values = parse_yaml(read_recipe(name), name)

@@ -125,6 +125,7 @@ def _words(schema: dict[str, Any], names: dict[str, str]) -> str:
     if "enum" in schema or "const" in schema:
         return " \\| ".join(f"`{one}`" for one in schema.get("enum") or [schema["const"]])
     kind = schema.get("type", "")
+    kind = kind[0] if isinstance(kind, list) else kind  # the others: nothing
     if kind == "array" and "prefixItems" in schema:
         return f"list of {len(schema['prefixItems'])}: {_words(schema['prefixItems'][0], names)}"
     if kind == "array":
