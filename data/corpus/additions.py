@@ -350,8 +350,9 @@ def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
     usual = "give a source with at least one non-blank document, or the model's own tokenizer"
     if config.contents != {"text"}:
         usual += (
-            ". Of dialogues and rows of tokens those count of which some token is trained: what an "
-            "assistant says within sequence_length, labels other than -100, a loss_mask of 1"
+            ". Of dialogues and rows of tokens those count of which some token is trained: what "
+            "the role 'assistant' (none called 'gpt' or 'model') says within sequence_length, "
+            "labels other than -100, a loss_mask of 1"
         )
     advice = left_out.advice(usual)
     return InputError(

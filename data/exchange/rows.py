@@ -25,6 +25,7 @@ ABOUT = (
 )
 # What must be that of the cache where it is given. ``labels``: see label_rows.py.
 PROOFS = ("shown_ids", "labels")
+SAMPLES = ("sampled_ids", "sampled_log_probs")  # an export's, of a teacher that keeps draws
 KEYS = ("index", "digest", "input_ids", "replica")
 
 
@@ -128,6 +129,12 @@ def check_keys(row: Row, fields: Sequence[str]) -> None:
     for key, value in row.items():
         if value is not None and key not in (*KEYS, *PROOFS, *ABOUT, *fields):
             known = (*KEYS, *fields)
+            if key in SAMPLES:
+                raise InputError(
+                    f"it has {key}: its teacher keeps draws (targets.kind threshold or random), "
+                    "which are no likeliest candidates. Cache that model with targets.kind topk, "
+                    "and export it anew"
+                )
             raise InputError(
                 f"{key!r} is no field of a row (there are {', '.join(known)})"
                 f"{did_you_mean(str(key), known)}"

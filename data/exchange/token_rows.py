@@ -87,6 +87,7 @@ class TokenRows:
         and ``k`` is not known. ``view``: its name, and about which share of a sequence's tokens has
         a target in it.
         """
+        check_keys(row, FIELDS)
         if k is None:
             with naming("ids"):
                 counts = matrix(row.get("ids"), "iu", -1)[1]

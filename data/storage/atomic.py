@@ -61,9 +61,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write ``content`` as JSON that people can read."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+def write_json(path: Path, content: object, publish: Publish | None = None) -> None:
+    """Write ``content`` as JSON that people can read; ``publish`` as of ``new_file``."""
+    write_bytes(path, f"{json.dumps(content, indent=1)}\n".encode(), publish)
 
 
 def write_lines(

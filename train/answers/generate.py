@@ -5,6 +5,7 @@ Draws are of the model's own distribution, at a temperature, whatever its genera
 beside the end-of-text tokens. What a batch draws depends on the seed and on what is in the batch.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from rekindle.data.source.given import Dialogue
 from rekindle.data.source.record import Bad
 from rekindle.data.source.rows import Row, read_rows, text_of
 from rekindle.data.source.sources import HUB, recorded_origin
-from rekindle.data.storage.atomic import write_json, write_lines
+from rekindle.data.storage.atomic import Publish, write_json, write_lines
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import GenerateConfig
 from rekindle.train.answers.perplexity import open_language_model
@@ -102,9 +103,10 @@ def generate_file(
 
     Rows with ``messages`` go through the chat template, up to where the assistant is to speak; an
     answer that they end with is left away. Others have a text to go on from. ``id`` and all plain
-    values of a row are kept, so that a domain is one of its rows. The file is there whole or not at
-    all. Raises InputError for a model that is no causal LM, for rows without a prompt, and for an
-    ``out`` that is there, unless it was generated and ``force`` is given.
+    values of a row are kept, so that a domain is one of its rows. The file is there whole, beside
+    what tells of it, or not at all. Raises InputError for a model that is no causal LM, for rows
+    without a prompt, and for an ``out`` that is there, unless it was generated and ``force`` is
+    given.
     """
     started, config = time.perf_counter(), config or GenerateConfig()
     if out == STDIN:
@@ -131,9 +133,6 @@ def generate_file(
     work = _Work(network, tokenizer, config)
     half = max(1, config.batch_tokens // 2)
     advice = f"Lower batch_tokens: `--set batch_tokens={half}`"
-    with running_out(Path(out), lambda: "Nothing is written", advice), torch.inference_mode():
-        answers = work.answers(fitting, watch)
-        write_lines(Path(out), work.rows(fitting, answers))
     directory = resolve_model(model)
     about = {
         "model": model,
@@ -143,7 +142,9 @@ def generate_file(
         "settings": config.model_dump(mode="json"),
         "lineage": [run.model_dump(mode="json") for run in lineage_of_model(directory)],
     }
-    write_json(Path(f"{out}{BESIDE}"), about)
+    with running_out(Path(out), lambda: "Nothing is written", advice), torch.inference_mode():
+        answers = work.answers(fitting, watch)
+        write_lines(Path(out), work.rows(fitting, answers), _with(about))
     return Generated(
         model=model,
         prompts=prompts,
@@ -154,6 +155,22 @@ def generate_file(
         too_long=len(found) - len(fitting),
         seconds=time.perf_counter() - started,
     )
+
+
+def _with(about: dict[str, object]) -> Publish:
+    """Gives rows their name together with what tells of them: never alone, nor beside what tells of
+    others, wherever that ends.
+    """
+
+    def publish(rows: Path, out: Path) -> None:
+        def both(told: Path, beside: Path) -> None:
+            out.unlink(missing_ok=True)
+            os.replace(told, beside)
+            os.replace(rows, out)
+
+        write_json(Path(f"{out}{BESIDE}"), about, both)
+
+    return publish
 
 
 def _check_causal(model: str) -> None:
