@@ -117,6 +117,8 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             if not all(isinstance(one, list) for one in sources.values()):
                 raise TypeError("sources says of a file what is no list of its bytes and checksum")
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
+            if not all(order):
+                raise ValueError("order has a file without a name")
             shards, sequences = int(after["shards"]), int(after["sequences"])
             contents: dict[str, str] = dict(body.get("contents", {}))
             generated = {str(place): dict(of) for place, of in body.get("generated", {}).items()}

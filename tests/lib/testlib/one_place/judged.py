@@ -205,7 +205,8 @@ DAMAGE = ("checksum", "is damaged", "roll-up", "another version of this file")
 def names_the_place(made: Made, message: str) -> str:
     """ "" where the message has the file, or the folder that is a model, and in it the key."""
     file = Path(made.file)
-    if names_the_value(made, message) or (made.signed and str(made.folder) in message):
+    told = (str(made.folder), f"data/{file.stem}-")  # the second: what a commit record is of
+    if names_the_value(made, message) or (made.signed and any(one in message for one in told)):
         return ""
     if file.name not in message and str(file.parent) not in message:
         return "message does not name the file"
