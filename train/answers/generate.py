@@ -7,7 +7,7 @@ beside the end-of-text tokens. What a batch draws depends on the seed and on wha
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -157,7 +157,7 @@ def generate_file(
     )
 
 
-def _with(about: dict[str, object]) -> Publish:
+def _with(about: Mapping[str, object]) -> Publish:
     """Gives rows their name together with what tells of them: never alone, nor beside what tells of
     others, wherever that ends.
     """

@@ -300,7 +300,7 @@ def test_dialogues_that_hold_a_text_of_a_test_are_left_out(build, tmp_path):
 
 
 def test_a_source_without_anything_to_learn_is_refused(build):
-    with pytest.raises(InputError, match="some token is trained: what the role .assistant."):
+    with pytest.raises(InputError, match=r"some token is trained: what the role .assistant."):
         build(dialogues=DIALOGUES[5:6])
 
 
