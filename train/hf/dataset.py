@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.permutation import permute
+from rekindle.data.permutation import permute, sequence_numbers
 from rekindle.train.config import Batching
 from rekindle.train.hf.given import check_cache
 from rekindle.train.order.similar_lengths import dealt, turns, window_of
@@ -171,13 +171,14 @@ class Shares:
 
 def _numbers(sequences: ArrayLike) -> NDArray[np.int64]:
     """Return the numbers of sequences; InputError for a mask, which would be read as 0 and 1."""
-    found = np.asarray(sequences)
-    if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
+    try:
+        return sequence_numbers(np.asarray(sequences))
+    except ValueError:
+        given = np.asarray(sequences)
         raise InputError(
-            f"sequences has {found.ndim} dimensions of {found.dtype}; give a list of the numbers "
+            f"sequences has {given.ndim} dimensions of {given.dtype}; give a list of the numbers "
             "of sequences (of a mask: np.flatnonzero(mask))"
-        )
-    return found.astype(np.int64)
+        ) from None
 
 
 class CacheDataset(Shares, Dataset[Place]):
