@@ -1,7 +1,6 @@
 """Every code block of the pages is run by a test, or says why not."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -93,9 +92,3 @@ def test_the_command_line_takes_each_line(block: Block) -> None:
         group = typer.main.get_command(app)
         found = group.commands[words[0]]
         found.make_context(words[0], list(words[1:]))
-
-
-def test_a_page_of_each_recipe_is_listed() -> None:
-    listed = (ROOT / "RECIPES.md").read_text("utf-8")
-    pages = {path.stem for path in (ROOT / "docs" / "recipes").glob("*.md")}
-    assert pages == set(re.findall(r"\(docs/recipes/([\w-]+)\.md\)", listed))

@@ -8,9 +8,11 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pyarrow as pa
+import yaml
 
 from rekindle.data.corpus.columns import fields_of
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit
@@ -23,9 +25,21 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.pairs import PairView
-from testlib.pages import format_words as words
 
 PAGE = Path(__file__).parents[4] / "docs" / "format.md"
+WORDS = Path(__file__).with_name("format_words.yaml")
+words = SimpleNamespace(**yaml.safe_load(WORDS.read_text("utf-8")))
+# What capital words in the names of files stand for.
+LETTERS = {
+    "UNIT": r"\d{5,12}(-r\d{3,6})?",
+    "ATTEMPT": r"[0-9a-f]{8}",
+    "TEACHER": r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    "PART": r"[a-z0-9.-]+",
+    "VIEW": r"(masked|pairs)-[a-z0-9-]+",
+    "NNN": r"\d{3}",
+    "STEP": r"\d{8}",
+    "FILE": r".+",
+}
 VIEWS: tuple[type[StoredView], ...] = (MaskedView, PairView)
 # Sizes that stand for letters: no two are equal, none is a width of another reason.
 SIZES = {"K": 29, "T": 11, "C": 17, "H": 53}
@@ -124,7 +138,7 @@ def table(columns: Sequence[Column], meaning: Mapping[str, str], of: str) -> str
 
 def said(meaning: Mapping[str, str], name: str, of: str) -> str:
     if name not in meaning:
-        raise KeyError(f"say what {name!r} of {of} is in tests/lib/testlib/pages/format_words.py")
+        raise KeyError(f"say what {name!r} of {of} is in tests/lib/testlib/pages/format_words.yaml")
     return meaning[name]
 
 
@@ -144,7 +158,7 @@ def files_table(files: Mapping[str, str]) -> str:
 def pattern_of(name: str) -> str:
     """A regular expression for the names that a name of the page stands for."""
     found = re.escape(name)
-    for letters, stands_for in words.LETTERS.items():
+    for letters, stands_for in LETTERS.items():
         found = found.replace(letters, stands_for)
     return found
 
@@ -192,7 +206,10 @@ def kind_sections() -> list[str]:
 
 
 def versions_table() -> str:
-    lines = ["| version | a cache has it | why older versions of Rekindle refuse it |", "|---|---|---|"]
+    lines = [
+        "| version | a cache has it | why older versions of Rekindle refuse it |",
+        "|---|---|---|",
+    ]
     for version in range(1, NEWEST + 1):
         when, why = words.VERSIONS[version]
         lines.append(f"| {version} | {when} | {why} |")
