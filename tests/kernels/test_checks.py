@@ -43,7 +43,7 @@ def at_bad(tensor: Tensor, value: object) -> Tensor:
         ({"labels": at_bad(LABELS, 9), "ce_weight": 1.0}, "labels hold 9 in row 4"),
         ({"target_probs": PROBS.numpy()}, "target_probs is of type ndarray"),
         ({"target_ids": IDS.numpy()}, "target_ids is a numpy.ndarray; it must be a torch tensor"),
-        ({"target_ids": (IDS, PROBS, TAIL)}, "target_ids is a tuple.*are three arguments, not a tuple"),
+        ({"target_ids": (IDS, PROBS, TAIL)}, "target_ids is a tuple.*three arguments, not a tuple"),
         ({"labels": LABELS.numpy(), "ce_weight": 1.0}, "labels is of type ndarray"),
         ({"labels": LABELS}, "labels are given without ce_weight: set ce_weight=1.0"),
         ({"ce_weight": 1.0}, "ce_weight is 1.0 and there are no labels"),
