@@ -94,9 +94,7 @@ def test_whole_distributions_that_are_none_are_named() -> None:
     for wrong in (torch.nan, torch.inf, 3e38):
         scale = at_bad(torch.full((ROWS,), 2.0), wrong)
         hidden = HiddenTargets(2 * states, scale, weight)
-        with pytest.raises(
-            ValueError, match="states of row 4 hold NaN or inf, before or after"
-        ):
+        with pytest.raises(ValueError, match="states of row 4 hold NaN or inf, before or after"):
             kd_loss(LOGITS, hidden)
     with pytest.raises(ValueError, match="states of row 4 hold NaN"):
         kd_loss(LOGITS, HiddenTargets(at_bad(states, torch.nan), None, weight))
