@@ -1,11 +1,11 @@
-"""Makes the golden cache of format version 5, 6, 8, 9 or 11, and what it decodes to. Run once for
+"""Makes the golden cache of format version 5, 6, 8, 9 or 12, and what it decodes to. Run once for
 each; never for an old one.
 
     PYTHONPATH=tests/lib python tests/golden/make_younger.py tests/golden/cache-v9
 
 5: commit records that are rolled up (of a set as small as this one by `UNITS` alone). 6: a
 dialogue, tokens with labels, and text. 8: several documents in a row, for a masked and a causal LM.
-9: a teacher with a tokenizer of its own. 11: pairs in groups, and an expert that scores them.
+9: a teacher with a tokenizer of its own. 12: pairs in groups, and an expert that scores them.
 """
 
 import json
@@ -115,7 +115,7 @@ MADE: dict[str, Callable[[Path], dict]] = {
     "cache-v6": trained,
     "cache-v8": packed,
     "cache-v9": mapped,
-    "cache-v11": grouped,
+    "cache-v12": grouped,
 }
 
 
