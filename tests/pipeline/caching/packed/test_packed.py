@@ -191,7 +191,7 @@ def test_targets_made_elsewhere_are_refused(caches):
 
 
 def test_a_trainer_is_refused(caches):
-    with pytest.raises(InputError, match="of which a Trainer tells its model nothing"):
+    with pytest.raises(InputError, match="and a Trainer does not pass that on to its model"):
         CacheDataset(caches("gpt2")[1])
 
 
