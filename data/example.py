@@ -39,7 +39,14 @@ class TokenLabelTargets:
     logits: NDArray[np.float32]  # [P,C]
 
 
-Target = TokenTargets | SequenceTargets | TokenLabelTargets
+@dataclass(frozen=True)
+class VectorTargets:
+    """One example's vector from a sentence encoder."""
+
+    vector: NDArray[np.float32]  # [D]
+
+
+Target = TokenTargets | SequenceTargets | TokenLabelTargets | VectorTargets
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,4 @@ class Example:
     pairs: dict[str, tuple[str, str] | None]  # by view name
     targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
     trained: NDArray[np.bool_] | None = None  # [S] what is learnt of it; None: all
+    group: str | None = None  # what it is compared within
