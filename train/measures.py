@@ -2,8 +2,9 @@
 
 ``loss`` is the objective that is trained, at the weights of the last step; ``ce`` the cross-entropy
 of the language model on the text, where that is trained; ``kl/NAME``, ``mse/NAME`` and
-``agreement/NAME`` are a teacher's; ``ce/DOMAIN`` (``loss/DOMAIN`` where there is no ``ce``) are of
-one domain; ``METHOD/…`` a method's own.
+``agreement/NAME`` are a teacher's, ``cosine/NAME`` (to its vectors) a sentence encoder's;
+``ce/DOMAIN`` (``loss/DOMAIN`` where there is no ``ce``) are of one domain; ``METHOD/…`` a method's
+own.
 """
 
 from collections.abc import Mapping
