@@ -14,7 +14,7 @@ from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets, VectorTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -309,6 +309,10 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
         first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
         return [f"{info.name}: {' '.join(shown)}"]
+    if isinstance(target, VectorTargets):
+        values = " ".join(f"{value:.3f}" for value in target.vector[:SHOWN_POSITIONS])
+        length = float(np.linalg.norm(target.vector))
+        return [f"{info.name}: a vector of length {length:.3f}: {values} …"]
     if info.problem == "regression":
         scores = [f"{score:.3f}" for score in target.logits]
         if len(scores) > 1:
