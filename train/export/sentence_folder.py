@@ -17,26 +17,23 @@ from transformers import PreTrainedModel
 
 from rekindle.data.errors import InputError
 from rekindle.train.embedding.encoder import load_encoder
-from rekindle.train.embedding.folder import read_encoder_folder
+from rekindle.train.embedding.folder import (
+    ABOUT_ENCODER,
+    MODULES_FILE,
+    POOLING_KEYS,
+    TRANSFORMER_FILES,
+    read_encoder_folder,
+)
 from rekindle.train.model.family_head import difference, sample_inputs
 from rekindle.train.model.network import HeadConfig, StudentNetwork, head_key
 from rekindle.train.model.parts.head_config import width_of
-from rekindle.train.model.parts.vectors import VectorHead, pooled
+from rekindle.train.model.parts.pooling import pooled
+from rekindle.train.model.parts.vectors import VectorHead
 from rekindle.train.model.sight import evaluating
 from rekindle.train.model.student_config import OWN
 from rekindle.train.student import Student
 
-MODULES_FILE = "modules.json"
 POOLING_FOLDER = "1_Pooling"
-# By the pooling's name, the key that says it in every version of the package.
-POOLING_KEYS = {
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "max": "pooling_mode_max_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
 MODELS = "sentence_transformers.models"  # the modules' home, as every version reads it
 
 
@@ -56,7 +53,7 @@ class Encoder:
     def vectors(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the vectors [B,D] of a student's ``states`` [B,S,H]."""
         assert self.about.pooling is not None
-        found = pooled(states, attention_mask, self.about.pooling)
+        found = pooled(states, attention_mask, (self.about.pooling,))
         if self.projected and self.head.projection is not None:
             found = self.head.projection(found)
         return nn.functional.normalize(found, dim=1) if self.about.normalise else found
@@ -112,13 +109,17 @@ def write_modules(encoder: Encoder, width: int, longest: int, folder: Path) -> N
         for number, (kind, path) in enumerate(kinds)
     ]
     pooling: dict[str, object] = {"word_embedding_dimension": width}
-    pooling |= {key: name == encoder.about.pooling for name, key in POOLING_KEYS.items()}
+    pooling |= {key: name == encoder.about.pooling for key, name in POOLING_KEYS.items()}
     write(folder / POOLING_FOLDER / "config.json", pooling | {"include_prompt": True})
     if encoder.projected:
         _write_dense(encoder, width, folder / "2_Dense")
-    told = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    write(folder / "config_sentence_transformers.json", {"__version__": {}} | told)
-    write(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
+    told: dict[str, object] = {
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    write(folder / ABOUT_ENCODER, {"__version__": {}} | told)
+    write(folder / TRANSFORMER_FILES[0], {"max_seq_length": longest, "do_lower_case": False})
     write(folder / MODULES_FILE, modules)
 
 
@@ -175,7 +176,7 @@ def chosen_encoder(student: Student, name: str) -> Encoder | None:
 def plain_body(student: Student) -> PreTrainedModel:
     """Return the student's body alone, in float32 on the CPU."""
     body: PreTrainedModel = student.model.base_model
-    return body.to("cpu", torch.float32).eval()  # type: ignore[call-overload, no-any-return]
+    return body.to("cpu", torch.float32).eval()
 
 
 @torch.no_grad()

@@ -128,9 +128,11 @@ class StudentEmbedding(Settings):
 
     pooling: Pooling | None = Field(
         None,
-        description="how the states of a text's tokens become one vector: mean, or max, of all; "
-        "cls: the first token's; lasttoken: the last one's. null: mean; of a causal_lm student, "
-        "whose early tokens have not read the text, it must be said: lasttoken, or another",
+        description="how the states of a text's tokens become one vector, as it is called by "
+        "sentence-transformers: mean of all; cls: the first token's; lasttoken: the last one's; "
+        "max; weightedmean: later tokens weigh more; mean_sqrt_len_tokens. null: mean; of a "
+        "causal_lm student, whose early tokens have not read the text, it must be said: lasttoken, "
+        "or another",
     )
     normalise: bool | None = Field(
         None, description="vectors of length 1; null: where the teacher's are"

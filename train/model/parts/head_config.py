@@ -10,7 +10,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
 
-Pooling = Literal["mean", "cls", "lasttoken", "max"]  # as sentence-transformers calls them
+# As sentence-transformers calls them.
+Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 
 
 class HeadConfig(Settings):

@@ -6,11 +6,11 @@ tokens, H numbers of a state, D of a vector.
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rekindle.train.model.parts.head_config import Pooling
+from rekindle.train.model.parts.pooling import pooled
 
 
 class VectorHead(nn.Module):
@@ -27,23 +27,7 @@ class VectorHead(nn.Module):
 
     def forward(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return vectors [B,D] of the body's ``states`` [B,S,H]."""
-        vectors = pooled(states, inputs["attention_mask"], self.pooling)
+        vectors = pooled(states, inputs["attention_mask"], (self.pooling,))
         if self.projection is not None:
             vectors = self.projection(vectors)
         return F.normalize(vectors, dim=1) if self.normalise else vectors
-
-
-def pooled(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """Return one vector [B,H] for the states [B,S,H] of each text; ``attention_mask`` [B,S], 1 at
-    its tokens, which stand at the front.
-    """
-    if pooling == "cls":
-        return states[:, 0]
-    if pooling == "lasttoken":
-        last = attention_mask.sum(dim=1).clamp_min(1) - 1
-        return states[torch.arange(len(states), device=states.device), last]
-    inside = attention_mask[:, :, None].to(torch.bool)
-    if pooling == "max":
-        return states.masked_fill(~inside, torch.finfo(states.dtype).min).amax(dim=1)
-    weights = inside.to(states.dtype)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1e-9)
