@@ -26,60 +26,65 @@ from rekindle.train.embedding.folder import (
 )
 from rekindle.train.model.family_head import difference, sample_inputs
 from rekindle.train.model.network import HeadConfig, StudentNetwork, head_key
-from rekindle.train.model.parts.head_config import width_of
+from rekindle.train.model.parts.head_config import Pooling, width_of
 from rekindle.train.model.parts.pooling import pooled
 from rekindle.train.model.parts.vectors import VectorHead
 from rekindle.train.model.sight import evaluating
 from rekindle.train.model.student_config import OWN
 from rekindle.train.student import Student
 
-POOLING_FOLDER = "1_Pooling"
+POOLING_FOLDER, DENSE_FOLDER = "1_Pooling", "2_Dense"
 MODELS = "sentence_transformers.models"  # the modules' home, as every version reads it
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A student as a sentence encoder: its head, and whether that's projection is kept."""
+    """A student as a sentence encoder: how the states of a text become its vector."""
 
-    name: str  # of the teacher that the head is for
-    head: VectorHead
-    about: HeadConfig
-    projected: bool
+    name: str  # of the head, or ``own``
+    pooling: Pooling
+    normalise: bool
+    projection: nn.Linear | None  # to the size of the head's teacher; None: the student's own size
+    drops: bool = False  # whether there is a projection, and it is left out
 
     def size(self, width: int) -> int:
         """Return how many numbers a vector has, of states with ``width``."""
-        return self.about.num_labels if self.projected else width
+        return width if self.projection is None else self.projection.out_features
 
     def vectors(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the vectors [B,D] of a student's ``states`` [B,S,H]."""
-        assert self.about.pooling is not None
-        found = pooled(states, attention_mask, (self.about.pooling,))
-        if self.projected and self.head.projection is not None:
-            found = self.head.projection(found)
-        return nn.functional.normalize(found, dim=1) if self.about.normalise else found
+        found = pooled(states, attention_mask, (self.pooling,))
+        found = found if self.projection is None else self.projection(found)
+        return nn.functional.normalize(found, dim=1) if self.normalise else found
 
     @property
     def told(self) -> str:
         """Say what the vectors are, and what became of the projection."""
-        pooled = f"{self.about.pooling} pooling"
-        length = ", length 1" if self.about.normalise else ""
-        if self.projected:
-            return f"the size of its teacher {self.name!r} ({pooled}, a Dense module{length})"
-        dropped = ", the projection to its teacher's size dropped" if self.about.projection else ""
-        return f"the student's own size ({pooled}{length}{dropped})"
+        how = f"{self.pooling} pooling" + (", length 1" if self.normalise else "")
+        if self.projection is not None:
+            return f"the size of its teacher {self.name!r} ({how}; the projection is a Dense)"
+        return f"the student's own size ({how}{'; the projection is dropped' * self.drops})"
 
 
 def encoder_of(student: StudentNetwork, asked: str | None) -> Encoder | None:
     """Return the student as the encoder that is asked for: that of a head, or ``own``, without a
     projection; None for a student that learns from no sentence encoder.
+
+    Its own vectors have length 1 where those of all its heads have.
     """
-    heads = {n: one for n, one in student.head_configs.items() if one.kind == "embedding"}
-    if asked is None or not heads:
+    configs = {n: one for n, one in student.head_configs.items() if one.kind == "embedding"}
+    if asked is None or not configs:
         return None
-    name = asked if asked in heads else next(iter(heads))
-    head = student.heads[head_key(name)]
-    assert isinstance(head, VectorHead)
-    return Encoder(name, head, heads[name], asked != OWN and bool(heads[name].projection))
+    head = next(iter(configs.values()))
+    assert head.pooling is not None  # of all heads the same
+    if asked in configs:
+        module = student.heads[head_key(asked)]
+        assert isinstance(module, VectorHead)
+        return Encoder(asked, head.pooling, module.normalise, module.projection)
+    normalise = all(one.normalise for one in configs.values())
+    return Encoder(
+        OWN, head.pooling, normalise, None, any(one.projection for one in configs.values())
+    )
 
 
 def not_an_encoder(student: Student) -> str | None:
@@ -102,17 +107,17 @@ def write_modules(encoder: Encoder, width: int, longest: int, folder: Path) -> N
     sentence-transformers; texts are cut at ``longest`` tokens.
     """
     kinds = [("Transformer", ""), ("Pooling", POOLING_FOLDER)]
-    kinds += [("Dense", "2_Dense")] if encoder.projected else []
-    kinds += [("Normalize", f"{len(kinds)}_Normalize")] if encoder.about.normalise else []
+    kinds += [] if encoder.projection is None else [("Dense", DENSE_FOLDER)]
+    kinds += [("Normalize", f"{len(kinds)}_Normalize")] if encoder.normalise else []
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"{MODELS}.{kind}"}
         for number, (kind, path) in enumerate(kinds)
     ]
     pooling: dict[str, object] = {"word_embedding_dimension": width}
-    pooling |= {key: name == encoder.about.pooling for key, name in POOLING_KEYS.items()}
+    pooling |= {key: name == encoder.pooling for key, name in POOLING_KEYS.items()}
     write(folder / POOLING_FOLDER / "config.json", pooling | {"include_prompt": True})
-    if encoder.projected:
-        _write_dense(encoder, width, folder / "2_Dense")
+    if encoder.projection is not None:
+        _write_dense(encoder.projection, folder / DENSE_FOLDER)
     told: dict[str, object] = {
         "prompts": {},
         "default_prompt_name": None,
@@ -123,12 +128,10 @@ def write_modules(encoder: Encoder, width: int, longest: int, folder: Path) -> N
     write(folder / MODULES_FILE, modules)
 
 
-def _write_dense(encoder: Encoder, width: int, folder: Path) -> None:
-    projection = encoder.head.projection
-    assert projection is not None
+def _write_dense(projection: nn.Linear, folder: Path) -> None:
     settings = {
-        "in_features": width,
-        "out_features": encoder.about.num_labels,
+        "in_features": projection.in_features,
+        "out_features": projection.out_features,
         "bias": True,
         "activation_function": "torch.nn.modules.linear.Identity",
     }

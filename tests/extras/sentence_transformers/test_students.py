@@ -97,7 +97,7 @@ def test_the_package_loads_a_students_folder(saved, pooling):
 
 
 def test_which_vectors_a_folder_gives_is_a_setting(saved, place):
-    student, folder = saved(HEADS)  # of two teachers: its own, until one is named
+    student, folder = saved(HEADS, normalise=True)  # of two: its own, until one is named
     modules = json.loads((folder / "modules.json").read_text())
     assert [one["type"].rpartition(".")[2] for one in modules] == [
         *("Transformer", "Pooling", "Normalize")
@@ -113,7 +113,7 @@ def test_which_vectors_a_folder_gives_is_a_setting(saved, place):
         torch.testing.assert_close(vectors, own_vectors(student, folder, name), rtol=0, atol=2e-6)
     export_head(str(folder), str(place / "own"), "own")
     torch.testing.assert_close(loaded_vectors(place / "own")[0], loaded_vectors(folder)[0])
-    named, folder = saved(HEADS, output="same")
+    named, folder = saved(HEADS, output="same", normalise=False)
     expected = own_vectors(named, folder, "same")
     torch.testing.assert_close(loaded_vectors(folder)[0], expected, rtol=0, atol=2e-6)
 
