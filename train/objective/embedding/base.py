@@ -18,7 +18,7 @@ SMALLEST = 1e-12  # a length that is taken for 0
 
 
 class LossSettings(Settings):
-    """What every loss of vectors has; its own settings are fields of a subclass, in its file."""
+    """A loss of vectors, and what it weighs in the sum."""
 
     weight: Amount = Field(1.0, description="its weight in the term's sum; 0: not used")
 
@@ -26,7 +26,7 @@ class LossSettings(Settings):
 class VectorLoss:
     """A loss of a student's vectors: subclass it once in ``losses/NAME.py``."""
 
-    Settings: ClassVar[type[LossSettings]] = LossSettings
+    Settings: ClassVar[type[LossSettings]] = LossSettings  # a subclass, of a loss that has more
     # Whether the loss of a row depends on the other rows of the step. Those of other micro-batches
     # and processes are then there, too, as a pass without gradient has found them.
     compares_rows: ClassVar[bool] = False
