@@ -157,16 +157,10 @@ def evaluate(
     run: Run | None = None,
     world: World | None = None,
 ) -> dict[str, float]:
-<<<<<<< HEAD
-    """Return ``loss`` (the objective that is trained, at the weights of the last step), ``ce`` (the
-    cross-entropy on the text, in nats, where the student's language model is trained), per teacher
-    ``kl/…`` and ``agreement/…`` or ``mse/…`` (``cosine/…`` and ``mse/…`` of vectors), and per
-    method its own values as ``METHOD/…``.
-=======
     """Return ``loss`` (the objective, with the last step's weights), ``ce`` (the cross-entropy on
     the text, in nats, if the student's language model is trained), per teacher ``kl/…`` and
-    ``agreement/…`` or ``mse/…``, and per method its own values as ``METHOD/…``.
->>>>>>> main
+    ``agreement/…`` or ``mse/…`` (of vectors ``cosine/…`` and ``mse/…``), and per method its own
+    values as ``METHOD/…``.
 
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are gathered. Each
     process of a ``world`` evaluates its share and gets the values over all shares, bit-identical

@@ -1,17 +1,9 @@
 """Names of held-out values, and the rules by which a run measures them. Does not import torch.
 
-<<<<<<< HEAD
-``loss`` is the objective that is trained, at the weights of the last step; ``ce`` the cross-entropy
-of the language model on the text, where that is trained; ``kl/NAME``, ``mse/NAME`` and
-``agreement/NAME`` are a teacher's, ``cosine/NAME`` (to its vectors) a sentence encoder's;
-``ce/DOMAIN`` (``loss/DOMAIN`` where there is no ``ce``) are of one domain; ``METHOD/…`` a method's
-own.
-=======
 ``loss`` is the trained objective, with the last step's weights; ``ce`` the language model's
 cross-entropy on the text, if that is trained; ``kl/NAME``, ``mse/NAME`` and ``agreement/NAME``
-belong to a teacher; ``ce/DOMAIN`` (``loss/DOMAIN`` if there is no ``ce``) to one domain;
-``METHOD/…`` to a method.
->>>>>>> main
+belong to a teacher, ``cosine/NAME`` to a sentence encoder; ``ce/DOMAIN`` (``loss/DOMAIN`` if there
+is no ``ce``) to one domain; ``METHOD/…`` to a method.
 """
 
 from collections.abc import Mapping
