@@ -133,7 +133,7 @@ CACHES = (
     Bad("a codec of nothing known", "teachers cache --transcode lm zstd", "--transcode lm zstd",
         "a teacher is transcoded to default or compact", "under another name"),
     Bad("an expert to transcode", "teachers cache --transcode expert compact",
-        "'expert' keeps 2 logits", "compact is a codec of topk and threshold alone"),
+        "'expert' keeps 2 logits", "compact is only a codec for topk and threshold"),
     Bad("a cache in the midst of a change", MAKE, "teacher 'lm' is being removed",
         "or that was interrupted", "Run `pipeline teachers cache --remove lm --yes` (again) first",
         _changing),
@@ -143,7 +143,7 @@ CACHES = (
     Bad("a teacher to learn from that was renamed", TRAIN, "no teacher 'lm'",
         "Teacher 'lm' was renamed to 'big'", "`pipeline teachers cache --rename big lm`", _renamed),
     Bad("a teacher of another codec", f"{MAKE} --set teachers.0.targets.codec=compact",
-        "a teacher 'lm' that is not this one", "codec: 'default' there, 'compact' here",
+        "a teacher 'lm' that differs from this one", "codec: 'default' there, 'compact' here",
         "`pipeline teachers cache --transcode lm compact`", code=3),
 )  # fmt: skip
 
