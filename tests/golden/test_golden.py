@@ -94,7 +94,7 @@ def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_
     (out / "run.json").write_text(record)
     with caplog.at_level("INFO", logger="rekindle"):
         made.train(student, out, resume=True)
-    read = "did not record how much of the cache it read; taken for it: replicas 2"
+    read = "did not record how much of the cache it read; assumed: replicas 2"
     assert (read in caplog.text) is (path.name == "run-v1")
     expected = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     expected = [{k: v for k, v in record.items() if k not in TIMES} for record in expected]
@@ -193,6 +193,11 @@ def test_version_11_holds_vectors():
     teachers = Cache.open(HERE / "cache-v11").teachers
     told = {name: (t.info.pooling, t.info.vectors, t.info.prompt) for name, t in teachers.items()}
     assert told == {"halves": ("mean", "fp16", None), "bytes": ("cls", "int8", "the text: ")}
+
+
+def test_version_12_keeps_the_group_of_each_pair():
+    cache = Cache.open(HERE / "cache-v12")
+    assert [*cache.gather(range(len(cache)), []).groups] == [*"012012"]
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)
