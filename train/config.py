@@ -19,7 +19,7 @@ WeightField = Amount | Schedule
 # A student's task that is a method: it stands in the objective without being named there.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 STEPS_ONCE = 200  # the default of checkpoint_every was so many steps
-Batching = Literal["shuffled", "similar_lengths"]
+Batching = Literal["shuffled", "similar_lengths"]  # into batches of one size
 MIXED = ("mixture", "uncertainty", "concatenate")  # ways to make several teachers one target
 
 
@@ -45,21 +45,39 @@ class UncertaintyConfig(Settings):
 
 class RankingConfig(Settings):
     """How the scores of a regression expert teach an order: squared errors of scores and of their
-    differences.
+    differences, and the divergence of the distributions that they are over a group. What lies in
+    several micro-batches or processes changes nothing but rounding (and dropout), at the price of
+    one more forward pass.
     """
 
     pointwise: Amount = Field(1.0, description="weight of the squared error of a score")
     pairwise: Amount = Field(
         1.0,
-        description="weight of the squared error of a difference of two scores, mean over all "
-        "pairs of a group in a step; micro-batches and processes change nothing but rounding (and "
-        "dropout), at the price of one more forward pass when there are several",
+        description="weight of the squared error of a difference of two scores (MarginMSE), mean "
+        "over the pairs of a group in a step; 0 for none",
     )
-    group: Literal["batch", "domain", "document"] = Field(
+    pairs: Literal["all", "best"] = Field(
+        "all",
+        description="of pairwise. all: every two sequences of a group; best: the one that the "
+        "expert scores highest with each other one (of equal ones the first of the corpus)",
+    )
+    listwise: Amount = Field(
+        0.0,
+        description="weight of τ² · KL(softmax(t/τ) ‖ softmax(s/τ)) over the scores of a group, "
+        "mean over the groups in a step; τ is the term's temperature, which the other two do not "
+        "use",
+    )
+    group: Literal["batch", "domain", "document", "group"] = Field(
         "batch",
-        description="which sequences of a step are compared: all, those of one domain, or of one "
-        "document (of a large corpus a step rarely holds two)",
+        description="which sequences of a step are compared: all, those of one domain, of one "
+        "document, or of one group (corpus.group_field). A step rarely holds two of a document or "
+        "group of a large corpus, but with train.batching: groups it holds whole groups",
     )
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Those of scores, of differences and of groups."""
+        return self.pointwise, self.pairwise, self.listwise
 
 
 class DistillTerm(Settings):
@@ -230,12 +248,13 @@ class TrainConfig(StepConfig):
     micro_batch_sequences: Free[Count | None] = Field(
         None, description="sequences per forward pass, the longest first; null: the whole batch"
     )
-    batching: Batching = Field(
+    batching: Batching | Literal["groups"] = Field(
         "shuffled",
         description="similar_lengths: texts of about one length share a batch, which is then "
         "hardly padded: what up to 64 steps read is dealt out to them by length, in an order of "
         "batches drawn anew. `pipeline plan` says what it saves. A step's loss is a mean over its "
-        "own rows, so one of a batch of short texts weighs more",
+        "own rows, so one of a batch of short texts weighs more. groups: a step reads whole groups "
+        "(corpus.group_field), as many sequences as batch_sequences on average",
     )
     max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null for none")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -305,6 +324,16 @@ class TrainConfig(StepConfig):
         None, description="begin with a part of the sequences"
     )
 
+    @model_validator(mode="after")
+    def _groups_stay_whole(self) -> "TrainConfig":
+        for name in ("replay", "curriculum") if self.batching == "groups" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"batching: groups reads whole groups, and {name} chooses single sequences; "
+                    "leave one of the two out"
+                )
+        return self
+
     def length_problem(self) -> str | None:
         """Say what cannot be done in so many steps; None where all can."""
         sequences = self.steps * self.batch_sequences
@@ -317,6 +346,22 @@ class TrainConfig(StepConfig):
         return super().length_problem()
 
     @property
+    def key_of_groups(self) -> str | None:
+        """The key by which the run is of the corpus's groups; None where none is."""
+        for number, term in enumerate(self.objective.distill):
+            if term.ranking is not None and term.ranking.group == "group":
+                return f"train.objective.distill.{number}.ranking.group"
+        return "train.batching" if self.batching == "groups" else None
+
+    @property
     def reads_evaluations(self) -> bool:
         """Whether what is kept, or trained on, follows from the evaluations and their steps."""
         return self.keep_best is not None or (self.replay is not None and self.replay.follows_loss)
+
+
+def without_groups(key: str, where: str) -> str:
+    """Say that a run is of groups, and that its corpus has none."""
+    return (
+        f"{key} is of groups, and the sequences of {where} have none: set corpus.group_field to "
+        "the field that all documents of a query have in common, and cache the corpus so"
+    )

@@ -13,7 +13,7 @@ from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.ranking import with_groups
 from rekindle.train.objective.selection import Counts
 from rekindle.train.student import build_student
 from testlib.objective.reference import EPOCH, reference
@@ -80,7 +80,7 @@ class Setting:
         def run(work, *arguments):
             return work(self.student, *arguments)
 
-        return with_centres(counts, self.task, parts, self.objective.plan(step), world, run)
+        return with_groups(counts, self.task, parts, self.objective.plan(step), world, run)
 
     def run_apart(self, processes, step=0):
         """The same of a step of which each process reads, selects and counts its own part."""
