@@ -13,12 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import (
+    SequenceTargets,
+    Target,
+    TokenLabelTargets,
+    TokenTargets,
+    VectorTargets,
+)
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
 from rekindle.data.targets.answers import entropies, probabilities
 from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -251,6 +258,22 @@ class SequenceTargetBatch(ExpertBatch):
         return SequenceTargets(self.logits[0], mc) if self.present[0] else None
 
 
+@dataclass(frozen=True)
+class EmbeddingBatch(TargetBatch):
+    """One sentence encoder's vectors of a batch."""
+
+    info: TeacherInfo
+    rows: Ints  # [R]
+    vectors: Floats  # [R,D]
+
+    def _keep(self, chosen: Chosen) -> Self:
+        return replace(self, rows=self.rows[chosen], vectors=self.vectors[chosen])
+
+    def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
+        """Return the only sequence's vector."""
+        return VectorTargets(self.vectors[0]) if len(self.rows) else None
+
+
 def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
     """Read the sequences ``where`` [B] as they stand: ids [B,S], padded, and their lengths [B]."""
     cuts = [corpus.cut(place) for place in where]
@@ -292,6 +315,9 @@ def read_targets(
     those of positions, which no loss needs, are left out.
     """
     counts, columns = teacher.gather(where, replica, missing, scalars)
+    if isinstance(teacher.kind, Embedding):
+        sequences = np.flatnonzero(counts)
+        return EmbeddingBatch(teacher.info, sequences, teacher.kind.decode(columns))
     if teacher.kind.per_sequence:
         present, found = counts > 0, {}
         for name, values in columns.items():

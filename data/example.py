@@ -39,7 +39,14 @@ class TokenLabelTargets:
     logits: NDArray[np.float32]  # [P,C]
 
 
-Target = TokenTargets | SequenceTargets | TokenLabelTargets
+@dataclass(frozen=True)
+class VectorTargets:
+    """One example's vector from a sentence encoder."""
+
+    vector: NDArray[np.float32]  # [D]
+
+
+Target = TokenTargets | SequenceTargets | TokenLabelTargets | VectorTargets
 
 
 @dataclass(frozen=True)

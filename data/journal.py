@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from rekindle.data.errors import CacheError, InputError, unusable
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.base import Seen, Store
-from rekindle.data.storage.manifest import MANIFEST, read_manifest
+from rekindle.data.storage.manifest import MANIFEST, NEWEST, read_manifest
 from rekindle.data.storage.seal import CHANGING, REPAIR, seal
 from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.schema import TeacherInfo, TeacherName
@@ -44,7 +44,7 @@ class Change(Settings):
     teacher: TeacherName
     to: TeacherName | None = Field(None, description="its new name, or codec")
     sets: tuple[str, ...] = Field((), description="those that are transcoded")
-    version: int = Field(ge=1, lt=CHANGING, description="of the cache without the change")
+    version: int = Field(ge=1, le=NEWEST, description="of the cache without the change")
     phase: Literal["making", "placing", "clearing"] = "making"
 
     @model_validator(mode="after")
@@ -131,7 +131,8 @@ def journal_in(manifest: Mapping[str, Any], store: Store) -> Journal:
 def note(store: Store, journal: Journal) -> None:
     """Write down how far its change is."""
     rest = {key: value for key, value in read_manifest(store).items() if key not in KEPT}
-    store.replace(MANIFEST, seal(rest | journal.as_json(), CHANGING))
+    version = max(CHANGING, journal.change.version if journal.change else 0)
+    store.replace(MANIFEST, seal(rest | journal.as_json(), version))
 
 
 def read_seen(store: Store) -> dict[str, Any]:

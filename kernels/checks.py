@@ -24,6 +24,7 @@ LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # with all that a 
 
 # What a row's probabilities may sum to above 1: sixty of them rounded to bfloat16 are off by less.
 SPARE = 0.01
+ROUNDING = 1e-5  # a tail closer to 0 is what float32 leaves of 1 less a sum that is 1
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FEW = 1024  # numbers that are looked at in lists
 
@@ -212,15 +213,21 @@ def _check_mixed_values(
         lambda row: f"teacher {number}'s ids hold one below -1, which is padding, in row {row}",
     )
     wrong = (~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)).any(1)
-    if tail is not None:
-        wrong = wrong | ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1)
     _refuse(
         wrong & active,
         lambda row: (
-            f"teacher {number}'s probs or tail hold a negative value, NaN or inf in row {row}; "
-            "they are probabilities"
+            f"teacher {number}'s probs hold a negative value, NaN or inf in row {row}; they are "
+            "probabilities"
         ),
     )
+    if tail is not None:
+        _refuse(
+            ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1) & active,
+            lambda row: (
+                f"teacher {number}'s tail holds {float(tail[row]):g} in row {row}; it is a "
+                f"probability: not negative, and a number{_rounded(float(tail[row]))}"
+            ),
+        )
 
 
 def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
@@ -336,7 +343,7 @@ def _check_masses(
             ~((tail >= 0) & torch.isfinite(tail)) & active,
             lambda row: (
                 f"tail_prob holds {float(tail[row]):g} in row {row}; it is a probability: not "
-                "negative, and a number"
+                f"negative, and a number{_rounded(float(tail[row]))}"
             ),
         )
         mass = mass + torch.where((targets.ids >= 0).any(1), tail, 0.0)
@@ -363,6 +370,13 @@ def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) ->
             f"[0, {vocabulary}) or is ignore_index = {ignore_index}"
         ),
     )
+
+
+def _rounded(tail: float) -> str:
+    """Say what to do about a tail that only rounding can have made negative."""
+    if not -ROUNDING < tail < 0:
+        return ""
+    return ". One computed as 1 - probs.sum(1) is rounded: add .clamp(min=0)"
 
 
 def _refuse(wrong: Tensor, message: Callable[[int], str]) -> None:

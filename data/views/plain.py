@@ -14,4 +14,4 @@ class Text(View):
     """The text of the corpus, in the tokens of whom it is shown to."""
 
     kind = "text"
-    tasks = ("sequence_classification", "regression", "token_classification")
+    tasks = ("sequence_classification", "regression", "token_classification", "embedding")

@@ -38,6 +38,7 @@ def at_bad(tensor: Tensor, value: object) -> Tensor:
         ({"target_probs": at_bad(PROBS, [1, 1, 1]), "tail_prob": None}, "sum to 3 in row 4"),
         ({"target_probs": at_bad(PROBS, [-0.7, -1.6, -2.3])}, "negative value, NaN or inf in row"),
         ({"tail_prob": at_bad(TAIL, torch.inf)}, "tail_prob holds inf in row 4"),
+        ({"tail_prob": at_bad(TAIL, -1e-7)}, r"holds -1e-07 in row 4.*add \.clamp\(min=0\)"),
         ({"tail_prob": at_bad(TAIL, 0.5)}, "sum to 1.3 in row 4"),
         ({"labels": at_bad(LABELS, 9), "ce_weight": 1.0}, "labels hold 9 in row 4"),
         ({"target_probs": PROBS.numpy()}, "target_probs is of type ndarray"),
@@ -154,7 +155,12 @@ def test_encoded_targets_are_as_a_cache_stores_them(change: dict, message: str) 
         (
             (IDS, PROBS, at_bad(TAIL, torch.nan)),
             [0.5, 0.5],
-            "teacher 1's probs or tail .* in row 4",
+            "teacher 1's tail holds nan in row 4",
+        ),
+        (
+            (IDS, PROBS, at_bad(TAIL, -1e-7)),
+            [0.5, 0.5],
+            r"teacher 1's tail holds -1e-07 in row 4.*add \.clamp\(min=0\)",
         ),
         (
             (at_bad(IDS, -2), PROBS, TAIL),

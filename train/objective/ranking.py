@@ -92,9 +92,13 @@ def groups_of(rows: RankedRows, temperature: float, own: Tensor | None = None) -
     best = rows.index[order[np.unique(place[order], return_index=True)[1]]]
     copies = np.bincount(place[rows.index == best[place]], minlength=len(found))
     log_sums = _log_sums(torch.from_numpy(rows.wanted / temperature), place, len(found))
-    named = zip(("keys", "sizes", "best", "copies"), (found, sizes, best, copies), strict=True)
-    whole = {name: tuple(values.tolist()) for name, values in named}
-    groups = Groups(**whole, log_sums=tuple(log_sums.tolist()))
+    groups = Groups(
+        tuple(found.tolist()),
+        tuple(sizes.tolist()),
+        tuple(best.tolist()),
+        tuple(copies.tolist()),
+        tuple(log_sums.tolist()),
+    )
     if own is None:
         return groups
     own = own.double()

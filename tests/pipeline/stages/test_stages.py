@@ -452,7 +452,7 @@ def test_a_plan_counts_what_is_known_once(chain, tmp_path):
     path.write_text(yaml.safe_dump(values))
     planned = plan_staged_run(load_config(path), probe=False)
     assert [one.plan is not None for one in planned] == [True, False, True, True]
-    assert "nothing more than stage first" in planned[1].note
+    assert "nothing beyond what stage first" in planned[1].note
     assert [[t.name for t in one.plan.teachers] for one in planned if one.plan] == [["lm"], [], []]
     assert "--- stage second ---" in planned[2].as_text()
     assert "waits for stage first" in planned[2].as_text()

@@ -135,7 +135,7 @@ def _little_room(place: Place) -> None:
 
 AHEAD = (
     Bad("a disk too small for a new cache", "doctor run.yaml --set cache.path=new",
-        "disk: ", "10 bytes are free", "give another cache.path", _little_room),
+        "disk: ", "10 bytes are free", "choose another cache.path", _little_room),
     Bad("a teacher larger than the memory", "doctor run.yaml", "memory, lm: ",
         "It does not fit", "device_map: auto", _little_memory),
 )  # fmt: skip

@@ -89,7 +89,7 @@ ROWS = (
         "not 'expert'", "leave head out"),
     Bad("a head that the runs have not", "compare student --test xx=dev.jsonl",
         "none is called 'xx'", "the runs have the heads expert",
-        "A distill term of a task's expert"),
+        "A distill term for a task expert"),
     Bad("no file to compare on", "compare student --test none.jsonl", "--test none.jsonl",
         "there is no file", "give a jsonl"),
 )  # fmt: skip
