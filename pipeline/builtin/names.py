@@ -22,7 +22,7 @@ DOMAINS = {
     "files": "files and persistence",
     "network": "networking and internet",
 }
-LABELLED_TASKS = ("part", "kind", "next", "place", "part-1", "part-2")
+LABELLED_TASKS = ("part", "kind", "next", "place", "part-1", "part-2", "section")
 MODELS = {
     "tokenizer": "a WordPiece tokenizer, and bert's configuration",
     "bert": "a masked language model",
@@ -48,6 +48,7 @@ FILES = {
         for task in LABELLED_TASKS
         for split in ("train", "dev", "test")
     },
+    "section/text": "titles with passages that may stand under them, none of them labelled",
 }
 ABOUT = {PREFIX + name: what for name, what in (MODELS | FILES).items()}
 
