@@ -208,8 +208,8 @@ _FEWEST = 3  # passages of a document that has a beginning, a middle and an end
 def write_documents(
     out: Path, sizes: TaskSizes, documents: int | None, domains: Mapping[str, str]
 ) -> list[PythonDoc]:
-    """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``; return the
-    documents that they are made of.
+    """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``, and
+    return the documents that they are made of.
     """
     # In an order without meaning: the first documents of the corpus are then a sample of all of it.
     pages = sorted(python_docs(), key=lambda page: hashlib.sha256(page.id.encode()).digest())
