@@ -74,7 +74,7 @@ def by_parts(rows, own, config, tau, size):
     return total, own.grad
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
     steps,
     st.integers(1, 12),

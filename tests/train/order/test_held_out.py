@@ -109,6 +109,8 @@ def test_ranges_of_a_huge_corpus_are_small():
 class FakeCorpus:
     """Rows (document, span_start) in additions of shards, each read is counted."""
 
+    has_groups = False
+
     def __init__(self, additions, packing, limits):
         self.rows_of, self.reads = [row for rows in additions for row in rows], 0
         self.info = {"config": {"packing": packing}}

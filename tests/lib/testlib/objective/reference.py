@@ -230,7 +230,9 @@ def ranking_sums(setting, term, sums):
         for index in setting.index.tolist():
             example = example_of(setting.cache, index)
             if targets_of(setting, example, name) is not None:
-                group = {"batch": "", "domain": example.domain, "document": example.document}
+                group = {"batch": ""} | {
+                    name: getattr(example, name) for name in ("domain", "document", "group")
+                }
                 [(score, wanted)] = task_rows(setting, example, info, term)
                 rows.append((group[ranking.group], score[0], wanted[0]))
         points = [(s - t) ** 2 for _, s, t in rows]
