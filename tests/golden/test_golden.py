@@ -94,7 +94,7 @@ def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_
     (out / "run.json").write_text(record)
     with caplog.at_level("INFO", logger="rekindle"):
         made.train(student, out, resume=True)
-    read = "did not record how much of the cache it read; taken for it: replicas 2"
+    read = "did not record how much of the cache it read; assumed: replicas 2"
     assert (read in caplog.text) is (path.name == "run-v1")
     expected = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     expected = [{k: v for k, v in record.items() if k not in TIMES} for record in expected]

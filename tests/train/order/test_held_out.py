@@ -314,6 +314,8 @@ def test_stages_in_another_order_are_refused():
 class HugeCorpus:
     """10¹² sequences that are nowhere: 1000 to a document."""
 
+    has_groups = False
+
     def __init__(self):
         self.reads, self.commits = 0, range(1)
         self.info = {"config": {"packing": "contiguous"}}
