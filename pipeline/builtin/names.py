@@ -22,7 +22,7 @@ DOMAINS = {
     "files": "files and persistence",
     "network": "networking and internet",
 }
-LABELLED_TASKS = ("part", "kind", "next", "place", "part-1", "part-2", "section")
+LABELLED_TASKS = ("part", "kind", "next", "place", "part-1", "part-2")
 MODELS = {
     "tokenizer": "a WordPiece tokenizer, and bert's configuration",
     "bert": "a masked language model",
@@ -46,6 +46,10 @@ FILES = {
     **{
         f"{task}/{split}": f"labelled examples of the task {task}: {split}"
         for task in LABELLED_TASKS
+        for split in ("train", "dev", "test")
+    },
+    **{
+        f"section/{split}": f"titles with passages that may stand under them, labelled: {split}"
         for split in ("train", "dev", "test")
     },
     "section/text": "titles with passages that may stand under them, none of them labelled",
