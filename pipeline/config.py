@@ -23,9 +23,10 @@ from rekindle.pipeline.overrides import put_value, set_value
 from rekindle.pipeline.plain_values import strings_in, values_in, with_strings
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
-from rekindle.train.config import StudentConfig, TrainConfig, without_groups
+from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.estimates import check_estimates
+from rekindle.train.ranking.config import without_groups
 from rekindle.train.schedules import is_used
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")

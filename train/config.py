@@ -12,6 +12,8 @@ from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
 from rekindle.train.model.student_config import GrowConfig as GrowConfig
 from rekindle.train.model.student_config import StudentConfig as StudentConfig
+from rekindle.train.objective.embedding.config import VectorConfig
+from rekindle.train.ranking.config import RankingConfig
 from rekindle.train.schedules import Amount, Count, Interval, Positive, Schedule, Seed, Share
 from rekindle.train.step_config import StepConfig
 
@@ -44,43 +46,6 @@ class UncertaintyConfig(Settings):
     margin: bool = Field(
         True, description="also weight examples by the margin between the two best classes"
     )
-
-
-class RankingConfig(Settings):
-    """How the scores of a regression expert teach an order: squared errors of scores and of their
-    differences, and the divergence of the distributions that they are over a group. What lies in
-    several micro-batches or processes changes nothing but rounding (and dropout), at the price of
-    one more forward pass.
-    """
-
-    pointwise: Amount = Field(1.0, description="weight of the squared error of a score")
-    pairwise: Amount = Field(
-        1.0,
-        description="weight of the squared error of the difference of two scores (MarginMSE), mean "
-        "over the pairs of a group in a step; 0: none",
-    )
-    pairs: Literal["all", "best"] = Field(
-        "all",
-        description="of pairwise. all: every two sequences of a group; best: the one that the "
-        "expert scores highest with each other one (of equal ones the first of the corpus)",
-    )
-    listwise: Amount = Field(
-        0.0,
-        description="weight of τ² · KL(softmax(t/τ) ‖ softmax(s/τ)) over the scores of a group, "
-        "mean over the groups in a step; τ is the term's temperature, which the other two do not "
-        "use",
-    )
-    group: Literal["batch", "domain", "document", "group"] = Field(
-        "batch",
-        description="which sequences of a step are compared: all, those of one domain, of one "
-        "document, or of one group (corpus.group_field). With a large corpus a step rarely holds "
-        "two of a document or group; with train.batching: groups it holds whole groups",
-    )
-
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Those of scores, of differences and of groups."""
-        return self.pointwise, self.pairwise, self.listwise
 
 
 class DistillTerm(Settings):
@@ -160,10 +125,21 @@ class DistillTerm(Settings):
         "null: 0.9",
     )
 
+    embedding: VectorConfig | None = Field(
+        None,
+        description="of sentence encoders (task: embedding): how their vectors are learnt, a sum "
+        "of losses. null: 1 − cos",
+    )
+
     @model_validator(mode="after")
     def _skew_is_of_its_divergence(self) -> "DistillTerm":
         skew_of(self.divergence, self.skew)
         return self
+
+    @property
+    def of_vectors(self) -> VectorConfig:
+        """How vectors are learnt: as it is given, or by default."""
+        return self.embedding or VectorConfig()
 
     @property
     def interpolates(self) -> bool:
@@ -398,11 +374,3 @@ class TrainConfig(StepConfig):
     def reads_evaluations(self) -> bool:
         """Return whether evaluations decide what is kept or trained on."""
         return self.keep_best is not None or (self.replay is not None and self.replay.follows_loss)
-
-
-def without_groups(key: str, where: str) -> str:
-    """Say that a run is of groups, and that its corpus has none."""
-    return (
-        f"{key} is of groups, and the sequences of {where} have none: set corpus.group_field to "
-        "the field that all documents of a query have in common, and cache the corpus so"
-    )

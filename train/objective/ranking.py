@@ -32,11 +32,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import Batch, Ints, SequenceTargetBatch
-from rekindle.train.config import DistillTerm, RankingConfig
+from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, language_rows, send
 from rekindle.train.distributed import World
 from rekindle.train.objective.selection import Counts, Groups, OwnSums, StepPlan
 from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.ranking.config import RankingConfig
 from rekindle.train.student import Student
 
 Run = Callable[..., Tensor]

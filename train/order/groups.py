@@ -19,8 +19,9 @@ from rekindle.data.cache import Cache
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute
-from rekindle.train.config import TrainConfig, without_groups
+from rekindle.train.config import TrainConfig
 from rekindle.train.order.held_out import Ranges, group_numbers
+from rekindle.train.ranking.config import without_groups
 
 log = logging.getLogger("rekindle")
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.data.batch import Batch, SequenceTargetBatch
-from rekindle.train.config import RankingConfig
 from rekindle.train.distributed import World
 from rekindle.train.objective.ranking import (
     KEY_BITS,
@@ -21,6 +20,7 @@ from rekindle.train.objective.ranking import (
     groups_of,
     ranking_loss,
 )
+from rekindle.train.ranking.config import RankingConfig
 
 scores = st.floats(-4, 4, width=32)
 steps = st.lists(st.tuples(st.integers(0, 3), scores, scores), min_size=1, max_size=12)
