@@ -18,11 +18,11 @@ from rekindle.train.finetune.predictions import Answer, Answers
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.outside.quiet import quiet_transformers
+from rekindle.train.ranking.kinds import RANKING
 from rekindle.train.student import ABOUT_FILE, saved_heads
 
 log = logging.getLogger("rekindle")
 
-RANKING = "ranking"  # the problem of documents in groups
 # The prompts of a search, by the names that sentence-transformers looks for.
 QUERY, DOCUMENT = ("query",), ("document", "passage", "corpus")
 

@@ -91,3 +91,30 @@ def test_what_an_encoder_cannot_be_asked_is_refused(tmp_path, encoder, make_mode
         predict_file(
             encoder, str(single), str(tmp_path / "x.jsonl"), config=AskConfig(pooling="cls")
         )
+
+
+def test_a_search_is_scored_within_groups_with_the_prompts_of_queries_and_documents(
+    tmp_path, encoder
+):
+    rows = [
+        {"q": FIRST[n % 3], "d": text, "label": (n * 7) % 3, "group": f"g{n % 3}"}
+        for n, text in enumerate([*SECOND, *FIRST])
+    ]
+    path = tmp_path / "groups.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = AskConfig(text_field=["q", "d"], group_field="group")
+    found = evaluate_file(encoder, str(path), config=asked)
+    text = TextEncoder.of(describe_encoder(encoder, prompt=""))
+    sides = [
+        text.vectors([prompt + row[field] for row in rows]).astype(np.float64)
+        for prompt, field in (("ask: ", "q"), ("said: ", "d"))
+    ]
+    a, b = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
+    cosine, values = (a * b).sum(1), []
+    for group in range(3):
+        own = np.arange(group, len(rows), 3)
+        gains = np.array([rows[n]["label"] for n in own])[np.argsort(-cosine[own])]
+        discounts = 1 / np.log2(np.arange(len(own)) + 2)
+        values.append(gains @ discounts / (np.sort(gains)[::-1] @ discounts))
+    assert found.metric == "ndcg@10"
+    assert found.value == pytest.approx(np.mean(values))
