@@ -28,7 +28,7 @@ WRONG = {
     "gemma's embedder": (
         configured("Gemma3Text", use_bidirectional_attention=True),
         "causal_lm",
-        "use_bidirectional_attention: true .*embedders are no language models",
+        "use_bidirectional_attention: true .*embedders are not language models",
     ),
     "llama as masked": (
         configured("Llama", "LlamaForCausalLM"),
