@@ -341,6 +341,6 @@ def _check_shared(
             raise InputError(
                 f"train.objective: the method {method.name!r} reads teacher {name!r}, but a "
                 "distill term uses only a part of its targets (combine: route, positions: masked, "
-                "what a pseudo-label is sure of, or the masked positions of view: clean). Cache the "
-                "teacher again under another name, or leave one of the two out"
+                "what a pseudo-label is sure of, or the masked positions of view: clean). Cache "
+                "the teacher again under another name, or leave one of the two out"
             )
