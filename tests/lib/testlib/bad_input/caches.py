@@ -110,10 +110,10 @@ CACHES = (
     Bad("a cache of another text", MAKE, "text.jsonl (has other content)",
         "the corpus source has changed", "Use another cache.path", _other_text, 3),
     Bad("a cache of other lengths", f"{MAKE} --set corpus.sequence_length=32",
-        "sequence_length: 24 there, 32 here", "holds a corpus made differently",
+        "sequence_length: 24 there, 32 here", "holds a corpus that was made differently",
         "Use another cache.path", code=3),
     Bad("a cache of another tokenizer", MAKE, "another tokenizer",
-        "holds a corpus made differently", "Use another cache.path",
+        "holds a corpus that was made differently", "Use another cache.path",
         lambda place: place.change("tokens/tokenizer_config.json", mask_token="the"), 3),
     Bad("a teacher that the cache has not to show", "inspect cache --teacher lmm",
         "no teacher 'lmm'", "it has: expert, lm"),
@@ -171,7 +171,7 @@ RUNS = (
     Bad("no run to compare", "compare lm", "lm", "no run and no sweep",
         "Give directories that its --out named"),
     Bad("a checkpoint that is cut, exported", f"export {STEPS[1]} --out new",
-        f"{STEPS[1]}/model.safetensors", "is damaged or cut off", "Copy or download it again",
+        f"{STEPS[1]}/model.safetensors", "is damaged or truncated", "Copy or download it again",
         _cut(f"{STEPS[1]}/model.safetensors")),
 )  # fmt: skip
 
