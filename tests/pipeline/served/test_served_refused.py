@@ -105,7 +105,7 @@ def test_another_tokenizer(tmp_path, configure, teacher, double, bytelevel):
 
 WRONG = {
     "count": "it read 25 tokens where 24 were sent",
-    "tokens": "it read other tokens than were sent",
+    "tokens": "it read other tokens than those sent",
     "short": "one entry for each of the sequence's 24 tokens",
     "shifted": "lacks the prompt's own token",
     "above": "above 0",

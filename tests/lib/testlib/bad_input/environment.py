@@ -14,7 +14,7 @@ TRAIN = "train-student run.yaml --out new"
 TUNE = "finetune lm --train train.jsonl --dev dev.jsonl --set epochs=1"
 ASK = "evaluate expert --test dev.jsonl"
 ANOTHER = "give another place"
-FILE = "a file of that name stands where a folder is needed"
+FILE = "a file of that name exists where a folder is needed"
 
 OUTPUTS = (
     Bad("a student below a file", "train-student run.yaml --out run.yaml/new", "run.yaml/new",
@@ -22,7 +22,7 @@ OUTPUTS = (
     Bad("a student in place of a file", "train-student run.yaml --out run.yaml", "run.yaml",
         "is not empty and holds no run", "give another --out"),
     Bad("a cache below a file", "cache-teachers run.yaml --set cache.path=text.jsonl/new",
-        "text.jsonl/new", "a file stands where a folder is needed", ANOTHER),
+        "text.jsonl/new", "a file exists where a folder is needed", ANOTHER),
     Bad("rows below a file", "predict expert --text text.jsonl --out run.yaml/new.jsonl",
         "run.yaml", FILE, ANOTHER),
     Bad("an export below a file", "export student --out run.yaml/new", "run.yaml", FILE, ANOTHER),
@@ -30,7 +30,7 @@ OUTPUTS = (
     Bad("a run file that is there", "init uegp --out run.yaml", "run.yaml",
         "exists and is left as it is", "give another --out"),
     Bad("a page in place of a folder", "compare student --out tokens", "tokens",
-        "a folder stands where a file is needed", "give the path of a file"),
+        "a folder exists where a file is needed", "give the path of a file"),
     Bad("rows that are there", "predict expert --text text.jsonl --out dev.jsonl", "'dev.jsonl'",
         "is there already", "--force"),
     Bad("rows in place of a folder", "predict expert --text text.jsonl --out lm", "'lm'",
@@ -153,7 +153,7 @@ MACHINES = (
     Bad("a store whose package is missing", "inspect s3://bucket/cache", "'s3://bucket/cache'",
         "Install s3fs", "pip install", _without("s3fs")),
     Bad("a student that may not be written", TRAIN, "new", "Read-only file system",
-        "give a place that may be written", _no_folders(errno.EROFS)),
+        "give a place that can be written", _no_folders(errno.EROFS)),
     Bad("an expert that may not be written", f"{TUNE} --out new", "new", "Permission denied",
         "change its permissions", _no_folders(errno.EACCES)),
 )  # fmt: skip
