@@ -1,5 +1,5 @@
-"""Text files as streams of bytes, whatever they are packed with: their first bytes say it, not
-their names. What is no text is refused by what it is.
+"""Read text files as streams of bytes, unpacked if necessary: the first bytes decide, not the name.
+Other files are refused with their type.
 """
 
 import io
@@ -17,18 +17,18 @@ from rekindle.data.storage.client import is_remote
 
 log = logging.getLogger("rekindle")
 
-STDIN = "-"  # in place of a path: what is piped in
+STDIN = "-"  # in place of a path: standard input
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
 FileState = tuple[int | str, ...] | None
 _LFS_POINTER = b"version https://git-lfs"
-_HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
-_UNPACKED = {  # what is unpacked while it is read
+_HEAD_BYTES = 4096  # a text has no NUL within this many first bytes
+_UNPACKED = {  # formats unpacked while reading
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
 _SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2"}
-_NO_TEXT = {  # what is not, and what to do
+_NO_TEXT = {  # formats not read, with advice
     b"\xfd7zXZ\x00": "is packed with xz, which is not read here; unpack it (xz -d)",
     b"PK\x03\x04": "is a zip archive; unpack it (unzip)",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it",
@@ -41,7 +41,7 @@ _NO_TEXT = {  # what is not, and what to do
 
 
 def state_of(path: str | Path) -> FileState:
-    """What tells a file from what was there before, or is there later; None where none is."""
+    """Return what distinguishes a file from an earlier or later one; None if there is none."""
     if is_remote(path):
         return state_of_object(str(path))
     try:
@@ -52,12 +52,12 @@ def state_of(path: str | Path) -> FileState:
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file of that path, or an object of that address."""
+    """Return whether there is a file at that path, or an object at that address."""
     return state_of(path) is not None if is_remote(path) else os.path.isfile(path)
 
 
 def refuse_pointer(path: str | Path) -> None:
-    """Raise InputError where a file is a git-lfs pointer."""
+    """Raise InputError if the file is a git-lfs pointer."""
     with open_binary(str(path)) as file:
         _refuse_pointer(path, file.read(len(_LFS_POINTER)))
 
@@ -71,8 +71,8 @@ def _refuse_pointer(path: str | Path, start: bytes) -> None:
 
 
 def half_a_pair(what: str, text: str) -> str | None:
-    """What is wrong with ``what`` where half of a surrogate pair is in it, as JSON may write one:
-    it can be neither tokenized nor written.
+    """Return what is wrong with ``what`` if it contains half of a surrogate pair, which JSON
+    allows; such text can be neither tokenized nor written. None otherwise.
     """
     try:
         text.encode()
@@ -85,7 +85,7 @@ def half_a_pair(what: str, text: str) -> str | None:
 
 
 def compression_of(path: str) -> str | None:
-    """What a file is packed with: gzip, zstd, bz2, or None."""
+    """Return the compression of a file: gzip, zstd, bz2, or None."""
     with open_binary(path) as file:
         return _compression(file.read(16))
 
@@ -95,9 +95,9 @@ def _compression(head: bytes) -> str | None:
 
 
 def open_text(path: str) -> BinaryIO:
-    """The bytes of a text file, unpacked; of what is piped in for ``STDIN``. A pipe is read once.
+    """Open the unpacked bytes of a text file, or standard input for ``STDIN``. A pipe is read once.
 
-    Raises InputError for what is no text, OSError for what cannot be read.
+    Raise InputError for anything but text, OSError for what cannot be read.
     """
     raw = os.fdopen(os.dup(0), "rb") if path == STDIN else open_binary(path)
     try:

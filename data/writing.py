@@ -1,6 +1,6 @@
-"""Writes a unit of a teacher's targets and commits it; guards a teacher's name in the cache.
+"""Write a unit of a teacher's targets and commit it; guard a teacher's name in the cache.
 
-Nothing here knows where targets come from: a model that was run, or an import.
+Does not know where targets come from: a model run here, or an import.
 """
 
 import shlex
@@ -22,7 +22,7 @@ from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
 
-ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
+ZSTD_LEVEL = 1  # for the compact codec: higher levels cost time and gain nothing
 
 
 def write_targets(
@@ -34,11 +34,11 @@ def write_targets(
     facts: Mapping[str, object],
     late_facts: Callable[[], Mapping[str, object]] = dict,
 ) -> Commit:
-    """Write and commit the unit of ``place`` (shard of the corpus, replica).
+    """Write and commit the unit at ``place`` (corpus shard, replica).
 
-    ``rows`` [P] ascends: the row of each entry of ``columns``, [P,…] as they are used. The record
-    gets ``facts``, and what ``late_facts`` says once all is encoded. Raises CacheMismatchError as
-    ``check_same`` does.
+    ``rows`` [P], ascending, gives the row of each entry of ``columns`` ([P,…] as they are used).
+    The commit record gets ``facts``, plus the result of ``late_facts``, called after encoding.
+    Raise CacheMismatchError as ``check_same`` does.
     """
     shard, replica = place
     kind = kind_of(info)
@@ -53,7 +53,7 @@ def write_targets(
         "corpus_sha256": corpus.commits[shard].sha256,
         **facts,
     }
-    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
+    # Only once there is something to write: a teacher that cannot be loaded, or gives NaN, leaves
     # its name free for the corrected configuration.
     claim_teacher(corpus, info)
     sums = ScalarSums()
@@ -69,16 +69,17 @@ def write_targets(
 
 
 def write_options(kind: TargetKind) -> pa.ipc.IpcWriteOptions | None:
-    """How shards of that kind are written."""
+    """Return the Arrow write options for shards of this kind."""
     if not kind.codec.compressed:
         return None
     return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
 
 
 def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
+    """Record the teacher (or its extension) in the cache, or check that the recorded one is the
+    same.
 
-    Raises CacheMismatchError as ``check_same`` does.
+    Raise CacheMismatchError as ``check_same`` does.
     """
     content = seal(info.model_dump(mode="json"))
     if not corpus.store.create(f"{info.folder}/teacher.json", content):
@@ -86,7 +87,7 @@ def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
 
 
 def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -> None:
-    """Raise InputError for a teacher that is not ``present`` under its name, since it was renamed;
+    """Raise InputError for a teacher that is missing (not ``present``) because it was renamed;
     CacheMismatchError as ``check_same`` does.
     """
     if present is None:
@@ -96,16 +97,16 @@ def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -
 
 
 def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
+    """Raise CacheMismatchError, naming what differs, unless both describe the same teacher.
 
     Targets of two models never mix under one name.
     """
     already = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
     if present.imported and not info.imported:
         raise CacheMismatchError(
-            f"{already} was imported ({present.imported.told()}). Nothing is to be run for it: "
-            "take it out of `teachers` (train.objective may name it all the same), or give this "
-            "one another name"
+            f"{already} was imported ({present.imported.told()}), so there is nothing to run for "
+            "it: remove it from `teachers` (train.objective may still name it), or give this one "
+            "another name"
         )
     if info.imported and not present.imported:
         raise CacheMismatchError(

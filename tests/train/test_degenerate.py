@@ -107,7 +107,7 @@ def test_steps_of_which_every_weight_is_0_are_refused(masked_world, hard, distil
 
 
 def test_masks_that_hide_nothing_or_everything_are_refused():
-    with pytest.raises(InputError, match="every chosen token would stay as it is"):
+    with pytest.raises(InputError, match="every chosen token would stay unchanged"):
         parse_settings(MaskConfig, {"mask_token": 0, "random_token": 0})
     with pytest.raises(InputError, match=r"replicas 1 with mask\.policy cover"):
         parse_settings(CacheConfig, {"path": "c", "replicas": 1, "mask": {"policy": "cover"}})
