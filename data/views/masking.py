@@ -47,15 +47,15 @@ class MaskConfig(Settings):
         ge=0,
         le=1,
         description=(
-            "share of chosen tokens replaced by the mask token; default with policy hard: "
-            "all that are not replaced by a random one"
+            "share of chosen tokens replaced by the mask token; policy hard: all that are not "
+            "replaced by a random one, if not given"
         ),
     )
     random_token: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="share of chosen tokens replaced by a random one; default with policy hard: none",
+        description="share of chosen tokens replaced by a random one; policy hard: none, if not given",
     )
     teacher: str | None = Field(
         None,
