@@ -55,7 +55,8 @@ class MaskConfig(Settings):
         0.1,
         ge=0,
         le=1,
-        description="share of chosen tokens replaced by a random one; policy hard: none, if not given",
+        description="share of chosen tokens replaced by a random one; policy hard: none, if not "
+        "given",
     )
     teacher: str | None = Field(
         None,
