@@ -346,6 +346,7 @@ class Batch:
     targets: dict[str, TargetBatch]  # by teacher name
     epoch: int = 0  # for what is drawn anew in every epoch
     documents: Sequence[str | None] = ()  # [B] ids, where they are known
+    groups: Sequence[str | None] = ()  # [B] names, never None; empty where the corpus has none
     token_types: Tokens | None = None  # [B,S] the segments, where each sequence is a pair
     trained: NDArray[np.bool_] | None = None  # [B,S] the tokens that are learnt; None: all
     # [B,S] which document of its sequence a token is of, −1 where padded; None: each is of one
@@ -391,6 +392,7 @@ class Batch:
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
+            groups=self.groups[part],
             token_types=None if self.token_types is None else self.token_types[part, :width],
             trained=None if self.trained is None else self.trained[part, :width],
             document_numbers=None if numbers is None else numbers[part, :width],

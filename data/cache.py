@@ -24,6 +24,7 @@ from rekindle.data.batch import (
     read_pairs,
     read_targets,
 )
+from rekindle.data.corpus.columns import GROUP
 from rekindle.data.corpus.config import version_of
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.texts import CorpusTexts
@@ -238,7 +239,7 @@ class Cache:
         if masked_view is not None:
             view = self.masked_view(masked_view)
             masked = read_masked(view, where, clean, epoch % max(1, view.replicas))
-        replica = masked.replica if masked else None
+        replica, has_groups = masked.replica if masked else None, self.corpus.has_groups
         shown = [teacher.view for teacher in map(self.teacher, teachers) if teacher.view]
         pairs = {view.name: view for view in shown if view.kind.paired}
         return Batch(
@@ -257,6 +258,7 @@ class Cache:
             },
             epoch=epoch,
             documents=RowTexts(partial(self.corpus.text, "document"), where),
+            groups=RowTexts(partial(self.corpus.text, GROUP), where) if has_groups else (),
             **read_marks(self.corpus, where),
         )
 
@@ -347,7 +349,7 @@ class Cache:
         """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""
         shards, rows = self.corpus.locate(np.array([index]))
         shard, row = int(shards[0]), int(rows[0])
-        shown = ["digest", "document", "domain", "text"]
+        shown = ["digest", "document", "domain", "text", *[GROUP] * self.corpus.has_groups]
         record = self.corpus.rows(shard, row, 1).select(shown).to_pylist()[0]
         ids = read_clean(self.corpus, [(shard, row)])[0][0]
         pairs = {}

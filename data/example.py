@@ -62,3 +62,4 @@ class Example:
     pairs: dict[str, tuple[str, str] | None]  # by view name
     targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
     trained: NDArray[np.bool_] | None = None  # [S] what is learnt of it; None: all
+    group: str | None = None  # what it is compared within

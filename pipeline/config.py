@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rekindle.data.corpus.config import MOST, CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.packing import MOST
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings

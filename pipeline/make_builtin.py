@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rekindle.data.corpus.config import MOST
+from rekindle.data.corpus.packing import MOST
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import publish_folder

@@ -20,6 +20,7 @@ Places = NDArray[np.int64]
 
 TYPES = "token_types"
 TRAINED = "trained"
+GROUP = "group"
 STARTS = "document_starts"
 DOCUMENTS = "document_numbers"  # of each token; found, not stored
 CUT = ("cut_pairs", "cut_tokens")  # facts of a shard's record, in a corpus of pairs
@@ -44,12 +45,20 @@ PAIR_COLUMNS = COLUMNS | {TYPES: list_type(pa.uint8())}
 
 def fields_of(config: PackingFacts) -> list[pa.Field]:
     """The columns of a corpus that is made so, as a schema has them: of pairs the segments are
-    kept, too; and what is trained, where that is not all.
+    kept, too; what is trained, where that is not all; and the groups, where there are any.
     """
     columns = PAIR_COLUMNS if "pair_field" in config else COLUMNS
     if config.get("trained"):
         columns = columns | {TRAINED: list_type(pa.bool_())}
+    if "group_field" in config:
+        columns = columns | {GROUP: pa.string()}
     return [pa.field(name, dtype) for name, dtype in columns.items()]
+
+
+def required_of(config: PackingFacts) -> list[str]:
+    """Those of them, beside the lists, that a sequence never lacks."""
+    always = ["digest", "document", "span_start", "span_end", "text", "bucket"]
+    return [*always, GROUP] if "group_field" in config else always
 
 
 def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
@@ -72,6 +81,8 @@ def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
         columns[TYPES] = list_array(tokens, rows.token_types.astype(np.uint8))
     if rows.trained is not None:
         columns[TRAINED] = list_array(tokens, rows.trained)
+    if GROUP in schema.names:
+        columns[GROUP] = pa.array(rows.groups, pa.string())
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 

@@ -20,11 +20,9 @@ from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
 from rekindle.data.source.without import USUAL, read_held
-from rekindle.data.storage.seal import FORMAT_VERSION, WITH_PACKED, WITH_TRAINED
+from rekindle.data.storage.seal import FORMAT_VERSION, WITH_GROUPS, WITH_PACKED, WITH_TRAINED
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
-LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
-SHARDS = 16  # of a corpus that is neither very small nor large, at least
 
 
 class SourceEntry(Settings):
@@ -64,6 +62,9 @@ class CorpusConfig(Settings):
     )
     domain_field: str | None = Field(
         None, description="the field that names a record's domain: text or a number"
+    )
+    group_field: str | None = Field(
+        None, description="the field that names a record's group, such as its query's id"
     )
     tokenizer: Place = Field(description="the student's tokenizer: a directory or a hub id")
     sequence_length: int = Field(
@@ -156,6 +157,15 @@ class CorpusConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _one_group_a_sequence(self) -> "CorpusConfig":
+        if self.group_field is not None and self.packing != "document":
+            raise ValueError(
+                f"packing {self.packing} joins records, and with group_field a sequence is of one "
+                "group; leave packing out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fields_of_files(self) -> "CorpusConfig":
         if self.without_fields and not self.without:
             raise ValueError("without_fields are those of the files in without, which names none")
@@ -207,9 +217,9 @@ class PackingFacts(TypedDict):
     versions are the same: end_of_text, where the end-of-text token comes after each document of a
     tokenizer that begins a text and does not end it; special_tokens, where they are read as such;
     without, where records are left out that hold a text of a test; pair_field, where they are
-    pairs; trained, where each token is trained or is not; chat_template, the digest of that of
-    dialogues; contents, what each part of the source holds, where some is no text; attention,
-    where a token of a contiguous row sees its document alone.
+    pairs; group_field, where they are of groups; trained, where each token is trained or is not;
+    chat_template, the digest of that of dialogues; contents, what each part of the source holds,
+    where some is no text; attention, where a token of a contiguous row sees its document alone.
     """
 
     source: list[str]
@@ -223,6 +233,7 @@ class PackingFacts(TypedDict):
     special_tokens: NotRequired[Literal["text", "token"]]
     without: NotRequired[WithoutFacts]
     pair_field: NotRequired[str]
+    group_field: NotRequired[str]
     trained: NotRequired[bool]
     chat_template: NotRequired[str]
     contents: NotRequired[list[str]]
@@ -265,23 +276,11 @@ def within_documents(config: PackingFacts) -> bool:
 
 def version_of(config: PackingFacts) -> int:
     """The least format version of a cache with a corpus that is made so."""
+    if "group_field" in config:
+        return WITH_GROUPS
     if within_documents(config):
         return WITH_PACKED
     return WITH_TRAINED if "trained" in config else FORMAT_VERSION
-
-
-def usual_shard_size(sequences: int | None) -> int:
-    """Return how many sequences a shard of a new corpus of about so many has; MOST where that is
-    not known.
-
-    A shard is the unit of work, and of what a kill loses: a small corpus has small ones.
-    """
-    if sequences is None:
-        return MOST
-    size = LEAST
-    while size < MOST and 2 * size * SHARDS <= sequences:
-        size *= 2
-    return size
 
 
 def describe_corpus(
@@ -299,8 +298,9 @@ def describe_corpus(
         values["chat_template"] = chat_template(config, tokenizer).digest
     if config.special_tokens == "text":
         del values["special_tokens"]
-    if config.pair_field is None:
-        del values["pair_field"]
+    for name in ("pair_field", "group_field"):
+        if values[name] is None:
+            del values[name]
     if config.attention != "document":
         del values["attention"]
     if config.packing != "contiguous" and config.pair_field is None and lacks_end(tokenizer):

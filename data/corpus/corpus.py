@@ -34,6 +34,7 @@ from rekindle.data.corpus.columns import (
     facts_of,
     fields_of,
     record_batches,
+    required_of,
 )
 from rekindle.data.corpus.config import (
     CorpusConfig,
@@ -67,12 +68,7 @@ from rekindle.data.storage.commits import Commits, ShardCommits
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR
-from rekindle.data.storage.shards import (
-    ROWS_PER_BATCH,
-    Shard,
-    ShardSet,
-    describe,
-)
+from rekindle.data.storage.shards import ROWS_PER_BATCH, Shard, ShardSet, describe
 from rekindle.data.storage.units import unit_of
 
 
@@ -183,16 +179,15 @@ class Corpus(RowReader):
 
     def _check_batch(self, index: int, batch: pa.RecordBatch) -> None:
         """CacheFormatError for what no writer of ours would have written."""
-        required = ("digest", "document", "span_start", "span_end", "text", "bucket")
         names = ("input_ids", "char_starts", "word_starts", *self._more_lists)
         lists = {name: list_views(batch[name], name) for name in names}
         offsets, ids = lists["input_ids"]
         same = all(np.array_equal(offsets, there) for there, _ in lists.values())
-        ids = ids[offsets[0] : offsets[-1]]
-        inside = are_tokens(ids, self.info["tokenizer"])
+        inside = are_tokens(ids[offsets[0] : offsets[-1]], self.info["tokenizer"])
         if not inside:
             check_gaps(self.store, self.info["tokenizer"], tokenizer_facts(self.tokenizer))
-        if any(batch[name].null_count for name in required) or not same or not inside:
+        nulls = any(batch[name].null_count for name in required_of(self.info["config"]))
+        if nulls or not same or not inside:
             raise CacheFormatError(
                 f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
                 "columns of different lengths: it was not written by Rekindle"
@@ -239,6 +234,11 @@ class Corpus(RowReader):
     def has_pairs(self) -> bool:
         """Whether each of its sequences is a pair of texts."""
         return "pair_field" in self.info["config"]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether each of its sequences is of a group."""
+        return "group_field" in self.info["config"]
 
     @property
     def has_trained(self) -> bool:
@@ -375,7 +375,8 @@ def _shards_after(
     shard = max(committed.contiguous, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    fields = Fields(config["text_field"], config["domain_field"], config.get("pair_field"), forms)
+    named = (config["text_field"], config["domain_field"], config.get("pair_field"))
+    fields = Fields(*named, forms, config.get("group_field"))
     length = config["sequence_length"]
     maker = Maker(
         Reader(fields, left_out.bad, left_out.texts),

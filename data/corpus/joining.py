@@ -65,6 +65,7 @@ def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
         document_starts=starts.astype(np.int32),
         documents=[rows.documents[first] for first in firsts],
         domains=[rows.domains[first] for first in firsts],
+        groups=[rows.groups[first] for first in firsts],
         spans=rows.spans[firsts],
         buckets=rows.buckets[firsts],
         texts=texts,

@@ -1,4 +1,5 @@
-"""Where sequences begin and end in documents: pure index arithmetic, no text, no input or output.
+"""Where sequences begin and end in documents, and how many a shard has: pure index arithmetic, no
+text, no input or output.
 
 Three packings. "document": no sequence crosses a document. "contiguous": documents follow each
 other and fill every sequence but the last. "packed": the sequences of "document" follow each other
@@ -17,6 +18,8 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 
 Ints = NDArray[np.int64]
 PackingName = Literal["document", "contiguous", "packed"]
+LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
+SHARDS = 16  # of a corpus that is neither very small nor large, at least
 
 
 class Position(NamedTuple):
@@ -174,3 +177,17 @@ def next_fit(lengths: Sequence[int], room: int, apart: Sequence[object]) -> list
         counts[-1] += 1
         left -= length
     return counts
+
+
+def usual_shard_size(sequences: int | None) -> int:
+    """Return how many sequences a shard of a new corpus of about so many has; MOST where that is
+    not known.
+
+    A shard is the unit of work, and of what a kill loses: a small corpus has small ones.
+    """
+    if sequences is None:
+        return MOST
+    size = LEAST
+    while size < MOST and 2 * size * SHARDS <= sequences:
+        size *= 2
+    return size

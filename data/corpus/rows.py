@@ -68,9 +68,9 @@ class Rows:
     text, −1 for special tokens; word_starts [L] bool: False for special tokens, and for a first
     token that goes on with a word of the sequence before; token_types [L] int32: the segments of
     pairs, None of other sequences. pieces [R], document_starts [P] int32: in each sequence the
-    positions where a document begins or is resumed. documents (their ids), domains: of the first
-    token's document; spans [R,2]: the characters of that document; buckets [R] uint16: of it, by
-    hash. texts: the sequences' own, the documents' parts joined by a blank line; of a pair both
+    positions where a document begins or is resumed. documents (their ids), domains, groups: of the
+    first token's document; spans [R,2]: the characters of that document; buckets [R] uint16: of it,
+    by hash. texts: the sequences' own, the documents' parts joined by a blank line; of a pair both
     texts whole, whatever was cut of their tokens, and its span is the first one's. digests: the
     identity of each, 128 bits over its token ids and its text (and what is trained, if not all is),
     as 32 hex digits. lost [R]: tokens of pairs and dialogues that were cut. ends [R,2]: the
@@ -87,6 +87,7 @@ class Rows:
     document_starts: NDArray[np.int32]
     documents: list[str]
     domains: list[str | None]
+    groups: list[str | None]
     spans: Ints
     buckets: NDArray[np.uint16]
     texts: list[str]
@@ -118,6 +119,7 @@ class Rows:
             document_starts=self.document_starts[piece],
             documents=self.documents[row],
             domains=self.domains[row],
+            groups=self.groups[row],
             spans=self.spans[row],
             buckets=self.buckets[row],
             texts=self.texts[row],
@@ -366,6 +368,7 @@ def _finished(
         input_ids=input_ids,
         documents=[document.id for document in documents],
         domains=[document.domain for document in documents],
+        groups=[document.group for document in documents],
         buckets=np.array(buckets, np.uint16),
         texts=texts,
         digests=digests_of(lengths, input_ids, texts, trained),

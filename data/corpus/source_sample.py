@@ -64,7 +64,7 @@ def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> S
             total += size
             if taken.full:
                 continue
-        stream = read_documents([origin], *fields)
+        stream = read_documents([origin], *fields, config.group_field)
         before = left_out.total
         here = taken.fill(stream)
         if origin.format == PYTHON_DOCS:  # it is no file, and small

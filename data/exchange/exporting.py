@@ -20,6 +20,7 @@ from rekindle.data.batch import (
     read_masked,
     read_targets,
 )
+from rekindle.data.corpus.columns import GROUP
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.errors import InputError
@@ -35,7 +36,7 @@ TEXT = ("digest", "document", "domain", "text")
 _TEXTS, _INTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
 TYPES = {
     "index": pa.int64(),
-    **dict.fromkeys(TEXT, pa.string()),
+    **dict.fromkeys((*TEXT, GROUP), pa.string()),
     "input_ids": _INTS,
     "tokens": _TEXTS,
     "replica": pa.int32(),
@@ -101,7 +102,7 @@ class Export:
             )
 
     def _names(self) -> list[str]:
-        found = ["index", *TEXT, "input_ids", "tokens"]
+        found = ["index", *self._about, "input_ids", "tokens"]
         if self.view is not None and self.view.kind.masked:
             found += ["replica", "shown_ids"]
             found += [] if self.teacher else ["positions"]
@@ -120,6 +121,11 @@ class Export:
         gold = [] if "gold_rank" in lacks else ["gold_log_probs", "gold_ranks"]
         entropy = [] if "entropy" in lacks else ["entropy"]
         return [*found, "positions", *kept, "gold_tokens", *gold, *entropy]
+
+    @property
+    def _about(self) -> tuple[str, ...]:
+        """What is said of a sequence's text."""
+        return (*TEXT, GROUP) if self.corpus.has_groups else TEXT
 
     @property
     def _further(self) -> list[float]:
@@ -189,7 +195,7 @@ class Export:
             return None
         ids, _ = read_clean(self.corpus, [place])
         found: Values = {"index": index, "input_ids": ids[0], "tokens": self._texts.of(ids[0])}
-        found |= {name: self.corpus.text(name, place) for name in TEXT}
+        found |= {name: self.corpus.text(name, place) for name in self._about}
         if replica is not None and self.view is not None:
             masked = read_masked(self.view, [place], ids, replica)
             found |= {"replica": replica, "shown_ids": masked.input_ids[0]}

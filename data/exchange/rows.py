@@ -20,7 +20,7 @@ Floats64 = NDArray[np.float64]
 
 # What `pipeline export-targets` writes for people to read, which an import passes over.
 ABOUT = (
-    *("text", "document", "domain", "tokens"),
+    *("text", "document", "domain", "group", "tokens"),
     *("candidates", "gold_tokens", "label"),
 )
 # What must be that of the cache where it is given. ``labels``: see label_rows.py.

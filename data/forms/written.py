@@ -34,6 +34,7 @@ def content_of(document: Document) -> str:
 def row_of(document: Document) -> dict[str, object]:
     """The document as a row, which is read as ``content_of`` says."""
     row: dict[str, object] = {"id": document.id, "domain": document.domain or ""}
+    row |= {} if document.group is None else {"group": document.group}
     given = document.given
     if isinstance(given, Dialogue):
         return row | {"text": document.text, "written": given.written, "trained": given.trained}

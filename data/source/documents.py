@@ -22,7 +22,7 @@ from rekindle.data.text_files import half_a_pair
 log = logging.getLogger("rekindle")
 
 _COLUMNS = ("parquet", "arrow", HUB)  # where what a record lacks is null
-_NO_NAME = (Mapping, list, tuple, bytes)  # what a domain cannot be
+_NO_NAME = (Mapping, list, tuple, bytes)  # what a domain or group cannot be
 
 
 class Document(NamedTuple):
@@ -31,6 +31,7 @@ class Document(NamedTuple):
     ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
     ``pair``: the second text of a record that is a pair. ``given``: what it is, if no plain text.
+    ``group``: what it is compared within.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Document(NamedTuple):
     domain: str | None
     pair: str | None = None
     given: Given | None = None
+    group: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -46,20 +48,21 @@ class Document(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold its text, its domain, and the second text of a pair; ``forms``
-    make what is given in records that are no texts, by what these hold.
+    """Which fields of a record hold its text, its domain, the second text of a pair and its group;
+    ``forms`` make what is given in records that are no texts, by what these hold.
     """
 
     text: str
     domain: str | None
     pair: str | None
     forms: Mapping[str, Form] | None = None
+    group: str | None = None
 
     def read(self, origin: Origin) -> list[str]:
         """The fields that are read of an origin, the one with its text first."""
         if origin.content == "text":
-            return [*filter(None, (self.text, self.domain, self.pair)), "id"]
-        return [*self.form_of(origin).fields, *filter(None, (self.domain,)), "id"]
+            return [*filter(None, (self.text, self.domain, self.pair, self.group)), "id"]
+        return [*self.form_of(origin).fields, *filter(None, (self.domain, self.group)), "id"]
 
     def form_of(self, origin: Origin) -> Form:
         """What makes documents of an origin's records."""
@@ -74,6 +77,7 @@ def read_documents(
     left_out: LeftOut | None = None,
     pair_field: str | None = None,
     forms: Mapping[str, Form] | None = None,
+    group_field: str | None = None,
 ) -> Iterator[Document]:
     """The documents of ``source`` in a fixed order, in memory that does not grow with the files.
 
@@ -85,20 +89,23 @@ def read_documents(
     called so comes first. ``domain`` is the value of ``domain_field`` as text, be it text, a number
     or a date; None without ``domain_field``. Of python-docs it is the part of the library, whatever
     ``domain_field`` says. With ``pair_field`` each record is a pair of texts, both of which it must
-    have; .txt files and python-docs have none. ``forms`` make what is given of the records of
-    entries that hold no texts, and say what is bad in them.
+    have; .txt files and python-docs have none. ``group`` is the value of ``group_field``, as
+    ``domain`` is of its own; .txt files and python-docs have none. ``forms`` make what is given of
+    the records of entries that hold no texts, and say what is bad in them.
 
     Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
-    are not UTF-8 (of a .txt file the document that has them), a text or domain that is missing or
-    null, a text that is not a string, a domain that is a mapping or a list, half a surrogate pair
-    in text, domain or id, an empty text of a pair. With ``left_out`` they are put there, unless
-    that leaves only records out that hold a text of a test, and what is left is read.
+    are not UTF-8 (of a .txt file the document that has them), a text, domain or group that is
+    missing or null, a text that is not a string, a domain or group that is a mapping or a list,
+    half a surrogate pair in text, domain, group or id, an empty text of a pair. With ``left_out``
+    they are put there, unless that leaves only records out that hold a text of a test, and what is
+    left is read.
 
     Raises InputError: at the call for a source that does not exist or is of no known kind; while
     reading for a damaged file, and for a bad record that is not left out.
     """
     origins = origins_of(source)
-    return _documents(origins, Fields(text_field, domain_field, pair_field, forms), left_out)
+    fields = Fields(text_field, domain_field, pair_field, forms, group_field)
+    return _documents(origins, fields, left_out)
 
 
 def origins_of(source: Sequence[str | Entry | Origin]) -> Sequence[Origin]:
@@ -167,6 +174,11 @@ def document_blocks(
             f"{origin.place} has no fields, so that no record of it is a pair (corpus.pair_field: "
             f"{fields.pair}); give jsonl, csv, tsv, parquet or arrow files, or leave pair_field out"
         )
+    if fields.group is not None and origin.format in (PYTHON_DOCS, "txt"):
+        raise InputError(
+            f"{origin.place} has no fields, so that no record has a group (corpus.group_field: "
+            f"{fields.group}); give jsonl, csv, tsv, parquet or arrow files, or leave it out"
+        )
     if origin.format == PYTHON_DOCS:
         for page in python_docs():
             yield Pages([Document(page.id, page.text, page.part)])
@@ -203,16 +215,17 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad 
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
-    domain = None
-    if fields.domain is not None:
-        domain = _domain(record, fields.domain, where, named)
+    domain, group = (
+        None if name is None else _name(record, name, what, where, named)
+        for what, name in (("domain", fields.domain), ("group", fields.group))
+    )
     if origin.content != "text":
-        return _given_document(record, origin, fields, domain, where)
+        return _given_document(record, origin, fields, (domain, group), where)
     read = [_text(record, fields.text, "corpus.text_field", where, named)]
     if fields.pair is not None:
         read.append(_text(record, fields.pair, "corpus.pair_field", where, named))
-    if isinstance(domain, Bad) or any(isinstance(text, Bad) for text in read):
-        return next(found for found in (*read, domain) if isinstance(found, Bad))
+    if bad := [found for found in (*read, domain, group) if isinstance(found, Bad)]:
+        return bad[0]
     texts = [text for text in read if isinstance(text, str)]
     blank = [not text or text.isspace() for text in texts]
     if fields.pair is None and blank[0]:
@@ -222,26 +235,36 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad 
         empty = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
         return Bad("an empty text of a pair", empty)
     pair = texts[1] if len(texts) > 1 else None
-    return _whole(Document(_identity(record, origin), texts[0], domain, pair), where)
+    about = (_identity(record, origin), texts[0], domain, pair, None, group)
+    return _whole(Document(*about), where)  # type: ignore[arg-type]
 
 
 def _given_document(
-    record: Record, origin: Origin, fields: Fields, domain: str | Bad | None, where: str
+    record: Record,
+    origin: Origin,
+    fields: Fields,
+    names: tuple[str | Bad | None, str | Bad | None],
+    where: str,
 ) -> Document | Bad:
     """The document of a record that is no plain text."""
     made = fields.form_of(origin)(record.values, origin.format in _COLUMNS, where)
     if isinstance(made, Bad):
         return made
+    domain, group = names
     if isinstance(domain, Bad):
         return domain
+    if isinstance(group, Bad):
+        return group
     text, given = made
-    return _whole(Document(_identity(record, origin), text, domain, given=given), where)
+    about = (_identity(record, origin), text, domain, None, given, group)
+    return _whole(Document(*about), where)
 
 
 def _whole(document: Document, where: str) -> Document | Bad:
     """The document, unless half a character stands in it."""
     texts = (("text", text) for text in document.texts)
-    for what, value in (*texts, ("id", document.id), ("domain", document.domain or "")):
+    names = (("domain", document.domain or ""), ("group", document.group or ""))
+    for what, value in (*texts, ("id", document.id), *names):
         if told := half_a_pair(what, value):
             return Bad("half a surrogate pair", f"{where}: {told}")
     return document
@@ -259,21 +282,23 @@ def _text(record: Record, field: str, setting: str, where: str, named: str) -> s
     return text
 
 
-def _domain(record: Record, field: str, where: str, named: str) -> str | Bad:
+def _name(record: Record, field: str, what: str, where: str, named: str) -> str | Bad:
+    """The name of a record's domain or group, whichever ``what`` says."""
     value = reach(record.values, field)
     if value is None or value is ABSENT:
-        return _missing(record, field, "corpus.domain_field", where, named)
+        return _missing(record, field, f"corpus.{what}_field", where, named)
     if isinstance(value, _NO_NAME):
         return Bad(
-            "domain is no name",
-            f"{where}: the field {field!r} (corpus.domain_field) holds {shown(value)}; a domain is "
+            f"{what} is no name",
+            f"{where}: the field {field!r} (corpus.{what}_field) holds {shown(value)}; a {what} is "
             f"a name or a number{_inside(field, value)}",
         )
     return str(value)
 
 
 def _missing(record: Record, field: str, setting: str, where: str, named: str) -> Bad:
-    kind = "no domain" if setting.endswith("domain_field") else "no text"
+    known = {"corpus.domain_field": "no domain", "corpus.group_field": "no group"}
+    kind = known.get(setting, "no text")
     if reach(record.values, field) is None:
         return Bad(kind, f"{where}: the field {field!r} ({setting}) is null")
     fields = list(record.values)

@@ -1,7 +1,7 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 11 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 12 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
@@ -34,6 +34,9 @@ Version 10 is that of a cache of which a teacher is being removed, renamed or tr
 
 Version 11 is that of a cache with a teacher that gives vectors (``task: embedding``,
 ``data/targets/kinds/embedding.py``): an older Rekindle knows no such kind.
+
+Version 12 is that of a cache whose sequences are each of a group (``corpus.group_field``): an older
+Rekindle does not know the column. It may have what all the others have.
 """
 
 import logging
@@ -47,7 +50,7 @@ from rekindle.data.storage.seal import (
     REPAIR,
     SEAL,
     VERSION,
-    WITH_VECTORS,
+    WITH_GROUPS,
     seal,
     unseal,
 )
@@ -55,7 +58,7 @@ from rekindle.data.storage.seal import (
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
-NEWEST = WITH_VECTORS  # of the versions that are read
+NEWEST = WITH_GROUPS  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:

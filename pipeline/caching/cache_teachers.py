@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.additions import recorded_shard_size
-from rekindle.data.corpus.config import CorpusConfig, usual_shard_size
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.corpus.packing import usual_shard_size
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer

@@ -24,8 +24,9 @@ from rekindle.data.corpus.additions import (
     recorded_shard_size,
 )
 from rekindle.data.corpus.columns import LEARNT, TRAINED, fields_of
-from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus, usual_shard_size
+from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
+from rekindle.data.corpus.packing import usual_shard_size
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -170,6 +171,7 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     field = "domain" if routed else None
     source = {"source": tuple(entries), "text_field": "text", "domain_field": field}
     pair = {"pair_field": config.pair_field and "pair"}
+    pair |= {"group_field": config.group_field and "group"}
     left_out = {"without": (), "without_fields": ()}  # left out already
     given = config.model_copy(update=source | pair | left_out)
     return build_corpus(open_store(folder / "sample"), given, 4096, tell=False)

@@ -72,7 +72,7 @@ def test_training_fine_tuning_and_perplexity_say_it_once(
         cpu("avx2")
         stage("bf16", "slow")
         (line,) = [one for one in caplog.messages if "no instructions" in one]
-        assert line.endswith(f"for speed put {put}"), stage
+        assert line.endswith(f"for speed set {put}"), stage
         stage("auto", "auto")
         cpu("amx_bf16")
         stage("bf16", "quick")

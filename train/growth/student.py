@@ -1,4 +1,4 @@
-"""Growth of a whole student: its model (``growth/grow.py``), task heads and domain prompts."""
+"""Grow a whole student: its model (``growth/grow.py``), task heads and domain prompts."""
 
 from torch import Tensor
 
@@ -11,10 +11,10 @@ from rekindle.train.student import Student, saved_heads
 
 
 def grow_student(student: Student, config: GrowConfig) -> Student:
-    """A larger student that begins as a copy of ``student``, on the CPU.
+    """Return a larger student that begins as a copy of ``student``, on the CPU.
 
-    Heads and prompts keep what they do as far as the model does; a family's own head has nothing to
-    keep. Raises InputError where the model cannot grow so, or such a head was trained before.
+    Heads and prompts keep their function as far as the model does; a family's own head begins
+    fresh. Raises InputError if the model cannot grow so, or such a head was trained before.
     """
     _check_heads(student)
     growth = Growth(student.model, config)
@@ -23,7 +23,7 @@ def grow_student(student: Student, config: GrowConfig) -> Student:
     made = Student(model, student.task, student.head_configs, student.vocabulary_size, domains)
     made.source, made.sequence_length = student.source, student.sequence_length
     for key, head in student.heads.items():
-        if isinstance(head, FamilyHead):  # fresh there as here
+        if isinstance(head, FamilyHead):  # fresh in both
             continue
         causal = student.task == "causal_lm"
         made.heads[key].load_state_dict(_head(growth, head.state_dict(), causal))
@@ -38,16 +38,17 @@ def _check_heads(student: Student) -> None:
     for name, head in student.head_configs.items():
         if head.form == "family" and earlier.get(name) == head:
             raise InputError(
-                f"student.grow: the head {name!r} of {student.source} is that of the model's "
-                "family, which does not grow with it: it would begin afresh. Grow a student "
-                "whose heads are ours (student.head), or leave grow out"
+                f"student.grow: the head {name!r} of {student.source} belongs to the model's "
+                "family and does not grow with it: it would start afresh. Grow a student with "
+                "our own heads (student.head), or leave grow out"
             )
 
 
 def _head(growth: Growth, state: dict[str, Tensor], causal: bool) -> dict[str, Tensor]:
-    """A head's ``dense`` [d,d] and ``out`` [C,d] on the body's final states, as [D,D] and [C,D].
+    """Return a head's ``dense`` [d,d] and ``out`` [C,d] on the body's final states, as [D,D] and
+    [C,D].
 
-    Of a causal LM whose output matrix is tied, the last norm has divided these states already.
+    In a causal LM with a tied output matrix, the last norm has already divided these states.
     """
     held = {name: tensor.cpu() for name, tensor in state.items()}
     inner = Axis.copied(growth.hidden.source)  # the head's own units, behind a tanh

@@ -98,7 +98,9 @@ def test_a_state_of_another_order_is_refused(cache):
     with pytest.raises(InputError, match="after 3 sequences of the epoch, which 2 processes"):
         IterableCacheDataset(cache, 4, seed=1, world_size=2).load_state_dict(state)
     for consumed in (-1, len(cache) + 4):  # 4 more than there are: not of this epoch alone
-        with pytest.raises(ValueError, match=f"consumed is {consumed}; it counts this epoch's"):
+        with pytest.raises(
+            ValueError, match=f"consumed is {consumed}; it counts only this epoch's"
+        ):
             IterableCacheDataset(cache, 4, seed=1).state_dict(consumed=consumed)
     with pytest.raises(InputError, match="sequences are numbers 0 to 9999"):
         CacheDataset(cache, sequences=np.array([0, 9999]))

@@ -142,7 +142,7 @@ AHEAD = (
 
 MACHINES = (
     Bad("WORLD_SIZE without torchrun", TRAIN, "WORLD_SIZE=2",
-        "no torchrun has started this process", "`unset WORLD_SIZE`",
+        "this process was not started by torchrun", "`unset WORLD_SIZE`",
         _variables(WORLD_SIZE="2")),
     Bad("a folder that another process holds", TRAIN, "process 1 on another",
         "another process works on new", "wait for it, or give another --out", _held),

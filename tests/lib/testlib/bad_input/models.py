@@ -169,7 +169,7 @@ TOKENIZERS = (
     Bad("a teacher with another tokenizer", NEW, "id 163 is 'the' here",
         "has another tokenizer than the corpus", "corpus.tokenizer of this teacher", _of_bytes),
     Bad("a student with another tokenizer", TRAIN, "lm", "another tokenizer",
-        "Use a student of the cache's tokenizer", _of_bytes),
+        "Use a student with the cache's tokenizer", _of_bytes),
 )  # fmt: skip
 
 ROWS = FOLDERS + WEIGHTS + TOKENIZERS

@@ -53,6 +53,8 @@ CORPUS = (
         "repair the text", _raw("text.jsonl", '{"text": "a \\ud800 b"}\n')),
     Bad("no domain field", f"{NEW} --set corpus.domain_field=source", "text.jsonl, record 1",
         "no field 'source' (corpus.domain_field)", "it has: id, text, domain"),
+    Bad("no group", f"{NEW} --set corpus.group_field=query", "text.jsonl, record 1",
+        "no field 'query' (corpus.group_field)", "it has: id, text, domain"),
     Bad("no second text of pairs", f"{NEW} --set corpus.pair_field=second", "text.jsonl, record 1",
         "no field 'second' (corpus.pair_field)", "it has: id, text, domain"),
     Bad("a compressed file that is cut", _of("a.jsonl.zst"), "a.jsonl.zst", "Truncated",
