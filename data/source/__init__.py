@@ -1,1 +1,1 @@
-"""Texts as they come: where they stand, how they are read, which are left out."""
+"""Texts as they come: where they are, how they are read, which are left out."""

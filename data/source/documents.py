@@ -1,8 +1,8 @@
-"""Real text as a stream of documents: txt, jsonl, csv, tsv, parquet, arrow, a datasets id, the
+"""Read text as a stream of documents: txt, jsonl, csv, tsv, parquet, arrow, a datasets id, the
 Python docs.
 
-What of a record is its text, its domain and its id, and which records are bad. It knows nothing of
-tokens. Every mistake in the source is an InputError that names the place.
+Decides which parts of a record are its text, domain and id, and which records are bad. Knows
+nothing of tokens. Every mistake in the source raises an InputError that names the place.
 """
 
 import logging
@@ -21,7 +21,7 @@ from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
-_COLUMNS = ("parquet", "arrow", HUB)  # where what a record lacks is null
+_COLUMNS = ("parquet", "arrow", HUB)  # where missing fields are null
 _NO_NAME = (Mapping, list, tuple, bytes)  # what a domain or group cannot be
 
 
@@ -30,8 +30,8 @@ class Document(NamedTuple):
 
     ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
-    ``pair``: the second text of a record that is a pair. ``given``: what it is, if no plain text.
-    ``group``: what it is compared within.
+    ``pair``: the second text of a record that is a pair. ``given``: its form, if it is not plain
+    text. ``group``: the group within which it is compared.
     """
 
     id: str
@@ -43,13 +43,13 @@ class Document(NamedTuple):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text, and the other of its pair."""
+        """The text, and the second one of a pair."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold its text, its domain, the second text of a pair and its group;
-    ``forms`` make what is given in records that are no texts, by what these hold.
+    """The fields of a record that hold its text, domain, the second text of a pair, and its group;
+    ``forms`` converts records that are not texts, by what these hold.
     """
 
     text: str
@@ -59,14 +59,14 @@ class Fields(NamedTuple):
     group: str | None = None
 
     def read(self, origin: Origin) -> list[str]:
-        """The fields that are read of an origin, the one with its text first."""
+        """Return the fields to read of an origin, the text first."""
         if origin.content == "text":
             return [*filter(None, (self.text, self.domain, self.pair, self.group)), "id"]
         return [*self.form_of(origin).fields, *filter(None, (self.domain, self.group)), "id"]
 
     def form_of(self, origin: Origin) -> Form:
-        """What makes documents of an origin's records."""
-        assert self.forms is not None  # whoever names such a source has them
+        """Return what makes documents of an origin's records."""
+        assert self.forms is not None  # callers that name such a source provide them
         return self.forms[origin.content]
 
 
@@ -79,28 +79,29 @@ def read_documents(
     forms: Mapping[str, Form] | None = None,
     group_field: str | None = None,
 ) -> Iterator[Document]:
-    """The documents of ``source`` in a fixed order, in memory that does not grow with the files.
+    """Yield the documents of ``source`` in a fixed order, in memory that does not grow with the
+    files.
 
     ``source`` is what ``find_origins`` takes, or its result. In .txt files a blank line ends a
-    document; so does the line break after which it would grow past 1 MiB (a single line longer than
-    that is cut at a space). Texts that are empty or all white space are skipped.
+    document; so does the line break after which it would exceed 1 MiB (a longer single line is cut
+    at a space). Texts that are empty or all white space are skipped.
 
-    A field may be dotted, ``meta.set_name`` being ``set_name`` inside ``meta``; a field that is
-    called so comes first. ``domain`` is the value of ``domain_field`` as text, be it text, a number
-    or a date; None without ``domain_field``. Of python-docs it is the part of the library, whatever
-    ``domain_field`` says. With ``pair_field`` each record is a pair of texts, both of which it must
-    have; .txt files and python-docs have none. ``group`` is the value of ``group_field``, as
-    ``domain`` is of its own; .txt files and python-docs have none. ``forms`` make what is given of
-    the records of entries that hold no texts, and say what is bad in them.
+    A field may be dotted: ``meta.set_name`` is ``set_name`` inside ``meta``; a field with that
+    literal name takes precedence. ``domain`` is the value of ``domain_field`` (text, number or
+    date) as text; None without ``domain_field``. For python-docs it is always the part of the
+    library. With ``pair_field`` each record must have both texts of a pair; .txt files and
+    python-docs have none. ``group`` is the value of ``group_field``, like ``domain``; .txt files
+    and python-docs have none. ``forms`` converts the records of entries that hold no texts, and
+    says what is bad in them.
 
-    Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
-    are not UTF-8 (of a .txt file the document that has them), a text, domain or group that is
-    missing or null, a text that is not a string, a domain or group that is a mapping or a list,
-    half a surrogate pair in text, domain, group or id, an empty text of a pair. With ``left_out``
-    they are put there, unless that leaves only records out that hold a text of a test, and what is
-    left is read.
+    Bad records: a line that is not a JSON object; a row with more or fewer fields than columns;
+    bytes that are not UTF-8 (of a .txt file, the document that has them); a text, domain or group
+    that is missing or null; a text that is not a string; a domain or group that is a mapping or a
+    list; half a surrogate pair in text, domain, group or id; an empty text of a pair. With
+    ``left_out`` they are collected there and reading continues, unless it only collects records
+    that hold a text of a test.
 
-    Raises InputError: at the call for a source that does not exist or is of no known kind; while
+    Raise InputError at the call for a source that does not exist or is of no known kind; while
     reading for a damaged file, and for a bad record that is not left out.
     """
     origins = origins_of(source)
@@ -109,7 +110,7 @@ def read_documents(
 
 
 def origins_of(source: Sequence[str | Entry | Origin]) -> Sequence[Origin]:
-    """What ``find_origins`` finds for ``source``, or ``source``, if that is its result."""
+    """Return what ``find_origins`` finds for ``source``, or ``source`` if it is already that."""
     entries = [source] if isinstance(source, str) else source
     origins = [entry for entry in entries if isinstance(entry, Origin)]
     return origins or find_origins([e for e in entries if not isinstance(e, Origin)])
@@ -132,14 +133,14 @@ def _documents(
 
 
 def tell_empty(origin: Origin) -> None:
-    """Say that there is no text in it."""
+    """Warn that it contains no text."""
     log.warning("%s: there is no text in it", origin.place)
 
 
 def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document]:
-    """Whether that is a document that is not left out; if it is, it is noted.
+    """Return whether this is a document to keep; note it if it is left out.
 
-    Raises InputError for a bad record that is not left out.
+    Raise InputError for a bad record that is not left out.
     """
     if isinstance(found, Bad):
         if left_out is None or not left_out.bad:
@@ -155,7 +156,7 @@ def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document
 
 
 def _looked_at(document: Document) -> tuple[str, ...]:
-    """Where a text of a test may stand: not across what a template puts between messages."""
+    """Return the texts searched for a test's text; a template's separators end them."""
     given = document.given
     return (given.parts,) if isinstance(given, Dialogue) else document.texts
 
@@ -163,7 +164,7 @@ def _looked_at(document: Document) -> tuple[str, ...]:
 def document_blocks(
     origin: Origin, fields: Fields, size: int = BLOCK_BYTES
 ) -> Iterator["Block | Pages"]:
-    """What ``documents_of`` makes documents of, in blocks of about ``size`` bytes."""
+    """Yield blocks of about ``size`` bytes for ``documents_of``."""
     if origin.content != "text" and origin.format in (PYTHON_DOCS, "txt", *TABLES):
         raise InputError(
             f"{origin.place} cannot hold rows of the format {origin.content}, which corpus.source "
@@ -187,20 +188,20 @@ def document_blocks(
 
 
 class Pages(NamedTuple):
-    """Documents as they are."""
+    """Documents that are already complete."""
 
     documents: Sequence[Document]
 
     @property
     def size(self) -> int:
-        """About how many bytes they are."""
+        """Approximate size in bytes."""
         return sum(len(document.text) for document in self.documents)
 
 
 def documents_of(
     block: "Block | Pages", origin: Origin, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """The documents of a block of ``origin``, and what of it is bad."""
+    """Yield the documents of a block of ``origin``, and what is bad in it."""
     if isinstance(block, Pages):
         yield from block.documents
         return
@@ -211,7 +212,7 @@ def documents_of(
 
 
 def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad | None:
-    """The document of a record; None where its text is blank, unless that is one of a pair."""
+    """Return the document of a record; None if its text is blank, unless it is part of a pair."""
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
@@ -246,7 +247,7 @@ def _given_document(
     names: tuple[str | Bad | None, str | Bad | None],
     where: str,
 ) -> Document | Bad:
-    """The document of a record that is no plain text."""
+    """Return the document of a record that is not plain text."""
     made = fields.form_of(origin)(record.values, origin.format in _COLUMNS, where)
     if isinstance(made, Bad):
         return made
@@ -261,7 +262,7 @@ def _given_document(
 
 
 def _whole(document: Document, where: str) -> Document | Bad:
-    """The document, unless half a character stands in it."""
+    """Return the document, or what is bad if it contains half a surrogate pair."""
     texts = (("text", text) for text in document.texts)
     names = (("domain", document.domain or ""), ("group", document.group or ""))
     for what, value in (*texts, ("id", document.id), *names):
@@ -283,7 +284,7 @@ def _text(record: Record, field: str, setting: str, where: str, named: str) -> s
 
 
 def _name(record: Record, field: str, what: str, where: str, named: str) -> str | Bad:
-    """The name of a record's domain or group, whichever ``what`` says."""
+    """Return the name of a record's domain or group, as ``what`` says."""
     value = reach(record.values, field)
     if value is None or value is ABSENT:
         return _missing(record, field, f"corpus.{what}_field", where, named)

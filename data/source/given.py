@@ -1,6 +1,5 @@
-"""What a record may hold that is no plain text: a dialogue as its template writes it, or tokens.
-
-And who makes that of a record. Knows no template and no tokenizer.
+"""What a record may hold other than plain text (a templated dialogue, or tokens), and the protocol
+of what makes it. Knows no template and no tokenizer.
 """
 
 import re
@@ -17,8 +16,8 @@ PRIVATE_RUN = re.compile(f"[{chr(0xF0000)}-{chr(0xFFFFD)}]+")  # how special tok
 
 
 class Dialogue(NamedTuple):
-    """A dialogue as its template writes it. ``written`` is as long as its text, and has other
-    characters for the special tokens that are meant as such; ``trained``: what the assistant says.
+    """A dialogue as its template writes it. ``written`` is as long as its text, with placeholder
+    characters for real special tokens; ``trained``: what the assistant says.
     """
 
     written: str
@@ -26,12 +25,12 @@ class Dialogue(NamedTuple):
 
     @property
     def parts(self) -> str:
-        """What stands between its special tokens, each in a line of its own."""
+        """The text between its special tokens, each part in its own line."""
         return PRIVATE_RUN.sub("\n", self.written)
 
 
 class GivenTokens(NamedTuple):
-    """Tokens as they were given [L]: ids int32, and which are ``trained``; all where it is None."""
+    """Given tokens [L]: ids int32, and which are ``trained`` (None: all)."""
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_] | None
@@ -41,17 +40,17 @@ Given = Dialogue | GivenTokens
 
 
 class Form(Protocol):
-    """Makes what is given of a record."""
+    """Turns a record into a dialogue or tokens."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that it reads."""
+        """The fields it reads."""
         ...
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, Given] | Bad:
-        """The text (empty of tokens) and what it is; ``columns``: what a record lacks is null
-        there; ``where``: the record in a message.
+        """Return the text (empty for tokens) and its form. ``columns``: missing fields are null;
+        ``where``: the record's place for messages.
         """
         ...

@@ -1,4 +1,4 @@
-"""The lines of JSON of a file: read as blocks of bytes, parsed wherever a block is handed to."""
+"""The JSON lines of a file: read as blocks of bytes, parsed in any process."""
 
 import io
 import json
@@ -10,11 +10,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.source.record import Bad, Record, decoded, line_ends, lines_out_of, shown
 from rekindle.data.text_files import open_text
 
-LONGEST_LINE = 1 << 28  # bytes of a line, which is held in memory
+LONGEST_LINE = 1 << 28  # bytes of a line, held in memory
 
 
 class Lines(NamedTuple):
-    """Whole lines of the file at ``place``, of which the first has the number ``first``."""
+    """Complete lines of the file at ``place``, starting with line ``first``."""
 
     place: str
     first: int
@@ -25,9 +25,9 @@ class Lines(NamedTuple):
         return len(self.content)
 
     def records(self) -> Iterator[Record | Bad]:
-        """Each line that is not blank. Raises InputError for a file that is one array."""
+        """Yield each line that is not blank. Raise InputError for a file that is one array."""
         for number, line in enumerate(io.BytesIO(self.content), self.first):
-            # Also within the file, where several were joined that each began with a mark.
+            # Also within the file, if several were joined that each began with a mark.
             text = decoded(line.removeprefix(b"\xef\xbb\xbf"), number, self.place)
             if isinstance(text, Bad):
                 yield text
@@ -36,13 +36,15 @@ class Lines(NamedTuple):
 
 
 def line_blocks(place: str, size: int) -> Iterator[Lines]:
-    """The file in blocks of about so many bytes. Raises InputError for a line past LONGEST_LINE."""
+    """Yield the file in blocks of about ``size`` bytes. Raise InputError for a line beyond
+    LONGEST_LINE.
+    """
     first = 1
     with open_text(place) as stream:
         while content := stream.read(size):
             if not content.endswith(b"\n"):
                 content += stream.readline(LONGEST_LINE + 1)
-            begin = content.rfind(b"\n", 0, -1) + 1  # of the last line
+            begin = content.rfind(b"\n", 0, -1) + 1  # start of the last line
             if len(content) - begin > LONGEST_LINE:
                 if begin:
                     yield Lines(place, first, content[:begin])
@@ -82,7 +84,7 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
 
 
 class _Twice(Exception):
-    """Of an object's key, of whose values json would take the last."""
+    """An object's key appears twice; json would take the last value."""
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -92,7 +94,7 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads makes one for each text
+_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads makes one per text
 
 
 def _hint(text: str, error: Exception, place: str) -> str:

@@ -1,6 +1,4 @@
-"""The record batches of parquet and Arrow files: read here, made into records wherever one is
-handed to.
-"""
+"""The record batches of parquet and Arrow files: read here, turned into records in any process."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +11,15 @@ from rekindle.data.source.record import Bad, Record
 from rekindle.data.storage.addresses import open_binary
 from rekindle.data.storage.client import is_remote
 
-ROWS_AT_A_TIME = 256  # bounds what becomes Python objects when record batches are large
+ROWS_AT_A_TIME = 256  # limits the Python objects when record batches are large
 
 _Batch = tuple[pa.RecordBatch, list[str]]  # the wanted columns, the names of all
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Rows of the file at ``place``, of which the first has the number ``first``; the ``fields``
-    are all that the file has.
+    """Rows of the file at ``place``, starting with number ``first``; ``fields`` are all fields of
+    the file.
     """
 
     place: str
@@ -44,7 +42,7 @@ class Columns:
         yield from (Record(row, unread | of) for row, of in enumerate(found, self.first))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Arrow's own pickle sends the whole of the buffers that a slice lies in.
+        # Arrow's own pickle sends the entire buffers that a slice is part of.
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.rows.schema) as writer:
             writer.write_batch(self.rows)
@@ -56,8 +54,8 @@ def _received(place: str, first: int, content: bytes, fields: Sequence[str]) -> 
 
 
 def column_blocks(place: str, table_format: str, wanted: Sequence[str] | None) -> Iterator[Columns]:
-    """The rows of a parquet or Arrow file, those columns of them that are ``wanted``, or may hold
-    what is wanted by a dotted name.
+    """Yield the rows of a parquet or Arrow file with the ``wanted`` columns, including those that
+    may contain a wanted dotted name.
     """
     batches = _parquet_batches if table_format == "parquet" else _arrow_batches
     first = 1
@@ -71,7 +69,7 @@ def column_blocks(place: str, table_format: str, wanted: Sequence[str] | None) -
 def _row(
     columns: pa.RecordBatch, index: int, row: int, place: str, unread: dict[str, None]
 ) -> Record | Bad:
-    """A row of columns some of which are no UTF-8, which Arrow does not look at."""
+    """Return a row with columns that are not all UTF-8, which Arrow does not check."""
     values: dict[str, object] = {}
     for name in columns.schema.names:
         try:
@@ -103,7 +101,7 @@ def _arrow_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
 
 
 def columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
-    """Those columns that are wanted, or may hold what is wanted by a dotted name."""
+    """Return the columns that are wanted, or that may contain a wanted dotted name."""
     columns = [
         f for f in fields if wanted is None or any(f == w or w.startswith(f"{f}.") for w in wanted)
     ]
@@ -117,9 +115,9 @@ def columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> l
 
 
 def _check_column(column: pa.Array) -> None:
-    """ArrowException for offsets that lead outside of the buffers, as in a damaged file.
+    """Raise ArrowException for offsets outside the buffers, as in a damaged file.
 
-    Text that is no UTF-8 is no damage, and is found row by row.
+    Text that is not UTF-8 is not damage; it is found row by row.
     """
     as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
     try:
@@ -130,8 +128,8 @@ def _check_column(column: pa.Array) -> None:
 
 
 def arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow file, or of a stream in one; mapped, so that values which
-    nobody asks for are not read.
+    """Yield the record batches of an Arrow file, or of a stream in one; mapped, so that unused
+    values are not read.
     """
     with pa.PythonFile(open_binary(path)) if is_remote(path) else pa.memory_map(path) as memory:
         is_file_format = memory.read(6) == b"ARROW1"

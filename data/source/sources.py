@@ -1,7 +1,7 @@
-"""What a corpus source stands for: files here or in a store, datasets ids, the Python docs, in
-reading order.
+"""Resolve a corpus source in reading order: files here or in a store, datasets ids, the Python
+docs.
 
-No text is read here: names and directories decide, and of what ``save_to_disk`` wrote its list.
+Reads no text: names and directories decide, plus the file list of ``save_to_disk`` folders.
 """
 
 import glob
@@ -28,7 +28,7 @@ _KNOWN_SUFFIXES = (
 )
 # owner/name or name, then optionally :config and :split
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/]*){0,2}")
-_LOOKED_AT = 10_000  # files of a directory that was given, to say what it holds
+_LOOKED_AT = 10_000  # files of a given directory, to say what it holds
 
 Content = Literal["text", "chat", "tokens"]  # what a record holds
 
@@ -37,19 +37,19 @@ class Entry(NamedTuple):
     """One entry of a source, and what its records hold."""
 
     place: str
-    content: str = "text"  # a Content; or what is read as such once more
+    content: str = "text"  # a Content
 
     @classmethod
     def of(cls, entry: "str | Entry") -> "Entry":
-        """An entry that may be a place alone, whose records are texts."""
-        return entry if isinstance(entry, Entry) else cls(str(entry))  # which may be a Path
+        """Return an entry; a plain place means records of text."""
+        return entry if isinstance(entry, Entry) else cls(str(entry))  # may be a Path
 
 
 class Origin(NamedTuple):
-    """One thing that is read.
+    """One thing to read.
 
-    ``place`` is where it is; ``name`` is what its documents are called by: a file that has moved
-    since keeps the name that it was first read under.
+    ``place`` is where it is; ``name`` is used in its documents' names: a file that has moved keeps
+    the name under which it was first read.
     """
 
     format: str  # txt | jsonl | csv | tsv | parquet | arrow | hub | python-docs
@@ -59,33 +59,34 @@ class Origin(NamedTuple):
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file, here or in a store, which can be told apart and added to."""
+        """Whether it is a file, here or in a store, which can be identified and added to."""
         return self.format not in (HUB, PYTHON_DOCS)
 
 
 def find_origins(source: Sequence[str | Entry]) -> list[Origin]:
-    """What ``source`` stands for, in reading order, each once.
+    """Return what ``source`` stands for, in reading order, each once.
 
-    An entry is a place, or an ``Entry`` of one whose records hold something else than text. A place
-    is one of
-      - a file, or a glob (``**`` descends; its files are taken in sorted order): .txt, .jsonl or
-        .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
-        .arrow (the IPC file format and the stream format). Where a file or a directory has glob
-        characters in its name, it is meant as it stands;
-      - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects;
-      - a directory written by ``datasets``' ``save_to_disk`` (of several splits: ``train``);
-      - a datasets id, ``name``, ``name:config`` or ``name:config:split``, an empty config being the
-        default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
-      - ``python-docs``: the documentation of the installed Python.
-    A file that is named twice is read once, at its first place.
+    An entry is a place, or an ``Entry`` whose records hold something other than text. A place is
+    one of
 
-    Raises InputError for a source that does not exist or is of no known kind.
+    - a file, or a glob (``**`` descends; its files are taken in sorted order): .txt; .jsonl or
+      .json with one object per line; .csv; .tsv; each of these also as .gz, .zst or .bz2; .parquet;
+      .arrow (the IPC file format and the stream format). A file or directory whose name contains
+      glob characters is taken literally;
+    - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects;
+    - a directory written by ``datasets``' ``save_to_disk`` (of several splits: ``train``);
+    - a datasets id, ``name``, ``name:config`` or ``name:config:split``, an empty config being the
+      default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
+    - ``python-docs``: the documentation of the installed Python.
+
+    A file named twice is read once, at its first place. Raise InputError for a source that does not
+    exist or is of no known kind.
     """
     return origins_and_repeats(source)[0]
 
 
 def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], int]:
-    """(``find_origins``; how often ``source`` names a file that it has named before)."""
+    """Return ``find_origins``, and how often ``source`` repeats a file."""
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
@@ -106,15 +107,15 @@ def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], in
 
 
 def source_files(source: Sequence[str | Entry]) -> list[str]:
-    """The files ``source`` stands for, in reading order; none for a hub id or python-docs.
+    """Return the files of ``source`` in reading order; empty for a hub id or python-docs.
 
-    Raises InputError as ``find_origins`` does.
+    Raise InputError as ``find_origins`` does.
     """
     return [origin.place for origin in find_origins(source) if origin.is_file]
 
 
 def recorded_origin(place: str) -> Origin:
-    """The origin of a place that a cache has recorded, whether it is still there or not."""
+    """Return the origin of a place recorded in a cache, whether it still exists or not."""
     known = None if place == PYTHON_DOCS else _format(place)
     if known:
         return Origin(known, place, os.path.basename(place))
@@ -160,7 +161,7 @@ def _in_store(address: str) -> list[Origin]:
 
 
 def _with_literal_directories(pattern: str) -> str:
-    """The glob in which the directories that are there by that very name are meant."""
+    """Escape the glob characters of directories that exist under that literal name."""
     parts = pattern.split("/")
     for count in range(len(parts) - 1, 0, -1):
         directory = "/".join(parts[:count])
@@ -170,7 +171,7 @@ def _with_literal_directories(pattern: str) -> str:
 
 
 def no_such_source(entry: str, reason: object = None) -> InputError:
-    """The error about an ``entry`` that nothing is found for."""
+    """Return the error for an ``entry`` without any match."""
     because = f" ({' '.join(str(reason).split())})" if reason else ""
     return InputError(
         f"corpus source {entry!r} is neither a file, a glob that matches files, nor a datasets id "
@@ -193,7 +194,7 @@ def _file(path: str) -> Origin:
 
 
 def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list[Origin]:
-    """The files of what ``save_to_disk`` wrote; ``objects``: what lies in it, in a store."""
+    """Return the files written by ``save_to_disk``; ``objects``: its content, in a store."""
     splits = _saved(directory, "dataset_dict.json", "splits")
     if splits is not None:
         if "train" not in splits:
@@ -214,7 +215,7 @@ def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list
 
 
 def _saved(directory: str, name: str, key: str) -> list[Any] | None:
-    """What a file of a saved dataset lists; None where there is no such file."""
+    """Return the list in a file of a saved dataset; None if there is no such file."""
     path = os.path.join(directory, name)
     try:
         with open_binary(path) as file:

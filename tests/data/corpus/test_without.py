@@ -262,7 +262,7 @@ def test_every_row_of_a_test_has_the_fields_of_its_first(tmp_path):
         assert re.search(lacking, refused([pair, {"sentence1": "one", "id": 4}], *fields))
         assert re.search(lacking, refused([pair, pair | {"sentence2": None}], *fields))
     told = refused([{"sentence1": "one"}, pair])
-    assert f"{file}:3 has sentence2, and the first row of the file has not" in told
+    assert f"{file}:3 has sentence2, but the first row of the file does not" in told
     assert "with corpus.without_fields" in told
     held = read_held([str(file)], ["sentence1"], ["text"])  # so it is as it is asked
     assert held.size == 1
