@@ -1,6 +1,6 @@
-"""Write a unit of a teacher's targets and commit it; guard a teacher's name in the cache.
+"""Write and commit a unit of a teacher's targets; guard a teacher's name in the cache.
 
-Does not know where targets come from: a model run here, or an import.
+Where targets come from, a model that was run or an import, is unknown here.
 """
 
 import shlex
@@ -34,11 +34,11 @@ def write_targets(
     facts: Mapping[str, object],
     late_facts: Callable[[], Mapping[str, object]] = dict,
 ) -> Commit:
-    """Write and commit the unit at ``place`` (corpus shard, replica).
+    """Write and commit the unit of ``place`` (shard of the corpus, replica).
 
-    ``rows`` [P], ascending, gives the row of each entry of ``columns`` ([P,…] as they are used).
-    The commit record gets ``facts``, plus the result of ``late_facts``, called after encoding.
-    Raise CacheMismatchError as ``check_same`` does.
+    ``rows`` [P], ascending, is the row of each entry of ``columns``, [P,…] as they are used. The
+    record gets ``facts``, and the result of ``late_facts`` once all is encoded. Raises
+    CacheMismatchError as ``check_same`` does.
     """
     shard, replica = place
     kind = kind_of(info)
@@ -69,17 +69,16 @@ def write_targets(
 
 
 def write_options(kind: TargetKind) -> pa.ipc.IpcWriteOptions | None:
-    """Return the Arrow write options for shards of this kind."""
+    """Return how shards of that kind are written."""
     if not kind.codec.compressed:
         return None
     return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
 
 
 def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher (or its extension) in the cache, or check that the recorded one is the
-    same.
+    """Record the teacher (or its extension) in the cache, or check that it is the one there.
 
-    Raise CacheMismatchError as ``check_same`` does.
+    Raises CacheMismatchError as ``check_same`` does.
     """
     content = seal(info.model_dump(mode="json"))
     if not corpus.store.create(f"{info.folder}/teacher.json", content):
@@ -87,7 +86,7 @@ def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
 
 
 def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -> None:
-    """Raise InputError for a teacher that is missing (not ``present``) because it was renamed;
+    """Raise InputError for a teacher that is not ``present`` under its name because it was renamed;
     CacheMismatchError as ``check_same`` does.
     """
     if present is None:
@@ -97,15 +96,15 @@ def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -
 
 
 def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, unless both describe the same teacher.
+    """Raise CacheMismatchError, naming the differences, unless both are the same teacher.
 
     Targets of two models never mix under one name.
     """
     already = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
     if present.imported and not info.imported:
         raise CacheMismatchError(
-            f"{already} was imported ({present.imported.told()}), so there is nothing to run for "
-            "it: remove it from `teachers` (train.objective may still name it), or give this one "
+            f"{already} was imported ({present.imported.told()}). Nothing has to be run for it: "
+            "remove it from `teachers` (train.objective may still name it), or give this one "
             "another name"
         )
     if info.imported and not present.imported:
@@ -114,7 +113,7 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
         )
     if bool(info.served) != bool(present.served):
         raise CacheMismatchError(
-            f"{already} was {'served' if present.served else 'run'} ({present.model}), and this "
+            f"{already} was {'served' if present.served else 'run'} ({present.model}), but this "
             f"one is {'served' if info.served else 'run'}; give it another name"
         )
     old, new = present.identity(), info.identity()
@@ -132,6 +131,6 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
                 f"{info.name} {info.codec}`), or give"
             )
         raise CacheMismatchError(
-            f"{already} is not this one ({'; '.join(changed)}). {way} this one another name, or "
-            f"remove that one ({place} --remove {info.name} --yes`) to make it anew"
+            f"{already} differs from this one ({'; '.join(changed)}). {way} this one another "
+            f"name, or remove that one ({place} --remove {info.name} --yes`) to make it again"
         )

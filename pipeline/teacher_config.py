@@ -25,8 +25,8 @@ class TargetsConfig(Settings):
         None,
         description="threshold or random (samples of k, unbiased), topk, dense (of task heads; or "
         "the whole vocabulary), hidden (final hidden states). Left out: dense of task heads; of "
-        "vocabulary teachers threshold, which taught best at equal bytes (RECIPES.md), or topk "
-        "where temperatures beside 1 are listed, which one sample cannot serve",
+        "vocabulary teachers threshold, which taught best at equal bytes (docs/sparse_targets.md), "
+        "or topk where temperatures beside 1 are listed, which one sample cannot serve",
     )
     k: int = Field(
         64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"

@@ -1,1 +1,1 @@
-"""What tokens stand for, independent of any text."""
+"""What tokens stand for, in any text."""

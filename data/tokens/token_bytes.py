@@ -1,4 +1,4 @@
-"""The bytes of tokens, to find what the vocabularies of two tokenizers have in common.
+"""What tokens stand for, as bytes: finds what the vocabularies of two tokenizers have in common.
 
 Supports byte-level BPE (GPT-2's and its successors) and pieces with "▁" for a space (Llama's,
 T5's), with or without tokens for single bytes.
@@ -20,9 +20,9 @@ Starts = NDArray[np.int64]
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
-    """Return the bytes of each id [size]; None for special tokens, and for ids without a token.
+    """Return [size]: the bytes of each id; None for special tokens and unused ids.
 
-    Raise InputError for a tokenizer that changes texts, or whose tokens do not determine their
+    Raises InputError for a tokenizer that changes texts, or whose tokens do not determine their
     bytes (WordPiece does both).
     """
     described = json.loads(tokenizer.encoder.backend.to_str())
@@ -33,14 +33,14 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
         read = _of_pieces
     else:
         raise InputError(
-            f"the bytes of the tokens of {tokenizer.name} are unknown (its decoder is "
+            f"the bytes of the tokens of {tokenizer.name} are not known (its decoder is "
             f"{' + '.join(kinds) or 'none'}). Supported are byte-level BPE, and pieces with '▁' "
             "for a space"
         )
     added = tokenizer.hf.added_tokens_decoder
     found: list[bytes | None] = [None] * tokenizer.size
     for id, token in tokenizer.tokens():
-        if id in added:  # written as it is
+        if id in added:  # stands for itself
             found[id] = None if added[id].special else added[id].content.encode()
         elif id not in tokenizer.special_ids:
             found[id] = read(token)
@@ -57,8 +57,8 @@ def _kinds(part: object) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _letters() -> dict[str, int]:
-    """Return the byte for each letter of a byte-level vocabulary: visible Latin-1 letters stand for
-    themselves, the letters from U+0100 on for the other bytes, in order.
+    """Return the byte that a letter of a byte-level vocabulary stands for: Latin-1's visible
+    letters for themselves, the letters from U+0100 on for the other bytes, in order.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in visible]
@@ -77,10 +77,9 @@ def _of_pieces(token: str) -> bytes:
 
 
 def common_tokens(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) -> Ids:
-    """Return, for each of ``ours``, the id among ``theirs`` with the same bytes, −1 if there is
-    none.
+    """Return [ours]: the id among ``theirs`` that stands for the same bytes, −1 if there is none.
 
-    If several ids of a vocabulary have the same bytes ("A" and "<0x41>"), the last one counts,
+    If several ids of a vocabulary stand for the same bytes ("A" and "<0x41>"), the last one counts,
     because pieces come after the tokens for single bytes.
     """
     by_bytes = {content: id for id, content in enumerate(theirs) if content}
@@ -94,11 +93,10 @@ def common_tokens(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) 
 def starts_of_tokens(
     ids: NDArray[np.integer], known: Sequence[bytes | None], text: bytes
 ) -> Starts | None:
-    """Return where in ``text`` the bytes of each token begin, int64 [L]. None if the tokens do not
-    spell the text.
+    """Return where in ``text`` the bytes of each token begin, int64 [L]: −1 for a first token whose
+    space is not in the text (Llama's tokenizers add it). None if the tokens are not the text's.
 
-    −1 for a first token whose space is not in the text (Llama's tokenizers add one). A sequence may
-    have been cut within a character that the text has in full.
+    A sequence may have been cut within a character that the text has whole.
     """
     parts = [known[id] for id in ids.tolist()]
     if any(part is None for part in parts):
@@ -120,5 +118,5 @@ def _first(written: bytes, text: bytes) -> int | None:
 
 
 def _goes_on(part: bytes) -> bool:
-    """Return whether it begins within a UTF-8 character."""
+    """Return whether it begins within a character of UTF-8."""
     return part[0] & 0xC0 == 0x80

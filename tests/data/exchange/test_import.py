@@ -278,7 +278,7 @@ def test_a_lost_description_is_what_the_shards_say(cache):
 
 def test_another_provenance_is_another_teacher(cache):
     cache.import_targets("there", rows_of(cache), PROVENANCE)
-    with pytest.raises(CacheMismatchError, match="not this one"):
+    with pytest.raises(CacheMismatchError, match="differs from this one"):
         cache.import_targets("there", rows_of(cache), PROVENANCE | {"revision": 4})
 
 

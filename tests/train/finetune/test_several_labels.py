@@ -287,7 +287,7 @@ def test_it_is_never_taken_for_a_classifier_of_classes_nor_a_classifier_for_it(
     _, train, _, out, _ = expert
     single = labelled(tmp_path / "one.jsonl", "river", "engine", "paper")
     given = (out, single, single, str(tmp_path / "s"))
-    with pytest.raises(InputError, match="labels of which several may hold, and the task is a sin"):
+    with pytest.raises(InputError, match="labels of which several may hold, but the task is a sin"):
         score_model(*given, config=FinetuneConfig(epochs=0))
     merge = {"epochs": 0, "merge": {"experts": [out], "passes": 0}}
     with pytest.raises(InputError, match=f"is a {SEVERAL}: only classifiers"):

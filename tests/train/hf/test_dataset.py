@@ -93,7 +93,7 @@ def test_a_mask_is_no_list_of_numbers(cache):
 
 def test_a_state_of_another_order_is_refused(cache):
     state = IterableCacheDataset(cache, 4, seed=1).state_dict(consumed=3)
-    with pytest.raises(InputError, match=r"a stream with seed 1, this one has 2"):
+    with pytest.raises(InputError, match=r"a stream with seed 1, but this one has 2"):
         IterableCacheDataset(cache, 4, seed=2).load_state_dict(state)
     with pytest.raises(InputError, match="after 3 sequences of the epoch, which 2 processes"):
         IterableCacheDataset(cache, 4, seed=1, world_size=2).load_state_dict(state)

@@ -157,7 +157,7 @@ def test_what_cannot_be_learnt_is_refused(masked_world):
     refused("ce_weight is nan", ce_weight=float("nan"))
     with pytest.raises(InputError, match=r"cache is 'runs/cache'; give an open one: Cache.open"):
         Distillation("runs/cache", ["big"])
-    with pytest.raises(InputError, match="made of items that are dict"):
+    with pytest.raises(InputError, match="made from items that are dict"):
         Distillation(cache, ["big"]).collator()([{"input_ids": [1]}])
 
 
@@ -173,13 +173,13 @@ def test_outputs_that_do_not_fit_are_refused(causal_world):
         with pytest.raises(InputError, match=message):
             teaching.loss(logits, targets, labels)
 
-    front = r"output is \(3, \d+, \d+\), and the batch has 3 .* prompt tuning"
+    front = r"output is \(3, \d+, \d+\), but the batch has 3 .* prompt tuning"
     refused(front, logits=torch.cat([logits[:, :2], logits], 1))
     refused("but the batch has 3 sequences of", logits=torch.cat([logits, logits]))
     refused("but the batch has 3 sequences of", logits=logits.flatten(0, 1))
     refused(f"of {size - 1} ids; the cache has {size}", logits=logits[..., 1:])
     refused(r"labels are \(2, ", labels=labels[1:])
-    refused("batch is a dict; give what the collator has under 'distillation'", targets=batch)
+    refused("batch is a dict; give the collator's entry 'distillation'", targets=batch)
     cold = to_device(targets, "cpu", temperature=1.0)
     refused("sent with 'lm' at temperature 1, but it is taught at 2", targets=cold)
     with pytest.raises(InputError, match="but the batch has 3 sequences of"):

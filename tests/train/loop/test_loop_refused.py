@@ -215,7 +215,7 @@ def test_holes_are_refused_or_trained_without_distillation(masked_world, tmp_pat
 
 
 def test_a_directory_in_use_is_refused(masked_world, whole, tmp_path):
-    with pytest.raises(InputError, match="or --resume to go on with the run in it"):
+    with pytest.raises(InputError, match="or --resume to continue the run in it"):
         run(masked_world, whole.directory, train_config(ALL))
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):

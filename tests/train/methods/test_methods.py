@@ -278,7 +278,9 @@ def test_which_values_are_better_upwards(name, upwards):
 )
 def test_a_file_has_one_method(folder, code, count):
     (folder / "odd.py").write_text(code)
-    with pytest.raises(InputError, match=rf"methods.odd must define one subclass .* has {count}"):
+    with pytest.raises(
+        InputError, match=rf"methods.odd must define exactly one subclass .* has {count}"
+    ):
         find_method("odd")
 
 

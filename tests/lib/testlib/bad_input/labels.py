@@ -27,7 +27,7 @@ ROWS = (
         "run.yaml", "unknown type of file", "rename or convert it"),
     Bad("an empty file of labels", TUNE, "dev.jsonl", "has no rows", "at least one labelled",
         _raw("", "dev.jsonl")),
-    Bad("labels in binary", TUNE, "train.jsonl", "it is no UTF-8 text", "convert or replace it",
+    Bad("labels in binary", TUNE, "train.jsonl", "it is not UTF-8 text", "convert or replace it",
         _raw(bytes(range(256)))),
     Bad("a row of labels that is cut", TUNE, "train.jsonl:2", "not JSON",
         "each line must be one object", _raw('{"text": "a", "label": "good"}\n{"text": "b", ')),

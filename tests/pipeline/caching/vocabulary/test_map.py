@@ -239,7 +239,7 @@ def test_what_is_refused(tmp_path, configure, text, bytelevel, llama, teacher, t
 
 
 def test_a_tokenizer_that_changes_texts(wordpiece):
-    with pytest.raises(InputError, match="are unknown"):
+    with pytest.raises(InputError, match="are not known"):
         bytes_of_tokens(load_tokenizer(str(wordpiece)))
 
 
