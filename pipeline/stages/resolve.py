@@ -193,23 +193,20 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
     corpus = {f"corpus.{key}": (first[key], second[key]) for key in first}
     size = one.config.cache.sequences_per_shard
     own = other.config.cache.sequences_per_shard  # null: whatever the cache has by then
-    corpus[("In a cache, a name stands for one teacher: rename it, or: ")] = (
-        size,
-        size if own is None else own,
-    )
+    corpus["cache.sequences_per_shard"] = (size, size if own is None else own)
     teachers: dict[str, tuple[object, object]] = {}
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
             ours, theirs = _identity(one, known[teacher.name]), _identity(other, teacher)
             teachers |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
-    renamed = "In a cache one name is one teacher: give it another, or: "
+    renamed = "In a cache, a name stands for one teacher: rename it, or: "
     for pairs, advice in ((corpus, ""), (teachers, renamed)):
         for what, (before, now) in pairs.items():
             if before != now:
                 raise InputError(
                     f"stages {one.name!r} and {other.name!r} share the cache "
-                    f"{one.config.cache.path}, but {what} is first {before!r}, then {now!r}. "
+                    f"{one.config.cache.path}, but {what} is {before!r}, then {now!r}. "
                     f"{advice}Give stage {other.name!r} a separate cache.path"
                 )
 

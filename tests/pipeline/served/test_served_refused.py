@@ -189,7 +189,7 @@ def test_a_local_teacher_and_a_served_one_are_two(tmp_path, configure, whole, lo
 def test_patience_ends(tmp_path, configure, teacher, double, monkeypatch):
     double.faults += ["", "", "", *["503"] * 200]
     monkeypatch.setattr(patience, "LONGEST_DELAY", 0.02)
-    with pytest.raises(InputError, match=r"not answered for 0.2 s \(HTTP 503: later\).*goes on"):
+    with pytest.raises(InputError, match=r"not answered for 0.2 s \(HTTP 503: later\).*continues"):
         cache_teachers(configure(tmp_path, [teacher(patience_s=0.2, max_concurrency=1)]))
 
 

@@ -41,7 +41,7 @@ def _renamed(place: Place) -> None:
 
 
 def _unfinished(*spoils):
-    """A run that was killed, and what is wrong with its checkpoints."""
+    """Return a killed run and the damage to its checkpoints."""
 
     def spoil(place: Place) -> None:
         for name in ("summary.json", "run.yaml", "model.safetensors"):

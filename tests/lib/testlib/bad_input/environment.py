@@ -50,7 +50,7 @@ OUTPUTS = (
 
 
 def _full(place: Place) -> None:
-    """A disk without room: it shows as what was written is to reach it."""
+    """Simulate a full disk: the error comes when data is flushed."""
 
     plain = os.fsync
 
@@ -95,11 +95,11 @@ def _without(package: str):
 
 
 def _held(place: Place) -> None:
-    """A folder that another process works in."""
+    """A folder that another process has locked."""
     (place / "new").mkdir()
     place.write("new/.lock", "process 1 on another")
     held = os.open(place / "new/.lock", os.O_RDWR)
-    fcntl.flock(held, fcntl.LOCK_EX)  # for as long as the descriptor is open: to the end
+    fcntl.flock(held, fcntl.LOCK_EX)  # held until the descriptor is closed, at the end
 
 
 def _variables(**values: str):

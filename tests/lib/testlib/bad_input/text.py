@@ -1,4 +1,4 @@
-"""Bad text: of a corpus, and of rows that a model is asked about."""
+"""Bad text: in a corpus, and in rows that a model is asked about."""
 
 import os
 
