@@ -12,6 +12,7 @@ from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
 from rekindle.train.model.student_config import GrowConfig as GrowConfig
 from rekindle.train.model.student_config import StudentConfig as StudentConfig
+from rekindle.train.objective.embedding.config import VectorConfig
 from rekindle.train.schedules import Amount, Count, Interval, Positive, Schedule, Seed, Share
 from rekindle.train.step_config import StepConfig
 
@@ -143,10 +144,21 @@ class DistillTerm(Settings):
         "null: 0.9",
     )
 
+    embedding: VectorConfig | None = Field(
+        None,
+        description="of sentence encoders (task: embedding): how their vectors are learnt, a sum "
+        "of losses. null: 1 − cos",
+    )
+
     @model_validator(mode="after")
     def _skew_is_of_its_divergence(self) -> "DistillTerm":
         skew_of(self.divergence, self.skew)
         return self
+
+    @property
+    def of_vectors(self) -> VectorConfig:
+        """How vectors are learnt: as it is given, or by default."""
+        return self.embedding or VectorConfig()
 
     @property
     def interpolates(self) -> bool:

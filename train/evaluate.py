@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
@@ -13,9 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
+from rekindle.data.batch import (
+    Batch,
+    EmbeddingBatch,
+    SequenceTargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+)
 from rekindle.data.cache import Cache
 from rekindle.data.targets.codec import STEP
+from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, kd_targets, language_rows, sparse_targets
@@ -29,6 +36,7 @@ from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
 from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.objective.vector_loss import vector_sums, vector_values
 from rekindle.train.student import Student
 
 
@@ -128,6 +136,16 @@ def best_of(
     return {"step": step, "name": name, "value": value}
 
 
+def values_beside(info: TeacherInfo, terms: Sequence[DistillTerm]) -> list[str]:
+    """Name what an evaluation measures beside a teacher of an objective with these ``terms``."""
+    if info.kind == "embedding":
+        return vector_values(terms, info.name)
+    if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:
+        return ["kl"]
+    measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
+    return measured.get(info.problem or "", ["kl", "agreement"])
+
+
 Run = Callable[..., Sums]
 
 
@@ -141,7 +159,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return ``loss`` (the objective, with the last step's weights), ``ce`` (the cross-entropy on
     the text, in nats, if the student's language model is trained), per teacher ``kl/…`` and
-    ``agreement/…`` or ``mse/…``, and per method its own values as ``METHOD/…``.
+    ``agreement/…`` or ``mse/…`` (of vectors ``cosine/…`` and ``mse/…``), and per method its own
+    values as ``METHOD/…``.
 
     ``run(work, …)`` calls ``work(student, …)`` where the student's weights are gathered. Each
     process of a ``world`` evaluates its share and gets the values over all shares, bit-identical
@@ -244,6 +263,8 @@ def _own_sums(
             if (term := known_term(data.terms, name, target)) is not None:
                 known[term] = (kd, len(target.rows))
     for name, answers in batch.targets.items():
+        if isinstance(answers, EmbeddingBatch):
+            sums |= _vector_sums(name, student, batch, answers, device)
         if isinstance(answers, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, answers, device)
     return sums, known
@@ -308,6 +329,17 @@ def _task_sums(
     kl = (teacher.exp() * (teacher - ours)).sum()
     agree = (logits.argmax(dim=1) == wanted.argmax(dim=1)).sum()
     return {f"kl/{name}": (float(kl), count), f"agreement/{name}": (float(agree), count)}
+
+
+def _vector_sums(
+    name: str, student: Student, batch: Batch, target: EmbeddingBatch, device: torch.device
+) -> Sums:
+    if name not in student.head_configs or not len(target.rows):
+        return {}
+    inputs = inputs_of(batch, target.info.view, device)
+    found = run_heads(student, inputs, batch, {name: target})
+    values = vector_sums(*taught_rows(found.logits[name], target))
+    return {f"{what}/{name}": (value, len(target.rows)) for what, value in values.items()}
 
 
 def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:

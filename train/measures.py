@@ -2,8 +2,8 @@
 
 ``loss`` is the trained objective, with the last step's weights; ``ce`` the language model's
 cross-entropy on the text, if that is trained; ``kl/NAME``, ``mse/NAME`` and ``agreement/NAME``
-belong to a teacher; ``ce/DOMAIN`` (``loss/DOMAIN`` if there is no ``ce``) to one domain;
-``METHOD/…`` to a method.
+belong to a teacher, ``cosine/NAME`` to a sentence encoder; ``ce/DOMAIN`` (``loss/DOMAIN`` if there
+is no ``ce``) to one domain; ``METHOD/…`` to a method.
 """
 
 from collections.abc import Mapping

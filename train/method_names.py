@@ -48,4 +48,4 @@ def is_better_upwards(name: str) -> bool:
     first, _, last = name.partition("/")
     if first in ("kl", "mse", "loss", "ce"):  # of a teacher or a domain, whatever its name
         return False
-    return first == "agreement" or last.rpartition("/")[2] in UPWARDS
+    return first in ("agreement", "cosine") or last.rpartition("/")[2] in UPWARDS

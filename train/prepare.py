@@ -25,7 +25,7 @@ from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.deferred.recording import Recording, recording, try_when_filled
 from rekindle.train.distributed import World, compile_blocks
-from rekindle.train.evaluate import EvaluationData
+from rekindle.train.evaluate import EvaluationData, values_beside
 from rekindle.train.export.plain import not_exportable
 from rekindle.train.growth.student import grow_student
 from rekindle.train.measures import MEASURE, SECTION, TEACHERS_SINCE
@@ -219,11 +219,7 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure
     known = ["loss", *text]
     known += [f"{known[-1]}/{name}" for name in evaluated_domains(cache, config)]
     for name in objective.teachers:
-        info = objective.teachers[name]
-        measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
-        values = measured.get(info.problem or "", ["kl", "agreement"])
-        if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:  # see ``evaluate``
-            values = ["kl"]
+        values = values_beside(objective.teachers[name], config.objective.distill)
         known += [f"{what}/{name}" for what in values]
     known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:

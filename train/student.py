@@ -24,6 +24,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
+from rekindle.train.embedding.student import check_asked, for_student, output_of
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.files import (
     base_fingerprints,
@@ -67,6 +68,7 @@ class _About(Settings):
     heads: dict[str, HeadConfig]
     methods: dict[str, dict[str, object]] = Field(default_factory=dict)
     domains: tuple[str, ...] | None = None
+    vectors: str | None = None  # whose it gives as a sentence encoder: a head's, or its own
     sequence_length: int | None = None
     base: dict[str, str] | None = None  # for an adapter: its base's location and digests
 
@@ -88,6 +90,7 @@ class Student(StudentNetwork):
 
     adapter: Adapter | None = None  # trained and saved in place of the model
     base: dict[str, str] | None = None  # the base of an adapter, as recorded
+    vectors: str | None = None  # whose vectors it gives as an encoder: a head's, or `own`
 
     @property
     def longest_text(self) -> int:
@@ -144,6 +147,7 @@ class Student(StudentNetwork):
             heads=self.head_configs,
             methods=self.methods,
             domains=None if self.prompts is None else self.prompts.domains,
+            vectors=self.vectors,
             sequence_length=self.sequence_length,
             base=self.base,
         ).model_dump(mode="json")
@@ -192,6 +196,7 @@ class Student(StudentNetwork):
         size = vocabulary_size or about.vocabulary_size
         student = cls(model, about.task, about.heads, size, about.domains)
         student.source, student.sequence_length = path, about.sequence_length
+        student.vectors = about.vectors
         student.take_over(path)
         for name, settings in about.methods.items():
             kind = find_method(name)
@@ -307,6 +312,7 @@ def build_student(
     (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
+    check_asked(config, heads)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     attention, fresh = config.chosen_attention, False
@@ -320,9 +326,10 @@ def build_student(
     if config.lora is not None:  # before it is split, which tries its logits
         adapter = Adapter(model, config.lora, task, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
-    asked = {name: _formed(head, config, model, tokenizer) for name, head in heads.items()}
+    asked = {name: _formed(name, head, config, model, tokenizer) for name, head in heads.items()}
     student = Student(model, task, asked, vocabulary_size, prompted)
     student.sequence_length = sequence_length or None
+    student.vectors = output_of(config, asked)
     if adapter is not None:
         place = directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
         student.adapter = adapter
@@ -337,9 +344,14 @@ def build_student(
 
 
 def _formed(
-    head: HeadConfig, config: StudentConfig, model: Any, tokenizer: Tokenizer | None
+    name: str, head: HeadConfig, config: StudentConfig, model: Any, tokenizer: Tokenizer | None
 ) -> HeadConfig:
-    """Return the ``head`` in the configured form, with a padding id if ``model`` has none."""
+    """Return the ``head`` in the configured form, with a padding id if ``model`` has none.
+
+    An embedding head also gets what the student's size decides.
+    """
+    if head.kind == "embedding":
+        return for_student(head, name, config, model.config)
     padding = None
     if config.head == "family" and padding_of(model.config) is None and tokenizer is not None:
         known = (tokenizer.hf.pad_token_id, tokenizer.eos_id)

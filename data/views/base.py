@@ -1,9 +1,9 @@
-"""What all kinds of views share, and the questions other code may ask of a view.
+"""What all kinds of views share, and the questions that other code may ask a view.
 
 A view is how an example is shown to a model. Its recorded name begins with its kind: ``clean`` and
 ``text`` are the corpus itself; ``masked-<fingerprint>`` and ``pairs-<kind>-<fingerprint>`` are
 stored beside it. A fingerprint covers everything that decides a view's bytes, so equal names mean
-equal inputs. Views do not know the models they are shown to.
+equal inputs. The models that see views are unknown here.
 """
 
 import hashlib
@@ -27,41 +27,37 @@ ALGORITHM = 1  # raise it when masks or pairs would come out differently
 
 
 class View:
-    """One kind of view. The base class stands for unknown kinds, which nobody may be shown."""
+    """One kind of view. This base class stands for unknown kinds, which nobody may be shown."""
 
-    kind: ClassVar[str] = ""  # the prefix of recorded names
-    tasks: ClassVar[tuple[str, ...]] = ()  # of the teachers that may be shown it
-    # whether it has its own shards, with a row for each row of the corpus
-    stored: ClassVar[bool] = False
-    # whether it shows replicas of a sequence, each masked differently
-    masked: ClassVar[bool] = False
-    paired: ClassVar[bool] = False  # whether it shows two texts, which not every sequence has
+    kind: ClassVar[str] = ""  # the beginning of recorded names
+    tasks: ClassVar[tuple[str, ...]] = ()  # tasks of the teachers that may be shown it
+    stored: ClassVar[bool] = False  # it has its own shards, with a row for each of the corpus's
+    masked: ClassVar[bool] = False  # it shows replicas of a sequence with different masks
+    paired: ClassVar[bool] = False  # it shows two texts, which not every sequence has
     fields: ClassVar[tuple[pa.Field, ...]] = ()  # its columns
     beside: ClassVar[str] = ""  # the column whose lists are as long as those of ``input_ids``
 
     @classmethod
     def numbers(cls, replicas: int) -> list[int | None]:
-        """Return the numbers of a sequence's ``replicas``; [None] if there is only one way to show
-        it.
-        """
+        """Return the numbers of a sequence's ``replicas``; None for a view with only one form."""
         return [*range(replicas)] if cls.masked else [None]
 
     @classmethod
     def unit(cls, shard: int, replica: int | None) -> str:
-        """Return the name of the unit with this replica of a corpus shard."""
+        """Return the name of the unit that has this replica of a corpus shard."""
         return unit_of(shard, replica if cls.masked else None)
 
     @classmethod
     def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
-        """Return whether one of our writers can have written the batch, beyond checking its ids.
+        """Return whether our own code can have written the batch, judged by more than its ids.
 
-        ``lengths`` [R] are the tokens of the corpus's sequences.
+        ``lengths`` [R] are the numbers of tokens of the corpus's sequences.
         """
         return True
 
 
 class StoredView(View):
-    """A view with its own shards. An instance is one view of a corpus, and can build it."""
+    """A view with its own shards; an instance is one view of a corpus, and can make it."""
 
     stored = True
     replicas = 1
@@ -74,7 +70,8 @@ class StoredView(View):
             "tokenizer": corpus.info["tokenizer"]["digest"],
             **decides,
         }
-        if "holes" in corpus.info["tokenizer"]:  # before they were known, they were drawn
+        # before holes were known, random tokens could be holes
+        if "holes" in corpus.info["tokenizer"]:
             self.identity["holes"] = corpus.info["tokenizer"]["holes"]
         parts = json.dumps(self.identity, sort_keys=True).encode()
         fingerprint = hashlib.sha256(parts).hexdigest()[:12]
@@ -100,6 +97,6 @@ class StoredView(View):
 
 
 def about_unit(name: str, shard: int, replica: int | None) -> dict[str, object]:
-    """Return the description that a unit of the view ``name`` carries."""
+    """Return the metadata of a unit of the view ``name``."""
     about: dict[str, object] = {"kind": "view", "view": name, "shard": shard}
     return about if replica is None else about | {"replica": replica}

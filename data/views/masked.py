@@ -1,6 +1,5 @@
-"""``masked-<fingerprint>``: the masked positions of each sequence and replica, and the ids shown
-there. They are drawn here, or come from a teacher's losses
-(``data/targets/reading/hard_masks.py``).
+"""``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids put there;
+drawn here, or taken from a teacher's losses (``data/targets/reading/hard_masks.py``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -47,8 +46,8 @@ class MaskedView(StoredView):
     ):
         self.config, self.replicas = config, replicas
         if decides is None:
-            # Replicas of `random` are independent, so more can be added; `cover` distributes tokens
-            # over all replicas.
+            # Replicas of `random` are independent, so more can be added; `cover` divides tokens
+            # among all.
             decides = {"replicas": replicas if config.policy == "cover" else None}
         super().__init__(corpus, seed, {"mask": config.identity(), **decides})
         facts = corpus.info["tokenizer"]
@@ -56,14 +55,14 @@ class MaskedView(StoredView):
 
     @property
     def shown_ids(self) -> NDArray[np.int64]:
-        """The ids that may replace a sequence's own."""
+        """Return the ids that may replace a sequence's own."""
         masker = self.masker
         random = masker.content_ids if self.config.random_token else masker.content_ids[:0]
         return np.append(random, masker.mask_id or 0).astype(np.int64)
 
     @property
     def share(self) -> float:
-        """The share of a sequence that is masked, roughly and at most."""
+        """Return the approximate largest share of a sequence that is masked."""
         return self.config.probability
 
     @classmethod

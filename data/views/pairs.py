@@ -1,5 +1,5 @@
-"""``pairs-<kind>-<fingerprint>``: two texts per sequence for sentence-pair experts, with the
-student's encoding of them.
+"""``pairs-<kind>-<fingerprint>``: per sequence, two texts of the corpus for sentence-pair experts,
+and the student's encoding of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ _OR_RANDOM = (
     "use longer texts, or pairs: random, which needs no neighbours (a teacher that is already "
     "cached then needs another name)"
 )
-_NEEDS = {  # what a pair needs, and what to do without it
+_NEEDS = {  # what a pair needs, and the advice if that is missing
     "adjacent": (f"sequence has two sentences of one document {_ENDS}", _OR_RANDOM),
     "same-document": (f"document has two sentences {_ENDS}", _OR_RANDOM),
     "random": ("sequence has a second document to pair with", "use more texts"),
@@ -38,12 +38,13 @@ _NEEDS = {  # what a pair needs, and what to do without it
 
 
 class PairView(StoredView):
-    """Text pairs from the corpus for sentence-pair experts, one per sequence if possible.
+    """Text pairs from the corpus for sentence-pair experts, one per sequence where possible.
 
     ``adjacent``: two neighbouring sentences of the sequence, from one document. ``same-document``:
     a sentence of the sequence and another sentence of the same document. ``random``: a sentence of
     the sequence and one of another document. Partners come from the same corpus shard. A sequence
-    without a pair has nulls. ``record``: the two texts of a sequence, in a corpus of pairs.
+    without a pair has nulls. ``record``: the two texts that a sequence is made of, in a corpus of
+    pairs.
     """
 
     kind = "pairs"
@@ -59,21 +60,23 @@ class PairView(StoredView):
     beside = "token_types"
 
     def __init__(self, corpus: Corpus, pairs: PairKind, seed: int, cut: int = NEWEST_CUT):
-        """``cut``: how long pairs are shortened, see ``Tokenizer.encode_pair``."""
+        """``cut``: how pairs that are too long are shortened, see ``Tokenizer.encode_pair``."""
         self.pairs, self.cut = pairs, cut
         decides = {"pairs": pairs} | ({CUT: cut} if cut > 1 else {})
         super().__init__(corpus, seed, decides, pairs)
 
     @classmethod
     def as_begun(cls, corpus: Corpus, pairs: PairKind, seed: int, store: Store) -> "PairView":
-        """Return the view as the cache in ``store`` has it, with its former way of cutting."""
+        """Return the view as the cache in ``store`` has it, with its former way of
+        cutting if any.
+        """
         former = cls(corpus, pairs, seed, cut=1)
         begun = store.names(f"views/{former.name}")
         return former if begun else cls(corpus, pairs, seed)
 
     @staticmethod
     def cut_of(identity: Mapping[str, Any]) -> int:
-        """Return how pairs were shortened, according to ``view.json``."""
+        """Return how pairs were shortened in a view with this description (``view.json``)."""
         return int(identity.get(CUT, 1))
 
     @staticmethod
@@ -118,7 +121,7 @@ class PairView(StoredView):
 
 
 def _parts(batch: pa.RecordBatch) -> list[list[str]]:
-    """Split each row's text where another document begins."""
+    """Return each row's text, split where another document begins."""
     tokens, characters = list_views(batch["char_starts"], "char_starts")
     lists, begins = list_views(batch["document_starts"], "document_starts")
     parts = []
@@ -135,7 +138,7 @@ def make_pairs(
     generators: list[np.random.Generator],
     kind: PairKind,
 ) -> list[Pair]:
-    """Return one pair of sentences per row, or None if the rows allow none.
+    """Return one pair of sentences per row, or None where the rows allow none.
 
     ``texts``: each row's text, split where another document begins; ``documents``: the document of
     its first part. Neighbours never cross documents; the other kinds use the first part.
@@ -190,7 +193,7 @@ def _distant_pairs(
 def rows_of(
     corpus: Corpus, domains: Sequence[str] | None, shards: NDArray[np.int64] | None = None
 ) -> int:
-    """Count the sequences (of ``domains``; None: all) in the ``shards`` of a corpus, or in all."""
+    """Return how many sequences (of ``domains``; None: all) are in the ``shards``, or in all."""
     among = np.arange(len(corpus.commits)) if shards is None else shards
     if domains is None:
         return int(corpus.units.rows[among].sum())
@@ -199,19 +202,19 @@ def rows_of(
 
 
 def told_of_few_pairs(teacher: str, kind: str, found: int, could: int) -> str | None:
-    """Return a warning if an expert has a pair for less than FEW_PAIRS of the sequences it
-    ``could`` teach (those of its domains); ``found``: the sequences with a pair. None if enough.
+    """Return a warning if an expert has a pair in less than FEW_PAIRS of the sequences that it
+    ``could`` teach (those of its domains), of which ``found`` have one; None otherwise.
     """
     if kind == RECORD or not could or found >= FEW_PAIRS * could:
         return None
     what, use = _NEEDS[kind]
     if not found:
         return (
-            f"teacher {teacher!r}, pairs: {kind}: no {what}, so there are no pairs and nothing to "
+            f"teacher {teacher!r}, pairs: {kind}: no {what}, so there is no pair and nothing to "
             f"teach: {use}"
         )
     return (
-        f"teacher {teacher!r}, pairs: {kind}: only {100 * found / could:.2g} % of the sequences "
-        f"it is for have a pair (this warning appears below {100 * FEW_PAIRS:g} %), and it does "
-        f"not teach the others. Hardly any {what}: {use}"
+        f"teacher {teacher!r}, pairs: {kind}: only {100 * found / could:.2g} % of its sequences "
+        f"have a pair (this warning appears below {100 * FEW_PAIRS:g} %), and it does not teach "
+        f"the others. Hardly any {what}: {use}"
     )

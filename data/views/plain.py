@@ -1,17 +1,17 @@
-"""Views that are the corpus itself: nothing is stored."""
+"""The views of the unmasked corpus: nothing is stored."""
 
 from rekindle.data.views.base import View
 
 
 class Clean(View):
-    """All tokens of the corpus."""
+    """The tokens of the corpus, all of them."""
 
     kind = "clean"
     tasks = ("masked_lm", "causal_lm")
 
 
 class Text(View):
-    """The text of the corpus, in the tokens of the model it is shown to."""
+    """The text of the corpus, tokenised by the model that sees it."""
 
     kind = "text"
     tasks = ("sequence_classification", "regression", "token_classification", "embedding")

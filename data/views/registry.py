@@ -1,4 +1,4 @@
-"""All kinds of views, by the prefix of their recorded names."""
+"""All kinds of views, by the beginning of their recorded names."""
 
 from rekindle.data.views.base import View
 from rekindle.data.views.masked import MaskedView

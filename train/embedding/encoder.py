@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rekindle.data.errors import InputError
 from rekindle.train.embedding.folder import TANH, EncoderFolder, Step
-from rekindle.train.embedding.pooling import Pooling, pooled
 from rekindle.train.model.files import load_config, load_model
 from rekindle.train.model.fitting import auto_class_of
+from rekindle.train.model.parts.head_config import Pooling
+from rekindle.train.model.parts.pooling import pooled
 
 
 class SentenceEncoder(nn.Module):

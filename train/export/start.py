@@ -44,7 +44,7 @@ def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
         return made
     names = plain_labels(head, student.head_configs[head])
     order = torch.tensor([names.index(label) for label in data.label_names])
-    auto = auto_class(made.config, student.head_configs[head].kind)
+    auto = auto_class(made.config, student.head_configs[head].judges)
     with torch.no_grad():
         for name in output_tensors(made.config, auto):
             values = made.get_parameter(name)

@@ -45,8 +45,9 @@ class Weak(NamedTuple):
     def __str__(self) -> str:
         if not self.near:
             return f"may be chance on so few rows (beside {self.constant})"
-        learned = "little" if self.beyond_chance else "next to nothing"
-        return f"is near {self.constant}; {learned} was learned"
+        if self.beyond_chance:
+            return f"is little better than {self.constant}; little was learned"
+        return f"is no better than {self.constant}; next to nothing was learned"
 
 
 def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Weak | None:

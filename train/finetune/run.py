@@ -247,9 +247,9 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
         return None
     found = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
     line = (
-        f"warning: seed {seed}: {found} on dev {weak}. Train longer ({_longer(job, best)}), at "
-        f"another learning_rate (now {job.config.learning_rate:g}), or see whether the "
-        "labels fit the texts"
+        f"warning: seed {seed}: {found} on dev {weak}. Try another learning_rate first (now "
+        f"{job.config.learning_rate:g}), then train longer ({_longer(job, best)}); or see whether "
+        "the labels fit the texts"
     )
     logger.warning(line)
     return line

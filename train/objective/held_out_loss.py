@@ -24,6 +24,7 @@ from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking import group_keys, score_errors
 from rekindle.train.objective.selection import names_of
+from rekindle.train.objective.vector_loss import HeldOutVectors
 from rekindle.train.student import Student
 
 Sums = dict[str, tuple[float, int]]  # by name: what is summed up, and over how many rows
@@ -45,6 +46,7 @@ class HeldOutLoss:
     def __init__(self, objective: Objective):
         self.objective, self.plan = objective, objective.last
         self._sums: dict[str, NDArray[np.float64]] = {}  # weighted loss, rows
+        self._vectors = HeldOutVectors()
         self._ranked: dict[str, dict[int, NDArray[np.float64]]] = {}  # by term, group: n, Σe, Σe²
 
     def add(self, student: Student, batch: Batch, device: torch.device, known: Sums) -> None:
@@ -61,6 +63,8 @@ class HeldOutLoss:
             names = dict.fromkeys(names_of(term).values())
             if term.ranking is not None:
                 self._add_ranked(student, batch, term, device)
+            elif self._compares(term):
+                self._vectors.add(student, objective.task, batch, term, device)
             elif names.keys() <= known.keys():
                 for name in names:
                     self._put(name, weight * term.temperature**2 * known[name][0], known[name][1])
@@ -79,20 +83,29 @@ class HeldOutLoss:
 
     def join(self, world: World) -> None:
         """Add what the other processes have summed up."""
-        every = world.gather((self._sums, self._ranked))
-        self._sums = added(sums for sums, _ in every)
-        names = dict.fromkeys(name for _, ranked in every for name in ranked)
-        self._ranked = {name: added(ranked.get(name, {}) for _, ranked in every) for name in names}
+        every = world.gather((self._sums, self._ranked, self._vectors))
+        self._sums = added(sums for sums, _, _ in every)
+        names = dict.fromkeys(name for _, ranked, _ in every for name in ranked)
+        each = [ranked for _, ranked, _ in every]
+        self._ranked = {name: added(ranked.get(name, {}) for ranked in each) for name in names}
+        self._vectors.join([vectors for _, _, vectors in every])
 
     def mean(self) -> float | None:
         """Return the objective of all batches; None where none of its terms had a row."""
         parts = [total / rows for total, rows in self._sums.values() if rows]
         for term, weight in self.plan.terms:
+            if self._compares(term) and (found := self._vectors.mean(term)) is not None:
+                parts.append(weight * found)
             for name in term.teachers:
                 if term.ranking is not None and name in self._ranked:
                     groups = np.array(list(self._ranked[name].values()))
                     parts.append(weight * ranked_loss(groups, term.ranking))
         return float(sum(parts)) if parts else None
+
+    def _compares(self, term: DistillTerm) -> bool:
+        """Whether a loss of vectors compares the sequences with each other."""
+        info = self.objective.teachers[term.teachers[0]]
+        return info.kind == "embedding" and term.of_vectors.compares_rows
 
     def _sums_of(
         self,

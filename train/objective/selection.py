@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import (
@@ -74,12 +75,26 @@ class Centres:
 
 
 @dataclass(frozen=True)
+class StepVectors:
+    """The vectors of a whole step, of one teacher: N rows of all micro-batches and processes, by
+    ascending ``keys``; equal keys are the same sequence twice.
+    """
+
+    keys: NDArray[np.int64]  # [N] numbers of sequences
+    own: NDArray[np.float32]  # [N,D] the student's, as a pass without gradient has found them
+    wanted: NDArray[np.float32]  # [N,D'] the teacher's
+
+
+@dataclass(frozen=True)
 class Counts:
     """How many rows each mean is over: positions with a label; rows of each distillation loss."""
 
     labels: int
     rows: Mapping[str, int]  # by the loss's name, see `names_of`
     centres: Mapping[str, Centres] = field(default_factory=dict)  # by ranking teacher
+    # By embedding teacher whose rows are compared with each other; none where the step is one
+    # micro-batch of one process, which has them all.
+    vectors: Mapping[str, StepVectors] = field(default_factory=dict, compare=False)
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "Counts":
         """Return the counts of all processes; ``total`` sums a list over them."""

@@ -20,6 +20,7 @@ from rekindle.train.objective.pseudo_labels import pseudo_label_loss
 from rekindle.train.objective.ranking import group_keys, ranking_loss
 from rekindle.train.objective.selection import Add, Counts, common_rows, names_of
 from rekindle.train.objective.task_pass import taught_rows
+from rekindle.train.objective.vector_loss import vector_loss
 
 
 def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:
@@ -28,7 +29,9 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
     """
     experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
     if term.combine not in MIXED or not experts:
-        return {expert.name: HeadConfig.of(expert) for expert in experts}
+        asked = term.of_vectors
+        more = (asked.projection, asked.needs_equal_sizes)  # of vectors alone
+        return {expert.name: HeadConfig.of(expert, *more) for expert in experts}
     names = LabelUnion.of(experts, term.labels).names
     problem = "single_label_classification"
     head = HeadConfig(kind="sequence", num_labels=len(names), label_names=names, problem=problem)
@@ -73,6 +76,9 @@ def _expert_loss(
     what is shown of it.
     """
     own, wanted = taught_rows(logits, batch.targets[info.name])
+    if info.kind == "embedding":
+        keys = batch.index[batch.targets[info.name].rows]
+        return vector_loss(own, wanted, keys, counts.vectors.get(info.name), term.of_vectors)
     if term.ranking is None:
         return task_loss(own.float(), wanted, info, term)
     keys = group_keys(batch, info.name, term.ranking.group)

@@ -55,6 +55,7 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
     """Say what of a term cannot be computed."""
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
     names = ", ".join(term.teachers)
+    yield from _vector_problems(term, infos)
     yield from _ranking_problems(term, infos)
     yield from _pseudo_label_problems(term, infos)
     yield from _skew_problems(term, infos)
@@ -64,7 +65,7 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
         yield f"{names} saw different views; use a term each"
     if term.positions == "masked" and task != "masked_lm":
         yield f"positions: masked, but a {task} student has no masked view"
-    if term.positions == "masked" and "sequence" in kinds:
+    if term.positions == "masked" and kinds & {"sequence", "embedding"}:
         yield f"positions: masked, but {names} judge whole sequences"
     if term.combine == "route" and len(kinds) > 1:
         yield f"{names} judge sequences and tokens, which share no mean; use a term each"
@@ -146,6 +147,39 @@ def _mixture_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
             f"{', '.join(term.teachers)} have no domain in common; use combine: route"
         )
     LabelUnion.of(infos, term.labels)
+
+
+def _vector_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
+    """Of a term of sentence encoders: that all are, and that it asks for nothing of distributions;
+    of any other, that it asks for nothing of vectors.
+    """
+    encoders = [info for info in infos if info.kind == "embedding"]
+    other = next((info for info in infos if info.kind != "embedding"), None)
+    if other is not None and term.embedding is not None:
+        yield (
+            "embedding says how the vectors of sentence encoders (task: embedding) are learnt, and "
+            f"{other.name!r} is a {other.problem or other.task} teacher; leave embedding out"
+        )
+    if not encoders:
+        return
+    name = encoders[0].name
+    if other is not None:
+        yield f"{name!r} gives vectors and {other.name!r} does not; use a term each"
+    if term.divergence != "forward_kl":
+        yield (
+            f"divergence: {term.divergence} is of distributions or logits, and {name!r} gives "
+            "vectors; what is learnt of them is said by embedding: {cosine: 1.0, mse: 0.5, …}"
+        )
+    if term.temperature != 1:
+        yield (
+            f"temperature is of distributions, and {name!r} gives vectors; that of their "
+            "similarities is embedding.similarity.temperature"
+        )
+    if term.combine in MIXED:
+        yield (
+            f"combine: {term.combine} makes one target of several distributions, and {name!r} "
+            "gives vectors, each in a space of its own; use separate, or route"
+        )
 
 
 def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:

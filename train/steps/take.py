@@ -26,6 +26,7 @@ from rekindle.train.objective.pulls import with_norms
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.ready import Ready
 from rekindle.train.objective.selection import StepPlan
+from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.optimizer import set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared
@@ -164,6 +165,7 @@ def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
     terms: dict[str, Tensor] = {}
     with autocast(config.precision, world.device):
         counts = with_centres(counts, objective.task, parts, plan, world, run)
+        counts = with_vectors(counts, objective.task, parts, plan, world, run)
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):

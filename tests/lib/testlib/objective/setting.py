@@ -15,6 +15,7 @@ from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ranking import with_centres
 from rekindle.train.objective.selection import Counts
+from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.student import build_student
 from testlib.objective.reference import EPOCH, reference
 from testlib.students import gradients, same_gradients
@@ -80,7 +81,9 @@ class Setting:
         def run(work, *arguments):
             return work(self.student, *arguments)
 
-        return with_centres(counts, self.task, parts, self.objective.plan(step), world, run)
+        of_step = (parts, self.objective.plan(step), world, run)
+        counts = with_centres(counts, self.task, *of_step)
+        return with_vectors(counts, self.task, *of_step)
 
     def run_apart(self, processes, step=0):
         """Return the same for a step in which each process reads, selects and counts its

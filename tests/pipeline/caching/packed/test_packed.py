@@ -186,7 +186,7 @@ def test_domain_prompts_are_refused(model_of):
 
 
 def test_targets_made_elsewhere_are_refused(caches):
-    with pytest.raises(InputError, match="have seen a sequence as one text"):
+    with pytest.raises(InputError, match="saw a sequence as one text"):
         caches("gpt2")[1].import_targets("other", [], {"model": "m"})
 
 

@@ -4,13 +4,11 @@ Shapes: B texts, S tokens, H hidden; D values of a vector, H for each mode.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+from rekindle.train.model.parts.head_config import Pooling
 
 
 def pooled(states: Tensor, mask: Tensor, modes: Sequence[Pooling], skipped: int = 0) -> Tensor:
