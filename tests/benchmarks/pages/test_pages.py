@@ -269,7 +269,7 @@ def test_what_draw_0_has_searched_is_kept_beside_the_rows(
     assert found["search"] == {"cola": {"kd": ["first"]}, "mrpc": {"kd": ["again"]}}
     assert found["texts"] == made["texts"]
     made["about"]["start"] = {"weights": "other"}
-    with pytest.raises(InputError, match=r"search.json is of another cycle: start.weights"):
+    with pytest.raises(InputError, match=r"search.json belongs to another cycle: start.weights"):
         recorded(record, table, run)
 
 

@@ -187,7 +187,7 @@ RARE = [{"text": "x", "label": ["b"] if n == 29 else ["a"]} for n in range(30)]
         (numbered(30), {"metric": "pearson"}, "does not fit"),
         ([{"text": "x", "label": 0}] * 20, {}, "at least two classes"),
         (RARE, {"train_examples": 1}, "the label 'b'"),
-        ([{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 20, {}, "a cycle is of texts. Make"),
+        ([{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 20, {}, "a cycle needs texts. Make"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, train, values, words):
