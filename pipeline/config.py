@@ -189,10 +189,11 @@ class RunConfig(Settings):
                 f"{who}: pairs is {teacher.pairs}, but with corpus.pair_field the records are the "
                 "pairs; leave pairs out"
             )
-        if teacher.task == "token_classification":
+        single = {"token_classification": "tags the words", "embedding": "makes vectors"}
+        if (what := single.get(teacher.task)) is not None:
             raise ValueError(
-                f"{who} tags the words of single texts, but with corpus.pair_field each record "
-                "has two; cache it over a corpus of single texts"
+                f"{who} {what} of single texts, but with corpus.pair_field each record has two; "
+                "cache it over a corpus of single texts"
             )
         if teacher.vocabulary or teacher.pairs == RECORD:
             return teacher

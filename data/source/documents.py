@@ -1,8 +1,8 @@
-"""Read text as a stream of documents: txt, jsonl, csv, tsv, parquet, arrow, a datasets id, the
+"""Real text as a stream of documents: txt, jsonl, csv, tsv, parquet, arrow, a datasets id, the
 Python docs.
 
-Decides which parts of a record are its text, domain and id, and which records are bad. Knows
-nothing of tokens. Every mistake in the source raises an InputError that names the place.
+Decides which part of a record is its text, domain and id, and which records are bad. Tokens are
+unknown here. Every mistake in the source is an InputError that names the place.
 """
 
 import logging
@@ -21,17 +21,17 @@ from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
-_COLUMNS = ("parquet", "arrow", HUB)  # where missing fields are null
-_NO_NAME = (Mapping, list, tuple, bytes)  # what a domain or group cannot be
+_COLUMNS = ("parquet", "arrow", HUB)  # in these formats missing values are null
+_NO_NAME = (Mapping, list, tuple, bytes)  # not valid as a domain or group
 
 
 class Document(NamedTuple):
     """One text of the corpus.
 
-    ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
+    ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", with rows counted
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
-    ``pair``: the second text of a record that is a pair. ``given``: its form, if it is not plain
-    text. ``group``: the group within which it is compared.
+    ``pair``: the second text of a record that is a pair. ``given``: the content, if not plain text.
+    ``group``: the group it is compared within.
     """
 
     id: str
@@ -43,13 +43,13 @@ class Document(NamedTuple):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text, and the second one of a pair."""
+        """Return the text, and the other one of its pair."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
 class Fields(NamedTuple):
-    """The fields of a record that hold its text, domain, the second text of a pair, and its group;
-    ``forms`` converts records that are not texts, by what these hold.
+    """Which fields of a record hold its text, its domain, the second text of a pair and its group.
+    ``forms`` read records that are not texts, by kind of content.
     """
 
     text: str
@@ -59,14 +59,14 @@ class Fields(NamedTuple):
     group: str | None = None
 
     def read(self, origin: Origin) -> list[str]:
-        """Return the fields to read of an origin, the text first."""
+        """Return the fields that are read of an origin, the text's first."""
         if origin.content == "text":
             return [*filter(None, (self.text, self.domain, self.pair, self.group)), "id"]
         return [*self.form_of(origin).fields, *filter(None, (self.domain, self.group)), "id"]
 
     def form_of(self, origin: Origin) -> Form:
-        """Return what makes documents of an origin's records."""
-        assert self.forms is not None  # callers that name such a source provide them
+        """Return the reader of an origin's records."""
+        assert self.forms is not None  # whoever names such a source has them
         return self.forms[origin.content]
 
 
@@ -79,29 +79,27 @@ def read_documents(
     forms: Mapping[str, Form] | None = None,
     group_field: str | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents of ``source`` in a fixed order, in memory that does not grow with the
-    files.
+    """Yield the documents of ``source`` in a fixed order; memory does not grow with the files.
 
     ``source`` is what ``find_origins`` takes, or its result. In .txt files a blank line ends a
     document; so does the line break after which it would exceed 1 MiB (a longer single line is cut
-    at a space). Texts that are empty or all white space are skipped.
+    at a space). Texts that are empty or only white space are skipped.
 
-    A field may be dotted: ``meta.set_name`` is ``set_name`` inside ``meta``; a field with that
-    literal name takes precedence. ``domain`` is the value of ``domain_field`` (text, number or
-    date) as text; None without ``domain_field``. For python-docs it is always the part of the
-    library. With ``pair_field`` each record must have both texts of a pair; .txt files and
-    python-docs have none. ``group`` is the value of ``group_field``, like ``domain``; .txt files
-    and python-docs have none. ``forms`` converts the records of entries that hold no texts, and
-    says what is bad in them.
+    A field may be dotted: ``meta.set_name`` is ``set_name`` inside ``meta``; a field of that
+    literal name takes precedence. ``domain`` is the value of ``domain_field`` as text, whether
+    text, a number or a date; None without ``domain_field``. For python-docs it is the part of the
+    library, whatever ``domain_field`` says. With ``pair_field`` each record is a pair of texts and
+    must have both; .txt files and python-docs have none. ``group`` is the value of ``group_field``,
+    treated like ``domain``; .txt files and python-docs have none. ``forms`` read the records of
+    entries that hold no texts, and report what is bad in them.
 
-    Bad records: a line that is not a JSON object; a row with more or fewer fields than columns;
-    bytes that are not UTF-8 (of a .txt file, the document that has them); a text, domain or group
-    that is missing or null; a text that is not a string; a domain or group that is a mapping or a
-    list; half a surrogate pair in text, domain, group or id; an empty text of a pair. With
-    ``left_out`` they are collected there and reading continues, unless it only collects records
-    that hold a text of a test.
+    Bad records are: a line that is not a JSON object, a row with more or fewer fields than columns,
+    bytes that are not UTF-8 (in a .txt file, the document that has them), a text, domain or group
+    that is missing or null, a text that is not a string, a domain or group that is a mapping or a
+    list, half a surrogate pair in text, domain, group or id, an empty text of a pair. With
+    ``left_out`` they are collected there, unless its ``bad`` is false, and the rest is read.
 
-    Raise InputError at the call for a source that does not exist or is of no known kind; while
+    Raises InputError: at the call for a source that does not exist or is of an unknown kind; while
     reading for a damaged file, and for a bad record that is not left out.
     """
     origins = origins_of(source)
@@ -110,7 +108,9 @@ def read_documents(
 
 
 def origins_of(source: Sequence[str | Entry | Origin]) -> Sequence[Origin]:
-    """Return what ``find_origins`` finds for ``source``, or ``source`` if it is already that."""
+    """Return the origins that ``find_origins`` finds for ``source``; ``source`` itself if it is
+    that.
+    """
     entries = [source] if isinstance(source, str) else source
     origins = [entry for entry in entries if isinstance(entry, Origin)]
     return origins or find_origins([e for e in entries if not isinstance(e, Origin)])
@@ -133,14 +133,14 @@ def _documents(
 
 
 def tell_empty(origin: Origin) -> None:
-    """Warn that it contains no text."""
+    """Warn that there is no text in an origin."""
     log.warning("%s: there is no text in it", origin.place)
 
 
 def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document]:
-    """Return whether this is a document to keep; note it if it is left out.
+    """Return whether this is a document that is kept; if it is left out, note it.
 
-    Raise InputError for a bad record that is not left out.
+    Raises InputError for a bad record that must not be left out.
     """
     if isinstance(found, Bad):
         if left_out is None or not left_out.bad:
@@ -156,7 +156,9 @@ def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document
 
 
 def _looked_at(document: Document) -> tuple[str, ...]:
-    """Return the texts searched for a test's text; a template's separators end them."""
+    """Return the texts in which a test's text may occur: not across what a template puts between
+    messages.
+    """
     given = document.given
     return (given.parts,) if isinstance(given, Dialogue) else document.texts
 
@@ -164,7 +166,7 @@ def _looked_at(document: Document) -> tuple[str, ...]:
 def document_blocks(
     origin: Origin, fields: Fields, size: int = BLOCK_BYTES
 ) -> Iterator["Block | Pages"]:
-    """Yield blocks of about ``size`` bytes for ``documents_of``."""
+    """Yield what ``documents_of`` turns into documents, in blocks of about ``size`` bytes."""
     if origin.content != "text" and origin.format in (PYTHON_DOCS, "txt", *TABLES):
         raise InputError(
             f"{origin.place} cannot hold rows of the format {origin.content}, which corpus.source "
@@ -172,13 +174,15 @@ def document_blocks(
         )
     if fields.pair is not None and origin.format in (PYTHON_DOCS, "txt"):
         raise InputError(
-            f"{origin.place} has no fields, so that no record of it is a pair (corpus.pair_field: "
-            f"{fields.pair}); give jsonl, csv, tsv, parquet or arrow files, or leave pair_field out"
+            f"{origin.place} has no fields, so none of its records is a pair (corpus.pair_field: "
+            f"{fields.pair}); give jsonl, csv, tsv, parquet or arrow files, or leave pair_field "
+            "out"
         )
     if fields.group is not None and origin.format in (PYTHON_DOCS, "txt"):
         raise InputError(
-            f"{origin.place} has no fields, so that no record has a group (corpus.group_field: "
-            f"{fields.group}); give jsonl, csv, tsv, parquet or arrow files, or leave it out"
+            f"{origin.place} has no fields, so none of its records has a group "
+            f"(corpus.group_field: {fields.group}); give jsonl, csv, tsv, parquet or arrow files, "
+            "or leave it out"
         )
     if origin.format == PYTHON_DOCS:
         for page in python_docs():
@@ -188,20 +192,20 @@ def document_blocks(
 
 
 class Pages(NamedTuple):
-    """Documents that are already complete."""
+    """Documents that are ready."""
 
     documents: Sequence[Document]
 
     @property
     def size(self) -> int:
-        """Approximate size in bytes."""
+        """Return their approximate size in bytes."""
         return sum(len(document.text) for document in self.documents)
 
 
 def documents_of(
     block: "Block | Pages", origin: Origin, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """Yield the documents of a block of ``origin``, and what is bad in it."""
+    """Yield the documents of a block of ``origin``, and its bad records."""
     if isinstance(block, Pages):
         yield from block.documents
         return
@@ -212,7 +216,7 @@ def documents_of(
 
 
 def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad | None:
-    """Return the document of a record; None if its text is blank, unless it is part of a pair."""
+    """Return the document of a record; None if its text is blank, unless it belongs to a pair."""
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
@@ -262,7 +266,7 @@ def _given_document(
 
 
 def _whole(document: Document, where: str) -> Document | Bad:
-    """Return the document, or what is bad if it contains half a surrogate pair."""
+    """Return the document, unless it contains half a character."""
     texts = (("text", text) for text in document.texts)
     names = (("domain", document.domain or ""), ("group", document.group or ""))
     for what, value in (*texts, ("id", document.id), *names):
@@ -284,7 +288,7 @@ def _text(record: Record, field: str, setting: str, where: str, named: str) -> s
 
 
 def _name(record: Record, field: str, what: str, where: str, named: str) -> str | Bad:
-    """Return the name of a record's domain or group, as ``what`` says."""
+    """Return a record's domain or group, whichever ``what`` names."""
     value = reach(record.values, field)
     if value is None or value is ABSENT:
         return _missing(record, field, f"corpus.{what}_field", where, named)
@@ -309,7 +313,7 @@ def _missing(record: Record, field: str, setting: str, where: str, named: str) -
 
 
 def _inside(field: str, value: object) -> str:
-    """Which dotted fields there are in a value that is no name itself."""
+    """Return the dotted fields inside a value that is not a name itself."""
     if not isinstance(value, Mapping) or not value:
         return ""
     return ": " + " or ".join(f"{field}.{name}" for name in list(value)[:5])

@@ -1,4 +1,4 @@
-"""The fields of a record, which may be inside others: ``meta.text``. Knows no format."""
+"""The fields of a record, which may be inside others: ``meta.text``. Formats are unknown here."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ ABSENT = object()
 
 
 def reach(values: Mapping[str, object], field: str) -> object:
-    """Return the value of a field that may be inside others; ABSENT without one."""
+    """Return the value of a field that may be inside others; ABSENT if there is none."""
     if field in values:
         return values[field]
     for at in range(len(field) - 1, 0, -1):  # the longest existing name contains the rest

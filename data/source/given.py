@@ -1,5 +1,6 @@
-"""What a record may hold other than plain text (a templated dialogue, or tokens), and the protocol
-of what makes it. Knows no template and no tokenizer.
+"""What a record may hold besides plain text: a dialogue as its template writes it, or tokens.
+
+Also the interface of what reads these. Templates and tokenizers are unknown here.
 """
 
 import re
@@ -16,8 +17,8 @@ PRIVATE_RUN = re.compile(f"[{chr(0xF0000)}-{chr(0xFFFFD)}]+")  # how special tok
 
 
 class Dialogue(NamedTuple):
-    """A dialogue as its template writes it. ``written`` is as long as its text, with placeholder
-    characters for real special tokens; ``trained``: what the assistant says.
+    """A dialogue as its template writes it. ``written`` is as long as its text, with other
+    characters for the special tokens that are meant as such; ``trained``: what the assistant says.
     """
 
     written: str
@@ -25,12 +26,12 @@ class Dialogue(NamedTuple):
 
     @property
     def parts(self) -> str:
-        """The text between its special tokens, each part in its own line."""
+        """Return the texts between its special tokens, each on its own line."""
         return PRIVATE_RUN.sub("\n", self.written)
 
 
 class GivenTokens(NamedTuple):
-    """Given tokens [L]: ids int32, and which are ``trained`` (None: all)."""
+    """Tokens as given [L]: ids int32, and which are ``trained``; None: all."""
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_] | None
@@ -40,17 +41,17 @@ Given = Dialogue | GivenTokens
 
 
 class Form(Protocol):
-    """Turns a record into a dialogue or tokens."""
+    """Reads a record's content."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields it reads."""
+        """Return the fields that it reads."""
         ...
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, Given] | Bad:
-        """Return the text (empty for tokens) and its form. ``columns``: missing fields are null;
-        ``where``: the record's place for messages.
+        """Return the text (empty for tokens) and the content; ``columns``: missing values are null
+        there; ``where``: the record's name in messages.
         """
         ...

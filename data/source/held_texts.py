@@ -1,29 +1,27 @@
-"""Find the texts of test files in records, exactly or nearly. Reads no file.
+"""Find the texts of test files in records: exactly or nearly. Reads no files.
 
 Why: a student that has read the texts it is tested on, taught by an expert that answered them, has
-seen the test. Published work looks for long word n-grams: of 13 words (GPT-3; 8 to 13 by the length
-of a task's texts), of 8 words of which 70 % are shared (PaLM), or it counts the words of a text
-that lie in shared n-grams and calls a text dirty at 80 % (Llama 2). Those rules suit web pages; the
-texts of a task are often one short sentence, so here n-grams are short and must lie together.
+seen the test. Published work looks for long word n-grams: of 13 words (GPT-3, 8 to 13 by the length
+of a task's texts), of 8 of which 70 % are shared (PaLM), or counts the words of a text that lie in
+shared n-grams, and calls one of 80 % dirty (Llama 2). That suits web pages; a task's texts are
+often one short sentence, so here n-grams are short, and must lie close together.
 
 The rule. Words are runs of letters and digits, each with its combining marks, in lower case (NFKC,
 case folded), so case, punctuation and white space make no difference: "what's", "what 's" and "what
 s" are the same. A character of a script without blanks is a word, and counts as half a one. A
 record **holds** a text
-
-- of fewer than LEAST_WORDS words: if the record, or a sentence or line of it, is the text and
-  nothing more (within a sentence, so few words are often just a common phrase);
-- of more words **exactly**: if the text's words appear in the record one after another;
-- of NEAR_WORDS or more **nearly**: if runs of GRAM or more words that appear in both cover at least
-  NEAR_SHARE of the text's words. Their places in record and text may be shifted against each other
-  by at most a quarter of the text's words, because long records contain all common phrases
-  somewhere. One word in fifteen or more that is changed, left out or inserted is always forgiven,
-  whatever it is, even a name; but each number of the text must appear in the record. A text is
-  compared only at three words that few of the texts share (or at its rarest ones): many questions
-  that differ only in a name are different questions. Three words that recur, like "0 0 0" in a
+- of fewer than LEAST_WORDS words: if the record, or a sentence or line of it, is exactly the text
+  (within a sentence so few words are often just a common phrase);
+- of others **exactly**: if the text's words appear in the record consecutively;
+- of NEAR_WORDS or more **nearly**: if runs of GRAM or more words that both share cover at least
+  NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
+  against each other by at most a quarter of the text's words, because long records contain all
+  common phrases somewhere. One word in fifteen or more that is changed, left out or inserted is
+  always forgiven, whatever it is, even a name; but each number of the text must be in the record. A
+  text is compared only if three words occur that few of the texts share (or its rarest ones): many
+  questions that differ only in a name are different questions. Three words that recur, "0 0 0" in a
   table, do not count (see PAIRS).
-
-A text without a letter or a digit is never held.
+A text without a letter or digit is held nowhere.
 """
 
 import hashlib
@@ -37,28 +35,26 @@ from typing import Literal, NamedTuple
 
 from rekindle.data.source.sentences import split_sentences
 
-# version of this module's rule, recorded in caches: raise it if other records would be found
-RULE = 2
+RULE = 2  # version of this rule, as a cache records it: raise it when other records would be found
 LEAST_WORDS = 8
 NEAR_WORDS = 13
 GRAM = 3
 NEAR_SHARE = 0.8
-FEW = 64  # texts that share three words; if more do, these words lead to none of them
-# places of three words in a text, times those in a record; with more, they mean nothing
-PAIRS = 4096
+FEW = 64  # if more texts share three words, these do not lead to any of them
+PAIRS = 4096  # places of three words in a text, times those in a record: if more, they do not count
 
 Kind = Literal["exact", "near"]
 _Gram = tuple[str, ...]
 
-# Thai to Myanmar, Khmer; kana; Han: written without blanks between words.
+# Thai to Myanmar, Khmer; kana; Han: scripts without blanks between words.
 _ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _ALONE += "\U00020000-\U0003ffff"
-_MARKED = range(0x300, 0x20000)  # where combining marks are
+_MARKED = range(0x300, 0x20000)  # where combining marks are found
 _HALF = re.compile(f"[{_ALONE}]")
 
 
 class Hold(NamedTuple):
-    """A text that a record holds: how, and the text as its words."""
+    """A text that a record holds: how, and the text's words."""
 
     kind: Kind
     text: str
@@ -72,7 +68,7 @@ class Found(NamedTuple):
 
 
 def normalised(text: str) -> str:
-    """Return the words of a text separated by blanks; equal results count as the same text."""
+    """Return the words of a text separated by blanks: equal results mean the same text here."""
     return " ".join(_words(text))
 
 
@@ -96,9 +92,9 @@ def _grams(words: Sequence[str], size: int = GRAM) -> Iterator[_Gram]:
 
 
 class HeldTexts:
-    """Texts to look for in records; see the module for the rule.
+    """Texts that are looked for in records; the module docstring has the rule.
 
-    Takes memory only for these texts. ``size``: how many there are, without repetitions; their
+    Memory is used only for these texts. ``size``: how many there are, without repetitions; their
     order makes no difference. ``digest``: their identity.
     """
 
@@ -124,7 +120,7 @@ class HeldTexts:
         self._leading = frozenset(leads)
 
     def find(self, *fields: str) -> Hold | None:
-        """Return a text that one of a record's ``fields`` holds, preferably exactly."""
+        """Return a text that one of a record's ``fields`` holds, an exact one if possible."""
         near = None
         for field in fields:
             found = self._in_field(field)
@@ -161,7 +157,7 @@ class HeldTexts:
     def _short_in(self, field: str, words: Sequence[str], whole: str) -> str | None:
         begun = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short)})
         texts = {text for first in self._short.keys() & {*begun} for text in self._short[first]}
-        # Finding sentences is slow, and few records have the words at all.
+        # Finding sentences is slow, and hardly any record has the words at all.
         if not (texts := {text for text in texts if f" {text} " in whole}):
             return None
         sentences = (field[begin:end] for begin, end in split_sentences(field))
@@ -197,7 +193,7 @@ def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
 
 
 def find_held(texts: Iterable[str] | HeldTexts, records: Iterable[str | Sequence[str]]) -> Found:
-    """Count the ``records`` (texts, or the fields of each) that hold one of the test's
+    """Return how many of ``records`` (texts, or the fields of each) hold one of the test's
     ``texts``.
     """
     held = texts if isinstance(texts, HeldTexts) else HeldTexts(texts)

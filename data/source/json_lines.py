@@ -1,4 +1,4 @@
-"""The JSON lines of a file: read as blocks of bytes, parsed in any process."""
+"""A file's lines of JSON: read as blocks of bytes, parsed wherever a block is sent."""
 
 import io
 import json
@@ -10,11 +10,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.source.record import Bad, Record, decoded, line_ends, lines_out_of, shown
 from rekindle.data.text_files import open_text
 
-LONGEST_LINE = 1 << 28  # bytes of a line, held in memory
+LONGEST_LINE = 1 << 28  # bytes of a line, which is held in memory
 
 
 class Lines(NamedTuple):
-    """Complete lines of the file at ``place``, starting with line ``first``."""
+    """Whole lines of the file at ``place``; the first one's number is ``first``."""
 
     place: str
     first: int
@@ -27,7 +27,8 @@ class Lines(NamedTuple):
     def records(self) -> Iterator[Record | Bad]:
         """Yield each line that is not blank. Raise InputError for a file that is one array."""
         for number, line in enumerate(io.BytesIO(self.content), self.first):
-            # Also within the file, if several were joined that each began with a mark.
+            # Also inside the file, if it was joined from several that each began with a byte order
+            # mark.
             text = decoded(line.removeprefix(b"\xef\xbb\xbf"), number, self.place)
             if isinstance(text, Bad):
                 yield text
@@ -36,7 +37,7 @@ class Lines(NamedTuple):
 
 
 def line_blocks(place: str, size: int) -> Iterator[Lines]:
-    """Yield the file in blocks of about ``size`` bytes. Raise InputError for a line beyond
+    """Yield the file in blocks of about ``size`` bytes. Raise InputError for a line past
     LONGEST_LINE.
     """
     first = 1
@@ -44,7 +45,7 @@ def line_blocks(place: str, size: int) -> Iterator[Lines]:
         while content := stream.read(size):
             if not content.endswith(b"\n"):
                 content += stream.readline(LONGEST_LINE + 1)
-            begin = content.rfind(b"\n", 0, -1) + 1  # start of the last line
+            begin = content.rfind(b"\n", 0, -1) + 1  # of the last line
             if len(content) - begin > LONGEST_LINE:
                 if begin:
                     yield Lines(place, first, content[:begin])
@@ -67,7 +68,7 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
     try:
         values = _OBJECTS.decode(text)
     except _Twice as error:
-        told = f"the key {error.args[0]!r} stands twice in one object; keep one of the two"
+        told = f"the key {error.args[0]!r} appears twice in one object; keep one of the two"
         return Bad("a key twice", f"{place}:{number}: {told}")
     except (ValueError, RecursionError) as error:
         told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -84,7 +85,7 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
 
 
 class _Twice(Exception):
-    """An object's key appears twice; json would take the last value."""
+    """A key that appears twice in an object; json would keep only its last value."""
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -94,12 +95,12 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads makes one per text
+_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads would make one for each text
 
 
 def _hint(text: str, error: Exception, place: str) -> str:
     if "\r" in text.strip():
-        return f". Its lines end in a carriage return alone: {line_ends(place)}"
+        return f". Its lines end in a carriage return only: {line_ends(place)}"
     if isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()):
-        return f". If objects go on over several lines: {lines_out_of('.', place)}"
+        return f". If objects span several lines: {lines_out_of('.', place)}"
     return ""

@@ -1,5 +1,5 @@
-"""A source in parts that can be read in parallel: cut here as bytes or record batches, turned into
-documents in any process.
+"""Divide a source into parts that can be read in parallel: cut here as bytes or record batches,
+made into documents wherever a part is sent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ PART_BYTES = 1 << 16  # small, so that the last parts leave no core idle for lon
 
 
 class Part(NamedTuple):
-    """Consecutive blocks, each with the number of its origin and the origin; and the error that
-    ended the source after them.
+    """Consecutive blocks, each with its origin and the origin's number; and the error that stopped
+    reading after them, if any.
     """
 
     blocks: Sequence[tuple[int, Origin, Block | Pages]]
@@ -33,14 +33,14 @@ class Part(NamedTuple):
 
     @property
     def content(self) -> str:
-        """What its records hold, the same for all."""
+        """Return the kind of content of its records, the same for all."""
         return self.blocks[0][1].content if self.blocks else "text"
 
 
 @dataclass
 class Documents:
     """The result of a part: its documents, what was left out, which origins had any text, and the
-    error that ended it.
+    error that stopped reading, if any.
     """
 
     kept: list[Document] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Documents:
 
 
 def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
-    """Yield all parts, of about PART_BYTES each; small files share one if their records hold the
-    same. An error keeps its place among the parts.
+    """Yield all origins in parts of about PART_BYTES; small files with the same kind of content
+    share a part. An error comes in its place among the parts.
     """
     blocks: list[tuple[int, Origin, Block | Pages]] = []
     taken = 0
@@ -76,8 +76,8 @@ def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads parts. ``fields``: the fields of the records; ``skip_bad``: leave bad records out;
-    ``held``: texts that no record may contain. Small except for these texts, and picklable.
+    """Reads parts: which ``fields`` they have, whether bad records are left out, and texts that no
+    record may hold. Small except for these texts, and picklable.
     """
 
     fields: Fields
@@ -85,7 +85,7 @@ class Reader:
     held: HeldTexts | None
 
     def __call__(self, part: Part) -> Documents:
-        """Return its documents, up to the first error."""
+        """Return a part's documents, up to the first error."""
         rule = LeftOut(self.skip_bad, self.held)
         found = Documents(left_out=rule, error=part.error)
         try:
@@ -99,5 +99,5 @@ class Reader:
                         rule.documents += 1
         except InputError as error:
             found.error = error
-        rule.texts = None  # every process has them
+        rule.texts = None  # everyone has them
         return found

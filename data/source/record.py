@@ -1,5 +1,5 @@
-"""Records read from a source, or what is wrong with them; and blocks of records that can be sent to
-another process before parsing.
+"""What is read of a source: a record, or what is wrong with one; and blocks of records, which may
+be sent to another process before they are parsed.
 """
 
 import os
@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 
 class Record(NamedTuple):
-    """One record. ``row`` counts from 1: records of parquet, arrow and datasets, lines of jsonl and
-    txt; for csv and tsv, rows without blank ones and without the header.
+    """A record. ``row`` counts from 1: records of parquet, arrow and datasets, lines of jsonl and
+    txt; rows of csv and tsv without blank ones and without the names of the columns.
     """
 
     row: int
@@ -18,24 +18,22 @@ class Record(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A record that is not a text: the kind of problem, for counts, and a message with its
-    place.
-    """
+    """A record without a valid text: the kind, for counting, and what is wrong, with its place."""
 
     kind: str
     message: str
 
 
 class Block(Protocol):
-    """Some consecutive records of one file, as they were read; picklable."""
+    """Consecutive records of one file, as they were read; picklable."""
 
     @property
     def size(self) -> int:
-        """Approximate size in bytes."""
+        """Return its approximate size in bytes."""
         ...
 
     def records(self) -> Iterator[Record | Bad]:
-        """Yield each record. Raise InputError for a file of another kind."""
+        """Yield each record. Raise InputError for a file of another format."""
         ...
 
 
@@ -50,19 +48,19 @@ class Taken(NamedTuple):
 
 
 def taken_size(record: Record | Bad) -> int:
-    """Return the approximate size of a record in bytes."""
+    """Return a record's approximate size in bytes."""
     values = [] if isinstance(record, Bad) else record.values.values()
     return 64 + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
 def shown(value: object) -> str:
-    """Format a value of a record for a message."""
+    """Return a record's value for a message."""
     text = repr(value)
     return f"{text[:40]}{'…' if len(text) > 40 else ''} (a {type(value).__name__})"
 
 
 def decoded(line: bytes, number: int, place: str) -> str | Bad:
-    """Decode a line."""
+    """Return a line as text."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""Find sentences with regular expressions: good enough for English prose and docstrings.
+"""Find sentences by regular expressions: good enough for English prose and docstrings.
 
-Returns only character spans; changes no text and knows nothing of tokens.
+Returns character spans only; changes no text. Tokens are unknown here.
 """
 
 import re
@@ -32,7 +32,7 @@ _LONGEST_WORD = 32  # characters searched backwards for an abbreviation
 def split_sentences(text: str) -> list[tuple[int, int]]:
     """Return (start, end) of each sentence of ``text``, in order, in characters.
 
-    Spans neither overlap nor begin or end with white space, and cover every other character. A
+    Spans do not overlap, do not begin or end with white space, and cover every other character. A
     sentence ends at . ! ? or … before white space and a word that does not begin in lower case,
     unless the dot belongs to an abbreviation ("Mr.", "e.g.") or an initial ("J. Smith"); at a blank
     line; and before a list item or a ``>>>`` example.

@@ -1,7 +1,7 @@
-"""The rows of csv and tsv files as lists of texts; the first row names the columns.
+"""Read the rows of csv and tsv files as lists of texts; the first one names the columns.
 
-In csv, double quotes quote (line breaks, too); in tsv, as GLUE publishes it, nothing does. Blank
-lines are skipped. The meaning of the fields is unknown here.
+In csv, double quotes quote, line breaks too; in tsv, as GLUE publishes it, nothing does. Blank
+lines are not rows. What the fields mean is unknown here.
 """
 
 import csv
@@ -14,25 +14,24 @@ from typing import BinaryIO
 from rekindle.data.errors import InputError
 from rekindle.data.text_files import open_text
 
-LONGEST_FIELD = 1 << 28  # characters, held in memory
-_WRONG = {  # meanings of csv's errors
-    "unexpected end of data": "a quotation mark is opened and never closed",
-    "',' expected after '\"'": "text goes on after a closing quotation mark; within quotes write "
-    'it twice ("")',
+LONGEST_FIELD = 1 << 28  # characters, which are held in memory
+_WRONG = {  # the meaning of csv's errors
+    "unexpected end of data": "a quotation mark is opened but never closed",
+    "',' expected after '\"'": "text follows a closing quotation mark; within quotes write",
 }
 
 
 def table_rows(place: str, tabbed: bool) -> Iterator[list[str] | str]:
-    """Yield every row, the column names first; for an invalid row, yield what is wrong with it.
+    """Yield every row, the names of the columns first; for an invalid row, what is wrong with it.
 
-    Bytes that are not UTF-8 appear as in Python's ``surrogateescape``.
+    Bytes that are not UTF-8 are kept as Python's ``surrogateescape`` writes them.
     """
     with open_text(place) as stream:
         yield from _rows(_lines(stream, place), tabbed)
 
 
 def bytes_of_rows(place: str, tabbed: bool, count: int) -> int:
-    """Return the unpacked bytes of the column names and the first ``count`` rows."""
+    """Return the unpacked bytes of the names of the columns and the first ``count`` rows."""
     size = 0
 
     def measured(lines: Iterable[str]) -> Iterator[str]:
@@ -48,7 +47,7 @@ def bytes_of_rows(place: str, tabbed: bool, count: int) -> int:
 
 
 def _lines(stream: BinaryIO, place: str) -> Iterator[str]:
-    """Yield the lines with their ends, as Python's csv expects."""
+    """Yield the lines with their ends, as Python's csv needs them."""
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     while line := text.readline(LONGEST_FIELD + 1):
         if len(line) > LONGEST_FIELD:
@@ -86,7 +85,7 @@ def _quoted_rows(lines: Iterator[str]) -> Iterator[list[str] | str]:
         except StopIteration:
             return
         except csv.Error as error:
-            # An unclosed quotation mark has swallowed the following lines.
+            # An unclosed quotation mark has swallowed the next lines.
             again.extendleft(reversed(taken[1:]))
             reader = csv.reader(one_by_one(), strict=True)
             yield _WRONG.get(str(error), str(error))

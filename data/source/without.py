@@ -17,24 +17,23 @@ log = logging.getLogger("rekindle")
 
 _PAIRS = ("sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
 USUAL = ("text", "sentence", *_PAIRS, "tokens")  # fields of a labelled task
-LABEL_WORDS = 3  # few labels have more words; longer values are texts
+LABEL_WORDS = 3  # hardly any label has more words: a longer value is a text
 
 
 def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]) -> HeldTexts:
     """Return the texts of ``files``: files, globs, datasets ids.
 
-    Each value of ``fields`` is a separate text, and a list of tokens is one text. Without
-    ``fields``, the fields named like the corpus's own (``corpus``) or like those of a labelled task
-    are read; of a .txt file, each line. The log names the fields read of each file and warns if
-    others look like texts in the first row. An unchanged file is not read again.
-
-    Raise InputError for a file that is missing or has none of the fields, for a value that is not a
-    text, and for a row without the fields of the first.
+    Each value of ``fields`` is a text of its own, and tokens together are one. Without ``fields``,
+    fields named like the corpus's own (``corpus``) or those of a labelled task are read; in a .txt
+    file each line. The log says which fields of each file are read, and warns if others look like
+    texts in the first row. A file that has not changed is not read again. Raises InputError for a
+    missing file or one with none of the fields, for a value that is not text, and for a row that
+    lacks the first one's fields.
     """
     try:
         origins = [(origin, state_of(origin.place)) for origin in _origins(files)]
         held = _held(tuple(origins), tuple(fields), tuple(corpus))
-    except InputError as error:  # whose message is about sources
+    except InputError as error:  # its message speaks of sources
         told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
         told = told.replace(", a datasets id", ", or a datasets id")
         raise InputError(f"corpus.without: {told}") from None
@@ -44,7 +43,8 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
     return held
 
 
-# A command asks several times, a cycle once per text. Only the tests' texts are kept.
+# A command reads them several times, a cycle once for each of its texts. Only a test's texts are
+# kept.
 @lru_cache(maxsize=4)
 def _held(
     origins: tuple[tuple[Origin, FileState], ...], fields: tuple[str, ...], corpus: tuple[str, ...]
@@ -55,7 +55,9 @@ def _held(
 def _origins(files: Sequence[str]) -> list[Origin]:
     found = find_origins(files)
     if any(origin.format == PYTHON_DOCS for origin in found):
-        raise InputError(f"{PYTHON_DOCS} is no test; give the files that the student is tested on")
+        raise InputError(
+            f"{PYTHON_DOCS} is not a test; give the files that the student is tested on"
+        )
     return found
 
 
@@ -75,7 +77,7 @@ def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Itera
 
 
 def _rows(origin: Origin) -> Iterator[tuple[str, Row]]:
-    """Yield every row, and its location."""
+    """Yield every row, with its place."""
     if origin.format == "txt":
         yield from ((origin.place, row) for row in read_rows(origin.place))
         return
@@ -87,8 +89,8 @@ def _rows(origin: Origin) -> Iterator[tuple[str, Row]]:
 
 
 def _check_same_fields(row: Row, where: str, fields: Sequence[str], corpus: Sequence[str]) -> None:
-    """Raise InputError for a row with texts where the first row has none, because these would be
-    skipped.
+    """Raise InputError for a row with texts in fields that the first row lacks: they would be
+    ignored, and not be looked for.
     """
     more = [f for f in _usual(corpus) if f not in fields and reach(row, f) is not ABSENT]
     if more:
@@ -100,7 +102,7 @@ def _check_same_fields(row: Row, where: str, fields: Sequence[str], corpus: Sequ
 
 
 def _usual(corpus: Sequence[str]) -> list[str]:
-    """Return the fields that are read if none are given."""
+    """Return the fields that are read by default."""
     return [*dict.fromkeys((*corpus, *USUAL))]
 
 
@@ -136,8 +138,8 @@ def _tell_fields(row: Row, origin: Origin, fields: Sequence[str], chosen: bool) 
         return
     _say(
         logging.WARNING,
-        f"{told}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: where tests "
-        "have their texts there, name all fields of texts with corpus.without_fields",
+        f"{told}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: if tests "
+        "have texts there, name all fields of texts with corpus.without_fields",
     )
 
 

@@ -17,11 +17,12 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.plan.figures import RunPlan
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.staged import plan_staged_run
 from rekindle.train.model.files import place
-from rekindle.train.model.folder import resolve_model, stored_tensors
+from rekindle.train.model.folder import stored_tensors
 from rekindle.train.record.room import free_near
 
 PROBLEM = "PROBLEM: "
@@ -64,7 +65,7 @@ def memory_of(config: RunConfig) -> Iterator[tuple[str, str]]:
             )
             continue
         here = place(teacher.precision)
-        tensors = stored_tensors(resolve_model(teacher.model)).values()
+        tensors = stored_tensors(find_teacher(teacher)[0]).values()
         needed = sum(math.prod(one.shape) for one in tensors) * BYTES_OF[here.precision]
         free = free_memory(here.device)
         told = (

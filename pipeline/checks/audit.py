@@ -16,6 +16,7 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.journal import what_became
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.pairs import PairView
@@ -38,8 +39,10 @@ from rekindle.pipeline.checks.judge import (
     judge_scalars,
     judge_threshold,
     judge_topk,
+    judge_vectors,
 )
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.progress import SILENT, Progress, ProgressTask
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
@@ -47,7 +50,6 @@ from rekindle.train.model.files import (
     config_fingerprint,
     weights_fingerprint,
 )
-from rekindle.train.model.folder import resolve_model
 from rekindle.train.precision import tell_slow
 
 log = logging.getLogger("rekindle")
@@ -103,9 +105,9 @@ def audit_cache(
 
     Vocabulary teachers: ``kl`` (live ‖ cached, nats), ``top1`` agreement and ``kept_mass``, means
     over positions; for samples ``total_variation`` to one drawn again. Task heads: ``max_error`` of
-    the logits. ``rows``: how many were compared. ``of_bound``: the largest error as a share of its
-    bound; above 1 it is beyond. Of masked replicas the first is audited. A served teacher is asked
-    again (``audit_served``).
+    the logits. Sentence encoders: ``cosine_error``, the mean of 1 − cosine. ``rows``: how many were
+    compared. ``of_bound``: the largest error as a share of its bound; above 1 it is beyond. Of
+    masked replicas the first is audited. A served teacher is asked again (``audit_served``).
 
     Raise CacheMismatchError if a teacher's files are not those that were cached; InputError if the
     configuration describes it differently, or names none of the cache's teachers.
@@ -160,7 +162,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
             f"teacher {config.name!r} was served as {info.served.model!r}: give the configuration "
             "the cache was made with, which has its served section"
         )
-    directory = resolve_model(config.model)
+    directory, encoder = find_teacher(config)
     prints = info.fingerprints
 
     def check(same: dict[str, bool], error: type[CacheMismatchError | InputError]) -> None:
@@ -179,6 +181,8 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
         "weights": weights_fingerprint(directory) == prints.get("weights"),
         "model configuration": config_fingerprint(directory) == prints.get("config"),
     }
+    if encoder is not None:
+        files["modules"] = encoder.fingerprint == prints.get("modules")
     adapted = adapted_fingerprints(directory)
     files |= {name.replace("_", " "): prints.get(name) == value for name, value in adapted.items()}
     check(asked, InputError)
@@ -186,7 +190,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     whole = info.model_copy(
         update={"kind": "dense", "codec": "default"} if config.vocabulary else {}
     )
-    teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
+    teacher = Teacher(TeacherPlan(config, directory, whole, encoder), cache.corpus)
     precision = {f"teacher {config.name!r}: {{}}": info.precision}
     device = teacher.placement.device.partition(":")[0]
     tell_slow(precision, device, "An audit computes as the targets were made")
@@ -274,6 +278,11 @@ class _Audit:
         self, shard: int, owners: NDArray[np.int64], cached: Columns, live: Columns
     ) -> Iterator[Judged]:
         info, kind = self.reader.info, self.reader.kind
+        if isinstance(kind, Embedding):
+            judged = [*judge_vectors(kind, cached, live["vectors"])]
+            self._add(cosine_error=judged[0].error)
+            yield from judged
+            return
         if not isinstance(kind, VocabularyKind):
             error = np.abs(live["logits"].astype(np.float64) - cached["logits"])
             self._add(max_error=error.max(axis=1))

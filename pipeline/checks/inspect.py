@@ -18,6 +18,7 @@ from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTarge
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.checks.origin import origin_lines
 from rekindle.pipeline.console import in_line
@@ -112,6 +113,11 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         share, mass = teacher.mapped
         facts["mapped"] = {"tokens": info.mapped, "positions": share, "probability": mass}
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
+    if info.vectors is not None:
+        about = {"dimensions", "pooling", "normalised", "vectors", "prompt"}
+        facts |= info.model_dump(mode="json", include=about)
+        error = stored_error(teacher.commits)
+        facts["cosine_error"] = error and vars(error)
     if info.served is not None:
         facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
@@ -214,6 +220,8 @@ def _as_text(
     for reader in readers:
         lines += origin_lines(reader)
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
+    errors = [(reader.info, stored_error(reader.commits)) for reader in readers]
+    lines += [error.as_text(info) for info, error in errors if error is not None]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
@@ -253,6 +261,8 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
 
 
 def _kept(info: TeacherInfo) -> str:
+    if info.vectors is not None:
+        return kind_of(info).kept
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
 
 

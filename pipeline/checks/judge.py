@@ -19,6 +19,8 @@ dense                   0
 hidden                  states to half a step (largest/65,534): log-probabilities 2·that·‖w‖₁
 gold log-prob, entropy  1/1024
 logits of task heads    0
+vectors                 the cosine to what int8 or fp16 may turn a vector by
+                        (data/targets/kinds/embedding.py), the length to as much
 Monte-Carlo means       six standard errors of the difference of two means, and 1/passes
 ======================  ==========================================================================
 """
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 from rekindle.data.targets.codec import NO_TAIL, RANGE, STEP, Columns
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.scoring import NOTHING
 
@@ -92,6 +95,18 @@ def judge_logits(info: TeacherInfo, cached: Columns, live: Columns) -> Iterator[
         stated = DEVIATIONS * np.sqrt(2) * error + 1 / count
         what = "a Monte-Carlo probability"
         yield worst(what, np.abs(mine - theirs), stated, rounding(info, 0 * mean))
+
+
+def judge_vectors(kind: Embedding, cached: Columns, live: NDArray) -> Iterator[Judged]:
+    """Of vectors [N,D]: their directions, then their lengths."""
+    stored, exact = (v.astype(np.float64) for v in (kind.decode(cached), live))
+    bound, allowed = kind.bounds(live), np.full(len(live), ROUNDING[kind.info.precision])
+    # Of two turns by angles a and b it is (a + b)²/2 at most, so a² + b².
+    error = kind.errors(live, cached)
+    yield Judged("1 − cosine of a vector", error, 2 * bound, allowed**2)
+    mine, theirs = (np.linalg.norm(v, axis=1) for v in (stored, exact))
+    moved = np.abs(mine - theirs) / np.where(theirs > 0, theirs, 1)
+    yield Judged("the length of a vector, a share of it", moved, np.sqrt(2 * bound), allowed)
 
 
 # --- distributions over the vocabulary ------------------------------------------------------------

@@ -22,6 +22,7 @@ from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.teachers import TeacherPlan, told_of_slow_pass
 from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import check_of
 from rekindle.pipeline.plan.figures import CorpusPlan, Padding, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.scale import Scale
@@ -149,7 +150,8 @@ def _check_files(config: RunConfig, must_be: bool) -> None:
     here = []
     for teacher in config.teachers:
         with naming(f"teacher {teacher.name!r}"):
-            if teacher.served is None and at_hand(teacher.model, must_be) is not None:
+            there = teacher.served is None and at_hand(teacher.model, must_be, check_of(teacher))
+            if there:
                 here.append(teacher)
     student = config.student
     if student is not None and at_hand(student.model, must_be) is None:

@@ -4,7 +4,7 @@ Only the probe loads a model; nothing is downloaded.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from rekindle.pipeline.caching.extensions import plan_parts
 from rekindle.pipeline.caching.teachers import TeacherPlan, configured, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import check_of
 from rekindle.pipeline.plan.figures import TeacherWork
 from rekindle.pipeline.plan.probe import Probe
 from rekindle.pipeline.plan.sample import CorpusSurvey
@@ -45,7 +46,8 @@ def plans_at_hand(
     ``views`` belong to ``survey.steps``. Raise InputError and CacheMismatchError as ``plan_run``.
     """
     folders = [
-        Path() if teacher.served else at_hand(teacher.model, must_be) for teacher in config.teachers
+        Path() if teacher.served else at_hand(teacher.model, must_be, check_of(teacher))
+        for teacher in config.teachers
     ]
     found: list[TeacherPlan | None] = []
     for teacher, folder in zip(config.teachers, folders, strict=True):
@@ -190,15 +192,15 @@ def _absence(teacher: TeacherConfig) -> str:
     return f"its model {teacher.model} is not on this machine"
 
 
-def at_hand(model: str, must_be: bool) -> Path | None:
+def at_hand(model: str, must_be: bool, check: Callable[[Path], None] | None = None) -> Path | None:
     """Return the directory of a model on this machine, or None.
 
     A model from the hub or a built-in one may be missing; any other only without ``must_be``, else
-    raise InputError.
+    raise InputError. ``check``: as of ``resolve_model``.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return resolve_model(model)
+        return resolve_model(model, check)
     if missing(model):
         return None
     if is_gguf(model) and not path.is_file() and not must_be:
@@ -212,7 +214,7 @@ def at_hand(model: str, must_be: bool) -> Path | None:
         except LocalEntryNotFoundError:
             return None
         return found if list(found.glob("*.safetensors")) else None
-    return resolve_model(model) if must_be else None
+    return resolve_model(model, check) if must_be else None
 
 
 def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> TeacherInfo:
@@ -222,7 +224,7 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
     width = 1 if teacher.task == "regression" else None
     if survey.present is not None and is_described(survey.present.store, teacher.name):
         known = read_teacher(survey.present.store, teacher.name)
-        width = width or (known.hidden_size if teacher.vocabulary else known.num_labels)
+        width = width or (known.hidden_size or known.dimensions or known.num_labels)
     facts = survey.reference.info["tokenizer"]
     tokens = facts["size"] - len(hole_ids(facts))
     return TeacherInfo.model_validate(configured(teacher, views, facts["size"], width, tokens))

@@ -155,7 +155,8 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
             if text is not None and (chosen is None or domains[row] in chosen)
         ]
         pairs = second and [second[row] for row in rows]
-        found.append(tokenizer.whole_lengths([first[row] for row in rows], pairs))
+        texts = plan.read_as([first[row] for row in rows])
+        found.append(tokenizer.whole_lengths(texts, pairs))
     one = Counts.of(np.concatenate(found), limit)
     shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))
     return shares if one.cut else None, limit

@@ -24,7 +24,7 @@ from rekindle.data.errors import (
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage import manifest
 from rekindle.data.storage.records import Records
-from rekindle.data.storage.seal import CHANGING, WITH_VECTORS
+from rekindle.data.storage.seal import CHANGING
 from rekindle.data.storage.store import LocalStore
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
@@ -64,7 +64,7 @@ def same(found: object, expected: object) -> bool:
 
 def test_there_is_one_per_format_version():
     """Of each that a cache stays in."""
-    versions = [n for n in range(1, manifest.NEWEST + 1) if n not in (CHANGING, WITH_VECTORS)]
+    versions = [n for n in range(1, manifest.NEWEST + 1) if n != CHANGING]
     assert [path.name for path in CACHES] == [f"cache-v{n}" for n in versions]
     for version, path in zip(versions, CACHES, strict=True):
         assert manifest.read_manifest(LocalStore(path))["format_version"] == version
@@ -187,6 +187,12 @@ def test_version_9_holds_targets_of_another_tokenizer():
     info = Cache.open(HERE / "cache-v9").teachers["causal_lm"].info
     assert info.mapped is not None
     assert info.fingerprints["tokenizer"] is not None
+
+
+def test_version_11_holds_vectors():
+    teachers = Cache.open(HERE / "cache-v11").teachers
+    told = {name: (t.info.pooling, t.info.vectors, t.info.prompt) for name, t in teachers.items()}
+    assert told == {"halves": ("mean", "fp16", None), "bytes": ("cls", "int8", "the text: ")}
 
 
 def test_version_12_keeps_the_group_of_each_pair():

@@ -23,10 +23,10 @@ from rekindle.train.model.parts.pooling import pooled
 class SentenceEncoder(nn.Module):
     """A transformer, pooling of its last states, and the steps after it; vectors are fp32."""
 
-    def __init__(self, model: nn.Module, about: EncoderFolder):
+    def __init__(self, model: nn.Module, about: EncoderFolder, device: str = "cpu"):
         super().__init__()
         self.model, self.about = model, about
-        self.steps = nn.ModuleList(map(load_step, about.steps))
+        self.steps = nn.ModuleList(map(load_step, about.steps)).to(device).eval()
 
     @property
     def config(self) -> Any:

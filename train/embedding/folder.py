@@ -68,6 +68,7 @@ class EncoderFolder:
     skips_prompt: bool = False  # whether pooling leaves the prompt out
     dimensions: int | None = None  # only so many values of a vector are kept; None: all
     prompts: Mapping[str, str] = field(default_factory=dict)  # that it has, by name
+    pooled: int | None = None  # the width of states that pooling says it takes
 
     @property
     def normalised(self) -> bool:
@@ -84,6 +85,11 @@ class EncoderFolder:
 
         Raises InputError where the steps do not fit each other.
         """
+        if self.pooled not in (None, hidden_size):
+            raise InputError(
+                f"{self.transformer}: its pooling takes states of {self.pooled} values, and its "
+                f"model gives {hidden_size}; save the folder again as sentence-transformers does"
+            )
         width = hidden_size * len(self.pooling)
         for step in self.steps:
             takes = step.settings.get("in_features", step.settings.get("dimension", width))
@@ -147,7 +153,7 @@ def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFo
             "SentenceTransformer"
         )
     settings = _transformer_settings(transformer)
-    modes, skips_prompt = _pooling(pooling)
+    modes, skips_prompt, pooled = _pooling(pooling)
     steps = (_step(kind, folder) for kind, folder in after if kind != "Dropout")
     prompts = {k: v for k, v in (about.get("prompts") or {}).items() if v}
     chosen = prompts.get(about.get("default_prompt_name") or "", "") if prompt is None else prompt
@@ -161,6 +167,7 @@ def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFo
         skips_prompt=skips_prompt,
         dimensions=_count(about, "truncate_dim", directory),
         prompts=prompts,
+        pooled=pooled,
     )
 
 
@@ -226,8 +233,8 @@ def _transformer_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _pooling(folder: Path) -> tuple[tuple[str, ...], bool]:
-    """The modes, and whether a prompt is left out."""
+def _pooling(folder: Path) -> tuple[tuple[str, ...], bool, int | None]:
+    """The modes, whether a prompt is left out, and the width of the states that are pooled."""
     path = folder / "config.json"
     settings = _optional(path)
     given = settings.get("pooling_mode")
@@ -236,7 +243,9 @@ def _pooling(folder: Path) -> tuple[tuple[str, ...], bool]:
     modes = (given,) if isinstance(given, str) else tuple(given)
     if strange := [mode for mode in modes if mode not in POOLINGS]:
         raise InputError(f"{path}: pooling {strange[0]!r} is not known; known are {POOLINGS}")
-    return modes, not settings.get("include_prompt", True)
+    keys = ("embedding_dimension", "word_embedding_dimension")
+    widths = [_count(settings, key, path) for key in keys if key in settings]
+    return modes, not settings.get("include_prompt", True), widths[0] if widths else None
 
 
 def _step(kind: str, folder: Path) -> Step:

@@ -82,9 +82,15 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
 
 def auto_class_of(config: "PretrainedConfig", task: str) -> str:
     """The Auto class that loads a model for ``task``."""
-    if task == "embedding" and getattr(config, "is_encoder_decoder", False):
-        return TEXT_ENCODER
-    return AUTO_CLASSES[task]
+    if task != "embedding":
+        return AUTO_CLASSES[task]
+    import transformers
+
+    encoders = getattr(transformers, TEXT_ENCODER)._model_mapping
+    # T5's encoder, saved alone, says that it is no encoder and decoder, yet AutoModel makes both.
+    alone = type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel")
+    both = getattr(config, "is_encoder_decoder", False)
+    return TEXT_ENCODER if alone or both else AUTO_CLASSES[task]
 
 
 def task_said(config: "PretrainedConfig") -> str | None:

@@ -103,6 +103,12 @@ class Embedding(TargetKind):
         steps = vectors / np.where(scale > 0, scale, 1)[:, None]
         return {"vectors": np.rint(steps).clip(-STEPS, STEPS).astype(np.int8), "scale": scale}
 
+    def stored(self, vectors: Floats) -> tuple[Columns, dict[str, float]]:
+        """Return what is stored of ``vectors`` [R,D], and for the record what that changes."""
+        columns = self.encode(vectors)
+        errors = self.errors(vectors, columns)
+        return columns, {LARGEST_ERROR: float(errors.max()), MEAN_ERROR: float(errors.mean())}
+
     def decode(self, columns: Columns) -> Floats:
         """Return the vectors [R,D] as float32."""
         vectors = columns["vectors"].astype(np.float32)

@@ -74,7 +74,7 @@ def test_a_record_without_a_group_is_refused_or_left_out(build, given, told):
 
 def test_what_has_no_fields_has_no_groups(build, tmp_path):
     (tmp_path / "a.txt").write_text("a river")
-    with pytest.raises(InputError, match="has no fields, so that no record has a group"):
+    with pytest.raises(InputError, match="has no fields, so none of its records has a group"):
         build(source=str(tmp_path / "a.txt"), pair_field=None)
     for packing in ("contiguous", "packed"):
         with pytest.raises(ValueError, match="with group_field a sequence is of one group"):

@@ -98,7 +98,9 @@ def test_another_path_to_the_same_files_changes_nothing(tmp_path, build, monkeyp
         corpus, made = build(source)
         assert made == 0
         assert rows(corpus) == begun
-    assert "2 files of the corpus source are at another path now; known by content" in caplog.text
+    assert (
+        "2 files of the corpus source are at another path now; recognised by content" in caplog.text
+    )
     assert len(corpus.additions) == 1
 
 

@@ -71,7 +71,7 @@ def test_records_that_hold_a_text_are_left_out_counted_and_said(home, build, cap
     assert corpus.info["config"]["without"]["texts"] == 6
     (line,) = [line for line in remarks(corpus) if "a.jsonl" in line]
     assert line.startswith("6 records left out for texts of ")
-    assert line.endswith(" (6 hold one as it stands, 0 nearly)")
+    assert line.endswith(" (6 hold one exactly, 0 nearly)")
     assert "d.jsonl:3 holds: what runs over the 2 hills" in caplog.text
     assert f"texts of {home / 'b.csv'} are sentence\n" in caplog.text
 

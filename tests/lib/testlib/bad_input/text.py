@@ -29,7 +29,7 @@ CORPUS = (
     Bad("a folder of text", _of("tokens"), "tokens", "is a directory",
         "name its files with a glob"),
     Bad("a pipe as corpus", _of("pipe.jsonl"), "pipe.jsonl", "read more than once",
-        "write what it gives into a file", lambda place: os.mkfifo(place / "pipe.jsonl")),
+        "write its output to a file", lambda place: os.mkfifo(place / "pipe.jsonl")),
     Bad("an unknown ending", _of("run.yaml"), "run.yaml", "unknown extension", "known are"),
     Bad("an empty text", NEW, "text.jsonl", "the corpus is empty", "at least one non-blank",
         _raw("text.jsonl", "")),

@@ -42,9 +42,11 @@ LETTERS = {
 }
 VIEWS: tuple[type[StoredView], ...] = (MaskedView, PairView)
 # Sizes that stand for letters: no two are equal, none is a width of another reason.
-SIZES = {"K": 29, "T": 11, "C": 17, "H": 53}
+SIZES = {"K": 29, "T": 11, "C": 17, "H": 53, "D": 61}
 SMALL, LARGE = 1_000, 131_072  # vocabularies: ids of 16 bits, of 17
 BIG = "V > 65,536"
+# Keys of ``teacher.json`` beside the codec that columns depend on: the usual value first.
+VARIANTS = {"embedding": ("vectors", ("fp16", "int8"))}
 
 
 class Column(NamedTuple):
@@ -87,10 +89,13 @@ def _width_of(size: int) -> str:
     return of_letters.get(size, str(size))
 
 
-def info_of(kind: type[TargetKind], codec: str, vocabulary: int) -> TeacherInfo:
+def info_of(kind: type[TargetKind], variant: str, vocabulary: int) -> TeacherInfo:
     """A teacher of that kind, in sizes that stand for letters."""
     task = kind.tasks[0]
     part = {"part": "t8", "extends": ""} if kind.extends else {}
+    key, _ = VARIANTS.get(kind.name, ("codec", ()))
+    if kind.name in VARIANTS:
+        part["dimensions"] = SIZES["D"]
     return TeacherInfo(
         name="teacher",
         task=task,
@@ -102,7 +107,7 @@ def info_of(kind: type[TargetKind], codec: str, vocabulary: int) -> TeacherInfo:
         num_labels=SIZES["C"],
         hidden_size=SIZES["H"],
         monte_carlo_passes=1 if kind.per_sequence else 0,
-        codec=codec,
+        **{key: variant},
         **part,
     )
 
@@ -111,10 +116,10 @@ def _columns(schema: Iterable[pa.Field]) -> list[Column]:
     return [Column(field.name, type_in_words(field.type)) for field in schema]
 
 
-def target_columns(kind: type[TargetKind], codec: str) -> list[Column]:
+def target_columns(kind: type[TargetKind], variant: str) -> list[Column]:
     """The columns of a kind's shards in a codec, and those that large vocabularies add or widen."""
     small, large = (
-        _columns(kind(info_of(kind, codec, size)).schema({})) for size in (SMALL, LARGE)
+        _columns(kind(info_of(kind, variant, size)).schema({})) for size in (SMALL, LARGE)
     )
     found = {one.name: one for one in small}
     for one in large:
@@ -165,7 +170,7 @@ def pattern_of(name: str) -> str:
 
 def corpus_section() -> str:
     always = {column.name for column in _columns(fields_of({}))}
-    every = _columns(fields_of({"pair_field": "b", "trained": True}))
+    every = _columns(fields_of({"pair_field": "b", "group_field": "c", "trained": True}))
     columns = [c if c.name in always else c._replace(when=words.WHEN[c.name]) for c in every]
     return table(columns, words.CORPUS, "the corpus")
 
@@ -182,25 +187,26 @@ def kind_sections() -> list[str]:
     parts, seen = list[str](), dict[tuple[str, ...], str]()
     for name, kind in KINDS.items():
         own = words.TARGETS | words.OF_KINDS.get(name, {})
+        key, values = VARIANTS.get(name, ("codec", [one for one in CODECS if one in kind.codecs]))
         tables = {
-            codec: table(
-                target_columns(kind, codec),
-                own | words.OF_CODECS.get(codec, {}),
+            one: table(
+                target_columns(kind, one),
+                own | words.OF_CODECS.get(one, {}),
                 f"the kind {name}",
             )
-            for codec in CODECS
-            if codec in kind.codecs
+            for one in values
         }
         about = f"### `{name}`\n\n{said(words.KINDS, name, 'the kinds')}\n\n"
         same = seen.setdefault((*tables.values(),), name)
         if same != name:
             parts.append(f"{about}The columns are those of `{same}`, in each codec.")
             continue
-        parts.append(about + tables["default"])
-        for codec, columns in [*tables.items()][1:]:
-            told = f"**`{name}` in the codec `{codec}`**: "
-            alike = columns == tables["default"]
-            parts.append(told + ("the same columns." if alike else words.CODECS[codec]))
+        usual, *others = tables.items()
+        parts.append(about + usual[1])
+        for one, columns in others:
+            told = f"**`{name}` with `{key}: {one}`**: "
+            alike = columns == usual[1]
+            parts.append(told + ("the same columns." if alike else words.CODECS[one]))
             parts += [] if alike else [columns]
     return parts
 
