@@ -13,6 +13,7 @@ from rekindle.train.method_names import unknown_method
 from rekindle.train.model.student_config import GrowConfig as GrowConfig
 from rekindle.train.model.student_config import StudentConfig as StudentConfig
 from rekindle.train.objective.embedding.config import VectorConfig
+from rekindle.train.ranking.config import RankingConfig
 from rekindle.train.schedules import Amount, Count, Interval, Positive, Schedule, Seed, Share
 from rekindle.train.step_config import StepConfig
 
@@ -20,7 +21,7 @@ WeightField = Amount | Schedule
 # A student's task that implies a method: the objective has it without naming it.
 METHOD_OF_TASK = {"replaced_token_detection": "replaced_tokens"}
 STEPS_ONCE = 200  # the former default of checkpoint_every, in steps
-Batching = Literal["shuffled", "similar_lengths"]
+Batching = Literal["shuffled", "similar_lengths"]  # into batches of one size
 # ways to combine several teachers into one target
 MIXED = ("mixture", "uncertainty", "concatenate")
 
@@ -44,26 +45,6 @@ class UncertaintyConfig(Settings):
     sharpness: Positive = Field(0.2, description="temperature of the soft selection")
     margin: bool = Field(
         True, description="also weight examples by the margin between the two best classes"
-    )
-
-
-class RankingConfig(Settings):
-    """How the scores of a regression expert teach an order: squared errors of scores and of their
-    differences.
-    """
-
-    pointwise: Amount = Field(1.0, description="weight of the squared error of a score")
-    pairwise: Amount = Field(
-        1.0,
-        description="weight of the squared error of the difference of two scores, mean over all "
-        "pairs of a group in a step; micro-batches and processes change only "
-        "rounding (and dropout), at the cost of one more forward pass if there are "
-        "several",
-    )
-    group: Literal["batch", "domain", "document"] = Field(
-        "batch",
-        description="which sequences of a step are compared: all, those of one domain, or those "
-        "of one document (with a large corpus a step rarely holds two)",
     )
 
 
@@ -263,13 +244,14 @@ class TrainConfig(StepConfig):
     micro_batch_sequences: Free[Count | None] = Field(
         None, description="sequences per forward pass, the longest first; null: the whole batch"
     )
-    batching: Batching = Field(
+    batching: Batching | Literal["groups"] = Field(
         "shuffled",
         description="similar_lengths: texts of similar length share a batch, which is then "
         "hardly padded: the sequences of up to 64 steps are sorted into batches by "
         "length, and the order of the batches is drawn at random. `pipeline plan` "
         "reports the saving. A step's loss is a mean over its own rows, so a row in "
-        "a batch of short texts counts for more",
+        "a batch of short texts counts for more. groups: a step reads whole groups "
+        "(corpus.group_field), batch_sequences sequences on average",
     )
     max_grad_norm: Positive | None = Field(1.0, description="gradient clipping; null: none")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -359,6 +341,16 @@ class TrainConfig(StepConfig):
         None, description="begin with a part of the sequences"
     )
 
+    @model_validator(mode="after")
+    def _groups_stay_whole(self) -> "TrainConfig":
+        for name in ("replay", "curriculum") if self.batching == "groups" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"batching: groups reads whole groups, and {name} chooses single sequences; "
+                    "leave one of the two out"
+                )
+        return self
+
     def length_problem(self) -> str | None:
         """Return what cannot be done in this many steps; None if all can."""
         sequences = self.steps * self.batch_sequences
@@ -369,6 +361,14 @@ class TrainConfig(StepConfig):
                 f"{1 / sequences:.2g}, or leave replay out"
             )
         return super().length_problem()
+
+    @property
+    def key_of_groups(self) -> str | None:
+        """The key by which the run is of the corpus's groups; None where none is."""
+        for number, term in enumerate(self.objective.distill):
+            if term.ranking is not None and term.ranking.group == "group":
+                return f"train.objective.distill.{number}.ranking.group"
+        return "train.batching" if self.batching == "groups" else None
 
     @property
     def reads_evaluations(self) -> bool:

@@ -7,6 +7,7 @@ keeps them equal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -309,3 +310,9 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
     if size >= count:
         return [batch]
     return [batch.take(slice(start, start + size)) for start in range(0, count, size)]
+
+
+def split_evenly(batch: Batch, count: int) -> list[Batch]:
+    """Return ``count`` micro-batches of about equally many sequences, in order."""
+    edges = [len(batch.index) * number // count for number in range(count + 1)]
+    return [batch.take(slice(start, stop)) for start, stop in pairwise(edges)]

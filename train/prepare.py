@@ -88,8 +88,7 @@ def prepare(
     view = None if masks is None else masks.name
     objective = prepare_objective(cache, student_config, config, view)
     info = cache.corpus.info
-    sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])
-    check_student(student_config, *sizes)
+    check_student(student_config, info["tokenizer"]["size"], info["config"]["sequence_length"])
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
@@ -114,6 +113,7 @@ def prepare(
             objective,
             config.micro_batch_sequences,
             SideStream(world.device) if world.device.type == "cuda" else None,
+            partial(chosen.order.micro_batches, size=size, processes=world.size),
         ),
     )
     held_out = EvaluationData(

@@ -12,7 +12,9 @@ from rekindle.data.targets.reading.cut import Cut
 
 @dataclass(frozen=True)
 class Padding:
-    """Tokens a student computes per token of text, with each setting of ``train.batching``."""
+    """Tokens a student computes per token of text, with each setting of ``train.batching``; for
+    ``groups`` about as many as for ``shuffled``.
+    """
 
     batching: str  # as configured
     shuffled: float
@@ -21,7 +23,8 @@ class Padding:
     def as_text(self) -> str:
         """Describe the cost of the configured batching and of the other one."""
         values = {"shuffled": self.shuffled, "similar_lengths": self.similar_lengths}
-        own = values.pop(self.batching)
+        by_length = self.batching == "similar_lengths"
+        own = values.pop("similar_lengths" if by_length else "shuffled")
         ((other, value),) = values.items()
         return (
             f"train.batching {self.batching}: with padding, about {own:.2f} tokens are computed "

@@ -203,10 +203,12 @@ def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
             "ranking compares the scores of one expert with each other, so combine: "
             f"{term.combine} has no pairs; use separate"
         )
-    if term.ranking.pointwise == 0 and term.ranking.pairwise == 0:
-        yield "ranking has the weights 0 and 0; give one of them a weight"
+    if not any(term.ranking.weights):
+        yield "ranking: pointwise, pairwise and listwise are all 0; give one of them a weight"
+    if term.ranking.pairs != "all" and term.ranking.pairwise == 0:
+        yield f"ranking.pairs: {term.ranking.pairs} is of pairwise, which is 0; leave pairs out"
     if term.divergence not in ("forward_kl", "mse"):
-        yield f"ranking is a squared error; leave divergence: {term.divergence} out"
+        yield f"ranking has losses of its own; leave divergence: {term.divergence} out"
 
 
 def _skew_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:

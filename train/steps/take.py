@@ -23,7 +23,7 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import TrainConfig
 from rekindle.train.distributed import ParallelStudent
 from rekindle.train.objective.pulls import with_norms
-from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.ranking import with_groups
 from rekindle.train.objective.ready import Ready
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.objective.vector_loss import with_vectors
@@ -164,7 +164,7 @@ def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
     loss = nothing = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     with autocast(config.precision, world.device):
-        counts = with_centres(counts, objective.task, parts, plan, world, run)
+        counts = with_groups(counts, objective.task, parts, plan, world, run)
         counts = with_vectors(counts, objective.task, parts, plan, world, run)
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):

@@ -299,7 +299,7 @@ def test_bad_records_are_counted_and_said_once_it_is_known_how_many(tmp_path, bu
         build("strict", on_bad_record="error")
     whole = build("whole")
     assert whole.bad_records == {"not JSON": 5, "text is no string": 1}
-    assert "the first bad record left out: " in caplog.text
+    assert "the first bad record that was left out: " in caplog.text
     assert "bad records left out: 5 not JSON, 1 text is no string" in remarks(whole)
     assert build("whole", on_bad_record="error").bad_records == whole.bad_records  # it is finished
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.ranking import with_groups
 from rekindle.train.objective.selection import Counts
 from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.student import build_student
@@ -82,7 +82,7 @@ class Setting:
             return work(self.student, *arguments)
 
         of_step = (parts, self.objective.plan(step), world, run)
-        counts = with_centres(counts, self.task, *of_step)
+        counts = with_groups(counts, self.task, *of_step)
         return with_vectors(counts, self.task, *of_step)
 
     def run_apart(self, processes, step=0):
