@@ -147,14 +147,14 @@ def test_a_changed_model_under_the_same_name(
     ShardSet(open_store(cache), "targets/big").forget("00001")
     config = configure(cache, [teacher()])
     double.serve(other)
-    with pytest.raises(CacheMismatchError, match="stands behind the name 'tiny' now"):
+    with pytest.raises(CacheMismatchError, match="is now behind the name 'tiny'"):
         cache_teachers(config, check=False)
-    with pytest.raises(CacheMismatchError, match="stands behind the name 'tiny' now"):
+    with pytest.raises(CacheMismatchError, match="is now behind the name 'tiny'"):
         audit_cache(str(cache), config, 2)
     double.serve(Path(local["model"]))
     double.other = other
     double.faults += ["", "", "", "", "swap"]  # while a unit is made: nothing is kept of it
-    with pytest.raises(CacheMismatchError, match="stands behind the name 'tiny' now"):
+    with pytest.raises(CacheMismatchError, match="is now behind the name 'tiny'"):
         cache_teachers(config, check=False)
     assert "00001" not in ShardSet(open_store(cache), "targets/big").committed()
     double.serve(Path(local["model"]))
@@ -174,7 +174,7 @@ def test_a_server_that_is_gone_is_needed_for_what_is_missing_alone(
     config = configure(cache, [teacher(url=NOWHERE)])
     with caplog.at_level("WARNING", logger="rekindle"):
         assert cache_teachers(config).units_present == 3
-    assert "It is taken to be as before" in caplog.text
+    assert "It is assumed to be unchanged" in caplog.text
     ShardSet(open_store(cache), "targets/big").forget("00001")
     with pytest.raises(InputError, match="Is it running"):
         cache_teachers(config, check=False)
