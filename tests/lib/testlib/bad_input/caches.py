@@ -123,7 +123,7 @@ CACHES = (
     Bad("a teacher that the cache has not to remove", "teachers cache --remove lmm --yes",
         "no teacher 'lmm'", "it has: expert, lm", "did you mean 'lm'?"),
     Bad("a teacher removed without a word", "teachers cache --remove lm",
-        "--remove lm takes 4 units", "nothing was removed", "Say --yes as well"),
+        "--remove lm takes 4 units", "nothing was removed", "Add --yes"),
     Bad("two changes at once", "teachers cache --remove lm --rename expert e",
         "--remove and --rename", "give one of them"),
     Bad("a name that is taken", "teachers cache --rename lm expert", "'expert' already",
