@@ -58,9 +58,9 @@ class Judge(ABC):
         """Raise InputError for a task of another problem, or with labels that the model lacks."""
         outputs, problem = len(self.labels), self.answers.problem
         who = f"the {outputs} outputs of {self.who}"
-        if data.problem == problem == "regression" and data.outputs == outputs:
+        if data.head_problem == problem == "regression" and data.outputs == outputs:
             return
-        if data.problem == "regression" and data.outputs == outputs and not self.says_problem:
+        if data.head_problem == "regression" and data.outputs == outputs and not self.says_problem:
             raise InputError(f"the task has scores, but {who} may be classes: {SAY_SCORES}")
         if data.problem == SEVERAL != problem:
             said = f"are a {problem}" if self.says_problem else "may exclude each other"

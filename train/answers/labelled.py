@@ -35,9 +35,10 @@ from rekindle.train.finetune.labels import (
     check_scores,
     dropped_names,
     kept_rows,
+    read_alike,
 )
 from rekindle.train.finetune.positive import positive_class
-from rekindle.train.finetune.task_data import TaskData, split_of, split_of_lists
+from rekindle.train.finetune.task_data import TaskData, ranked, split_of, split_of_lists
 from rekindle.train.finetune.task_files import TaskFile, read_file
 
 log = logging.getLogger("rekindle")
@@ -63,6 +64,17 @@ def read_labelled(
             f"{path} has tokens, but {who} scores whole texts: name the column of texts with "
             "--text-field"
         )
+    if file.groups is not None:
+        if problem != "regression" or len(judge.labels) > 1:
+            raise InputError(
+                f"{path} has documents to rank, and {who} gives {len(judge.labels)} "
+                f"{'scores' if problem == 'regression' else 'labels'}, not one score: give a "
+                "ranker, or say --set problem=classification or problem=regression"
+            )
+        dropped = dropped_names(settings.drop_labels, as_written=False)
+        rows, gone = kept_rows(path, file.labels, dropped, as_written=False)
+        check_dropped(dropped, [(rows, gone)])
+        return ranked(file, read_alike([rows], as_written=False)[0], gone, settings)[0]
     names = () if problem == "regression" else tuple(dict.fromkeys(judge.labels))
     if problem in (SEVERAL, TAGS):
         return _read_lists(file, problem, names, who, settings)

@@ -66,7 +66,13 @@ def recorded(directory: Path) -> Recorded:
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raise InputError if a setting that is read again is misspelt or invalid."""
-    names = {*_READING, *_OWN, "text_field", "label_field"} & AskConfig.model_fields.keys()
+    names = {
+        *_READING,
+        *_OWN,
+        "text_field",
+        "label_field",
+        "group_field",
+    } & AskConfig.model_fields.keys()
     for key in config.keys() - FinetuneConfig.model_fields.keys():
         if meant := did_you_mean(key, names - config.keys()):
             raise _damaged(path, f"unknown key config.{key}{meant}")
@@ -92,6 +98,8 @@ def as_recorded(
     old, names = before.settings, _unusual(before, _READING)
     texts, label = old.get("text_field") or (), old.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
+    group = old.get("group_field")
+    names += ["group_field"] if group is not None and group in columns else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []
     return _taken_over(given, before, [*names, *also])
 

@@ -77,5 +77,5 @@ def test_what_has_no_fields_has_no_groups(build, tmp_path):
     with pytest.raises(InputError, match="has no fields, so none of its records has a group"):
         build(source=str(tmp_path / "a.txt"), pair_field=None)
     for packing in ("contiguous", "packed"):
-        with pytest.raises(ValueError, match="with group_field a sequence is of one group"):
+        with pytest.raises(ValueError, match="with group_field a sequence belongs to one group"):
             build(packing=packing, pair_field=None)

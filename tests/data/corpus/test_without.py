@@ -242,7 +242,7 @@ def test_a_file_that_is_not_there_or_no_test_is_said(tmp_path):
         held(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="python-docs is no test"):
         held("python-docs")
-    with pytest.raises(ValueError, match="without_fields are those of the files in without"):
+    with pytest.raises(ValueError, match="without_fields are fields of the files in without"):
         CorpusConfig(source="a.txt", tokenizer="t", without_fields="text")
 
 

@@ -159,7 +159,7 @@ TOKENIZERS = (
     Bad("a tokenizer that is cut", NEW, "tokens/tokenizer.json", "is not JSON",
         "give the file as it was saved", _written("tokens/tokenizer.json", "{")),
     Bad("a tokenizer.json of nothing", ASK, "expert/tokenizer.json",
-        "is no tokenizer of the tokenizers library", "give the file as it was saved",
+        "is not a tokenizer of the tokenizers library", "give the file as it was saved",
         _written("expert/tokenizer.json", '{"model": 3}')),
     Bad("an expert without a tokenizer", ASK, "expert", "has no tokenizer files",
         "it must hold tokenizer.json",
