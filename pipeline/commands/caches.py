@@ -53,9 +53,9 @@ def cache_teachers(
         int | None,
         typer.Option(
             min=1,
-            help="processes, one per device, which make a new corpus as well [default: 1, for a "
-            "corpus past some 50 MB one for each core; with --executor ray as many as there is "
-            "room for]",
+            help="processes, one per device, which also make a new corpus; default: 1, for a "
+            "corpus above some 50 MB one per core; with --executor ray as many as the "
+            "cluster has room for",
             show_default=False,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def cache_teachers(
     address: Annotated[
         str | None,
         typer.Option(
-            help="of the Ray cluster [default: RAY_ADDRESS, the one that runs here, or a new one]",
+            help="of the Ray cluster; default: RAY_ADDRESS, the one that runs here, or a new one",
             show_default=False,
         ),
     ] = None,
@@ -175,7 +175,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="only list what would be removed")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what killed runs left in a cache: data files that no commit record names."""
+    """Remove leftovers of killed runs from a cache: data files that no commit record names."""
     from rekindle.data.changes.carry_out import settle
     from rekindle.data.inventory import collect_garbage
     from rekindle.data.journal import read_journal, unfinished

@@ -37,7 +37,9 @@ def finetune(
     train: Annotated[str, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
     dev: Annotated[str, typer.Option(help="the split that models are scored on")],
     out: Annotated[Path, typer.Option(help="the expert's directory")],
-    seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="runs, each with its own seed; the best on dev is kept")
+    ] = 1,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -243,7 +245,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a student's task head, with its body, as a folder that transformers alone loads."""
+    """Write a student's task head, with its body, as a folder that plain transformers loads."""
     from rekindle.pipeline.builtin.names import resolve_name
     from rekindle.train.export.folder import export_head
     from rekindle.train.record.stored_result import local_result

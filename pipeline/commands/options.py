@@ -117,7 +117,7 @@ Students = Annotated[
 
 ModelPlace = Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")]
 Metric = Annotated[
-    str | None, typer.Option(help="the score that counts: accuracy, f1, matthews, pearson, …")
+    str | None, typer.Option(help="the main score: accuracy, f1, matthews, pearson, …")
 ]
 HeadName = Annotated[str | None, typer.Option("--head", help="which head of a student")]
 TextField = Annotated[

@@ -153,7 +153,7 @@ def test_files_of_other_rows_are_written_anew_unless_something_was_made_of_them(
     files = [f"tasks/t/{name}.jsonl" for name in ("train", "dev", "test")]
     for file in files:
         assert (tmp_path / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
-    told = "task t: {}.jsonl is written anew"
+    told = "task t: {}.jsonl is written again"
     assert [told.format(n) in caplog.text for n in ("train", "dev", "test")] == [True, True, False]
     for place in ("experts/t", "experts/.t.seeds", "search/mlm/t", "fine-tuned/mlm/.t.seeds"):
         made = tmp_path / place

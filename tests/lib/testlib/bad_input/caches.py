@@ -126,7 +126,7 @@ CACHES = (
         "--remove lm takes 4 units", "nothing was removed", "Add --yes"),
     Bad("two changes at once", "teachers cache --remove lm --rename expert e",
         "--remove and --rename", "give one of them"),
-    Bad("a name that is taken", "teachers cache --rename lm expert", "'expert' already",
+    Bad("a name that is taken", "teachers cache --rename lm expert", "already has a teacher 'expert'",
         "give another name", "`pipeline teachers cache --remove expert`"),
     Bad("a name that is no folder's", "teachers cache --rename lm a/b",
         "--rename lm a/b: to: a name becomes a folder", "the first of them a letter or a digit"),

@@ -108,7 +108,7 @@ ROWS = (
         "without a trained head", "`pipeline finetune lm --train"),
     Bad("no such head", "evaluate student --head xx --test dev.jsonl", "not 'xx'",
         "has the task heads expert", "fine-tune it"),
-    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' is none",
+    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' has none",
         "--head is for students with task heads", "leave it out"),
     Bad("a head of a language model", f"{TUNE} --head expert", "'lm' has no task heads",
         "not 'expert'", "leave head out"),
