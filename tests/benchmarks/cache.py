@@ -1,7 +1,7 @@
 """Compare reads and writes of the cache with other ways to hold the same targets, in one run.
 
-  python tests/benchmarks/cache.py [--toy] [--positions N] [--csv PATH] [--peers FOLDER ...]
-  python tests/benchmarks/cache.py --overhead [--toy]    # what stage 1 adds to a forward loop
+    python tests/benchmarks/cache.py [--toy] [--positions N] [--csv PATH] [--peers FOLDER ...]
+    python tests/benchmarks/cache.py --overhead [--toy]    # what stage 1 adds to a forward loop
 
 The first form: sequences of 512 tokens, a causal teacher (511 targets each, k = 32, V = 30,522),
 batches of 16 sequences as arrays, one thread, warm page cache. Rekindle's cache goes through the

@@ -1,7 +1,7 @@
 """Prove that a refactoring changed nothing: compare digests of caches and students of two commits.
 
-  python tests/benchmarks/digests.py record [--commit REV] --out FILE.json
-  python tests/benchmarks/digests.py compare BASE [REV]
+    python tests/benchmarks/digests.py record [--commit REV] --out FILE.json
+    python tests/benchmarks/digests.py compare BASE [REV]
 
 ``record`` does all runs of ``digest_runs/`` with the code of a commit (or of the working tree) and
 writes their digests. ``compare`` compares two commits; either may be a recorded file, and without

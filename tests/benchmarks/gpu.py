@@ -1,8 +1,8 @@
 """All GPU measurements, in one command of at most six minutes.
 
-  python tests/benchmarks/gpu.py               # all parts, each within its time
-  python tests/benchmarks/gpu.py --only stage1 --only training
-  python tests/benchmarks/gpu.py --toy         # the same path end to end on any machine
+    python tests/benchmarks/gpu.py               # all parts, each within its time
+    python tests/benchmarks/gpu.py --only stage1 --only training
+    python tests/benchmarks/gpu.py --toy         # the same path end to end on any machine
 
 The tests that need a GPU; the losses compared with eager PyTorch, at k = 64; the host's cost of a
 call (`host_cost.py`); a BERT-base-like student's training, plain and with cached KD, with the share

@@ -1,8 +1,8 @@
 """Measures the fixed cost of a call of the losses: the time of a call of few rows, forward and
 backward.
 
-  python tests/benchmarks/host_cost.py            # a table
-  python tests/benchmarks/host_cost.py --record   # and rows of results.csv
+    python tests/benchmarks/host_cost.py            # a table
+    python tests/benchmarks/host_cost.py --record   # and rows of results.csv
 
 "cpu": N = 8, V = 64, H = 8, k = 4 in PyTorch on one thread, compared with eager PyTorch from the
 same logits (or hidden states). "launches": the same calls as a GPU makes them, up to the launches.

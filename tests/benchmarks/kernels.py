@@ -1,8 +1,8 @@
 """Times the distillation losses against their peers and appends the measurements to results.csv.
 
-  python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
-  python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
-  python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape (rows/)
+    python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
+    python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
+    python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape (rows/)
 
 Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is reading
 and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear": the same

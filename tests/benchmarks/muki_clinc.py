@@ -5,8 +5,8 @@ texts; students learn from the experts' outputs on the other half, whose labels 
 are compared with every expert, with ways to merge experts without a student, and with models
 fine-tuned on the true labels of the same texts for as many steps.
 
-  python tests/benchmarks/muki_clinc.py --work DIR --model MODEL          # everything, resumable
-  python tests/benchmarks/muki_clinc.py --work DIR --model MODEL --csv    # and results.csv's rows
+    python tests/benchmarks/muki_clinc.py --work DIR --model MODEL          # everything, resumable
+    python tests/benchmarks/muki_clinc.py --work DIR --model MODEL --csv    # and results.csv's rows
 
 Data: ``clinc150_{train,val,test}.jsonl`` (text, label, domain). Every stage is the package's own:
 ``finetune``, ``cache-teachers``, ``train-student``, and the functions that score the results.

@@ -5,8 +5,8 @@ A causal teacher is trained on Wikipedia, then students on its stored targets: t
 and nothing (the floor). Reported on documents that neither has seen: loss, expected calibration
 error, and the share of the way from floor to ceiling, over several seeds.
 
-  python tests/benchmarks/sparse_targets.py --work DIR            # everything, resumable
-  python tests/benchmarks/sparse_targets.py --work DIR --csv      # and write results.csv's rows
+    python tests/benchmarks/sparse_targets.py --work DIR            # everything, resumable
+    python tests/benchmarks/sparse_targets.py --work DIR --csv      # and write results.csv's rows
 
 Each student is one `train-student` run of this package; only the last evaluation is made here, with
 transformers alone, so that no part of the loss under test judges itself.

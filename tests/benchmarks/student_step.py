@@ -1,7 +1,7 @@
 """Measures the cost of the KD term in a student's training step: masked LM with and without it,
 interleaved in one run.
 
-  python tests/benchmarks/student_step.py [--sequences 32] [--rounds 15] [--toy]
+    python tests/benchmarks/student_step.py [--sequences 32] [--rounds 15] [--toy]
 
 A BERT-mini step (4 layers, hidden 256, V = 30,522, sequences of 128, 15 % masked): forward, loss,
 backward and AdamW. Targets (k = 64) enter as the cache stores them, so decoding is included. The

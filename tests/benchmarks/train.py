@@ -1,9 +1,9 @@
 """Compares a student's training by Rekindle's loop, by loops written by hand, and by Hugging Face's
 Trainer, in one run.
 
-  python tests/benchmarks/train.py [--student bert-mini] [--teacher minilm-l12] [--csv [PATH]]
-  python tests/benchmarks/train.py --memory      # peak of a process of its own for each, on a CPU
-  python tests/benchmarks/train.py --toy         # tiny sizes, to see that it runs
+    python tests/benchmarks/train.py [--student bert-mini] [--teacher minilm-l12] [--csv [PATH]]
+    python tests/benchmarks/train.py --memory      # peak of a process of its own for each, on a CPU
+    python tests/benchmarks/train.py --toy         # tiny sizes, to see that it runs
 
 Masked LM on sequences of 128 tokens, all full, 15 % masked, V = 30,522, k = 64, random weights. The
 text is the shared Wikipedia if available (REKINDLE_SHARED), else Python's documentation. Rekindle's

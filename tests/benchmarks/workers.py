@@ -1,6 +1,6 @@
 """Compares stage 1 with two worker processes and with one, where the teacher is the bottleneck.
 
-  python tests/benchmarks/workers.py [--toy] [--csv PATH]
+    python tests/benchmarks/workers.py [--toy] [--csv PATH]
 
 A masked LM (6 layers, hidden 384, random) on sequences of 128, 15 % of them masked, top-k of 64; 32
 units. Each process has one thread. Both in turns in one run, on two idle cores. "units" is the time

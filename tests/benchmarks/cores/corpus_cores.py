@@ -1,6 +1,6 @@
 """Compare making a corpus on two cores and on one: reading, tokenising, packing, writing.
 
-  python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--times N] [--csv PATH]
+    python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--times N] [--csv PATH]
 
 SHARED: the folder of the shared corpora (`corpus/wiki_train.jsonl`, `glue/sst2_train.jsonl`,
 `tokenizers/bert-base-uncased`). Long texts (most of that Wikipedia) and short ones (the sentences

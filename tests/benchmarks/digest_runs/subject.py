@@ -1,6 +1,6 @@
 """Runs commands inside the commit under test and writes the digests of the results.
 
-  PYTHONPATH=CHECKOUT/.ns python subject.py CHECKOUT STEPS.json DIGESTS.json
+    PYTHONPATH=CHECKOUT/.ns python subject.py CHECKOUT STEPS.json DIGESTS.json
 
 The current folder is the work folder. Of Rekindle, only the public paths are imported:
 ``rekindle.pipeline.cli`` (run as a module), ``rekindle.data.cache``, ``rekindle.kernels.losses``

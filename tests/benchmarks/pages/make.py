@@ -1,7 +1,7 @@
 """Writes the tables and pictures of the result pages from the recorded rows.
 
-  python tests/benchmarks/pages/make.py                # all
-  python tests/benchmarks/pages/make.py few_labels     # one
+    python tests/benchmarks/pages/make.py                # all
+    python tests/benchmarks/pages/make.py few_labels     # one
 
 Between ``<!-- begin NAME … -->`` and ``<!-- end NAME -->`` a page is overwritten; the rest of it is
 written by hand. ``tests/benchmarks/pages/test_pages.py`` makes the pages again, and compares.

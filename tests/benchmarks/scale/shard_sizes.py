@@ -1,6 +1,6 @@
 """Compares reading a small corpus in small shards with the same one in shards of 4,096.
 
-  python tests/benchmarks/scale/shard_sizes.py [--toy] [--csv PATH]
+    python tests/benchmarks/scale/shard_sizes.py [--toy] [--csv PATH]
 
 5,000 and 50,000 sequences of 32 tokens, a causal teacher (31 targets each, k = 32), batches of 32
 sequences drawn from all of them, one thread, warm page cache. Every size of shard has the same

@@ -1,7 +1,7 @@
 """Opens, resumes and reads a cache of very many units, with commit records and hardly any data: the
 cost of a corpus at the scale of the internet before its first byte is read.
 
-  python tests/benchmarks/scale/simulated_cache.py [--units 100000] [--in /dev/shm] [--rebuild]
+    python tests/benchmarks/scale/simulated_cache.py [--units 100000] [--in /dev/shm] [--rebuild]
 
 There are that many corpus shards and as many units of one causal teacher. Only the shards that rank
 5 of 512 reads have data. Each figure comes from a fresh process, which has not opened the cache

