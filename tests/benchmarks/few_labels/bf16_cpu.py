@@ -1,7 +1,7 @@
 r"""Runs a cycle in bf16 on a CPU that computes in it (amx_bf16), as ``auto`` does on a GPU.
 
-  OMP_NUM_THREADS=1 python tests/benchmarks/few_labels/bf16_cpu.py rekindle few_labels.yaml \
-    --out runs/few-labels --draw 2 --task trec --workers 1 --set train.micro_batch_sequences=16
+    OMP_NUM_THREADS=1 python tests/benchmarks/few_labels/bf16_cpu.py rekindle few_labels.yaml \
+        --out runs/few-labels --draw 2 --task trec --workers 1 --set train.micro_batch_sequences=16
 
 Takes the arguments of ``pipeline``. torch's fused attention has a backward pass in bf16 that takes
 half of a step there (LOG.md), so the plain one is used.
