@@ -33,7 +33,11 @@ Metric = Literal[
     "subset_accuracy",
     "pearson",
     "spearman",
+    "ndcg@10",
+    "mrr",
+    "map",
 ]
+IN_GROUPS: dict[str, object] = {"ranking": {"group": "group"}}  # of a ranker's term, unless told
 
 
 class CycleCacheConfig(CacheConfig):
@@ -114,7 +118,8 @@ class CycleTask(Settings):
         None,
         description=(
             "accuracy, f1, matthews; for lists of labels f1_micro, f1_macro, "
-            "subset_accuracy; pearson, spearman; null: accuracy, f1_micro, or pearson"
+            "subset_accuracy; pearson, spearman; for documents in groups ndcg@10, mrr, map; "
+            "null: accuracy, f1_micro, pearson, or ndcg@10"
         ),
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(

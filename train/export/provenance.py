@@ -15,20 +15,20 @@ from rekindle.train.step_config import recorded_steps
 
 TAGS = ["rekindle", "knowledge-distillation"]
 LICENCE = (
-    "Nobody has said yet under which licence this may be used: that follows from the licences of "
-    "{}. Put `license: …` into the block above before you share it."
+    "Nobody has yet stated the licence under which this may be used: it follows from the "
+    "licences of {}. Put `license: …` into the block above before you share it."
 )
 
 
 def shown(model: str) -> str:
-    """A model's name as a card has it: a hub id, or the last part of a folder that only we have."""
+    """Return a model's name for a card: a hub id, or the last part of a local folder."""
     path = Path(model)
     local = path.is_absolute() or path.exists() or model.startswith((".", "~")) or "://" in model
     return path.name if local else model
 
 
 def metadata(task: str, model: str) -> str:
-    """The block that the hub reads: what pipeline runs the model, and what it began as."""
+    """Return the block that the hub reads: which pipeline runs the model, and its base model."""
     base = model if model and shown(model) == model else None
     block = ModelCardData(
         library_name="transformers", pipeline_tag=task, tags=[*TAGS], base_model=base
@@ -38,19 +38,19 @@ def metadata(task: str, model: str) -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a student was made: with which teachers, on which text, how well it does."""
+    """How a student was made: with which teachers, on which text, with which scores."""
 
-    model: str  # that it began as
+    model: str  # the model it began as
     teachers: tuple[TeacherInfo, ...]
-    text: str  # in a line
+    text: str  # described in a line
     steps: int
-    scores: Mapping[str, float]  # on sequences held out
+    scores: Mapping[str, float]  # on held-out sequences
 
     @classmethod
     def of(
         cls, about: Mapping[str, Any], cache: Cache, scores: Mapping[str, float]
     ) -> "Provenance":
-        """That of the run ``about``, as ``describe_run`` has it, from ``cache``."""
+        """Return that of the run ``about``, as from ``describe_run``, with the ``cache``."""
         teachers = tuple(cache.teacher(name).info for name in about["cache"]["teachers"])
         corpus = cache.corpus
         text = (
@@ -60,7 +60,7 @@ class Provenance:
         return cls(about["student"]["model"], teachers, text, recorded_steps(about) or 0, scores)
 
     def told(self) -> list[str]:
-        """The lines of a card."""
+        """Return the lines of a card."""
         return [
             "",
             "## How it was made",
@@ -75,7 +75,7 @@ class Provenance:
 
 
 def _sources(corpus: Corpus) -> str:
-    """The names of the first files of its text, without their folders."""
+    """Return the names of the first files of its text, without their folders."""
     names = [f"`{shown(str(place))}`" for place in corpus.info["config"]["source"]]
     more = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
     return f"{', '.join(names[:_SOURCES])}{more}"
@@ -95,7 +95,7 @@ def _teachers(teachers: Iterable[TeacherInfo]) -> list[str]:
 
 
 def _weights(teacher: TeacherInfo) -> str:
-    """The beginning of the fingerprint of a teacher's weights, by which it is known again."""
+    """Return the beginning of the fingerprint that identifies a teacher's weights."""
     found = teacher.fingerprints.get("weights")
     return f"`{found[:12]}`" if found else "not known"
 
