@@ -259,10 +259,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="[HEAD=]FILE",
-            help=(
-                "score the runs' task heads on this labelled file (jsonl, csv, tsv or "
-                "parquet); may be repeated, one file per head"
-            ),
+            help="score the runs' task heads on this labelled file (jsonl, csv, tsv or parquet); "
+            "may be repeated, one file per head",
         ),
     ] = None,
     expert: Annotated[

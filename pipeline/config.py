@@ -40,10 +40,8 @@ class CacheConfig(Settings):
     sequences_per_shard: Annotated[int | None, Formerly(MOST)] = Field(
         None,
         gt=0,
-        description=(
-            "sequences per shard, the unit of work and of what a kill can lose; null: as in "
-            "the cache, and in a new one 64 to 4,096, so that there are at least 16 shards"
-        ),
+        description="sequences per shard, the unit of work and of what a kill can lose; null: as "
+        "in the cache, and in a new one 64 to 4,096, so that there are at least 16 shards",
     )
     replicas: int = Field(
         4,
@@ -118,10 +116,8 @@ class StageConfig(Settings):
     name: TeacherName = Field(description="its folder in the output directory")
     set: dict[str, object] = Field(
         default_factory=dict,
-        description=(
-            "key.path: value, overriding the file; '{first}' stands for the directory of the "
-            "earlier stage of that name"
-        ),
+        description="key.path: value, overriding the file; '{first}' stands for the directory of "
+        "the earlier stage of that name",
     )
     write_prompts: PromptsConfig | None = Field(
         None, description="text to make from cached predictions before the stage begins"

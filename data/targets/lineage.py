@@ -20,9 +20,8 @@ class Ancestor(Settings):
     student: str = Field("", description="the model it started from; informative")
     weights: str | None = Field(
         None,
-        description=(
-            "the fingerprint of the resulting weights; null beside these weights themselves"
-        ),
+        description="the fingerprint of the resulting weights; null beside these weights "
+        "themselves",
     )
 
 

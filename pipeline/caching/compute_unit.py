@@ -51,9 +51,7 @@ class UnitResult:
     beside: tuple["UnitResult", ...] = ()  # of teachers that share the passes
 
     def of(self, number: int) -> "UnitResult":
-        """Return the result of one of several teachers, whose column names begin with its
-        number.
-        """
+        """Return the result of one of several teachers: the columns named with its number."""
         lead, shared = f"{number} ", {k: v for k, v in self.columns.items() if k == "positions"}
         own = {k.removeprefix(lead): v for k, v in self.columns.items() if k.startswith(lead)}
         return replace(self, columns=own | shared)
@@ -106,9 +104,7 @@ def begin_unit(
     audited: bool = False,
     beside: Sequence[Teacher] = (),
 ) -> Steps:
-    """Like ``run_unit``, in steps: yields, for each batch given to the device, whether it is the
-    last.
-    """
+    """Run ``run_unit`` in steps; yield for each batch on the device whether it is the last."""
     run = UnitRun(teacher, unit, only, audited)
     if teacher.config.vocabulary:
         return run.vocabulary(kept, beside)
@@ -132,9 +128,7 @@ class UnitRun:
         self.facts: Mapping[str, object] = {}
 
     def vocabulary(self, kept: TeacherReader | None, beside: Sequence[Teacher] = ()) -> Steps:
-        """Compute what is kept of the distribution at each position, for the teachers ``beside``,
-        too.
-        """
+        """Compute the kept part of each position's distribution, also for teachers ``beside``."""
         teacher, info, unit = self.teacher, self.info, self.unit
         seen = read = split_lists(self.batches, "input_ids")
         positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
@@ -188,9 +182,7 @@ class UnitRun:
         return replace(own, beside=tuple(others))
 
     def _with_mass(self, made: UnitResult) -> UnitResult:
-        """Return the result with its record stating the probability mass of the tokens that both
-        vocabularies have.
-        """
+        """Return the result, with the mass of the tokens in both vocabularies in its record."""
         columns = dict(made.columns)
         mass = [columns.pop(name) for name in made.columns if name.endswith(f" {MAPPED_MASS}")]
         if not mass:
@@ -208,9 +200,7 @@ class UnitRun:
         return np.split(numbers, np.cumsum(lengths)[:-1])
 
     def token_labels(self) -> Steps:
-        """Compute the logits of the first token of each word, at the corpus position that begins
-        it.
-        """
+        """Compute the logits of each word's first token, at its corpus position."""
         teacher, texts = self.teacher, self.table["text"].to_pylist()
         encoded = teacher.tokenizer.encode(texts)
         seen, room = self._wrapped(encoded)
@@ -258,17 +248,13 @@ class UnitRun:
         return replace(made, columns=columns, facts={**made.facts, **facts})
 
     def _logits(self, inputs: Inputs) -> Tensor:
-        """Return an expert's logits in fp32; raise InputError, naming it, where its own
-        code fails.
-        """
+        """Return an expert's logits in fp32; raise InputError if its own code fails."""
         with running(f"teacher {self.info.name!r} ({self.info.model})"):
             logits: Tensor = self.teacher.model(**with_known_padding(inputs)).logits.float()
         return logits
 
     def _expert_inputs(self) -> tuple[list[NDArray], list[NDArray] | None]:
-        """Encode each row's text or pair with the expert's tokenizer; empty where there is
-        no pair.
-        """
+        """Encode each row's text or pair with the expert's tokenizer; empty without a pair."""
         tokenizer, longest = self.teacher.tokenizer, self.teacher.max_length
         if not self.teacher.config.pair_expert:
             return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
@@ -290,8 +276,7 @@ class UnitRun:
         return ids, types
 
     def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> dict[str, Tensor]:
-        """Return mean class probabilities over dropout passes, and whether dropout changes
-        anything.
+        """Return mean class probabilities over dropout passes, and whether dropout has an effect.
 
         ``logits`` are those of the pass without dropout. Logits are compared, not probabilities:
         those of a very confident expert may be 0 and 1 whatever dropout does.

@@ -79,25 +79,19 @@ class CycleConfig(Settings):
     tasks: tuple[CycleTask, ...] = Field(min_length=1, description="the labelled tasks")
     distill: SomeOfTerm = Field(
         default_factory=dict,
-        description=(
-            "settings of every expert's term (weight is λ, temperature, view, …); divergence "
-            "defaults to mse for regressions"
-        ),
+        description="settings of every expert's term (weight is λ, temperature, view, …); "
+        "divergence defaults to mse for regressions",
     )
     pseudo: SomeOfTerm = Field(
         default_factory=dict,
-        description=(
-            "settings of the term of the arm pseudo (confidence, weight, view); confidence "
-            "defaults to 0"
-        ),
+        description="settings of the term of the arm pseudo (confidence, weight, view); "
+        "confidence defaults to 0",
     )
     arms: tuple[Arm, ...] = Field(
         USUAL,
         validate_default=True,
-        description=(
-            f"what is compared, of {', '.join(ARMS)}; expert is always included, and start if "
-            "experts.model is another one"
-        ),
+        description=f"what is compared, of {', '.join(ARMS)}; expert is always included, and "
+        "start if experts.model is another one",
     )
     finetune: FixedBudget = Field(
         default_factory=FixedBudget, description="how every model is fine-tuned"
@@ -111,27 +105,20 @@ class CycleConfig(Settings):
     students: int = Field(
         1,
         gt=0,
-        description=(
-            "students of every kind, each trained with its own seed; the fine-tunings are "
-            "divided among them"
-        ),
+        description="students of every kind, each trained with its own seed; the fine-tunings are "
+        "divided among them",
     )
     seed: Seed = Field(0, description="seed for what is taken out of train")
     label_draws: int = Field(
         1,
         gt=0,
-        description=(
-            "how often train (and dev, if it is taken out of train) is drawn again; each "
-            "draw is a whole cycle in OUT/draws"
-        ),
+        description="how often train (and dev, if it is taken out of train) is drawn again; each "
+        "draw is a whole cycle in OUT/draws",
     )
     test_texts: Annotated[Literal["remove", "keep"], Formerly("keep")] = Field(
         "remove",
-        description=(
-            "records of the text that contain a test text of any task, and rows of train and "
-            "dev that are a test row of their task: removed or kept; they are counted in "
-            "both cases"
-        ),
+        description="records of the text that contain a test text of any task, and rows of train "
+        "and dev that are a test row of their task: removed or kept, and counted either way",
     )
     primary: PrimaryConfig | None = Field(
         None, description="the comparison named before anything runs"
@@ -194,9 +181,7 @@ class CycleConfig(Settings):
         if any("teachers" in given for given in (self.distill, *(t.distill for t in self.tasks))):
             raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
         if self.pseudo and "pseudo" not in self.arms:
-            raise ValueError(
-                "pseudo belongs to the arm pseudo, which is not among the arms; add it"
-            )
+            raise ValueError("pseudo is for the arm pseudo, which is not among the arms; add it")
         for key in {*self.pseudo} & {"teachers", "divergence", "combine", "temperature"}:
             raise ValueError(f"pseudo.{key} {_ARMS_SET}; leave it out")
         for task, arm in itertools.product(self.tasks, ("kd", "pseudo")):
@@ -340,9 +325,7 @@ class CycleConfig(Settings):
 
     @property
     def seeds_of_search(self) -> range:
-        """The seeds of the search, none of which is compared, so those compared have selected
-        nothing.
-        """
+        """The seeds of the search; none is compared, so those compared have selected nothing."""
         first = max(self.seeds, self.expert_seeds)
         return range(first, first + self.search_seeds)
 
@@ -352,9 +335,7 @@ class CycleConfig(Settings):
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
     def finetune_of(self, task: CycleTask, point: Point, arm: str) -> FixedBudget:
-        """Return how the model of ``arm`` is fine-tuned on ``task``; ``longer`` has twice the
-        epochs.
-        """
+        """Return how ``arm``'s model is fine-tuned on ``task``; ``longer``: twice the epochs."""
         config = self.finetune
         experts = self.experts.finetune if arm == "expert" else {}
         for given, where in (

@@ -61,27 +61,21 @@ class ExpertsConfig(Settings):
 
     model: Place | None = Field(
         None,
-        description=(
-            "the model experts are fine-tuned from, with its own size and tokenizer; null: "
-            "student.model"
-        ),
+        description="the model experts are fine-tuned from, with its own size and tokenizer; "
+        "null: student.model",
     )
     teacher: Literal["best", "all"] = Field(
         "best",
-        description=(
-            "who teaches kd, both and mixture: the expert's best seed on dev, or all its "
-            "seeds together (the mean of their probabilities)"
-        ),
+        description="who teaches kd, both and mixture: the expert's best seed on dev, or all its "
+        "seeds together (the mean of their probabilities)",
     )
     seeds: int | None = Field(
         None, gt=0, description="fine-tunings of each expert; null: as many as for every arm"
     )
     finetune: SomeOfFineTuning = Field(
         default_factory=dict,
-        description=(
-            "overrides the file's and the task's finetune for the experts; only if model is "
-            "another one"
-        ),
+        description="overrides the file's and the task's finetune for the experts; only if model "
+        "is another one",
     )
 
 
@@ -116,25 +110,19 @@ class CycleTask(Settings):
     )
     metric: Metric | None = Field(
         None,
-        description=(
-            "accuracy, f1, matthews; for lists of labels f1_micro, f1_macro, "
-            "subset_accuracy; pearson, spearman; for documents in groups ndcg@10, mrr, map; "
-            "null: accuracy, f1_micro, pearson, or ndcg@10"
-        ),
+        description="accuracy, f1, matthews; for lists of labels f1_micro, f1_macro, "
+        "subset_accuracy; pearson, spearman; for documents in groups ndcg@10, mrr, map; null: "
+        "accuracy, f1_micro, pearson, or ndcg@10",
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
         None,
-        description=(
-            "how to make pairs from the text for an expert on pairs; null: adjacent, if the "
-            "task has sentence2"
-        ),
+        description="how to make pairs from the text for an expert on pairs; null: adjacent, if "
+        "the task has sentence2",
     )
     corpus: Annotated[dict[str, object], KeysOf(CycleCorpusConfig)] = Field(
         default_factory=dict,
-        description=(
-            "its own unlabelled text: keys of corpus, overriding the file's; all tasks have "
-            "one, or none"
-        ),
+        description="its own unlabelled text: keys of corpus, overriding the file's; all tasks "
+        "have one, or none",
     )
     distill: SomeOfTerm = Field(
         default_factory=dict,

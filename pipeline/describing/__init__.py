@@ -1,3 +1,1 @@
-"""The contents of teacher.json, from a teacher's files: for experts' heads and sentence
-encoders.
-"""
+"""The contents of teacher.json from a teacher's files: experts' heads and sentence encoders."""

@@ -36,11 +36,8 @@ class ServedConfig(Settings):
     model: str = Field(min_length=1, description="the model's name on the server (GET /v1/models)")
     tokenizer: Place | None = Field(
         None,
-        description=(
-            "a folder or hub id with the served model's tokenizer, compared with the "
-            "corpus's; null: the tokens that the server spells out are compared instead, if "
-            "it does"
-        ),
+        description="a folder or hub id with the served model's tokenizer, compared with the "
+        "corpus's; null: the tokens that the server spells out are compared instead, if it does",
     )
     max_concurrency: Free[PositiveInt] = Field(
         8, description="requests at the same time, per process (--workers)"
@@ -52,10 +49,8 @@ class ServedConfig(Settings):
     patience_s: Free[float] = Field(
         300.0,
         gt=0,
-        description=(
-            "seconds to keep asking a server that has answered before, when it is overloaded "
-            "or away"
-        ),
+        description="seconds to keep asking a server that has answered before, when it is "
+        "overloaded or away",
     )
     api_key_env: Free[str | None] = Field(
         None,
@@ -65,8 +60,6 @@ class ServedConfig(Settings):
     tolerance: Free[float] = Field(
         0.05,
         ge=0,
-        description=(
-            "mean difference in nats (from kernels and batches) allowed between the server's "
-            "answers to the probes now and when the cache was begun; more means another model"
-        ),
+        description="mean difference in nats (from kernels and batches) allowed between the "
+        "server's answers to the probes now and when the cache was begun; more means another model",
     )
