@@ -14,7 +14,7 @@ from rekindle.data.places import home
 from rekindle.pipeline.plain_values import with_strings
 
 PREFIX = "python-docs/"
-ALGORITHM = 1  # raised when the same settings would give other files
+ALGORITHM = 2  # raised when the same settings would give other files
 
 # Domain models, each for a part of the library: the short name of the part.
 DOMAINS = {
@@ -35,6 +35,7 @@ MODELS = {
     "expert-place": "bert as a regression expert: how far into its document (0 to 1) is a text?",
     "expert-part-1": "like expert-part, for the first half of the parts only",
     "expert-part-2": "like expert-part, for the other half of the parts",
+    "encoder": "bert as a sentence encoder: passages that follow each other have near vectors",
     **{
         f"bert-{name}": f"bert, trained further on the part {part!r}"
         for name, part in DOMAINS.items()
