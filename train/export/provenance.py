@@ -27,12 +27,10 @@ def shown(model: str) -> str:
     return path.name if local else model
 
 
-def metadata(task: str, model: str) -> str:
+def metadata(task: str, model: str, library: str = "transformers") -> str:
     """Return the block that the hub reads: which pipeline runs the model, and its base model."""
     base = model if model and shown(model) == model else None
-    block = ModelCardData(
-        library_name="transformers", pipeline_tag=task, tags=[*TAGS], base_model=base
-    )
+    block = ModelCardData(library_name=library, pipeline_tag=task, tags=[*TAGS], base_model=base)
     return f"---\n{block.to_yaml()}\n---\n\n"
 
 
