@@ -1,4 +1,4 @@
-"""Bad labels, of fine-tuning and of scoring."""
+"""Bad labels, for fine-tuning and for scoring."""
 
 from testlib.bad_input.row import Bad
 
@@ -8,7 +8,7 @@ DROP = "drop_labels"
 
 
 def _labels(*labels: object, name: str = "train.jsonl"):
-    """A file with these labels; no label for ..."""
+    """Return a function that writes a file with these labels; ``...`` means no label."""
     rows = [{"text": "a river", "label": one} for one in labels]
     kept = [{k: v for k, v in row.items() if v is not ...} for row in rows]
     return lambda place: place.rows(name, *kept)
@@ -108,7 +108,7 @@ ROWS = (
         "without a trained head", "`pipeline finetune lm --train"),
     Bad("no such head", "evaluate student --head xx --test dev.jsonl", "not 'xx'",
         "has the task heads expert", "fine-tune it"),
-    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' is none",
+    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' has none",
         "--head is for students with task heads", "leave it out"),
     Bad("a head of a language model", f"{TUNE} --head expert", "'lm' has no task heads",
         "not 'expert'", "leave head out"),
