@@ -1,3 +1,1 @@
-"""Sentence encoders as in sentence-transformers: a model, pooling of its states, and
-later steps.
-"""
+"""Sentence encoders as in sentence-transformers: a model, pooling of its states, later steps."""
