@@ -85,7 +85,7 @@ def test_what_an_encoder_cannot_be_asked_is_refused(tmp_path, encoder, make_mode
         evaluate_file(encoder, str(single))
     plain = str(make_model("bert", "AutoModel", wordpiece))
     asked = AskConfig(pooling="mean")
-    with pytest.raises(InputError, match=r"State pooling .* and normalise"):
+    with pytest.raises(InputError, match=r"Set pooling .* and normalise"):
         predict_file(plain, str(single), str(tmp_path / "x.jsonl"), config=asked)
     with pytest.raises(InputError, match="modules say pooling: mean, not cls"):
         predict_file(
@@ -97,7 +97,7 @@ def test_a_search_is_scored_within_groups_with_the_prompts_of_queries_and_docume
     tmp_path, encoder
 ):
     rows = [
-        {"q": FIRST[n % 3], "d": text, "label": (n * 7) % 3, "group": f"g{n % 3}"}
+        {"q": FIRST[n % 3], "d": text, "label": (n // 3 + n) % 3, "group": f"g{n % 3}"}
         for n, text in enumerate([*SECOND, *FIRST])
     ]
     path = tmp_path / "groups.jsonl"
