@@ -39,6 +39,7 @@ from rekindle.data.marks import read_marks, read_trained
 from rekindle.data.permutation import epoch_batch, sequence_numbers
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
 from rekindle.data.settings import parse_settings
+from rekindle.data.sharing.card import write_card
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
@@ -383,7 +384,9 @@ def write_manifest(store: Store) -> None:
     """Write the roll-up, unless it is there: it can be rebuilt from the rest of the cache."""
     before = read_manifest(store)
     with suppress(CacheError):  # it speaks of what there was before
-        if Cache(store).rolled_up == {key: before.get(key) for key in ROLLED_UP}:
+        cache = Cache(store)
+        if cache.rolled_up == {key: before.get(key) for key in ROLLED_UP}:
+            write_card(store, cache.corpus, cache.teachers, before[VERSION])
             return
     version = max(FORMAT_VERSION, before[VERSION])
     kept = {key: before[key] for key in KEPT if key in before}
@@ -392,3 +395,4 @@ def write_manifest(store: Store) -> None:
     needed = (teacher.info.format_version for teacher in cache.teachers.values())
     version = max([version, version_of(cache.corpus.info["config"]), *needed])
     store.replace(MANIFEST, seal(cache.rolled_up | kept, version))
+    write_card(store, cache.corpus, cache.teachers, version)

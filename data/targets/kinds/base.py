@@ -50,6 +50,7 @@ class TargetKind(ABC):
     extends: ClassVar[bool] = False  # it is a further part of another kind's targets
     per_sequence: ClassVar[bool] = False  # one target a row, none at positions
     largest_k: ClassVar[int | None] = None  # whatever the vocabulary
+    tells_text: ClassVar[bool] = True  # much of the text can be read from it, or guessed
 
     def __init__(self, info: TeacherInfo):
         self.info = info
