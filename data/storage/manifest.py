@@ -99,11 +99,20 @@ def _is_roll_up(body: Mapping[str, object]) -> bool:
 def told_missing(store: Store, name: str) -> str:
     """What is said of a committed shard that is not there."""
     if name.startswith("corpus/") and store.exists(WITHOUT_TEXT):
-        return (
-            f"{store.location}/{name} is not there: the cache was passed on without its text. Its "
-            "README.md and docs/sharing.md say how the same text makes it whole again"
-        )
+        return f"{store.location}/{name} is not there: {_NO_TEXT}"
     return f"{store.location}/{name} is missing although it was committed"
+
+
+def refuse_without_text(store: Store) -> None:
+    """Raise CacheFormatError for a cache that was passed on so, where its text is needed."""
+    if store.exists(WITHOUT_TEXT):
+        raise CacheFormatError(f"{store.location}: {_NO_TEXT}")
+
+
+_NO_TEXT = (
+    "the cache was passed on without its text. Its README.md and docs/sharing.md say how the same "
+    "text makes it whole again"
+)
 
 
 def begin_manifest(store: Store) -> None:

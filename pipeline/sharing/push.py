@@ -50,9 +50,10 @@ class Pushed:
             lines += [f"{name}  is removed" for name in self.removed]
         done = "would be sent" if self.dry_run else "sent"
         new = f" ({'private' if self.private else 'public'}{', new' if self.made else ''})"
+        before = len(self.files) - len(self.sent)
         lines.append(
             f"{self.kind} {self.url}{'' if self.dry_run else new}: "
-            f"{counted(len(self.sent), 'file')}, {shown_bytes(sent)} {done}, {len(self.files) - len(self.sent)} were there"
+            f"{counted(len(self.sent), 'file')}, {shown_bytes(sent)} {done}, {before} were there"
             + (f", {len(self.removed)} removed" if self.removed else "")
         )
         if not self.dry_run:
