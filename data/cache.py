@@ -384,9 +384,7 @@ def write_manifest(store: Store) -> None:
     """Write the roll-up, unless it is there: it can be rebuilt from the rest of the cache."""
     before = read_manifest(store)
     with suppress(CacheError):  # it speaks of what there was before
-        cache = Cache(store)
-        if cache.rolled_up == {key: before.get(key) for key in ROLLED_UP}:
-            write_card(store, cache.corpus, cache.teachers, before[VERSION])
+        if Cache(store).rolled_up == {key: before.get(key) for key in ROLLED_UP}:
             return
     version = max(FORMAT_VERSION, before[VERSION])
     kept = {key: before[key] for key in KEPT if key in before}
@@ -394,5 +392,5 @@ def write_manifest(store: Store) -> None:
     cache = Cache(store)
     needed = (teacher.info.format_version for teacher in cache.teachers.values())
     version = max([version, version_of(cache.corpus.info["config"]), *needed])
+    write_card(store, cache.corpus, cache.teachers, version)  # before what says that all is done
     store.replace(MANIFEST, seal(cache.rolled_up | kept, version))
-    write_card(store, cache.corpus, cache.teachers, version)

@@ -324,10 +324,10 @@ def _finish(store: Store, change: Change) -> None:
         cache = Cache(store)
         rolled = cache.rolled_up
     journal = journal_in(before, store).model_copy(update={"change": None})
-    store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
-    store.seen = Seen()
     if cache is not None:
         write_card(store, cache.corpus, cache.teachers, change.version)
+    store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
+    store.seen = Seen()
 
 
 def _check_room(store: Store, change: Change) -> None:

@@ -14,7 +14,6 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from rekindle.data.cache import Cache
 from rekindle.data.counted import counted
-from rekindle.data.storage.store import open_store
 from rekindle.pipeline.checks.verify import verify_cache
 from testlib.caches import examples, problems
 from testlib.command import pipeline
@@ -196,13 +195,15 @@ def test_the_card_is_written_beside_a_finished_cache_and_keeps_what_was_added(
 
 
 def test_a_cache_that_cannot_be_written_stays_as_it_is(cache, monkeypatch):
-    from rekindle.data.cache import write_manifest
+    from rekindle.data.sharing.card import write_card
     from rekindle.data.storage.store import LocalStore
 
     (cache / "README.md").unlink()
-    monkeypatch.setattr(LocalStore, "writable", property(lambda store: False))
-    write_manifest(open_store(cache))
-    assert not (cache / "README.md").exists()
+    opened = Cache.open(cache)
+    for writable in (False, True):
+        monkeypatch.setattr(LocalStore, "writable", property(lambda store, now=writable: now))
+        write_card(opened.store, opened.corpus, opened.teachers, 3)
+        assert (cache / "README.md").exists() is writable
 
 
 def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, cache, monkeypatch):
