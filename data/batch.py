@@ -1,7 +1,7 @@
 """What a training step reads: sequences, views and targets, still in the cache's encoding.
 
 B sequences, S positions of the longest, P positions with a target in the whole batch, K candidates,
-C classes. ``rows`` [P] says which sequence of the batch a position belongs to.
+C classes. ``rows`` [P] gives the sequence of the batch that a position belongs to.
 """
 
 from abc import ABC, abstractmethod
@@ -13,12 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.example import SequenceTargets, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import (
+    SequenceTargets,
+    Target,
+    TokenLabelTargets,
+    TokenTargets,
+    VectorTargets,
+)
 from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
 from rekindle.data.targets.answers import entropies, probabilities
 from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -55,7 +62,7 @@ class MaskedInputs:
 
 @dataclass(frozen=True)
 class PairInputs:
-    """The batch's sentence pairs as the student sees them; an absent pair has length 0."""
+    """The batch's sentence pairs as the student sees them; a missing pair has length 0."""
 
     input_ids: Tokens  # [B,S']
     token_types: Tokens  # [B,S']
@@ -72,10 +79,10 @@ class TargetBatch(ABC):
     """One teacher's targets of a batch. R rows: its positions, or its sequences, with a target."""
 
     info: TeacherInfo
-    rows: Ints  # [R] the sequence that each belongs to, ascending
+    rows: Ints  # [R] the sequence that each row belongs to, ascending
 
     def keep(self, chosen: Chosen) -> Self:
-        """Return the targets of the chosen ones of the R rows."""
+        """Return the targets of the chosen rows among the R."""
         if not isinstance(chosen, slice) and chosen.all():
             return self
         return self._keep(chosen)
@@ -91,9 +98,9 @@ class TargetBatch(ABC):
 
     @abstractmethod
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
-        """Return the only sequence's target for people to read, None where it has none.
+        """Return the batch's only sequence's target for people to read, None if it has none.
 
-        ``ids`` [S] is the sequence as it is, ``seen`` [S] as the teacher saw it.
+        ``ids`` [S] is the sequence itself, ``seen`` [S] what the teacher saw.
         """
 
 
@@ -105,23 +112,23 @@ class TokenTargetBatch(TargetBatch):
     rows: Ints  # [P]
     positions: Ints  # [P]
     columns: Columns  # flat [P,…], see data/targets/kinds/
-    head: StoredHead | None = None  # of a teacher whose hidden states are kept
-    most_k: int | None = None  # candidates that the run uses; None: all that are kept
-    between: bool = False  # whether a temperature between stored ones is interpolated
+    head: StoredHead | None = None  # of a teacher with stored hidden states
+    most_k: int | None = None  # candidates that the run uses; None: all that are stored
+    between: bool = False  # whether temperatures between stored ones are interpolated
 
     @property
     def kind(self) -> VocabularyKind:
-        """What its columns are."""
+        """Return the kind of its columns."""
         return vocabulary_kind(self.info)
 
     def used_k(self, k: int | None) -> int | None:
-        """Return the ``k`` that is read where ``k`` is asked for; None for all that are kept."""
+        """Return the number of candidates read if ``k`` is asked for; None: all that are stored."""
         k = self.most_k if k is None else k
         return None if k == self.info.k else k
 
     def interpolating(self, allowed: bool = True) -> Self:
-        """Return the same targets, readable at temperatures between stored ones as well (of
-        ``topk`` with three or more: ``data/targets/between.py`` says how, and how well).
+        """Return the same targets, also readable at temperatures between stored ones (``topk`` with
+        three or more: ``data/targets/between.py`` says how, and how accurately).
         """
         return replace(self, between=allowed)
 
@@ -133,16 +140,16 @@ class TokenTargetBatch(TargetBatch):
     def decode(self, temperature: float = 1.0, k: int | None = None) -> tuple[Ints, Floats, Floats]:
         """Return ids [P,k], log-probabilities [P,k] at ``temperature``, log tail mass [P].
 
-        By falling probability; the whole vocabulary of a dense teacher in the order of its ids. Of
-        ``random`` targets an id of −1 (with probability 0) stands where fewer ids were drawn. To
-        look at: of dense targets and hidden states [P,V] floats are formed, while a loss takes what
-        ``train/to_device.py`` sends, as it is stored.
+        By falling probability; for a dense teacher, the whole vocabulary in the order of its ids.
+        In ``random`` targets an id of −1 (with probability 0) fills places where fewer ids were
+        drawn. Meant for inspection: dense targets and hidden states become [P,V] floats here, while
+        a loss takes what ``train/to_device.py`` sends in stored form.
 
         Raises InputError at a temperature that is not stored (nor interpolated: ``interpolating``),
-        or a ``k`` below that of a sample; ValueError for a k outside 1..K.
+        or for a ``k`` below a sample's; ValueError for a k outside 1..K.
         """
         if k is not None and not 1 <= k <= self.kind.k:
-            raise ValueError(f"k must lie in 1..{self.kind.k}, the number that is cached, got {k}")
+            raise ValueError(f"k must lie in 1..{self.kind.k}, the number that is stored, got {k}")
         kind, columns = self.kind, self.columns
         if self.between and isinstance(kind, TopK) and kind.interpolates(temperature):
             kind, columns = kind.interpolated(columns, temperature)
@@ -151,7 +158,7 @@ class TokenTargetBatch(TargetBatch):
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""
         columns, first = self.columns, self.kind.read_at
-        unknown = np.full(len(self.positions), np.nan, np.float32)  # of imported targets
+        unknown = np.full(len(self.positions), np.nan, np.float32)  # for imported targets
 
         def nats(name: str) -> Floats:
             return (
@@ -175,25 +182,25 @@ class TokenTargetBatch(TargetBatch):
 
 
 class ExpertBatch(TargetBatch):
-    """An expert's logits of a batch, a row each for its positions or for the batch's sequences."""
+    """An expert's logits of a batch: a row per position, or per sequence of the batch."""
 
     logits: Floats  # [R,C]
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names [C] of its classes, labels or scores."""
+        """Return the names [C] of its classes, labels or scores."""
         numbered = (f"LABEL_{number}" for number in range(self.info.num_labels or 0))
         return self.info.label_names or tuple(numbered)
 
     def probabilities(self, temperature: float = 1.0) -> Floats:
-        """Return the probabilities of its classes, as ``logits`` stand; NaN where it has no target.
+        """Return the probabilities of its classes, shaped as ``logits``; NaN without a target.
 
-        Of an expert on labels that each hold or do not: of each. Raises InputError for scores.
+        For an expert on labels that may hold together: of each label. Raises InputError for scores.
         """
         return probabilities(self.info, self._known(), temperature)
 
     def entropy(self, temperature: float = 1.0) -> Floats:
-        """Return how unsure it is: the entropy in nats, a number for each row of ``logits``."""
+        """Return the entropy in nats of each row of ``logits``: how uncertain the expert is."""
         return entropies(self.info, self.probabilities(temperature))
 
     def _known(self) -> Floats:
@@ -224,12 +231,12 @@ class SequenceTargetBatch(ExpertBatch):
 
     info: TeacherInfo
     present: NDArray[np.bool_]  # [B]
-    logits: Floats  # [B,C], zero where absent
+    logits: Floats  # [B,C], zero where missing
     mc_probs: Floats | None  # [B,C]
 
     @property
     def rows(self) -> Ints:  # type: ignore[override]
-        """The sequences [R] that have a target."""
+        """Return the sequences [R] that have a target."""
         return np.flatnonzero(self.present)
 
     def _keep(self, chosen: Chosen) -> Self:
@@ -251,8 +258,24 @@ class SequenceTargetBatch(ExpertBatch):
         return SequenceTargets(self.logits[0], mc) if self.present[0] else None
 
 
+@dataclass(frozen=True)
+class EmbeddingBatch(TargetBatch):
+    """One sentence encoder's vectors of a batch."""
+
+    info: TeacherInfo
+    rows: Ints  # [R]
+    vectors: Floats  # [R,D]
+
+    def _keep(self, chosen: Chosen) -> Self:
+        return replace(self, rows=self.rows[chosen], vectors=self.vectors[chosen])
+
+    def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
+        """Return the only sequence's vector."""
+        return VectorTargets(self.vectors[0]) if len(self.rows) else None
+
+
 def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
-    """Read the sequences ``where`` [B] as they stand: ids [B,S], padded, and their lengths [B]."""
+    """Read the unmasked sequences ``where`` [B]: ids [B,S], padded, and their lengths [B]."""
     cuts = [corpus.cut(place) for place in where]
     lengths = cut_lengths(cuts)
     return pad_cuts(cuts, lengths, "input_ids", corpus.info["tokenizer"]["pad_id"]), lengths
@@ -261,7 +284,7 @@ def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
 def read_masked(
     view: ViewReader, where: Sequence[Place], clean: Tokens, replica: int
 ) -> MaskedInputs:
-    """Read a masked ``replica`` of the sequences ``where`` [B], ``clean`` [B,S] as they stand."""
+    """Read a masked ``replica`` of the sequences ``where`` [B], unmasked ``clean`` [B,S]."""
     cuts = [view.cut(place, replica) for place in where]
     found = joined(cuts)
     rows = np.repeat(np.arange(len(where)), cut_lengths(cuts))
@@ -286,12 +309,15 @@ def read_targets(
     missing: bool = False,
     scalars: bool = True,
 ) -> TargetBatch:
-    """Read the targets of the sequences ``where`` [B], as (shard of the corpus, row of it).
+    """Read the targets of the sequences ``where`` [B], given as (shard of the corpus, row of it).
 
-    Those of units that are not committed have none if they may be ``missing``; without ``scalars``
-    those of positions, which no loss needs, are left out.
+    Sequences of units that are not committed have none if they may be ``missing``. Without
+    ``scalars`` each position's scalars, which no loss needs, are left out.
     """
     counts, columns = teacher.gather(where, replica, missing, scalars)
+    if isinstance(teacher.kind, Embedding):
+        sequences = np.flatnonzero(counts)
+        return EmbeddingBatch(teacher.info, sequences, teacher.kind.decode(columns))
     if teacher.kind.per_sequence:
         present, found = counts > 0, {}
         for name, values in columns.items():
@@ -311,29 +337,30 @@ class Batch:
     """A batch of sequences and their targets."""
 
     index: Ints  # [B] global sequence numbers
-    digests: Sequence[str | None]  # [B], never None
+    digests: Sequence[str | None]  # [B], no None in it
     domains: Sequence[str | None]  # [B]
     input_ids: NDArray[np.int32]  # [B,S] clean, padded at the end
     lengths: Ints  # [B]
     masked: MaskedInputs | None
     pairs: dict[str, PairInputs]  # by view name
     targets: dict[str, TargetBatch]  # by teacher name
-    epoch: int = 0  # for what is drawn anew in every epoch
-    documents: Sequence[str | None] = ()  # [B] ids, where they are known
-    token_types: Tokens | None = None  # [B,S] the segments, where each sequence is a pair
+    epoch: int = 0  # for values drawn anew in every epoch
+    documents: Sequence[str | None] = ()  # [B] ids, where known
+    groups: Sequence[str | None] = ()  # [B] names, no None in it; empty if the corpus has no groups
+    token_types: Tokens | None = None  # [B,S] the segments, if each sequence is a pair
     trained: NDArray[np.bool_] | None = None  # [B,S] the tokens that are learnt; None: all
-    # [B,S] which document of its sequence a token is of, −1 where padded; None: each is of one
+    # [B,S] the document of its sequence a token belongs to, −1 at padding; None: one each
     document_numbers: Tokens | None = None
 
     @property
     def attention_mask(self) -> NDArray[np.bool_]:
-        """[B,S], True at real tokens."""
+        """Return [B,S], True at real tokens."""
         return np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
 
     @property
     def next_places(self) -> tuple[Ints, Ints]:
-        """The rows [P] and positions [P] that predict a token which is trained, the next one of
-        the same document: where a causal LM has a loss.
+        """Return the rows [P] and positions [P] whose next token, in the same document, is trained:
+        where a causal LM has a loss.
         """
         learnt, numbers = self.trained, self.document_numbers
         if numbers is not None:
@@ -348,7 +375,7 @@ class Batch:
         return rows, positions
 
     def take(self, part: slice) -> "Batch":
-        """Return ``part`` of its sequences, from one to another, with their targets.
+        """Return a contiguous ``part`` of its sequences with their targets.
 
         It is no wider than the longest of them.
         """
@@ -365,6 +392,7 @@ class Batch:
             pairs={name: pairs.take(part) for name, pairs in self.pairs.items()},
             targets={name: target.take(part) for name, target in self.targets.items()},
             documents=self.documents[part],
+            groups=self.groups[part],
             token_types=None if self.token_types is None else self.token_types[part, :width],
             trained=None if self.trained is None else self.trained[part, :width],
             document_numbers=None if numbers is None else numbers[part, :width],

@@ -1,4 +1,4 @@
-"""The reader of a cache: what is in it, one example, and batches in any order.
+"""Read a cache: what is in it, one example, and batches in any order.
 
 Nothing here depends on the order in which teachers ran: targets are found by corpus row and checked
 against the row's digest. Bytes are verified against their checksums the first time they are
@@ -24,6 +24,7 @@ from rekindle.data.batch import (
     read_pairs,
     read_targets,
 )
+from rekindle.data.corpus.columns import GROUP
 from rekindle.data.corpus.config import version_of
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.texts import CorpusTexts
@@ -63,15 +64,15 @@ from rekindle.data.views.reader import ViewReader
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TEXTS = ("text_a", "text_b")  # of a pair
-WHOLE = Kept()  # all that there is of a teacher
+TEXTS = ("text_a", "text_b")  # columns of a pair
+WHOLE = Kept()  # everything stored of a teacher
 
 
 class Cache:
     """An opened cache. ``corpus``, ``teachers`` (by name), ``views`` (by name).
 
-    It can be pickled (for workers of a DataLoader, say): it stays what it was when it was opened,
-    and its files are mapped anew in each process.
+    It can be pickled (for example for DataLoader workers): it stays what it was when it was opened,
+    and its files are mapped again in each process.
     """
 
     def __init__(self, store: Store):
@@ -79,7 +80,7 @@ class Cache:
         self.manifest = read_seen(store)
         self.corpus = Corpus(store)
         check_roll_up(self.manifest, self.corpus)
-        self.extent = Extent()  # all that there is
+        self.extent = Extent()  # everything in it
         self.views = {name: ViewReader(self.corpus, name) for name in store.folders("views")}
         self.teachers: dict[str, TeacherReader] = {
             name: self._teacher(name, self.views)
@@ -91,15 +92,15 @@ class Cache:
     def open(cls, path: str | os.PathLike[str]) -> "Cache":
         """Open the cache at a local path or URL.
 
-        Raises CacheFormatError when there is none, or one of a format this version does not read,
-        and CacheMismatchError when its parts do not belong together.
+        Raises CacheFormatError if there is none, or its format version is not readable here;
+        CacheMismatchError if its parts do not belong together.
         """
         cache = cls(open_store(path))
         tell_changing(cache.manifest, cache.store)
         return cache
 
     def within(self, extent: Extent) -> "Cache":
-        """Return the cache as it is read by a run of that extent."""
+        """Return the cache as a run of that extent reads it."""
         limited = copy(self)
         limited.extent = extent
         limited.views = {
@@ -120,19 +121,19 @@ class Cache:
         stated = (self.manifest.get("teachers") or {}).get(name, {}).get("weights")
         if stated is not None and stated != info.fingerprints.get("weights"):
             raise CacheMismatchError(
-                f"{self.store.location}: {MANIFEST} and targets/{name}/teacher.json disagree about "
-                f"the weights of teacher {name!r}; the targets were exchanged"
+                f"{self.store.location}: {MANIFEST} and targets/{name}/teacher.json disagree "
+                f"about the weights of teacher {name!r}; the targets were replaced"
             )
         return TeacherReader(self.corpus, infos, views.get(info.view), kept.part, kept.k)
 
     @property
     def tokenizer_digest(self) -> str:
-        """Identity of the vocabulary that token ids and vocabulary targets are in."""
+        """Return the identity of the vocabulary that token ids and vocabulary targets use."""
         return str(self.corpus.info["tokenizer"]["digest"])
 
     @property
     def rolled_up(self) -> dict[str, object]:
-        """What ``cache.json`` repeats of it."""
+        """Return what ``cache.json`` repeats of it."""
         return roll_up(self.corpus, self.views, self.teachers)
 
     def __len__(self) -> int:
@@ -143,11 +144,11 @@ class Cache:
 
     @property
     def texts(self) -> CorpusTexts:
-        """The text of each sequence, by its number or a slice, read when it is asked for."""
+        """Return the text of each sequence, by its number or a slice, read on access."""
         return CorpusTexts(self.corpus)
 
     def masked_view(self, name: str | None = None) -> ViewReader:
-        """The masked view of that name, or the only one; InputError when that is not clear."""
+        """Return the masked view of that name, or the only one; InputError if unclear."""
         found = [name for name, view in self.views.items() if view.kind.masked]
         if name is None and len(found) == 1:
             name = found[0]
@@ -160,11 +161,11 @@ class Cache:
         return self.views[name]
 
     def teacher(self, name: str) -> TeacherReader:
-        """The teacher of that name; InputError with the known ones otherwise."""
+        """Return the teacher of that name; InputError, with the known ones, if missing."""
         if name not in self.teachers:
             known = ", ".join(sorted(self.teachers)) or "none"
             became = what_became(self.manifest, self.store, name, self.teachers)
-            advice = " Cache it with `pipeline cache-teachers`, or take it out of train.objective"
+            advice = " Cache it with `pipeline cache-teachers`, or remove it from train.objective"
             raise InputError(
                 f"{self.store.location} has no teacher {name!r} (it has: {known})."
                 f"{became or advice}"
@@ -182,7 +183,7 @@ class Cache:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Batch]:
-        """One epoch in its shuffled order, each sequence exactly once over all ranks.
+        """Yield one epoch in its shuffled order, each sequence exactly once over all ranks.
 
         ``teachers`` defaults to all. Masked teachers give replica ``epoch mod replicas``, and
         ``Batch.masked`` is that replica. The last batch may be short. Raises ValueError for a rank
@@ -216,11 +217,12 @@ class Cache:
         allow_missing: Sequence[str] = (),
         scalars: bool = True,
     ) -> Batch:
-        """The batch of the sequences ``index`` [B], in that order, with those teachers' targets.
+        """Return the batch of the sequences ``index`` [B], in that order, with those teachers'
+        targets.
 
-        A unit that is not committed is CacheMismatchError, unless its teacher is in
-        ``allow_missing``: its sequences then have no targets. InputError when a masked teacher saw
-        other masks than ``masked_view``. Without ``scalars`` the batch has no gold_log_prob,
+        Raises CacheMismatchError for a unit that is not committed, unless its teacher is in
+        ``allow_missing``: its sequences then have no targets. Raises InputError if a masked teacher
+        saw other masks than ``masked_view``. Without ``scalars`` the batch has no gold_log_prob,
         gold_rank and entropy: no loss needs them.
         """
         index = sequence_numbers(index)
@@ -228,7 +230,7 @@ class Cache:
             info = self.teacher(name).info
             if info.shown.masked and info.view != masked_view:
                 raise InputError(
-                    f"teacher {name!r} saw {info.view}, this batch has "
+                    f"teacher {name!r} saw {info.view}, but this batch has "
                     f"{masked_view or 'no masks'}: its targets belong to other inputs. Use the "
                     "masks it was cached with"
                 )
@@ -239,7 +241,7 @@ class Cache:
         if masked_view is not None:
             view = self.masked_view(masked_view)
             masked = read_masked(view, where, clean, epoch % max(1, view.replicas))
-        replica = masked.replica if masked else None
+        replica, has_groups = masked.replica if masked else None, self.corpus.has_groups
         shown = [teacher.view for teacher in map(self.teacher, teachers) if teacher.view]
         pairs = {view.name: view for view in shown if view.kind.paired}
         return Batch(
@@ -258,16 +260,17 @@ class Cache:
             },
             epoch=epoch,
             documents=RowTexts(partial(self.corpus.text, "document"), where),
+            groups=RowTexts(partial(self.corpus.text, GROUP), where) if has_groups else (),
             **read_marks(self.corpus, where),
         )
 
     def lengths(self, index: Ints) -> Ints:
-        """How many tokens each of the sequences ``index`` [B] has, as it is stored."""
+        """Return how many tokens each of the sequences ``index`` [B] has, as stored."""
         places = zip(*(part.tolist() for part in self.corpus.locate(index)), strict=True)
         return cut_lengths([self.corpus.cut(place) for place in places])
 
     def longest_first(self, index: Ints) -> Ints:
-        """The sequences ``index`` [B] by falling length, those of one length as they stand."""
+        """Return the sequences ``index`` [B] by falling length; ties keep their order."""
         return index[np.argsort(-self.lengths(index), kind="stable")]
 
     def scores(
@@ -277,7 +280,7 @@ class Cache:
         replica: int | None = None,
         **settings: Unpack[ScoreSettings],
     ) -> NDArray[np.float64]:
-        """A score [N] of every sequence from the teacher's stored scalars: ``sequence_scores``."""
+        """Return every sequence's score [N], from stored scalars: ``sequence_scores``."""
         return sequence_scores(self.teacher(teacher), score, replica, **settings)
 
     def ranking(
@@ -287,14 +290,14 @@ class Cache:
         replica: int | None = None,
         **settings: Unpack[ScoreSettings],
     ) -> Ints:
-        """The sequences by falling score, ties in corpus order; those without a score last."""
+        """Return the sequences by falling score, ties in corpus order, unscored last."""
         found = self.scores(teacher, score, replica, **settings)
         return np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")
 
     def hard_positions(
         self, teacher: str, threshold: float = HARD, replica: int | None = None
     ) -> Iterator[HardPositions]:
-        """Per sequence, the positions whose true token the teacher gives −log p > ``threshold``."""
+        """Yield each sequence's positions with −log p > ``threshold`` of the true token."""
         return hard_positions(self.teacher(teacher), threshold, replica)
 
     def import_targets(
@@ -306,13 +309,13 @@ class Cache:
         where: str = "rows",
         **settings: Unpack[ImportSettings],
     ) -> ImportResult:
-        """Write targets that were made elsewhere as the teacher ``name``; what was done.
+        """Write targets that were made elsewhere as the teacher ``name``; return what was done.
 
         ``rows`` are mappings as docs/targets_elsewhere.md describes them, in any order; those of
-        one shard are held until it is complete. ``provenance`` names the ``model``, and whatever is
-        to be remembered beside it. The ``settings`` are those of ``ImportConfig``: ``task``,
-        ``view``, ``k``, ``codec``, ``labels``, ``problem``, ``allow_missing``. Raises InputError,
-        naming the row (as one of ``where``), and CacheMismatchError, as ``import_targets`` does.
+        one shard are held until it is complete. ``provenance`` names the ``model``, and whatever
+        else to record. The ``settings`` are those of ``ImportConfig``: ``task``, ``view``, ``k``,
+        ``codec``, ``labels``, ``problem``, ``allow_missing``. Raises InputError, naming the row (as
+        one of ``where``), and CacheMismatchError, as ``import_targets`` does.
         """
         values = {"name": name, "provenance": dict(provenance), **settings}
         config = parse_settings(ImportConfig, values, "import_targets")
@@ -328,12 +331,12 @@ class Cache:
         folder: str | os.PathLike[str] | None = None,
         k: int | None = None,
     ) -> "dict[str, Dataset]":
-        """Each teacher's targets with the text beside them, as a ``datasets.Dataset``.
+        """Return each teacher's targets, with their text, as a ``datasets.Dataset``.
 
         ``teachers`` defaults to all. The rows are those of docs/targets_elsewhere.md and can be
-        imported again. In memory, or (what a large cache needs) mapped from files in ``folder``.
-        ``k``: so many candidates of each position. Raises InputError for an unknown teacher, and
-        for one that keeps whole distributions where no ``k`` is given.
+        imported again. They are held in memory or, as a large cache needs, mapped from files in
+        ``folder``. ``k``: only this many candidates of each position. Raises InputError for an
+        unknown teacher, and for one with whole distributions if no ``k`` is given.
         """
         found = {}
         for name in self.teachers if teachers is None else teachers:
@@ -345,10 +348,10 @@ class Cache:
         return found
 
     def example(self, index: int) -> Example:
-        """Sequence ``index`` with every committed target, decoded. IndexError outside 0..len−1."""
+        """Return sequence ``index`` with all committed targets decoded, or IndexError."""
         shards, rows = self.corpus.locate(np.array([index]))
         shard, row = int(shards[0]), int(rows[0])
-        shown = ["digest", "document", "domain", "text"]
+        shown = ["digest", "document", "domain", "text", *[GROUP] * self.corpus.has_groups]
         record = self.corpus.rows(shard, row, 1).select(shown).to_pylist()[0]
         ids = read_clean(self.corpus, [(shard, row)])[0][0]
         pairs = {}
@@ -381,9 +384,9 @@ class Cache:
 
 
 def write_manifest(store: Store) -> None:
-    """Write the roll-up, unless it is there: it can be rebuilt from the rest of the cache."""
+    """Write the roll-up if it changed; it can be rebuilt from the rest of the cache."""
     before = read_manifest(store)
-    with suppress(CacheError):  # it speaks of what there was before
+    with suppress(CacheError):  # raised if the roll-up describes an earlier state
         if Cache(store).rolled_up == {key: before.get(key) for key in ROLLED_UP}:
             return
     version = max(FORMAT_VERSION, before[VERSION])

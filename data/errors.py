@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet, by cause. Each carries the exit code of its command.
+"""The errors that users can cause or meet, by cause. Each carries its command's exit code.
 
 A message says what was given, the rule, and what to do. Bad calls of the Python entry points raise
 plain ``ValueError``; an ``assert`` is only for our own bugs.
@@ -8,24 +8,24 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-_NEAR = 0.6  # of two names: letters that they share, in order, as a part of all they have
+_NEAR = 0.6  # share of two names' letters that they must have in common, in order
 
 
 class RekindleError(Exception):
-    """Anything Rekindle reports without a traceback."""
+    """Anything that Rekindle reports without a traceback."""
 
     exit_code = 1
 
 
 class InputError(RekindleError, ValueError):
-    """What the user gave is wrong: a configuration key, a file, a model, a label."""
+    """The user's input is wrong: a configuration key, a file, a model, a label."""
 
     exit_code = 2
 
 
 class ResumableError(InputError):
-    """Memory or disk did not suffice. The work can go on, with ``settings`` (``key=value``) added
-    to the command.
+    """Memory or disk ran out. The work can continue with ``settings`` (``key=value``) added to the
+    command.
     """
 
     def __init__(self, message: str, settings: tuple[str, ...] = ()):
@@ -34,8 +34,8 @@ class ResumableError(InputError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones, in
-    whatever case, or one that begins with it; nothing where none is near.
+    """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones,
+    ignoring case, or one that begins with it; "" if none is near.
     """
     plain = {one.casefold(): one for one in known}
     given = name.casefold()
@@ -45,9 +45,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_words(error: BaseException, limit: int = 300) -> str:
-    """Return what a library's error says first: its first line, and, where that only announces
-    the reason with a colon, what follows, as one line of at most ``limit`` characters. Of what
-    begins with the drawing of a model, which ends in a bracket of its own, the last line.
+    """Return the first words of a library's error: its first line, or, if that only announces the
+    reason with a colon, all of it as one line of at most ``limit`` characters. If it begins with
+    the printout of a model, which ends in its own bracket, add the last line.
     """
     text = str(error).strip()
     first, _, more = text.partition("\n")
@@ -73,11 +73,11 @@ class CacheError(RekindleError):
 
 
 class CacheFormatError(CacheError):
-    """Not a cache, an unknown format version, or bytes that are not what was committed."""
+    """Not a cache, an unknown format version, or bytes that differ from what was committed."""
 
 
 class CacheVersionError(CacheFormatError):
-    """A cache of a format version that this code does not read: not damage."""
+    """A cache of a format version that this code cannot read; it is not damaged."""
 
 
 class CacheMismatchError(CacheError):
@@ -92,9 +92,9 @@ class CheckpointError(RekindleError):
 
 @contextmanager
 def unusable(told: str, *causes: type[Exception], advice: str = "") -> Iterator[None]:
-    """Make a CacheFormatError of ``causes``: what is ``told`` of a file, the cause, the advice.
+    """Turn ``causes`` into a CacheFormatError: what is ``told`` of a file, the cause, the advice.
 
-    Of a file that is missing enough is told.
+    For a missing file the cause is left out.
     """
     try:
         yield

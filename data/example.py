@@ -1,4 +1,4 @@
-"""One sequence of a cache with its targets decoded, for people and for checks; not for training."""
+"""One sequence of a cache with its targets decoded, for people and checks; not for training."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class TokenTargets:
     ids: NDArray[np.int64]  # [P,K] by falling probability
     log_probs: NDArray[np.float32]  # [P,K] at τ = 1, else at the first in log_tail
     log_tail: dict[float, NDArray[np.float32]]  # τ -> [P]
-    # What is not known of imported targets is NaN, a rank −1.
+    # Unknown values of imported targets are NaN, unknown ranks −1.
     gold_ids: NDArray[np.int64]  # [P]
     gold_log_prob: NDArray[np.float32]  # [P]
     gold_rank: NDArray[np.int64]  # [P]
@@ -39,7 +39,14 @@ class TokenLabelTargets:
     logits: NDArray[np.float32]  # [P,C]
 
 
-Target = TokenTargets | SequenceTargets | TokenLabelTargets
+@dataclass(frozen=True)
+class VectorTargets:
+    """One example's vector from a sentence encoder."""
+
+    vector: NDArray[np.float32]  # [D]
+
+
+Target = TokenTargets | SequenceTargets | TokenLabelTargets | VectorTargets
 
 
 @dataclass(frozen=True)
@@ -53,5 +60,6 @@ class Example:
     text: str
     input_ids: NDArray[np.int32]  # [S]
     pairs: dict[str, tuple[str, str] | None]  # by view name
-    targets: dict[str, list[Target]]  # by teacher: an entry per replica, or one
-    trained: NDArray[np.bool_] | None = None  # [S] what is learnt of it; None: all
+    targets: dict[str, list[Target]]  # by teacher: one entry per replica, or a single one
+    trained: NDArray[np.bool_] | None = None  # [S] the tokens that are learnt; None: all
+    group: str | None = None  # the group it is compared within

@@ -1,4 +1,4 @@
-"""What a configuration that was recorded by an older version says in the words of this one."""
+"""Read configurations recorded by older versions in terms of this one."""
 
 import logging
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Formerly:
-    """Marks a key whose default was ``value`` once: what was begun with that goes on with it."""
+    """Marks a key whose default used to be ``value``: work begun with that default keeps it."""
 
     value: object
 
 
 def with_defaults(section: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded section with the defaults of keys that are younger, as JSON has them.
+    """Return a recorded section with the defaults of younger keys, as in JSON.
 
-    What this version would refuse, or does not know, stays as it is.
+    What this version would refuse, or does not know, is unchanged.
     """
     try:
         return parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
@@ -42,21 +42,21 @@ def with_defaults(section: type[Settings], recorded: Mapping[str, Any]) -> dict[
 
 
 def with_every_key(section: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded section with null for each key that is recorded only where it is set."""
+    """Return a recorded section with null for each key that is recorded only if set."""
     keys = (field.alias or name for name, field in section.model_fields.items())
     return dict.fromkeys(keys) | dict(recorded)
 
 
 def _each(section: type[Settings], value: object) -> object:
-    """``with_defaults`` for a section, or each of a list; other values stay."""
+    """Apply ``with_defaults`` to a section, or each one of a list; other values are unchanged."""
     if isinstance(value, list):
         return [_each(section, one) for one in value]
     return with_defaults(section, value) if isinstance(value, Mapping) else value
 
 
 def as_begun(config: S, recorded: Mapping[str, Any], where: str = "", say: bool = True) -> S:
-    """``config`` with the former default of every key that it does not give, where that is what is
-    ``recorded``; ``say`` it in a line each. ``where``: the section's own key, for the line.
+    """Return ``config`` with the former default of every key that it does not give, if that default
+    is ``recorded``; ``say`` so in a line each. ``where``: the section's own key, for the line.
     """
     changed: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
@@ -70,5 +70,10 @@ def as_begun(config: S, recorded: Mapping[str, Any], where: str = "", say: bool 
             if isinstance(mark, Formerly) and there == mark.value != value:
                 changed[name] = there
                 if say:
-                    log.info("%s is not given: %s, as it was begun (now %s)", path, there, value)
+                    log.info(
+                        "%s is not given: %s is used, as when it was begun (now %s)",
+                        path,
+                        there,
+                        value,
+                    )
     return config.model_copy(update=changed) if changed else config

@@ -1,6 +1,6 @@
-"""All that a cache consists of, file by file: what is damaged, what ``pipeline gc`` removes.
+"""List all files of a cache: find damaged ones, and what ``pipeline gc`` removes.
 
-Works on a cache that is damaged anywhere: nothing here needs another part of it to be sound.
+Works on a cache that is damaged anywhere: no function here needs another part to be sound.
 """
 
 import time
@@ -32,7 +32,7 @@ NEEDED = {
 
 
 def target_folders(store: Store) -> list[str]:
-    """The folders of all teachers' targets, each followed by those of its extensions."""
+    """Return the folders of all teachers' targets, each followed by those of its extensions."""
     found = []
     for name in store.folders("targets"):
         base = f"targets/{name}"
@@ -42,21 +42,22 @@ def target_folders(store: Store) -> list[str]:
 
 
 def shard_sets(store: Store) -> list[ShardSet]:
-    """Corpus, views and targets, in this order."""
+    """Return corpus, views and targets, in this order."""
     views = [f"views/{name}" for name in store.folders("views")]
     return [ShardSet(store, folder) for folder in ["corpus", *views, *target_folders(store)]]
 
 
 def descriptions(store: Store) -> Iterator[str]:
-    """The sealed files beside the shards, but the manifest."""
+    """Yield the sealed files beside the shards, except the manifest."""
     for folder in [shards.folder for shards in shard_sets(store)]:
         yield from (f"{folder}/{n}" for n in store.names(folder) if n.endswith(".json"))
 
 
 def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:
-    """What is wrong with the small files: manifest, descriptions, tokenizer, output matrices.
+    """Return what is wrong with the small files: manifest, descriptions, tokenizer, output
+    matrices.
 
-    Raises CacheVersionError for a cache of a version that this code does not read.
+    Raises CacheVersionError for a cache version that this code cannot read.
     """
     damaged: dict[str, CacheFormatError] = {}
 
@@ -83,7 +84,9 @@ def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:
 
 
 def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
-    """The small files that must stand beside the shards there are, and do not (from format 2)."""
+    """Return the small files that the existing shards require and that are missing (from
+    format 2).
+    """
     if read_manifest(store).get(VERSION) == 1:
         return {}
     lost: dict[str, CacheFormatError] = {}
@@ -100,14 +103,14 @@ def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
 
 
 def imported_teachers(store: Store) -> list[str]:
-    """The teachers whose targets were made elsewhere: by their descriptions, or, where those are
-    damaged, by what a sound shard says of itself.
+    """Return the teachers whose targets were made elsewhere: by their descriptions or, if those are
+    damaged, by what a sound shard records.
     """
     return [name for name in store.folders("targets") if is_imported(store, name)]
 
 
 def is_imported(store: Store, name: str) -> bool:
-    """Whether that teacher is one of them, as far as anything sound says so."""
+    """Return whether the teacher is imported, as far as anything sound says so."""
     with suppress(CacheError):
         return read_teacher(store, name).imported is not None
     stated = stated_by_shards(store, name)
@@ -115,7 +118,7 @@ def is_imported(store: Store, name: str) -> bool:
 
 
 def stated_by_shards(store: Store, name: str) -> TeacherInfo | None:
-    """Whose targets a sound shard in a teacher's folder says it has, if there is one."""
+    """Return the teacher recorded in a sound shard of a teacher's folder, if there is one."""
     shards = ShardSet(store, f"targets/{name}")
     for commit in shards.survey()[0].records():
         with suppress(CacheError, InputError):
@@ -131,10 +134,10 @@ def roll_up_records(store: Store) -> None:
 
 
 def orphans(shards: ShardSet) -> list[str]:
-    """Data files that no commit record names: of attempts that were killed, or are under way.
+    """Return data files that no commit record names: from attempts killed or under way.
 
-    Raises CacheFormatError while a commit record is damaged: what it named cannot be told from what
-    nobody named.
+    Raises CacheFormatError while a commit record is damaged: the files it named would look like
+    orphans.
     """
     named = {commit.path.removeprefix("data/") for commit in shards.committed().records()}
     present = shards.store.names(f"{shards.folder}/data")
@@ -142,8 +145,9 @@ def orphans(shards: ShardSet) -> list[str]:
 
 
 def collect_garbage(store: Store, older_than: float, dry_run: bool = False) -> dict[str, int]:
-    """Remove what killed attempts left behind; name -> bytes. Files younger than ``older_than``
-    seconds stay: their writers may be at work. Raises CacheFormatError as ``orphans`` does.
+    """Remove what killed attempts left behind; return name -> bytes. Files younger than
+    ``older_than`` seconds stay: their writers may be at work. Raises CacheFormatError as
+    ``orphans`` does.
     """
     removed: dict[str, int] = {}
     limit = time.time() - older_than
@@ -155,7 +159,7 @@ def collect_garbage(store: Store, older_than: float, dry_run: bool = False) -> d
         for name in names:
             try:
                 size, modified = store.state(name)
-            except FileNotFoundError:  # its writer put it in its place meanwhile
+            except FileNotFoundError:  # its writer has renamed it meanwhile
                 continue
             if modified <= limit:
                 removed[name] = size

@@ -1,17 +1,17 @@
-"""What is being done to a teacher of a cache, as ``cache.json`` says it; what is seen meanwhile.
+"""The change of a teacher under way, as recorded in ``cache.json``; what readers see meanwhile.
 
-A teacher is removed, renamed (a copy under the other name, which shards repeat) or transcoded (a
-copy in another codec). Each goes through phases; ``cache.json``, written whole, takes it from one
-to the next:
+A teacher is removed, renamed (a copy under the other name, because shards repeat it) or transcoded
+(a copy in another codec). Each change goes through phases; ``cache.json``, written as a whole,
+moves it from one to the next:
 
-making    the copy is written beside what is there. Readers see what was there before.
-placing   only of a transcoded teacher: its records take the place of the old ones. Readers see the
-          new ones where they were made, in folders ``.next``.
-clearing  what was there before is removed. Readers see what there will be.
+  making    the copy is written beside the old targets. Readers see the old ones.
+  placing   for a transcoded teacher only: new records replace the old ones. Readers see the
+            new ones where they were made, in folders ``.next``.
+  clearing  the old targets are removed. Readers see the final state.
 
-So whoever opens the cache sees one state or the other, wherever the process that changes it was
-killed, and the same command goes on. ``renamed`` and ``removed`` in ``cache.json`` remember what
-became of names.
+So whoever opens the cache sees one state or the other, wherever the changing process was killed,
+and the same command continues. ``renamed`` and ``removed`` in ``cache.json`` remember what became
+of names.
 """
 
 import logging
@@ -25,26 +25,26 @@ from pydantic import Field, model_validator
 from rekindle.data.errors import CacheError, InputError, unusable
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.base import Seen, Store
-from rekindle.data.storage.manifest import MANIFEST, read_manifest
+from rekindle.data.storage.manifest import MANIFEST, NEWEST, read_manifest
 from rekindle.data.storage.seal import CHANGING, REPAIR, seal
 from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.schema import TeacherInfo, TeacherName
 
 log = logging.getLogger("rekindle")
 
-KEPT = ("change", "renamed", "removed")  # of cache.json: what cannot be rebuilt from the rest
+KEPT = ("change", "renamed", "removed")  # keys of cache.json that cannot be rebuilt from the rest
 Action = Literal["remove", "rename", "transcode"]
 DOING = {"remove": "being removed", "rename": "being renamed", "transcode": "being transcoded"}
 
 
 class Change(Settings):
-    """A change of a teacher that was begun, and is not finished."""
+    """A change of a teacher that was begun and is not finished."""
 
     action: Action
     teacher: TeacherName
     to: TeacherName | None = Field(None, description="its new name, or codec")
-    sets: tuple[str, ...] = Field((), description="those that are transcoded")
-    version: int = Field(ge=1, lt=CHANGING, description="of the cache without the change")
+    sets: tuple[str, ...] = Field((), description="the shard sets that are transcoded")
+    version: int = Field(ge=1, le=NEWEST, description="version of the cache without the change")
     phase: Literal["making", "placing", "clearing"] = "making"
 
     @model_validator(mode="after")
@@ -53,19 +53,19 @@ class Change(Settings):
         own = all(f"{one}/".startswith(f"{folder}/") and ".." not in one for one in self.sets)
         transcoded = self.action == "transcode"
         if not own or bool(self.sets) != transcoded or (self.phase == "placing" and not transcoded):
-            raise ValueError(f"no change of {folder} is like that")
+            raise ValueError(f"a change of {folder} cannot be like that")
         if (self.to is None) != (self.action == "remove") or self.to == self.teacher:
-            raise ValueError(f"{self.action} has no such end: {self.to!r}")
+            raise ValueError(f"{self.action} cannot have this goal: {self.to!r}")
         return self
 
     @property
     def asked(self) -> tuple[Action, str, str | None]:
-        """What it was that was asked for."""
+        """Return what was asked for."""
         return self.action, self.teacher, self.to
 
     @property
     def seen(self) -> Seen:
-        """What is seen of the cache meanwhile."""
+        """Return what readers see of the cache meanwhile."""
         if self.phase == "placing":
             return Seen(replaced=self.sets)
         if self.action == "transcode" or (self.phase, self.action) == ("making", "remove"):
@@ -73,26 +73,28 @@ class Change(Settings):
         return Seen(f"targets/{self.to if self.phase == 'making' else self.teacher}")
 
     def command(self, location: str) -> str:
-        """The line that goes on with it."""
+        """Return the command line that continues it."""
         words = ["pipeline", "teachers", location, f"--{self.action}", self.teacher]
         words += [self.to] if self.to else ["--yes"]
         return f"`{shlex.join(words)}`"
 
     def told(self) -> str:
-        """What is under way."""
+        """Return what is under way."""
         to = {"rename": f" to {self.to!r}", "transcode": f" to the {self.to} codec"}
         return f"teacher {self.teacher!r} is {DOING[self.action]}{to.get(self.action, '')}"
 
 
 class Journal(Settings):
-    """What ``cache.json`` says of changes."""
+    """What ``cache.json`` says about changes."""
 
     change: Change | None = None
-    renamed: dict[str, str] = Field({}, description="a name that was -> what it became")
+    renamed: dict[str, str] = Field({}, description="a former name -> its new name")
     removed: tuple[str, ...] = ()
 
     def name_now(self, name: str, there: Container[str]) -> str | None:
-        """What a teacher is called now that was renamed; None if it was not, or was removed."""
+        """Return the present name of a renamed teacher; None if it was not renamed, or
+        was removed.
+        """
         seen = set[str]()
         while name not in there and name in self.renamed and name not in seen:
             seen.add(name)
@@ -100,7 +102,7 @@ class Journal(Settings):
         return name if seen and name in there else None
 
     def after(self, change: Change) -> "Journal":
-        """The same with what is to be remembered of ``change``, which is under way."""
+        """Return the same with what to remember of ``change``, which is under way."""
         renamed, removed = dict(self.renamed), {*self.removed}
         if change.action == "rename":
             assert change.to is not None
@@ -113,30 +115,31 @@ class Journal(Settings):
         return Journal(change=change, renamed=renamed, removed=tuple(sorted(removed)))
 
     def as_json(self) -> dict[str, Any]:
-        """Its entries in ``cache.json``: those that say something."""
+        """Return its entries in ``cache.json``, without empty ones."""
         return {key: value for key, value in self.model_dump(mode="json").items() if value}
 
 
 def read_journal(store: Store) -> Journal:
-    """That of a cache; CacheFormatError where there is no sound one, or no cache."""
+    """Return a cache's journal; raise CacheFormatError if it is damaged or there is no cache."""
     return journal_in(read_manifest(store), store)
 
 
 def journal_in(manifest: Mapping[str, Any], store: Store) -> Journal:
-    """That of a manifest; CacheFormatError where it is none."""
+    """Return a manifest's journal; raise CacheFormatError if it is invalid."""
     with unusable(f"{store.location}/{MANIFEST} is damaged", InputError, advice=f". {REPAIR}"):
         return parse_settings(Journal, {key: manifest[key] for key in KEPT if key in manifest})
 
 
 def note(store: Store, journal: Journal) -> None:
-    """Write down how far its change is."""
+    """Record how far its change has got."""
     rest = {key: value for key, value in read_manifest(store).items() if key not in KEPT}
-    store.replace(MANIFEST, seal(rest | journal.as_json(), CHANGING))
+    version = max(CHANGING, journal.change.version if journal.change else 0)
+    store.replace(MANIFEST, seal(rest | journal.as_json(), version))
 
 
 def read_seen(store: Store) -> dict[str, Any]:
-    """``cache.json``. From here on the store shows the cache as it is to be seen, whatever is being
-    done to it.
+    """Return ``cache.json``. From here on the store shows the cache as readers are to see it,
+    whatever is being changed.
     """
     manifest = read_manifest(store)
     change = journal_in(manifest, store).change
@@ -145,35 +148,35 @@ def read_seen(store: Store) -> dict[str, Any]:
 
 
 def tell_changing(manifest: Mapping[str, Any], store: Store) -> None:
-    """Say that a change is under way, and what is shown of it."""
+    """Say that a change is under way, and which state is shown."""
     if (change := journal_in(manifest, store).change) is not None:
         state = "before" if change.phase == "making" else "after"
         log.info("%s: %s; it is shown as it is %s that", store.location, change.told(), state)
 
 
 def refuse_changing(store: Store) -> None:
-    """InputError while a teacher is being changed, or was when that was killed: nothing may be
-    added then.
+    """Raise InputError while a teacher is being changed, or a change was interrupted: nothing may
+    be added then.
     """
     try:
         change = read_journal(store).change if store.exists(MANIFEST) else None
     except CacheError:
-        return  # a damaged one, which others see to
+        return  # a damaged cache is handled elsewhere
     if change is not None:
         raise InputError(f"{store.location}: {unfinished(change, store)}")
 
 
 @contextmanager
 def adding(store: Store) -> Iterator[bool | None]:
-    """``store.working()``, of a cache of which no teacher is being changed."""
+    """Yield ``store.working()``, for a cache without a change under way."""
     with store.working() as alone:
         refuse_changing(store)
         yield alone
 
 
 def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
-    """InputError for a teacher of the run file that this cache has under another name, since it was
-    renamed: it would be run, and kept, twice. Say of one that was removed that it is made again.
+    """Raise InputError for a teacher of the run file that was renamed in this cache: it would be
+    run, and stored, twice. Log if a removed teacher is made again.
     """
     journal, there = read_journal(store), store.folders("targets")
     for info in wanted:
@@ -184,8 +187,8 @@ def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
             if present.identity_of_model() == info.identity_of_model():
                 raise InputError(
                     f"teacher {info.name!r} was renamed to {now!r} in {store.location}, where its "
-                    f"targets are: call it {now!r} in the run file or command (or give it its name "
-                    f"back: `pipeline teachers {shlex.quote(store.location)} --rename {now} "
+                    f"targets are: call it {now!r} in the run file or command (or give it its "
+                    f"name back: `pipeline teachers {shlex.quote(store.location)} --rename {now} "
                     f"{info.name}`). To cache the same model twice, give this one a third name"
                 )
         elif info.name in journal.removed:
@@ -193,8 +196,8 @@ def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
 
 
 def unfinished(change: Change, store: Store) -> str:
-    """What is under way, and how it ends."""
-    give_up = f"; `pipeline gc {shlex.quote(store.location)} --older-than 0` gives it up"
+    """Return what is under way, and how to end it."""
+    give_up = f"; `pipeline gc {shlex.quote(store.location)} --older-than 0` abandons it"
     return (
         f"{change.told()}, or that was interrupted. Run {change.command(store.location)} (again) "
         f"first{give_up * (change.phase == 'making')}"
@@ -202,18 +205,18 @@ def unfinished(change: Change, store: Store) -> str:
 
 
 def what_became(manifest: Mapping[str, Any], store: Store, name: str, there: Container[str]) -> str:
-    """A sentence on a teacher that is not there any more; "" where nothing is known of it."""
+    """Return a sentence on a teacher that is no longer there; "" if nothing is known of it."""
     journal, place = journal_in(manifest, store), shlex.quote(store.location)
     if now := journal.name_now(name, there):
         return (
-            f" Teacher {name!r} was renamed to {now!r}: say {now!r} instead. A run that was begun "
-            f"with the old name goes on once `pipeline teachers {place} --rename {now} {name}` "
+            f" Teacher {name!r} was renamed to {now!r}: use {now!r} instead. A run that was begun "
+            f"with the old name continues once `pipeline teachers {place} --rename {now} {name}` "
             "has given it back"
         )
     if name in journal.removed or name in journal.renamed:
         return (
             f" Teacher {name!r} was removed from this cache (`pipeline teachers --remove`): a run "
-            "that was begun with it goes on once `pipeline cache-teachers` has made it again. Or "
-            "take it out of train.objective"
+            "that was begun with it continues once `pipeline cache-teachers` has made it again. "
+            "Or remove it from train.objective"
         )
     return ""

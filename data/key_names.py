@@ -1,4 +1,4 @@
-"""What other libraries call our keys, so that a message can name the right one."""
+"""Names that other libraries use for our keys, so that a message can suggest the right one."""
 
 from collections.abc import Collection, Mapping
 
@@ -31,6 +31,6 @@ _OTHERS: Mapping[str, tuple[str, ...]] = {
 
 
 def called_otherwise(name: str, known: Collection[str]) -> list[str]:
-    """Those of the ``known`` keys that are called ``name`` elsewhere."""
+    """Return the ``known`` keys that other libraries call ``name``."""
     plain = name.casefold().replace("-", "_")
     return [key for key in known if plain == key or plain in _OTHERS.get(key, ())]

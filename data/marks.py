@@ -1,4 +1,4 @@
-"""What a corpus says of the single tokens of some sequences, beside which they are.
+"""A corpus's marks of single tokens: segments, trained tokens and documents.
 
 B sequences, S positions of the longest.
 """
@@ -17,8 +17,8 @@ Tokens = NDArray[np.int32]
 
 
 def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
-    """Read the segments of the sequences ``where`` [B,S], 0 where padded; None where the corpus has
-    no pairs.
+    """Read the segments of the sequences ``where`` [B,S], 0 at padding; None if the corpus has no
+    pairs.
     """
     if not corpus.has_pairs:
         return None
@@ -27,7 +27,7 @@ def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
 
 
 def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | None:
-    """Read which tokens of the sequences ``where`` are trained [B,S]; None where all are."""
+    """Read which tokens of the sequences ``where`` are trained [B,S]; None if all are."""
     if not corpus.has_trained:
         return None
     cuts = [corpus.cut(place) for place in where]
@@ -35,8 +35,8 @@ def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | 
 
 
 def read_documents(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
-    """Read which document of its sequence each token is of [B,S], from 0, −1 where padded; None
-    where each of the sequences ``where`` is of one.
+    """Read the document of its sequence that each token belongs to [B,S], from 0, −1 at padding;
+    None if each of the sequences ``where`` has one document.
     """
     if not corpus.is_packed:
         return None
@@ -46,7 +46,7 @@ def read_documents(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
 
 
 class Marks(TypedDict):
-    """What a batch says of single tokens, where there is anything to say; see ``Batch``."""
+    """A batch's marks of single tokens, where there are any; see ``Batch``."""
 
     token_types: Tokens | None
     trained: NDArray[np.bool_] | None
@@ -54,7 +54,7 @@ class Marks(TypedDict):
 
 
 def read_marks(corpus: Corpus, where: Sequence[Place]) -> Marks:
-    """Read what there is of these of the sequences ``where`` [B]."""
+    """Read the marks that the sequences ``where`` [B] have."""
     return {
         "token_types": read_types(corpus, where),
         "trained": read_trained(corpus, where),

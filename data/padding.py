@@ -1,4 +1,4 @@
-"""Rows of different lengths in batches: which of them go together, and how they are padded."""
+"""Batch rows of different lengths: which go together, and how they are padded."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ Ints = NDArray[np.int64]
 
 
 def length_buckets(lengths: Ints, batch_tokens: int, equal: bool = False) -> list[Ints]:
-    """Batches of row numbers, longest first; each row with a length > 0 stands in exactly one.
+    """Return batches of row numbers, longest first; each row with a length > 0 is in exactly one.
 
-    rows × longest ≤ ``batch_tokens`` in every batch, except that a single longer row is a batch by
-    itself. The longest come first, so that a batch which does not fit into memory shows at once.
-    ``equal``: a batch's rows are of one length, for models that padding changes.
+    rows × longest ≤ ``batch_tokens`` in every batch, except that a longer row is a batch by itself.
+    The longest come first, so that a batch which does not fit into memory fails at once. ``equal``:
+    the rows of a batch have the same length, for models that padding changes.
     """
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -32,7 +32,7 @@ def length_buckets(lengths: Ints, batch_tokens: int, equal: bool = False) -> lis
 def pad(
     flat: Sequence[NDArray[np.int32] | list[int]], lengths: Ints, fill: int
 ) -> NDArray[np.int32]:
-    """Rows of different lengths as [B, longest], ``fill`` at the end."""
+    """Return rows of different lengths as [B, longest], with ``fill`` at the end."""
     out = np.full((len(flat), int(lengths.max(initial=1))), fill, dtype=np.int32)
     for row, values in enumerate(flat):
         out[row, : len(values)] = values

@@ -1,8 +1,9 @@
 """The order of training data: pure arithmetic from (seed, epoch), nothing stored, nothing read.
 
 A sequence's place in an epoch is a permutation of 0..N-1 that is *computed*: a balanced Feistel
-network over the next even power of two, walked until it falls below N. Memory is constant for any
-N, and the order does not depend on the world size, on prefetching or on where a run was resumed.
+network over the next even power of two, repeated until the result falls below N. Memory is constant
+for any N, and the order does not depend on the world size, on prefetching or on where a run was
+resumed.
 """
 
 from collections.abc import Sequence
@@ -15,18 +16,21 @@ ROUNDS = 6
 
 
 def sequence_numbers(index: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int64]:
-    """``index`` as the numbers of a batch's sequences [B]; ValueError for what is none."""
+    """Return ``index`` as the numbers of a batch's sequences [B]; raise ValueError if it is not
+    that.
+    """
     found = np.asarray(index)
     if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
         raise ValueError(
-            f"the sequences of a batch are {found.dtype} {list(found.shape)}; they must be their "
+            f"the sequences of a batch are {found.dtype} {list(found.shape)}; they must be "
             "numbers [B], integers in 0..len(cache) − 1"
         )
     return found.astype(np.int64)
 
 
 def permute(index: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where each ``index`` (int64, 0 ≤ index < size) stands in the epoch's order: a bijection.
+    """Return the place of each ``index`` (int64, 0 ≤ index < size) in the epoch's order: a
+    bijection.
 
     Raises ValueError for an index outside 0..size-1.
     """
@@ -52,7 +56,9 @@ def _feistel(value: NDArray[np.uint64], half: int, keys: list[np.uint64]) -> NDA
 
 
 def _mix(value: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """A 64-bit finaliser (the constants of SplitMix64, Steele et al. 2014); wraps on purpose."""
+    """A 64-bit finaliser (the constants of SplitMix64, Steele et al. 2014); overflow is
+    intended.
+    """
     with np.errstate(over="ignore"):
         x = value + key
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -63,9 +69,9 @@ def _mix(value: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
 def epoch_batch(
     number: int, size: int, batch: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
-    """Batch ``number`` of one epoch for one rank; the epoch's last batch may be short.
+    """Return batch ``number`` of one epoch for one rank; the epoch's last batch may be short.
 
-    The ranks' parts of a batch are strided, so together they are the batch of a single process.
+    The ranks' parts of a batch are strided, so together they are a single process's batch.
     """
     places = np.arange(number * batch, min((number + 1) * batch, size), dtype=np.int64)
     return permute(places[rank::world_size], size, seed=seed, epoch=epoch)
@@ -74,11 +80,11 @@ def epoch_batch(
 def stream_part(
     start: int, stop: int, size: int, *, seed: int, first_epoch: int = 0
 ) -> NDArray[np.int64]:
-    """The sequence indices at places ``start`` to ``stop`` of one endless stream of epochs, the
-    first of them ``first_epoch``.
+    """Return the sequence indices at places ``start`` to ``stop`` of one endless stream of epochs,
+    beginning with ``first_epoch``.
 
-    Batches cut from it are all full: one that reaches past an epoch's end goes on in the next, so
-    that each sequence is read exactly once per epoch whatever the batch size.
+    Batches cut from it are all full: one that reaches past an epoch's end continues in the next, so
+    each sequence is read exactly once per epoch whatever the batch size.
     """
     places = np.arange(start, stop, dtype=np.int64)
     epochs = places // size

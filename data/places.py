@@ -1,7 +1,7 @@
-"""Places as people write them, in files and on command lines: ``~`` and ``$VARIABLES`` filled in.
+"""Places in files and on command lines: fill in ``~`` and ``$VARIABLES``.
 
-A place is a path, or something that may stand for one: a glob, a hub id, an address such as s3://….
-Imports no pydantic: the command line needs it before anything is read.
+A place is a path, or something used like one: a glob, a hub id, an address such as s3://…. Imports
+no pydantic: the command line needs this module before anything is read.
 """
 
 import glob
@@ -18,9 +18,9 @@ _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 def expanded(place: str) -> str:
     """Return ``place`` with a leading ``~`` and every ``$NAME`` or ``${NAME}`` filled in.
 
-    What is there by that very name is meant where it has a ``$``: older versions made such folders.
-    Raises InputError for a variable that is not set, or empty, and for a user that is not there:
-    a folder of that very name is never meant, unless it is there.
+    If something exists by the literal name with a ``$``, that is meant: older versions made such
+    folders. Otherwise raises InputError for a variable that is not set or empty, and for an unknown
+    user.
     """
     if "$" in place and os.path.lexists(os.path.expanduser(place)):
         return os.path.expanduser(place)
@@ -32,7 +32,7 @@ def expanded(place: str) -> str:
         state = "is not set" if told is None else "is empty"
         raise InputError(
             f"the environment variable {name} of {place!r} {state}; set it, write the path out, "
-            "or, if that is its name, make that folder first"
+            "or, if that is its literal name, make that folder first"
         )
 
     try:
@@ -40,8 +40,8 @@ def expanded(place: str) -> str:
         if not home.startswith("~"):
             return home
         raise InputError(
-            f"{place!r}: {home.partition('/')[0]!r} is no user of this machine; write ./{place} "
-            "for a file of that name"
+            f"{place!r}: {home.partition('/')[0]!r} is not a user of this machine; write "
+            f"./{place} for a file of that name"
         )
     except InputError:
         if os.path.lexists(place):
@@ -50,10 +50,10 @@ def expanded(place: str) -> str:
 
 
 def address_of(path: Path) -> str | None:
-    """The address (``s3://…``) that a path is; None for one that is local.
+    """Return the address (``s3://…``) that a path stands for; None for a local path.
 
-    A command line has paths, which make one slash of two. A folder of that very name is meant where
-    there is one.
+    A command line turns addresses into paths, which merge two slashes into one. A folder of that
+    literal name is meant if there is one.
     """
     found = _ADDRESS.fullmatch(str(path))
     if found is None or found[1] == "file" or os.path.lexists(f"{found[1]}:"):
@@ -62,7 +62,7 @@ def address_of(path: Path) -> str | None:
 
 
 def same_place(one: object, other: object) -> bool:
-    """Whether two paths or globs, or lists of them, as they are written, are of the same files."""
+    """Return whether two paths or globs, or lists of them, as written, mean the same files."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return all(map(same_place, one, other))
     if one == other or not isinstance(one, str) or not isinstance(other, str):
@@ -71,13 +71,13 @@ def same_place(one: object, other: object) -> bool:
         here, there = map(expanded, (one, other))
         known = here == there or glob.has_magic(here) or os.path.exists(here)
         return known and Path(here).resolve() == Path(there).resolve()
-    except (OSError, ValueError):  # no path at all, or of a variable that is not set here
+    except (OSError, ValueError):  # not a path, or it has a variable that is not set here
         return False
 
 
 def home() -> Path:
     """Return ``$REKINDLE_HOME``, or ``$XDG_CACHE_HOME/rekindle``, or ``~/.cache/rekindle``: where
-    models are kept that are made once.
+    models that are made once are kept.
     """
     own, shared = os.environ.get("REKINDLE_HOME"), os.environ.get("XDG_CACHE_HOME")
     path = Path(own) if own else (Path(shared) if shared else Path("~/.cache")) / "rekindle"

@@ -1,4 +1,4 @@
-"""What ``cache.json`` repeats of a cache, and whether it still speaks of that cache."""
+"""What ``cache.json`` repeats of a cache, and whether it still matches."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ ROLLED_UP = ("corpus", "views", "teachers")
 def roll_up(
     corpus: Corpus, views: Mapping[str, ViewReader], teachers: Mapping[str, TeacherReader]
 ) -> dict[str, object]:
-    """The entries of ``cache.json``, which can be rebuilt from the rest of the cache."""
+    """Return the entries of ``cache.json``, which can be rebuilt from the rest of the cache."""
     return {
         "corpus": {
             "fingerprint": corpus.fingerprint,
@@ -37,7 +37,7 @@ def roll_up(
 
 
 def check_roll_up(manifest: Mapping[str, object], corpus: Corpus) -> None:
-    """Raise CacheMismatchError where the manifest speaks of another corpus than that beside it."""
+    """Raise CacheMismatchError if the manifest describes another corpus than the one beside it."""
     stated = manifest.get("corpus") or {}
     assert isinstance(stated, dict)  # see ``read_manifest``
     if not stated:
@@ -47,7 +47,7 @@ def check_roll_up(manifest: Mapping[str, object], corpus: Corpus) -> None:
     known = shards is not None and corpus.fingerprint_of(shards) == stated["fingerprint"]
     if not known or stated.get("tokenizer") != str(corpus.info["tokenizer"]["digest"]):
         raise CacheMismatchError(
-            f"{corpus.store.location}: {MANIFEST} speaks of another corpus than that in corpus/. "
-            "If shards were copied by hand, copy the whole cache; else delete cache.json's "
-            "'corpus' entry by running `pipeline cache-teachers` again"
+            f"{corpus.store.location}: {MANIFEST} describes another corpus than the one in "
+            "corpus/. If shards were copied by hand, copy the whole cache; otherwise delete "
+            "cache.json's 'corpus' entry by running `pipeline cache-teachers` again"
         )

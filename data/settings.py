@@ -1,6 +1,6 @@
 """The base of every configuration section: typed, frozen, strict about its keys.
 
-Each section lives beside the code that owns it; this module knows none of them.
+Each section is defined beside the code that owns it; none is known here.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -30,37 +30,37 @@ T = TypeVar("T")
 
 
 def _named(place: str) -> str:
-    """The place; ValueError where it names none: nothing would be the folder that one is in."""
+    """Return the place; raise ValueError if it is empty, which would mean the current folder."""
     if not place.strip() or "\0" in place:
         raise ValueError("must name a file, a folder or an id; give one, or leave the key out")
     return expanded(place)
 
 
-Place = Annotated[str, AfterValidator(_named)]  # of a configuration
+Place = Annotated[str, AfterValidator(_named)]  # in a configuration
 PlaceOrNone = Annotated[str, AfterValidator(lambda place: place and _named(place))]  # "": left out
 
 
 def in_list(value: object) -> object:
-    """A text that stands alone, as a list of one."""
+    """Return a single text as a list of one; other values unchanged."""
     return [value] if isinstance(value, str) else value
 
 
-# A list of names; one of them may stand alone.
+# A list of names; a single one may be given alone.
 Names = Annotated[
     tuple[str, ...], BeforeValidator(in_list, json_schema_input_type=str | tuple[str, ...])
 ]
 
 
-GGUF_FILE = "the file of llama.cpp's format in `model`; `model: PLACE/FILE.gguf` says the same"
+GGUF_FILE = "the llama.cpp (GGUF) file in `model`; `model: PLACE/FILE.gguf` means the same"
 
 
 def with_gguf_file(values: object) -> object:
-    """What a section says whose ``model`` names the ``gguf_file`` in it, too."""
+    """Return a section's values with its ``gguf_file`` joined to its ``model``."""
     if not isinstance(values, dict) or values.get("gguf_file") is None:
         return values
     model, file = values.get("model"), values["gguf_file"]
     if not isinstance(model, str) or not isinstance(file, str):
-        return values  # pydantic says which of them is no text
+        return values  # pydantic says which of them is not text
     if not file.lower().endswith(".gguf") or "/" in file:
         raise ValueError(f"gguf_file {file!r}: give the name of a file in model that ends in .gguf")
     kept = {name: value for name, value in values.items() if name != "gguf_file"}
@@ -69,8 +69,8 @@ def with_gguf_file(values: object) -> object:
 
 @dataclass(frozen=True)
 class MayChange:
-    """Marks a key that may differ when work goes on: it decides how the work is done, and not what
-    comes of it. ``unless`` names a property of its section: where that is true, the key decides.
+    """Marks a key that may differ when work is resumed: it decides how the work is done, not its
+    result. ``unless`` names a property of its section: while that is true, the key may not differ.
     """
 
     unless: str = ""
@@ -82,9 +82,9 @@ Free = Annotated[T, MayChange()]  # a key of that kind: ``threads: Free[int]``
 class Settings(BaseModel):
     """A section of the configuration: immutable, and an unknown key is an error.
 
-    Numbers are finite, of 64 bits, and no truth values. A section, a list or a mapping that nothing
-    is said of (``train:`` with every line below it commented out) is an empty one, but where a
-    number may stand in its place (``weight:``), which might be what was forgotten.
+    Numbers must be finite, fit 64 bits, and not be booleans. A section, list or mapping without
+    content (``train:`` with every line below it commented out) is empty, unless a number may stand
+    in its place (``weight:``), which may have been forgotten.
     """
 
     model_config = ConfigDict(
@@ -110,7 +110,7 @@ _EMPTY: tuple[tuple[type, object], ...] = ((BaseModel, {}), (dict, {}), (tuple, 
 
 
 def _choices(annotation: Any) -> set[Any]:
-    """The types that a value may have, each of a union for itself."""
+    """Return the types that a value may have, the members of a union separately."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _choices(get_args(annotation)[0])
@@ -128,7 +128,7 @@ def _kinds(choices: set[Any]) -> set[Any]:
 
 
 def _check_numbers(value: object, choices: set[Any]) -> None:
-    """ValueError for a truth value in place of a number, and for a number without end."""
+    """Raise ValueError for a boolean in place of a number, and for a number too large."""
     if isinstance(value, list | tuple):
         inner = {c for one in choices for part in get_args(one) for c in _choices(part)}
         for item in value:
@@ -141,7 +141,7 @@ def _check_numbers(value: object, choices: set[Any]) -> None:
 
 
 def free_keys(section: Settings) -> Iterator[str]:
-    """Yield the dotted keys of ``section`` that may differ when work goes on."""
+    """Yield the dotted keys of ``section`` that may differ when work is resumed."""
     for name, field in type(section).model_fields.items():
         key, value = field.alias or name, getattr(section, name)
         marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
@@ -158,7 +158,7 @@ def parse_settings(section: type[S], values: object, where: str = "") -> S:
     """Validate ``values`` (a mapping) into ``section``.
 
     Raises InputError with one line per problem: the key's full path, the rule it breaks, and for an
-    unknown key the nearest known one. ``where`` is put before the lines (a file's name, say).
+    unknown key the nearest known one. ``where`` (such as a file's name) is put before the lines.
     """
     try:
         return section.model_validate(values)
@@ -166,20 +166,20 @@ def parse_settings(section: type[S], values: object, where: str = "") -> S:
         problems = [
             _problem(section, found)
             for found in error.errors()
-            if found["type"] != "default_factory_not_called"  # it follows from another problem
+            if found["type"] != "default_factory_not_called"  # a consequence of another problem
         ]
-        # A value that may be a number or a section fails as both; what is wrong inside says more.
+        # A value that may be a number or a section fails as both; the problem inside it says more.
         told = [p for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)]
         lead = f"{where}: " if where else ""
         raise InputError(lead + "; ".join(_messages(told))) from None
 
 
-# Where pydantic speaks of its own classes, or of Python's.
+# Replaces messages that name pydantic's or Python's classes.
 _RULES = {
     "model_type": "must be a section: lines of `key: value` below it",
     "dict_type": "must be a mapping: lines of `key: value` below it",
     "tuple_type": "must be a list",
-    "string_type": "must be text; what looks like a number or true is text in quotes",
+    "string_type": "must be text; put quotes around text that looks like a number or true",
     "too_short": "must have at least 1 item",  # no section asks for more
     "missing": "is missing",
 }
@@ -194,13 +194,15 @@ def _shown(given: object) -> str:
 
 class _Problem(NamedTuple):
     keys: tuple[str, ...]
-    lead: str  # what a message begins with
+    lead: str  # the beginning of a message
     rule: str
     given: str = ""
 
 
 def _messages(problems: Iterable[_Problem]) -> Iterator[str]:
-    """Yield a message for each; one for a value of which each of several types has its rule."""
+    """Yield one message per problem; a single one for a value that breaks the rules of several
+    types.
+    """
     alike: dict[tuple[str, str], list[str]] = {}
     for one in problems:
         alike.setdefault((one.lead, one.given), []).append(one.rule)
@@ -215,7 +217,7 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
     keys, sections = _walk(section, found["loc"][:-1] if unknown else found["loc"])
     if not unknown:
         given = found.get("input")
-        null = "; null says none" * _means_null(section, found)
+        null = "; null means none" * _means_null(section, found)
         shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)}{null})"
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
         if found["type"] == "missing":
@@ -228,7 +230,7 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
 
 
 def _described(section: type[BaseModel], found: ErrorDetails) -> str:
-    """What a key is, in brackets."""
+    """Return a key's description, in brackets."""
     *above, name = found["loc"]
     fields = [_fields(inside).get(str(name)) for inside in _walk(section, tuple(above))[1]]
     told = [one.description for one in fields if one is not None and one.description]
@@ -236,7 +238,7 @@ def _described(section: type[BaseModel], found: ErrorDetails) -> str:
 
 
 def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:
-    """Whether ``none`` is given where null may stand."""
+    """Return whether ``none`` is given where null is allowed."""
     if str(found.get("input")).strip().casefold() != "none":
         return False
     for end, part in reversed([*enumerate(found["loc"])]):
@@ -249,8 +251,8 @@ def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:
 
 
 def _meant(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:
-    """The end of a message about an unknown key: what it is called here, where it stands, or which
-    one is near.
+    """Return the end of a message about an unknown key: its name here, where it belongs, or the
+    nearest one.
     """
     if here := called_otherwise(name, known):
         return f"; it is called {' or '.join(map(repr, here))} here"
@@ -260,8 +262,8 @@ def _meant(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:
 
 
 def keys_called(section: type[BaseModel], name: str) -> list[str]:
-    """The dotted keys of ``section`` that are called ``name``, or else so by other libraries:
-    those that lie least deep. Of a list that of its first item.
+    """Return the dotted keys of ``section`` that are called ``name``, or called so by other
+    libraries: the least deep ones. For a list, the key in its first item.
     """
     plain = name.replace("-", "_")
     exact, others = ({plain}.intersection, partial(called_otherwise, plain))
@@ -288,7 +290,7 @@ def _shallowest(
 
 
 def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields by the keys that are written."""
+    """Return the fields by the keys that users write."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
@@ -299,7 +301,7 @@ def _is_inside(keys: tuple[str, ...], outer: tuple[str, ...]) -> bool:
 def _walk(
     section: type[BaseModel], location: tuple[int | str, ...]
 ) -> tuple[tuple[str, ...], list[type[BaseModel]]]:
-    """The keys on the way to pydantic's ``location``, and the sections that may stand there."""
+    """Return the keys on the way to pydantic's ``location``, and the sections possible there."""
     here: list[type[BaseModel]] = [section]
     keys: list[str] = []
     for part in location:
@@ -307,13 +309,13 @@ def _walk(
         if fields or isinstance(part, int):
             keys.append(str(part))
             here = [s for f in fields for s in sections_in(f.annotation)] if fields else here
-        else:  # it names a branch of a union, which is no key
+        else:  # it names a member of a union, which is not a key
             here = [s for s in here if s.__name__ == part] or here
     return tuple(keys), here
 
 
 def sections_in(annotation: object) -> list[type[Any]]:
-    """The sections that a value of such a type may be, or hold."""
+    """Return the sections that a value of this type may be, or hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     arguments = getattr(annotation, "__args__", ())

@@ -1,7 +1,7 @@
-"""The JSON Schema of a configuration file, which editors take to complete and underline its keys.
+"""The JSON Schema of a configuration file, which editors use to complete and underline keys.
 
-It refuses no file that is read: rules between several keys are not in it, and what a key may be in
-other words (a text for a list of one, nothing for an empty section) is.
+It accepts every file that Rekindle reads: rules between several keys are left out, and other forms
+of a value (a text for a list of one, nothing for an empty section) are included.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Schema = dict[str, Any]
 
 
 def one_or_many(schema: Schema) -> None:
-    """Let a list of the schema of a key stand as its only item, too: for ``json_schema_extra``."""
+    """Let the single item of a list stand alone as well: for ``json_schema_extra``."""
     listed = {key: schema.pop(key) for key in [*schema] if key in _OF_LISTS}
     schema["anyOf"] = [listed["items"], listed]
 
@@ -27,8 +27,8 @@ _OF_LISTS = ("type", "items", "minItems", "maxItems")
 
 @dataclass(frozen=True)
 class KeysOf:
-    """Marks a mapping that holds keys of ``section``, none of which must be there; with ``lists``
-    several values of each.
+    """Marks a mapping of keys of ``section``, all optional; with ``lists``, several
+    values of each.
     """
 
     section: type[BaseModel]
@@ -45,13 +45,13 @@ class KeysOf:
 
 
 def schema_of(section: type[BaseModel], title: str) -> Schema:
-    """Return the JSON Schema of files that hold ``section``; ``title``: what an editor calls it."""
+    """Return the JSON Schema of files that hold ``section``; ``title``: its name in an editor."""
     found = section.model_json_schema(by_alias=True, schema_generator=_Generator)
     return {"$schema": DIALECT} | found | {"title": title}
 
 
 class _Generator(GenerateJsonSchema):
-    """Writes what pydantic does, less its titles, and lets sections and lists be left empty."""
+    """Generates pydantic's schema without titles, and allows empty sections and lists."""
 
     def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
         found = super().generate(schema, mode)
@@ -60,7 +60,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _mend(schema: Any) -> None:
-    """Take the titles out of ``schema``, and let each key be what it may be in a file."""
+    """Remove the titles from ``schema``, and let each key take all forms it has in files."""
     if isinstance(schema, list):
         for one in schema:
             _mend(one)
@@ -75,16 +75,19 @@ def _mend(schema: Any) -> None:
             keys = section["properties"]
             section["properties"] = {key: _or_nothing(one) for key, one in keys.items()}
             if section.get("type") == "object" and not section.get("required"):
-                section["type"] = ["object", "null"]  # one that needs nothing may be left empty
+                section["type"] = ["object", "null"]  # a section that needs nothing may be empty
 
 
 def _or_nothing(schema: Mapping[str, Any]) -> Schema:
-    """The schema of a key, without its title: nothing is an empty section, list or mapping."""
+    """Return the schema of a key without title, with nothing for an empty section, list
+    or mapping.
+    """
     found = {key: value for key, value in schema.items() if key != "title"}
     if found.get("type") in ("array", "object"):
         found["type"] = [found["type"], "null"]
     if {"type": "null"} not in found.get("anyOf", [{"type": "null"}]):
-        for one in found["anyOf"]:  # where a number may stand in its place, a section is none
+        # if a number may stand in its place, nothing is not an empty section
+        for one in found["anyOf"]:
             one |= {"type": "object"} if "$ref" in one else {}
     if _lists(found) and {"type": "null"} not in found["anyOf"]:
         found["anyOf"] = [*found["anyOf"], {"type": "null"}]
@@ -92,7 +95,9 @@ def _or_nothing(schema: Mapping[str, Any]) -> Schema:
 
 
 def _limit_lists(schema: Schema) -> None:
-    """Give a list what pydantic says of it as if it were the text that may stand in its place."""
+    """Move pydantic's length limits to the list, where they stand at the text that may
+    replace it.
+    """
     for one in _lists(schema):
         for name, of_list in (("minLength", "minItems"), ("maxLength", "maxItems")):
             if name in schema:

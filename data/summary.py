@@ -1,4 +1,4 @@
-"""A cache in a few lines: what ``repr`` says of it. Reads nothing that is not open already."""
+"""Summarise a cache in a few lines, as ``repr`` does. Reads only what is already open."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from rekindle.data.targets.reading.reader import TeacherReader
 
 
 def summarise(corpus: Corpus, teachers: Iterable[TeacherReader]) -> str:
-    """Return a line for the corpus, and one for each teacher: kept, bytes, complete or not."""
+    """Return a line for the corpus, and one per teacher: what is stored, bytes, complete or not."""
     end = "complete" if corpus.complete else "incomplete: the source was not read to its end"
     lines = [
         f"Cache({corpus.store.location!r}): {counted(len(corpus), 'sequence')}, "

@@ -1,5 +1,5 @@
-"""Text files as streams of bytes, whatever they are packed with: their first bytes say it, not
-their names. What is no text is refused by what it is.
+"""Open text files as streams of bytes, unpacked; the first bytes tell the compression, not the
+name. Other kinds of files are refused by what they are.
 """
 
 import io
@@ -17,18 +17,18 @@ from rekindle.data.storage.client import is_remote
 
 log = logging.getLogger("rekindle")
 
-STDIN = "-"  # in place of a path: what is piped in
+STDIN = "-"  # standard input, in place of a path
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
 FileState = tuple[int | str, ...] | None
 _LFS_POINTER = b"version https://git-lfs"
-_HEAD_BYTES = 4096  # in so many first bytes of a text there is no NUL
-_UNPACKED = {  # what is unpacked while it is read
+_HEAD_BYTES = 4096  # the first bytes, in which text has no NUL
+_UNPACKED = {  # unpacked while reading
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
 _SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2"}
-_NO_TEXT = {  # what is not, and what to do
+_NO_TEXT = {  # refused, with advice
     b"\xfd7zXZ\x00": "is packed with xz, which is not read here; unpack it (xz -d)",
     b"PK\x03\x04": "is a zip archive; unpack it (unzip)",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it",
@@ -41,7 +41,9 @@ _NO_TEXT = {  # what is not, and what to do
 
 
 def state_of(path: str | Path) -> FileState:
-    """What tells a file from what was there before, or is there later; None where none is."""
+    """Return a file's state, to tell it from earlier or later contents; None if there is
+    no file.
+    """
     if is_remote(path):
         return state_of_object(str(path))
     try:
@@ -52,12 +54,12 @@ def state_of(path: str | Path) -> FileState:
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file of that path, or an object of that address."""
+    """Return whether there is a file of that path, or an object of that address."""
     return state_of(path) is not None if is_remote(path) else os.path.isfile(path)
 
 
 def refuse_pointer(path: str | Path) -> None:
-    """Raise InputError where a file is a git-lfs pointer."""
+    """Raise InputError if a file is a git-lfs pointer."""
     with open_binary(str(path)) as file:
         _refuse_pointer(path, file.read(len(_LFS_POINTER)))
 
@@ -71,21 +73,21 @@ def _refuse_pointer(path: str | Path, start: bytes) -> None:
 
 
 def half_a_pair(what: str, text: str) -> str | None:
-    """What is wrong with ``what`` where half of a surrogate pair is in it, as JSON may write one:
+    """Return what is wrong with ``what`` if it has half of a surrogate pair, as JSON may write one:
     it can be neither tokenized nor written.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return (
-            f"character {error.start + 1} of the {what} is half of a surrogate pair, which is no "
-            f"Unicode character; repair the {what} where it was made"
+            f"character {error.start + 1} of the {what} is half of a surrogate pair, which is not "
+            f"a Unicode character; repair the {what} where it was made"
         )
     return None
 
 
 def compression_of(path: str) -> str | None:
-    """What a file is packed with: gzip, zstd, bz2, or None."""
+    """Return a file's compression: gzip, zstd, bz2, or None."""
     with open_binary(path) as file:
         return _compression(file.read(16))
 
@@ -95,9 +97,9 @@ def _compression(head: bytes) -> str | None:
 
 
 def open_text(path: str) -> BinaryIO:
-    """The bytes of a text file, unpacked; of what is piped in for ``STDIN``. A pipe is read once.
+    """Return the bytes of a text file, unpacked; standard input for ``STDIN``. A pipe is read once.
 
-    Raises InputError for what is no text, OSError for what cannot be read.
+    Raises InputError for what is not text, OSError for what cannot be read.
     """
     raw = os.fdopen(os.dup(0), "rb") if path == STDIN else open_binary(path)
     try:
@@ -108,7 +110,7 @@ def open_text(path: str) -> BinaryIO:
             _refuse(path, head)
             return raw
         if path != STDIN and not path.lower().endswith(_SUFFIX_OF[compression]):
-            log.info("%s is packed with %s, though its name does not say so", path, compression)
+            log.info("%s is packed with %s, although its name does not say so", path, compression)
         stream = io.BufferedReader(pa.input_stream(raw, compression=compression))
         _refuse(path, stream.peek(_HEAD_BYTES)[:_HEAD_BYTES])
         return stream
@@ -125,6 +127,6 @@ def _refuse(path: str, head: bytes) -> None:
         raise InputError(f"{path} is packed twice; unpack it once")
     if b"\0" in head:
         raise InputError(
-            f"{path} has a NUL byte at byte {head.index(0) + 1}: it is no UTF-8 text, but binary, "
-            "UTF-16, or a file whose disk was full; convert or replace it"
+            f"{path} has a NUL byte at byte {head.index(0) + 1}: it is not UTF-8 text, but "
+            "binary, UTF-16, or a file whose disk was full; convert or replace it"
         )

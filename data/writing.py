@@ -1,6 +1,6 @@
-"""Writes a unit of a teacher's targets and commits it; guards a teacher's name in the cache.
+"""Write and commit a unit of a teacher's targets; guard a teacher's name in the cache.
 
-Nothing here knows where targets come from: a model that was run, or an import.
+Where targets come from, a model that was run or an import, is unknown here.
 """
 
 import shlex
@@ -22,7 +22,7 @@ from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.scalars import ScalarSums
 from rekindle.data.targets.schema import TeacherInfo
 
-ZSTD_LEVEL = 1  # of the compact codec: higher ones cost time and gain nothing
+ZSTD_LEVEL = 1  # for the compact codec: higher levels cost time and gain nothing
 
 
 def write_targets(
@@ -36,9 +36,9 @@ def write_targets(
 ) -> Commit:
     """Write and commit the unit of ``place`` (shard of the corpus, replica).
 
-    ``rows`` [P] ascends: the row of each entry of ``columns``, [P,…] as they are used. The record
-    gets ``facts``, and what ``late_facts`` says once all is encoded. Raises CacheMismatchError as
-    ``check_same`` does.
+    ``rows`` [P], ascending, is the row of each entry of ``columns``, [P,…] as they are used. The
+    record gets ``facts``, and the result of ``late_facts`` once all is encoded. Raises
+    CacheMismatchError as ``check_same`` does.
     """
     shard, replica = place
     kind = kind_of(info)
@@ -53,7 +53,7 @@ def write_targets(
         "corpus_sha256": corpus.commits[shard].sha256,
         **facts,
     }
-    # Not before there is something to write: a teacher that cannot be loaded, or says NaN, leaves
+    # Only once there is something to write: a teacher that cannot be loaded, or gives NaN, leaves
     # its name free for the corrected configuration.
     claim_teacher(corpus, info)
     sums = ScalarSums()
@@ -69,14 +69,14 @@ def write_targets(
 
 
 def write_options(kind: TargetKind) -> pa.ipc.IpcWriteOptions | None:
-    """How shards of that kind are written."""
+    """Return how shards of that kind are written."""
     if not kind.codec.compressed:
         return None
     return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
 
 
 def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
-    """Record the teacher (or its extension) in the cache, or insist that it is the one there.
+    """Record the teacher (or its extension) in the cache, or check that it is the one there.
 
     Raises CacheMismatchError as ``check_same`` does.
     """
@@ -86,7 +86,7 @@ def claim_teacher(corpus: Corpus, info: TeacherInfo) -> None:
 
 
 def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -> None:
-    """Raise InputError for a teacher that is not ``present`` under its name, since it was renamed;
+    """Raise InputError for a teacher that is not ``present`` under its name because it was renamed;
     CacheMismatchError as ``check_same`` does.
     """
     if present is None:
@@ -96,16 +96,16 @@ def check_name(corpus: Corpus, present: TeacherInfo | None, info: TeacherInfo) -
 
 
 def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
-    """Raise CacheMismatchError, naming what differs, unless the two are one teacher.
+    """Raise CacheMismatchError, naming the differences, unless both are the same teacher.
 
     Targets of two models never mix under one name.
     """
     already = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
     if present.imported and not info.imported:
         raise CacheMismatchError(
-            f"{already} was imported ({present.imported.told()}). Nothing is to be run for it: "
-            "take it out of `teachers` (train.objective may name it all the same), or give this "
-            "one another name"
+            f"{already} was imported ({present.imported.told()}). Nothing has to be run for it: "
+            "remove it from `teachers` (train.objective may still name it), or give this one "
+            "another name"
         )
     if info.imported and not present.imported:
         raise CacheMismatchError(
@@ -113,7 +113,7 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
         )
     if bool(info.served) != bool(present.served):
         raise CacheMismatchError(
-            f"{already} was {'served' if present.served else 'run'} ({present.model}), and this "
+            f"{already} was {'served' if present.served else 'run'} ({present.model}), but this "
             f"one is {'served' if info.served else 'run'}; give it another name"
         )
     old, new = present.identity(), info.identity()
@@ -131,6 +131,6 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
                 f"{info.name} {info.codec}`), or give"
             )
         raise CacheMismatchError(
-            f"{already} is not this one ({'; '.join(changed)}). {way} this one another name, or "
-            f"remove that one ({place} --remove {info.name} --yes`) to make it anew"
+            f"{already} differs from this one ({'; '.join(changed)}). {way} this one another "
+            f"name, or remove that one ({place} --remove {info.name} --yes`) to make it again"
         )

@@ -1,7 +1,7 @@
-"""Tails at a temperature between stored ones, formed on the device from what is stored.
+"""Tails at a temperature between stored ones, computed on the device from what is stored.
 
-The twin of the NumPy function that reads a cache for people; the formula and its error are told
-there. N rows, K candidates.
+This is the twin of the NumPy function that reads a cache for people
+(rekindle.data.targets.between), which states the formula and its error. N rows, K candidates.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def odds_at(
 ) -> EncodedTargets:
     """Return ``targets`` with the log-odds [N] of their kept mass at ``temperature``.
 
-    ``tail_log_odds`` [N,3] int16 are stored ``at`` three temperatures, whose values have the
-    ``weights`` in the parabola. Rounded as what is stored is, to 1/1024 nat.
+    ``tail_log_odds`` [N,3] int16 are stored for the three temperatures ``at``, which have the
+    ``weights`` in the parabola. The result is rounded to 1/1024 nat, as stored odds are.
     """
     odds = _log_sum(targets, temperature)
     for slot, (tau, weight) in enumerate(zip(at, weights, strict=True)):

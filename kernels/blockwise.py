@@ -1,10 +1,10 @@
-"""The loop over blocks of rows: losses and gradients of bounded memory, formed in one go.
+"""The loop over blocks of rows: losses and gradients in bounded memory, in one pass.
 
-The gradient is formed while a block's logits exist, so that [N,V] never does for a linear head.
-On a CPU rows without loss are dropped before the first product; a GPU would have to be waited for
-to count them, and keeps them all. The Triton path of a linear head is this loop, too: library
-products around the row kernel, in few large blocks. Nothing here talks to autograd. Shapes: N rows,
-H hidden, V vocabulary, K kept ids, R rows that are kept, C block rows.
+The gradient is formed while a block's logits exist, so a linear head never holds [N,V]. On a CPU,
+rows without loss are dropped before the first product; on a GPU counting them would mean waiting
+for the device, so all rows are kept. The Triton path of a linear head is this loop as well: library
+products around the row kernel, in few large blocks. No autograd here. Shapes: N rows, H hidden, V
+vocabulary, K kept ids, R rows that are kept, C block rows.
 """
 
 import math
@@ -22,11 +22,11 @@ from rekindle.kernels.whole_vocabulary import whole_buffers, whole_loss_block
 
 
 def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gradients]:
-    """Unweighted losses of N rows, and the derivatives of Σ factors·losses, in PyTorch.
+    """Return unweighted losses of N rows, and the derivatives of Σ factors·losses, in PyTorch.
 
-    Gradients with respect to the student's inputs, weight and bias where they are wanted, which
-    needs factors, in their dtypes. The products' factors are rounded to the call's `product_dtype`,
-    if it has one. dW is summed in float32, of float64 inputs in float64.
+    Gradients of the student's inputs, weight and bias are returned where they are wanted, in the
+    dtypes of these; they need factors. The factors of matrix products are rounded to the call's
+    `product_dtype`, if it has one. dW is summed in float32, or in float64 for float64 inputs.
     """
     rows, kept = _rows_to_keep(call), call.targets
     if rows is not None:
@@ -40,7 +40,7 @@ def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gr
         z = head.logits(block)
         own = None if factors is None else factors.take(block)
         of_block = losses(z, block, own)
-        if idle is not None:  # such rows may hold anything, and NaN · 0 is no 0
+        if idle is not None:  # these rows may hold anything, and NaN · 0 is NaN
             z.masked_fill_(idle[block, None], 0.0)
             of_block = BlockLosses(*(v.t().masked_fill(idle[block], 0.0).t() for v in of_block))
         found.append(of_block)
@@ -51,10 +51,10 @@ def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gr
 def fused_head(
     call: Call, upstream: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Gradients]:
-    """(loss, ce, kd) of a linear head, reduced, and its gradients: products around the row kernel.
+    """Return (loss, ce, kd) of a linear head, reduced, and its gradients, around the row kernel.
 
-    The products' factors and the logits are in the call's `product_dtype`, dW is summed in float32.
-    With an upstream gradient, the gradients alone.
+    The products' factors and the logits are in the call's `product_dtype`; dW is summed in float32.
+    With an upstream gradient only the gradients are returned.
     """
     from rekindle.kernels.triton_rows import RowKernel
 
@@ -68,12 +68,12 @@ def fused_head(
 
 
 def _at_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Values [R,…] of some rows among zeros [count,…]."""
+    """Return zeros [count,…] with the values [R,…] placed at the given rows."""
     return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 def _of_all_rows(call: Call, found: list[BlockLosses], rows: Tensor | None) -> BlockLosses:
-    """The blocks' losses, joined; 0 in rows that were left out."""
+    """Join the losses of all blocks; rows that were left out get 0."""
     count, teachers = len(call.targets.ids), len(call.settings.shares)
     if not found:
         zeros = call.student.inputs.new_zeros(count, teachers, dtype=call.student.compute_dtype)
@@ -85,7 +85,7 @@ def _of_all_rows(call: Call, found: list[BlockLosses], rows: Tensor | None) -> B
 
 
 class _GivenLogits:
-    """Logits [N,V] that a caller has made; a block of them is copied."""
+    """Logits [N,V] given by the caller; each block is a copy."""
 
     def __init__(self, call: Call, rows: Tensor | None):
         self.rows, self.given, self.dtype = rows, call.student.inputs, call.student.compute_dtype
@@ -101,7 +101,7 @@ class _GivenLogits:
         return self.given[self.rows[block]].to(self.dtype)  # indexing copies
 
     def add(self, z: Tensor, block: slice) -> None:
-        """Take the gradient z [C,V] of a block's logits."""
+        """Store the gradient z [C,V] of a block's logits."""
         if self.gradient is not None:
             self.gradient[block if self.rows is None else self.rows[block]] = z.to(self.given.dtype)
         elif self.wanted:
@@ -112,11 +112,11 @@ class _GivenLogits:
 
 
 class _LinearHead:
-    """Logits x @ w.T + b of a block at a time, in one buffer, and the sums of their gradients.
+    """Logits x @ w.T + b, one block at a time in a single buffer, and the sums of their gradients.
 
-    x [R,H] and w [V,H] are in the dtype of the products. The gradients carry the factor `lift`
-    until they are handed over. The row kernel adds the bias itself: into rows that are no matrix
-    of their own a product would have to write it first, and read it again.
+    x [R,H] and w [V,H] are in the dtype of the products. Gradients are multiplied by `lift` until
+    they are handed over. The row kernel adds the bias itself: a product that adds it would first
+    have to write it into the padded rows and then read it again.
     """
 
     def __init__(self, call: Call, rows: Tensor | None):
@@ -128,21 +128,24 @@ class _LinearHead:
         logits_dtype = product_dtype if self.fused else dtype
         x = (hidden if rows is None else hidden[rows]).to(product_dtype)
         if call.targets.weight is not None and (self.fused or not _drops_rows(call)):
-            x = x.masked_fill(~call.targets.active()[:, None], 0.0)  # 0 · NaN reaches dW
+            # because 0 · NaN would reach dW
+            x = x.masked_fill(~call.targets.active()[:, None], 0.0)
         self.x, self.w = x, weight.to(product_dtype)
         self.bias = bias if self.fused or bias is None else bias.to(dtype)
         self.lift = _lift(len(x), product_dtype) if self.fused else 1.0
         width = len(weight)
         if self.fused:
-            width = -(-width // 64) * 64  # products want rows that start on 128 bytes
+            width = -(-width // 64) * 64  # products are faster when rows start on 128 bytes
             self.blocks = row_blocks(len(x), width, x.element_size(), x.device)
         else:
             self.blocks = _torch_blocks(call, len(x))
         most = self.blocks[0].stop if self.blocks else 0
         self.buffer = rows_apart(most, len(weight), width, logits_dtype, x.device)
-        self.sums = torch.float32 if self.fused else dtype  # a GPU's product adds up in no other
-        # Products of the row kernel write what is handed over at once, where it is theirs to round:
-        # dX, and dW of a single block. A lifted dW could overflow in sixteen bits.
+        # on a GPU a product sums in nothing else
+        self.sums = torch.float32 if self.fused else dtype
+        # With the row kernel, a product writes the final gradient directly where its rounding is
+        # final: dX, and dW of a single block. A lifted dW could overflow in 16 bits, so it is not
+        # written so.
         direct = (torch.float32, product_dtype)
         dx_dtype = hidden.dtype if self.fused and hidden.dtype in direct else product_dtype
         once = self.fused and self.lift == 1.0 and len(self.blocks) == 1 and weight.dtype in direct
@@ -159,7 +162,7 @@ class _LinearHead:
         return z if self.fused or self.bias is None else z.add_(self.bias)
 
     def add(self, z: Tensor, block: slice) -> None:
-        """Add a block of the logits' gradient, z [C,V]."""
+        """Add the gradient z [C,V] of a block's logits to the sums."""
         gradient = z.to(self.x.dtype)
         if self.dx is not None:
             product_(self.dx[block], gradient, self.w)
@@ -173,7 +176,7 @@ class _LinearHead:
             self.db.add_(z.sum(0, dtype=self.sums))
 
     def gradients(self) -> Gradients:
-        """The sums in the dtypes of what they belong to."""
+        """Return the sums in the dtypes of the tensors they belong to."""
         found: list[Tensor | None] = []
         for total, home in zip((self.dx, self.dw, self.db), self.student, strict=True):
             if total is not None and self.lift != 1.0:
@@ -188,7 +191,9 @@ class _LinearHead:
 def _block_losses(
     call: Call, kept: SparseTargets, rows: Tensor | None
 ) -> Callable[[Tensor, slice, Coefficients | None], BlockLosses]:
-    """What takes a block's raw logits z [C,V] to its losses, and writes their gradient over z."""
+    """Return a function that computes the losses of a block's raw logits z [C,V] and overwrites z
+    with their gradient.
+    """
     settings, tau = call.settings, call.settings.temperature
     if call.teacher.states is None:
         return lambda z, block, own: loss_block(z, kept.take(block), settings, own)
@@ -201,15 +206,17 @@ def _block_losses(
 
 
 def _drops_rows(call: Call) -> bool:
-    """Whether rows without loss are looked for: their number decides shapes, which the host reads.
+    """Return whether rows without loss are dropped; their number sets shapes, so the host must know
+    it.
 
-    It saves their share of the products. Who has many such rows on a GPU leaves them out himself.
+    Dropping saves their share of the products. On a GPU, a caller with many such rows leaves them
+    out.
     """
     return call.targets.ids.device.type == "cpu"
 
 
 def _rows_to_keep(call: Call) -> Tensor | None:
-    """Indices of the rows that weigh something and have a label or a target; None to keep all."""
+    """Return the indices of rows with a weight and a label or target; None to keep all rows."""
     targets = call.targets
     if not _drops_rows(call):
         whole = call.teacher.states is not None
@@ -226,7 +233,7 @@ def _rows_to_keep(call: Call) -> Tensor | None:
 
 
 def _torch_blocks(call: Call, rows: int) -> list[slice]:
-    """Consecutive slices of `rows`, sized for what PyTorch takes for a block of their logits."""
+    """Return consecutive slices of `rows`, sized by what PyTorch needs for a block of logits."""
     student = call.student
     count = block_buffers if call.teacher.states is None else whole_buffers
     buffers = count(call.settings, call.targets.labels is not None)
@@ -235,5 +242,7 @@ def _torch_blocks(call: Call, rows: int) -> list[slice]:
 
 
 def _lift(rows: int, dtype: torch.dtype) -> float:
-    """A power of two near the row count, so that gradients of a mean stay normal in float16."""
+    """Return a power of two near the row count, which keeps gradients of a mean normal in
+    float16.
+    """
     return 2.0 ** math.ceil(math.log2(max(rows, 1))) if dtype == torch.float16 else 1.0

@@ -1,4 +1,4 @@
-"""What the operator of a loss is told, as records, and the operator's schema made of them."""
+"""The arguments of the loss operator as records, and the operator's schema derived from them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, get_type_hints
@@ -10,7 +10,7 @@ from rekindle.kernels.blocks import compute_dtype, matrix_dtype
 from rekindle.kernels.hidden import WholeTeacher
 from rekindle.kernels.targets import LossSettings, SparseTargets
 
-Wanted = Sequence[bool]  # of the student's inputs, weight and bias
+Wanted = Sequence[bool]  # one flag each for the student's inputs, weight and bias
 
 
 class StudentLogits(NamedTuple):
@@ -22,19 +22,19 @@ class StudentLogits(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Return V."""
         return self.inputs.shape[1] if self.weight is None else self.weight.shape[0]
 
     @property
     def fused_dtype(self) -> torch.dtype:
-        """What the Triton path's logits are in."""
+        """Return the dtype of the logits on the Triton path."""
         if self.weight is None:
             return self.inputs.dtype
         return matrix_dtype(self.inputs, self.weight)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float64 if any factor is, else float32."""
+        """Return float64 if inputs or weight are float64, else float32."""
         return compute_dtype(*(t for t in self[:2] if t is not None))
 
 
@@ -42,30 +42,30 @@ class Computation(NamedTuple):
     """How a loss is computed."""
 
     impl: str  # triton | torch
-    product_dtype: torch.dtype | None = None  # of a head's products; None: that of the arithmetic
-    wanted: Wanted = (False, False, False)  # gradients
+    product_dtype: torch.dtype | None = None  # of a head's matrix products; None: compute_dtype
+    wanted: Wanted = (False, False, False)  # which gradients are wanted
 
 
 class Call(NamedTuple):
-    """What the operator is told."""
+    """All arguments of the operator."""
 
     student: StudentLogits
-    targets: SparseTargets  # of a whole teacher: labels and weights, no ids
+    targets: SparseTargets  # for a whole-vocabulary teacher: labels and weights, no ids
     teacher: WholeTeacher
     settings: LossSettings
     computation: Computation
 
     def wanting(self, wanted: Wanted) -> "Call":
-        """The same, but for the gradients that are wanted."""
+        """Return the same call with other gradients wanted."""
         return self._replace(computation=self.computation._replace(wanted=wanted))
 
     def flat(self) -> list[object]:
-        """The fields of all parts, in the order of the schema."""
+        """Return the fields of all parts in the order of the schema."""
         return [value for part in self for value in part]
 
     @classmethod
     def of(cls, flat: Sequence[object]) -> "Call":
-        """The record that `flat` was made of."""
+        """Return the record that `flat` was made from."""
         return cls._make(part._make(flat[place]) for part, place in _PARTS)
 
 
@@ -81,11 +81,13 @@ _TYPES: dict[object, str] = {
     },
     Sequence[float]: "float[]",
 }
-ARGUMENTS: list[str] = []  # of the schema, one per field of a part of Call
-_PARTS: list[tuple[type[NamedTuple], slice]] = []  # of Call, with their places in `Call.flat`
+ARGUMENTS: list[str] = []  # of the schema, one per field of each part of Call
+# the parts of Call and their places in `Call.flat`
+_PARTS: list[tuple[type[NamedTuple], slice]] = []
 for _name, _part in get_type_hints(Call).items():
     _fields = [f"{_TYPES[kind]} {_name}_{f}" for f, kind in get_type_hints(_part).items()]
     _PARTS.append((_part, slice(len(ARGUMENTS), len(ARGUMENTS) + len(_fields))))
     ARGUMENTS += _fields
 SCHEMA = ", ".join(ARGUMENTS)
-TENSORS = sum(argument.startswith("Tensor") for argument in ARGUMENTS)  # at the head of them
+# the tensors come first among the arguments
+TENSORS = sum(argument.startswith("Tensor") for argument in ARGUMENTS)

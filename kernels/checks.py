@@ -1,7 +1,7 @@
-"""What a distillation loss refuses: what is no tensor, does not fit, or is no distribution.
+"""Check the arguments of a distillation loss: types, shapes, and values that are distributions.
 
-Values are looked at on CPU tensors only, as a device would have to be waited for. No arithmetic of
-a loss is here.
+Values are checked on CPU tensors only, because reading them would wait for a device. None of a
+loss's arithmetic is here.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,52 +20,57 @@ from rekindle.kernels.targets import (
     check_tensor,
 )
 
-LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # with all that a loss needs
+LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # targets that carry all a loss needs
 
-# What a row's probabilities may sum to above 1: sixty of them rounded to bfloat16 are off by less.
+# How far above 1 a row's probabilities may sum: sixty of them rounded to bfloat16 stay within it.
 SPARE = 0.01
+ROUNDING = 1e-5  # a tail closer to 0 is what float32 leaves of 1 less a sum that is 1
 FLOAT32_MAX = torch.finfo(torch.float32).max
-FEW = 1024  # numbers that are looked at in lists
+FEW = 1024  # up to this many numbers are checked as Python lists
 
 
-SparseKinds = EncodedTargets | DecodedTargets  # those of which a loss takes several teachers'
+# the kinds that several teachers may have in one call
+SparseKinds = EncodedTargets | DecodedTargets
 
 
 def check_kinds(teachers: Sequence[object], several: bool) -> None:
-    """ValueError for targets that no loss takes, alone or, if `several`, in a list."""
+    """Raise ValueError for targets that no loss takes, alone or, if `several`, in a list."""
     if several and not teachers:
         raise ValueError(
-            "target_ids is an empty list; it must hold the targets of a teacher at least"
+            "target_ids is an empty list; it must hold the targets of at least one teacher"
         )
     for number, targets in enumerate(teachers):
         if several and not isinstance(targets, SparseKinds):
             raise ValueError(
                 f"target_ids[{number}] is a {_type(targets)}; a list holds EncodedTargets or "
-                "DecodedTargets of each teacher. Others are given alone, in a call of their own"
+                "DecodedTargets, one for each teacher. Give other targets alone, in a call of "
+                "their own"
             )
         check_kind(targets)
 
 
 def weights_of(kd_weight: float | Sequence[float], teachers: int, several: bool) -> Sequence[float]:
-    """Return the weight of each teacher's D [T]."""
+    """Return each teacher's weight of D [T]."""
     if not isinstance(kd_weight, Sequence):
         return (kd_weight,) * teachers
     if not several or len(kd_weight) != teachers:
         of = f"a list of {teachers} teachers" if several else "targets of one"
         raise ValueError(
-            f"kd_weight is {list(kd_weight)} beside {of}; it must be a number, or as many as there "
-            "are teachers in a list"
+            f"kd_weight is {list(kd_weight)} beside {of}; it must be a number, or a list with one "
+            "number for each teacher in a list"
         )
     return tuple(kd_weight)
 
 
 def check_kind(targets: object) -> None:
-    """ValueError for targets that are no tensor and none of the kinds that carry their own."""
+    """Raise ValueError for targets that are neither a tensor nor a type that carries its own
+    values.
+    """
     if isinstance(targets, Tensor | LossTargets):
         return
-    advice = "a batch of a cache becomes such targets by rekindle.train.to_device.to_device"
+    advice = "rekindle.train.to_device.to_device makes such targets from a batch of a cache"
     if isinstance(targets, tuple):
-        advice = "three tensors are given as target_ids, target_probs and tail_prob"
+        advice = "target_ids, target_probs and tail_prob are three arguments, not a tuple"
     raise ValueError(
         f"target_ids is a {_type(targets)}; it must be a torch tensor [N,K], or EncodedTargets, "
         f"DecodedTargets, HiddenTargets or DenseTargets: {advice}"
@@ -73,14 +78,14 @@ def check_kind(targets: object) -> None:
 
 
 def check_student(student: StudentLogits) -> None:
-    """ValueError for logits, or factors of them, that are no matrices which fit."""
+    """Raise ValueError if logits, or hidden and weight, are not matrices that fit each other."""
     inputs, weight, bias = student
     matrices = {"logits": inputs} if weight is None else {"hidden": inputs, "weight": weight}
     for name, matrix in matrices.items():
         if not isinstance(matrix, Tensor):
             raise ValueError(f"{name} is a {_type(matrix)}; it must be a torch tensor")
         if matrix.dim() != 2 or not matrix.is_floating_point():
-            flat = " (a row for each token: flatten(0, 1) joins those of all sequences)"
+            flat = " (one row per token: flatten(0, 1) joins all sequences)"
             raise ValueError(
                 f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a floating-point "
                 f"matrix{flat if matrix.dim() == 3 else ''}"
@@ -91,7 +96,7 @@ def check_student(student: StudentLogits) -> None:
 
 
 def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
-    """Return the weight of CE; ValueError for labels without one, or a weight without labels."""
+    """Return the weight of CE; raise ValueError for labels without it, or for it without labels."""
     if labels is None and ce_weight:
         raise ValueError(
             f"ce_weight is {ce_weight} and there are no labels, so there is no cross-entropy. Give "
@@ -99,8 +104,8 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
         )
     if labels is not None and ce_weight is None:
         raise ValueError(
-            "labels are given and no ce_weight: say ce_weight=1.0 to train on them, or 0.0 to be "
-            "told their cross-entropy alone (.ce)"
+            "labels are given without ce_weight: set ce_weight=1.0 to train on them, or 0.0 to "
+            "get their cross-entropy (.ce) only"
         )
     return ce_weight or 0.0
 
@@ -108,10 +113,10 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
 def checked(
     targets: SparseTargets, student: StudentLogits, settings: LossSettings, impl: str
 ) -> tuple[SparseTargets, bool]:
-    """Return the targets without gradient; for PyTorch ids and labels as int64. And whether they
-    were seen to be full: every slot lists an id, every label counts.
+    """Return the targets without gradient (with ids and labels as int64 for PyTorch), and whether
+    they are known to be full: every slot lists an id and every label counts.
 
-    Raise ValueError for targets that are not of the student's N rows, on its device.
+    Raise ValueError for targets that do not match the student's N rows or its device.
     """
     rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
     ids, probs, tail, labels, weight, high = targets
@@ -127,7 +132,7 @@ def checked(
     if any(t is not None and t.requires_grad for t in targets):
         targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
     look = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
-    if look or impl == "torch":  # the kernel takes integers of any size
+    if look or impl == "torch":  # the kernel takes any integer dtype
         if not encoded and ids.dtype != torch.int64:
             targets = targets._replace(ids=targets.ids.long())
         if labels is not None and labels.dtype != torch.int64:
@@ -148,8 +153,8 @@ def _check_integers(name: str, integers: Tensor | None) -> None:
 
 
 def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
-    """ValueError, naming the row, for whole distributions that are none, of the rows [N] that are
-    ``active``. On CPU tensors only.
+    """Raise ValueError, naming the row, for whole distributions that are not distributions, among
+    the rows [N] that are ``active``. Checks CPU tensors only.
     """
     real = targets.states if isinstance(targets, HiddenTargets) else targets.log_probs
     if real.device.type != "cpu" or torch.compiler.is_compiling():
@@ -160,7 +165,8 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
         _refuse(
             ~torch.isfinite(largest) & active,
             lambda row: (
-                f"the teacher's states of row {row} hold NaN or inf, by themselves or by scale"
+                f"the teacher's states of row {row} hold NaN or inf, before or after they are "
+                "multiplied by scale"
             ),
         )
         return
@@ -169,15 +175,15 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
     _refuse(
         wrong & active,
         lambda row: (
-            f"the teacher's log_probs of row {row} hold NaN or +inf, or are all -inf: that is no "
-            "distribution"
+            f"the teacher's log_probs of row {row} hold NaN or +inf, or are all -inf: that is not "
+            "a distribution"
         ),
     )
 
 
 def check_sums(targets: SparseTargets) -> None:
-    """ValueError, naming the row, for probabilities with a tail of their own that sum to less than
-    1, in rows with ids. On CPU tensors only.
+    """Raise ValueError, naming the row, if probabilities and a given tail sum to less than 1 in a
+    row with ids. Checks CPU tensors only.
     """
     assert targets.tail is not None
     if targets.tail.device.type != "cpu" or torch.compiler.is_compiling():
@@ -188,14 +194,14 @@ def check_sums(targets: SparseTargets) -> None:
         (mass < 1 - SPARE) & listed.any(1) & targets.active(),
         lambda row: (
             f"target_probs and tail_prob sum to {float(mass[row]):g} in row {row}; they must sum "
-            "to 1. Without tail_prob the rest is the tail; a mixture in which some teacher has no "
-            "target is given as the DecodedTargets that merge_targets returns"
+            "to 1. Leave tail_prob out and the rest is the tail; give a mixture in which some "
+            "teacher has no target as the DecodedTargets that merge_targets returns"
         ),
     )
 
 
 def check_mixed(teachers: Sequence[SparseRow], weights: Tensor) -> None:
-    """ValueError for what cannot be mixed by weights [N,T]: values on CPU tensors only."""
+    """Raise ValueError for targets that weights [N,T] cannot mix; values on CPU tensors only."""
     if weights.device.type == "cpu" and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError("weights hold a negative value, NaN or inf; a mixture's weights are ≥ 0")
     for number, teacher in enumerate(teachers):
@@ -209,24 +215,30 @@ def _check_mixed_values(
 ) -> None:
     _refuse(
         (ids < -1).any(1) & active,
-        lambda row: f"teacher {number}'s ids hold one below -1, which is padding, in row {row}",
+        lambda row: f"teacher {number}'s ids hold a value below -1 (-1 is padding) in row {row}",
     )
     wrong = (~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)).any(1)
-    if tail is not None:
-        wrong = wrong | ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1)
     _refuse(
         wrong & active,
         lambda row: (
-            f"teacher {number}'s probs or tail hold a negative value, NaN or inf in row {row}; "
-            "they are probabilities"
+            f"teacher {number}'s probs hold a negative value, NaN or inf in row {row}; they are "
+            "probabilities"
         ),
     )
+    if tail is not None:
+        _refuse(
+            ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1) & active,
+            lambda row: (
+                f"teacher {number}'s tail holds {float(tail[row]):g} in row {row}; it is a "
+                f"probability: not negative, and a number{_rounded(float(tail[row]))}"
+            ),
+        )
 
 
 def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """ValueError, naming the row, for what the tensors hold in the rows that count.
+    """Raise ValueError, naming the row, for wrong values in the rows that count.
 
-    Return what `_are_full` says.
+    Return the result of `_are_full`.
     """
     if _are_full(targets, vocabulary, settings):
         return True
@@ -269,9 +281,10 @@ def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSetting
 
 
 def _are_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """Whether a small call's values are right, every slot lists an id and every label counts.
+    """Return whether a small call's values are valid, every slot lists an id and every label
+    counts.
 
-    In lists: on few numbers they cost a tenth of what tensors do, or arrays.
+    Uses Python lists: for few numbers they cost a tenth of tensor or array operations.
     """
     ids, probs, tail, labels = targets[:4]
     if not 0 < ids.numel() <= FEW or torch._C._are_functorch_transforms_active():
@@ -283,7 +296,7 @@ def _are_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -
     most = 1 + SPARE if settings.tail == "bucket" else FLOAT32_MAX
     tails = [0.0] * len(ids) if tail is None else tail.tolist()
     for row, rest in zip(probs.tolist(), tails, strict=True):
-        # a sum with NaN is at most nothing, whatever `min` makes of it
+        # a sum with NaN fails the comparison, whatever `min` returns
         if not (min(row) >= 0 and rest >= 0 and sum(row) + rest <= most):
             return False
     if labels is None:
@@ -293,7 +306,9 @@ def _are_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -
 
 
 def _right_at_a_glance(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """Whether the extremes of all rows are right; if not, it is in doubt which rows count."""
+    """Return whether the extremes over all rows are valid. If not, the rows that count must be
+    looked at.
+    """
     ids, probs, tail, labels = targets[:4]
     if ids.numel() == 0:
         return False
@@ -325,18 +340,18 @@ def _check_masses(
     settings: LossSettings,
     values: Callable[[int], str],
 ) -> None:
-    """Tails are probabilities, and a bucket makes one distribution with the ids.
+    """Check that tails are probabilities, and that ids and tail bucket together sum to at most 1.
 
-    Less than 1 is no mistake of a mixture: its row has it where a teacher has no target. With
-    ``none`` the probabilities may be weights of a sample, whose mean alone sums to 1.
+    A sum below 1 is valid: a row of a mixture has it where a teacher has no target. With ``none``
+    the probabilities may be weights of a sample; only their mean sums to 1.
     """
     mass = probs.sum(1, dtype=torch.float64)
     if (tail := targets.tail) is not None:
         _refuse(
             ~((tail >= 0) & torch.isfinite(tail)) & active,
             lambda row: (
-                f"tail_prob holds {float(tail[row]):g} in row {row}; it is a probability: not "
-                "negative, and a number"
+                f"tail_prob holds {float(tail[row]):g} in row {row}; it is a probability: it must "
+                f"be a number and not negative{_rounded(float(tail[row]))}"
             ),
         )
         mass = mass + torch.where((targets.ids >= 0).any(1), tail, 0.0)
@@ -345,9 +360,10 @@ def _check_masses(
         _refuse(
             (mass > 1 + SPARE) & active,
             lambda row: (
-                f"target_probs{beside} sum to {float(mass[row]):g} in row {row} ({values(row)} …), "
-                "which is no distribution: they must sum to 1, or to less. Log-probabilities need "
-                "exp(), logits a softmax; weights that are to be scaled to 1, tail='renormalise'"
+                f"target_probs{beside} sum to {float(mass[row]):g} in row {row} ({values(row)} "
+                "…), which is no distribution: they must sum to 1 or less. Apply exp() to "
+                "log-probabilities and a softmax to logits; for weights to be scaled to 1, use "
+                "tail='renormalise'"
             ),
         )
 
@@ -365,8 +381,15 @@ def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) ->
     )
 
 
+def _rounded(tail: float) -> str:
+    """Say what to do about a tail that only rounding can have made negative."""
+    if not -ROUNDING < tail < 0:
+        return ""
+    return ". One computed as 1 - probs.sum(1) is rounded: add .clamp(min=0)"
+
+
 def _refuse(wrong: Tensor, message: Callable[[int], str]) -> None:
-    """ValueError for the first of the rows [N] that are wrong."""
+    """Raise ValueError for the first wrong row, if any of the rows [N] is."""
     if bool(wrong.any()):
         raise ValueError(message(int(wrong.nonzero()[0])))
 

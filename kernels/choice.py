@@ -1,4 +1,4 @@
-"""Which implementation computes a loss, and why not the other."""
+"""Choose the implementation that computes a loss, and say why the other cannot."""
 
 import functools
 import logging
@@ -21,7 +21,9 @@ Targets = Tensor | LossTargets
 
 
 def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> str:
-    """The implementation to run, "triton" or "torch"; says once what "auto" took, and why."""
+    """Return the implementation to run, "triton" or "torch"; log once what "auto" takes,
+    and why.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "torch":
@@ -41,7 +43,7 @@ def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> st
 def _obstacle(
     device: torch.device, dtype: torch.dtype, teachers: Sequence[Targets], interpreted: bool
 ) -> str | None:
-    """Why the Triton kernels cannot run here; None if they can."""
+    """Return why the Triton kernels cannot run here; None if they can."""
     if isinstance(teachers[0], WholeTargets):
         return "targets of the whole vocabulary have no Triton kernel"
     if device.type != "cuda" and not interpreted:
@@ -52,7 +54,7 @@ def _obstacle(
     kept = sum(ids.shape[-1] for ids in sparse if isinstance(ids, Tensor))
     if kept > MAX_KEPT:
         return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
-    targets = teachers[0]  # of several, all are decoded before
+    targets = teachers[0]  # several teachers' targets are decoded first
     if (
         len(teachers) == 1
         and isinstance(targets, EncodedTargets)

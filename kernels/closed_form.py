@@ -1,4 +1,4 @@
-"""Loss and exact gradient of a block of logits, written over it; no autograd, no products.
+"""Compute loss and exact gradient of a block of logits, overwriting it. No autograd, no products.
 
 Outside a row's k ids all entries share one coefficient, so a row costs one softmax over the
 complement of its ids plus k special entries. With s = softmax over the complement, p =
@@ -6,8 +6,8 @@ softmax(z/τ), r the complement's mass and φ = ∂D/∂p, the gradient with res
 
     outside   r (φ_r − φ̄) · s_j       inside   p_k (φ_k − φ̄)       φ̄ = Σ p_k φ_k + r φ_r
 
-whose factors stay finite where r itself underflows. Shapes: C rows of the block, V vocabulary, K
-kept ids.
+Its factors stay finite where r itself underflows. Shapes: C rows of the block, V vocabulary, K kept
+ids.
 """
 
 import math
@@ -22,27 +22,27 @@ from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings, SparseTargets, t
 
 
 class BlockLosses(NamedTuple):
-    """CE and D of each row without any weight; 0 where a row has no label or no target."""
+    """CE and D of each row, unweighted; 0 where a row has no label or no target."""
 
     ce: Tensor  # [C]
-    kd: Tensor  # [C]; of T > 1 teachers [C,T]
+    kd: Tensor  # [C,T] for T > 1 teachers
 
 
 class Coefficients(NamedTuple):
-    """What each row's CE and D are multiplied by in the quantity to be differentiated."""
+    """The factors of each row's CE and D in the quantity that is differentiated."""
 
     ce: Tensor  # [C]
     kd: Tensor  # as in `BlockLosses`
 
     def take(self, rows: Tensor | slice) -> "Coefficients":
-        """Those of some rows only."""
+        """Return the coefficients of some rows."""
         if isinstance(rows, slice) and rows == slice(0, len(self.ce)):
             return self
         return Coefficients(self.ce[rows], self.kd[rows])
 
 
 def block_buffers(settings: LossSettings, has_labels: bool) -> int:
-    """How many [C,V] blocks `loss_block` holds at once, the logits included."""
+    """Return how many [C,V] blocks `loss_block` holds at once, the logits included."""
     second_softmax = settings.temperature != 1.0 and has_labels
     return 1 + second_softmax + (settings.softcap is not None)
 
@@ -50,11 +50,11 @@ def block_buffers(settings: LossSettings, has_labels: bool) -> int:
 def loss_block(
     z: Tensor, targets: SparseTargets, settings: LossSettings, coefficients: Coefficients | None
 ) -> BlockLosses:
-    """Per-row losses of raw logits z [C,V], a private float32 or float64 buffer, overwritten.
+    """Return the losses of each row of raw logits z [C,V], a private float32 or float64 buffer.
 
-    With coefficients, z becomes the gradient of Σ coefficients.ce·CE + coefficients.kd·D with
-    respect to the raw logits; without, z is left as scratch. ids and labels must lie in [0, V)
-    where they count.
+    z is overwritten: with coefficients by the gradient of Σ coefficients.ce·CE + coefficients.kd·D
+    with respect to the raw logits, without them by scratch values. ids and labels must lie in [0,
+    V) where they count.
     """
     wanted = coefficients is not None
     slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=wanted)
@@ -103,14 +103,14 @@ def _times(values: Tensor, factor: float) -> Tensor:
 
 
 def _asks(values: Tensor) -> bool:
-    """Whether what tensors hold may be asked for: a device would have to be waited for."""
+    """Return whether values may be read on the host: on a device that would mean waiting for it."""
     return values.device.type == "cpu"
 
 
 def _one(
     targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None, whole: bool
 ) -> tuple[Tensor, Tensor]:
-    """D [C], and for a scale [C] of it the gradient [C,K+1] as in `DivergenceParts`."""
+    """Return D [C] and its gradient [C,K+1] as in `DivergenceParts`, times `scale` [C] if given."""
     q, has_target = target_masses(targets, settings.tail, log_p.dtype, whole)
     value, gradient = divergence_parts(q, log_p, settings)
     if has_target is not None:
@@ -122,10 +122,11 @@ def _one(
 def _several(
     targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """D of each teacher [C,T], and for scales [C,T] the sum of their gradients [C,K+1].
+    """Return each teacher's D [C,T], and the sum of their gradients [C,K+1] by `scale` [C,T].
 
-    log_p is of the union of all ids, and last of what is outside it. A teacher's own rest is that
-    and the ids that only others list; it shares its gradient out by their probabilities in it.
+    log_p covers the union of all ids and, last, all ids outside the union. A teacher's own rest is
+    that last outcome plus the ids that only other teachers list; its gradient is divided among them
+    by their probabilities within the rest.
     """
     values, total = [], torch.zeros_like(log_p)
     assert targets.tail is not None
@@ -145,17 +146,20 @@ def _several(
 
 
 class DivergenceParts(NamedTuple):
-    """D [C]; its gradient with respect to z/τ [C,K+1]: a value per id, a factor of the shares."""
+    """D [C], and its gradient with respect to z/τ [C,K+1]: a value per id, and a factor of the
+    shares.
+    """
 
     value: Tensor
     gradient: Tensor
 
 
 def divergence_parts(q: Tensor, log_p: Tensor, settings: LossSettings) -> DivergenceParts:
-    """D over the k listed ids and, in the last place, the rest; with its gradient in closed form.
+    """Return D over the k listed ids and, in the last place, the rest, with its closed-form
+    gradient.
 
-    q [C,K+1] is 0 at padding; log_p [C,K+1] may be -inf: padding, ids that the student cannot
-    produce (their term is a constant), an empty rest (no outcome at all).
+    q [C,K+1] is 0 at padding. log_p [C,K+1] may be -inf for padding, for ids that the student
+    cannot produce (their term is a constant) and for an empty rest (no outcome at all).
     """
     possible = None
     if not (_asks(log_p) and float(log_p.amin()) > -math.inf):
@@ -170,7 +174,9 @@ def divergence_parts(q: Tensor, log_p: Tensor, settings: LossSettings) -> Diverg
 def parts_of(
     q: Tensor, p: Tensor, log_p: Tensor, settings: LossSettings, possible: Tensor | None = None
 ) -> DivergenceParts:
-    """`divergence_parts` of finite log_p, p beside it; ``possible``: which outcomes p can have."""
+    """Compute `divergence_parts` from finite log_p and its p; ``possible``: the outcomes with p >
+    0.
+    """
     log_q = q.log()
     if not (_asks(q) and float(q.amin()) > 0):
         log_q = torch.where(q > 0, log_q, LOG_OF_ZERO)
@@ -185,8 +191,8 @@ def _forward_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tuple[Ten
 
 
 def _reverse_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    # Any constant may be taken off φ = 1 + log p/q, since Σp = 1. Taking off that of the likeliest
-    # outcome keeps φ − φ̄ from being the difference of two large numbers in peaked rows.
+    # Any constant may be subtracted from φ = 1 + log p/q, since Σp = 1. Subtracting the likeliest
+    # outcome's φ keeps φ − φ̄ from being the difference of two large numbers in peaked rows.
     phi = log_p - log_q
     likeliest = phi.gather(1, p.argmax(1, keepdim=True))
     return p * phi, p * (phi - likeliest)
@@ -208,7 +214,7 @@ def _skew_kl(
 ) -> tuple[Tensor, Tensor]:
     # With s = (1−α)p / (αq + (1−α)p), the student's share of the mixture, a term is q·log((1−s)/α)
     # and p·φ is −q·s; neither is a difference of large logarithms.
-    odds = log_p - log_q - logit(skew)  # of that share: log s/(1−s)
+    odds = log_p - log_q - logit(skew)  # log s/(1−s)
     log_of_other = -torch.logaddexp(odds, torch.zeros_like(odds[:, :1]))
     return q * (log_of_other - math.log(skew)), -q * torch.sigmoid(odds)
 
@@ -223,16 +229,16 @@ _TERMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def logit(share: float) -> float:
-    """log(share / (1 − share))."""
+    """Return log(share / (1 − share))."""
     return math.log(share) - math.log1p(-share)
 
 
 class _Slots(NamedTuple):
     """The k listed entries of each row: read before the block is overwritten, written after.
 
-    Padding slots point at the row's first listed id and repeat its value, so that a scatter
-    through them is harmless; a row that lists nothing points at column 0 and puts back what
-    stands there.
+    Padding slots point at the row's first listed id and repeat its value, so that scattering
+    through them is harmless. A row that lists nothing points at column 0 and writes back what it
+    holds.
     """
 
     ids: Tensor  # [C,K] int64, in range
@@ -264,22 +270,22 @@ class _Slots(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """softmax(scaled logits): the listed ids' part, and the shares of all others in the rest."""
+    """softmax(scaled logits): log p of the listed ids, and the shares of all others in the rest."""
 
     shares: Tensor  # [C,V]: softmax over the complement; 0 at the listed ids
-    log_p: Tensor  # [C,K+1], -inf at padding; in the last place that of the complement's mass
+    log_p: Tensor  # [C,K+1], -inf at padding; the last is the complement's mass
     shift: Tensor  # [C,1]: the row's largest logit
     log_norm: Tensor  # [C,1]: log-sum-exp of the shifted logits
-    finite: bool  # it is known that every row has a possible id in its complement
+    finite: bool  # every row is known to have a possible id in its complement
 
 
 def _softmax_(scaled: Tensor, slots: _Slots, temperature: float, finite: bool = False) -> _Softmax:
-    """Overwrites the scaled logits [C,V] by the shares.
+    """Overwrite the scaled logits [C,V] with the shares.
 
-    The complement's mass is a log-sum-exp of its own, never 1 − Σ; everything is relative to the
-    row's largest logit, so that |z| = 1e4 loses nothing to cancellation.
+    The complement's mass is a log-sum-exp of its own, never 1 − Σ, and everything is relative to
+    the row's largest logit, so |z| = 1e4 loses nothing to cancellation.
     """
-    slots.write_(scaled, -math.inf)  # they are taken out
+    slots.write_(scaled, -math.inf)  # removes them from the softmax
     peak = scaled.amax(1, keepdim=True)
     finite = finite or (_asks(peak) and float(peak.amin()) > -math.inf)
     if scaled.device.type == "cpu":
@@ -300,7 +306,7 @@ def _softmax_(scaled: Tensor, slots: _Slots, temperature: float, finite: bool = 
     if not finite:
         outside = torch.where(empty, -math.inf, outside)
     log_p = torch.cat([listed - shift, outside], 1)
-    if finite:  # what logsumexp does, but for its care for infinities
+    if finite:  # logsumexp without its handling of infinities
         top = log_p.amax(1, keepdim=True)
         log_norm = (log_p - top).exp_().sum(1, keepdim=True).log_().add_(top)
     else:
@@ -309,11 +315,11 @@ def _softmax_(scaled: Tensor, slots: _Slots, temperature: float, finite: bool = 
 
 
 class _Label(NamedTuple):
-    """The hard labels of a block; ids point at column 0 where a row has none."""
+    """The hard labels of a block; ids of rows without a label point at column 0."""
 
     ids: Tensor  # [C,1] int64
     logits: Tensor  # [C,1]
-    counts: Tensor | None  # [C,1] bool; None: all do
+    counts: Tensor | None  # [C,1] bool; None: all count
     possible: Tensor | None  # [C,1] bool: counts and has a finite logit; None: all are
 
     @staticmethod
@@ -331,7 +337,7 @@ class _Label(NamedTuple):
         return _Label(ids, logits, counts, counts & (logits != -math.inf))
 
     def cross_entropy(self, at_one: _Softmax) -> Tensor:
-        """CE [C]."""
+        """Return CE [C]."""
         ce = -(self.logits - at_one.shift - at_one.log_norm)
         if self.counts is not None and self.possible is not None:
             ce = torch.where(self.counts, torch.where(self.possible, ce, -LOG_OF_ZERO), 0.0)
@@ -341,9 +347,9 @@ class _Label(NamedTuple):
 def transform_(
     z: Tensor, logit_scale: float, softcap: float | None, keep_slope: bool = False
 ) -> Tensor | None:
-    """In place: z <- cap·tanh(scale·z/cap); returns dz'/d(scale·z) where it is not 1 and wanted.
+    """Set z to cap·tanh(scale·z/cap) in place; return dz'/d(scale·z) if wanted and not 1.
 
-    A logit of -inf stays -inf under a softcap: an id that is ruled out stays ruled out.
+    A logit of -inf stays -inf under a softcap: an excluded id stays excluded.
     """
     if logit_scale != 1.0:
         z.mul_(logit_scale)

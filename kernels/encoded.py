@@ -1,8 +1,8 @@
-"""Targets as a cache stores them: eight-bit values, sixteen-bit ids; decoded where they are used.
+"""Targets as a cache stores them (8-bit values, 16-bit ids), decoded where they are used.
 
-The Triton kernel decodes a row in its registers, so that the host sends only these integers;
-`decode` is its PyTorch twin, which defines it. Nothing here reads files. Shapes: N rows, K
-candidates a row, by falling probability, Q bytes of id planes.
+The Triton kernel decodes a row in its registers, so the host sends only these integers; `decode` is
+its PyTorch twin and defines it. Nothing here reads files. Shapes: N rows, K candidates a row by
+falling probability, Q bytes of id planes.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from rekindle.kernels.targets import DecodedTargets, check_tensor
 
-STEP = 1024.0  # fixed point: units a nat
-PRECISE_STEP = 2048.0  # of 16-bit values
-NO_TAIL = 32767  # of tail_log_odds: nothing lies outside the ids
+STEP = 1024.0  # fixed point: units per nat
+PRECISE_STEP = 2048.0  # units per nat of 16-bit values
+NO_TAIL = 32767  # value of tail_log_odds if no mass lies outside the ids
 
 
 @dataclass(frozen=True)
 class EncodedTargets:
-    """Sparse targets of N rows in integers, at one temperature τ.
+    """Sparse targets of N rows as integers, at one temperature τ.
 
-    The candidates' log-probabilities at τ are −values/255 · (log_prob_min − log_prob_max)/1024/τ up
-    to a constant (of sixteen-bit values −values/2048/τ, which no Triton kernel decodes);
-    tail_log_odds/1024 is log(kept mass / tail mass) at τ, which fixes it.
+    The candidates' log-probabilities at τ are, up to a constant per row, −values/255 ·
+    (log_prob_min − log_prob_max)/1024/τ; for 16-bit values, which no Triton kernel decodes,
+    −values/2048/τ. tail_log_odds/1024 is log(kept mass / tail mass) at τ and fixes the constant.
     """
 
     ids: Tensor  # [N,K] uint16: low bits of the ids, distinct within a row
@@ -32,26 +32,26 @@ class EncodedTargets:
     log_prob_min: Tensor | None  # [N] uint16
     tail_log_odds: Tensor  # [N] int16
     ids_high: Tensor | None = None  # [N,Q] uint8: bits 16 and up, a little-endian plane per bit
-    planes: int = 0  # how many
-    k: int | None = None  # use only the first k; the others' mass joins the tail
-    temperature: float | None = None  # τ, which the loss must be asked for; None: not said
-    sampled: bool = False  # an unbiased sample: no loss that is not linear in it may learn from it
+    planes: int = 0  # number of planes
+    k: int | None = None  # use only the first k; the mass of the others joins the tail
+    temperature: float | None = None  # τ, which the loss must use; None: not known
+    sampled: bool = False  # an unbiased sample: only a divergence that is linear in it may be used
 
     @property
     def kept(self) -> int:
-        """Candidates in use."""
+        """Return the number of candidates in use."""
         stored = self.ids.shape[1]
         return stored if self.k is None else min(self.k, stored)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Ids and the three scalars [N,3] as int16 bit patterns, values and planes as uint8."""
+        """Return ids and scalars [N,3] as int16 bit patterns, values and planes as uint8."""
         scalars = (self.log_prob_max, self.log_prob_min, self.tail_log_odds)
         side = torch.stack([s.view(torch.int16) for s in scalars if s is not None], dim=1)
         return self.ids.view(torch.int16), self.values, side, self.ids_high
 
 
 def check_encoded(targets: EncodedTargets, rows: int) -> None:
-    """ValueError for integers that are not as a cache stores them, or not of the student's rows."""
+    """Raise ValueError if dtypes or shapes are not a cache's, or not of the student's rows."""
     types = {"ids": torch.uint16, "values": torch.uint8, "log_prob_max": torch.uint16}
     types |= {"log_prob_min": torch.uint16, "tail_log_odds": torch.int16, "ids_high": torch.uint8}
     if targets.log_prob_min is None:
@@ -81,7 +81,7 @@ def check_encoded(targets: EncodedTargets, rows: int) -> None:
 
 
 def decode(targets: EncodedTargets, temperature: float) -> DecodedTargets:
-    """Ids [N,k] int64, probabilities [N,k] float32 at `temperature`, tail mass [N].
+    """Return ids [N,k] int64, probabilities [N,k] float32 at `temperature`, and tail mass [N].
 
     `temperature` must be the one that tail_log_odds was stored for.
     """
@@ -91,7 +91,7 @@ def decode(targets: EncodedTargets, temperature: float) -> DecodedTargets:
 
 
 def relative_log_probs(targets: EncodedTargets, temperature: float) -> Tensor:
-    """All candidates' log-probabilities [N,K] at any `temperature`, up to a constant of a row."""
+    """Return all candidates' log-probabilities [N,K] at any `temperature`, up to a row constant."""
     values = targets.values.float()
     if targets.log_prob_min is None:
         return values * (-1.0 / (PRECISE_STEP * temperature))
@@ -100,7 +100,7 @@ def relative_log_probs(targets: EncodedTargets, temperature: float) -> Tensor:
 
 
 def _masses(relative: Tensor, log_odds: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Probabilities of the first k candidates, and the tail with the others' mass."""
+    """Return the first k candidates' probabilities, and the tail including the others' mass."""
     odds = torch.where(log_odds == NO_TAIL, torch.inf, log_odds.float() / STEP)
     probs = torch.softmax(relative, dim=1) * torch.sigmoid(odds)[:, None]
     tail = torch.sigmoid(-odds)

@@ -1,4 +1,4 @@
-"""What hidden states and an output matrix say of the whole vocabulary, a bounded block at a time.
+"""Whole-vocabulary distributions from hidden states and an output matrix, in bounded blocks.
 
 A teacher's distribution from its cached states, as a loss takes it, and the entropy of a student's.
 No losses and no autograd here. Shapes: N rows, H hidden, V vocabulary, C block rows.
@@ -17,21 +17,21 @@ from rekindle.kernels.whole_vocabulary import log_softmax_
 
 
 class HiddenTargets(NamedTuple):
-    """A teacher's final hidden states and output matrix, whose logits are never all made.
+    """A teacher's final hidden states and output matrix; all its logits are never held at once.
 
     logits = softcap·tanh(logit_scale · (scale · states @ weight.T + bias) / softcap)
     """
 
-    states: Tensor  # [N,H] in any real dtype, integers too
-    scale: Tensor | None  # [N] what a row of states is multiplied by; None: 1
-    weight: Tensor  # [V,H], the student's V and the teacher's own H
+    states: Tensor  # [N,H] in any real dtype, integers included
+    scale: Tensor | None  # [N] factor of each row of states; None: 1
+    weight: Tensor  # [V,H], with the student's V and the teacher's own H
     bias: Tensor | None = None  # [V]
     softcap: float | None = None
     logit_scale: float = 1.0
 
 
 class DenseTargets(NamedTuple):
-    """A teacher's log-probabilities at τ = 1 (or logits: a row's constant does not matter)."""
+    """A teacher's log-probabilities at τ = 1, or logits: a constant per row makes no difference."""
 
     log_probs: Tensor  # [N,V]; -inf: an id that cannot occur
 
@@ -40,7 +40,7 @@ WholeTargets = HiddenTargets | DenseTargets
 
 
 class WholeTeacher(NamedTuple):
-    """The fields of HiddenTargets; without `weight`, log-probabilities stand in for the states."""
+    """The fields of HiddenTargets; without `weight`, `states` holds log-probabilities."""
 
     states: Tensor | None = None  # None: the targets are sparse
     scale: Tensor | None = None
@@ -51,7 +51,7 @@ class WholeTeacher(NamedTuple):
 
     @classmethod
     def of(cls, targets: WholeTargets) -> "WholeTeacher":
-        """The teacher, detached."""
+        """Return the teacher of these targets, detached."""
         if isinstance(targets, DenseTargets):
             return cls(targets.log_probs.detach())
         tensors = (None if t is None else t.detach() for t in targets[:4])
@@ -59,7 +59,7 @@ class WholeTeacher(NamedTuple):
 
 
 class TeacherBlocks:
-    """Log-probabilities [C,V] of some rows at a time, in one buffer that they share."""
+    """Log-probabilities [C,V] of some rows at a time, in one shared buffer."""
 
     def __init__(self, teacher: WholeTeacher, dtype: torch.dtype, product_dtype: torch.dtype):
         self.teacher, self.dtype, self.product_dtype = teacher, dtype, product_dtype
@@ -67,7 +67,9 @@ class TeacherBlocks:
         self.buffer: Tensor | None = None
 
     def log_probs(self, rows: Tensor, temperature: float) -> Tensor:
-        """At τ of the rows [C], at most as many as the first time; the caller may overwrite it."""
+        """Return those of the rows [C] at τ: at most as many rows as in the first call; the caller
+        may overwrite them.
+        """
         assert self.teacher.states is not None
         out = self.teacher.states[rows].to(self.dtype)  # indexing copies
         if self.weight is not None:
@@ -97,11 +99,12 @@ def row_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Entropy in nats, float32 [N], of softmax(z), z = cap·tanh(scale·(hidden @ weight.T + b)/cap).
+    """Return the entropy in nats, float32 [N], of softmax(z), z = cap·tanh(scale·(hidden @ weight.T
+    + b)/cap).
 
-    hidden [N,H], weight [V,H], bias [V]. Without gradient, and never with all logits at once: the
-    blocks take as many bytes as those of a loss. On a GPU the product is in the autocast dtype, or
-    the inputs' common one, if that is bfloat16.
+    hidden [N,H], weight [V,H], bias [V]. No gradient, and all logits are never held at once: blocks
+    take as many bytes as a loss's. On a GPU the product is in the autocast dtype, or the inputs'
+    common one, if that is bfloat16.
     """
     with torch.no_grad():
         dtype = compute_dtype(hidden, weight)
@@ -118,10 +121,10 @@ def row_entropy(
 
 
 def block_product_dtype(hidden: Tensor, weight: Tensor, exactly: bool = False) -> torch.dtype:
-    """What the factors of products around blocks of PyTorch arithmetic are rounded to.
+    """Return the dtype to which factors of products around PyTorch arithmetic are rounded.
 
-    bfloat16 on a GPU, where autocast or the inputs ask for it and `exactly` does not forbid it:
-    products in float32 take ten times as long there. Else nothing is rounded.
+    bfloat16 on a GPU where autocast or the inputs ask for it, unless `exactly` forbids it (float32
+    products take ten times as long there). Otherwise nothing is rounded.
     """
     product_dtype = matrix_dtype(hidden, weight)
     if exactly or hidden.device.type != "cuda" or product_dtype != torch.bfloat16:
@@ -130,7 +133,7 @@ def block_product_dtype(hidden: Tensor, weight: Tensor, exactly: bool = False) -
 
 
 def check_whole(targets: WholeTargets, rows: int, vocabulary: int, device: torch.device) -> None:
-    """ValueError where the targets are not of the student's N rows and V ids, on its device."""
+    """Raise ValueError if the targets do not fit the student's N rows, V ids and device."""
     sizes: dict[str, tuple[int, ...]] = {"log_probs": (rows, vocabulary)}
     if isinstance(targets, HiddenTargets):
         check_factors("the teacher's ", logit_scale=targets.logit_scale, softcap=targets.softcap)

@@ -1,4 +1,4 @@
-"""Distillation losses from teachers' targets: entry points, checks, dispatch; no arithmetic.
+"""Distillation losses from teachers' targets: entry points, checks and dispatch; no arithmetic.
 
 Shapes: N rows (tokens), V vocabulary, K kept ids a row, H hidden size, T teachers.
 """
@@ -46,7 +46,7 @@ from rekindle.kernels.targets import (
 class KDLoss(NamedTuple):
     """loss = ce_weight·ce + kd_weight·τ²·kd. Only `loss` carries a gradient.
 
-    kd is [T], or [N,T], where the targets were a list of T teachers'.
+    kd is [T] or [N,T] if the targets were a list of T teachers'.
     """
 
     loss: Tensor
@@ -74,66 +74,69 @@ def kd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> KDLoss:
-    """Cross-entropy on labels plus a divergence to a teacher's targets, from logits.
+    """Return cross-entropy on labels plus a divergence from a teacher's targets, computed from
+    logits.
 
-    loss = ce_weight·CE(labels, z) + kd_weight·τ²·D(q ‖ softmax(z/τ))
-    z    = cap·tanh(logit_scale·logits / cap)
+        loss = ce_weight·CE(labels, z) + kd_weight·τ²·D(q ‖ softmax(z/τ))
+        z    = cap·tanh(logit_scale·logits / cap)
 
     The gradient is exactly the derivative of the returned loss. Targets and row_weight get none.
 
     Args:
-        logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16 (in
-            float32). Or StudentLogits of a linear head: see `linear_kd_loss`.
+        logits: [N,V] float64 (computed and returned in float64), float32, bfloat16 or float16
+            (computed in float32). Or StudentLogits of a linear head: see `linear_kd_loss`.
         target_ids: [N,K] integers in [0,V), distinct within a row; -1 is padding, in any place.
-            Or all of them as DecodedTargets (target_probs and tail_prob are then left out), or
-            EncodedTargets, as a cache stores them; the Triton kernels decode these in registers.
-            Or HiddenTargets or DenseTargets (hidden.py): D over the whole vocabulary, exact, of a
-            bounded block of the teacher's logits at a time; `tail` says nothing then. PyTorch
-            computes these, on any device. Or a list of T DecodedTargets or EncodedTargets, one of
-            each teacher, that share all other arguments but kd_weight: the logits are read once for
-            all of them, loss = ce_weight·CE + Σ_t kd_weight_t·τ²·D_t, and kd has a last axis [T].
+            - DecodedTargets or EncodedTargets hold everything at once; leave target_probs and
+              tail_prob out. EncodedTargets are as a cache stores them; the Triton kernels decode
+              them in registers.
+            - HiddenTargets or DenseTargets (hidden.py) give the exact D over the whole vocabulary,
+              from a bounded block of the teacher's logits at a time. `tail` is ignored in that
+              case. PyTorch computes them, on any device.
+            - A list of T DecodedTargets or EncodedTargets, one per teacher. They share all other
+              arguments but kd_weight: the logits are read once for all of them, loss =
+              ce_weight·CE + Σ_t kd_weight_t·τ²·D_t, and kd has a last axis [T].
         target_probs: [N,K] probabilities at this temperature; ignored at padding.
-        tail_prob: [N] target mass outside the ids, for tail bucket alone; None takes
-            1 − Σ target_probs (not below 0). In a row with ids the two sum to 1; of DecodedTargets
-            they may to less, as a mixture's do where a teacher has no target.
+        tail_prob: [N] target mass outside the ids, for tail bucket only; None takes
+            1 − Σ target_probs (not below 0). In a row with ids the two must sum to 1;
+            DecodedTargets may sum to less, like a mixture in which a teacher has no target.
         labels: [N] integers in [0,V) or `ignore_index`. None: no cross-entropy.
-        temperature: τ > 0, applied after scale and softcap; the labels see τ = 1.
-        ce_weight: weight of CE. It is said beside labels (0.0: be told `ce` alone), and needs them.
-        kd_weight: weight of τ²·D; of several teachers one for all, or one of each.
+        temperature: τ > 0, applied after scale and softcap; the labels use τ = 1.
+        ce_weight: weight of CE. Required with labels (0.0: report `ce` only), refused without.
+        kd_weight: weight of τ²·D; for several teachers one number for all, or one each.
         divergence: forward_kl KL(q‖p) | reverse_kl KL(p‖q) | jsd (β = ½) | tvd (½ Σ|q − p|) |
-            skew_kl KL(q ‖ αq + (1−α)p), at most −log α. Of a sample (kinds threshold and random;
-            ids drawn by whatever means) forward_kl alone: it is linear in q, so its mean over draws
-            teaches q. The others take an id that was not drawn for one of probability zero, and end
-            elsewhere. EncodedTargets of a sample are refused; plain ids and probabilities do not
-            say where they come from.
-        tail: what stands for the target outside its ids. bucket: one more outcome, "any other
-            id", with tail_prob against the student's mass there. renormalise: q/Σq on the ids and
+            skew_kl KL(q ‖ αq + (1−α)p), at most −log α. For a sample (kinds threshold and random,
+            or ids drawn in any other way) use forward_kl only: it is linear in q, so its mean over
+            draws teaches q. The others give an id that was not drawn probability zero, and have
+            another minimum. EncodedTargets of a sample are refused; plain ids and probabilities
+            cannot be checked for this.
+        tail: how the target outside its ids is treated. bucket: one more outcome, "any other
+            id", compares tail_prob with the student's mass there. renormalise: q/Σq on the ids and
             zero elsewhere. none: q as it is on the ids and zero elsewhere (unbiased samples).
         row_weight: [N], multiplies the row's ce and kd. Weight 0 ignores the row entirely: its
-            logits may hold anything, NaN too, and get a gradient of zero.
-        ignore_index: label that does not count.
+            logits may hold anything, even NaN, and get a gradient of zero.
+        ignore_index: the label that does not count.
         reduction: mean: D over the rows with weight ≠ 0 (a row without target counts and adds
             nothing), CE over those of them whose label counts; sum; none: [N], 0 in ignored rows.
-            No such row: 0.
+            Without any such row: 0.
         impl: auto | triton | torch.
         skew: α of skew_kl, in (0, 1); None: 0.1. Refused with another divergence.
-        softcap: final logit softcapping as in Gemma 2 (-inf stays -inf); None: none.
+        softcap: final logit softcapping as in Gemma 2 (-inf stays -inf); None: off.
         logit_scale: > 0, multiplies the logits first.
 
-    A target probability of zero counts as 2^-126 where its logarithm is needed (reverse KL
-    outside the ids). So does, as a constant without gradient, the student's probability of an id
-    whose logit is -inf; a bucket with no possible id in it is no outcome. Losses are finite for
-    every logit that is not NaN or +inf.
+    A target probability of zero counts as 2^-126 where its logarithm is needed (reverse KL outside
+    the ids). So does the student's probability of an id whose logit is -inf, as a constant without
+    gradient. A bucket that holds no possible id is not an outcome. Losses are finite for every
+    logit that is not NaN or +inf.
 
-    Returns: KDLoss(loss, ce, kd), scalars or [N] by `reduction`; ce and kd are CE and D, weights
-        of rows included, detached.
+    Returns: KDLoss(loss, ce, kd), scalars or [N] by `reduction`; ce and kd are CE and D, with row
+        weights applied, detached.
 
-    Raises: ValueError for arguments that break these rules, with the row. Values are checked on CPU
-        tensors only, as a device would have to be waited for: the Triton kernels give a row with
-        an id or label outside [0,V) a loss of NaN.
+    Raises: ValueError, naming the row, for arguments that break these rules. Values are checked on
+        CPU tensors only, because reading them would wait for a device: the Triton kernels give
+        a row with an id or label outside [0,V) a loss of NaN.
 
     Sources: Hinton et al. 2015 (τ²); Anshumann et al., ACL 2025 (tails); Ko et al., ICML 2024
-        (DistiLLM: skew_kl, there with p for the teacher).
+        (DistiLLM: skew_kl, where p is the teacher).
     """
     student = logits if isinstance(logits, StudentLogits) else StudentLogits(logits)
     several = isinstance(target_ids, list)
@@ -175,9 +178,9 @@ def kd_loss(
     whole = teacher.states is not None
     if isinstance(target_ids, WholeTargets):
         check_whole_values(target_ids, targets.active())
-    if student.weight is None:  # the gradient takes the logits' layout
+    if student.weight is None:  # the gradient has the logits' layout
         if not _rows_are_dense(student.inputs):
-            # contiguous() would leave a single row's stride as it is, of whatever length
+            # contiguous() would keep a single row's stride as it is, however large
             student = StudentLogits(student.inputs.clone(memory_format=torch.contiguous_format))
         elif whole:
             student = StudentLogits(student.inputs.contiguous())
@@ -192,7 +195,7 @@ def kd_loss(
 
 
 class LossOptions(TypedDict, total=False):
-    """For callers that hand them on: the options of both losses, see `kd_loss`."""
+    """The options of both losses, for callers that pass them on; see `kd_loss`."""
 
     tail_prob: Tensor | None
     labels: Tensor | None
@@ -232,28 +235,27 @@ def linear_kd_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> KDLoss:
-    """`kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
+    """Return `kd_loss` of logits = hidden @ weight.T + bias, holding only a bounded block of them.
 
     The gradient is formed in the forward pass, block by block (float32 sums, or float64 for float64
-    inputs); under `no_grad` none is. The blocks of a call take at most 256 MiB on CPU; on a GPU
-    a sixteenth of its memory, and 2 GiB at least (but at least one row).
+    inputs); under `no_grad` none is formed. A call's blocks take at most 256 MiB on CPU; on a GPU a
+    sixteenth of its memory and at least 2 GiB (but at least one row).
 
-    Rows with weight 0 are dropped before the first product; on CPU also those with neither label
-    nor target. To learn their number the Triton path waits for the device once, if row_weight is
-    given and no CUDA graph is being captured; without row_weight it never waits.
+    On CPU, rows with weight 0 and rows with neither label nor target are dropped before the first
+    product. On a GPU all rows are kept, so that the host never waits for the device.
 
-    The products are in float32 with impl torch, also under autocast; with impl triton in the
-    autocast dtype, or the inputs' common one, and dW is summed in float32 all the same. Those of
-    HiddenTargets are in float32 too, but on a GPU in bfloat16 where impl triton's would be.
+    With impl torch the products are in float32, also under autocast. With impl triton they are in
+    the autocast dtype, or the inputs' common one, and dW is still summed in float32. Products with
+    HiddenTargets are in float32 too, except on a GPU where impl triton's would be in bfloat16.
 
     hidden is [N,H], weight [V,H] (the output embedding), bias [V] or None; every other argument
-    is as for `kd_loss`, whose docstring has their rules.
+    follows the rules of `kd_loss`.
 
     Returns, Raises: as for `kd_loss`.
     """
     if not isinstance(weight, Tensor):
         raise ValueError(f"weight is {weight!r}; it must be the output embedding [V,H]")
-    # Each by its name, here and above: help() and editors show a caller what there is.
+    # Arguments are spelled out here and above so that help() and editors show them.
     return kd_loss(
         StudentLogits(hidden, weight, bias),
         target_ids,
@@ -278,25 +280,25 @@ def linear_kd_loss(
 def merge_targets(
     teachers: Sequence[SparseRow], weights: Tensor | Sequence[float]
 ) -> DecodedTargets:
-    """Mixture Σ_t w_t·q_t of several teachers' sparse targets, as one sparse target.
+    """Return the mixture Σ_t w_t·q_t of several teachers' sparse targets as one sparse target.
 
     Args:
         teachers: (ids [N,K_t] with -1 padding, probs [N,K_t], tail [N] or None = 1 − Σ) per
             teacher, all at the same temperature.
-        weights: [T], or [N,T] for weights per row; ≥ 0, used as they are (1/T each for the plain
-            mean). A teacher of weight 0 in a row, or without ids there, adds nothing to it,
-            neither ids nor tail.
+        weights: [T], or [N,T] for weights per row; ≥ 0, used as given (1/T each for the plain
+            mean). A teacher with weight 0 in a row, or without ids there, adds neither ids nor
+            tail to it.
 
-    Rule for an id that one teacher lists and another does not: what the second gave it is
-    somewhere in its tail, unknown, and stays there. The merged probability of that id is then a
-    lower bound, the merged tail Σ_t w_t·tail_t an upper bound, and the total mass is exact.
+    If one teacher lists an id and another does not, the second one's probability of it is an
+    unknown part of its tail and stays there. The merged probability of that id is then a lower
+    bound, the merged tail Σ_t w_t·tail_t an upper bound, and the total mass is exact.
 
-    Returns: DecodedTargets (ids [N,ΣK_t] int64, probs [N,ΣK_t], tail [N]): ids distinct, by falling
-        probability
-        (ties by id), padding -1 with probability 0 last; float64 if any probs are, else float32.
+    Returns: DecodedTargets (ids [N,ΣK_t] int64, probs [N,ΣK_t], tail [N]): distinct ids by falling
+        probability (ties by id), padding -1 with probability 0 last; float64 if any probs are, else
+        float32.
 
-    Raises: ValueError for shapes that do not fit, and (on CPU tensors) for weights and
-        probabilities that are negative, NaN or inf, with the row.
+    Raises: ValueError for shapes that do not fit, and (on CPU tensors), naming the row, for weights
+        and probabilities that are negative, NaN or inf.
     """
     if not teachers:
         raise ValueError(
@@ -326,7 +328,7 @@ def merge_targets(
 
 
 def _rows_are_dense(logits: Tensor) -> bool:
-    """Whether a row's logits stand side by side, and the rows not far apart."""
+    """Return whether a row's logits are contiguous and the rows not far apart."""
     size = logits.shape[1]
     return logits.stride(1) == 1 and size <= logits.stride(0) <= 2 * size
 
@@ -334,28 +336,31 @@ def _rows_are_dense(logits: Tensor) -> bool:
 def _sparse(
     ids: Targets, probs: Tensor | None, tail: Tensor | None, settings: LossSettings, chosen: str
 ) -> tuple[SparseTargets, LossSettings]:
-    """Encoded targets packed for the Triton kernels, decoded for PyTorch; plain ones as is; of
-    whole distributions no ids.
+    """Return the targets packed for the Triton kernels or decoded for PyTorch; plain ones
+    unchanged; without ids for whole distributions.
     """
     if isinstance(ids, Tensor):
         if probs is None:
             raise ValueError("target_probs is missing; ids alone are no target")
         if tail is not None and settings.tail != "bucket":
             raise ValueError(
-                f"tail_prob is given, and tail={settings.tail!r} takes no notice of it: leave it "
-                "out, or say tail='bucket'"
+                f"tail_prob is given, but tail={settings.tail!r} ignores it: leave it out, or set "
+                "tail='bucket'"
             )
         return SparseTargets(ids, probs, tail), settings
     if probs is not None or tail is not None:
         kind = type(ids).__name__
-        raise ValueError(f"{kind} carry their probabilities and tail; give no others")
+        raise ValueError(
+            f"{kind} carry their own probabilities and tail; leave target_probs and tail_prob out"
+        )
     if isinstance(ids, WholeTargets):
         none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
         return SparseTargets(none, none, None), settings
     if isinstance(ids, EncodedTargets) and ids.temperature not in (None, settings.temperature):
         raise ValueError(
-            f"temperature is {settings.temperature}, and the targets are of {ids.temperature}: the "
-            "mass outside their ids is known at that one alone. Give the loss their temperature"
+            f"temperature is {settings.temperature}, but the targets are for {ids.temperature}: "
+            "the mass outside their ids is known at that temperature only. Give the loss the "
+            "targets' temperature"
         )
     if isinstance(ids, EncodedTargets) and ids.sampled and settings.divergence not in EVERY_LINEAR:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""The loss as autograd, autocast and torch.compile see it: a function, and a registered operator.
+"""The loss for autograd, autocast and torch.compile: a function and a registered operator.
 
-An eager call runs an autograd.Function; where it is traced, the operator stands in its graph.
-`rekindle::kd_loss` returns (loss, ce, kd) and, formed in the same go, the gradients of the loss.
-`rekindle::kd_loss_backward` forms them for an upstream gradient instead: for reduction "none", and
-when a graph is walked backward twice. No arithmetic of a loss is here.
+An eager call runs an autograd.Function; under tracing the operator stands in the graph instead.
+`rekindle::kd_loss` returns (loss, ce, kd) and the gradients of the loss, formed in the same pass.
+`rekindle::kd_loss_backward` forms the gradients for an upstream gradient: for reduction "none", and
+when backward runs twice through a graph. None of a loss's arithmetic is here.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from rekindle.kernels.targets import TRITON_INSTALLED, LossSettings, loss_scales
 
 
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd): scalars, or [N] for "none"; `loss` carries the gradient."""
+    """Return (loss, ce, kd): scalars, or [N] for "none"; only `loss` carries a gradient."""
     enabled = torch.is_grad_enabled()
     call = call.wanting([enabled and t is not None and t.requires_grad for t in call.student])
     if _traced(call):
@@ -46,9 +46,9 @@ _PLAIN = {Tensor, torch.nn.Parameter, float, int, type(None)}
 
 
 def _traced(call: Call) -> bool:
-    """Whether another than the eager PyTorch looks on: only then is the operator worth its price.
+    """Return whether the call is traced or transformed: only then is the operator worth its cost.
 
-    Called through `torch.library`, a call of thirty arguments costs half a millisecond more.
+    A call of thirty arguments through `torch.library` takes half a millisecond longer.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
@@ -61,13 +61,15 @@ Losses = tuple[Tensor, Tensor, Tensor]  # loss, ce, kd
 
 
 def _evaluated(call: Call, upstream: Tensor | None) -> tuple[Losses, Gradients]:
-    """The losses, reduced, and the wanted gradients; with an upstream one these alone count."""
+    """Return the reduced losses and the wanted gradients; with an upstream, only the
+    latter matter.
+    """
     dtype = call.student.compute_dtype
     if call.computation.impl == "triton":
         found, gradients = _fused(call, upstream)
         if found is None:
             return (upstream, upstream, upstream), gradients  # type: ignore[return-value]
-        if dtype != torch.float32:  # of float64 inputs under autocast
+        if dtype != torch.float32:  # for float64 inputs under autocast
             found = found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
         return found, gradients
     if is_small(call):
@@ -91,7 +93,7 @@ def _fused(call: Call, upstream: Tensor | None) -> tuple[Losses | None, Gradient
     from rekindle.kernels.triton_rows import RowKernel
 
     inputs, wanted = call.student.inputs, any(call.computation.wanted)
-    gradient = _like(inputs)  # scratch where it is not wanted
+    gradient = _like(inputs)  # scratch if no gradient is wanted
     kernel = RowKernel(call.targets, call.settings, wanted, upstream)
     kernel.run(inputs, gradient, slice(0, len(inputs)))
     found = kernel.losses() if upstream is None else None
@@ -99,13 +101,15 @@ def _fused(call: Call, upstream: Tensor | None) -> tuple[Losses | None, Gradient
 
 
 def _coefficients(settings: LossSettings, ce: Tensor, kd: Tensor) -> Coefficients:
-    """What each row's CE and D are multiplied by in the loss, from what they are in the reports."""
+    """Return each row's factors of CE and D in the loss, from its factors in the reported ce and
+    kd.
+    """
     kds = [kd * factor for factor in settings.kd_factors]
     return Coefficients(ce * settings.ce_weight, kds[0] if len(kds) == 1 else torch.stack(kds, 1))
 
 
 def _reduced(found: BlockLosses, scales: tuple[Tensor, Tensor], call: Call) -> Losses:
-    """(loss, ce, kd) of unweighted losses of N rows."""
+    """Return (loss, ce, kd) from the unweighted losses of N rows."""
     settings, labelled = call.settings, call.targets.labels is not None
     (ce, kd), (ce_scale, kd_scale) = found, scales
     several = kd.dim() == 2
@@ -122,18 +126,20 @@ def _reduced(found: BlockLosses, scales: tuple[Tensor, Tensor], call: Call) -> L
 
 
 def _like(logits: Tensor) -> Tensor:
-    """Memory for a gradient, laid out as the logits are, so that both are read in aligned steps."""
+    """Return memory for a gradient with the logits' layout, so both are read in aligned steps."""
     rows, size = logits.shape
     return rows_apart(rows, size, logits.stride(0), logits.dtype, logits.device)
 
 
 def _at_once(call: Call) -> Wanted:
-    """Which gradients the forward pass forms: none where the upstream differs from row to row."""
+    """Return the gradients formed in the forward pass: none if each row has its own
+    upstream value.
+    """
     return call.computation.wanted if call.settings.reduction != "none" else [False] * 3
 
 
 def _fake_gradients(student: StudentLogits, wanted: Wanted) -> tuple[Tensor, ...]:
-    """The gradients as the compiler sees them; empty where not wanted."""
+    """Return the gradients as the compiler sees them; empty where not wanted."""
     inputs = student.inputs
     if student.weight is None:
         return _like(inputs) if wanted[0] else inputs.new_empty(0), *map(inputs.new_empty, (0, 0))
@@ -149,7 +155,9 @@ _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 
 
 def _dense(call: Call, gradients: Gradients) -> list[Tensor]:
-    """Empty ones for those that are not wanted: an operator returns tensors."""
+    """Return the gradients with empty tensors for unwanted ones: an operator must return
+    tensors.
+    """
     return [call.student.inputs.new_empty(0) if g is None else g for g in gradients]
 
 
@@ -189,22 +197,22 @@ def _(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
 
 
 class _Context(Protocol):
-    """What is kept from the forward pass for the backward one."""
+    """What the forward pass keeps for the backward pass."""
 
-    saved_tensors: tuple[Tensor | None, ...]  # at the head of the call
-    rest: Sequence[object]  # of the call
+    saved_tensors: tuple[Tensor | None, ...]  # the tensors, which come first in the call
+    rest: Sequence[object]  # the call's other arguments
     wanted: Wanted
-    gradients: list[Tensor | None] | None  # formed in the forward pass, not handed over yet
+    gradients: list[Tensor | None] | None  # formed in the forward pass and not handed over yet
 
     def save_for_backward(self, *tensors: object) -> None:
-        """Keep tensors."""
+        """Keep tensors for the backward pass."""
 
 
 def _keep(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:TENSORS])
     ctx.rest, ctx.wanted = inputs[TENSORS:], Computation._make(inputs[-3:]).wanted
-    formed = any(ctx.wanted) and output[0].dim() == 0  # one loss of all rows, not one of each
-    # detached: an output that is kept on its own graph node would keep that node alive
+    formed = any(ctx.wanted) and output[0].dim() == 0  # the loss is a scalar, not one value per row
+    # detached: an output saved on its own graph node would keep that node alive
     ctx.gradients = [g.detach() for g in output[3:]] if formed else None
 
 
@@ -221,22 +229,24 @@ def _backward(context: _Context, upstream: Tensor, *_: object) -> tuple[Tensor |
 
 
 def _formed(context: _Context, upstream: Tensor) -> list[Tensor | None] | None:
-    """The gradients formed in the forward pass, times `upstream`; None after the first time.
+    """Return the forward pass's gradients times `upstream`; None after the first call.
 
     They are handed over, not copied: autograd may make one a parameter's .grad and add to it in
-    place. A second backward through the same graph therefore forms them anew.
+    place. A second backward through the same graph must therefore form them again.
     """
     gradients, context.gradients = context.gradients, None
     if gradients is None:
         return None
-    if type(upstream) is not Tensor:  # traced: a graph's saved values must not be written over
+    if type(upstream) is not Tensor:  # traced: values saved by a graph must not be overwritten
         return [None if g is None else (g * upstream).to(g.dtype) for g in gradients]
     _scale_([g for g in gradients if g is not None], upstream)
     return gradients
 
 
 def _scale_(values: list[Tensor], factor: Tensor) -> None:
-    """In place values · factor, a scalar that usually is 1; a device is not asked whether it is."""
+    """Multiply values by a scalar factor in place; it is usually 1, but on a device that is not
+    read.
+    """
     if factor.device.type != "cpu" and TRITON_INSTALLED:
         from rekindle.kernels.triton_rows import scale_unless_one
 
@@ -251,7 +261,7 @@ _kd_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _Loss(torch.autograd.Function):
-    """The operator's autograd without the operator: what an eager call runs."""
+    """The operator's autograd without the operator; eager calls run this."""
 
     @staticmethod
     def forward(
@@ -263,7 +273,7 @@ class _Loss(torch.autograd.Function):
         flat = call.flat()
         ctx.save_for_backward(*flat[:TENSORS])
         ctx.rest, ctx.wanted = flat[TENSORS:], wanted
-        formed = call.settings.reduction != "none"  # one loss of all
+        formed = call.settings.reduction != "none"  # then the loss is a scalar
         ctx.gradients = list(gradients) if formed else None
         ctx.mark_non_differentiable(*found[1:])
         ctx.set_materialize_grads(False)

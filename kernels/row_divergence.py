@@ -1,8 +1,8 @@
 """A row's targets and divergences in Triton: D over k + 1 outcomes, and its gradient.
 
-What `encoded.decode`, `targets.target_masses` and `closed_form.divergence_parts` define, of one
-row, in float32 registers. Tensors over ids are [K]; or [C,K], where each of a cluster's C programs
-holds them all.
+Computes for one row, in float32 registers, what `encoded.decode`, `targets.target_masses` and
+`closed_form.divergence_parts` define. Tensors over ids are [K], or [C,K] in a cluster, where each
+of the C programs holds them all.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,13 +22,13 @@ _LOG_ZERO = tl.constexpr(LOG_OF_ZERO)
 
 @triton.jit
 def sum_of_row(x):
-    """Σ over a row: a scalar; of [C,·] a program's own part, [C,1]."""
+    """Return Σ over a row: a scalar; for [C,·] each program's own part, [C,1]."""
     return tl.sum(x, len(x.shape) - 1, keep_dims=len(x.shape) > 1)
 
 
 @triton.jit
 def max_of_row(x):
-    """As `sum_of_row`, the largest."""
+    """Return the maximum of a row, shaped as in `sum_of_row`."""
     return tl.max(x, len(x.shape) - 1, keep_dims=len(x.shape) > 1)
 
 
@@ -37,7 +37,9 @@ def decoded(
     ids_ptr, values_ptr, side_ptr, high_ptr, row, lane, K, kept, inverse_tau,
     PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Ids (-1 past `kept`), their probabilities and the tail mass: `encoded.decode` of one row."""
+    """Return ids (-1 past `kept`), their probabilities and the tail mass: `encoded.decode` of one
+    row.
+    """
     stored = lane < K
     ids = tl.load(ids_ptr + row * K + lane, mask=stored, other=0).to(tl.int32) & 0xFFFF
     for plane in tl.static_range(PLANES):
@@ -67,9 +69,10 @@ def target_of_teacher(
     probs_ptr, tail_ptr, at, K, lane, listed, q, tail,
     TAIL: tl.constexpr, ENCODED: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
-    """Which ids the teacher lists, its target over the k + 1 outcomes, whether it has one.
+    """Return which ids the teacher lists, its target over the k + 1 outcomes, and whether it has
+    one.
 
-    `at` is the place of its row; q and tail are there already if they were encoded.
+    `at` is the index of its row; q and tail are already computed if the targets were encoded.
     """
     if not ENCODED:
         q = tl.load(probs_ptr + at * K + lane, mask=listed, other=-1.0).to(tl.float32)
@@ -99,7 +102,7 @@ def _log_of_target(q):
 
 @triton.jit
 def _outcome(q, log_p, log_skew, logit_skew, DIVERGENCE: tl.constexpr):
-    """Term of D, p and φ·p (for reverse KL: φ) of outcomes; log_p is -inf where there is none."""
+    """Return the term of D, p and φ·p (for reverse KL: φ) of outcomes; log_p -inf marks none."""
     possible = log_p != float("-inf")
     p = tl.exp(log_p)
     log_p = tl.where(possible, log_p, _LOG_ZERO)
@@ -131,7 +134,7 @@ def _outcome(q, log_p, log_skew, logit_skew, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def divergence_of_row(q, q_rest, log_p, log_p_rest, log_skew, logit_skew, DIVERGENCE: tl.constexpr):
-    """D, and its gradient with respect to z/τ: the rest's factor and the listed values."""
+    """Return D and its gradient with respect to z/τ: the rest's factor and the listed values."""
     q_rest = tl.where(log_p_rest == float("-inf"), 0.0, q_rest)
     term, p, p_phi = _outcome(q, log_p, log_skew, logit_skew, DIVERGENCE)
     term_rest, p_rest, p_phi_rest = _outcome(q_rest, log_p_rest, log_skew, logit_skew, DIVERGENCE)
@@ -148,8 +151,8 @@ def divergence_of_row(q, q_rest, log_p, log_p_rest, log_skew, logit_skew, DIVERG
 
 @triton.jit
 def rest_of_teacher(log_p, others, log_p_outside):
-    """Of a teacher's rest, its log-probability; and how its gradient is shared out: to what is
-    outside the union, and to those ids of the union that others list.
+    """Return the log-probability of a teacher's rest, and the shares of its gradient: for the ids
+    outside the union, and for each id of the union that only others list.
     """
     log_p = tl.where(others, log_p, float("-inf"))
     top = tl.maximum(max_of_row(log_p), log_p_outside)

@@ -1,33 +1,33 @@
 """The row kernel in Triton: both losses and the exact gradient of a row of logits in one program.
 
 It computes what `closed_form.loss_block` defines, in float32, from float32, bfloat16 or float16
-logits, and must not allocate, choose defaults or talk to autograd. Shapes: N rows, V vocabulary,
-K kept ids a row.
+logits. It must not allocate, choose defaults or talk to autograd. Shapes: N rows, V vocabulary, K
+kept ids a row.
 
-Of T teachers a row's ids are the union of what they list: the row is read for all of them at once,
-and what is listed by others only is added to a teacher's own rest from the registers.
+With T teachers a row's ids are the union of those they list. The row is read once for all of them,
+and ids that only other teachers list are added to a teacher's own rest from the registers.
 
-A program takes a row, or a cluster of C programs does, each a part of it. It gathers the k + 1
+One program takes a row, or each of a cluster of C programs takes a part of it. It gathers the k + 1
 special logits, reads the row for the log-sum-exp of all *other* ids, forms both losses and the
-row's constants, writes `constant · exp(z)` and at last stores the k + 1 special entries, each once,
-from float32. A row is *held*, read once and its exponentials kept in registers; or *streamed*, a
-block at a time, and read again for the gradient, backwards: its end is still in the cache. What
-decides is in `row_shapes`.
+row's constants, writes `constant · exp(z)`, and finally stores the k + 1 special entries, each
+once, from float32. A row is *held* (read once, with its exponentials kept in registers) or
+*streamed* (read one block at a time, and again for the gradient: backwards, because its end is
+still in the cache). `row_shapes` decides which.
 
-In a cluster all tensors have the program in their first dimension, so that a program writes the
-special entries of its own part after the rest of it, and waits for no other (no barrier of Triton's
-spans a cluster). What is about the k ids alone every program computes for itself: of what crosses
-the cluster there are two sums and two maxima a row.
+In a cluster the first dimension of all tensors is the program. A program writes the special entries
+of its own part after the rest of that part and waits for no other (no Triton barrier spans a
+cluster). Every program computes everything about the k ids itself; only two sums and two maxima a
+row cross the cluster.
 
-The complement's sum is exact, never total minus listed where that cancels. A private buffer that is
-streamed is written over anyway, so its listed entries are set to -inf before. Otherwise the sum is
-total − listed while the remainder is large enough to be resolved; else the listed entries are taken
-out and the row is summed again: in the registers of a held one, of a streamed one in a copy of it
-in the gradient's memory, as a caller's logits must stay as they are.
+The complement's sum is exact: it is never total minus listed where that cancels. A streamed private
+buffer is overwritten anyway, so its listed entries are first set to -inf. Otherwise the sum is
+total − listed while the remainder is large enough to be resolved. If it is not, the listed entries
+are removed and the row is summed again: for a held row in the registers, for a streamed one in a
+copy in the gradient's memory, because a caller's logits must not change.
 
-Memory: rows start anywhere (V = 30,522 is a multiple of 2 only), so a row is cut into a middle
-that starts and ends on multiples of eight elements, read and written by 128-bit instructions, and
-at most fifteen entries at its two edges, which one small vector covers. Row offsets are 64-bit.
+Memory: rows start anywhere (V = 30,522 is a multiple of 2 only). A row is therefore cut into a
+middle that starts and ends on multiples of eight elements, accessed by 128-bit instructions, and at
+most fifteen entries at its two edges, which one small vector covers. Row offsets are 64-bit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -63,7 +63,7 @@ _EDGE = tl.constexpr(16)  # lanes of the edge vector: eight before the middle, e
 
 @triton.jit
 def _put(pointer, value, cta, CTAS: tl.constexpr):
-    """Store a value of the row, once."""
+    """Store a value of the row once, by the first program of a cluster."""
     if CTAS > 1:
         tl.store(pointer + 0 * cta, value, mask=cta == 0)
     else:
@@ -73,33 +73,35 @@ def _put(pointer, value, cta, CTAS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def row_kernel(
     logits_ptr,  # [N,V] float32 | bfloat16 | float16, rows `stride` apart
-    grad_ptr,  # the same layout; the same memory if HIDE, or if the logits may be lost
+    grad_ptr,  # the same layout; the same memory if HIDE, or if the logits may be overwritten
     ids_ptr,  # [N,K] integers, -1 = padding; if ENCODED the low 16 bits
-    probs_ptr,  # [N,K] floats, [N,T,K] of T > 1 teachers; if ENCODED uint8 values
+    probs_ptr,  # [N,K] floats, [N,T,K] for T > 1 teachers; if ENCODED uint8 values
     tail_ptr,  # [N,T] floats or None; if ENCODED int16 [N,3], see encoded.EncodedTargets.packed
     labels_ptr,  # [N] integers, or None
     weight_ptr,  # [N]; 0 = row ignored; or None
     high_ptr,  # [N,Q] uint8, with PLANES; or None
-    bias_ptr,  # [V], added to the logits; or None. With HIDE, of rows that start aligned
-    counts_ptr,  # [2] float32: one over the rows of CE and of D; or None
+    bias_ptr,  # [V], added to the logits; or None. With HIDE, rows must start aligned
+    counts_ptr,  # [2] float32: 1 / the number of rows of CE, and of D; or None
     upstream_ptr,  # float32, `upstream_stride` (0 or 1) apart; or None
     loss_ptr,  # [N] float32 out, or None
     ce_ptr,  # [N] float32 out: CE times the row's weight
-    kd_ptr,  # [N,T] float32 out: the same of D
+    kd_ptr,  # [N,T] float32 out: D times the row's weight
     rows, stride, V, K, kept, ignore_index, upstream_stride, inverse_tau, scale, softcap,
     resolution,
     log_skew, logit_skew,  # log α and log α/(1−α) of skew_kl
-    ce_weight, kd_weights,  # in the loss; a tuple [T]
-    spread,  # what multiplies the gradient beside all these
+    ce_weight, kd_weights,  # weights in the loss; kd_weights is a tuple [T]
+    spread,  # another factor of the gradient
     DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, POWER: tl.constexpr,
     ENCODED: tl.constexpr, PLANES: tl.constexpr, TEACHERS: tl.constexpr,
     SOFTCAP: tl.constexpr, HIDE: tl.constexpr, GRADIENT: tl.constexpr,
     HELD: tl.constexpr, CTAS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Losses of rows and, with GRADIENT, the derivative of their part in the whole loss.
+    """Compute the losses of rows and, with GRADIENT, the derivative of their part in the whole
+    loss.
 
-    BLOCK entries are read at a time: of a HELD row all, by CTAS programs. Only streamed ones HIDE.
+    BLOCK entries are read at a time: for a HELD row all of it, by CTAS programs. HIDE is for
+    streamed rows only.
     """
     k = inverse_tau * _LOG2E
     out = grad_ptr.dtype.element_ty
@@ -115,7 +117,7 @@ def row_kernel(
     first = tl.program_id(0)
     last = rows
     step = tl.num_programs(0)
-    if HELD:  # a row a program: no loop, which would keep what rows have in common in registers
+    if HELD:  # one row a program, without a loop that would keep values common to rows in registers
         last = first + 1
         step = 1
     for row32 in range(first, last, step):
@@ -160,7 +162,7 @@ def row_kernel(
             wrong = max_of_row(((ids < -1) | (ids >= V)).to(tl.int32)) > 0
             listed = (ids >= 0) & (ids < V)
             ids = tl.where(listed, ids, -1).to(tl.int32)
-            mine = listed  # of the ids, those in the program's part
+            mine = listed  # the listed ids in this program's part
             if CTAS > 1:
                 place = ids - head
                 inside = (place >= 0) & (place < n_middle)
@@ -181,7 +183,7 @@ def row_kernel(
                 )  # fmt: skip
             else:
                 if HIDE:
-                    tl.debug_barrier()  # every thread has its special logits
+                    tl.debug_barrier()  # wait until every thread has its special logits
                     hide(base, ids, listed)
                     tl.debug_barrier()
                 peak, s_tau, s_one = streamed_sums(
@@ -202,8 +204,9 @@ def row_kernel(
                     s_tau = others
                 part = peak
 
-            # From here on peak and s_tau are of the ids that are not listed, top of the row; part
-            # is the maximum of the program's own part, as what it holds is relative to that.
+            # From here on peak and s_tau are over the ids that are not listed, and top is the row's
+            # maximum. part is the maximum of the program's own part, to which its exponentials are
+            # relative.
             empty = peak == float("-inf")
             mass = tl.where(empty, 0.0, s_tau * tl.exp2((peak - top) * k))
             log_norm = tl.log(sum_of_row(tl.exp2((z_k - top) * k)) + mass)
@@ -266,7 +269,7 @@ def row_kernel(
                     if counts_ptr is not None:
                         a *= tl.load(counts_ptr)
                     one_weight = a * tl.exp(reference - top - log_one)
-                # of nothing there is no share, whatever exp gave: infinite · 0 is no 0
+                # an empty part has no share whatever exp returned: infinity · 0 is NaN
                 rest_weight = tl.where(part == float("-inf"), 0.0, rest_weight)
                 one_weight = tl.where(part == float("-inf"), 0.0, one_weight)
                 if HELD:
@@ -296,15 +299,15 @@ def row_kernel(
                 g = mixed(u_edge, e_edge, rest_weight, one_weight, POWER)
                 g *= slope(x_edge, scale, softcap, SOFTCAP)
                 tl.store(grad_base + edge, g.to(out), mask=edge_mask)
-                tl.debug_barrier()  # the special entries come last
+                tl.debug_barrier()  # the special entries are written last
                 g_k = kd_listed
                 if labels_ptr is not None:
                     g_k += a * tl.exp(z_k - top - log_one) - tl.where(ids == label, a, 0.0)
                     u, e = exponentials(z_y, reference, k, POWER)
                     g_y = mixed(u, e, rest_weight, one_weight, POWER) - a
                     g_y *= slope(z_y, scale, softcap, SOFTCAP)
-                    # labelled and not listed; by numbers, as 3.9's interpreter makes no mask of
-                    # a single truth beside several
+                    # labelled and not listed; compared as integers because Triton 3.9's interpreter
+                    # cannot make a mask from a scalar bool and a tensor of bools
                     alone = labelled.to(tl.int32) > max_of_row((ids == label).to(tl.int32))
                     if CTAS > 1:
                         place = label - head

@@ -1,10 +1,10 @@
-"""Which shape of the row kernel takes a row: a table and its reasons, for what cannot be autotuned.
+"""Choose the row kernel's shape for a row from a table; autotuning cannot do it here.
 
-Bytes that a row of V entries of s bytes moves to and from memory: held 2·V·s, read once and written
-once, the least there is. Streamed as much, and V·s more for what its second reading does not find
-in the L2: backwards, with P rows in flight, it finds min(1, L2 / (P·V·s)). The sparse entries move
-some 3·32·k more, targets and losses 12·k. A row none of whose mass is outside its ids to within its
-type's resolution is read again where it is held, too, mostly from the L2.
+Memory traffic of a row with V entries of s bytes: 2·V·s if held (read once and written once, the
+minimum). If streamed, the same plus V·s times the share that the second reading does not find in
+the L2 cache: read backwards with P rows in flight, it finds min(1, L2 / (P·V·s)). The sparse
+entries add some 3·32·k, targets and losses 12·k. If no mass of a row lies outside its ids, within
+its type's resolution, even a held row is read again, mostly from the L2.
 """
 
 import functools
@@ -15,19 +15,20 @@ import triton
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# How every kernel is compiled, said at each launch: a·b + c may become one instruction that rounds
-# once. Triton does so unasked up to 3.9 and no longer from 3.10 (triton-lang/triton#11270). The row
-# kernel wants it for its speed: without, it has 1 to 10 % more instructions and up to 16 more
-# registers a thread. Its accuracy needs neither: the interpreter, which fuses nothing, is held to
-# the same bounds as a GPU. Said or not, which pairs are fused is the compiler's choice: losses and
-# gradients are equal to the bit on one version of Triton and one GPU, not from one to another.
+# Compile every kernel with floating-point fusion, stated at each launch: a·b + c may become one
+# instruction that rounds once. Triton does so by default up to 3.9 and no longer from 3.10
+# (triton-lang/triton#11270). The row kernel needs it for speed: without it, it has 1 to 10 % more
+# instructions and up to 16 more registers a thread. Accuracy does not depend on it: the
+# interpreter, which fuses nothing, meets the same bounds as a GPU. In either case the compiler
+# chooses which pairs to fuse, so losses and gradients are bit-identical on one version of Triton
+# and one GPU only.
 COMPILED = {"enable_fp_fusion": True}
 
 
 class Machine(NamedTuple):
-    """What a shape depends on beside the row."""
+    """What a shape depends on besides the row."""
 
-    clusters: bool  # programs can hold a row together
+    clusters: bool  # several programs can share a row
     processors: int
     cache: int  # bytes of the L2
 
@@ -37,15 +38,15 @@ class Shape(NamedTuple):
 
     held: bool
     ctas: int  # programs of a cluster
-    block: int  # entries read at a time; of a held row all
-    warps: int  # of a program
-    registers: int  # a thread's at most
-    stages: int = 1  # blocks on their way while one is summed
-    programs: int | None = None  # that share the rows; None: as many as there are rows
+    block: int  # entries read at a time; for a held row all
+    warps: int  # per program
+    registers: int  # maximum per thread
+    stages: int = 1  # blocks being loaded while one is summed
+    programs: int | None = None  # programs that share the rows; None: one per row
 
     @property
     def constants(self) -> dict[str, int]:
-        """What the kernel is compiled for."""
+        """Return the constants that the kernel is compiled for."""
         kernel = {"HELD": self.held, "CTAS": self.ctas, "STAGES": self.stages, "BLOCK": self.block}
         return kernel | {
             "num_warps": self.warps, "num_ctas": self.ctas, "maxnreg": self.registers
@@ -54,20 +55,22 @@ class Shape(NamedTuple):
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """Clusters are there from sm_90 and Triton 3.8 on: before, it cannot lower a sum over one."""
-    if device.type != "cuda":  # interpreted: few programs, so that they take several rows
+    """Return the machine of a device. Clusters need sm_90 and Triton 3.8, as earlier versions
+    cannot lower a sum over a cluster.
+    """
+    if device.type != "cuda":  # interpreted: few programs, so that each takes several rows
         return Machine(False, 2, 2**20)
     found = torch.cuda.get_device_properties(device)
     clusters = found.major >= 9 and TRITON >= (3, 8)
     return Machine(clusters, found.multi_processor_count, found.L2_cache_size)
 
 
-# Held rows of at most so many entries: programs of a cluster, and warps of each. In a cluster a
-# program has 8,192 entries, 32 a thread: with 80 registers three programs of different rows share a
-# processor, so that one reads while another writes; 16 a thread and 64 registers let two. Sixteen
-# programs are the largest cluster: of the longest rows each has twice as many entries, and a
-# processor alone. Eight warps do not do for sixteen: the compiler, which then takes the sixteen
-# edges of each for a large tensor, brings the row into their layout.
+# For held rows of at most so many entries: programs of a cluster, and warps of each. In a cluster a
+# program has 8,192 entries, 32 a thread. With 80 registers, three programs of different rows share
+# a processor, so one reads while another writes; 16 entries a thread and 64 registers would allow
+# two. A cluster has at most sixteen programs: for the longest rows each has twice as many entries
+# and a processor to itself. With sixteen programs eight warps do not work: the compiler then takes
+# each one's sixteen edge entries for a large tensor and converts the row to their layout.
 _CLUSTERS = {
     16_384: ((2, 8),),
     32_768: ((4, 8),),
@@ -75,7 +78,7 @@ _CLUSTERS = {
     131_072: ((16, 16),),
     262_144: ((16, 16),),
 }
-# One program holds at most 64 floats in each of 512 threads. Eight warps leave room for a second.
+# One program holds at most 64 floats in each of 512 threads. With eight warps a second one fits.
 _ALONE = {
     1_024: ((1, 1),),
     2_048: ((1, 2),),
@@ -84,17 +87,17 @@ _ALONE = {
     16_384: ((1, 8), (1, 16)),
     32_768: ((1, 16),),
 }
-_HELD_IDS = 256  # more ids take the registers that a row would be held in
-_FLOATS = {16: 64, 32: 80, 64: 128}  # registers by what a thread holds of its row
+_HELD_IDS = 256  # more ids need the registers that would hold the row
+_FLOATS = {16: 64, 32: 80, 64: 128}  # registers by the floats of its row that a thread holds
 
 
 @functools.cache
 def shape_of(vocabulary: int, size: int, ids: int, floats: int, machine: Machine) -> Shape:
-    """The shape for rows of V entries of `size` bytes with so many ids, a power of two.
+    """Return the shape for rows of V entries of `size` bytes with this many ids, a power of two.
 
-    `floats` are kept of each entry of a held row: an exponential, or two where neither is a power
-    of the other, and the logit itself under a softcap. Logits of four bytes take one more register
-    until they are exponentials.
+    `floats` values are kept for each entry of a held row: one exponential, or two if neither is a
+    power of the other, and under a softcap the logit itself. Logits of four bytes take one more
+    register until they are exponentials.
     """
     floats += size == 4
     block = max(256, 1 << (vocabulary - 1).bit_length())
@@ -109,9 +112,11 @@ def shape_of(vocabulary: int, size: int, ids: int, floats: int, machine: Machine
 
 
 def _streamed(vocabulary: int, size: int, ids: int, block: int, machine: Machine) -> Shape:
-    """In few programs that share the rows: as many as are resident, and as the L2 has rows' room.
+    """Return a shape in which few programs share the rows: as many as are resident and as the L2
+    has room for rows.
 
-    Half of the processors work at least: the L2 delivers to fewer no more than memory does to all.
+    At least half of the processors work: with fewer, the L2 delivers no more than memory does to
+    all.
     """
     if vocabulary >= 100_000:
         block, warps, registers = 16_384, 16, 128

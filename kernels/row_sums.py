@@ -1,9 +1,9 @@
-"""Reading a row of logits in Triton: its maximum, its exponentials and their sums.
+"""Read a row of logits in Triton: its maximum, its exponentials and their sums.
 
 Two ways. *Held*: the whole row is read once, and its exponentials stay in the registers of one
-program, or of a cluster of C, until the gradient is formed of them. *Streamed*: it is read a block
-at a time, twice. Tensors over entries are [B]; [C,B/C] of a cluster, whose programs each hold a
-part. Of targets and losses nothing is known here.
+program, or of a cluster of C, until the gradient is formed from them. *Streamed*: it is read one
+block at a time, twice. Tensors over entries are [B]; [C,B/C] in a cluster, where each program holds
+a part. Nothing here depends on targets or losses.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,16 +15,16 @@ from rekindle.kernels.row_divergence import max_of_row, sum_of_row
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NO_HINT = tl.constexpr("")  # wrapped: Triton 3.6 does not wrap defaults
-_HEAVIEST = tl.constexpr(8)  # entries taken out of a held row before it is summed again
+_HEAVIEST = tl.constexpr(8)  # entries removed from a held row before it is summed again
 
 
 @triton.jit
 def logits_at(
     base, bias, at, mask, scale, softcap, SOFTCAP: tl.constexpr, KEEP: tl.constexpr = _NO_HINT
 ):
-    """float32 logits after bias, scale and softcap; -inf stays -inf, and stands where none is.
+    """Return float32 logits after bias, scale and softcap; -inf stays -inf and fills masked places.
 
-    KEEP tells the cache what becomes of them. Loads that differ in it are not made one.
+    KEEP is the cache's eviction policy. Loads with different policies are not merged into one.
     """
     x = tl.load(base + at, mask=mask, other=float("-inf"), eviction_policy=KEEP).to(tl.float32)
     if bias is not None:
@@ -39,7 +39,7 @@ def logits_at(
 
 @triton.jit
 def slope(x, scale, softcap, SOFTCAP: tl.constexpr):
-    """d(transformed)/d(raw) at transformed x."""
+    """Return d(transformed)/d(raw) at the transformed x."""
     if SOFTCAP:
         tanh = x / softcap
         return tl.where(x == float("-inf"), 0.0, scale * (1.0 - tanh * tanh))
@@ -49,10 +49,10 @@ def slope(x, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def exponentials(x, reference, k, POWER: tl.constexpr):
-    """exp((x − reference)/τ) and exp(x − reference); k is log2(e)/τ.
+    """Return exp((x − reference)/τ) and exp(x − reference); k is log2(e)/τ.
 
-    POWER is τ where the second is a power of the first (1, 2, 4), 0 where it is an exponential of
-    its own, -1 where nobody asks for it.
+    POWER is τ where the second is a power of the first (1, 2, 4), 0 where it needs an exponential
+    of its own, -1 where it is not needed.
     """
     u = tl.exp2((x - reference) * k)
     e = u
@@ -67,9 +67,9 @@ def exponentials(x, reference, k, POWER: tl.constexpr):
 
 @triton.jit
 def mixed(u, e, rest_weight, one_weight, POWER: tl.constexpr):
-    """Gradient of most entries: rest_weight · u + one_weight · e.
+    """Return the gradient of most entries: rest_weight · u + one_weight · e.
 
-    A power is taken once more by Horner's rule, so that none is kept in registers beside u.
+    A power is computed again by Horner's rule, so that only u is kept in registers.
     """
     if POWER == 1:
         g = (rest_weight + one_weight) * u
@@ -86,7 +86,7 @@ def mixed(u, e, rest_weight, one_weight, POWER: tl.constexpr):
 
 @triton.jit
 def finite(peak):
-    """What exponents are relative to: the peak, or 0 where there is nothing."""
+    """Return the reference of the exponents: the peak, or 0 where there is nothing."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
@@ -105,7 +105,9 @@ def _plus(a, b, c, d):
 
 @triton.jit
 def _largest_in_cluster(peak, flag, CTAS: tl.constexpr):
-    """Both are maxima, equal to the bit in every program: branches may depend on them."""
+    """Return the two maxima over a cluster, bit-identical in all programs: branches may
+    use them.
+    """
     if CTAS > 1:
         peak, flag = tl.reduce((tl.reshape(peak, [CTAS]), tl.reshape(flag, [CTAS])), 0, _larger)
     return peak, flag
@@ -113,7 +115,7 @@ def _largest_in_cluster(peak, flag, CTAS: tl.constexpr):
 
 @triton.jit
 def _part(x, x_edge, k, POWER: tl.constexpr):
-    """Of a program's part of the row: its maximum, both exponentials, their sums."""
+    """Return the maximum of a program's part of the row, both exponentials and their sums."""
     peak = tl.maximum(max_of_row(x), max_of_row(x_edge))
     u, e = exponentials(x, finite(peak), k, POWER)
     u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
@@ -124,7 +126,9 @@ def _part(x, x_edge, k, POWER: tl.constexpr):
 
 @triton.jit
 def _others(peak, s_tau, z_k, k, resolution):
-    """What is left of a part's sum without entries z_k of it; 1 where that is mostly rounding."""
+    """Return a part's sum without its entries z_k, and 1 if that is mostly rounding
+    error, else 0.
+    """
     listed = sum_of_row(tl.exp2((z_k - finite(peak)) * k))
     others = s_tau - listed
     return others, ((others < resolution * s_tau) & (listed > 0)).to(tl.int32)
@@ -136,10 +140,11 @@ def _without_heaviest(
     k, scale, softcap, resolution,
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CTAS: tl.constexpr,
 ):  # fmt: skip
-    """A part's maximum and sum at τ of the ids that are not listed, and the row's maximum of them.
+    """Return a part's maximum and its sum at τ over the ids that are not listed, and the row's
+    maximum over them.
 
-    The part is read again, eight entries a group, so that a thread compares an id to its groups'
-    and to eight constants, and needs no register for each entry's own.
+    The part is read again in groups of eight entries: a thread compares an id with its groups'
+    numbers and eight constants, and needs no register for each entry's own number.
     """
     group = tl.arange(0, BLOCK // CTAS // 8)[:, None] * 8
     lane = tl.arange(0, 8)[None, :]
@@ -183,15 +188,16 @@ def held_row(
     k, scale, softcap, resolution,
     SOFTCAP: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, CTAS: tl.constexpr,
 ):  # fmt: skip
-    """A row read once, less its listed ids of logits z_k, which are -inf but in their own part.
+    """Read a row once and take its listed ids out; z_k is their logits, -inf outside their own
+    part.
 
-    Returns of the row the maximum and the sum at τ of the ids that are not listed, and the maximum
-    and the sum at 1 of all; then what a program holds: the logits and both exponentials of its part
-    and of the row's edges, and what these are relative to.
+    Returns for the row: the maximum and the sum at τ of the ids that are not listed, and the
+    maximum and the sum at 1 of all ids. Then what a program holds: the logits and both exponentials
+    of its part and of the row's edges, and the reference of these.
 
-    A part's sum of the others is total − listed while the remainder is large enough to be resolved.
-    Otherwise the part is read again (nobody has written yet), and the heaviest listed entries are
-    taken out, some at a time, until it is: each costs a comparison an entry.
+    A part's sum over the other ids is total − listed while the remainder is large enough to be
+    resolved. Otherwise the part is read again (nothing has been written yet) and the heaviest
+    listed entries are removed, some at a time, until it is; each costs one comparison per entry.
     """
     x = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP)
     x_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP)
@@ -205,11 +211,11 @@ def held_row(
             base, middle, bias, edge, edge_mask, head, n_middle, ids, z_k, cta,
             k, scale, softcap, resolution, SOFTCAP, BLOCK, CTAS,
         )  # fmt: skip
-        # listed entries may overflow: they are written over
+        # listed entries may overflow: they are overwritten later
         y = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP, "evict_first")
         u, e = exponentials(y, finite(peak), k, POWER)
         u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
-        tl.debug_barrier()  # all is read before anything is written
+        tl.debug_barrier()  # everything is read before anything is written
     s_tau = others
     if CTAS > 1:
         empty = peak == float("-inf")
@@ -224,9 +230,9 @@ def held_row(
 
 @triton.jit
 def _fold(peak, s_tau, s_one, x, k, POWER: tl.constexpr):
-    """Take logits [L,S] into L running (max, Σ exp((z − max)/τ), Σ exp(z − max)).
+    """Fold logits [L,S] into L running triples (max, Σ exp((z − max)/τ), Σ exp(z − max)).
 
-    The S stand in one thread: it asks no other, and rescales once in S entries.
+    The S logits are in one thread: it needs no other thread and rescales once per S entries.
     """
     new = tl.maximum(peak, tl.max(x, 1))
     reference = finite(new)
@@ -240,7 +246,7 @@ def streamed_sums(
     base, middle, bias, edge, edge_mask, n_middle, k, scale, softcap,
     SOFTCAP: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(max, Σ exp((z − max)/τ), Σ exp(z − max)) of a whole row."""
+    """Return (max, Σ exp((z − max)/τ), Σ exp(z − max)) of a whole row."""
     S: tl.constexpr = 128 // middle.dtype.element_ty.primitive_bitwidth
     L: tl.constexpr = BLOCK // S
     at = tl.arange(0, L)[:, None] * S + tl.arange(0, S)[None, :]
@@ -264,7 +270,7 @@ def streamed_sums(
 
 @triton.jit
 def hide(base, ids, listed):
-    """Take the listed ids out of the row."""
+    """Set the listed ids of the row to -inf."""
     nothing = tl.full(ids.shape, float("-inf"), tl.float32)
     tl.store(base + ids, nothing.to(base.dtype.element_ty), mask=listed)
 
@@ -274,7 +280,7 @@ def sums_of_others(
     base, middle, copy, copy_middle, edge, edge_mask, n_middle, ids, listed, k, scale, softcap,
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(max, Σ exp((z − max)/τ)) of the ids that are not listed, by way of a copy of the row."""
+    """Return (max, Σ exp((z − max)/τ)) of the ids that are not listed, from a copy of the row."""
     tl.store(copy + edge, tl.load(base + edge, mask=edge_mask), mask=edge_mask)
     for i in range(0, tl.cdiv(n_middle, BLOCK)):
         o = i * BLOCK + tl.arange(0, BLOCK)
@@ -286,5 +292,5 @@ def sums_of_others(
         copy, copy_middle, None, edge, edge_mask, n_middle, k, scale, softcap, SOFTCAP, -1, BLOCK,
         STAGES,
     )  # fmt: skip
-    tl.debug_barrier()  # the copy is read before gradients replace it
+    tl.debug_barrier()  # finish reading the copy before gradients replace it
     return peak, s_tau

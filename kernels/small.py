@@ -1,11 +1,10 @@
-"""A small call in few operations: what a loss costs when its arithmetic costs nothing.
+"""The loss of a small call in few operations, where arithmetic is cheap and each operation costs.
 
-The same loss as `closed_form`, of which it is the case that nothing is padded, ignored or weighted
-and no probability is near zero. One softmax over all ids (two at τ ≠ 1 with labels) is read, summed
-without the listed ids and scaled to the gradient: a third of the operations, for which a call of
-few rows pays more than for what they compute. Whether the case is there is asked of the
-probabilities themselves; where it is not, nothing has been done. Larger calls are left to
-`closed_form`, whose bits they keep.
+The same loss as `closed_form` when nothing is padded, ignored or weighted and no probability is
+near zero. One softmax over all ids (two at τ ≠ 1 with labels) is read, summed without the listed
+ids and scaled to the gradient: a third of the operations, whose overhead dominates a call of few
+rows. The probabilities themselves show if this case applies; if it does not, nothing has been
+changed. Larger calls stay with `closed_form`, and keep its exact bits.
 
 Shapes: N rows, H hidden, V vocabulary, K kept ids.
 """
@@ -20,15 +19,15 @@ from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import parts_of
 from rekindle.kernels.targets import LossSettings, SparseTargets, target_masses
 
-LARGEST = 4096  # N·V; beyond it passes over the logits are dearer than the operations' own price
-# Of a probability: its logarithm, and what is divided by it, is right to the last bits.
+LARGEST = 4096  # N·V; above it passes over the logits cost more than the operations' overhead
+# The least probability whose logarithm and reciprocal are accurate to the last bits.
 LEAST = 1e-30
 
 Losses = tuple[Tensor, Tensor, Tensor]
 
 
 def is_small(call: Call) -> bool:
-    """Whether a call may be computed here; what its tensors hold may still be against it."""
+    """Return whether a call may be computed here; its tensors' values may still rule it out."""
     student, targets, teacher, settings, _ = call
     rows, kept = targets.ids.shape
     return (
@@ -45,7 +44,7 @@ def is_small(call: Call) -> bool:
 
 
 def small_losses(call: Call) -> tuple[Losses, Gradients] | None:
-    """(loss, ce, kd) and the wanted gradients; None, where a probability is too near to zero."""
+    """Return (loss, ce, kd) and the wanted gradients; None if a probability is too near zero."""
     student, targets, _, settings, computation = call
     dtype, wanted = student.compute_dtype, computation.wanted
     x, w = student.inputs, student.weight
@@ -79,13 +78,13 @@ def small_losses(call: Call) -> tuple[Losses, Gradients] | None:
 
 class _Found(NamedTuple):
     losses: Losses
-    gradient: Tensor | None  # [N,V] of the loss, with respect to the logits
+    gradient: Tensor | None  # [N,V]: of the loss with respect to the logits
 
 
 def _losses(
     z: Tensor, targets: SparseTargets, settings: LossSettings, wanted: bool
 ) -> _Found | None:
-    """Of logits [N,V], which are only read."""
+    """Return the losses of logits [N,V], which are not changed, and the gradient if wanted."""
     tau, ids, labels = settings.temperature, targets.ids, targets.labels
     if targets.tail is not None and settings.tail == "bucket" and targets.probs.dtype == z.dtype:
         q = torch.cat([targets.probs, targets.tail[:, None]], 1)
@@ -108,7 +107,7 @@ def _losses(
     rest = shares.sum(1, keepdim=True)
     parts.insert(1, rest)
     p = torch.cat(parts, 1)
-    if not float(p.amin()) > LEAST:  # NaN is not, either
+    if not float(p.amin()) > LEAST:  # also true for NaN
         return None
     log_p = p.log()
     if labels is not None:

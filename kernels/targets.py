@@ -1,4 +1,4 @@
-"""What one distillation call is about: targets and settings; no arithmetic on logits.
+"""Targets and settings of a distillation call; no arithmetic on logits.
 
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
@@ -17,28 +17,28 @@ from rekindle.kernels.divergences import DIVERGENCES, SKEW, SKEWED
 TAILS = ("bucket", "renormalise", "none")
 REDUCTIONS = ("mean", "sum", "none")
 
-# A probability of exactly zero is read as 2^-126 wherever its logarithm is needed (reverse KL of
-# a target without tail; an id whose logit is -inf). The value is the smallest normal float32, in
-# every dtype, so that float32 and float64 define the same loss.
+# A probability of exactly zero counts as 2^-126 wherever its logarithm is needed (reverse KL of a
+# target without tail; an id whose logit is -inf). This is the smallest normal float32, and it is
+# used in every dtype, so that float32 and float64 define the same loss.
 LOG_OF_ZERO = -87.33654475055310
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-MAX_KEPT = 4096  # ids a row that the Triton kernels take: a row's ids live in registers
+MAX_KEPT = 4096  # most ids a row for the Triton kernels, which keep them in registers
 
 
 def check_number(name: str, number: object) -> None:
-    """ValueError for what is no real number, and for a tensor that a gradient is expected of."""
+    """Raise ValueError unless it is a real number; a tensor that requires a gradient is refused."""
     if isinstance(number, Tensor) and number.requires_grad:
         raise ValueError(
-            f"{name} is a tensor that requires a gradient, which the loss gives to the student "
-            "alone; give a number, and form what is learnt of it beside the loss"
+            f"{name} is a tensor that requires a gradient, but the loss gives a gradient to the "
+            "student only; give a number, and form what is learnt from it outside the loss"
         )
     if not (isinstance(number, Real) or (isinstance(number, Tensor) and number.dim() == 0)):
         raise ValueError(f"{name} is {number!r}; it must be a number")
 
 
 def check_factors(whose: str = "", **factors: float | None) -> None:
-    """ValueError for one that is not positive and finite; no softcap is none."""
+    """Raise ValueError for a factor that is not positive and finite; softcap may be None."""
     for name, factor in factors.items():
         if factor is None and name == "softcap":
             continue
@@ -54,7 +54,7 @@ def check_tensor(
     why: str,
     device: torch.device | None = None,
 ) -> None:
-    """ValueError for a tensor of another shape, or on another device than the student's.
+    """Raise ValueError for a tensor of another shape, or on another device than the student's.
 
     A word in ``shape`` fits any size.
     """
@@ -63,7 +63,7 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         raise ValueError(
             f"{name} is of type {type(tensor).__qualname__}; it must be a torch tensor "
-            "(torch.from_numpy makes one of an array)"
+            "(torch.from_numpy makes one from an array)"
         )
     if tensor.shape == shape and (device is None or tensor.device == device):
         return
@@ -80,7 +80,7 @@ def check_tensor(
 
 
 class LossSettings(NamedTuple):
-    """loss = ce_weight·CE + kd_weight·τ²·D of the logits cap·tanh(logit_scale·z / cap)."""
+    """Settings of loss = ce_weight·CE + kd_weight·τ²·D for logits cap·tanh(logit_scale·z / cap)."""
 
     temperature: float = 1.0
     ce_weight: float = 0.0
@@ -91,24 +91,24 @@ class LossSettings(NamedTuple):
     reduction: str = "mean"
     softcap: float | None = None
     logit_scale: float = 1.0
-    kept: int = 0  # candidates in use of encoded targets
-    planes: int = 0  # their id planes
+    kept: int = 0  # candidates in use, for encoded targets
+    planes: int = 0  # their number of id planes
     skew: float = SKEW  # α of skew_kl
-    shares: Sequence[float] = (1.0,)  # of kd_weight, of each of T teachers
-    full: bool = False  # it was seen: every slot lists an id, every label counts, tails are ≥ 0
+    shares: Sequence[float] = (1.0,)  # each of T teachers' share of kd_weight
+    full: bool = False  # known: every slot lists an id, every label counts, tails are ≥ 0
 
     @property
     def kd_factors(self) -> list[float]:
-        """What each teacher's D is multiplied by in the loss [T]."""
+        """Return each teacher's factor of D in the loss [T]."""
         return [share * self.kd_weight * self.temperature**2 for share in self.shares]
 
     @property
     def of_divergence(self) -> dict[str, float]:
-        """What the divergence's formula takes beside q and p."""
+        """Return the arguments of the divergence's formula besides q and p."""
         return {"skew": self.skew} if self.divergence == SKEWED else {}
 
     def check(self) -> None:
-        """Raise ValueError for a setting that no loss has."""
+        """Raise ValueError for an invalid setting."""
         choices = {"divergence": DIVERGENCES, "tail": TAILS, "reduction": REDUCTIONS}
         for name, allowed in choices.items():
             if (given := getattr(self, name)) not in allowed:
@@ -124,45 +124,45 @@ class LossSettings(NamedTuple):
 
 
 class DecodedTargets(NamedTuple):
-    """Candidates in floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
+    """Candidates as floats: ids [N,K], probabilities [N,K] at the temperature, tail mass [N]."""
 
     ids: Tensor
     probs: Tensor
     tail: Tensor
 
 
-SparseRow = tuple[Tensor, Tensor, Tensor | None]  # of a teacher: ids, probabilities, tail
+SparseRow = tuple[Tensor, Tensor, Tensor | None]  # one teacher's ids, probabilities and tail
 
 
 class SparseTargets(NamedTuple):
     """Targets of N rows; ids are int64 with -1 as padding.
 
-    Encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: ids int16, probs the
-    uint8 values, tail the int16 scalars [N,3], high the planes of the ids. Of T > 1 teachers the
-    union of their ids (`union_rows`).
+    If encoded (`encoded.EncodedTargets.packed`), for the Triton kernels only: ids are int16, probs
+    the uint8 values, tail the int16 scalars [N,3], high the id planes. For T > 1 teachers ids are
+    the union of theirs (`union_rows`).
     """
 
     ids: Tensor  # [N,K]
-    probs: Tensor  # [N,K]; of T teachers [N,T,K], -1 where one does not list an id
-    tail: Tensor | None  # [N]; of T teachers [N,T], and not None
+    probs: Tensor  # [N,K]; for T teachers [N,T,K], -1 where a teacher does not list an id
+    tail: Tensor | None  # [N]; for T teachers [N,T], and not None
     labels: Tensor | None = None  # [N] int64
     weight: Tensor | None = None  # [N]
     high: Tensor | None = None  # [N,Q]
 
     def take(self, rows: Tensor | slice) -> "SparseTargets":
-        """The same targets for some rows only."""
+        """Return the same targets for some rows."""
         if isinstance(rows, slice) and rows == slice(0, len(self.ids)):
             return self
         return SparseTargets(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
 
     def active(self) -> Tensor:
-        """[N] bool: rows that count at all (weight ≠ 0)."""
+        """Return [N] bool: rows that count at all (weight ≠ 0)."""
         if self.weight is None:
             return torch.ones(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
         return self.weight != 0
 
     def labelled(self, ignore_index: int) -> Tensor:
-        """[N] bool: rows whose label counts."""
+        """Return [N] bool: rows whose label counts."""
         if self.labels is None:
             return torch.zeros(self.ids.shape[0], dtype=torch.bool, device=self.ids.device)
         return self.labels != ignore_index
@@ -171,10 +171,10 @@ class SparseTargets(NamedTuple):
 def target_masses(
     targets: SparseTargets, tail: str, dtype: torch.dtype, whole: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The target as probabilities over k + 1 outcomes: the listed ids and, last, the rest.
+    """Return the target as probabilities over k + 1 outcomes: the listed ids and, last, the rest.
 
     Returns probs [N,K+1] (0 at padding; rest ≥ 0) and `has_target` [N]; None: every row has one. A
-    row has a target if it lists an id and, under "renormalise", gives its ids any mass. Without a
+    row has a target if it lists an id and, under "renormalise", its ids have any mass. Without a
     tail ("renormalise", "none") the rest is 0: the target is the sparse one, zero elsewhere.
     `whole` says that every slot lists an id.
     """
@@ -198,11 +198,11 @@ def target_masses(
 def loss_scales(
     targets: SparseTargets, settings: LossSettings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What each row's CE and D are multiplied by to give the *reported* ce and kd, [N] each.
+    """Return each row's factors of CE and D in the *reported* ce and kd, [N] each.
 
-    The row weight, and for "mean" one over the number of rows that count: CE over rows with
-    weight ≠ 0 whose label counts, D over all rows with weight ≠ 0 (a row of weight ≠ 0 without
-    target counts and adds nothing).
+    A factor is the row weight and, for "mean", 1 / the number of rows that count: for CE, rows with
+    weight ≠ 0 whose label counts; for D, all rows with weight ≠ 0 (one without a target counts and
+    adds nothing).
     """
     rows, mean = len(targets.ids), settings.reduction == "mean"
     if targets.weight is None:
@@ -214,7 +214,7 @@ def loss_scales(
         if mean:
             kd = kd / active.sum().clamp(min=1)
     if targets.labels is None:
-        return kd, kd  # there is no CE to be scaled
+        return kd, kd  # no CE to scale
     labelled = targets.labelled(settings.ignore_index)
     if labelled.device.type == "cpu" and bool(labelled.all()):
         return kd, kd
@@ -225,10 +225,10 @@ def loss_scales(
 
 
 def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets:
-    """Σ_t weights[:, t]·teacher_t over the union of ids; the rule is in `losses.merge_targets`.
-    Never invents a probability that no teacher stored.
+    """Return Σ_t weights[:, t]·teacher_t over the union of ids; `losses.merge_targets` has the
+    rule. Never invents a probability that no teacher stored.
 
-    All shapes follow from the inputs' shapes, so that a device is never asked for a count.
+    All shapes follow from the inputs' shapes, so no count is read from a device.
     """
     probs_of = [probs for _, probs, _ in teachers]
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in probs_of) else torch.float32
@@ -245,10 +245,10 @@ def merge_rows(teachers: Sequence[SparseRow], weights: Tensor) -> DecodedTargets
 
 
 def union_rows(teachers: Sequence[SparseTargets]) -> SparseTargets:
-    """The targets of T teachers over the union of their ids [N,ΣK], and what each says of it; the
-    first one's labels and weights.
+    """Return the targets of T teachers over the union of their ids [N,ΣK], with each one's
+    probabilities and tail, and the first one's labels and weights.
 
-    All shapes follow from the inputs' shapes, as those of `merge_rows` do.
+    All shapes follow from the inputs' shapes, as in `merge_rows`.
     """
     places, order, distinct = _distinct(torch.cat([t.ids for t in teachers], 1))
     rows, size = distinct.shape
@@ -269,9 +269,10 @@ def union_rows(teachers: Sequence[SparseTargets]) -> SparseTargets:
 
 
 def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The order [N,K] that sorts ids, each one's place among the distinct ones, and these [N,K].
+    """Return the order [N,K] that sorts ids, each id's place among the distinct ones, and these
+    [N,K].
 
-    Distinct ids stand first, of which -1 may be one, and then -1 as padding.
+    Distinct ids come first (-1 may be one of them), then -1 as padding.
     """
     ids, order = ids.sort(dim=1, stable=True)
     first = torch.ones_like(ids, dtype=torch.bool)
@@ -281,7 +282,7 @@ def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_duplicates(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids [N,K] with their summed probabilities, by falling probability, padding last."""
+    """Return distinct ids [N,K] with summed probabilities, by falling probability, padding last."""
     places, order, distinct = _distinct(ids)
     probs = probs.gather(1, order)
     summed = torch.zeros_like(probs).scatter_add_(1, places, probs)

@@ -1,4 +1,4 @@
-"""Launch the row kernel and the small ones around it: memory and compile-time switches.
+"""Launch the row kernel and the small kernels around it: memory and compile-time switches.
 
 Shapes: N rows, V vocabulary, K kept ids a row.
 """
@@ -19,10 +19,11 @@ from rekindle.kernels.targets import TAILS, LossSettings, SparseTargets
 
 
 class RowKernel:
-    """The launches of one call: what its rows count, the rows in blocks, and their sums.
+    """The launches of one call: count its rows, run them in blocks, and sum their losses.
 
-    Targets of the R rows are decoded or, of one teacher, encoded. With `gradient` a block's is
-    formed, of the whole loss times `lift` and, row by row, `upstream` ([R], or one for all).
+    Targets of the R rows are decoded or, for one teacher, encoded. With `gradient` a block's
+    gradient is formed: that of the whole loss times `lift` and, row by row, `upstream` ([R], or one
+    for all).
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class RowKernel:
         self.spread = self.mean * lift
 
     def _count(self) -> None:
-        """One over the numbers of rows that count: on the device where it has to look for them."""
+        """Set 1 / the number of rows that count, on the device if labels or weights must
+        be read.
+        """
         labels, weight = self.targets.labels, self.targets.weight
         if (labels is None and weight is None) or not self.rows:
             self.mean = 1.0 / max(self.rows, 1)
@@ -63,13 +66,13 @@ class RowKernel:
     def run(
         self, logits: Tensor, gradient: Tensor, rows: slice, bias: Tensor | None = None
     ) -> None:
-        """Take the losses of a block of rows, from logits [C,V].
+        """Compute the losses of a block of rows from logits [C,V].
 
-        `gradient` has the logits' dtype and strides, the last of which is 1. It is the logits' own
-        memory for a private buffer, whose rows start on 16 bytes and want a bias [V] still; else it
-        serves as scratch, even where no gradient is formed, and then is left undefined. Rows of
-        weight 0 are not read and get a gradient of zero. A row with an id or label outside [0, V)
-        has losses of NaN: a device is not waited for to raise an error.
+        `gradient` has the logits' dtype and strides; the last stride is 1. For a private buffer it
+        is the logits' own memory: its rows start on 16 bytes, and its bias [V] is not added yet.
+        Otherwise it serves as scratch, even if no gradient is formed, and is then left undefined.
+        Rows of weight 0 are not read and get a gradient of zero. A row with an id or label outside
+        [0, V) gets losses of NaN, because raising an error would mean waiting for the device.
         """
         count, vocabulary = logits.shape
         if count == 0:
@@ -82,7 +85,8 @@ class RowKernel:
             upstream = upstream[rows] if upstream is not None and upstream.dim() else upstream
         block_k = _power(self.kept)
         tau, labelled = settings.temperature, targets.labels is not None
-        # the least share of a row that total − listed resolves as well as a gradient is stored
+        # the smallest remaining share of a row for which total − listed is as precise as a stored
+        # gradient
         resolution = 2.0**-3 if logits.dtype == torch.float32 else 2.0**-9
         power = _POWERS.get(tau, 0) if labelled or tau == 1.0 else -1
         floats = 1 + (power == 0) + (settings.softcap is not None)
@@ -105,8 +109,8 @@ class RowKernel:
         )  # fmt: skip
 
     def losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, ce, kd) of all rows: [R] for "none", else of their sum or mean; kd [T] or [R,T] of
-        several teachers.
+        """Return (loss, ce, kd) over all rows: [R] for "none", else their sum or mean; kd is [T] or
+        [R,T] for several teachers.
         """
         if self.loss is not None:
             return self.loss, self.ce, self.kd
@@ -121,19 +125,19 @@ class RowKernel:
         return found
 
 
-_ROWS = 2048  # a step of the kernels that one program runs over all rows
+_ROWS = 2048  # rows per step of the kernels that one program runs over all rows
 _POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # POWER by temperature
 
 
 def _power(count: int) -> int:
-    """The next power of two."""
+    """Return the next power of two."""
     return 1 << max(0, count - 1).bit_length()
 
 
 def _launch(
     kernel: Any, programs: int, first: Tensor, *arguments: object, **constants: object
 ) -> None:
-    """Run a kernel on the device of its first argument: a launch goes to the current one."""
+    """Run a kernel on the device of its first argument; a launch goes to the current device."""
     index = first.device.index
     if index is None or index == torch.cuda.current_device():
         kernel[(programs,)](first, *arguments, **constants, **COMPILED)
@@ -146,7 +150,7 @@ def _launch(
 def _count_kernel(  # type: ignore[no-untyped-def]
     counts_ptr, labels_ptr, weight_ptr, n, ignore_index, BLOCK: tl.constexpr
 ):
-    """One over the rows [n] whose label counts, and over those of weight ≠ 0; at most 1."""
+    """Store 1 / the number of rows [n] whose label counts, and of weight ≠ 0; at most 1."""
     labelled = tl.zeros([BLOCK], tl.int32)
     active = tl.zeros([BLOCK], tl.int32)
     for i in range(0, tl.cdiv(n, BLOCK)):
@@ -167,7 +171,9 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     ce_ptr, kd_ptr, counts_ptr, loss_ptr, ce_sum_ptr, kd_sum_ptr, n, mean, ce_weight, kd_weights,
     TEACHERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """CE [n] and each teacher's D [n,T], summed and divided by their counts; and the loss."""
+    """Sum CE [n] and each teacher's D [n,T], divide by their counts, and store them and
+    the loss.
+    """
     loss = 0.0
     for t in tl.static_range(TEACHERS + 1):
         total = tl.zeros([BLOCK], tl.float32)
@@ -193,7 +199,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Values [n] *= factor [], without touching them if the factor is 1."""
+    """Multiply values [n] by factor [] in place, without touching them if the factor is 1."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
@@ -203,7 +209,7 @@ def _scale_kernel(values_ptr, factor_ptr, n, BLOCK: tl.constexpr):  # type: igno
 
 
 def scale_unless_one(values: Tensor, factor: Tensor) -> None:
-    """In place values · factor, a scalar on the device; if it is 1, memory is not touched."""
+    """Multiply values by a scalar on the device in place; if it is 1, memory is not touched."""
     if not values.is_contiguous():
         values.mul_(factor)
     elif values.numel():

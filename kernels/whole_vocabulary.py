@@ -1,9 +1,9 @@
-"""Loss and exact gradient of a block against distributions over the whole vocabulary; no autograd.
+"""Compute loss and exact gradient of a block against whole-vocabulary distributions; no autograd.
 
-The twin of `closed_form` for teachers of whom every probability is known. With p = softmax(z/τ),
-q the teacher's and φ = ∂D/∂p, the gradient with respect to z/τ is p_j (φ_j − φ̄), φ̄ = Σ p φ. What
-is done is done in place: a call's memory is these [C,V] buffers. Shapes: C rows of the block, V
-vocabulary.
+The twin of `closed_form` for teachers whose every probability is known. With p = softmax(z/τ), q
+the teacher's and φ = ∂D/∂p, the gradient with respect to z/τ is p_j (φ_j − φ̄), φ̄ = Σ p φ.
+Everything is computed in place: a call's memory is these [C,V] buffers. Shapes: C rows of the
+block, V vocabulary.
 """
 
 import math
@@ -18,7 +18,7 @@ from rekindle.kernels.targets import LOG_OF_ZERO, LossSettings
 
 
 def whole_buffers(settings: LossSettings, has_labels: bool) -> int:
-    """How many [C,V] blocks are held at once, both models' logits included."""
+    """Return how many [C,V] blocks are held at once, both models' logits included."""
     # two models' logits, one or two terms, and masks of a byte an entry
     terms = 2 if settings.divergence in ("jsd", SKEWED) else 1
     return 3 + terms + has_labels + (settings.softcap is not None)
@@ -31,18 +31,19 @@ def whole_loss_block(
     settings: LossSettings,
     coefficients: Coefficients | None,
 ) -> BlockLosses:
-    """Per-row losses of raw logits z [C,V] against log-probabilities log_q [C,V] at τ.
+    """Return the losses of each row of raw logits z [C,V] against log-probabilities log_q [C,V] at
+    τ.
 
-    Both are private float32 or float64 buffers, overwritten. With coefficients, z becomes the
-    gradient of Σ coefficients.ce·CE + coefficients.kd·D with respect to the raw logits. labels [C]
-    must lie in [0, V) where they count.
+    Both are private float32 or float64 buffers and are overwritten. With coefficients, z becomes
+    the gradient of Σ coefficients.ce·CE + coefficients.kd·D with respect to the raw logits. labels
+    [C] must lie in [0, V) where they count.
     """
     wanted = coefficients is not None
     slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=wanted)
     ce, ce_gradient = torch.zeros_like(z[:, 0]), None
     tau = settings.temperature
     if labels is not None:
-        log_softmax_(z)  # z/τ − c and z/τ are the same to a softmax
+        log_softmax_(z)  # a softmax does not tell z/τ − c from z/τ
         scale = None if coefficients is None else coefficients.ce
         ce, ce_gradient = _cross_entropy(z, labels, settings.ignore_index, scale)
     if tau != 1.0:
@@ -66,9 +67,9 @@ def whole_loss_block(
 
 
 def log_softmax_(z: Tensor) -> Tensor:
-    """In place. Relative to the row's largest first, so that |z| = 1e4 loses nothing.
+    """Apply log-softmax in place, relative to the row's largest logit, so |z| = 1e4 loses nothing.
 
-    A row of nothing but -inf stays so.
+    A row of only -inf stays so.
     """
     peak = z.amax(1, keepdim=True)
     z.sub_(peak.masked_fill_(peak == -math.inf, 0.0))
@@ -79,7 +80,9 @@ def log_softmax_(z: Tensor) -> Tensor:
 def _cross_entropy(
     log_p: Tensor, labels: Tensor, ignore_index: int, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """CE [C] and, for a scale [C] of it, the gradient [C,V] with respect to the logits."""
+    """Return CE [C] and, if `scale` [C] is given, its scaled gradient [C,V] with respect to the
+    logits.
+    """
     counts = labels != ignore_index
     ids = torch.where(counts, labels, 0)[:, None]
     of_label = log_p.gather(1, ids)[:, 0]
@@ -91,8 +94,8 @@ def _cross_entropy(
     return ce, log_p.exp().mul_(factor).scatter_add_(1, ids, -factor)
 
 
-# Each takes log p and log q [C,V], finite, returns D [C], and leaves the gradient with respect to
-# z/τ in log p's memory. Where the student cannot produce an id its term is a constant.
+# Each function takes finite log p and log q [C,V], returns D [C], and leaves the gradient with
+# respect to z/τ in log p's memory. Where the student cannot produce an id its term is a constant.
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor, impossible: Tensor) -> Tensor:
@@ -107,8 +110,8 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor, impossible: Tensor) -> Tensor:
     p = log_p.exp()
     phi = log_p.sub_(log_q)
     value = torch.mul(p, phi, out=log_q).sum(1)
-    # Less the likeliest outcome's, as in `closed_form`: φ − φ̄ is then no difference of two large
-    # numbers in peaked rows.
+    # Subtracting the likeliest outcome's φ, as in `closed_form`, keeps φ − φ̄ from being the
+    # difference of two large numbers in peaked rows.
     phi.sub_(phi.gather(1, p.argmax(1, keepdim=True)))
     mean = torch.mul(p, phi, out=log_q).sum(1, keepdim=True)
     phi.sub_(mean).mul_(p)

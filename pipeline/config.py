@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rekindle.data.corpus.config import MOST, CorpusConfig
+from rekindle.data.corpus.config import CorpusConfig
+from rekindle.data.corpus.packing import MOST
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Free, Place, Settings, parse_settings
@@ -25,6 +26,7 @@ from rekindle.pipeline.yaml_text import dump_yaml, parse_yaml
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.estimates import check_estimates
+from rekindle.train.ranking.config import without_groups
 from rekindle.train.schedules import is_used
 
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -154,6 +156,8 @@ class RunConfig(Settings):
         object.__setattr__(self, "teachers", teachers)  # frozen: the same, as they are meant
         if self.student is not None and (why := lora_excludes(self.student, self.train)):
             raise ValueError(why)
+        if self.corpus.group_field is None and (key := self.train.key_of_groups):
+            raise ValueError(without_groups(key, "the corpus"))
         check_stages(self.stages)
         for stage in self.stages:
             configure_stage(self, stage)
@@ -179,10 +183,11 @@ class RunConfig(Settings):
                 f"{who}: pairs is {teacher.pairs}, but with corpus.pair_field the records are the "
                 "pairs; leave pairs out"
             )
-        if teacher.task == "token_classification":
+        single = {"token_classification": "tags the words", "embedding": "makes vectors"}
+        if (what := single.get(teacher.task)) is not None:
             raise ValueError(
-                f"{who} tags the words of single texts, and with corpus.pair_field each record is "
-                "two; cache it over a corpus of single texts"
+                f"{who} {what} of single texts, and with corpus.pair_field each record is two; "
+                "cache it over a corpus of single texts"
             )
         if teacher.vocabulary or teacher.pairs == RECORD:
             return teacher

@@ -66,7 +66,8 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
         left_out = LeftOut(held=text.held_texts())
         fields = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
-            documents = islice(read_documents(text.places, *fields), corpus.documents)
+            found_texts = read_documents(text.places, *fields, group_field=text.group_field)
+            documents = islice(found_texts, corpus.documents)
             found = find_held(held, (one.texts for one in documents))._asdict()
         except InputError:
             found = dict.fromkeys(Found._fields)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rekindle.data.corpus.config import MOST
+from rekindle.data.corpus.packing import MOST
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import publish_folder
@@ -27,6 +27,7 @@ from rekindle.pipeline.builtin.names import (
     documents_file,
     folder,
 )
+from rekindle.pipeline.builtin.sections import write_sections
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import write_documents
 from rekindle.pipeline.config import RunConfig
@@ -60,7 +61,8 @@ def make(names: Sequence[str], progress: Progress) -> None:
             if not (where / "documents").exists():
                 texts = begun / "documents"
                 with progress.task("documents", unit="files", total=len(FILES)) as task:
-                    write_documents(texts, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
+                    pages = write_documents(texts, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
+                    write_sections(pages, SETTINGS.sections, texts)
                     _appear(texts, where / "documents")
                     task.advance(len(FILES))
             run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)

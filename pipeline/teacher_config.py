@@ -14,6 +14,7 @@ from rekindle.data.targets.schema import (
     Task,
     TeacherInfo,
     TeacherName,
+    Vectors,
 )
 from rekindle.pipeline.served.config import ServedConfig
 
@@ -25,8 +26,8 @@ class TargetsConfig(Settings):
         None,
         description="threshold or random (samples of k, unbiased), topk, dense (of task heads; or "
         "the whole vocabulary), hidden (final hidden states). Left out: dense of task heads; of "
-        "vocabulary teachers threshold, which taught best at equal bytes (RECIPES.md), or topk "
-        "where temperatures beside 1 are listed, which one sample cannot serve",
+        "vocabulary teachers threshold, which taught best at equal bytes (docs/sparse_targets.md), "
+        "or topk where temperatures beside 1 are listed, which one sample cannot serve",
     )
     k: int = Field(
         64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"
@@ -40,6 +41,12 @@ class TargetsConfig(Settings):
         "default",
         description="of topk and threshold: default (8-bit values, memory-mapped), precise (16-bit "
         "values), compact (compressed, for cold storage and transfer)",
+    )
+
+    vectors: Vectors | None = Field(
+        None,
+        description="of embedding teachers. fp16 (the default), or int8 with a scale a vector, at "
+        "half the bytes (docs/caching.md has what either changes)",
     )
 
     @model_validator(mode="after")
@@ -172,6 +179,22 @@ class TeacherConfig(Settings):
         "for every token (self-evolution)",
     )
 
+    pooling: str | None = Field(
+        None,
+        description="of an embedding teacher that is a plain encoder: how its states of tokens "
+        "become one vector: mean, cls, lasttoken, max, mean_sqrt_len_tokens or weightedmean. A "
+        "folder of sentence-transformers says it itself",
+    )
+    normalise: bool | None = Field(
+        None,
+        description="of the same: whether its vectors are made of length 1; must be stated",
+    )
+    prompt: str | None = Field(
+        None,
+        description="of an embedding teacher: what stands before each text that it reads; null: "
+        "the default prompt of its folder, if it has one",
+    )
+
     _with_file = model_validator(mode="before")(with_gguf_file)
 
     mapping: Literal["same", "map"] = Field(
@@ -246,6 +269,30 @@ class TeacherConfig(Settings):
         if self.resources.num_gpus is None:  # of a cluster: the model is elsewhere
             resources = self.resources.model_copy(update={"num_gpus": 0.0})
             object.__setattr__(self, "resources", resources)
+        return self
+
+    @model_validator(mode="after")
+    def _fits_vectors(self) -> "TeacherConfig":
+        about = ("pooling", "normalise", "prompt")
+        if self.task != "embedding":
+            given = [name for name in about if getattr(self, name) is not None]
+            given += ["targets.vectors"] if self.targets.vectors is not None else []
+            if given:
+                raise ValueError(f"{given[0]} is for embedding teachers, not for {self.task}")
+            return self
+        if self.targets.kind is not None:
+            raise ValueError(
+                f"{self.targets.kind} targets are for other tasks; vectors are kept whole, as "
+                "targets.vectors says (fp16 or int8)"
+            )
+        if self.pairs is not None:
+            raise ValueError(
+                "pairs is for experts that judge two texts; an embedding teacher makes a vector of "
+                "each sequence: leave it out"
+            )
+        # Frozen: the same section, as it is meant.
+        targets = self.targets.model_copy(update={"vectors": self.targets.vectors or "fp16"})
+        object.__setattr__(self, "targets", targets)
         return self
 
     @model_validator(mode="after")

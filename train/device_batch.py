@@ -1,12 +1,13 @@
-"""A batch on the training device: the cache's integers are sent as they are and decoded there.
+"""A batch on the training device: the cache's integers are sent as stored and decoded there.
 
-The parts of a batch, as a step's terms ask for them; ``to_device.py`` moves it whole. The decoding
-(``rekindle.kernels.encoded``) is the twin of ``rekindle.data.targets.codec``; a test holds them
-equal.
+This module has the parts of a batch that a step's terms need; ``to_device.py`` moves a whole batch.
+The decoding (``rekindle.kernels.encoded``) is the twin of ``rekindle.data.targets.codec``; a test
+keeps them equal.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -37,12 +38,12 @@ from rekindle.train.model.passes import note_padding
 from rekindle.train.model.split_model import OutputHead
 
 T = TypeVar("T", bound=TargetBatch)
-Inputs = dict[str, Tensor]  # of a model, by the names of its arguments
+Inputs = dict[str, Tensor]  # model inputs by argument name
 
 
 class SentArray(np.ndarray):
-    """An array whose copy is on its way to a device, or there (``ready.py``). What is cut out of
-    it, or made of it, is a plain one.
+    """An array whose copy is on a device or on its way there (``ready.py``). Slices and results of
+    computations with it are plain arrays.
     """
 
     sent: Tensor | None
@@ -50,17 +51,19 @@ class SentArray(np.ndarray):
 
     @classmethod
     def of(cls, values: NDArray, sent: Tensor, copied: torch.cuda.Event | None) -> "SentArray":
-        """The array with its copy, and when that is there; None: it is."""
+        """Return the array with its copy, and the event of the copy's arrival; None: it has
+        arrived.
+        """
         found = values.view(cls)
         found.sent, found.copied = sent, copied
         return found
 
     def __array_finalize__(self, other: object) -> None:
-        """Begin without a copy."""
+        """Start without a copy."""
         self.sent = self.copied = None
 
     def there(self) -> Tensor | None:
-        """The copy, for the stream that asks: it waits for it, and the host does not."""
+        """Return the copy; the asking stream waits for it, the host does not."""
         if self.sent is not None and self.copied is not None:
             stream = torch.cuda.current_stream(self.sent.device)
             stream.wait_event(self.copied)
@@ -69,13 +72,13 @@ class SentArray(np.ndarray):
 
 
 def send(values: NDArray, device: torch.device) -> Tensor:
-    """A NumPy array as a tensor on ``device``; pinned first where that lets the copy overlap."""
+    """Return a NumPy array as a tensor on ``device``; pin it first if the copy can then overlap."""
     if isinstance(values, SentArray):
         sent = values.there()
         if sent is not None and sent.device == device:
             return sent
         values = values.view(np.ndarray)
-    # Read-only memory maps are never written through: every consumer copies or computes out of
+    # Read-only memory maps are never written through this: every consumer copies or computes out of
     # place.
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
@@ -90,8 +93,8 @@ def model_inputs(
     token_types: NDArray | None = None,
     document_numbers: NDArray | None = None,
 ) -> Inputs:
-    """``input_ids`` and ``attention_mask`` [B,S] (``token_type_ids``, ``document_numbers``) as
-    int64.
+    """Return ``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids``,
+    ``document_numbers``) as int64.
     """
     mask = np.arange(input_ids.shape[1]) < lengths[:, None]
     inputs = {
@@ -106,7 +109,7 @@ def model_inputs(
 
 
 def clean_inputs(batch: Batch, device: torch.device) -> Inputs:
-    """Those of a batch's sequences as they stand."""
+    """Return the model inputs of a batch's unmasked sequences."""
     return _shown(batch, batch.input_ids, device)
 
 
@@ -118,10 +121,10 @@ def _shown(batch: Batch, input_ids: NDArray, device: torch.device) -> Inputs:
 def kd_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> LossTargets:
-    """Return what the loss takes: what is stored, as it is; values of samples and precise codes.
+    """Return what the loss takes: stored values unchanged; decoded for samples and precise codes.
 
-    Of hidden states the loss forms the logits itself, a bounded block at a time; a part of them,
-    the top ``k``, is found here.
+    From hidden states the loss forms the logits itself, in bounded blocks; only their top ``k`` is
+    computed here.
     """
     k = batch.used_k(k)
     targets = LOSS_TARGETS[batch.info.kind](batch, temperature, k, device)
@@ -133,9 +136,9 @@ def kd_targets(
 def sparse_targets(
     batch: TokenTargetBatch, temperature: float, k: int | None, device: torch.device
 ) -> DecodedTargets:
-    """A teacher's targets at ``temperature``, decoded on the device, maybe at a smaller ``k``.
+    """Return a teacher's targets at ``temperature``, decoded on the device, with at most ``k`` ids.
 
-    Whole distributions become [P,V] ids and probabilities: for what cannot be done in blocks.
+    Whole distributions become [P,V] ids and probabilities, for uses that cannot work in blocks.
     """
     targets = kd_targets(batch, temperature, k, device)
     if isinstance(targets, EncodedTargets):
@@ -155,7 +158,7 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     columns = dict(batch.columns)
     columns["tail_log_odds"] = columns["tail_log_odds"][:, slots[0]]
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
-    lowest = sent.pop("log_prob_min", None)  # None: the precise codec's sixteen-bit values
+    lowest = sent.pop("log_prob_min", None)  # None for the precise codec's 16-bit values
     planes = high_planes(batch.kind.size)
     drawn = batch.kind.sampled
     targets = EncodedTargets(
@@ -169,7 +172,9 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
 
 
 def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
-    """Relative frequencies; −1 where fewer ids than draws were drawn, cut to the widest row."""
+    """Return relative frequencies; −1 where fewer ids than draws were drawn, cut to the
+    widest row.
+    """
     batch.kind.slot(tau, k)
     counts = batch.columns["counts"]
     width = int((counts > 0).sum(axis=1).max(initial=1))
@@ -205,7 +210,7 @@ _heads: "WeakKeyDictionary[StoredHead, dict[torch.device, OutputHead]]" = WeakKe
 
 
 def _head_on(head: StoredHead, device: torch.device) -> OutputHead:
-    """The matrix on the device, sent once."""
+    """Return the output matrix on the device; it is sent once."""
     sent = _heads.setdefault(head, {})
     if device not in sent:
         bias = None if head.bias is None else send(head.bias, device)
@@ -216,7 +221,7 @@ def _head_on(head: StoredHead, device: torch.device) -> OutputHead:
 def _decoded(
     targets: HiddenTargets | DenseTargets, size: int, temperature: float, k: int | None
 ) -> DecodedTargets:
-    """Ids and probabilities [P,V]; or the top k and what is left, a bounded block at a time."""
+    """Return ids and probabilities [P,V], or the top k and the rest, in bounded blocks."""
     device = targets[0].device
     rows = torch.arange(len(targets[0]), device=device)
     teacher = TeacherBlocks(WholeTeacher.of(targets), torch.float32, torch.float32)
@@ -230,7 +235,9 @@ def _decoded(
 
 
 def _top(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k likeliest ids of each row [C,V], their probabilities, and those of all others [C]."""
+    """Return the k likeliest ids of each row [C,V], their probabilities, and that of all others
+    [C].
+    """
     top, ids = torch.topk(probs, k, dim=1)
     return ids, top, probs.scatter_(1, ids, 0.0).sum(dim=1)
 
@@ -245,20 +252,22 @@ class LanguageRows:
     keys: NDArray[np.int64]  # [P] the same indices on the host, ascending
 
     def match(self, target: TokenTargetBatch, width: int) -> NDArray[np.int64]:
-        """For each of the target's positions, its row here; every one must be found."""
+        """Return the row here of each of the target's positions; raise InputError if one is
+        missing.
+        """
         keys = target.rows * width + target.positions
         found = np.searchsorted(self.keys, keys)
         if not np.array_equal(np.append(self.keys, -1)[found], keys):
             raise InputError(
                 f"teacher {target.info.name!r} has targets at positions where the student has no "
-                "loss: its mask is not the student's. Use the cache.mask, seed and replicas it was "
-                "cached with"
+                "loss: their masks differ. Use the cache.mask, seed and replicas it was cached "
+                "with"
             )
         return found
 
 
 def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows:
-    """The positions with an LM loss: the masked ones, or all whose next token is trained."""
+    """Return the positions with an LM loss: masked ones, or all whose next token is trained."""
     width = batch.input_ids.shape[1]
     if task == "masked_lm":
         assert batch.masked is not None
@@ -273,19 +282,19 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
 
 
 def inputs_of(batch: Batch, view: str, device: torch.device) -> Inputs:
-    """Return what the student sees beside an expert that saw ``view``: the sentence pairs of that
-    view, or the clean text.
+    """Return what the student sees for an expert that saw ``view``: that view's sentence pairs, or
+    the clean text.
     """
     if not view_kind(view).paired:
         return clean_inputs(batch, device)
     pairs = batch.pairs[view]
-    # Sequences without a pair are shown as one padding token and carry no weight.
+    # Sequences without a pair are shown as one padding token, with weight 0.
     lengths = np.maximum(pairs.lengths, 1)
     return model_inputs(pairs.input_ids, lengths, device, pairs.token_types)
 
 
 def masked_only(target: T, batch: Batch) -> T:
-    """Return the targets at a batch's masked positions; those of sequences as they are."""
+    """Return the targets at a batch's masked positions; those of whole sequences unchanged."""
     positions = target.positions if isinstance(target, TokenTargetBatch | TokenLabelBatch) else None
     if positions is None:
         return target
@@ -301,3 +310,9 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
     if size >= count:
         return [batch]
     return [batch.take(slice(start, start + size)) for start in range(0, count, size)]
+
+
+def split_evenly(batch: Batch, count: int) -> list[Batch]:
+    """Return ``count`` micro-batches of about equally many sequences, in order."""
+    edges = [len(batch.index) * number // count for number in range(count + 1)]
+    return [batch.take(slice(start, stop)) for start, stop in pairwise(edges)]

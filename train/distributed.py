@@ -1,7 +1,7 @@
-"""One process, or many under torchrun: who writes, what is summed, and how gradients meet.
+"""One process, or many under torchrun: who writes, what is summed, and how gradients are combined.
 
-No transport of our own: process groups, DistributedDataParallel and FSDP2 are PyTorch's. A single
-process takes the same path with a world of one.
+There is no transport of our own: process groups, DistributedDataParallel and FSDP2 are PyTorch's. A
+single process takes the same path with a world of one.
 """
 
 import logging
@@ -34,11 +34,11 @@ log = logging.getLogger("rekindle")
 
 Answer = TypeVar("Answer")
 Parallel = Literal["ddp", "fsdp"]
-PATIENCE = timedelta(days=30)  # for what the main process does alone
+PATIENCE = timedelta(days=30)  # timeout while the main process works alone
 
 
 class ElsewhereError(RekindleError):
-    """The main process has failed and says why; this one ends with its exit code, and silently."""
+    """The main process failed and says why; this process ends silently with the same exit code."""
 
     def __init__(self, exit_code: int):
         super().__init__()
@@ -52,24 +52,24 @@ class World:
     rank: int
     size: int
     device: torch.device
-    talk: torch.device  # where small sums meet: the CPU if it can be, so that no GPU is waited for
+    talk: torch.device  # device for small sums: the CPU if possible, so that no GPU is waited for
 
     @classmethod
     def alone(cls) -> "World":
-        """A single process, on the GPU if there is one."""
+        """Return a single process, on the GPU if there is one."""
         cpu = torch.device("cpu")
         if not torch.cuda.is_available():
             return cls(0, 1, cpu, cpu)
-        # With its number, as tensors name it: what is kept by device must be kept once.
+        # Include the index, as tensors do, so that anything stored by device is stored once.
         return cls(0, 1, torch.device("cuda", torch.cuda.current_device()), cpu)
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Return whether this process writes files and logs."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums of ``values`` over all processes, in float64; the same everywhere."""
+        """Return the sums of ``values`` over all processes, in float64; the same everywhere."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.talk)
@@ -79,14 +79,16 @@ class World:
         return found
 
     def sum_there(self, values: Tensor) -> Tensor:
-        """The sums of ``values`` [n] over all processes, on the device: no GPU is waited for."""
+        """Return the sums of ``values`` [n] over all processes, on the device: no GPU is waited
+        for.
+        """
         if self.size > 1:
             with meeting():
                 dist.all_reduce(values)
         return values
 
     def gather(self, own: Answer) -> list[Answer]:
-        """Return what every process gives as ``own``, by rank; the same everywhere."""
+        """Return every process's ``own`` value, by rank; the same everywhere."""
         found = [own] * self.size
         if self.size > 1:
             with meeting():
@@ -94,10 +96,10 @@ class World:
         return found
 
     def agree(self, make: Callable[[], Answer]) -> Answer:
-        """What ``make`` returns here, once it has worked in every process.
+        """Return what ``make`` returns here, once it has succeeded in every process.
 
-        Where it fails with an error of ours, the first process in which it did raises it, and the
-        others ElsewhereError: what is wrong for all is said once.
+        If it fails with an error of ours, the first process in which it failed raises that error
+        and the others raise ElsewhereError, so that an error common to all is reported once.
         """
         if self.size == 1:
             return make()
@@ -115,8 +117,8 @@ class World:
         raise ElsewhereError(codes[failed] or 1)
 
     def in_turn(self, make: Callable[[], Answer]) -> Answer:
-        """As ``agree``, but on each machine one process after another, the main one last: what
-        they need while they ``make`` it, the machine has room for once.
+        """Do as ``agree``, but on each machine in one process after another, the main one last, so
+        that the memory ``make`` needs is used once per machine.
         """
         hosts = self.gather(socket.gethostname())
         mates = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]][::-1]
@@ -129,7 +131,9 @@ class World:
         return cast(Answer, found)
 
     def mesh(self, parallel: Parallel) -> "DeviceMesh | None":
-        """What FSDP2 shards a student over; None where none is to be. Every process asks for it."""
+        """Return the mesh that FSDP2 shards a student over; None without FSDP. Call it in every
+        process.
+        """
         if self.size == 1 or parallel != "fsdp":
             return None
         from torch.distributed.device_mesh import init_device_mesh
@@ -137,10 +141,10 @@ class World:
         return init_device_mesh(self.device.type, (self.size,))
 
     def decide(self, make: Callable[[], Answer], patient: bool = False) -> Answer:
-        """What ``make`` returns in the main process, in every process; its error too.
+        """Return in every process what ``make`` returns in the main process; its error too.
 
-        The main process raises it; the others raise ElsewhereError with its exit code. They wait
-        for half an hour; ``patient``, for as long as it takes.
+        The main process raises the error; the others raise ElsewhereError with its exit code. They
+        wait for half an hour, or with ``patient`` as long as it takes.
         """
         if self.size == 1:
             return make()
@@ -158,7 +162,7 @@ class World:
                 where = torch.device("cpu") if patient else self.talk
                 dist.broadcast_object_list(found, src=0, group=group, device=where)
         finally:
-            if error is not None:  # it says more than that the others are gone
+            if error is not None:  # it says more than that the other processes are gone
                 raise error
         if found[1] is not None:
             raise ElsewhereError(cast(int, found[1]))
@@ -167,22 +171,23 @@ class World:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Around a collective: that another process has ended is no bug of this one."""
+    """Wrap a collective: another process that has ended is not a bug of this one."""
     try:
         yield
     except RuntimeError as error:
         raise RekindleError(
-            "another process of this run has ended or cannot be reached; what it said before is "
+            "another process of this run has ended or cannot be reached; its own message gives "
             f"the reason ({first_words(error, 200)})"
         ) from error
 
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """The world that torchrun's environment describes (gloo on CPUs, NCCL on GPUs), or one process.
+    """Yield the world that torchrun's environment describes (gloo on CPUs, NCCL on GPUs), or a
+    single process.
 
-    A group that the caller has made already is used as it is, whatever else the environment says;
-    without LOCAL_RANK on the GPU that the caller has chosen.
+    A process group that the caller has already made is used as it is, whatever the environment
+    says; without LOCAL_RANK, on the GPU that the caller has chosen.
     """
     ours, cuda = not dist.is_initialized(), torch.cuda.is_available()
     if ours:
@@ -198,8 +203,8 @@ def join_world() -> Iterator[World]:
     if cuda and local >= torch.cuda.device_count():
         raise InputError(
             f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on a machine with "
-            f"{torch.cuda.device_count()} GPUs: each needs its own. Give torchrun a smaller "
-            "--nproc-per-node"
+            f"{torch.cuda.device_count()} GPUs: each process needs its own. Give torchrun a "
+            "smaller --nproc-per-node"
         )
     if cuda:
         torch.cuda.set_device(device)
@@ -209,18 +214,18 @@ def join_world() -> Iterator[World]:
     talk = torch.device("cpu") if gloo else device
     world = World(dist.get_rank(), dist.get_world_size(), device, talk)
     if not world.main:
-        log.setLevel(logging.ERROR)  # the main process says it once
+        log.setLevel(logging.ERROR)  # the main process reports for all
     yield world
-    # Only after success: while the others wait in a collective, destroying the group would hang.
+    # Only after success: while others wait in a collective, destroying the group would hang.
     if ours:
         dist.destroy_process_group()
 
 
 class _Whole(nn.Module):
-    """What DDP or FSDP2 wraps: any function of the student runs inside this module's forward.
+    """The module that DDP or FSDP2 wraps; any function of the student runs inside its forward.
 
     Both prepare and gather parameters around a forward pass. The loss multiplies by the output
-    matrix after the student's own forward, so that must be inside, too.
+    matrix after the student's own forward, so the loss must run inside as well.
     """
 
     def __init__(self, student: Student):
@@ -241,9 +246,9 @@ class ParallelStudent:
         mesh: "DeviceMesh | None" = None,
         recorded: Recording | None = None,
     ):
-        """``mesh``: of ``World.mesh``, over which the student is sharded; its parts move from the
-        CPU to the devices one after another. ``recorded``: how it is filled, if it has no memory
-        yet; what it has to be tried with is tried, and raises InputError.
+        """``mesh``: from ``World.mesh``; the student is sharded over it, moving from the CPU to the
+        devices part by part. ``recorded``: how to fill a student without memory; its trials run
+        then, and raise InputError.
         """
         self.student, self.world, self.sharded = student, world, mesh is not None
         self.module: Any = _Whole(student)
@@ -252,26 +257,26 @@ class ParallelStudent:
             fill_in_shards(self.module, recorded, shard, world.device, local_rows)
             if recorded.trials:
                 self.run(lambda _: [trial() for trial in recorded.trials])
-                cast(Any, self.module).reshard()  # or what is loaded later would not be seen
+                cast(Any, self.module).reshard()  # otherwise weights loaded later would be ignored
         elif mesh is not None:
             _shard(self.module, mesh)
         elif world.size > 1:
-            with warnings.catch_warnings():  # its new name is not in all versions that we take
+            with warnings.catch_warnings():  # older versions that we support lack its new name
                 warnings.simplefilter("ignore", FutureWarning)
                 self.module = nn.parallel.DistributedDataParallel(
                     self.module,
                     broadcast_buffers=False,
-                    find_unused_parameters=True,  # heads without a row, terms of weight 0
+                    find_unused_parameters=True,  # heads without rows, terms of weight 0
                     gradient_as_bucket_view=True,
                 )
 
     def run(self, work: Callable[..., Answer], *arguments: object) -> Answer:
-        """``work(student, *arguments)``, with all parameters whole."""
+        """Return ``work(student, *arguments)``, with all parameters gathered."""
         answer: Answer = self.module(work, *arguments)
         return answer
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around a micro-batch: gradients are exchanged after the ``last`` one alone."""
+        """Wrap a micro-batch: gradients are exchanged only after the ``last`` one."""
         if self.sharded:
             self.module.set_requires_gradient_sync(last)
         elif self.world.size > 1 and not last:
@@ -280,7 +285,7 @@ class ParallelStudent:
         return nullcontext()
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip all gradients to a total norm; returns the norm before."""
+        """Clip all gradients to a total norm; return the norm before clipping."""
         return whole(nn.utils.clip_grad_norm_(self.student.parameters(), max_norm))
 
 
@@ -289,11 +294,11 @@ class Built(Protocol):
 
     @property
     def student(self) -> Student:
-        """The student."""
+        """Return the student."""
 
     @property
     def recorded(self) -> Recording | None:
-        """How it is filled, if it has no memory yet."""
+        """Return how to fill it, if it has no memory yet."""
 
 
 AnyBuilt = TypeVar("AnyBuilt", bound=Built)
@@ -302,12 +307,12 @@ AnyBuilt = TypeVar("AnyBuilt", bound=Built)
 def build_in_shards(
     build: Callable[[bool], AnyBuilt], world: World, mesh: "DeviceMesh", grows: bool
 ) -> tuple[AnyBuilt, ParallelStudent | None]:
-    """Return what ``build`` makes, deferred (True) or whole, and the student in shards, if it is
-    filled in already.
+    """Return what ``build`` makes, deferred (True) or whole, and the student in shards if it is
+    filled already.
 
-    A student without memory is filled in by all at once. One that ``grows``, or cannot be built so,
-    is built whole by one process of a machine after another; the main one, the last, keeps it
-    whole, as its growth is measured.
+    All processes fill a student without memory at once. A student that ``grows``, or cannot be
+    deferred, is built whole by one process of a machine after another. The main process is last and
+    keeps it whole, because its growth is measured.
     """
     why = "it grows"
     if not grows:
@@ -328,17 +333,19 @@ def build_in_shards(
 
 
 def _shard(module: _Whole, mesh: "DeviceMesh") -> None:
-    """FSDP2: each block of the model in shards of its own, the rest as one."""
+    """Shard each block of the model by itself with FSDP2, and the rest as one."""
     from torch.distributed.fsdp import fully_shard
 
     for block in blocks(module.student.model):
         fully_shard(block, mesh=mesh)
-    # The root keeps its parameters whole until the backward pass: the loss needs the output matrix.
+    # The root's parameters stay gathered until the backward pass: the loss needs the output matrix.
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a model, outermost: what is sharded and compiled one by one."""
+    """Return the outermost repeated layers of a model, which are sharded and compiled one
+    by one.
+    """
     found: list[nn.Module] = []
     for module in model.modules():
         inside = any(module in set(block.modules()) for block in found)
@@ -348,7 +355,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(student: Student) -> None:
-    """Compile each block by itself: equal ones share the code, and parameters keep their names."""
+    """Compile each block by itself: equal blocks share code, and parameters keep their names."""
     found = blocks(student.model)
     if not found:
         log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
@@ -357,19 +364,20 @@ def compile_blocks(student: Student) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process; a plain one as it is."""
+    """Return a sharded tensor gathered on every process; a plain one unchanged."""
     gathered = getattr(tensor, "full_tensor", None)
     found: Tensor = tensor if gathered is None else gathered()
     return found
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of a sharded tensor that this process holds, in its own memory, and which of all the
-    first one is; a plain one as it is.
+    """Return the rows of a sharded tensor that this process holds, in its own memory, and the index
+    of the first; a plain tensor unchanged.
     """
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
         return tensor.detach(), 0
-    each = math.ceil(len(tensor) / mesh.size())  # as FSDP2 cuts: the last ones may have fewer
+    # as FSDP2 divides: the last processes may have fewer
+    each = math.ceil(len(tensor) / mesh.size())
     rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return rows, min(mesh.get_local_rank() * each, len(tensor))

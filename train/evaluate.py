@@ -1,10 +1,10 @@
-"""How a student does on held-out documents: its loss, and how near it is to each teacher.
+"""Evaluate a student on held-out documents: its loss, and its distance from each teacher.
 
-What the values are called, and which rules have measured them, is in ``measures``.
+``measures`` has the names of the values and the rules of measuring.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
@@ -13,9 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
+from rekindle.data.batch import (
+    Batch,
+    EmbeddingBatch,
+    SequenceTargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+)
 from rekindle.data.cache import Cache
 from rekindle.data.targets.codec import STEP
+from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import DistillTerm
 from rekindle.train.device_batch import inputs_of, kd_targets, language_rows, sparse_targets
@@ -29,12 +36,13 @@ from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
 from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.objective.vector_loss import vector_sums, vector_values
 from rekindle.train.student import Student
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is evaluated: which sequences, whose targets, in batches of what size a process."""
+    """What is evaluated: sequences, teachers and batch size per process."""
 
     cache: Cache
     index: NDArray[np.int64]
@@ -43,25 +51,30 @@ class EvaluationData:
     batch_sequences: int
     allow_missing: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
-    domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # each by itself, too
+    # also evaluated separately
+    domains: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     terms: Mapping[str, DistillTerm] = field(default_factory=dict)  # by teacher
-    objective: Objective | None = None  # what `loss` is; None: there is no such value
-    measure: int = MEASURE  # the rule of the run: it goes on with that it was begun with
-    longest_first: bool = False  # each process reads its share by length: batches hardly padded
+    objective: Objective | None = None  # defines `loss`; None: there is no such value
+    measure: int = MEASURE  # the rule of the run, which it keeps from its start
+    longest_first: bool = False  # each process reads its share by length: batches are hardly padded
 
     @property
     def has_loss(self) -> bool:
-        """Whether the objective is measured: runs of before called the cross-entropy so."""
+        """Return whether the objective is measured; earlier runs called the cross-entropy
+        `loss`.
+        """
         return self.objective is not None and self.measure >= MEASURE
 
     @property
     def reads_text(self) -> bool:
-        """Whether the cross-entropy is measured: not of a language model that nothing trains."""
+        """Return whether the cross-entropy is measured: not if nothing trains the
+        language model.
+        """
         return self.objective is None or not self.has_loss or self.objective.trains_text
 
     def at(self, plan: StepPlan) -> "EvaluationData":
-        """Return what is evaluated after the step of ``plan``: beside its teachers and methods, as
-        one of weight 0 is not read any more, and those of the last step, of which ``loss`` is.
+        """Return what is evaluated after the step of ``plan``: its teachers and methods (those of
+        weight 0 are no longer read), and those of the last step, which defines ``loss``.
         """
         plans = [plan]
         if self.objective is not None and self.has_loss:
@@ -71,15 +84,16 @@ class EvaluationData:
         return replace(self, teachers=tuple(teachers), methods=tuple(methods.values()))
 
     def batches(self) -> Iterator[Batch]:
-        """Read them, batch by batch."""
+        """Yield the batches."""
         for batch, _ in self.share(0, 1):
             yield batch
 
     def share(self, rank: int, world_size: int) -> Iterator[tuple[Batch, bool]]:
-        """Read a process's share of them, with whether a batch counts.
+        """Yield a process's share of the batches, and whether each one counts.
 
-        All have equally many batches, as students in shards need: who has run out reads the first
-        sequence once more. Shares are of neighbours, so that each process opens few shards.
+        All processes have the same number of batches, as sharded students need; one that has run
+        out reads the first sequence again. Shares are contiguous, so that each process opens few
+        shards.
         """
         own = np.array_split(self.index, world_size)[rank]
         own = self.cache.longest_first(own) if self.longest_first else own
@@ -97,7 +111,7 @@ class EvaluationData:
 
 
 class Best(TypedDict):
-    """The best value of an evaluation so far, and after how many steps it was measured."""
+    """The best value of an evaluation so far, and the step it was measured at."""
 
     step: int
     name: str
@@ -107,10 +121,10 @@ class Best(TypedDict):
 def best_of(
     evaluation: Mapping[str, float], name: str | None, step: int, best: Best | None
 ) -> Best | None:
-    """Return the better of ``best`` and of what was measured at ``step``.
+    """Return the better of ``best`` and the value measured at ``step``.
 
-    Agreement is better upwards, all else downwards, but for a method's values as ``Method.values``
-    says. A value beats any of another name; one that is not finite beats none.
+    Agreement is better if higher, everything else if lower; for a method's values ``Method.values``
+    decides. A value beats any of another name; one that is not finite beats none.
     """
     value = evaluation.get(name or "", math.nan)
     if name is None or not math.isfinite(value):
@@ -120,6 +134,16 @@ def best_of(
         if gain <= 0:
             return best
     return {"step": step, "name": name, "value": value}
+
+
+def values_beside(info: TeacherInfo, terms: Sequence[DistillTerm]) -> list[str]:
+    """Name what an evaluation measures beside a teacher of an objective with these ``terms``."""
+    if info.kind == "embedding":
+        return vector_values(terms, info.name)
+    if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:
+        return ["kl"]
+    measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
+    return measured.get(info.problem or "", ["kl", "agreement"])
 
 
 Run = Callable[..., Sums]
@@ -133,20 +157,23 @@ def evaluate(
     run: Run | None = None,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Return ``loss`` (the objective that is trained, at the weights of the last step), ``ce`` (the
-    cross-entropy on the text, in nats, where the student's language model is trained), per teacher
-    ``kl/…`` and ``agreement/…`` or ``mse/…``, and per method its own values as ``METHOD/…``.
+    """Return ``loss`` (the objective, with the last step's weights), ``ce`` (the cross-entropy on
+    the text, in nats, if the student's language model is trained), per teacher ``kl/…`` and
+    ``agreement/…`` or ``mse/…`` (of vectors ``cosine/…`` and ``mse/…``), and per method its own
+    values as ``METHOD/…``.
 
-    ``run(work, …)`` calls ``work(student, …)`` where the student's weights are whole. Each process
-    of a ``world`` evaluates its share, and gets the values of all, to the last bit the same.
+    ``run(work, …)`` calls ``work(student, …)`` where the student's weights are gathered. Each
+    process of a ``world`` evaluates its share and gets the values over all shares, bit-identical
+    everywhere.
 
-    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. From a
+    KL is forward, at τ = 1, per position (vocabulary teachers, tail bucket) or per sequence. For a
     sample drawn at τ = 1 (threshold, random) it is an unbiased estimate of the KL to the teacher,
-    whose own entropy is stored; to one drawn at another τ it is larger by a constant, whatever the
-    student. Agreement is the share of equal most-likely outcomes, where the targets tell the
-    teacher's: of a threshold sample where it has more than 1/k, of random draws nowhere (no value).
-    Masked students see replica 0. Of each of ``data.domains`` there is ``ce/DOMAIN``, or where no
-    cross-entropy is measured ``loss/DOMAIN``. Empty when nothing is held out.
+    using the teacher's stored entropy; for one drawn at another τ it is larger by a constant that
+    does not depend on the student. Agreement is the share of positions with equal most likely
+    outcomes, where the targets reveal the teacher's: for a threshold sample where an id has more
+    than 1/k, for random draws nowhere (no value). Masked students see replica 0. Each of
+    ``data.domains`` has ``ce/DOMAIN``, or ``loss/DOMAIN`` if no cross-entropy is measured. Empty if
+    nothing is held out.
     """
     run = run or (lambda work, *arguments: work(student, *arguments))
     world = world or World.alone()
@@ -166,13 +193,13 @@ def evaluate(
 
 
 def _of_a_domain(data: EvaluationData, values: Mapping[str, float]) -> list[str]:
-    """Name the one value of a domain by itself, if it is there."""
+    """Return the name of a domain's one value, if it is there."""
     name = "ce" if data.reads_text and data.measure >= MEASURE else "loss"
     return [name] if name in values else []
 
 
 def _means(data: EvaluationData, device: torch.device, run: Run, world: World) -> dict[str, float]:
-    """Return every value, in the mean over what it counts in all processes."""
+    """Return every value, as a mean over what it counts in all processes."""
     each: list[dict[str, NDArray[np.float64]]] = []
     loss = HeldOutLoss(data.objective) if data.objective is not None and data.has_loss else None
     for batch, counts in data.share(world.rank, world.size):
@@ -198,8 +225,8 @@ def _batch_sums(
     loss: HeldOutLoss | None,
     world: World,
 ) -> Sums:
-    """Return the sums of a batch, and add it to the ``loss``: both share the student's passes."""
-    # Of a student in shards every process must make the same passes, whatever its texts are.
+    """Return the sums of a batch, and add it to ``loss``: both share the student's passes."""
+    # With a sharded student every process must make the same passes, whatever its texts.
     with student.through(Remembered(lambda known: not any(world.sum([not known])))):
         sums, known = _own_sums(student, batch, device, data)
         for method in data.methods:
@@ -213,7 +240,7 @@ def _batch_sums(
 def _own_sums(
     student: Student, batch: Batch, device: torch.device, data: EvaluationData
 ) -> tuple[Sums, Sums]:
-    """Return the sums of all values but the methods', and of the terms that are known by them."""
+    """Return the sums of all values except the methods', and of the terms that these determine."""
     batch = at_masked_positions(batch) if student.task == "masked_lm" else batch
     sums, known = Sums(), Sums()
     vocabulary = [
@@ -236,6 +263,8 @@ def _own_sums(
             if (term := known_term(data.terms, name, target)) is not None:
                 known[term] = (kd, len(target.rows))
     for name, answers in batch.targets.items():
+        if isinstance(answers, EmbeddingBatch):
+            sums |= _vector_sums(name, student, batch, answers, device)
         if isinstance(answers, SequenceTargetBatch | TokenLabelBatch):
             sums |= _task_sums(name, student, batch, answers, device)
     return sums, known
@@ -249,7 +278,7 @@ def _vocabulary_sums(
     device: torch.device,
     data: EvaluationData,
 ) -> tuple[Sums, float]:
-    """Return the values beside a vocabulary teacher, and the sum of the loss that it teaches."""
+    """Return the values for a vocabulary teacher, and the sum of the loss that it teaches."""
     head, as_once = student.output_head, data.measure < TEACHERS_SINCE
     k = data.terms[name].k if name in data.terms and not as_once else None
     temperature = target.kind.read_at
@@ -268,7 +297,7 @@ def _vocabulary_sums(
 
 
 def _entropy(target: TokenTargetBatch) -> float:
-    """Return the entropies of the teacher's own distributions at τ = 1, in nats, summed up."""
+    """Return the sum of the teacher's own entropies at τ = 1, in nats."""
     return float(target.columns["entropy"].sum(dtype=np.float64)) / STEP
 
 
@@ -302,8 +331,19 @@ def _task_sums(
     return {f"kl/{name}": (float(kl), count), f"agreement/{name}": (float(agree), count)}
 
 
+def _vector_sums(
+    name: str, student: Student, batch: Batch, target: EmbeddingBatch, device: torch.device
+) -> Sums:
+    if name not in student.head_configs or not len(target.rows):
+        return {}
+    inputs = inputs_of(batch, target.info.view, device)
+    found = run_heads(student, inputs, batch, {name: target})
+    values = vector_sums(*taught_rows(found.logits[name], target))
+    return {f"{what}/{name}": (value, len(target.rows)) for what, value in values.items()}
+
+
 def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:
-    """Return the head that imitates the expert and the places of its classes there, if any."""
+    """Return the head that imitates the expert and the indices of its classes there, if any."""
     if name in student.head_configs:
         return name, list(range(info.num_labels or 0))
     for head, config in student.head_configs.items():

@@ -1,5 +1,5 @@
 """Measure what growth does to a student on held-out text before the first step (ELLE): the largest
-and mean |Δlogit|, and the cross-entropy and perplexity before and after.
+and mean |Δlogit|, and cross-entropy and perplexity before and after.
 """
 
 import logging
@@ -28,13 +28,13 @@ from rekindle.train.student import Student
 log = logging.getLogger("rekindle")
 
 GROWTH_FILE = "growth.json"
-ROWS = 512  # positions whose logits over the whole vocabulary are held at once
+ROWS = 512  # positions whose whole-vocabulary logits are held at once
 
 Report = dict[str, Any]
 
 
 def measure_growth(run: Path, prepared: Prepared) -> Report | None:
-    """The report of a student that has grown; None where it has not, or its report is there."""
+    """Return the report of a grown student; None if it has not grown, or its report exists."""
     if prepared.ungrown is None or (run / GROWTH_FILE).exists():
         return None
     config = GrowConfig.model_validate(prepared.about["student"]["grow"])
@@ -45,9 +45,9 @@ def measure_growth(run: Path, prepared: Prepared) -> Report | None:
     grown = {key for key, count in report["from"].items() if report["to"][key] > count}
     if config.noise_std == 0 and grown - {"layers", "parameters"}:
         log.warning(
-            "student grown without noise: copies of neurons stay equal for ever, those of heads "
-            "and hidden dimensions but for dropout, and learn nothing of their own. Set "
-            "student.grow.noise_std (0.01 in ELLE)"
+            "student grown without noise: copies of neurons stay equal for ever, copies of heads "
+            "and hidden dimensions unless dropout separates them, and they learn nothing of "
+            "their own. Set student.grow.noise_std (0.01 in ELLE)"
         )
     return report
 
@@ -59,11 +59,12 @@ def compare_students(
     config: GrowConfig,
     device: torch.device,
 ) -> Report:
-    """Both students on at most ``config.measure_sequences`` held-out sequences, evenly taken.
+    """Compare both students on at most ``config.measure_sequences`` held-out sequences, evenly
+    spaced.
 
-    Logits over the tokenizer's tokens at the positions that have an LM loss (of a masked LM: those
-    masked in replica 0), in float32, without dropout. ``ce`` in nats per position; values are
-    None where nothing is held out.
+    Logits are over the tokenizer's tokens at the positions with an LM loss (for a masked LM: those
+    masked in replica 0), in float32, without dropout. ``ce`` is in nats per position; values are
+    None if nothing is held out.
     """
     count = min(config.measure_sequences, len(data.index))
     index = data.index[np.arange(count) * len(data.index) // max(count, 1)]
@@ -93,7 +94,9 @@ def compare_students(
 def _logits(
     students: Sequence[Student], batch: Batch, device: torch.device
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The logits [C,V] of each student, and the labels [C], of a block of rows after another."""
+    """Yield the logits [C,V] of each student, and the labels [C], for one block of rows
+    at a time.
+    """
     rows = language_rows(batch, students[0].task, device)
     inputs = [student.eval().with_domains(rows.inputs, batch.domains) for student in students]
     hidden = [s(own, rows.select).hidden for s, own in zip(students, inputs, strict=True)]
@@ -136,6 +139,6 @@ def save_growth(run: Path, report: Report | None) -> None:
 
 
 def saved_growth(run: Path) -> Report:
-    """{"growth": the report} of a run whose student has grown, else nothing."""
-    report = read_record(run / GROWTH_FILE, "remove it and resume: it is made anew")
+    """Return {"growth": the report} of a run with a grown student, else {}."""
+    report = read_record(run / GROWTH_FILE, "remove it and resume: it is made again")
     return {} if report is None else {"growth": report}

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: who hears them, when they are obeyed, and what is then said. Without torch.
+"""Handle Ctrl-C and SIGTERM: when they take effect, and what is then reported. Without torch.
 
-A signal ends work at once, as KeyboardInterrupt, but where a moment more keeps what was done: there
-``Stop`` notes it, and the work ends by itself at the next good place.
+A signal ends work at once, as KeyboardInterrupt, unless a moment more saves what was done: there
+``Stop`` notes it, and the work ends at its next good place.
 """
 
 import logging
@@ -16,14 +16,15 @@ from rekindle.train.launch import one_of_many
 
 log = logging.getLogger("rekindle")
 
-SAME = 1.0  # seconds in which a second signal is the first one, sent to a group and to its leader
-_OURS = (signal.SIG_DFL, signal.default_int_handler)  # any other handler is the caller's, and stays
+# seconds within which a second signal counts as the first, sent to a group and to its leader
+SAME = 1.0
+_OURS = (signal.SIG_DFL, signal.default_int_handler)  # any other handler is the caller's and stays
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt, and what there is to go on with: ``told`` comes after the word "interrupted".
+    """An interrupt, and what can be continued: ``told`` follows the word "interrupted".
 
-    ``kept``: whether there is anything.
+    ``kept``: whether anything was saved.
     """
 
     def __init__(self, told: str, kept: bool = True):
@@ -33,8 +34,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def telling(kept: Callable[[], tuple[str, bool]]) -> Iterator[None]:
-    """Say what is ``kept`` (and whether anything is) of what an interrupt ends within the block,
-    unless that was said further inside.
+    """On an interrupt within the block, report what was ``kept`` (and whether anything was), unless
+    that was reported further inside.
     """
     try:
         yield
@@ -46,17 +47,17 @@ def telling(kept: Callable[[], tuple[str, bool]]) -> Iterator[None]:
 
 
 def obey_sigterm() -> None:
-    """Have a SIGTERM end this process's work as Ctrl-C does."""
+    """Make SIGTERM end this process's work as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class Stop:
-    """Whether this process was told to end, for work that ends at a place of its own choice.
+    """Remembers that this process was told to end, for work that ends at a place of its own choice.
 
-    From ``listen`` on the first signal is noted and said (``at_once``: it interrupts, what is to be
-    kept is kept by others), and a second one interrupts at once, but within SAME seconds: that is
-    the first one. In a process that another one started none does: that one sends signals on, and
-    ends who takes too long.
+    After ``listen`` the first signal is noted and logged (with ``at_once`` it interrupts, because
+    others save the work), and a second one interrupts at once, unless it comes within SAME seconds
+    and thus counts as the first. In a process started by another one, no signal interrupts: the
+    other one forwards signals and ends processes that take too long.
     """
 
     def __init__(self, patient: bool, at_once: bool = False):
@@ -69,7 +70,7 @@ class Stop:
     @classmethod
     @contextmanager
     def heard(cls, at_once: bool = False) -> Iterator["Stop"]:
-        """Give one that hears signals from its ``listen`` to the end of the block."""
+        """Yield a Stop that hears signals from its ``listen`` to the end of the block."""
         started = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         stop = cls(patient=started and not at_once, at_once=at_once)
         try:
@@ -79,7 +80,7 @@ class Stop:
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
     def listen(self) -> None:
-        """Hear signals from now on; in a thread of a program that is not its main one, none."""
+        """Hear signals from now on; does nothing outside the main thread."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -87,7 +88,7 @@ class Stop:
                 self._before[number] = signal.signal(number, self._hear)
 
     def told(self) -> None:
-        """Note that this process was told to end: a signal from now on is a second one."""
+        """Note that this process was told to end; a further signal counts as a second one."""
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
 
@@ -96,7 +97,7 @@ class Stop:
             self.told()
             if self._at_once:
                 raise KeyboardInterrupt
-            again = "" if self._patient else "; a second Ctrl-C leaves at once"
-            log.info("told to end: the step is finished, and a checkpoint written%s", again)
+            again = "" if self._patient else "; a second Ctrl-C ends at once"
+            log.info("told to end: finishing the step and writing a checkpoint%s", again)
         elif time.monotonic() - self._since > SAME and not self._patient:
             raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""What torchrun says in the environment of the processes it starts, checked. Torch is not imported.
+"""Read and check the environment that torchrun sets for its processes. Does not import torch.
 
-Clusters set the same names for purposes of their own, and leave them in shells.
+Clusters set the same names for their own purposes, and leave them set in shells.
 """
 
 import os
@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from rekindle.data.errors import InputError
 
-NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, where there are several
+# besides WORLD_SIZE, if there are several processes
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Launch(NamedTuple):
-    """One of the processes of a run, as torchrun has started it; or the only one."""
+    """One process of a run, as torchrun started it; or the only one."""
 
     rank: int = 0
     world_size: int = 1
@@ -20,9 +21,9 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch:
-    """What the environment says of this process.
+    """Return what the environment says about this process.
 
-    Raises InputError where it says something that torchrun does not say.
+    Raises InputError for values that torchrun does not set.
     """
     size = _number("WORLD_SIZE", "1", 1)
     if size == 1:
@@ -30,8 +31,8 @@ def launched() -> Launch:
     missing = [name for name in NEEDED if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"the environment has WORLD_SIZE={size}, and no {', '.join(missing)}: no torchrun has "
-            "started this process. For several processes: `torchrun --nproc-per-node "
+            f"the environment has WORLD_SIZE={size}, but no {', '.join(missing)}: this process "
+            "was not started by torchrun. For several processes: `torchrun --nproc-per-node "
             f"{size} --no-python pipeline …`; for one, `unset WORLD_SIZE`"
         )
     rank, local = _number("RANK", "0", 0), local_rank() or 0
@@ -41,12 +42,12 @@ def launched() -> Launch:
 
 
 def local_rank() -> int | None:
-    """Which of its machine's processes this one is; None where the environment does not say."""
+    """Return this process's number on its machine; None if the environment does not say."""
     return _number("LOCAL_RANK", "0", 0) if "LOCAL_RANK" in os.environ else None
 
 
 def one_of_many() -> bool:
-    """Whether torchrun has started this process beside others."""
+    """Return whether torchrun started this process beside others."""
     try:
         return launched().world_size > 1
     except InputError:
@@ -60,7 +61,7 @@ def _number(name: str, usual: str, least: int) -> int:
     text = os.environ.get(name, usual)
     if not text.isdecimal() or int(text) < least:
         raise InputError(
-            f"the environment has {name}={text!r}, which is no whole number of {least} or more. "
-            f"{UNSET}"
+            f"the environment has {name}={text!r}, which is not a whole number of {least} or "
+            f"more. {UNSET}"
         )
     return int(text)

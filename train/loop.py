@@ -1,7 +1,7 @@
 """Stage 2: one readable loop from a cache to a student. Batches → forward → loss → backward → step.
 
-The loop owns all side effects: checkpoints, metrics, evaluation. Every random draw depends on
-(seed, step, process) alone, so a resumed run is bit-equal to an uninterrupted one on a CPU. Under
+The loop owns all side effects: checkpoints, metrics, evaluation. Every random draw depends only on
+(seed, step, process), so on a CPU a resumed run is bit-identical to an uninterrupted one. Under
 torchrun each process runs this same loop on its share of every batch.
 """
 
@@ -65,7 +65,7 @@ from rekindle.train.record.working_copy import store_of
 from rekindle.train.running_out import less_memory, running_out
 from rekindle.train.steps.take import Judge, Training, take_step
 
-EVERYTHING = Extent()  # nothing is asked for
+EVERYTHING = Extent()  # no limits are asked for
 log = logging.getLogger("rekindle")
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -80,11 +80,11 @@ class TrainResult:
     seconds: float
     evaluation: dict[str, float]
     coverage: dict[str, int]
-    best: Best | None = None  # the best evaluation, where one is looked for
+    best: Best | None = None  # the best evaluation, if the run looks for one
     was_finished: bool = False  # before this call, which then did nothing
 
     def told_of_best(self) -> str:
-        """Say which model this is, and where the best one lies."""
+        """Say which step the model is from, and where the best one is."""
         if self.best is None:
             return f"the model is that of step {self.steps}, the last; no best one was looked for"
         step, name, value = self.best["step"], self.best["name"], self.best["value"]
@@ -96,15 +96,17 @@ class TrainResult:
 
     @property
     def best_elsewhere(self) -> Path | None:
-        """The checkpoint with the best held-out value, where it is not that of the last step."""
+        """Return the checkpoint with the best held-out value, unless it is that of the
+        last step.
+        """
         if self.best is None or self.best["step"] == self.steps:
             return None
         return checkpoint_folder(self.directory, self.best["step"])
 
     @classmethod
     def of(cls, run: Path) -> "TrainResult":
-        """What the finished run in ``run`` says of itself."""
-        found = read_summary(run, "remove it and resume: it is made anew")
+        """Return the result recorded by the finished run in ``run``."""
+        found = read_summary(run, "remove it and resume: it is made again")
         with reading(run / SUMMARY_FILE):
             known = {name: found[name] for name in ("steps", "seconds", "evaluation", "coverage")}
         return cls(run, **known, best=found.get("best"), was_finished=True)
@@ -122,15 +124,16 @@ def train_student(
     report: Report = lambda step, values: None,
     world: World | None = None,
 ) -> TrainResult:
-    """Train a student from ``cache`` into ``out``, which afterwards is a Hugging Face model
-    directory. ``world``: the processes that do so together (``distributed.join_world``). ``asked``:
-    how much of the cache is read; what it does not say is what the run read before, or else what
-    the cache has now, and is recorded. A run that is finished is left as it is.
+    """Train a student from ``cache`` into ``out``, which then is a Hugging Face model directory.
 
-    Raises InputError when the configuration asks for what the cache does not have or the loss
-    explodes, ResumableError where memory or disk run out, CheckpointError when ``resume`` meets a
-    run of another configuration or one without a sound checkpoint. Interrupted by Ctrl-C or
-    SIGTERM; once a step is begun, when that is done and a checkpoint of it written.
+    ``world``: the processes that train together (``distributed.join_world``). ``asked``: how much
+    of the cache to read; what it leaves open is what the run read before, or else what the cache
+    has now, and is recorded. A finished run is left as it is.
+
+    Raises InputError if the configuration asks for what the cache lacks or the loss explodes,
+    ResumableError if memory or disk run out, CheckpointError if ``resume`` meets a run of another
+    configuration or one without a sound checkpoint. Interrupted by Ctrl-C or SIGTERM: during a
+    step, after it is finished and its checkpoint written.
     """
     world = world or World.alone()
     begun = world.decide(lambda: steps_of_run(out) if resume else None)
@@ -155,7 +158,7 @@ def _begin(
     report: Report,
     world: World,
 ) -> TrainResult:
-    """Prepare a run and do it, or what is left of it."""
+    """Prepare a run and do what is left of it."""
     started = time.monotonic()
     world.decide(lambda: check_trackers(config.report_to))
     measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
@@ -178,17 +181,17 @@ def _begin(
 
     if world.decide(lambda: resume and is_finished(out) and look()):
         return world.decide(lambda: TrainResult.of(out))
-    with ExitStack() as held:  # by the main process: the folder, until the run is finished
-        if balanced:  # what is said of others would lead to a refusal
+    with ExitStack() as held:  # the main process holds the folder until the run is finished
+        if balanced:  # advice for other students would lead to a refusal
             advice, settings = less_memory(config, world.size, world.device.type, balanced)
             held.enter_context(running_out(out, lambda: kept_of(out), advice, settings))
         resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
-        copied = world.decide(lambda: store_of(out) is not None)  # to each node, to go on from
+        copied = world.decide(lambda: store_of(out) is not None)  # to each node, to continue from
         if config.parallel == "fsdp" or (resuming and not copied):
             refuse_unshared(out, world)
         if world.main:
             tell_slow({"train.precision: {}": config.precision}, world.device.type)
-        # Measured before sharding and training; again where an earlier process died before it.
+        # Measured before sharding and training; done again if an earlier process died before that.
         growth = world.decide(lambda: measure_growth(out, prepared))
         student = in_shards or ParallelStudent(prepared.student, world, mesh)
         optimizer = configured_adamw(student.student.parameters(), config)
@@ -210,7 +213,9 @@ def _within(
     run: Path | None,
     world: World,
 ) -> Cache:
-    """The cache as far as the run reads it; ``run``: the directory of one that may go on."""
+    """Return the part of the cache that the run reads; ``run``: the directory of one to
+    continue.
+    """
 
     def settled() -> Extent:
         before = EVERYTHING if run is None else recorded_extent(run)
@@ -219,20 +224,20 @@ def _within(
         if run is not None and before == EVERYTHING and (run / RUN_FILE).is_file():
             read = {name: kept.k for name, kept in found.targets.items()}
             log.info(
-                "%s was begun by an earlier version, which did not record how much of the cache it "
-                "read; taken for it: replicas %s, k %s",
+                "%s was begun by an earlier version, which did not record how much of the cache "
+                "it read; assumed: replicas %s, k %s",
                 *(run, found.replicas, read),
             )
         return found
 
-    # The main process says it: the cache may grow while they look.
+    # The main process decides: the cache may grow while the others look.
     return cache.within(world.decide(settled))
 
 
 def _train(
     training: Training, state: Mapping[str, Any], started: float, report: Report
 ) -> TrainResult:
-    """Take the steps that are left, and make the run's directory a model directory."""
+    """Take the remaining steps, and make the run's directory a model directory."""
     out, config, world = training.out, training.config, training.student.world
     student, prepared = training.student, training.prepared
     objective, stream = prepared.objective, prepared.stream
@@ -248,7 +253,7 @@ def _train(
     evaluation: dict[str, float] = {}
     shown = {name: prepared.about[name] for name in SECTIONS}
     student.student.train()
-    # Left by an error or an interrupt, both must end at once: no thread reads on, no file is open.
+    # On an error or interrupt both must end at once: no thread still reading, no open file.
     with (
         RunLog(out, first, not world.main, config.report_to, shown) as run_log,
         closing(stream.steps(first, config.steps)) as steps,
@@ -265,7 +270,7 @@ def _train(
         occasions = Occasions(config.checkpoint_every, world, stop)
         room = Room(out, "checkpoint")
         for step, ready in steps:
-            if step == first:  # what is read before the first step has nothing to hide behind
+            if step == first:  # reading before the first step cannot overlap with anything
                 began, waited_before = time.monotonic(), stream.waited
                 stop.listen()
             taken = take_step(training, ready, judge)
@@ -286,14 +291,14 @@ def _train(
             is_best = best is not None and best["step"] == done
             due, ending = occasions.after(done)
             if last or due or is_best or ending:
-                tell(judge.known(everything=True))  # nothing is kept of a step that may not count
+                tell(judge.known(everything=True))  # nothing is saved of a step that may not count
                 run_log.sync()
                 spent = {"seconds": earlier + time.monotonic() - started}
                 _save(training, done, spent | {"coverage": coverage.over(world.sum), "best": best})
                 occasions.saved()
                 if world.main and not last:
                     room.after(size_of(checkpoint_folder(out, done)))
-            if ending or (last and occasions.after(done)[1]):  # told while that was written
+            if ending or (last and occasions.after(done)[1]):  # the signal came during that write
                 raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
@@ -311,7 +316,7 @@ def _train(
 
 
 def _save(training: Training, done: int, state: dict[str, object]) -> None:
-    """Write the checkpoint of ``done`` steps; every process takes part."""
+    """Write the checkpoint after ``done`` steps; every process takes part."""
     about, replay = training.prepared.about, training.prepared.stream.order.replay
     order = replay.state(training.student.world.sum)
     whole = about | state | {"order": order, LINEAGE: training.lineage}
@@ -321,7 +326,7 @@ def _save(training: Training, done: int, state: dict[str, object]) -> None:
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:
-    """Evaluate after the step of ``plan``, each process its share; the same values in all."""
+    """Evaluate after the step of ``plan``, each process its share; all get the same values."""
     data = training.prepared.held_out.at(plan)
     student, world = training.student, training.student.world
     with autocast(training.config.precision, world.device):

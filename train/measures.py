@@ -1,36 +1,36 @@
-"""What held-out values are called, and by which rule a run measures them. Torch is not imported.
+"""Names of held-out values, and the rules by which a run measures them. Does not import torch.
 
-``loss`` is the objective that is trained, at the weights of the last step; ``ce`` the cross-entropy
-of the language model on the text, where that is trained; ``kl/NAME``, ``mse/NAME`` and
-``agreement/NAME`` are a teacher's; ``ce/DOMAIN`` (``loss/DOMAIN`` where there is no ``ce``) are of
-one domain; ``METHOD/…`` a method's own.
+``loss`` is the trained objective, with the last step's weights; ``ce`` the language model's
+cross-entropy on the text, if that is trained; ``kl/NAME``, ``mse/NAME`` and ``agreement/NAME``
+belong to a teacher, ``cosine/NAME`` to a sentence encoder; ``ce/DOMAIN`` (``loss/DOMAIN`` if there
+is no ``ce``) to one domain; ``METHOD/…`` to a method.
 """
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-# 1: kl and agreement took a sample for its teacher, and all that is kept, not the term's k.
-# 2: `loss` was the cross-entropy, whatever was trained.
+# 1: kl and agreement took a sample for its teacher, and used all stored candidates, not the term's
+# k. 2: `loss` was the cross-entropy, whatever was trained.
 MEASURE = 3
-TEACHERS_SINCE = 2  # kl and agreement are measured as they are today
-SECTION = "evaluation"  # of a run's record; its key is `measure`
-UNSEEN = "on sequences held out of training"  # what held-out values are of, where they are printed
-# What a step's record says of a term's gradient, before the term's name.
+TEACHERS_SINCE = 2  # since then, kl and agreement are measured as today
+SECTION = "evaluation"  # in a run's record; its key is `measure`
+UNSEEN = "on sequences held out of training"  # printed after held-out values
+# Prefixes of a term's gradient in the record of a step.
 PULL = "gradient/"  # its norm
-RATIO = "gradient_ratio/"  # that, over the norm of the cross-entropy's
+RATIO = "gradient_ratio/"  # that norm divided by the cross-entropy's
 
 Value = TypeVar("Value")
 
 
 def measure_of(record: Mapping[str, Any]) -> int:
-    """Return by which rule the run of a ``run.json`` measures: it goes on with that one."""
+    """Return the rule by which the run of a ``run.json`` measures; it keeps it."""
     if SECTION in record:
         return int(record[SECTION]["measure"])
     return 2 if "measured" in record["cache"] else 1
 
 
 def true_names(values: Mapping[str, Value], measure: int) -> dict[str, Value]:
-    """Return held-out values under the names that they have today."""
+    """Return held-out values under today's names."""
     if measure >= MEASURE:
         return dict(values)
     former = {name: name.partition("/") for name in values}

@@ -1,4 +1,6 @@
-"""The former place of ``rekindle.train.finetune.merge_baselines``, for programs that name it."""
+"""The former place of ``rekindle.train.finetune.merge_baselines``, kept for programs that
+use it.
+"""
 
 import warnings
 

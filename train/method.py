@@ -1,8 +1,7 @@
-"""What a method is to the training loop: one class in a file of its own, ``methods/NAME.py``.
+"""The interface of a method to the training loop: one class in its own file, ``methods/NAME.py``.
 
 The loop asks it which teachers it reads, how many rows its losses are over, and for its losses as
-sums over the rows of a micro-batch. Weights, means, processes and micro-batches are not its
-business.
+sums over the rows of a micro-batch. The loop handles weights, means, processes and micro-batches.
 """
 
 import pkgutil
@@ -25,7 +24,7 @@ from rekindle.train.model.network import StudentNetwork
 
 @dataclass(frozen=True)
 class MethodRun:
-    """The run that a method is part of, known before the first step."""
+    """The run that a method is part of, as known before the first step."""
 
     cache: Cache
     task: str  # of the student: masked_lm or causal_lm
@@ -35,76 +34,82 @@ class MethodRun:
 
 
 class Method:
-    """An objective of one's own: subclass it once in ``train/methods/NAME.py``.
+    """An objective of your own: subclass it once in ``train/methods/NAME.py``.
 
-    What every process does must depend on the step alone, never on the rows it has: the same
-    forward passes in all of them, the same names. Only ``count`` and ``losses`` must be written.
+    What a process does must depend only on the step, never on its rows: all processes make the same
+    forward passes and use the same names. Only ``count`` and ``losses`` must be written.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
-    # What `evaluate` returns, for train.keep_best. Names that end in accuracy, precision, recall,
-    # f1 or agreement are better upwards, all others downwards.
+    # The names that `evaluate` returns, for train.keep_best. Names that end in accuracy, precision,
+    # recall, f1 or agreement are better if higher, all others if lower.
     values: ClassVar[tuple[str, ...]] = ()
-    # Whether `evaluate` returns each of its losses, by its name and as it is trained: then the
-    # held-out loss takes it from there, and does not ask `losses` for it once more.
+    # Whether `evaluate` returns each loss under its name and as it is trained: the held-out loss
+    # then uses these and does not call `losses` again.
     evaluates_losses: ClassVar[bool] = False
 
     def __init__(self, settings: MethodSettings, run: MethodRun):
-        """Takes what it needs; raises InputError for what cannot be computed."""
+        """Take what the method needs; raise InputError for what cannot be computed."""
         self.settings, self.run = settings, run
 
     @property
     def name(self) -> str:
-        """What it is called in the configuration; its losses and values are NAME/…"""
+        """Return its name in the configuration; its losses and values are NAME/…"""
         return self.settings.method
 
     @property
     def teachers(self) -> Sequence[str]:
-        """All teachers whose targets it ever reads. They must be complete and have seen the
+        """Return all teachers whose targets it ever reads. They must be complete and have seen the
         student's masks; that is checked.
         """
         return ()
 
     def teachers_at(self, step: int) -> Sequence[str]:
-        """Those it reads at ``step`` (0-based). Not asked at steps where its weight is 0."""
+        """Return the teachers read at ``step`` (0-based). Not called at steps where its weight is
+        0.
+        """
         return self.teachers
 
     @classmethod
     def module(cls, settings: MethodSettings, student: StudentNetwork) -> nn.Module | None:
-        """Parameters of its own (a head, say), freshly initialised; None for none.
+        """Return its own parameters (such as a head), freshly initialised; None if it has none.
 
-        They are ``student.method_module(NAME)`` afterwards, trained, saved and loaded with it.
+        They become ``student.method_module(NAME)``, and are trained, saved and loaded with the
+        student.
         """
         return None
 
     def count(self, batch: Batch) -> Mapping[str, int]:
-        """How many rows each of its losses is over, by the loss's name: always the same names.
+        """Return how many rows each of its losses is over, by the loss's name: always the same
+        names.
 
-        Asked on the host for a whole step, before it is split. The loss is Σ rows / count.
+        Called on the host for a whole step, before it is split. The loss is Σ rows / count.
         """
         raise NotImplementedError
 
     def losses(
         self, student: StudentNetwork, batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
-        """(name, loss, shown) of a micro-batch: sums over its rows. ``shown`` is what is logged:
-        the loss itself, or without a factor that the loss carries.
+        """Yield (name, loss, shown) of a micro-batch: sums over its rows. ``shown`` is logged: the
+        loss itself, or the loss without one of its factors.
 
-        What a pass of the student is given is ``student.with_domains(inputs, batch.domains)``.
-        A random draw must depend on the example (``batch.digests``) and ``batch.epoch`` or
-        ``step``, never on the example's place in the batch.
+        Give the student ``student.with_domains(inputs, batch.domains)``. A random draw must depend
+        on the example (``batch.digests``) and ``batch.epoch`` or ``step``, never on the example's
+        place in the batch.
         """
         raise NotImplementedError
 
     def evaluate(
         self, student: StudentNetwork, batch: Batch, device: torch.device
     ) -> Mapping[str, tuple[float, int]]:
-        """(numerator, denominator) of each held-out value in a batch; they are summed up first."""
+        """Return (numerator, denominator) of each held-out value in a batch; both are summed over
+        batches.
+        """
         return {}
 
 
 def find_method(name: str) -> type[Method]:
-    """Return the class of a method. Raises InputError, naming the nearest, where there is none."""
+    """Return the class of a method. Raise InputError, naming the nearest, if there is none."""
     if (problem := unknown_method(name)) is not None:
         raise InputError(problem)
     if name in own_methods():
@@ -117,19 +122,19 @@ def find_method(name: str) -> type[Method]:
     classes = [v for v in found if isinstance(v, type) and issubclass(v, Method)]
     if len(classes) != 1:
         raise InputError(
-            f"{where} must define one subclass of rekindle.train.method.Method, it has "
+            f"{where} must define exactly one subclass of rekindle.train.method.Method; it has "
             f"{len(classes)}"
         )
     return classes[0]
 
 
 def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, ...]:
-    """Make a run's methods. Raises InputError, naming the term, for what cannot be computed."""
+    """Make a run's methods. Raise InputError, naming the term, for what cannot be computed."""
     made: list[Method] = []
     for number, term in enumerate(terms):
         where = f"train.objective.methods.{number}"
         if term.method in {method.name for method in made}:
-            raise InputError(f"{where}: the method {term.method!r} stands there twice")
+            raise InputError(f"{where}: the method {term.method!r} is listed twice")
         kind = find_method(term.method)
         given = {"method": term.method} | (term.model_extra or {})
         made.append(kind(parse_settings(kind.Settings, given, where), run))
@@ -137,6 +142,6 @@ def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, .
 
 
 def add_module(kind: type[Method], settings: MethodSettings, student: StudentNetwork) -> None:
-    """Give the student what the method adds to it."""
+    """Give the student the method's own module."""
     dumped = settings.model_dump(mode="json", by_alias=True)
     student.add_method(settings.method, dumped, kind.module(settings, student))

@@ -1,7 +1,7 @@
-"""List the methods by name: a module ``methods/NAME.py`` each, or an installed entry point.
+"""List the methods by name: each a module ``methods/NAME.py``, or an installed entry point.
 
-A method is an objective that is none of the built-in terms. It is imported when it is used, by
-``method.find_method``, not to know its name: this module imports no torch.
+A method is an objective that is not a built-in term. It is imported by ``method.find_method`` when
+it is used, not to learn its name, so this module does not import torch.
 """
 
 import pkgutil
@@ -11,21 +11,22 @@ from pathlib import Path
 import rekindle.train.methods as home
 from rekindle.data.errors import did_you_mean
 
-GROUP = "rekindle.methods"  # of entry points, NAME = package.module:Class
-UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")  # the ends of methods' values
+GROUP = "rekindle.methods"  # the group of entry points, NAME = package.module:Class
+# endings of values that are better if higher
+UPWARDS = ("accuracy", "precision", "recall", "f1", "agreement")
 
 
 def unknown_method(name: str) -> str | None:
-    """Say why there is no method of that name, naming the nearest; None where there is one."""
+    """Return why there is no method of that name, naming the nearest; None if there is one."""
     own = own_methods()
-    if name in own:  # then nobody looks through what is installed
+    if name in own:  # found, so installed packages need not be searched
         return None
     known = sorted(own | installed_methods().keys())
     if name in known:
         return None
     former = Path(__file__).parent / f"method_{name}.py"
     if name.isidentifier() and former.is_file() and former != Path(__file__):
-        return f"{former} lies where methods were once; move it to train/methods/{name}.py"
+        return f"{former} is where methods used to be; move it to train/methods/{name}.py"
     return (
         f"there is no method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}; a new "
         f"one is a file train/methods/NAME.py, or an installed entry point of the group {GROUP})"
@@ -38,13 +39,13 @@ def own_methods() -> set[str]:
 
 
 def installed_methods() -> dict[str, EntryPoint]:
-    """Return the methods that other distributions bring, by name."""
+    """Return the methods that other distributions provide, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def is_better_upwards(name: str) -> bool:
-    """Tell whether more is better of a held-out value ``kind/of what``, or ``METHOD/value``."""
+    """Return whether a held-out value ``kind/of what`` or ``METHOD/value`` is better if higher."""
     first, _, last = name.partition("/")
-    if first in ("kl", "mse", "loss", "ce"):  # of a teacher or a domain, whatever that is called
+    if first in ("kl", "mse", "loss", "ce"):  # of a teacher or a domain, whatever its name
         return False
-    return first == "agreement" or last.rpartition("/")[2] in UPWARDS
+    return first in ("agreement", "cosine") or last.rpartition("/")[2] in UPWARDS

@@ -1,4 +1,4 @@
-"""The optimiser of a run: AdamW, decay on matrices only, its rate set anew at each step."""
+"""The optimiser of a run: AdamW, decay on matrices only, its rate set at each step."""
 
 from collections.abc import Iterable
 
@@ -16,9 +16,10 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """Return AdamW on those of the parameters that are trained, with weight decay on matrices only.
+    """Return AdamW for the trained parameters, with weight decay on matrices only.
 
-    The fused one: on a CPU the others take twenty times as long, a tenth of a small model's step.
+    It is the fused one: on a CPU the others take twenty times as long, a tenth of a small model's
+    step.
     """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
@@ -37,7 +38,7 @@ def configured_adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) ->
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
     """Set the rate of ``step`` (0-based) and return it: the peak while the head alone is trained,
-    then a schedule over the steps that are left.
+    then a schedule over the remaining steps.
     """
     head = config.warm_head_steps
     factor, left = 1.0, config.steps - head

@@ -1,4 +1,4 @@
-"""What is checked and built before the first step: the loss, the student, what the run is."""
+"""Check and build everything before the first step: loss, student, the run's description."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.deferred.recording import Recording, recording, try_when_filled
 from rekindle.train.distributed import World, compile_blocks
-from rekindle.train.evaluate import EvaluationData
+from rekindle.train.evaluate import EvaluationData, values_beside
 from rekindle.train.export.plain import not_exportable
 from rekindle.train.growth.student import grow_student
 from rekindle.train.measures import MEASURE, SECTION, TEACHERS_SINCE
@@ -48,13 +48,13 @@ from rekindle.train.student import Student, build_student, check_student
 
 log = logging.getLogger("rekindle")
 
-About = dict[str, Any]  # what a run is, as JSON: see ``describe_run``
-DATA_ORDER = 2  # rises when the same seed would mean another split or another order
+About = dict[str, Any]  # a run's description as JSON: see ``describe_run``
+DATA_ORDER = 2  # rises when the same seed would give another split or order
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its processes are joined to one."""
+    """What a run needs before its processes are joined."""
 
     about: About
     objective: Objective
@@ -62,8 +62,8 @@ class Prepared:
     stream: TrainingStream
     held_out: EvaluationData
     tokenizer: Tokenizer  # read at the start: at the end the cache may be out of reach
-    ungrown: Callable[[], Student] | None = None  # builds a student that has grown as it was before
-    recorded: Recording | None = None  # how the student, which has no memory yet, is filled
+    ungrown: Callable[[], Student] | None = None  # builds the student as it was before growing
+    recorded: Recording | None = None  # how to fill a student that has no memory yet
 
 
 def prepare(
@@ -78,9 +78,9 @@ def prepare(
 ) -> Prepared:
     """Check all that can be checked, and build the student; writes nothing, waits for nobody.
 
-    ``measure``: the rule by which the run measures held-out values, that it was begun with.
-    ``deferred``: the student has no memory yet; Undeferrable where it cannot be built so.
-    ``goes_on``: the run was begun before, so that targets of its first steps may be gone.
+    ``measure``: the rule by which the run measures held-out values. ``deferred``: build the student
+    without memory; raises Undeferrable if that is impossible. ``goes_on``: the run was begun
+    before, so targets of its first steps may be gone.
     """
     if why := lora_excludes(student_config, config):
         raise InputError(why)
@@ -88,8 +88,7 @@ def prepare(
     view = None if masks is None else masks.name
     objective = prepare_objective(cache, student_config, config, view)
     info = cache.corpus.info
-    sizes = (info["tokenizer"]["size"], info["config"]["sequence_length"])
-    check_student(student_config, *sizes)
+    check_student(student_config, info["tokenizer"]["size"], info["config"]["sequence_length"])
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
@@ -114,6 +113,7 @@ def prepare(
             objective,
             config.micro_batch_sequences,
             SideStream(world.device) if world.device.type == "cuda" else None,
+            partial(chosen.order.micro_batches, size=size, processes=world.size),
         ),
     )
     held_out = EvaluationData(
@@ -143,8 +143,8 @@ def prepare(
 def student_masks(
     cache: Cache, student: StudentConfig, masked_view: str | None
 ) -> ViewReader | None:
-    """The masked view that a masked LM sees: the one of that name, or the only one. None of a
-    corpus whose tokenizer has no mask token: ``prepare_objective`` checks that none is needed.
+    """Return the masked view that a masked LM sees: the one of that name, or the only one. None if
+    the corpus's tokenizer has no mask token; ``prepare_objective`` checks that none is needed.
     """
     if student.language_task != "masked_lm":
         return None
@@ -175,8 +175,8 @@ def prepare_objective(
     )
     if task == "masked_lm" and masked_view is None and objective.reads_masks:
         raise InputError(
-            f"the tokenizer of {cache.store.location} has no mask token, and the objective is of a "
-            "masked LM. Set train.objective.hard.weight: 0 and learn from classifiers alone, or "
+            f"the tokenizer of {cache.store.location} has no mask token, but the objective is a "
+            "masked LM's. Set train.objective.hard.weight: 0 and learn from classifiers only, or "
             "make a cache with a tokenizer that has one"
         )
     for line in told_of_between(config.objective.distill, infos):
@@ -184,30 +184,30 @@ def prepare_objective(
     for name, info in infos.items():
         if info.shown.masked and info.view != masked_view:
             raise InputError(
-                f"teacher {name!r} saw the masks {info.view}, the student would see {masked_view}: "
-                "its targets are for other inputs. Use the cache.mask and cache.seed it was cached "
-                "with, or cache it with these"
+                f"teacher {name!r} saw the masks {info.view}, but the student would see "
+                f"{masked_view}: its targets are for other inputs. Use the cache.mask and "
+                "cache.seed it was cached with, or cache it with these"
             )
     return objective
 
 
 def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]) -> None:
-    """Refuse a term's k that the cache has, but the run does not ask for."""
+    """Refuse a term's k that the cache has but the run does not ask for."""
     for number, term in enumerate(config.objective.distill):
         for name in term.teachers:
             kept, stored = cache.extent.targets.get(name), infos[name].k
             if kept and kept.k and stored and kept.k < (term.k or 0) <= stored:
                 raise InputError(
-                    f"train.objective.distill.{number}: k is {term.k}, and teacher {name!r} has "
-                    f"targets.k: {kept.k}. Lower the one or raise the other"
+                    f"train.objective.distill.{number}: k is {term.k}, but teacher {name!r} has "
+                    f"targets.k: {kept.k}. Lower the first or raise the second"
                 )
 
 
 def _told_of_pairs(teacher: TeacherReader) -> str | None:
-    """Say that an expert on pairs found too few of them, in what is cached of it."""
+    """Return a warning if an expert on pairs found too few of them in the cached part."""
     if not issubclass(teacher.info.shown, PairView):
         return None
-    shards = teacher.commits.shard_numbers()  # all that there are, or fewer
+    shards = teacher.commits.shard_numbers()  # those that exist so far
     could = rows_of(teacher.corpus, teacher.info.domains, shards)
     kind = PairView.pairs_of(teacher.info.view)
     return told_of_few_pairs(teacher.info.name, kind, teacher.positions, could)
@@ -219,23 +219,19 @@ def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure
     known = ["loss", *text]
     known += [f"{known[-1]}/{name}" for name in evaluated_domains(cache, config)]
     for name in objective.teachers:
-        info = objective.teachers[name]
-        measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
-        values = measured.get(info.problem or "", ["kl", "agreement"])
-        if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:  # see ``evaluate``
-            values = ["kl"]
+        values = values_beside(objective.teachers[name], config.objective.distill)
         known += [f"{what}/{name}" for what in values]
     known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
     if config.keep_best is not None and config.keep_best not in known:
         untrained = config.keep_best.partition("/")[0] == "ce" and not text
         raise InputError(
-            f"train.keep_best is {config.keep_best!r}; of this run {', '.join(known)} are measured"
+            f"train.keep_best is {config.keep_best!r}; this run measures {', '.join(known)}"
             + (": nothing trains the language model's head, so it has no ce" if untrained else "")
         )
 
 
 def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
-    """Refuse a student to whom an id of the corpus's text is another token; return its tokenizer.
+    """Refuse a student for which an id of the corpus's text is another token; return its tokenizer.
 
     It may have more tokens than the corpus's: they take no part in the loss.
     """
@@ -246,10 +242,10 @@ def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
     facts = corpus.info["tokenizer"]
     beside = np.zeros(0, np.int64)
     if config.language_task == "masked_lm" and facts["mask_id"] is not None:
-        # What masks may put into it.
+        # Tokens that masking may insert.
         beside = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
-    advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
-    # transformers reads it for the tokenizer, and would blame that.
+    advice = "Use a student with the cache's tokenizer, or make a cache with the student's"
+    # Reading the tokenizer reads the configuration too, and would blame the tokenizer for it.
     load_config(model, attention=config.chosen_attention)
     own = load_tokenizer(str(directory))
     unshared_ids(corpus, own, beside, f"student {config.model!r}", advice)
@@ -259,7 +255,7 @@ def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
 def _student(
     cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> Student:
-    """Build the student, with all that is trained."""
+    """Build the student, with everything that is trained."""
     student = _built(cache, config, train, objective)
     if config.grow is not None:
         student = grow_student(student, config.grow)
@@ -275,8 +271,8 @@ def _make_ready(
     objective: Objective,
     world: World,
 ) -> None:
-    """Have the student run as the configuration wants it, on its device: on the CPU where it is to
-    be sharded, as a device may not have room for the whole.
+    """Prepare the student to run as configured, on its device; on the CPU if it is to be sharded,
+    because a device may not have room for all of it.
     """
     if student.adapter is not None:
         log.info("%s", told_of_adapter(student, student.adapter, config.model))
@@ -300,14 +296,12 @@ def _make_ready(
 def _check_head(
     student: Student, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> None:
-    """Say what it means that the language model's own head is a fresh one, and refuse to train it
-    alone where there is none.
-    """
+    """Explain a fresh language-model head, and refuse to train the head alone if there is none."""
     if train.warm_head_steps and not student.own_head:
         raise InputError(
-            f"train.warm_head_steps: student {config.model!r} has no head of its own to train: its "
-            "output matrix is its input embeddings, and nothing else comes after the body. Leave "
-            "it out"
+            f"train.warm_head_steps: student {config.model!r} has no head of its own to train: "
+            "its output matrix is its input embeddings, and nothing else comes after the body. "
+            "Leave it out"
         )
     if not student.has_fresh_head or train.warm_head_steps:
         return
@@ -316,14 +310,16 @@ def _check_head(
     if not objective.trains_text:
         log.info("student: nothing trains its fresh language-model head, which stays as it is")
         return
-    taught = "" if is_used(train.objective.hard.weight) else ", from its teachers' words alone"
+    taught = (
+        "" if is_used(train.objective.hard.weight) else ", from its teachers' predictions alone"
+    )
     sizes = (student.vocabulary_size, train.steps)
     log.warning("%s", told_of_fresh_head(config.model, *sizes, taught))
 
 
 def _tell_not_exportable(student: Student) -> None:
-    """Say of which heads there will be no export, and why: after training it is too late."""
-    with torch.random.fork_rng(devices=[]):  # heads that it is tried with draw their weights
+    """Say now which heads cannot be exported, and why: after training it is too late."""
+    with torch.random.fork_rng(devices=[]):  # trying heads draws their weights
         each = {name: not_exportable(student, name) for name in student.head_configs}
     told = {name: why for name, why in each.items() if why is not None}
     if told:
@@ -347,7 +343,7 @@ def _built(
 
 
 def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:
-    """By which rule held-out values are measured of the teachers for which there are several."""
+    """Return the rule of measuring for each teacher that has several."""
     with_k = {name for term in config.objective.distill if term.k for name in term.teachers}
     return {
         name: TEACHERS_SINCE
@@ -364,12 +360,12 @@ def describe_run(
     objective: Objective,
     measure: int = MEASURE,
 ) -> About:
-    """Describe a run: enough to refuse to resume it as another, and to make its model a teacher
-    later.
+    """Describe a run: enough to refuse resuming it as another one, and to use its model as a
+    teacher later.
     """
     train = config.model_dump(mode="json", by_alias=True)
     asked = config.epochs is not None or config.tokens is not None
-    train |= {"steps": None} if asked else {}  # it follows from the cache as it was
+    train |= {"steps": None} if asked else {}  # it follows from the cache at that time
     whole = [method.settings.model_dump(mode="json", by_alias=True) for method in objective.methods]
     train["objective"]["methods"] = whole  # with the defaults of their files
     names = [*objective.teachers]
@@ -388,7 +384,7 @@ def describe_run(
             "masked_view": masked_view,
             "data_order": DATA_ORDER,
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
-            # Of those whose targets are used: the others' weights are 0 at every step.
+            # Only of teachers whose targets are used: the others have weight 0 at every step.
             "teacher_seconds": {name: teachers[name].seconds for name in taught},
             **({"measured": _measured(config, objective)} if measure >= TEACHERS_SINCE else {}),
             **replicas,

@@ -1,6 +1,6 @@
-"""Memory or disk that does not suffice, told as such: what was kept, and what to change.
+"""Report a lack of memory or disk as such: what was kept, and what to change.
 
-torch, safetensors, TensorBoard and pyarrow each raise something of their own for either.
+torch, safetensors, TensorBoard and pyarrow each raise their own errors for these.
 """
 
 import errno
@@ -21,7 +21,7 @@ _PEER_GONE = ("closed by peer", "reset by peer", "broken pipe", "connection refu
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that there was not enough memory, of a device or of the machine."""
+    """Return whether ``error`` means that a device or the machine ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     told = str(error).lower()
@@ -29,10 +29,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error`` says that a file could not be written for lack of room."""
+    """Return whether ``error`` means that a file could not be written for lack of room."""
     if isinstance(error, OSError):
         return error.errno in FULL
-    number = re.search(r"\(os error (\d+)\)", str(error))  # Rust's, as safetensors has it
+    # Rust's number, as in safetensors' message
+    number = re.search(r"\(os error (\d+)\)", str(error))
     return number is not None and int(number[1]) in FULL
 
 
@@ -42,8 +43,8 @@ def running_out(
 ) -> Iterator[None]:
     """Turn a lack of memory or disk into a ResumableError.
 
-    ``kept`` says what there is of the work in ``out``. ``advice`` says what takes less memory, and
-    ``settings`` are such keys with values, for the command that goes on.
+    ``kept`` says what exists of the work in ``out``. ``advice`` says what takes less memory, and
+    ``settings`` are such keys with values, for the command that continues.
     """
     try:
         yield
@@ -63,8 +64,8 @@ def running_out(
             ) from None
         if isinstance(error, RuntimeError) and any(w in reason.lower() for w in _PEER_GONE):
             raise RekindleError(
-                "another process of this run has ended or cannot be reached; what it said before "
-                f"is the reason ({reason})"
+                "another process of this run has ended or cannot be reached; its own message "
+                f"gives the reason ({reason})"
             ) from error
         raise
 
@@ -72,9 +73,9 @@ def running_out(
 def less_memory(
     config: TrainConfig, world_size: int, device_type: str, balanced: bool = False
 ) -> tuple[str, tuple[str, ...]]:
-    """What takes less memory in training, with the values as they are; and what to try first.
+    """Return what takes less memory in training, with the current values; and what to try first.
 
-    ``balanced``: the student has a load-balancing loss, which micro_batch_sequences decides, too.
+    ``balanced``: the student has a load-balancing loss, which micro_batch_sequences changes too.
     """
     own = config.batch_sequences // world_size
     size = min(config.micro_batch_sequences or own, own)
@@ -94,10 +95,10 @@ def less_memory(
         others = f"a student in train.precision bf16 (now {precision}), or {others}"
     if balanced:
         return (
-            f"To go on with --resume, {again_computed}: it changes no batch. In another --out: a "
-            f"lower {fewer}, which changes the load-balancing loss of this student, {others}"
+            f"To continue with --resume, {again_computed}: it changes no batch. In another --out: "
+            f"a lower {fewer}, which changes the load-balancing loss of this student, {others}"
         ), again
     return (
-        f"Lower {fewer}, or {again_computed}: neither changes a batch, and both may change with "
-        f"--resume. In another --out: {others}"
+        f"Lower {fewer}, or {again_computed}: neither changes a batch, and both may be changed "
+        f"with --resume. In another --out: {others}"
     ), again

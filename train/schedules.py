@@ -38,7 +38,7 @@ def _steps_or_time(value: object) -> object:
     return value
 
 
-Interval = Annotated[  # so many steps, or so long
+Interval = Annotated[  # a number of steps, or a time
     int | str,
     BeforeValidator(_steps_or_time),
     WithJsonSchema(
@@ -53,21 +53,24 @@ Interval = Annotated[  # so many steps, or so long
 
 
 class Schedule(Settings):
-    """A weight that goes from one value to another over the first part of the steps, then stays."""
+    """A weight that moves from one value to another over the first part of the steps,
+    then stays.
+    """
 
     schedule: Literal["constant", "linear", "step", "cosine"] = Field(
         "linear", description="step: `from` until the end of `over`, then `to` (Heaviside)"
     )
     start: Amount = Field(1.0, alias="from", description="value at the first step")
-    end: Amount = Field(0.0, alias="to", description="value when `over` is through")
-    over: Share = Field(1.0, description="fraction of the steps the change takes")
+    end: Amount = Field(0.0, alias="to", description="value once `over` has passed")
+    over: Share = Field(1.0, description="fraction of the steps that the change takes")
 
     def value(self, step: int, steps: int) -> float:
-        """The value at ``step`` (0-based) of ``steps``."""
+        """Return the value at ``step`` (0-based) of ``steps``."""
         if self.schedule == "constant":
             return self.start
         done = min(step / (self.over * steps), 1.0)
-        if done > 1 - 1e-9:  # 0.55 · 100 is a little more than 55: step 55 is through all the same
+        # 0.55 · 100 is a little more than 55, but step 55 must count as past it
+        if done > 1 - 1e-9:
             return self.end
         if self.schedule == "step":
             return self.start
@@ -75,7 +78,7 @@ class Schedule(Settings):
         return self.start + (self.end - self.start) * shape
 
     def is_sudden(self, steps: int) -> bool:
-        """Tell whether it is through after the first of several ``steps``."""
+        """Return whether the change is over after the first of several ``steps``."""
         return self.schedule != "constant" and self.over * steps < 1 - 1e-9 and steps > 1
 
 
@@ -83,18 +86,18 @@ Weight = float | Schedule
 
 
 def weight_at(weight: Weight, step: int, steps: int) -> float:
-    """The value of a number or schedule at a step."""
+    """Return the value of a number or schedule at a step."""
     return weight.value(step, steps) if isinstance(weight, Schedule) else float(weight)
 
 
 def usual_warmup(steps: int) -> int:
-    """The steps of linear warm-up where none are given: a tenth of all, at most USUAL_WARMUP."""
+    """Return the default steps of linear warm-up: a tenth of all, at most USUAL_WARMUP."""
     return max(0, min(USUAL_WARMUP, steps // 10))
 
 
 def is_used(weight: Weight) -> bool:
-    """Tell whether a weight is above 0 at some step: every schedule rises or falls all the way, or
-    stays where it is.
+    """Return whether a weight is above 0 at some step: a schedule either rises or falls all the
+    way, or stays constant.
     """
     if not isinstance(weight, Schedule):
         return weight > 0
@@ -102,7 +105,7 @@ def is_used(weight: Weight) -> bool:
 
 
 def learning_rate_factor(kind: str, step: int, steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied by: warm-up, then ``kind`` down to 0."""
+    """Return the factor of the peak learning rate: warm-up, then ``kind`` down to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if kind == "constant":

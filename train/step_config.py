@@ -1,7 +1,7 @@
-"""How long a run is, and what a step of it does: its length, learning rate and optimiser.
+"""Settings of a run's length and of a step: learning rate and optimiser.
 
-A length in epochs or tokens becomes steps where a run opens its cache (``order.length``): until
-then ``steps`` is 0 here, null as written. Torch is not imported.
+A length in epochs or tokens becomes steps when a run opens its cache (``order.length``); until then
+``steps`` is 0 here and null when written. Does not import torch.
 """
 
 import math
@@ -30,14 +30,14 @@ from rekindle.train.schedules import (
 )
 
 USUAL_STEPS = 1000
-LENGTHS = ("steps", "epochs", "tokens")  # a run has one of them
-LENGTH = "length"  # the section of a run's record that says how many steps another one came to
+LENGTHS = ("steps", "epochs", "tokens")  # a run has exactly one of them
+LENGTH = "length"  # the section of a run's record with the steps that another length came to
 
 
 def _written(value: object) -> object:
-    """Read null as 0, the steps that are not known yet; nobody asks for none."""
+    """Read null as 0: steps that are not known yet, as nobody asks for none."""
     if value == 0 and value is not False:
-        raise ValueError("must be greater than 0: no step at all would train nothing")
+        raise ValueError("must be greater than 0: without steps nothing is trained")
     return 0 if value is None else value
 
 
@@ -57,56 +57,58 @@ class StepConfig(Settings):
 
     epochs: Positive | None = Field(
         None,
-        description="length, in place of steps: passes over the sequences that are trained on "
-        "(what is held out, and what train.domains leaves out, is not)",
+        description="length instead of steps: passes over the training sequences (without those "
+        "held out or left out by train.domains)",
     )
     tokens: Count | None = Field(
         None,
-        description="length, in place of steps: tokens of the sequences that are read, with a loss "
-        "or without (a masked LM has one at few of them), over all processes",
+        description="length instead of steps: tokens of the sequences that are read, with or "
+        "without a loss (a masked LM has one at few of them), over all processes",
     )
     steps: Steps = Field(
         default_factory=lambda given: 0 if _asked(given) else USUAL_STEPS,
-        description=f"optimiser steps; {USUAL_STEPS} where neither epochs nor tokens is given",
+        description=f"optimiser steps; {USUAL_STEPS} if neither epochs nor tokens is given",
     )
     batch_sequences: Count = Field(64, description="sequences per step, over all processes")
     learning_rate: Positive = Field(5.0e-4, description="peak learning rate")
     warm_head_steps: int = Field(
         0,
         ge=0,
-        description="of steps, the first so many: in them only the language model's own head is "
-        "trained, at the peak rate, before all else begins with its warm-up. For a student whose "
-        "head is fresh. The output matrix is not, where it is the input embeddings too",
+        description="the first steps (part of steps) in which only the language model's own head "
+        "is trained, at the peak rate, before everything else begins with its "
+        "warm-up. For a student with a fresh head; an output matrix that is also the "
+        "input embeddings is not trained",
     )
     warmup_steps: Annotated[int, Formerly(USUAL_WARMUP)] = Field(
         ge=0,
         default_factory=lambda given: usual_warmup(
             given.get("steps", 1) - given.get("warm_head_steps", 0)
         ),
-        description="steps of linear warm-up, fewer than steps; left out: a tenth of the steps, "
-        "less warm_head_steps, at most 100",
+        description="steps of linear warm-up, fewer than steps; if left out: a tenth of the "
+        "steps without warm_head_steps, at most 100",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="the learning rate after the warm-up"
     )
-    weight_decay: Amount = Field(0.01, description="AdamW's, on matrices only")
+    weight_decay: Amount = Field(0.01, description="AdamW's weight decay, on matrices only")
     betas: tuple[Memory, Memory] = Field(
-        (0.9, 0.999), description="AdamW's: how slowly its means of gradients and squares move"
+        (0.9, 0.999),
+        description="AdamW's decay rates of its means of gradients and squared gradients",
     )
-    eps: Positive = Field(1e-8, description="AdamW's: added to the root of the mean square")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon, added to the root of the mean square")
 
     @model_validator(mode="after")
     def _has_a_length(self) -> "StepConfig":
         given = [name for name in LENGTHS if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are given, each of which says how long the run is; give "
-                f"one (--set train.{given[-1]}=… puts it in place of the others)"
+                f"{' and '.join(given)} are given, but each of them sets how long the run is; "
+                f"give one (--set train.{given[-1]}=… replaces the others)"
             )
         if not given:
             raise ValueError(
-                f"steps is null, and nothing else says how long the run is; give one "
-                f"of {', '.join(LENGTHS)}"
+                "steps is null, and nothing else says how long the run is; give one of "
+                f"{', '.join(LENGTHS)}"
             )
         if self.steps and (problem := self.length_problem()):
             raise ValueError(problem)
@@ -114,14 +116,14 @@ class StepConfig(Settings):
 
     @model_serializer(mode="wrap")
     def _as_it_reads_again(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a warm-up that nobody gave while the steps it follows from are not known."""
+        """Leave out a default warm-up while the steps that it follows from are unknown."""
         values: dict[str, Any] = dump(self)
         if not self.steps and "warmup_steps" not in self.model_fields_set:
             values.pop("warmup_steps", None)
         return values
 
     def length_problem(self) -> str | None:
-        """Say what cannot be done in so many steps; None where all can."""
+        """Return what is impossible with this many steps; None if all is possible."""
         steps, head = self.steps, self.warm_head_steps
         if head >= steps:
             return (
@@ -132,14 +134,14 @@ class StepConfig(Settings):
             after = f" less warm_head_steps {head}" if head else ""
             return (
                 f"warmup_steps {self.warmup_steps} of steps {steps}{after}: the learning rate "
-                "would never come down from its peak, if it reached it. Give fewer, or leave it "
-                f"out (a tenth of the steps, here {usual_warmup(steps - head)})"
+                "would never fall from its peak, if it reached it. Give fewer, or leave it out "
+                f"(a tenth of the steps, here {usual_warmup(steps - head)})"
             )
         return None
 
     @property
     def length(self) -> str:
-        """The length as it is given: 2 epochs, 1,000 steps."""
+        """Return the length as it was given: 2 epochs, 1,000 steps."""
         name = next(name for name in (*LENGTHS[1:], LENGTHS[0]) if getattr(self, name))
         value = getattr(self, name)
         number = f"{value:g}" if name == "epochs" else f"{value:,}"
@@ -148,7 +150,7 @@ class StepConfig(Settings):
     def of_steps(self: C, steps: int) -> C:
         """Return the same with its length known, and the warm-up that follows from it.
 
-        Raises InputError where it cannot be that short.
+        Raises InputError if it cannot be that short.
         """
         changed: dict[str, Any] = {"steps": steps}
         given = {*self.model_fields_set}
@@ -163,17 +165,17 @@ class StepConfig(Settings):
 
 
 def usual_head_steps(steps: int) -> int:
-    """Return how many of the steps a fresh head may be trained alone: a fifth, at most 100."""
+    """Return for how many steps a fresh head may be trained alone: a fifth, at most 100."""
     return max(min(steps // 5, 100), 1)
 
 
 def _asked(given: dict[str, Any]) -> bool:
-    """Whether the length is said in other words than steps."""
+    """Return whether the length is given in other units than steps."""
     return any(given.get(name) for name in LENGTHS[1:])
 
 
 def recorded_steps(record: Mapping[str, Any]) -> int | None:
-    """Return how many steps a ``run.json`` is of; None where it has not been begun."""
+    """Return the steps of a ``run.json``; None if the run has not begun."""
     found: int | None = (record.get(LENGTH) or record["train"]).get("steps")
     return found
 
@@ -181,10 +183,10 @@ def recorded_steps(record: Mapping[str, Any]) -> int | None:
 def steps_of(
     config: StepConfig, sequences: float, tokens_each: float, replayed: float = 0.0
 ) -> int:
-    """Return the steps of a run over ``sequences`` of ``tokens_each`` on average; the part
-    ``replayed`` of each batch is of others.
+    """Return the steps of a run over ``sequences`` of ``tokens_each`` on average; the share
+    ``replayed`` of each batch comes from others.
 
-    An epoch is over once each of the sequences has been read; tokens are those of all that is read.
+    An epoch is over once each of the sequences has been read; tokens count everything that is read.
     """
     if config.steps:
         return config.steps

@@ -1,9 +1,9 @@
 """The student: its network (``model.network``), and how it is built, saved and loaded.
 
 Saved, it is an ordinary Hugging Face directory (``AutoModelForMaskedLM.from_pretrained`` loads it)
-with files beside: ``heads.safetensors``, ``rekindle_student.json`` and, of a student with domain
-prompts, ``prompts.safetensors``. Of a student that is an adapter, the adapter takes the model's
-place there, as peft writes it; ``rekindle_student.json`` has its base's digests.
+with further files: ``heads.safetensors``, ``rekindle_student.json`` and, for a student with domain
+prompts, ``prompts.safetensors``. If the student is an adapter, the adapter replaces the model
+there, as peft writes it; ``rekindle_student.json`` has its base's digests.
 """
 
 import json
@@ -24,6 +24,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
+from rekindle.train.embedding.student import check_asked, for_student, output_of
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.files import (
     base_fingerprints,
@@ -52,13 +53,13 @@ from rekindle.train.outside.quiet import quiet_transformers
 log = logging.getLogger("rekindle")
 
 PROMPTS_FILE = "prompts.safetensors"
-UNRECORDED = 512  # tokens, of students that do not say what they were trained with
-# What the names of a student's weights begin with.
-OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by the part of the state dict
+UNRECORDED = 512  # tokens, for students whose training length is not recorded
+# Prefixes of the names of a student's weights.
+OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by part of the state dict
 
 
 class _About(Settings):
-    """What ``save_pretrained`` writes of a student, beside what its caller adds."""
+    """What ``save_pretrained`` writes about a student, besides what its caller adds."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -67,12 +68,13 @@ class _About(Settings):
     heads: dict[str, HeadConfig]
     methods: dict[str, dict[str, object]] = Field(default_factory=dict)
     domains: tuple[str, ...] | None = None
+    vectors: str | None = None  # whose it gives as a sentence encoder: a head's, or its own
     sequence_length: int | None = None
-    base: dict[str, str] | None = None  # of an adapter: where it lay, and its digests
+    base: dict[str, str] | None = None  # for an adapter: its base's location and digests
 
     @classmethod
     def of(cls, directory: Path) -> "_About":
-        """Read it; InputError where there is none."""
+        """Read the record; raise InputError if there is none."""
         try:
             found = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -86,12 +88,13 @@ class _About(Settings):
 class Student(StudentNetwork):
     """The network of a student, and how it is saved and loaded."""
 
-    adapter: Adapter | None = None  # what is trained and saved in the model's place
-    base: dict[str, str] | None = None  # of an adapter, as it is recorded
+    adapter: Adapter | None = None  # trained and saved in place of the model
+    base: dict[str, str] | None = None  # the base of an adapter, as recorded
+    vectors: str | None = None  # whose vectors it gives as an encoder: a head's, or `own`
 
     @property
     def longest_text(self) -> int:
-        """The tokens of a text that it was trained with, as far as that is recorded."""
+        """Return the tokens of a text that it was trained with, as far as that is recorded."""
         return self.sequence_length or UNRECORDED
 
     def save_pretrained(
@@ -101,7 +104,7 @@ class Student(StudentNetwork):
         *,
         as_held: bool = False,
     ) -> None:
-        """Write the Hugging Face files, the heads and prompts, and what the student is, plus
+        """Write the Hugging Face files, the heads and prompts, and the student's record plus
         ``about``. ``as_held``: see ``save_model``.
         """
         path = Path(directory)
@@ -116,10 +119,10 @@ class Student(StudentNetwork):
         *,
         as_held: bool = False,
     ) -> None:
-        """Write the Hugging Face files. ``tensors``: some of the model's, in the place of all.
+        """Write the Hugging Face files. ``tensors``: only these of the model's.
 
-        ``as_held``: as the model has them. Of some families (Mixtral) the published files have
-        others, into which transformers converts; it loads both.
+        ``as_held``: with the model's own tensors. For some families (Mixtral) the published files
+        have others, into which transformers converts; it loads both.
         """
         if self.adapter is not None and self.base is not None:
             self.adapter.save(path, self.base["model"])
@@ -131,8 +134,8 @@ class Student(StudentNetwork):
     def save_beside(
         self, path: Path, held: Mapping[str, Tensor], about: Mapping[str, object] | None = None
     ) -> None:
-        """Write the heads and prompts that are among the weights ``held``, and what the student is,
-        plus ``about``.
+        """Write the heads and prompts among the weights ``held``, and the student's record plus
+        ``about``.
         """
         for part, file in OWN_FILES.items():
             own = {k: v.contiguous() for k, v in weights_below(held, part).items()}
@@ -144,6 +147,7 @@ class Student(StudentNetwork):
             heads=self.head_configs,
             methods=self.methods,
             domains=None if self.prompts is None else self.prompts.domains,
+            vectors=self.vectors,
             sequence_length=self.sequence_length,
             base=self.base,
         ).model_dump(mode="json")
@@ -152,9 +156,10 @@ class Student(StudentNetwork):
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds, by the names of ``saved_tensors``; the student's memory.
+        """Return what a checkpoint holds, by the names of ``saved_tensors``; shares the student's
+        memory.
 
-        Of an adapter: itself, heads and prompts, and not its base.
+        For an adapter: itself, heads and prompts, without its base.
         """
         held: dict[str, Tensor] = self.state_dict(keep_vars=True)
         if self.adapter is None:
@@ -163,8 +168,8 @@ class Student(StudentNetwork):
         return own | {f"model.{k}": values for k, values in self.adapter.tensors().items()}
 
     def finished(self) -> "Student":
-        """Return what a run leaves: an adapter and its base as one model, where that is asked for
-        (``student.lora.merge``). Training is over then.
+        """Return what a run leaves: with ``student.lora.merge``, an adapter and its base as one
+        model. Training is over then.
         """
         if self.adapter is None or not self.adapter.merges:
             return self
@@ -180,10 +185,10 @@ class Student(StudentNetwork):
     def from_pretrained(
         cls, directory: str | Path, *, vocabulary_size: int | None = None
     ) -> "Student":
-        """Load a directory written by ``save_pretrained``, heads and prompts included; an adapter
-        is merged into its base.
+        """Load a directory written by ``save_pretrained``, with heads and prompts; an adapter is
+        merged into its base.
 
-        Raises InputError when it is none.
+        Raises InputError if it is not such a directory.
         """
         path = Path(directory)
         about = _About.of(path)
@@ -191,6 +196,7 @@ class Student(StudentNetwork):
         size = vocabulary_size or about.vocabulary_size
         student = cls(model, about.task, about.heads, size, about.domains)
         student.source, student.sequence_length = path, about.sequence_length
+        student.vectors = about.vectors
         student.take_over(path)
         for name, settings in about.methods.items():
             kind = find_method(name)
@@ -198,8 +204,8 @@ class Student(StudentNetwork):
         return student
 
     def take_over(self, directory: Path) -> None:
-        """Take over the heads of the student in ``directory`` that are heads of this one, too, and
-        the prompts of the domains that both have.
+        """Copy the heads that this student shares with the one in ``directory``, and the prompts of
+        domains that both have.
         """
         earlier, weights = _About.of(directory), _beside(directory / HEADS_FILE)
         for name, head in self.head_configs.items():
@@ -210,7 +216,7 @@ class Student(StudentNetwork):
                 keys = [
                     k for k in HeadConfig.model_fields if getattr(before, k) != getattr(head, k)
                 ]
-                told = "student: the head %r begins afresh, for that of %s is another one (%s)"
+                told = "student: the head %r starts afresh, because that of %s differs (%s)"
                 log.warning(told, name, directory, ", ".join(keys))
         if self.prompts is not None and earlier.domains is not None:
             vectors = _beside(directory / PROMPTS_FILE)["vectors.weight"]
@@ -218,38 +224,42 @@ class Student(StudentNetwork):
 
 
 def _beside(file: Path) -> dict[str, Tensor]:
-    """What lies beside a student's weights; InputError where it is gone or damaged."""
+    """Read a file beside a student's weights; raise InputError if it is missing or damaged."""
     if not file.is_file():
         raise InputError(
-            f"{file.parent} is a student without its {file.name}, which lies beside its weights. "
-            "Copy that too"
+            f"{file.parent} is a student without its {file.name}, which belongs beside its "
+            "weights. Copy that too"
         )
     return read_tensors(file)
 
 
 def saved_heads(directory: Path) -> dict[str, HeadConfig]:
-    """The heads of the student in ``directory``, by name; empty for what is no student of ours."""
+    """Return the heads of the student in ``directory``, by name; {} if it is not a
+    student of ours.
+    """
     return _About.of(directory).heads if (directory / ABOUT_FILE).is_file() else {}
 
 
 class Saved(NamedTuple):
-    """Where a tensor stands."""
+    """Where a tensor is stored."""
 
     file: Path
-    key: str  # what it is called there
+    key: str  # its name in the file
     shape: tuple[int, ...]
 
     @classmethod
     def all_in(cls, file: Path, prefix: str = "") -> dict[str, "Saved"]:
-        """Return those of a file, by their names after ``prefix``; InputError for a damaged one."""
+        """Return a file's tensors by their names after ``prefix``; raise InputError if it is
+        damaged.
+        """
         found = read_header(file).items()
         return {prefix + key: cls(file, key, stored.shape) for key, stored in found}
 
 
 def saved_tensors(directory: Path) -> dict[str, Saved]:
-    """Find what ``save_pretrained`` wrote, by the names of the student's state dict.
+    """Return what ``save_pretrained`` wrote, by the names of the student's state dict.
 
-    Large models are in several files. Raises InputError where one is missing or damaged.
+    Large models are in several files. Raises InputError if one is missing or damaged.
     """
     files = [("model", file) for file in weight_files(directory)]
     files += [(part, directory / file) for part, file in OWN_FILES.items()]
@@ -263,7 +273,9 @@ def saved_tensors(directory: Path) -> dict[str, Saved]:
 def check_student(
     config: StudentConfig, vocabulary_size: int = 0, sequence_length: int = 0
 ) -> None:
-    """Check the configured student without its weights; InputError as ``build_student`` raises."""
+    """Check the configured student without its weights; raise InputError as
+    ``build_student`` does.
+    """
     attention = config.chosen_attention
     directory, task = resolve_model(config.model), config.language_task
     who = f"student {config.model!r}"
@@ -272,11 +284,11 @@ def check_student(
     if config.lora is not None:
         if is_adapter(directory):
             raise InputError(
-                f"{who} is an adapter itself, and student.lora would put another one on it. Merge "
-                f"it first (`pipeline merge-adapter {shlex.quote(config.model)} --out DIR`) and "
-                "adapt the result, or leave student.lora out to train the sum whole"
+                f"{who} is already an adapter, and student.lora would put another one on it. "
+                f"Merge it first (`pipeline merge-adapter {shlex.quote(config.model)} --out DIR`) "
+                "and adapt the result, or leave student.lora out to train the merged model"
             )
-        plain = config.lora.model_copy(update={"dora": False})  # which reads the weights
+        plain = config.lora.model_copy(update={"dora": False})  # which needs the weights
         with torch.random.fork_rng(devices=[]):
             Adapter(shape_only(found, AUTO_CLASSES[task]), plain, task, who)
 
@@ -292,14 +304,15 @@ def build_student(
 ) -> Student:
     """Build the configured student, from pre-trained weights or scratch; the same for a ``seed``.
 
-    The heads and prompts of an earlier student in the directory are taken over where name, form,
-    shape and labels agree. ``domains``: of the corpus, for domain prompts. ``tokenizer``: of the
-    corpus, for new weights (``padding_of_new``) and heads that look for the last token. Raises
-    InputError when the model has fewer tokens than the tokenizer, takes shorter sequences than
-    ``sequence_length``, or is of a family without the heads that are asked for.
-    Growth comes after (``rekindle.train.growth.student``).
+    The heads and prompts of an earlier student in the directory are kept if name, form, shape and
+    labels agree. ``domains``: the corpus's, for domain prompts. ``tokenizer``: the corpus's, for
+    new weights (``padding_of_new``) and heads that look for the last token. Raises InputError if
+    the model has fewer tokens than the tokenizer, takes shorter sequences than ``sequence_length``,
+    or belongs to a family without the requested heads. Growth comes after
+    (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
+    check_asked(config, heads)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     attention, fresh = config.chosen_attention, False
@@ -313,9 +326,10 @@ def build_student(
     if config.lora is not None:  # before it is split, which tries its logits
         adapter = Adapter(model, config.lora, task, f"student {config.model!r}")
     prompted = domains if config.domain_prompts else None
-    asked = {name: _formed(head, config, model, tokenizer) for name, head in heads.items()}
+    asked = {name: _formed(name, head, config, model, tokenizer) for name, head in heads.items()}
     student = Student(model, task, asked, vocabulary_size, prompted)
     student.sequence_length = sequence_length or None
+    student.vectors = output_of(config, asked)
     if adapter is not None:
         place = directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
         student.adapter = adapter
@@ -330,9 +344,14 @@ def build_student(
 
 
 def _formed(
-    head: HeadConfig, config: StudentConfig, model: Any, tokenizer: Tokenizer | None
+    name: str, head: HeadConfig, config: StudentConfig, model: Any, tokenizer: Tokenizer | None
 ) -> HeadConfig:
-    """The ``head`` in the configured form, with a padding id where ``model`` has none."""
+    """Return the ``head`` in the configured form, with a padding id if ``model`` has none.
+
+    An embedding head also gets what the student's size decides.
+    """
+    if head.kind == "embedding":
+        return for_student(head, name, config, model.config)
     padding = None
     if config.head == "family" and padding_of(model.config) is None and tokenizer is not None:
         known = (tokenizer.hf.pad_token_id, tokenizer.eos_id)
@@ -346,7 +365,7 @@ def _check_sizes(
     size = model_config.get_text_config().vocab_size
     if size < vocabulary_size:
         raise InputError(
-            f"student {config.model!r} has a vocabulary of {size:,}, the ids of the corpus "
+            f"student {config.model!r} has a vocabulary of {size:,}, but the ids of the corpus "
             f"tokenizer go up to {vocabulary_size - 1:,}; "
             + (
                 f"set vocab_size in its config.json to {vocabulary_size:,} or more"
@@ -361,7 +380,7 @@ def _check_sizes(
     more = " and the domain prompt one more" if config.domain_prompts else ""
     less = ", or leave out student.domain_prompts" if longest == sequence_length else ""
     raise InputError(
-        f"student {config.model!r} takes at most {longest:,} tokens, the cache's sequences "
-        f"have up to {sequence_length:,}{more}. Use a student with more positions, or make a cache "
-        f"with a smaller corpus.sequence_length{less}"
+        f"student {config.model!r} takes at most {longest:,} tokens, but the cache's sequences "
+        f"have up to {sequence_length:,}{more}. Use a student with more positions, or make a "
+        f"cache with a smaller corpus.sequence_length{less}"
     )

@@ -1,6 +1,6 @@
-"""A batch of a cache moved whole to a device: what the losses take, the labels, the model's inputs.
+"""Move a whole batch of a cache to a device: the losses' targets, the labels, the model's inputs.
 
-The road from a cache to a loss for a training loop of one's own; ours asks ``device_batch.py`` for
+This is the way from a cache to a loss for your own training loop; ours asks ``device_batch.py`` for
 the same parts, term by term.
 """
 
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DeviceTargets:
-    """A language model's targets on a device: P of the student's rows, what each is taught."""
+    """A language model's targets on a device: P of the student's rows, and the target of each."""
 
     info: TeacherInfo
     targets: (
         LossTargets  # for ``target_ids`` of kd_loss and linear_kd_loss, as the cache stores them
     )
-    temperature: float  # that the losses take them at
+    temperature: float  # the one that the losses must use
     select: Tensor  # [P] the student's rows: flat indices into [B·S]
-    labels: Tensor | None  # [P] the true tokens, for the cross-entropy; None of text without masks
-    inputs: Inputs  # what the student is shown
+    labels: Tensor | None  # [P] the true tokens, for the cross-entropy; None for text without masks
+    inputs: Inputs  # what the student sees
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class DeviceLogits:
 
     info: TeacherInfo
     logits: Tensor  # [R,C] float32
-    mc_probs: Tensor | None  # [R,C] means over Monte-Carlo passes, if it had some
-    select: Tensor  # [R] sequences of [B]; of experts on tokens flat indices into [B·S]
-    inputs: Inputs  # what the student is shown: the clean text, or the expert's own pairs of texts
+    mc_probs: Tensor | None  # [R,C] means over Monte-Carlo passes, if there were any
+    select: Tensor  # [R] sequences of [B]; for experts on tokens, flat indices into [B·S]
+    inputs: Inputs  # what the student sees: the clean text, or the expert's own pairs of texts
 
     @property
     def targets(self) -> DenseTargets:
-        """For ``target_ids`` of kd_loss, beside the student's logits [R,C], at any temperature.
+        """Return ``target_ids`` of kd_loss, for the student's logits [R,C], at any temperature.
 
-        Raises InputError where the logits are no distribution over classes.
+        Raises InputError if the logits are not a distribution over classes.
         """
         if self.info.problem in ("regression", "multi_label_classification"):
             raise InputError(
-                f"teacher {self.info.name!r} is a {self.info.problem} expert: its logits are no "
-                "distribution over classes, which kd_loss compares. Take `logits`: the mean "
-                "squared error of scores, the binary cross-entropy of labels"
+                f"teacher {self.info.name!r} is a {self.info.problem} expert: kd_loss compares "
+                "distributions over classes, and its logits are not one. Use `logits`: the mean "
+                "squared error for scores, the binary cross-entropy for labels"
             )
         return DenseTargets(self.logits)
 
@@ -74,9 +74,9 @@ class DeviceLogits:
 class DeviceBatch(LanguageRows):
     """A batch on a device: ``inputs`` of the language model, its rows, and every teacher's targets.
 
-    ``select`` and ``labels`` [N] are the positions with an LM loss and their true tokens: what is
-    masked, or (causal) every token but the last, each with the token after it. A teacher's own rows
-    are among them, where it has a target.
+    ``select`` and ``labels`` [N] are the positions with an LM loss and their true tokens: masked
+    positions, or (causal) every token but the last, with the next token as label. A teacher's own
+    rows are among them, where it has a target.
     """
 
     targets: Mapping[str, DeviceTargets | DeviceLogits]  # by teacher
@@ -93,40 +93,41 @@ def to_device(
 ) -> DeviceBatch:
     """Move a batch of a cache to a device, with targets that the losses take as they are.
 
-    They are sent as they are stored and decoded by the loss. A batch may come from another process
-    (a worker of a DataLoader): it is pickled as plain arrays.
+    Targets are sent in stored form and decoded by the loss. A batch may come from another process
+    (a DataLoader worker): it is pickled as plain arrays.
 
     Args:
-        batch: of ``Cache.batches`` or ``Cache.gather``.
+        batch: from ``Cache.batches`` or ``Cache.gather``.
         device: where the tensors go.
-        task: what the student is, masked_lm or causal_lm; None: what the batch is made for.
+        task: the student's task, masked_lm or causal_lm; None: the one the batch is made for.
         temperature: of the language models' targets, for all or by teacher; None, or a teacher that
-            is not named: 1, or the one that a sample was drawn at. It stands in the targets.
+            is not named: 1, or the one that a sample was drawn at. It is kept with the targets.
         temperature_between: interpolate, for ``topk`` targets at a temperature between three or
-            more stored ones (``data/targets/between.py`` says how well); else that is refused.
-        k: read so few candidates, for all or by teacher; None: all that are kept.
+            more stored ones (``data/targets/between.py`` gives the accuracy); refuse: an error.
+        k: read only this many candidates, for all or by teacher; None: all that are stored.
 
-    Raises: InputError for a temperature or a k that is not cached, for a name that is no language
-        model of the batch, for targets that are not of the student's task, and for rows of several
+    Raises: InputError for a temperature or a k that is not cached, for a name that is not a
+    language
+        model of the batch, for targets that do not fit the student's task, and for rows of several
         documents.
     """
     device = torch.device(device)
     if batch.document_numbers is not None:
         raise InputError(
             "the batch has rows of several documents (corpus.packing: packed), and many models "
-            "take no notice when they are told which token is of which. `pipeline train-student` "
-            "tries how its student is told; for a loop of one's own use packing: document"
+            "ignore which token belongs to which document. `pipeline train-student` tests what "
+            "its student understands; for your own loop use packing: document"
         )
     if task not in (None, "masked_lm", "causal_lm"):
-        raise ValueError(f"task is {task!r}; a student is masked_lm or causal_lm")
+        raise ValueError(f"task is {task!r}; it must be masked_lm or causal_lm")
     if temperature_between not in ("refuse", "interpolate"):
         raise ValueError(
-            f"temperature_between is {temperature_between!r}; it is refuse or interpolate"
+            f"temperature_between is {temperature_between!r}; it must be refuse or interpolate"
         )
     task = task or _task_of(batch)
     language = [n for n, target in batch.targets.items() if isinstance(target, TokenTargetBatch)]
     there = f"the batch has the language models {language or 'none'}"
-    there += ". Of experts all logits are kept: their temperature is the loss's"
+    there += ". All logits of experts are stored: their temperature is the loss's"
     temperatures = by_name(temperature, language, "temperature", there)
     ks = by_name(k, language, "k", there)
     rows = _rows(batch, task, device)
@@ -149,7 +150,7 @@ def to_device(
 
 
 def _rows(batch: Batch, task: str | None, device: torch.device) -> LanguageRows:
-    """Return the rows of the LM loss; none of clean text that no causal LM reads."""
+    """Return the rows of the LM loss; none for clean text that no causal LM reads."""
     if task == "causal_lm" or (task == "masked_lm" and batch.masked is not None):
         return language_rows(batch, task, device)
     clean = clean_inputs(batch, device)
@@ -161,19 +162,19 @@ def _check_task(info: TeacherInfo, task: str | None) -> None:
     if info.task != task:
         raise InputError(
             f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
-            "positions. Read the teachers of the student's task alone, or say `task`"
+            "positions. Read only teachers of the student's task, or set `task`"
         )
 
 
 def _task_of(batch: Batch) -> str | None:
-    """Return what a student of the batch is; None where it is of experts alone."""
+    """Return the student's task for this batch; None if all teachers are experts."""
     if batch.masked is not None:
         return "masked_lm"
     tasks = sorted({t.info.task for t in batch.targets.values() if t.info.is_vocabulary})
     if len(tasks) > 1:
         raise InputError(
-            f"the batch has teachers that are {' and '.join(tasks)}, and no student has a loss at "
-            "the positions of both: read those of the student's task alone"
+            f"the batch has teachers that are {' and '.join(tasks)}, but no student has a loss at "
+            "the positions of both: read only those of the student's task"
         )
     return tasks[0] if tasks else None
 
@@ -181,8 +182,8 @@ def _task_of(batch: Batch) -> str | None:
 def by_name(
     given: T | Mapping[str, T] | None, names: Collection[str], what: str, there: str
 ) -> dict[str, T]:
-    """Return what each of the teachers ``names`` is given; those that are given nothing are left
-    out. ``there`` says in an error which teachers there are.
+    """Return the value for each of the teachers ``names``; those without one are left out.
+    ``there`` says in an error which teachers exist.
     """
     if given is None:
         return {}

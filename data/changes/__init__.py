@@ -1,1 +1,1 @@
-"""Changes of a cache's teachers: removed, renamed, kept in another codec; and what there is."""
+"""Remove, rename or transcode a cache's teachers, and list them."""

@@ -1,8 +1,8 @@
-"""Removes, renames and transcodes a teacher of a cache, so that it can be killed at any moment.
+"""Remove, rename or transcode a teacher of a cache, safely even if killed at any moment.
 
-The phases, and what readers see meanwhile, are those of ``data/journal.py``. Works on local caches
-and on those in object stores, which have no locks: there the caller sees to it that nothing else
-uses the cache.
+``data/journal.py`` defines the phases, and what readers see meanwhile. Works on local caches and on
+those in object stores, which have no locks: there the caller makes sure that nothing else uses the
+cache.
 """
 
 import logging
@@ -45,12 +45,12 @@ log = logging.getLogger("rekindle")
 
 
 class Name(Settings):
-    """What a teacher is to be called."""
+    """A teacher's new name."""
 
     to: TeacherName
 
 
-Asked = tuple[Action, str, str | None]  # what is to be done, to which teacher, and to what end
+Asked = tuple[Action, str, str | None]  # the action, the teacher, and the goal
 SAME_INTEGERS = ("default", "compact")  # codecs
 
 
@@ -62,18 +62,18 @@ def change_teacher(
     begin: Callable[[Change], object] = lambda change: None,
     done: Done = lambda commit: None,
 ) -> bool:
-    """Carry a change out, or what is left of it; False if it was done before.
+    """Carry out a change, or the rest of it; return False if it was done before.
 
     ``begin`` is called with a new change before anything is written, and may raise; ``done`` with
-    each unit that was copied. Raises InputError for what cannot be done, saying why, and while
-    others use the cache; CacheError where what is to be copied is damaged.
+    each copied unit. Raises InputError, with the reason, for what cannot be done, and while others
+    use the cache; CacheError if what is to be copied is damaged.
     """
     with store.changing():
         manifest = read_manifest(store)
         journal = journal_in(manifest, store)
         change = journal.change
         if change is not None and (change.action, action) == ("transcode", "remove"):
-            # Whatever became of the copies, this ends it.
+            # This ends it, whatever became of the copies.
             change = None if change.teacher == teacher else change
         if change is not None and change.asked != (action, teacher, to):
             raise InputError(f"{store.location}: {unfinished(change, store)}")
@@ -86,14 +86,14 @@ def change_teacher(
             _check_room(store, change)
             note(store, journal.model_copy(update={"change": change}))
         else:
-            log.info("%s: going on: %s", store.location, change.told())
+            log.info("%s: continuing: %s", store.location, change.told())
         _carry_out(store, change, done)
         return True
 
 
 def size_of(store: Store, teacher: str) -> tuple[int, int]:
-    """Bytes and units of a teacher's shards, its further parts included, as far as they are sound;
-    and of what lies beside them.
+    """Return the bytes and units of a teacher's sound shards, with its extensions, and the bytes of
+    the files beside them.
     """
     total, units = 0, 0
     for folder in target_folders(store):
@@ -107,8 +107,8 @@ def size_of(store: Store, teacher: str) -> tuple[int, int]:
 
 
 def settle(store: Store) -> None:
-    """Put to rest what a killed process left of a change: give it up while nobody has seen anything
-    of it, else carry it out.
+    """Settle what a killed process left of a change: undo it if nobody has seen any of it,
+    otherwise carry it out.
     """
     with store.changing():
         change = read_journal(store).change
@@ -122,7 +122,7 @@ def settle(store: Store) -> None:
 
 
 def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Change | None:
-    """The change that is asked for, of a cache of that version; None if it was done before."""
+    """Return the requested change of a cache of that version; None if it was done before."""
     action, teacher, to = asked
     there = [name for name in store.folders("targets") if is_begun(store, name)]
     if teacher not in there:
@@ -133,15 +133,17 @@ def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Chan
         raise InputError(_told_unknown(store, teacher, there, now))
     if not re.fullmatch(TEACHER_NAME, teacher):
         raise InputError(
-            f"{store.location}/targets/{teacher} is of no teacher, by its name: remove it by hand"
+            f"{store.location}/targets/{teacher} has a name that no teacher can have: remove "
+            "it by hand"
         )
     if action == "remove":
         return _change(action, teacher, None, version)
     assert to is not None
     if version == 1:
         raise InputError(
-            f"{store.location} has cache format 1, which what is to be written does not fit: run "
-            "`pipeline cache-teachers` with its run file once, which raises it. (--remove works)"
+            f"{store.location} has cache format 1, which does not fit what is to be written: run "
+            "`pipeline cache-teachers` with its run file once, which raises the format. "
+            "(--remove works)"
         )
     version = max(version, FORMAT_VERSION)
     if action == "rename":
@@ -168,35 +170,36 @@ def _told_unknown(store: Store, teacher: str, there: list[str], now: str | None)
 
 def _check_name(store: Store, teacher: str, to: str, there: list[str]) -> None:
     if to == teacher:
-        raise InputError(f"teacher {teacher!r} is called {to!r} already; give another name")
+        raise InputError(f"teacher {teacher!r} is already called {to!r}; give another name")
     with naming(f"--rename {teacher} {to}"):
         parse_settings(Name, {"to": to})
-    if to in there or is_begun(store, to):  # where case makes no difference, neither lists it
+    # on file systems that ignore case, the list has only one of them
+    if to in there or is_begun(store, to):
         raise InputError(
-            f"{store.location} has a teacher {to!r} already: give another name, or remove that one "
-            f"first (`pipeline teachers {store.location} --remove {to}`)"
+            f"{store.location} already has a teacher {to!r}: give another name, or remove that "
+            f"one first (`pipeline teachers {store.location} --remove {to}`)"
         )
 
 
 def to_transcode(parts: list[TeacherInfo], codec: str) -> list[TeacherInfo]:
-    """The parts of a teacher that are to be arranged otherwise; InputError where none can be."""
+    """Return the parts of a teacher that must be rearranged; raise InputError if none can be."""
     name, able = parts[0].name, [part for part in parts if len(kind_of(part).codecs) > 1]
-    able = [part for part in able if part.kind != "tails"]  # these are as small in either
+    able = [part for part in able if part.kind != "tails"]  # equally small in either codec
     if codec not in SAME_INTEGERS:
         raise InputError(
-            f"--transcode {name} {codec}: a teacher is transcoded to {' or '.join(SAME_INTEGERS)}, "
-            "which are two arrangements of the same integers. What another codec would keep is not "
-            "there: cache the teacher with it under another name"
+            f"--transcode {name} {codec}: a teacher is transcoded to "
+            f"{' or '.join(SAME_INTEGERS)}, which are two arrangements of the same integers. What "
+            "another codec stores is not there: cache the teacher with it under another name"
         )
     if not able:
         fit = " and ".join(kind for kind in KINDS if "compact" in KINDS[kind].codecs)
         raise InputError(
-            f"teacher {name!r} keeps {kind_of(parts[0]).sentence} ({parts[0].kind}): compact is a "
-            f"codec of {fit} alone"
+            f"teacher {name!r} keeps {kind_of(parts[0]).sentence} ({parts[0].kind}): compact is "
+            f"only a codec for {fit}"
         )
     if any(part.codec not in SAME_INTEGERS for part in able):
         raise InputError(
-            f"teacher {name!r} has the codec precise: {codec} would keep less than that, for good. "
+            f"teacher {name!r} has the codec precise: {codec} would lose precision for good. "
             f"Cache it with targets.codec: {codec} under another name"
         )
     found = [part for part in able if part.codec != codec]
@@ -217,13 +220,13 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
         try:
             for info in _copied(store, change):
                 _copy(store, change, info, done)
-        except CacheError:  # what is damaged must be mended first, by whoever makes it
+        except CacheError:  # whoever makes the damaged part must repair it first
             _give_up(store, change)
             raise
         except InputError as error:  # a full disk, a server that is away
             place = shlex.quote(store.location)
             raise InputError(
-                f"{str(error).rstrip('.')}; `pipeline gc {place} --older-than 0` gives it up"
+                f"{str(error).rstrip('.')}; `pipeline gc {place} --older-than 0` abandons it"
             ) from error
         change = change.model_copy(
             update={"phase": "placing" if change.action == "transcode" else "clearing"}
@@ -245,7 +248,7 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
 
 
 def _copied(store: Store, change: Change) -> Iterator[TeacherInfo]:
-    """The parts that are copied."""
+    """Yield the parts to copy."""
     if change.action == "remove":
         return
     for info in read_parts(store, change.teacher):
@@ -254,14 +257,14 @@ def _copied(store: Store, change: Change) -> Iterator[TeacherInfo]:
 
 
 def _changed(corpus: Corpus, change: Change, info: TeacherInfo) -> dict[str, object]:
-    """The fields of a part that are others in its copy."""
+    """Return the fields of a part that differ in its copy."""
     if change.action == "rename":
         return {"name": change.to}
     return {"codec": change.to, "rows_per_batch": rows_of_codec(corpus, info, str(change.to))}
 
 
 def _made(store: Store, change: Change) -> Store:
-    """The store as it is written to while the copy is made."""
+    """Return the store as it is written to while the copy is made."""
     made = copy(store)
     made.seen = Seen(replaced=change.sets)
     return made
@@ -281,18 +284,19 @@ def _copy(store: Store, change: Change, info: TeacherInfo, done: Done) -> None:
         if {*HEAD_FILES} <= {*names}:
             read_head(store, new.folder)
     copy_units(corpus, made, info, changed, done)
-    if change.action == "rename":  # of a transcoded one, what was there is an orphan, too
+    # for a transcoded teacher the old files would look like orphans, too
+    if change.action == "rename":
         _remove_orphans(store, new.folder)
 
 
 def _place(store: Store, change: Change, folder: str) -> None:
-    """Put the records that were made in the place of those that were there."""
+    """Replace the old records with the new ones."""
     made = _made(store, change)
     for unit in ShardSet(made, folder).committed():
         name = f"{folder}/commits/{unit}.json"
         store.replace(name, made.read_bytes(name))
     name = f"{folder}/teacher.json"
-    told = f"{store.location}/{folder}/{NEXT} is not there any more, from which it was read"
+    told = f"{store.location}/{folder}/{NEXT}, from which it was read, no longer exists"
     advice = f". `pipeline teachers {store.location} --remove {change.teacher} --yes` ends it"
     with unusable(told, FileNotFoundError, advice=advice):
         store.replace(name, made.read_bytes(name))
@@ -306,7 +310,7 @@ def _remove_orphans(store: Store, folder: str) -> None:
 
 def _give_up(store: Store, change: Change) -> None:
     """Remove what was made; nobody has seen it."""
-    log.info("%s: given up: %s", store.location, change.told())
+    log.info("%s: abandoned: %s", store.location, change.told())
     if change.action == "rename":
         store.remove_folder(f"targets/{change.to}")
     for folder in change.sets:
@@ -316,11 +320,11 @@ def _give_up(store: Store, change: Change) -> None:
 
 
 def _finish(store: Store, change: Change) -> None:
-    """Write ``cache.json`` as it is without a change, in one go."""
+    """Write ``cache.json`` without the change, at once."""
     before = read_manifest(store)
     rolled = {key: before[key] for key in ROLLED_UP if key in before}
     cache = None
-    with suppress(CacheError):  # of another teacher, which `verify` names
+    with suppress(CacheError):  # about another teacher, which `verify` names
         cache = Cache(store)
         rolled = cache.rolled_up
     journal = journal_in(before, store).model_copy(update={"change": None})
@@ -331,7 +335,7 @@ def _finish(store: Store, change: Change) -> None:
 
 
 def _check_room(store: Store, change: Change) -> None:
-    """InputError where the disk will not hold the copy beside what is there."""
+    """Raise InputError if the disk has no room for the copy beside the original."""
     needed = 0
     for info in _copied(store, change):
         commits = ShardSet(store, info.folder).committed()
@@ -343,7 +347,7 @@ def _check_room(store: Store, change: Change) -> None:
     free = store.free
     if free is not None and free < needed:
         raise InputError(
-            f"{store.location}: {change.told()}, which is a copy of {shown_bytes(needed)} beside "
-            f"what is there until it is finished, and the disk has {shown_bytes(free)} free. Make "
-            "room first; nothing was changed"
+            f"{store.location}: {change.told()}, which needs {shown_bytes(needed)} for a copy "
+            f"beside the original until it is finished, but the disk has {shown_bytes(free)} "
+            "free. Make room first; nothing was changed"
         )

@@ -1,4 +1,4 @@
-"""Copies of a teacher's shards: under another name, or in another codec. No value changes.
+"""Copy a teacher's shards: under another name, or in another codec. No value changes.
 
 The codecs ``default`` and ``compact`` are two arrangements of the same integers.
 """
@@ -24,16 +24,16 @@ from rekindle.data.views.reader import check_aligned
 from rekindle.data.writing import write_options
 
 Done = Callable[[Commit], object]
-OF_SCHEMA = ("kind", "format_version", "teacher")  # what every schema says of itself anew
+OF_SCHEMA = ("kind", "format_version", "teacher")  # every schema states these itself
 
 
 def copy_units(
     corpus: Corpus, made: Store, info: TeacherInfo, changed: dict[str, object], done: Done
 ) -> None:
-    """Write and commit in ``made`` what there is of ``info`` (a teacher, or a part of it), with the
-    fields of it that are ``changed``. Units that are there are left as they are.
+    """Write and commit in ``made`` the units of ``info`` (a teacher, or a part of it), with its
+    ``changed`` fields. Units that exist there are left as they are.
 
-    Raises CacheError where a unit is damaged, or of another teacher.
+    Raises CacheError if a unit is damaged, or of another teacher.
     """
     shards, columns = ShardSet(corpus.store, info.folder), [*kind_of(info).schema({})]
     target = ShardSet(made, info.model_copy(update=changed).folder)
@@ -64,17 +64,17 @@ def copy_units(
 
 
 def _place(corpus: Corpus, shard: Shard) -> UnitPlace:
-    """Which unit it is; CacheFormatError where it is none of the corpus."""
+    """Return a shard's unit; raise CacheFormatError if it is not one of the corpus."""
     place = place_of(shard.commit.unit)
     if place is None or place[0] >= len(corpus.commits):
-        raise CacheFormatError(f"{shard.name} is of no corpus shard, by its name")
+        raise CacheFormatError(f"{shard.name} does not belong to a corpus shard, by its name")
     return place
 
 
 def _as_they_are(
     corpus: Corpus, shard: Shard, number: int, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    """The record batches of a unit, which are those of the corpus's rows."""
+    """Yield the record batches of a unit unchanged; they match those of the corpus's rows."""
     for index in range(shard.batch_count):
         batch = shard.batch(index, keep=False)
         check_aligned(batch, corpus, number, index, shard.name, shard.commit.rows_per_batch)
@@ -84,7 +84,7 @@ def _as_they_are(
 def _transcoded(
     reader: TeacherReader, commit: Commit, place: UnitPlace, kind: TargetKind, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a unit, checked as a reader checks them, in the record batches of ``kind``."""
+    """Yield a unit's rows, checked as a reader checks them, in the record batches of ``kind``."""
     shard, replica = place
     digests = reader.corpus.shard(shard).table()["digest"].to_pylist()
     each = commit.rows_per_batch

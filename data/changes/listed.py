@@ -1,4 +1,4 @@
-"""What teachers a cache has: what is kept of each, in how many bytes, and where it comes from."""
+"""List a cache's teachers: what is stored of each, in how many bytes, and its origin."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from rekindle.data.targets.reading.reader import Part, TeacherReader
 
 @dataclass(frozen=True)
 class Listed:
-    """A teacher of a cache, or a part of it: further candidates or temperatures."""
+    """A teacher of a cache, or a part of it with further candidates or temperatures."""
 
     name: str
     part: str
@@ -34,7 +34,7 @@ class Listed:
 
 
 def teachers_of(cache: Cache) -> list[Listed]:
-    """Every teacher, each followed by its further parts."""
+    """Return every teacher, each followed by its further parts."""
     return [
         _listed(cache, teacher, part)
         for teacher in cache.teachers.values()
@@ -43,11 +43,11 @@ def teachers_of(cache: Cache) -> list[Listed]:
 
 
 def under_way(cache: Cache) -> str:
-    """What is being done to one of them; "" if nothing is."""
+    """Return the change that is under way; "" if there is none."""
     change = journal_in(cache.manifest, cache.store).change
     if change is None:
         return ""
-    return f"{change.told()} ({change.phase}): {change.command(cache.store.location)} goes on"
+    return f"{change.told()} ({change.phase}): {change.command(cache.store.location)} continues it"
 
 
 def _listed(cache: Cache, teacher: TeacherReader, part: Part) -> Listed:

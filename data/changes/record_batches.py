@@ -1,4 +1,4 @@
-"""How many rows the record batches of a teacher's targets have, by its codec."""
+"""How many rows the record batches of a teacher's targets have, by codec."""
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import unusable
@@ -10,7 +10,7 @@ from rekindle.data.views.reader import ViewReader
 
 
 def rows_of_codec(corpus: Corpus, info: TeacherInfo, codec: str) -> int:
-    """As whoever wrote the targets would have made them with that codec."""
+    """Return the rows that the writer of the targets would have used with that codec."""
     if not CODECS[codec].compressed:
         return ROWS_PER_BATCH
     share = 1.0

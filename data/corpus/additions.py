@@ -1,15 +1,14 @@
-"""The additions in which a corpus grew; no text is read here, no shard written.
+"""The additions by which a corpus grew; no text is read here, no shard written.
 
 ``corpus/corpus.json`` describes what a corpus was begun with. A longer corpus (a larger
 ``limit_sequences``, further source files after those that were read) is an addition to it,
-``corpus/growth-001.json``: its sequences come after all that is there, which stays as it is.
+``corpus/growth-001.json``: its sequences come after all existing ones, which do not change.
 ``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there are then.
 
-A description has the size and a checksum of samples of every source file, by the path it then had
-(``sources``), and in which ``order`` they were read, with what is no file; and the ``contents`` of
-those whose records are no texts. An end has the
-``bad_records`` that were left out, by kind, and how many were that ``held`` a text of a test. What
-older ones lack is taken as it was then.
+A description has the size and a checksum of samples of every source file, by its path at the time
+(``sources``), the ``order`` in which they and other sources were read, and the ``contents`` of
+those whose records are not texts. An end has the number of ``bad_records`` that were left out, by
+kind, and of records that ``held`` a text of a test. What older ones lack is assumed as it was then.
 """
 
 import logging
@@ -57,10 +56,10 @@ class Addition:
     """One span of a corpus: what it was begun with, or what it was then extended by.
 
     ``sources`` and ``order``: the files and everything that it and those before it read, in reading
-    order; ``origins``: where that is now, and what is new, once it was looked for. ``bad_records``:
-    how many were left out of it and those before it, by kind; ``held``: how many because they hold
-    a text of a test. ``contents``: what the records of those hold that are no texts, by place;
-    ``generated``: of those that a model generated, which model, and how.
+    order; ``origins``: where these are now, and what is new, once they were looked for.
+    ``bad_records``: how many were left out of it and those before it, by kind; ``held``: how many
+    because they hold a text of a test. ``contents``: the kinds of content that are not text, by
+    place; ``generated``: for those that a model generated, which model, and how.
     """
 
     number: int
@@ -77,26 +76,27 @@ class Addition:
     origins: tuple[Origin, ...] = field(default=(), compare=False)
 
     def ends_at(self, following: Sequence["Addition"]) -> int | None:
-        """Sequences in the corpus at this addition's end, where that is known."""
+        """Return the sequences in the corpus at this addition's end, if known."""
         if following:
             return following[0].first_sequence
         return self.config["limit_sequences"]
 
 
 def info_name(number: int) -> str:
-    """Where the description of an addition is kept."""
+    """Return where the description of an addition is kept."""
     return "corpus/corpus.json" if number == 0 else f"corpus/growth-{number:03d}.json"
 
 
 def complete_name(number: int) -> str:
-    """Where it is recorded that an addition is finished."""
+    """Return where it is recorded that an addition is finished."""
     return "corpus/complete.json" if number == 0 else f"corpus/complete-{number:03d}.json"
 
 
 def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]:
-    """The additions of the corpus in ``store`` and its tokenizer's facts; none of a new cache.
+    """Return the additions of the corpus in ``store`` and its tokenizer's facts; none for a new
+    cache.
 
-    Raises CacheFormatError when a description is damaged.
+    Raises CacheFormatError if a description is damaged.
     """
     additions: list[Addition] = []
     tokenizer: TokenizerFacts | None = None
@@ -105,7 +105,7 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
         try:
             body = read_sealed(store, name)
         except FileNotFoundError:
-            # Where another begins, an addition has ended, whether that was recorded or not.
+            # If another one begins, an addition has ended, whether that was recorded or not.
             ended = [replace(one, shards=after.first_shard) for one, after in pairwise(additions)]
             return ended + additions[-1:], tokenizer
         with _stated(store, name):
@@ -135,20 +135,20 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
 
 
 def recorded_shard_size(store: Store) -> int | None:
-    """Sequences per shard of the corpus in ``store``; None where none is begun."""
+    """Return the sequences per shard of the corpus in ``store``; None if none is begun."""
     additions = read_additions(store)[0]
     return additions[-1].config["sequences_per_shard"] if additions else None
 
 
 def _stated(store: Store, name: str) -> AbstractContextManager[None]:
-    """CacheFormatError when what is read within does not say what the corpus is made of."""
+    """Raise CacheFormatError if what is read within does not describe a corpus."""
     told = f"{store.location}/{name} is damaged: it does not say what the corpus is made of"
     wrong = (KeyError, TypeError, ValueError, OverflowError)
     return unusable(told, *wrong, advice=f". {REPAIR}")
 
 
 def _check_tokenizer(facts: TokenizerFacts) -> None:
-    """ValueError or the like unless these are facts that ``tokenizer_facts`` could have given."""
+    """Raise ValueError or similar unless ``tokenizer_facts`` could have given these facts."""
     size = facts["size"]
     optional = [number for number in (facts["mask_id"], facts["eos_id"]) if number is not None]
     ids = [facts["pad_id"], *optional, *facts["special_ids"]]
@@ -168,13 +168,12 @@ def claim_addition(
     config: CorpusConfig,
     grown: Callable[[], tuple[int, int]],
 ) -> Addition:
-    """The addition that ``config`` belongs to: the last one, or a new one that extends it.
+    """Return the addition that ``config`` belongs to: the last one, or a new one that extends it.
 
-    A new one is returned undescribed; ``describe_addition`` records it. ``grown()`` gives the
-    shards and sequences there are, to begin a new one after; CacheMismatchError if it cannot begin
-    there.
-    Raises CacheMismatchError when the cache holds a corpus of another configuration or when the
-    source was changed since.
+    A new one is returned without a record; ``describe_addition`` writes it. ``grown()`` returns the
+    existing shards and sequences, after which a new one begins; CacheMismatchError if it cannot.
+    Raises CacheMismatchError if the cache holds a corpus of another configuration or the source was
+    changed.
     """
     additions, tokenizer = read_additions(store)
     if not additions:
@@ -182,13 +181,13 @@ def claim_addition(
         check_generated(begun.generated, info["tokenizer"]["digest"])
         return begun
     last = additions[-1]
-    assert tokenizer is not None  # it stands in the first description
+    assert tokenizer is not None  # it is in the first description
     if tokenizer != info["tokenizer"]:
         check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
     new = as_begun(info["config"], last.config)
     if new != info["config"]:
-        log.info("corpus: it was begun without end-of-text tokens, and goes on so")
+        log.info("corpus: it was begun without end-of-text tokens, and continues so")
     present = _present_or_none(config.entries, last)
     unknown = sorted(last.sources.keys() - {*last.order})
     order = (*last.order, *unknown)
@@ -205,13 +204,14 @@ def claim_addition(
         raise _made_differently(store, "; ".join(shown))
     if unknown:
         raise CacheMismatchError(
-            f"{store.location} does not say in which order its {len(order)} source files were read "
-            f"(it is of an older version; where {unknown[0]} stood in {last.config['source']} "
-            "cannot be known), so nothing can come after them. Use another cache.path"
+            f"{store.location} does not record the order in which its {len(order)} source files "
+            f"were read (an older version made it; where {unknown[0]} was in "
+            f"{last.config['source']} cannot be known), so nothing can be added. Use another "
+            "cache.path"
         )
     shards, sequences = grown()
     if present is None:
-        present = look_at(config.entries)  # which says what is not there
+        present = look_at(config.entries)  # it reports what is missing
     sources, order = states_of(present), tuple(origin.place for origin in last.origins)
     begun = Addition(last.number + 1, new, sources, order, shards, sequences)
     begun = _described(begun, present, last.origins)
@@ -226,7 +226,7 @@ def begun_addition(
     first_shard: int = 0,
     first_sequence: int = 0,
 ) -> Addition:
-    """A corpus, or a part of one, that is made of what is ``present``."""
+    """Return a corpus, or a part of one, made from what is ``present``."""
     origins = tuple(one.origin for one in present)
     order = tuple(origin.place for origin in origins)
     begun = Addition(number, config, states_of(present), order, first_shard, first_sequence)
@@ -236,13 +236,13 @@ def begun_addition(
 def _described(
     begun: Addition, present: Sequence[Present], origins: tuple[Origin, ...]
 ) -> Addition:
-    """With what is known of what is present."""
+    """Return it with what is known of the present origins."""
     known = {"contents": contents_of(present), "generated": generated_in(origins)}
     return replace(begun, origins=origins, **known)  # type: ignore[arg-type]
 
 
 def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
-    """Record an addition, if it is not recorded yet; the one before it is at its end then."""
+    """Record an addition, if it is not recorded yet; this ends the one before it."""
     body: dict[str, object] = {"config": addition.config, "sources": addition.sources}
     body["order"] = list(addition.order)
     if addition.contents:
@@ -277,16 +277,16 @@ def complete_addition(
 def counted_before_end(
     left_out: LeftOut, committed: Commits, ends_at: int | None
 ) -> tuple[dict[str, int], Found]:
-    """How many records were left out before the corpus's end: bad ones, by kind, and those that
-    hold a text of a test.
+    """Return how many records were left out before the corpus's end: bad ones, by kind, and those
+    that hold a text of a test.
     """
     last = last_document(committed, ends_at)
     return left_out.counts(last), left_out.held(last)
 
 
 def last_document(commits: Commits, ends_at: int | None) -> int | None:
-    """The index of the last document of a corpus of so many sequences, ahead of whose end text is
-    read; None where its end is the source's, -1 where it ends before the first.
+    """Return the index of the last document of a corpus with that many sequences (text is read
+    beyond its end); None if it ends with the source, -1 if before the first document.
     """
     if ends_at is None or commits.rows.sum() < ends_at:
         return None
@@ -302,13 +302,13 @@ def _longer(old: PackingFacts, new: PackingFacts) -> bool:
 
 
 def is_begun(store: Store) -> bool:
-    """Whether there is a corpus in ``store``, whole or not."""
+    """Return whether there is a corpus in ``store``, complete or not."""
     return bool(read_additions(store)[0])
 
 
 def is_same_source(store: Store, source: Sequence[str | Entry]) -> bool:
-    """Whether ``source`` is what the corpus in ``store`` was read from, and no more, however it is
-    written.
+    """Return whether ``source`` is exactly what the corpus in ``store`` was read from, however it
+    is written.
     """
     additions = read_additions(store)[0]
     if not additions:
@@ -324,7 +324,7 @@ def is_same_source(store: Store, source: Sequence[str | Entry]) -> bool:
 
 
 def _present_or_none(source: Sequence[str | Entry], last: Addition) -> list[Present] | None:
-    """What the source stands for; None where it is gone from its place, and no more needed."""
+    """Return what the source stands for; None if it is missing and no longer needed."""
     try:
         return look_at(source)
     except InputError as error:
@@ -333,38 +333,38 @@ def _present_or_none(source: Sequence[str | Entry], last: Addition) -> list[Pres
             raise
         if not same_place([Entry.of(one).place for one in source], recorded):
             raise InputError(
-                f"{error}. Or, as the corpus in the cache is complete, corpus.source as it was: "
-                f"[{', '.join(recorded)}], whether that is there or not"
+                f"{error}. Or, because the corpus in the cache is complete, give corpus.source as "
+                f"it was: [{', '.join(recorded)}], whether or not that exists"
             ) from None
-        log.info("the corpus source is no longer there; going on with the corpus in the cache")
+        log.info("the corpus source no longer exists; continuing with the corpus in the cache")
         return None
 
 
 def _made_differently(store: Store, difference: str) -> CacheMismatchError:
     return CacheMismatchError(
-        f"{store.location} holds a corpus made differently ({difference}). "
-        "Use another cache.path for this corpus, or the configuration the cache was made with"
+        f"{store.location} holds a corpus that was made differently ({difference}). Use another "
+        "cache.path for this corpus, or the configuration the cache was made with"
     )
 
 
 def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
-    """What is raised for a source without a sequence."""
+    """Return the error for a source without a sequence."""
     usual = "give a source with at least one non-blank document, or the model's own tokenizer"
     if config.contents != {"text"}:
         usual += (
-            ". Of dialogues and rows of tokens those count of which some token is trained: what "
-            "the role 'assistant' (none called 'gpt' or 'model') says within sequence_length, "
-            "labels other than -100, a loss_mask of 1"
+            ". Dialogues and rows of tokens count only if some token is trained: what the role "
+            "'assistant' (not 'gpt' or 'model') says within sequence_length, labels other than "
+            "-100, a loss_mask of 1"
         )
     advice = left_out.advice(usual)
     return InputError(
         f"the corpus is empty: no text in {', '.join(config.places)} (field "
-        f"{config.text_field!r}) of which the tokenizer {config.tokenizer} makes a token; {advice}"
-        f"{f'; {told}' if (told := left_out.told()) else ''}"
+        f"{config.text_field!r}) gives the tokenizer {config.tokenizer} a token; "
+        f"{advice}{f'; {told}' if (told := left_out.told()) else ''}"
     )
 
 
-# What is meant where nothing is said.
+# Defaults of keys that are not recorded.
 UNSTATED: dict[str, object] = {
     "special_tokens": "text",
     "without": "nothing",
@@ -374,7 +374,7 @@ UNSTATED: dict[str, object] = {
 
 
 def told_of(config: PackingFacts, key: str) -> str:
-    """What it says of a key, in a message."""
+    """Return its value of a key, for a message."""
     if key == "without" and (without := config.get("without")):
         names = ", ".join(map(os.path.basename, without["files"]))
         how = f"{without['digest'][:8]}, found by rule {without['rule']}"
@@ -384,7 +384,7 @@ def told_of(config: PackingFacts, key: str) -> str:
 
 
 def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
-    """What a shard of the corpus says of itself."""
+    """Return a corpus shard's metadata."""
     about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
     about |= {"tokenizer": tokenizer}
     return about | ({"stage": addition.number} if addition.number else {})

@@ -1,5 +1,5 @@
-"""The columns of a corpus's shards, one row per packed sequence, and what a shard's record says of
-it; how they are stored is not said here.
+"""The columns of a corpus's shards, one row per packed sequence, and the facts in a shard's record.
+How they are stored is not defined here.
 """
 
 from collections import Counter
@@ -20,11 +20,12 @@ Places = NDArray[np.int64]
 
 TYPES = "token_types"
 TRAINED = "trained"
+GROUP = "group"
 STARTS = "document_starts"
-DOCUMENTS = "document_numbers"  # of each token; found, not stored
-CUT = ("cut_pairs", "cut_tokens")  # facts of a shard's record, in a corpus of pairs
-# The same of a corpus that has something else than texts: how many of its tokens are trained, how
-# many sequences were left out that had none; dialogues that were cut, and tokens that they lost.
+DOCUMENTS = "document_numbers"  # of each token; computed, not stored
+CUT = ("cut_pairs", "cut_tokens")  # facts in a shard's record, in a corpus of pairs
+# The same for a corpus with other content than texts: how many tokens are trained, how many
+# sequences were left out that had none; dialogues that were cut, and the tokens they lost.
 LEARNT = ("trained_tokens", "untrained_sequences", "cut_dialogues", "cut_tokens")
 COLUMNS: dict[str, pa.DataType] = {
     "digest": pa.string(),
@@ -43,17 +44,25 @@ PAIR_COLUMNS = COLUMNS | {TYPES: list_type(pa.uint8())}
 
 
 def fields_of(config: PackingFacts) -> list[pa.Field]:
-    """The columns of a corpus that is made so, as a schema has them: of pairs the segments are
-    kept, too; and what is trained, where that is not all.
+    """Return the columns of such a corpus as a schema has them: also the segments of pairs; what is
+    trained, if not everything; and the groups, if there are any.
     """
     columns = PAIR_COLUMNS if "pair_field" in config else COLUMNS
     if config.get("trained"):
         columns = columns | {TRAINED: list_type(pa.bool_())}
+    if "group_field" in config:
+        columns = columns | {GROUP: pa.string()}
     return [pa.field(name, dtype) for name, dtype in columns.items()]
 
 
+def required_of(config: PackingFacts) -> list[str]:
+    """Return those that, besides the lists, a sequence never lacks."""
+    always = ["digest", "document", "span_start", "span_end", "text", "bucket"]
+    return [*always, GROUP] if "group_field" in config else always
+
+
 def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
-    """The columns of some sequences."""
+    """Return the columns of some sequences."""
     tokens, pieces = offsets_of(rows.lengths), offsets_of(rows.pieces)
     columns = {
         "digest": pa.array(rows.digests, pa.string()),
@@ -72,18 +81,20 @@ def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
         columns[TYPES] = list_array(tokens, rows.token_types.astype(np.uint8))
     if rows.trained is not None:
         columns[TRAINED] = list_array(tokens, rows.trained)
+    if GROUP in schema.names:
+        columns[GROUP] = pa.array(rows.groups, pa.string())
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
 def record_batches(rows: Rows, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """All record batches of a shard of those sequences."""
+    """Yield all record batches of a shard with those sequences."""
     for first, last in rows_in_batches(len(rows)):
         yield record_batch(rows.part(first, last), schema)
 
 
 def learnt_content(batch: pa.RecordBatch) -> list[NDArray[np.bool_]]:
-    """Which tokens [S] of each row of a corpus's record batch are trained and no special ones: what
-    may be masked.
+    """Return which tokens [S] of each row of a corpus's record batch are trained and not special:
+    those that may be masked.
     """
     offsets, starts = list_views(batch["char_starts"], "char_starts")
     found = starts >= 0
@@ -93,8 +104,8 @@ def learnt_content(batch: pa.RecordBatch) -> list[NDArray[np.bool_]]:
 
 
 def facts_of(rows: Rows, named: int) -> dict[str, object]:
-    """What a shard's record says of it: how many tokens, sequences of each domain, documents with
-    names of special tokens, pairs that were cut and tokens that they lost; where the next begins.
+    """Return the facts for a shard's record: its tokens, sequences of each domain, documents with
+    names of special tokens, cut pairs and the tokens they lost; where the next shard begins.
     """
     domains = Counter(domain for domain in rows.domains if domain is not None)
     facts: dict[str, object] = {"tokens": len(rows.input_ids), "next": rows.ends[-1].tolist()}
@@ -112,7 +123,7 @@ def facts_of(rows: Rows, named: int) -> dict[str, object]:
 def word_characters(
     text: str, starts: NDArray[np.int32], words: NDArray[np.bool_]
 ) -> tuple[Places, Places]:
-    """Return the positions that begin a word, and the first character of each that is no white
+    """Return the positions that begin a word, and the first character of each that is not white
     space. ``starts`` and ``words`` [S] are the sequence's ``char_starts`` and ``word_starts``.
 
     Byte-level tokens start at the space before their word, where another tokenizer's token ends.
@@ -123,7 +134,8 @@ def word_characters(
     places = np.flatnonzero(words & (starts >= 0))
     characters = solid[starts[places]]
     following = np.append(starts[places], len(text))[1:]
-    inside = characters < np.maximum(following, starts[places] + 1)  # else it is all white space
+    # otherwise it is all white space
+    inside = characters < np.maximum(following, starts[places] + 1)
     return places[inside], characters[inside]
 
 
@@ -131,10 +143,10 @@ def word_characters(
 
 
 def document_numbers(batch: pa.RecordBatch) -> NDArray[np.int32]:
-    """Which document of its row each token of a record batch is of [L], from 0 in each row. What
-    stands before the first is its own.
+    """Return the number of the document in its row that each token of a record batch belongs to
+    [L], from 0 in each row. What stands before the first document's start is its own.
 
-    CacheFormatError where documents do not begin one after another within their row.
+    Raises CacheFormatError if documents do not begin one after another within their row.
     """
     offsets = list_views(batch["input_ids"], "input_ids")[0].astype(np.int64)
     lists, starts = list_views(batch[STARTS], STARTS)
@@ -156,8 +168,8 @@ def document_numbers(batch: pa.RecordBatch) -> NDArray[np.int32]:
 
 
 def next_token_places(batch: pa.RecordBatch, packed: bool) -> list[Places]:
-    """The positions of each row of a record batch that predict a token which is trained, the next
-    one, of the same document where rows are ``packed`` of several.
+    """Return the positions of each row of a record batch whose next token, in the same document if
+    rows are ``packed``, is trained.
     """
     offsets, _ = list_views(batch["input_ids"], "input_ids")
     learnt = np.ones(offsets[-1] - offsets[0], np.bool_)

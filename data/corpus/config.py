@@ -20,18 +20,16 @@ from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
 from rekindle.data.source.without import USUAL, read_held
-from rekindle.data.storage.seal import FORMAT_VERSION, WITH_PACKED, WITH_TRAINED
+from rekindle.data.storage.seal import FORMAT_VERSION, WITH_GROUPS, WITH_PACKED, WITH_TRAINED
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
-LEAST, MOST = 64, 4096  # sequences in a shard, where the configuration does not say
-SHARDS = 16  # of a corpus that is neither very small nor large, at least
 
 
 class SourceEntry(Settings):
-    """A part of the source that is of a format of its own."""
+    """A part of the source with its own format."""
 
     path: Place = Field(description="files, a glob or a datasets id, as in source")
-    format: Content = Field(description="what its records are, as in corpus.format")
+    format: Content = Field(description="the kind of its records, as in corpus.format")
 
 
 class CorpusConfig(Settings):
@@ -41,29 +39,33 @@ class CorpusConfig(Settings):
         min_length=1,
         json_schema_extra=one_or_many,
         description="files or globs (txt, jsonl, csv, tsv, parquet, arrow), here or in a store "
-        "(s3://…), a datasets id, or python-docs; {path, format}: one of a format of its own",
+        "(s3://…), a datasets id, or python-docs; {path, format}: one with its own "
+        "format",
     )
     format: Content = Field(
         "text",
-        description="what a record is: text; chat, a dialogue (messages, and tools if there are "
-        "any) of which what the assistant says is trained; tokens (input_ids, and labels or "
+        description="what a record is: text; chat, a dialogue (messages, and tools if any) in "
+        "which the assistant's part is trained; tokens (input_ids, and labels or "
         "loss_mask)",
     )
     chat_template: Place | None = Field(
         None,
-        description="a file with the chat template (Jinja), instead of the tokenizer's own",
+        description="a file with the chat template (Jinja), used instead of the tokenizer's own",
     )
     text_field: str = Field(
         "text",
-        description="the field (column) of a record that holds its text; inside a field: meta.text",
+        description="the field (column) with a record's text; inside another field: meta.text",
     )
     pair_field: str | None = Field(
         None,
         description="the field of a second text: each record is a pair of texts, and a sequence "
-        "holds both, as the tokenizer joins pairs; experts of sequences read them as pairs",
+        "holds both, as the tokenizer joins pairs; sequence experts read them as pairs",
     )
     domain_field: str | None = Field(
-        None, description="the field that names a record's domain: text or a number"
+        None, description="the field with a record's domain: text or a number"
+    )
+    group_field: str | None = Field(
+        None, description="the field with a record's group, such as its query's id"
     )
     tokenizer: Place = Field(description="the student's tokenizer: a directory or a hub id")
     sequence_length: int = Field(
@@ -74,34 +76,34 @@ class CorpusConfig(Settings):
     )
     packing: PackingName = Field(
         "document",
-        description="document never crosses a document; contiguous fills every sequence; packed: "
-        "several documents in one, attention within each",
+        description="document: no sequence crosses a document; contiguous: every sequence is "
+        "filled; packed: several documents in one, with attention within each",
     )
     attention: Literal["row", "document"] | None = Field(
-        None, description="of packing: contiguous, what a token sees: its row, if not given"
+        None, description="for packing: contiguous, what a token sees; default: its row"
     )
     special_tokens: Literal["text", "token"] = Field(
         "text",
-        description="names of special tokens within a text (</s>, <|im_end|>): text is text like "
-        "any other; token reads each as the token itself",
+        description="names of special tokens within a text (</s>, <|im_end|>): text reads them "
+        "like any other text; token reads each as the token itself",
     )
     on_bad_record: Free[Literal["error", "skip"]] = Field(
         "error",
-        description="a record that is no text (no JSON, no UTF-8, no text field, …): an error, or "
-        "it is left out and counted",
+        description="a record without a valid text (not JSON, not UTF-8, no text field, …): "
+        "error stops; skip leaves it out and counts it",
     )
     limit_sequences: int | None = Field(None, gt=0, description="stop after this many sequences")
     without: tuple[Place, ...] = Field(
         (),
         json_schema_extra=one_or_many,
-        description="files with texts of tests: records that hold one of them, as it stands or "
+        description="files with texts of tests: records that hold one of them, exactly or "
         "nearly, are left out and counted",
     )
     without_fields: tuple[str, ...] = Field(
         (),
         json_schema_extra=one_or_many,
-        description="the fields of those files that hold their texts; empty: those called as the "
-        f"corpus's own, and {', '.join(USUAL)}",
+        description="the fields of those files that hold their texts; default: those named like "
+        f"the corpus's own, and {', '.join(USUAL)}",
     )
 
     @field_validator("source", "without", "without_fields", mode="before")
@@ -111,7 +113,7 @@ class CorpusConfig(Settings):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What ``source`` names, and what its records hold."""
+        """Return what ``source`` names, with the kind of its records."""
         return tuple(
             Entry(one.path, one.format) if isinstance(one, SourceEntry) else Entry(one, self.format)
             for one in self.source
@@ -119,12 +121,12 @@ class CorpusConfig(Settings):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """What ``source`` names."""
+        """Return what ``source`` names."""
         return tuple(entry.place for entry in self.entries)
 
     @property
     def contents(self) -> frozenset[str]:
-        """What the records of its source hold."""
+        """Return the kinds of content of its source."""
         return frozenset(entry.content for entry in self.entries)
 
     @model_validator(mode="after")
@@ -132,17 +134,17 @@ class CorpusConfig(Settings):
         other = sorted(self.contents - {"text"})
         if other and self.pair_field is not None:
             raise ValueError(
-                f"pair_field is for records of two texts, and the source has some of the format "
-                f"{other[0]}; make a corpus of its own of the pairs"
+                "pair_field is for records of two texts, but the source has some of the format "
+                f"{other[0]}; make a separate corpus of the pairs"
             )
         if "tokens" in other and self.without:
             raise ValueError(
-                "without looks for texts, and rows of the format tokens have none; leave out what "
-                "holds a test where the tokens are made"
+                "without looks for texts, but rows of the format tokens have none; leave out "
+                "what holds a test when making the tokens"
             )
         if self.chat_template is not None and "chat" not in other:
             raise ValueError(
-                "chat_template is for dialogues, and no part of the source is one; set format: chat"
+                "chat_template is for dialogues, but no part of the source is one; set format: chat"
             )
         return self
 
@@ -151,14 +153,23 @@ class CorpusConfig(Settings):
         if self.attention is not None and self.packing != "contiguous":
             raise ValueError(
                 f"attention is for packing: contiguous; with packing: {self.packing} a token sees "
-                "its document. Leave attention out"
+                "only its document. Leave attention out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_group_a_sequence(self) -> "CorpusConfig":
+        if self.group_field is not None and self.packing != "document":
+            raise ValueError(
+                f"packing {self.packing} joins records, but with group_field a sequence belongs "
+                "to one group; leave packing out"
             )
         return self
 
     @model_validator(mode="after")
     def _fields_of_files(self) -> "CorpusConfig":
         if self.without_fields and not self.without:
-            raise ValueError("without_fields are those of the files in without, which names none")
+            raise ValueError("without_fields are fields of the files in without, which names none")
         return self
 
     @model_validator(mode="after")
@@ -167,8 +178,8 @@ class CorpusConfig(Settings):
             return self
         if self.packing != "document":
             raise ValueError(
-                f"packing {self.packing} joins records, and with pair_field each is a sequence of "
-                "its own; leave packing out"
+                f"packing {self.packing} joins records, but with pair_field each one is a "
+                "sequence of its own; leave packing out"
             )
         if self.pair_field == self.text_field:
             raise ValueError(
@@ -178,7 +189,7 @@ class CorpusConfig(Settings):
         return self
 
     def held_texts(self) -> HeldTexts | None:
-        """Read the texts that no record may hold; None where there are none.
+        """Read the texts that no record may hold; None if there are none.
 
         Raises InputError as ``read_held`` does.
         """
@@ -189,8 +200,8 @@ class CorpusConfig(Settings):
 
 
 class WithoutFacts(TypedDict):
-    """Which texts no record of a corpus holds: how they were looked for, their identity, how many
-    there are, and the files as they were called.
+    """The texts that no record of a corpus holds: how they were looked for, their identity, how
+    many there are, and the names of their files.
     """
 
     rule: int
@@ -200,16 +211,15 @@ class WithoutFacts(TypedDict):
 
 
 class PackingFacts(TypedDict):
-    """All that decides the sequences but the tokenizer, as a cache records it.
+    """What decides the sequences, except the tokenizer, as a cache records it.
 
-    Not ``on_bad_record``: the good records are the same, and how many were left out is recorded
-    with the corpus's end. Left out where they are as they always were, so that corpora of other
-    versions are the same: end_of_text, where the end-of-text token comes after each document of a
-    tokenizer that begins a text and does not end it; special_tokens, where they are read as such;
-    without, where records are left out that hold a text of a test; pair_field, where they are
-    pairs; trained, where each token is trained or is not; chat_template, the digest of that of
-    dialogues; contents, what each part of the source holds, where some is no text; attention,
-    where a token of a contiguous row sees its document alone.
+    Not ``on_bad_record``: the good records are the same, and the number left out is recorded with
+    the corpus's end. Keys with their original value are left out, so that corpora of other versions
+    compare equal: end_of_text, if the end-of-text token comes after each document for a tokenizer
+    that begins a text and does not end it; special_tokens, if they are read as such; without, if
+    records that hold a test's text are left out; pair_field, for pairs; group_field, for groups;
+    trained, if tokens are marked as trained or not; chat_template, its digest, for dialogues;
+    contents, each part's kind, if not all text; attention, if contiguous rows see one document.
     """
 
     source: list[str]
@@ -223,23 +233,24 @@ class PackingFacts(TypedDict):
     special_tokens: NotRequired[Literal["text", "token"]]
     without: NotRequired[WithoutFacts]
     pair_field: NotRequired[str]
+    group_field: NotRequired[str]
     trained: NotRequired[bool]
     chat_template: NotRequired[str]
     contents: NotRequired[list[str]]
     attention: NotRequired[Literal["document"]]
 
 
-# As they are given.
+# Not recorded in the form they are given.
 _NOT_RECORDED = {
     "source", "tokenizer", "on_bad_record", "without", "without_fields", "format", "chat_template"
 }  # fmt: skip
 
 
 class TokenizerFacts(TypedDict):
-    """What a cache records of the tokenizer beside its files.
+    """What a cache records of the tokenizer besides its files.
 
-    size: one past the largest id (before format 3: the number of tokens, so that ids above it were
-    unknown). holes: [first, past the last] of each gap in the ids; left out where there is none.
+    size: one past the largest id (before format 3: the number of tokens, so ids above it were
+    unknown). holes: [first, past the last] of each gap in the ids; left out if there is none.
     """
 
     digest: str
@@ -252,36 +263,24 @@ class TokenizerFacts(TypedDict):
 
 
 class CorpusInfo(TypedDict):
-    """What a corpus is made of: everything that decides its bytes, nothing that does not."""
+    """What a corpus is made of: everything that decides its bytes, and nothing else."""
 
     config: PackingFacts
     tokenizer: TokenizerFacts
 
 
 def within_documents(config: PackingFacts) -> bool:
-    """Whether a row may hold several documents, and a token sees its own alone."""
+    """Return whether a row may hold several documents, with a token seeing only its own."""
     return config["packing"] == "packed" or config.get("attention") == "document"
 
 
 def version_of(config: PackingFacts) -> int:
-    """The least format version of a cache with a corpus that is made so."""
+    """Return the least format version of a cache with such a corpus."""
+    if "group_field" in config:
+        return WITH_GROUPS
     if within_documents(config):
         return WITH_PACKED
     return WITH_TRAINED if "trained" in config else FORMAT_VERSION
-
-
-def usual_shard_size(sequences: int | None) -> int:
-    """Return how many sequences a shard of a new corpus of about so many has; MOST where that is
-    not known.
-
-    A shard is the unit of work, and of what a kill loses: a small corpus has small ones.
-    """
-    if sequences is None:
-        return MOST
-    size = LEAST
-    while size < MOST and 2 * size * SHARDS <= sequences:
-        size *= 2
-    return size
 
 
 def describe_corpus(
@@ -299,8 +298,9 @@ def describe_corpus(
         values["chat_template"] = chat_template(config, tokenizer).digest
     if config.special_tokens == "text":
         del values["special_tokens"]
-    if config.pair_field is None:
-        del values["pair_field"]
+    for name in ("pair_field", "group_field"):
+        if values[name] is None:
+            del values[name]
     if config.attention != "document":
         del values["attention"]
     if config.packing != "contiguous" and config.pair_field is None and lacks_end(tokenizer):
@@ -315,12 +315,12 @@ def describe_corpus(
 
 
 def chat_template(config: CorpusConfig, tokenizer: Tokenizer) -> Template:
-    """The chat template of the configuration's dialogues. Raises InputError where there is none."""
+    """Return the chat template for the configured dialogues. Raise InputError if there is none."""
     return find_template(tokenizer.hf, config.tokenizer, config.chat_template)
 
 
 def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
-    """What makes documents of the configuration's records that are no texts."""
+    """Return the readers of the configuration's records that are not texts."""
     forms: dict[str, Form] = {}
     if WRITTEN in config.contents:
         forms[WRITTEN] = WrittenDialogues()
@@ -334,7 +334,7 @@ def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
 
 
 def given_encoder(tokenizer: Tokenizer, forms: Mapping[str, Form]) -> GivenEncoder:
-    """What makes tokens of records that are no texts, but of these ``forms``."""
+    """Return the tokenizer of records that are not texts, for these ``forms``."""
     dialogues = not forms.keys().isdisjoint(("chat", WRITTEN))
     special = np.zeros(tokenizer.size, np.bool_)
     special[[*tokenizer.special_ids - {tokenizer.hf.unk_token_id}]] = True
@@ -342,14 +342,14 @@ def given_encoder(tokenizer: Tokenizer, forms: Mapping[str, Form]) -> GivenEncod
 
 
 def recorded_entries(config: PackingFacts) -> list[Entry]:
-    """What a corpus was read from, as its cache has it."""
+    """Return what a corpus was read from, as its cache records it."""
     contents = config.get("contents") or ["text"] * len(config["source"])
     return [*map(Entry, config["source"], contents)]
 
 
 def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
-    """``new`` by the rules of packing that a corpus was ``begun`` with: later ones are for new
-    corpora.
+    """Return ``new`` with the packing rules that a corpus was ``begun`` with: later rules are for
+    new corpora.
     """
     if "end_of_text" in begun:
         return new
@@ -357,8 +357,8 @@ def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
 
 
 def differing_keys(one: PackingFacts, other: PackingFacts) -> list[str]:
-    """The keys of what decides the sequences that differ. Where files are decides nothing: they
-    are known by their content.
+    """Return the differing keys among those that decide the sequences. The location of files
+    decides nothing: they are identified by content.
     """
     facts: list[dict[str, object]] = []
     for config in (one, other):
@@ -381,19 +381,19 @@ def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
 
 
 def hole_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
-    """The ids below ``size`` that are no tokens, ascending."""
+    """Return the ids below ``size`` that are not tokens, ascending."""
     gaps = [np.arange(first, past, dtype=np.int32) for first, past in facts.get("holes", [])]
     return np.concatenate([np.zeros(0, np.int32), *gaps])
 
 
 def content_ids(facts: TokenizerFacts) -> NDArray[np.int32]:
-    """The ids of all tokens that are not special, ascending: what random tokens are drawn from."""
+    """Return the ids of all tokens that are not special, ascending; random tokens are these."""
     ids = np.setdiff1d(np.arange(facts["size"]), facts["special_ids"]).astype(np.int32)
     return np.setdiff1d(ids, hole_ids(facts)) if "holes" in facts else ids
 
 
 def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
-    """Whether all of ``ids`` are ids of tokens."""
+    """Return whether all of ``ids`` are ids of tokens."""
     if not len(ids):
         return True
     inside = bool(ids.min() >= 0 and ids.max() < facts["size"])

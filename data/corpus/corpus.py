@@ -1,8 +1,8 @@
 """The corpus of a cache: text read once, tokenised for the student, packed into sequences.
 
-Stored as shards under ``corpus/`` with the tokenizer beside them. One row per packed sequence; a
-row's digest is a hash of its content and is what masks and targets are keyed by. Knows nothing of
-teachers and views.
+Stored as shards under ``corpus/`` with the tokenizer beside them, one row per packed sequence. A
+row's digest is a hash of its content; masks and targets are keyed by it. Teachers and views are
+unknown here.
 """
 
 import hashlib
@@ -34,6 +34,7 @@ from rekindle.data.corpus.columns import (
     facts_of,
     fields_of,
     record_batches,
+    required_of,
 )
 from rekindle.data.corpus.config import (
     CorpusConfig,
@@ -67,12 +68,7 @@ from rekindle.data.storage.commits import Commits, ShardCommits
 from rekindle.data.storage.cuts import Flat, Place, RowReader
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR
-from rekindle.data.storage.shards import (
-    ROWS_PER_BATCH,
-    Shard,
-    ShardSet,
-    describe,
-)
+from rekindle.data.storage.shards import ROWS_PER_BATCH, Shard, ShardSet, describe
 from rekindle.data.storage.units import unit_of
 
 
@@ -91,7 +87,7 @@ class Corpus(RowReader):
                 f"{store.location} holds no corpus ({info_name(0)} is missing): it is not a "
                 "Rekindle cache, or `pipeline cache-teachers` was never started on it"
             )
-        assert tokenizer is not None  # it stands in the first description
+        assert tokenizer is not None  # it is in the first description
         self.info: CorpusInfo = {"config": self.additions[-1].config, "tokenizer": tokenizer}
         self.units = self.shards.committed()
         self.commits = ShardCommits(self.units)
@@ -99,7 +95,7 @@ class Corpus(RowReader):
         if missing < max(len(self.units), self.additions[-1].shards or 0):
             raise CacheFormatError(
                 f"{store.location}/corpus lacks shard {missing}; run `pipeline cache-teachers` to "
-                "have it made again"
+                "make it again"
             )
         self._firsts = np.concatenate([[0], np.cumsum(self.units.rows)])
         self._open: dict[int, Shard] = {}
@@ -109,22 +105,22 @@ class Corpus(RowReader):
 
     @property
     def complete(self) -> bool:
-        """Whether the source was read to its end (or to ``limit_sequences``)."""
+        """Return whether the source was read to its end (or to ``limit_sequences``)."""
         return self.additions[-1].shards is not None
 
     @property
     def tokens(self) -> int:
-        """Tokens in all sequences, special tokens included."""
+        """Return the tokens in all sequences, special tokens included."""
         return int(self.units.counts("tokens").sum())
 
     @property
     def trained_tokens(self) -> int:
-        """Those of them that are trained."""
+        """Return how many of them are trained."""
         return int(self.units.counts(LEARNT[0]).sum()) if self.has_trained else self.tokens
 
     @property
     def documents(self) -> int:
-        """Texts of the source that its sequences are of, blank ones among them."""
+        """Return the texts of the source that its sequences come from, blank ones included."""
         if not self.commits:
             return 0
         reached = Position(*self.commits[-1].facts["next"])
@@ -132,7 +128,7 @@ class Corpus(RowReader):
 
     @cached_property
     def domains(self) -> dict[str, int]:
-        """Sequences per domain."""
+        """Return the number of sequences per domain."""
         found: Counter[str] = Counter()
         for shard, counts in enumerate(self.units.named("domains")):
             if counts is None or {type(n) for n in counts.values()} - {int}:
@@ -145,27 +141,27 @@ class Corpus(RowReader):
 
     @property
     def bad_records(self) -> dict[str, int]:
-        """How many records of the source were left out as bad, by kind."""
+        """Return how many records of the source were left out as bad, by kind."""
         return dict(next((one.bad_records for one in self.additions[::-1] if one.bad_records), {}))
 
     @property
     def held(self) -> Found:
-        """How many records of the source were left out because they hold a text of a test."""
+        """Return how many records were left out because they hold a text of a test."""
         return next((one.held for one in self.additions[::-1] if sum(one.held)), Found())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the content: over every shard's sha256."""
+        """Return the identity of the content: over every shard's sha256."""
         return self.fingerprint_of(len(self.commits))
 
     def fingerprint_of(self, shards: int) -> str:
-        """Identity of the first shards alone: what a corpus that has grown since was."""
+        """Return the identity of the first shards only: of the corpus before it grew."""
         return self.units.fingerprint(shards)
 
     @property
     def fingerprints_before(self) -> Iterator[str]:
-        """Identities of the first shards alone, one more at a time: all that the corpus can have
-        been.
+        """Yield the identities of the first shards, one shard more at a time: all earlier states of
+        the corpus.
         """
         state = hashlib.sha256()
         for digest in self.units.sha256s[:-1]:
@@ -173,7 +169,7 @@ class Corpus(RowReader):
             yield state.copy().hexdigest()
 
     def shard(self, index: int) -> Shard:
-        """Corpus shard ``index``, memory-mapped."""
+        """Return corpus shard ``index``, memory-mapped."""
         if index not in self._open:
             addition = [s for s in self.additions if s.first_shard <= index][-1]
             about = about_shard(index, addition, self.info["tokenizer"])
@@ -182,24 +178,23 @@ class Corpus(RowReader):
         return self._open[index]
 
     def _check_batch(self, index: int, batch: pa.RecordBatch) -> None:
-        """CacheFormatError for what no writer of ours would have written."""
-        required = ("digest", "document", "span_start", "span_end", "text", "bucket")
+        """Raise CacheFormatError for what our own code would not have written."""
         names = ("input_ids", "char_starts", "word_starts", *self._more_lists)
         lists = {name: list_views(batch[name], name) for name in names}
         offsets, ids = lists["input_ids"]
         same = all(np.array_equal(offsets, there) for there, _ in lists.values())
-        ids = ids[offsets[0] : offsets[-1]]
-        inside = are_tokens(ids, self.info["tokenizer"])
+        inside = are_tokens(ids[offsets[0] : offsets[-1]], self.info["tokenizer"])
         if not inside:
             check_gaps(self.store, self.info["tokenizer"], tokenizer_facts(self.tokenizer))
-        if any(batch[name].null_count for name in required) or not same or not inside:
+        nulls = any(batch[name].null_count for name in required_of(self.info["config"]))
+        if nulls or not same or not inside:
             raise CacheFormatError(
                 f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
                 "columns of different lengths: it was not written by Rekindle"
             )
 
     def rows(self, shard: int, first: int, count: int) -> pa.RecordBatch:
-        """``count`` rows of a shard, fewer at its end; they must lie in one record batch."""
+        """Return ``count`` rows of a shard, fewer at its end; they must lie in one record batch."""
         index, local = divmod(first, ROWS_PER_BATCH)
         return self.shard(shard).batch(index).slice(local, count)
 
@@ -209,50 +204,55 @@ class Corpus(RowReader):
         return offsets, columns | ({DOCUMENTS: document_numbers(batch)} if self.is_packed else {})
 
     def text(self, name: str, place: Place) -> str | None:
-        """What the text column ``name`` has for a row."""
+        """Return the value of the text column ``name`` for a row."""
         index, local = divmod(place[1], ROWS_PER_BATCH)
         found: str | None = self.shard(place[0]).batch(index)[name][local].as_py()
         return found
 
     def lengths(self, shard: int, first: int, count: int) -> NDArray[np.int64]:
-        """Tokens of each of those rows."""
+        """Return the number of tokens of each of those rows."""
         tokens = self.rows(shard, first, count)["input_ids"]
         return np.diff(tokens.offsets.to_numpy()).astype(np.int64)
 
     def locate(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard number and row within it of global sequence numbers; IndexError outside."""
+        """Return shards and rows within them of global numbers; IndexError outside."""
         if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"sequence numbers lie in 0..{len(self) - 1}")
         shards = np.searchsorted(self._firsts, indices, side="right") - 1
         return shards, indices - self._firsts[shards]
 
     def shards_of(self, sequences: int) -> int | None:
-        """How many of the first shards have so many sequences, None where no number has."""
+        """Return how many of the first shards have that many sequences; None if no number does."""
         found = np.flatnonzero(self._firsts == sequences)
         return int(found[-1]) if len(found) else None
 
     def first(self, shard: int) -> int:
-        """The global number of a shard's first row."""
+        """Return the global number of a shard's first row."""
         return int(self._firsts[shard])
 
     @property
     def has_pairs(self) -> bool:
-        """Whether each of its sequences is a pair of texts."""
+        """Return whether each of its sequences is a pair of texts."""
         return "pair_field" in self.info["config"]
 
     @property
+    def has_groups(self) -> bool:
+        """Return whether each of its sequences belongs to a group."""
+        return "group_field" in self.info["config"]
+
+    @property
     def has_trained(self) -> bool:
-        """Whether it says of each token if it is trained; else all are."""
+        """Return whether it marks each token as trained or not; otherwise all are."""
         return bool(self.info["config"].get("trained"))
 
     @property
     def is_packed(self) -> bool:
-        """Whether its sequences hold several documents, with attention within each."""
+        """Return whether its sequences hold several documents, with attention within each."""
         return within_documents(self.info["config"])
 
     @property
     def full(self) -> float | None:
-        """The share of such rows that is no padding; None of other ones."""
+        """Return the share of such rows that is not padding; None for other rows."""
         places = len(self) * self.info["config"]["sequence_length"]
         return self.tokens / places if self.is_packed and places else None
 
@@ -261,14 +261,14 @@ class Corpus(RowReader):
         return [*[TYPES] * self.has_pairs, *[TRAINED] * self.has_trained]
 
     def pairs(self, batch: pa.RecordBatch) -> list[tuple[str, str]]:
-        """The two texts of each row of a record batch, whole, of a corpus of pairs."""
+        """Return the two texts of each row of a record batch, uncut, in a corpus of pairs."""
         ends, texts = batch["span_end"].to_pylist(), batch["text"].to_pylist()
         cuts = [(end, end + len(PIECE_SEPARATOR)) for end in ends]
         return [(text[:a], text[b:]) for text, (a, b) in zip(texts, cuts, strict=True)]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer stored in the cache, reading texts as the corpus was read."""
+        """Return the tokenizer stored in the cache, reading texts as the corpus was read."""
         found = read_tokenizer(self.store, self.info["tokenizer"])
         as_tokens = self.info["config"].get("special_tokens") == "token"
         return found.reading_special_tokens() if as_tokens else found
@@ -282,16 +282,16 @@ def build_corpus(
     tell: bool = True,
     in_order: InOrder = in_threads,
 ) -> Corpus:
-    """Make the corpus, or what is missing of it: after an interruption, a shard taken away, a
-    larger limit or appended source files.
+    """Make the corpus, or what is missing of it: after an interruption, a removed shard, a larger
+    limit or appended source files.
 
-    ``progress(sequences, tokens)`` is called with what each finished shard added; ``tell``: say the
-    first records that are left out; ``in_order`` makes the parts of the source, and no byte depends
-    on it. Raises InputError for a source without text, CacheMismatchError when the cache holds a
-    corpus of another configuration or when the source was changed since.
+    ``progress(sequences, tokens)`` is called with what each finished shard added; ``tell``: log the
+    first records that are left out; ``in_order`` makes the parts of the source; the bytes do not
+    depend on it. Raises InputError for a source without text, CacheMismatchError if the cache holds
+    a corpus of another configuration or the source was changed.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    if "chat" in config.contents:  # so that it is kept with the corpus
+    if "chat" in config.contents:  # to be stored with the corpus
         tokenizer.hf.chat_template = chat_template(config, tokenizer).source
     if config.special_tokens == "token":
         tokenizer = tokenizer.reading_special_tokens()
@@ -303,9 +303,9 @@ def build_corpus(
     raise_version(store, version_of(info["config"]))
     recorded = read_additions(store)[0]
     additions = [*recorded[: last.number], last]
-    if committed:  # what a repair took away
+    if committed:  # what a repair removed
         _describe(store, additions[: max(1, len(recorded))], tokenizer)
-    # A new addition not before it has text: a mistake in the source must not claim the cache.
+    # A new addition only once it has text: a mistake in the source must not claim the cache.
     claim = cache(partial(_describe, store, additions, tokenizer))
     for number, addition in enumerate(additions):
         count = max(committed.contiguous, addition.first_shard)
@@ -340,14 +340,14 @@ def build_corpus(
 
 
 def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer) -> None:
-    """Record what the corpus is, as far as it is not recorded, and the tokenizer beside it."""
+    """Record what the corpus is, as far as missing, and the tokenizer beside it."""
     for addition in additions:
         describe_addition(store, addition, tokenizer_facts(tokenizer))
     save_tokenizer(store, tokenizer)
 
 
 def _grown(store: Store, committed: Commits) -> tuple[int, int]:
-    """Shards and sequences after which a corpus may grow."""
+    """Return the shards and sequences after which a corpus may grow."""
     count = committed.contiguous
     if count < len(committed):
         raise CacheMismatchError(
@@ -367,15 +367,16 @@ def _shards_after(
     left_out: LeftOut,
     in_order: InOrder,
 ) -> Iterator[tuple[int, Rows, int]]:
-    """(shard number, its sequences, how many of the documents that begin in it hold names of
-    special tokens) from the first missing shard on.
+    """Yield (shard number, its sequences, how many documents that begin in it hold names of special
+    tokens) from the first missing shard on.
 
     ``ends_at``: how many sequences the corpus has at the addition's end.
     """
     shard = max(committed.contiguous, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    fields = Fields(config["text_field"], config["domain_field"], config.get("pair_field"), forms)
+    named = (config["text_field"], config["domain_field"], config.get("pair_field"))
+    fields = Fields(*named, forms, config.get("group_field"))
     length = config["sequence_length"]
     maker = Maker(
         Reader(fields, left_out.bad, left_out.texts),

@@ -1,5 +1,5 @@
-"""What a tokenizer makes of texts, as arrays: of a batch of texts at a time, since a corpus may be
-of very many short ones.
+"""A tokenizer's output as arrays, for a batch of texts at a time, because a corpus may have very
+many short ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
 _NOWHERE = np.iinfo(np.int32).max  # past the last character of any text
-_BETWEEN = "|"  # no white space
+_BETWEEN = "|"  # not white space
 
 
 class Encoded(NamedTuple):
     """One text's L tokens, without special tokens.
 
     ids [L] int32; starts, ends [L] int32: the characters text[start:end] that a token stands for,
-    as the tokenizer counts them (byte-level ones include the space before a word, and the tokens of
-    one emoji all span that emoji); neither ever decreases. word_starts [L] bool: the token begins
-    a new word.
+    as the tokenizer counts them (byte-level tokens include the space before a word, and all tokens
+    of one emoji span that emoji); neither ever decreases. word_starts [L] bool: the token begins a
+    new word.
     """
 
     ids: NDArray[np.int32]
@@ -34,41 +34,41 @@ class Encoded(NamedTuple):
 
     @staticmethod
     def joined(parts: "Sequence[Encoded]") -> "Encoded":
-        """Those of several, one after the other."""
+        """Return those of several, concatenated."""
         return Encoded(*map(np.concatenate, zip(*parts, strict=True)))
 
     def part(self, where: slice | NDArray[np.bool_]) -> "Encoded":
-        """Some of the tokens."""
+        """Return some of the tokens."""
         ids, starts, ends, words = self
         return Encoded(ids[where], starts[where], ends[where], words[where])
 
     def tokens_at(self, characters: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-        """The first token that stands for each of some characters of the text; -1 where none of the
-        first ``room`` tokens does.
+        """Return the first token that stands for each of some characters of the text; -1 if none of
+        the first ``room`` tokens does.
         """
         token = np.searchsorted(self.ends[:room], characters, side="right")
-        begins = np.append(self.starts[:room], _NOWHERE)  # none covers what was cut off
+        begins = np.append(self.starts[:room], _NOWHERE)  # no token covers what was cut off
         return np.where(begins[token] <= characters, token, -1)
 
 
 class EncodedTexts(NamedTuple):
-    """The tokens of some texts, one after the other, and how many each has."""
+    """The tokens of some texts, concatenated, and each one's number of tokens."""
 
     tokens: Encoded
     lengths: NDArray[np.int64]
 
     def each(self) -> list[Encoded]:
-        """The tokens of each text."""
+        """Return the tokens of each text."""
         ends = accumulate(self.lengths.tolist(), initial=0)
         return [self.tokens.part(where) for where in starmap(slice, pairwise(ends))]
 
 
 class EncodedPairs(NamedTuple):
-    """Some pairs of texts as the tokenizer joins them, with the special tokens.
+    """Some pairs of texts as the tokenizer joins them, with special tokens.
 
-    ids, types (segments) [all of their tokens] int32; lengths [pairs]: how many each has. of: 0 for
-    a token of the first text, 1 of the second, -1 for special tokens. texts: what is kept of their
-    texts, two of each; lost [pairs]: how many tokens are not.
+    ids, types (segments) [all of their tokens] int32; lengths [pairs]: tokens of each. of: 0 for a
+    token of the first text, 1 of the second, -1 for special tokens. texts: what is kept of their
+    texts, two per pair; lost [pairs]: how many tokens are not.
     """
 
     ids: NDArray[np.int32]
@@ -80,15 +80,15 @@ class EncodedPairs(NamedTuple):
 
 
 def encoded_texts(texts: Sequence[str], encodings: "Sequence[Encoding]") -> EncodedTexts:
-    """The tokens of ``texts``, of each of which there is an encoding without special tokens."""
+    """Return the tokens of ``texts`` from their encodings without special tokens."""
     lengths = lengths_of(encodings)
     firsts = np.append(0, np.cumsum(lengths))
     ids = _flat((e.ids for e in encodings), firsts[-1])
     spans = _flat((chain.from_iterable(e.offsets) for e in encodings), 2 * firsts[-1])
-    # The texts one after the other, so that nothing goes over from one to the next.
+    # Concatenate the texts so that no span crosses from one to the next.
     begins = np.cumsum([0, *(len(text) + len(_BETWEEN) for text in texts)])
     before = np.repeat(begins[:-1], np.diff(firsts))[:, None]
-    # Tokenizers that trim white space off the spans move some of them back (a lone "▁", say).
+    # Tokenizers that trim white space from spans move some of them back (such as a lone "▁").
     places = np.maximum.accumulate(spans.reshape(-1, 2) + before)
     starts, ends = np.ascontiguousarray((places - before).T.astype(np.int32))
     word_ids = _flat((e.word_ids for e in encodings), firsts[-1])
@@ -99,8 +99,8 @@ def encoded_texts(texts: Sequence[str], encodings: "Sequence[Encoding]") -> Enco
 def encoded_pairs(
     whole: EncodedTexts, kept: NDArray[np.int64], joined: "Sequence[Encoding]"
 ) -> EncodedPairs:
-    """Pairs of the texts that ``whole`` has, two by two: of each text so many tokens are ``kept``
-    in the encoding of its pair.
+    """Return pairs of the texts in ``whole``, two by two; of each text that many tokens are
+    ``kept`` in the encoding of its pair.
     """
     lengths = lengths_of(joined)
     count = int(lengths.sum())
@@ -118,7 +118,7 @@ def encoded_pairs(
 
 
 def lengths_of(encodings: "Sequence[Encoding]") -> NDArray[np.int64]:
-    """How many tokens each has."""
+    """Return each one's number of tokens."""
     return np.fromiter(map(len, encodings), np.int64, len(encodings))
 
 
@@ -129,10 +129,10 @@ def _flat(parts: Iterable[Iterable[int | None]], count: int) -> NDArray[np.int32
 def _word_starts(
     word_ids: NDArray[np.int32], words: NDArray[np.int32], firsts: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """[L]: a text begins, the pre-tokenizer's word changes, or white space lies between.
+    """Return [L]: a text begins, the pre-tokenizer's word changes, or white space lies between.
 
-    The last rule alone decides for tokenizers that take the whole text for one word (Llama's
-    Metaspace), and sees line breaks inside a word of those that split at "▁" only.
+    Only the last rule works for tokenizers that treat the whole text as one word (Llama's
+    Metaspace), and it finds line breaks inside a word for those that split only at "▁".
     """
     starts = np.ones(len(word_ids) + 1, np.bool_)
     starts[1:-1] = (word_ids[1:] != word_ids[:-1]) | (words[1:] != words[:-1])
@@ -141,7 +141,9 @@ def _word_starts(
 
 
 def _words(text: str) -> NDArray[np.int32]:
-    """[characters + 1]: the number of a character's word; white space belongs to the word after."""
+    """Return [characters + 1]: a character's word number; white space belongs to the word
+    after it.
+    """
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     space = _space_table()[np.minimum(codes, _HIGHEST_SPACE + 1)]
     begins = np.zeros(len(codes) + 1, np.bool_)

@@ -1,4 +1,4 @@
-"""What of a tokenizer cuts texts into tokens: all that a process needs to do so."""
+"""The part of a tokenizer that cuts texts into tokens: everything a process needs for that."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -37,21 +37,25 @@ class Encoder:
     backend: "Backend"
 
     def encodings(self, texts: Sequence[str]) -> "list[Encoding]":
-        """What the tokenizers library makes of each; InputError where it cannot encode one."""
+        """Return the tokenizers library's encoding of each; raise InputError if one cannot be
+        encoded.
+        """
         try:
             return self.backend.encode_batch(texts, add_special_tokens=False)
-        except Exception as error:  # the library's own are of no closer kind
+        except Exception as error:  # the library's own errors have no closer class
             raise InputError(
                 f"a tokenizer cannot encode a text: {first_words(error)}. One that does not know "
                 "every character needs an unknown token (unk_token) that is in its vocabulary"
             ) from error
 
     def texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """The tokens of each."""
+        """Return the tokens of each text."""
         return encoded_texts(texts, self.encodings(texts))
 
     def pairs(self, texts: Sequence[str], max_length: int) -> EncodedPairs:
-        """The tokens of pairs, each the texts of an even and the next place; see ``joined``."""
+        """Return the tokens of pairs, each the texts at an even and the next place; see
+        ``joined``.
+        """
         encodings = self.encodings(texts)
         whole = encoded_texts(texts, encodings)
         pairs = zip(encodings[0::2], encodings[1::2], strict=True)
@@ -61,9 +65,9 @@ class Encoder:
     def joined(
         self, first: "Encoding", second: "Encoding", max_length: int, cut: int
     ) -> "Encoding":
-        """The two, shortened in place, with special tokens.
+        """Return the two, shortened in place, joined with special tokens.
 
-        Raises ValueError when ``max_length`` leaves no room for a token of each.
+        Raises ValueError if ``max_length`` leaves no room for a token of each.
         """
         room = max_length - self.backend.num_special_tokens_to_add(is_pair=True)
         if room < 2:
@@ -74,7 +78,7 @@ class Encoder:
         return self.backend.post_process(first, second, True)
 
     def for_dialogues(self) -> "DialogueEncoder":
-        """What encodes dialogues as their template has written them."""
+        """Return the encoder of dialogues as their template has written them."""
         return DialogueEncoder.of(self.backend)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -94,15 +98,15 @@ def _read(content: str, special_names_are_text: bool) -> Encoder:
 
 
 def special_tokens(backend: "Backend") -> "dict[int, AddedToken]":
-    """The special tokens that are found in a text, by id."""
+    """Return the special tokens that are recognised in a text, by id."""
     added = backend.get_added_tokens_decoder()
     return {id: added[id] for id in sorted(added) if added[id].special and added[id].content}
 
 
 @dataclass(frozen=True, eq=False)
 class DialogueEncoder:
-    """Encodes dialogues, in which special tokens are written as ``meant_as_token`` has it, and
-    their names are text. ``meant`` [ids of its own]: the token that each stands for.
+    """Encodes dialogues in which special tokens are written as ``meant_as_token`` says, and their
+    names are text. ``meant`` [its own ids]: the token that each stands for.
     """
 
     backend: "Backend"
@@ -110,8 +114,8 @@ class DialogueEncoder:
 
     @classmethod
     def of(cls, backend: "Backend") -> "DialogueEncoder":
-        """That of a tokenizer. Raises InputError for one with more special tokens than there are
-        characters to write them with.
+        """Return a tokenizer's. Raise InputError for more special tokens than there are characters
+        to write them with.
         """
         from tokenizers import AddedToken
 
@@ -124,7 +128,7 @@ class DialogueEncoder:
         meant = np.arange(size + len(special), dtype=np.int32)
         for number, (id, token) in enumerate(special.items()):
             written = meant_as_token(number, token.content)
-            # Not special, so that it is found where names of special tokens are text.
+            # Not special, so that it is recognised where names of special tokens are text.
             sides = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
             own.add_tokens([AddedToken(written, normalized=False, **sides)])
             alias = int(own.token_to_id(written) or 0)
@@ -136,7 +140,9 @@ class DialogueEncoder:
     def texts(
         self, texts: Sequence[str], written: Sequence[str]
     ) -> tuple[EncodedTexts, NDArray[np.bool_]]:
-        """The tokens of the ``texts`` that are ``written`` so; which are meant as special ones."""
+        """Return the tokens of the ``texts`` that are ``written`` so, and which are meant as
+        special.
+        """
         encodings = self.backend.encode_batch(written, add_special_tokens=False)
         found = encoded_texts(texts, encodings)
         ids = self.meant[found.tokens.ids]
@@ -149,8 +155,8 @@ class DialogueEncoder:
 
 @dataclass(frozen=True, eq=False)
 class GivenEncoder:
-    """The tokens of documents that are no plain texts. ``special`` [size]: the ids that stand for
-    nothing of a text; None of ``dialogues``: there are none.
+    """Tokenises documents that are not plain texts. ``special`` [size]: the ids without text.
+    ``dialogues``: None if there are none.
     """
 
     dialogues: DialogueEncoder | None
@@ -159,8 +165,8 @@ class GivenEncoder:
     def cut(
         self, documents: Sequence[Document], length: int
     ) -> tuple[Encoded, NDArray[np.int64], Marks]:
-        """The tokens of documents of one kind, how many each has, and what is known of them: of
-        dialogues, and of rows that say what is trained, no more than ``length``, the first ones.
+        """Return the tokens of documents of one kind, each one's number of tokens, and their marks.
+        Dialogues, and rows that mark what is trained, are cut to their first ``length`` tokens.
         """
         tokens, lengths, trained, special = self._found(documents)
         at = np.arange(len(trained)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -173,7 +179,7 @@ class GivenEncoder:
     def bare(
         self, documents: Sequence[Document], begin: tuple[int, ...], end: tuple[int, ...]
     ) -> tuple[Encoded, NDArray[np.int64], Marks]:
-        """The same whole, but without the tokens that packing puts before and after them."""
+        """Return the same uncut, without the tokens that packing puts before and after them."""
         tokens, lengths, trained, special = self._found(documents)
         stays = np.ones(len(trained), np.bool_)
         after = ~_says_what_is_trained(documents)
@@ -221,7 +227,7 @@ class GivenEncoder:
 
 
 def _says_what_is_trained(documents: Sequence[Document]) -> NDArray[np.bool_]:
-    """Which are dialogues, or rows of tokens with labels or a mask of them."""
+    """Return which are dialogues, or rows of tokens with labels or a mask."""
     every = [one.given for one in documents]
     return np.array([not isinstance(g, GivenTokens) or g.trained is not None for g in every], bool)
 
@@ -237,8 +243,8 @@ def _read_dialogues(content: str, meant: NDArray[np.int32]) -> DialogueEncoder:
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each text stay, as the tokenizers library has it: the shorter text keeps
-    no more than half, and the longer one (of equals the second) what is left, an odd token too.
+    """Return how many tokens of each text stay, as in the tokenizers library: the shorter text
+    keeps at most half, and the longer one (the second of equals) the rest, including an odd token.
     """
     if first + second <= room:
         return first, second
@@ -247,7 +253,7 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
-    """The rule of older views: an odd token is the first text's."""
+    """Return the same by the rule of older views: an odd token is the first text's."""
     kept = min(second, max(room // 2, room - first))
     return min(first, room - kept), kept
 

@@ -1,5 +1,5 @@
-"""Does batches of work side by side, and gives the results in the batches' order: in threads here,
-in other processes or on a cluster by what ``pipeline`` hands in.
+"""Do batches of work in parallel, and give the results in the batches' order: in threads here, in
+other processes or on a cluster through what ``pipeline`` passes in.
 """
 
 from collections import deque
@@ -16,15 +16,15 @@ Result = TypeVar("Result")
 
 
 class InOrder(Protocol):
-    """Who does batches. ``load`` makes what does one; it, the batches and the results must be
-    picklable. Batches are taken as they are needed, some ahead, in the thread that asks for
-    results. An error of a batch is raised where its result would be.
+    """Does batches of work. ``load`` makes the function for one; it, the batches and the results
+    must be picklable. Batches are taken as needed, some ahead, in the thread that asks for results.
+    A batch's error is raised where its result would be.
     """
 
     def __call__(
         self, load: Callable[[], Callable[[Batch], Result]], batches: Iterable[Batch]
     ) -> Generator[Result, None, None]:
-        """The result of each batch, in order."""
+        """Yield the result of each batch, in order."""
         ...
 
 
@@ -33,11 +33,11 @@ def in_threads(
     batches: Iterable[Batch],
     threads: int | None = None,
 ) -> Generator[Result, None, None]:
-    """An ``InOrder`` of this process: so many threads (None: one for each core).
+    """An ``InOrder`` of this process with that many threads (None: one per core).
 
-    At first one batch is taken ahead, then ever more up to AHEAD for each thread: whoever wants no
-    more than the first results has not waited for others, and while a result is written to a disk
-    no thread is idle.
+    It first takes one batch ahead, then more and more, up to AHEAD per thread: whoever needs only
+    the first results does not wait for others, and no thread is idle while a result is written to
+    disk.
     """
     do, threads = load(), threads or cores()
     waiting = deque[Future[Result]]()

@@ -1,9 +1,9 @@
-"""Packing ``packed``: the sequences of single documents joined to rows, several in each.
+"""Packing ``packed``: join the sequences of single documents to rows, several in each.
 
-Each is in a row what it is alone, its own special tokens beside it, and none is cut: a row is full
-where the next does not fit (next fit), or is of another domain, as a row is of one. So a document
-that fits into a row lies whole in one, and each of the pieces that a longer one is cut into is the
-first of its row.
+In a row each sequence is what it is alone, with its own special tokens, and none is cut: a row ends
+where the next sequence does not fit (next fit), or has another domain, because a row has one
+domain. So a document that fits into a row lies whole in one, and each piece of a longer document is
+the first of its row.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +16,13 @@ from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, digests_of, joined_
 
 
 def joined_rows(parts: Iterable[Rows], room: int) -> Iterator[Rows]:
-    """Rows of at most ``room`` tokens; ``parts`` are sequences of a document each, in order.
+    """Yield rows of at most ``room`` tokens; ``parts`` are sequences of one document each, in
+    order.
 
-    document_starts are the positions where each document's tokens begin, its special tokens among
-    them. What a row says of its document it says of its first one.
+    document_starts are the positions where each document's tokens begin, its special tokens
+    included. A row's document is its first one.
     """
-    left: Rows | None = None  # whose last row may have room for more
+    left: Rows | None = None  # its last row may have room for more
     for rows in parts:
         if not len(rows):
             continue
@@ -36,13 +37,13 @@ def joined_rows(parts: Iterable[Rows], room: int) -> Iterator[Rows]:
 
 
 def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
-    """So many sequences in each row."""
+    """Return rows with that many sequences each."""
     edges = sums_before(np.array(counts, np.int64))
     firsts, lasts = edges[:-1], edges[1:] - 1
     begins = sums_before(rows.lengths)
     row_of = np.repeat(np.arange(len(counts)), counts)
     starts = begins[:-1] - begins[firsts][row_of]
-    # Where the text of each begins in its row's: nothing stands between those without a text.
+    # Where each one's text begins in its row's text: sequences without text add nothing.
     sizes = np.array([len(text) + len(PIECE_SEPARATOR) for text in rows.texts], np.int64)
     characters = sums_before(sizes)
     shifts = characters[:-1] - characters[firsts][row_of]
@@ -65,6 +66,7 @@ def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
         document_starts=starts.astype(np.int32),
         documents=[rows.documents[first] for first in firsts],
         domains=[rows.domains[first] for first in firsts],
+        groups=[rows.groups[first] for first in firsts],
         spans=rows.spans[firsts],
         buckets=rows.buckets[firsts],
         texts=texts,

@@ -1,9 +1,8 @@
-"""Makes sequences of a source: parts of it side by side, whoever does them; one after another only
-what goes over from one to the next.
+"""Make the sequences of a source: parts of it in parallel, wherever they are done; in sequence only
+what crosses from one part to the next.
 
-A process that is handed a part reads its records, tokenises its texts and, where no sequence
-crosses a document, makes the sequences as well. What is left for the process that asks is to count,
-and to join what crosses documents.
+A process that gets a part reads its records, tokenises its texts and, if no sequence crosses a
+document, makes the sequences too. The asking process only counts, and joins what crosses documents.
 """
 
 import re
@@ -32,8 +31,8 @@ from rekindle.data.source.sources import Origin
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a part: so many documents, of which some ``holders`` hold names of special
-    tokens; their sequences, or their tokens where sequences cross documents.
+    """The result of a part: its number of documents, the ``holders`` among them of names of special
+    tokens; their sequences, or their tokens if sequences cross documents.
     """
 
     documents: int
@@ -47,7 +46,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes parts into sequences or tokens. ``how`` they are packed; of pairs ``length``."""
+    """Makes parts into sequences or tokens. ``how`` they are packed; ``length``: for pairs."""
 
     reader: Reader
     encoder: Encoder
@@ -57,7 +56,7 @@ class Maker:
     given: GivenEncoder | None = None
 
     def __call__(self, part: Part) -> Made:
-        """Read, tokenised, and packed as far as no other part is needed for it."""
+        """Return the part read, tokenised, and packed as far as no other part is needed."""
         found = self.reader(part)
         documents = found.kept
         texts = [text for document in documents for text in document.texts]
@@ -67,7 +66,7 @@ class Maker:
         else:
             made, how = self._encoded(part, documents, texts), self.how
             if how.alone:
-                if part.content != "text":  # which is whole as it is given
+                if part.content != "text":  # given tokens are complete
                     how = Packing(self.length, (), (), (), (), alone=True)
                 made = rows_of_texts(made, 0, how, last=True)[0]
         return Made(
@@ -109,8 +108,8 @@ class _Counter:
 
 @dataclass
 class Making:
-    """The sequences of ``origins`` from a position on, as ``maker`` makes them; ``in_order`` has it
-    do so. Counts on the way what was left out, and the holders of names.
+    """The sequences of ``origins`` from a position on, made by ``maker`` through ``in_order``. Also
+    counts what was left out, and the holders of names.
     """
 
     origins: Sequence[Origin]
@@ -119,18 +118,18 @@ class Making:
     in_order: InOrder
     start: Position = BEGINNING
     holders: Holders = field(default_factory=Holders)
-    _told: int = 0  # origins of which it is known whether there is text in them
+    _told: int = 0  # number of origins already checked for text
     _with_text: set[int] = field(default_factory=set)
 
     def rows(self) -> Iterator[Rows]:
-        """The sequences in order, those of a part at a time."""
+        """Yield the sequences in order, those of one part at a time."""
         if self.maker.how.alone:
             rows = with_trained(self._after_start())
             return joined_rows(rows, self.maker.length) if self.maker.how.joined else rows
         return with_trained(pack(self._tokens(), self.maker.how, self.start))
 
     def read_on(self) -> None:
-        """Read up to the start and the next document, for what is left out before it."""
+        """Read up to the start and the next document, to count what is left out before it."""
         with closing(self._made()) as made:
             next(made, None)
 
@@ -146,7 +145,7 @@ class Making:
             yield made.rest(max(0, self.start.document_index - index))
 
     def _made(self) -> Generator[tuple[int, Rows | EncodedDocuments], None, None]:
-        """What was made of each part, and the index of its first document."""
+        """Yield the result of each part, and the index of its first document."""
         parts = cut_parts(self.origins, self.maker.reader.fields)
         if self.start.document_index:
             parts = self._from_start(parts)
@@ -162,7 +161,9 @@ class Making:
         self._tell_until(len(self.origins))
 
     def _from_start(self, parts: Iterator[Part]) -> Iterator[Part]:
-        """The parts from that on in which the start lies; those before it are only counted."""
+        """Return the parts from the one that contains the start; those before it are only
+        counted.
+        """
         ahead = deque[Part]()
 
         def taken() -> Iterator[Part]:
@@ -187,7 +188,7 @@ class Making:
         self._tell_until(made.reached)
 
     def _tell_until(self, number: int) -> None:
-        """Say which of the origins before that number have no text."""
+        """Log which of the origins before that number have no text."""
         for passed in range(self._told, number):
             if passed not in self._with_text:
                 tell_empty(self.origins[passed])
@@ -202,7 +203,7 @@ def _itself(do: Callable[[Part], Made]) -> Callable[[Part], Made]:
 
 
 def with_trained(parts: Iterable[Rows]) -> Iterator[Rows]:
-    """The sequences that have a trained token; each says how many without one came before it."""
+    """Yield the sequences with a trained token; each has the number without one before it."""
     held: Rows | None = None  # until it is known whether others follow
     count, end = 0, np.zeros(2, np.int64)
     for rows in parts:

@@ -1,8 +1,9 @@
-"""Where sequences begin and end in documents: pure index arithmetic, no text, no input or output.
+"""Where sequences begin and end in documents, and how many a shard has: pure index arithmetic, no
+text, no input or output.
 
 Three packings. "document": no sequence crosses a document. "contiguous": documents follow each
 other and fill every sequence but the last. "packed": the sequences of "document" follow each other
-in rows, each whole. Packing can begin at any Position it has given and then gives exactly the
+in rows, each whole. Packing can begin at any Position it has given, and then gives exactly the
 remaining sequences.
 """
 
@@ -17,6 +18,8 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 
 Ints = NDArray[np.int64]
 PackingName = Literal["document", "contiguous", "packed"]
+LEAST, MOST = 64, 4096  # sequences in a shard, if the configuration does not say
+SHARDS = 16  # least number for a corpus that is neither very small nor large
 
 
 class Position(NamedTuple):
@@ -31,10 +34,10 @@ BEGINNING = Position(0, 0)
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences are formed: ``room`` tokens of text and of what stands beside documents, within
-    ``prefix`` and ``suffix``. ``between`` two documents of a sequence, and as the ``end`` of each,
-    stands a token, or none. ``alone``: no sequence crosses a document. ``joined``: these then
-    follow each other in rows.
+    """How sequences are formed: ``room`` for tokens of text and separators, within ``prefix`` and
+    ``suffix``. ``between`` two documents of a sequence, and as the ``end`` of each, there is a
+    token or none. ``alone``: no sequence crosses a document. ``joined``: these then follow each
+    other in rows.
     """
 
     room: int
@@ -52,19 +55,18 @@ def packing_of(
     packing: PackingName,
     end_of_text: bool = True,
 ) -> Packing:
-    """How documents become sequences. No token of a document is dropped; a document without tokens
-    gives nothing.
+    """Return how documents become sequences. No token of a document is dropped; a document without
+    tokens gives nothing.
 
-    document: every document is cut into pieces of sequence_length − |prefix| − |suffix| tokens, the
-    last as short as it comes. A tokenizer that puts nothing after a text (GPT-2; Llama, which puts
-    <s> before it) but has an end-of-sequence token gets it after each document: it is what tells a
-    causal LM that a text ends. Without ``end_of_text``, as corpora were packed before format 3,
-    only one that puts nothing before a text either.
-    contiguous: documents are joined with the end-of-sequence token after each, or, where the suffix
-    ends with that token or there is none, with the suffix's last token between two of them.
-    In both an end-of-sequence token that would be the first of a sequence is left out: nothing
-    stands before it there.
-    packed: as document; what becomes of the sequences then is said in ``joining.py``.
+    document: every document is cut into pieces of sequence_length − |prefix| − |suffix| tokens; the
+    last may be shorter. A tokenizer that puts nothing after a text (GPT-2; Llama, which puts <s>
+    before it) but has an end-of-sequence token gets it after each document: it tells a causal LM
+    that a text ends. Without ``end_of_text``, as corpora were packed before format 3, only if it
+    puts nothing before a text either. contiguous: documents are joined with the end-of-sequence
+    token after each, or, if the suffix ends with that token or there is none, with the suffix's
+    last token between two of them. In both, an end-of-sequence token that would begin a sequence is
+    left out, as there is nothing before it. packed: like document; ``joining.py`` says what happens
+    to the sequences then.
 
     Raises ValueError for an unknown packing and a sequence_length without room for content.
     """
@@ -86,19 +88,19 @@ def packing_of(
 
 
 def document_end(tokenizer: Tokenizer, end_of_text: bool) -> tuple[int, ...]:
-    """What comes after each document where no sequence crosses one; see ``packing_of``."""
+    """Return what comes after each document if no sequence crosses one; see ``packing_of``."""
     if tokenizer.suffix or tokenizer.eos_id is None:
         return ()
     return (tokenizer.eos_id,) if end_of_text or not tokenizer.prefix else ()
 
 
 def lacks_end(tokenizer: Tokenizer) -> bool:
-    """Whether it has an end-of-sequence token, begins a text and does not end it (Llama)."""
+    """Return whether it has an end-of-sequence token, begins a text and does not end it (Llama)."""
     return bool(tokenizer.prefix) and bool(document_end(tokenizer, end_of_text=True))
 
 
 def document_separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens between two documents of one sequence, and those after each document."""
+    """Return the tokens between two documents of one sequence, and those after each document."""
     last_of_suffix = tokenizer.suffix[-1:]
     if tokenizer.eos_id is None or (tokenizer.eos_id,) == last_of_suffix:
         return last_of_suffix, ()
@@ -106,11 +108,11 @@ def document_separators(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[in
 
 
 class Plan(NamedTuple):
-    """R sequences, of P pieces in all, which take the tokens of documents one after another.
+    """R sequences, of P pieces in all, which take the tokens of consecutive documents.
 
-    document, tokens [P]: of which document a piece is, and how many of its tokens; before, after
-    [P] bool: whether ``between`` stands before it, and ``end`` after it. pieces [R]: of how many
-    each sequence is made; ends [R,2]: the Position after each.
+    document, tokens [P]: the document of a piece, and its number of tokens; before, after [P] bool:
+    whether ``between`` comes before it, and ``end`` after it. pieces [R]: the number of pieces of
+    each sequence; ends [R,2]: the Position after each.
     """
 
     document: Ints
@@ -122,9 +124,9 @@ class Plan(NamedTuple):
 
 
 def plan(lengths: Sequence[int], token: int, how: Packing, last: bool) -> Plan:
-    """The sequences of documents that have so many tokens, from a token of the first one on.
+    """Return the sequences of documents with that many tokens, from a token of the first one on.
 
-    Unless these documents are the ``last`` ones, no sequence that has room left is among them.
+    Unless these documents are the ``last`` ones, sequences with room left are not included.
     """
     places: list[tuple[int, int, bool, bool]] = []
     pieces: list[int] = []
@@ -161,8 +163,8 @@ def plan(lengths: Sequence[int], token: int, how: Packing, last: bool) -> Plan:
 
 
 def next_fit(lengths: Sequence[int], room: int, apart: Sequence[object]) -> list[int]:
-    """How many of the sequences of ``lengths`` stand in each row of at most ``room`` tokens, where
-    each goes into the row of the one before it, if that has room and both have one value in
+    """Return how many of the sequences of ``lengths`` are in each row of at most ``room`` tokens:
+    each joins the row of the one before it if there is room and both have the same value in
     ``apart``.
     """
     counts: list[int] = []
@@ -174,3 +176,16 @@ def next_fit(lengths: Sequence[int], room: int, apart: Sequence[object]) -> list
         counts[-1] += 1
         left -= length
     return counts
+
+
+def usual_shard_size(sequences: int | None) -> int:
+    """Return how many sequences a shard has in a new corpus of about that many; MOST if unknown.
+
+    A shard is the unit of work, and of what a kill loses: a small corpus has small shards.
+    """
+    if sequences is None:
+        return MOST
+    size = LEAST
+    while size < MOST and 2 * size * SHARDS <= sequences:
+        size *= 2
+    return size

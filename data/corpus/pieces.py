@@ -1,7 +1,7 @@
-"""What tokens stand for in a text: their pieces without the tokenizer's own way to write them.
+r"""What tokens stand for in a text: their pieces without the tokenizer's notation.
 
 A piece that begins a word begins with the blank before it, in every family of tokenizers. Bytes
-that are no whole character are shown as Python writes them: ``\\xc3``.
+that are not a whole character are shown as in Python: ``\\xc3``.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how sentencepiece writes a byte that it has no piece for
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # sentencepiece's notation for a byte without a piece
 
 
 class PieceTexts:
@@ -19,14 +19,14 @@ class PieceTexts:
 
     def __init__(self, hf: "PreTrainedTokenizerFast"):
         self._hf = hf
-        # A family is known by how its decoder undoes what its pre-tokenizer did.
+        # The decoder and pre-tokenizer reveal the family.
         backend = hf.backend_tokenizer
         states = [part.__getstate__() for part in (backend.decoder, backend.pre_tokenizer) if part]
         self._kinds = {kind for state in states for kind in _types(json.loads(state))}
         self._added = hf.added_tokens_decoder
 
     def __getitem__(self, number: int) -> str:
-        """The text of a token; ``<7>`` for an id that is no token."""
+        """Return the text of a token; ``<7>`` for an id that is not a token."""
         piece = self._hf.convert_ids_to_tokens(number) if number not in self._added else None
         if number in self._added:
             return str(self._added[number].content)
@@ -42,7 +42,7 @@ class PieceTexts:
 
 
 def _types(state: object) -> set[str]:
-    """Every ``type`` within what a part of a tokenizer says of itself."""
+    """Return every ``type`` in the state of a tokenizer's part."""
     if isinstance(state, list):
         return {kind for part in state for kind in _types(part)}
     if not isinstance(state, dict):
@@ -56,7 +56,7 @@ def _from_bytes(content: bytes) -> str:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that GPT-2 writes bytes with: printable ones as they are, others from U+0100."""
+    """Return GPT-2's letters for bytes: printable ones as they are, others from U+0100."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}

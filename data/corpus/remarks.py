@@ -1,4 +1,4 @@
-"""What was decided for the text of a corpus without being asked for: told in a line each."""
+"""Decisions about a corpus's text that nobody asked for: one line each."""
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from rekindle.data.source.left_out import told_of_bad, told_of_held
 
 
 def end_of_text(corpus: Corpus) -> int | None:
-    """The token that packing puts after each document; None where the tokenizer itself ends texts,
-    or nothing does.
+    """Return the token that packing puts after each document; None if the tokenizer itself ends
+    texts, or nothing does.
     """
     config = corpus.info["config"]
     if corpus.has_pairs:
@@ -28,8 +28,8 @@ def end_of_text(corpus: Corpus) -> int | None:
 
 
 def special_names(corpus: Corpus) -> int:
-    """How many documents have the name of a special token in their text, as far as it was counted:
-    versions before format 3 did not.
+    """Return how many documents have the name of a special token in their text, as far as counted:
+    versions before format 3 did not count.
     """
     return int(np.nansum(corpus.units.numbers("special_names")))
 
@@ -38,8 +38,8 @@ _ASKED = ("sequence_length", "packing", "text_field", "pair_field", "limit_seque
 
 
 def asked_otherwise(config: CorpusConfig, corpus: Corpus) -> str | None:
-    """What a run file asks of the text that this corpus is not; None where they agree. For who only
-    reads it: what it was made of counts.
+    """Return what a run file asks of the text that this corpus does not have; None if they agree.
+    For commands that only read it: the corpus is used as it is.
     """
     asked, made = config.model_dump(mode="json"), dict(corpus.info["config"])
     other = [
@@ -47,7 +47,7 @@ def asked_otherwise(config: CorpusConfig, corpus: Corpus) -> str | None:
         for key in _ASKED
         if key in config.model_fields_set and asked[key] != made.get(key)
     ]
-    return f"the corpus of the cache has {', '.join(other)}: that is read" if other else None
+    return f"the corpus of the cache has {', '.join(other)}: the cache's is used" if other else None
 
 
 def _of_pairs(corpus: Corpus) -> list[str]:
@@ -61,7 +61,7 @@ def _of_pairs(corpus: Corpus) -> list[str]:
 
 
 def _of_training(corpus: Corpus) -> list[str]:
-    """What of it is trained, where that is not all."""
+    """Return what of it is trained, if not everything."""
     if not corpus.has_trained:
         return []
     trained, left_out, cut, lost = (int(corpus.units.counts(name).sum()) for name in LEARNT)
@@ -79,7 +79,7 @@ def _of_training(corpus: Corpus) -> list[str]:
 
 
 def _of_rows(corpus: Corpus) -> list[str]:
-    """How full rows of several documents are."""
+    """Return how full rows of several documents are."""
     if corpus.full is None:
         return []
     length = corpus.info["config"]["sequence_length"]
@@ -88,7 +88,7 @@ def _of_rows(corpus: Corpus) -> list[str]:
 
 
 def remarks(corpus: Corpus) -> list[str]:
-    """What of that a user should know, in words."""
+    """Return what a user should know about it, in lines."""
     lines = [*_of_training(corpus), *_of_pairs(corpus), *_of_rows(corpus)]
     number = end_of_text(corpus)
     if number is not None:

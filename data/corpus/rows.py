@@ -1,4 +1,4 @@
-"""The sequences of a corpus as columns, made of the tokens of many documents at a time."""
+"""The sequences of a corpus as columns, made from the tokens of many documents at a time."""
 
 import sys
 from bisect import bisect_right
@@ -18,13 +18,13 @@ from rekindle.data.forms.marks import Marks
 from rekindle.data.source.documents import Document
 
 PIECE_SEPARATOR = "\n\n"  # between the texts of two documents in one sequence
-BUCKETS = 10_000  # documents fall into these by hash: a stable sample is a range of them
+BUCKETS = 10_000  # documents fall into these by hash: a range of them is a stable sample
 
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents that follow each other, and their tokens: ``lengths`` [documents] of each; and
-    their ``marks``, in a corpus of which not all is trained.
+    """Consecutive documents and their tokens: ``lengths`` [documents] of each, and their ``marks``
+    in a corpus that is only partly trained.
     """
 
     documents: list[Document]
@@ -33,20 +33,20 @@ class EncodedDocuments:
     marks: Marks | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By columns: to pickle an object for each of many short documents takes longer than to make
-        # their tokens into sequences.
+        # Pickle by columns: an object for each of many short documents would take longer to pickle
+        # than making their tokens into sequences.
         columns = [*zip(*self.documents, strict=True)]
         return _of_columns, (columns, self.tokens, self.lengths, self.marks)
 
     def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
-        """These, and others after them."""
+        """Return these, followed by others."""
         tokens = Encoded.joined([self.tokens, other.tokens])
         lengths = np.concatenate([self.lengths, other.lengths])
         marks = self.marks.then(other.marks) if self.marks and other.marks else None
         return EncodedDocuments(self.documents + other.documents, tokens, lengths, marks)
 
     def rest(self, first: int) -> "EncodedDocuments":
-        """These from a document on."""
+        """Return these from a document on."""
         before = int(self.lengths[:first].sum())
         tokens = self.tokens.part(slice(before, None))
         marks = self.marks and self.marks.rest(first, before)
@@ -64,18 +64,18 @@ def _of_columns(
 class Rows:
     """R sequences; L tokens in all, special ones included, of P pieces of documents.
 
-    lengths [R]; input_ids [L] int32; char_starts [L] int32: where the token's text starts in its
-    text, −1 for special tokens; word_starts [L] bool: False for special tokens, and for a first
-    token that goes on with a word of the sequence before; token_types [L] int32: the segments of
-    pairs, None of other sequences. pieces [R], document_starts [P] int32: in each sequence the
-    positions where a document begins or is resumed. documents (their ids), domains: of the first
-    token's document; spans [R,2]: the characters of that document; buckets [R] uint16: of it, by
-    hash. texts: the sequences' own, the documents' parts joined by a blank line; of a pair both
-    texts whole, whatever was cut of their tokens, and its span is the first one's. digests: the
-    identity of each, 128 bits over its token ids and its text (and what is trained, if not all is),
-    as 32 hex digits. lost [R]: tokens of pairs and dialogues that were cut. ends [R,2]: the
-    Position after each. trained [L] bool: what is learnt; None where that is all. untrained [R]:
-    how many sequences without a trained token were left out before each (and after the last one).
+    lengths [R]; input_ids [L] int32; char_starts [L] int32: where the token's text starts in the
+    sequence's text, −1 for special tokens; word_starts [L] bool: False for special tokens, and for
+    a first token that continues a word of the sequence before; token_types [L] int32: the segments
+    of pairs, None for other sequences. pieces [R], document_starts [P] int32: in each sequence the
+    positions where a document begins or is resumed. documents (their ids), domains, groups: of the
+    first token's document; spans [R,2]: the characters of that document; buckets [R] uint16: its
+    hash bucket. texts: the sequences' own, the documents' parts joined by a blank line; for a pair
+    both texts uncut, whatever was cut of their tokens, and its span is the first one's. digests:
+    the identity of each, 128 bits over its token ids and its text (and what is trained, if not all
+    is), as 32 hex digits. lost [R]: tokens cut from pairs and dialogues. ends [R,2]: the Position
+    after each. trained [L] bool: what is learnt; None: all. untrained [R]: how many sequences
+    without a trained token were left out before each (and after the last one).
     """
 
     lengths: Ints
@@ -87,6 +87,7 @@ class Rows:
     document_starts: NDArray[np.int32]
     documents: list[str]
     domains: list[str | None]
+    groups: list[str | None]
     spans: Ints
     buckets: NDArray[np.uint16]
     texts: list[str]
@@ -104,7 +105,7 @@ class Rows:
         return sums_before(self.lengths), sums_before(self.pieces)
 
     def part(self, first: int, last: int) -> "Rows":
-        """Some of the sequences."""
+        """Return some of the sequences."""
         row = slice(first, last)
         token, piece = (slice(firsts[first], firsts[last]) for firsts in self._firsts)
         types = self.token_types
@@ -118,6 +119,7 @@ class Rows:
             document_starts=self.document_starts[piece],
             documents=self.documents[row],
             domains=self.domains[row],
+            groups=self.groups[row],
             spans=self.spans[row],
             buckets=self.buckets[row],
             texts=self.texts[row],
@@ -129,14 +131,14 @@ class Rows:
         )
 
     def chosen(self, stays: NDArray[np.bool_]) -> "Rows":
-        """The sequences [R] that stay."""
+        """Return the sequences [R] that stay."""
         if stays.all():
             return self.part(0, len(self))
         edges = np.flatnonzero(np.diff(stays, prepend=False, append=False))
         return Rows.joined([self.part(a, b) for a, b in edges.reshape(-1, 2).tolist()])
 
     def after(self, start: Position) -> "Rows":
-        """Those after a position. Raises ValueError for one inside a document, where none ends."""
+        """Return those after a position; ValueError if none ends at one inside a document."""
         ends = [Position(*end) for end in self.ends.tolist()]
         first = bisect_right(ends, start)
         if start.token and ends[first - 1 : first] != [start]:
@@ -144,12 +146,12 @@ class Rows:
         return self.part(first, len(self))
 
     def moved(self, documents: int) -> "Rows":
-        """The same after so many other documents."""
+        """Return the same after that many other documents."""
         return replace(self, ends=self.ends + np.array([documents, 0]))
 
     @staticmethod
     def joined(parts: "Many[Rows]") -> "Rows":
-        """Those of several, one after the other."""
+        """Return those of several, concatenated."""
         if len(parts) == 1:
             return parts[0]
         columns: dict[str, object] = {}
@@ -163,7 +165,7 @@ class Rows:
 
 
 def sums_before(counts: Ints) -> Ints:
-    """How many there are before each, and in all."""
+    """Return how many there are before each, and in all."""
     return np.append(0, np.cumsum(counts))
 
 
@@ -173,7 +175,7 @@ def sums_before(counts: Ints) -> Ints:
 def pack(
     batches: Iterable[EncodedDocuments], how: Packing, start: Position = BEGINNING
 ) -> Iterator[Rows]:
-    """The sequences of documents that they cross, wherever one batch ends and another begins.
+    """Yield sequences that cross documents, wherever one batch ends and another begins.
 
     ``batches`` begin with the document of index start.document_index. Raises ValueError for a start
     inside a document that is not that long.
@@ -201,8 +203,8 @@ def _no_such(start: Position) -> ValueError:
 def rows_of_texts(
     batch: EncodedDocuments, token: int, how: Packing, last: bool
 ) -> tuple[Rows, Position]:
-    """The sequences of a batch from a token of its first document on, and the Position after them;
-    unless it is the ``last`` one, without those that have room left.
+    """Return the sequences of a batch from a token of its first document on, and the Position after
+    them; unless it is the ``last`` batch, without those that have room left.
     """
     planned = plan(batch.lengths.tolist(), token, how, last)
     document, tokens, before, after, pieces, ends = planned
@@ -213,7 +215,7 @@ def rows_of_texts(
     places = sums_before(widths)
     begins = places[firsts] + affixes * np.arange(R + 1)  # [R+1] of each sequence
     at = places[:-1] + affixes * row_of + len(how.prefix) + len(how.between) * before  # [P]
-    # Tokens are taken one after another: where each goes is all there is to know.
+    # Tokens are taken in order, so all that is needed is where each one goes.
     taken = np.arange(C)
     source = slice(token, token + C)
     where = taken + np.repeat(at - sums_before(tokens)[:-1], tokens)
@@ -246,7 +248,7 @@ def rows_of_texts(
         unsaid = where[marks.special[source]]
         char_starts[unsaid], word_starts[unsaid] = -1, False
         lost = marks.lost[leading]
-        # What stands beside a document is trained as its own text is.
+        # What stands beside a document is trained if its own text is.
         trained, beside = np.zeros(begins[-1], np.bool_), marks.after[document]
         trained[where] = marks.trained[source]
         for place in range(len(how.prefix)):
@@ -276,7 +278,7 @@ def rows_of_texts(
 
 
 def joined_text(parts: Many[str]) -> str:
-    """Those of pieces; nothing where these are of tokens without a text."""
+    """Return the joined texts of pieces; "" if these are tokens without a text."""
     return PIECE_SEPARATOR.join(parts) if any(parts) else ""
 
 
@@ -284,7 +286,7 @@ def joined_text(parts: Many[str]) -> str:
 
 
 def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
-    """A sequence of each pair, as the tokenizer joined it, nothing of a pair without a token. What
+    """Return one sequence per pair, joined by the tokenizer; none for a pair without a token. What
     was cut of a pair is in no sequence.
     """
     content = encoded.of >= 0
@@ -326,8 +328,8 @@ def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
 
 
 def in_groups(parts: Iterable[Rows], size: int, limit: int | None = None) -> Iterator[Rows]:
-    """The sequences, so many at a time, the last ones fewer; no more than ``limit`` of them, and no
-    more parts than these need.
+    """Yield the sequences in groups of ``size``, the last one smaller; at most ``limit`` of them,
+    taking no more parts than these need.
     """
     taken: list[Rows] = []
     count = 0
@@ -359,13 +361,14 @@ def _finished(
     trained: NDArray[np.bool_] | None = None,
     **columns: object,
 ) -> Rows:
-    """Those sequences, of the first token's ``documents``."""
+    """Return those sequences, of the first token's ``documents``."""
     buckets = [_bucket(document.id) for document in documents]
     return Rows(
         lengths=lengths,
         input_ids=input_ids,
         documents=[document.id for document in documents],
         domains=[document.domain for document in documents],
+        groups=[document.group for document in documents],
         buckets=np.array(buckets, np.uint16),
         texts=texts,
         digests=digests_of(lengths, input_ids, texts, trained),
@@ -380,7 +383,7 @@ def digests_of(
     texts: list[str],
     trained: NDArray[np.bool_] | None,
 ) -> list[str]:
-    """The identity of each of those sequences, as ``Rows`` describes it."""
+    """Return the identity of each of those sequences, as ``Rows`` describes it."""
     content = input_ids.astype("<i4", copy=False).view(np.uint8).data
     digests = []
     bounds = pairwise(accumulate((4 * lengths).tolist(), initial=0))

@@ -1,7 +1,7 @@
-"""Which ids of a corpus are the same token to a model with a tokenizer of its own.
+"""Which ids of a corpus are the same token to a model with its own tokenizer.
 
-A tokenizer is another one only where an id of the corpus stands for another token: chat tokens
-above, padding to a round size, and tokens that no text of the corpus has, are no matter.
+A tokenizer counts as another one only if an id of the corpus stands for another token: additional
+chat tokens, padding to a round size, and tokens that no text of the corpus has do not matter.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ Ids = NDArray[np.int64]
 
 
 def differing_ids(ours: Tokenizer, other: Tokenizer, rows: int | None = None) -> Ids:
-    """The ids of ``ours`` that are another token, or none, to ``other``; ascending.
+    """Return the ids of ``ours`` that are another token, or none, to ``other``; ascending.
 
-    ``rows``: of a model's embedding; what lies past it is no token to it, whatever ``other`` says.
+    ``rows``: of a model's embedding; ids past it are not tokens to it, whatever ``other`` says.
     """
     rows = other.size if rows is None else rows
     if ours.digest == other.digest and rows >= ours.size:
@@ -32,12 +32,12 @@ def differing_ids(ours: Tokenizer, other: Tokenizer, rows: int | None = None) ->
 def unshared_ids(
     corpus: Corpus, other: Tokenizer, beside: Ids, who: str, advice: str, rows: int | None = None
 ) -> Ids:
-    """The ids of the corpus's vocabulary that are another token, or none, to a model with the
-    tokenizer ``other`` and so many ``rows`` in its embedding; ascending.
+    """Return the ids of the corpus's vocabulary that are another token, or none, to a model with
+    the tokenizer ``other`` and that many ``rows`` in its embedding; ascending.
 
-    Raises InputError, ``who`` to ``advice``, where one of them occurs in the corpus or is among
-    those that stand ``beside`` it, in its masks: it would be read as what it is not. Reads the ids
-    of the whole corpus if there are any.
+    Raises InputError, with ``who`` and ``advice``, if one of them occurs in the corpus or among the
+    ids ``beside`` it, in its masks: it would be misread. Reads the ids of the whole corpus if there
+    are any.
     """
     ours = corpus.tokenizer
     found = differing_ids(ours, other, rows)
@@ -58,13 +58,13 @@ def unshared_ids(
         told = described(ours, other, wrong, rows)
         raise InputError(
             f"{who} has another tokenizer than the corpus: {told}. It must have the same token "
-            f"under every id that the corpus has (more tokens are no matter). {advice}"
+            f"under every id that the corpus has (more tokens do not matter). {advice}"
         )
     return found
 
 
 def described(ours: Tokenizer, other: Tokenizer, ids: Ids, rows: int | None = None) -> str:
-    """Say how many ids there are here and there, and what some of ``ids`` are."""
+    """Describe how many ids there are here and there, and what some of ``ids`` are."""
     size = other.size if rows is None else min(rows, other.size)
     here, there = (one.hf.convert_ids_to_tokens for one in (ours, other))
 
@@ -79,7 +79,7 @@ def described(ours: Tokenizer, other: Tokenizer, ids: Ids, rows: int | None = No
 
 
 def _occurring(corpus: Corpus) -> NDArray[np.bool_]:
-    """Which ids [size] the sequences of the corpus have."""
+    """Return which ids [size] occur in the sequences of the corpus."""
     used = np.zeros(corpus.info["tokenizer"]["size"], np.bool_)
     for shard in range(len(corpus.commits)):
         for batch in corpus.shard(shard).batches():

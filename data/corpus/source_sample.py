@@ -1,5 +1,5 @@
-"""The first documents of a source, and how much of it they are: so that what all of it will be can
-be told before it is read.
+"""Sample the first documents of a source, and estimate their share of it, to predict the whole
+before it is read.
 """
 
 import os
@@ -34,23 +34,24 @@ from rekindle.data.storage.addresses import open_binary, states_of_objects
 from rekindle.data.storage.client import is_remote
 from rekindle.data.text_files import compression_of, open_text
 
-SAMPLE_BYTES = 2_000_000  # of text
+SAMPLE_BYTES = 2_000_000  # bytes of text
 SAMPLE_DOCUMENTS = 2_000
-DENSITY_BYTES = 32 << 20  # of a compressed file are unpacked to learn how much is in it
+# bytes of a compressed file that are unpacked to estimate how much is in it
+DENSITY_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class SourceSample:
-    """The first documents of the source, and the share of its bytes that they are."""
+    """The first documents of the source, and their share of its bytes."""
 
     documents: list[Document]
-    share: float | None  # 1: all there is; None: the size of the source is not known
-    left_out: LeftOut  # of the records before their end
+    share: float | None  # 1: everything; None: the size of the source is unknown
+    left_out: LeftOut  # records before their end
 
 
 def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> SourceSample:
-    """The first 2 MB of text or 2,000 documents, whichever is first. Files after them are not
-    opened. ``tokenizer``: of a corpus that has something else than texts.
+    """Return the first 2 MB of text or 2,000 documents, whichever comes first. Files after them are
+    not opened. ``tokenizer``: for a corpus with other content than texts.
 
     Raises InputError as ``read_documents`` does, and for a source without text.
     """
@@ -64,10 +65,10 @@ def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> S
             total += size
             if taken.full:
                 continue
-        stream = read_documents([origin], *fields)
+        stream = read_documents([origin], *fields, config.group_field)
         before = left_out.total
         here = taken.fill(stream)
-        if origin.format == PYTHON_DOCS:  # it is no file, and small
+        if origin.format == PYTHON_DOCS:  # not a file, and small
             read += _text_bytes(here)
             total += _text_bytes(here) + _text_bytes(stream)
         elif size is None:
@@ -92,7 +93,7 @@ def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> S
 
 
 def _sizes(source: Iterable[Entry]) -> list[tuple[Origin, int | None]]:
-    """(what is read, its bytes); None where bytes are not known."""
+    """Return (what is read, its bytes); None if bytes are unknown."""
     origins = find_origins([*source])
     files = [one.place for one in origins if one.is_file]
     sizes = {
@@ -111,11 +112,11 @@ class _Taken:
 
     @property
     def full(self) -> bool:
-        """Whether the sample is large enough."""
+        """Return whether the sample is large enough."""
         return len(self.documents) >= SAMPLE_DOCUMENTS or self.bytes >= SAMPLE_BYTES
 
     def fill(self, stream: Iterator[Document]) -> list[Document]:
-        """Take documents of ``stream`` until the sample is large enough; return those."""
+        """Take documents of ``stream`` until the sample is large enough; return them."""
         before = len(self.documents)
         while not self.full and (document := next(stream, None)) is not None:
             self.documents.append(document)
@@ -134,7 +135,7 @@ def _bytes_of(document: Document) -> int:
 
 
 def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float:
-    """About how many bytes of a file its first ``rows`` are, of which ``taken`` is the text."""
+    """Return about how many bytes of a file its first ``rows`` are, with the text ``taken``."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1] == ".parquet":
         with open_binary(path) as file:
@@ -152,7 +153,7 @@ def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float
 
 
 def _bytes_of_lines(path: str, lines: int) -> int:
-    """Unpacked bytes of the first ``lines`` lines that are not blank."""
+    """Return the unpacked bytes of the first ``lines`` lines that are not blank."""
     size = 0
     with open_text(path) as stream:
         while lines and (line := stream.readline()):
@@ -162,7 +163,7 @@ def _bytes_of_lines(path: str, lines: int) -> int:
 
 
 def _density(path: str, compression: str) -> float:
-    """Unpacked bytes per packed byte in the first part of a file."""
+    """Return unpacked bytes per packed byte in the first part of a file."""
     unpacked = 0
     with open_binary(path) as raw, pa.input_stream(raw, compression=compression) as stream:
         while unpacked < DENSITY_BYTES and (piece := stream.read(1 << 20)):
@@ -176,8 +177,8 @@ def _about_tokens(document: Document) -> int:
 
 
 def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
-    """About how many sequences the corpus will have, in a second or so; None where the size of the
-    source is not known. Raises InputError as ``sample_source`` does.
+    """Return about how many sequences the corpus will have, in a second or so; None if the size of
+    the source is unknown. Raise InputError as ``sample_source`` does.
     """
     if any(origin.format == HUB for origin in find_origins(config.entries)):
         return config.limit_sequences

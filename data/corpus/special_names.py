@@ -1,4 +1,4 @@
-"""Names of special tokens written in a text ("</s>", "<|im_end|>"): which documents hold some."""
+"""Find documents with names of special tokens written in their text ("</s>", "<|im_end|>")."""
 
 import re
 from bisect import bisect_left
@@ -9,18 +9,18 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.source.documents import Document
 from rekindle.data.source.given import Dialogue
 
-SHORTEST = 3  # shorter names, and those that are words, say nothing where they stand in a text
+SHORTEST = 3  # shorter names, and names that are words, may be ordinary text
 
 
 def special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """What finds one in a text; None where there are none."""
+    """Return a pattern that finds one in a text; None if there are none."""
     known = {tokenizer.hf.convert_ids_to_tokens(number) for number in tokenizer.special_ids}
     names = sorted(n for n in known if len(n) >= SHORTEST and not n.isalnum())
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def holders_of(names: re.Pattern[str] | None, documents: Sequence[Document]) -> list[int]:
-    """Which of the documents hold some."""
+    """Return which of the documents hold some."""
     if names is None:
         return []
     find = names.search
@@ -28,7 +28,7 @@ def holders_of(names: re.Pattern[str] | None, documents: Sequence[Document]) -> 
 
 
 def _own(document: Document) -> tuple[str, ...]:
-    """Its texts; of a dialogue without the special tokens that the template writes."""
+    """Return its texts; for a dialogue, without the special tokens that the template writes."""
     given = document.given
     return (given.written,) if isinstance(given, Dialogue) else document.texts
 
@@ -40,11 +40,12 @@ class Holders:
         self._indices: list[int] = []
 
     def extend(self, indices: Iterable[int]) -> None:
-        """Those that were read next, by their index in the corpus."""
+        """Add those of the documents read next, by their index in the corpus."""
         self._indices += indices
 
     def count(self, start: Position, end: Position) -> int:
-        """How many documents hold some, of those that begin from ``start`` on and before ``end``.
+        """Return how many of the documents that begin from ``start`` on and before ``end`` hold
+        some.
 
         All of them must have been read.
         """
@@ -53,5 +54,5 @@ class Holders:
 
 
 def _next_document(place: Position) -> int:
-    """The index of the first document that begins at ``place`` or after it."""
+    """Return the index of the first document that begins at ``place`` or after it."""
     return place.document_index + (place.token > 0)

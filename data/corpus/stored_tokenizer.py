@@ -15,7 +15,7 @@ TOKENIZER_FILES = "corpus/tokenizer.json"  # their sha256
 
 
 def read_tokenizer(store: Store, facts: TokenizerFacts) -> Tokenizer:
-    """The stored tokenizer, which ``facts`` describe.
+    """Return the stored tokenizer, which ``facts`` describe.
 
     Raises CacheFormatError for damaged files, CacheMismatchError for those of another tokenizer.
     """
@@ -33,7 +33,9 @@ def read_tokenizer(store: Store, facts: TokenizerFacts) -> Tokenizer:
 
 
 def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
-    """What is wrong with the stored tokenizer's files, by name. Format 1 has no checksums."""
+    """Return what is wrong with the stored tokenizer's files, by name. Format 1 has no
+    checksums.
+    """
     try:
         stated = read_sealed(store, TOKENIZER_FILES)
     except FileNotFoundError:
@@ -45,7 +47,7 @@ def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
         path = f"{TOKENIZER}/{name}"
         try:
             sound = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
-        except (OSError, CacheFormatError):  # a folder, or a name that is none
+        except (OSError, CacheFormatError):  # a folder, or an invalid name
             sound = False
         if not sound:
             damaged[path] = CacheFormatError(f"{store.location}/{path} is damaged. {REPAIR}")
@@ -53,7 +55,7 @@ def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
 
 
 def save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
-    """Store the tokenizer's files, as far as they are not there or damaged."""
+    """Store the tokenizer's files that are missing or damaged."""
     if store.exists(TOKENIZER_FILES) and not damaged_tokenizer_files(store):
         return
     files = {}
@@ -65,12 +67,12 @@ def save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
             files[file.name] = hashlib.sha256(stored).hexdigest()
     content = seal(files)
     if not store.create(TOKENIZER_FILES, content) and store.read_bytes(TOKENIZER_FILES) != content:
-        store.replace(TOKENIZER_FILES, content)  # another version of the library saves otherwise
+        store.replace(TOKENIZER_FILES, content)  # another version of the library saves differently
 
 
 def check_gaps(store: Store, recorded: TokenizerFacts, known: TokenizerFacts) -> None:
-    """Raise CacheMismatchError if what is ``recorded`` of a tokenizer comes from a version that
-    took the number of tokens for one past the largest id: text with larger ids is lost to it.
+    """Raise CacheMismatchError if the ``recorded`` facts come from a version that took the number
+    of tokens for one past the largest id: text with larger ids is lost to it.
     """
     if recorded["digest"] == known["digest"] and "holes" in known and "holes" not in recorded:
         raise CacheMismatchError(

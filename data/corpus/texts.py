@@ -1,4 +1,4 @@
-"""The texts of a corpus's sequences, one by one or by slices, read when they are asked for."""
+"""The texts of a corpus's sequences, singly or by slices, read on access."""
 
 from collections.abc import Sequence
 from typing import overload
@@ -10,10 +10,10 @@ from rekindle.data.storage.cuts import joined
 
 
 class CorpusTexts(Sequence[str]):
-    """The text of each sequence, by its number. Only the record batch it stands in is read.
+    """The text of each sequence, by its number. Only its record batch is read.
 
-    It is the source's, cut as the sequence is; the tokens' own text, decoded, where the source was
-    tokens alone.
+    It is the source's text, cut like the sequence; if the source was tokens only, the tokens
+    decoded.
     """
 
     def __init__(self, corpus: Corpus, numbers: range | None = None):

@@ -1,7 +1,7 @@
 """A tokenizer with the facts that packing, masks and fingerprints need, and fast encoding.
 
-Importing this module imports neither transformers nor torch. It knows nothing of sequences and
-files of text.
+Importing this module imports neither transformers nor torch. Sequences and text files are unknown
+here.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A fast Hugging Face tokenizer and what we need to know of it.
+    """A fast Hugging Face tokenizer and the facts we need about it.
 
     size: one past the largest id, added tokens included: what a model's embedding needs. holes:
-    (first, past the last) of each gap in the ids below; they are no tokens. digest: sha256 over
+    (first, past the last) of each gap in the ids below; these are not tokens. digest: sha256 over
     the sorted (id, token) pairs, the identity of the vocabulary. special_ids: every special token,
-    the unknown token included. prefix, suffix: what it puts around one text ([CLS] and [SEP]; BOS
-    alone for Llama; nothing for GPT-2). pad_id is 0 for a tokenizer that has no padding token.
+    the unknown token included. prefix, suffix: what it puts around one text ([CLS] and [SEP]; only
+    BOS for Llama; nothing for GPT-2). pad_id is 0 for a tokenizer without a padding token.
     """
 
     hf: "PreTrainedTokenizerFast"
@@ -51,39 +51,39 @@ class Tokenizer:
     encoder: Encoder = field(repr=False)
 
     def reading_special_tokens(self) -> "Tokenizer":
-        """The same, that reads a special token's name within a text as the token."""
+        """Return the same tokenizer, reading a special token's name within a text as the token."""
         return wrap_tokenizer(self.hf, self.name, special_names_are_text=False)
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Each text's tokens: no special tokens, no truncation, all cores.
+        """Return each text's tokens: no special tokens, no truncation, all cores.
 
         A special token's name within a text ("[MASK]", "</s>") is text like any other (except to a
-        Unigram model that has it among its pieces), unless ``reading_special_tokens`` gave this.
+        Unigram model that has it among its pieces), unless ``reading_special_tokens`` made this.
         """
         return self.encoder.texts(texts).each()
 
     def encode_pair(
         self, a: str, b: str, max_length: int, cut: int = NEWEST_CUT
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Two texts as the tokenizer joins a pair: (input_ids [L], token_type_ids [L]), both int32.
+        """Return two texts joined as a pair: (input_ids [L], token_type_ids [L]), both int32.
 
-        Special tokens included, L ≤ max_length; the longer text is shortened first, as the
-        tokenizers library does it (``cut`` 1: as older caches have it). Raises ValueError when
-        ``max_length`` leaves no room for a token of each.
+        Special tokens included, L ≤ max_length; the longer text is shortened first, as in the
+        tokenizers library (``cut`` 1: as in older caches). Raises ValueError if ``max_length``
+        leaves no room for a token of each.
         """
         first, second = self.encoder.encodings([a, b])
         joined = self.encoder.joined(first, second, max_length, cut)
         return np.array(joined.ids, np.int32), np.array(joined.type_ids, np.int32)
 
     def tokens(self) -> frozenset[tuple[int, str]]:
-        """Every (id, token)."""
+        """Return every (id, token)."""
         return frozenset((id, token) for token, id in self.hf.get_vocab().items())
 
     def whole_lengths(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
     ) -> NDArray[np.int64]:
-        """Tokens of each text, or of it and the other of its pair, special ones included, before
-        anything is cut: int64 [N].
+        """Return the tokens of each text, or of each pair, special ones included, before anything
+        is cut: int64 [N].
         """
         added = self.encoder.backend.num_special_tokens_to_add(is_pair=pairs is not None)
         parts = (texts,) if pairs is None else (texts, pairs)
@@ -91,7 +91,7 @@ class Tokenizer:
         return np.array(each, np.int64).reshape(len(parts), -1).sum(axis=0) + added
 
     def save(self, directory: str | Path) -> None:
-        """Write it so that ``load_tokenizer(directory)`` and transformers read it back."""
+        """Write it so that ``load_tokenizer(directory)`` and transformers can read it."""
         self.hf.save_pretrained(str(directory))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -102,7 +102,7 @@ class Tokenizer:
 def wrap_tokenizer(
     hf: "PreTrainedTokenizerFast", name: str, special_names_are_text: bool = True
 ) -> Tokenizer:
-    """A Tokenizer around a fast Hugging Face tokenizer, which is left as it is."""
+    """Return a Tokenizer around a fast Hugging Face tokenizer, which is not changed."""
     # Our own copy: padding, truncation and special tokens written in a text are settings of the
     # backend, and some tokenizer.json files come with them switched on.
     backend = deepcopy(hf.backend_tokenizer)
@@ -136,7 +136,7 @@ def wrap_tokenizer(
 
 
 def _gaps(ids: list[int]) -> tuple[tuple[int, int], ...]:
-    """(first, past the last) of the numbers from 0 on that are missing in the ascending ``ids``."""
+    """Return (first, past the last) of the numbers from 0 on missing in the ascending ``ids``."""
     return tuple((a + 1, b) for a, b in pairwise([-1, *ids]) if b > a + 1)
 
 
@@ -149,12 +149,12 @@ def _affixes(backend: "Backend") -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def load_tokenizer(path_or_id: str) -> Tokenizer:
-    """The tokenizer of a local directory or of a Hugging Face id; no remote code is run.
+    """Return the tokenizer of a local directory or of a Hugging Face id; no remote code is run.
 
-    Beside what transformers' AutoTokenizer reads, a directory may hold vocabulary files alone:
-    ``vocab.txt`` is BERT WordPiece, which lower-cases exactly when no token but the bracketed ones
-    has an ASCII capital; ``encoder.json`` + ``vocab.bpe`` or ``vocab.json`` + ``merges.txt`` is
-    GPT-2's byte-level BPE, ended by <|endoftext|>.
+    Besides what transformers' AutoTokenizer reads, a directory may hold only vocabulary files:
+    ``vocab.txt`` is BERT WordPiece, which lower-cases if no token except the bracketed ones has an
+    ASCII capital; ``encoder.json`` + ``vocab.bpe`` or ``vocab.json`` + ``merges.txt`` is GPT-2's
+    byte-level BPE, ended by <|endoftext|>.
 
     Raises InputError: no such directory, no tokenizer files in it, an id that cannot be loaded, a
     tokenizer without a fast (Rust) implementation.

@@ -1,7 +1,7 @@
-"""The files of a tokenizer: which there must be, what reads them, and what is wrong with them.
+"""The files of a tokenizer: which are needed, what reads them, and what is wrong with them.
 
-The one place of ``data`` that meets transformers, and only inside functions: importing this module
-imports neither transformers nor torch.
+The only module of ``data`` that uses transformers, and only inside functions: importing it imports
+neither transformers nor torch.
 """
 
 import json
@@ -31,7 +31,9 @@ _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def has_tokenizer_files(path: str | Path) -> bool:
-    """Whether ``path`` is a local directory that ``load_tokenizer`` finds a tokenizer in."""
+    """Return whether ``path`` is a local directory in which ``load_tokenizer`` finds a
+    tokenizer.
+    """
     directory = Path(path)
     sets = [*((name,) for name in _AUTO_FILES), *_BARE_FILES]
     return any(_all_there(directory, names) for names in sets)
@@ -42,7 +44,9 @@ def _all_there(directory: Path, names: tuple[str, ...]) -> bool:
 
 
 def read_tokenizer_files(path_or_id: str) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a local directory or of a Hugging Face id, as ``load_tokenizer`` says."""
+    """Return the tokenizer of a local directory or of a Hugging Face id, as ``load_tokenizer``
+    says.
+    """
     if is_hub(path_or_id):
         path_or_id = str(hub_folder(path_or_id))
     directory = Path(path_or_id).expanduser()
@@ -82,7 +86,7 @@ _FLAGS = re.compile("do_lower_case|strip_accents|tokenize_chinese_chars|add_(bos
 
 def _check_values(file: Path) -> None:
     """Raise InputError, naming the key, for values of tokenizer_config.json that transformers
-    takes as they are, or fails of without a name; what is no JSON object is blamed later.
+    accepts unchecked, or fails on without naming them; invalid JSON is reported later.
     """
     try:
         found = json.loads(file.read_bytes())
@@ -102,16 +106,16 @@ def _check_values(file: Path) -> None:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path, or an id of the hub, names a file of llama.cpp's format."""
+    """Return whether a path, or an id on the hub, names a file in llama.cpp's format."""
     return str(path).lower().endswith(".gguf")
 
 
 def check_gguf(file: Path) -> None:
-    """Raise InputError where a GGUF file is none, or nothing is there to read it."""
+    """Raise InputError if a file is not GGUF, or nothing can read it."""
     refuse_pointer(file)
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise InputError(f"{file} is no GGUF file: it does not begin with GGUF")
+            raise InputError(f"{file} is not a GGUF file: it does not begin with GGUF")
     if find_spec("gguf") is None:
         raise InputError(
             f"{file} is a GGUF file, and the package gguf, which reads it, is not installed. "
@@ -131,8 +135,8 @@ def _load_auto(path_or_id: str, gguf_file: str | None = None) -> "PreTrainedToke
         reason = " ".join(str(error).split())
         if gguf_file is not None:
             raise InputError(
-                f"{path_or_id}/{gguf_file} cannot be read: {reason}; is it cut off, or a split "
-                "file's part? Else give the folder that it was made of"
+                f"{path_or_id}/{gguf_file} cannot be read: {reason}; is it truncated, or part of "
+                "a split file? Otherwise give the folder that it was made from"
             ) from error
         _blame_file(Path(path_or_id))
         if find_spec("sentencepiece") is None and re.search("tiktoken|(?i:sentencepiece)", reason):
@@ -157,22 +161,23 @@ _NEEDS_PIECES = (
 
 
 def _check_pieces(directory: Path) -> None:
-    """Raise InputError where nothing but a sentencepiece model is there, and nothing to read it.
+    """Raise InputError if there is only a sentencepiece model, and nothing to read it.
 
-    transformers would take it for a file of tiktoken, and ask for that package.
+    transformers would take it for a tiktoken file, and ask for that package.
     """
     if (directory / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
         return
     for path in filter(Path.is_file, (directory / name for name in _PIECES)):
         with path.open("rb") as file:
-            if file.read(1) == b"\n":  # so begins the message that it is; tiktoken's are lines
+            # sentencepiece's message begins so; tiktoken's files are lines
+            if file.read(1) == b"\n":
                 raise InputError(f"tokenizer {path} {_NEEDS_PIECES}")
 
 
 def _blame_file(directory: Path) -> None:
-    """Raise InputError, naming the file, where one of those that transformers read is no JSON
-    object, tokenizer.json is no tokenizer, or config.json no configuration: it is read for the
-    tokenizer, too.
+    """Raise InputError, naming the file, if one of those that transformers reads is not a JSON
+    object, tokenizer.json is not a tokenizer, or config.json not a configuration: the tokenizer
+    needs it too.
     """
     from tokenizers import Tokenizer
     from transformers import AutoConfig
@@ -180,7 +185,7 @@ def _blame_file(directory: Path) -> None:
     for path in filter(Path.is_file, (directory / name for name in _JSON_FILES)):
         try:
             found = json.loads(path.read_bytes())
-        except ValueError as error:  # also bytes that are no UTF-8
+        except ValueError as error:  # also for bytes that are not UTF-8
             raise InputError(
                 f"{path} is not JSON ({error}); give the file as it was saved"
             ) from None
@@ -191,11 +196,11 @@ def _blame_file(directory: Path) -> None:
     if (file := directory / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(file))
-        except Exception as error:  # of no class of its own
+        except Exception as error:  # it has no class of its own
             told = " ".join(str(error).split())
             raise InputError(
-                f"{file} is no tokenizer of the tokenizers library: {told}; give the file as it "
-                "was saved"
+                f"{file} is not a tokenizer of the tokenizers library: {told}; give the file as "
+                "it was saved"
             ) from None
     if (directory / "config.json").is_file():
         try:
@@ -203,7 +208,7 @@ def _blame_file(directory: Path) -> None:
         except Exception as error:
             raise InputError(
                 f"{directory}/config.json cannot be used: {' '.join(str(error).split())}. "
-                "transformers reads it for the tokenizer, too; mend it, or take it out of the "
+                "transformers reads it for the tokenizer, too; repair it, or remove it from the "
                 "tokenizer's directory"
             ) from None
 
@@ -215,8 +220,8 @@ def _load_wordpiece(path: Path) -> "PreTrainedTokenizerFast":
     missing = [token for token in _BERT_SPECIALS if token not in tokens]
     if missing:  # transformers would add them at the end and change the vocabulary's size
         raise InputError(
-            f"{path} is no BERT vocabulary: it lacks {', '.join(missing)}; "
-            f"give the directory with tokenizer.json instead"
+            f"{path} is not a BERT vocabulary: it lacks {', '.join(missing)}; give the directory "
+            "with tokenizer.json instead"
         )
     words = (token for token in tokens if not (token.startswith("[") and token.endswith("]")))
     cased = bool(re.search("[A-Z]", "\n".join(words)))
@@ -228,13 +233,13 @@ def _load_byte_level(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast
 
     if "<|endoftext|>" not in json.loads(vocabulary.read_text(encoding="utf-8")):
         raise InputError(
-            f"{vocabulary} is no GPT-2 vocabulary: it lacks <|endoftext|>; "
-            f"give the directory with tokenizer.json instead"
+            f"{vocabulary} is not a GPT-2 vocabulary: it lacks <|endoftext|>; give the directory "
+            "with tokenizer.json instead"
         )
     return GPT2TokenizerFast(vocab=str(vocabulary), merges=str(merges))
 
 
-# What a directory may hold alone, and who reads it.
+# Vocabulary files that suffice alone, and their readers.
 _BARE_FILES: dict[tuple[str, ...], Callable[..., "PreTrainedTokenizerFast"]] = {
     ("vocab.txt",): _load_wordpiece,
     ("encoder.json", "vocab.bpe"): _load_byte_level,

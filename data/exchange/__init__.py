@@ -1,1 +1,1 @@
-"""Targets that were made elsewhere, into a cache; and those of a cache, out of it."""
+"""Import targets that were made elsewhere into a cache, and export those of a cache."""

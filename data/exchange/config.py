@@ -1,4 +1,4 @@
-"""What an import is told of the targets beside the rows: checked before a row is read."""
+"""Settings of an import: facts about the targets besides the rows, checked before reading rows."""
 
 import json
 from typing import Any, Literal, TypedDict
@@ -12,36 +12,39 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 
 
 class ImportConfig(Settings):
-    """Which teacher the targets become."""
+    """The teacher that the targets become."""
 
     name: TeacherName = Field(description="the teacher's name in the cache")
     provenance: dict[str, Any] = Field(
-        description="where the targets come from: `model` says of what, everything else is free "
-        "(engine, revision, date, …); kept with the teacher, and part of what it is"
+        description="where the targets come from: `model` names the model, everything else is "
+        "free (engine, revision, date, …); kept with the teacher as part of its "
+        "identity"
     )
-    task: Task = Field("causal_lm", description="what the targets are of")
+    task: Task = Field("causal_lm", description="the task of the targets' model")
     view: str | None = Field(
         None,
-        description="what the model was shown: null for the text as it is and, of a masked_lm, for "
-        "the cache's masked view; `clean` for a masked_lm that saw the text unmasked; or a view's "
-        "name",
+        description="what the model was shown: null for the unmasked text or, for a masked_lm, "
+        "the cache's masked view; `clean` for a masked_lm that saw the text "
+        "unmasked; or a view's name",
     )
     k: int | None = Field(
         None,
         gt=0,
-        description="candidates kept of a position; null: as many as the first row has at least",
+        description=(
+            "candidates kept per position; null: as many as every position of the first row has"
+        ),
     )
     codec: Codec = Field(
         "default",
-        description="precise keeps log-probabilities to 1/2048 nat in twice the bytes; compact is "
-        "the default compressed, for cold storage and transfer",
+        description="precise keeps log-probabilities to 1/2048 nat in twice the bytes; compact "
+        "is the default compressed, for cold storage and transfer",
     )
-    labels: tuple[str, ...] = Field((), description="of a classifier: the names, in their order")
+    labels: tuple[str, ...] = Field((), description="for a classifier: its label names, in order")
     problem: Problem | None = Field(
-        None, description="of a classifier whose labels do not exclude each other: multi_label_…"
+        None, description="for a classifier whose labels do not exclude each other: multi_label_…"
     )
     allow_missing: bool = Field(
-        False, description="take sequences without a row, and positions without a target"
+        False, description="accept sequences without a row, and positions without a target"
     )
 
     @field_validator("provenance")
@@ -50,14 +53,14 @@ class ImportConfig(Settings):
         model = value.get("model")
         if not isinstance(model, str) or not model.strip():
             raise ValueError(
-                "must name the model that the targets are of: model: NAME (and whatever else is to "
-                "be remembered: engine, revision, date)"
+                "must name the model of the targets: model: NAME (and whatever else to record: "
+                "engine, revision, date)"
             )
         try:
             json.dumps(value, allow_nan=False, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"is kept as JSON: texts, numbers, lists and mappings of them ({error})"
+                f"must be valid JSON: texts, numbers, lists and mappings of them ({error})"
             ) from None
         return value
 
@@ -65,23 +68,23 @@ class ImportConfig(Settings):
     def _of_its_task(self) -> "ImportConfig":
         vocabulary = self.task in VOCABULARY_TASKS
         if vocabulary and (self.labels or self.problem):
-            raise ValueError(f"labels and problem are of classifiers; a {self.task} has none")
+            raise ValueError(f"labels and problem are for classifiers; a {self.task} has none")
         if not vocabulary and self.k is not None:
-            raise ValueError(f"k is of language models; of a {self.task} all logits are kept")
+            raise ValueError(f"k is for language models; for a {self.task} all logits are kept")
         if not vocabulary and self.codec != "default":
-            raise ValueError(f"codec is of language models; a {self.task} has one, the default")
+            raise ValueError(f"codec is for language models; a {self.task} only has the default")
         if "classification" in self.task and len(set(self.labels)) < max(2, len(self.labels)):
             raise ValueError(
-                f"a {self.task} needs the names of its labels, two or more and each another one"
+                f"a {self.task} needs the names of its labels: at least two, all different"
             )
         regression = self.task == "regression"
         if self.problem and (regression != (self.problem == "regression")):
-            raise ValueError(f"problem {self.problem} is not one of a {self.task}")
+            raise ValueError(f"problem {self.problem} does not fit a {self.task}")
         return self
 
 
 class ImportSettings(TypedDict, total=False):
-    """The settings beside name and provenance, for Python: see ``ImportConfig``."""
+    """The settings besides name and provenance, for Python: see ``ImportConfig``."""
 
     task: Task
     view: str | None

@@ -1,4 +1,4 @@
-"""Where targets may be: what a row is held against, and what a unit of an import waits for."""
+"""Where targets may be: what rows are checked against, and when an imported unit is complete."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from rekindle.data.views.reader import ViewReader
 def expected_positions(
     corpus: Corpus, info: TeacherInfo, view: ViewReader | None, unit: UnitPlace
 ) -> list[NDArray[np.int64]]:
-    """Where each row of a unit has a target of a language model, or an answer for a word."""
+    """Return where each row of a unit has a language model's target, or an answer for a word."""
     if info.is_vocabulary:
         return target_positions(corpus, info, view, *unit)
     batches = [*corpus.shard(unit[0]).batches()]
@@ -29,8 +29,8 @@ def expected_positions(
 
 
 def of_trained(row: Row, tokens: int, expected: NDArray[np.int64]) -> Row:
-    """The row of a causal LM with what it says of ``expected`` positions alone, where it says
-    something of each of its sequence's ``tokens`` that has a next one, as an engine does.
+    """Return a causal LM's row reduced to the ``expected`` positions, if it has values for each of
+    its sequence's ``tokens`` that has a next one, as an engine gives them.
     """
     ids, whole = row.get("ids"), tokens - 1
     lists = isinstance(ids, list | tuple | np.ndarray) and row.get("positions") is None
@@ -47,8 +47,8 @@ def of_trained(row: Row, tokens: int, expected: NDArray[np.int64]) -> Row:
 
 
 def may_have_targets(corpus: Corpus, view: ViewReader | None, shard: int) -> NDArray[np.bool_]:
-    """Which rows of a shard may have any: in a view of pairs those that have one. A student is
-    shown nothing of the others.
+    """Return which rows of a shard may have targets: in a view of pairs, those that have a pair. A
+    student sees nothing of the others.
     """
     if view is None or not view.kind.paired:
         return np.ones(corpus.commits[shard].rows, bool)

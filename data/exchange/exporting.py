@@ -1,7 +1,7 @@
-"""A teacher's targets as rows that people and other programs read, with the text beside them.
+"""Export a teacher's targets as rows with their text, for people and other programs.
 
-What an import asks for stands in them by the same names, so that what is exported can be imported
-again. P positions, K candidates, C labels.
+Rows have the fields that an import needs, under the same names, so an export can be imported again.
+P positions, K candidates, C labels.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from rekindle.data.batch import (
     read_masked,
     read_targets,
 )
+from rekindle.data.corpus.columns import GROUP
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.errors import InputError
@@ -35,7 +36,7 @@ TEXT = ("digest", "document", "domain", "text")
 _TEXTS, _INTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
 TYPES = {
     "index": pa.int64(),
-    **dict.fromkeys(TEXT, pa.string()),
+    **dict.fromkeys((*TEXT, GROUP), pa.string()),
     "input_ids": _INTS,
     "tokens": _TEXTS,
     "replica": pa.int32(),
@@ -57,7 +58,7 @@ TYPES = {
     "logits": _FLOATS,
     "probabilities": _FLOATS,
 }
-# Of an expert on words each position has a label and a list of logits.
+# An expert on words has a label and a list of logits for each position.
 WORD_TYPES = {"label": _TEXTS, "logits": pa.list_(_FLOATS), "probabilities": pa.list_(_FLOATS)}
 
 
@@ -65,9 +66,9 @@ WORD_TYPES = {"label": _TEXTS, "logits": pa.list_(_FLOATS), "probabilities": pa.
 class Export:
     """Rows of one teacher of a cache, or, without a teacher, of the text alone.
 
-    ``view``: masked text without targets, for a model that is run elsewhere. ``k``: so many
-    candidates of each position, which it takes for teachers whose whole distributions are kept.
-    Raises InputError for a ``k`` that is not there.
+    ``view``: masked text without targets, for a model that is run elsewhere. ``k``: only this many
+    candidates of each position; required for teachers that store whole distributions. Raises
+    InputError for a ``k`` that is not stored.
     """
 
     corpus: Corpus
@@ -87,21 +88,21 @@ class Export:
         kind, name = teacher.kind, teacher.info.name
         if not isinstance(kind, VocabularyKind):
             if self.k is not None:
-                raise InputError(f"k is of language models; {name!r} is a {teacher.info.task}")
+                raise InputError(f"k is for language models; {name!r} is a {teacher.info.task}")
         elif kind.whole and self.k is None:
             raise InputError(
-                f"teacher {name!r} keeps whole distributions, {kind.size:,} values a position; say "
-                "how many of the likeliest are wanted (k, --k)"
+                f"teacher {name!r} keeps whole distributions, {kind.size:,} values per position; "
+                "give how many of the likeliest you want (k, --k)"
             )
         elif self.k is not None and not 1 <= self.k <= kind.k:
-            raise InputError(f"k is {self.k}, and teacher {name!r} has 1 to {kind.k} candidates")
+            raise InputError(f"k is {self.k}, but teacher {name!r} has 1 to {kind.k} candidates")
         elif self.k is not None and kind.sampled:
             raise InputError(
-                f"teacher {name!r} keeps samples; a part of one says nothing. Leave k out"
+                f"teacher {name!r} keeps samples, part of which is meaningless. Leave k out"
             )
 
     def _names(self) -> list[str]:
-        found = ["index", *TEXT, "input_ids", "tokens"]
+        found = ["index", *self._about, "input_ids", "tokens"]
         if self.view is not None and self.view.kind.masked:
             found += ["replica", "shown_ids"]
             found += [] if self.teacher else ["positions"]
@@ -122,15 +123,20 @@ class Export:
         return [*found, "positions", *kept, "gold_tokens", *gold, *entropy]
 
     @property
+    def _about(self) -> tuple[str, ...]:
+        """Return the fields about a sequence's text."""
+        return (*TEXT, GROUP) if self.corpus.has_groups else TEXT
+
+    @property
     def _further(self) -> list[float]:
-        """The temperatures of further tails."""
+        """Return the temperatures of further tails."""
         if self.teacher is None or not isinstance(kind := self.teacher.kind, VocabularyKind):
             return []
         return [at for at in self.teacher.info.temperatures if kind.has_tail and at != kind.read_at]
 
     @property
     def schema(self) -> pa.Schema:
-        """The Arrow schema of the rows."""
+        """Return the Arrow schema of the rows."""
         words = self.teacher is not None and self.teacher.info.kind == "token"
         types = TYPES | (WORD_TYPES if words else {})
         further = [pa.field(_name(at), _FLOATS) for at in self._further]
@@ -140,7 +146,7 @@ class Export:
     def batches(
         self, progress: Callable[[int], None] = lambda rows: None
     ) -> Iterator[pa.RecordBatch]:
-        """The rows as record batches, a few at a time."""
+        """Yield the rows as record batches, a few at a time."""
         schema, held = self.schema, []
         for row in self.rows():
             held.append(row)
@@ -153,9 +159,9 @@ class Export:
             yield pa.RecordBatch.from_pylist(held, schema)
 
     def rows(self) -> Iterator[Values]:
-        """Each row by its fields' names, in the order of the corpus, replica after replica.
+        """Yield each row by its fields' names, in the order of the corpus, replica after replica.
 
-        Sequences of which nothing is cached have none.
+        Sequences without cached targets have no row.
         """
         masked = self.view is not None and self.view.kind.masked
         each = [*range(self.view.replicas)] if masked and self.view else [None]
@@ -167,7 +173,7 @@ class Export:
 
     @property
     def digest(self) -> str:
-        """What decides the rows, as a fingerprint: the bytes that they are read from, and how."""
+        """Return a fingerprint of what decides the rows: the bytes they are read from, and how."""
         asked = (self.k, self.limit, self.view and self.view.name)
         state = xxhash.xxh3_64(repr((self.corpus.fingerprint, *asked)).encode())
         for part in self.teacher.parts if self.teacher is not None else ():
@@ -177,7 +183,7 @@ class Export:
 
     @property
     def count(self) -> int:
-        """How many rows there are, at most."""
+        """Return the number of rows, at most."""
         masked = self.view is not None and self.view.kind.masked
         replicas = self.view.replicas if masked and self.view else 1
         return replicas * min(len(self.corpus), self.limit or len(self.corpus))
@@ -189,7 +195,7 @@ class Export:
             return None
         ids, _ = read_clean(self.corpus, [place])
         found: Values = {"index": index, "input_ids": ids[0], "tokens": self._texts.of(ids[0])}
-        found |= {name: self.corpus.text(name, place) for name in TEXT}
+        found |= {name: self.corpus.text(name, place) for name in self._about}
         if replica is not None and self.view is not None:
             masked = read_masked(self.view, [place], ids, replica)
             found |= {"replica": replica, "shown_ids": masked.input_ids[0]}
@@ -205,7 +211,7 @@ class Export:
         return found | _labels(target)
 
     def _tokens(self, target: TokenTargetBatch, ids: NDArray[np.int32]) -> Values:
-        """What a language model says at its positions."""
+        """Return a language model's values at its positions."""
         assert self.teacher is not None
         columns, kind = target.columns, target.kind
         kept, log_probs, log_tail = target.decode(kind.read_at, self.k)
@@ -234,18 +240,18 @@ def _name(temperature: float) -> str:
 
 
 def _masses(log_tail: Floats) -> list[float | None]:
-    """Logarithms of masses, null where there is none."""
+    """Return logarithms of masses, null for zero mass."""
     return [None if tail == -np.inf else tail for tail in log_tail.tolist()]
 
 
 class _Texts:
-    """The texts of tokens, each asked for once."""
+    """The texts of tokens, each looked up once."""
 
     def __init__(self, pieces: PieceTexts):
         self._pieces, self._known = pieces, {-1: ""}
 
     def of(self, ids: NDArray[np.integer]) -> list[str]:
-        """Those of ``ids``; of −1, which stands where a sample has fewer, nothing."""
+        """Return the texts of ``ids``; "" for −1, which pads samples with fewer ids."""
         found = []
         for one in ids.tolist():
             if one not in self._known:
@@ -255,7 +261,7 @@ class _Texts:
 
 
 def _labels(target: SequenceTargetBatch | TokenLabelBatch) -> Values:
-    """What an expert says of a sequence, or of the words in it."""
+    """Return an expert's answer for a sequence, or for its words."""
     names, probs = [*target.info.label_names], probabilities(target.info, target.logits)
     best = [names[at] for at in target.logits.argmax(axis=1)]
     if isinstance(target, TokenLabelBatch):
@@ -272,7 +278,9 @@ def _labels(target: SequenceTargetBatch | TokenLabelBatch) -> Values:
 
 
 def probabilities(info: TeacherInfo, logits: Floats) -> Floats:
-    """Those of the labels [N,C], of which one, or (multi_label) any number, holds."""
+    """Return the probabilities of the labels [N,C], of which one, or (multi_label) any number,
+    holds.
+    """
     if info.problem == "multi_label_classification":
         both = np.stack([np.zeros_like(logits), logits])
         return np.exp(logits - np.logaddexp.reduce(both, axis=0))

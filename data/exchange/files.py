@@ -1,6 +1,6 @@
-"""Exports as files: JSON lines, parquet, Arrow, or a folder of Hugging Face's ``datasets``.
+"""Write exports as files: JSON lines, parquet, Arrow, or a folder of Hugging Face's ``datasets``.
 
-A file appears whole or not at all.
+A file appears complete or not at all.
 """
 
 import json
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Advance = Callable[[int], None]
-# Of numbers in JSON lines: 500 times finer than what a codec keeps; of small ones, as the logarithm
-# of a tail that is nearly all, so many digits.
+# For numbers in JSON lines: DECIMALS is 500 times finer than a codec; DIGITS is for small numbers,
+# such as the logarithm of a tail that is nearly everything.
 DECIMALS, DIGITS = 6, 7
 SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
@@ -30,13 +30,13 @@ SUFFIXES = (".jsonl", ".parquet", ".arrow")
 def write_export(
     export: Export, out: Path, force: bool = False, progress: Advance = lambda rows: None
 ) -> int:
-    """Write the rows to ``out``, by its ending, or as a dataset's folder where it has none; return
-    how many there are. Raises InputError for another ending, for what is there already, and, even
-    with ``force``, for a folder that is no data set's.
+    """Write the rows to ``out``, in the format of its ending, or as a dataset folder if it has
+    none; return how many there are. Raise InputError for another ending, for an existing ``out``
+    and, even with ``force``, for a folder that is not a data set's.
     """
     if out.suffix and out.suffix not in SUFFIXES:
         raise InputError(
-            f"{out}: rows are written as {', '.join(SUFFIXES)}, or, to a name without an ending, "
+            f"{out}: rows are written as {', '.join(SUFFIXES)} or, to a name without an ending, "
             "as a folder that datasets.load_from_disk reads"
         )
     _check_target(out, force)
@@ -66,17 +66,17 @@ def write_export(
 
 
 def _check_target(out: Path, force: bool) -> None:
-    """Raise InputError where ``out`` must not be written to. A folder is replaced only by a folder,
-    and only if it is a data set's: whatever else it holds is somebody's.
+    """Raise InputError if ``out`` must not be written to. A folder is only replaced by a folder,
+    and only if it is a data set's: anything else belongs to somebody.
     """
     if not out.exists():
         return
     if out.is_dir() and (out.suffix or not _is_dataset(out)):
         raise InputError(
-            f"{out} is a folder, and holds no data set; it is left as it is: give another name"
+            f"{out} is a folder that holds no data set, and is left as it is: give another name"
         )
     if not force:
-        raise InputError(f"{out} is there already; give another name, or --force to replace it")
+        raise InputError(f"{out} already exists; give another name, or --force to replace it")
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -85,13 +85,13 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _save_dataset(export: Export, folder: Path, progress: Advance) -> None:
-    """As ``Dataset.save_to_disk`` leaves it, through one file that is mapped: in bounded memory."""
+    """Write what ``Dataset.save_to_disk`` leaves, through one mapped file: in bounded memory."""
     with tempfile.TemporaryDirectory(prefix=".", suffix=".new", dir=folder.parent) as rows:
         mapped_dataset(export, Path(rows) / "rows.arrow", progress).save_to_disk(folder)
 
 
 def mapped_dataset(export: Export, path: Path, progress: Advance = lambda rows: None) -> "Dataset":
-    """A dataset that is mapped from ``path``, which is written."""
+    """Return a dataset that is mapped from ``path``, which is written first."""
     from datasets import Dataset
 
     with new_file(path) as file, pa.ipc.new_stream(file, export.schema) as writer:
@@ -101,7 +101,7 @@ def mapped_dataset(export: Export, path: Path, progress: Advance = lambda rows: 
 
 
 def held_dataset(export: Export) -> "Dataset":
-    """A dataset that is held in memory."""
+    """Return a dataset that is held in memory."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
@@ -110,7 +110,7 @@ def held_dataset(export: Export) -> "Dataset":
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it, with so many DECIMALS; null for what is no finite number."""
+    """Return a value as in JSON, rounded to DECIMALS; null for a number that is not finite."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""Writes targets that were made elsewhere as a teacher of a cache, unit by unit, as stage 1 does.
+"""Write targets that were made elsewhere as a teacher of a cache, unit by unit, like stage 1.
 
-Each row is checked against the sequence it says it is of before anything of it is kept. A unit is
-committed as soon as all its sequences have come; after a kill the same rows again make the rest,
-and those of finished units are held against what is there.
+Each row is checked against its sequence before anything of it is kept. A unit is committed as soon
+as all its sequences have arrived; after a kill the same rows complete the rest, and rows of
+finished units are compared with what is stored.
 """
 
 import logging
@@ -42,7 +42,7 @@ from rekindle.data.writing import check_name, claim_teacher, write_targets
 
 log = logging.getLogger("rekindle")
 
-OPEN_UNITS = 4  # of which the expected positions are held
+OPEN_UNITS = 4  # units whose expected positions are held
 
 
 @dataclass
@@ -55,16 +55,16 @@ class ImportResult:
     units_done: int = 0
     units_present: int = 0
     repaired: int = 0
-    missing: int = 0  # sequences without a row, which were allowed
+    missing: int = 0  # sequences without a row, if allowed
     noticed: list[str] = field(default_factory=list)
 
     def as_text(self) -> str:
-        """For people."""
+        """Return a summary for people."""
         info = self.info
         lines = [
             f"teacher {info.name}: {kind_of(info).sentence}; {counted(self.rows, 'row')}, "
             f"{counted(self.positions, 'target')}; {counted(self.units_done, 'unit')} made, "
-            f"{self.units_present} were there (unit: a teacher's file)"
+            f"{self.units_present} already there (unit: a teacher's file)"
         ]
         return "\n".join([*lines, *(f"  {told}" for told in self.noticed)])
 
@@ -75,17 +75,17 @@ def import_targets(
     config: ImportConfig,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> ImportResult:
-    """Check ``rows`` and write their targets; what each must have is in docs/targets_elsewhere.md.
+    """Check ``rows`` and write their targets; docs/targets_elsewhere.md says what each must have.
 
-    Each row comes with what it is called in messages (``numbered``); ``progress`` is called with
-    the number of rows that were taken since. Raises InputError, naming the row, for one that is
-    wrong: the units that were complete before it are kept. Raises CacheMismatchError where the
-    cache has another teacher of that name, or other targets of this one.
+    Each row comes with its name for messages (``numbered``); ``progress`` is called with the number
+    of rows taken since the last call. Raises InputError, naming the row, for a wrong one: units
+    that were complete before it are kept. Raises CacheMismatchError if the cache has another
+    teacher of that name, or other targets of this one.
     """
     if corpus.is_packed:
         raise InputError(
-            "the corpus has several documents in a sequence and attention within each "
-            "(corpus.packing: packed); targets that were made elsewhere have seen a sequence as "
+            "the corpus has several documents in a sequence, with attention within each "
+            "(corpus.packing: packed), but targets that were made elsewhere saw a sequence as "
             "one text. Import them into a cache with packing: document"
         )
     with adding(corpus.store) as alone:
@@ -95,13 +95,13 @@ def import_targets(
                 job.take(name, row)
             progress(1)
         done = job.finish()
-        if alone is not False:  # nobody takes records back meanwhile
+        if alone is not False:  # no other process removes records meanwhile
             roll_up_records(corpus.store)
         return done
 
 
 def numbered(rows: Iterable[Row], where: str = "rows") -> Iterator[tuple[str, Row]]:
-    """The rows of ``where``, each with its name there."""
+    """Yield the rows of ``where``, each with its name there."""
     for number, row in enumerate(rows, start=1):
         yield f"{where}, row {number}", row
 
@@ -118,12 +118,12 @@ class _Import:
         repaired = _without_damage(corpus, config.name) if alone else 0
         if is_described(corpus.store, config.name):
             self.present: TeacherInfo | None = read_teacher(corpus.store, config.name)
-        else:  # it may have been lost
+        else:  # its description may have been lost
             self.present = stated_by_shards(corpus.store, config.name)
         self.reader: TokenRows | LabelRows | None = None
         self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
         self.pending: dict[UnitPlace, dict[int, Columns]] = {}
-        self.seen: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have come
+        self.seen: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have arrived
         self.expected: OrderedDict[UnitPlace, list[NDArray[np.int64]]] = OrderedDict()
         self.stored: TeacherReader | None = None
         self.done: set[str] = set()
@@ -142,7 +142,7 @@ class _Import:
             self.stored = self._reader_of(reader.info)
 
     def _reader_of(self, info: TeacherInfo) -> TeacherReader:
-        """What reads the units that are there now."""
+        """Return a reader of the units that are there now."""
         return TeacherReader(self.corpus, [info], self.view)
 
     def take(self, name: str, row: Row) -> None:
@@ -194,26 +194,26 @@ class _Import:
 
     @property
     def _share(self) -> float:
-        """About which share of a sequence's tokens has a target, at most."""
+        """Return the approximate largest share of a sequence's tokens with a target."""
         masks = self.view.identity.get("mask", {}) if self.view else {}
         return float(masks.get("probability", 1.0))
 
     def _come(self, unit: UnitPlace) -> NDArray[np.bool_]:
-        """Which sequences of a unit have come; those that can have no target need not."""
+        """Return which sequences of a unit have arrived, or cannot have a target."""
         if unit not in self.seen:
             self.seen[unit] = ~may_have_targets(self.corpus, self.view, unit[0])
         return self.seen[unit]
 
     def _refuse(self, place: Place) -> None:
         if may_have_targets(self.corpus, self.view, place.shard)[place.row]:
-            raise InputError(f"sequence {place.index} had a row before; give one of the two")
+            raise InputError(f"sequence {place.index} already had a row; give only one of the two")
         raise InputError(
-            f"sequence {place.index} has no pair of texts in {self.view_name}, so that nothing of "
-            "it was shown; leave its row out"
+            f"sequence {place.index} has no pair of texts in {self.view_name}, so nothing of it "
+            "was shown; leave its row out"
         )
 
     def _expected(self, unit: UnitPlace) -> list[NDArray[np.int64]]:
-        """Where each row of a unit has a target, or may have one."""
+        """Return where each row of a unit has a target, or may have one."""
         if unit not in self.expected:
             assert self.reader is not None
             found = expected_positions(self.corpus, self.reader.info, self.view, unit)
@@ -223,16 +223,16 @@ class _Import:
         return self.expected[unit]
 
     def _shown(self, place: Place, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The tokens of a sequence as the model was shown them."""
+        """Return the tokens of a sequence as the model saw them."""
         if place.replica is None or self.view is None:
             return tokens
         where = [(place.shard, place.row)]
         return read_masked(self.view, where, tokens[None], place.replica).input_ids[0]
 
     def _compare(self, place: Place, columns: Columns) -> None:
-        """Hold the targets of a row against those of a unit that is finished."""
+        """Compare a row's targets with those of a finished unit."""
         assert self.reader is not None
-        if self.stored is None:  # written by this import, and a sequence has one row
+        if self.stored is None:  # written by this import, which takes one row per sequence
             return
         lists, first, last = self.stored.cut((place.shard, place.row), place.replica)
         if any(
@@ -241,9 +241,9 @@ class _Import:
         ):
             raise CacheMismatchError(
                 f"sequence {place.index}: the cache has other targets of teacher "
-                f"{self.config.name!r} for it, and its unit is finished. Give the rows as they "
-                "were when it was begun, import these under another name, or delete "
-                f"{self.reader.info.folder} to import anew"
+                f"{self.config.name!r} for it, and its unit is finished. Give the same rows as "
+                "when it was begun, import these under another name, or delete "
+                f"{self.reader.info.folder} to import again"
             )
 
     def _write(self, unit: UnitPlace) -> None:
@@ -273,7 +273,7 @@ class _Import:
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> ImportResult:
-        """Write what is allowed to have holes; say what was done."""
+        """Write units that may have holes; return what was done."""
         if self.reader is None or not self.result_facts["rows"]:
             raise InputError(
                 "no row has a target, so there is nothing to import"
@@ -314,14 +314,14 @@ class _Import:
             lacks = info.imported.lacks if info.imported else ()
             notes += self.reader.noticed.told(self.reader.k)
             if info.estimator["tail"] == "derived":
-                notes.append("tails are what is left of 1, derived in float64 (no log_tail given)")
+                notes.append("tails are 1 minus the candidates, in float64 (no log_tail given)")
             if info.temperatures != (1.0,):
                 listed = ", ".join(f"{at:g}" for at in info.temperatures)
                 notes.append(f"a student can be trained at the temperatures {listed}")
             if lacks:
                 notes.append(
-                    f"not given, and so not kept: {', '.join(lacks)} (curricula need them: the "
-                    "score of a sequence is made of them)"
+                    f"not given, and so not stored: {', '.join(lacks)} (curricula need them to "
+                    "score sequences)"
                 )
         if missing:
             notes.append(
@@ -335,9 +335,9 @@ def _told_of_missing(missing: list[tuple[int, int | None]], done: set[str]) -> s
     named = [f"{n}" + ("" if r is None else f" (replica {r})") for n, r in missing[:5]]
     shown = ", ".join(named) + (", …" if len(missing) > 5 else "")
     return (
-        f"{counted(len(missing), 'sequence')} of the cache without a row: {shown}. What is whole "
-        f"is kept ({counted(len(done), 'unit')}). Give the others too, with the same command or a "
-        "further one, or allow that they are missing (allow_missing, --allow-missing)"
+        f"{counted(len(missing), 'sequence')} of the cache without a row: {shown}. Complete units "
+        f"are kept ({counted(len(done), 'unit')}). Give the other rows too, with the same command "
+        "or another one, or allow that they are missing (allow_missing, --allow-missing)"
     )
 
 
@@ -346,7 +346,7 @@ def _length(columns: Columns) -> int:
 
 
 def _view_name(corpus: Corpus, config: ImportConfig) -> str:
-    """The recorded name of what the model was shown."""
+    """Return the recorded name of the view that the model was shown."""
     kinds = ("masked", "pairs")
     stored = [name for name in corpus.store.folders("views") if view_kind(name).kind in kinds]
     usual = {"causal_lm": "clean", "masked_lm": "masked"}.get(config.task, "text")
@@ -364,36 +364,36 @@ def _view_name(corpus: Corpus, config: ImportConfig) -> str:
         known = ["clean", "text", *stored]
         there = [name for name in known if config.task in view_kind(name).tasks]
         raise InputError(
-            f"view {asked!r} is none that a {config.task} of this cache may be shown (there are: "
+            f"view {asked!r} cannot be shown to a {config.task} of this cache (possible are: "
             f"{', '.join(there)})"
         )
     return asked
 
 
 def _without_damage(corpus: Corpus, name: str) -> int:
-    """Forget what of the teacher's own files is damaged, so that it is imported again; how many."""
+    """Forget the damaged files of the teacher, so that they are imported again; return how many."""
     store, folder = corpus.store, f"targets/{name}"
     described, count = is_described(store, name), 0
     if store.names(f"{folder}/commits") and not described and not is_imported(store, name):
         raise CacheFormatError(
-            f"{store.location}/{folder} has targets, and lacks what says whose they are: `pipeline "
-            "cache-teachers` with the configuration they were made with restores it. Import under "
-            "another name"
+            f"{store.location}/{folder} has targets, but not the description of their teacher: "
+            "`pipeline cache-teachers` with the configuration they were made with restores it. "
+            "Import under another name"
         )
     if described:
         try:
             if read_teacher(store, name).imported is None:
-                return 0  # `cache-teachers` sees to it
+                return 0  # `cache-teachers` repairs it
         except CacheFormatError as error:
             if not is_imported(store, name):
                 raise
-            log.warning("%s: made anew", damage(error).rstrip("."))
+            log.warning("%s: made again", damage(error).rstrip("."))
             store.discard(f"{folder}/teacher.json")
             count += 1
     shards = ShardSet(store, folder)
     check = shards.check if isinstance(store, LocalStore) else None
     for unit, problem in shards.survey(check)[1].items():
-        log.warning("%s: made anew", damage(problem).rstrip("."))
+        log.warning("%s: made again", damage(problem).rstrip("."))
         shards.forget(unit)
         count += 1
     return count

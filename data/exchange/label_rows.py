@@ -1,4 +1,4 @@
-"""Checks the answers of classifiers and of regressors in rows. P words, C labels."""
+"""Check the answers of classifiers and regressors in rows. P words, C labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,25 +16,25 @@ from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.schema import TeacherInfo
 
-LEAST = 1e-12  # of a probability: its logarithm stands for a logit
+LEAST = 1e-12  # least probability whose logarithm stands for a logit
 LARGEST = float(np.finfo(np.float32).max)
 FIELDS = ("positions", "logits", "probabilities")
 
 
 @dataclass
 class LabelRows:
-    """Reads the rows of one task expert: ``logits``, or the ``probabilities`` that they give."""
+    """Reads the rows of one task expert: ``logits``, or the ``probabilities`` they give."""
 
     corpus: Corpus
     info: TeacherInfo
     allow_missing: bool
-    untold: int = field(default=0, init=False)  # words without an answer, of sequences with a row
+    untold: int = field(default=0, init=False)  # words without an answer, in sequences with a row
 
     fields = FIELDS
 
     @classmethod
     def begin(cls, corpus: Corpus, config: ImportConfig, view: str) -> "LabelRows":
-        """For the teacher of ``config``."""
+        """Return a reader for the teacher of ``config``."""
         imported = Imported(provenance=config.provenance)
         words = config.task == "token_classification"
         usual = "regression" if config.task == "regression" else "single_label_classification"
@@ -58,54 +58,56 @@ class LabelRows:
         return cls(corpus, info, config.allow_missing)
 
     def columns(self, row: Row, tokens: NDArray[np.int32], expected: NDArray[np.int64]) -> Columns:
-        """The columns of a row's answers. ``expected``: the positions at which words begin."""
+        """Return the columns of a row's answers. ``expected``: the positions at which
+        words begin.
+        """
         check_keys(row, FIELDS)
         self._check_names(row.get("labels"))
         if self.info.kind == "sequence":
             if row.get("positions") is not None:
-                raise InputError(f"positions: a {self.info.task} says one thing of a sequence")
+                raise InputError(f"positions: a {self.info.task} has one answer per sequence")
             return {"logits": self._logits(row, one=True)}
         with naming("positions"):
             positions = whole_numbers(row.get("positions"))
             strange = positions[~np.isin(positions, expected)]
             if (np.diff(positions) <= 0).any() or len(strange):
                 raise InputError(
-                    "must be positions of its sequence at which a word begins, rising"
-                    + (f"; {int(strange[0])} is none" if len(strange) else "")
+                    "must be ascending positions of its sequence at which a word begins"
+                    + (f"; {int(strange[0])} is not one" if len(strange) else "")
                 )
         logits = self._logits(row, one=False)
         if len(logits) != len(positions):
-            raise InputError(f"it has {len(positions)} positions and {len(logits)} lists of logits")
+            raise InputError(f"it has {len(positions)} positions but {len(logits)} lists of logits")
         lacking = np.setdiff1d(expected, positions)
         if len(lacking) and not self.allow_missing:
             raise InputError(
-                f"{len(lacking)} of its {counted(len(expected), 'word')} have no answer (the first "
-                f"begins at {int(lacking[0])}). Give them all, or allow that some are missing "
-                "(allow_missing, --allow-missing)"
+                f"{len(lacking)} of its {counted(len(expected), 'word')} have no answer (the "
+                f"first begins at {int(lacking[0])}). Give them all, or allow that some are "
+                "missing (allow_missing, --allow-missing)"
             )
         self.untold += len(lacking)
         return {"positions": positions.astype(np.uint16), "logits": logits}
 
     def notes(self) -> list[str]:
-        """What is to be said once of all rows."""
+        """Return what to say once about all rows."""
         told = f"without an answer, in sequences that have a row: {counted(self.untold, 'word')}"
         return [told] if self.untold else []
 
     def _check_names(self, given: object) -> None:
-        """Refuse numbers that stand in another order than the teacher's labels do."""
+        """Refuse numbers whose order differs from the teacher's labels."""
         ours = [*self.info.label_names]
         if given is None or len(ours) == 1:
             return
         named = [*given] if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         if named != ours:
             raise InputError(
-                f"labels: its numbers are of {', '.join(map(str, named))}, and the labels were "
-                f"given as {', '.join(ours)}: each would be another label's. Give them in the "
-                "rows' order (labels, --label)"
+                f"labels: its numbers are for {', '.join(map(str, named))}, but the labels were "
+                f"given as {', '.join(ours)}: each number would go to another label. Give them in "
+                "the rows' order (labels, --label)"
             )
 
     def _logits(self, row: Row, one: bool) -> NDArray[np.float32]:
-        """Logits [1,C] of a sequence, or [P,C] of its words."""
+        """Return logits [1,C] of a sequence, or [P,C] of its words."""
         name = "logits" if row.get("logits") is not None else "probabilities"
         labels = self.info.num_labels or 0
         with naming(name):
@@ -124,7 +126,7 @@ class LabelRows:
             return logits.astype(np.float32)
 
     def _of(self, probs: Floats64) -> Floats64:
-        """The logits that probabilities [N,C] belong to."""
+        """Return the logits that probabilities [N,C] belong to."""
         if self.info.problem == "regression":
             raise InputError("a regression has scores: give them as logits")
         if ((probs < 0) | (probs > 1 + ROUNDING)).any():
@@ -134,8 +136,8 @@ class LabelRows:
         wrong = sums[np.abs(sums - 1) > ROUNDING]
         if not several and len(wrong):
             raise InputError(
-                f"must sum to 1 (given: {wrong[0]:.6g}); labels that do not exclude "
-                "each other are of the problem multi_label_classification"
+                f"must sum to 1 (given: {wrong[0]:.6g}); labels that do not exclude each other "
+                "belong to the problem multi_label_classification"
             )
         sure = np.clip(probs, LEAST, None)
         return np.log(sure) - (np.log(np.clip(1 - probs, LEAST, None)) if several else 0.0)

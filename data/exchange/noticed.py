@@ -1,4 +1,4 @@
-"""What an import did to rows that were not as a cache keeps them."""
+"""What an import changed in rows that were not in a cache's form."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from rekindle.data.counted import counted
 
 @dataclass
 class Noticed:
-    """What was done to the rows, to be said once: positions of each."""
+    """Counts of positions changed, to be reported once."""
 
     sorted: int = 0
     cut: int = 0
-    over: int = 0  # whose masses summed to a little more than 1
-    untold: int = 0  # without a target, of sequences that have a row
+    over: int = 0  # masses that summed to slightly more than 1
+    untold: int = 0  # without a target, in sequences that have a row
 
     def told(self, k: int) -> list[str]:
-        """A sentence for each."""
+        """Return a sentence for each."""
         said = [
-            (self.sorted, "candidates were put in order of probability at {}"),
+            (self.sorted, "candidates were sorted by probability at {}"),
             (
                 self.cut,
                 f"the {k} likeliest candidates are kept, the others' mass in the tail, at {{}}",

@@ -1,6 +1,6 @@
-"""A row of an import: which sequence it is of, that it is that one, and its fields.
+"""A row of an import: which sequence it belongs to, the proof of that, and its fields.
 
-P positions, W candidates that are given of the one that has most.
+P positions, W candidates of the position that has most.
 """
 
 import math
@@ -18,14 +18,15 @@ from rekindle.data.errors import InputError, did_you_mean, naming
 Row = Mapping[str, object]
 Floats64 = NDArray[np.float64]
 
-# What `pipeline export-targets` writes for people to read, which an import passes over.
+# Written by `pipeline export-targets` for people; an import ignores them.
 ABOUT = (
-    *("text", "document", "domain", "tokens"),
+    *("text", "document", "domain", "group", "tokens"),
     *("candidates", "gold_tokens", "label"),
 )
-# What must be that of the cache where it is given. ``labels``: see label_rows.py.
+# Must match the cache if given. ``labels``: see label_rows.py.
 PROOFS = ("shown_ids", "labels")
-SAMPLES = ("sampled_ids", "sampled_log_probs")  # an export's, of a teacher that keeps draws
+# an export's fields, for a teacher that stores draws
+SAMPLES = ("sampled_ids", "sampled_log_probs")
 KEYS = ("index", "digest", "input_ids", "replica")
 
 
@@ -40,24 +41,25 @@ class Place:
 
 
 def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
-    """The sequence that ``row`` is of; InputError unless the row proves that it is that one.
+    """Return the sequence that ``row`` belongs to; raise InputError unless the row proves it.
 
-    ``replicas``: how many a masked view has, whose rows name theirs; None for one without.
+    ``replicas``: the number of replicas of a masked view, whose rows name theirs; None without
+    masks.
     """
     index = _whole_number(row, "index", len(corpus), "the sequence's number in the cache")
     shards, rows = corpus.locate(np.array([index]))
     place = (int(shards[0]), int(rows[0]))
     if row.get("input_ids") is None and row.get("digest") is None:
         raise InputError(
-            "it has neither input_ids nor digest, so that nothing shows which sequence its targets "
-            "are of. Give the token ids that the model was shown, or the digest that `pipeline "
-            "export-targets` writes beside them"
+            "it has neither input_ids nor digest, so nothing shows which sequence its targets "
+            "belong to. Give the token ids that the model was shown, or the digest that "
+            "`pipeline export-targets` writes"
         )
     if row.get("digest") is not None and row["digest"] != corpus.text("digest", place):
         raise InputError(
-            f"its digest is {str(row['digest'])[:40]!r}, and that of sequence {index} in the cache "
-            f"is {corpus.text('digest', place)!r}: its targets are of another sequence, or of "
-            "another cache"
+            f"its digest is {str(row['digest'])[:40]!r}, but that of sequence {index} in the "
+            f"cache is {corpus.text('digest', place)!r}: its targets belong to another sequence, "
+            "or to another cache"
         )
     if row.get("input_ids") is not None:
         with naming("input_ids"):
@@ -67,15 +69,15 @@ def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
         replica = _whole_number(row, "replica", replicas, "which masking the model was shown")
     elif row.get("replica") is not None:
         raise InputError(
-            "it has a replica, and this teacher sees no masks. Rows of a masked LM need its task "
-            "(task, --task masked_lm); of any other leave the replica out"
+            "it has a replica, but this teacher sees no masks. Rows of a masked LM need its task "
+            "(task, --task masked_lm); otherwise leave the replica out"
         )
     return Place(index, *place, replica)
 
 
 def check_shown(row: Row, shown: NDArray[np.int32], place: Place) -> None:
-    """Raise InputError where ``shown_ids`` are not the tokens [S] that the model was shown, and
-    where nothing proves which masks these had.
+    """Raise InputError if ``shown_ids`` are not the tokens [S] that the model was shown, or nothing
+    proves which masks it saw.
     """
     if row.get("shown_ids") is not None:
         with naming("shown_ids"):
@@ -86,19 +88,19 @@ def check_shown(row: Row, shown: NDArray[np.int32], place: Place) -> None:
                 both = min(len(given), len(shown))
                 at = [*np.flatnonzero(given[:both] != shown[:both]), both][0]
                 raise InputError(
-                    f"they are not those of sequence {place.index}{masks}, from place {at} on: "
-                    "its targets are of other inputs"
+                    f"they differ from those of sequence {place.index}{masks} from place {at} on: "
+                    "its targets belong to other inputs"
                 )
     elif place.replica is not None and row.get("positions") is None:
         raise InputError(
-            f"it has neither positions nor shown_ids, so that nothing shows that its targets are "
-            f"of the masks of replica {place.replica}. `pipeline export-targets --view masked` "
+            "it has neither positions nor shown_ids, so nothing shows that its targets belong to "
+            f"the masks of replica {place.replica}. `pipeline export-targets --view masked` "
             "writes both"
         )
 
 
 def tokens_of(corpus: Corpus, place: tuple[int, int]) -> NDArray[np.int32]:
-    """The token ids [S] of a row of the corpus."""
+    """Return the token ids [S] of a row of the corpus."""
     lists, first, last = corpus.cut(place)
     found: NDArray[np.int32] = lists.columns["input_ids"][first:last]
     return found
@@ -110,33 +112,33 @@ def _check_tokens(
     if np.array_equal(given, ours):
         return
     if len(given) != len(ours):
-        wrong = f"{len(given)} tokens, and sequence {index} has {len(ours)}"
+        wrong = f"{len(given)} tokens, but sequence {index} has {len(ours)}"
     else:
         at = int(np.flatnonzero(given != ours)[0])
         texts = PieceTexts(corpus.tokenizer.hf)
         wrong = (
-            f"at place {at} token {int(given[at])}, and sequence {index} has {int(ours[at])} "
+            f"at place {at} token {int(given[at])}, but sequence {index} has {int(ours[at])} "
             f"({texts[int(ours[at])]!r}) there"
         )
     raise InputError(
-        f"{wrong}: its targets are of another text, or of another tokenizer. Show the model the "
-        "token ids of the cache (`pipeline export-targets` without --teacher writes them)"
+        f"{wrong}: its targets belong to another text, or to another tokenizer. Show the model "
+        "the token ids of the cache (`pipeline export-targets` without --teacher writes them)"
     )
 
 
 def check_keys(row: Row, fields: Sequence[str]) -> None:
-    """Raise InputError for a key that stands for nothing; columns that are null do not count."""
+    """Raise InputError for an unknown key; null columns do not count."""
     for key, value in row.items():
         if value is not None and key not in (*KEYS, *PROOFS, *ABOUT, *fields):
             known = (*KEYS, *fields)
             if key in SAMPLES:
                 raise InputError(
                     f"it has {key}: its teacher keeps draws (targets.kind threshold or random), "
-                    "which are no likeliest candidates. Cache that model with targets.kind topk, "
-                    "and export it anew"
+                    "which are not likeliest candidates. Cache that model with targets.kind "
+                    "topk, and export it again"
                 )
             raise InputError(
-                f"{key!r} is no field of a row (there are {', '.join(known)})"
+                f"{key!r} is not a field of a row (known: {', '.join(known)})"
                 f"{did_you_mean(str(key), known)}"
             )
 
@@ -147,7 +149,7 @@ def _whole_number(row: Row, name: str, below: int, what: str) -> int:
         given = "missing" if value is None else f"{str(value)[:40]!r}"
         raise InputError(f"{name} must be a whole number, {what} (given: {given})")
     if not 0 <= value < below:
-        raise InputError(f"{name} is {value}, and the cache has 0 to {below - 1}")
+        raise InputError(f"{name} is {value}, but the cache has 0 to {below - 1}")
     return int(value)
 
 
@@ -155,7 +157,7 @@ def _whole_number(row: Row, name: str, below: int, what: str) -> int:
 
 
 def whole_numbers(value: Any) -> NDArray[np.int64]:
-    """A list of whole numbers [N]; InputError for anything else."""
+    """Return a list of whole numbers [N]; raise InputError for anything else."""
     found = _array(value)
     if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
         raise InputError(f"must be a list of whole numbers (given: {_shown(value)})")
@@ -163,7 +165,7 @@ def whole_numbers(value: Any) -> NDArray[np.int64]:
 
 
 def numbers(value: Any, count: int, each: str) -> Floats64:
-    """A list of ``count`` finite numbers [N]; InputError for anything else."""
+    """Return a list of ``count`` finite numbers [N]; raise InputError for anything else."""
     found = _array(value)
     if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):
         raise InputError(f"must be a list of numbers (given: {_shown(value)})")
@@ -177,7 +179,7 @@ def numbers(value: Any, count: int, each: str) -> Floats64:
 
 
 def log_masses(value: Any, count: int) -> Floats64:
-    """Logarithms of masses [P], of which null is that of none, −inf."""
+    """Return logarithms of masses [P]; null is zero mass, −inf."""
     if isinstance(value, Sequence | np.ndarray):
         value = [-math.inf if one is None else one for one in value]
     found = _array(value)
@@ -189,9 +191,10 @@ def log_masses(value: Any, count: int) -> Floats64:
 
 
 def matrix(value: Any, kinds: str, fill: float) -> tuple[NDArray, NDArray[np.int64]]:
-    """A list of lists as [P,W], ``fill`` where one is shorter, and how many each has [P].
+    """Return a list of lists as [P,W], with ``fill`` where one is shorter, and each one's length
+    [P].
 
-    ``kinds``: NumPy's letters of the types that are allowed. InputError for anything else.
+    ``kinds``: NumPy's letters of the allowed types. Raises InputError for anything else.
     """
     what = "whole numbers" if "f" not in kinds else "numbers"
     told = f"must be a list of lists of {what}, one for each position (given: {_shown(value)})"
@@ -214,7 +217,7 @@ def matrix(value: Any, kinds: str, fill: float) -> tuple[NDArray, NDArray[np.int
 
 
 def _array(value: Any) -> NDArray | None:
-    """``value`` as an array; None for what is none, as lists of different lengths."""
+    """Return ``value`` as an array; None if it is not one, such as lists of different lengths."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         return None
     try:

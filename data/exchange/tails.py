@@ -1,11 +1,11 @@
-"""The temperatures that rows are of, and the mass outside their candidates at each.
+"""The temperatures of rows, and the mass outside their candidates at each.
 
-A row's ``log_probs`` and ``log_tail`` are of its ``temperature`` T (1 unless it says another one);
-``log_tails`` has that mass at further ones. What a codec keeps of candidates, their differences at
-τ = 1, is T times those of ``log_probs``: known, whatever T is. What is not known at a temperature
-that no row states is the mass outside them, so nothing can be read there, 1 included.
+A row's ``log_probs`` and ``log_tail`` are at its ``temperature`` T (1 unless it states another);
+``log_tails`` has that mass at further temperatures. A codec stores the candidates' differences at τ
+= 1, which are T times those of ``log_probs``, so they are known for any T. At a temperature that no
+row states, 1 included, the mass outside them is unknown, so nothing can be read there.
 
-P positions, W candidates given of the position that has most, K kept ones, T temperatures.
+P positions, W candidates of the position that has most, K kept ones, T temperatures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ from rekindle.data.targets.codec import RANGE
 
 TEMPERATURE, TAIL, FURTHER = "temperature", "log_tail", "log_tails"
 HOTTEST = 1000.0
-AGREE = 0.25  # nats between two statements about one thing: more than any codec's rounding
+AGREE = 0.25  # nats between two statements of the same value: more than any codec's rounding
 
 
 def temperature_of(row: Row) -> float:
-    """The temperature of a row's log-probabilities."""
+    """Return the temperature of a row's log-probabilities."""
     value = row.get(TEMPERATURE)
     return 1.0 if value is None else _temperature(value, TEMPERATURE)
 
 
 def further_of(row: Row) -> dict[float, object]:
-    """``log_tails`` by temperature, ascending; none where the row has none."""
+    """Return ``log_tails`` by temperature, ascending; empty if the row has none."""
     given = row.get(FURTHER)
     if given is None:
         return {}
@@ -39,14 +39,16 @@ def further_of(row: Row) -> dict[float, object]:
             f"{str(given)[:40]})"
         )
     if row.get(TAIL) is None:
-        raise InputError(f"{FURTHER} are given and no {TAIL}, the mass that belongs to log_probs")
+        raise InputError(f"{FURTHER} are given without {TAIL}, the mass that belongs to log_probs")
     found: dict[float, object] = {}
     for key, values in given.items():
         if values is None:  # Arrow's structs have every key of the file
             continue
         at = _temperature(key, FURTHER)
         if at in found or at == temperature_of(row):
-            raise InputError(f"{FURTHER}: {at:g} is there twice ({TAIL} is of `{TEMPERATURE}`)")
+            raise InputError(
+                f"{FURTHER}: {at:g} is there twice ({TAIL} belongs to `{TEMPERATURE}`)"
+            )
         found[at] = values
     return dict(sorted(found.items()))
 
@@ -58,21 +60,22 @@ def _temperature(value: object, name: str) -> float:
         found = 0.0
     if not 0 < found < HOTTEST:
         raise InputError(
-            f"{name}: {str(value)[:40]!r} is no temperature: a number above 0 and below {HOTTEST:g}"
+            f"{name}: {str(value)[:40]!r} is not a temperature: a number above 0 and below "
+            f"{HOTTEST:g}"
         )
     return found
 
 
 def check_same_tails(row: Row, temperature: float, further: Sequence[float]) -> None:
-    """Raise InputError for a row of other temperatures than those before it."""
+    """Raise InputError for a row whose temperatures differ from those before it."""
     if (own := temperature_of(row)) != temperature:
         raise InputError(
-            f"{TEMPERATURE} is {own:g}, and that of the first rows {temperature:g}; all must be of "
-            "one. Import the others as another teacher"
+            f"{TEMPERATURE} is {own:g}, but that of the first rows is {temperature:g}; all rows "
+            "must have the same. Import the others as another teacher"
         )
     if (own_further := [*further_of(row)]) != [*further]:
         raise InputError(
-            f"{FURTHER} are of the temperatures {own_further}, and those of the first rows of "
+            f"{FURTHER} have the temperatures {own_further}, but those of the first rows "
             f"{[*further]}; every row must have the same"
         )
 
@@ -85,11 +88,11 @@ def further_odds(
     tokens: int,
     positions: NDArray[np.int64],
 ) -> Floats64:
-    """log(kept mass / mass outside) [P,T] at the temperatures of ``log_tails``.
+    """Return log(kept mass / mass outside) [P,T] at the temperatures of ``log_tails``.
 
-    ``log_probs`` [P,W] by falling probability, −inf where fewer are given, and ``log_tail`` [P] are
+    ``log_probs`` [P,W], by falling probability with −inf for missing ones, and ``log_tail`` [P] are
     at the row's own temperature; ``tokens``: how many ids can have a probability. Raises InputError
-    where no distribution has the candidates as its likeliest and these masses outside them.
+    if no distribution has the candidates as its likeliest and these masses outside them.
     """
     own, further = temperature_of(row), further_of(row)
     relative = own * (log_probs - log_probs[:, :1])
@@ -106,9 +109,9 @@ def further_odds(
         at = int(np.argmax(wrong))
         masses = ", ".join(f"{np.exp(tails[tau][at]):.4g} at {tau:g}" for tau in sorted(tails))
         raise InputError(
-            f"{FURTHER}: position {positions[at]}: masses of {masses} outside the candidates are "
-            "of no one distribution whose likeliest tokens these are. Are they of these "
-            "temperatures, and of all tokens but these?"
+            f"{FURTHER}: position {positions[at]}: masses of {masses} outside the candidates fit "
+            "no distribution with these as its likeliest tokens. Do they belong to these "
+            "temperatures, and to all tokens but these?"
         )
     odds = []
     for at in further:
@@ -118,17 +121,18 @@ def further_odds(
 
 
 def at_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
-    """``kept`` log-probabilities [P,K] at ``temperature``, by falling probability, as those at 1.
+    """Return ``kept`` log-probabilities [P,K] at ``temperature``, by falling probability, converted
+    to 1.
 
-    ``odds`` [P]: log(kept mass / tail) at 1; None where it is not known: then they are those of the
-    candidates alone. Raises InputError for candidates further apart than a codec can say.
+    ``odds`` [P]: log(kept mass / tail) at 1; if None, unknown, and the result is over the
+    candidates alone. Raises InputError for candidates further apart than a codec can store.
     """
     relative = temperature * (kept - kept[:, :1])
     if (relative < -RANGE).any():
         apart = float((kept[:, 0] - kept.min(axis=1)).max())
         raise InputError(
-            f"candidates lie {apart:.3g} nats apart at temperature {temperature:g}, and those of a "
-            f"position may be {RANGE / temperature:.3g}: give fewer of each (k)"
+            f"candidates lie {apart:.3g} nats apart at temperature {temperature:g}, but those of "
+            f"a position may be at most {RANGE / temperature:.3g} apart: give fewer of each (k)"
         )
     whole = 0.0 if odds is None else -np.logaddexp(0.0, -odds)[:, None]
     found: Floats64 = relative - _sum(relative)[:, None] + whole
@@ -136,7 +140,7 @@ def at_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats6
 
 
 def _outside(relative: Floats64, temperature: float, log_tail: Floats64) -> Floats64:
-    """Return log Σ exp(relative/τ) [P] over the tokens that are no candidates."""
+    """Return log Σ exp(relative/τ) [P] over the tokens that are not candidates."""
     return _sum(relative / temperature) + log_tail - np.log(-np.expm1(log_tail))
 
 
@@ -151,11 +155,11 @@ def _contradictory(
     last: Floats64,
     others: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Where [P] no distribution has all these masses.
+    """Return where [P] no distribution has all these masses.
 
-    f(β) = log Σ exp(β·relative) over the others is convex in β = 1/τ; f(0) is the log of their
-    number, ``others`` [P] at most; and as none of them is likelier than the ``last`` [P] that is
-    kept, f falls by −last at least, from β to β + 1. What a codec had to cut off is not judged.
+    f(β) = log Σ exp(β·relative) over the other tokens is convex in β = 1/τ; f(0) is the log of
+    their number, at most ``others`` [P]; and because none of them is likelier than the ``last`` [P]
+    kept, f falls by at least −last from β to β + 1. Values that a codec had to clip are not judged.
     """
     order = sorted(outside, reverse=True)
     at = np.array([0.0, *(1 / tau for tau in order)])

@@ -1,6 +1,6 @@
-"""Checks the top-k log-probabilities of rows, and encodes them as the cache keeps them.
+"""Check the top-k log-probabilities of rows, and encode them as the cache stores them.
 
-P positions, W candidates given of the position that has most, K kept ones.
+P positions, W candidates of the position that has most, K kept ones.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ from rekindle.data.targets.imported import Imported, Scalar
 from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 
-ROUNDING = 0.01  # by so much the masses of a position may add up to more than 1
+ROUNDING = 0.01  # a position's masses may sum to this much more than 1
 TOP = ("positions", "ids", "log_probs")
 OPTIONAL = (TAIL, *GOLD, "entropy")
 FIELDS = (*TOP, TEMPERATURE, *OPTIONAL, FURTHER, FIELD)
@@ -59,8 +59,8 @@ SCALAR_OF: dict[Scalar, str] = {  # column -> field
 
 @dataclass
 class TokenRows:
-    """Reads the rows of one vocabulary teacher, all of which have the same ``optional`` fields, are
-    of one ``temperature``, and have tails at the same ``further`` ones.
+    """Reads the rows of one vocabulary teacher, which all have the same ``optional`` fields, the
+    same ``temperature``, and tails at the same ``further`` ones.
     """
 
     corpus: Corpus
@@ -83,9 +83,9 @@ class TokenRows:
         k: int | None,
         row: Row,
     ) -> "TokenRows | None":
-        """For the teacher of ``config`` whose rows are like ``row``; None where it has no position,
-        and ``k`` is not known. ``view``: its name, and about which share of a sequence's tokens has
-        a target in it.
+        """Return a reader for the teacher of ``config`` with rows like ``row``; None if it has no
+        position and ``k`` is unknown. ``view``: its name, and about which share of a sequence's
+        tokens has a target.
         """
         check_keys(row, FIELDS)
         if k is None:
@@ -113,7 +113,7 @@ class TokenRows:
         if (codec := CODECS[config.codec]).compressed:
             if facts["size"] > codec.largest_vocabulary:
                 raise InputError(
-                    f"the compact codec takes vocabularies up to {codec.largest_vocabulary:,} "
+                    f"the compact codec takes vocabularies of up to {codec.largest_vocabulary:,} "
                     f"tokens, not {facts['size']:,}; use codec: default"
                 )
             positions = corpus.info["config"]["sequence_length"] * view[1]
@@ -124,15 +124,15 @@ class TokenRows:
 
     @property
     def k(self) -> int:
-        """K."""
+        """Return K."""
         assert self.info.k is not None
         return self.info.k
 
     def columns(self, row: Row, tokens: NDArray[np.int32], expected: NDArray[np.int64]) -> Columns:
-        """The columns of a row's targets, as they are used.
+        """Return the columns of a row's targets, as they are used.
 
-        ``tokens`` [S] of its sequence; ``expected`` are the positions that have a target. Raises
-        InputError for anything that is no distribution's top, or not where it must be.
+        ``tokens`` [S] are its sequence's; ``expected`` the positions that have a target. Raises
+        InputError for anything that is not a distribution's top, or not where it must be.
         """
         check_keys(row, FIELDS)
         if self.corpus.has_trained and self.info.task == "causal_lm":
@@ -168,8 +168,8 @@ class TokenRows:
     def _kept(
         self, row: Row, log_probs: Floats64, positions: NDArray[np.int64]
     ) -> tuple[Floats64, Floats64]:
-        """The K likeliest log-probabilities [P,K] at 1, and log(kept/tail) [P,T] at each stored
-        temperature.
+        """Return the K likeliest log-probabilities [P,K] at 1, and log(kept/tail) [P,T] at each
+        stored temperature.
         """
         given_tail, stored = None, self.info.temperatures
         if TAIL in self.optional:
@@ -190,7 +190,7 @@ class TokenRows:
         return kept, np.stack([odds[at] for at in stored], axis=1)
 
     def _positions(self, row: Row, expected: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions [P] that the row has targets for."""
+        """Return the positions [P] that the row has targets for."""
         found = expected
         if row.get("positions") is not None:
             with naming("positions"):
@@ -200,7 +200,7 @@ class TokenRows:
         if given is not None and given != len(found):
             what = "positions has" if row.get("positions") is not None else "its sequence has"
             raise InputError(
-                f"ids is of {counted(given, 'position')}, and {what} {len(found)}"
+                f"ids has {counted(given, 'position')}, but {what} {len(found)}"
                 + ("" if row.get("positions") is not None else "; name those with `positions`")
             )
         lacking = np.setdiff1d(expected, found)
@@ -217,13 +217,14 @@ class TokenRows:
         if (np.diff(found) <= 0).any():
             at = int(np.flatnonzero(np.diff(found) <= 0)[0])
             raise InputError(
-                f"{int(found[at + 1])} comes after {int(found[at])}; they must rise, each once"
+                f"{int(found[at + 1])} comes after {int(found[at])}; each must be "
+                "larger than the one before"
             )
         strange = found[~np.isin(found, expected)]
         if not len(strange):
             return
         if not len(expected):
-            raise InputError(f"{int(strange[0])} is given, and this sequence has no target")
+            raise InputError(f"{int(strange[0])} is given, but this sequence has no target")
         rule = f"its sequence has targets at {int(expected[0])} to {int(expected[-1])}"
         if self.info.task == "causal_lm":
             rule += ", where t stands for the token after t: the last token predicts none"
@@ -239,7 +240,7 @@ class TokenRows:
     def _candidates(
         self, row: Row, positions: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], Floats64]:
-        """Ids and log-probabilities [P,W] as they are given; −1 and −inf where fewer are."""
+        """Return ids and log-probabilities [P,W] as given; −1 and −inf where there are fewer."""
         with naming("ids"):
             ids, counts = matrix(row.get("ids"), "iu", -1)
         with naming("log_probs"):
@@ -254,16 +255,16 @@ class TokenRows:
         at = _first(counts < self.k)
         if at is not None:
             raise InputError(
-                f"position {positions[at]} has {counted(int(counts[at]), 'candidate')}, and "
-                f"{self.k} are kept of each. Give as many, or say k: {int(counts.min())}"
+                f"position {positions[at]} has {counted(int(counts[at]), 'candidate')}, but "
+                f"{self.k} are kept of each. Give as many, or set k: {int(counts.min())}"
             )
         facts = self.corpus.info["tokenizer"]
         strange = (ids < 0) | (ids >= facts["size"]) | np.isin(ids, hole_ids(facts))
         if (at := _first((strange & given).any(axis=1))) is not None:
             wrong = int(ids[at][strange[at] & given[at]][0])
             raise InputError(
-                f"position {positions[at]}: {wrong} is no token of the cache's vocabulary of "
-                f"{facts['size']:,}. Targets must be in the ids of corpus.tokenizer; leave others "
+                f"position {positions[at]}: {wrong} is not a token of the cache's vocabulary of "
+                f"{facts['size']:,}. Targets must use the ids of corpus.tokenizer; leave others "
                 "out, and their mass joins the tail"
             )
         ordered = np.sort(ids, axis=1)
@@ -271,8 +272,8 @@ class TokenRows:
         if (at := _first(twice.any(axis=1))) is not None:
             wrong = int(ordered[at, 1:][twice[at]][0])
             raise InputError(
-                f"position {positions[at]}: token {wrong} stands there twice, so that its mass "
-                "would count twice"
+                f"position {positions[at]}: token {wrong} is there twice, so its mass would count "
+                "twice"
             )
         self._check_masses(log_probs, given, positions)
         return ids, log_probs
@@ -289,7 +290,7 @@ class TokenRows:
             wrong = log_probs[at][given[at] & ~np.isfinite(log_probs[at])][0]
             raise InputError(
                 f"position {positions[at]}: a log-probability is {wrong}; {advice}, which are "
-                "finite. Leave candidates of no probability out"
+                "finite. Leave out candidates of zero probability"
             )
         if (at := _first((log_probs > ROUNDING).any(axis=1))) is not None:
             inside = np.where(given, log_probs, 0.0)
@@ -310,9 +311,9 @@ class TokenRows:
     def _with_tail(
         self, log_probs: Floats64, log_tail: Floats64 | None, positions: NDArray[np.int64]
     ) -> tuple[Floats64, Floats64]:
-        """The K likeliest log-probabilities [P,K] and log(kept/tail) [P,1].
+        """Return the K likeliest log-probabilities [P,K] and log(kept/tail) [P,1].
 
-        A tail that is not given is what is left of 1, formed in float64.
+        A missing tail is 1 minus the kept mass, computed in float64.
         """
         kept, dropped = log_probs[:, : self.k], log_probs[:, self.k :]
         inside = np.exp(kept).sum(axis=1)
@@ -328,7 +329,7 @@ class TokenRows:
         if self.info.estimator["bias"] == "exact":  # nothing is outside
             if (at := _first(rest > ROUNDING)) is not None:
                 raise InputError(
-                    f"position {positions[at]}: all {self.k} tokens are given, and their "
+                    f"position {positions[at]}: all {self.k} tokens are given, but their "
                     f"probabilities sum to {inside[at]:.6g}, not to 1"
                 )
             rest = np.zeros_like(rest)
@@ -341,7 +342,7 @@ class TokenRows:
     def _scalars(
         self, row: Row, ids: NDArray[np.int64], log_probs: Floats64, gold: NDArray[np.int64]
     ) -> Columns:
-        """The columns of what is known of the true tokens and of the whole distributions."""
+        """Return the columns of scalars of the true tokens and of the whole distributions."""
         size, count = self.info.vocabulary_size or 0, len(ids)
         found: Columns = {}
         if "entropy" in self.optional:
@@ -366,8 +367,8 @@ class TokenRows:
             if (at := _first(wrong | (values > ROUNDING))) is not None:
                 beside = f"{said[at]:.4g} among the candidates" if wrong[at] else "above 0"
                 raise InputError(
-                    f"entry {at} is {values[at]:.4g} for the true token {int(gold[at])}, {beside}; "
-                    "are these of another position?"
+                    f"entry {at} is {values[at]:.4g} for the true token {int(gold[at])}, "
+                    f"{beside}; do these belong to another position?"
                 )
         found["gold_log_prob"] = fixed_point(np.maximum(-values, 0.0).astype(np.float32))
         found["gold_rank"] = ranks.astype(rank_dtype(size))
@@ -375,19 +376,19 @@ class TokenRows:
 
 
 def optional_of(row: Row) -> tuple[str, ...]:
-    """Which of the OPTIONAL fields a row has; InputError for half of what says something as one."""
+    """Return the OPTIONAL fields that a row has; raise InputError for half of a pair."""
     found = tuple(name for name in OPTIONAL if row.get(name) is not None)
     if (at := temperature_of(row)) != 1 and (odd := [name for name in found if name != TAIL]):
         raise InputError(
-            f"{odd[0]}: it is kept of temperature 1, and the row's is {at:g}; leave it out"
+            f"{odd[0]}: it is stored at temperature 1, but the row's is {at:g}; leave it out"
         )
     if ("gold_ranks" in found) != ("gold_log_probs" in found):
-        raise InputError("gold_log_probs and gold_ranks belong together; give both, or neither")
+        raise InputError("gold_log_probs and gold_ranks belong together; give both or neither")
     return found
 
 
 def _first(wrong: Any) -> int | None:
-    """The first place [P] that is wrong."""
+    """Return the first place [P] that is wrong."""
     return int(np.argmax(wrong)) if np.any(wrong) else None
 
 

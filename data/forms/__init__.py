@@ -1,1 +1,1 @@
-"""What is made of records that are no plain texts: dialogues by their template, and tokens."""
+"""Read records that are not plain texts: dialogues by their template, and tokens."""

@@ -1,8 +1,8 @@
-"""Rows of dialogues: ``messages``, and the ``tools`` that are at hand, by a chat template.
+"""Rows of dialogues: ``messages``, and the available ``tools``, written by a chat template.
 
 Names of special tokens that a user (or a tool) writes are text; those that the template writes are
-the tokens. To tell them apart, names within messages are kept out of the template's sight, by
-characters of no meaning of the same number, and afterwards the template's own are written so.
+tokens. To tell them apart, names within messages are hidden from the template by the same number of
+meaningless characters, and afterwards the template's own names are marked as tokens.
 """
 
 import json
@@ -16,8 +16,8 @@ from rekindle.data.source.given import Dialogue, Span
 from rekindle.data.source.record import Bad, shown
 
 _FIELDS = ("messages", "tools")
-_ABOUT = ("role", "name")  # who speaks, and not what is said
-_HIDDEN, _MEANT = 0x100000, 0xF0000  # private characters: of names that are text, and of tokens
+_ABOUT = ("role", "name")  # says who speaks, not what is said
+_HIDDEN, _MEANT = 0x100000, 0xF0000  # private characters: for names that are text, and for tokens
 MOST_NAMES = 0xFFFE  # a plane of private characters
 _HIDDEN_RUN = re.compile(f"([{chr(_HIDDEN)}-{chr(_HIDDEN + MOST_NAMES)}])\\1*")
 _PLANES = "".join(f"{chr(a)}-{chr(a + MOST_NAMES)}" for a in (_MEANT, _HIDDEN))
@@ -25,15 +25,15 @@ _PRIVATE = re.compile(f"[{_PLANES}]")
 
 
 def meant_as_token(number: int, name: str) -> str:
-    """How the special token of that ``number`` is written where it is meant: as long as its name,
-    so that every character stays where it was.
+    """Return how the special token of that ``number`` is written where it is meant as one: as long
+    as its name, so that every character keeps its place.
     """
     return chr(_MEANT + number) * len(name)
 
 
 class Dialogues:
-    """Reads them. ``names`` are those of the special tokens; ``as_tokens``: they are tokens where
-    a message has them, too.
+    """Reads dialogues. ``names`` are those of the special tokens; ``as_tokens``: names in messages
+    are tokens, too.
     """
 
     def __init__(self, template: Template, names: Sequence[str], as_tokens: bool):
@@ -41,7 +41,7 @@ class Dialogues:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that it reads."""
+        """Return the fields that it reads."""
         return _FIELDS
 
     @cached_property
@@ -56,7 +56,7 @@ class Dialogues:
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, Dialogue] | Bad:
-        """The dialogue of a record, as its template writes it."""
+        """Return the dialogue of a record, as its template writes it."""
         try:
             found, spans = self.template.render(*self._shown(values, columns))
         except UnfitDialogue as error:
@@ -66,7 +66,7 @@ class Dialogues:
     def prompt(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, Dialogue] | Bad:
-        """The same up to where the assistant is to speak, without what it says last."""
+        """Return the same up to the assistant's turn, without a last answer of the assistant."""
         try:
             messages, tools = self._shown(values, columns)
             while messages and messages[-1].get("role") == "assistant":
@@ -79,7 +79,7 @@ class Dialogues:
     def _shown(
         self, values: Mapping[str, object], columns: bool
     ) -> tuple[list[dict[str, object]], list[object] | None]:
-        """What the template sees of a record."""
+        """Return what the template sees of a record."""
         messages, tools = _messages(values, columns), _tools(values, columns)
         hidden = [{key: self._hidden(one) for key, one in each.items()} for each in messages]
         return hidden, None if tools is None else [*map(self._hidden, tools)]
@@ -88,7 +88,7 @@ class Dialogues:
         self, found: str, spans: tuple[Span, ...], where: str
     ) -> tuple[str, Dialogue] | Bad:
         if not found or found.isspace():
-            return Bad("nothing written", f"{where}: the template writes nothing of the dialogue")
+            return Bad("nothing written", f"{where}: the template writes nothing for the dialogue")
         return self._back(found), Dialogue(self._back(self._mean(found)), spans)
 
     # --- names of special tokens ---
@@ -98,7 +98,7 @@ class Dialogues:
             raise UnfitDialogue(
                 "private characters",
                 "a message has characters from Unicode's private planes 15 or 16, which are used "
-                "to tell names of special tokens from the tokens; take them out",
+                "to tell names of special tokens from the tokens; remove them",
             )
         if self.as_tokens:
             return text
@@ -139,7 +139,7 @@ def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, obj
         raise UnfitDialogue("no messages", f"no field 'messages'; it has: {has}{near}")
     messages = _parsed(given, "messages")
     if not isinstance(messages, list) or not messages:
-        raise UnfitDialogue("no messages", f"messages must be a list, and is {shown(given)}")
+        raise UnfitDialogue("no messages", f"messages must be a list, but is {shown(given)}")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             told = f"message {number} is {shown(message)}; each has a role (and a content)"
@@ -147,18 +147,17 @@ def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, obj
         if told := _lacks(message):
             raise UnfitDialogue("no message", f"message {number} {told}")
     return [
-        # As transformers does: templates write what is null as "None".
+        # Like transformers: templates write null as "None".
         {key: _filled(value, columns) for key, value in message.items() if value is not None}
         for message in messages
     ]
 
 
 def _lacks(message: Mapping[object, object]) -> str:
-    """What is wrong with a content that a template would write all the same, if anything: a missing
-    one as an empty one.
+    """Return what is wrong with a content that a template would still write (treating a missing one
+    as empty); "" if nothing.
 
-    Calls of tools, thoughts and the like may stand without a content; a number would be written as
-    Python does.
+    Tool calls, thoughts and the like may have no content; a number would be written as in Python.
     """
     content = message.get("content")
     if isinstance(content, int | float):
@@ -178,23 +177,23 @@ def _tools(values: Mapping[str, object], columns: bool) -> list[object] | None:
         return None
     found = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [None]
     if not all(isinstance(tool, Mapping) for tool in found):
-        told = f"tools must be a list of their JSON schemas, and is {shown(tools)}"
+        told = f"tools must be a list of their JSON schemas, but is {shown(tools)}"
         raise UnfitDialogue("wrong tools", told)
     return [_filled(tool, columns) for tool in found]
 
 
 def _parsed(value: object, field: str) -> object:
-    """A value, or what is in it, where it is JSON in a text."""
+    """Return a value, or its content if it is JSON in a text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError as error:
-        raise UnfitDialogue(f"wrong {field}", f"{field} is text and no JSON: {error}") from None
+        raise UnfitDialogue(f"wrong {field}", f"{field} is text but not JSON: {error}") from None
 
 
 def _filled(value: object, columns: bool) -> object:
-    """The value without what is null in it, where ``columns`` have nulls for what others have."""
+    """Return the value without its nulls, if ``columns`` have nulls for keys of other rows."""
     if not columns:
         return value
     if isinstance(value, Mapping):

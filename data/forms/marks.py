@@ -1,4 +1,4 @@
-"""What is known of the tokens of documents of which not all is trained."""
+"""Marks of the tokens of documents that are only partly trained."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 
 class Marks(NamedTuple):
-    """Which of some documents' tokens [L] are ``trained``, and which are ``special`` ones that
-    stand for nothing of a text. [documents]: ``after``, whether what is put beside each is trained;
-    ``lost``, how many of its tokens were cut.
+    """Which of some documents' tokens [L] are ``trained``, and which are ``special`` ones without
+    text. [documents]: ``after``, whether what is put beside each is trained; ``lost``, how many of
+    its tokens were cut.
     """
 
     trained: NDArray[np.bool_]
@@ -19,12 +19,12 @@ class Marks(NamedTuple):
 
     @classmethod
     def of_texts(cls, documents: int, tokens: int) -> "Marks":
-        """Those of plain texts: all is trained."""
+        """Return the marks of plain texts: everything is trained."""
         nothing = np.zeros(tokens, np.bool_), np.ones(documents, np.bool_)
         return cls(np.ones(tokens, np.bool_), *nothing, np.zeros(documents, np.int64))
 
     def then(self, other: "Marks") -> "Marks":
-        """These, and those of others after them."""
+        """Return these, followed by those of others."""
         return Marks(
             np.concatenate([self.trained, other.trained]),
             np.concatenate([self.special, other.special]),
@@ -33,6 +33,6 @@ class Marks(NamedTuple):
         )
 
     def rest(self, documents: int, tokens: int) -> "Marks":
-        """These without those of so many first documents, of so many tokens."""
+        """Return these without the first documents and tokens."""
         trained, special, after, lost = self
         return Marks(trained[tokens:], special[tokens:], after[documents:], lost[documents:])

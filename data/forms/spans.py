@@ -1,4 +1,4 @@
-"""Which tokens are of what an assistant says: arithmetic of characters."""
+"""Find the tokens that an assistant says: arithmetic on characters."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ def tokens_in(
     ends: NDArray[np.int32],
     lengths: Numbers,
 ) -> NDArray[np.bool_]:
-    """[L]: whether a token has a character of one of its text's ``spans``, which ascend.
+    """Return [L]: whether a token has a character of one of its text's ``spans``, which ascend.
 
-    ``characters``, ``lengths`` [texts]: how many each text has, and how many tokens; ``starts``,
-    ``ends`` [L]: the characters text[start:end] of each token. A token that goes over the edge of a
-    span is in it, as transformers has it.
+    ``characters``, ``lengths`` [texts]: how many characters and tokens each text has; ``starts``,
+    ``ends`` [L]: the characters text[start:end] of each token. A token across the edge of a span is
+    in it, as in transformers.
     """
-    # The texts one after the other, with a character between two that nothing has.
+    # Concatenate the texts, with one unused character between them.
     begins = np.cumsum([0, *(count + 1 for count in characters)])
     shifted = zip(begins[:-1], spans, strict=True)
     flat = [(a + first, b + first) for first, each in shifted for a, b in each]

@@ -1,6 +1,6 @@
-"""Renders dialogues by a chat template, and finds what the assistant says in what it writes.
+"""Render dialogues with a chat template, and find the assistant's part of the result.
 
-No token is made here. Templates are programs of strangers: they run in transformers' sandbox.
+No tokens are made here. Templates are programs by strangers: they run in transformers' sandbox.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from rekindle.data.storage.addresses import open_binary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Some templates write the day into the system message: a corpus is the same every day.
+# Some templates write the date into the system message; a corpus must be the same every day.
 DAY = "26 Jul 2024"
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 _TODAY = f"{{%- macro strftime_now(format) -%}}{DAY}{{%- endmacro -%}}"
@@ -25,7 +25,7 @@ Messages = Sequence[Mapping[str, object]]
 
 
 class UnfitDialogue(Exception):
-    """What is wrong with a dialogue: of which kind, for counts, and in words."""
+    """What is wrong with a dialogue: the kind, for counting, and in words."""
 
     def __init__(self, kind: str, told: str):
         super().__init__(told)
@@ -33,29 +33,29 @@ class UnfitDialogue(Exception):
 
 
 class Template:
-    """A chat template: its ``source`` as Jinja, and the special tokens by the names it knows."""
+    """A chat template: its ``source`` as Jinja, and the special tokens by the names it uses."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
         self.source, self.special_tokens = source, dict(special_tokens)
 
     @property
     def digest(self) -> str:
-        """Identity of what it writes."""
+        """Return the identity of what it writes."""
         said = f"{self.source}\0{sorted(self.special_tokens.items())}"
         return hashlib.sha256(said.encode()).hexdigest()
 
     @cached_property
     def marks_generation(self) -> bool:
-        """Whether it says itself what the assistant generates, by ``{% generation %}``."""
+        """Return whether it marks what the assistant generates, by ``{% generation %}``."""
         return bool(_GENERATION.search(self.source))
 
     def render(
         self, messages: Messages, tools: Sequence[object] | None
     ) -> tuple[str, tuple[Span, ...]]:
-        """The dialogue as text, and where in it the assistant speaks.
+        """Return the dialogue as text, and where in it the assistant speaks.
 
-        Raises UnfitDialogue where the template raises, and where what it writes of the first turns
-        is not what it writes of them in the whole.
+        Raises UnfitDialogue if the template raises, and if its text for the first turns alone
+        differs from its text for them within the whole.
         """
         if self.marks_generation:
             text, spans = self._written(messages, tools, marked=True)
@@ -72,7 +72,7 @@ class Template:
         return text, tuple((a, b) for a, b in spans if a < b)
 
     def prompt(self, messages: Messages, tools: Sequence[object] | None) -> str:
-        """The messages as text, up to where the assistant is to speak. UnfitDialogue where the
+        """Return the messages as text, up to the assistant's turn. Raise UnfitDialogue if the
         template raises.
         """
         return self._written(messages, tools, prompt=True)[0]
@@ -96,7 +96,7 @@ class Template:
                 add_generation_prompt=prompt,
                 **self.special_tokens,
             )
-        except Exception as error:  # whatever it does with what it did not expect
+        except Exception as error:  # any error on unexpected input
             count = len(messages)
             part = f" (of the first {count} messages, with a prompt for the next)" if prompt else ""
             told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -108,26 +108,26 @@ class Template:
 def _rewritten(number: int) -> UnfitDialogue:
     return UnfitDialogue(
         "the template rewrites turns",
-        f"what the template writes up to message {number + 1} is not what it writes of it within "
-        "the whole dialogue (it rewrites earlier turns), so what the assistant says cannot be "
-        "found. Put {% generation %} … {% endgeneration %} around it in a template of your own "
-        "(corpus.chat_template: FILE)",
+        f"what the template writes up to message {number + 1} differs from what it writes of it "
+        "within the whole dialogue (it rewrites earlier turns), so the assistant's part cannot "
+        f"be found. Put {{% generation %}} … {{% endgeneration %}} around it in a template of "
+        "your own (corpus.chat_template: FILE)",
     )
 
 
 def find_template(hf: "PreTrainedTokenizerFast", name: str, file: str | None) -> Template:
-    """The template in a ``file``, else that of the tokenizer called ``name``.
+    """Return the template in a ``file``, or else that of the tokenizer called ``name``.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     source = hf.chat_template if file is None else _read(file)
     if isinstance(source, dict):  # some tokenizers have several, by name
         source = source.get("default")
     if not source:
         raise InputError(
-            f"the tokenizer {name} has no chat template, and dialogues (corpus.format: chat) are "
-            "written by one. Give a file with one, in Jinja (corpus.chat_template: FILE), or the "
-            "tokenizer of the model's instruction-tuned sibling, which has one"
+            f"the tokenizer {name} has no chat template, which dialogues (corpus.format: chat) "
+            "need. Give a file with one, in Jinja (corpus.chat_template: FILE), or the tokenizer "
+            "of the model's instruction-tuned sibling, which has one"
         )
     return Template(str(source), hf.special_tokens_map)
 

@@ -10,25 +10,27 @@ from rekindle.data.errors import did_you_mean
 from rekindle.data.source.given import GivenTokens
 from rekindle.data.source.record import Bad, shown
 
-UNTRAINED = -100  # the label of a token that is not trained, as transformers and torch have it
+UNTRAINED = -100  # the label of an untrained token, as in transformers and torch
 _FIELDS = ("input_ids", "labels", "loss_mask")
 
 
 class TokenRows(NamedTuple):
-    """Reads them; ids lie below ``size`` and not in ``holes`` (first, past the last)."""
+    """Reads rows of tokens; ids must lie below ``size`` and not in ``holes`` (first, past the
+    last).
+    """
 
     size: int
     holes: tuple[tuple[int, int], ...]
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that it reads."""
+        """Return the fields that it reads."""
         return _FIELDS
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, GivenTokens] | Bad:
-        """The tokens of a record, with no text."""
+        """Return the tokens of a record, with no text."""
         ids = self._ids(values, where)
         if isinstance(ids, Bad):
             return ids
@@ -53,14 +55,14 @@ class TokenRows(NamedTuple):
             at = int(np.flatnonzero(~known)[0])
             return Bad(
                 "ids outside the vocabulary",
-                f"{where}: input_ids[{at}] is {ids[at]}, which is no token of corpus.tokenizer "
+                f"{where}: input_ids[{at}] is {ids[at]}, which is not a token of corpus.tokenizer "
                 f"({self.size:,} ids): the row was made with another tokenizer",
             )
         return ids
 
 
 def _integers(value: object) -> NDArray[np.int64] | None:
-    """A list of whole numbers, of whatever width; None for anything else."""
+    """Return a list of integers of any width as int64; None for anything else."""
     if not isinstance(value, list | tuple | np.ndarray):
         return None
     if any(isinstance(one, bool | float | str) or one is None for one in value):
@@ -75,12 +77,12 @@ def _integers(value: object) -> NDArray[np.int64] | None:
 def _trained(
     values: Mapping[str, object], ids: NDArray[np.int64], where: str
 ) -> NDArray[np.bool_] | Bad | None:
-    """Which tokens are trained; None where the record does not say: all of them."""
+    """Return which tokens are trained; None if the record does not say: all are."""
     given = [name for name in _FIELDS[1:] if values.get(name) is not None]
     if not given:
         return None
     if len(given) > 1:
-        told = "it has labels and loss_mask; which of them says what is trained is not clear"
+        told = "it has labels and loss_mask, so it is unclear which says what is trained"
         return Bad("labels and loss_mask", f"{where}: {told}: leave one out")
     (name,) = given
     value = values[name]
@@ -88,8 +90,8 @@ def _trained(
         value = [int(one) if isinstance(one, bool) else one for one in value]
     found = _integers(value)
     if found is None or len(found) != len(ids):
-        many = "no list of whole numbers" if found is None else f"{len(found):,}"
-        told = f"{name} must be as many numbers as input_ids ({len(ids):,}), and is {many}"
+        many = "not a list of whole numbers" if found is None else f"{len(found):,}"
+        told = f"{name} must have as many numbers as input_ids ({len(ids):,}), but has {many}"
         return Bad(f"wrong {name}", f"{where}: {told}")
     if name == "loss_mask":
         if not np.isin(found, (0, 1)).all():
@@ -104,7 +106,7 @@ def _trained(
         hint = ". They are shifted by one: transformers shifts labels itself" if shifted else ""
         return Bad(
             "wrong labels",
-            f"{where}: labels[{at}] is {found[at]} and input_ids[{at}] {ids[at]}; a label is the "
-            f"token's own id, or {UNTRAINED} where it is not trained{hint}",
+            f"{where}: labels[{at}] is {found[at]} but input_ids[{at}] is {ids[at]}; a label is "
+            f"the token's own id, or {UNTRAINED} if it is not trained{hint}",
         )
     return trained

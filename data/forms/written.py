@@ -1,4 +1,4 @@
-"""Dialogues that a template has written already, as rows: of samples, which are read once more."""
+"""Dialogues already written by a template, as rows: for samples that are read again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from rekindle.data.source.documents import Document
 from rekindle.data.source.given import Dialogue, GivenTokens
 
-WRITTEN = "written"  # what records of such rows hold; no configuration names it
+WRITTEN = "written"  # the content of such rows; configurations do not name it
 _FIELDS = ("text", "written", "trained")
 
 
 class WrittenDialogues:
-    """Reads what ``row_of`` gives."""
+    """Reads the rows that ``row_of`` makes."""
 
     fields = _FIELDS
 
     def __call__(
         self, values: Mapping[str, Any], columns: bool, where: str
     ) -> tuple[str, Dialogue]:
-        """The dialogue of a row."""
+        """Return the dialogue of a row."""
         spans = tuple((int(a), int(b)) for a, b in values["trained"])
         return values["text"], Dialogue(values["written"], spans)
 
 
 def content_of(document: Document) -> str:
-    """What a row of the document holds."""
+    """Return the kind of content in a row of the document."""
     given = document.given
     if given is None:
         return "text"
@@ -32,8 +32,9 @@ def content_of(document: Document) -> str:
 
 
 def row_of(document: Document) -> dict[str, object]:
-    """The document as a row, which is read as ``content_of`` says."""
+    """Return the document as a row, to be read as ``content_of`` says."""
     row: dict[str, object] = {"id": document.id, "domain": document.domain or ""}
+    row |= {} if document.group is None else {"group": document.group}
     given = document.given
     if isinstance(given, Dialogue):
         return row | {"text": document.text, "written": given.written, "trained": given.trained}

@@ -1,1 +1,1 @@
-"""Texts as they come: where they stand, how they are read, which are left out."""
+"""Read texts from their sources: where they are, how they are read, which are left out."""

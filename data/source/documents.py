@@ -1,8 +1,8 @@
 """Real text as a stream of documents: txt, jsonl, csv, tsv, parquet, arrow, a datasets id, the
 Python docs.
 
-What of a record is its text, its domain and its id, and which records are bad. It knows nothing of
-tokens. Every mistake in the source is an InputError that names the place.
+Decides which part of a record is its text, domain and id, and which records are bad. Tokens are
+unknown here. Every mistake in the source is an InputError that names the place.
 """
 
 import logging
@@ -21,16 +21,17 @@ from rekindle.data.text_files import half_a_pair
 
 log = logging.getLogger("rekindle")
 
-_COLUMNS = ("parquet", "arrow", HUB)  # where what a record lacks is null
-_NO_NAME = (Mapping, list, tuple, bytes)  # what a domain cannot be
+_COLUMNS = ("parquet", "arrow", HUB)  # in these formats missing values are null
+_NO_NAME = (Mapping, list, tuple, bytes)  # not valid as a domain or group
 
 
 class Document(NamedTuple):
     """One text of the corpus.
 
-    ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", where the row counts
+    ``id`` is the record's own ``id`` (text or integer) or "<file name>:<row>", with rows counted
     from 1: records of parquet, arrow and datasets, rows of csv and tsv, lines of jsonl and txt.
-    ``pair``: the second text of a record that is a pair. ``given``: what it is, if no plain text.
+    ``pair``: the second text of a record that is a pair. ``given``: the content, if not plain text.
+    ``group``: the group it is compared within.
     """
 
     id: str
@@ -38,31 +39,33 @@ class Document(NamedTuple):
     domain: str | None
     pair: str | None = None
     given: Given | None = None
+    group: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text, and the other of its pair."""
+        """Return the text, and the other one of its pair."""
         return (self.text,) if self.pair is None else (self.text, self.pair)
 
 
 class Fields(NamedTuple):
-    """Which fields of a record hold its text, its domain, and the second text of a pair; ``forms``
-    make what is given in records that are no texts, by what these hold.
+    """Which fields of a record hold its text, its domain, the second text of a pair and its group.
+    ``forms`` read records that are not texts, by kind of content.
     """
 
     text: str
     domain: str | None
     pair: str | None
     forms: Mapping[str, Form] | None = None
+    group: str | None = None
 
     def read(self, origin: Origin) -> list[str]:
-        """The fields that are read of an origin, the one with its text first."""
+        """Return the fields that are read of an origin, the text's first."""
         if origin.content == "text":
-            return [*filter(None, (self.text, self.domain, self.pair)), "id"]
-        return [*self.form_of(origin).fields, *filter(None, (self.domain,)), "id"]
+            return [*filter(None, (self.text, self.domain, self.pair, self.group)), "id"]
+        return [*self.form_of(origin).fields, *filter(None, (self.domain, self.group)), "id"]
 
     def form_of(self, origin: Origin) -> Form:
-        """What makes documents of an origin's records."""
+        """Return the reader of an origin's records."""
         assert self.forms is not None  # whoever names such a source has them
         return self.forms[origin.content]
 
@@ -74,35 +77,40 @@ def read_documents(
     left_out: LeftOut | None = None,
     pair_field: str | None = None,
     forms: Mapping[str, Form] | None = None,
+    group_field: str | None = None,
 ) -> Iterator[Document]:
-    """The documents of ``source`` in a fixed order, in memory that does not grow with the files.
+    """Yield the documents of ``source`` in a fixed order; memory does not grow with the files.
 
     ``source`` is what ``find_origins`` takes, or its result. In .txt files a blank line ends a
-    document; so does the line break after which it would grow past 1 MiB (a single line longer than
-    that is cut at a space). Texts that are empty or all white space are skipped.
+    document; so does the line break after which it would exceed 1 MiB (a longer single line is cut
+    at a space). Texts that are empty or only white space are skipped.
 
-    A field may be dotted, ``meta.set_name`` being ``set_name`` inside ``meta``; a field that is
-    called so comes first. ``domain`` is the value of ``domain_field`` as text, be it text, a number
-    or a date; None without ``domain_field``. Of python-docs it is the part of the library, whatever
-    ``domain_field`` says. With ``pair_field`` each record is a pair of texts, both of which it must
-    have; .txt files and python-docs have none. ``forms`` make what is given of the records of
-    entries that hold no texts, and say what is bad in them.
+    A field may be dotted: ``meta.set_name`` is ``set_name`` inside ``meta``; a field of that
+    literal name takes precedence. ``domain`` is the value of ``domain_field`` as text, whether
+    text, a number or a date; None without ``domain_field``. For python-docs it is the part of the
+    library, whatever ``domain_field`` says. With ``pair_field`` each record is a pair of texts and
+    must have both; .txt files and python-docs have none. ``group`` is the value of ``group_field``,
+    treated like ``domain``; .txt files and python-docs have none. ``forms`` read the records of
+    entries that hold no texts, and report what is bad in them.
 
-    Bad are: a line that is no JSON object, a row with more or fewer fields than columns, bytes that
-    are not UTF-8 (of a .txt file the document that has them), a text or domain that is missing or
-    null, a text that is not a string, a domain that is a mapping or a list, half a surrogate pair
-    in text, domain or id, an empty text of a pair. With ``left_out`` they are put there, unless
-    that leaves only records out that hold a text of a test, and what is left is read.
+    Bad records are: a line that is not a JSON object, a row with more or fewer fields than columns,
+    bytes that are not UTF-8 (in a .txt file, the document that has them), a text, domain or group
+    that is missing or null, a text that is not a string, a domain or group that is a mapping or a
+    list, half a surrogate pair in text, domain, group or id, an empty text of a pair. With
+    ``left_out`` they are collected there, unless its ``bad`` is false, and the rest is read.
 
-    Raises InputError: at the call for a source that does not exist or is of no known kind; while
+    Raises InputError: at the call for a source that does not exist or is of an unknown kind; while
     reading for a damaged file, and for a bad record that is not left out.
     """
     origins = origins_of(source)
-    return _documents(origins, Fields(text_field, domain_field, pair_field, forms), left_out)
+    fields = Fields(text_field, domain_field, pair_field, forms, group_field)
+    return _documents(origins, fields, left_out)
 
 
 def origins_of(source: Sequence[str | Entry | Origin]) -> Sequence[Origin]:
-    """What ``find_origins`` finds for ``source``, or ``source``, if that is its result."""
+    """Return the origins that ``find_origins`` finds for ``source``; ``source`` itself if it is
+    that.
+    """
     entries = [source] if isinstance(source, str) else source
     origins = [entry for entry in entries if isinstance(entry, Origin)]
     return origins or find_origins([e for e in entries if not isinstance(e, Origin)])
@@ -125,14 +133,14 @@ def _documents(
 
 
 def tell_empty(origin: Origin) -> None:
-    """Say that there is no text in it."""
+    """Warn that there is no text in an origin."""
     log.warning("%s: there is no text in it", origin.place)
 
 
 def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document]:
-    """Whether that is a document that is not left out; if it is, it is noted.
+    """Return whether this is a document that is kept; if it is left out, note it.
 
-    Raises InputError for a bad record that is not left out.
+    Raises InputError for a bad record that must not be left out.
     """
     if isinstance(found, Bad):
         if left_out is None or not left_out.bad:
@@ -148,7 +156,9 @@ def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document
 
 
 def _looked_at(document: Document) -> tuple[str, ...]:
-    """Where a text of a test may stand: not across what a template puts between messages."""
+    """Return the texts in which a test's text may occur: not across what a template puts between
+    messages.
+    """
     given = document.given
     return (given.parts,) if isinstance(given, Dialogue) else document.texts
 
@@ -156,7 +166,7 @@ def _looked_at(document: Document) -> tuple[str, ...]:
 def document_blocks(
     origin: Origin, fields: Fields, size: int = BLOCK_BYTES
 ) -> Iterator["Block | Pages"]:
-    """What ``documents_of`` makes documents of, in blocks of about ``size`` bytes."""
+    """Yield what ``documents_of`` turns into documents, in blocks of about ``size`` bytes."""
     if origin.content != "text" and origin.format in (PYTHON_DOCS, "txt", *TABLES):
         raise InputError(
             f"{origin.place} cannot hold rows of the format {origin.content}, which corpus.source "
@@ -164,8 +174,15 @@ def document_blocks(
         )
     if fields.pair is not None and origin.format in (PYTHON_DOCS, "txt"):
         raise InputError(
-            f"{origin.place} has no fields, so that no record of it is a pair (corpus.pair_field: "
-            f"{fields.pair}); give jsonl, csv, tsv, parquet or arrow files, or leave pair_field out"
+            f"{origin.place} has no fields, so none of its records is a pair (corpus.pair_field: "
+            f"{fields.pair}); give jsonl, csv, tsv, parquet or arrow files, or leave pair_field "
+            "out"
+        )
+    if fields.group is not None and origin.format in (PYTHON_DOCS, "txt"):
+        raise InputError(
+            f"{origin.place} has no fields, so none of its records has a group "
+            f"(corpus.group_field: {fields.group}); give jsonl, csv, tsv, parquet or arrow files, "
+            "or leave it out"
         )
     if origin.format == PYTHON_DOCS:
         for page in python_docs():
@@ -175,20 +192,20 @@ def document_blocks(
 
 
 class Pages(NamedTuple):
-    """Documents as they are."""
+    """Documents that are ready."""
 
     documents: Sequence[Document]
 
     @property
     def size(self) -> int:
-        """About how many bytes they are."""
+        """Return their approximate size in bytes."""
         return sum(len(document.text) for document in self.documents)
 
 
 def documents_of(
     block: "Block | Pages", origin: Origin, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """The documents of a block of ``origin``, and what of it is bad."""
+    """Yield the documents of a block of ``origin``, and its bad records."""
     if isinstance(block, Pages):
         yield from block.documents
         return
@@ -199,20 +216,21 @@ def documents_of(
 
 
 def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad | None:
-    """The document of a record; None where its text is blank, unless that is one of a pair."""
+    """Return the document of a record; None if its text is blank, unless it belongs to a pair."""
     table = origin.format in TABLES
     where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
     named = "the first line names its columns" if table else "it has"
-    domain = None
-    if fields.domain is not None:
-        domain = _domain(record, fields.domain, where, named)
+    domain, group = (
+        None if name is None else _name(record, name, what, where, named)
+        for what, name in (("domain", fields.domain), ("group", fields.group))
+    )
     if origin.content != "text":
-        return _given_document(record, origin, fields, domain, where)
+        return _given_document(record, origin, fields, (domain, group), where)
     read = [_text(record, fields.text, "corpus.text_field", where, named)]
     if fields.pair is not None:
         read.append(_text(record, fields.pair, "corpus.pair_field", where, named))
-    if isinstance(domain, Bad) or any(isinstance(text, Bad) for text in read):
-        return next(found for found in (*read, domain) if isinstance(found, Bad))
+    if bad := [found for found in (*read, domain, group) if isinstance(found, Bad)]:
+        return bad[0]
     texts = [text for text in read if isinstance(text, str)]
     blank = [not text or text.isspace() for text in texts]
     if fields.pair is None and blank[0]:
@@ -222,26 +240,36 @@ def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad 
         empty = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
         return Bad("an empty text of a pair", empty)
     pair = texts[1] if len(texts) > 1 else None
-    return _whole(Document(_identity(record, origin), texts[0], domain, pair), where)
+    about = (_identity(record, origin), texts[0], domain, pair, None, group)
+    return _whole(Document(*about), where)  # type: ignore[arg-type]
 
 
 def _given_document(
-    record: Record, origin: Origin, fields: Fields, domain: str | Bad | None, where: str
+    record: Record,
+    origin: Origin,
+    fields: Fields,
+    names: tuple[str | Bad | None, str | Bad | None],
+    where: str,
 ) -> Document | Bad:
-    """The document of a record that is no plain text."""
+    """Return the document of a record that is not plain text."""
     made = fields.form_of(origin)(record.values, origin.format in _COLUMNS, where)
     if isinstance(made, Bad):
         return made
+    domain, group = names
     if isinstance(domain, Bad):
         return domain
+    if isinstance(group, Bad):
+        return group
     text, given = made
-    return _whole(Document(_identity(record, origin), text, domain, given=given), where)
+    about = (_identity(record, origin), text, domain, None, given, group)
+    return _whole(Document(*about), where)
 
 
 def _whole(document: Document, where: str) -> Document | Bad:
-    """The document, unless half a character stands in it."""
+    """Return the document, unless it contains half a character."""
     texts = (("text", text) for text in document.texts)
-    for what, value in (*texts, ("id", document.id), ("domain", document.domain or "")):
+    names = (("domain", document.domain or ""), ("group", document.group or ""))
+    for what, value in (*texts, ("id", document.id), *names):
         if told := half_a_pair(what, value):
             return Bad("half a surrogate pair", f"{where}: {told}")
     return document
@@ -259,21 +287,23 @@ def _text(record: Record, field: str, setting: str, where: str, named: str) -> s
     return text
 
 
-def _domain(record: Record, field: str, where: str, named: str) -> str | Bad:
+def _name(record: Record, field: str, what: str, where: str, named: str) -> str | Bad:
+    """Return a record's domain or group, whichever ``what`` names."""
     value = reach(record.values, field)
     if value is None or value is ABSENT:
-        return _missing(record, field, "corpus.domain_field", where, named)
+        return _missing(record, field, f"corpus.{what}_field", where, named)
     if isinstance(value, _NO_NAME):
         return Bad(
-            "domain is no name",
-            f"{where}: the field {field!r} (corpus.domain_field) holds {shown(value)}; a domain is "
+            f"{what} is no name",
+            f"{where}: the field {field!r} (corpus.{what}_field) holds {shown(value)}; a {what} is "
             f"a name or a number{_inside(field, value)}",
         )
     return str(value)
 
 
 def _missing(record: Record, field: str, setting: str, where: str, named: str) -> Bad:
-    kind = "no domain" if setting.endswith("domain_field") else "no text"
+    known = {"corpus.domain_field": "no domain", "corpus.group_field": "no group"}
+    kind = known.get(setting, "no text")
     if reach(record.values, field) is None:
         return Bad(kind, f"{where}: the field {field!r} ({setting}) is null")
     fields = list(record.values)
@@ -283,7 +313,7 @@ def _missing(record: Record, field: str, setting: str, where: str, named: str) -
 
 
 def _inside(field: str, value: object) -> str:
-    """Which dotted fields there are in a value that is no name itself."""
+    """Return the dotted fields inside a value that is not a name itself."""
     if not isinstance(value, Mapping) or not value:
         return ""
     return ": " + " or ".join(f"{field}.{name}" for name in list(value)[:5])

@@ -1,6 +1,6 @@
-"""What a record may hold that is no plain text: a dialogue as its template writes it, or tokens.
+"""What a record may hold besides plain text: a dialogue as its template writes it, or tokens.
 
-And who makes that of a record. Knows no template and no tokenizer.
+Also the interface of what reads these. Templates and tokenizers are unknown here.
 """
 
 import re
@@ -17,7 +17,7 @@ PRIVATE_RUN = re.compile(f"[{chr(0xF0000)}-{chr(0xFFFFD)}]+")  # how special tok
 
 
 class Dialogue(NamedTuple):
-    """A dialogue as its template writes it. ``written`` is as long as its text, and has other
+    """A dialogue as its template writes it. ``written`` is as long as its text, with other
     characters for the special tokens that are meant as such; ``trained``: what the assistant says.
     """
 
@@ -26,12 +26,12 @@ class Dialogue(NamedTuple):
 
     @property
     def parts(self) -> str:
-        """What stands between its special tokens, each in a line of its own."""
+        """Return the texts between its special tokens, each on its own line."""
         return PRIVATE_RUN.sub("\n", self.written)
 
 
 class GivenTokens(NamedTuple):
-    """Tokens as they were given [L]: ids int32, and which are ``trained``; all where it is None."""
+    """Tokens as given [L]: ids int32, and which are ``trained``; None: all."""
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_] | None
@@ -41,17 +41,17 @@ Given = Dialogue | GivenTokens
 
 
 class Form(Protocol):
-    """Makes what is given of a record."""
+    """Reads a record's content."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that it reads."""
+        """Return the fields that it reads."""
         ...
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, Given] | Bad:
-        """The text (empty of tokens) and what it is; ``columns``: what a record lacks is null
-        there; ``where``: the record in a message.
+        """Return the text (empty for tokens) and the content; ``columns``: missing values are null
+        there; ``where``: the record's name in messages.
         """
         ...

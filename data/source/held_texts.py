@@ -1,27 +1,27 @@
-"""Finds the texts of test files in records: as they stand there, or nearly. Reads no file.
+"""Find the texts of test files in records: exactly or nearly. Reads no files.
 
 Why: a student that has read the texts it is tested on, taught by an expert that answered them, has
 seen the test. Published work looks for long word n-grams: of 13 words (GPT-3, 8 to 13 by the length
 of a task's texts), of 8 of which 70 % are shared (PaLM), or counts the words of a text that lie in
-shared n-grams, and calls one of 80 % dirty (Llama 2). That is for texts of web pages; those of a
-task are often one short sentence, so here n-grams are short, and must lie together.
+shared n-grams, and calls one of 80 % dirty (Llama 2). That suits web pages; a task's texts are
+often one short sentence, so here n-grams are short, and must lie close together.
 
 The rule. Words are runs of letters and digits, each with its combining marks, in lower case (NFKC,
-case folded), so that case, punctuation and white space make no difference: "what's", "what 's" and
-"what s" are the same. A character of a script without blanks is a word, and counts as half a one.
-A record **holds** a text
-- of fewer than LEAST_WORDS words: where the record, or a sentence or line of it, is the text and no
-  more (within a sentence so few words are a usual phrase, as often as not);
-- of others **exactly**: where the text's words stand in the record one after another;
-- of NEAR_WORDS or more **nearly**: where GRAM or more words in a row that are in both cover at
-  least NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
-  against each other by a quarter of the text's words at most: long records have all usual phrases
-  somewhere. One word in fifteen or more that is changed, left out or put in is always forgiven,
-  whatever it is, a name too; but each number of the text must stand in the record. A text is
-  compared only where three words stand that few of the texts share (or its rarest ones): many
-  questions that differ in a name alone are different questions. Three words that recur, "0 0 0" in
-  a table, count for nothing (see PAIRS).
-A text without a letter or a digit is held nowhere.
+case folded), so case, punctuation and white space make no difference: "what's", "what 's" and "what
+s" are the same. A character of a script without blanks is a word, and counts as half a one. A
+record **holds** a text
+- of fewer than LEAST_WORDS words: if the record, or a sentence or line of it, is exactly the text
+  (within a sentence so few words are often just a common phrase);
+- of others **exactly**: if the text's words appear in the record consecutively;
+- of NEAR_WORDS or more **nearly**: if runs of GRAM or more words that both share cover at least
+  NEAR_SHARE of the text's words. They must lie in the record as they do in the text, shifted
+  against each other by at most a quarter of the text's words, because long records contain all
+  common phrases somewhere. One word in fifteen or more that is changed, left out or inserted is
+  always forgiven, whatever it is, even a name; but each number of the text must be in the record. A
+  text is compared only if three words occur that few of the texts share (or its rarest ones): many
+  questions that differ only in a name are different questions. Three words that recur, "0 0 0" in a
+  table, do not count (see PAIRS).
+A text without a letter or digit is held nowhere.
 """
 
 import hashlib
@@ -35,26 +35,26 @@ from typing import Literal, NamedTuple
 
 from rekindle.data.source.sentences import split_sentences
 
-RULE = 2  # of this module, as a cache records it: raise it when other records would be found
+RULE = 2  # version of this rule, as a cache records it: raise it when other records would be found
 LEAST_WORDS = 8
 NEAR_WORDS = 13
 GRAM = 3
 NEAR_SHARE = 0.8
-FEW = 64  # texts that share three words: where more do, these do not lead to any of them
-PAIRS = 4096  # places of three words in a text, times those in a record: where more, it is no sign
+FEW = 64  # if more texts share three words, these do not lead to any of them
+PAIRS = 4096  # places of three words in a text, times those in a record: if more, they do not count
 
 Kind = Literal["exact", "near"]
 _Gram = tuple[str, ...]
 
-# Thai to Myanmar, Khmer; kana; Han: what is written without blanks between words.
+# Thai to Myanmar, Khmer; kana; Han: scripts without blanks between words.
 _ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _ALONE += "\U00020000-\U0003ffff"
-_MARKED = range(0x300, 0x20000)  # where combining marks are
+_MARKED = range(0x300, 0x20000)  # where combining marks are found
 _HALF = re.compile(f"[{_ALONE}]")
 
 
 class Hold(NamedTuple):
-    """A text that a record holds: how, and the text, as its words."""
+    """A text that a record holds: how, and the text's words."""
 
     kind: Kind
     text: str
@@ -68,7 +68,7 @@ class Found(NamedTuple):
 
 
 def normalised(text: str) -> str:
-    """The words of a text with a blank between them: what is equal is the same text here."""
+    """Return the words of a text separated by blanks: equal results mean the same text here."""
     return " ".join(_words(text))
 
 
@@ -92,9 +92,9 @@ def _grams(words: Sequence[str], size: int = GRAM) -> Iterator[_Gram]:
 
 
 class HeldTexts:
-    """Texts that are looked for in records; see the module for the rule.
+    """Texts that are looked for in records; the module docstring has the rule.
 
-    Takes memory for these texts alone. ``size``: how many there are, without repetitions; their
+    Memory is used only for these texts. ``size``: how many there are, without repetitions; their
     order makes no difference. ``digest``: their identity.
     """
 
@@ -120,7 +120,7 @@ class HeldTexts:
         self._leading = frozenset(leads)
 
     def find(self, *fields: str) -> Hold | None:
-        """A text that one of a record's ``fields`` holds, exactly if there is such a one."""
+        """Return a text that one of a record's ``fields`` holds, an exact one if possible."""
         near = None
         for field in fields:
             found = self._in_field(field)
@@ -157,7 +157,7 @@ class HeldTexts:
     def _short_in(self, field: str, words: Sequence[str], whole: str) -> str | None:
         begun = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short)})
         texts = {text for first in self._short.keys() & {*begun} for text in self._short[first]}
-        # Sentences take long to find, and hardly any record has the words at all.
+        # Finding sentences is slow, and hardly any record has the words at all.
         if not (texts := {text for text in texts if f" {text} " in whole}):
             return None
         sentences = (field[begin:end] for begin, end in split_sentences(field))
@@ -166,7 +166,9 @@ class HeldTexts:
 
 
 def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
-    """Whether a record, with its grams at those ``places``, nearly holds the words of ``text``."""
+    """Return whether a record, with its grams at those ``places``, nearly holds the words of
+    ``text``.
+    """
     length, grams = len(text), [*_grams(text)]
     times = Counter(grams)
     hits = sorted(
@@ -191,7 +193,9 @@ def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
 
 
 def find_held(texts: Iterable[str] | HeldTexts, records: Iterable[str | Sequence[str]]) -> Found:
-    """How many of ``records`` (texts, or the fields of each) hold one of the test's ``texts``."""
+    """Return how many of ``records`` (texts, or the fields of each) hold one of the test's
+    ``texts``.
+    """
     held = texts if isinstance(texts, HeldTexts) else HeldTexts(texts)
     fields = ((one,) if isinstance(one, str) else one for one in records)
     kinds = Counter(found.kind for one in fields if (found := held.find(*one)))

@@ -1,4 +1,4 @@
-"""The lines of JSON of a file: read as blocks of bytes, parsed wherever a block is handed to."""
+"""A file's lines of JSON: read as blocks of bytes, parsed wherever a block is sent."""
 
 import io
 import json
@@ -14,7 +14,7 @@ LONGEST_LINE = 1 << 28  # bytes of a line, which is held in memory
 
 
 class Lines(NamedTuple):
-    """Whole lines of the file at ``place``, of which the first has the number ``first``."""
+    """Whole lines of the file at ``place``; the first one's number is ``first``."""
 
     place: str
     first: int
@@ -25,9 +25,10 @@ class Lines(NamedTuple):
         return len(self.content)
 
     def records(self) -> Iterator[Record | Bad]:
-        """Each line that is not blank. Raises InputError for a file that is one array."""
+        """Yield each line that is not blank. Raise InputError for a file that is one array."""
         for number, line in enumerate(io.BytesIO(self.content), self.first):
-            # Also within the file, where several were joined that each began with a mark.
+            # Also inside the file, if it was joined from several that each began with a byte order
+            # mark.
             text = decoded(line.removeprefix(b"\xef\xbb\xbf"), number, self.place)
             if isinstance(text, Bad):
                 yield text
@@ -36,7 +37,9 @@ class Lines(NamedTuple):
 
 
 def line_blocks(place: str, size: int) -> Iterator[Lines]:
-    """The file in blocks of about so many bytes. Raises InputError for a line past LONGEST_LINE."""
+    """Yield the file in blocks of about ``size`` bytes. Raise InputError for a line past
+    LONGEST_LINE.
+    """
     first = 1
     with open_text(place) as stream:
         while content := stream.read(size):
@@ -65,7 +68,7 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
     try:
         values = _OBJECTS.decode(text)
     except _Twice as error:
-        told = f"the key {error.args[0]!r} stands twice in one object; keep one of the two"
+        told = f"the key {error.args[0]!r} appears twice in one object; keep one of the two"
         return Bad("a key twice", f"{place}:{number}: {told}")
     except (ValueError, RecursionError) as error:
         told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -82,7 +85,7 @@ def _parsed(text: str, number: int, place: str) -> Record | Bad:
 
 
 class _Twice(Exception):
-    """Of an object's key, of whose values json would take the last."""
+    """A key that appears twice in an object; json would keep only its last value."""
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -92,12 +95,12 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads makes one for each text
+_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads would make one for each text
 
 
 def _hint(text: str, error: Exception, place: str) -> str:
     if "\r" in text.strip():
-        return f". Its lines end in a carriage return alone: {line_ends(place)}"
+        return f". Its lines end in a carriage return only: {line_ends(place)}"
     if isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()):
-        return f". If objects go on over several lines: {lines_out_of('.', place)}"
+        return f". If objects span several lines: {lines_out_of('.', place)}"
     return ""

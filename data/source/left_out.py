@@ -1,4 +1,4 @@
-"""Which records of a source are left out, and why: counts of them, and how these are told."""
+"""Which records of a source are left out, and why: counts, and how they are reported."""
 
 import logging
 from array import array
@@ -14,32 +14,32 @@ LONGEST_TOLD = 100  # characters of a test's text in a message
 
 
 class LeftOut:
-    """Which records are left out, and were: the bad ones, unless they are errors, and those that
-    hold a text of a test; of each kind, how many documents were read before each.
+    """Records that are left out: bad ones, unless they are errors, and those that hold a text of a
+    test; for each kind, how many documents were read before each record.
     """
 
     def __init__(self, bad: bool = True, held: HeldTexts | None = None) -> None:
         self.bad, self.texts = bad, held
         self.first = ""  # what is wrong with the first bad one
-        self.first_held = ""  # which one holds a text first, and which
+        self.first_held = ""  # the first record that holds a text, and the text
         self.documents = 0  # read so far
         self._bad: dict[str, array[int]] = {}
         self._held: dict[str, array[int]] = {}
 
     def add(self, bad: Bad) -> None:
-        """One more bad record."""
+        """Note one more bad record."""
         self.first = self.first or bad.message
         self._bad.setdefault(bad.kind, array("q")).append(self.documents)
 
     def add_held(self, document: str, hold: Hold) -> None:
-        """One more that holds a text."""
+        """Note one more record that holds a text."""
         nearly = " nearly" * (hold.kind == "near")
         text = f"{hold.text[:LONGEST_TOLD]}{'…' * (len(hold.text) > LONGEST_TOLD)}"
         self.first_held = self.first_held or f"{document} holds{nearly}: {text}"
         self._held.setdefault(hold.kind, array("q")).append(self.documents)
 
     def extend(self, other: "LeftOut") -> None:
-        """All that were left out of what was read next, with the documents that were not."""
+        """Append what was left out of the next part, and count its documents."""
         self.first = self.first or other.first
         self.first_held = self.first_held or other.first_held
         for mine, theirs in ((self._bad, other._bad), (self._held, other._held)):
@@ -49,15 +49,17 @@ class LeftOut:
         self.documents += other.documents
 
     def counts(self, last_document: int | None = None) -> dict[str, int]:
-        """How many bad ones of each kind, up to the document of that index or in all."""
+        """Return how many bad ones of each kind there are, up to the document of that index or in
+        all.
+        """
         return _counted(self._bad, last_document)
 
     def held(self, last_document: int | None = None) -> Found:
-        """How many that hold a text, up to the document of that index or in all."""
+        """Return how many hold a text, up to the document of that index or in all."""
         return Found(**_counted(self._held, last_document))
 
     def tell_first(self) -> None:
-        """Say the first one of each in a line."""
+        """Log the first one of each in a line."""
         if self.first:
             log.warning("the first bad record that was left out: %s", self.first)
         if self.first_held:
@@ -65,18 +67,20 @@ class LeftOut:
 
     @property
     def total(self) -> int:
-        """How many were left out so far."""
+        """Return how many were left out so far."""
         return sum(map(len, (*self._bad.values(), *self._held.values())))
 
     def advice(self, usual: str) -> str:
-        """What to do where no document is left: ``usual``, unless texts of tests were all."""
+        """Return advice if no document is left: ``usual``, unless all were left out for texts of
+        tests.
+        """
         if any(self.held()) and not self._bad:
             return "give other text, or other files in corpus.without: it held texts of these"
         return usual
 
     def told(self, last_document: int | None = None) -> str:
-        """What was left out, up to the document of that index or in all, in words; nothing where
-        there was nothing.
+        """Return what was left out, up to the document of that index or in all, in words; "" if
+        nothing was.
         """
         told = []
         if bad := self.counts(last_document):
@@ -95,15 +99,15 @@ def _counted(left_out: "Mapping[str, array[int]]", last_document: int | None) ->
 
 
 def told_of_bad(counts: Mapping[str, int]) -> str:
-    """How many bad records were left out of each kind, in words; nothing where there was none."""
+    """Return how many bad records of each kind were left out, in words; "" if none."""
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.items())
     return f"bad records left out: {kinds}" if counts else ""
 
 
 def told_of_held(found: Found, files: Sequence[str] = ()) -> str:
-    """How many records were left out because they hold a text, in words."""
+    """Return how many records were left out because they hold a text, in words."""
     of = ", ".join(files) or "corpus.without"
     return (
-        f"{counted(sum(found), 'record')} left out for texts of {of} "
-        f"({found.exact:,} hold one as it stands, {found.near:,} nearly)"
+        f"{counted(sum(found), 'record')} left out for texts of {of} ({found.exact:,} hold one "
+        f"exactly, {found.near:,} nearly)"
     )

@@ -1,5 +1,5 @@
-"""A source in parts, which can be read side by side: cut here as bytes or record batches, made into
-documents wherever a part is handed to.
+"""Divide a source into parts that can be read in parallel: cut here as bytes or record batches,
+made into documents wherever a part is sent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record import Bad, Block
 from rekindle.data.source.sources import Origin
 
-PART_BYTES = 1 << 16  # small, so that the last ones leave no core idle for long
+PART_BYTES = 1 << 16  # small, so that the last parts leave no core idle for long
 
 
 class Part(NamedTuple):
-    """Blocks that follow each other, each with its origin and that one's number; and what kept the
-    source from being read on after them.
+    """Consecutive blocks, each with its origin and the origin's number; and the error that stopped
+    reading after them, if any.
     """
 
     blocks: Sequence[tuple[int, Origin, Block | Pages]]
@@ -33,14 +33,14 @@ class Part(NamedTuple):
 
     @property
     def content(self) -> str:
-        """What its records hold, all of them the same."""
+        """Return the kind of content of its records, the same for all."""
         return self.blocks[0][1].content if self.blocks else "text"
 
 
 @dataclass
 class Documents:
-    """What a part comes to: its documents, what was left out of them, and of which origins there
-    was any text; and what kept it from being read on after them.
+    """The result of a part: its documents, what was left out, which origins had any text, and the
+    error that stopped reading, if any.
     """
 
     kept: list[Document] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Documents:
 
 
 def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
-    """All of them, in parts of about PART_BYTES, the small files together, if their records hold
-    the same. An error is in its place among the parts.
+    """Yield all origins in parts of about PART_BYTES; small files with the same kind of content
+    share a part. An error comes in its place among the parts.
     """
     blocks: list[tuple[int, Origin, Block | Pages]] = []
     taken = 0
@@ -77,7 +77,7 @@ def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
 @dataclass(frozen=True)
 class Reader:
     """Reads parts: which ``fields`` they have, whether bad records are left out, and texts that no
-    record may hold. Small but for these texts, and picklable.
+    record may hold. Small except for these texts, and picklable.
     """
 
     fields: Fields
@@ -85,7 +85,7 @@ class Reader:
     held: HeldTexts | None
 
     def __call__(self, part: Part) -> Documents:
-        """Its documents, up to the first error."""
+        """Return a part's documents, up to the first error."""
         rule = LeftOut(self.skip_bad, self.held)
         found = Documents(left_out=rule, error=part.error)
         try:
@@ -99,5 +99,5 @@ class Reader:
                         rule.documents += 1
         except InputError as error:
             found.error = error
-        rule.texts = None  # which everyone has
+        rule.texts = None  # everyone has them
         return found

@@ -1,6 +1,7 @@
 """The demo corpus: the documentation that every installed Python carries, about 2 MB of English.
 
-Reads the standard library's source files; never imports them. Knows nothing of corpora or tokens.
+Reads the standard library's source files and never imports them. Corpora and tokens are unknown
+here.
 """
 
 import ast
@@ -15,7 +16,7 @@ from typing import Literal
 
 Kind = Literal["module", "class", "function", "topic"]
 
-SHORTEST = 40  # characters; shorter docstrings ("Return x.") carry nothing to learn from
+SHORTEST = 40  # characters; shorter docstrings ("Return x.") teach nothing
 _SKIPPED = {
     "__pycache__",
     "dist-packages",
@@ -28,8 +29,8 @@ _SKIPPED = {
     "tests",
 }
 
-# The parts of the library by top-level module, a leading underscore or "_py" aside. They follow the
-# chapters of the library reference, joined so that no part is more than about twice another.
+# The parts of the library by top-level module, without a leading underscore or "_py". They follow
+# the chapters of the library reference, joined so that no part is more than about twice another.
 _MODULES_OF_PART = {
     "text": """
         base64 binascii codecs configparser csv difflib encodings gettext html json locale
@@ -70,7 +71,7 @@ _PART_OF_THE_REST = "language runtime"
 
 @dataclass(frozen=True)
 class PythonDoc:
-    """One docstring or help topic, cleaned of its indentation.
+    """One docstring or help topic, without its indentation.
 
     ``id`` is "json.decoder:JSONDecoder.decode", "json.decoder" for the module's own text, or
     "topics:assert"; ``module`` is "json.decoder" or "topics"; ``part`` is one of PARTS.
@@ -84,9 +85,9 @@ class PythonDoc:
 
 
 def python_docs() -> Iterator[PythonDoc]:
-    """Help topics by name, then docstrings by module name and place in the file.
+    """Yield help topics by name, then docstrings by module name and place in the file.
 
-    The order and the texts depend on the Python version alone. Texts under 40 characters and exact
+    The order and the texts depend only on the Python version. Texts under 40 characters and exact
     repetitions of an earlier text are left out. Test packages, idlelib, lib2to3, site-packages and
     files that do not parse are skipped.
     """
@@ -107,7 +108,7 @@ def _all_docs() -> Iterator[PythonDoc]:
         yield from _docs_in(module, path)
 
 
-# What one Python carries stays as it is, and a run reads it more than once: to sample it, to build.
+# Cached: the files do not change, and a run reads them more than once, to sample and to build.
 @cache
 def _library_files(root: Path) -> list[tuple[str, Path]]:
     files = []
@@ -124,7 +125,8 @@ def _library_files(root: Path) -> list[tuple[str, Path]]:
 def _docs_in(module: str, path: Path) -> tuple[PythonDoc, ...]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules have invalid escapes; not our concern
+            # old modules have invalid escapes, which do not matter here
+            warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return ()
@@ -134,7 +136,7 @@ def _docs_in(module: str, path: Path) -> tuple[PythonDoc, ...]:
     for name, kind, text in _docstrings(tree):
         full = f"{module}:{name}" if name else module
         used[full] = used.get(full, 0) + 1
-        if used[full] > 1:  # defined again, under an ``if`` say
+        if used[full] > 1:  # defined again, for example under an ``if``
             full = f"{full}#{used[full]}"
         found.append(PythonDoc(full, text, kind, module, part))
     return tuple(found)
@@ -161,7 +163,7 @@ def _below(name: str, child: str) -> str:
 
 
 def part_of(module: str) -> str:
-    """The part of the standard library that a dotted module name belongs to."""
+    """Return the part of the standard library that a dotted module name belongs to."""
     top = module.partition(".")[0]
     for name in (top, top.removeprefix("_"), top.removeprefix("_py").lstrip("_")):
         if name in _PART_OF_MODULE:

@@ -1,5 +1,5 @@
 """What is read of a source: a record, or what is wrong with one; and blocks of records, which may
-be handed to another process before anything is made of them.
+be sent to another process before they are parsed.
 """
 
 import os
@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 
 class Record(NamedTuple):
-    """``row`` counts from 1: records of parquet, arrow and datasets, lines of jsonl and txt; of csv
-    and tsv, rows without blank ones and without the names of the columns.
+    """A record. ``row`` counts from 1: records of parquet, arrow and datasets, lines of jsonl and
+    txt; rows of csv and tsv without blank ones and without the names of the columns.
     """
 
     row: int
@@ -18,27 +18,27 @@ class Record(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A record that is no text: of which kind, for counts, and what is wrong, with its place."""
+    """A record without a valid text: the kind, for counting, and what is wrong, with its place."""
 
     kind: str
     message: str
 
 
 class Block(Protocol):
-    """Some records that follow each other in one file, as they were read; picklable."""
+    """Consecutive records of one file, as they were read; picklable."""
 
     @property
     def size(self) -> int:
-        """About how many bytes they are."""
+        """Return its approximate size in bytes."""
         ...
 
     def records(self) -> Iterator[Record | Bad]:
-        """Each of them. Raises InputError for a file that is no such file."""
+        """Yield each record. Raise InputError for a file of another format."""
         ...
 
 
 class Taken(NamedTuple):
-    """Records that are to be had only one after another."""
+    """Records that can only be read one after another."""
 
     taken: Sequence[Record | Bad]
     size: int
@@ -48,19 +48,19 @@ class Taken(NamedTuple):
 
 
 def taken_size(record: Record | Bad) -> int:
-    """About how many bytes a record is."""
+    """Return a record's approximate size in bytes."""
     values = [] if isinstance(record, Bad) else record.values.values()
     return 64 + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
 def shown(value: object) -> str:
-    """A value of a record in a message."""
+    """Return a record's value for a message."""
     text = repr(value)
     return f"{text[:40]}{'…' if len(text) > 40 else ''} (a {type(value).__name__})"
 
 
 def decoded(line: bytes, number: int, place: str) -> str | Bad:
-    """A line as text."""
+    """Return a line as text."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -72,10 +72,10 @@ def decoded(line: bytes, number: int, place: str) -> str | Bad:
 
 
 def lines_out_of(expression: str, place: str) -> str:
-    """The command that writes the objects of a file as lines."""
+    """Return the command that writes the objects of a file as lines."""
     return f"jq -c '{expression}' {shlex.quote(place)} > lines.jsonl"
 
 
 def line_ends(place: str) -> str:
-    """The command that makes line ends of a file's carriage returns."""
+    """Return the command that turns a file's carriage returns into line ends."""
     return f"tr '\\r' '\\n' < {shlex.quote(place)} > lines{os.path.splitext(place)[1]}"

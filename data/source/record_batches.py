@@ -1,5 +1,5 @@
-"""The record batches of parquet and Arrow files: read here, made into records wherever one is
-handed to.
+"""The record batches of parquet and Arrow files: read here, made into records wherever
+one is sent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from rekindle.data.source.record import Bad, Record
 from rekindle.data.storage.addresses import open_binary
 from rekindle.data.storage.client import is_remote
 
-ROWS_AT_A_TIME = 256  # bounds what becomes Python objects when record batches are large
+ROWS_AT_A_TIME = 256  # bounds the number of Python objects when record batches are large
 
-_Batch = tuple[pa.RecordBatch, list[str]]  # the wanted columns, the names of all
+_Batch = tuple[pa.RecordBatch, list[str]]  # the wanted columns, and the names of all
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Rows of the file at ``place``, of which the first has the number ``first``; the ``fields``
-    are all that the file has.
+    """Rows of the file at ``place``; the first one's number is ``first``. ``fields`` are all that
+    the file has.
     """
 
     place: str
@@ -44,7 +44,7 @@ class Columns:
         yield from (Record(row, unread | of) for row, of in enumerate(found, self.first))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Arrow's own pickle sends the whole of the buffers that a slice lies in.
+        # Arrow's own pickle sends the whole buffers that a slice lies in.
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.rows.schema) as writer:
             writer.write_batch(self.rows)
@@ -56,8 +56,8 @@ def _received(place: str, first: int, content: bytes, fields: Sequence[str]) -> 
 
 
 def column_blocks(place: str, table_format: str, wanted: Sequence[str] | None) -> Iterator[Columns]:
-    """The rows of a parquet or Arrow file, those columns of them that are ``wanted``, or may hold
-    what is wanted by a dotted name.
+    """Yield the rows of a parquet or Arrow file, with the columns that are ``wanted`` or may
+    contain what is wanted under a dotted name.
     """
     batches = _parquet_batches if table_format == "parquet" else _arrow_batches
     first = 1
@@ -71,7 +71,7 @@ def column_blocks(place: str, table_format: str, wanted: Sequence[str] | None) -
 def _row(
     columns: pa.RecordBatch, index: int, row: int, place: str, unread: dict[str, None]
 ) -> Record | Bad:
-    """A row of columns some of which are no UTF-8, which Arrow does not look at."""
+    """Return a row of columns some of which are not UTF-8, which Arrow does not check."""
     values: dict[str, object] = {}
     for name in columns.schema.names:
         try:
@@ -80,7 +80,7 @@ def _row(
             return Bad(
                 "not UTF-8",
                 f"{place}, record {row}: the field {name!r} is not UTF-8 ({error.reason} at byte "
-                f"{error.start + 1}); write the file anew from text that is",
+                f"{error.start + 1}); write the file again from text that is",
             )
     return Record(row, unread | values)
 
@@ -103,23 +103,23 @@ def _arrow_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
 
 
 def columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
-    """Those columns that are wanted, or may hold what is wanted by a dotted name."""
+    """Return the columns that are wanted, or may contain what is wanted under a dotted name."""
     columns = [
         f for f in fields if wanted is None or any(f == w or w.startswith(f"{f}.") for w in wanted)
     ]
     doubled = next((name for name in columns if columns.count(name) > 1), None)
     if doubled:
         raise InputError(
-            f"{path} has {columns.count(doubled)} columns called {doubled!r}; which of them is "
-            "meant is not clear: rename them"
+            f"{path} has {columns.count(doubled)} columns called {doubled!r}, so it is unclear "
+            "which is meant: rename them"
         )
     return columns
 
 
 def _check_column(column: pa.Array) -> None:
-    """ArrowException for offsets that lead outside of the buffers, as in a damaged file.
+    """Raise ArrowException for offsets that lead outside the buffers, as in a damaged file.
 
-    Text that is no UTF-8 is no damage, and is found row by row.
+    Text that is not UTF-8 is not damage, and is found row by row.
     """
     as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
     try:
@@ -130,8 +130,8 @@ def _check_column(column: pa.Array) -> None:
 
 
 def arrow_batches(path: str) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow file, or of a stream in one; mapped, so that values which
-    nobody asks for are not read.
+    """Yield the record batches of an Arrow file, or of a stream in one; mapped, so that unused
+    values are not read.
     """
     with pa.PythonFile(open_binary(path)) if is_remote(path) else pa.memory_map(path) as memory:
         is_file_format = memory.read(6) == b"ARROW1"

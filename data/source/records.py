@@ -1,8 +1,8 @@
-"""The records of a source, format by format: lines, rows of tables and of record batches, examples
-of a stream.
+"""Read the records of a source, format by format: lines, rows of tables and of record batches,
+examples of a stream.
 
-Never holds a whole file. A record that cannot be read is a ``Bad`` one among the others; a file
-that cannot be, is an InputError.
+Never holds a whole file. A record that cannot be read becomes a ``Bad`` one among the others; a
+file that cannot be read is an InputError.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,22 +19,22 @@ from rekindle.data.source.sources import HUB, Origin, no_such_source
 from rekindle.data.source.tables import table_rows
 from rekindle.data.text_files import open_text, refuse_pointer
 
-TEXT_DOCUMENT_BYTES = 1 << 20  # a document of a .txt file is never longer
+TEXT_DOCUMENT_BYTES = 1 << 20  # largest document of a .txt file
 BLOCK_BYTES = 1 << 16  # of records that are read at a time
 
 
 def read_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | Bad]:
-    """The records of ``origin`` in order; of a .txt file, whose records have no fields, each has
-    its text under the first of ``fields``.
+    """Yield the records of ``origin`` in order. The records of a .txt file have no fields; their
+    text is under the first of ``fields``.
 
-    Of columns only those are read that ``fields`` need (None: all); dotted ones are inside others.
+    Only the columns that ``fields`` need are read (None: all); dotted ones are inside others.
     """
     for block in read_blocks(origin, fields):
         yield from records_of(block, origin)
 
 
 def records_of(block: Block, origin: Origin) -> Iterator[Record | Bad]:
-    """The records of a block, wherever it was read."""
+    """Yield the records of a block, wherever it was read."""
     with _readable(origin):
         yield from block.records()
 
@@ -42,7 +42,7 @@ def records_of(block: Block, origin: Origin) -> Iterator[Record | Bad]:
 def read_blocks(
     origin: Origin, fields: Sequence[str] | None, size: int = BLOCK_BYTES
 ) -> Iterator[Block]:
-    """The records of ``origin`` in blocks of about ``size`` bytes; see ``read_records``."""
+    """Yield the records of ``origin`` in blocks of about ``size`` bytes; see ``read_records``."""
     with _readable(origin):
         if origin.format == "jsonl":
             yield from line_blocks(origin.place, size)
@@ -57,11 +57,12 @@ def read_blocks(
 def _readable(origin: Origin) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # that of a column's name
+    # UnicodeDecodeError: in a column's name
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())
         raise InputError(
-            f"{origin.place} cannot be read as {origin.format}: {told.rstrip('.')}. It is cut off, "
-            "damaged or of another format: copy it again, or name it by what it is"
+            f"{origin.place} cannot be read as {origin.format}: {told.rstrip('.')}. It is "
+            "truncated, damaged or of another format: copy it again, or name it by its format"
         ) from error
 
 
@@ -74,7 +75,7 @@ def _one_by_one(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record
 
 
 def _together(records: Iterable[Record | Bad], size: int) -> Iterator[Taken]:
-    """Blocks of them; what was read before an error comes before it."""
+    """Yield blocks of them; what was read before an error comes before it."""
     taken: list[Record | Bad] = []
     bytes_taken = 0
     try:
@@ -120,7 +121,7 @@ def _not_so_many(row: Sequence[str], names: Sequence[str], tabbed: bool) -> str:
     quoted = "" if tabbed else ", or quote the text that holds one"
     several = "s" * (len(row) > 1)
     return (
-        f"has {len(row)} field{several}, and the first line names {len(names)} (split at each "
+        f"has {len(row)} field{several}, but the first line names {len(names)} (split at each "
         f"{between}); give it as many{quoted}"
     )
 
@@ -142,7 +143,7 @@ def _not_utf8(values: Mapping[str, str], where: str) -> Bad | None:
 
 
 def _txt_documents(place: str, field: str) -> Iterator[Record | Bad]:
-    """Every document, by the number of its first line."""
+    """Yield every document, with the number of its first line."""
     lines: list[str] = []
     first = size = 0
     bad: Bad | None = None
@@ -164,12 +165,14 @@ def _txt_documents(place: str, field: str) -> Iterator[Record | Bad]:
 
 
 def _txt_lines(place: str) -> Iterator[tuple[int, str | Bad, int]]:
-    """(line number, text with its line break, bytes); a line past 1 MiB comes in several pieces."""
+    """Yield (line number, text with its line break, bytes); a line past 1 MiB comes in several
+    pieces.
+    """
     number, rest, alone = 1, b"", False
     with open_text(place) as stream:
         while piece := rest + stream.readline(TEXT_DOCUMENT_BYTES - len(rest)):
             ended = piece.endswith(b"\n")
-            # One within a line is a character, but not where there are more than other line ends.
+            # One within a line is a character, unless there are more of them than other line ends.
             returns = piece.strip().count(b"\r") if b"\r" in piece else 0
             if returns > number:
                 raise _joined(place, number)
@@ -188,8 +191,8 @@ def _txt_lines(place: str) -> Iterator[tuple[int, str | Bad, int]]:
 
 def _joined(place: str, number: int) -> InputError:
     return InputError(
-        f"{place}: its lines end in a carriage return alone (line {number}), so that all of them "
-        f"would be one line: {line_ends(place)}"
+        f"{place}: its lines end in a carriage return only (line {number}), so all of them would "
+        f"be one line: {line_ends(place)}"
     )
 
 
@@ -212,19 +215,21 @@ def _hub_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Recor
     name, config, split = [*origin.place.split(":"), "", ""][:3]
     try:
         rows = iter(load_dataset(name, config or None, split=split or "train", streaming=True))
-    except Exception as error:  # the library's errors share no base; all mean: not to be had
+    # the library's errors have no common base; all mean that it cannot be had
+    except Exception as error:
         raise no_such_source(origin.place, error) from error
     for row in count(1):
         try:
             values = next(rows, None)
-        except Exception as error:  # nor do those of the connections below it
+        except Exception as error:  # nor have those of the connections below it
             told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(
                 f"corpus source {origin.place!r} broke off after {row - 1:,} records ({told}). "
-                "What is finished is kept: run the same command again, and it goes on; or download "
+                "What is finished is kept: run the same command again to continue; or download "
                 "the dataset and name its files"
             ) from error
         if values is None:
             return
         read = {name: values[name] for name in columns_for(fields, list(values), origin.place)}
-        yield Record(row, dict.fromkeys(values) | read)  # what is handed on may be large otherwise
+        # what is passed on could be large otherwise
+        yield Record(row, dict.fromkeys(values) | read)

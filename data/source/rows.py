@@ -1,7 +1,7 @@
-"""The rows of a file as they are, every column of them, in memory that does not grow with the file.
+"""Read the rows of a file with all their columns, in memory that does not grow with the file.
 
-Files: those of a labelled task, arrow, and txt, of which each line that is not blank is a row with
-the column ``text``. ``-`` is jsonl that is piped in.
+Files: those of a labelled task, arrow, and txt, in which each line that is not blank is a row with
+the column ``text``. ``-`` is jsonl from standard input.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ Row = Mapping[str, object]
 
 
 def read_rows(path: str) -> Iterator[Row]:
-    """Every row with all its columns.
+    """Yield every row with all its columns.
 
-    Raises InputError: at the call for a file that is not there or of no known type; while reading
-    for a row that is none.
+    Raises InputError: at the call for a missing file or an unknown type; while reading for an
+    invalid row.
     """
     if path != STDIN and state_of(path) is None:
         raise InputError(f"no such file: {path!r}; give a jsonl, csv, tsv, txt or parquet file")
@@ -38,7 +38,7 @@ def read_rows(path: str) -> Iterator[Row]:
         raise InputError(f"{path!r} is a folder; give a jsonl, csv, tsv, txt or parquet file")
     origin = PIPED if path == STDIN else recorded_origin(path)
     if origin.format in (HUB, PYTHON_DOCS):
-        # A pipe of the shell (`<(…)`, /dev/stdin) has no ending: what is piped is jsonl.
+        # A pipe of the shell (`<(…)`, /dev/stdin) has no ending and is read as jsonl.
         if is_file(path):
             raise InputError(
                 f"{path}: unknown type of file; rows are .jsonl, .csv, .tsv or .txt (each also "
@@ -74,7 +74,7 @@ def _lines(path: str) -> Iterator[Row]:
 
 
 def text_of(row: Row, number: int, column: str, path: str) -> str:
-    """The text in a column; InputError, naming the row, for one that is none."""
+    """Return the text in a column; raise InputError, naming the row, if it is not text."""
     value = row.get(column)
     if not isinstance(value, str):
         given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
@@ -88,8 +88,8 @@ def text_of(row: Row, number: int, column: str, path: str) -> str:
 def texts_of(
     rows: Sequence[Row], first: int, columns: Sequence[str], path: str
 ) -> tuple[list[str], list[str] | None]:
-    """The texts of ``rows``, the first of which has the number ``first``, and those beside them in
-    pairs, where there are two ``columns``.
+    """Return the texts of ``rows``, numbered from ``first``, and the second texts of pairs if there
+    are two ``columns``.
     """
     each = [
         [text_of(row, number, name, path) for number, row in enumerate(rows, start=first)]

@@ -1,6 +1,6 @@
-"""Finds sentences by regular expressions: good enough for English prose and docstrings.
+"""Find sentences by regular expressions: good enough for English prose and docstrings.
 
-Gives character spans only; changes no text and knows nothing of tokens.
+Returns character spans only; changes no text. Tokens are unknown here.
 """
 
 import re
@@ -14,7 +14,7 @@ _ABBREVIATIONS = frozenset(
     )
 )
 
-# What may stand between two sentences. Possessive repeats (++) keep long runs of dots linear.
+# What may separate two sentences. Possessive repeats (++) keep long runs of dots linear.
 _BOUNDARY = re.compile(
     r"""
       (?P<paragraph> \n[^\S\n]*+\n )                             # a blank line
@@ -26,13 +26,13 @@ _BOUNDARY = re.compile(
 )
 _LAST_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|\.(?=[^\W\d_]))*$")
 _WITHOUT_SPACE = re.compile(r"\S(?:.*\S)?", re.DOTALL)
-_LONGEST_WORD = 32  # characters looked back at for an abbreviation
+_LONGEST_WORD = 32  # characters searched backwards for an abbreviation
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each sentence of ``text``, in order, in characters.
+    """Return (start, end) of each sentence of ``text``, in order, in characters.
 
-    Spans neither overlap nor begin or end with white space, and cover every other character. A
+    Spans do not overlap, do not begin or end with white space, and cover every other character. A
     sentence ends at . ! ? or … before white space and a word that does not begin in lower case,
     unless the dot belongs to an abbreviation ("Mr.", "e.g.") or an initial ("J. Smith"); at a blank
     line; and before a list item or a ``>>>`` example.

@@ -1,6 +1,6 @@
-"""Which files a corpus was read from, known by their content: by another path, under another name
-and among new ones they are the same files. Objects of a store are known by their size and the
-checksum that the store says they have (or, if it says none, by when they were written).
+"""Which files a corpus was read from, identified by their content: with another path or name, or
+among new files, they are the same files. Objects of a store are identified by their size and the
+store's checksum (or, if it gives none, by when they were written).
 """
 
 import fnmatch
@@ -28,19 +28,21 @@ log = logging.getLogger("rekindle")
 
 State = list[int | str]  # bytes; checksum of samples, or the tag that its store gives an object
 States = dict[str, State]  # by the path of a source file
-SAMPLES = 8  # places at which a source file is looked at, to notice that it was changed
+SAMPLES = 8  # places at which a source file is sampled, to notice changes
 SAMPLE_BYTES = 1 << 16
 
 
 class Present(NamedTuple):
-    """An origin that is there now; its state, where it is a file."""
+    """An origin that exists now; its state, if it is a file."""
 
     origin: Origin
     state: State | None
 
 
 def look_at(source: Sequence[str | Entry]) -> list[Present]:
-    """What ``source`` stands for now, in reading order. Raises InputError for what is not there."""
+    """Return what ``source`` stands for now, in reading order. Raise InputError for what is
+    missing.
+    """
     origins, again = origins_and_repeats(source)
     if again:
         log.info("corpus.source names %d of its files more than once; each is read once", again)
@@ -56,14 +58,14 @@ def look_at(source: Sequence[str | Entry]) -> list[Present]:
 
 
 def states_of(present: Sequence[Present]) -> States:
-    """The state of every file, by path."""
+    """Return the state of every file, by path."""
     return {origin.place: state for origin, state in present if state is not None}
 
 
 def _state_of(path: str) -> State:
     digest, size = xxhash.xxh3_64(), os.path.getsize(path)
     with open(path, "rb") as file:
-        if size <= SAMPLE_BYTES:  # all samples are the whole of it
+        if size <= SAMPLE_BYTES:  # every sample is the whole file
             digest.update(file.read(SAMPLE_BYTES) * SAMPLES)
             return [size, digest.hexdigest()]
         for sample in range(SAMPLES):
@@ -73,19 +75,19 @@ def _state_of(path: str) -> State:
 
 
 def contents_of(present: Sequence[Present]) -> dict[str, str]:
-    """What the records of each origin hold, by place, where it is something else than text."""
+    """Return the kind of content of each origin, by place, unless it is text."""
     return {o.place: o.content for o, _ in present if o.content != "text"}
 
 
 def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
-    """In which order a ``source`` was read whose files had these ``states``: what corpora that did
-    not record it are taken to have. A glob's files were sorted. Files of no entry are left out:
-    where they were read cannot be known.
+    """Return the order in which a ``source`` with files of these ``states`` was read: assumed for
+    corpora that did not record it. A glob's files were sorted. Files of no entry are left out:
+    their place cannot be known.
     """
     order: dict[str, None] = {}
     for entry in source:
         files = _files_of(os.path.expanduser(entry), states)
-        if not files and entry.startswith("~"):  # whose home it was is not known
+        if not files and entry.startswith("~"):  # it is unknown whose home it was
             files = _files_of(f"**/{entry.partition('/')[2]}", states)
         no_path = not (
             glob.has_magic(entry) or entry[:1] in "/~." or recorded_origin(entry).is_file
@@ -103,7 +105,9 @@ def _files_of(entry: str, states: States) -> list[str]:
 
 
 def _is_of(path: Sequence[str], pattern: Sequence[str], folder: bool) -> bool:
-    """Whether the parts of a path are those of a pattern; or lie below, if that is a folder's."""
+    """Return whether a path's parts match a pattern, or lie below it if the pattern is a
+    folder's.
+    """
     if not pattern:
         return folder or not path
     if pattern[0] == "**":
@@ -118,11 +122,11 @@ def found_again(
     present: Sequence[Present],
     contents: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Origin], list[Origin]]:
-    """(the origins that were read, in the ``order`` in which they were; those that are new).
+    """Return (the origins that were read, in that ``order``; those that are new).
 
-    Each keeps the name under which it was read, wherever it is now. ``contents``: what the records
-    of those hold that are no texts. Raises CacheMismatchError where one is not there, was changed,
-    or is to be read as something else.
+    Each keeps the name under which it was read, wherever it is now. ``contents``: the kinds of
+    content that are not text. Raises CacheMismatchError if one is missing, was changed, or is to be
+    read as another kind.
     """
     held = {place: contents.get(place, "text") for place in order}
     recorded = [
@@ -143,18 +147,20 @@ def found_again(
     every = [*origins, *(one.origin for one in present)]
     if places != list(range(len(present))) and not all(origin.is_file for origin in every):
         raise CacheMismatchError(
-            "the corpus source has come to be another one: beside a datasets id or python-docs "
-            "nothing can be added, and nothing put in another order. Use another cache.path"
+            "the corpus source is now another one: with a datasets id or python-docs nothing can "
+            "be added, and the order cannot change. Use another cache.path"
         )
     moved = sum(origin.place != place for origin, place in zip(origins, order, strict=True))
     if moved:
-        log.info("%d files of the corpus source are at another path now; known by content", moved)
+        log.info(
+            "%d files of the corpus source are at another path now; recognised by content", moved
+        )
     return origins, [one.origin for one in new]
 
 
 def _paired(recorded: Sequence[Present], present: Sequence[Present]) -> dict[int, int]:
-    """Which of ``present`` each of ``recorded`` is: of equal content, and if there are several, at
-    the same path, else of the same name, else the first.
+    """Return which of ``present`` each of ``recorded`` is: one of equal content, preferably at the
+    same path, else of the same name, else the first.
     """
     pairs: dict[int, int] = {}
     for more in (lambda one: one.origin.place, lambda one: one.origin.name, lambda one: ""):
@@ -184,6 +190,6 @@ def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     return CacheMismatchError(
         f"the corpus source has changed since the cache was begun: {', '.join(told)}{more}. Files "
-        "are known by their content (and format), whatever they are called; a corpus grows by "
+        "are identified by their content (and format), whatever their names; a corpus grows by "
         "further files (and by a larger limit_sequences). Use another cache.path for changed text"
     )

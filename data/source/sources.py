@@ -1,7 +1,7 @@
-"""What a corpus source stands for: files here or in a store, datasets ids, the Python docs, in
+"""Find what a corpus source stands for: files here or in a store, datasets ids, the Python docs, in
 reading order.
 
-No text is read here: names and directories decide, and of what ``save_to_disk`` wrote its list.
+No text is read here: names and directories decide, and the file list that ``save_to_disk`` wrote.
 """
 
 import glob
@@ -28,7 +28,7 @@ _KNOWN_SUFFIXES = (
 )
 # owner/name or name, then optionally :config and :split
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/]*){0,2}")
-_LOOKED_AT = 10_000  # files of a directory that was given, to say what it holds
+_LOOKED_AT = 10_000  # files of a given directory that are looked at to say what it holds
 
 Content = Literal["text", "chat", "tokens"]  # what a record holds
 
@@ -37,19 +37,19 @@ class Entry(NamedTuple):
     """One entry of a source, and what its records hold."""
 
     place: str
-    content: str = "text"  # a Content; or what is read as such once more
+    content: str = "text"  # a Content; or the internal content of samples
 
     @classmethod
     def of(cls, entry: "str | Entry") -> "Entry":
-        """An entry that may be a place alone, whose records are texts."""
-        return entry if isinstance(entry, Entry) else cls(str(entry))  # which may be a Path
+        """Return an entry; a place alone is one whose records are texts."""
+        return entry if isinstance(entry, Entry) else cls(str(entry))  # it may be a Path
 
 
 class Origin(NamedTuple):
     """One thing that is read.
 
-    ``place`` is where it is; ``name`` is what its documents are called by: a file that has moved
-    since keeps the name that it was first read under.
+    ``place`` is where it is; ``name`` is the name its documents get: a file that has moved keeps
+    the name that it was first read under.
     """
 
     format: str  # txt | jsonl | csv | tsv | parquet | arrow | hub | python-docs
@@ -59,33 +59,33 @@ class Origin(NamedTuple):
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file, here or in a store, which can be told apart and added to."""
+        """Return whether it is a file, here or in a store, which can be identified and added to."""
         return self.format not in (HUB, PYTHON_DOCS)
 
 
 def find_origins(source: Sequence[str | Entry]) -> list[Origin]:
-    """What ``source`` stands for, in reading order, each once.
+    """Return what ``source`` stands for, in reading order, each once.
 
-    An entry is a place, or an ``Entry`` of one whose records hold something else than text. A place
-    is one of
-      - a file, or a glob (``**`` descends; its files are taken in sorted order): .txt, .jsonl or
-        .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
-        .arrow (the IPC file format and the stream format). Where a file or a directory has glob
-        characters in its name, it is meant as it stands;
-      - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects;
-      - a directory written by ``datasets``' ``save_to_disk`` (of several splits: ``train``);
-      - a datasets id, ``name``, ``name:config`` or ``name:config:split``, an empty config being the
-        default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
-      - ``python-docs``: the documentation of the installed Python.
-    A file that is named twice is read once, at its first place.
+    An entry is a place, or an ``Entry`` of one whose records hold something other than text. A
+    place is one of - a file, or a glob (``**`` descends; its files are taken in sorted order):
+    .txt, .jsonl or
+       .json with one object per line, .csv, .tsv, each of these also .gz, .zst or .bz2; .parquet;
+       .arrow (the IPC file format and the stream format). A file or directory whose name contains
+       glob characters is taken literally;
+    - an object in a store (``s3://bucket/a.jsonl``), or a glob that matches objects; - a directory
+    written by ``datasets``' ``save_to_disk`` (of several splits: ``train``); - a datasets id,
+    ``name``, ``name:config`` or ``name:config:split``; an empty config is the
+       default one (``ag_news::test``); the split is ``train`` unless given; it is streamed;
+    - ``python-docs``: the documentation of the installed Python. A file that is named twice is read
+    once, at its first place.
 
-    Raises InputError for a source that does not exist or is of no known kind.
+    Raises InputError for a source that does not exist or is of an unknown kind.
     """
     return origins_and_repeats(source)[0]
 
 
 def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], int]:
-    """(``find_origins``; how often ``source`` names a file that it has named before)."""
+    """Return (``find_origins``; how often ``source`` names a file again)."""
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
@@ -100,13 +100,13 @@ def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], in
             if first.content != content:
                 raise InputError(
                     f"{origin.place} is named twice, once with format {first.content} and once "
-                    f"with format {content}; give it one of them"
+                    f"with format {content}; give it only one of them"
                 )
     return list(found.values()), named - len(found)
 
 
 def source_files(source: Sequence[str | Entry]) -> list[str]:
-    """The files ``source`` stands for, in reading order; none for a hub id or python-docs.
+    """Return the files ``source`` stands for, in reading order; none for a hub id or python-docs.
 
     Raises InputError as ``find_origins`` does.
     """
@@ -114,7 +114,7 @@ def source_files(source: Sequence[str | Entry]) -> list[str]:
 
 
 def recorded_origin(place: str) -> Origin:
-    """The origin of a place that a cache has recorded, whether it is still there or not."""
+    """Return the origin of a place that a cache has recorded, whether or not it still exists."""
     known = None if place == PYTHON_DOCS else _format(place)
     if known:
         return Origin(known, place, os.path.basename(place))
@@ -132,8 +132,8 @@ def _resolve(entry: str) -> list[Origin]:
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise InputError(
-                f"{path} is a pipe or a device, and a corpus is read more than once; write what it "
-                "gives into a file"
+                f"{path} is a pipe or a device, but a corpus is read more than once; write its "
+                "output to a file"
             )
         return [_file(path)]
     if glob.has_magic(path):
@@ -153,14 +153,14 @@ def _in_store(address: str) -> list[Origin]:
     if below := find_objects(f"{directory}/"):
         return _saved_dataset(directory, below)
     raise InputError(
-        f"corpus source {address!r}: there is no such object, and none that it matches as a glob "
-        "(or these credentials may not list them); give an object, or a glob such as "
+        f"corpus source {address!r}: there is no such object, and none matches it as a glob (or "
+        "these credentials may not list them); give an object, or a glob such as "
         "s3://bucket/texts/**/*.jsonl.gz"
     )
 
 
 def _with_literal_directories(pattern: str) -> str:
-    """The glob in which the directories that are there by that very name are meant."""
+    """Return the glob with those directories escaped that exist under that literal name."""
     parts = pattern.split("/")
     for count in range(len(parts) - 1, 0, -1):
         directory = "/".join(parts[:count])
@@ -170,7 +170,7 @@ def _with_literal_directories(pattern: str) -> str:
 
 
 def no_such_source(entry: str, reason: object = None) -> InputError:
-    """The error about an ``entry`` that nothing is found for."""
+    """Return the error about an ``entry`` for which nothing is found."""
     because = f" ({' '.join(str(reason).split())})" if reason else ""
     return InputError(
         f"corpus source {entry!r} is neither a file, a glob that matches files, nor a datasets id "
@@ -193,13 +193,15 @@ def _file(path: str) -> Origin:
 
 
 def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list[Origin]:
-    """The files of what ``save_to_disk`` wrote; ``objects``: what lies in it, in a store."""
+    """Return the files that ``save_to_disk`` wrote; ``objects``: the folder's objects in
+    a store.
+    """
     splits = _saved(directory, "dataset_dict.json", "splits")
     if splits is not None:
         if "train" not in splits:
             raise InputError(
-                f"{directory} holds the splits {', '.join(map(str, splits))} and no 'train'; "
-                f"name one of them, such as {os.path.join(directory, str(splits[0]))}"
+                f"{directory} holds the splits {', '.join(map(str, splits))} but no 'train'; name "
+                f"one of them, such as {os.path.join(directory, str(splits[0]))}"
                 if splits
                 else f"{directory} holds no splits"
             )
@@ -214,7 +216,7 @@ def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list
 
 
 def _saved(directory: str, name: str, key: str) -> list[Any] | None:
-    """What a file of a saved dataset lists; None where there is no such file."""
+    """Return the list in a file of a saved dataset; None if there is no such file."""
     path = os.path.join(directory, name)
     try:
         with open_binary(path) as file:
@@ -240,7 +242,7 @@ def _name_its_files(directory: str, objects: Sequence[str] | None) -> str:
             ending = os.path.splitext(stem)[1] * (suffix in PACKED_SUFFIXES) + suffix
             pattern = os.path.join(glob.escape(directory), "**", f"*{ending}")
             return f"name its files with a glob, such as {pattern}"
-    return f"and it holds no file that is read ({_KNOWN_SUFFIXES})"
+    return f"and it holds no file of a supported type ({_KNOWN_SUFFIXES})"
 
 
 def _names_below(directory: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The rows of csv and tsv files, as lists of texts; the first one names the columns.
+"""Read the rows of csv and tsv files as lists of texts; the first one names the columns.
 
-In a csv double quotes quote, line breaks too; in a tsv, as GLUE publishes it, nothing does. Blank
-lines are no rows. What the fields mean is not known here.
+In csv, double quotes quote, line breaks too; in tsv, as GLUE publishes it, nothing does. Blank
+lines are not rows. What the fields mean is unknown here.
 """
 
 import csv
@@ -15,24 +15,23 @@ from rekindle.data.errors import InputError
 from rekindle.data.text_files import open_text
 
 LONGEST_FIELD = 1 << 28  # characters, which are held in memory
-_WRONG = {  # what csv's errors mean
-    "unexpected end of data": "a quotation mark is opened and never closed",
-    "',' expected after '\"'": "text goes on after a closing quotation mark; within quotes write "
-    'it twice ("")',
+_WRONG = {  # the meaning of csv's errors
+    "unexpected end of data": "a quotation mark is opened but never closed",
+    "',' expected after '\"'": "text follows a closing quotation mark; within quotes write",
 }
 
 
 def table_rows(place: str, tabbed: bool) -> Iterator[list[str] | str]:
-    """Every row, the names of the columns first; of one that is none, what is wrong with it.
+    """Yield every row, the names of the columns first; for an invalid row, what is wrong with it.
 
-    Bytes that are no UTF-8 are in it as Python's ``surrogateescape`` writes them.
+    Bytes that are not UTF-8 are kept as Python's ``surrogateescape`` writes them.
     """
     with open_text(place) as stream:
         yield from _rows(_lines(stream, place), tabbed)
 
 
 def bytes_of_rows(place: str, tabbed: bool, count: int) -> int:
-    """Unpacked bytes of the names of the columns and the first ``count`` rows."""
+    """Return the unpacked bytes of the names of the columns and the first ``count`` rows."""
     size = 0
 
     def measured(lines: Iterable[str]) -> Iterator[str]:
@@ -48,7 +47,7 @@ def bytes_of_rows(place: str, tabbed: bool, count: int) -> int:
 
 
 def _lines(stream: BinaryIO, place: str) -> Iterator[str]:
-    """The lines with their ends, as Python's csv wants them."""
+    """Yield the lines with their ends, as Python's csv needs them."""
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     while line := text.readline(LONGEST_FIELD + 1):
         if len(line) > LONGEST_FIELD:
@@ -70,7 +69,7 @@ def _rows(lines: Iterator[str], tabbed: bool) -> Iterator[list[str] | str]:
 
 def _quoted_rows(lines: Iterator[str]) -> Iterator[list[str] | str]:
     csv.field_size_limit(LONGEST_FIELD)
-    taken: list[str] = []  # of the row that is being read
+    taken: list[str] = []  # lines of the row being read
     again: deque[str] = deque()
 
     def one_by_one() -> Iterator[str]:
@@ -86,7 +85,7 @@ def _quoted_rows(lines: Iterator[str]) -> Iterator[list[str] | str]:
         except StopIteration:
             return
         except csv.Error as error:
-            # A quotation mark that is not closed has taken the next lines with it.
+            # An unclosed quotation mark has swallowed the next lines.
             again.extendleft(reversed(taken[1:]))
             reader = csv.reader(one_by_one(), strict=True)
             yield _WRONG.get(str(error), str(error))

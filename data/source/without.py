@@ -1,4 +1,4 @@
-"""Reads the texts of test files, which a corpus is to be without."""
+"""Read the texts of test files, which a corpus must not contain."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,23 +17,23 @@ log = logging.getLogger("rekindle")
 
 _PAIRS = ("sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
 USUAL = ("text", "sentence", *_PAIRS, "tokens")  # fields of a labelled task
-LABEL_WORDS = 3  # hardly any label has more: what has is a text
+LABEL_WORDS = 3  # hardly any label has more words: a longer value is a text
 
 
 def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]) -> HeldTexts:
-    """The texts of ``files``: files, globs, datasets ids.
+    """Return the texts of ``files``: files, globs, datasets ids.
 
-    Each value of ``fields`` is a text of its own, and tokens are one together; without ``fields``
-    those are read that the corpus's own fields (``corpus``) or those of a labelled task are called;
-    of a .txt file each line. A line in the log says which are read of each file, a warning where
-    others look like texts in the first row. A file that has not changed since is not read again.
-    Raises InputError for a file that is not there or has none of them, for a value that is no text,
-    and for a row that has not the fields of the first.
+    Each value of ``fields`` is a text of its own, and tokens together are one. Without ``fields``,
+    fields named like the corpus's own (``corpus``) or those of a labelled task are read; in a .txt
+    file each line. The log says which fields of each file are read, and warns if others look like
+    texts in the first row. A file that has not changed is not read again. Raises InputError for a
+    missing file or one with none of the fields, for a value that is not text, and for a row that
+    lacks the first one's fields.
     """
     try:
         origins = [(origin, state_of(origin.place)) for origin in _origins(files)]
         held = _held(tuple(origins), tuple(fields), tuple(corpus))
-    except InputError as error:  # which speaks of sources
+    except InputError as error:  # its message speaks of sources
         told = str(error).replace("corpus source ", "").replace(f", or {PYTHON_DOCS}", "")
         told = told.replace(", a datasets id", ", or a datasets id")
         raise InputError(f"corpus.without: {told}") from None
@@ -43,7 +43,8 @@ def read_held(files: Sequence[str], fields: Sequence[str], corpus: Sequence[str]
     return held
 
 
-# A command asks several times, a cycle for each of its texts. What is kept are a test's texts.
+# A command reads them several times, a cycle once for each of its texts. Only a test's texts are
+# kept.
 @lru_cache(maxsize=4)
 def _held(
     origins: tuple[tuple[Origin, FileState], ...], fields: tuple[str, ...], corpus: tuple[str, ...]
@@ -54,7 +55,9 @@ def _held(
 def _origins(files: Sequence[str]) -> list[Origin]:
     found = find_origins(files)
     if any(origin.format == PYTHON_DOCS for origin in found):
-        raise InputError(f"{PYTHON_DOCS} is no test; give the files that the student is tested on")
+        raise InputError(
+            f"{PYTHON_DOCS} is not a test; give the files that the student is tested on"
+        )
     return found
 
 
@@ -74,7 +77,7 @@ def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Itera
 
 
 def _rows(origin: Origin) -> Iterator[tuple[str, Row]]:
-    """Every row, and where it is."""
+    """Yield every row, with its place."""
     if origin.format == "txt":
         yield from ((origin.place, row) for row in read_rows(origin.place))
         return
@@ -86,20 +89,20 @@ def _rows(origin: Origin) -> Iterator[tuple[str, Row]]:
 
 
 def _check_same_fields(row: Row, where: str, fields: Sequence[str], corpus: Sequence[str]) -> None:
-    """Raise InputError for a row with texts where the first row has none: they would be passed
-    over, and not be looked for.
+    """Raise InputError for a row with texts in fields that the first row lacks: they would be
+    ignored, and not be looked for.
     """
     more = [f for f in _usual(corpus) if f not in fields and reach(row, f) is not ABSENT]
     if more:
         raise InputError(
-            f"{where} has {' and '.join(more)}, and the first row of the file has not: texts are "
-            f"read of {' and '.join(fields)} alone. Name all fields of texts, which every row must "
-            "have, with corpus.without_fields, or give the rows of each kind as a file"
+            f"{where} has {' and '.join(more)}, but the first row of the file does not: texts are "
+            f"read only from {' and '.join(fields)}. Name all fields of texts, which every row "
+            "must have, with corpus.without_fields, or give the rows of each kind as a file"
         )
 
 
 def _usual(corpus: Sequence[str]) -> list[str]:
-    """The fields that are read where none are given."""
+    """Return the fields that are read by default."""
     return [*dict.fromkeys((*corpus, *USUAL))]
 
 
@@ -135,12 +138,12 @@ def _tell_fields(row: Row, origin: Origin, fields: Sequence[str], chosen: bool) 
         return
     _say(
         logging.WARNING,
-        f"{told}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: where tests "
-        "have their texts there, name all fields of texts with corpus.without_fields",
+        f"{told}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: if tests "
+        "have texts there, name all fields of texts with corpus.without_fields",
     )
 
 
-@cache  # of a command that reads the files by several rules
+@cache  # for a command that reads the files by several rules
 def _say(level: int, told: str) -> None:
     log.log(level, "%s", told)
 

@@ -110,11 +110,13 @@ def new_files(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose files move into ``folder`` at the end, each of them whole."""
     with _staged(folder / "files") as staged:
         yield staged
-        files = sorted(path for path in staged.iterdir() if path.is_file())
+        files = sorted(path for path in staged.rglob("*") if path.is_file())
         for file in files:
             sync(file)
         for file in files:
-            os.replace(file, folder / file.name)
+            place = folder / file.relative_to(staged)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
         sync(folder)
 
 

@@ -1,7 +1,7 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 10 are read. What version 3 has anew is said by keys that older files lack, so an
+Versions 1 to 12 are read. What version 3 has anew is said by keys that older files lack, so an
 older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
 tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
 raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
@@ -31,6 +31,12 @@ Version 9 is that of a cache with a teacher whose tokens were mapped to the corp
 
 Version 10 is that of a cache of which a teacher is being removed, renamed or transcoded
 (``data/journal.py``): an older Rekindle would see half of that. Then it is what it was before.
+
+Version 11 is that of a cache with a teacher that gives vectors (``task: embedding``,
+``data/targets/kinds/embedding.py``): an older Rekindle knows no such kind.
+
+Version 12 is that of a cache whose sequences are each of a group (``corpus.group_field``): an older
+Rekindle does not know the column. It may have what all the others have.
 """
 
 import logging
@@ -40,11 +46,11 @@ from typing import Any
 from rekindle.data.errors import CacheFormatError, CacheVersionError, InputError
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import (
-    CHANGING,
     FORMAT_VERSION,
     REPAIR,
     SEAL,
     VERSION,
+    WITH_GROUPS,
     seal,
     unseal,
 )
@@ -53,7 +59,7 @@ log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
 WITHOUT_TEXT = "corpus/without_text.json"  # in a cache that was passed on so; until it is whole
-NEWEST = CHANGING  # of the versions that are read
+NEWEST = WITH_GROUPS  # of the versions that are read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:

@@ -20,6 +20,8 @@ WITH_SERVED = 7  # of a cache that has targets that a server gave; else it is on
 WITH_PACKED = 8  # of a cache with attention within each document of a row; else one of those above
 WITH_MAPPED = 9  # of a cache with a teacher of another tokenizer; else one of those above
 CHANGING = 10  # while a teacher is renamed, removed or transcoded; then what it was before
+WITH_VECTORS = 11  # of a cache with a teacher of task: embedding; else one of those above, but 10
+WITH_GROUPS = 12  # of a cache whose sequences are of groups; else one of those above, but 10
 SEAL = "record"  # the key of the checksum
 VERSION = "format_version"
 

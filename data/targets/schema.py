@@ -19,7 +19,13 @@ import numpy as np
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from rekindle.data.settings import Settings
-from rekindle.data.storage.seal import FORMAT_VERSION, WITH_IMPORTS, WITH_MAPPED, WITH_SERVED
+from rekindle.data.storage.seal import (
+    FORMAT_VERSION,
+    WITH_IMPORTS,
+    WITH_MAPPED,
+    WITH_SERVED,
+    WITH_VECTORS,
+)
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.targets.imported import Imported
 from rekindle.data.targets.lineage import Ancestor
@@ -31,10 +37,16 @@ TEACHER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LONGEST_PART = 60
 PART_NAME = rf"^[a-z0-9.-]{{0,{LONGEST_PART}}}$"  # so does this
 Task = Literal[
-    "masked_lm", "causal_lm", "sequence_classification", "regression", "token_classification"
+    "masked_lm",
+    "causal_lm",
+    "sequence_classification",
+    "regression",
+    "token_classification",
+    "embedding",
 ]
 Kept = Literal["topk", "threshold", "random", "dense", "hidden"]  # of vocabulary teachers
-Kind = Literal[Kept, "tails", "sequence", "token"]
+Kind = Literal[Kept, "tails", "sequence", "token", "embedding"]
+Vectors = Literal["fp16", "int8"]  # how vectors are stored
 Codec = Literal["default", "precise", "compact"]
 VOCABULARY_TASKS = ("masked_lm", "causal_lm")
 MOST_DRAWS = 255  # of a sample: a count is stored in a byte
@@ -79,6 +91,11 @@ class TeacherInfo(Settings):
     codec: Codec = "default"
     rows_per_batch: int = Field(ROWS_PER_BATCH, gt=0, le=ROWS_PER_BATCH)
     hidden_size: int | None = Field(None, gt=0)
+    dimensions: int | None = Field(None, gt=0)  # D, of vectors
+    pooling: str | None = None  # of token states to a vector: a mode, or several joined by "+"
+    normalised: bool = False  # whether its vectors have length 1
+    vectors: Vectors | None = None
+    prompt: str | None = None  # what it reads before each text
     part: str = Field("", pattern=PART_NAME)  # "" or the extension this is
     extends: str | None = None  # of tails: the part whose ids they belong to
     fingerprints: dict[str, str | None] = Field(default_factory=dict)  # weights, config, tokenizer
@@ -91,11 +108,12 @@ class TeacherInfo(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_empty(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """As before there were lineages, imports and servers: earlier versions refuse a key that
-        they do not know.
+        """As before there were lineages, imports, servers and vectors: earlier versions refuse a
+        key that they do not know.
         """
         values: dict[str, object] = rest(self)
-        younger = ("lineage", "imported", "served", "mapped")
+        younger = {"lineage", "imported", "served", "mapped"}
+        younger |= {"dimensions", "pooling", "normalised", "vectors", "prompt"}
         return {key: value for key, value in values.items() if key not in younger or value}
 
     def identity(self) -> dict:
@@ -132,6 +150,7 @@ class TeacherInfo(Settings):
             WITH_IMPORTS: self.imported,
             WITH_SERVED: self.served,
             WITH_MAPPED: self.mapped,
+            WITH_VECTORS: self.vectors,
         }
         return max([FORMAT_VERSION, *(version for version, told in needed.items() if told)])
 

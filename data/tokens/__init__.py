@@ -1,1 +1,1 @@
-"""What tokens stand for, whatever text they are of."""
+"""What tokens stand for, in any text."""

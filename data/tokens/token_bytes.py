@@ -1,6 +1,6 @@
-"""What tokens stand for, as bytes: what the vocabularies of two tokenizers have in common.
+"""What tokens stand for, as bytes: finds what the vocabularies of two tokenizers have in common.
 
-Known of byte-level BPE (GPT-2's and its successors) and of pieces with "▁" for a space (Llama's,
+Supports byte-level BPE (GPT-2's and its successors) and pieces with "▁" for a space (Llama's,
 T5's), with or without tokens for single bytes.
 """
 
@@ -20,10 +20,10 @@ Starts = NDArray[np.int64]
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
-    """[size]: the bytes of each id; None of special tokens, and of ids that are none.
+    """Return [size]: the bytes of each id; None for special tokens and unused ids.
 
-    Raises InputError for a tokenizer that changes texts, or whose tokens leave open which bytes
-    they are (WordPiece does both).
+    Raises InputError for a tokenizer that changes texts, or whose tokens do not determine their
+    bytes (WordPiece does both).
     """
     described = json.loads(tokenizer.encoder.backend.to_str())
     kinds = _kinds(described.get("decoder"))
@@ -34,13 +34,13 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
     else:
         raise InputError(
             f"the bytes of the tokens of {tokenizer.name} are not known (its decoder is "
-            f"{' + '.join(kinds) or 'none'}). Known are byte-level BPE, and pieces with '▁' for a "
-            "space"
+            f"{' + '.join(kinds) or 'none'}). Supported are byte-level BPE, and pieces with '▁' "
+            "for a space"
         )
     added = tokenizer.hf.added_tokens_decoder
     found: list[bytes | None] = [None] * tokenizer.size
     for id, token in tokenizer.tokens():
-        if id in added:  # written as it is
+        if id in added:  # stands for itself
             found[id] = None if added[id].special else added[id].content.encode()
         elif id not in tokenizer.special_ids:
             found[id] = read(token)
@@ -48,7 +48,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
 
 
 def _kinds(part: object) -> list[str]:
-    """The types of a decoder's steps."""
+    """Return the types of a decoder's steps."""
     if not isinstance(part, dict):
         return []
     inner = part.get("decoders")
@@ -57,8 +57,8 @@ def _kinds(part: object) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _letters() -> dict[str, int]:
-    """Which byte a letter of a byte-level vocabulary stands for: Latin-1's visible ones for
-    themselves, the letters from U+0100 on for the others, in order.
+    """Return the byte that a letter of a byte-level vocabulary stands for: Latin-1's visible
+    letters for themselves, the letters from U+0100 on for the other bytes, in order.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in visible]
@@ -77,10 +77,10 @@ def _of_pieces(token: str) -> bytes:
 
 
 def common_tokens(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) -> Ids:
-    """[ours]: the id among ``theirs`` that stands for the same bytes, −1 where there is none.
+    """Return [ours]: the id among ``theirs`` that stands for the same bytes, −1 if there is none.
 
-    One id each: where several of a vocabulary stand for the same bytes ("A" and "<0x41>"), it is
-    the last one, since pieces come after the tokens for single bytes.
+    If several ids of a vocabulary stand for the same bytes ("A" and "<0x41>"), the last one counts,
+    because pieces come after the tokens for single bytes.
     """
     by_bytes = {content: id for id, content in enumerate(theirs) if content}
     last = {content: id for id, content in enumerate(ours) if content}
@@ -93,10 +93,10 @@ def common_tokens(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) 
 def starts_of_tokens(
     ids: NDArray[np.integer], known: Sequence[bytes | None], text: bytes
 ) -> Starts | None:
-    """Where in ``text`` the bytes of each token begin, int64 [L]: −1 of a first one whose space is
-    not in the text (Llama's tokenizers put it there). None where the tokens are not the text.
+    """Return where in ``text`` the bytes of each token begin, int64 [L]: −1 for a first token whose
+    space is not in the text (Llama's tokenizers add it). None if the tokens are not the text's.
 
-    A sequence may have been cut within a character, of which the text has the whole.
+    A sequence may have been cut within a character that the text has whole.
     """
     parts = [known[id] for id in ids.tolist()]
     if any(part is None for part in parts):
@@ -118,5 +118,5 @@ def _first(written: bytes, text: bytes) -> int | None:
 
 
 def _goes_on(part: bytes) -> bool:
-    """Whether it begins within a character of UTF-8."""
+    """Return whether it begins within a character of UTF-8."""
     return part[0] & 0xC0 == 0x80

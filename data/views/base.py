@@ -1,9 +1,9 @@
-"""What all kinds of views share, and the questions that other code may ask of one.
+"""What all kinds of views share, and the questions that other code may ask a view.
 
 A view is how an example is shown to a model. Its recorded name begins with its kind: ``clean`` and
-``text`` are the corpus as it stands; ``masked-<fingerprint>`` and ``pairs-<kind>-<fingerprint>``
-are stored beside it. A fingerprint covers everything that decides a view's bytes, so equal names
-mean equal inputs. Nothing is known here of the models that are shown them.
+``text`` are the corpus itself; ``masked-<fingerprint>`` and ``pairs-<kind>-<fingerprint>`` are
+stored beside it. A fingerprint covers everything that decides a view's bytes, so equal names mean
+equal inputs. The models that see views are unknown here.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ ALGORITHM = 1  # raise it when masks or pairs would come out differently
 
 
 class View:
-    """One kind of view. This one stands for names of no known kind: nobody may be shown it."""
+    """One kind of view. This base class stands for unknown kinds, which nobody may be shown."""
 
-    kind: ClassVar[str] = ""  # how the recorded names begin
-    tasks: ClassVar[tuple[str, ...]] = ()  # of the teachers that may be shown it
-    stored: ClassVar[bool] = False  # it has shards of its own, a row for each of the corpus's
-    masked: ClassVar[bool] = False  # it shows replicas of a sequence, each masked elsewhere
+    kind: ClassVar[str] = ""  # the beginning of recorded names
+    tasks: ClassVar[tuple[str, ...]] = ()  # tasks of the teachers that may be shown it
+    stored: ClassVar[bool] = False  # it has its own shards, with a row for each of the corpus's
+    masked: ClassVar[bool] = False  # it shows replicas of a sequence with different masks
     paired: ClassVar[bool] = False  # it shows two texts, which not every sequence has
     fields: ClassVar[tuple[pa.Field, ...]] = ()  # its columns
     beside: ClassVar[str] = ""  # the column whose lists are as long as those of ``input_ids``
 
     @classmethod
     def numbers(cls, replicas: int) -> list[int | None]:
-        """Return the numbers of a sequence's ``replicas``; None for what is shown in one way."""
+        """Return the numbers of a sequence's ``replicas``; None for a view with only one form."""
         return [*range(replicas)] if cls.masked else [None]
 
     @classmethod
@@ -49,15 +49,15 @@ class View:
 
     @classmethod
     def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
-        """Return whether a writer of ours can have written the batch, by more than its ids.
+        """Return whether our own code can have written the batch, judged by more than its ids.
 
-        ``lengths`` [R] are the tokens of the corpus's sequences.
+        ``lengths`` [R] are the numbers of tokens of the corpus's sequences.
         """
         return True
 
 
 class StoredView(View):
-    """A view with shards of its own; an instance is one view of a corpus, and can make it."""
+    """A view with its own shards; an instance is one view of a corpus, and can make it."""
 
     stored = True
     replicas = 1
@@ -70,7 +70,8 @@ class StoredView(View):
             "tokenizer": corpus.info["tokenizer"]["digest"],
             **decides,
         }
-        if "holes" in corpus.info["tokenizer"]:  # before they were known, they were drawn
+        # before holes were known, random tokens could be holes
+        if "holes" in corpus.info["tokenizer"]:
             self.identity["holes"] = corpus.info["tokenizer"]["holes"]
         parts = json.dumps(self.identity, sort_keys=True).encode()
         fingerprint = hashlib.sha256(parts).hexdigest()[:12]
@@ -96,6 +97,6 @@ class StoredView(View):
 
 
 def about_unit(name: str, shard: int, replica: int | None) -> dict[str, object]:
-    """Return what a unit of the view ``name`` says of itself."""
+    """Return the metadata of a unit of the view ``name``."""
     about: dict[str, object] = {"kind": "view", "view": name, "shard": shard}
     return about if replica is None else about | {"replica": replica}

@@ -1,5 +1,5 @@
-"""``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids that stand
-there; drawn here, or taken from a teacher's losses (``data/targets/reading/hard_masks.py``).
+"""``masked-<fingerprint>``: per sequence and replica, the masked positions and the ids put there;
+drawn here, or taken from a teacher's losses (``data/targets/reading/hard_masks.py``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,8 +46,8 @@ class MaskedView(StoredView):
     ):
         self.config, self.replicas = config, replicas
         if decides is None:
-            # Replicas of `random` are independent and can be added to; `cover` deals tokens out
-            # over all.
+            # Replicas of `random` are independent, so more can be added; `cover` divides tokens
+            # among all.
             decides = {"replicas": replicas if config.policy == "cover" else None}
         super().__init__(corpus, seed, {"mask": config.identity(), **decides})
         facts = corpus.info["tokenizer"]
@@ -55,14 +55,14 @@ class MaskedView(StoredView):
 
     @property
     def shown_ids(self) -> NDArray[np.int64]:
-        """The ids that may stand in place of a sequence's own."""
+        """Return the ids that may replace a sequence's own."""
         masker = self.masker
         random = masker.content_ids if self.config.random_token else masker.content_ids[:0]
         return np.append(random, masker.mask_id or 0).astype(np.int64)
 
     @property
     def share(self) -> float:
-        """About how much of a sequence is masked, at most."""
+        """Return the approximate largest share of a sequence that is masked."""
         return self.config.probability
 
     @classmethod
@@ -71,7 +71,7 @@ class MaskedView(StoredView):
         return ascend_within(*beside, lengths)
 
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.intp]]:
-        """Yield the positions to be masked of each row of a corpus shard, ascending."""
+        """Yield the positions to mask in each row of a corpus shard, ascending."""
         for batch in self.corpus.shard(number).batches():
             words = split_lists([batch], "word_starts")
             rows = zip(learnt_content(batch), words, batch["digest"].to_pylist(), strict=True)

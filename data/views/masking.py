@@ -1,15 +1,15 @@
-"""Masked views: which tokens masked-LM teachers and students do not see. Pure, no input or output.
+"""Choose the tokens that masked-LM teachers and students do not see. Pure, without input or output.
 
-A mask is a function of (policy, seed, replica, example digest) alone, drawn from NumPy's
+A mask depends only on (policy, seed, replica, example digest) and is drawn from NumPy's
 counter-based Philox generator: any process computes the same mask for the same example, in any
 order.
 
 Policies: ``random`` masks ``probability`` of the content tokens, independently per replica (BERT).
-``cover`` shares the tokens out over the replicas, so that each token is masked in exactly one of
+``cover`` divides the tokens among the replicas, so that each token is masked in exactly one of
 them. ``hard`` masks what a teacher finds hard, by its stored losses: see ``hard_masks.py``. Units:
 ``token``; ``word`` (all pieces of a word together); ``span`` (contiguous words, their number drawn
-from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT). Neither a word nor a span
-reaches over a special token.
+from a geometric distribution with p = 0.2 clipped at 10, as in SpanBERT). Words and spans never
+cross a special token.
 """
 
 from itertools import pairwise
@@ -24,7 +24,7 @@ from rekindle.data.settings import Settings
 
 SPAN_P = 0.2
 SPAN_MAX = 10
-HARD_KEYS = ("teacher", "loss_above", "limit")  # of policy hard alone
+HARD_KEYS = ("teacher", "loss_above", "limit")  # keys of policy hard only
 
 
 class MaskConfig(Settings):
@@ -32,41 +32,46 @@ class MaskConfig(Settings):
 
     policy: Literal["random", "cover", "hard"] = Field(
         "random",
-        description="random: independent replicas; cover: each token masked in one replica; hard: "
-        "the tokens that a teacher finds hard when it sees the text unmasked, in one replica "
-        "(self-evolution)",
+        description="random: independent replicas; cover: each token is masked in one replica; "
+        "hard: the tokens that a teacher finds hard when it sees the text unmasked, "
+        "in one replica (self-evolution)",
     )
     unit: Literal["token", "word", "span"] = Field("token", description="what is masked together")
     probability: float = Field(
-        0.15, gt=0, lt=1, description="share of the content tokens (policy random)"
+        0.15, gt=0, lt=1, description="share of the content tokens that are masked (policy random)"
     )
     mask_token: float = Field(
         0.8,
         ge=0,
         le=1,
-        description="chosen tokens replaced by the mask token; policy hard: all that are not "
-        "replaced by a random one, if not given",
+        description="share of the chosen tokens replaced by the mask token; default with policy "
+        "hard: all that are not replaced by a random one",
     )
     random_token: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="chosen tokens replaced by a random one; policy hard: none, if not given",
+        description=(
+            "share of the chosen tokens replaced by a random one; default with policy hard: none"
+        ),
     )
     teacher: str | None = Field(
-        None, description="policy hard: the masked_lm teacher with view: clean whose losses count"
+        None,
+        description=("policy hard: the masked_lm teacher with view: clean whose losses are used"),
     )
     loss_above: float = Field(
         0.1,
         ge=0,
-        description="policy hard: nats of −log p of the true token above which it is hard",
+        description=(
+            "policy hard: a token is hard if −log p of the true token exceeds this many nats"
+        ),
     )
     limit: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="policy hard: at most this share of a sequence's tokens (but one), the hardest "
-        "first; null: all hard ones",
+        description="policy hard: at most this share of a sequence's tokens (but at least one), "
+        "the hardest first; null: all hard ones",
     )
 
     @model_validator(mode="after")
@@ -80,35 +85,35 @@ class MaskConfig(Settings):
         if hard and self.teacher is None:
             raise ValueError(
                 "policy hard needs teacher: the name of the masked_lm teacher with view: clean "
-                "whose losses say which tokens are hard"
+                "whose losses decide which tokens are hard"
             )
-        # Frozen: self-evolution hides every token that it masks.
+        # Frozen, hence setattr: self-evolution hides every token that it masks.
         if hard and "random_token" not in self.model_fields_set:
             object.__setattr__(self, "random_token", 0.0)
         if hard and "mask_token" not in self.model_fields_set:
             object.__setattr__(self, "mask_token", 1.0 - self.random_token)
         if self.mask_token + self.random_token > 1 + 1e-9:
             raise ValueError(
-                "mask_token + random_token must not exceed 1 (the rest is kept as it is)"
+                "mask_token + random_token must not exceed 1 (the rest stays unchanged)"
             )
         if self.mask_token + self.random_token == 0:
             raise ValueError(
-                "mask_token and random_token are 0: every chosen token would stay as it is, and be "
-                "seen. Give one of them a share"
+                "mask_token and random_token are 0: every chosen token would stay unchanged and "
+                "visible. Give one of them a share"
             )
         return self
 
     def identity(self) -> dict[str, object]:
-        """What of it decides masks; the same for every version that has made them.
+        """Return what decides masks; the same for every version that has made them.
 
-        The teacher of policy hard counts by what it is, not by its name: see ``HardMaskedView``.
+        The teacher of policy hard counts by its identity, not by its name: see ``HardMaskedView``.
         """
         unused = ("unit", "probability", "teacher") if self.policy == "hard" else HARD_KEYS
         return self.model_dump(exclude={*unused})
 
 
 def generator(purpose: str, seed: int, digest: str) -> np.random.Generator:
-    """A Philox generator keyed by (purpose, seed, example digest)."""
+    """Return a Philox generator keyed by (purpose, seed, example digest)."""
     key = xxhash.xxh3_128_intdigest(f"{purpose}\0{seed}\0{digest}".encode())
     return np.random.Generator(np.random.Philox(key=key))
 
@@ -120,23 +125,23 @@ class Masker(NamedTuple):
     seed: int
     replicas: int
     mask_id: int | None
-    content_ids: NDArray[np.int32]  # what random tokens are drawn from
+    content_ids: NDArray[np.int32]  # random tokens are drawn from these
 
     def positions(
         self, content: NDArray[np.bool_], word_starts: NDArray[np.bool_], digest: str, replica: int
     ) -> NDArray[np.intp]:
-        """Return the positions of one sequence of S tokens that are masked, ascending.
+        """Return the masked positions of one sequence of S tokens, ascending.
 
         ``content`` [S] is False at special tokens, which are never masked; ``word_starts`` [S] is
-        True where a word begins. At least one token is masked if there is any content and the
-        policy is ``random``. ValueError for policy ``hard``, which needs losses.
+        True where a word begins. With policy ``random`` at least one token is masked if there is
+        any content. Raises ValueError for policy ``hard``, which needs losses.
         """
         config, positions = self.config, np.flatnonzero(content)
         if config.policy == "hard":
             raise ValueError("masks of policy hard come from a teacher's losses: HardMaskedView")
         if not len(positions):
             return positions
-        if config.policy == "cover":  # the same deal for every replica
+        if config.policy == "cover":  # the same division for every replica
             random = generator(f"cover/{self.replicas}", self.seed, digest)
             units = _units(positions, word_starts, config.unit, random, longest=SPAN_MAX)
             chosen = _dealt(units, random, self.replicas)[replica]
@@ -145,7 +150,7 @@ class Masker(NamedTuple):
             budget = max(1, round(config.probability * len(positions)))
             if config.unit == "token":
                 return np.sort(random.choice(positions, size=budget, replace=False))
-            # A span of the full length would hide most of a short sequence.
+            # A span of full length would hide most of a short sequence.
             longest = min(budget, SPAN_MAX)
             units = _units(positions, word_starts, config.unit, random, longest)
             chosen = _within(units, random, budget)
@@ -154,10 +159,10 @@ class Masker(NamedTuple):
     def replaced(
         self, input_ids: NDArray[np.int32], chosen: NDArray[np.intp], digest: str, replica: int
     ) -> NDArray[np.int32]:
-        """Return what stands at the positions ``chosen`` of one sequence instead of its ids [S]."""
+        """Return the ids that replace those of one sequence [S] at the positions ``chosen``."""
         random = generator(f"replace/{replica}", self.seed, digest)
         lot = random.random(len(chosen))
-        assert self.mask_id is not None  # whoever masks has looked
+        assert self.mask_id is not None  # checked by the caller
         replaced = input_ids[chosen].astype(np.int32)
         masked = self.config.mask_token
         replaced[lot < masked] = self.mask_id
@@ -170,7 +175,7 @@ Units = list[NDArray[np.intp]]  # positions that are masked together
 
 
 def _within(units: Units, random: np.random.Generator, budget: int) -> Units:
-    """Units of at most ``budget`` tokens together, or the shortest one."""
+    """Return units of at most ``budget`` tokens together, or the shortest one."""
     chosen: Units = []
     taken = 0
     for index in random.permutation(len(units)):
@@ -183,7 +188,7 @@ def _within(units: Units, random: np.random.Generator, budget: int) -> Units:
 
 
 def _dealt(units: Units, random: np.random.Generator, replicas: int) -> list[Units]:
-    """A shuffled deal: every replica gets as many units as any other, give or take one."""
+    """Divide units randomly: all replicas get equally many, give or take one."""
     owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
     return [[units[i] for i in np.flatnonzero(owner == replica)] for replica in range(replicas)]
 
@@ -195,7 +200,7 @@ def _units(
     random: np.random.Generator,
     longest: int,
 ) -> Units:
-    """The content positions cut into tokens, words, or runs of up to ``longest`` adjacent words."""
+    """Cut the content positions into tokens, words, or runs of up to ``longest`` adjacent words."""
     if unit == "token":
         return list(positions.reshape(-1, 1))
     special_between = np.diff(positions) > 1

@@ -1,4 +1,4 @@
-"""``pairs-<kind>-<fingerprint>``: per sequence, two texts of the corpus for sentence-pair experts
+"""``pairs-<kind>-<fingerprint>``: per sequence, two texts of the corpus for sentence-pair experts,
 and the student's encoding of them.
 """
 
@@ -22,15 +22,15 @@ from rekindle.data.views.masking import generator
 PairKind = Literal["adjacent", "same-document", "random", "record"]
 RECORD = "record"
 Pair = tuple[str, str] | None
-CUT = "cut"  # of ``view.json``; older views lack it
+CUT = "cut"  # key of ``view.json``; older views lack it
 NO_PAIR = (np.zeros(0, np.int32), np.zeros(0, np.int32))
-FEW_PAIRS = 0.05  # of the sequences; an expert that has a pair in fewer teaches next to nothing
+FEW_PAIRS = 0.05  # share of the sequences; an expert with fewer pairs teaches almost nothing
 _ENDS = "(they end with . ! ? or a blank line)"
 _OR_RANDOM = (
-    "use longer texts, or pairs: random, which needs no neighbours (a teacher that is cached "
-    "already then needs another name)"
+    "use longer texts, or pairs: random, which needs no neighbours (a teacher that is already "
+    "cached then needs another name)"
 )
-_NEEDS = {  # what a pair needs, and what to do where it is not there
+_NEEDS = {  # what a pair needs, and the advice if that is missing
     "adjacent": (f"sequence has two sentences of one document {_ENDS}", _OR_RANDOM),
     "same-document": (f"document has two sentences {_ENDS}", _OR_RANDOM),
     "random": ("sequence has a second document to pair with", "use more texts"),
@@ -40,8 +40,8 @@ _NEEDS = {  # what a pair needs, and what to do where it is not there
 class PairView(StoredView):
     """Text pairs from the corpus for sentence-pair experts, one per sequence where possible.
 
-    ``adjacent``: two neighbouring sentences of the sequence, of one document. ``same-document``: a
-    sentence of the sequence and another sentence of the same document. ``random``: a sentence of
+    ``adjacent``: two neighbouring sentences of the sequence, from one document. ``same-document``:
+    a sentence of the sequence and another sentence of the same document. ``random``: a sentence of
     the sequence and one of another document. Partners come from the same corpus shard. A sequence
     without a pair has nulls. ``record``: the two texts that a sequence is made of, in a corpus of
     pairs.
@@ -67,14 +67,16 @@ class PairView(StoredView):
 
     @classmethod
     def as_begun(cls, corpus: Corpus, pairs: PairKind, seed: int, store: Store) -> "PairView":
-        """Return the view as the cache in ``store`` has it: cut as before, where it was so."""
+        """Return the view as the cache in ``store`` has it, with its former way of
+        cutting if any.
+        """
         former = cls(corpus, pairs, seed, cut=1)
         begun = store.names(f"views/{former.name}")
         return former if begun else cls(corpus, pairs, seed)
 
     @staticmethod
     def cut_of(identity: Mapping[str, Any]) -> int:
-        """Return how pairs were shortened in a view that is described so (``view.json``)."""
+        """Return how pairs were shortened in a view with this description (``view.json``)."""
         return int(identity.get(CUT, 1))
 
     @staticmethod
@@ -119,7 +121,7 @@ class PairView(StoredView):
 
 
 def _parts(batch: pa.RecordBatch) -> list[list[str]]:
-    """Each row's text, cut where another document begins."""
+    """Return each row's text, split where another document begins."""
     tokens, characters = list_views(batch["char_starts"], "char_starts")
     lists, begins = list_views(batch["document_starts"], "document_starts")
     parts = []
@@ -136,10 +138,10 @@ def make_pairs(
     generators: list[np.random.Generator],
     kind: PairKind,
 ) -> list[Pair]:
-    """One pair of sentences per row, or None where the rows allow none.
+    """Return one pair of sentences per row, or None where the rows allow none.
 
-    ``texts``: each row's text, cut where another document begins; ``documents``: the document of
-    its first part. No pair of neighbours crosses documents; the other kinds use the first part.
+    ``texts``: each row's text, split where another document begins; ``documents``: the document of
+    its first part. Neighbours never cross documents; the other kinds use the first part.
     """
     split = [[[t[a:b] for a, b in split_sentences(t)] for t in parts] for parts in texts]
     if kind == "adjacent":
@@ -158,8 +160,8 @@ def _distant_pairs(
     generators: list[np.random.Generator],
     same_document: bool,
 ) -> list[Pair]:
-    """A sentence of each row and any other of the same document, or of another one."""
-    sentences: list[str] = []  # of one document after another
+    """Pair a sentence of each row with any other of the same document, or of another one."""
+    sentences: list[str] = []  # document after document
     starts: dict[int, int] = {}
     lows: dict[str, int] = {}
     highs: dict[str, int] = {}
@@ -191,7 +193,7 @@ def _distant_pairs(
 def rows_of(
     corpus: Corpus, domains: Sequence[str] | None, shards: NDArray[np.int64] | None = None
 ) -> int:
-    """Sequences (of ``domains``; None: all) in the ``shards`` of a corpus, or in all of it."""
+    """Return how many sequences (of ``domains``; None: all) are in the ``shards``, or in all."""
     among = np.arange(len(corpus.commits)) if shards is None else shards
     if domains is None:
         return int(corpus.units.rows[among].sum())
@@ -200,8 +202,8 @@ def rows_of(
 
 
 def told_of_few_pairs(teacher: str, kind: str, found: int, could: int) -> str | None:
-    """Say that an expert has a pair in less than FEW_PAIRS of the sequences that it ``could`` teach
-    (those of its domains), of which ``found`` have one; None where it has enough.
+    """Return a warning if an expert has a pair in less than FEW_PAIRS of the sequences that it
+    ``could`` teach (those of its domains), of which ``found`` have one; None otherwise.
     """
     if kind == RECORD or not could or found >= FEW_PAIRS * could:
         return None
@@ -212,7 +214,7 @@ def told_of_few_pairs(teacher: str, kind: str, found: int, could: int) -> str | 
             f"teach: {use}"
         )
     return (
-        f"teacher {teacher!r}, pairs: {kind}: only {100 * found / could:.2g} % of the sequences "
-        f"that it is for have a pair (this is said below {100 * FEW_PAIRS:g} %), and the others it "
-        f"does not teach. Hardly any {what}: {use}"
+        f"teacher {teacher!r}, pairs: {kind}: only {100 * found / could:.2g} % of its sequences "
+        f"have a pair (this warning appears below {100 * FEW_PAIRS:g} %), and it does not teach "
+        f"the others. Hardly any {what}: {use}"
     )

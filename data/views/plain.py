@@ -1,4 +1,4 @@
-"""The corpus as it stands: nothing is stored."""
+"""The views of the unmasked corpus: nothing is stored."""
 
 from rekindle.data.views.base import View
 
@@ -11,7 +11,7 @@ class Clean(View):
 
 
 class Text(View):
-    """The text of the corpus, in the tokens of whom it is shown to."""
+    """The text of the corpus, tokenised by the model that sees it."""
 
     kind = "text"
-    tasks = ("sequence_classification", "regression", "token_classification")
+    tasks = ("sequence_classification", "regression", "token_classification", "embedding")

@@ -1,4 +1,4 @@
-"""Reads the rows of a stored view by corpus shard (and replica), checked against the corpus."""
+"""Read the rows of a stored view by corpus shard (and replica), checked against the corpus."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -24,7 +24,7 @@ class ViewReader(RowReader):
     """Reads the rows of a view by corpus shard (and replica), checked against the corpus."""
 
     def __init__(self, corpus: Corpus, name: str, most: int | None = None):
-        """``most``: the first replicas are read, so many, whatever there is."""
+        """``most``: read at most this many replicas, the first ones."""
         super().__init__()
         self.corpus, self.name, self.kind, self.most = corpus, name, view_kind(name), most
         self.shards = ShardSet(corpus.store, f"views/{name}")
@@ -33,12 +33,12 @@ class ViewReader(RowReader):
 
     @property
     def folder(self) -> str:
-        """Where its shards are."""
+        """Return the folder of its shards."""
         return self.shards.folder
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """What decides its bytes, as ``view.json`` has it."""
+        """Return what decides its bytes, from ``view.json``."""
         path = f"{self.folder}/view.json"
         where = f"{self.corpus.store.location}/{path}"
         with unusable(f"{where} is missing", FileNotFoundError, advice=f". {REPAIR}"):
@@ -46,8 +46,8 @@ class ViewReader(RowReader):
 
     @cached_property
     def replicas(self) -> int:
-        """How many replicas every corpus shard has; no more than are to be read."""
-        # Text that was added a moment ago may have no masks yet; the rest of it has.
+        """Return how many replicas every corpus shard has; at most those to be read."""
+        # Recently added text may have no masks yet; the rest has.
         every, count = len(self.corpus.commits), 0
         without = self.commits.lacking(every, [0])
         while count != self.most and len(without) < every:
@@ -57,8 +57,8 @@ class ViewReader(RowReader):
         return count
 
     def count_pairs(self, domains: Sequence[str] | None, most: float) -> int:
-        """Count the sequences (of ``domains``; None: all) that have a pair of texts, in a view of
-        them; stops where there are ``most``.
+        """Return how many sequences (of ``domains``; None: all) have a pair of texts, in a view of
+        pairs; stop at ``most``.
         """
         found = 0
         for number in range(len(self.corpus.commits)):
@@ -73,15 +73,15 @@ class ViewReader(RowReader):
         return found
 
     def has(self, shard: int, replica: int | None = None) -> bool:
-        """Whether the unit is committed."""
+        """Return whether the unit is committed."""
         return unit_of(shard, replica) in self.commits
 
     def batch(self, shard: int, index: int, replica: int | None = None) -> pa.RecordBatch:
-        """Record batch ``index`` of one corpus shard's view."""
+        """Return record batch ``index`` of one corpus shard's view."""
         return self._shard(shard, replica).batch(index)
 
     def batches(self, shard: int, replica: int | None = None) -> list[pa.RecordBatch]:
-        """All record batches of one corpus shard's view."""
+        """Return all record batches of one corpus shard's view."""
         count = self.corpus.shard(shard).batch_count
         return [self.batch(shard, index, replica) for index in range(count)]
 
@@ -102,7 +102,7 @@ class ViewReader(RowReader):
         return self._open[unit]
 
     def _check_rows(self, unit: str, shard: int, index: int, batch: pa.RecordBatch) -> None:
-        """CacheFormatError for what no writer of ours would have written."""
+        """Raise CacheFormatError for what our own code would not have written."""
         check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
         offsets, ids = list_views(batch["input_ids"], "input_ids")
         beside = list_views(batch[self.kind.beside], self.kind.beside)
@@ -118,7 +118,7 @@ class ViewReader(RowReader):
 
 
 def shown_view(corpus: Corpus, name: str) -> ViewReader | None:
-    """The reader of the view that is recorded as ``name``; None if it is the corpus itself."""
+    """Return the reader of the view recorded as ``name``; None for the corpus itself."""
     return ViewReader(corpus, name) if view_kind(name).stored else None
 
 

@@ -1,4 +1,4 @@
-"""All kinds of views, by how the recorded names of views begin."""
+"""All kinds of views, by the beginning of their recorded names."""
 
 from rekindle.data.views.base import View
 from rekindle.data.views.masked import MaskedView
@@ -9,5 +9,5 @@ VIEWS: dict[str, type[View]] = {view.kind: view for view in (Clean, Text, Masked
 
 
 def view_kind(name: str) -> type[View]:
-    """Return the kind of the view whose recorded name that is."""
+    """Return the kind of the view with that recorded name."""
     return VIEWS.get(name.partition("-")[0], View)

@@ -48,6 +48,11 @@ FILES = {
         for task in LABELLED_TASKS
         for split in ("train", "dev", "test")
     },
+    **{
+        f"section/{split}": f"titles with passages that may stand under them, labelled: {split}"
+        for split in ("train", "dev", "test")
+    },
+    "section/text": "titles with passages that may stand under them, none of them labelled",
 }
 ABOUT = {PREFIX + name: what for name, what in (MODELS | FILES).items()}
 

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.pipeline.builtin.sections import SectionSizes
 from rekindle.pipeline.builtin.tasks import TaskSizes
 
 Numbers = dict[str, int | float]  # settings by name
@@ -17,6 +18,7 @@ class BuiltInSettings(Settings):
     vocabulary: int
     documents: int | None
     sizes: TaskSizes
+    sections: SectionSizes
     positions: int
     sequence_length: int
     batch_sequences: int

@@ -59,7 +59,7 @@ class TaskSizes:
 
 def split_of(document: str) -> Split:
     """The split a document id belongs to; a function of the id alone."""
-    place = _hash("split", document) / 2**64
+    place = hashed("split", document) / 2**64
     for split, share in _SHARES.items():
         if place < share:
             return split
@@ -97,9 +97,9 @@ def _next_examples(page: PythonDoc) -> Iterator[LabelledText]:
     adjacent = list(pairwise(sentences))
     for number in range(min(len(adjacent), _PAIRS_PER_DOCUMENT)):
         yield LabelledText(
-            page.id, *adjacent[_hash("next", page.id, number) % len(adjacent)], "next"
+            page.id, *adjacent[hashed("next", page.id, number) % len(adjacent)], "next"
         )
-        a, b = (sentences[_hash(side, page.id, number) % len(sentences)] for side in "ab")
+        a, b = (sentences[hashed(side, page.id, number) % len(sentences)] for side in "ab")
         if a != b and (a, b) not in adjacent:
             yield LabelledText(page.id, a, b, "other")
 
@@ -122,7 +122,7 @@ def labelled_examples(
     candidates: dict[tuple[str, str | None], list[tuple[int, int, LabelledText]]] = {}
     for page in pages:
         for number, example in enumerate(task.examples(page)):
-            key = (number, _hash(task.name, page.id, number), example)
+            key = (number, hashed(task.name, page.id, number), example)
             candidates.setdefault((example.text, example.pair), []).append(key)
     groups: dict[Split, dict[str, list[tuple[int, int, LabelledText]]]] = {s: {} for s in LABELLED}
     for same in candidates.values():
@@ -180,7 +180,7 @@ def write_corpus(
         for split, examples in labelled_examples(task, pages, sizes).items():
             write_lines(out / TASKS_FOLDER / task.name / f"{split}.jsonl", map(record_of, examples))
     others = [page for page in pages if split_of(page.id) == "corpus"]
-    chosen = {p.id for p in sorted(others, key=lambda p: _hash("corpus", p.id))[:documents]}
+    chosen = {p.id for p in sorted(others, key=lambda p: hashed("corpus", p.id))[:documents]}
     write_lines(out / "corpus.jsonl", unlabelled(page for page in others if page.id in chosen))
 
 
@@ -193,7 +193,7 @@ def record_of(example: LabelledText) -> Record:
     return {"document": example.document, **texts, "label": example.label}
 
 
-def _hash(*parts: str | int) -> int:
+def hashed(*parts: str | int) -> int:
     """64 bits that depend on the parts alone (Python's own hash differs from run to run)."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
@@ -207,8 +207,10 @@ _FEWEST = 3  # passages of a document that has a beginning, a middle and an end
 
 def write_documents(
     out: Path, sizes: TaskSizes, documents: int | None, domains: Mapping[str, str]
-) -> None:
-    """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``."""
+) -> list[PythonDoc]:
+    """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``, and
+    return the documents that they are made of.
+    """
     # In an order without meaning: the first documents of the corpus are then a sample of all of it.
     pages = sorted(python_docs(), key=lambda page: hashlib.sha256(page.id.encode()).digest())
     for name, part in domains.items():
@@ -216,6 +218,7 @@ def write_documents(
         write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
     halves = [LabelledTask(name, partial(_passages, "part", half)) for name, half in HALVES.items()]
     write_corpus(pages, sizes, out, documents, (*TASKS, *halves, PLACE))
+    return pages
 
 
 def _place_examples(page: PythonDoc) -> Iterator[LabelledText]:

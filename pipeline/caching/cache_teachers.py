@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.additions import recorded_shard_size
-from rekindle.data.corpus.config import CorpusConfig, usual_shard_size
+from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
+from rekindle.data.corpus.packing import usual_shard_size
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -37,6 +38,7 @@ from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
 from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.builtin.missing import make_missing
@@ -174,7 +176,7 @@ def cache_teachers(
                     _run(left, corpus, units, executor or OnThisMachine(), progress, made, room)
             for part in group:
                 if not part.config.vocabulary:
-                    _tell_cut(corpus, part.info)
+                    _tell_kept(corpus, part.info)
                 if part.info.part:
                     store.create(f"{part.info.folder}/{FINISHED}", seal({}))
         if hard:
@@ -244,9 +246,12 @@ def _lacks_head(info: TeacherInfo, store: Store) -> bool:
     return kind_of(info).has_head and not {*HEAD_FILES} <= {*store.names(info.folder)}
 
 
-def _tell_cut(corpus: Corpus, info: TeacherInfo) -> None:
-    if found := cut_of(info, ShardSet(corpus.store, info.folder).committed()):
+def _tell_kept(corpus: Corpus, info: TeacherInfo) -> None:
+    commits = ShardSet(corpus.store, info.folder).committed()
+    if found := cut_of(info, commits):
         log.warning("%s", found.as_text(f"teacher {info.name}"))
+    if (error := stored_error(commits)) is not None:
+        log.info("%s", error.as_text(info))
 
 
 def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:

@@ -20,6 +20,7 @@ from rekindle.data.padding import pad
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.units import unit_of
 from rekindle.data.targets.codec import Columns, decode_ids
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import Counts
 from rekindle.data.targets.reading.reader import TeacherReader, target_positions
@@ -31,6 +32,7 @@ from rekindle.pipeline.caching.mapped import check_mass
 from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import scored_blocks
 from rekindle.pipeline.caching.teachers import Teacher
+from rekindle.train.embedding.encoder import SentenceEncoder
 from rekindle.train.model.causes import running
 from rekindle.train.model.passes import with_known_padding
 
@@ -106,6 +108,8 @@ def begin_unit(
     run = UnitRun(teacher, unit, only, audited)
     if teacher.config.vocabulary:
         return run.vocabulary(kept, beside)
+    if teacher.encoder is not None:
+        return run.vectors(teacher.encoder)
     return run.sequences() if kind_of(teacher.info).per_sequence else run.token_labels()
 
 
@@ -225,6 +229,23 @@ class UnitRun:
             return self._fetch(logits, self._monte_carlo(inputs, rows, logits) if passes else {})
 
         return (yield from self._run(seen, forward, types=types))
+
+    def vectors(self, encoder: SentenceEncoder) -> Steps:
+        """A vector of each sequence, as it is stored; as it is, for an audit."""
+        texts = self.teacher.plan.read_as(self.table["text"].to_pylist())
+        seen, _ = self._wrapped(self.teacher.tokenizer.encode([*texts]))
+
+        def forward(rows: Rows, inputs: Inputs) -> Pending:
+            with running(f"teacher {self.info.name!r} ({self.info.model})"):
+                found = encoder(with_known_padding(inputs), self.teacher.skipped)
+            return self.teacher.way.fetch({"vectors": found}, dict)
+
+        made = yield from self._run(seen, forward)
+        kind = kind_of(self.info)
+        if self.audited or not len(made.rows) or not isinstance(kind, Embedding):
+            return made
+        columns, facts = kind.stored(made.columns["vectors"])
+        return replace(made, columns=columns, facts={**made.facts, **facts})
 
     def _logits(self, inputs: Inputs) -> Tensor:
         """What an expert says, in fp32; InputError, naming it, where its own code fails."""

@@ -16,10 +16,11 @@ from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.teachers import plan_teacher
 from rekindle.pipeline.caching.views import build_views
 from rekindle.pipeline.config import RunConfig, references
+from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.progress import SILENT
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.config import StudentConfig
-from rekindle.train.model.folder import HUB_ID, resolve_model
+from rekindle.train.model.folder import HUB_ID
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.objective.terms import check_terms
 from rekindle.train.prepare import check_tokenizer
@@ -37,7 +38,7 @@ def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None
         if teacher.served is None and not missing(teacher.model):
             who = f"teacher {teacher.name!r}"
             with naming(who):
-                directory = resolve_model(teacher.model)
+                directory, _ = find_teacher(teacher)
             check_teacher_files(directory, teacher.task, f"{who} ({teacher.model})")
     if student is not None and not missing(student.model) and not _elsewhere(student.model):
         check_student(student)

@@ -5,6 +5,7 @@ that a finished cache is recognised in seconds.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
@@ -33,8 +34,18 @@ from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.shared_out import check_spread, loading
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.caching.vocabulary import TokenColumns, count_shared, tokenizer_of
+from rekindle.pipeline.describing.encoders import find_teacher
+from rekindle.pipeline.describing.heads import head_info
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.answers.recorded import recorded
+from rekindle.train.embedding.encoder import SentenceEncoder
+from rekindle.train.embedding.folder import EncoderFolder
+from rekindle.train.embedding.texts import (
+    longest_text,
+    own_tokenizer,
+    skipped_tokens,
+    told_of_prompts,
+)
 from rekindle.train.model.files import (
     Placement,
     adapted_fingerprints,
@@ -46,10 +57,8 @@ from rekindle.train.model.files import (
     place,
     weights_fingerprint,
 )
-from rekindle.train.model.fitting import AUTO_CLASSES, knows_segments
-from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.fitting import AUTO_CLASSES, auto_class_of, knows_segments
 from rekindle.train.model.headers import check_teacher_files
-from rekindle.train.model.labels import SAY_SCORES, check_label_names, gives_scores
 from rekindle.train.model.meta import shape_only
 from rekindle.train.model.padding import padding_of
 from rekindle.train.model.sight import moved_by_padding
@@ -60,7 +69,6 @@ from rekindle.train.record.lineage import lineage_of_model
 log = logging.getLogger("rekindle")
 
 AUTO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-SMALL_HEAD = 1000  # heads up to this many classes are kept whole
 UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 
 
@@ -74,6 +82,12 @@ class TeacherPlan:
     config: TeacherConfig
     directory: Path
     info: TeacherInfo
+    encoder: EncoderFolder | None = None  # how a sentence encoder makes vectors
+
+    def read_as(self, texts: Sequence[str]) -> Sequence[str]:
+        """Return the texts as it reads them: after its prompt."""
+        prompt = self.info.prompt
+        return [prompt + text for text in texts] if prompt else texts
 
 
 def plan_teacher(
@@ -87,8 +101,9 @@ def plan_teacher(
         _check_reads_rows(config)
     if config.served is not None:
         return TeacherPlan(config, Path(), describe_served(config, corpus, views.shown_to(config)))
-    directory = directory or resolve_model(config.model)
     who = f"teacher {config.name!r} ({config.model})"
+    with naming(f"teacher {config.name!r}"):
+        directory, encoder = find_teacher(config, directory)
     settings: Any = check_teacher_files(directory, config.task, who)
     weights = weights_fingerprint(directory)
     precision: str = config.precision
@@ -98,21 +113,27 @@ def plan_teacher(
         precision = read_teacher(corpus.store, config.name).precision
     size = corpus.info["tokenizer"]["size"]
     tokenizer = tokenizer_of(directory, settings, corpus, config.name)
+    prints = {
+        "weights": weights,
+        "config": config_fingerprint(directory),
+        "tokenizer": tokenizer.digest,
+        **adapted_fingerprints(directory),
+    }
     info: dict[str, object] = {
         "precision": place(precision).precision,
         "estimator": {"kind": "dense", "bias": "exact"},
-        "fingerprints": {
-            "weights": weights,
-            "config": config_fingerprint(directory),
-            "tokenizer": tokenizer.digest,
-            **adapted_fingerprints(directory),
-        },
+        "fingerprints": prints,
         "versions": package_versions(),
         "model": config.model,
         "lineage": lineage_of_model(directory, weights),
     }
     assert views.masked is not None or not config.sees_masks
-    if config.vocabulary:
+    if encoder is not None:
+        info |= configured(config, views, size, encoder.width(settings.hidden_size))
+        info |= {"pooling": encoder.told_pooling, "normalised": encoder.normalised}
+        info |= {"prompt": encoder.prompt or None}
+        info["fingerprints"] = {**prints, "modules": encoder.fingerprint}
+    elif config.vocabulary:
         _check_language_model(config, settings, corpus)
         width = None
         if "hidden_size" in VOCABULARY_KINDS[config.targets.vocabulary_kind].needs:
@@ -136,10 +157,10 @@ def plan_teacher(
                 "a pair; give an expert on pairs, or cache this one over a corpus of single texts"
             )
         info |= configured(config, views, size, int(settings.num_labels))
-        info |= _head_info(config, settings)
+        info |= head_info(config, settings)
     if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
         info["seed"] = seed
-    return TeacherPlan(config, directory, TeacherInfo.model_validate(info))
+    return TeacherPlan(config, directory, TeacherInfo.model_validate(info), encoder)
 
 
 def _check_reads_rows(config: TeacherConfig) -> None:
@@ -177,6 +198,9 @@ def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple
     """
     settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
     tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
+    if plan.encoder is not None:
+        tokenizer = own_tokenizer(plan.encoder, tokenizer)
+        return tokenizer, longest_text(plan.encoder, tokenizer, settings)
     lengths = (int(tokenizer.hf.model_max_length), longest_input(settings))
     return tokenizer, min(length for length in (*lengths, UNLIMITED) if length is not None)
 
@@ -202,7 +226,8 @@ def configured(
 ) -> dict[str, object]:
     """Return what of ``teacher.json`` the configuration decides.
 
-    ``width`` is that of the model's output: of its hidden states, or its number of labels.
+    ``width`` is that of the model's output: of its hidden states or vectors, or its number of
+    labels.
     ``tokens``: how many of the ids are tokens that the teacher has, too; None: all.
     """
     info: dict[str, object] = {
@@ -211,6 +236,8 @@ def configured(
         "view": views.shown_to(config),
         "domains": config.domains and tuple(sorted(set(config.domains))),
     }
+    if config.task == "embedding":
+        return info | {"kind": config.task, "dimensions": width, "vectors": config.targets.vectors}
     if not config.vocabulary:
         info["kind"] = "token" if config.task == "token_classification" else "sequence"
         return info | {"num_labels": width, "monte_carlo_passes": config.monte_carlo.passes}
@@ -235,38 +262,6 @@ def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) 
         )
 
 
-def _head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
-    labels = int(settings.num_labels)
-    if labels > SMALL_HEAD:
-        told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
-        log.warning(told, config.name, labels, 4 * labels)
-    if config.task == "regression" and labels != 1 and not gives_scores(settings):
-        told = f"is a classifier of {labels} classes (problem_type {settings.problem_type} in its "
-        told += "config.json); say `task: sequence_classification`"
-        if settings.problem_type is None:
-            told = f"has {labels} outputs, which may be classes: {SAY_SCORES}; if they are "
-            told += "classes, say `task: sequence_classification`"
-        raise InputError(f"teacher {config.name!r} {told}")
-    names = tuple(str(settings.id2label[i]) for i in range(labels))
-    check_label_names(names, f"teacher {config.name!r}")
-    if config.task == "token_classification":
-        return {"label_names": names}
-    only = "regression" if labels == 1 else "single_label_classification"
-    problem = settings.problem_type or only
-    if config.monte_carlo.passes and problem == "multi_label_classification":
-        raise InputError(
-            f"teacher {config.name!r} has {labels} labels that do not exclude each other; "
-            "monte_carlo passes give the probabilities of classes that do. Set "
-            "monte_carlo.passes to 0"
-        )
-    if config.task == "sequence_classification" and problem == "regression":
-        raise InputError(f"teacher {config.name!r} is a regression model; say `task: regression`")
-    return {
-        "label_names": names,
-        "problem": "regression" if config.task == "regression" else problem,
-    }
-
-
 def _stores_tails(info: TeacherInfo) -> bool:
     kind = kind_of(info)
     return kind.has_tail or kind.extends
@@ -281,17 +276,26 @@ class Teacher:
         self.placement: Placement = place(plan.info.precision)
         self.way = way_to(self.placement.device)
         self.stores_tails = _stores_tails(plan.info)
-        auto_class, who = AUTO_CLASSES[plan.info.task], f"teacher {plan.info.name!r}"
+        who, device = f"teacher {plan.info.name!r}", self.placement.device
+        auto_class = auto_class_of(load_config(plan.directory), plan.info.task)
         more = loading(plan.config, plan.directory, auto_class)
         model = load_model(plan.directory, auto_class, self.placement.dtype, more)
         check_spread(model, who)
-        self.model: nn.Module = (model if more else model.to(self.placement.device)).eval()
+        self.model: nn.Module = (model if more else model.to(device)).eval()
         settings: Any = model.config
+        self.plan = plan
         self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
         self.map: VocabularyMap | None = None
         if plan.info.mapped is not None:
             rows = int(settings.get_text_config().vocab_size)
             self.map = VocabularyMap.of(corpus, self.tokenizer, rows)
+        self.encoder: SentenceEncoder | None = None
+        self.skipped = 0  # tokens of the prompt that its pooling leaves out
+        if plan.encoder is not None:
+            self.encoder = SentenceEncoder(self.model, plan.encoder, device)
+            self.skipped = skipped_tokens(plan.encoder, self.tokenizer)
+            if prompts := told_of_prompts(plan.encoder, plan.config.prompt is not None):
+                log.info("%s: %s", who, prompts)
         # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)

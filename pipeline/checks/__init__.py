@@ -1,1 +1,1 @@
-"""Look at a finished cache: verify its bytes, audit its targets, show what is in it."""
+"""Check a finished cache: verify its bytes, audit its targets, show its content."""

@@ -1,6 +1,6 @@
-"""What a run will need of this machine, looked at before it runs: disk, memory, locks, the device.
+"""Check before a run that this machine has what it needs: disk, memory, locks, the device.
 
-Each check returns a sentence; one that begins with ``PROBLEM`` tells of what will end a run.
+Each check returns a sentence. One that begins with ``PROBLEM`` means that the run would fail.
 """
 
 import fcntl
@@ -17,32 +17,36 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.losses import linear_kd_loss
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.plan.figures import RunPlan
 from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.staged import plan_staged_run
 from rekindle.train.model.files import place
-from rekindle.train.model.folder import resolve_model, stored_tensors
+from rekindle.train.model.folder import stored_tensors
 from rekindle.train.record.room import free_near
 
 PROBLEM = "PROBLEM: "
-BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a weight, by precision
-CLOSE = {"cpu": 1e-4, "cuda": 2e-2}  # of a loss to that in float64, by device: rounding alone
-ROWS, HIDDEN, VOCABULARY, KEPT = 8, 16, 64, 4  # of the tiny step
+BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per weight, by precision
+# largest relative error of a loss from float64, by device: rounding alone
+CLOSE = {"cpu": 1e-4, "cuda": 2e-2}
+ROWS, HIDDEN, VOCABULARY, KEPT = 8, 16, 64, 4  # sizes of the tiny step
 
 
 def disk_of(config: RunConfig) -> str:
-    """Hold what ``pipeline plan`` says will be written against the space that is free."""
+    """Compare what ``pipeline plan`` says will be written with the free space."""
     if is_remote(config.cache.path):
-        return f"{config.cache.path} is in an object store: its room is not this machine's"
+        return f"{config.cache.path} is in an object store: its free space is unknown here"
     plans = _plans(config)
     sizes = [plan.totals.bytes for plan in plans]
     where, free = free_near(Path(config.cache.path))
     known = sum(size for size in sizes if size is not None)
-    more = "" if plans and None not in sizes else ", and what is not known yet"
+    more = "" if plans and None not in sizes else ", plus what is not known yet"
     told = f"{shown_bytes(known)} will be written{more}; {shown_bytes(free)} are free at {where}"
     if known <= free:
         return told
-    return f"{PROBLEM}{told}. Make room, or give another cache.path, fewer replicas or a smaller k"
+    return (
+        f"{PROBLEM}{told}. Make room, or choose another cache.path, fewer replicas or a smaller k"
+    )
 
 
 def _plans(config: RunConfig) -> list[RunPlan]:
@@ -52,13 +56,16 @@ def _plans(config: RunConfig) -> list[RunPlan]:
 
 
 def memory_of(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Hold each teacher's weights, as its headers give them, against the memory of its device."""
+    """Compare each teacher's weights, by its files' headers, with the memory of its device."""
     for teacher in config.teachers:
         if teacher.served is not None or not Path(teacher.model).is_dir():
-            yield teacher.name, f"{teacher.model or 'served'}: not a folder here, so not known"
+            yield (
+                teacher.name,
+                (f"{teacher.model or 'served'}: not a local folder, so its size is unknown"),
+            )
             continue
         here = place(teacher.precision)
-        tensors = stored_tensors(resolve_model(teacher.model)).values()
+        tensors = stored_tensors(find_teacher(teacher)[0]).values()
         needed = sum(math.prod(one.shape) for one in tensors) * BYTES_OF[here.precision]
         free = free_memory(here.device)
         told = (
@@ -74,21 +81,23 @@ def memory_of(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a model on ``device`` may take."""
+    """Return the bytes a model on ``device`` may take."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     free = next(int(line[1]) << 10 for line in lines if line[0] == "MemAvailable:")
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():  # of a container
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():  # the limit of a container
         free = min(free, int(most) - int(used.read_text()))
     return free
 
 
 def locks_in(folder: Path) -> str:
-    """Take both kinds of locks that runs take, in ``folder``, and see that a second is refused."""
+    """Take both kinds of locks that runs take in ``folder``, and check that a second lock is
+    refused.
+    """
     if not os.access(folder, os.W_OK):
-        return f"{PROBLEM}{folder} cannot be written: give a place that may be"
+        return f"{PROBLEM}{folder} cannot be written: choose a folder you may write to"
     refused = "a second process in one folder would not be noticed: use one process at a time there"
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".rekindle-lock-") as file:
@@ -96,22 +105,22 @@ def locks_in(folder: Path) -> str:
             with open(file.name, "rb+") as second:
                 try:
                     fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return f"{PROBLEM}{folder}: a lock is given twice there, so {refused}"
+                    return f"{PROBLEM}{folder}: a lock is granted twice there, so {refused}"
                 except BlockingIOError:
                     pass
             fcntl.flock(file, fcntl.LOCK_UN)
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return (
-            f"{PROBLEM}{folder} takes no locks ({error.strerror}), as NFS without its lock service "
-            f"does not; {refused}, or mount it with local_lock=all (of one machine)"
+            f"{PROBLEM}{folder} supports no locks ({error.strerror}), like NFS without its lock "
+            f"service; {refused}, or mount it with local_lock=all (if one machine uses it)"
         )
-    return f"taken in {folder}, and refused to a second"
+    return f"locks in {folder} work: a second one is refused"
 
 
 def tiny_step(device: torch.device) -> str:
-    """Take one step of distillation on ``device``, by the implementation that runs there, and hold
-    its loss against the same in float64 on the CPU.
+    """Take one distillation step on ``device``, with the implementation used there, and compare its
+    loss with float64 on the CPU.
     """
     draw = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, HIDDEN, generator=draw) for n in (ROWS, VOCABULARY))
@@ -127,23 +136,23 @@ def tiny_step(device: torch.device) -> str:
     told = f"one step on {device}: loss {loss.item():.4f}, {off:.1e} from float64's"
     if finite and off <= CLOSE[device.type]:
         return told
-    return f"{PROBLEM}{told}{'' if finite else ', and weights that are not finite'}: check the GPU"
+    return f"{PROBLEM}{told}{'' if finite else ', and some weights are not finite'}: check the GPU"
 
 
 def step_here() -> str:
-    """``tiny_step`` on the GPU; on the CPU, and that there is none, where there is none."""
+    """Run ``tiny_step`` on the GPU; without one, on the CPU, and say so."""
     if torch.cuda.is_available():
         try:
             return tiny_step(torch.device("cuda"))
         except (RuntimeError, OSError) as error:
             first = str(error).partition("\n")[0]
-            return f"{PROBLEM}no step can be taken on the GPU ({first}); check driver and triton"
+            return f"{PROBLEM}the step on the GPU failed ({first}); check driver and triton"
     told = tiny_step(torch.device("cpu"))
     return told if told.startswith(PROBLEM) else f"there is no CUDA device; {told}"
 
 
 def refuse_problems(facts: dict[str, str]) -> None:
-    """Raise InputError where a check has found what will end a run."""
+    """Raise InputError if a check found a problem."""
     found = [name for name, value in facts.items() if value.startswith(PROBLEM)]
     if found:
         told = "; ".join(f"{name}: {facts[name].removeprefix(PROBLEM)}" for name in found)

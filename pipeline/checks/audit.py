@@ -1,5 +1,6 @@
-"""Runs the live teachers again on random sequences, compares with what the cache holds, and judges:
-how far a value may be off is ``judge``'s.
+"""Run the live teachers again on random sequences and compare with the cache.
+
+``judge`` defines how far a value may be off.
 """
 
 import logging
@@ -15,6 +16,7 @@ from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.journal import what_became
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.views.pairs import PairView
@@ -37,8 +39,10 @@ from rekindle.pipeline.checks.judge import (
     judge_scalars,
     judge_threshold,
     judge_topk,
+    judge_vectors,
 )
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import find_teacher
 from rekindle.pipeline.progress import SILENT, Progress, ProgressTask
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.model.files import (
@@ -46,39 +50,38 @@ from rekindle.train.model.files import (
     config_fingerprint,
     weights_fingerprint,
 )
-from rekindle.train.model.folder import resolve_model
 from rekindle.train.precision import tell_slow
 
 log = logging.getLogger("rekindle")
 
-# Whole live distributions are held for so many sequences: 0.8 GB at 512 tokens of 50,000.
+# Sequences whose full live distributions are held at once: 0.8 GB at 512 tokens of 50,000.
 ROWS_AT_ONCE = 8
-VALUES_AT_ONCE = 4_000_000  # of them, while they are compared in float64
+VALUES_AT_ONCE = 4_000_000  # of those distributions, compared in float64 at once
 Values = dict[str, float]
 
 
 @dataclass
 class TeacherAudit:
-    """What was measured of one teacher, and what lies beyond its bound."""
+    """What was measured for one teacher, and what lies beyond its bound."""
 
     values: Values = field(default_factory=dict)
-    beyond: list[str] = field(default_factory=list)  # the worst first
+    beyond: list[str] = field(default_factory=list)  # worst first
 
 
 @dataclass
 class AuditReport:
-    """What an audit found, by teacher."""
+    """The findings of an audit, by teacher."""
 
     teachers: dict[str, TeacherAudit] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Values]:
-        """For --json."""
+        """Return the measured values for --json."""
         return {name: audit.values for name, audit in self.teachers.items()}
 
     @property
     def problems(self) -> list[str]:
-        """The worst value of every teacher that has values beyond their bounds."""
+        """Describe, for every teacher with values beyond their bounds, the worst one."""
         return [
             f"teacher {name!r}, {audit.beyond[0]}"
             + (f" ({len(audit.beyond):,} places are beyond)" if audit.beyond[1:] else "")
@@ -87,7 +90,7 @@ class AuditReport:
         ]
 
     def as_text(self) -> str:
-        """For people, a line for each teacher."""
+        """Return one line of text for each teacher."""
         return "\n".join(
             f"audit of {name}: "
             + ", ".join(f"{key} {value:.3g}" for key, value in audit.values.items())
@@ -98,16 +101,16 @@ class AuditReport:
 def audit_cache(
     path: str, config: RunConfig, count: int, seed: int = 0, progress: Progress = SILENT
 ) -> AuditReport:
-    """What the live teachers say of ``count`` random sequences, against the cache; by teacher.
+    """Compare the live teachers' outputs for ``count`` random sequences with the cache, by teacher.
 
     Vocabulary teachers: ``kl`` (live ‖ cached, nats), ``top1`` agreement and ``kept_mass``, means
-    over positions; of samples ``total_variation`` to one drawn again; task heads: ``max_error`` of
-    the logits. ``rows``: how many were compared; ``of_bound``: the largest error as a share of its
-    bound, which is beyond it above 1. Of masked replicas the first is audited. A server's teacher
-    is asked again (``audit_served``).
+    over positions; for samples ``total_variation`` to one drawn again. Task heads: ``max_error`` of
+    the logits. Sentence encoders: ``cosine_error``, the mean of 1 − cosine. ``rows``: how many were
+    compared. ``of_bound``: the largest error as a share of its bound; above 1 it is beyond. Of
+    masked replicas the first is audited. A served teacher is asked again (``audit_served``).
 
-    Raises CacheMismatchError when a teacher's files are not those that were cached, InputError when
-    the configuration says something else of it, or has none of the cache's teachers.
+    Raise CacheMismatchError if a teacher's files are not those that were cached; InputError if the
+    configuration describes it differently, or names none of the cache's teachers.
     """
     config.check_single()
     cache = Cache.open(path)
@@ -133,11 +136,13 @@ def audit_cache(
 
 
 def _tell_left_out(cache: Cache, config: RunConfig) -> None:
-    """Say which teachers are not audited, since the file and the cache do not both have them."""
+    """Warn about teachers that only the file or only the cache has, and so are not audited."""
     named = [teacher.name for teacher in config.teachers]
     for name in cache.teachers:
         if name not in named:
-            log.warning("teacher %s is not audited: the configuration has none of that name", name)
+            log.warning(
+                ("teacher %s is not audited: the configuration has no teacher of that name"), name
+            )
     for name in named:
         if name not in cache.teachers:
             became = what_became(cache.manifest, cache.store, name, cache.teachers)
@@ -145,7 +150,7 @@ def _tell_left_out(cache: Cache, config: RunConfig) -> None:
 
 
 def _live(cache: Cache, config: TeacherConfig) -> Teacher:
-    """The teacher, loaded; its distributions whole, so that what top-k left out is compared too."""
+    """Load the teacher with its full distributions, so that what top-k left out is compared too."""
     info = cache.teachers[config.name].info
     if info.imported is not None:
         raise InputError(
@@ -157,7 +162,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
             f"teacher {config.name!r} was served as {info.served.model!r}: give the configuration "
             "the cache was made with, which has its served section"
         )
-    directory = resolve_model(config.model)
+    directory, encoder = find_teacher(config)
     prints = info.fingerprints
 
     def check(same: dict[str, bool], error: type[CacheMismatchError | InputError]) -> None:
@@ -176,6 +181,8 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
         "weights": weights_fingerprint(directory) == prints.get("weights"),
         "model configuration": config_fingerprint(directory) == prints.get("config"),
     }
+    if encoder is not None:
+        files["modules"] = encoder.fingerprint == prints.get("modules")
     adapted = adapted_fingerprints(directory)
     files |= {name.replace("_", " "): prints.get(name) == value for name, value in adapted.items()}
     check(asked, InputError)
@@ -183,12 +190,12 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     whole = info.model_copy(
         update={"kind": "dense", "codec": "default"} if config.vocabulary else {}
     )
-    teacher = Teacher(TeacherPlan(config, directory, whole), cache.corpus)
+    teacher = Teacher(TeacherPlan(config, directory, whole, encoder), cache.corpus)
     precision = {f"teacher {config.name!r}: {{}}": info.precision}
     device = teacher.placement.device.partition(":")[0]
     tell_slow(precision, device, "An audit computes as the targets were made")
     check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
-    teacher.stores_tails = kind_of(info).has_tail  # and its own tokens' mass lies in the tail
+    teacher.stores_tails = kind_of(info).has_tail  # its own tokens' mass lies in the tail
     return teacher
 
 
@@ -271,6 +278,11 @@ class _Audit:
         self, shard: int, owners: NDArray[np.int64], cached: Columns, live: Columns
     ) -> Iterator[Judged]:
         info, kind = self.reader.info, self.reader.kind
+        if isinstance(kind, Embedding):
+            judged = [*judge_vectors(kind, cached, live["vectors"])]
+            self._add(cosine_error=judged[0].error)
+            yield from judged
+            return
         if not isinstance(kind, VocabularyKind):
             error = np.abs(live["logits"].astype(np.float64) - cached["logits"])
             self._add(max_error=error.max(axis=1))
@@ -307,7 +319,7 @@ class _Audit:
 
 
 def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The sequences ``index``, a few rows of one shard at a time."""
+    """Yield the sequences ``index``, a few rows of one shard at a time."""
     shards, rows = cache.corpus.locate(index)
     for shard in np.unique(shards):
         chosen = rows[shards == shard]
@@ -318,9 +330,10 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
 def _divergence(
     exact: NDArray, ids: NDArray[np.int64], found: NDArray, log_tail: NDArray, foreign: NDArray
 ) -> dict[str, NDArray]:
-    """KL of the live distributions [N,V] to the cached candidates [N,K] and their tails [N], over
-    K + 1 outcomes, ``foreign`` mass [N] in the last; whether the best token is the same;
-    the live mass of the candidates.
+    """Return KL of the live distributions [N,V] to the cached candidates [N,K] with tails [N],
+    top-1 agreement, and the live mass of the candidates.
+
+    KL is over K + 1 outcomes; ``foreign`` mass [N] counts in the last.
     """
     p = np.take_along_axis(exact, ids, axis=1)
     rest = np.exp(exact)
@@ -338,7 +351,9 @@ def _divergence(
 
 
 def _variation(live: Distributions, ids: NDArray[np.int64], found: NDArray) -> NDArray:
-    """Half the summed difference between samples in the cache and those drawn again [N]."""
+    """Return the total variation [N]: half the summed difference between samples in the cache and
+    those drawn again.
+    """
     info = live.info
     assert live.uniforms is not None
     assert info.k is not None

@@ -1,10 +1,9 @@
-"""Asks the server of a teacher again about random sequences, and compares with what the cache
-holds.
+"""Ask a teacher's server again about random sequences and compare with the cache.
 
-Two answers of one server differ by what its kernels and batches make of them, which nobody states.
-A sequence may be off by the teacher's ``served.tolerance`` in the mean, beside what two roundings
-of the codec may: the mean over its positions of Σ p·|Δ log p| over the kept ids. An id that the
-server no longer names counts for 1 nat.
+Two answers of one server differ, depending on its kernels and batches, and nobody states by how
+much. On average over a sequence, an error may reach the teacher's ``served.tolerance`` plus twice
+the codec's rounding. The error is the mean over its positions of Σ p·|Δ log p| over the kept ids;
+an id that the server no longer names counts as 1 nat.
 
 N positions, K candidates.
 """
@@ -28,17 +27,17 @@ from rekindle.pipeline.progress import ProgressTask
 from rekindle.pipeline.teacher_config import TeacherConfig
 
 Floats = NDArray[np.float64]
-Part = tuple[int, NDArray[np.int64]]  # a shard, and rows of it
+Part = tuple[int, NDArray[np.int64]]  # a shard and some of its rows
 
 
 def audit_served(
     cache: Cache, config: TeacherConfig, parts: Iterable[Part], task: ProgressTask
 ) -> tuple[dict[str, float], list[str]]:
-    """What was measured over ``parts``, and what lies beyond its bound, the worst first.
+    """Return what was measured over ``parts``, and what lies beyond its bound, worst first.
 
-    ``mean_error``, ``max_error`` of a log-probability in nats, ``top1`` agreement, ``kept_mass``;
-    ``rows``: positions; ``of_bound``: the largest error of a sequence as a share of its bound.
-    Raises CacheMismatchError where another model is served, InputError where none is.
+    Values: ``mean_error`` and ``max_error`` of a log-probability in nats, ``top1`` agreement,
+    ``kept_mass``; ``rows``: positions; ``of_bound``: the largest error of a sequence as a share of
+    its bound. Raise CacheMismatchError if another model is served, InputError if none is.
     """
     reader = cache.teacher(config.name)
     describe_served(config, cache.corpus, reader.info.view)
@@ -87,7 +86,7 @@ def audit_served(
 
 
 def _errors(kind: VocabularyKind, cached: Columns, live: Columns) -> dict[str, Floats]:
-    """Of each position [N] of a sequence, ``cached`` beside ``live``."""
+    """Compare ``cached`` with ``live`` at each position [N] of a sequence."""
     ids, stored, _ = kind.decode(cached, None, 1.0, None)
     again, said, _ = kind.decode(live, None, 1.0, None)
     same = ids[:, :, None] == again[:, None, :]

@@ -1,4 +1,4 @@
-"""Shows what a cache holds: sizes, kept mass and entropy per teacher, or one example."""
+"""Show what a cache holds: sizes, kept mass and entropy per teacher, or one example."""
 
 import json
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from rekindle.data.corpus.remarks import end_of_text, remarks, special_names
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets
+from rekindle.data.example import Example, Target, TokenLabelTargets, TokenTargets, VectorTargets
 from rekindle.data.targets.codec import STEP
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.reader import TeacherReader
+from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.checks.origin import origin_lines
 from rekindle.pipeline.console import in_line
@@ -28,8 +29,8 @@ from rekindle.pipeline.report.text import terminal_width, text_lines
 from rekindle.train.config import TrainConfig
 from rekindle.train.order.similar_lengths import padded
 
-SAMPLE_SHARDS = 8  # record batches looked at for the histograms
-SAMPLE_PLACES = 64  # where the lengths of some sequences are looked at
+SAMPLE_SHARDS = 8  # record batches read for the histograms
+SAMPLE_PLACES = 64  # places at which the lengths of some sequences are read
 BATCH: int = TrainConfig.model_fields["batch_sequences"].default
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
@@ -42,7 +43,7 @@ PACKED = {
 
 @dataclass(frozen=True)
 class Spread:
-    """How values are spread over a range; None where there are none."""
+    """How values are spread over a range; None if there are none."""
 
     range: tuple[float, float]
     mean: float | None = None
@@ -56,7 +57,7 @@ Spreads = dict[str, Spread]
 
 
 def inspect_cache(path: str, teacher: str | None = None, as_json: bool = False) -> str:
-    """A summary of the cache, as text or JSON."""
+    """Return a summary of the cache, as text or JSON."""
     cache = Cache.open(path)
     readers = [cache.teacher(teacher)] if teacher else list(cache.teachers.values())
     spreads = [_spreads(cache, reader) for reader in readers]
@@ -70,7 +71,7 @@ def inspect_cache(path: str, teacher: str | None = None, as_json: bool = False) 
 
 
 def _corpus_facts(cache: Cache) -> dict[str, object]:
-    """Sequences, tokens, tokenizer, domains and views."""
+    """Return sequences, tokens, tokenizer, domains and views."""
     corpus = cache.corpus
     return {
         "sequences": len(corpus),
@@ -93,7 +94,7 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
 
 
 def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
-    """What one teacher left."""
+    """Return the facts about one teacher's targets."""
     info, elsewhere = teacher.info, _bytes_elsewhere(teacher)
     described = {"task", "kind", "view", "k", "temperatures", "estimator", "codec"}
     facts: dict[str, object] = info.model_dump(mode="json", include=described) | {
@@ -112,13 +113,18 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         share, mass = teacher.mapped
         facts["mapped"] = {"tokens": info.mapped, "positions": share, "probability": mass}
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
+    if info.vectors is not None:
+        about = {"dimensions", "pooling", "normalised", "vectors", "prompt"}
+        facts |= info.model_dump(mode="json", include=about)
+        error = stored_error(teacher.commits)
+        facts["cosine_error"] = error and vars(error)
     if info.served is not None:
         facts["served"] = {"model": info.served.model, "lacks": info.lacks, **info.versions}
     return facts | ({"elsewhere": elsewhere} if elsewhere else {})
 
 
 def _padding(cache: Cache) -> dict[str, float]:
-    """Tokens that a student computes for each of the text, by ``train.batching``."""
+    """Return the tokens a student computes per token of text, by ``train.batching``."""
     if not len(cache):
         return {}
     places = np.linspace(0, len(cache) - 1, SAMPLE_PLACES).astype(np.int64)
@@ -135,11 +141,11 @@ def _bytes_per_position(teacher: TeacherReader) -> float:
 
 
 def _bytes_elsewhere(teacher: TeacherReader) -> dict[str, float]:
-    """Bytes per position that other formats take for the same k, without their positions or tails.
+    """Return the bytes per position of other formats for the same k, without positions or tails.
 
     DistillKit: ids packed in ⌈log₂ V⌉ bits each, every value in 16 bits (its polynomial presets
-    take fewer bytes: 121 at k = 50, 269 at k = 100, V = 128,256, and lose 10 to 1,000 times more of
-    the distribution). Megatron-LM: an id in 3 bytes and a value in 2, before its zstd.
+    take fewer bytes, 121 at k = 50 and 269 at k = 100 with V = 128,256, but lose 10 to 1,000 times
+    more of the distribution). Megatron-LM: an id in 3 bytes and a value in 2, before its zstd.
     """
     k, size = teacher.info.k, teacher.info.vocabulary_size
     if k is None or size is None:
@@ -149,7 +155,7 @@ def _bytes_elsewhere(teacher: TeacherReader) -> dict[str, float]:
 
 
 def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
-    """Entropy and kept mass at the positions of a few record batches, spread over the corpus."""
+    """Return entropy and kept mass at the positions of a few record batches all over the corpus."""
     if not teacher.info.is_vocabulary or not teacher.commits:
         return {}
     shards = np.unique(np.linspace(0, len(cache.corpus.commits) - 1, SAMPLE_SHARDS).astype(int))
@@ -175,7 +181,7 @@ def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
 
 
 def _spread(values: NDArray, highest: float) -> Spread:
-    """How values between 0 and ``highest`` are spread."""
+    """Summarize values between 0 and ``highest``."""
     around = (0.0, float(highest))
     if not len(values):
         return Spread(around)
@@ -214,6 +220,8 @@ def _as_text(
     for reader in readers:
         lines += origin_lines(reader)
     lines += [r.unseen.as_text(r.info.name) for r in readers if r.unseen]
+    errors = [(reader.info, stored_error(reader.commits)) for reader in readers]
+    lines += [error.as_text(info) for info, error in errors if error is not None]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
             others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
@@ -246,13 +254,15 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
         for reader in readers
     ]
     note = (
-        "done: the share of the sequences that the teacher was run on; a target: what it says of "
-        "one sequence, or of one token in it; B: bytes"
+        "done: the share of the sequences that the teacher was run on; a target: its output for "
+        "one sequence, or for one token in it; B: bytes"
     )
     return table_of("", head, rows, words=3, note=note if rows else "")
 
 
 def _kept(info: TeacherInfo) -> str:
+    if info.vectors is not None:
+        return kind_of(info).kept
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
 
 
@@ -268,7 +278,7 @@ def _histogram_line(title: str, spread: Spread, unit: str) -> str:
 
 
 def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = False) -> str:
-    """One example: its text, and what each teacher says of it."""
+    """Return one example: its text, and each teacher's output for it."""
     cache = Cache.open(path)
     if teacher:
         cache.teacher(teacher)
@@ -278,7 +288,7 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
     if as_json:
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
-        if example.trained is None:  # all of it
+        if example.trained is None:  # all of it is trained
             del shown["trained"]
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
@@ -293,7 +303,7 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
 
 
 def _trained_line(example: Example, tokenizer: Tokenizer) -> str:
-    """How much of it is trained, and what: the runs of trained tokens."""
+    """Return how much of the example is trained, and the runs of trained tokens."""
     assert example.trained is not None
     edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False)).reshape(-1, 2)
     said = [in_line(tokenizer.hf.decode(example.input_ids[a:b])) for a, b in edges.tolist()]
@@ -309,6 +319,10 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
         first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
         shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
         return [f"{info.name}: {' '.join(shown)}"]
+    if isinstance(target, VectorTargets):
+        values = " ".join(f"{value:.3f}" for value in target.vector[:SHOWN_POSITIONS])
+        length = float(np.linalg.norm(target.vector))
+        return [f"{info.name}: a vector of length {length:.3f}: {values} …"]
     if info.problem == "regression":
         scores = [f"{score:.3f}" for score in target.logits]
         if len(scores) > 1:
@@ -323,7 +337,7 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
 def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) -> Table:
     where = "" if target.replica is None else f", masking {target.replica}"
     texts = PieceTexts(tokenizer.hf)
-    # Of a sample there is that of the temperature it was drawn at alone, and it is 0.
+    # A sample has only the tail of the temperature it was drawn at, and that is 0.
     log_tail = target.log_tail.get(1.0, next(iter(target.log_tail.values())))
     rows = []
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
@@ -332,7 +346,7 @@ def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) 
         predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in kept)
         tail = f"{np.exp(log_tail[row]):.3f}"
         gold = texts[int(target.gold_ids[row])]
-        rank = str(target.gold_rank[row]) if target.gold_rank[row] >= 0 else "?"  # not known
+        rank = str(target.gold_rank[row]) if target.gold_rank[row] >= 0 else "?"  # unknown
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
     head = ("place", "true token", "rank", shown, "tail")

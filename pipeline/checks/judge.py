@@ -3,22 +3,24 @@
 Every value has a bound: what its codec states, plus what two passes of the same weights may differ
 by. Nothing is run or read here: arrays in, errors and bounds out.
 
-The second part is ROUNDING[precision]·(1 + |x|) nats for a log-probability or logit x, whatever
-device made the cache and whatever runs the audit, which computes in the recorded precision.
+The second part is ROUNDING[precision]·(1 + |x|) nats for a log-probability or logit x. It holds for
+any device, in the cache or in the audit; the audit computes in the recorded precision.
 
 ======================  ==========================================================================
 what is compared        bound, beside that of the two passes
 ======================  ==========================================================================
 topk log-probabilities  default and compact: 2·(s/510 + 1/1024)/τ + 1/2048 with s = lp₁ − lp_K at
-                        τ = 1; precise: 1/(2048·τ) + 1/2048; and nothing outside is likelier
+                        τ = 1; precise: 1/(2048·τ) + 1/2048; and no other token is likelier
 tails, at each τ        1/2048 of log(kept mass / mass outside)
-threshold values        as topk; each is the larger of the probability and the live threshold, what
-                        exceeds that is there, and the others are those that the stored seed draws
+threshold values        as topk; each is the larger of the probability and the live threshold.
+                        Tokens above it are present, the others are drawn by the stored seed
 random draws            0: each is where the stored seed falls in the live cumulative distribution
 dense                   0
 hidden                  states to half a step (largest/65,534): log-probabilities 2·that·‖w‖₁
 gold log-prob, entropy  1/1024
 logits of task heads    0
+vectors                 the cosine to what int8 or fp16 may turn a vector by
+                        (data/targets/kinds/embedding.py), the length to as much
 Monte-Carlo means       six standard errors of the difference of two means, and 1/passes
 ======================  ==========================================================================
 """
@@ -32,43 +34,45 @@ from numpy.typing import NDArray
 from rekindle.data.targets.codec import NO_TAIL, RANGE, STEP, Columns
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.scoring import NOTHING
 
 Values = NDArray[np.float64]
-# Of fp32: kernels and the order of sums. bf16 keeps 8 bits through all layers, fp16 keeps 11: of 16
-# random Llama layers (CPU, torch 2.13, 2026-11) the largest x was 0.14 and 0.037 off fp32's, each.
+# For fp32: kernels and the order of sums. bf16 keeps 8 bits through all layers, fp16 keeps 11: in
+# 16 random Llama layers (CPU, torch 2.13, 2026-11), with the largest x they were 0.14 and 0.037 off
+# fp32.
 ROUNDING = {"fp32": 1e-3, "fp16": 0.08, "bf16": 0.3}
 DEVIATIONS = 6.0
-FEW = 8  # passes, of which a deviation cannot be measured
+FEW = 8  # passes; a deviation cannot be measured from so few
 LOWEST = NOTHING / 2
-FAR = RANGE - 1  # nats below the best: past RANGE candidates are stored as if they were there
+FAR = RANGE - 1  # nats below the best; beyond RANGE, candidates are stored as if they were at it
 LARGEST_ODDS = (NO_TAIL - 2) / STEP
 
 
 class Judged(NamedTuple):
-    """One thing that is compared at N positions (or sequences)."""
+    """One quantity compared at N positions (or sequences)."""
 
     what: str
     error: Values  # [N]
-    stated: Values  # [N] the bound of what is stored
+    stated: Values  # [N] the codec's bound
     passes: Values  # [N] what two passes may add
 
     @property
     def share(self) -> Values:
-        """Errors as shares of their bounds [N]; what is not a number is beyond any."""
+        """Return the errors as shares of their bounds [N]; NaN counts as infinite."""
         bound = np.maximum(self.stated + self.passes, 1e-30)
         return np.nan_to_num(self.error / bound, nan=np.inf, posinf=np.inf)
 
 
 def rounding(info: TeacherInfo, values: NDArray) -> Values:
-    """What two passes may differ by at log-probabilities or logits ``values``."""
+    """Return by how much two passes may differ at log-probabilities or logits ``values``."""
     allowed: Values = ROUNDING[info.precision] * (1 + np.abs(values))
     return allowed
 
 
 def worst(what: str, error: Values, stated: Values, passes: Values) -> Judged:
-    """Of values [N,K] the one of each row that uses up most of its bound."""
+    """From values [N,K] pick, in each row, the one that uses up most of its bound."""
     error, stated, passes = np.broadcast_arrays(error, stated, passes)
     place = (error / np.maximum(stated + passes, 1e-30)).argmax(axis=1)[:, None]
     picked = (np.take_along_axis(a, place, axis=1)[:, 0] for a in (error, stated, passes))
@@ -79,7 +83,7 @@ def worst(what: str, error: Values, stated: Values, passes: Values) -> Judged:
 
 
 def judge_logits(info: TeacherInfo, cached: Columns, live: Columns) -> Iterator[Judged]:
-    """Of logits [N,C], and of the means of Monte-Carlo passes."""
+    """Judge logits [N,C] and the means of Monte-Carlo passes."""
     mine, theirs = (columns["logits"].astype(np.float64) for columns in (cached, live))
     yield worst("a logit", np.abs(mine - theirs), np.zeros(1), rounding(info, theirs))
     if "mc_probs" in cached:
@@ -93,18 +97,30 @@ def judge_logits(info: TeacherInfo, cached: Columns, live: Columns) -> Iterator[
         yield worst(what, np.abs(mine - theirs), stated, rounding(info, 0 * mean))
 
 
+def judge_vectors(kind: Embedding, cached: Columns, live: NDArray) -> Iterator[Judged]:
+    """Of vectors [N,D]: their directions, then their lengths."""
+    stored, exact = (v.astype(np.float64) for v in (kind.decode(cached), live))
+    bound, allowed = kind.bounds(live), np.full(len(live), ROUNDING[kind.info.precision])
+    # Of two turns by angles a and b it is (a + b)²/2 at most, so a² + b².
+    error = kind.errors(live, cached)
+    yield Judged("1 − cosine of a vector", error, 2 * bound, allowed**2)
+    mine, theirs = (np.linalg.norm(v, axis=1) for v in (stored, exact))
+    moved = np.abs(mine - theirs) / np.where(theirs > 0, theirs, 1)
+    yield Judged("the length of a vector, a share of it", moved, np.sqrt(2 * bound), allowed)
+
+
 # --- distributions over the vocabulary ------------------------------------------------------------
 
 
 class Distributions(NamedTuple):
-    """Live log-probabilities at τ = 1 of N positions, and what belongs to them."""
+    """Live log-probabilities at τ = 1 of N positions, with what belongs to them."""
 
     info: TeacherInfo
     log_probs: Values  # [N,V]
-    gold_log_prob: NDArray[np.uint16]  # [N] as they are stored
+    gold_log_prob: NDArray[np.uint16]  # [N] as stored
     entropy: NDArray[np.uint16]  # [N]
-    uniforms: Values | None  # [N,draws] those that a sample was drawn with
-    has_foreign: bool = False  # the teacher has tokens of its own, whose mass is in the tail
+    uniforms: Values | None  # [N,draws] with which a sample was drawn
+    has_foreign: bool = False  # the teacher has tokens of its own; their mass is in the tail
 
     @property
     def foreign_mass(self) -> Values:
@@ -115,7 +131,7 @@ class Distributions(NamedTuple):
         return left
 
     def at(self, temperature: float) -> Values:
-        """Log-probabilities [N,V] at a temperature."""
+        """Return log-probabilities [N,V] at a temperature."""
         if temperature == 1.0:
             return self.log_probs
         tempered = self.log_probs / temperature
@@ -123,7 +139,7 @@ class Distributions(NamedTuple):
 
 
 def judge_scalars(live: Distributions, cached: Columns) -> Iterator[Judged]:
-    """The gold log-probability and the entropy of each position."""
+    """Judge the gold log-probability and the entropy of each position."""
     info, lp = live.info, live.log_probs
     step = np.full(len(lp), 1 / STEP)
     theirs = live.gold_log_prob / STEP
@@ -137,12 +153,12 @@ def judge_scalars(live: Distributions, cached: Columns) -> Iterator[Judged]:
 def judge_dense(
     live: Distributions, cached: Columns, log_probs: Values, head: StoredHead | None
 ) -> Iterator[Judged]:
-    """Every log-probability [N,V], of ``dense`` and of ``hidden``."""
+    """Judge every log-probability [N,V] of ``dense`` and ``hidden`` targets."""
     stated = np.zeros(1)
     if head is not None:
         reach = np.abs(head.weight).sum(axis=1).max() * abs(head.scale)
         stated = cached["hidden_scale"].astype(np.float64)[:, None] * reach
-    # An id that is no token has a log-probability of about NOTHING, in whatever way it is stored.
+    # An id without a token has a log-probability of about NOTHING, however it is stored.
     error = np.abs(np.maximum(log_probs, LOWEST) - np.maximum(live.log_probs, LOWEST))
     yield worst("a log-probability", error, stated, rounding(live.info, live.log_probs))
 
@@ -150,7 +166,9 @@ def judge_dense(
 def judge_topk(
     live: Distributions, cached: Columns, ids: NDArray[np.int64], log_probs: Values
 ) -> Iterator[Judged]:
-    """The candidates [N,K], what is left outside of them, and the tails at every temperature."""
+    """Judge the candidates [N,K], the likeliest token left out, and the tail at each
+    temperature.
+    """
     info, exact = live.info, live.log_probs
     theirs = np.take_along_axis(exact, ids, axis=1)
     yield _values(info, log_probs, theirs, 1.0)
@@ -162,12 +180,12 @@ def judge_topk(
     yield Judged(what, over, np.zeros(len(over)), 2 * rounding(info, lowest))
     for slot, temperature in enumerate(info.temperatures):
         if live.has_foreign and temperature != 1.0:
-            continue  # the logits of its own tokens are not among the live ones
+            continue  # the live logits lack those of its own tokens
         yield _tail(live, cached["tail_log_odds"][:, slot], ids, temperature)
 
 
 def _values(info: TeacherInfo, found: Values, expected: Values, temperature: float) -> Judged:
-    """Log-probabilities [N,K] at τ in the codec of the teacher; ``found`` are the stored ones."""
+    """Judge log-probabilities [N,K] at τ in the teacher's codec; ``found`` are the stored ones."""
     top = expected.max(axis=1, keepdims=True)
     lowest = top - FAR / temperature
     found, expected = np.maximum(found, lowest), np.maximum(expected, lowest)
@@ -196,16 +214,16 @@ def _tail(
 
 
 def _mean_rounding(info: TeacherInfo, log_probs: Values) -> Values:
-    """What the sum of probabilities may move by, in nats: a mean over what it is made of."""
+    """Return by how much a sum of probabilities may move, in nats: the mean over its terms."""
     finite = np.maximum(log_probs, -1e4)
-    with np.errstate(invalid="ignore"):  # of nothing there is no mean
+    with np.errstate(invalid="ignore"):  # an empty sum has no mean
         weights = np.exp(log_probs - _log_sum(log_probs)[:, None])
     moved: Values = ROUNDING[info.precision] * (np.nan_to_num(weights) * (1 - finite)).sum(axis=1)
     return moved
 
 
 def _log_sum(values: Values) -> Values:
-    """Log Σ exp of rows [N]; −inf where all are."""
+    """Return log Σ exp of rows [N]; −inf where all entries are."""
     top = np.maximum(values.max(axis=1), -1e30)
     with np.errstate(divide="ignore"):
         found: Values = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
@@ -218,7 +236,7 @@ def _log_sum(values: Values) -> Values:
 def judge_threshold(
     live: Distributions, ids: NDArray[np.int64], log_probs: Values
 ) -> Iterator[Judged]:
-    """A threshold sample [N,k]: its values, what must be in it, and what was drawn.
+    """Judge a threshold sample [N,k]: its values, what it must contain, and what was drawn.
 
     ``log_probs``: at the temperature of the sample.
     """
@@ -238,7 +256,9 @@ def judge_threshold(
 
 
 def _threshold(probs: Values, k: int) -> tuple[Values, NDArray[np.int64]]:
-    """Log θ [N] such that Σ min(1, p/θ) = k, and how many exceed it; −inf where all are kept."""
+    """Return log θ [N] such that Σ min(1, p/θ) = k, and how many tokens exceed it. −inf if all
+    tokens are kept.
+    """
     size = probs.shape[1]
     order = np.sort(probs, axis=1)[:, ::-1]
     rest = order[:, ::-1].cumsum(axis=1)[:, ::-1][:, :k]  # from each rank on
@@ -256,8 +276,10 @@ def _threshold(probs: Values, k: int) -> tuple[Values, NDArray[np.int64]]:
 def _drawn(
     live: Distributions, exact: Values, ids: NDArray[np.int64], certain: NDArray[np.int64]
 ) -> Judged:
-    """Whether the ids below the threshold are those that the uniform of the row draws: j-th of n,
-    in the order of ids, at (u + j)/n of the mass that they stand for.
+    """Check that the ids below the threshold are those drawn by the row's uniform u.
+
+    The j-th of n, in the order of ids, lies at (u + j)/n of the cumulative mass below the
+    threshold.
     """
     assert live.uniforms is not None
     count, k = ids.shape
@@ -269,7 +291,7 @@ def _drawn(
         weights[sure] = 0.0
         drawn = np.sort(np.setdiff1d(ids[row], sure))
         if len(drawn) != k - certain[row] or not weights.sum() > 0:
-            continue  # one that may be on either side of the threshold: its value was judged
+            continue  # a token within rounding of the threshold: its value was judged
         weights /= weights.sum()
         points = (live.uniforms[row, 0] + np.arange(len(drawn))) / len(drawn)
         error[row] = _off(weights, drawn, points).max()
@@ -280,7 +302,7 @@ def _drawn(
 def judge_random(
     live: Distributions, ids: NDArray[np.int64], counts: NDArray[np.uint8]
 ) -> Iterator[Judged]:
-    """Draws with replacement: ids [N,K] and how often; −1 and 0 where fewer were drawn."""
+    """Judge draws with replacement: ids [N,K] and their counts; −1 and 0 where fewer were drawn."""
     assert live.uniforms is not None
     exact = live.at(live.info.temperatures[0])
     error, passes = np.zeros(len(ids)), np.zeros(len(ids))
@@ -294,13 +316,13 @@ def judge_random(
 
 
 def _off(weights: Values, drawn: NDArray[np.int64], points: Values) -> Values:
-    """How far points of the cumulative ``weights`` lie outside of what the drawn ids cover."""
+    """Return how far points lie outside the part of the cumulative ``weights`` of the drawn ids."""
     above = weights.cumsum()[drawn]
     below = above - weights[drawn]
     return np.maximum(np.maximum(below - points, points - above), 0.0)
 
 
 def _displaced(info: TeacherInfo, log_probs: Values, weights: Values) -> float:
-    """How far two passes may displace a cumulative distribution."""
+    """Return how far two passes may displace a cumulative distribution."""
     finite = np.maximum(log_probs, -1e4)
     return float(ROUNDING[info.precision] * (weights * (1 - finite)).sum()) + 1e-6

@@ -1,4 +1,4 @@
-"""Where a cached teacher comes from, in lines for people."""
+"""The origin of a cached teacher, as lines of text."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from rekindle.pipeline.console import in_line
 
 
 def origin_lines(teacher: TeacherReader) -> Iterator[str]:
-    """Yield the runs that made it, and how it came into the cache if it was not run as it is."""
+    """Yield the runs that trained it, and how it came into the cache if no local model was run."""
     info = teacher.info
     for number, run in enumerate(info.lineage):
         yield _lineage_line(info.name, number, run)
@@ -23,9 +23,9 @@ def origin_lines(teacher: TeacherReader) -> Iterator[str]:
 
 def _mapped_line(name: str, tokens: int | None, share: float, mass: float) -> str:
     return (
-        f"{name} has a tokenizer of its own (vocabulary: map): {tokens:,} tokens of the corpus's "
-        f"are its own, too; targets at {share:.1%} of the positions, where they hold {mass:.1%} "
-        "of its probability"
+        f"{name} has a tokenizer of its own (vocabulary: map): {tokens:,} tokens of the corpus "
+        f"are in its vocabulary; targets at {share:.1%} of the positions, where these hold "
+        f"{mass:.1%} of its probability"
     )
 
 
@@ -41,8 +41,8 @@ def _served_line(teacher: TeacherReader) -> str:
     info = teacher.info
     known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
     return in_line(
-        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived in "
-        f"float64; without {', '.join(info.lacks)}; known again by its answers to probes"
+        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived "
+        f"in float64; without {', '.join(info.lacks)}; recognized by its answers to probes"
     )
 
 

@@ -14,7 +14,9 @@ from rekindle.pipeline.report.text import terminal_width, text_lines
 
 
 def list_teachers(path: str, as_json: bool = False) -> str:
-    """What teachers the cache at ``path`` has, as text or JSON. Raises CacheError as Cache does."""
+    """Return the teachers of the cache at ``path``, as text or JSON. Raise CacheError as Cache
+    does.
+    """
     cache = Cache.open(path)
     listed, waiting = teachers_of(cache), under_way(cache)
     version = cache.manifest[VERSION]
@@ -54,7 +56,7 @@ def _table(listed: Sequence[Listed]) -> Table:
         for one in listed
     ]
     note = (
-        "units: files, of which a finished teacher has one for each shard of the corpus and each "
-        "masking; format: of a cache with such a teacher, at least"
+        "units: files; a finished teacher has one for each corpus shard and masking; format: the "
+        "lowest cache format with such a teacher"
     )
     return table_of("", head + numbers, rows, words=len(head), note=note)

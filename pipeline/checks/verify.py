@@ -1,5 +1,5 @@
-"""Checks a whole cache: every byte against its checksum, every row against the corpus. Changes
-nothing.
+"""Check a whole cache, changing nothing: every byte against its checksum, every row against the
+corpus.
 """
 
 from collections.abc import Iterator
@@ -44,16 +44,16 @@ class VerifyReport:
     shards: int = 0
     bytes: int = 0
     orphans: int = 0
-    imported: list[str] = field(default_factory=list)  # teachers that no model can be run for
+    imported: list[str] = field(default_factory=list)  # teachers without a model that could be run
     coverage: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """For --json."""
+        """Return the report for --json."""
         return vars(self) | {"sound": not self.problems}
 
     def as_text(self, name: str) -> str:
-        """For people."""
+        """Return the report as text."""
         lines = [f"{name}: {counted(self.shards, 'shard')}, {counted(self.bytes, 'byte')} checked"]
         lines += [
             f"  {teacher}: run on {share:.1%} of the text"
@@ -71,18 +71,18 @@ class VerifyReport:
 def verify_cache(path: str, progress: Progress = SILENT) -> VerifyReport:
     """Check the cache at ``path``: every file's bytes, then what the rows say.
 
-    Raises CacheError only when there is no cache, or one of another format version.
+    Raise CacheError only if there is no cache, or one of another format version.
     """
     report, store = VerifyReport(), open_store(path)
     if not store.exists(MANIFEST):
-        read_manifest(store)  # says that there is none
+        read_manifest(store)  # raises: there is none
     with store.reading():
         _check(path, store, report, progress)
     return report
 
 
 def _check(path: str, store: Store, report: VerifyReport, progress: Progress) -> None:
-    with suppress(CacheFormatError):  # told below
+    with suppress(CacheFormatError):  # reported below
         read_seen(store)
     report.imported = imported_teachers(store)
     wrong = damaged_descriptions(store)
@@ -92,7 +92,7 @@ def _check(path: str, store: Store, report: VerifyReport, progress: Progress) ->
     with progress.task("checksums", unit="shards") as task:
         for shards in shard_sets(store):
             _check_files(shards, report, task)
-    if not report.problems:  # rows are only worth reading when the bytes are right
+    if not report.problems:  # rows are only worth reading if the bytes are right
         with progress.task("rows", unit="units") as task:
             _check_rows(path, report, task)
 
@@ -104,7 +104,7 @@ def _check_files(shards: ShardSet, report: VerifyReport, task: ProgressTask) -> 
     report.bytes += sound.bytes
     if not damaged and (wrong := shards.records.wrongly_rolled_up(sound)):
         report.problems.append(damage(wrong))
-    with suppress(CacheFormatError):  # of a damaged record, which is told above
+    with suppress(CacheFormatError):  # a damaged record, reported above
         report.orphans += len(orphans(shards))
 
 
@@ -115,7 +115,7 @@ def _check_bytes(shards: ShardSet, task: ProgressTask, commit: Commit) -> None:
         raise CacheFormatError(
             f"{shard.name} is damaged: its sha256 is not the committed one. {REPAIR}"
         )
-    for _ in shard.batches():  # each is held against the number of its rows
+    for _ in shard.batches():  # each batch is checked against the number of its rows
         pass
     task.advance(1, bytes=commit.bytes)
 
@@ -135,7 +135,7 @@ def _check_rows(path: str, report: VerifyReport, task: ProgressTask) -> None:
 
 
 def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReader]:
-    """Readers of the parts that ``teacher`` does not show: smaller k, extensions under way."""
+    """Yield readers of parts that ``teacher`` does not show: a smaller k, unfinished extensions."""
     used = {teacher.main.info.part, *(part.info.part for part in teacher.tails)}
     by_name = {part.info.part: part.info for part in teacher.parts}
     for name, info in by_name.items():
@@ -147,7 +147,7 @@ def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReade
 def _problems_of_units(
     cache: Cache, reader: Reader, view: str, task: ProgressTask
 ) -> Iterator[str]:
-    """All that is wrong with the committed units, of complete replicas or not; ``view`` is the one
+    """Yield every problem of the committed units, in complete replicas or not. ``view`` is the view
     that is read, or that the teacher was shown.
     """
     for unit in reader.commits:
@@ -170,7 +170,7 @@ def _problems_of_units(
 def _problems_of_targets(
     cache: Cache, teacher: TeacherReader, shard: int, replica: int | None
 ) -> Iterator[str]:
-    """Alignment and ranges, and that it is all there and was made from this corpus and mask."""
+    """Check alignment and ranges, completeness, and that corpus and mask are the recorded ones."""
     commit, corpus = teacher.commits[unit_of(shard, replica)], cache.corpus
     if commit.facts.get("corpus_sha256") != corpus.commits[shard].sha256:
         yield "it was made from another corpus shard"
@@ -188,14 +188,16 @@ def _problems_of_targets(
         for row, ((lists, a, b), expected) in enumerate(zip(cuts, predicted, strict=True)):
             found = lists.columns["positions"][a:b]
             may = expected if wanted[row] else expected[:0]
-            # Which were allowed, and are counted.
+            # Gaps are allowed here, and counted.
             holes = teacher.info.imported is not None or teacher.info.mapped is not None
             if not (np.isin(found, may).all() if holes else np.array_equal(found, may)):
                 yield f"row {row} has targets at other positions than it should"
 
 
 def _doubled_ids(ids: NDArray[np.int64] | None) -> Iterator[str]:
-    """An id twice in one position's candidates would count its mass twice."""
+    """Report ids that appear twice among one position's candidates: their mass would count
+    twice.
+    """
     if ids is None:
         return
     ordered = np.sort(ids, axis=1)

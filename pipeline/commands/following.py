@@ -9,8 +9,10 @@ from rekindle.pipeline.yaml_text import Dumper
 from rekindle.train.answers.score import names_for
 from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.result import FinetuneResult
+from rekindle.train.ranking.kinds import RANKING
 
-_TASKS = {TAGS: "token_classification", "regression": "regression"}  # of a teacher, by problem
+# Of a teacher, by problem.
+_TASKS = {TAGS: "token_classification", "regression": "regression", RANKING: "regression"}
 _WIDEST = 10_000  # columns: an entry is one line
 
 
@@ -28,7 +30,8 @@ def _teachers(expert: str, result: FinetuneResult) -> str:
     """The entry of a run file."""
     task = _TASKS.get(result.problem, "sequence_classification")
     entry = {"name": names_for([expert])[0], "model": expert, "task": task}
-    entry |= {"pairs": "adjacent"} if result.pairs else {}
+    if result.pairs:  # a ranker reads what a corpus pairs itself (pair_field), as it was taught
+        entry |= {"pairs": "record" if result.problem == RANKING else "adjacent"}
     line = yaml.dump(
         {"teachers": [entry]},
         Dumper=Dumper,

@@ -44,7 +44,7 @@ def finetune(
         str | None,
         typer.Option(
             help="accuracy, f1, matthews; of lists of labels f1_micro, f1_macro, subset_accuracy; "
-            "of scores pearson, spearman"
+            "of scores pearson, spearman; of documents in groups ndcg@10, mrr, map"
         ),
     ] = None,
     head: Annotated[

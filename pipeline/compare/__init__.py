@@ -1,1 +1,1 @@
-"""Compare finished runs: which may stand in one table, the table, and the page."""
+"""Compare finished runs: which runs one table may hold, the table, and the page."""

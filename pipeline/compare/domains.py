@@ -1,24 +1,24 @@
-"""The domains × stages matrix of ELLE: each stage's perplexity on each domain, held out."""
+"""ELLE's matrix of domains × stages: each stage's held-out perplexity on each domain."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-PREFIX = "ce/"  # what an evaluation calls the cross-entropy of a domain
+PREFIX = "ce/"  # key prefix of a domain's cross-entropy in an evaluation
 
 
 @dataclass(frozen=True)
 class DomainMatrix:
-    """Rows are runs (stages) in order, columns domains in the order in which they were learned."""
+    """Rows are runs (stages) in order, columns are domains in the order of learning."""
 
     runs: list[str]
     domains: list[str]
-    perplexity: list[list[float | None]]  # [R][D] exp(ce in nats); None where not evaluated
+    perplexity: list[list[float | None]]  # [R][D] exp(ce in nats); None if not evaluated
 
 
 def matrix_of(runs: Sequence[tuple[str, Mapping[str, float], Sequence[str]]]) -> DomainMatrix:
-    """The matrix of runs, each with its name, its last evaluation, and the domains that it was
-    trained on (none: all); those that have not evaluated by domain are left out.
+    """Return the matrix of runs, each given as its name, its last evaluation, and its training
+    domains (none: all). Runs that were not evaluated by domain are left out.
     """
     kept = [one for one in runs if any(key.startswith(PREFIX) for key in one[1])]
     every = [key for _, found, _ in kept for key in found]

@@ -1,7 +1,7 @@
-"""The task heads of runs on a labelled file, and experts beside them: what each scores, and on
-draws of its rows.
+"""Score the task heads of runs, and experts beside them, on a labelled file and on draws of its
+rows.
 
-Runs that have no such head, or no student yet, are left out and named.
+Runs without such a head, or without a student yet, are left out and named.
 """
 
 import logging
@@ -49,7 +49,7 @@ Score = Callable[[NDArray[np.int64]], float]  # of some rows
 
 @dataclass(frozen=True)
 class _Entrant:
-    """What is scored: a run's student, or an expert, which has no ``head``."""
+    """What is scored: a run's student, or an expert (which has no ``head``)."""
 
     name: str
     place: str
@@ -57,7 +57,7 @@ class _Entrant:
 
     @property
     def before(self) -> Recorded:
-        """How an expert was fine-tuned."""
+        """Return how an expert was fine-tuned."""
         return Recorded() if self.head is not None else recorded(resolve_model(self.place))
 
 
@@ -69,14 +69,16 @@ def with_heads(
     config: AskConfig | None = None,
     experts: Sequence[str] = (),
 ) -> Comparison:
-    """The comparison with the standings of the runs' heads on ``tests`` before its own.
+    """Return the comparison with the standings of the runs' heads on ``tests`` before its own.
 
-    A test is ``HEAD=FILE``, or a file alone where every run has one head; so is each of the
-    ``experts`` a place with a head or without, and stands beside the runs' heads on that head's
-    file. ``config`` says how all are read and asked; what it leaves open of how an expert cuts
-    texts, and from which probability its labels hold, is as it was fine-tuned.
-    Raises InputError for files, heads and experts that are not there, and as ``read_labelled``
-    does; for files without the columns before any model is loaded.
+    A test is ``HEAD=FILE``, or only a file if every run has one head. ``experts`` are given in the
+    same way, as a place with or without a head; each is scored beside the runs' heads on that
+    head's file. ``config`` says how all of them are read and asked; where it is silent on how an
+    expert cuts texts and from which probability its labels hold, the values of its fine-tuning
+    count.
+
+    Raise InputError for missing files, heads and experts, and as ``read_labelled`` does; for files
+    without the columns, before any model is loaded.
     """
     runs, config = comparison.runs, config or AskConfig()
     asked = [_asked(test, runs) for test in tests]
@@ -92,13 +94,13 @@ def with_heads(
 
 
 def head_and_place(given: str) -> tuple[str, str]:
-    """The parts of ``[HEAD=]PLACE``; no head is called as a path is, with a slash, ~ or $."""
+    """Split ``[HEAD=]PLACE``. The name of a head never looks like a path, with a slash, ~ or $."""
     head, equals, place = given.partition("=")
     return (head, place) if equals and not re.search(r"^~|[/$]", head) else ("", given)
 
 
 def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
-    """The head and the file that a test names."""
+    """Return the head and the file that a test names."""
     head, file = head_and_place(test)
     known = list(dict.fromkeys(name for run in runs for name in run.heads))
     if head and head not in known and Path(test).exists():
@@ -109,10 +111,12 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
     if not known or (head and head not in known):
         raise InputError(
             f"--test {test}: {told}{f', none is called {head!r}' if head else ''}. A distill term "
-            "of a task's expert gives a student one"
+            "for a task expert gives a student a head"
         )
     if not head and len(known) > 1:
-        raise InputError(f"--test {test}: {told}; say whose file it is, as in {known[0]}={file}")
+        raise InputError(
+            f"--test {test}: {told}; say which head the file is for, as in {known[0]}={file}"
+        )
     if not is_file(file):
         raise InputError(
             f"--test {test}: there is no file {file}; give a jsonl, csv, tsv or parquet file"
@@ -121,7 +125,7 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
 
 
 def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]) -> None:
-    """Raise InputError where runs have no head because they have not ended."""
+    """Raise InputError if runs have no head because they have not ended."""
     places = [Path(run.directory) for run in runs]
     told = [words for place in places if (words := unfinished(place)) is not None]
     if not told:
@@ -140,8 +144,8 @@ def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]
 def _experts(
     given: Sequence[str], heads: Sequence[str], runs: Sequence[RunFacts]
 ) -> dict[str, list[_Entrant]]:
-    """The experts beside each head; InputError where it is not clear whose one is, and for what is
-    none.
+    """Return the experts beside each head. Raise InputError if it is unclear which head an expert
+    belongs to, or if it is not an expert.
     """
     found: dict[str, list[_Entrant]] = {head: [] for head in heads}
     taken = {run.name for run in runs}
@@ -154,7 +158,7 @@ def _experts(
         if head and head not in heads:
             raise InputError(f"{told}, and none for {head!r}")
         if not head and len(heads) > 1:
-            raise InputError(f"{told}; say whose expert it is, as in {heads[0]}={place}")
+            raise InputError(f"{told}; say which head the expert is for, as in {heads[0]}={place}")
         directory = resolve_model(place)
         if (directory / ABOUT_FILE).is_file():
             raise InputError(f"--expert {one}: it is a student; name its directory among the runs")
@@ -171,7 +175,7 @@ def _experts(
 
 
 def _students(head: str, file: str, runs: Sequence[RunFacts]) -> list[_Entrant]:
-    """The runs' students that have a head; the others are named."""
+    """Return the runs' students that have a head; log the names of the others."""
     for run in runs:
         if head not in run.heads:
             why = "has no head" if run.finished else "has not ended: it has no head"
@@ -188,7 +192,7 @@ def _standing(
     config: AskConfig,
     done: Callable[[], None],
 ) -> Standing:
-    """How they stand on a file. Experts are asked first: what is wrong with one is said at once."""
+    """Score all on a file. Experts are asked first, so that a problem with one shows at once."""
     scores: dict[str, list[float]] = {one.name: [] for one in (*students, *experts)}
     draws: dict[str, Draws] = {}
     rights: dict[str, Right] = {}
@@ -207,12 +211,12 @@ def _standing(
     measured = printed_name(metric or "", data.problem, len(data.label_names))
     task_scores = TaskScores(head, metric or "", Path(file).name, scores, measured=measured)
     standing = standing_of(task_scores, OnRows(len(data), draws, rights))
-    assert standing is not None  # one at least has the head
+    assert standing is not None  # at least one has the head
     return standing
 
 
 def _tags(head: str, runs: Sequence[RunFacts]) -> bool:
-    """Whether a head is one of tokens."""
+    """Return whether a head labels tokens."""
     having = next(run for run in runs if head in run.heads)
     return saved_heads(Path(having.directory))[head].kind == "token"
 
@@ -220,9 +224,9 @@ def _tags(head: str, runs: Sequence[RunFacts]) -> bool:
 def _score(
     data: TaskData, logits: np.ndarray, names: Sequence[str], metric: str
 ) -> tuple[Score, Right | None]:
-    """The score of any rows of ``data``, and which rows are right where that alone is scored.
+    """Return the score of any rows of ``data``, and which rows are right if the score counts these.
 
-    ``names`` are those of the outputs [C] of ``logits``, all of which ``data`` knows.
+    ``names`` belong to the outputs [C] of ``logits``; ``data`` knows all of them.
     """
     if data.problem == TAGS:
         return _score_of_tags(data, logits, metric), None
@@ -243,8 +247,8 @@ def _score(
 
 
 def _score_of_tags(data: TaskData, logits: np.ndarray, metric: str) -> Score:
-    """By text: tags that are right of all, or entities that are right of those said and those that
-    there are.
+    """Count by text: right tags among all, or right entities among those predicted and those
+    present.
     """
     said, true = named(data, predictions_of(TAGS, logits)), named(data, data.labels)
     right, both = np.zeros(len(data)), np.zeros(len(data))

@@ -1,13 +1,12 @@
 """Held-out losses of several runs at equal steps, and at equal total cost. Pure arithmetic.
 
-A teacher that is never read for free is what makes distillation look better than it is: compared at
-equal steps, a taught student has had its teachers' passes for nothing. The total cost of a run at a
-step is therefore
+Distillation looks better than it is if reading teachers costs nothing: at equal steps, a taught
+student has had its teachers' passes for free. The total cost of a run at a step is therefore
 
-    seconds of the run so far + seconds of stage 1 for every teacher that it uses, in full,
+  seconds of the run so far + seconds of stage 1 for every teacher that it uses, in full,
 
-also where other runs of the cache share those teachers. Nothing is interpolated: at a cost, a run
-has the loss of its last evaluation that had cost no more.
+even if other runs of the cache share those teachers. Nothing is interpolated: at a given cost, a
+run has the loss of its last evaluation that cost no more.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation. ``seconds`` are those of the run so far; None in logs that have none."""
+    """One evaluation. ``seconds``: of the run so far; None in logs that lack them."""
 
     step: int
     seconds: float | None
@@ -25,38 +24,40 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's evaluations in order, and what its teachers had cost before; None where unknown."""
+    """A run's evaluations in order, and the seconds of its teachers; None if unknown."""
 
     teacher_seconds: float | None = None
     points: list[Point] = field(default_factory=list)
 
     def cost(self, point: Point) -> float | None:
-        """The total cost of the run up to an evaluation, in seconds."""
+        """Return the total cost of the run up to an evaluation, in seconds."""
         if self.teacher_seconds is None or point.seconds is None:
             return None
         return self.teacher_seconds + point.seconds
 
     @property
     def known(self) -> bool:
-        """Whether there are evaluations, each of a known cost."""
+        """Whether there are evaluations, each with a known cost."""
         return bool(self.points) and None not in [self.cost(point) for point in self.points]
 
     def within(self, cost: float) -> Point | None:
-        """The last evaluation that had cost no more; None where the first had cost more."""
+        """Return the last evaluation that cost no more; None if the first cost more."""
         costs = [(self.cost(point), point) for point in self.points]
         return next((p for c, p in reversed(costs) if c is not None and c <= cost), None)
 
 
 @dataclass(frozen=True)
 class Match:
-    """The runs' evaluations at ``at`` steps, or ``at`` seconds of total cost; None: has none."""
+    """The runs' evaluations at ``at`` steps, or ``at`` seconds of total cost; None: no
+    evaluation.
+    """
 
     at: float
     points: list[Point | None]
 
 
 def match_steps(curves: Sequence[Curve]) -> list[Match]:
-    """At every step that all runs with evaluations have evaluated."""
+    """Match at every step at which all runs with evaluations were evaluated."""
     common = [{point.step for point in curve.points} for curve in curves if curve.points]
     if len(common) < 2:
         return []
@@ -66,8 +67,8 @@ def match_steps(curves: Sequence[Curve]) -> list[Match]:
 
 
 def match_cost(curves: Sequence[Curve]) -> list[Match]:
-    """At the total cost of every evaluation of the run whose last one had cost least, as far as
-    another one has been evaluated by then.
+    """Match at the total cost of every evaluation of the run whose last evaluation cost least,
+    where another run has been evaluated by then.
     """
     known = [curve for curve in curves if curve.known]
     if len(known) < 2:
@@ -83,6 +84,6 @@ def match_cost(curves: Sequence[Curve]) -> list[Match]:
 
 
 def thinned(matches: Sequence[Match], most: int) -> list[Match]:
-    """At most ``most`` of them, evenly, the last among them."""
+    """Return at most ``most`` of the matches, evenly spaced, including the last."""
     count = min(most, len(matches))
     return [matches[(n + 1) * len(matches) // count - 1] for n in range(count)]

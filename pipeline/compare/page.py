@@ -1,7 +1,7 @@
-"""A comparison of runs as the report page: curves, scores, cost, caches and configuration.
+"""The report page of a comparison of runs: curves, scores, cost, caches and configuration.
 
-Beside the comparison it reads what its pictures need from the runs' directories, and the caches
-that they name, as far as they are still there.
+Besides the comparison it reads what its pictures need from the runs' directories, and the caches
+they name, as far as these still exist.
 """
 
 from collections import Counter
@@ -35,8 +35,8 @@ from rekindle.pipeline.report.table import Column, Table, stacked
 from rekindle.train.config import TrainConfig
 
 MARKED = (
-    "≠ marks what is unlike the most common value of its line (of several, the one that comes "
-    "first). Settings that are not here are the same in all runs."
+    "≠ marks a value that differs from the most common one of its line (of several equally "
+    "common ones, the first). Settings not listed here are the same in all runs."
 )
 HELD_OUT = (
     f"{ABOUT_RUNS[:1].upper()}{ABOUT_RUNS[1:]}. What is measured is of the last "
@@ -45,17 +45,16 @@ HELD_OUT = (
 
 
 def comparison_html(comparison: Comparison, scores: Section | None = None) -> str:
-    """The page of ``comparison``, whole; ``scores`` where they are not those below the runs."""
+    """Return the whole page of ``comparison``; ``scores`` replaces the scores below the runs."""
     return as_html(comparison_page(comparison, scores))
 
 
 def comparison_page(
     comparison: Comparison, scores: Section | None = None, lines: Sequence[str] = ()
 ) -> Page:
-    """Its parts: the runs, their losses, scores, cost and caches, and what sets them apart.
+    """Return the parts of the page: the runs, their losses, scores, cost, caches and differences.
 
-    ``lines`` are the names of all lines of the pictures in their order, if others than the runs
-    have any.
+    ``lines``: the names of all lines of the pictures in order, if there are more than the runs.
     """
     names = [run.name for run in comparison.runs]
     lines = lines or names
@@ -96,7 +95,7 @@ def comparison_page(
 
 
 def _own_scores(comparison: Comparison) -> Section:
-    """The runs' standings at their tasks; nothing where none has a score."""
+    """Return the runs' standings at their tasks; empty if no run has a score."""
     ones, names = comparison.standings, [run.name for run in comparison.runs]
     best = {one.scores.title: one.best for one in ones if one.is_best}
     of_seeds = [one.scores for one in ones if one.rows is None]
@@ -114,7 +113,7 @@ def _own_scores(comparison: Comparison) -> Section:
 
 
 def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:
-    """A line for each key of ``differing``, which has its value, in words, for every run."""
+    """Return a row for each key of ``differing``, with its value in words for every run."""
     if len(names) < 2 or not differing:
         same = [Note("All settings of the runs are the same.")] if len(names) > 1 else []
         return Section("Configuration", same)
@@ -131,7 +130,7 @@ def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]
 
 
 def _caches(runs: Sequence[RunFolder]) -> dict[str, KnownCache]:
-    """Every cache that a run has read, by its path."""
+    """Return every cache that a run has read, by its path."""
     teachers: dict[str, dict[str, str]] = {}
     corpora: dict[str, str] = {}
     for run in runs:
@@ -142,8 +141,8 @@ def _caches(runs: Sequence[RunFolder]) -> dict[str, KnownCache]:
 
 
 def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | None]:
-    """What the runs' one cache holds, and what a student with teachers costs with it and without;
-    None where that is not known.
+    """Return what the runs' only cache holds, and what a student costs with it and without it; None
+    if unknown.
     """
     caches = _caches(comparison.folders)
     known = [cache.facts for cache in caches.values()]
@@ -154,12 +153,12 @@ def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | No
 def _costs(
     comparison: Comparison, caches: Mapping[str, KnownCache]
 ) -> tuple[dict[str, float | None], list[StudentCost]]:
-    """Each teacher's seconds, and each student's."""
+    """Return each teacher's seconds, and each student's."""
     once: dict[str, float | None] = {}
     students = []
     for run, one in zip(comparison.runs, comparison.folders, strict=True):
         seconds = one.cache.get("teacher_seconds") or {}
-        # Where there are several caches, a teacher is called by its cache's name as well.
+        # With several caches, a teacher's name includes its cache's name.
         where = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
         labels = {name: f"{name}{where}" for name in one.taught_by}
         once |= {label: seconds.get(name) for name, label in labels.items()}
@@ -169,7 +168,7 @@ def _costs(
 
 
 def _live_seconds(run: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
-    """The estimate of what the run's teachers would take live beside it; None where unknown."""
+    """Estimate the seconds of the run's teachers live beside it; None if unknown."""
     cache = caches.get(run.cache.get("path", ""))
     names = run.taught_by
     if not names:
@@ -189,5 +188,6 @@ def _live_seconds(run: RunFolder, caches: Mapping[str, KnownCache]) -> float | N
             return None
         total += rate * sequences[name]
         if train.curriculum is not None and train.curriculum.teacher == name:
-            total += rate * cache.facts.sequences  # it has to see all of the text to choose from it
+            # a teacher that chooses text has to see all of it
+            total += rate * cache.facts.sequences
     return total

@@ -1,6 +1,6 @@
-"""Runs of ``pipeline train-student`` beside each other: what sets them apart, and how they did.
+"""Compare runs of ``pipeline train-student``: what sets them apart, and how well they did.
 
-It reads what runs leave in their directories, finished or not, and opens no cache and no model.
+Reads what runs leave in their directories, finished or not; opens no cache and no model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,27 +27,27 @@ from rekindle.train.record.run_log import METRICS_FILE, read_metrics
 from rekindle.train.record.summary import read_summary
 from rekindle.train.step_config import LENGTH, recorded_steps
 
-Facts = dict[str, Any]  # an object of JSON, as a run has left it
+Facts = dict[str, Any]  # a JSON object as a run wrote it
 LOSS = "loss"
 OWN_NOTE = (
-    "loss is what each run trains, and they train different things: not ranked; {instead} can be "
-    "compared"
+    "loss is the objective of each run, and these objectives differ: not ranked; {instead} can "
+    "be compared"
 )
 MEASURED_NOTE = (
-    "kl/… and agreement/… of {names} are measured otherwise in runs that older versions began: not "
-    "ranked"
+    "kl/… and agreement/… of {names} were measured differently in runs begun by older versions: "
+    "not ranked"
 )
-CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and says which one
+CYCLE_FILE = "cycle.json"  # marks the directory of a cycle, and identifies the cycle
 CYCLE_WRITER = "rekindle cycle"
 LEAVE_OUT = "leave it out, or remove it"
-# Where these differ, held-out values are of other positions, or of another loss.
+# If these differ, held-out values refer to other positions, or to another loss.
 EVALUATION_KEYS = ("train.held_out", "train.evaluate_sequences", "train.domains")
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run. Times are in seconds; ``scores`` are those of ``pipeline finetune`` below its
-    directory: the mean over seeds on dev. ``heads``: the task heads of its student.
+    """One run. Times are in seconds; ``scores`` are the means over seeds on dev that ``pipeline
+    finetune`` left below its directory. ``heads``: the task heads of its student.
     """
 
     name: str
@@ -59,17 +59,17 @@ class RunFacts:
     tokens_per_second: float | None = None  # mean over the steps, without evaluations
     data_wait: float | None = None  # share of the time that steps waited for data
     evaluation: dict[str, float] = field(default_factory=dict)
-    coverage: dict[str, int] = field(default_factory=dict)  # as train/record/coverage.py counts
+    coverage: dict[str, int] = field(default_factory=dict)  # as counted by train/record/coverage.py
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)  # only those that differ
     heads: list[str] = field(default_factory=list)
-    curve: Curve = field(default_factory=Curve)  # what is compared, over steps and seconds
+    curve: Curve = field(default_factory=Curve)  # the compared value over steps and seconds
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's directory, and what it is: its student and train sections, the cache it reads, and
-    the records of its steps. Held-out values have the names of today (``train.measures``).
+    """A run's directory and content: its student and train sections, the cache it reads, and the
+    records of its steps. Held-out values have today's names (``train.measures``).
     """
 
     directory: Path
@@ -80,22 +80,22 @@ class RunFolder:
 
     @property
     def taught_by(self) -> list[str]:
-        """The teachers whose targets it used, which it pays for: not those of weight 0."""
+        """The teachers whose targets the run used and pays for: not those of weight 0."""
         recorded = self.cache.get("teacher_seconds")
         return list(self.cache["teachers"] if recorded is None else recorded)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs from one corpus. ``standings`` say which is best at a task, and whether that is chance;
-    ``best`` names, for each held-out value, the finished runs that have the best: one run each, so
-    that nothing is known of chance.
+    """Runs from one corpus. ``standings``: the best run at each task, and whether that is chance.
+    ``best``: for each held-out value, the finished runs with the best value (one run each, so
+    chance is unknown).
 
     ``notes`` say what may not be compared. ``compared`` is the held-out value that means the same
-    in all runs: ``loss`` where they train the same objective, or else ``ce``, or what else they
-    share; None where there is none. ``matched_steps`` and ``matched_cost`` have it in the order of
-    ``runs`` (``compare.matching``); both are empty where held-out values may not be compared.
-    ``folders``: what the runs were read from, in their order.
+    in all runs: ``loss`` if they train the same objective, else ``ce`` or another shared value,
+    else None. ``matched_steps`` and ``matched_cost`` hold it in the order of ``runs``
+    (``compare.matching``); both are empty if held-out values may not be compared. ``folders``: what
+    the runs were read from, in order.
     """
 
     corpus: str
@@ -110,7 +110,9 @@ class Comparison:
     folders: list[RunFolder]
 
     def as_dict(self) -> object:
-        """Everything but the folders as plain values for JSON; what is no number is null."""
+        """Return everything but the folders as JSON values; values that are not finite
+        become null.
+        """
         values = asdict(replace(self, folders=[], standings=[]))
         del values["folders"], values["standings"]
         return for_json(values | {"tasks": [one.as_dict() for one in self.standings]})
@@ -120,11 +122,11 @@ class Comparison:
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
-    """The runs in ``directories``, each a run's own, a sweep's, one of several stages, or a
-    cycle's.
+    """Compare the runs in ``directories``. Each directory holds a run, a sweep, a run of several
+    stages, or a cycle.
 
-    Raises InputError for directories that are neither and for runs from different corpora;
-    CheckpointError for damaged ones.
+    Raise InputError for other directories and for runs from different corpora; CheckpointError for
+    damaged ones.
     """
     found = _find(directories)
     corpus = _one_corpus(found)
@@ -185,13 +187,13 @@ def _runs_in(directory: Path) -> list[RunFolder | None]:
 
 
 def is_cycle(directory: Path) -> bool:
-    """Whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
+    """Return whether ``pipeline rekindle`` works, or has worked, in ``directory``."""
     path = directory / CYCLE_FILE
     return path.is_file() and (read_record(path, LEAVE_OUT) or {}).get("written_by") == CYCLE_WRITER
 
 
 def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | None:
-    """The run; of a student that a sweep has not begun, what is ``planned``."""
+    """Read a run; for a student that a sweep has not begun, return what is ``planned``."""
     about = read_record(directory / "run.json", LEAVE_OUT)
     if about is None and "corpus" in planned:
         about = {**planned, "cache": {"corpus": planned["corpus"]}}
@@ -199,14 +201,14 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         return None
     with reading(directory / "run.json"):
         recorded = {section: dict(about[section]) for section in SECTIONS}
-        whole = with_defaults(RunConfig, recorded)  # an older run has not the keys of this version
+        whole = with_defaults(RunConfig, recorded)  # an older run lacks keys of this version
         settings = {section: dict(whole[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
         for name, seconds in (cache.get("teacher_seconds") or {}).items():
             if type(seconds) not in (int, float, NoneType):
                 raise TypeError(f"cache.teacher_seconds.{name} is {seconds!r:.80}, no number")
         measure = measure_of(about)
-        if LENGTH in about:  # in epochs or tokens, as it was begun: so many steps
+        if LENGTH in about:  # given in epochs or tokens: the number of steps found at the start
             length = {"steps": recorded_steps(about), "epochs": None, "tokens": None}
             settings["train"] |= length
     records = [
@@ -217,7 +219,7 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
 
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
-    """The directories in groups that ``compare_runs`` takes: runs of one corpus, in their order."""
+    """Group the directories for ``compare_runs``: runs of one corpus together, in their order."""
     return list(_groups(_find(directories)).values())
 
 
@@ -236,7 +238,7 @@ def _one_corpus(found: Sequence[RunFolder]) -> str:
             for corpus, folders in groups.items()
         )
         raise InputError(
-            f"these runs are from caches of different corpora, so their values {UNSEEN} are of "
+            f"these runs are from caches of different corpora, so their values {UNSEEN} refer to "
             f"different texts: {told}. Compare runs of one corpus at a time"
         )
     return next(iter(groups))
@@ -270,7 +272,7 @@ def _read_run(
 
 
 def _compared(found: Sequence[RunFolder]) -> str | None:
-    """The held-out value that means the same in all runs that have evaluated."""
+    """Return the held-out value that means the same in all evaluated runs."""
     each = [_evaluated(one) for one in found]
     shared = set.intersection(*[names for names in each if names] or [set()])
     objectives = differences([one.settings["train"]["objective"] for one in found], items=True)
@@ -279,24 +281,24 @@ def _compared(found: Sequence[RunFolder]) -> str | None:
 
 
 def _evaluated(one: RunFolder) -> set[str]:
-    """The names of what a run has evaluated."""
+    """Return the names of a run's evaluated values."""
     return {name for r in one.records if r["kind"] == "evaluate" for name in r} - {"kind", "step"}
 
 
 def _have(found: Sequence[RunFolder], name: str) -> bool:
-    """Whether several runs have evaluated a value."""
+    """Return whether several runs have evaluated a value."""
     return sum(name in _evaluated(one) for one in found) > 1
 
 
 def own_note(compared: str | None) -> str:
-    """Say that the runs' losses are of different objectives, and what is not."""
+    """Say that the runs' losses have different objectives, and which value can be compared."""
     return OWN_NOTE.format(instead=compared or "task scores")
 
 
 def _curve(
     one: RunFolder, steps: Sequence[Facts], evaluations: Sequence[Facts], compared: str | None
 ) -> Curve:
-    """What is compared over steps and seconds, without what is not recorded."""
+    """Return the compared value over steps and seconds, as far as it is recorded."""
     seconds = {record["step"]: record.get("seconds") for record in steps}
     points = [
         Point(record["step"], seconds.get(record["step"]), record[compared])
@@ -309,7 +311,7 @@ def _curve(
 
 
 def _read_otherwise(found: Sequence[RunFolder]) -> dict[str, list[object]]:
-    """What runs have read of the cache, where that differs among those that read it at all."""
+    """Return what runs have read of the cache, where runs that read it differ."""
     each: dict[str, list[object]] = {"cache.replicas": [one.cache.get("replicas") for one in found]}
     kept = [one.cache.get("targets") or {} for one in found]
     for name in dict.fromkeys(name for one in kept for name in one):
@@ -322,19 +324,19 @@ def _read_otherwise(found: Sequence[RunFolder]) -> dict[str, list[object]]:
 
 
 def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> Iterator[str]:
-    """Why held-out losses of these runs are not comparable; nothing where they are."""
+    """Yield reasons why held-out losses of these runs are not comparable, if any."""
     causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
     keys = ["student.task"] if len(causal) > 1 else []
     below = [f"{key}." for key in differing]
     keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
     if keys:
-        yield f"{', '.join(keys)} differ: values {UNSEEN} are not of the same tokens"
+        yield f"{', '.join(keys)} differ: values {UNSEEN} are not for the same tokens"
     if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
-        yield f"the runs see different masks: values {UNSEEN} are not of the same tokens"
+        yield f"the runs see different masks: values {UNSEEN} are not for the same tokens"
 
 
 def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:
-    """That values of a teacher are of several teachers under one name."""
+    """Say if one name stands for several teachers."""
     prints: dict[str, set[str]] = {}
     for one in found:
         for name, fingerprint in one.cache["teachers"].items():
@@ -344,7 +346,7 @@ def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:
 
 
 def _measured_otherwise(found: Sequence[RunFolder]) -> list[str]:
-    """The teachers whose held-out values are by another rule in some of the runs that have them."""
+    """Return the teachers whose held-out values follow different rules in different runs."""
     rules: dict[str, set[object]] = {}
     for one in found:
         for name in one.cache["teachers"]:
@@ -355,9 +357,11 @@ def _measured_otherwise(found: Sequence[RunFolder]) -> list[str]:
 def _best(
     runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str], own: bool
 ) -> dict[str, list[str]]:
-    """The finished runs with the best of each held-out value that several have, and not all the
-    same: the most of agreement and what methods say of their own values, else the least. Not of
-    teachers that are measured ``otherwise`` in some, nor of losses that are each run's ``own``.
+    """Return, for each held-out value that several finished runs have and that differs, the runs
+    with the best: the highest for agreement and for values that methods declare, else the lowest.
+
+    Leaves out teachers that some runs measured ``otherwise``, and losses that are each run's
+    ``own``.
     """
     finished = [run for run in runs if run.finished]
     left_out = set() if evaluations else {name for run in runs for name in run.evaluation}

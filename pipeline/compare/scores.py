@@ -1,4 +1,4 @@
-"""Task scores that lie below the runs: what ``pipeline finetune`` left in folders there."""
+"""Read the task scores below the runs: what ``pipeline finetune`` left in folders there."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,15 +10,15 @@ from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.metrics import printed_name
 from rekindle.train.record.run_folder import read_record, reading
 
-ABOUT_FILE = "rekindle_student.json"  # of a student: what it is, its heads among it
+ABOUT_FILE = "rekindle_student.json"  # a student's record of itself, including its heads
 Facts = dict[str, Any]
 _Of = tuple[tuple[str, ...], str, str]  # folder, metric, split
-_What = tuple[tuple[str, ...], str, str, str]  # and the metric as it is printed
+_What = tuple[tuple[str, ...], str, str, str]  # and the metric as printed
 
 
 def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
-    """What was fine-tuned into folders below the runs, each by its name: of each seed the score on
-    test, where all seeds have one, else on dev. A task is called by its folder.
+    """Return the fine-tuning scores in folders below the runs, by run name. For each seed it is the
+    score on test if all seeds have one, else on dev. A task is named after its folder.
     """
     each = [
         (run, (folder, metric, split), _printed(metric, metrics), scores, own, metrics)
@@ -33,7 +33,8 @@ def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
     seeds: dict[_What, dict[str, list[int]]] = {}
     selected: set[_What] = set()
     for run, of, printed, scores, own, metrics in each:
-        # What does not say what its F1 is of is compared with all that do, if they agree.
+        # A result that does not say which labels its F1 covers is compared with all that do, if
+        # these agree.
         what = (*of, printed or (min(told[of]) if len(told[of]) == 1 else of[1]))
         found.setdefault(what, {})[run] = scores
         seeds.setdefault(what, {})[run] = own
@@ -54,7 +55,7 @@ def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
 
 
 def _printed(metric: str, metrics: Facts) -> str:
-    """The metric as it is printed; empty where older results do not say what it is of."""
+    """Return the metric as printed; empty if older results do not say what it covers."""
     names, problem = metrics.get("label_names"), str(metrics.get("problem"))
     if metric == "f1" and not names and problem != TAGS:
         return ""
@@ -62,7 +63,7 @@ def _printed(metric: str, metrics: Facts) -> str:
 
 
 def _chose_epochs(metrics: Facts) -> bool:
-    """Whether the epoch of each seed is the best on dev."""
+    """Return whether the epoch of each seed was chosen on dev."""
     config, seeds = metrics.get("config"), metrics["per_seed"]
     if not isinstance(config, dict) or config.get("patience") is None:
         return False
@@ -70,8 +71,8 @@ def _chose_epochs(metrics: Facts) -> bool:
 
 
 def _seeds(metrics: Facts) -> list[tuple[str, str, list[float], list[int]]]:
-    """Metric, split, scores of a fine-tuning, and their seeds (none where one is not recorded);
-    nothing where the file is of something else.
+    """Return metric, split, scores and seeds of a fine-tuning (no seeds if one is not recorded);
+    empty if the file is something else.
     """
     metric = metrics.get("metric")
     seeds = metrics.get("per_seed")
@@ -88,7 +89,7 @@ def _seeds(metrics: Facts) -> list[tuple[str, str, list[float], list[int]]]:
 
 
 def mean_scores(directory: Path) -> dict[str, float]:
-    """The means on dev of what was fine-tuned into folders below a run, by folder and metric."""
+    """Return the means on dev of fine-tunings in folders below a run, by folder and metric."""
     return {
         f"{'/'.join(folder)} {found['metric']}".strip(): found["mean"]
         for folder, found in fine_tuned(directory)
@@ -97,13 +98,13 @@ def mean_scores(directory: Path) -> dict[str, float]:
 
 
 def fine_tuned(directory: Path) -> Iterator[tuple[tuple[str, ...], Facts]]:
-    """The folders below a run that something was fine-tuned into, and what it came to."""
+    """Yield the fine-tuning folders below a run, with their results."""
     for path in sorted(directory.glob("**/metrics.json")):
         yield path.parent.relative_to(directory).parts, read_record(path) or {}
 
 
 def heads_of(directory: Path) -> list[str]:
-    """The task heads of the student in a run's directory; none where it has not ended."""
+    """Return the task heads of the student in a run's directory; none if it has not ended."""
     about = read_record(directory / ABOUT_FILE)
     if about is None:
         return []

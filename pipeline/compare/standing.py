@@ -1,17 +1,17 @@
 """Which run is best at a task, by how much, and whether that is more than chance. Pure arithmetic.
 
-The run with the highest score is held against every other. Chance is what another draw of the test
-rows would change (the rows are drawn again, the same for all runs: a paired bootstrap), or, of
-scores over several seeds, what other seeds would (Student's t: over the pairs where both runs have
-the same seeds, else Welch's of two samples). The data choose which run is held against the others,
-so the intervals are wide enough to hold for all pairs of runs at once, at 95 %: those of rows by
-the largest deviation that any pair has in a draw (max-T), those of seeds by Bonferroni. A run is
-best only where it beats all others.
+The run with the highest score is compared with every other. Chance means what another draw of the
+test rows would change (a paired bootstrap: rows are redrawn, the same for all runs), or, for scores
+over several seeds, what other seeds would change (Student's t over pairs of equal seeds if both
+runs have the same seeds, else Welch's for two samples). The data decide which run is compared with
+the others, so the intervals hold for all pairs of runs at once, at 95 %: over rows by the largest
+deviation of any pair in a draw (max-T), over seeds by Bonferroni. A run is best only if it beats
+all others.
 
-The bootstrap is too sure of few rows. Of fewer than ``LEAST_ROWS`` rows nothing is said of chance;
-and where every row is right or wrong (accuracy), an interval also holds 0 unless the exact sign
-test of the rows on which two runs differ, by Holm's adjustment over all pairs, says otherwise.
-Neither is anything said of seeds whose differences are all the same: nothing varied.
+The bootstrap is too confident with few rows. Below ``LEAST_ROWS`` rows, chance is left open. If
+every row is right or wrong (accuracy), an interval also includes 0 unless the exact sign test of
+the rows on which two runs differ, with Holm's adjustment over all pairs, says otherwise. Chance is
+also left open for seeds whose differences are all the same: nothing varied.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,18 +25,18 @@ from rekindle.pipeline.report.scores import TaskScores
 from rekindle.pipeline.report.significance import LEVEL, Difference, holm, paired, unpaired
 
 DRAWS = 2000  # of the test rows
-LEAST_ROWS = 30  # below, chance is not told
+LEAST_ROWS = 30  # with fewer, chance is left open
 
 Draws = NDArray[np.float64]
-Right = NDArray[np.bool_]  # which rows a run has right
+Right = NDArray[np.bool_]  # which rows a run gets right
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A task: what every run scored, ``best`` the highest of them, and its differences to the
-    others, the nearest first; empty where one run alone has a score. ``rows`` is the number of
-    test rows where heads were scored on them, None of scores of seeds.
+    """A task: every run's score, the ``best`` run, and its differences to the others, nearest first
+    (empty if only one run has a score). ``rows``: the number of test rows for heads scored on rows,
+    None for scores over seeds.
     """
 
     scores: TaskScores
@@ -51,16 +51,16 @@ class Standing:
 
     @property
     def is_best(self) -> bool:
-        """Whether the best run is better than all others by more than chance."""
+        """Whether the best run beats all others by more than chance."""
         return bool(self.differences) and len(self.beaten) == len(self.differences)
 
     @property
     def verdict(self) -> str:
-        """All of it in a sentence, without its full stop."""
+        """The standing as a sentence, without its full stop."""
         task, value = self.scores, self.mean(self.best)
         what = f"{task.measured} {value:.4f} on {task.scored_on}"
         if not self.differences:
-            return f"{self.best} alone has a score on {task.task}: {what}"
+            return f"only {self.best} has a score on {task.task}: {what}"
         near = [one for one in self.differences if one not in self.beaten]
         if self.beaten:
             first, *others = self.beaten
@@ -72,8 +72,8 @@ class Standing:
             return f"{told}{more} ({what}); not told apart from {_names(near)}"
         if near[0].low is None:
             told = f"{self.best} has the highest score on {task.task} ({what}), by {_by(near[0])}"
-            told += f" over {near[0].against}; whether that is chance is not known"
-            return told if self.rows is None else f"{told} of fewer than {LEAST_ROWS} rows"
+            told += f" over {near[0].against}; whether that is chance is unknown"
+            return told if self.rows is None else f"{told} with fewer than {LEAST_ROWS} rows"
         first, *others = near
         more = f", {_names(others)}" if others else ""
         return (
@@ -82,7 +82,7 @@ class Standing:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """As plain values for JSON."""
+        """Return JSON values."""
         scores = self.scores
         about: dict[str, object] = {"task": scores.task, "metric": scores.metric}
         about |= {"split": scores.split, "rows": self.rows}
@@ -94,15 +94,15 @@ class Standing:
         return about | values | {"differences": differences, "verdict": self.verdict}
 
     def mean(self, run: str) -> float:
-        """The run's score."""
+        """Return the run's mean score."""
         values = self.scores.of(run)
         return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
 class OnRows:
-    """What runs scored on the same ``rows``: by run its scores on ``draws`` of them, and, where
-    every row is right or wrong, which it has ``right``.
+    """Scores of runs on the same ``rows``: for each run its scores on ``draws`` of them and, if
+    every row is right or wrong, the rows it gets ``right``.
     """
 
     rows: int
@@ -111,9 +111,9 @@ class OnRows:
 
 
 def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing | None:
-    """The runs of ``scores`` in their standing; None where no run has a score.
+    """Rank the runs of ``scores``; None if no run has a score.
 
-    ``on_rows``: of heads that were scored on test rows; else the scores are those of seeds.
+    ``on_rows``: for heads scored on test rows; without it, the scores are over seeds.
     """
     means = {run: sum(own) / len(own) for run in scores.scores if (own := scores.of(run))}
     if not means:
@@ -135,7 +135,7 @@ def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing |
 
 
 def _over_seeds(scores: TaskScores, best: str, other: str, pairs: int) -> Difference:
-    """The difference over seeds: of the pairs where both runs have the same seeds."""
+    """Return the difference over seeds, paired if both runs have the same seeds."""
     level, names = 1 - (1 - LEVEL) / pairs, (best, other, scores.task)
     first, second = scores.by_seed(other), scores.by_seed(best)
     if not first or first.keys() != second.keys():
@@ -145,7 +145,7 @@ def _over_seeds(scores: TaskScores, best: str, other: str, pairs: int) -> Differ
 
 
 def _intervals(runs: Sequence[str], means: Mapping[str, float], on: OnRows) -> list[Interval]:
-    """The intervals of all pairs of runs at once: first − second, first − third, …"""
+    """Return the intervals of all pairs of runs together: first − second, first − third, …"""
     first, second = np.triu_indices(len(runs), 1)
     values = np.array([on.draws[run] for run in runs])
     mean = np.array([means[run] for run in runs])
@@ -165,8 +165,8 @@ def _intervals(runs: Sequence[str], means: Mapping[str, float], on: OnRows) -> l
 
 
 def draw(score: Callable[[NDArray[np.int64]], float], rows: int, draws: int = DRAWS) -> Draws:
-    """``score`` of so many draws of ``rows`` rows with replacement: the same draws at every call
-    with as many rows, so that what two models score on them belongs together.
+    """Return ``score`` for ``draws`` draws of ``rows`` rows with replacement. Every call with the
+    same number of rows uses the same draws, so that the scores of two models are paired.
     """
     generator = np.random.Generator(np.random.Philox(key=[0, rows]))
     return np.array([score(generator.integers(0, rows, rows)) for _ in range(draws)])

@@ -1,4 +1,4 @@
-"""Runs in object stores beside each other: what is compared of them is fetched."""
+"""Compare runs in object stores: fetch what the comparison needs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,7 +8,7 @@ from rekindle.data.places import address_of
 from rekindle.data.storage.folders import CHECKPOINTS, tree_copy
 from rekindle.train.record.working_copy import speaking_of
 
-# What runs, experts and cycles say of themselves; and what is large and says nothing of a run.
+# Records of runs, experts and cycles; and large files that say nothing about a run.
 _RECORDS = (".json", ".jsonl", ".yaml", ".csv")
 _OTHERS = ("tokenizer.json", "vocab.json", "predictions.jsonl")
 
@@ -17,8 +17,10 @@ _OTHERS = ("tokenizer.json", "vocab.json", "predictions.jsonl")
 def fetched(
     directories: Sequence[Path], models: bool
 ) -> Iterator[tuple[list[Path], Callable[[str], str]]]:
-    """The directories, those in a store as local copies of what they say of themselves, and with
-    ``models`` of their models; and what gives a text their addresses back.
+    """Yield the directories, and a function that puts their addresses back into a text.
+
+    Directories in a store are replaced by local copies of their records and, with ``models``, of
+    their models.
     """
     places: dict[Path, str] = {}
     found: list[Path] = []

@@ -1,4 +1,4 @@
-"""A comparison as tables of finished cells, and these in plain text."""
+"""A comparison as tables of formatted cells, and as plain text."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,34 +26,33 @@ from rekindle.train.config import DistillTerm
 from rekindle.train.measures import UNSEEN
 
 COST = (
-    "cost: seconds of the run so far and of caching the teachers that it uses; (steps) of the "
-    "last evaluation that had cost no more, nothing is interpolated"
+    "cost: seconds of the run so far plus those of caching the teachers it uses; (steps) of the "
+    "last evaluation that cost no more, without interpolation"
 )
 INTERVAL = "interval"
 INTERVALS = (
-    "intervals: 95 %, of all comparisons of a task at once; of another draw of the test rows "
-    f"(none below {LEAST_ROWS} rows; of accuracy they also hold 0 where an exact sign test sees no "
-    "difference), or of seeds where there are several; one student was trained for each run"
+    "intervals: 95 %, for all comparisons of a task at once; over draws of the test rows (none "
+    f"below {LEAST_ROWS} rows; for accuracy they also include 0 if an exact sign test finds no "
+    "difference), or over seeds if there are several; each run trained one student"
 )
 ABOUT_RUNS = (
-    "loss (what is trained), ce (cross-entropy of the language model), kl/… (divergence from that "
-    "teacher) and agreement/… (share in which both have the same first choice) are measured "
-    f"{UNSEEN}; KD sequences, KD tokens: those trained with a teacher's targets (knowledge "
-    "distillation), of all that were trained on; data wait: the share of the time in which steps "
-    "waited for data"
+    "loss (what is trained), ce (cross-entropy of the language model), kl/… (divergence from "
+    "that teacher) and agreement/… (share of targets where both have the same first choice) are "
+    f"measured {UNSEEN}; KD sequences, KD tokens: the share trained with a teacher's targets "
+    "(knowledge distillation); data wait: the share of the time that steps waited for data"
 )
-_MOST_MATCHES = 8  # lines of a table of matched losses; all are in the JSON
+_MOST_MATCHES = 8  # rows of a table of matched losses; all are in the JSON
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
-    """What is shown: the runs, the settings that differ, time and speed, values, coverage."""
+    """Return the columns: the runs, the settings that differ, time and speed, values, coverage."""
     names = Column("run", [run.name for run in comparison.runs], words=True)
     return [names, *_settings(comparison.runs), *result_columns(comparison)]
 
 
 def result_columns(comparison: Comparison) -> Iterator[Column]:
-    """What came out of each run: steps, time and speed, held-out values, coverage. None of it has
-    a star: it is of one run each, and whether a difference is chance is not known.
+    """Yield each run's results: steps, time and speed, held-out values, coverage. None of them gets
+    a star: each comes from one run, and whether a difference is chance is unknown.
     """
     runs = comparison.runs
     yield Column("steps", [_steps(run) for run in runs])
@@ -70,7 +69,7 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:
-    """What is compared, at equal steps, where the last evaluations are not all there is."""
+    """Yield the compared value at equal steps, unless the last evaluations are all there is."""
     last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
         every = range(len(comparison.runs))
@@ -79,8 +78,8 @@ def step_tables(comparison: Comparison) -> Iterator[Table]:
 
 
 def cost_tables(comparison: Comparison) -> Iterator[Table]:
-    """What is compared, at equal total cost, of the runs that have something there; nothing where
-    no cost is known, and a sentence where one run alone has.
+    """Yield the compared value at equal total cost; nothing if no cost is known, and a sentence if
+    only one run has one.
     """
     title = f"{comparison.compared} {UNSEEN}, at equal total cost"
     matches, runs = comparison.matched_cost, comparison.runs
@@ -91,11 +90,11 @@ def cost_tables(comparison: Comparison) -> Iterator[Table]:
     later = ", ".join(run.name for run in known if matches and runs.index(run) not in there)
     if matches:
         notes = [COST, f"unknown for {unknown}" * bool(unknown)]
-        notes.append(f"dearer than all of this before they were first evaluated: {later}")
+        notes.append(f"already cost more than all of this at their first evaluation: {later}")
         columns = _matched(comparison, there, matches, "seconds", "{:,.1f}", True)
         yield Table(title, columns, "; ".join(filter(None, notes[: 2 + bool(later)])))
     elif unknown and known and comparison.matched_steps:
-        note = "not compared: what it cost is not recorded (by older versions) for "
+        note = "not compared: the cost was not recorded (by older versions) for "
         yield Table(title, [], note + unknown)
     elif len(known) > 1 and comparison.matched_steps:
         note = "no run was evaluated before another had cost more in all: nothing to compare"
@@ -123,10 +122,10 @@ def _matched(
 
 
 def score_tables(comparison: Comparison) -> Iterator[Table]:
-    """The task scores of the runs; a star where one is the best by more than chance."""
+    """Yield the task scores of the runs; a star marks one that is best by more than chance."""
     for one in comparison.standings:
         against = {each.against: each for each in one.differences}
-        names = [name for name in one.scores.scores if one.scores.of(name)]  # also experts'
+        names = [name for name in one.scores.scores if one.scores.of(name)]  # includes experts
         names.sort(key=lambda name: -one.mean(name))
         starred = frozenset(range(one.is_best))
         columns = [
@@ -153,12 +152,12 @@ def _interval(one: Difference | None) -> str:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Which run is best at each task, a sentence each; nothing where none has a score."""
+    """Return a sentence per task naming the best run; empty if no run has a score."""
     return [f"{one.verdict}." for one in comparison.standings]
 
 
 def way_to_scores(comparison: Comparison) -> str:
-    """How one learns which run is best at a task, where that is not known; empty where it is."""
+    """Say how to find out which run is best at a task; empty if it is known."""
     heads = [run for run in comparison.runs if run.heads]
     cycle = any(is_cycle(one.directory.parent.parent) for one in comparison.folders)
     if comparison.standings or cycle or len(comparison.runs) < 2:
@@ -170,11 +169,11 @@ def way_to_scores(comparison: Comparison) -> str:
         names = ", ".join(dict.fromkeys(name for run in heads for name in run.heads))
         which = f"{shared[0]}=" if shared else ""
         how = f"`--test {which}FILE` scores the runs' heads ({names}) on a labelled file"
-    return f"which run is best at a task is not known: {how}"
+    return f"which run is best at a task is unknown: {how}"
 
 
 def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
-    """Perplexity by domain, where runs have evaluated it."""
+    """Yield perplexity by domain, if runs have evaluated it."""
     if matrix.runs:
         rows = [
             [name, *(formatted(value, "{:,.2f}") for value in values)]
@@ -185,11 +184,10 @@ def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
 
 
 def domain_matrix(runs: Sequence[Path]) -> str:
-    """The domains × stages perplexity matrix of the runs in these directories, in their order, as
-    text: one for each corpus, empty when none of them evaluated by domain
-    (``train.evaluate_domains``).
+    """Return the domains × stages perplexity matrix of the runs in these directories, in order.
 
-    Raises as ``compare_runs`` does, but for different corpora.
+    The result is text, one matrix per corpus; empty if no run was evaluated by domain
+    (``train.evaluate_domains``). Raise as ``compare_runs`` does, except for different corpora.
     """
     groups = [compare_runs(group) for group in by_corpus(runs)]
     tables = [table for one in groups for table in domain_tables(one.domains)]
@@ -197,8 +195,8 @@ def domain_matrix(runs: Sequence[Path]) -> str:
 
 
 def _settings(runs: list[RunFacts]) -> Iterator[Column]:
-    keys = [key for key in runs[0].settings if key != "train.steps"]  # it has a column anyway
-    # A weight says nothing without what it weighs; "train" says nothing itself.
+    keys = [key for key in runs[0].settings if key != "train.steps"]  # it has its own column
+    # A weight means nothing without the term it weighs; "train" alone means nothing.
     tails = shortest_tails([key.removeprefix("train.").split(".") for key in keys], least=2)
     for key, tail in zip(keys, tails, strict=True):
         values = [run.settings[key] for run in runs]
@@ -207,7 +205,7 @@ def _settings(runs: list[RunFacts]) -> Iterator[Column]:
 
 
 def setting_words(key: str, value: object) -> str:
-    """A setting's value in one line, without the defaults of terms."""
+    """Format a setting's value in one line, without the defaults of terms."""
     if value is None:
         return NOTHING
     if key == "train.objective.distill" and isinstance(value, list):
@@ -233,17 +231,17 @@ def _steps(run: RunFacts) -> str:
 
 
 def _share_with_kd(run: RunFacts, what: str) -> float | None:
-    """Of the sequences, or of the positions with an LM loss: those that a teacher taught."""
+    """Return the share of sequences, or of positions with an LM loss, that a teacher taught."""
     counts = {name: n for name, n in run.coverage.items() if name.startswith(what)}
     total = sum(counts.values())
     return counts.get(f"{what}_with_kd", 0) / total if total else None
 
 
 def as_text(comparison: Comparison, width: int | None = None) -> str:
-    """The verdicts, and the tables in plain text, ``width`` characters wide (the terminal's; 80
-    without one): task scores first. A star marks what is the best by more than chance.
+    """Return the verdicts and the tables as plain text, ``width`` characters wide (default: the
+    terminal's, or 80), task scores first. A star marks what is best by more than chance.
 
-    A run is a line; a table that does not fit is folded or parted (``report.text``).
+    Each run is a row; a table that does not fit is folded or split (``report.text``).
     """
     width = width or terminal_width()
     lines = [line for told in verdicts(comparison) for line in wrapped(told, width)]

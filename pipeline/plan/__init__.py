@@ -1,1 +1,1 @@
-"""Tell what a run will cost, in sequences, bytes and time, before anything is done."""
+"""Estimate what a run will cost (sequences, bytes, time) before anything runs."""

@@ -1,7 +1,7 @@
-"""After how many student runs a cache has paid for itself, counted in forward passes of teachers.
+"""The number of student runs after which a cache pays for itself, in teacher forward passes.
 
-Pure arithmetic on the configuration: a student that is taught by live teachers runs each of them on
-every sequence that it sees, a cache runs them on every sequence of the corpus once.
+Pure arithmetic on the configuration. With live teachers, every student run runs each teacher on
+every sequence it sees; a cache runs each teacher once on every sequence of the corpus.
 """
 
 import math
@@ -18,10 +18,10 @@ from rekindle.train.step_config import LENGTHS, steps_of
 
 
 def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[TeacherWork]) -> BreakEven:
-    """Compare the cache of ``corpus`` with runs of the configured student.
+    """Compare the cost of caching ``corpus`` with student runs as configured.
 
-    The total weighs teachers by their probed seconds, if all that matter were probed, else by
-    forward passes alone.
+    Teachers are weighed by their probed seconds if all teachers in use were probed, else by forward
+    passes alone.
     """
     unused: dict[str, int | None] = {work.name: None for work in teachers}
     if corpus.sequences is None:
@@ -29,12 +29,12 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
     if config.student is None:
         return BreakEven(None, unused, "Break-even: there is no student section to compare with.")
     train = _in_steps(config.train, corpus)
-    cached: dict[str, float] = {}  # sequences that each teacher is run on once
-    live: dict[str, float] = {}  # and in every student run
+    cached: dict[str, float] = {}  # sequences each teacher runs on once, for the cache
+    live: dict[str, float] = {}  # sequences each teacher runs on in every student run
     for work in teachers:
         active = active_steps(train, work.name, _methods_reading(config, work))
         if active:
-            share = work.share or 1.0  # of domains not in the sample: the ratio is the same
+            share = work.share or 1.0  # with no such domain in the sample, 1: the ratio is the same
             cached[work.name] = corpus.sequences * work.replicas * share
             live[work.name] = active * config.train.batch_sequences * share
     if not live:
@@ -63,8 +63,8 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
 def _assumed(
     train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool, whole_runs: int
 ) -> str:
-    """Say what runs without a cache are taken to be, ``train`` being in steps; ``whole_runs``: the
-    break-even of those that read all of the corpus once, which is said where these do not.
+    """Describe the assumed runs without a cache. ``train`` is in steps; ``whole_runs`` is the
+    break-even of runs that read the whole corpus once, mentioned if the configured ones do not.
     """
     assert corpus.sequences is not None
     share = train.steps * train.batch_sequences / corpus.sequences
@@ -73,7 +73,11 @@ def _assumed(
     weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: not all were timed"
     if timed and weighed:
         weighed = "; teachers are weighed by the time measured here"
-    longer = f" Runs that read all of it once: after {whole_runs:,}." if share < 1 else ""
+    longer = (
+        (f" Runs that read the whole corpus once break even after {whole_runs:,}.")
+        if share < 1
+        else ""
+    )
     given = next((name for name in LENGTHS[1:] if getattr(train, name)), LENGTHS[0])
     steps = counted(train.steps, "step")
     length = steps if given == LENGTHS[0] else f"{train.length} = {steps}"
@@ -88,7 +92,7 @@ def _assumed(
 
 
 def _in_steps(train: TrainConfig, corpus: CorpusPlan) -> TrainConfig:
-    """Return ``train`` with about as many steps as it will have."""
+    """Return ``train`` with its length in steps, estimated from the corpus."""
     assert corpus.sequences is not None
     sequences = max(1.0, corpus.sequences * (1 - train.held_out))
     each = (corpus.tokens or corpus.sequences) / max(corpus.sequences, 1)
@@ -97,7 +101,9 @@ def _in_steps(train: TrainConfig, corpus: CorpusPlan) -> TrainConfig:
 
 
 def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:
-    """Steps at which the objective reads a teacher's targets, ``methods`` being those that do."""
+    """Return the number of steps at which the objective reads a teacher's targets. ``methods`` are
+    the method terms that read them.
+    """
     weights = [term.weight for term in train.objective.distill if teacher in term.teachers]
     for term in methods:
         given = {"method": term.method, "weight": (term.model_extra or {}).get("weight", 1.0)}
@@ -107,10 +113,11 @@ def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm]
 
 
 def taught_sequences(train: TrainConfig, teacher: str) -> int:
-    """Sequences that a live ``teacher`` would be run on beside a run that was trained like this,
-    replicas counted one by one: those of the steps at which the objective reads it.
+    """Return the number of sequences a live ``teacher`` would run on beside a run trained like
+    this.
 
-    Methods that name no teacher are taken to read those that no other term names.
+    Counts each replica, and only the steps at which the objective reads this teacher. Methods that
+    name no teacher are assumed to read the teachers that no other term names.
     """
     methods = train.objective.methods
     naming = [term for term in methods if teacher in strings_in(term.model_extra)]
@@ -121,9 +128,10 @@ def taught_sequences(train: TrainConfig, teacher: str) -> int:
 
 
 def _methods_reading(config: RunConfig, work: TeacherWork) -> list[MethodTerm]:
-    """Methods that name the teacher among their settings, as far as that is known unloaded.
+    """Return the methods that name the teacher in their settings, as far as can be told without
+    loading them.
 
-    A method that is a student's task takes the masked LM if it names none.
+    A method that is the student's own task uses the masked LM if it names no teacher.
     """
     assert config.student is not None
     known = {teacher.name for teacher in config.teachers}

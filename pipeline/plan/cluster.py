@@ -1,6 +1,6 @@
-"""What a planned cache costs on many machines: time, files, requests, money. Arithmetic alone.
+"""Estimate what a planned cache costs on many machines: time, files, requests, money.
 
-Nothing is measured here: the speed of a GPU and all prices are assumed, and said.
+Pure arithmetic: GPU speed and all prices are assumptions, and the output lists them.
 """
 
 import math
@@ -17,53 +17,63 @@ from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.plan.text import shown_seconds
 from rekindle.pipeline.yaml_text import parse_yaml
 
-LISTED = 1000  # names that an object store lists in one request
-ROLLED_UP = 160  # bytes of a unit in the roll-up of commit records, about
-MANY = 1_000_000  # units; of more, files and requests cost more than they should
-FEWER = 250_000  # units that the advice aims at
+LISTED = 1000  # names an object store lists per request
+ROLLED_UP = 160  # bytes per unit in the roll-up of commit records, roughly
+MANY = 1_000_000  # units; with more, files and requests cost more than they should
+FEWER = 250_000  # units the advice aims for
 
 
 class Assumptions(Settings):
-    """What `--assume KEY=VALUE` says; the prices are those of a large cloud's list in 2026."""
+    """Values of `--assume KEY=VALUE`. Default prices are a large cloud's list prices in 2026."""
 
-    gpus_per_node: int = Field(8, gt=0, description="processes of stage 1 on a node")
+    gpus_per_node: int = Field(8, gt=0, description="stage 1 processes per node")
     tokens_per_second: float | None = Field(
-        None, gt=0, description="of a teacher on one GPU; null: as the probe measured it here"
+        None,
+        gt=0,
+        description=("of a teacher on one GPU; null: as the probe measured on this machine"),
     )
-    gpu_hour: float = Field(2.5, ge=0, description="dollars")
-    gigabyte_month: float = Field(0.023, ge=0, description="dollars, stored")
-    thousand_writes: float = Field(0.005, ge=0, description="dollars; listings cost as much")
-    thousand_reads: float = Field(0.0004, ge=0, description="dollars")
-    listing_seconds: float = Field(0.1, ge=0, description="of a request that lists 1,000 names")
-    megabytes_per_second: float = Field(100, gt=0, description="that a process reads of a store")
+    gpu_hour: float = Field(2.5, ge=0, description="price of a GPU hour, dollars")
+    gigabyte_month: float = Field(
+        0.023, ge=0, description=("price of storage, dollars per GB and month")
+    )
+    thousand_writes: float = Field(
+        0.005, ge=0, description=("price of 1,000 writes or listings, dollars")
+    )
+    thousand_reads: float = Field(0.0004, ge=0, description="price of 1,000 reads, dollars")
+    listing_seconds: float = Field(
+        0.1, ge=0, description=("seconds for a request that lists 1,000 names")
+    )
+    megabytes_per_second: float = Field(
+        100, gt=0, description=("read speed from the object store, per process")
+    )
 
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """A new cache on ``nodes``; None where the teachers' time is not known."""
+    """A new cache made on ``nodes``. Fields are None where the teachers' time is unknown."""
 
     nodes: int
     assumed: dict[str, Any]
-    units: int  # of the corpus, the views and the teachers: a data file and a commit record each
+    units: int  # corpus, views and teachers together; each unit is a data file and a commit record
     objects: int
     bytes: int
-    roll_up_bytes: int  # of all roll-ups of commit records
-    listings: int  # requests that list all commit records once
-    open_seconds: float  # of a cache in an object store
+    roll_up_bytes: int  # all roll-ups of commit records together
+    listings: int  # requests to list all commit records once
+    open_seconds: float  # to open the cache in an object store
     writes: int  # requests
     gpu_hours: float | None
     seconds: float | None  # until all teachers are done
     writes_per_second: float | None
-    bytes_per_second: float | None  # that each node writes
+    bytes_per_second: float | None  # written by each node
     gpu_dollars: float | None
     month_dollars: float  # to store it
     write_dollars: float
-    read_dollars: float  # for the requests of a student that reads all of it once
-    advice: str | None  # where there are too many files
+    read_dollars: float  # requests of a student that reads everything once
+    advice: str | None  # set if there are too many files
 
 
 def assumed(given: Sequence[str]) -> Assumptions:
-    """Read the values of ``--assume``; InputError for a key that is none, or a wrong value."""
+    """Parse the values of ``--assume``. Raise InputError for an unknown key or a wrong value."""
     values: dict[str, object] = {}
     for one in given:
         key, separator, text = one.partition("=")
@@ -74,8 +84,8 @@ def assumed(given: Sequence[str]) -> Assumptions:
 
 
 def on_nodes(plan: RunPlan, nodes: int, assume: Assumptions) -> ClusterPlan:
-    """Say what the cache of ``plan`` costs on so many nodes. InputError where the corpus is not
-    known.
+    """Estimate what the cache of ``plan`` costs on ``nodes``. Raise InputError if the size of the
+    corpus is unknown.
     """
     corpus = plan.corpus
     if corpus.sequences is None or corpus.tokens is None or plan.totals.bytes is None:
@@ -90,7 +100,8 @@ def on_nodes(plan: RunPlan, nodes: int, assume: Assumptions) -> ClusterPlan:
     busy = sum(known) if len(known) == len(seconds) and known else None
     processes = nodes * assume.gpus_per_node
     wall = None
-    if busy is not None:  # one teacher after another: the last units of each leave some idle
+    # teachers run one after another; the last units of each leave some processes idle
+    if busy is not None:
         wall = 0.0
         for work, one in zip(plan.teachers, known, strict=True):
             count = work.units_to_make or 1
@@ -120,7 +131,7 @@ def on_nodes(plan: RunPlan, nodes: int, assume: Assumptions) -> ClusterPlan:
 
 
 def _seconds(work: TeacherWork, corpus: CorpusPlan, assume: Assumptions) -> float | None:
-    """Seconds of one process that a teacher takes."""
+    """Return the seconds one process needs for a teacher."""
     if assume.tokens_per_second is None:
         return work.seconds
     assert corpus.tokens is not None
@@ -140,29 +151,31 @@ def _advice(units: int, corpus: CorpusPlan) -> str | None:
 
 
 def cluster_lines(plan: ClusterPlan) -> list[str]:
-    """The plan for people."""
+    """Format the plan as lines of text."""
     said = ", ".join(f"{key}={value:g}" for key, value in plan.assumed.items() if value is not None)
     time = "time and GPU hours are not known: --assume tokens_per_second=N, of one GPU"
     dollars = ""
     if plan.seconds is not None and plan.gpu_hours is not None:
         rate = plan.assumed["tokens_per_second"]
-        basis = "" if rate else ", each GPU as fast as this process was with the probe"
+        basis = (
+            "" if rate else (", assuming each GPU is as fast as this process was during the probe")
+        )
         time = f"{shown_seconds(plan.seconds)}, {plan.gpu_hours:,.0f} GPU hours{basis}"
-        if plan.writes_per_second is not None:  # or the cache has all of it
+        if plan.writes_per_second is not None:  # None if nothing is left to write
             written = shown_bytes(round(plan.bytes_per_second or 0))
             time += f"; {written}/s a node and {plan.writes_per_second:,.1f} requests/s to write"
         dollars = f"{plan.gpu_dollars:,.0f} for GPUs, "
     lines = [
         f"on {counted(plan.nodes, 'node')} of {plan.assumed['gpus_per_node']} GPUs: {time}",
         f"files: {plan.objects:,} (a data file and a commit record for each of {plan.units:,} "
-        f"units, those of the corpus among them), {shown_bytes(plan.bytes)}; roll-ups of the "
-        f"records: {shown_bytes(plan.roll_up_bytes)}",
-        f"opened in an object store: {counted(plan.listings, 'listing')} and the roll-ups, "
-        f"{plan.open_seconds:,.1f} seconds; on a disk that tells when a folder changed, without "
-        "any listing",
-        f"dollars: {dollars}{plan.month_dollars:,.2f} a month to store it, "
-        f"{plan.write_dollars:,.2f} for the requests that write it, {plan.read_dollars:,.2f} for "
-        "those of a student that reads all of it once",
+        f"units, including the corpus), {shown_bytes(plan.bytes)}; roll-ups of the records: "
+        f"{shown_bytes(plan.roll_up_bytes)}",
+        f"opening it in an object store: {counted(plan.listings, 'listing')} and the roll-ups, "
+        f"{plan.open_seconds:,.1f} seconds; on a disk that records when a folder changed, no "
+        "listing",
+        f"dollars: {dollars}{plan.month_dollars:,.2f} a month for storage, "
+        f"{plan.write_dollars:,.2f} for write requests, {plan.read_dollars:,.2f} for the requests "
+        "of a student that reads everything once",
         f"assumed (--assume KEY=VALUE): {said}",
     ]
     return lines + ([f"warning: {plan.advice}"] if plan.advice else [])

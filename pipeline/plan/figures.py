@@ -1,6 +1,6 @@
-"""What ``pipeline plan`` knows of a run, as values: its text, its JSON and its totals read them.
+"""The figures of ``pipeline plan`` as values, read by its text, its JSON and its totals.
 
-None stands for what is not known.
+None means unknown.
 """
 
 import json
@@ -12,16 +12,19 @@ from rekindle.data.targets.reading.cut import Cut
 
 @dataclass(frozen=True)
 class Padding:
-    """Tokens that a student computes for each of the text, with either ``train.batching``."""
+    """Tokens a student computes per token of text, with each setting of ``train.batching``; for
+    ``groups`` about as many as for ``shuffled``.
+    """
 
     batching: str  # as configured
     shuffled: float
     similar_lengths: float
 
     def as_text(self) -> str:
-        """Say what the configured one costs, and the other."""
+        """Describe the cost of the configured batching and of the other one."""
         values = {"shuffled": self.shuffled, "similar_lengths": self.similar_lengths}
-        own = values.pop(self.batching)
+        by_length = self.batching == "similar_lengths"
+        own = values.pop("similar_lengths" if by_length else "shuffled")
         ((other, value),) = values.items()
         return (
             f"train.batching {self.batching}: with padding, about {own:.2f} tokens are computed "
@@ -31,8 +34,8 @@ class Padding:
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """The corpus. ``bytes`` are those to be written; ``basis`` says what the figures rest on, or
-    why there are none. ``texts``: documents, where so many were asked about.
+    """The corpus. ``bytes`` are still to be written; ``basis`` says where the figures come from, or
+    why there are none. ``texts`` is the number of documents, if the user asked for one.
     """
 
     source: tuple[str, ...]
@@ -45,50 +48,50 @@ class CorpusPlan:
     texts: int | None = None
     sequences_per_shard: int | None = None
     padding: Padding | None = None  # of the student's batches; None without a student
-    trained: float | None = None  # the share of the tokens that is; None where all are
-    full: float | None = None  # the share of rows of several documents that is text; None: of one
+    trained: float | None = None  # share of trained tokens; None if all are trained
+    # share of text in rows of several documents; None if each row is one document
+    full: float | None = None
 
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """A view that a teacher or the student is shown."""
+    """A view shown to a teacher or to the student."""
 
     name: str
     units_to_make: int
     units_present: int
     bytes: int
-    at_most: bool = False  # whether the bytes are a bound: what is hard is not known before
+    at_most: bool = False  # the bytes are an upper bound, because the hard tokens are not known yet
 
 
 @dataclass(frozen=True)
 class TeacherWork:
-    """What is left to do for one teacher; ``reason`` says why something is not known."""
+    """What is left to do for one teacher. ``reason`` says why a figure is unknown."""
 
     name: str
     task: str
     kept: str = "?"
-    share: float | None = None  # of the sequences: those of its domains
+    share: float | None = None  # of the sequences, those in the teacher's domains
     units_to_make: int | None = None
     units_present: int | None = None
     positions: int | None = None
     bytes: int | None = None
-    seconds_per_token: float | None = None  # of the corpus, in one replica, as probed
+    seconds_per_token: float | None = None  # per corpus token, in one replica, as probed
     seconds: float | None = None
     reason: str | None = None
     replicas: int = 1  # how often it sees each sequence
-    at_most: bool = False  # whether the bytes are a bound: without a probe they depend on the model
-    cut: Cut | None = None  # None: it sees all of its texts, or is not at hand
-    longest: int | None = None  # tokens that its model takes, of one that reads texts
-    shares: tuple[str, ...] = ()  # teachers by whose forward passes it is made, too
-    requests: int | None = None  # of one that a server runs: how often that is asked
-    at_a_time: int | None = None  # of these
+    at_most: bool = False  # the bytes are an upper bound: without a probe they depend on the model
+    cut: Cut | None = None  # None if no text is cut, or the model is not here
+    longest: int | None = None  # most tokens the model takes, if it reads texts
+    shares: tuple[str, ...] = ()  # other teachers made in the same forward passes
+    requests: int | None = None  # requests to the server, if one runs this teacher
+    at_a_time: int | None = None  # requests sent at the same time
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Student runs after which the cache has paid for itself; None where it cannot be said.
-
-    ``assumes``: what the runs are taken to be.
+    """Student runs after which the cache has paid for itself; None if unknown. ``assumes``
+    describes the runs compared with.
     """
 
     runs: int | None
@@ -99,20 +102,20 @@ class BreakEven:
 
 @dataclass(frozen=True)
 class NotMade:
-    """A built-in model or file that the command which needs it will make."""
+    """A built-in model or file that the command that needs it will make."""
 
     name: str
     what: str
     path: str
-    unknown: tuple[str, ...]  # the figures that are missing for want of it
+    unknown: tuple[str, ...]  # figures that are unknown without it
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums of what is known; ``unknown`` names the teachers of which something is not."""
+    """Sums of the known figures; ``unknown`` names the teachers with an unknown figure."""
 
-    bytes: int | None  # None: the corpus is not known
-    seconds: float | None  # None: not known of any
+    bytes: int | None  # None: the corpus is unknown
+    seconds: float | None  # None: unknown for every teacher
     unknown: tuple[str, ...]
     disk: str | None  # the existing folder nearest to the cache; None for an object store
     disk_free: int | None
@@ -120,7 +123,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that `pipeline plan` shows."""
+    """Everything `pipeline plan` shows."""
 
     cache: str
     corpus: CorpusPlan
@@ -129,9 +132,9 @@ class RunPlan:
     break_even: BreakEven
     totals: Totals
     warnings: tuple[str, ...]
-    to_make: tuple[NotMade, ...]  # built-in models and files that are not made yet
+    to_make: tuple[NotMade, ...]  # built-in models and files that do not exist yet
 
     def as_dict(self) -> dict[str, object]:
-        """The plan as JSON has it."""
+        """Return the plan as JSON values."""
         values: dict[str, object] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return values

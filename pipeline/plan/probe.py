@@ -1,6 +1,6 @@
-"""How fast a teacher is on this machine: a few units of the plan's sample rows, timed.
+"""Measure a teacher's speed on this machine by timing a few units of the plan's sample rows.
 
-What it computes goes into the sample's folder. One model is loaded at a time.
+Results are written to the sample's folder. One model is loaded at a time.
 """
 
 import gc
@@ -18,25 +18,25 @@ from rekindle.pipeline.caching.served_units import ServedTeacher
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.plan.work import bytes_without_positions
 
-BUDGET = 10.0  # seconds that a teacher may take, loading aside
-ENOUGH = 1.0  # a shard that took so long is measured well
-FULL = 16  # sequences; of fewer, what comes with every pass counts for too much
+BUDGET = 10.0  # seconds per teacher, without loading
+ENOUGH = 1.0  # seconds; a shard that takes this long gives a good measurement
+FULL = 16  # sequences; with fewer, the fixed cost of a pass weighs too much
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of a teacher on the sample rows."""
+    """What was measured for a teacher on the sample rows."""
 
-    seconds_per_token: float  # of the corpus, in one replica
-    bytes_per_position: float | None  # None where there was no position, or it was not tried
+    seconds_per_token: float  # per corpus token, in one replica
+    bytes_per_position: float | None  # None if there was no position, or no measurement
 
 
 def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
-    """Run teachers that share their forward passes (or one) on the sample, and write what they
-    leave beside the sample. Each has an equal part of the time.
+    """Run teachers that share forward passes (or a single one) on the sample, and write their
+    results beside it. Each gets an equal part of the time.
 
     The shards of ``steps`` grow, so a slow teacher is measured on a few sequences and a fast one on
-    full batches. Raises InputError when the teacher cannot be run.
+    full batches. Raise InputError if the teacher cannot be run.
     """
     if plans[0].config.served is not None:
         return [_probe_server(plans[0], steps)]
@@ -46,7 +46,7 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
     teacher = Teacher(everything[0], steps)
     beside = [teacher.beside(plan) for plan in everything[1:]]
     began = time.perf_counter()
-    # The first pass is a warm-up, and all there is of a teacher that is too slow for more.
+    # The first pass warms up; it is the only measurement of a teacher too slow for more.
     unit, result, rate = _run(teacher, steps, 0, beside)
     for shard, commit in enumerate(steps.commits):
         expected = rate * commit.facts["tokens"]
@@ -70,7 +70,7 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
 
 
 def _probe_server(plan: TeacherPlan, steps: Corpus) -> Probe:
-    """One request about the sample's longest sequence, timed."""
+    """Time one request about the sample's longest sequence."""
     teacher = ServedTeacher(plan, steps)
     places = [(shard, row) for shard, one in enumerate(steps.commits) for row in range(one.rows)]
     lengths = [int(steps.lengths(shard, row, row + 1)[0]) for shard, row in places]
@@ -84,7 +84,7 @@ def _probe_server(plan: TeacherPlan, steps: Corpus) -> Probe:
 def _run(
     teacher: Teacher, steps: Corpus, shard: int, beside: Sequence[Teacher]
 ) -> tuple[Unit, UnitResult, float]:
-    """One shard, in one replica where there are several; with its seconds per token."""
+    """Run one shard (one replica if there are several) and return its seconds per token."""
     unit = Unit(shard, teacher.info.shown.numbers(1)[0])
     began = time.perf_counter()
     result = run_unit(teacher, unit, beside=beside)

@@ -1,7 +1,7 @@
 """The plan command: what stage 1 has to do, what it writes, how long it takes, when it pays off.
 
-Nothing is written but into a temporary folder, no built-in model is made, nothing is downloaded but
-the corpus's tokenizer, and the cache that the configuration names is only read.
+Writes only to a temporary folder and makes no built-in model. Downloads only the corpus's
+tokenizer, and only reads the configured cache.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ from rekindle.pipeline.plan.figures import (
 from rekindle.pipeline.plan.scale import Scale
 from rekindle.train.record.room import free_near
 
-# Without its tokenizer or its text nothing can be said of the corpus, and so of little else;
-# without a teacher's model, all but what the model itself decides.
+# Without its tokenizer or text, almost nothing is known of the corpus. Without a teacher's model,
+# only the figures that depend on the model are unknown.
 OF_THE_CORPUS = ("sequences", "tokens", "units", "positions", "bytes", "seconds", "break-even")
 OF_A_TEACHER = ("positions", "bytes", "seconds")
 
 
 def plan_run(config: RunConfig, probe: bool = True, scale: Scale | None = None) -> RunPlan:
-    """Say what `pipeline cache-teachers` would do for ``config``, without doing any of it.
+    """Return what `pipeline cache-teachers` would do for ``config``, without doing it.
 
-    With ``probe`` each teacher whose model is on this machine is tried for up to 10 seconds. With
-    ``scale``, and where the cache holds another corpus, a new cache is planned, and a warning says
-    what there is. What depends on a built-in model that is not made yet is None, and ``to_make``
-    names both. Raises InputError for a bad source, for a model that is not there (with ``probe``,
-    and unless it may be one of the hub) or does not fit the corpus, CacheMismatchError when the
-    cache holds another teacher of that name.
+    With ``probe``, each teacher whose model is on this machine is run for up to 10 seconds. With
+    ``scale``, or if the cache holds another corpus, plan a new cache and warn about the existing
+    one. Figures that depend on a built-in model that is not made yet are None, and ``to_make``
+    names the model and the figures. Raise InputError for a bad source, for a model that does not
+    fit the corpus, and (with ``probe``) for a missing model that cannot be on the hub;
+    CacheMismatchError if the cache holds another teacher of that name.
     """
     config.check_single()
     config.check_samples()
@@ -47,7 +47,8 @@ def plan_run(config: RunConfig, probe: bool = True, scale: Scale | None = None) 
         corpus = CorpusPlan(config.corpus.places, None, None, True, why, None)
         teachers = tuple(TeacherWork(t.name, t.task, reason=why) for t in config.teachers)
     else:
-        # It imports torch, which a plan of what is not made yet does without.
+        # Imported here because it loads torch, which a plan of missing built-in models does not
+        # need.
         from rekindle.pipeline.plan.surveyed import survey_all
 
         corpus, views, teachers, warnings = survey_all(config, probe, scale)
@@ -81,7 +82,7 @@ def _totals(
 
 
 def _not_made(config: RunConfig, teachers: Sequence[TeacherWork]) -> tuple[NotMade, ...]:
-    """What would be made for ``config``, and what is not known without; a plan makes none of it."""
+    """List what would be made for ``config`` and which figures are unknown without it."""
     of_corpus = missing(config.corpus)
     found = []
     for name, path in missing(config).items():

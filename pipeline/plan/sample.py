@@ -1,7 +1,7 @@
-"""What a plan knows of the corpus: what the cache holds of it, else what a sample of text tells.
+"""What a plan knows of the corpus: from the cache, or from a sample of the text.
 
-Writes nothing but into the folder it is given: the sample's corpus, and a small corpus of rows on
-which views are built and teachers are tried.
+Writes only to the given folder: the sample's corpus, and a small corpus of rows on which views are
+built and teachers are probed.
 """
 
 from collections import Counter
@@ -24,8 +24,9 @@ from rekindle.data.corpus.additions import (
     recorded_shard_size,
 )
 from rekindle.data.corpus.columns import LEARNT, TRAINED, fields_of
-from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus, usual_shard_size
+from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
+from rekindle.data.corpus.packing import usual_shard_size
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -44,47 +45,47 @@ from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.scale import Scale
 
-PLACES = 8  # record batches of the corpus, spread over it, that the steps are taken from
-FEW = 100  # texts of which a larger corpus is guessed
-STEPS = (1, 4, 16, 64, 256)  # sequences; the last step is what is left
+PLACES = 8  # record batches, spread over the corpus, from which the steps are taken
+FEW = 100  # texts; an estimate from fewer is rough
+STEPS = (1, 4, 16, 64, 256)  # sequences per step; the last step takes the rest
 
 
 @dataclass(frozen=True)
 class CorpusSurvey:
-    """The corpus as far as it is known before it is made."""
+    """What is known of the corpus before it is made."""
 
-    present: Corpus | None  # what the cache holds of it
-    reference: Corpus  # the whole corpus, or that of the sample
+    present: Corpus | None  # the part in the cache
+    reference: Corpus  # the whole corpus, or the sample's
     steps: Corpus  # rows of the reference in shards of 1, 4, 16, … sequences
     sequences: int
     tokens: int
     estimated: bool
-    basis: str  # what the numbers rest on, in words
-    texts: int | None = None  # documents, where so many were asked about
+    basis: str  # what the numbers are based on, in words
+    texts: int | None = None  # documents, if the user asked for a number
     warnings: tuple[str, ...] = ()
 
     @property
     def new_sequences(self) -> int:
-        """Sequences that are not in the cache yet."""
+        """Sequences not in the cache yet."""
         return self.sequences - (len(self.present) if self.present else 0)
 
     @property
     def shard_size(self) -> int:
-        """Sequences per shard, where the configuration does not say."""
+        """Sequences per shard if the configuration does not set it."""
         found = None if self.present is None else recorded_shard_size(self.present.store)
         return found or usual_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
-        """Tokens of those sequences."""
+        """Tokens of the sequences not in the cache yet."""
         return max(0, self.tokens - self.present.tokens) if self.present else self.tokens
 
 
 def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -> CorpusSurvey:
-    """Sequences and tokens of the configured corpus: counted where the cache holds all of it, or
-    the source is small; else estimated. ``folder`` is for what is made on the way.
+    """Return the sequences and tokens of the configured corpus. They are counted if the cache holds
+    it all or the source is small, else estimated. Intermediate files go to ``folder``.
 
-    With a ``scale``, and beside a cache of another corpus, they are those of a new cache. Raises
+    With a ``scale``, or beside a cache of another corpus, the figures are for a new cache. Raise
     InputError for a source without text or of unknown size.
     """
     present = _present(open_store(config.cache.path))
@@ -114,7 +115,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
         if told := sample.left_out.told(last_document(reference.units, corpus.limit_sequences)):
             basis += f"; {'up to there, ' * estimated}{told}"
     if present is not None and not present.commits:
-        present = None  # begun, and killed before there was anything
+        present = None  # begun, but killed before anything was written
     if present is not None:
         sequences, tokens = max(sequences, len(present)), max(tokens, present.tokens)
     steps = _take_steps(reference, open_store(folder / "steps"))
@@ -130,7 +131,9 @@ def _present(store: Store) -> Corpus | None:
 
 
 def _compared(present: Corpus, config: RunConfig, scale: Scale | None) -> tuple[bool, str | None]:
-    """Whether nothing is missing of the configured corpus; and why what is there does not count."""
+    """Return whether the cache holds the whole configured corpus, and why its content does not
+    count.
+    """
     where = config.cache.path
     names = ", ".join(present.store.folders("targets")) or "none"
     there = f"{counted(len(present), 'sequence')}, {counted(present.tokens, 'token')}"
@@ -158,7 +161,7 @@ def _basis(sample: SourceSample) -> str:
 
 
 def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> Corpus:
-    """The sample packed as the corpus will be."""
+    """Pack the sample as the corpus will be packed."""
     routed = any(document.domain is not None for document in sample.documents)
     entries = []
     for number, (content, alike) in enumerate(groupby(sample.documents, content_of)):
@@ -168,7 +171,8 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
     field = "domain" if routed else None
     source = {"source": tuple(entries), "text_field": "text", "domain_field": field}
     pair = {"pair_field": config.pair_field and "pair"}
-    left_out = {"without": (), "without_fields": ()}  # they are
+    pair |= {"group_field": config.group_field and "group"}
+    left_out = {"without": (), "without_fields": ()}  # left out already
     given = config.model_copy(update=source | pair | left_out)
     return build_corpus(open_store(folder / "sample"), given, 4096, tell=False)
 
@@ -176,15 +180,15 @@ def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> 
 def _extrapolated(
     reference: Corpus, sample: SourceSample, config: CorpusConfig
 ) -> tuple[int, int, bool]:
-    """Sequences and tokens of the whole corpus, and whether they are estimated."""
+    """Return the sequences and tokens of the whole corpus, and whether they are estimated."""
     limit = config.limit_sequences
-    last: int = reference.commits[-1].facts["next"][0]  # the document that comes next
+    last: int = reference.commits[-1].facts["next"][0]  # index of the next document
     if sample.share == 1 or (len(reference) == limit and last < len(sample.documents)):
         return len(reference), reference.tokens, False
     if sample.share is None and limit is None:
         raise InputError(
-            f"how much text there is in {', '.join(config.places)} is not known before it is read "
-            "to its end; set corpus.limit_sequences to plan for so many sequences"
+            f"how much text there is in {', '.join(config.places)} is unknown until all of it has "
+            "been read; set corpus.limit_sequences to plan for a number of sequences"
         )
     sequences = limit or 0
     if sample.share is not None:
@@ -194,7 +198,7 @@ def _extrapolated(
 
 
 def _take_steps(corpus: Corpus, store: Store) -> Corpus:
-    """A corpus of up to 1,024 rows of ``corpus``, from all over it, in shards of growing size."""
+    """Copy up to 1,024 rows from all over ``corpus`` into shards of growing size."""
     spread = np.unique(np.linspace(0, len(corpus) - 1, PLACES).astype(np.int64))
     places = zip(*(part.tolist() for part in corpus.locate(spread)), strict=True)
     batches = {(s, row // corpus.commits[s].rows_per_batch) for s, row in places}

@@ -1,4 +1,4 @@
-"""A corpus of a size that is asked about, whatever there is of it: so many texts, or tokens."""
+"""The size of corpus the user asks about, in texts or tokens, whatever text exists."""
 
 import re
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ _TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 @dataclass(frozen=True)
 class Scale:
-    """How many texts (documents, records) or tokens a plan is for; one of the two."""
+    """The number of texts (documents, records) or of tokens to plan for; one of the two."""
 
     texts: int | None = None
     tokens: int | None = None
 
     @classmethod
     def asked(cls, texts: str | None, tokens: str | None) -> "Scale | None":
-        """Read the options ``--texts`` and ``--tokens``; None where neither is given."""
+        """Read the options ``--texts`` and ``--tokens``; None if neither is given."""
         if texts is not None and tokens is not None:
             raise InputError("--texts and --tokens both say how large the corpus is; give one")
         if texts is not None:
@@ -27,7 +27,7 @@ class Scale:
         return None if tokens is None else cls(tokens=_count(tokens, "--tokens"))
 
     def of(self, texts: int, tokens: int) -> tuple[int, int]:
-        """Both numbers, by those of a sample."""
+        """Return both numbers, using the ratio of a sample."""
         if self.texts is not None:
             return self.texts, max(1, round(self.texts * tokens / texts))
         assert self.tokens is not None
@@ -47,7 +47,7 @@ def _count(text: str, option: str) -> int:
 
 
 def _meant(text: str) -> int | None:
-    """The number that somebody means by 1M, 1.5k or 1,000,000; None where that is not plain."""
+    """Return the number meant by 1M, 1.5k or 1,000,000; None if it is not clear."""
     if (found := _AS_SPOKEN.fullmatch(text.strip())) is None:
         return None
     number, unit = found.groups()

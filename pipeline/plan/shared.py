@@ -1,4 +1,4 @@
-"""Teachers of a plan that share their forward passes: probed together, their time divided."""
+"""Teachers that share their forward passes: they are probed together, and their time is divided."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from rekindle.pipeline.caching.teachers import TeacherPlan
 from rekindle.pipeline.plan.probe import Probe, probe_teachers
 from rekindle.pipeline.plan.work import FolderWork
 
-Part = tuple[TeacherInfo, FolderWork]  # of a teacher's targets: one folder of the cache
+Part = tuple[TeacherInfo, FolderWork]  # one folder of the cache: a part of a teacher's targets
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass, the teachers that it is for, and the tokens that it is to show each."""
+    """A forward pass, its teachers, and the tokens to show each of them."""
 
     group: Group
     tokens: Mapping[str, float]
@@ -27,14 +27,16 @@ class Pass:
         return tuple(plan.info.name for plan in self.group)
 
     def probe(self, name: str, steps: Corpus) -> Probe:
-        """Return what was measured of a teacher: all of the group are tried at once, once."""
+        """Return a teacher's probe. The whole group is probed together, once."""
         if not self.probed:
             self.probed.update(zip(self.names, probe_teachers(self.group, steps), strict=True))
         return self.probed[name]
 
     def seconds(self, name: str, rate: float) -> float:
-        """Return a teacher's part of the time that the passes take, at ``rate`` seconds for each of
-        them and a token shown to all: of a token, as much as every other that it is shown to.
+        """Return a teacher's part of the time of the passes.
+
+        ``rate``: seconds for each teacher and each token that all teachers see. Teachers that see a
+        token share its time equally.
         """
         found, before = 0.0, 0.0
         for level in sorted({*self.tokens.values()}):
@@ -46,10 +48,10 @@ class Pass:
 
 
 def shared_passes(plans: Iterable[tuple[TeacherPlan | None, Sequence[Part]]]) -> dict[str, Pass]:
-    """Return, by each teacher's name, the pass that it has to go through; nothing of a teacher that
-    is not at hand, or of which nothing but further tails, or nothing, is to be made.
+    """Return each teacher's shared pass by name. Leave out teachers whose model is not here and
+    those with nothing, or only further tails, to make.
 
-    ``plans``: every teacher, and the parts of it.
+    ``plans``: every teacher with its parts.
     """
     tokens: dict[str, float] = {}
     to_make: list[TeacherPlan] = []

@@ -1,4 +1,4 @@
-"""What ``pipeline plan`` shows of a file of several stages: a plan for each, as far as known."""
+"""The output of ``pipeline plan`` for a file of several stages: one plan each, as far as known."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from rekindle.pipeline.stages.resolve import Ready, plan_stages, ready_parts
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage: its plan, or why there is none."""
+    """One stage with its plan, or the reason why there is none."""
 
     ready: Ready
     plan: RunPlan | None
     note: str | None
 
     def as_dict(self) -> dict[str, object]:
-        """The stage as JSON has it."""
+        """Return the stage as JSON values."""
         plan = None if self.plan is None else self.plan.as_dict()
         return {"name": self.ready.stage.name, "plan": plan, "note": self.note} | {
             "waiting": self.ready.waiting
         }
 
     def as_text(self) -> str:
-        """The stage for people."""
+        """Return the stage as text."""
         name = self.ready.stage.name
         shown = shown_plan(self.plan) if self.plan is not None else f"{self.note}\n"
         waiting = "".join(f"{line}\n" for line in self.ready.waiting_text())
@@ -38,9 +38,9 @@ class PlannedStage:
 def plan_staged_run(
     config: RunConfig, probe: bool = True, scale: Scale | None = None
 ) -> list[PlannedStage]:
-    """``plan_run`` for every stage, without what an earlier stage puts into the same cache.
+    """Return ``plan_run`` for every stage, without what an earlier stage puts into the same cache.
 
-    Raises InputError as ``plan_run`` and ``plan_stages`` do.
+    Raise InputError as ``plan_run`` and ``plan_stages`` do.
     """
     planned: list[PlannedStage] = []
     for ready in ready_parts(plan_stages(config, Path())):
@@ -53,7 +53,7 @@ def plan_staged_run(
 def _what_is_new(
     ready: Ready, planned: Sequence[PlannedStage]
 ) -> tuple[RunConfig | None, str | None]:
-    """The configuration to plan, or why there is nothing to plan."""
+    """Return the configuration to plan, or why there is nothing to plan."""
     part, prompts = ready.config, ready.stage.prompts
     if part is None:
         why = ": its text is not there" if "" in ready.waiting else ""
@@ -68,5 +68,5 @@ def _what_is_new(
     known = {t.name for config in same.values() for t in config.teachers}
     left = tuple(t for t in part.teachers if t.name not in known)
     if not left and any(config.corpus == part.corpus for config in same.values()):
-        return None, f"nothing more than stage {[*same][-1]} puts into {part.cache.path}"
+        return None, f"nothing beyond what stage {[*same][-1]} puts into {part.cache.path}"
     return part.model_copy(update={"teachers": left}), None

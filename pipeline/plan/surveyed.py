@@ -1,4 +1,4 @@
-"""What a plan says of a corpus that is there to be read, of its views and of its teachers."""
+"""Plan a corpus that can be read, its views and its teachers."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from rekindle.pipeline.caching.hard_view import mask_teacher
 from rekindle.pipeline.caching.teachers import TeacherPlan, told_of_slow_pass
 from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import check_of
 from rekindle.pipeline.plan.figures import CorpusPlan, Padding, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.scale import Scale
@@ -38,7 +39,7 @@ from rekindle.train.schedules import is_used
 
 
 class Surveyed(NamedTuple):
-    """What is planned of a corpus that can be read; ``warnings`` in words."""
+    """The plan of a readable corpus; ``warnings`` in words."""
 
     corpus: CorpusPlan
     views: tuple[ViewPlan, ...]
@@ -47,10 +48,11 @@ class Surveyed(NamedTuple):
 
 
 def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
-    """Plan the corpus, its views and the teachers by a sample in a temporary folder."""
+    """Plan the corpus, its views and the teachers from a sample in a temporary folder."""
     _check_files(config, probe)
     sampled = config
-    if config.cache.mask.policy != "cover":  # of replicas that are drawn alike, one is enough
+    # replicas drawn the same way have the same size: one is enough
+    if config.cache.mask.policy != "cover":
         cache = config.cache.model_copy(update={"replicas": 1})
         sampled = config.model_copy(update={"cache": cache})
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
@@ -82,7 +84,7 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
 
 
 def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
-    """What the student's batches are padded by, as a sample of the sequences tells."""
+    """Estimate the padding of the student's batches from a sample of the sequences."""
     train, steps = config.train, survey.steps
     if config.student is None:
         return None
@@ -94,7 +96,7 @@ def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
 
 
 def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
-    """What will be said of the corpus when it is made and trained on."""
+    """Return the warnings that will appear when the corpus is made and trained on."""
     told = told_of_pairs(survey.steps, views, config.teachers)
     told += _told_of_fresh_head(config, survey)
     if config.student is not None and not survey.estimated:
@@ -108,7 +110,7 @@ def _told_of_slow(
     plans: Sequence[TeacherPlan | None],
     works: Sequence[TeacherWork],
 ) -> list[str]:
-    """What will be said of precisions that this device has no instructions for."""
+    """Return the warnings about precisions that this device has no instructions for."""
     device = place("fp32").device.partition(":")[0]
     told: list[str | None] = []
     for teacher, plan, work in zip(config.teachers, plans, works, strict=True):
@@ -123,7 +125,7 @@ def _told_of_slow(
 
 
 def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
-    """What `pipeline train-student` says of a student without a trained language-model head."""
+    """Return the warning of `pipeline train-student` about an untrained language-model head."""
     student, train = config.student, config.train
     if student is None or student.from_scratch or train.warm_head_steps:
         return []
@@ -144,11 +146,12 @@ def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
 
 
 def _check_files(config: RunConfig, must_be: bool) -> None:
-    """Check the folders of all models that are here, as `pipeline cache-teachers` does first."""
+    """Check all model folders on this machine, as `pipeline cache-teachers` does first."""
     here = []
     for teacher in config.teachers:
         with naming(f"teacher {teacher.name!r}"):
-            if teacher.served is None and at_hand(teacher.model, must_be) is not None:
+            there = teacher.served is None and at_hand(teacher.model, must_be, check_of(teacher))
+            if there:
                 here.append(teacher)
     student = config.student
     if student is not None and at_hand(student.model, must_be) is None:
@@ -157,13 +160,13 @@ def _check_files(config: RunConfig, must_be: bool) -> None:
 
 
 def _trained_share(corpus: Corpus) -> float | None:
-    """The share of its tokens that is trained; None where all are."""
+    """Return the share of trained tokens; None if all are trained."""
     return corpus.trained_tokens / max(corpus.tokens, 1) if corpus.has_trained else None
 
 
 def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> ViewPlan:
     work = work_of(survey, config.cache, f"views/{view.name}", view.name)
-    last = len(survey.steps.commits) - 1  # the largest: what each file has anyway counts least
+    last = len(survey.steps.commits) - 1  # the largest, where the fixed part of a file counts least
     commits = view.shards.committed()
     made = [commits[view.unit(last, replica)] for replica in view.numbers(view.replicas)]
     per_row = sum(commit.bytes for commit in made) / sum(commit.rows for commit in made)
@@ -172,13 +175,13 @@ def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> Vie
 
 
 class AssumedMasks(HardMaskedView):
-    """The view of policy hard before anybody knows which tokens are hard: every one that may be is.
+    """The view of policy hard before it is known which tokens are hard: every candidate counts.
 
-    Under the name of the true view; sizes and positions come out as the most they can be.
+    It has the name of the true view; sizes and positions are upper bounds.
     """
 
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
-        """As many of each row's tokens as the limit allows."""
+        """Yield as many of each row's tokens as the limit allows."""
         for batch in self.corpus.shard(number).batches():
             for content in map(np.flatnonzero, learnt_content(batch)):
                 losses = np.full(len(content), np.inf, np.float32)
@@ -186,9 +189,9 @@ class AssumedMasks(HardMaskedView):
 
 
 def _assumed_masks(config: RunConfig, survey: CorpusSurvey, probe: bool) -> HardMaskedView | None:
-    """The bound, written beside the sample ``survey.steps``; None under another policy.
+    """Write the upper bound beside the sample ``survey.steps``; None under another policy.
 
-    Raises InputError as ``hard_view`` does.
+    Raise InputError as ``hard_view`` does.
     """
     if config.cache.mask.policy != "hard":
         return None
@@ -199,13 +202,13 @@ def _assumed_masks(config: RunConfig, survey: CorpusSurvey, probe: bool) -> Hard
 
 
 def _mask_teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInfo:
-    """The teacher of the masks, as far as it can be described without a download."""
+    """Describe the teacher of the masks, as far as possible without a download."""
     corpus, name = survey.present or survey.reference, config.cache.mask.teacher
     found = [teacher for teacher in config.teachers if teacher.name == name]
     if is_described(corpus.store, name or "") or not found or found[0].sees_masks:
         return mask_teacher(corpus, config)
     teacher = found[0]
     folder = at_hand(teacher.model, must_be=probe)
-    if folder is None:  # the true view will have another name, and no unit of it is there
+    if folder is None:  # the true view will have another name, and none of its units exists
         return TeacherInfo(name=teacher.name, task="masked_lm", kind="topk", view="clean")
     return described(teacher, folder, survey, Views(), config.cache.seed).info

@@ -1,10 +1,10 @@
-"""The plan of one teacher: described from its files where they are here, else from what is known.
+"""The plan of one teacher: from its files if they are here, else from what is known.
 
-No model is loaded but by the probe, and none is downloaded.
+Only the probe loads a model; nothing is downloaded.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from rekindle.pipeline.caching.extensions import plan_parts
 from rekindle.pipeline.caching.teachers import TeacherPlan, configured, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
+from rekindle.pipeline.describing.encoders import check_of
 from rekindle.pipeline.plan.figures import TeacherWork
 from rekindle.pipeline.plan.probe import Probe
 from rekindle.pipeline.plan.sample import CorpusSurvey
@@ -40,12 +41,13 @@ from rekindle.train.order.domains import check_domains
 def plans_at_hand(
     config: RunConfig, survey: CorpusSurvey, views: Views, must_be: bool
 ) -> list[TeacherPlan | None]:
-    """Describe every teacher whose model ``at_hand`` finds, before any of them is tried.
+    """Describe every teacher whose model ``at_hand`` finds, before any of them is probed.
 
-    ``views`` are of ``survey.steps``. Raises InputError and CacheMismatchError as ``plan_run``.
+    ``views`` belong to ``survey.steps``. Raise InputError and CacheMismatchError as ``plan_run``.
     """
     folders = [
-        Path() if teacher.served else at_hand(teacher.model, must_be) for teacher in config.teachers
+        Path() if teacher.served else at_hand(teacher.model, must_be, check_of(teacher))
+        for teacher in config.teachers
     ]
     found: list[TeacherPlan | None] = []
     for teacher, folder in zip(config.teachers, folders, strict=True):
@@ -63,7 +65,9 @@ def plan_all_teachers(
     views: Views,
     probe: bool,
 ) -> tuple[TeacherWork, ...]:
-    """What `pipeline cache-teachers` would do for each teacher; ``views`` are of the steps."""
+    """Return what `pipeline cache-teachers` would do for each teacher; ``views`` belong to the
+    steps.
+    """
     found = []
     for teacher, plan in zip(config.teachers, plans, strict=True):
         infos = [plan.info if plan else _assumed(teacher, survey, views)]
@@ -88,7 +92,7 @@ def _plan_one(
     probe: bool,
     shared: Pass | None,
 ) -> TeacherWork:
-    """What is to be done for one teacher, ``parts`` of it; ``shared``: the pass that it needs."""
+    """Plan one teacher. ``parts``: its parts; ``shared``: the forward pass it needs."""
     wanted = plan.info if plan else parts[0][0]
     known = TeacherWork(
         name=teacher.name,
@@ -110,10 +114,10 @@ def _plan_one(
         return replace(known, positions=0, bytes=0, seconds=0.0)
     measured, absent = None, None if plan else _absence(teacher)
     if plan and probe:
-        alone = Pass((plan,), {})  # of which tails alone are to be made
+        alone = Pass((plan,), {})  # only tails are to be made
         try:
             measured = (shared or alone).probe(teacher.name, survey.steps)
-        except ServerAwayError:  # it is described by the cache
+        except ServerAwayError:  # the cache describes the teacher
             absent = _absence(teacher)
     tokens = sum(work.tokens for _, work in parts)
     rate = measured.seconds_per_token if measured else None
@@ -134,14 +138,16 @@ def _plan_one(
 
 
 def _requests(served: ServedConfig, parts: list[Part]) -> int:
-    """How often a server is asked: about all sequences, and of each unit about the probes."""
+    """Return the number of requests to a server: for all sequences, and the probes of each unit."""
     each = served.prompts_per_request
     missing = (shards for _, work in parts for shards in work.missing)
     return sum(one.count * (1 + math.ceil(one.rows * one.share / each)) for one in missing)
 
 
 def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> float:
-    """At ``rate`` seconds a token, where its pass is for all teachers that ``shared`` is for."""
+    """Return the teacher's seconds at ``rate`` seconds a token, divided among the teachers of
+    ``shared``.
+    """
     if shared is None:
         return rate * sum(work.tokens for _, work in parts)
     tails = sum(work.tokens for info, work in parts if info.extends is not None)
@@ -151,8 +157,8 @@ def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> 
 def _bytes(
     parts: list[Part], wanted: TeacherInfo, density: float, measured: Probe | None
 ) -> int | None:
-    """Bytes that are to be written, ``density`` being targets per token; None without the width of
-    a column.
+    """Return the bytes to write; None if a column's width is unknown. ``density``: targets per
+    token.
     """
     if not kind_of(wanted).sized:
         return None
@@ -178,7 +184,7 @@ def described(
 
 
 def _absence(teacher: TeacherConfig) -> str:
-    """Why the teacher's files are not at hand."""
+    """Say why the teacher's files are not here."""
     if teacher.served is not None:
         return f"its server {teacher.served.url} does not answer"
     for name in missing(teacher.model):
@@ -186,13 +192,15 @@ def _absence(teacher: TeacherConfig) -> str:
     return f"its model {teacher.model} is not on this machine"
 
 
-def at_hand(model: str, must_be: bool) -> Path | None:
-    """Return the directory of a model that is on this machine. One of the hub or a built-in one
-    may be missing; another only unless it ``must_be`` there, else InputError.
+def at_hand(model: str, must_be: bool, check: Callable[[Path], None] | None = None) -> Path | None:
+    """Return the directory of a model on this machine, or None.
+
+    A model from the hub or a built-in one may be missing; any other only without ``must_be``, else
+    raise InputError. ``check``: as of ``resolve_model``.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return resolve_model(model)
+        return resolve_model(model, check)
     if missing(model):
         return None
     if is_gguf(model) and not path.is_file() and not must_be:
@@ -206,17 +214,17 @@ def at_hand(model: str, must_be: bool) -> Path | None:
         except LocalEntryNotFoundError:
             return None
         return found if list(found.glob("*.safetensors")) else None
-    return resolve_model(model) if must_be else None
+    return resolve_model(model, check) if must_be else None
 
 
 def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> TeacherInfo:
-    """What can be said of a teacher without its model: a vocabulary is the corpus's, the width of
-    its output as in the cache, if it is there.
+    """Describe a teacher without its model. The vocabulary is the corpus's; the width of the output
+    comes from the cache if the teacher is there.
     """
     width = 1 if teacher.task == "regression" else None
     if survey.present is not None and is_described(survey.present.store, teacher.name):
         known = read_teacher(survey.present.store, teacher.name)
-        width = width or (known.hidden_size if teacher.vocabulary else known.num_labels)
+        width = width or (known.hidden_size or known.dimensions or known.num_labels)
     facts = survey.reference.info["tokenizer"]
     tokens = facts["size"] - len(hole_ids(facts))
     return TeacherInfo.model_validate(configured(teacher, views, facts["size"], width, tokens))

@@ -1,4 +1,4 @@
-"""A plan for people: a table and a few lines, in 80 columns."""
+"""A plan as text: a table and a few lines, in 80 columns."""
 
 from textwrap import fill
 
@@ -8,11 +8,11 @@ from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import text_lines
 
 WIDTH = 80
-TOLD_PADDING = 1.1  # tokens computed for each of the text; less is not worth a line
-SHOWN_AS = {"masked": "masked text", "pairs": "pairs of texts"}  # the views, by kind
+TOLD_PADDING = 1.1  # tokens computed per token of text; less is not worth a line
+SHOWN_AS = {"masked": "masked text", "pairs": "pairs of texts"}  # views by kind
 ABOUT = (
-    "A unit is a teacher's work on one file of sequences; a target is what it says of one "
-    "sequence, or of one token in it."
+    "A unit is a teacher's work on one file of sequences; a target is its output for one "
+    "sequence, or for one token in it."
 )
 SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
@@ -40,7 +40,9 @@ def shown_plan(plan: RunPlan) -> str:
         shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
         lines.append(f"Runs per teacher: {', '.join(shown)}")
     if plan.to_make:
-        lines.append("not made yet; made once, from Python's documentation, by what needs it:")
+        lines.append(
+            "not made yet; the command that needs it makes it once, from Python's documentation:"
+        )
     for one in plan.to_make:
         unknown = f"; not known without it: {', '.join(one.unknown)}" if one.unknown else ""
         lines.append(f"  {one.name}: {one.what}{unknown}")
@@ -49,7 +51,7 @@ def shown_plan(plan: RunPlan) -> str:
 
 
 def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
-    """The groups that share their forward passes, each once."""
+    """List each group of teachers that share forward passes once."""
     groups = {frozenset((t.name, *t.shares)): t for t in teachers if t.shares}
     names = [[t.name for t in teachers if t.name in group] for group in groups]
     return [
@@ -69,7 +71,7 @@ def _of_served(teacher: TeacherWork) -> str:
 
 
 def wrapped(sentences: list[str]) -> list[str]:
-    """The sentences in lines of WIDTH; their own lines stay apart."""
+    """Wrap the sentences to WIDTH; their own line breaks stay."""
     lines = [line for sentence in sentences for line in sentence.split("\n")]
     return [fill(line, WIDTH, break_on_hyphens=False) for line in lines]
 
@@ -130,7 +132,7 @@ def _total(plan: RunPlan) -> str:
 
 
 def shown_seconds(seconds: float) -> str:
-    """Seconds, minutes, hours or days, whichever reads best."""
+    """Format as seconds, minutes, hours or days, whichever reads best."""
     for each, unit in SECONDS:
         value = seconds / each
         if value >= 1.5:

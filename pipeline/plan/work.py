@@ -1,7 +1,7 @@
-"""What is left to be made of a teacher's targets or a view: shards, positions, bytes.
+"""What is left to make of a teacher's targets or a view: shards, positions, bytes.
 
-Nothing is run here. Positions are counted on the plan's sample rows, as exactly as that goes
-without the model, and scaled by tokens. Bytes follow from the widths of the columns.
+Runs nothing. Positions are counted on the plan's sample rows, as exactly as possible without the
+model, and scaled by tokens. Bytes follow from the column widths.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,40 +26,40 @@ from rekindle.pipeline.plan.sample import CorpusSurvey
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards of one size that have to be made."""
+    """Shards of one size that are still to be made."""
 
     count: int
     rows: int  # in each
     tokens: float  # in each
-    share: float = 1.0  # of the rows: those that the teacher is for
+    share: float = 1.0  # of the rows, those in the teacher's domains
 
 
 @dataclass(frozen=True)
 class FolderWork:
-    """What is left to be made of a folder: a view, or a part of a teacher's targets."""
+    """What is left to make in a folder: a view, or a part of a teacher's targets."""
 
     missing: list[Shards]
-    present: int  # units that are there
+    present: int  # units that exist
 
     @property
     def units(self) -> int:
-        """How many shards are missing."""
+        """Number of missing shards."""
         return sum(shards.count for shards in self.missing)
 
     @property
     def rows(self) -> int:
-        """How many rows they have."""
+        """Number of rows in them."""
         return sum(shards.count * shards.rows for shards in self.missing)
 
     @property
     def tokens(self) -> float:
-        """Tokens of the rows that the teacher is for."""
+        """Tokens of the rows that the teacher is run on."""
         return sum(shards.count * shards.share * shards.tokens for shards in self.missing)
 
 
 def share_of(domains: Sequence[str] | None, rows: Mapping[str, int], total: int) -> float:
-    """The share that ``domains`` (None: all) have in ``total`` rows, of which ``rows`` tells how
-    many are of each domain.
+    """Return the share of rows in ``domains`` (None: all) among ``total``; ``rows`` counts the rows
+    of each domain.
     """
     return 1.0 if domains is None else sum(rows.get(name, 0) for name in set(domains)) / total
 
@@ -71,7 +71,7 @@ def work_of(
     view: str,
     domains: Sequence[str] | None = None,
 ) -> FolderWork:
-    """What is missing of the view itself, or of a teacher for ``domains`` that is shown it."""
+    """Return what is missing of the view, or of a teacher for ``domains`` that is shown it."""
     work: list[Shards] = []
     present = 0
     if survey.present is not None:
@@ -91,7 +91,7 @@ def work_of(
 def _missing_shards(
     corpus: Corpus, numbers: Sequence[int], domains: Sequence[str] | None
 ) -> Iterator[Shards]:
-    """Those shards of ``corpus``, together where they have as many rows."""
+    """Yield the given shards of ``corpus``, grouped by number of rows."""
     rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
     chosen = tokens
     if domains is not None:
@@ -110,13 +110,13 @@ def _missing_shards(
 
 
 def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
-    """Targets that the teacher leaves for each token; its view of ``steps`` has been made."""
+    """Return the targets the teacher leaves per token. Its view of ``steps`` must exist."""
     view = shown_view(steps, info.view)
     return sum(_positions(steps, info, view, n) for n in range(len(steps.commits))) / steps.tokens
 
 
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
-    """Positions of one sample shard that get a target in one replica (the mean over them)."""
+    """Count the positions of a sample shard that get a target, averaged over replicas."""
     if info.is_vocabulary:
         each = info.shown.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
@@ -133,7 +133,9 @@ def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard
 
 
 def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
-    """The shares on the texts of ``corpus``, whose view of pairs is made; and the limit."""
+    """Return the shares cut from the texts of ``corpus``, and the limit in tokens. The view of
+    pairs must exist.
+    """
     tokenizer, limit = reading_of(plan, corpus)
     view, chosen = shown_view(corpus, plan.info.view), plan.info.domains
     found = [np.zeros(0, np.int64)]
@@ -153,7 +155,8 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
             if text is not None and (chosen is None or domains[row] in chosen)
         ]
         pairs = second and [second[row] for row in rows]
-        found.append(tokenizer.whole_lengths([first[row] for row in rows], pairs))
+        texts = plan.read_as([first[row] for row in rows])
+        found.append(tokenizer.whole_lengths(texts, pairs))
     one = Counts.of(np.concatenate(found), limit)
     shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))
     return shares if one.cut else None, limit
@@ -165,9 +168,9 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
 def bytes_of(
     work: Iterable[Shards], info: TeacherInfo, positions: float, per_position: float | None = None
 ) -> int:
-    """Bytes of the shards with those targets: what each has without one, and the columns.
+    """Return the bytes of the shards with these targets: a fixed part per shard, and the columns.
 
-    ``per_position``: as measured; by the widths of the columns without it.
+    ``per_position``: as measured; None takes the column widths.
     """
     frames = {rows: bytes_without_positions(info, rows) for rows in {w.rows for w in work}}
     if per_position is None:
@@ -176,7 +179,9 @@ def bytes_of(
 
 
 def bytes_without_positions(info: TeacherInfo, rows: int) -> int:
-    """Bytes of a shard whose rows have no positions; of a sequence expert's, all of them."""
+    """Return the bytes of a shard whose rows have no positions (a sequence expert's entire
+    shard).
+    """
     kind, sink = kind_of(info), pa.BufferOutputStream()
     schema = kind.schema({"shard": 0, "replica": 0})
     nowhere = np.zeros(0, np.int64)

@@ -1,6 +1,6 @@
-"""Hands the units of one work out to actors of a cluster that come and go, until all are done.
+"""Hand out the units of one work to cluster actors that come and go, until all are done.
 
-What a cluster is, is said by ``ray``, an argument: this file imports none.
+``ray`` is an argument that stands for the cluster: this file does not import it.
 """
 
 import logging
@@ -19,24 +19,24 @@ from rekindle.pipeline.processes.units import Result, Unit, Work
 
 log = logging.getLogger("rekindle")
 
-TRIES = 3  # of a unit, each on another node if there is one, before it is given up
-LOADS = 3  # that fail in a row before a node is left out; or the work, where no load succeeded
-UNPLACED = 10  # processes in a row that are lost before they have begun
-LOOK_AGAIN = 1.0  # seconds between two looks at whether the cluster has room
-TELL_AGAIN = 60.0  # seconds between two lines that nothing can run
-_NAMED = {"num_cpus", "num_gpus", "memory"}  # needs that Ray has words of its own for
+TRIES = 3  # tries per unit, each on another node if possible, before giving it up
+LOADS = 3  # failed loads in a row before a node, or work that never loaded anywhere, is given up
+UNPLACED = 10  # processes lost in a row before they have begun
+LOOK_AGAIN = 1.0  # seconds between two checks for room in the cluster
+TELL_AGAIN = 60.0  # seconds between two messages that nothing can run
+_NAMED = {"num_cpus", "num_gpus", "memory"}  # resources for which Ray has keywords
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What an actor answers where its work raised ``error``."""
+    """An actor's answer when its work raised ``error``."""
 
     error: Exception
 
 
 @dataclass(frozen=True)
 class Done:
-    """What an actor answers: a result, and what its code warned of meanwhile."""
+    """An actor's answer: a result, and the warnings of its code meanwhile."""
 
     value: Any
     warnings: tuple[str, ...] = ()
@@ -44,16 +44,16 @@ class Done:
 
 @dataclass(eq=False)
 class _Held(Generic[Unit]):
-    """An actor as it is seen from here."""
+    """An actor as seen from this process."""
 
     handle: Any
-    answer: Any  # what is waited for
-    address: str = ""  # of its machine; none while it has no room
+    answer: Any  # the answer waited for
+    address: str = ""  # of its machine; empty while it has no room
     loaded: bool = False
     blocked: bool = False  # it cannot load; it keeps others from its place
     unit: Unit | None = None
-    asked: float = 0.0  # when, by the clock
-    idle: bool = False  # there was nothing for it: it may be lost since, and nobody has noticed
+    asked: float = 0.0  # clock time of the request
+    idle: bool = False  # there was nothing for it; it may have been lost unnoticed since
 
 
 @dataclass
@@ -61,7 +61,7 @@ class HandingOut(Generic[Unit, Result]):
     """The units of one work, and the actors that do them."""
 
     ray: Any
-    actor: Any  # what ``ray.remote`` makes of the actors' class
+    actor: Any  # the class of the actors after ``ray.remote``
     work: Work[Unit, Result]
     report: Callable[[Unit, Result], None]
     most: int
@@ -72,11 +72,12 @@ class HandingOut(Generic[Unit, Result]):
     given_up: dict[str, Exception] = field(default_factory=dict)
     done: int = 0
     ever_loaded: bool = False
-    unloadable: int = 0  # loads that failed
-    in_a_row: Counter[str] = field(default_factory=Counter)  # the same, by address
-    left_out: dict[str, Exception] = field(default_factory=dict)  # nodes, by address, and why
-    cannot: tuple[str, Exception] | None = None  # the last node that cannot do it, and why
-    unplaced: int = 0  # processes in a row that were lost before they had begun
+    unloadable: int = 0  # failed loads
+    in_a_row: Counter[str] = field(default_factory=Counter)  # failed loads in a row, by address
+    # nodes by address, with the reason
+    left_out: dict[str, Exception] = field(default_factory=dict)
+    cannot: tuple[str, Exception] | None = None  # the last node that cannot do the work, and why
+    unplaced: int = 0  # processes lost in a row before they had begun
     told: set[str] = field(default_factory=set)
     looked: float = float("-inf")
     idle_since: float = field(default_factory=time.monotonic)
@@ -97,17 +98,17 @@ class HandingOut(Generic[Unit, Result]):
 
     @property
     def pending(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether anything is left to do."""
         return bool(self.waiting) or any(actor.unit is not None for actor in self.actors)
 
     def go_on(self) -> None:
-        """Hand out what can be, and wait a while for answers."""
+        """Hand out what is possible, and wait a while for answers."""
         self._grow()
         self._hand_out()
         if self.cannot is not None and self.waiting:  # the others may have gone since
             self._go_on_elsewhere(*self.cannot)
         answers = {actor.answer: actor for actor in self.actors if actor.answer is not None}
-        if not answers:  # the last one is lost: room for another is looked for again
+        if not answers:  # the last one is lost: look for room for another
             time.sleep(LOOK_AGAIN)
             return
         ready, _ = self.ray.wait([*answers], num_returns=1, timeout=LOOK_AGAIN)
@@ -117,15 +118,16 @@ class HandingOut(Generic[Unit, Result]):
         self._tell_waiting()
 
     def close(self) -> None:
-        """Let go of the machines at once; what a unit has not committed is made again."""
+        """Release the machines at once; uncommitted work of a unit is done again later."""
         for actor in self.actors:
             self.ray.kill(actor.handle)
 
     # --- actors ---
 
     def _grow(self) -> None:
-        """Ask for as many actors as the cluster has room for now, and for one more: where a machine
-        comes, or a scheduler that adds machines is asked, it begins there.
+        """Ask for as many actors as the cluster has room for now, plus one.
+
+        The extra one starts when a machine joins, or makes a scheduler add a machine.
         """
         if time.monotonic() - self.looked < LOOK_AGAIN:
             return
@@ -142,7 +144,7 @@ class HandingOut(Generic[Unit, Result]):
             self.actors.append(_Held(handle, handle.where.remote()))
 
     def _room(self, free: Mapping[str, float]) -> int:
-        """How many actors fit into what is ``free``, by Ray's names of resources."""
+        """Return how many actors fit into the ``free`` resources, by Ray's names."""
         names = {"num_cpus": "CPU", "num_gpus": "GPU"}
         asked = {names.get(name, name): amount for name, amount in self.needs.items() if amount}
         return int(min((free.get(name, 0) // amount for name, amount in asked.items()), default=0))
@@ -151,11 +153,11 @@ class HandingOut(Generic[Unit, Result]):
         return [node for node in self.ray.nodes() if node["Alive"]]
 
     def _places(self) -> int:
-        """How many actors the cluster has room for in all."""
+        """Return how many actors the whole cluster has room for."""
         return sum(self._room(node["Resources"]) for node in self._nodes())
 
     def _take(self, actor: _Held[Unit]) -> None:
-        """Take what an actor answers."""
+        """Process an actor's answer."""
         try:
             answer = self.ray.get(actor.answer)
         except self.ray.exceptions.RayError as error:
@@ -169,7 +171,7 @@ class HandingOut(Generic[Unit, Result]):
             self._begun(actor, answer)
         elif actor.unit is not None:
             self._made(actor, answer)
-        else:  # an idle one is there still
+        else:  # an idle one is still there
             actor.idle = False
 
     def _ask(self, actor: _Held[Unit], answer: Any) -> None:
@@ -198,7 +200,7 @@ class HandingOut(Generic[Unit, Result]):
         self.in_a_row[actor.address] = 0
 
     def _cannot_load(self, address: str, error: Exception) -> None:
-        """Go on where the work can be loaded, or may be; raise ``error`` where that is nowhere."""
+        """Continue where the work can still be loaded; raise ``error`` if that is nowhere."""
         self.unloadable += 1
         self.in_a_row[address] += 1
         error = _as_here(error, f"{self.work.name} cannot be loaded on node {address}")
@@ -210,15 +212,15 @@ class HandingOut(Generic[Unit, Result]):
         self._go_on_elsewhere(address, error)
 
     def _leave_out(self, address: str, error: Exception) -> None:
-        """Use a node no more, however often it is met, and say so once."""
+        """Stop using a node, and say so once."""
         if address not in self.left_out:
             self.left_out[address], self.cannot = error, (address, error)
             log.warning("%s. The node is left out from now on", _last_line(error).rstrip("."))
 
     def _go_on_elsewhere(self, address: str, error: Exception) -> None:
-        """Raise ``error``, of the node at ``address``, where no other can do the work."""
+        """Raise ``error`` of the node at ``address`` if no other node can do the work."""
         blocked = sum(actor.blocked for actor in self.actors)
-        full = 0 < self._places() <= blocked  # a cluster without a node waits for one
+        full = 0 < self._places() <= blocked  # a cluster without nodes waits for one
         nodes = [node["NodeID"][:8] for node in self._nodes() if self._room(node["Resources"])]
         none_left = bool(nodes) and all(any(node in one for one in self.left_out) for node in nodes)
         vain = not self.ever_loaded and self.unloadable >= LOADS
@@ -226,7 +228,7 @@ class HandingOut(Generic[Unit, Result]):
             raise error
 
     def _end_late(self) -> None:
-        """End the processes that take longer than the work allows."""
+        """End processes that take longer than the work allows."""
         for actor in [*self.actors]:
             which = "unit" if actor.loaded else "load"
             limit = self.work.within.get(which)
@@ -239,16 +241,16 @@ class HandingOut(Generic[Unit, Result]):
             self._gone(actor, f"{told} (resources.{which}_minutes of the teacher)")
 
     def _gone(self, actor: _Held[Unit], told: str) -> None:
-        """Do what an actor was doing elsewhere."""
+        """Do elsewhere what a lost actor was doing."""
         self.actors.remove(actor)
-        self.ray.kill(actor.handle)  # one that is only out of reach would go on
+        self.ray.kill(actor.handle)  # an actor that is only out of reach would go on
         if actor.unit is not None:
             self._again(actor.unit, actor.address, InputError(told))
-        elif actor.loaded:  # idle: nothing is lost with it, and another is asked for
+        elif actor.loaded:  # idle: nothing is lost, and another is asked for
             return
         elif actor.address:
             self._cannot_load(actor.address, InputError(told))
-        else:  # its place went before it had begun: another is asked for
+        else:  # its place disappeared before it had begun: another is asked for
             self.unplaced += 1
             if self.unplaced >= UNPLACED:
                 raise InputError(
@@ -259,12 +261,12 @@ class HandingOut(Generic[Unit, Result]):
     # --- units ---
 
     def _usable(self) -> list[_Held[Unit]]:
-        """Return the actors that have loaded, or are at it."""
+        """Return the actors that have loaded, or are loading."""
         return [actor for actor in self.actors if actor.address and not actor.blocked]
 
     def _hand_out(self) -> None:
-        """Give each idle actor a unit that has not failed where it is, if there is one; another
-        only where no machine is left for that.
+        """Give each idle actor a unit that has not failed on its machine. Repeat a unit on the same
+        machine only if no other is left for it.
         """
         usable = self._usable()
         for actor in usable:
@@ -273,7 +275,7 @@ class HandingOut(Generic[Unit, Result]):
             unit = next((unit for unit in self.waiting if self._suits(unit, actor, usable)), None)
             if unit is None:
                 actor.idle = True
-            elif actor.idle:  # a lost one must not cost a unit a try
+            elif actor.idle:  # a lost actor must not cost a unit a try
                 self._ask(actor, actor.handle.where.remote())
             else:
                 self.waiting.remove(unit)
@@ -308,11 +310,11 @@ class HandingOut(Generic[Unit, Result]):
             self.waiting.appendleft(unit)
             return
         self.given_up[name] = error
-        if not self.done and len(self.given_up) >= TRIES:  # so will the others
+        if not self.done and len(self.given_up) >= TRIES:  # the others will fail as well
             raise self.of_given_up()
 
     def of_given_up(self) -> Exception:
-        """What is raised for units that were given up."""
+        """Return the error for units that were given up."""
         (first, error), *others = self.given_up.items()
         more = f", and so did {counted(len(others), 'other unit')}" if others else ""
         left = f"{counted(self.done, 'other unit')} are done. {GO_ON}"
@@ -322,7 +324,7 @@ class HandingOut(Generic[Unit, Result]):
     # --- what is said ---
 
     def _tell(self, answer: object) -> None:
-        """Log what an actor warned of, each line once, whichever said it."""
+        """Log what an actor warned of, each line once for all actors."""
         assert isinstance(answer, Done)
         for line in answer.warnings:
             if line not in self.told:
@@ -353,14 +355,14 @@ def _name(unit: object) -> str:
 
 
 def _as_here(error: Exception, told: str) -> Exception:
-    """``error`` as it would be raised in one process, with what was ``told`` of it in front."""
+    """Return ``error`` as one process would raise it, with ``told`` in front."""
     if isinstance(error, RekindleError | OSError):
         return InputError(f"{told}: {error}")
     return RuntimeError(f"{told}:\n{error}")
 
 
 def told_of_nodes(nodes: list[dict[str, Any]]) -> str:
-    """Say what the ``nodes``, as Ray describes them, have in all."""
+    """Describe the total resources of the ``nodes``, given as Ray describes them."""
     found: Counter[str] = Counter()
     for node in nodes:
         found.update({k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")})

@@ -1,7 +1,7 @@
-"""Runs jobs that wait for each other, side by side, each in a process of its own. Knows no model.
+"""Run jobs that depend on each other in parallel, each in its own process. Knows no model.
 
-Unless told otherwise each has one thread: models as small as the demo's do not gain from more, and
-sums are then formed in the same order whatever the number of cores, so that no score depends on it.
+By default each job has one thread: models as small as the demo's gain nothing from more, and sums
+are then added in the same order whatever the number of cores, so no score depends on it.
 """
 
 import logging
@@ -32,15 +32,15 @@ from rekindle.train.interrupts import Interrupted, Stop
 log = logging.getLogger("rekindle")
 
 MOST_WORKERS = 4
-STOP_WITHIN = 60.0  # seconds that jobs have to keep what they have done, when all is interrupted
+STOP_WITHIN = 60.0  # seconds for jobs to save their work after an interrupt
 GO_ON = "To go on after what is finished, run the same command again"
-_Tell = Callable[[ProgressTask], None]  # what a job tells: a call of a method of its task
+_Tell = Callable[[ProgressTask], None]  # what a job reports: a call of a method of its task
 
 
 class Report(ProgressTask):
     """A job's own task, shown by the process that started the job.
 
-    ``send`` takes what is to be done with the task there; by default nobody is told.
+    ``send`` passes on the calls to make on the task there; by default they are dropped.
     """
 
     def __init__(self, send: Callable[[_Tell], None] = lambda tell: None):
@@ -63,7 +63,7 @@ class Report(ProgressTask):
 
 
 class StepReports(Progress):
-    """Reports the tasks whose length is known as the job's own; shows nothing."""
+    """Report the tasks of known length as the job's own; show nothing."""
 
     def __init__(self, report: Report):
         super().__init__()
@@ -71,17 +71,17 @@ class StepReports(Progress):
 
     @contextmanager
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
-        """Give a task that is reported if it has a ``total``."""
+        """Yield a task that is reported if it has a ``total``."""
         yield ProgressTask(name, unit) if total is None else Report(self.report.send)
 
 
 @dataclass(frozen=True)
 class Job:
-    """``function(*arguments, report)``, in a process of its own; both must be picklable.
+    """``function(*arguments, report)``, run in its own process; both must be picklable.
 
-    ``output`` is a path that is there exactly when the job is finished (None: nobody knows, so it
-    is run). ``after`` names the jobs that must be finished before it starts; ``steps`` is how many
-    it reports, None where that is not known.
+    ``output``: a path that exists exactly when the job is finished (None: unknown, so the job
+    runs). ``after``: the names of jobs that must be finished before it starts. ``steps``: the
+    number of steps it reports; None if unknown.
     """
 
     name: str
@@ -99,14 +99,14 @@ def run_jobs(
     places: Sequence[Place] = (),
     keep_going: bool = False,
 ) -> dict[str, object]:
-    """Run those of ``jobs`` whose output is not there, one at each of ``places`` at a time; return
-    what their functions returned, by name.
+    """Run the ``jobs`` whose output is missing, one at each of ``places`` at a time. Return the
+    results of their functions by name.
 
-    Without ``places``: one thread for each, as many at a time as there are cores (or 4). Among
-    those that can start, the first in the list does. What they print or log goes to ``log_file``
-    (None: to stderr). The error of a job (see ``Worker.receive``) is raised and stops the others,
-    as InputError if its process was killed; with ``keep_going`` it is the job's result. An
-    interrupt says what the jobs at work have kept.
+    Without ``places``: one thread each, as many at a time as there are cores (at most 4). Of the
+    jobs that can start, the first in the list starts. Their output and logs go to ``log_file``
+    (None: stderr). An error of a job (see ``Worker.receive``) is raised and stops the others, as
+    InputError if its process was killed; with ``keep_going`` the error is the job's result. An
+    interrupt reports what the running jobs have kept.
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
     running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
@@ -126,7 +126,7 @@ def run_jobs(
                 job, task, shown = running[worker]
                 try:
                     message = worker.receive()
-                except Interrupted as error:  # it alone was told to end: so is the whole then
+                except Interrupted as error:  # only this job was told to end, so everything ends
                     del running[worker]
                     raise Interrupted(f"; {job.name}: interrupted{error.told}") from None
                 except Exception as error:
@@ -141,7 +141,7 @@ def run_jobs(
                         cast(_Tell, message)(task)
                         continue
                     results[job.name] = message.value
-                    if not task.done:  # a job that is one piece needs not say that it is done
+                    if not task.done:  # a job of a single piece need not report that it is done
                         task.advance()
                     shown.close()
                 del running[worker]
@@ -152,7 +152,9 @@ def run_jobs(
 def run_counted(
     jobs: Sequence[Job], log_file: Path, progress: Progress, places: Sequence[Place] = ()
 ) -> None:
-    """``run_jobs`` for jobs that all have an output: an interrupt says how many are finished."""
+    """Run ``run_jobs`` for jobs that all have an output; an interrupt says how many are
+    finished.
+    """
     try:
         run_jobs(jobs, log_file, progress, places)
     except Interrupted as error:
@@ -163,15 +165,15 @@ def run_counted(
 
 @contextmanager
 def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) -> Iterator[None]:
-    """An interrupt is sent on: each job that is ``running`` keeps what it has done, as far as it
-    can within STOP_WITHIN seconds, and that is told. Another interrupt ends all at once.
+    """Pass an interrupt on: each of the ``running`` jobs saves what it has done, as far as it can
+    within STOP_WITHIN seconds, and this is reported. A second interrupt ends everything at once.
     """
     with Stop.heard(at_once=True) as stop:
         stop.listen()
         try:
             yield
         except KeyboardInterrupt as error:
-            stop.told()  # a job may have been, by a signal to all, before this process was
+            stop.told()  # a signal to all may have reached a job before this process
             names = {worker: job.name for worker, (job, *_) in running.items()}
             if names:
                 log.info(
@@ -187,22 +189,22 @@ def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) 
 
 
 def _kept_by(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
-    """Yield, of each of the ``workers`` that ends in time, its name and what it kept."""
+    """Yield the name of each worker that ends in time, and what it kept."""
     until, left = time.monotonic() + STOP_WITHIN, dict(workers)
     while left and (seconds := until - time.monotonic()) > 0:
         for worker in Worker.with_messages(left, seconds):
             try:
                 if not isinstance(worker.receive(), Returned):
-                    continue  # of its progress
+                    continue  # a progress report
                 yield left[worker], "finished"
             except Interrupted as error:
                 yield left[worker], f"interrupted{error.told}" if error.kept else ""
-            except Exception as error:  # it failed, or what it said was cut in two
+            except Exception as error:  # it failed, or its message was cut off
                 log.warning("%s: %s", left[worker], error)
             del left[worker]
 
 
 def _do(job: Job, parent: Connection) -> object:
-    """Do a job, in the process that is for it."""
+    """Do a job in its own process."""
     log_to_stderr(logging.INFO, lead=f"{job.name}: ")
     return job.function(*job.arguments, Report(parent.send))

@@ -1,8 +1,8 @@
-"""Does the units of one work on a Ray cluster. The one file that imports ray.
+"""Do the units of one work on a Ray cluster. The only file that imports ray.
 
-Each actor loads the work's large object once and does a unit at a time. Actors come and go with the
-cluster: what an actor that is lost was doing is done by another. Results are small (what a unit
-makes lies in the cache), and the process that was started here alone hands units out.
+Each actor loads the work's large object once and does one unit at a time. Actors come and go with
+the cluster; another actor takes over the unit of a lost one. Results are small (what a unit makes
+is in the cache), and only the process started here hands out units.
 """
 
 import logging
@@ -33,14 +33,14 @@ from rekindle.pipeline.processes.units import Load, OnThisMachine, Result, Unit,
 log = logging.getLogger("rekindle")
 
 ANSWERS_WITHIN = 10.0  # seconds
-BESIDE = 4  # units that are out beyond two for each actor, where results are given in order
+BESIDE = 4  # units in progress beyond two per actor, if results are given in order
 
 
 # --- on the cluster's nodes -----------------------------------------------------------------------
 
 
 class _Kept(logging.Handler):
-    """Keeps the warnings of this process, for the process that is looked at."""
+    """Keep the warnings of this process for the process the user looks at."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -63,7 +63,7 @@ class _Actor:
         self.do: Callable[[Any], Any] | None = None
 
     def where(self) -> tuple[str, dict[str, str]]:
-        """The node, and what it runs."""
+        """Return the node, and the versions it runs."""
         import ray
 
         node = ray.get_runtime_context().get_node_id()
@@ -83,14 +83,14 @@ class _Actor:
         import torch
 
         try:
-            os.chdir(folder)  # relative paths of the run file are from there
+            os.chdir(folder)  # relative paths in the run file start there
         except OSError as error:
             raise InputError(
                 f"the folder of this command, {folder}, cannot be entered there "
                 f"({error.strerror}): every node must see the same files under the same names"
             ) from None
         torch.set_num_threads(threads)
-        os.environ["RAYON_NUM_THREADS"] = str(threads)  # those of tokenizers
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # the threads of tokenizers
         self.do = load()
 
     def make(self, unit: Any) -> object:
@@ -104,7 +104,7 @@ class _Actor:
             return Done(work(), self.kept.taken())
         except (RekindleError, OSError) as error:
             return Failed(error)
-        except Exception:  # its class may not exist where it is received
+        except Exception:  # its class may be unknown where it is received
             return Failed(RuntimeError(traceback.format_exc()))
 
 
@@ -113,11 +113,10 @@ class _Actor:
 
 @contextmanager
 def on_ray(address: str | None, actors: int | None) -> Iterator["OnRay"]:
-    """Join the cluster at ``address`` (None: the one that RAY_ADDRESS names, or that runs on this
-    machine; or else a new one of this machine alone), for at most so many ``actors`` (None: as many
-    as there is room for).
+    """Join the cluster at ``address`` for at most ``actors`` actors (None: as many as fit).
 
-    Raises InputError without ray, or where there is no cluster.
+    Without an address: the cluster of RAY_ADDRESS or one running on this machine, else a new one of
+    this machine alone. Raise InputError without ray, or if there is no cluster.
     """
     try:
         import ray
@@ -150,7 +149,7 @@ def on_ray(address: str | None, actors: int | None) -> Iterator["OnRay"]:
 
 
 def _check_answers(address: str | None) -> None:
-    """OSError where nothing listens at ``host:port``: Ray itself tries on for minutes."""
+    """Raise OSError if nothing listens at ``host:port``; Ray itself would retry for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         place = host.removeprefix("[").removesuffix("]"), int(port)  # [::1]:6379
@@ -167,8 +166,8 @@ class OnRay:
     actors: int | None
 
     def run(self, work: Work[Unit, Result], report: Callable[[Result], None]) -> None:
-        """As for any ``Executor``. A unit that fails is tried elsewhere; one that fails TRIES times
-        ends the work, with its name, once all others are done.
+        """As for any ``Executor``. A failed unit is retried elsewhere; one that fails TRIES times
+        ends the work with an error that names it, after all other units are done.
         """
         if not work.units:
             OnThisMachine().run(work, report)
@@ -185,8 +184,8 @@ class OnRay:
     def in_order(
         self, name: str, load: Load[Unit, Result], units: Iterable[Unit]
     ) -> Generator[Result, None, None]:
-        """As for any ``Executor``. A unit is tried again as by ``run``; one that fails TRIES times
-        ends the work at once. What is one unit alone is done here.
+        """As for any ``Executor``. Units are retried as by ``run``; one that fails TRIES times ends
+        the work at once. A single unit is done here.
         """
         following = iter(units)
         first = list(islice(following, 2))
@@ -212,7 +211,7 @@ class OnRay:
                 if not handing_out.pending:
                     return
                 handing_out.go_on()
-                if handing_out.given_up:  # those after it would wait for it
+                if handing_out.given_up:  # later units would wait for it
                     raise handing_out.of_given_up()
                 while given in results:
                     yield results.pop(given)
@@ -223,19 +222,19 @@ class OnRay:
 
 @dataclass(frozen=True, eq=False)
 class _Numbered(Generic[Unit]):
-    """A unit, and its place among all."""
+    """A unit and its index."""
 
     number: int
     unit: Unit
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return str(self.number)
 
 
 class _Each(Generic[Unit, Result]):
-    """Does numbered units."""
+    """Do numbered units."""
 
     def __init__(self, load: Load[Unit, Result]):
         self._do = load()

@@ -1,4 +1,4 @@
-"""Whether another machine runs what this process runs: what decides the bytes that they make."""
+"""Compare what another machine runs with this process, as far as it decides the bytes they make."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rekindle.data.errors import InputError
 
-_DECIDE_TARGETS = ("torch", "transformers", "tokenizers")  # whose version moves last bits
+_DECIDE_TARGETS = ("torch", "transformers", "tokenizers")  # whose versions change the last bits
 
 
 @cache
 def running_code() -> dict[str, str]:
-    """What decides the bytes that this process makes: this package's code, and versions."""
+    """Return what decides the bytes this process makes: this package's code, and versions."""
     root = Path(__file__).resolve().parents[2]
     found = hashlib.sha256()
     for folder in ("data", "kernels", "pipeline", "train"):
@@ -23,24 +23,24 @@ def running_code() -> dict[str, str]:
 
 
 def unlike(address: str, there: Mapping[str, str], here: Mapping[str, str]) -> InputError | None:
-    """Say what forbids to make targets on the node: other code of ours, or another version of what
-    cuts text into tokens.
+    """Return an error if the node must not make targets: it has other code of ours, or another
+    version of the tokenizers package.
     """
     if there["rekindle"] != here["rekindle"]:
         return InputError(
-            f"node {address} has other code of rekindle than this process: targets of two "
-            "versions would stand in one cache. Install the same on every node"
+            f"node {address} has other code of rekindle than this process: one cache would hold "
+            "targets of two versions. Install the same on every node"
         )
     if there["tokenizers"] != here["tokenizers"]:
         return InputError(
             f"node {address} has tokenizers {there['tokenizers']}, this process "
-            f"{here['tokenizers']}: the same text may be other tokens there. Install the same "
+            f"{here['tokenizers']}: the same text may give other tokens there. Install the same "
             "on every node"
         )
     return None
 
 
 def other_versions(address: str, there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-    """Say which other versions the node has of what moves last bits alone."""
+    """Name the packages whose versions differ on the node but change only the last bits."""
     other = [f"{k} {v} (here {here[k]})" for k, v in there.items() if here[k] != v]
     return f"node {address} has {', '.join(other)}: last bits may differ" if other else None

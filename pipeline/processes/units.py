@@ -1,6 +1,6 @@
-"""Does the units of one work, each once: in this process, or in several of this machine.
+"""Do the units of one work, each once, in this process or in several on this machine.
 
-On a cluster: ``on_ray``. Knows no model.
+For a cluster see ``on_ray``. Knows no model.
 """
 
 import logging
@@ -32,24 +32,24 @@ from rekindle.train.interrupts import Interrupted
 
 log = logging.getLogger("rekindle")
 
-AT_HAND = 2  # units of a process that does them in order: it waits for nobody
-WARM_UP, IN_THREADS = 512, 768  # of 64 kB of text: some 20 and 30 seconds of two cores
+AT_HAND = 2  # units per process when done in order, so that it never waits
+WARM_UP, IN_THREADS = 512, 768  # units of 64 kB of text: about 20 and 30 seconds on two cores
 
-BEGUN = 3  # units that are begun, or being written, before one is through
+BEGUN = 3  # units in progress or being written before one is finished
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
-# Makes the large object that all units need, a function of a unit: each process does it once.
+# Makes the large object that all units need, a function of a unit. Each process does it once.
 Load = Callable[[], Callable[[Unit], Result]]
 
 
 @runtime_checkable
 class Several(Protocol):
-    """What does units and may begin one before the last is through."""
+    """A function of units that may begin one before the last is finished."""
 
     def several(self, units: Iterable[Any]) -> Iterator[Any]:
-        """Do units; give a result of each, in their order. At most BEGUN are taken of which none
-        has been given.
+        """Do units and yield their results in order. At most BEGUN units are taken before a result
+        is given.
         """
         ...
 
@@ -58,9 +58,9 @@ class Several(Protocol):
 class Work(Generic[Unit, Result]):
     """Units that need one large object.
 
-    ``name`` stands in messages; ``load`` and the units must be picklable. ``needs``: what a process
-    takes of a cluster's machine, by Ray's names (``num_gpus``). ``within``: the seconds after which
-    a process that is at a ``load`` or a ``unit`` there is ended; none is where none are given.
+    ``name`` appears in messages; ``load`` and the units must be picklable. ``needs``: resources per
+    process on a cluster, by Ray's names (``num_gpus``). ``within``: seconds after which a process
+    is ended during a ``load`` or a ``unit``; without an entry, never.
     """
 
     name: str
@@ -71,38 +71,40 @@ class Work(Generic[Unit, Result]):
 
 
 class Executor(Protocol):
-    """Does works one after another. ``elsewhere``: on machines that may see other files."""
+    """Does one work after another. ``elsewhere``: on machines that may see other files."""
 
     elsewhere: ClassVar[bool]
 
     def run(self, work: Work[Unit, Result], report: Callable[[Result], None]) -> None:
         """Do the units of ``work``; ``report`` takes each result as it comes.
 
-        Raises the error of a unit or of ``work.load``, KeyboardInterrupt when told to end.
+        Raise the error of a unit or of ``work.load``, and KeyboardInterrupt when told to end.
         """
         ...
 
     def in_order(
         self, name: str, load: Load[Unit, Result], units: Iterable[Unit]
     ) -> Generator[Result, None, None]:
-        """Do ``units`` of what needs no device, side by side; give the results in their order.
+        """Do ``units`` that need no device in parallel; yield the results in their order.
 
-        For ``InOrder`` of ``data``, which says what holds. Raises as ``run`` does.
+        For ``InOrder`` of ``data``, which states the rules. Raise as ``run`` does.
         """
         ...
 
 
 @dataclass(frozen=True)
 class OnThisMachine:
-    """In this process, or in so many others; they share the CUDA devices."""
+    """In this process, or in several others that share the CUDA devices."""
 
     elsewhere: ClassVar[bool] = False
 
     processes: int = 1
-    for_text: int = 1  # processes for a long work in order, where ``processes`` is 1
+    for_text: int = 1  # processes for a long work in order, if ``processes`` is 1
 
     def run(self, work: Work[Unit, Result], report: Callable[[Result], None]) -> None:
-        """As for any ``Executor``; an error ends all. Raises InputError if a process was killed."""
+        """As for any ``Executor``; an error ends everything. Raise InputError if a process was
+        killed.
+        """
         if self.processes == 1 or not work.units:
             do = work.load()
             for result in _each(do, work.units):
@@ -113,9 +115,10 @@ class OnThisMachine:
     def in_order(
         self, name: str, load: Load[Unit, Result], units: Iterable[Unit]
     ) -> Generator[Result, None, None]:
-        """As for any ``Executor``: in threads of this process, or in so many others. These are not
-        begun for fewer units than there would be processes; nor ``for_text`` ones before so many
-        units are done that what they import is soon made up for.
+        """As for any ``Executor``: in threads of this process, or in several others.
+
+        Processes are not started for fewer units than processes; ``for_text`` processes start only
+        after enough units that their imports will pay off.
         """
         following = iter(units)
         processes = self.processes
@@ -133,7 +136,7 @@ class OnThisMachine:
 
 
 def _with_warm_up(units: Iterable[Unit]) -> Iterator[Unit]:
-    """``units``, at WARM_UP of which other processes begin to be made ready."""
+    """Yield ``units``; after WARM_UP of them, begin to prepare other processes."""
     for number, unit in enumerate(units):
         if number == WARM_UP:
             warm_up()
@@ -149,14 +152,14 @@ def run_units(
 ) -> None:
     """Do ``units`` in a process at each of ``places``; ``report`` takes each result as it comes.
 
-    An error of a unit, or of ``load``, ends all (see ``Worker.receive``). Raises InputError if a
-    process was killed.
+    An error of a unit, or of ``load``, ends everything (see ``Worker.receive``). Raise InputError
+    if a process was killed.
     """
     waiting, workers = deque(units), list[Worker]()
     with killed_at_exit(workers):
         for place in places[: len(units)]:
             workers.append(Worker(name, partial(_do_each, load), place))
-        # In turns, so that few units are shared out; None where there are no more of them.
+        # In turns, so that few units are spread evenly; None when no more are left.
         for number in range(BEGUN):
             for worker in workers:
                 if number < _held(worker.place):
@@ -175,8 +178,8 @@ def run_units(
 
 
 def _ended(name: str, error: Interrupted | WorkerKilled) -> BaseException:
-    """What is raised where a process was told to end, or was killed."""
-    if isinstance(error, Interrupted):  # what was made is for the caller to tell
+    """Return the error for a process that was told to end, or was killed."""
+    if isinstance(error, Interrupted):  # the caller reports what was made
         return KeyboardInterrupt()
     return InputError(f"{name}: {error}. {GO_ON}, with fewer --workers if need be")
 
@@ -184,14 +187,14 @@ def _ended(name: str, error: Interrupted | WorkerKilled) -> BaseException:
 def units_in_order(
     name: str, load: Load[Unit, Result], units: Iterable[Unit], places: Sequence[Place]
 ) -> Generator[Result, None, None]:
-    """Do ``units`` in a process at each of ``places``; give the results in the order of the units.
+    """Do ``units`` in a process at each of ``places``; yield the results in the order of the units.
 
-    Raises as ``run_units`` does.
+    Raise as ``run_units`` does.
     """
     workers, free = list[Worker](), SimpleQueue[_Asked]()
 
     def do(unit: Unit) -> Result:
-        """Have a process do it; a thread for each unit at hand waits for its answer."""
+        """Have a process do it; one thread per unit in progress waits for its answer."""
         asked = free.get()
         try:
             with asked.in_turn(unit):
@@ -204,7 +207,8 @@ def units_in_order(
     with killed_at_exit(workers):
         for place in places:
             workers.append(Worker(name, partial(_do_units, load), place))
-        for asked in AT_HAND * [_Asked(worker) for worker in workers]:  # few units go to all
+        # few units are spread over all
+        for asked in AT_HAND * [_Asked(worker) for worker in workers]:
             free.put(asked)
         with closing(in_threads(lambda: do, units, AT_HAND * len(workers))) as results:
             yield from results
@@ -215,7 +219,7 @@ def units_in_order(
 
 
 class _Asked:
-    """A process that has the next unit at hand while it does one; it answers in their order."""
+    """A process that already holds the next unit while it does one; it answers in order."""
 
     def __init__(self, worker: Worker):
         self.worker, self._sending, self._answered = worker, Lock(), Event()
@@ -223,7 +227,7 @@ class _Asked:
 
     @contextmanager
     def in_turn(self, unit: object) -> Iterator[None]:
-        """Send a unit, and wait until its answer is the next one."""
+        """Send a unit, and wait until its answer comes next."""
         mine = Event()
         with self._sending:
             self.worker.send(unit)
@@ -236,7 +240,7 @@ class _Asked:
 
 
 def _held(place: Place) -> int:
-    """How many units a process has at hand: on a device it begins some before one is through."""
+    """Return how many units a process holds; on a device it begins some before one is finished."""
     return 1 if place.device is None else BEGUN
 
 
@@ -246,13 +250,13 @@ def _each(do: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Resul
 
 
 def _do_each(load: Load[Unit, Result], parent: Connection) -> None:
-    """What each process of ``run_units`` does: all that the parent sends, until that is None."""
+    """Run in each process of ``run_units``: do what the parent sends, until it sends None."""
     for result in _each(load(), iter(parent.recv, None)):
         parent.send(result)
 
 
 def _do_units(load: Load[Unit, Result], parent: Connection) -> None:
-    """What each process of ``units_in_order`` does: a unit at a time, until there are no more."""
+    """Run in each process of ``units_in_order``: one unit at a time, until there are no more."""
     do = load()
     while (unit := parent.recv()) is not None:
         parent.send(do(unit))

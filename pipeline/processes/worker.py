@@ -1,7 +1,7 @@
 """A child process: where it works, how it begins, fails and ends. Knows nothing of its work.
 
-Children are forked from a server, a process of its own that has seen neither CUDA nor this
-process's threads. A fork of this process would inherit both, and could use neither.
+Children are forked from a server, a separate process without CUDA and without this process's
+threads. A fork of this process would inherit both, and could use neither.
 """
 
 import atexit
@@ -24,40 +24,40 @@ from rekindle.pipeline.console import log_to_stderr
 from rekindle.pipeline.exits import tidy_up
 from rekindle.train.interrupts import Interrupted, obey_sigterm
 
-# What children import, seconds of work. For CPUs the server does it once; for a CUDA device each
-# child does it for itself, as its device has to be chosen before anything can look at one.
+# What children import, which takes seconds. For CPUs the server imports it once; for a CUDA device
+# each child imports it itself, because its device must be chosen first.
 _PRELOADED = [
     "rekindle.pipeline.caching.cache_teachers",
     "rekindle.pipeline.train_student",
     "torch.utils.tensorboard",
     "transformers.models.bert.modeling_bert",
 ]
-_FINE_TUNING = "rekindle.train.finetune.run"  # a third as much again
+_FINE_TUNING = "rekindle.train.finetune.run"  # takes a third as long again
 
 if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
-    # This is the server. To take down all that it imported would keep it for seconds after its
-    # parent's end, and with it the terminal or pipe that both write to.
+    # This is the server. Tearing down all its imports would keep it alive for seconds after its
+    # parent, holding the terminal or pipe that both write to.
     atexit.register(os._exit, 0)
 
 Work = Callable[[Connection], object]  # what a child does, given its connection to the parent
 
 
 class WorkerKilled(InputError):
-    """A child was killed: mostly by the system, for want of memory, so fewer workers may help."""
+    """A child was killed, mostly by the system for lack of memory; fewer workers may help."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One process's: its CUDA device as CUDA_VISIBLE_DEVICES names it (None: the CPU)."""
+    """Where a process works: its CUDA device as in CUDA_VISIBLE_DEVICES (None: the CPU)."""
 
     device: str | None
     threads: int
 
     def take(self) -> None:
-        """Make this process work here; before it looks at any device."""
+        """Make this process work here. Call it before anything looks at a device."""
         if self.device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.device
-        os.environ["RAYON_NUM_THREADS"] = str(self.threads)  # those of tokenizers
+        os.environ["RAYON_NUM_THREADS"] = str(self.threads)  # the threads of tokenizers
         import torch
 
         torch.set_num_threads(self.threads)
@@ -73,9 +73,9 @@ class Returned:
 class Worker:
     """A child process that does ``work``, a picklable function, at ``place``.
 
-    It leaves Ctrl-C to its parent, which may tell it to end with SIGTERM; it ends when its parent
-    does, and writes what it prints or logs to ``log_file`` (None: where its parent does). ``name``
-    stands in error messages.
+    It leaves Ctrl-C to its parent, which may tell it to end with SIGTERM. It ends when its parent
+    does. Its output and logs go to ``log_file`` (None: where its parent's go). ``name`` appears in
+    error messages.
     """
 
     def __init__(self, name: str, work: Work, place: Place, log_file: Path | None = None):
@@ -90,22 +90,22 @@ class Worker:
         theirs.close()
 
     def send(self, message: object) -> None:
-        """Hand ``message`` to the work. If the child was killed, ``receive`` says so."""
+        """Send ``message`` to the work. If the child was killed, ``receive`` says so."""
         with suppress(BrokenPipeError):
             self._connection.send(message)
 
     def receive(self) -> object:
         """Wait for the next message and return it; ``Returned`` is the last one.
 
-        Raises the RekindleError or OSError that ended the work, any other error as RuntimeError
-        with the child's traceback, Interrupted if it was told to end, and WorkerKilled if the
-        process was killed.
+        Raise the RekindleError or OSError that ended the work, any other error as RuntimeError with
+        the child's traceback, Interrupted if it was told to end, and WorkerKilled if the process
+        was killed.
         """
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            if self._process.exitcode == -signal.SIGTERM:  # it had not begun to listen
+            if self._process.exitcode == -signal.SIGTERM:  # it was not listening yet
                 raise Interrupted("", kept=False) from None
             raise WorkerKilled(
                 f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
@@ -118,11 +118,11 @@ class Worker:
         return message
 
     def tell_to_end(self) -> None:
-        """Have the work end as soon as what it has done is kept; ``receive`` then says so."""
+        """Have the work end as soon as its results are saved; ``receive`` then says so."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process at once, whatever it is doing."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -131,8 +131,8 @@ class Worker:
     def with_messages(
         workers: Collection["Worker"], seconds: float | None = None
     ) -> list["Worker"]:
-        """Wait until some of ``workers`` have something to receive, and return those: none if the
-        ``seconds`` are over before.
+        """Wait until some of ``workers`` have something to receive, and return those; none after
+        ``seconds``.
         """
         ready = connection.wait([worker._connection for worker in workers], seconds)
         return [worker for worker in workers if worker._connection in ready]
@@ -142,7 +142,7 @@ class Worker:
 def killed_at_exit(workers: Collection[Worker]) -> Iterator[None]:
     """Kill ``workers`` when the block ends, for instance by Ctrl-C.
 
-    Nothing is waited for: what a worker has not finished is made again.
+    Nothing is waited for: what a worker has not finished is done again later.
     """
     try:
         yield
@@ -152,14 +152,14 @@ def killed_at_exit(workers: Collection[Worker]) -> Iterator[None]:
 
 
 def warm_up() -> None:
-    """Begin to import what children on CPUs need, in the background; for fine-tuning as well."""
+    """Begin to import what children on CPUs (and fine-tuning) need, in the background."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_PRELOADED, _FINE_TUNING])
     forkserver.ensure_running()
 
 
 def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Path | None) -> None:
-    """The life of a child."""
+    """Run the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     obey_sigterm()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -177,13 +177,15 @@ def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Pat
         last = error if isinstance(error, Interrupted) else Interrupted("", kept=False)
     except Exception:
         last = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end itself takes no time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending itself takes no time
     parent.send(last)
-    tidy_up()  # and return: multiprocessing still gives back the semaphores that libraries took
+    tidy_up()  # and return: multiprocessing still releases semaphores that libraries took
 
 
 def _end_with_parent() -> None:
-    """A child left behind must not go on writing where the same command, run again, writes."""
+    """End this child with its parent. An orphan must not go on writing where the same command, run
+    again, writes.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -194,7 +196,7 @@ def _end_with_parent() -> None:
 
 
 def visible_devices() -> list[str]:
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the CUDA devices this process may use, as named in CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()
@@ -203,7 +205,7 @@ def visible_devices() -> list[str]:
 
 
 def places_for(workers: int) -> list[Place]:
-    """A place for each worker: they share the devices in turn, and all the threads of one."""
+    """Return a place for each worker: they take devices in turn, and share the threads equally."""
     import torch
 
     threads = max(1, torch.get_num_threads() // workers)

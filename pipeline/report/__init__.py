@@ -1,1 +1,1 @@
-"""The parts of every report page: tables, pictures, intervals and the HTML around them."""
+"""Parts of every report page: tables, pictures, intervals and the HTML around them."""

@@ -1,4 +1,4 @@
-"""The page's facts of caches: what they hold and how large it is, where they can still be read."""
+"""What the report page says of caches: their content, their size, and whether they can be read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from rekindle.pipeline.report.page import Block, Facts, Note, Section
 from rekindle.pipeline.report.table import NOTHING, Table, formatted, table_of
 
 NOTE = (
-    "A sequence is a piece of text that a model reads at once. A target is what a teacher said of "
-    "a masked token, or, as a task's expert, of a sequence; the tail is the probability of all "
-    "that is not kept. Bytes/token: for each token of the text, of all its maskings together. "
-    "Ms/sequence: of caching, for each sequence that the teacher was run on "
-    f"({NOTHING}: not recorded)."
+    "A sequence is a piece of text that a model reads at once. A target is a teacher's output "
+    "for a masked token or, from a task expert, for a sequence; the tail is the probability of "
+    "everything that is not kept. Bytes/token: per token of text, all maskings together. "
+    f"Ms/sequence: caching time per sequence that the teacher was run on ({NOTHING}: not "
+    "recorded)."
 )
 
 
@@ -21,7 +21,7 @@ NOTE = (
 class TeacherFacts:
     """One cached teacher; ``positions`` are masked tokens, or sequences for a task expert.
 
-    ``seconds_per_view``: recorded seconds of stage 1 for each sequence (of each masked replica).
+    ``seconds_per_view``: recorded seconds of stage 1 per sequence (of each masked replica).
     """
 
     name: str
@@ -34,7 +34,7 @@ class TeacherFacts:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a cache holds; ``documents`` are the texts that its sequences are of."""
+    """What a cache holds; ``documents`` are the texts its sequences come from."""
 
     sequences: int
     tokens: int
@@ -56,14 +56,15 @@ def _facts_of(cache: Cache) -> CacheFacts:
     return CacheFacts(len(cache), tokens, size, teachers, documents)
 
 
-# --- caches that runs speak of --------------------------------------------------------------------
+# --- caches that runs refer to
+# ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class KnownCache:
-    """The cache at a path that runs name: its facts, or ``problem``, why there are none.
+    """The cache at a path that runs name: its facts, or the ``problem`` that hides them.
 
-    ``changed`` says what is not as it was when the runs read it.
+    ``changed`` lists what differs from the time the runs read it.
     """
 
     path: str
@@ -73,8 +74,8 @@ class KnownCache:
 
 
 def find_cache(path: str, corpus: str, teachers: Mapping[str, str]) -> KnownCache:
-    """The cache at ``path`` as far as it can be read, held against the fingerprints of the
-    ``corpus`` and of the ``teachers``' weights that runs have recorded. Never raises.
+    """Read the cache at ``path`` as far as possible and compare its fingerprints with those that
+    runs have recorded for ``corpus`` and the ``teachers``' weights. Never raises.
     """
     try:
         cache = Cache.open(path)
@@ -84,15 +85,15 @@ def find_cache(path: str, corpus: str, teachers: Mapping[str, str]) -> KnownCach
             reader = cache.teachers.get(name)
             if reader is None or reader.fingerprint != weights:
                 changed.append(f"teacher {name}")
-    # The page is of runs that are done: whatever keeps their cache from being read (it was moved,
-    # a bucket that needs credentials or a package, damage) is told, and the rest is shown.
+    # The page is about finished runs: whatever keeps their cache from being read (moved, a bucket
+    # that needs credentials or a package, damage) is reported, and the rest is shown.
     except Exception as error:
         return KnownCache(path, problem=str(error) or type(error).__name__)
     return KnownCache(path, facts, changed=changed)
 
 
 def cache_section(caches: Sequence[KnownCache]) -> Section:
-    """What each cache holds, or why that cannot be said."""
+    """Return what each cache holds, or why that is unknown."""
     blocks = [block for cache in caches for block in _blocks(cache)]
     return Section("The cache" if len(caches) < 2 else "The caches", blocks)
 
@@ -110,14 +111,17 @@ def _blocks(cache: KnownCache) -> Iterator[Block]:
     }
     yield Facts(list(about.items()))
     if changed := ", ".join(cache.changed):
-        told = f"Not as the runs have read it: {changed}. What follows is what is there now."
+        told = (
+            f"Changed since the runs read it: {changed}. The following describes the cache as "
+            "it is now."
+        )
         yield Note(told, warns=True)
     if facts.teachers:
         yield teacher_table(facts.teachers, note=NOTE)
 
 
 def teacher_table(teachers: Sequence[TeacherFacts], title: str = "", note: str = "") -> Table:
-    """A line for each teacher: what is kept, how large it is, how long it took."""
+    """Return a row for each teacher: what is kept, how large it is, how long it took."""
     head = ["teacher", "kept for each target", "targets"]
     head += ["bytes", "bytes/target", "bytes/token", "ms/sequence"]
     rows = [

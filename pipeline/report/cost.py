@@ -1,7 +1,8 @@
-"""What students cost with cached and with live teachers: arithmetic, and the page's section on it.
+"""The cost of students with cached and with live teachers: arithmetic, and the page's section.
 
-A cache pays its teachers once and every student for itself; live teachers are run beside every
-student. Nothing is guessed: a cost that was not recorded is unknown, and so is every sum with it.
+With a cache, the teachers run once and each student costs only its own run; live teachers run
+beside every student. Nothing is guessed: a cost that was not recorded is unknown, and so is every
+sum with it.
 """
 
 import math
@@ -16,22 +17,23 @@ from rekindle.pipeline.report.svg import INK, few_ticks, line_style, plottable
 from rekindle.pipeline.report.table import formatted, table_of
 
 ESTIMATED = (
-    "Live teachers, run beside the student without a cache, were not run: their cost is estimated, "
-    "as the recorded seconds of caching for each sequence that a teacher was run on, times the "
-    "sequences of the steps at which the run learnt from it. That leaves out that a student's "
-    "batches are shuffled, not sorted by length as in caching, that teachers and student then "
-    "share one memory, and the loading of teachers; it counts the encoding of what they say, which "
-    "live teachers would not need."
+    "Live teachers, run beside the student without a cache, were not run: their cost is an "
+    "estimate, the recorded seconds of caching per sequence times the sequences of the steps at "
+    "which the run learnt from the teacher. The estimate ignores that a student's batches are "
+    "shuffled, not sorted by length as in caching, that teachers and student then share one "
+    "memory, and the loading of teachers; it includes encoding the targets, which live teachers "
+    "would not need."
 )
-UNKNOWN = "unknown"  # in a cell: it was not recorded
+UNKNOWN = "unknown"  # shown in a cell: it was not recorded
 _UNITS = (("hours", 3600.0, 3.0), ("minutes", 60.0, 10.0), ("seconds", 1.0, 0.0))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: each teacher over the corpus once; those in use live in one run; the run itself.
+    """Seconds: each teacher over the corpus once; the teachers in use live in one run; the run
+    itself.
 
-    ``used`` names the teachers that the run learns from: the comparison is about them alone.
+    ``used`` names the teachers the run learns from; only they are compared.
     """
 
     teachers: dict[str, float]
@@ -41,27 +43,29 @@ class Cost:
 
     @property
     def once(self) -> float:
-        """To cache the teachers in use."""
+        """Seconds to cache the teachers in use."""
         return sum(self.teachers[name] for name in self.used)
 
     @property
     def pays_after(self) -> int | None:
-        """With so many runs the cache is no dearer than live teachers; None if it never is."""
+        """Number of runs from which on the cache costs no more than live teachers; None if
+        never.
+        """
         return max(1, math.ceil(self.once / self.live)) if self.live > 0 else None
 
     def cached(self, runs: int) -> float:
-        """Of ``runs`` students from one cache."""
+        """Return the seconds for ``runs`` students from one cache."""
         return self.once + runs * self.run
 
     def with_live_teachers(self, runs: int) -> float:
-        """Of as many students, with every teacher run beside each."""
+        """Return the seconds for ``runs`` students with every teacher run beside each."""
         return runs * (self.run + self.live)
 
 
 @dataclass(frozen=True)
 class StudentCost:
-    """A run: its own seconds, the teachers it learns from, and what they would take live beside it;
-    None where that is unknown, 0 where there are none.
+    """A run: its own seconds, the teachers it learns from, and the seconds these would take live
+    beside it. None: unknown; 0: no teachers.
     """
 
     name: str
@@ -73,8 +77,8 @@ class StudentCost:
 def typical_cost(
     teachers: Mapping[str, float | None], students: Sequence[StudentCost]
 ) -> tuple[Cost | None, str]:
-    """Of any number of students that are, on average, like those of them that are taught and of
-    known cost; and a sentence that names them and the others. None where there are none.
+    """Return the average cost of the students that have a teacher and recorded timings, and a
+    sentence naming those included and left out. The cost is None if there are no such students.
     """
     taught = [one for one in students if one.teachers]
     if not taught:
@@ -85,7 +89,7 @@ def typical_cost(
     known = [one for one in taught if one.seconds is not None and one.live is not None]
     unknown = ", ".join(one.name for one in taught if one not in known)
     if not known:
-        return None, f"Unknown: what {unknown} took (not finished), or what its teachers take live."
+        return None, f"Unknown: the time of {unknown} (not finished), or of its teachers live."
     used = list(dict.fromkeys(name for one in known for name in one.teachers))
     cost = Cost(
         teachers={name: teachers[name] or 0.0 for name in used},
@@ -109,15 +113,15 @@ def cost_section(
     more: Iterable[Block] = (),
     samples: Sequence[int] | None = None,
 ) -> Section:
-    """Each teacher once, each student, and their sums over the number of students.
+    """Return the section: each teacher once, each student, and their sums by number of students.
 
-    ``notes`` say what they are of, where the cost of live teachers is from, or why it is unknown;
-    ``samples`` are the numbers of the students' lines in other pictures, if not 0, 1, 2….
+    ``notes`` say what the figures refer to, where the cost of live teachers comes from, or why it
+    is unknown; ``samples`` are the students' line numbers in other pictures, if not 0, 1, 2….
     """
     blocks: list[Block] = []
     if teachers:
         cells = [[name, formatted(value, "{:,.1f}", UNKNOWN)] for name, value in teachers.items()]
-        note = "Of one process each, without loading. Unknown: older versions did not record it."
+        note = "Seconds of one process, without loading. Unknown: older versions did not record it."
         head = ["teacher", "seconds, once"]
         shown = note if None in teachers.values() else ""
         blocks.append(table_of("Each teacher, run over the corpus", head, cells, 1, shown))
@@ -137,7 +141,7 @@ def cost_section(
 
 
 def cost_lines(cost: Cost) -> list[tuple[str, str]]:
-    """The cost in words, for both text and page."""
+    """Return the cost in words, for both text and page."""
     runs = cost.pays_after
     paid = "never" if runs is None else f"after {counted(runs, 'student run')}"
     return [
@@ -153,11 +157,11 @@ def _picture(cost: Cost) -> Figure:
     dearest = max(cost.cached(most), cost.with_live_teachers(most))
     unit, size = next((unit, size) for unit, size, least in _UNITS if dearest >= least * size)
     caption = (
-        f"Total cost of so many students, in {unit} of computing: their teachers once, into a "
+        f"Total cost by number of students, in {unit} of computing: their teachers once, into a "
         "cache, or live beside each."
     )
     if cost.pays_after is not None:
-        caption += f" The vertical line: from {cost.pays_after:,} on, the cache is no dearer."
+        caption += f" The vertical line: from {cost.pays_after:,} on, the cache costs no more."
     runs = sorted({*range(0, most + 1, max(1, most // 12)), most})
     lines = {
         "live teachers": [cost.with_live_teachers(n) / size for n in runs],

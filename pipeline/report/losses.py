@@ -1,5 +1,5 @@
-"""The page's loss curves: of training and held out, of any number of runs, and what else was
-evaluated on the way as small pictures.
+"""The page's loss curves, training and held out, of any number of runs. Other held-out values are
+shown as small pictures.
 """
 
 import math
@@ -13,12 +13,12 @@ from rekindle.pipeline.report.page import SMALL, WIDE, Block, Figure, Figures, L
 from rekindle.pipeline.report.svg import colour, few_ticks, line_style, plottable
 from rekindle.train.measures import PULL, RATIO, UNSEEN
 
-MOST_POINTS = 300  # of a curve of training: a picture has not more columns to show them in
+MOST_POINTS = 300  # points of a training curve: a picture has no more columns to show them in
 MOST_SMALL = 12  # pictures of other held-out values; the tables have the rest
 MOST_PALE = 4  # runs whose single points can be shown behind their means
 LOSS, CROSS_ENTROPY = "loss", "ce"
 SMOOTH = " Lines are running means over a twentieth of the steps."
-# What held-out values are; the others are shown under their names alone.
+# Descriptions of held-out values; other values are shown under their names alone.
 MEANINGS = {
     "kl/": "KL divergence from teacher {} to the student, in nats",
     "agreement/": "share of targets where the student's first choice is that of {}",
@@ -29,10 +29,10 @@ WHOLE = {
     LOSS: f"The objective {UNSEEN}, at the weights of the last step: lower is better.",
     CROSS_ENTROPY: f"Cross-entropy {UNSEEN}, in nats for each token: lower is better.",
 }
-# How strongly terms pull, by what a step's record calls it: the first that there is is drawn.
+# How strongly terms pull, by the key in a step's record; the first key present is drawn.
 PULLS = {
-    RATIO: "Gradient of {}, over the cross-entropy's: far below 1, it has hardly an effect.",
-    PULL: "Norm of the gradient of {}, as it is weighted, at what the heads read.",
+    RATIO: "Gradient of {}, over the cross-entropy's: far below 1 it has hardly any effect.",
+    PULL: "Norm of the weighted gradient of {}, at the input of the heads.",
 }
 Points = list[tuple[int, float]]  # (steps done, value)
 
@@ -47,12 +47,12 @@ class RunCurves:
     objective: Points = field(default_factory=list)
     cross_entropy: Points = field(default_factory=list)
     held_out: dict[str, Points] = field(default_factory=dict)
-    # how strongly each term pulls, as a step's record names it, where that was measured
+    # how strongly each term pulls, by the key in a step's record, if it was measured
     gradients: dict[str, Points] = field(default_factory=dict)
 
 
 def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
-    """The curves of a run from its records (``train.run_log``); null counts as no number."""
+    """Return a run's curves from its records (``train.run_log``). null counts as NaN."""
     steps = [record for record in records if record["kind"] == "train"]
     evaluated = [record for record in records if record["kind"] == "evaluate"]
     names = sorted({key for record in evaluated for key in record} - {"kind", "step"})
@@ -78,7 +78,9 @@ def _number(value: Any) -> float:
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most ``most`` points: means of as many neighbours each, at the last step of them."""
+    """Return at most ``most`` points: means of equally many neighbours, at the last step
+    of each.
+    """
     count = min(most, len(points))
     edges = [n * len(points) // count for n in range(count + 1)] if count else []
     groups = [points[first:end] for first, end in pairwise(edges)]
@@ -86,7 +88,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def _mean(group: Points) -> float:
-    """Of the values that are finite numbers; NaN, a gap in the line, where none is."""
+    """Return the mean of the finite values; NaN (a gap in the line) if there is none."""
     known = [value for _, value in group if math.isfinite(value)]
     return sum(value / len(known) for value in known) if known else math.nan
 
@@ -100,8 +102,8 @@ def losses_section(
     warnings: Sequence[str] = (),
     compared: str | None = LOSS,
 ) -> Section:
-    """All curves of the runs under one legend; ``warnings`` say why they do not compare. The value
-    that is ``compared`` is drawn large.
+    """Return all curves of the runs under one legend. ``warnings`` say why they do not compare; the
+    value ``compared`` is drawn large.
     """
     drawn = [run for run in runs if run.objective or run.held_out]
     if not drawn:
@@ -126,7 +128,7 @@ def _large(runs: Sequence[RunCurves], compared: str | None) -> Iterator[Figure]:
     if compared is not None and any(compared in run.held_out for run in runs):
         yield _picture(WHOLE.get(compared, _meaning(compared)), runs, compared)
     training = {"the whole objective, in nats. Other terms have other sums.": "objective"}
-    # Where the objective is the cross-entropy alone in every run, it has been drawn already.
+    # If every run's objective is the cross-entropy alone, it has been drawn already.
     if any(run.cross_entropy and not _equal(run) for run in runs):
         training["the cross-entropy on the text alone, in nats."] = "cross_entropy"
     for what, curve in training.items():
@@ -170,7 +172,7 @@ def _picture(
 
 
 def _training_lines(lines: Sequence[tuple[int, Points]], axes: Any) -> None:
-    """Batches differ more than steps do: running means, before the points themselves in pale."""
+    """Draw running means over the pale points: batches differ more than steps do."""
     lines = [(number, points) for number, points in lines if points]
     for number, points in lines if len(lines) <= MOST_PALE else []:
         steps, values = zip(*points, strict=True)
@@ -179,21 +181,21 @@ def _training_lines(lines: Sequence[tuple[int, Points]], axes: Any) -> None:
 
 
 def running_means(points: Points) -> Points:
-    """Each value's mean with those before it, over a twentieth of all points."""
+    """Return each value's mean with those before it, over a twentieth of all points."""
     width = max(1, len(points) // 20)
     windows = [points[max(0, n - width + 1) : n + 1] for n in range(len(points))]
     return [(window[-1][0], _mean(window)) for window in windows]
 
 
 def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
-    """A line for each run, with a marker on some of its points: by that it is told from others."""
+    """Draw a line for each run, with a marker on some of its points to tell it from others."""
     for number, points in lines:
         if not points:
             continue
         steps = [step for step, _ in points]
         values = plottable(value for _, value in points)
         every = max(1, math.ceil(len(points) / 8))
-        # Not all at the same steps, where runs lie on each other.
+        # Not all at the same steps, because runs may lie on each other.
         first = number % every
         many = len(lines) > 12
         axes.plot(
@@ -206,9 +208,9 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
 
 def _notes(runs: Sequence[RunCurves]) -> Iterator[str]:
     if any(len(run.objective) == MOST_POINTS for run in runs):
-        yield f"Curves of training have {MOST_POINTS} points: means of neighbouring steps."
+        yield f"Training curves have {MOST_POINTS} points: means of neighbouring steps."
     if without := ", ".join(run.name for run in runs if not run.held_out):
         yield f"Nothing is measured yet {UNSEEN}: {without}."
     values = [v for run in runs for points in run.held_out.values() for _, v in points]
     if not all(map(math.isfinite, values)):
-        yield "Gaps in lines are values that were no finite numbers."
+        yield "Gaps in lines are values that were not finite."

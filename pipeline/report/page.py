@@ -1,7 +1,7 @@
-"""The report page: sections of tables, pictures and words become one page of HTML.
+"""The report page: write sections of tables, pictures and words as one HTML page.
 
-It knows no run and no cache; others here, in ``compare`` and in ``cycle`` make its sections. The
-page needs no network and no script: styles and pictures are within it.
+Knows no run and no cache: other modules here, in ``compare`` and in ``cycle`` make the sections.
+The page needs no network and no script: styles and pictures are embedded.
 """
 
 import re
@@ -17,22 +17,22 @@ from rekindle.pipeline.report.svg import palette, picture, sample
 from rekindle.pipeline.report.table import Table
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-WIDE, SMALL = (4.2, 2.8), (3.5, 2.3)  # inches; small, so that a telephone shows legible letters
+WIDE, SMALL = (4.2, 2.8), (3.5, 2.3)  # inches; small, so that letters are legible on a phone
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture that ``draw`` draws, and what it shows in which unit; ``size`` in inches."""
+    """A picture drawn by ``draw``, with its caption (including units); ``size`` in inches."""
 
     caption: str
-    draw: Callable[..., None]  # on matplotlib's axes
+    draw: Callable[..., None]  # takes matplotlib's axes
     size: tuple[float, float] = WIDE
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Pictures beside each other, as many as fit; ``small`` ones are more to a line."""
+    """Pictures side by side, as many as fit; more per line if ``small``."""
 
     kind: ClassVar[str] = "figures"
     figures: list[Figure]
@@ -50,7 +50,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Facts:
-    """Pairs of what and value."""
+    """Pairs of a label and a value."""
 
     kind: ClassVar[str] = "facts"
     facts: list[tuple[str, str]]
@@ -59,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence or more; quiet if it explains, not if it warns."""
+    """One or more sentences; shown quietly unless it warns."""
 
     kind: ClassVar[str] = "note"
     text: str
@@ -68,7 +68,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Commands:
-    """Pairs of what for and command line, in their order."""
+    """Pairs of a purpose and a command line, in order."""
 
     kind: ClassVar[str] = "commands"
     commands: list[tuple[str, str]]
@@ -87,8 +87,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on the page: first the ``verdict``, if there is one, what it is of, and the
-    sections; those without blocks are left out.
+    """Everything on the page: the ``verdict`` if there is one, the lead, and the sections. Sections
+    without blocks are left out.
     """
 
     title: str
@@ -98,7 +98,7 @@ class Page:
 
 
 def as_html(page: Page) -> str:
-    """Write the page, whole. Every text is escaped; what cannot be written is shown as U+FFFD."""
+    """Render the whole page. All text is escaped; characters that HTML forbids become U+FFFD."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -109,8 +109,8 @@ def as_html(page: Page) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """Escape a text that may be broken where names of runs and settings have their joints, but not
-    within a number.
+    """Escape a text and allow line breaks at the joints of run and setting names, but not within a
+    number.
     """
     joints = re.compile(r"(?<=,)(?!\d)|(?<==)|(?<=[a-z][./])(?=[a-z])")
     return Markup("<wbr>").join(joints.split(text))

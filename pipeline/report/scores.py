@@ -12,27 +12,26 @@ from rekindle.pipeline.report.significance import Difference, mean_interval, p_w
 from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shown
 from rekindle.pipeline.report.table import NOTHING, Column, Table, stacked, table_of
 
-INTERVAL = "95 % interval"  # in the page below its difference
-_OVER = {  # what scores differ in
+INTERVAL = "95 % interval"  # shown below its difference on the page
+_OVER = {  # what the scores of one model differ in
     "seed": "seeds of fine-tuning",
     "draw": "draws of the labels",
     "student": "students, each the mean of its fine-tunings,",
 }
 ABOUT = (
     "Scores × 100, as GLUE prints them: the mean over {over} ± their sample deviation; below it, "
-    "the 95 % interval of the mean by Student's t over the {unit}s, and their number. What stands "
-    "out in a column is the best by more than chance."
+    "the 95 % interval of the mean by Student's t over the {unit}s, and their number. The "
+    "highlighted score in a column is the best by more than chance."
 )
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One task: for each model its scores as fractions, one for each seed.
+    """One task: each model's scores as fractions, one for each seed.
 
-    ``split`` is the one that was scored, ``chance`` what guessing scores, ``about`` a sentence.
-    ``seeds``: for each model the numbers of its scores' seeds, where they are known. ``measured``
-    is the metric as it is printed, ``metric`` as it is recorded; ``selected``: the split also chose
-    the epoch of a model.
+    ``split``: the scored split; ``chance``: the score of guessing; ``about``: a sentence.
+    ``seeds``: the seeds of each model's scores, if known. ``measured``: the metric as printed;
+    ``metric``: as recorded. ``selected``: the split also chose the epoch of a model.
     """
 
     task: str
@@ -49,12 +48,12 @@ class TaskScores:
         object.__setattr__(self, "measured", self.measured or self.metric)
 
     def of(self, model: str) -> list[float]:
-        """The model's scores that are numbers."""
+        """Return the model's finite scores."""
         return [value for value in self.scores.get(model, ()) if math.isfinite(value)]
 
     def by_seed(self, model: str) -> dict[int, float]:
-        """The model's scores that are numbers, by their seeds; none where these are not known, or
-        not of one score each.
+        """Return the model's finite scores by seed. Empty if the seeds are unknown or do not match
+        the scores one to one.
         """
         seeds, scores = self.seeds.get(model, ()), self.scores.get(model, ())
         if len({*seeds}) != len(scores):
@@ -64,13 +63,13 @@ class TaskScores:
 
     @property
     def title(self) -> str:
-        """Task, metric and split, as far as they are told: what the numbers are."""
+        """Task, metric and split, as far as they are known."""
         split = f"({self.split})" if self.split else ""
         return " ".join(word for word in (self.task, self.measured, split) if word)
 
     @property
     def scored_on(self) -> str:
-        """The split, and in a clause what else it did."""
+        """The split, with a clause if it also chose the epochs."""
         return f"{self.split}, which also chose the epochs" if self.selected else self.split
 
 
@@ -84,11 +83,11 @@ def scores_section(
     before: str = "",
     pictured: Sequence[Difference] | None = None,
 ) -> Section:
-    """Tables and pictures; ``models`` in their order, which is that of their lines elsewhere.
+    """Return tables and pictures. ``models`` are in the order of their lines elsewhere.
 
-    ``best``: by a task's title the model that is the best by more than chance, if there is one.
-    ``unit``: what a model's scores differ in; ``before``: how titles of differences begin;
-    ``pictured``: those of which there is a picture, if not all.
+    ``best``: by task title, the model that is the best by more than chance, if any. ``unit``: what
+    a model's scores differ in. ``before``: the start of the titles of differences. ``pictured``:
+    the differences to draw, if not all.
     """
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
@@ -120,8 +119,8 @@ def score_table(
     best: Mapping[str, str] = {},
     unit: str = "seed",
 ) -> Table:
-    """A line for each model, a column for each task; last what guessing scores, where known. The
-    model that is ``best`` at a task stands out.
+    """Return a row per model and a column per task; the last row is the score of guessing, where
+    known. The ``best`` model of a task is highlighted.
     """
     guessed = ["chance"] if any(task.chance is not None for task in tasks) else []
     columns = [Column(head, [*models, *guessed], words=True)]
@@ -138,8 +137,8 @@ def score_table(
 def mean_scores(
     models: Sequence[str], tasks: Sequence[TaskScores]
 ) -> dict[str, list[float]] | None:
-    """Each model's mean over the tasks, seed by seed; None unless all have all tasks with as many
-    seeds.
+    """Return each model's mean over the tasks, seed by seed; None unless all models have all tasks
+    with equally many seeds.
     """
     counts = {len(task.of(name)) for task in tasks for name in models}
     if len(counts) != 1 or 0 in counts:
@@ -151,7 +150,7 @@ def mean_scores(
 
 
 def percent(values: Sequence[float]) -> str:
-    """The mean over seeds × 100, and the sample deviation where there are several."""
+    """Format the mean over seeds × 100, with the sample deviation if there are several."""
     if not values:
         return NOTHING
     spread = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
@@ -159,7 +158,7 @@ def percent(values: Sequence[float]) -> str:
 
 
 def interval_words(values: Sequence[float], unit: str = "seed") -> str:
-    """The interval of the mean × 100, and over how many seeds, or draws."""
+    """Format the interval of the mean × 100, and the number of seeds or draws."""
     found = mean_interval(values)
     if found is None:
         return f"1 {unit}" if values else ""
@@ -167,12 +166,14 @@ def interval_words(values: Sequence[float], unit: str = "seed") -> str:
 
 
 def difference_head(unit: str) -> list[str]:
-    """The headings of ``difference_cells``; ``unit`` is what pairs differ in: seed or draw."""
+    """Return the headings of ``difference_cells``; ``unit``: what the pairs differ in, seed or
+    draw.
+    """
     return ["difference", INTERVAL, "p", "p (Holm)", f"{unit}s"]
 
 
 def difference_cells(one: Difference | None) -> list[str]:
-    """A difference as cells of a table; dashes where there is none yet."""
+    """Format a difference as table cells; dashes if there is none yet."""
     if one is None:
         return [NOTHING] * 5
     tested = (p_words(one.p), p_words(one.p_adjusted))
@@ -182,8 +183,8 @@ def difference_cells(one: Difference | None) -> list[str]:
 def difference_tables(
     differences: Sequence[Difference], unit: str = "seed", before: str = ""
 ) -> Iterator[Table]:
-    """A table for each arm that others are compared with, of what is known: one seed has no
-    intervals. ``before`` is how the titles begin.
+    """Yield a table for each arm that others are compared with, without columns that are all
+    unknown (one seed has no interval). ``before``: the start of the titles.
     """
     head = ["arm", "task", *difference_head(unit)]
     for against in dict.fromkeys(one.against for one in differences):
@@ -234,13 +235,13 @@ def _difference_pictures(differences: Sequence[Difference]) -> Figures:
 
 
 def difference_picture(told: str, ones: Sequence[Difference], names: Sequence[str]) -> Figure:
-    """The picture of differences, each called by one of the ``names``."""
+    """Return a picture of the differences, labelled with ``names``."""
     caption = f"{told}, × 100, with its interval; right is better."
     return Figure(caption, partial(_draw_differences, ones, names), _size(len(ones)))
 
 
 def _draw_differences(ones: Sequence[Difference], names: Sequence[str], axes: Any) -> None:
-    """Draw differences below each other, with intervals, around a line at none."""
+    """Draw differences below each other, with intervals, around a line at zero."""
     seen = [0.0]
     for place, one in enumerate(ones):
         known = [value for value in (one.mean, one.low, one.high) if value is not None]
@@ -258,7 +259,7 @@ def _size(rows: int) -> tuple[float, float]:
 
 
 def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> tuple[float, float]:
-    """Names downwards; sideways ``values``, and as much again at each end. Return its limits."""
+    """Set up axes: names downwards, ``values`` sideways with a margin. Return the limits."""
     there = [value for value in values if value == value] or [0.0]
     reach = max(max(there) - min(there), 1.0)
     low, high = min(there) - 0.6 * reach, max(there) + 0.6 * reach

@@ -1,8 +1,8 @@
-"""Intervals of means, paired t-tests and Holm's adjustment (scipy), and how they are written. Knows
-no file.
+"""Intervals of means, paired t-tests and Holm's adjustment (scipy), and their wording. Reads no
+files.
 
-What is equal to all digits that float64 has left is taken as equal: scores such as 0.9 − 0.8 and
-0.7 − 0.6 differ by rounding alone, and a t-test would take that for a spread.
+Values that agree up to float64 rounding count as equal: scores such as 0.9 − 0.8 and 0.7 − 0.6
+differ only by rounding, and a t-test would take that for spread.
 """
 
 import math
@@ -14,21 +14,22 @@ from scipy import stats
 
 from rekindle.pipeline.report.table import NOTHING
 
-LEVEL = 0.95  # of all intervals that are shown
+LEVEL = 0.95  # of all intervals shown
 _SMALLEST_P = 0.001
-_ROUNDING = 1e-12  # of the largest value: spreads below are none
+_ROUNDING = 1e-12  # relative to the largest value: smaller spreads count as none
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``arm`` − ``against`` on a task, as a fraction, pair by pair (such as by seed): the mean of
-    ``n`` pairs, its interval, and the two-sided p.
+    """The paired differences ``arm`` − ``against`` on a task, as fractions: the mean of ``n`` pairs
+    (for instance by seed), its interval, and the two-sided p.
 
-    ``low`` and ``high`` are None for a single pair. ``p`` is None where no test can be made: for a
-    single pair, and where all differences are equal but not 0 (a t of infinity, which says that
-    nothing varied rather than how sure the difference is). ``p_adjusted``: Holm's, over all tests
-    with the same ``against``: every arm on every task, and on the mean over tasks; None before.
-    ``higher``: the pairs in which ``arm`` scores more; None where nothing is paired.
+    ``low`` and ``high`` are None for a single pair. ``p`` is None if no test can be made: for a
+    single pair, and if all differences are equal but not 0 (t would be infinite, which says that
+    nothing varied, not how sure the difference is). ``p_adjusted``: Holm's, over all tests with the
+    same ``against`` (every arm on every task, and on the mean over tasks); None until it is
+    computed. ``higher``: the number of pairs in which ``arm`` scores more; None if nothing is
+    paired.
     """
 
     arm: str
@@ -44,16 +45,16 @@ class Difference:
 
     @property
     def interval(self) -> str:
-        """Its interval in points of 100, as words."""
+        """The interval in points of 100, formatted."""
         if self.low is None or self.high is None:
             return NOTHING
         return f"{100 * self.low:+.2f} … {100 * self.high:+.2f}"
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Student's t interval of the mean; None for fewer than two values.
+    """Return Student's t interval of the mean; None for fewer than two values.
 
-    Raises ValueError for values that are not finite, or a ``level`` outside (0, 1).
+    Raise ValueError for values that are not finite, or a ``level`` outside (0, 1).
     """
     _check(values, level)
     if len(values) < 2:
@@ -69,15 +70,14 @@ def paired(
     level: float = LEVEL,
     names: tuple[str, str, str] = ("", "", ""),
 ) -> Difference:
-    """The difference ``second`` − ``first`` of runs that belong together, such as by seed.
+    """Return the difference ``second`` − ``first`` of paired runs, for instance by seed.
 
-    ``names`` are those of the second, the first, and their task.
+    ``names``: the second, the first, and the task. ``p`` is from the paired t-test (two-sided; H0:
+    the mean difference is 0); the interval inverts this test. If all differences are equal, the
+    interval is that point, and ``p`` is 1.0 if they are 0, else None.
 
-    ``p`` is that of the paired t-test (two-sided; H0: the mean difference is 0), the interval the
-    one that this test inverts. All differences equal: the interval is the point, and ``p`` is 1.0
-    where they are 0, else None.
-
-    Raises ValueError for sequences of unequal length, or none, or values that are not finite.
+    Raise ValueError for sequences that are empty or of unequal length, or values that are not
+    finite.
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} values cannot be paired")
@@ -104,10 +104,10 @@ def unpaired(
     level: float = LEVEL,
     names: tuple[str, str, str] = ("", "", ""),
 ) -> Difference:
-    """The difference of the means, ``second`` − ``first``, of runs that do not belong together:
-    its interval and ``p`` are Welch's, None where either has one value or neither varies.
+    """Return the difference of the means, ``second`` − ``first``, of unpaired runs.
 
-    ``n`` is the number of the fewer. Raises ValueError as ``paired`` does, but for the lengths.
+    Interval and ``p`` are Welch's; None if either side has one value or neither varies. ``n`` is
+    the smaller number of values. Raise ValueError as ``paired`` does, except for unequal lengths.
     """
     if not first or not second:
         raise ValueError("no values to compare")
@@ -122,14 +122,15 @@ def unpaired(
 
 
 def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | None]:
-    """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), in the order given.
+    """Apply Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), keeping the
+    order.
 
     The i-th smallest of m is multiplied by m − i + 1, is at least as large as the one before it,
-    and at most 1. None, for a test that could not be made, stays None, and is one of the m; so are
-    ``missing`` tests that were planned and are not there yet: what is not known cannot make the
-    others surer.
+    and at most 1. None, for a test that could not be made, stays None but counts among the m; so do
+    ``missing`` tests that are planned but not run yet, because unknown results must not make the
+    others look surer.
 
-    Raises ValueError for what is not in [0, 1].
+    Raise ValueError for values outside [0, 1].
     """
     tests = [(p, place) for place, p in enumerate(p_values) if p is not None]
     if not all(0 <= p <= 1 for p, _ in tests):
@@ -143,7 +144,7 @@ def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | Non
 
 
 def p_words(p: float | None) -> str:
-    """A p-value as it is shown everywhere; a dash where no test could be made."""
+    """Format a p-value; a dash if no test could be made."""
     if p is None:
         return NOTHING
     return f"< {_SMALLEST_P}" if p < _SMALLEST_P else f"{p:.3f}"

@@ -1,8 +1,8 @@
-"""How a picture becomes part of the page: matplotlib's SVG in the page's own inks.
+"""Turn pictures into parts of the page: matplotlib's SVG in the page's own colours.
 
-Colours are variables of the page, one set for light and one for dark. A run has one colour, one
-marker and one dash in all pictures; the first 30 runs differ in marker or dash as well, for eyes
-and printers that see no colours.
+Colours are CSS variables, one set for light mode and one for dark. A run has one colour, one marker
+and one dash in all pictures; the first 30 runs also differ in marker or dash, for readers and
+printers that do not distinguish colours.
 """
 
 import io
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-Dash: TypeAlias = str | tuple[int, tuple[float, ...]]  # as matplotlib has it
-INK, PANEL = "#010203", "#010204"  # stand for the page's own inks; INK also in picture.mplstyle
-# In each mode at least 4.5:1 against panel and ground; blue, orange, green, purple, ochre, rose.
+Dash: TypeAlias = str | tuple[int, tuple[float, ...]]  # as in matplotlib
+# placeholders for the page's own colours; INK also in picture.mplstyle
+INK, PANEL = "#010203", "#010204"
+# Contrast of at least 4.5:1 against panel and ground in each mode; blue, orange, green, purple,
+# ochre, rose.
 PALETTE = {
     "light": ("#0b62c4", "#b8481a", "#0a7350", "#7f3fbf", "#7d6000", "#bb2a74"),
     "dark": ("#6cb0fa", "#f0905c", "#4cc79d", "#c6a0f5", "#d9bc3f", "#f58abb"),
@@ -30,23 +32,23 @@ MARKERS = "osD^vP"
 DASHES: tuple[Dash, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (9, 3)))
 _COLOURS = len(PALETTE["light"])
 _LONGEST = 24  # characters of a name within a picture
-_STYLE = Path(__file__).with_name("picture.mplstyle")  # as matplotlib names its settings
-_FARTHEST = 1e12  # what is beyond is no loss and no score, and no axis can show it
+_STYLE = Path(__file__).with_name("picture.mplstyle")  # matplotlib settings
+_FARTHEST = 1e12  # larger values are no loss and no score, and no axis can show them
 
 
 def palette(mode: str) -> Markup:
-    """Return the colours of the runs as variables of CSS, for ``light`` or ``dark``."""
+    """Return the colours of the runs as CSS variables, for ``light`` or ``dark``."""
     names = (f"--run-{n}: {colour};" for n, colour in enumerate(PALETTE[mode]))
     return Markup(" ".join(names))
 
 
 def colour(run: int) -> str:
-    """Return what stands for the colour of the run of that number."""
+    """Return the placeholder for the colour of run number ``run``."""
     return f"#0a0b{run % _COLOURS:02x}"
 
 
 class LineStyle(TypedDict):
-    """What matplotlib draws a line with."""
+    """The keyword arguments for drawing a line with matplotlib."""
 
     color: str
     marker: str
@@ -55,9 +57,10 @@ class LineStyle(TypedDict):
 
 
 def line_style(run: int) -> LineStyle:
-    """Return how the line of the run of that number is drawn."""
+    """Return the style of the line of run number ``run``."""
     round_, place = divmod(run, _COLOURS)
-    turn = run // (_COLOURS * len(DASHES))  # past 30 runs, colours meet other markers
+    # beyond 30 runs, colours are combined with other markers
+    turn = run // (_COLOURS * len(DASHES))
     marker = MARKERS[(place + turn) % len(MARKERS)]
     return {
         "color": colour(run),
@@ -68,7 +71,7 @@ def line_style(run: int) -> LineStyle:
 
 
 def sample(run: int) -> Markup:
-    """Draw a piece of the run's line, for legends."""
+    """Draw a short piece of the run's line, for legends."""
 
     def draw(axes: "Axes") -> None:
         axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line_style(run), ms=5)
@@ -80,7 +83,9 @@ def sample(run: int) -> Markup:
 
 
 def picture(draw: Callable[..., None], size: tuple[float, float]) -> Markup:
-    """Return the picture that ``draw`` draws; ``size`` in inches. Equal drawings, equal bytes."""
+    """Return the SVG of what ``draw`` draws; ``size`` in inches. Equal drawings give equal
+    bytes.
+    """
     svg = _drawn(draw, size, layout="constrained")
     return Markup(svg.replace("<svg", '<svg role="img"', 1))
 
@@ -90,11 +95,11 @@ def _drawn(
     size: tuple[float, float],
     layout: Literal["constrained"] | None,
 ) -> str:
-    from matplotlib import rc_context  # a second's work to import: only for what is drawn
+    from matplotlib import rc_context  # takes a second to import, so only when something is drawn
     from matplotlib.figure import Figure as Canvas
 
     with rc_context(fname=_STYLE), warnings.catch_warnings():
-        # Letters that matplotlib's font lacks are measured wrongly, but the browser has them.
+        # matplotlib measures letters missing from its font wrongly, but the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         canvas = Canvas(figsize=size, layout=layout)
         draw(canvas.add_subplot() if layout else canvas.add_axes((0, 0, 1, 1)))
@@ -104,19 +109,19 @@ def _drawn(
 
 
 def few_ticks(axis: "Axis", most: int, *, whole: bool = False) -> None:
-    """Mark at most so many steps on the axis, at ``whole`` numbers alone if it counts."""
+    """Mark at most ``most`` steps on the axis, only ``whole`` numbers if it counts."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, integer=whole))
 
 
 def plottable(values: Iterable[float]) -> list[float]:
-    """Return the values, NaN (a gap in a line) for those that no axis can show."""
+    """Return the values, with NaN (a gap in the line) for those no axis can show."""
     return [v if math.isfinite(v) and abs(v) < _FARTHEST else math.nan for v in values]
 
 
 def shown(name: str) -> str:
-    """Return a name as it fits into a picture: printable, its middle left out if it is long."""
+    """Shorten a name to fit a picture: printable, with the middle of a long name left out."""
     name = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
     if len(name) <= _LONGEST:
         return name
@@ -125,8 +130,9 @@ def shown(name: str) -> str:
 
 
 def inline(svg: str) -> str:
-    """Turn an SVG document into an element of a page: without prologue, metadata, addresses and
-    ids that nothing refers to, in the page's inks. Texts between tags stay as they are.
+    """Turn an SVG document into an element of a page, in the page's colours.
+
+    Removes the prologue, metadata, addresses and unused ids. Text between tags stays unchanged.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)

@@ -1,18 +1,18 @@
-"""A table as columns of finished cells: what text and page both draw. Knows no run."""
+"""A table as columns of formatted cells, drawn by both text and page. Knows no run."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-NOTHING = "–"  # for what is not there
+NOTHING = "–"  # shown for missing values
 Words = Sequence[str]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column. ``best`` are the rows that have the best value, ``unlike`` those whose value is not
-    the usual one; ``below`` has a second, quieter line for each cell.
+    """A column. ``best``: rows with the best value; ``unlike``: rows whose value is unusual;
+    ``below``: a second, quieter line for each cell.
     """
 
     title: str
@@ -25,9 +25,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of one length below a title; without columns, only ``note`` is said.
+    """Columns of equal length below a title; without columns, only ``note`` is shown.
 
-    ``samples`` has, for each row that stands for a run, the number of its line in all pictures.
+    ``samples``: for each row that stands for a run, the number of its line in all pictures.
     """
 
     kind: ClassVar[str] = "table"
@@ -38,7 +38,7 @@ class Table:
 
 
 def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: str = "") -> Table:
-    """The table with these ``rows``; the first ``words`` columns are words, the others numbers."""
+    """Return a table of ``rows``; the first ``words`` columns are words, the others numbers."""
     columns = [
         Column(name, [row[number] for row in rows], words=number < words)
         for number, name in enumerate(head)
@@ -47,7 +47,9 @@ def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: s
 
 
 def stacked(table: Table, title: str) -> Table:
-    """The table with its column ``title``, if it has it, below the one before: less to scroll."""
+    """Move the column ``title``, if present, below the one before it, so that there is less to
+    scroll.
+    """
     titles = [column.title for column in table.columns]
     if title not in titles:
         return table
@@ -61,8 +63,8 @@ def stacked(table: Table, title: str) -> Table:
 def best_rows(
     values: Sequence[float | None], best: Callable[[Iterable[float]], float]
 ) -> frozenset[int]:
-    """The rows that have the ``best`` (max or min) of the values that are finite numbers; none
-    where there is one such row, or all agree.
+    """Return the rows with the ``best`` (max or min) finite value; none if fewer than two values
+    differ.
     """
     known = {row: v for row, v in enumerate(values) if v is not None and math.isfinite(v)}
     if len(set(known.values())) < 2:
@@ -72,5 +74,5 @@ def best_rows(
 
 
 def formatted(value: float | None, form: str, nothing: str = NOTHING) -> str:
-    """The value in a format such as ``{:.1f}``; ``nothing`` where there is none."""
+    """Format the value, for instance with ``{:.1f}``; return ``nothing`` if it is None."""
     return nothing if value is None else form.format(value)

@@ -1,9 +1,9 @@
-"""Tables and notes in plain text, within a line's width. No number is ever broken, no cell cut.
+"""Tables and notes as plain text within a line width. No number is broken, no cell is cut.
 
-A table is drawn as it is where that fits. Else its words and headings are folded at their joints,
-each within its own cell; and where that is not enough, what is one table becomes several below each
-other, each with the first column again, or its rows become columns: whichever needs fewer parts,
-then fewer lines.
+A table that fits is drawn unchanged. Otherwise words and headings are folded at their joints,
+within their cells. If that is not enough, the table is split into several below each other, each
+repeating the first column, or its rows become columns: whichever needs fewer parts, then fewer
+lines.
 """
 
 import io
@@ -23,26 +23,26 @@ from rich.text import Text
 from rekindle.pipeline.console import as_written, in_line
 from rekindle.pipeline.report.table import Column, Table
 
-WIDEST = 10_000  # characters: more than any table has
-_WIDEST_CELL = 28  # characters, where a table does not fit as it is; no number has as many
-_WIDEST_HEAD = 14  # and of a heading above narrower cells
+WIDEST = 10_000  # characters; wider than any table
+_WIDEST_CELL = 28  # characters, if a table does not fit unchanged; longer than any number
+_WIDEST_HEAD = 14  # the same for a heading above narrower cells
 _JOINT = re.compile(r"(?<=[ =/_;])|(?<=,)(?!\d)|(?<=[A-Za-z][.:-])(?=[A-Za-z])")
 
 
 def terminal_width() -> int:
-    """Characters of the terminal's line; 80 where there is no terminal."""
+    """Return the width of the terminal in characters; 80 without a terminal."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
 def text_lines(table: Table, width: int) -> list[str]:
-    """The title, the table and its note, none wider than ``width`` characters."""
+    """Return the title, the table and its note, with lines of at most ``width`` characters."""
     lines = wrapped(table.title, width) if table.title else []
     lines += _fitting([*map(_written, table.columns)], width) if table.columns else []
     return lines + (wrapped(table.note, width) if table.note else [])
 
 
 def wrapped(sentence: str, width: int) -> list[str]:
-    """A sentence in lines of ``width`` characters, broken between words."""
+    """Wrap a sentence to ``width`` characters, breaking between words."""
     return textwrap.wrap(
         in_line(sentence),
         width,
@@ -57,7 +57,9 @@ def wrapped(sentence: str, width: int) -> list[str]:
 
 
 def _written(column: Column) -> Column:
-    """Its words as the console will show them: what is below each other has to stay so."""
+    """Return the column with its words as the console will show them, so that alignment
+    survives.
+    """
     title, *cells = (as_written(in_line(text)) for text in (column.title, *column.cells))
     return replace(column, title=title, cells=cells)
 
@@ -72,7 +74,7 @@ def _fitting(columns: Sequence[Column], width: int) -> list[str]:
 
 
 def _parts(columns: Sequence[Column], width: int) -> list[list[str]]:
-    """Tables of the first column and as many of the others as fit, at least one."""
+    """Split into tables of the first column and as many others as fit, at least one."""
     first, parts, taken = columns[0], [], [columns[0]]
     for column in columns[1:]:
         if len(taken) > 1 and _width(_drawn(_rich([*taken, column]))) > width:
@@ -83,7 +85,7 @@ def _parts(columns: Sequence[Column], width: int) -> list[list[str]]:
 
 
 def _laid_down(columns: Sequence[Column]) -> list[Column]:
-    """The table with its rows as columns: the headings stand in the first."""
+    """Transpose the table: the first column holds the headings."""
     names, *others = columns
     found = [Column(names.title, [column.title for column in others], words=True)]
     for row, name in enumerate(names.cells):
@@ -100,7 +102,7 @@ def _narrow(column: Column) -> Column:
 
 
 def _folded(text: str, most: int) -> str:
-    """The text in lines of ``most`` characters, broken at its joints where it has some."""
+    """Wrap a text to ``most`` characters, breaking at its joints if it has some."""
     lines = [""]
     for piece in _JOINT.split(text):
         if cell_len(lines[-1] + piece.rstrip()) <= most:
@@ -125,7 +127,7 @@ def _rich(columns: Sequence[Column]) -> rich.table.Table:
 
 
 def _cell(column: Column, row: int) -> Text:
-    # The others get a blank for the star, so that digits stand below digits.
+    # The other cells get a blank instead of the star, so that digits stay aligned.
     star = ("*" if row in column.best else " ") if column.best else ""
     return Text(column.cells[row] + star)
 

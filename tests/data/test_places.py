@@ -30,7 +30,7 @@ def test_filled_in(monkeypatch, given, place):
 def test_what_is_not_known_is_refused_unless_it_is_there(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NOWHERE", raising=False)
-    with pytest.raises(InputError, match=r"NOWHERE.*is not set|'~no-such-user' is no user"):
+    with pytest.raises(InputError, match=r"NOWHERE.*is not set|'~no-such-user' is not a user"):
         expanded(given)
     (tmp_path / given).parent.mkdir()
     (tmp_path / given).touch()

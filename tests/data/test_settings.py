@@ -153,7 +153,7 @@ def test_the_value_that_was_given_is_shown():
 
 
 def test_none_is_told_to_be_null_where_null_may_stand():
-    assert message({"name": "r", "limit": "none"}).endswith("(given: 'none'; null says none)")
+    assert message({"name": "r", "limit": "none"}).endswith("(given: 'none'; null means none)")
     assert "null" not in message({"name": "r", "terms": [{"teachers": [], "weight": "none"}]})
 
 

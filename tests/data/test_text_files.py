@@ -52,7 +52,7 @@ def test_what_is_in_a_file_decides_and_not_its_name(tmp_path, caplog, name, pack
         (b"PAR1" + TEXT, r"parquet file; name it \.parquet"),
         (b"ARROW1\0\0" + TEXT, r"Arrow file; name it \.arrow"),
         (TEXT.decode().encode("utf-16"), r"UTF-16; convert.*iconv"),
-        (TEXT.decode().encode("utf-16-le"), "NUL byte at byte 2: it is no UTF-8 text"),
+        (TEXT.decode().encode("utf-16-le"), "NUL byte at byte 2: it is not UTF-8 text"),
         (gzip.compress(gzip.compress(TEXT)), "packed twice"),
         (gzip.compress(zipped(TEXT)), "zip archive"),
         (bytes(10), "NUL byte at byte 1"),

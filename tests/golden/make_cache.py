@@ -194,6 +194,8 @@ def decoded(path: Path, index: int) -> dict:
     plain = {k: v for k, v in vars(example).items() if k != "targets"}
     if plain["trained"] is None:  # as it was before a corpus could say it
         del plain["trained"]
+    if plain["group"] is None:
+        del plain["group"]
     numbers = cache.gather([index], []).document_numbers
     if numbers is not None:
         plain["document_numbers"] = numbers[0]

@@ -1,11 +1,12 @@
-"""Makes the golden cache of format version 5, 6, 8 or 9, and what it decodes to. Run once for each;
-never for an old one.
+"""Makes the golden cache of format version 5, 6, 8, 9, 11 or 12, and what it decodes to. Run once
+for each; never for an old one.
 
     PYTHONPATH=tests/lib python tests/golden/make_younger.py tests/golden/cache-v9
 
 5: commit records that are rolled up (of a set as small as this one by `UNITS` alone). 6: a
 dialogue, tokens with labels, and text. 8: several documents in a row, for a masked and a causal LM.
-9: a teacher with a tokenizer of its own.
+9: a teacher with a tokenizer of its own. 11: vectors of sentence encoders. 12: pairs in groups, and
+an expert that scores them.
 """
 
 import json
@@ -95,11 +96,47 @@ def mapped(work: Path) -> dict:
     return {"corpus": corpus, "teachers": [teacher(work, own, "causal_lm", vocabulary="map")]}
 
 
+def vectors(work: Path) -> dict:
+    folder = work / "tokenizer"
+    tokenizer = train_tokenizer(folder)
+    config = transformers.BertConfig(vocab_size=tokenizer.size, **SHAPE)
+    transformers.BertModel(config).save_pretrained(work / "encoder")
+    tokenizer.save(str(work / "encoder"))
+    own = {"model": str(work / "encoder"), "task": "embedding"}
+    whole = {"pooling": "mean", "normalise": True}
+    few = {"pooling": "cls", "normalise": False, "domains": ["1"], "prompt": "the text: "}
+    source = write_rows(
+        work / "texts.jsonl",
+        [{"text": text, "domain": f"{n % 2}"} for n, text in enumerate(TEXTS)],
+    )
+    corpus = {"source": [str(source)], "tokenizer": str(folder), "domain_field": "domain"}
+    teachers = [own | whole | {"name": "halves"}, own | few | {"name": "bytes"}]
+    teachers[1]["targets"] = {"vectors": "int8"}
+    return {"corpus": corpus, "teachers": teachers}
+
+
+def grouped(work: Path) -> dict:
+    folder = work / "tokenizer"
+    found = train_tokenizer(folder)
+    texts = [part for text in TEXTS for part in text.split(". ")]
+    rows = [{"q": texts[n % 3], "d": texts[-1 - n], "of": n % 3} for n in range(6)]
+    source = str(write_rows(work / "pairs.jsonl", rows))
+    corpus = {"source": [source], "text_field": "q", "pair_field": "d", "group_field": "of"}
+    config = transformers.BertConfig(vocab_size=found.size, num_labels=1, **SHAPE)
+    config.pad_token_id = found.pad_id
+    transformers.BertForSequenceClassification(config).save_pretrained(work / "ranker")
+    found.save(str(work / "ranker"))
+    expert = {"name": "ranker", "model": str(work / "ranker"), "task": "regression"}
+    return {"corpus": corpus | {"tokenizer": str(folder)}, "teachers": [expert]}
+
+
 MADE: dict[str, Callable[[Path], dict]] = {
     "cache-v5": rolled_up,
     "cache-v6": trained,
     "cache-v8": packed,
     "cache-v9": mapped,
+    "cache-v11": vectors,
+    "cache-v12": grouped,
 }
 
 

@@ -37,7 +37,10 @@ from testlib.students import TIMES, metrics
 
 HERE = Path(__file__).parent
 RUNS = sorted(path for path in HERE.glob("run-v*") if path.is_dir())
-CACHES = sorted(path for path in HERE.glob("cache-v*") if path.is_dir())
+CACHES = sorted(
+    (path for path in HERE.glob("cache-v*") if path.is_dir()),
+    key=lambda path: int(path.name.removeprefix("cache-v")),
+)
 
 
 def module_of(name):
@@ -63,7 +66,7 @@ def test_there_is_one_per_format_version():
     """Of each that a cache stays in."""
     versions = [n for n in range(1, manifest.NEWEST + 1) if n != CHANGING]
     assert [path.name for path in CACHES] == [f"cache-v{n}" for n in versions]
-    for version, path in enumerate(CACHES, 1):
+    for version, path in zip(versions, CACHES, strict=True):
         assert manifest.read_manifest(LocalStore(path))["format_version"] == version
 
 
@@ -91,7 +94,7 @@ def test_a_frozen_run_goes_on_to_what_it_would_have_come_to(path, tmp_path, one_
     (out / "run.json").write_text(record)
     with caplog.at_level("INFO", logger="rekindle"):
         made.train(student, out, resume=True)
-    read = "did not record how much of the cache it read; taken for it: replicas 2"
+    read = "did not record how much of the cache it read; assumed: replicas 2"
     assert (read in caplog.text) is (path.name == "run-v1")
     expected = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     expected = [{k: v for k, v in record.items() if k not in TIMES} for record in expected]
@@ -184,6 +187,17 @@ def test_version_9_holds_targets_of_another_tokenizer():
     info = Cache.open(HERE / "cache-v9").teachers["causal_lm"].info
     assert info.mapped is not None
     assert info.fingerprints["tokenizer"] is not None
+
+
+def test_version_11_holds_vectors():
+    teachers = Cache.open(HERE / "cache-v11").teachers
+    told = {name: (t.info.pooling, t.info.vectors, t.info.prompt) for name, t in teachers.items()}
+    assert told == {"halves": ("mean", "fp16", None), "bytes": ("cls", "int8", "the text: ")}
+
+
+def test_version_12_keeps_the_group_of_each_pair():
+    cache = Cache.open(HERE / "cache-v12")
+    assert [*cache.gather(range(len(cache)), []).groups] == [*"012012"]
 
 
 @pytest.mark.parametrize("path", CACHES[:2], ids=lambda path: path.name)

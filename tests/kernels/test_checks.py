@@ -38,17 +38,18 @@ def at_bad(tensor: Tensor, value: object) -> Tensor:
         ({"target_probs": at_bad(PROBS, [1, 1, 1]), "tail_prob": None}, "sum to 3 in row 4"),
         ({"target_probs": at_bad(PROBS, [-0.7, -1.6, -2.3])}, "negative value, NaN or inf in row"),
         ({"tail_prob": at_bad(TAIL, torch.inf)}, "tail_prob holds inf in row 4"),
+        ({"tail_prob": at_bad(TAIL, -1e-7)}, r"holds -1e-07 in row 4.*add \.clamp\(min=0\)"),
         ({"tail_prob": at_bad(TAIL, 0.5)}, "sum to 1.3 in row 4"),
         ({"labels": at_bad(LABELS, 9), "ce_weight": 1.0}, "labels hold 9 in row 4"),
         ({"target_probs": PROBS.numpy()}, "target_probs is of type ndarray"),
         ({"target_ids": IDS.numpy()}, "target_ids is a numpy.ndarray; it must be a torch tensor"),
-        ({"target_ids": (IDS, PROBS, TAIL)}, "target_ids is a tuple.*three tensors are given"),
+        ({"target_ids": (IDS, PROBS, TAIL)}, "target_ids is a tuple.*three arguments, not a tuple"),
         ({"labels": LABELS.numpy(), "ce_weight": 1.0}, "labels is of type ndarray"),
-        ({"labels": LABELS}, "labels are given and no ce_weight: say ce_weight=1.0"),
+        ({"labels": LABELS}, "labels are given without ce_weight: set ce_weight=1.0"),
         ({"ce_weight": 1.0}, "ce_weight is 1.0 and there are no labels"),
         ({"target_probs": at_bad(PROBS, [0.1, 0.1, 0.1])}, "sum to 0.5 in row 4; they must sum to"),
-        ({"tail": "renormalise"}, "tail_prob is given, and tail='renormalise' takes no notice"),
-        ({"tail": "none"}, "tail_prob is given, and tail='none' takes no notice"),
+        ({"tail": "renormalise"}, "tail_prob is given, but tail='renormalise' ignores it"),
+        ({"tail": "none"}, "tail_prob is given, but tail='none' ignores it"),
         ({"row_weight": at_bad(torch.ones(ROWS), torch.nan)}, "row_weight holds nan in row 4"),
         ({"kd_weight": torch.ones(2)}, r"kd_weight is tensor\(.*; it must be a number"),
         ({"kd_weight": torch.ones((), requires_grad=True)}, "kd_weight is a tensor that requires"),
@@ -93,9 +94,7 @@ def test_whole_distributions_that_are_none_are_named() -> None:
     for wrong in (torch.nan, torch.inf, 3e38):
         scale = at_bad(torch.full((ROWS,), 2.0), wrong)
         hidden = HiddenTargets(2 * states, scale, weight)
-        with pytest.raises(
-            ValueError, match="states of row 4 hold NaN or inf, by themselves or by"
-        ):
+        with pytest.raises(ValueError, match="states of row 4 hold NaN or inf, before or after"):
             kd_loss(LOGITS, hidden)
     with pytest.raises(ValueError, match="states of row 4 hold NaN"):
         kd_loss(LOGITS, HiddenTargets(at_bad(states, torch.nan), None, weight))
@@ -121,7 +120,7 @@ ENCODED = EncodedTargets(IDS.to(torch.uint16), VALUES, *SCALARS, temperature=2.0
 
 
 def test_encoded_targets_are_of_one_temperature() -> None:
-    with pytest.raises(ValueError, match=r"temperature is 1.0, and the targets are of 2.0"):
+    with pytest.raises(ValueError, match=r"temperature is 1.0, but the targets are for 2.0"):
         kd_loss(LOGITS, ENCODED)
     kd_loss(LOGITS, ENCODED, temperature=2)
 
@@ -154,12 +153,17 @@ def test_encoded_targets_are_as_a_cache_stores_them(change: dict, message: str) 
         (
             (IDS, PROBS, at_bad(TAIL, torch.nan)),
             [0.5, 0.5],
-            "teacher 1's probs or tail .* in row 4",
+            "teacher 1's tail holds nan in row 4",
+        ),
+        (
+            (IDS, PROBS, at_bad(TAIL, -1e-7)),
+            [0.5, 0.5],
+            r"teacher 1's tail holds -1e-07 in row 4.*add \.clamp\(min=0\)",
         ),
         (
             (at_bad(IDS, -2), PROBS, TAIL),
             [0.5, 0.5],
-            "teacher 1's ids hold one below -1.* in row 4",
+            "teacher 1's ids hold a value below -1.* in row 4",
         ),
         ((IDS + 0.5, PROBS, TAIL), [0.5, 0.5], "teacher 1's ids is torch.float32"),
         ((IDS, PROBS), [0.5, 0.5], r"teacher 1 is a tuple; it must be \(ids, probs, tail\)"),

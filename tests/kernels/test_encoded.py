@@ -120,7 +120,7 @@ def test_a_linear_head_takes_them_too(impl):
 def test_encoded_targets_come_alone():
     logits, _ = case(300)
     targets = stored(6, 300, 8, 1.0)
-    with pytest.raises(ValueError, match="carry their probabilities"):
+    with pytest.raises(ValueError, match="carry their own probabilities"):
         kd_loss(logits, targets, torch.ones(6, 8))
     with pytest.raises(ValueError, match="target_probs is missing"):
         kd_loss(logits, torch.zeros(6, 1, dtype=torch.long))

@@ -195,7 +195,7 @@ def test_other_calls_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"log_probs is \(7, 9\)"):
         kd_loss(F.linear(x, w, b), DenseTargets(torch.zeros(ROWS, 9, device=DEVICE)))
     for extra in ({"target_probs": torch.zeros(1)}, {"tail_prob": torch.zeros(ROWS)}):
-        with pytest.raises(ValueError, match="HiddenTargets carry their probabilities"):
+        with pytest.raises(ValueError, match="HiddenTargets carry their own probabilities"):
             linear_kd_loss(x, w, teacher(), **extra)
     with pytest.raises(ValueError, match="labels hold 23"):
         linear_kd_loss(x, w, teacher(), labels=torch.full((ROWS,), VOCABULARY), ce_weight=1.0)

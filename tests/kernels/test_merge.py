@@ -17,7 +17,7 @@ def teachers_of(seed: int, rows: int, vocabulary: int, sizes: list[int]) -> list
         ids = torch.rand(rows, vocabulary, generator=g).argsort(1)[:, :k]
         probs = dense.gather(1, ids)
         hole = torch.rand(rows, k, generator=g) < 0.2
-        tail = 1 - torch.where(hole, 0.0, probs).sum(1)
+        tail = (1 - torch.where(hole, 0.0, probs).sum(1)).clamp(min=0)  # 1 - 1 may round below 0
         out.append((torch.where(hole, -1, ids), probs, tail))
     return out
 

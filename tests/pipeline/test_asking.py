@@ -55,13 +55,13 @@ def test_a_language_model_is_measured_on_text(tmp_path, model, expert, rows):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"pseudo-perplexity on {rows}: ")
     assert "per token of its tokenizer (95 %: " in done.stdout
-    assert "at most 5 tokens, drawn evenly with seed 0" in done.stderr
+    assert "at most 5 tokens, drawn uniformly with seed 0" in done.stderr
     found = json.loads(pipeline(*given, "--set", "tokens=all", "--json").stdout)
     assert found["tokens"] == found["tokens_in_all"]
     typo = pipeline(*given, "--set", "token=5")
     assert (typo.returncode, "did you mean 'tokens'" in typo.stderr) == (2, True)
     wrong = pipeline("evaluate", expert, "--text", rows, "--text-field", "question")
-    command = wrong.stderr.partition("What it says of texts: `pipeline ")[2].partition("`")[0]
+    command = wrong.stderr.partition("predictions on texts: `pipeline ")[2].partition("`")[0]
     assert wrong.returncode == 2
     advised = [
         part.replace("predictions.jsonl", str(tmp_path / "p.jsonl")) for part in command.split()

@@ -229,7 +229,7 @@ def test_a_result_is_not_written_where_another_machine_writes(stored, task, monk
     monkeypatch.setattr(finetuning, "read_task", None)  # refused before anything is read
     done = pipeline("finetune", "any", *task["stored"], "--out", address)
     assert done.returncode == 2
-    assert f"{address}: process 7 on elsewhere uploads a result there" in done.stderr
+    assert f"{address}: process 7 on elsewhere is uploading a result there" in done.stderr
     store.discard(UNFINISHED)
     store.replace("theirs.bin", b"")
     monkeypatch.undo()

@@ -148,7 +148,9 @@ def test_torchrun_and_its_workers_that_are_killed_go_on_to_the_same_bits(run_fil
 
 @pytest.mark.slow
 def test_two_nodes_begin_again_by_themselves_when_a_process_is_killed(run_file, tmp_path):
-    """As docs/clusters.md starts them: one torchrun a node, whose line resumes where it can."""
+    """As docs/clusters.md starts them, one torchrun a node, whose line resumes where it can: that
+    of docs/students.md.
+    """
     out = tmp_path / "run"
     program = shlex.join([sys.executable, "-m", "rekindle.pipeline.cli", *typed(run_file, out)])
     line = f"[ -e {out}/run.json ] && again=--resume; exec {program} --set train.parallel=fsdp"

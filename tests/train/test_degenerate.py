@@ -49,7 +49,9 @@ def test_a_stage_of_fewer_steps_has_a_warm_up_of_its_own():
 
 def test_a_replay_of_nothing_is_refused():
     replay = {"domains": ["a"], "fraction": 0.01}
-    message = "replay.fraction 0.01 of 10 steps of 4 sequences is not one sequence. Give at least "
+    message = (
+        "replay.fraction 0.01 of 10 steps of 4 sequences is less than one sequence. Give at least "
+    )
     with pytest.raises(InputError, match=re.escape(message + "0.025")):
         config_of(steps=10, batch_sequences=4, replay=replay)
 
@@ -107,7 +109,7 @@ def test_steps_of_which_every_weight_is_0_are_refused(masked_world, hard, distil
 
 
 def test_masks_that_hide_nothing_or_everything_are_refused():
-    with pytest.raises(InputError, match="every chosen token would stay as it is"):
+    with pytest.raises(InputError, match="every chosen token would stay unchanged"):
         parse_settings(MaskConfig, {"mask_token": 0, "random_token": 0})
     with pytest.raises(InputError, match=r"replicas 1 with mask\.policy cover"):
         parse_settings(CacheConfig, {"path": "c", "replicas": 1, "mask": {"policy": "cover"}})

@@ -26,7 +26,11 @@ EVERYTHING = [
     {"teachers": ["odd.lm", "even.lm"], "combine": "route", "weight": 0.3},
     {"teachers": ["sense", "tags"], "weight": 0.2},
     {"teachers": ["pair"], "weight": 0.2},
-    {"teachers": ["score"], "ranking": {"group": "domain"}, "weight": 0.05},
+    {
+        "teachers": ["score"],
+        "ranking": {"group": "domain", "pairs": "best", "listwise": 2.0},
+        "weight": 0.05,
+    },
 ]
 SHORT = {"steps": 4, "checkpoint_every": 2, "evaluate_every": 2}
 JOBS = {

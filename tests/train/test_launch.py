@@ -41,7 +41,7 @@ def test_what_torchrun_says_is_believed(environment, values, expected):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE='', which is no whole number of 1 or more"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='', which is not a whole number of 1 or more"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),

@@ -38,11 +38,11 @@ def test_it_is_said_of_each_setting_and_what_to_put(cpu):
     asked = {"train.precision: {}": "bf16", "teachers.a.precision: {}": "fp16", "b: {}": "auto"}
     told = told_of_slow(asked, "cpu")
     assert told.startswith("teachers.a.precision: fp16: ")  # and not the one that it can
-    assert told.endswith("for speed put teachers.a.precision: fp32")
+    assert told.endswith("for speed set teachers.a.precision: fp32")
     assert told_of_slow(asked, "cuda") is None
     cpu()
     told = told_of_slow(asked, "cpu")
-    assert told.endswith("for speed put train.precision: fp32, teachers.a.precision: fp32")
+    assert told.endswith("for speed set train.precision: fp32, teachers.a.precision: fp32")
 
 
 def test_training_fine_tuning_and_perplexity_say_it_once(
@@ -72,7 +72,7 @@ def test_training_fine_tuning_and_perplexity_say_it_once(
         cpu("avx2")
         stage("bf16", "slow")
         (line,) = [one for one in caplog.messages if "no instructions" in one]
-        assert line.endswith(f"for speed put {put}"), stage
+        assert line.endswith(f"for speed set {put}"), stage
         stage("auto", "auto")
         cpu("amx_bf16")
         stage("bf16", "quick")

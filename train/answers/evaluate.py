@@ -1,4 +1,4 @@
-"""Scores an expert, or a student's head, on a labelled file; writes what it says, where asked."""
+"""Score an expert, or a student's head, on a labelled file; write its predictions if asked."""
 
 import logging
 import time
@@ -29,10 +29,10 @@ log = logging.getLogger("rekindle")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The scores of a model on one labelled file, and what was understood of both."""
+    """The scores of a model on one labelled file, and how both were read."""
 
     model: str
-    head: str | None  # of a student
+    head: str | None  # None for an expert
     test: str
     problem: str
     label_names: tuple[str, ...]  # the model's
@@ -42,13 +42,13 @@ class Evaluation:
     class_counts: dict[str, int]
     positive: str | None
     dropped: dict[str, int]
-    cut: float  # share of the texts
-    predictions: str | None  # the file of them
+    cut: float  # share of the texts that were cut
+    predictions: str | None  # the file they were written to
     seconds: float
 
     @property
     def value(self) -> float:
-        """The score by ``metric``."""
+        """Return the score by ``metric``."""
         return self.scores[self.metric]
 
     def as_dict(self) -> dict[str, object]:
@@ -56,7 +56,7 @@ class Evaluation:
         return {**asdict(self), "value": self.value}
 
     def told(self) -> str:
-        """The scores in lines, the one that counts first."""
+        """Return the scores in lines, the chosen metric first."""
         names = [self.metric, *(name for name in self.scores if name != self.metric)]
         shown = {name: printed_name(name, self.problem, len(self.class_counts)) for name in names}
         lines = [f"{shown[name]} on {self.test}: {self.scores[name]:.4f}" for name in names]
@@ -74,23 +74,24 @@ def evaluate_file(
     force: bool = False,
     watch: Watch = NOBODY,
 ) -> Evaluation:
-    """Score an expert, or a student's ``head``, on the labelled file ``test``; the labels are the
-    model's own, by name. ``out`` receives the predictions, whole or not at all.
+    """Score an expert, or a student's ``head``, on the labelled file ``test``; labels are matched
+    by the model's own names. The predictions are written to ``out``, completely or not at all.
 
-    Raises InputError for wrong files, models, heads or metrics, and for labels that the model does
-    not know, naming their rows; for an ``out`` that is there, unless it holds predictions and
+    Raises InputError for wrong files, models, heads or metrics; for labels that the model does not
+    know, naming their rows; and for an ``out`` that exists, unless it holds predictions and
     ``force`` is given.
     """
     started = time.perf_counter()
     if out == STDIN:
-        raise InputError("out is -, and only predictions of predict go to stdout; give a file")
+        raise InputError("out is -, but only predict writes predictions to stdout; give a file")
     if out is not None:
         check_target(out, test, model, force)
     rows, before = read_rows(test), recorded_of(model)
-    # The size of a batch too: the last digits depend on it, and are to be those of metrics.json.
+    # batch_size is taken over too: the last digits depend on it and should be those of
+    # metrics.json.
     asked = config or AskConfig()
     settings = as_recorded(asked, before, next(rows, {}).keys(), also=("batch_size",))
-    # What is wrong with its columns is said before a model is loaded.
+    # Report wrong columns before a model is loaded.
     texts = read_file(test, as_asked(settings, TAGS if tags_words(model, head) else ""))
     check_pairs(before, texts.pairs is not None, model, test)
     judge = open_judge(model, head)
@@ -124,7 +125,7 @@ def evaluate_file(
 
 
 def _metric(wanted: str | None, before: Recorded, data: TaskData) -> str:
-    """The metric that is asked for, or that of the fine-tuning, where it fits."""
+    """Return the metric that is asked for, or the fine-tuning's if it fits the data."""
     usual = before.metric if before.metric in METRICS[data.problem] else None
     if usual == "f1" and len(data.label_names) == 2 and data.positive is None:
         usual = None
@@ -132,8 +133,8 @@ def _metric(wanted: str | None, before: Recorded, data: TaskData) -> str:
 
 
 def check_pairs(before: Recorded, paired: bool, model: str, path: str) -> None:
-    """Raise InputError for pairs where an expert was fine-tuned on single texts, and for these
-    where it was fine-tuned on pairs.
+    """Raise InputError for pairs if an expert was fine-tuned on single texts, and for single texts
+    if it was fine-tuned on pairs.
     """
     if before.pairs in (None, paired):
         return
@@ -144,12 +145,12 @@ def check_pairs(before: Recorded, paired: bool, model: str, path: str) -> None:
             "a txt has no columns; give a jsonl, csv, tsv or parquet file with two, and name them"
         )
     raise InputError(
-        f"{model!r} was fine-tuned on {taught}, and {path} has {given}: {name} with --text-field"
+        f"{model!r} was fine-tuned on {taught}, but {path} has {given}: {name} with --text-field"
     )
 
 
 def less_memory(settings: AskConfig) -> str:
-    """What takes less memory, with the values as they are."""
+    """Return advice to lower the memory needed, with the current values."""
     return (
         f"Lower batch_size (now {settings.batch_size}) or max_length (now {settings.max_length}): "
         f"`--set batch_size={max(1, settings.batch_size // 2)}`"

@@ -1,4 +1,4 @@
-"""Finished models that judge texts: an expert, or a student with one of its heads."""
+"""Finished models that score texts: an expert, or a student with one of its heads."""
 
 import math
 import shlex
@@ -30,54 +30,54 @@ from rekindle.train.model.network import HeadConfig
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
-ROWS_AT_A_TIME = 2048  # in memory; the more, the better texts of like length come together
+ROWS_AT_A_TIME = 2048  # in memory; with more rows, texts of similar length are grouped better
 
 Inputs = dict[str, Tensor]
 
 
 class Judge(ABC):
-    """What judges texts, and how its answers are read. ``labels`` [C]: the outputs' names as files
-    have them.
+    """A model that scores texts, and how its answers are read. ``labels`` [C] are the names of its
+    outputs as files spell them.
     """
 
     who: str  # in messages
     head: str | None
     answers: Answers
     labels: tuple[str, ...]
-    says_problem: bool  # or it is guessed of the outputs
+    says_problem: bool  # False: the problem is guessed from the outputs
 
     @abstractmethod
     def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
-        """The texts as the model sees them, cut to ``max_length`` and to what it takes."""
+        """Return the texts as the model sees them, cut to ``max_length`` and to what it takes."""
 
     @abstractmethod
     def logits(self, encoded: EncodedTexts, batch_size: int) -> np.ndarray:
-        """fp32 logits [N,C] in the order of the rows."""
+        """Return fp32 logits [N,C] in the order of the rows."""
 
     def check_task(self, data: TaskData) -> None:
-        """Raise InputError for a task of another problem, or with labels that it lacks."""
+        """Raise InputError for a task of another problem, or with labels that the model lacks."""
         outputs, problem = len(self.labels), self.answers.problem
         who = f"the {outputs} outputs of {self.who}"
-        if data.problem == problem == "regression" and data.outputs == outputs:
+        if data.head_problem == problem == "regression" and data.outputs == outputs:
             return
-        if data.problem == "regression" and data.outputs == outputs and not self.says_problem:
-            raise InputError(f"the task has scores, and {who} may be classes: {SAY_SCORES}")
+        if data.head_problem == "regression" and data.outputs == outputs and not self.says_problem:
+            raise InputError(f"the task has scores, but {who} may be classes: {SAY_SCORES}")
         if data.problem == SEVERAL != problem:
             said = f"are a {problem}" if self.says_problem else "may exclude each other"
             wrong = '"problem_type": "multi_label_classification"'
             unsaid = "" if self.says_problem else f": if not, write {wrong} into its config.json"
             raise InputError(
-                f"the task has labels of which several may hold, and {who} {said}{unsaid}"
+                f"the task has labels of which several may hold, but {who} {said}{unsaid}"
             )
         if problem == SEVERAL != data.problem:
             raise InputError(
-                f"{who} are labels of which several may hold, and the task is a {data.problem}: "
-                "the largest would be taken for the only one. Give a task with lists of labels"
+                f"{who} are labels of which several may hold, but the task is a {data.problem}: "
+                "only the largest would be counted. Give a task with lists of labels"
             )
         if problem != data.problem and (TAGS in (problem, data.problem) or problem == "regression"):
             raise InputError(
-                f"{self.who} is a {problem}; the task has labels of another kind: give the task it "
-                "was taught"
+                f"{self.who} is a {problem}; the task has labels of another kind: give it the "
+                "task it was fine-tuned on"
             )
         data.check_known(self.labels, who)
 
@@ -88,7 +88,9 @@ def judged(
     settings: AskConfig,
     watch: Watch = NOBODY,
 ) -> tuple[np.ndarray, Cuts]:
-    """fp32 logits [N,C] of all of ``data``, a block of rows at a time, and what was cut of them."""
+    """Return fp32 logits [N,C] of all of ``data``, one block of rows at a time, and how
+    it was cut.
+    """
     found, cuts = [], Cuts()
     for first in range(0, len(data), ROWS_AT_A_TIME):
         block = data.part(first, first + ROWS_AT_A_TIME)
@@ -103,11 +105,11 @@ def judged(
 
 
 def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
-    """Load an expert, or a student with its ``head`` (None: the only one that may be asked what a
-    task of ``problem`` asks, if that is known).
+    """Load an expert, or a student with its ``head`` (None: its only head that fits a task of
+    ``problem``, if that is known).
 
     Raises InputError for a language model, for a classifier whose head was never trained, for a
-    head that is not there, and where it is not clear which.
+    missing head, and if it is not clear which head is meant.
     """
     directory = resolve_model(model)
     if (directory / ABOUT_FILE).is_file():
@@ -116,7 +118,7 @@ def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
         return StudentHead(student, model, head, problem)
     if head is not None:
         raise InputError(
-            f"--head is for students with task heads, and {model!r} is none: leave it out"
+            f"--head is for students with task heads, but {model!r} has none: leave it out"
         )
     if (said := task_said(load_config(directory))) in LANGUAGE:
         raise InputError(no_head(model, "masked" if said == "masked_lm" else "causal"))
@@ -124,14 +126,14 @@ def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
 
 
 def recorded_of(model: str) -> Recorded:
-    """How an expert was fine-tuned; empty of students."""
+    """Return how an expert was fine-tuned; empty for students."""
     directory = resolve_model(model)
     return Recorded() if (directory / ABOUT_FILE).is_file() else recorded(directory)
 
 
 def tags_words(model: str, head: str | None = None) -> bool:
-    """Whether a model, or its ``head``, judges tokens, by its files; what is wrong with either is
-    said when it is loaded.
+    """Return whether a model, or its ``head``, tags tokens, according to its files. Errors in
+    either are reported when it is loaded.
     """
     directory = resolve_model(model)
     if (directory / ABOUT_FILE).is_file():
@@ -141,16 +143,16 @@ def tags_words(model: str, head: str | None = None) -> bool:
 
 
 def no_head(model: str, kind: str) -> str:
-    """What is told of a language model that is asked for labels."""
+    """Return the message for a language model that is asked for labels."""
     return (
-        f"{model!r} is a {kind} language model without a trained head: it knows no labels. Make an "
-        f"expert of it first: {to_fine_tune(model)}. How well it knows plain text: `pipeline "
-        f"evaluate {shlex.quote(model)} --text FILE`"
+        f"{model!r} is a {kind} language model without a trained head: it knows no labels. First "
+        f"make an expert from it: {to_fine_tune(model)}. To see how well it knows plain text: "
+        f"`pipeline evaluate {shlex.quote(model)} --text FILE`"
     )
 
 
 class Expert(Judge):
-    """A classifier or regressor as ``pipeline finetune`` writes it, or from elsewhere."""
+    """A classifier or regressor, written by ``pipeline finetune`` or from elsewhere."""
 
     head = None
 
@@ -171,12 +173,12 @@ class Expert(Judge):
         return encode(self.tokenizer, self.network.config, data, max_length)
 
     def logits(self, encoded: EncodedTexts, batch_size: int) -> np.ndarray:
-        """Run without dropout; texts of one length together where padding would change them."""
+        """Run without dropout; texts are grouped by equal length if padding would change them."""
         return predict(self.network, encoded, batch_size)
 
 
 class StudentHead(Judge):
-    """A student and the head of it that is asked."""
+    """A student and the head that is asked."""
 
     def __init__(
         self, student: Student, directory: str, wanted: str | None = None, problem: str = ""
@@ -194,7 +196,8 @@ class StudentHead(Judge):
     def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
         """Return the texts or pairs as training shows them."""
         tokenizer, config = self.tokenizer, self.student.model.config
-        prompted = self.student.prompts is not None  # that of no domain takes a place, too
+        # even without a domain a prompt takes a position
+        prompted = self.student.prompts is not None
         takes = (longest_input(config) or math.inf) - prompted
         most = int(min(max_length or self.student.longest_text, takes))
         if data.words is not None:
@@ -232,8 +235,8 @@ class StudentHead(Judge):
 def head_of(
     student: Student, wanted: str | None, directory: str, problem: str = ""
 ) -> tuple[str, HeadConfig]:
-    """The head of a student that is asked, one that tags words where that is the ``problem``;
-    InputError when it is not clear which.
+    """Return the student's head to ask (a tagging head if that is the ``problem``); raise
+    InputError if it is not clear which.
     """
     kind = "token" if problem == TAGS else "sequence" if problem else ""
     heads = {name: one for name, one in student.head_configs.items() if kind in ("", one.kind)}
@@ -247,7 +250,7 @@ def head_of(
             does = {"token": " that tags words", "sequence": " that judges whole texts"}
             told = f"has no task head{does.get(kind, '')}"
         raise InputError(
-            f"student {directory!r} {told}. A distill term of a task expert gives a student a "
+            f"student {directory!r} {told}. A distill term with a task expert gives a student a "
             f"head; or fine-tune it: {to_fine_tune(directory)}"
         )
     return wanted, heads[wanted]

@@ -1,4 +1,4 @@
-"""Reads a labelled file for a model that knows its labels: no train file says what they mean.
+"""Read a labelled file for a model that knows its own labels; no train file is needed.
 
 One class alone, or fewer than the model knows, is enough.
 """
@@ -35,9 +35,10 @@ from rekindle.train.finetune.labels import (
     check_scores,
     dropped_names,
     kept_rows,
+    read_alike,
 )
 from rekindle.train.finetune.positive import positive_class
-from rekindle.train.finetune.task_data import TaskData, split_of, split_of_lists
+from rekindle.train.finetune.task_data import TaskData, ranked, split_of, split_of_lists
 from rekindle.train.finetune.task_files import TaskFile, read_file
 
 log = logging.getLogger("rekindle")
@@ -49,7 +50,8 @@ _NAMELESS = re.compile(r"LABEL_\d+")
 def read_labelled(
     path: str, judge: Judge, settings: TaskSettings, file: TaskFile | None = None
 ) -> TaskData:
-    """Read a labelled file whose labels are those of ``judge``; ``file``: what was read of it.
+    """Read a labelled file whose labels are those of ``judge``; ``file``: its content, if already
+    read.
 
     Raises InputError as ``read_file`` does, and for labels that the model does not know, naming
     their rows.
@@ -59,8 +61,20 @@ def read_labelled(
     file = file or read_file(path, as_asked(settings, problem))
     if file.words is not None and problem != TAGS:
         raise InputError(
-            f"{path} has tokens, and {who} judges whole texts: name their column with --text-field"
+            f"{path} has tokens, but {who} scores whole texts: name the column of texts with "
+            "--text-field"
         )
+    if file.groups is not None:
+        if problem != "regression" or len(judge.labels) > 1:
+            raise InputError(
+                f"{path} has documents to rank, and {who} gives {len(judge.labels)} "
+                f"{'scores' if problem == 'regression' else 'labels'}, not one score: give a "
+                "ranker, or say --set problem=classification or problem=regression"
+            )
+        dropped = dropped_names(settings.drop_labels, as_written=False)
+        rows, gone = kept_rows(path, file.labels, dropped, as_written=False)
+        check_dropped(dropped, [(rows, gone)])
+        return ranked(file, read_alike([rows], as_written=False)[0], gone, settings)[0]
     names = () if problem == "regression" else tuple(dict.fromkeys(judge.labels))
     if problem in (SEVERAL, TAGS):
         return _read_lists(file, problem, names, who, settings)
@@ -80,14 +94,14 @@ def read_labelled(
 
 
 def as_asked(settings: TaskSettings, problem: str) -> TaskSettings:
-    """The settings with which the texts of a file are read for a model of that problem."""
+    """Return the settings for reading a file's texts for a model with that problem."""
     return settings.model_copy(update={"problem": TAGS}) if problem == TAGS else settings
 
 
 def _read_lists(
     file: TaskFile, problem: str, names: tuple[str, ...], who: str, settings: TaskSettings
 ) -> TaskData:
-    """Rows that have several labels, or tokens with tags."""
+    """Read rows that have several labels, or tokens with tags."""
     dropped = dropped_names(settings.drop_labels, as_written=True)
     split = partial(several_in, separator=settings.label_separator)
     read = words_in if problem == TAGS else split
@@ -108,12 +122,14 @@ def _check_rows(path: str, rows: Sequence[int], gone: Counter[str]) -> None:
 
 
 def _numbers(rows: Rows, names: Sequence[str], who: str) -> list[int]:
-    """The number of each label among the ``names`` that ``who`` knows."""
+    """Return the number of each label among the ``names`` that ``who`` knows."""
     index = {name: number for number, name in enumerate(names)}
     nameless = all(map(_NAMELESS.fullmatch, names))
     if nameless and rows.labels and not any(label.name in index for label in rows.labels):
         index = {str(number): number for number in range(len(names))}
-        log.info("%s: its labels have no names; a number is that of an output, from 0", who)
+        log.info(
+            "%s: its labels have no names; a number is taken as that of an output, from 0", who
+        )
     found = [_number(label, index) for label in rows.labels]
     wrong = [place for place, number in enumerate(found) if number is None]
     if wrong:
@@ -122,7 +138,9 @@ def _numbers(rows: Rows, names: Sequence[str], who: str) -> list[int]:
 
 
 def _number(label: Label, index: Mapping[str, int]) -> int | None:
-    """As it is written, as it is read (1.0 is 1), or, of true and false, in any case."""
+    """Look a label up as it is written, as it is parsed (1.0 is 1), or, for true and false, in any
+    case.
+    """
     names = [label.raw.strip() if isinstance(label.raw, str) else label.name, label.name]
     if label.name.casefold() in ("true", "false"):
         names.append(label.name.casefold())
@@ -138,7 +156,7 @@ def _unknown(rows: Rows, wrong: Sequence[int], names: Sequence[str], who: str) -
     known = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
     near = did_you_mean(labels[0], names)
     if len(wrong) == len(rows.labels):
-        advice = "It knows no label of the file: check the model, the file and --label-field"
+        advice = "It knows none of the file's labels: check the model, the file and --label-field"
     else:
         leave = shlex.quote(f"drop_labels={json.dumps(labels, ensure_ascii=False)}")
         advice = f"Correct them, or leave such rows out with --set {leave}"

@@ -1,18 +1,13 @@
-"""How likely a language model finds plain text: perplexity, or a masked one's pseudo-perplexity.
+"""Measure how likely a language model finds plain text: perplexity or pseudo-perplexity.
 
 Causal: exp(−1/N Σ log p(x_t | x_<t)) over every token of every text but its first (special tokens
-that the tokenizer puts around a text are among them: with one at the beginning all are predicted).
-Each text is taken by itself; one that is longer than the window is read in windows that move on by
-``stride``, and each token is predicted once, in the first window that it is in.
-Masked: pseudo-perplexity (Salazar et al., Masked Language Model Scoring, ACL 2020),
-exp(−1/N Σ log p(x_t | x_<t, x_>t)): each token is masked alone, in turn, within its text or the
-window of it that it is in; special tokens are not. Of all tokens, or of an even sample.
+around a text count). A text longer than the window is read in windows that advance by ``stride``;
+each token is predicted once, in the first window that contains it. Masked: pseudo-perplexity
+(Salazar et al., Masked Language Model Scoring, ACL 2020), exp(−1/N Σ log p(x_t | x_<t, x_>t)): each
+token but special ones is masked alone, within its text or window.
 
-Bits per byte of causal models: the sum over the bytes of the text that is predicted, so without
-those of a first token that is not.
-
-Both are means over tokens, whatever text they are in; probabilities are over the tokens of the
-tokenizer (rows that pad the output matrix to a round size are none).
+Bits per byte of causal models are over the bytes of the predicted text. Both are means over tokens,
+whichever text they are in, with probabilities over the tokenizer's ids only.
 """
 
 import logging
@@ -61,30 +56,30 @@ from rekindle.train.precision import tell_slow
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student
 
-MOST_TOKENS = 1024  # that a model sees at a time, unless a length is given
-SORTED_BATCHES = 16  # whose windows are sorted by length together
-TEXTS_AT_A_TIME = 64  # that are tokenised
-LOGIT_ROWS = 256  # whose logits are held at a time
-_LARGEST_CE = 700.0  # whose exponential is a number
+MOST_TOKENS = 1024  # tokens that a model sees at a time, unless a length is given
+SORTED_BATCHES = 16  # batches whose windows are sorted by length together
+TEXTS_AT_A_TIME = 64  # texts that are tokenised together
+LOGIT_ROWS = 256  # rows whose logits are held at a time
+_LARGEST_CE = 700.0  # larger ones have no finite exponential
 
 log = logging.getLogger("rekindle")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """How likely a model finds a text, and by which rule."""
+    """How likely a model finds a text, and the rule it was measured by."""
 
     model: str
     text: str
     task: str  # masked_lm | causal_lm
     measure: str  # perplexity | pseudo-perplexity
     perplexity: float
-    ce: float  # its logarithm: nats per token
+    ce: float  # log of the perplexity, nats per token
     standard_error: float  # of ce
-    tokens: int  # that were predicted
+    tokens: int  # predicted tokens
     tokens_in_all: int
     texts: int
-    bits_per_byte: float | None  # of causal models: over the text of the predicted tokens
+    bits_per_byte: float | None  # for causal models: over the text of the predicted tokens
     rule: str
     seconds: float
 
@@ -93,7 +88,7 @@ class Perplexity:
         return asdict(self)
 
     def told(self) -> str:
-        """The measure in lines, with its 95 % interval."""
+        """Return the measure in lines, with its 95 % interval."""
         low, high = (_exp(self.ce + side * 1.96 * self.standard_error) for side in (-1, 1))
         of = "" if self.tokens >= self.tokens_in_all else f" of {self.tokens_in_all:,}"
         texts = counted(self.texts, "text")
@@ -117,7 +112,7 @@ def text_perplexity(
     config: PerplexityConfig | None = None,
     watch: Watch = NOBODY,
 ) -> Perplexity:
-    """Measure a language model, or a student as one, on plain text that is read as a corpus is.
+    """Measure a language model, or a student as one, on plain text that is read like a corpus.
 
     Raises InputError for a model without output over the vocabulary, and for bad text.
     """
@@ -161,7 +156,7 @@ def _exp(ce: float) -> float:
 
 
 def open_language_model(model: str, text: str, precision: str) -> tuple[StudentNetwork, Tokenizer]:
-    """Load a language model, or a student, onto its device, and its tokenizer, for ``text``.
+    """Load a language model or student onto its device, and its tokenizer, for ``text``.
 
     Raises InputError for an expert, for a body without output over the vocabulary, and for a
     tokenizer with more ids than the model.
@@ -172,7 +167,7 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
     with quiet_transformers():
         if (directory / ABOUT_FILE).is_file():
             network: StudentNetwork = Student.from_pretrained(directory)
-            for weights in network.parameters():  # as transformers loads: not the buffers
+            for weights in network.parameters():  # as transformers loads: without the buffers
                 weights.data = weights.data.to(placement.dtype)
         else:
             config, task = load_config(directory), _language_task(model, directory, text)
@@ -180,14 +175,14 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
             rows = config.get_text_config().vocab_size
             if tokenizer.size > rows:
                 raise InputError(
-                    f"{model!r} has a vocabulary of {rows:,}, and its tokenizer ids up to "
-                    f"{tokenizer.size - 1:,}: it belongs to another tokenizer"
+                    f"{model!r} has a vocabulary of {rows:,}, but its tokenizer has ids up to "
+                    f"{tokenizer.size - 1:,}: it belongs to another model"
                 )
             loaded = load_model(directory, AUTO_CLASSES[task], placement.dtype)
             network = StudentNetwork(loaded, task, vocabulary_size=tokenizer.size)
     if network.task == "masked_lm" and tokenizer.mask_id is None:
         raise InputError(
-            f"the tokenizer of {model!r} has no mask token, which a masked LM is asked with"
+            f"the tokenizer of {model!r} has no mask token, which scoring with a masked LM needs"
         )
     return network.to(placement.device).eval(), tokenizer
 
@@ -204,8 +199,8 @@ def _language_task(model: str, directory: Path, text: str) -> Literal["masked_lm
         scored = ["pipeline", "evaluate", model, "--test", "FILE"]
         raise InputError(
             f"{model!r} is an expert ({saved_as}): it has no output over the vocabulary, so no "
-            f"perplexity. What it says of texts: `{shlex.join(asked)} --out "
-            f"predictions.jsonl`; its scores on labelled rows: `{shlex.join(scored)}`"
+            f"perplexity. For its predictions on texts: `{shlex.join(asked)} --out "
+            f"predictions.jsonl`; for its scores on labelled rows: `{shlex.join(scored)}`"
         )
     raise InputError(
         f"{model!r} was saved as {saved_as}, which has no output over the vocabulary, so no "
@@ -222,18 +217,20 @@ class _Texts:
     def __init__(self, source: str, field: str):
         self.source, self.left_out = source, LeftOut()
         documents = read_documents([source], field, left_out=self.left_out)
-        first = next(documents, None)  # a wrong field is named before a model is loaded
+        first = next(documents, None)  # reports a wrong field before a model is loaded
         self._check()
         self._documents = chain([first] if first else [], documents)
         self.count = self.tokens = 0
         self.bytes = 0.0  # of the tokens that a causal model predicts
 
     def encoded(self, tokenizer: Tokenizer) -> Iterator[Ids]:
-        """The tokens of each, without special ones; InputError for a record that is no text."""
+        """Yield each text's tokens without special ones; raise InputError for a record without a
+        text.
+        """
         for document, found in self._tokenised(tokenizer):
             self.count += 1
             self.bytes += len(document.text.encode())
-            if not tokenizer.prefix:  # what a causal model does not predict
+            if not tokenizer.prefix:  # then a causal model does not predict the first token
                 self.bytes -= _bytes_of_first(document.text, found)
             self.tokens += len(found.ids)
             yield found.ids
@@ -256,8 +253,8 @@ class _Texts:
 
 
 def _bytes_of_first(text: str, found: Encoded) -> float:
-    """The bytes of a text up to the end of its first token; of a character that several tokens
-    share, an even part.
+    """Return the bytes of a text up to the end of its first token; if several tokens share a
+    character, an equal part of it.
     """
     if not len(found.ids):
         return len(text.encode())
@@ -268,13 +265,13 @@ def _bytes_of_first(text: str, found: Encoded) -> float:
 
 @dataclass(frozen=True)
 class _Shown:
-    """What of a text the model sees at a time, and what it predicts there."""
+    """What the model sees of a text at a time, and what it predicts there."""
 
     tokenizer: Tokenizer
     causal: bool
     window: int
     stride: int
-    most: int | None  # tokens that are masked; None: all
+    most: int | None  # number of masked tokens; None: all
     seed: int
 
     @classmethod
@@ -288,25 +285,25 @@ class _Shown:
         stride = config.stride or max(1, window // 2)
         if stride >= window:
             raise InputError(
-                f"stride {stride} is no less than the window of {window} tokens: what is predicted "
-                "first in a window would have nothing before it; give less"
+                f"stride {stride} is not less than the window of {window} tokens: the first "
+                "predictions in a window would have no context; give a smaller one"
             )
         most = None if config.tokens == "all" else config.tokens
         return cls(tokenizer, network.task == "causal_lm", window, stride, most, config.seed)
 
     @property
     def rule(self) -> str:
-        """What is measured, in a line."""
+        """Return what is measured, in one line."""
         if self.causal:
             begins = "every token" if self.tokenizer.prefix else "every token but the first"
             return (
                 f"perplexity: {begins} of each text is predicted from those before it; texts of "
-                f"more than {self.window:,} tokens in windows that move on by {self.stride:,}"
+                f"more than {self.window:,} tokens in windows that advance by {self.stride:,}"
             )
         which = "every token"
         if self.most is not None:
             which = (
-                f"at most {self.most:,} tokens, drawn evenly with seed {self.seed} (every one: "
+                f"at most {self.most:,} tokens, drawn uniformly with seed {self.seed} (every one: "
                 "--set tokens=all), each"
             )
         return (
@@ -315,7 +312,7 @@ class _Shown:
         )
 
     def windows(self, texts: Iterator[Ids]) -> tuple[int | None, Iterator[Window]]:
-        """How many tokens are predicted, where that is known, and the windows."""
+        """Return how many tokens are predicted, if that is known, and the windows."""
         before, after = self.tokenizer.prefix, self.tokenizer.suffix
         if self.causal:
             whole = (np.concatenate([before, ids, after]).astype(np.int32) for ids in texts)
@@ -335,7 +332,7 @@ class _Shown:
 def _run(
     network: StudentNetwork, windows: Iterator[Window], padding: int, batch_tokens: int
 ) -> Iterator[NDArray[np.float64]]:
-    """−log p of the tokens that are predicted, batch by batch; windows of like length together."""
+    """Yield −log p of the predicted tokens, by batches of windows of similar length."""
     equal = moved_by_padding(network.model) > 0
     while block := _block(windows, SORTED_BATCHES * batch_tokens):
         lengths = np.array([len(one.ids) for one in block])
@@ -373,7 +370,7 @@ def _batch_losses(
 
 
 class _Losses:
-    """The sums that means are taken of."""
+    """Running sums for the means."""
 
     def __init__(self) -> None:
         self.count, self.total, self._squares = 0, 0.0, 0.0
@@ -385,15 +382,19 @@ class _Losses:
         self._squares += float(np.square(found).sum())
 
     def mean(self, model: str, text: str) -> float:
-        """Nats per token; InputError where nothing was predicted, or nothing sensible."""
+        """Return nats per token; raise InputError if no token was predicted, or the loss is not
+        finite.
+        """
         if not self.count:
-            raise InputError(f"{text}: there is no token to predict; give texts of two or more")
+            raise InputError(
+                f"{text}: there is no token to predict; give texts of two or more tokens"
+            )
         if not math.isfinite(self.total):
             raise InputError(f"{model!r} gives logits that are not finite: its weights may be NaN")
         return self.total / self.count
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, as if tokens were independent."""
+        """Return the standard error of the mean, as if tokens were independent."""
         mean = self.total / self.count
         return math.sqrt(max(self._squares / self.count - mean**2, 0.0) / self.count)

@@ -1,6 +1,6 @@
-"""Writes what an expert, or a student's head, says of every row of a file.
+"""Write the predictions of an expert, or of a student's head, for every row of a file.
 
-The rows are read, judged and written a block at a time: memory does not grow with the file.
+Rows are read, scored and written one block at a time, so memory does not grow with the file.
 """
 
 import logging
@@ -58,18 +58,19 @@ log = logging.getLogger("rekindle")
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """What was written, and how often each label was said."""
+    """What was written, and how often each label was predicted."""
 
     model: str
-    head: str | None  # of a student
+    head: str | None  # None for an expert
     text: str
     out: str
     problem: str
     label_names: tuple[str, ...]
     rows: int
-    said: dict[str, int]  # by label (or tag), the most frequent first; empty of scores
-    cut: float  # share of the texts
-    renamed: dict[str, str] = field(default_factory=dict)  # own columns that an answer's name took
+    said: dict[str, int]  # by label (or tag), the most frequent first; empty for scores
+    cut: float  # share of the texts that were cut
+    # the file's own columns that collided with an answer's column
+    renamed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, object]:
@@ -77,12 +78,14 @@ class Predicted:
         return asdict(self)
 
     def told(self) -> str:
-        """What was said, in lines."""
+        """Return a summary in lines."""
         each = [f"{name} {count:,}" for name, count in self.said.items()]
         said = f": {', '.join(each[:SHOWN])}{' …' * (len(each) > SHOWN)}" if each else ""
-        kept = [f"{name} of {self.text} is kept as {to}" for name, to in self.renamed.items()]
-        # No name ends so of what is piped in, which is jsonl.
-        each_line = " (each line a text)" if recorded_origin(self.text).format == "txt" else ""
+        kept = [
+            f"column {name} of {self.text} is kept as {to}" for name, to in self.renamed.items()
+        ]
+        # Piped input has no such name; it is jsonl.
+        each_line = " (each line is one text)" if recorded_origin(self.text).format == "txt" else ""
         read = f"{counted(self.rows, 'row')}{each_line}{said}"
         return "\n".join([read, *kept, f"predictions: {self.out}"])
 
@@ -97,12 +100,12 @@ def predict_file(
     force: bool = False,
     watch: Watch = NOBODY,
 ) -> Predicted:
-    """Write a JSON line for every row of ``text`` into ``out``, which is there whole or not at all.
+    """Write one JSON line for every row of ``text`` into ``out``, completely or not at all.
 
-    Both may be ``-``: jsonl from stdin, lines to stdout. A file is read once before anything is
-    judged, so that a row that is none is found at once.
+    Both may be ``-``: jsonl from stdin, lines to stdout. A file is first read once as a check, so
+    that a bad row is found before any scoring.
 
-    Raises InputError for wrong files, models or heads, and for an ``out`` that is there, unless it
+    Raises InputError for wrong files, models or heads, and for an ``out`` that exists, unless it
     holds predictions and ``force`` is given.
     """
     started = time.perf_counter()
@@ -112,7 +115,7 @@ def predict_file(
         raise InputError(f"{text} has no rows; give at least one text")
     before = recorded_of(model)
     settings = as_recorded(config or AskConfig(), before, first.keys())
-    # What is wrong with its columns is said before a model is loaded.
+    # Report wrong columns before a model is loaded.
     problem = TAGS if tags_words(model, head) else ""
     reader = _Reader.of(text, first, as_asked(settings, problem))
     check_pairs(before, len(reader.columns) > 1, model, text)
@@ -141,7 +144,7 @@ def predict_file(
 
 
 def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows, ROWS_AT_A_TIME of them at a time."""
+    """Yield the rows in blocks of ROWS_AT_A_TIME."""
     each = iter(rows)
     while block := [*islice(each, ROWS_AT_A_TIME)]:
         yield block
@@ -153,7 +156,7 @@ def _is_piped(path: str) -> bool:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Where a row's text is: in a column, or two of a pair, or in one of tokens."""
+    """Where a row's text is: in one column, in two for a pair, or in a column of tokens."""
 
     path: str
     columns: tuple[str, ...]
@@ -161,15 +164,17 @@ class _Reader:
 
     @classmethod
     def of(cls, path: str, first: Row, settings: TaskSettings) -> Self:
-        """By the columns of the first row; InputError where it is not clear which."""
+        """Choose the columns from the first row; raise InputError if it is not clear which."""
         columns = text_fields(path, [*first], settings, settings.label_field)
         tokens = settings.problem == TAGS
         if tokens and len(columns) > 1:
-            raise InputError(f"{path}: tokens are no pairs of texts; name their one column")
+            raise InputError(f"{path}: tokens cannot be pairs of texts; name their one column")
         return cls(path, columns, tokens)
 
     def data(self, block: Sequence[Row], first: int) -> TaskData:
-        """The texts of rows, from number ``first`` on; InputError for one that is none."""
+        """Return the texts of rows, numbered from ``first``; raise InputError for a row without
+        one.
+        """
         nothing = np.zeros(0, np.float32)
         if not self.tokens:
             return TaskData(*texts_of(block, first, self.columns, self.path), nothing, ())
@@ -179,14 +184,14 @@ class _Reader:
         return TaskData([*map(" ".join, words)], None, nothing, (), words=words)
 
     def with_tokens(self, row: Row, words: list[str], answer: Answer) -> Answer:
-        """The answer, and the tokens that it is of, where the row has them as one text."""
+        """Add the tokens to an answer if the row has them as one text."""
         if isinstance(row.get(self.columns[0]), str):
             return {"tokens": words} | answer
         return answer
 
 
 def _check(reader: _Reader, answers: Answers) -> int:
-    """Check every row, and count them."""
+    """Check and count all rows."""
     count, nothing = 0, dict.fromkeys(answers.columns)
     for block in blocks(read_rows(reader.path)):
         reader.data(block, count + 1)
@@ -198,21 +203,21 @@ def _check(reader: _Reader, answers: Answers) -> int:
 
 @contextmanager
 def _opened(out: str) -> Iterator[tuple[BinaryIO, bool]]:
-    """The file that is written, and whether all but ASCII is escaped, as for a terminal."""
+    """Yield the output file, and whether non-ASCII characters are escaped, as for a terminal."""
     if out != STDIN:
         with new_file(Path(out)) as file:
             yield file, False
         return
-    raw = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # JSON escapes all by itself
+    raw = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # JSON does its own escaping
     try:
         yield raw.buffer, True
         raw.flush()
-    except BrokenPipeError:  # who reads has enough, as head has
+    except BrokenPipeError:  # the reader has enough, like head
         os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())
 
 
 class _Work:
-    """The rows that are judged, and what was said of them so far."""
+    """The rows being scored, and the predictions so far."""
 
     def __init__(self, judge: Judge, settings: AskConfig, reader: _Reader):
         self.judge, self.settings, self.reader = judge, settings, reader
@@ -220,7 +225,7 @@ class _Work:
         self.rows, self.cuts, self.said = 0, Cuts(), Counter[str]()
 
     def answered(self, block: Sequence[Row]) -> Iterator[Row]:
-        """Each row with what is said of it."""
+        """Yield each row with its answer."""
         first = self.rows + 1
         data = self.reader.data(block, first)
         logits, cuts = judged(self.judge, data, self.settings)

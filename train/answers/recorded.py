@@ -1,4 +1,4 @@
-"""What an expert's folder says of how it was fine-tuned, so that it is asked in the same way."""
+"""Read from an expert's folder how it was fine-tuned, so that it is asked in the same way."""
 
 import json
 import logging
@@ -18,23 +18,25 @@ log = logging.getLogger("rekindle")
 
 # Settings of the fine-tuning that say how texts and labels are read.
 _READING = ("max_length", "problem", "label_separator", "label_names", "threshold", "positive")
-# Those that are an expert's own, whatever it is compared with on the same rows; the last digits
-# depend on the size of a batch.
+# An expert's own settings, kept even when it is compared with others on the same rows. batch_size
+# is one of them because the last digits depend on it.
 _OWN = ("max_length", "threshold", "batch_size")
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What ``pipeline finetune`` wrote beside an expert; empty of others."""
+    """What ``pipeline finetune`` wrote beside an expert; empty for others."""
 
     metric: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    pairs: bool | None = None  # whether it judges pairs of texts, if that was written
+    pairs: bool | None = None  # whether it scores pairs of texts, if recorded
 
 
 def recorded(directory: Path) -> Recorded:
-    """Read it; a metrics.json that is somebody else's says nothing. Raises InputError, naming file
-    and key, for one of ours that is damaged: texts would be read otherwise, without a word.
+    """Read the record of a folder. A metrics.json written by another program is ignored.
+
+    Raises InputError, naming file and key, if one of ours is damaged: ignoring it would silently
+    change how texts are read.
     """
     path = directory / RESULT_FILE
     if not path.is_file():
@@ -42,10 +44,10 @@ def recorded(directory: Path) -> Recorded:
     content = path.read_bytes()
     try:
         found = json.loads(content)
-    except ValueError as error:  # also bytes that are no UTF-8
+    except ValueError as error:  # also for bytes that are not UTF-8
         if WRITER.encode() not in content:
             return Recorded()
-        raise _damaged(path, f"it is no JSON, {error}") from None
+        raise _damaged(path, f"it is not JSON, {error}") from None
     if not isinstance(found, dict) or found.get("written_by") != WRITER:
         if isinstance(found, dict) and found.keys() >= {"metric", "config", "per_seed"}:
             raise _damaged(path, f"written_by is {found.get('written_by')!r}, not {WRITER!r}")
@@ -54,7 +56,7 @@ def recorded(directory: Path) -> Recorded:
     if not isinstance(metric, str) or not isinstance(found.get("config"), dict):
         raise _damaged(path, "metric must be a name, and config an object")
     if not isinstance(pairs, bool | NoneType):
-        raise _damaged(path, f"pairs is {pairs!r}, and must be true or false")
+        raise _damaged(path, f"pairs is {pairs!r}, but must be true or false")
     config = dict(found["config"])
     for former, name in zip(FORMER_FIELDS, ("text_field", "label_field"), strict=True):
         config.setdefault(name, config.pop(former, None))
@@ -63,8 +65,14 @@ def recorded(directory: Path) -> Recorded:
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError where a setting that is read again is mistyped, or is none."""
-    names = {*_READING, *_OWN, "text_field", "label_field"} & AskConfig.model_fields.keys()
+    """Raise InputError if a setting that is read again is misspelt or invalid."""
+    names = {
+        *_READING,
+        *_OWN,
+        "text_field",
+        "label_field",
+        "group_field",
+    } & AskConfig.model_fields.keys()
     for key in config.keys() - FinetuneConfig.model_fields.keys():
         if meant := did_you_mean(key, names - config.keys()):
             raise _damaged(path, f"unknown key config.{key}{meant}")
@@ -74,29 +82,32 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _damaged(path: Path, told: str) -> InputError:
     return InputError(
-        f"{path}, which says how the expert was fine-tuned, is damaged: {told}. Put a copy of it "
-        "back, or remove it and say all settings again"
+        f"{path}, which says how the expert was fine-tuned, is damaged: {told}. Restore it from a "
+        "copy, or remove it and give all settings again"
     )
 
 
 def as_recorded(
     given: AskConfig, before: Recorded, columns: Collection[str], also: Sequence[str] = ()
 ) -> AskConfig:
-    """``given``, and of what it leaves open what was recorded, as far as a file has the columns;
-    ``also`` of these further settings.
+    """Return ``given`` with its unset settings filled from the record, as far as the file has the
+    columns they name; ``also`` lists further settings to fill.
 
-    What is taken over is said in a line.
+    Log in one line what was taken over.
     """
     old, names = before.settings, _unusual(before, _READING)
     texts, label = old.get("text_field") or (), old.get("label_field")
     names += ["text_field"] if texts and all(name in columns for name in texts) else []
+    group = old.get("group_field")
+    names += ["group_field"] if group is not None and group in columns else []
     names += ["label_field"] if label not in (None, "label") and label in columns else []
     return _taken_over(given, before, [*names, *also])
 
 
 def as_its_own(given: AskConfig, before: Recorded, who: str) -> AskConfig:
-    """``given``, and of what it leaves open what is an expert's own, in a comparison: how it cuts
-    texts, and from which probability a label holds. It is said in a line that begins with ``who``.
+    """Return ``given`` with unset settings filled from an expert's own record, for a comparison:
+    how it cuts texts, and from which probability a label holds. Log it in a line that begins with
+    ``who``.
     """
     return _taken_over(given, before, _unusual(before, _OWN), f"{who}, ")
 

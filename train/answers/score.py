@@ -1,4 +1,4 @@
-"""Scores what is there, without training: an expert, a student's task head, experts together."""
+"""Score models without training: an expert, a student's task head, several experts together."""
 
 import logging
 import re
@@ -48,13 +48,13 @@ def score_model(
     config: FinetuneConfig,
     force: bool = False,
 ) -> FinetuneResult:
-    """Score ``model`` on the file ``dev``, and on ``test`` where it is given; ``out`` receives
-    ``metrics.json`` and no model. ``seed`` is what the scores are filed under.
+    """Score ``model`` on the file ``dev``, and on ``test`` if given. ``out`` receives
+    ``metrics.json`` and no model. ``seed`` is only the label under which the scores are filed.
 
-    ``model`` is a student's directory, whose task head ``config.head`` is scored, or an expert's.
+    ``model`` is an expert's directory or a student's, whose task head ``config.head`` is scored.
     With ``config.merge``, ``baselines`` are the scores of every expert and of every way to merge
-    them; an expert ``model`` is the first of them. ``train`` says what the labels mean: give the
-    same file where there is no other. Classes are matched by name.
+    them; an expert ``model`` is the first of them. ``train`` defines what the labels mean: give the
+    same file if there is no other. Classes are matched by name.
 
     Raises InputError for wrong files, models, metrics, or an ``out`` that holds a model.
     """
@@ -90,7 +90,7 @@ def score_model(
 
 
 def baselines_table(baselines: dict[str, Scores]) -> str:
-    """One line for each way to merge, its scores in columns."""
+    """Return one line for each way to merge, with its scores in columns."""
     metrics = [*next(iter(baselines.values()))]
     width = max(map(len, baselines))
     lines = [" " * width + "".join(f"  {metric:>9}" for metric in metrics)]
@@ -102,21 +102,21 @@ def baselines_table(baselines: dict[str, Scores]) -> str:
 def _check_target(out: Path, models: list[str], force: bool) -> None:
     if (out / "config.json").exists():
         raise InputError(
-            f"{str(out)!r} holds a model, which the scores alone would replace; give another --out"
+            f"{str(out)!r} holds a model, which the scores would replace; give another --out"
         )
     if any(Path(model).resolve() == out.resolve() for model in models):
-        raise InputError(f"{str(out)!r} is the model that is scored; give another --out")
+        raise InputError(f"{str(out)!r} is the model being scored; give another --out")
     check_out(out, force)
 
 
 def _judge(model: str, data: TaskData, config: FinetuneConfig) -> Judge | None:
-    """The student or expert that is scored; None for an expert that is merged with others, among
-    whom it is asked.
+    """Return the student or expert to score; None for an expert that is merged with others and
+    scored among them.
     """
     if config.merge is not None and data.problem != "single_label_classification":
         raise InputError(
-            f"merge is of classes that exclude each other, and the task is a {data.problem}: leave "
-            "merge out, and score each model by itself"
+            f"merge is for classes that exclude each other, but the task is a {data.problem}: "
+            "leave merge out, and score each model by itself"
         )
     if config.merge is None or (resolve_model(model) / ABOUT_FILE).is_file():
         return open_judge(model, config.head, data.problem)
@@ -130,8 +130,9 @@ def _asked(config: FinetuneConfig) -> AskConfig:
 def _scores_by_way(
     model: str, judge: Judge | None, data: TaskData, config: FinetuneConfig, split: str
 ) -> tuple[dict[str, Scores], dict[str, float]]:
-    """The scores of the ``judge`` on the ``split``, and with ``merge`` those of each expert, of
-    each way to merge them, and of the oracle; and the share of texts that was cut for whom.
+    """Return the scores of the ``judge`` on the ``split``, with ``merge`` also those of each
+    expert, of each way to merge them and of the oracle; and each one's share of texts that were
+    cut.
     """
     found: dict[str, Scores] = {}
     cut: dict[str, float] = {}
@@ -169,11 +170,11 @@ def evaluate(
     max_length: int | None = None,
     batch_size: int = 64,
 ) -> tuple[Scores, np.ndarray]:
-    """Score an expert or a student's head: (all fitting scores, fp32 logits [N,C] in the order of
-    its outputs).
+    """Score an expert or a student's head: return (all fitting scores, fp32 logits [N,C] in the
+    order of its outputs).
 
     Classes are matched by name, whatever their order; ``data`` may lack some of the model's. Raises
-    InputError for a model without a trained head, of the other problem or with other classes.
+    InputError for a model without a trained head, with another problem or with other classes.
     """
     settings = AskConfig(max_length=max_length, batch_size=batch_size)
     return judged_scores(open_judge(model, head, data.problem), data, settings)[:2]
@@ -187,8 +188,8 @@ def judged_scores(
     *,
     name: str = "the texts",
 ) -> tuple[Scores, np.ndarray, float]:
-    """All fitting scores, fp32 logits [N,C], and which share of the texts, called ``name``, was
-    cut.
+    """Return all fitting scores, fp32 logits [N,C], and the share of the texts, called ``name``,
+    that was cut.
     """
     judge.check_task(data)
     logits, cuts = judged(judge, data, settings, watch)
@@ -203,12 +204,12 @@ def judged_scores(
 
 @dataclass(frozen=True)
 class ExpertOutput:
-    """One expert's answers: logits [N,C], and the mean probabilities of dropout passes [N,C]."""
+    """One expert's answers: logits [N,C], and mean probabilities over dropout passes [N,C]."""
 
     info: TeacherInfo
     logits: np.ndarray
     mc_probs: np.ndarray | None
-    cut: float = 0.0  # share of the texts
+    cut: float = 0.0  # share of the texts that were cut
 
 
 def expert_output(
@@ -220,10 +221,10 @@ def expert_output(
     max_length: int | None,
     batch_size: int,
 ) -> ExpertOutput:
-    """Run a classifier on the texts of a task; ``passes`` times more with dropout.
+    """Run a classifier on the texts of a task, plus ``passes`` times with dropout.
 
-    Raises InputError for a model without a trained head, of scores or of labels of which several
-    may hold, or without dropout where passes are asked.
+    Raises InputError for a model without a trained head, with scores or with labels of which
+    several may hold, or without dropout if passes are asked for.
     """
     expert = Expert(model)
     if (problem := expert.answers.problem) != "single_label_classification":
@@ -244,7 +245,7 @@ def expert_output(
             if all(np.array_equal(one, logits) for one in each):
                 raise InputError(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "
-                    "dropout to draw uncertainty from. Set merge.passes to 0 to leave MUKI out"
+                    "dropout to measure uncertainty with. Set merge.passes to 0 to leave MUKI out"
                 )
             means = np.mean([softmax(one, axis=1) for one in each], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
@@ -254,7 +255,7 @@ def expert_output(
 
 
 def names_for(models: list[str]) -> list[str]:
-    """A name for each expert: its directory's, or a number where that is none or is taken."""
+    """Return a name for each expert: its directory's, or a number if that is invalid or taken."""
     names: list[str] = []
     for number, model in enumerate(models):
         name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name)[:100].lstrip("._-")

@@ -1,4 +1,4 @@
-"""Where predictions may be written: never over what they are made of, nor over what is none."""
+"""Check where predictions may be written: never over their inputs or over other kinds of files."""
 
 import json
 import os
@@ -15,15 +15,15 @@ _ANSWERS = {
     "score",
     "scores",
     "loss_mask",
-}  # one of them is in every line that was written
+}  # every written line has one of them
 _OTHERS, _BOOKS = ("csv", "tsv", "txt", "parquet", "arrow"), (".xlsx", ".xls", ".ods")
 _LONGEST_LINE = 1 << 24  # bytes of the first line that are read
 
 
 def check_target(out: str, read: str, model: str, force: bool) -> None:
-    """Raise InputError for an ``out`` that is named as another kind of file, is the file ``read``,
-    lies in the folder of ``model`` or of its base, is there and no file of predictions, or is one
-    and there is no ``force``.
+    """Raise InputError if ``out`` is named like another kind of file, is the file ``read``, lies in
+    the folder of ``model`` or its base, exists and is not a file of predictions, or exists and
+    ``force`` is not given.
     """
     if out == STDIN:
         return
@@ -45,17 +45,17 @@ def check_target(out: str, read: str, model: str, force: bool) -> None:
     if not path.exists():
         return
     if _is_same(path, read):
-        raise InputError(f"{out!r} is the file that is read; give another --out")
+        raise InputError(f"{out!r} is the file being read; give another --out")
     if not force:
-        raise InputError(f"{out!r} is there already; give another --out, or --force to replace it")
+        raise InputError(f"{out!r} already exists; give another --out, or --force to replace it")
     if not _is_predictions(path):
         raise InputError(
-            f"{out!r} is no file of predictions, and is left as it is; give another --out"
+            f"{out!r} is not a file of predictions, and is left as it is; give another --out"
         )
 
 
 def _folders(model: str) -> list[Path]:
-    """The model's own and its base's, where it is an adapter; none of a hub id."""
+    """Return the model's folder and, for an adapter, its base's; none for a hub id."""
     directory = Path(model)
     if not directory.is_dir():
         return []
@@ -63,7 +63,7 @@ def _folders(model: str) -> list[Path]:
 
 
 def _place(path: Path) -> Path:
-    """Where its name stands, whatever a link of that name points to."""
+    """Return the path of the name itself, without following a link of that name."""
     return path.parent.resolve() / path.name
 
 
@@ -74,7 +74,7 @@ def _is_same(path: Path, read: str) -> bool:
 
 
 def _is_predictions(path: Path) -> bool:
-    """Whether it is empty, or its first line has an answer."""
+    """Return whether the file is empty, or its first line holds an answer."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -1,22 +1,22 @@
-"""Who is told how far the work is: a bar, or nobody."""
+"""The listener that is told how far work has got: a progress bar, or nobody."""
 
 from typing import Protocol
 
 
 class Watch(Protocol):
-    """A progress task of the command line, for one."""
+    """A listener for progress, such as a progress task of the command line."""
 
     def expect(self, total: int | None) -> None:
-        """There are so many units in all; None: it is not known."""
+        """Announce the total number of units; None: unknown."""
         return
 
     def advance(self, amount: int = 1) -> None:
-        """So many more are done."""
+        """Report that more units are done."""
         return
 
 
 class _Nobody(Watch):
-    """Looks away."""
+    """Ignores all reports."""
 
 
 NOBODY = _Nobody()

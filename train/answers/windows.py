@@ -1,6 +1,6 @@
-"""What a language model is shown of texts, and which tokens it predicts there: index arithmetic.
+"""Cut texts into windows for a language model and choose the predicted tokens: index arithmetic.
 
-A text is the ids [L] of its tokens, special ones around it included. Knows no model and no file.
+A text is the ids [L] of its tokens, including special tokens around it. No models or files here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
 Places = NDArray[np.int64]
-Piece = tuple[Ids, Places]  # of a text, and which places are to be masked, each by itself
+Piece = tuple[Ids, Places]  # a piece of a text, and the places to be masked, one at a time
 
 
 class Window(NamedTuple):
@@ -23,9 +23,9 @@ class Window(NamedTuple):
 
 
 def causal_windows(ids: Ids, window: int, stride: int) -> Iterator[Window]:
-    """Windows of at most ``window`` tokens, each ``stride`` after the one before.
+    """Yield windows of at most ``window`` tokens, each ``stride`` after the one before.
 
-    Every token but the first is predicted once: in the first window that it is in.
+    Every token but the first is predicted once: in the first window that contains it.
     """
     predicted, begin = 1, 0
     while predicted < len(ids):
@@ -38,8 +38,8 @@ def causal_windows(ids: Ids, window: int, stride: int) -> Iterator[Window]:
 def masked_pieces(
     texts: Iterable[Ids], prefix: tuple[int, ...], suffix: tuple[int, ...], window: int
 ) -> Iterator[Piece]:
-    """Each text, without special tokens, in pieces of at most ``window`` tokens with these around
-    them, and the places of the text's own tokens.
+    """Yield each text in pieces of at most ``window`` tokens, special tokens around each piece
+    included, with the places of the text's own tokens.
     """
     room = window - len(prefix) - len(suffix)
     for ids in texts:
@@ -50,9 +50,9 @@ def masked_pieces(
 
 
 def drawn(pieces: Iterable[Piece], most: int, seed: int) -> list[Piece]:
-    """At most ``most`` of all places, each as likely as any other, in the pieces that have them.
+    """Return at most ``most`` of all places, drawn uniformly, grouped by piece.
 
-    Those with the lowest of evenly drawn keys: what is held does not grow with the pieces.
+    Keeps the places with the lowest random keys, so memory does not grow with the number of pieces.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
     kept: list[tuple[float, int, int, Ids]] = []  # key, number of the piece, place, its ids
@@ -72,7 +72,7 @@ def drawn(pieces: Iterable[Piece], most: int, seed: int) -> list[Piece]:
 
 
 def masked_windows(pieces: Iterable[Piece], mask_id: int) -> Iterator[Window]:
-    """A window for each place, in which it alone is masked."""
+    """Yield one window for each place, in which only that place is masked."""
     for ids, places in pieces:
         for place in places:
             seen = ids.copy()

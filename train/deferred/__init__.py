@@ -1,1 +1,1 @@
-"""A student that is built without memory, and filled shard by shard."""
+"""Build a student without memory, then fill it shard by shard."""

@@ -1,8 +1,8 @@
-"""Does again what a recording has written down, with memory for one tensor at a time.
+"""Replay a recording, with memory for one tensor at a time.
 
-A tensor lives from what decides its value to the last that is done to it, and is handed over; of
-what is overwritten later only the numbers are drawn. Of a file's tensor that a model takes as it
-is, no more is read than the rows that are wanted.
+A tensor lives from the step that decides its value to the last step that uses it, and is then
+handed over. If it is overwritten later, only its random numbers are drawn. Of a file's tensor that
+a model takes unchanged, only the wanted rows are read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,14 @@ from rekindle.train.deferred.recording import Recording, Ref, Step, Stored
 
 
 class Home(Protocol):
-    """Where the values of a tensor go."""
+    """A destination for the values of a tensor."""
 
     def __call__(self, rows: Callable[[slice], Tensor], whole: Callable[[], Tensor]) -> None:
-        """Take what it wants: some rows, or all."""
+        """Take the rows it wants, or all."""
 
 
 class Filling:
-    """Goes through the steps of a recording with real memory."""
+    """Runs the steps of a recording with real memory."""
 
     def __init__(self, recording: Recording, homes: Mapping[int, Sequence[tuple[Ref, Home]]]):
         self.steps, self.stored, self.bytes = recording.steps, recording.stored, recording.bytes
@@ -35,8 +35,8 @@ class Filling:
         self.settled = self._settled()
 
     def _settled(self) -> frozenset[int]:
-        """Cells that are what a file or a function of such cells makes them, for good: they are
-        made when they are asked for.
+        """Return the cells made only from a file, or by a function of such cells, and never written
+        again: they can be made whenever they are needed.
         """
         written = frozenset(cell for step in self.steps for cell in step.writes)
         found = set(self.stored.keys() - written)
@@ -48,7 +48,7 @@ class Filling:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Do all that decides a value that has a home."""
+        """Run every step that decides a value with a destination."""
         needed = self._needed()
         last: dict[int, int] = {}
         for number in needed:
@@ -67,11 +67,13 @@ class Filling:
         assert not left, left
 
     def _needed(self) -> frozenset[int]:
-        """The steps that decide the value of a cell with a home, or what is drawn for it."""
+        """Return the steps that decide the value of a cell with a destination, or its random
+        numbers.
+        """
         wanted, found = set(self.homes.keys() - self.settled), set[int]()
         for number in range(len(self.steps) - 1, -1, -1):
             step = self.steps[number]
-            # Numbers that depend on tensors are drawn with these.
+            # Draws that depend on tensors are made together with these.
             if not (step.makes | step.writes) & wanted and not (step.draws and step.reads):
                 continue
             if step.makes <= self.settled and not step.writes:
@@ -88,7 +90,7 @@ class Filling:
                 self.held[ref.cell] = self._laid(ref, made)
 
     def _laid(self, ref: Ref, made: Tensor) -> torch.UntypedStorage:
-        """The memory of a result, as the recording has it."""
+        """Return the memory of a result, laid out as in the recording."""
         assert (made.dtype, tuple(made.shape)) == (ref.dtype, ref.size), ref
         own = made.untyped_storage()
         as_recorded = (made.stride(), made.storage_offset()) == (ref.stride, ref.offset)
@@ -103,12 +105,12 @@ class Filling:
             return value
         if value.cell in self.settled:
             return value.of(self._made(value.cell))
-        if value.cell not in self.held:  # its memory alone is asked for
+        if value.cell not in self.held:  # only its memory is needed
             self.held[value.cell] = torch.UntypedStorage(self.bytes[value.cell])
         return value.of(self.held[value.cell])
 
     def _draw(self, step: Step) -> None:
-        """Draw the numbers of a step whose values nobody needs."""
+        """Draw a step's random numbers, whose values nobody needs."""
 
         def scratch(value: Any) -> Any:
             if isinstance(value, Ref):
@@ -119,7 +121,7 @@ class Filling:
         step.call(*args, **kwargs)
 
     def _made(self, cell: int) -> torch.UntypedStorage:
-        """A settled cell's memory, for whoever asks."""
+        """Return the memory of a settled cell."""
         if (place := self.stored.get(cell)) is not None:
             with safe_open(place.file, "pt") as file:
                 return file.get_tensor(place.key).contiguous().clone().untyped_storage()
@@ -143,7 +145,7 @@ class Filling:
         return ref.of(self._made(ref.cell))
 
     def _rows(self, ref: Ref, wanted: slice) -> Tensor:
-        """Some rows of a settled tensor: of one that stands in a file no others are read."""
+        """Return some rows of a settled tensor; if it is in a file, no other rows are read."""
         if (place := self._in_file(ref)) is None:
             return self._whole(ref)[wanted]
         with safe_open(place.file, "pt") as file:
@@ -151,7 +153,9 @@ class Filling:
         return found.to(ref.dtype)
 
     def _in_file(self, ref: Ref) -> Stored | None:
-        """The tensor of a file that this is, but for its type."""
+        """Return the file tensor that this one equals, except for its dtype; None if
+        there is none.
+        """
         seen = ref
         while seen.cell not in self.stored:
             step = self.steps[self.maker[seen.cell]]

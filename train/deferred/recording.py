@@ -1,12 +1,10 @@
-"""A model built without its memory: what gives its tensors their values is recorded, and done later
-for one tensor at a time (as deferred initialisation in torchdistx did it).
+"""Build a model without memory: record what gives its tensors their values, and replay it later for
+one tensor at a time (like deferred initialisation in torchdistx).
 
-Within ``recording`` the code that builds a model runs as always, on tensors without memory
-(``FakeTensorMode``), and what it does to them is written down. ``Filling`` does it again, in
-the same order: torch's generator draws the same numbers, so values are the same to the bit. A
-tensor lives from what decides its value to the last that is done to it, and is handed over; of what
-is overwritten later only the numbers are drawn. Tensors of files are not read before that, of those
-that a model takes as they are no more than the rows that are wanted.
+Within ``recording`` the code that builds a model runs as usual, on tensors without memory
+(``FakeTensorMode``), and every operation on them is recorded. ``Filling`` replays them in the same
+order: torch's generator draws the same numbers, so values are bit-identical. Tensors of files are
+not read before the replay.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,19 +25,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rekindle.data.errors import InputError, naming
 
-# What gives all that a tensor is made of a new value, whatever it was.
+# Operators that give a tensor an entirely new value.
 _OVERWRITES = ("normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_", "bernoulli_")
 
 
 class Undeferrable(Exception):
-    """What builds the model looks at values, or does what no recording can do again. No error for
-    users: it is built whole then.
+    """The code that builds the model looks at values, or does something that cannot be replayed.
+    Users never see this error: the model is then built whole.
     """
 
 
-@dataclass(frozen=True)  # no tuple: torch looks into these for tensors
+@dataclass(frozen=True)  # not a tuple, because torch looks for tensors inside tuples
 class Ref:
-    """A tensor without memory: a view into ``cell``, the memory that it would have."""
+    """A tensor without memory: a view into ``cell``, the memory it would have."""
 
     cell: int
     dtype: torch.dtype
@@ -49,36 +47,36 @@ class Ref:
 
     @property
     def bytes(self) -> int:
-        """Of its values."""
+        """Return the size of its values in bytes."""
         return prod(self.size) * self.dtype.itemsize
 
     def of(self, storage: torch.UntypedStorage) -> Tensor:
-        """The tensor in real memory."""
+        """Return the tensor in real memory."""
         empty = torch.empty(0, dtype=self.dtype)
         return empty.set_(storage, self.offset, self.size, self.stride)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of an operator, and what it does to memory."""
+    """One call of an operator, and its effects on memory."""
 
     call: Callable[..., Any]
-    arguments: Any  # (args, kwargs), with Ref in the place of tensors without memory
+    arguments: Any  # (args, kwargs), with a Ref in place of each tensor without memory
     results: list[Any]
     reads: frozenset[int]
-    makes: frozenset[int]  # cells that come into being by it
-    writes: frozenset[int]  # cells that were there before
-    covers: frozenset[int]  # those of them that it overwrites, whatever they held
-    draws: bool  # from torch's generator
+    makes: frozenset[int]  # cells that it creates
+    writes: frozenset[int]  # cells that existed before
+    covers: frozenset[int]  # those of them that it overwrites entirely
+    draws: bool  # uses torch's generator
 
     @property
     def cells(self) -> frozenset[int]:
-        """All that it needs."""
+        """Return all cells that it needs."""
         return self.reads | self.makes | self.writes
 
 
 class Stored(NamedTuple):
-    """A tensor of a file."""
+    """A tensor in a file."""
 
     file: Path
     key: str
@@ -86,7 +84,7 @@ class Stored(NamedTuple):
 
 @dataclass
 class Recording:
-    """What was done to tensors without memory, and what has to be tried once they have values."""
+    """What was done to tensors without memory, and what must be tried once they have values."""
 
     fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     steps: list[Step] = field(default_factory=list)
@@ -95,17 +93,18 @@ class Recording:
     bytes: list[int] = field(default_factory=list)  # of each cell
     failed: str | None = None
     _cells: dict[int, int] = field(default_factory=dict)
-    _alive: list[torch.UntypedStorage] = field(default_factory=list)  # their addresses are names
+    # kept alive because their addresses serve as names
+    _alive: list[torch.UntypedStorage] = field(default_factory=list)
 
     def tensor(self, file: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a file, which nobody has read."""
+        """Return a fake tensor for a tensor in a file, which is not read."""
         with self.fake:
             made = torch.empty(shape, dtype=dtype)
         self.stored[self.ref(made).cell] = Stored(file, key)
         return made
 
     def ref(self, tensor: Tensor) -> Ref:
-        """What a tensor without memory is a view of."""
+        """Return the cell and view of a tensor without memory."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._cells:
             self._cells[storage._cdata] = len(self.bytes)
@@ -116,7 +115,7 @@ class Recording:
         return Ref(cell, tensor.dtype, size, stride, int(tensor.storage_offset()))
 
     def step(self, call: Any, args: Any, kwargs: Any, known: int, results: Any) -> None:
-        """Write a call down; ``known``: how many cells there were before it."""
+        """Record a call; ``known``: the number of cells before it."""
         given = tree_map(self._named, (args, kwargs))
         made = [self._named(one) for one in tree_leaves(results)]
         inside = [one for one in tree_leaves(given) if isinstance(one, Ref)]
@@ -140,7 +139,7 @@ class Recording:
         )
 
     def filled(self, call: Callable[..., Any], tensor: Tensor, args: Any, kwargs: Any) -> None:
-        """Write down a ``call`` that draws all values of ``tensor``, and looks at them."""
+        """Record a ``call`` that draws all values of ``tensor`` and looks at them."""
         ref = self.ref(tensor)
         cell, none = frozenset({ref.cell}), frozenset[int]()
         covers = cell if ref.bytes == self.bytes[ref.cell] else none
@@ -148,7 +147,7 @@ class Recording:
         self.steps.append(Step(call, given, [None], cell - covers, none, cell, covers, draws=True))
 
     def refuse(self, why: str) -> None:
-        """Raise Undeferrable, whatever becomes of the error on its way."""
+        """Raise Undeferrable; it is remembered even if the error is changed on its way."""
         self.failed = why
         raise Undeferrable(why)
 
@@ -157,7 +156,7 @@ class Recording:
 
 
 def _written(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Ref]:
-    """The tensors that a call changes in place."""
+    """Return the tensors that a call changes in place."""
     found = list[Ref]()
     for number, argument in enumerate(call._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -188,14 +187,16 @@ class _Recorder(TorchDispatchMode):
 
 
 def _on_meta(values: Any) -> bool:
-    """Whether all tensors are on the meta device: nothing is drawn for them, none has values."""
+    """Return whether all tensors are on the meta device: they get no values, so nothing
+    is drawn.
+    """
     found = [one.device.type for one in tree_leaves(values) if isinstance(one, Tensor)]
     return bool(found) and {*found} == {"meta"}
 
 
 @contextmanager
 def _whole_truncation(recording: Recording) -> Iterator[None]:
-    """Take torch's truncated normal, which draws again what lies outside, for one operator."""
+    """Record torch's truncated normal, which redraws values outside its bounds, as one operator."""
     original = init._no_grad_trunc_normal_
 
     def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -216,7 +217,7 @@ _ACTIVE = ContextVar[Recording | None]("recording", default=None)
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Build without memory, within; Undeferrable where that cannot be done."""
+    """Build without memory inside this context; raise Undeferrable if that is impossible."""
     made = Recording()
     token = _ACTIVE.set(made)
     try:
@@ -231,13 +232,13 @@ def recording() -> Iterator[Recording]:
 
 
 def active() -> Recording | None:
-    """The recording that this code runs within."""
+    """Return the recording that this code runs in; None if there is none."""
     return _ACTIVE.get()
 
 
 def try_when_filled(trial: Callable[[], object], what: str = "") -> None:
-    """Run ``trial``, which needs the values of weights: now, or once there are any. ``what`` is
-    then put before what it says, as the caller does now.
+    """Run ``trial``, which needs the values of weights, now or once they exist. ``what`` is then
+    put before its message, as the caller does now.
     """
     recorded = active()
     if recorded is None:

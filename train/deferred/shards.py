@@ -1,4 +1,4 @@
-"""A student without memory, wrapped for FSDP2 and filled: each process its own rows."""
+"""Wrap a student without memory for FSDP2 and fill it: each process fills its own rows."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,13 +27,14 @@ def fill_in_shards(
     device: torch.device,
     local_rows: Callable[[Tensor], tuple[Tensor, int]],
 ) -> None:
-    """Let ``shard`` share out the parameters of ``module`` on the meta device, and fill in the rows
-    that are this process's (``local_rows``), and buffers whole, on ``device``. Tied ones stay tied.
+    """Let ``shard`` divide the parameters of ``module`` on the meta device, then fill in this
+    process's rows (``local_rows``), and whole buffers, on ``device``. Tied parameters stay tied.
     """
     places = _on_meta(module, recording)
     shard()
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a tied one stays the same object
+    # so that a tied one stays the same object
+    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         module.to_empty(device=device)
     finally:
@@ -53,7 +54,7 @@ def fill_in_shards(
 
 
 def _on_meta(module: nn.Module, recording: Recording) -> list[_Place]:
-    """Put parameters and buffers of the meta device in the place of those of ``recording``."""
+    """Replace the parameters and buffers of ``recording`` with ones on the meta device."""
     found, made = list[_Place](), dict[int, Tensor]()
     for owner in module.modules():
         held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))

@@ -8,7 +8,11 @@ from rekindle.train.export.provenance import metadata
 from rekindle.train.export.result import PIPELINES
 
 SHOWN = 20  # labels that a card names
-TASKS = {"regression": "regression", "token_classification": "token_classification"}
+TASKS = {
+    "regression": "regression",
+    "ranking": "regression",
+    "token_classification": "token_classification",
+}
 
 
 def expert_card(
@@ -23,13 +27,16 @@ def expert_card(
     what = problem.replace("_", " ")
     labels = ", ".join(f"`{name}`" for name in label_names[:SHOWN])
     more = f" and {len(label_names) - SHOWN} more" if label_names[SHOWN:] else ""
+    asked = '"a text"'
+    if problem == "ranking":
+        asked = '{"text": "a query", "text_pair": "a document"}'
     lines = [
         f"# An expert for {what}, fine-tuned from `{shown(model)}`",
         "",
         "```python",
         "from transformers import pipeline",
         f'judge = pipeline("{task}", model={json.dumps(place)})',
-        'print(judge("a text"))',
+        f"print(judge({asked}))",
         "```",
         "",
         f"It answers with {labels}{more}." if labels else "It answers with numbers.",

@@ -1,5 +1,6 @@
 """What a finished run leaves: its directory as that of a model, whole or not."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,10 +9,14 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.storage.atomic import new_files, write_json
 from rekindle.train.distributed import ParallelStudent
 from rekindle.train.export.card import CARD_FILE, student_card
+from rekindle.train.export.folder import longest_text
 from rekindle.train.export.provenance import Provenance
+from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.model.unfinished import SUMMARY_FILE
 from rekindle.train.record.sharded import write_student
 from rekindle.train.record.working_copy import place_of
+
+log = logging.getLogger("rekindle")
 
 
 def make_model_directory(
@@ -38,6 +43,8 @@ def make_model_directory(
             if not student.sharded:
                 own.save_pretrained(staged, about)
             tokenizer.save(str(staged))
+            if told := write_beside(own, longest_text(own), staged):
+                log.info("%s", told)
             card = student_card(own, run, best_elsewhere, made).replace(str(run), place_of(run))
             (staged / CARD_FILE).write_text(card, encoding="utf-8")
             held.close()

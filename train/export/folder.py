@@ -15,17 +15,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.corpus.tokenizer_files import has_tokenizer_files
+from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.train.export.card import CARD_FILE, export_card
-from rekindle.train.export.plain import distance, plain_labels, plain_model, problem_of
-from rekindle.train.export.result import Exported
+from rekindle.train.export.plain import EMBEDDING, distance, plain_labels, plain_model, problem_of
+from rekindle.train.export.result import ENCODER_CLASS, Exported
+from rekindle.train.export.sentence_folder import (
+    Encoder,
+    chosen_encoder,
+    encoder_distance,
+    gives_vectors,
+    plain_body,
+    write_modules,
+)
 from rekindle.train.model.family_head import SAME, auto_class
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.folder import is_adapter, resolve_model
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.padding import padding_of
+from rekindle.train.model.parts.head_config import width_of
+from rekindle.train.model.student_config import OWN
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
 from rekindle.train.record.stored_result import write_whole
@@ -43,6 +54,9 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
     the student's body to ``out``, as transformers' class of its family, with a tokenizer that cuts
     as the student was trained. The folder appears whole or not at all.
 
+    Of a head that gives vectors (``own``: the student's, without a projection) the folder is one
+    of sentence-transformers.
+
     Raises InputError where ``model`` is no student, ``head`` none of its heads or one that its
     family has no place for, or where ``out`` is in use; with ``force`` an earlier export goes.
     """
@@ -55,13 +69,19 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
         quiet_transformers(),
     ):
         student = Student.from_pretrained(directory)
-        made = plain_model(student, name)
+        encoder = chosen_encoder(student, name)
+        made = plain_model(student, name) if encoder is None else plain_body(student)
         limit = longest_text(student)
         tokenizer = plain_tokenizer(tokens, made, limit)
         with new_folder(Path(out).resolve()) as staged:
             made.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            found = _described(student, name, made, staged, model, place_of(Path(out)), limit)
+            place = place_of(Path(out))
+            if encoder is None:
+                found = _described(student, name, made, staged, model, place, limit)
+            else:
+                write_modules(encoder, width_of(student.model.config), limit, staged)
+                found = _described_vectors(student, encoder, staged, model, place, limit)
             lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
             content = {"written_by": WRITER, **found.as_dict(), LINEAGE: lineage}
             text = json.dumps(content, indent=1) + "\n"
@@ -76,6 +96,8 @@ def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
     if not (directory / ABOUT_FILE).is_file():
         raise InputError(f"{model!r} is {_what_else(directory)}")
     heads = saved_heads(directory)
+    if wanted == OWN and wanted not in heads and gives_vectors(heads):
+        return OWN
     if wanted is None and len(heads) == 1:
         return next(iter(heads))
     if not heads and is_adapter(directory):
@@ -182,7 +204,7 @@ def _described(
 ) -> Exported:
     """Say what was written, after loading it again as others will."""
     head: HeadConfig = student.head_configs[name]
-    auto = auto_class(made.config, head.kind)
+    auto = auto_class(made.config, head.judges)
     again, info = getattr(transformers, auto).from_pretrained(
         str(folder), dtype=torch.float32, output_loading_info=True
     )
@@ -195,3 +217,18 @@ def _described(
         )
     labels = plain_labels(name, head)
     return Exported(out, model, name, auto, problem_of(head), labels, limit, apart)
+
+
+def _described_vectors(
+    student: Student, encoder: Encoder, folder: Path, model: str, out: str, limit: int
+) -> Exported:
+    """Say what was written, after reading it again as others will."""
+    apart = encoder_distance(student, encoder, folder)
+    if apart > SAME:
+        raise InputError(
+            f"the vectors of {encoder.name!r} cannot be exported: those of the folder are "
+            f"{apart:.2g} off"
+        )
+    size = encoder.size(width_of(student.model.config))
+    told = (out, model, encoder.name, ENCODER_CLASS, EMBEDDING, (), limit, apart)
+    return Exported(*told, vectors=f"{counted(size, 'number')}, {encoder.told}")

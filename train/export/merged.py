@@ -11,7 +11,8 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.storage.client import is_remote
 from rekindle.train.export.card import CARD_FILE, student_card
-from rekindle.train.export.folder import WRITER, check_target, tokenizer_of
+from rekindle.train.export.folder import WRITER, check_target, longest_text, tokenizer_of
+from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.model.files import base_fingerprints
 from rekindle.train.model.folder import (
     ABOUT_FILE,
@@ -81,6 +82,7 @@ def merge_student(model: str, out: str, *, force: bool = False) -> Merged:
         with new_folder(Path(out).resolve()) as staged:
             student.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
+            write_beside(student, longest_text(student), staged)
             lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
             about = {"written_by": WRITER, **found.as_dict(), **base_fingerprints(base)}
             text = json.dumps({**about, LINEAGE: lineage}, indent=1) + "\n"

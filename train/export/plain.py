@@ -33,6 +33,7 @@ AS_OURS: dict[str, dict[str, object]] = {
     "mobilebert": {"classifier_activation": True},
 }
 TRIED = (3, 5)  # texts, tokens of each
+EMBEDDING = "embedding"  # what a head that gives vectors answers
 ANY_PADDING = 0  # an id to try a head with where neither it nor the model names one
 
 
@@ -53,7 +54,7 @@ def plain_model(student: StudentNetwork, name: str) -> PreTrainedModel:
     config.id2label = dict(enumerate(names))
     config.label2id = {label: number for number, label in enumerate(names)}
     config.problem_type = problem_of(head) if head.kind == "sequence" else None
-    made: PreTrainedModel = getattr(transformers, auto_class(config, head.kind)).from_config(
+    made: PreTrainedModel = getattr(transformers, auto_class(config, head.judges)).from_config(
         config, dtype=torch.float32
     )
     body = student.model.base_model.state_dict()
@@ -93,9 +94,9 @@ def _not_exportable(student: StudentNetwork, name: str) -> str | None:
             "each text's first token, which plain transformers does not put there. Train one "
             "without student.domain_prompts"
         )
-    if head.form == "family":
+    if head.form == "family" or head.kind == "embedding":
         return None
-    sizes = (head.kind, head.num_labels, head.padding or ANY_PADDING)
+    sizes = (head.judges, head.num_labels, head.padding or ANY_PADDING)
     try:
         place_of_ours(student, head)
     except (InputError, *BROKEN) as error:
@@ -121,9 +122,9 @@ def place_of_ours(student: StudentNetwork, head: HeadConfig) -> tuple[FamilyHead
     model = student.model
     settings = AS_OURS.get(model.config.model_type, {})
     padding = head.padding or ANY_PADDING
-    made = FamilyHead.fresh(model, head.kind, head.num_labels, padding, settings=settings)
+    made = FamilyHead.fresh(model, head.judges, head.num_labels, padding, settings=settings)
     frame = made.frame
-    outputs = set(output_tensors(frame.config, auto_class(frame.config, head.kind)))
+    outputs = set(output_tensors(frame.config, auto_class(frame.config, head.judges)))
     body = {f"{frame.base_model_prefix}.{name}" for name in whole_shapes_of(model.base_model)}
     shapes = {name: tuple(values.shape) for name, values in frame.state_dict().items()}
     ours = TaskHead(model.config.get_text_config().hidden_size, head.num_labels, 0.0)
@@ -205,6 +206,8 @@ def plain_labels(name: str, head: HeadConfig) -> tuple[str, ...]:
 
 def problem_of(head: HeadConfig) -> str:
     """What kind of task a head answers, as transformers names it."""
+    if head.kind == "embedding":
+        return EMBEDDING
     if head.kind == "token":
         return "token_classification"
     return problem_of_outputs(head.problem, head.num_labels)

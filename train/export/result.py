@@ -4,7 +4,11 @@ from dataclasses import asdict, dataclass
 
 from rekindle.data.counted import counted
 
-PIPELINES = {"token_classification": "token-classification"}  # of transformers, by problem
+ENCODER_CLASS = "SentenceTransformer"  # of sentence-transformers, which loads vectors
+PIPELINES = {
+    "token_classification": "token-classification",
+    "embedding": "sentence-similarity",
+}  # of transformers, by problem
 
 
 @dataclass(frozen=True)
@@ -19,13 +23,22 @@ class Exported:
     label_names: tuple[str, ...]
     max_length: int  # tokens at which its tokenizer cuts: those the student was trained with
     difference: float  # the largest, as a share of the largest logit if that is above 1
+    vectors: str = ""  # of a head that gives vectors: their size, and how they are made
 
     def as_dict(self) -> dict[str, object]:
         """Return it as plain values for JSON."""
-        return asdict(self)
+        found = asdict(self)
+        return found if self.vectors else {k: v for k, v in found.items() if k != "vectors"}
 
     def told(self) -> str:
         """Say what it is, in a sentence."""
+        if self.vectors:
+            return (
+                f"{self.student} as {self.auto_class}: vectors of {self.vectors}; its tokenizer "
+                f"cuts texts at {self.max_length} tokens, as the student was trained, and the "
+                f"vectors are those of the head {self.head!r} (the largest difference is "
+                f"{self.difference:.1g})"
+            )
         return (
             f"The head {self.head!r} of {self.student} as {self.auto_class} ({self.problem}, "
             f"{counted(len(self.label_names), 'output')}): its tokenizer cuts texts at "

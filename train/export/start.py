@@ -22,7 +22,7 @@ class Labelled(Protocol):
     """What is asked of a labelled task."""
 
     @property
-    def problem(self) -> str:
+    def head_problem(self) -> str:
         """As transformers names it."""
 
     @property
@@ -44,7 +44,7 @@ def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
         return made
     names = plain_labels(head, student.head_configs[head])
     order = torch.tensor([names.index(label) for label in data.label_names])
-    auto = auto_class(made.config, student.head_configs[head].kind)
+    auto = auto_class(made.config, student.head_configs[head].judges)
     with torch.no_grad():
         for name in output_tensors(made.config, auto):
             values = made.get_parameter(name)
@@ -84,8 +84,8 @@ def check_head(model: str, head: str | None, data: Labelled) -> None:
 def _misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
     """Say how a head differs from what a task needs; None where it fits."""
     problem = problem_of(head)
-    if problem != data.problem:
-        return f"is for {problem}, and the task is {data.problem}"
+    if problem != data.head_problem:
+        return f"is for {problem}, and the task is {data.head_problem}"
     if not data.label_names:
         sizes = head.num_labels, data.outputs
         return (

@@ -73,7 +73,7 @@ def load_classifier(
     else:
         same = config.num_labels == data.outputs and config.problem_type == "regression"
         config.num_labels = data.outputs
-    config.problem_type = None if data.problem == TAGS else data.problem
+    config.problem_type = None if data.problem == TAGS else data.head_problem
     network, unset = _load_weights(model, config, tokenizer, data.problem)
     if not same and not unset:
         logger.info("%s has a head for other labels; its output layer starts fresh", model)

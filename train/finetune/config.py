@@ -9,13 +9,18 @@ from pydantic import AliasChoices, Field, field_validator
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Place, Settings
 from rekindle.data.settings_schema import one_or_many
+from rekindle.train.ranking.kinds import Loss
 from rekindle.train.schedules import Positive, Seed
 from rekindle.train.step_config import Memory
 
 FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
 Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
 Problem = Literal[
-    "classification", "multi_label_classification", "token_classification", "regression"
+    "classification",
+    "multi_label_classification",
+    "token_classification",
+    "regression",
+    "ranking",
 ]
 _PROBLEMS = {  # what else they are called
     "single_label_classification": "classification",
@@ -48,7 +53,9 @@ class TaskSettings(Settings):
         "lists of them) are scores, lists of names are labels of which several may hold, tokens "
         "with tags are tagged, and what may be either is refused; classification, "
         "multi_label_classification, token_classification: every label is a class as it is "
-        "written; regression: labels are numbers, or lists of numbers",
+        "written; regression: labels are numbers, or lists of numbers; ranking: labels are grades "
+        "from 0 on, or clicks (true, false), of documents in groups (null: of files with the "
+        "columns query and document, or where group_field is given)",
     )
     text_field: tuple[str, ...] = Field(
         (),
@@ -56,7 +63,12 @@ class TaskSettings(Settings):
         json_schema_extra=one_or_many,
         validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
         description="where the text stands, or the two of a pair, or the tokens; empty: text, or "
-        "sentence1 and perhaps sentence2, or tokens",
+        "sentence1 and perhaps sentence2, or query and document, or tokens",
+    )
+    group_field: str | None = Field(
+        None,
+        description="of ranking: where the id of a document's query stands; null: group, and where "
+        "there is none, rows with the same query text are a group",
     )
     label_field: str = Field(
         "label",
@@ -140,6 +152,16 @@ class FinetuneConfig(TaskSettings):
         description="tokens per example; longer ones are cut, also to what the model takes; null: "
         "512, if the model takes them",
     )
+    loss: Loss = Field(
+        "listwise",
+        description="of ranking: listwise, cross-entropy of the softmax over a group's scores "
+        "against that over its grades; pairwise, logistic loss of the difference of every two "
+        "scores of different grade; pointwise, squared error of each grade, or cross-entropy where "
+        "all are 0 or 1",
+    )
+    grade_temperature: Positive = Field(
+        1.0, description="of the listwise loss: the target is softmax(grades / grade_temperature)"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
     )
@@ -171,7 +193,9 @@ class FinetuneConfig(TaskSettings):
         return max(_PATIENCE, math.ceil(epochs / _PATIENCE))
 
 
-_ONCE_FIXED = {"betas": [0.9, 0.999], "eps": 1e-8}  # what older versions trained with
+# What older versions trained with.
+_ONCE_FIXED = {"betas": [0.9, 0.999], "eps": 1e-8}
+_ONCE_FIXED |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.0}
 
 
 def with_once_fixed(recorded: Mapping[str, Any]) -> dict[str, Any]:

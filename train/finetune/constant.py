@@ -17,6 +17,7 @@ import numpy as np
 from rekindle.train.finetune.label_lists import SEVERAL
 from rekindle.train.finetune.metrics import predictions_of, scores_of
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.ranking.scores import beyond_chance
 
 _NEAR = 0.1  # of the way from the constant answer to a perfect score
 _BEYOND = 1.645  # standard deviations of shuffled guesses: near 5 % of them do better
@@ -31,7 +32,7 @@ class Constant(NamedTuple):
 
     def __str__(self) -> str:
         if self.answer is None:
-            return f"{self.score:g}, that of guessing"
+            return f"{self.score:.4g}, that of guessing"
         return f"{self.score:.4f}, that of always saying {self.answer!r}"
 
 
@@ -45,8 +46,9 @@ class Weak(NamedTuple):
     def __str__(self) -> str:
         if not self.near:
             return f"may be chance on so few rows (beside {self.constant})"
-        learned = "little" if self.beyond_chance else "next to nothing"
-        return f"is near {self.constant}; {learned} was learned"
+        if self.beyond_chance:
+            return f"is little better than {self.constant}; little was learned"
+        return f"is no better than {self.constant}; next to nothing was learned"
 
 
 def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Weak | None:
@@ -54,8 +56,13 @@ def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -
     and in which way; None where they are.
 
     The answer is the best of: the commonest class or tag, the one whose F1 counts, or the commonest
-    labels together. Of scores it is a correlation of 0.
+    labels together. Of scores it is a correlation of 0, of documents in groups a random order.
     """
+    if data.groups is not None:
+        chance = scores_of(data, np.zeros_like(logits))[metric]
+        near = found - chance < _NEAR * (1 - chance)
+        beyond = beyond_chance(logits[:, 0], data.labels, data.groups) >= _BEYOND
+        return Weak(Constant(None, chance), near, beyond) if near or not beyond else None
     if data.problem not in ("regression", SEVERAL) and len(np.unique(data.labels)) < 2:
         return None  # of one class every answer is right, and tells nothing
     constant = max(_constants(metric, data), key=lambda one: one.score)

@@ -5,20 +5,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.encoded import EncodedTexts
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.ranking.losses import ranking_loss
 
 
-def loss_of(logits: Tensor, data: TaskData, encoded: EncodedTexts, rows: np.ndarray) -> Tensor:
+def loss_of(
+    logits: Tensor, data: TaskData, encoded: EncodedTexts, rows: np.ndarray, config: FinetuneConfig
+) -> Tensor:
     """The mean loss of ``rows`` [B] of a split, from the fp32 logits of ``answers`` [B,C], or [P,C]
     of the words that were read.
 
     Cross-entropy of classes and of tags (each word counts alike), the binary one of each label of
-    which several may hold, squared error of scores.
+    which several may hold, squared error of scores; of documents in groups, which ``rows`` has
+    whole, that of ``config.loss``.
     """
     labels = data.labels[rows if data.problem != TAGS else encoded.read_words(rows)]
     target = torch.from_numpy(labels).to(logits.device)
+    if data.groups is not None:
+        groups = torch.from_numpy(data.groups[rows]).to(logits.device)
+        return ranking_loss(
+            logits.reshape(target.shape),
+            target,
+            groups,
+            config.loss,
+            temperature=config.grade_temperature,
+            clicks=bool(np.isin(data.labels, (0, 1)).all()),
+        )
     if data.problem == "regression":
         return functional.mse_loss(logits.reshape(target.shape), target)
     if data.problem == SEVERAL:

@@ -18,6 +18,8 @@ from rekindle.data.errors import InputError
 from rekindle.train.finetune.entities import entity_f1, tags_entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.ranking.kinds import RANKING
+from rekindle.train.ranking.scores import NAMES, ranking_scores
 
 logger = logging.getLogger("rekindle")
 
@@ -26,12 +28,13 @@ METRICS = {  # the first of each is taken where none is named
     SEVERAL: ("f1_micro", "f1_macro", "subset_accuracy"),
     TAGS: ("f1", "accuracy"),
     "regression": ("pearson", "spearman"),
+    RANKING: NAMES,
 }
 
 
 def chosen_metric(metric: str | None, data: TaskData) -> str:
     """Return ``metric``, or accuracy for classes and tags, F1 for entities and labels of which
-    several may hold, and Pearson's correlation for scores.
+    several may hold, Pearson's correlation for scores, and NDCG@10 for documents in groups.
 
     Raises InputError where it does not fit the problem, with those that do; for the F1 of two
     classes of which none is positive.
@@ -131,7 +134,7 @@ def predictions_of(problem: str, logits: np.ndarray, threshold: float = 0.5) -> 
     if problem == TAGS:
         unread = np.isnan(logits).all(axis=1)
         return np.where(unread, -1, np.where(unread[:, None], 0.0, logits).argmax(axis=1))
-    if problem != "regression":
+    if problem not in ("regression", RANKING):
         return logits.argmax(axis=1)
     return logits[:, 0] if logits.shape[1] == 1 else logits
 
@@ -140,7 +143,7 @@ def named(data: TaskData, values: np.ndarray) -> list[object]:
     """Labels, or ``predictions_of``, as files have them, for each text: a class's name, the names
     of those that hold, one name a word (None: it was not read), or scores.
     """
-    if data.problem == "regression":
+    if not data.label_names:
         return [*values.tolist()]
     names = np.array([*data.label_names, None], object)  # the last one is that of -1
     if data.problem == SEVERAL:
@@ -161,6 +164,9 @@ def scores_of(
     """
     problem, known = data.problem, [*(names or data.label_names)]
     places = np.array([known.index(name) for name in data.label_names], np.int64)
+    if data.groups is not None:
+        check_finite(logits)
+        return ranking_scores(logits[:, 0], data.labels, data.groups)
     if problem == "regression":
         return all_scores(problem, logits, data.labels)
     if problem == SEVERAL:
@@ -215,6 +221,8 @@ def tell_undefined(name: str, data: TaskData) -> None:
                     f"every score{which} of {name} is {scores[0]:g}: a correlation is not defined, "
                     f"{written}"
                 )
+    if not data.label_names:
+        return
     counts, several = data.counts, data.problem == SEVERAL
     occur = [label for label, count in counts.items() if count]
     if data.problem == TAGS or len(occur) == len(counts):

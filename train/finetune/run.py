@@ -47,6 +47,7 @@ from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, tell_slow
+from rekindle.train.ranking.groups import batches_of_groups, taught_rows, tell_large
 from rekindle.train.record.working_copy import place_of
 from rekindle.train.running_out import running_out
 
@@ -71,12 +72,26 @@ class _Job:
     metric: str
     device: torch.device
     precision: str
+    rows: np.ndarray | None = None  # of documents in groups: those of train that are taught
+
+    @property
+    def taught(self) -> int:
+        """How many rows an epoch trains on."""
+        return len(self.data["train"]) if self.rows is None else len(self.rows)
 
     @property
     def shown_metric(self) -> str:
         """The name of the metric where it is printed."""
         train = self.data["train"]
         return printed_name(self.metric, train.problem, len(train.label_names))
+
+    def batches(self, seed: int, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch; of documents in groups whole groups."""
+        lengths, size = self.encoded["train"].lengths, self.config.batch_size
+        groups = self.data["train"].groups
+        if groups is None or self.rows is None:
+            return epoch_batches(lengths, size, seed=seed, epoch=epoch)
+        return batches_of_groups(groups, lengths, size, seed=seed, epoch=epoch, taught=self.rows)
 
 
 def finetune(
@@ -171,8 +186,12 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
         name: encode(tokenizer, limits, split, config.max_length) for name, split in data.items()
     }
     device = torch.device(placement.device)
-    cut, precision = tell_cut(encoded, taught="train"), placement.precision
-    return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision)
+    cut, precision, train = tell_cut(encoded, taught="train"), placement.precision, data["train"]
+    rows = None
+    if train.groups is not None:
+        rows = taught_rows(train.groups, train.labels, config.loss == "pointwise")
+        tell_large(train.groups[rows], config.batch_size)
+    return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision, rows)
 
 
 # ---- one seed ----------------------------------------------------------------------------------
@@ -194,15 +213,16 @@ def _run_seed(
         model = _start(job).to(job.device)
         rates = (config.learning_rate, config.weight_decay, config.betas, config.eps)
         optimizer = adamw(model.parameters(), *rates)
-        total, warmup = plan_steps(len(data["train"]), config)
-        planned = config.epochs_of(len(data["train"]))
+        planned = config.epochs_of(job.taught)
+        whole = None
+        if job.rows is not None:
+            whole = sum(len(job.batches(seed, epoch)) for epoch in range(planned))
+        total, warmup = plan_steps(job.taught, config, whole)
         best = BestEpoch(config.patience_of(planned))
         bar = progress.add_task(f"seed {seed}", total=total)
         step, stopped, epochs = 0, DONE, []
         for epoch in range(planned):
-            batches = epoch_batches(
-                encoded["train"].lengths, config.batch_size, seed=seed, epoch=epoch
-            )[: total - step]
+            batches = job.batches(seed, epoch)[: total - step]
             loss_sum = torch.zeros((), device=job.device)
             model.train()
             for number, rows in enumerate(batches, start=1):
@@ -213,7 +233,7 @@ def _run_seed(
                 places = places_of(encoded["train"], rows, inputs)
                 with autocast(job.precision, job.device):
                     logits = answers(model, inputs, places)
-                loss = loss_of(logits.float(), data["train"], encoded["train"], rows)
+                loss = loss_of(logits.float(), data["train"], encoded["train"], rows, config)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -247,9 +267,9 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
         return None
     found = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
     line = (
-        f"warning: seed {seed}: {found} on dev {weak}. Train longer ({_longer(job, best)}), at "
-        f"another learning_rate (now {job.config.learning_rate:g}), or see whether the "
-        "labels fit the texts"
+        f"warning: seed {seed}: {found} on dev {weak}. Try another learning_rate first (now "
+        f"{job.config.learning_rate:g}), then train longer ({_longer(job, best)}); or see whether "
+        "the labels fit the texts"
     )
     logger.warning(line)
     return line
@@ -257,7 +277,7 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
 
 def _longer(job: _Job, best: BestEpoch) -> str:
     """The settings that make the training of a seed longer, as they are typed."""
-    config, rows = job.config, len(job.data["train"])
+    config, rows = job.config, job.taught
     endless = config.model_copy(update={"max_steps": None})
     settings = ["patience=null"] if best.ran_out else []
     if plan_steps(rows, config) == plan_steps(rows, endless):
@@ -282,9 +302,14 @@ def _start(job: _Job) -> PreTrainedModel:
     return network
 
 
-def plan_steps(examples: int, config: FinetuneConfig) -> tuple[int, int]:
-    """(steps in all, steps of warm-up); the schedule spans the steps that are really done."""
-    total = config.epochs_of(examples) * math.ceil(examples / config.batch_size)
+def plan_steps(
+    examples: int, config: FinetuneConfig, batches: int | None = None
+) -> tuple[int, int]:
+    """(steps in all, steps of warm-up); the schedule spans the steps that are really done.
+
+    ``batches`` in all epochs, where these are not cut of ``examples``.
+    """
+    total = batches or config.epochs_of(examples) * math.ceil(examples / config.batch_size)
     total = min(total, config.max_steps or total)
     return total, math.ceil(config.warmup * total)
 
@@ -336,6 +361,6 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     job.tokenizer.save_pretrained(staging)
     train = job.data["train"]
     names = train.label_names or tuple(f"LABEL_{i}" for i in range(logits.shape[1]))
-    answers_of = Answers(train.problem, names, train.threshold)
+    answers_of = Answers(train.head_problem, names, train.threshold)
     with (staging / PREDICTIONS_FILE).open("wb") as file:
         write_predictions(file, job.data["dev"], answers_of, logits)

@@ -46,6 +46,15 @@ from rekindle.train.finetune.labels import (
 )
 from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_files import TaskFile, read_file
+from rekindle.train.ranking.groups import (
+    Grouped,
+    check_order,
+    grades_of,
+    numbered,
+    refuse_split,
+    told_groups,
+)
+from rekindle.train.ranking.kinds import RANKING
 
 T = TypeVar("T")
 
@@ -56,7 +65,8 @@ class TaskData:
 
     ``labels`` is int64 [N], class indices into ``label_names``; bool [N,C], which labels hold;
     int64 [W], a tag for each of the ``words`` of all texts, one after another; or float32 scores
-    [N], or [N,C] of C outputs, with no names. ``rows`` counts from 1 in the file, of which
+    [N], or [N,C] of C outputs, with no names; or float32 grades [N] of documents, ``groups`` int64
+    [N] the number of each one's group. ``rows`` counts from 1 in the file, of which
     ``dropped`` were left out, by label. ``positive`` is the class whose F1 counts, if that is
     known; ``threshold`` the probability from which on one of several labels is said to hold.
     """
@@ -71,18 +81,26 @@ class TaskData:
     words: list[list[str]] | None = None
     threshold: float = 0.5
     path: str = ""  # of the file
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @property
     def problem(self) -> str:
-        """The name transformers gives the problem."""
+        """The name transformers gives the problem; RANKING, which it does not know."""
         if self.words is not None:
             return TAGS
+        if self.groups is not None:
+            return RANKING
         if not self.label_names:
             return "regression"
         return "single_label_classification" if self.labels.ndim == 1 else SEVERAL
+
+    @property
+    def head_problem(self) -> str:
+        """The problem as a model's files name it: to rank is to give a score."""
+        return "regression" if self.problem == RANKING else self.problem
 
     @property
     def outputs(self) -> int:
@@ -135,6 +153,8 @@ class TaskData:
             rows += f" ({', '.join(gone)} left out)"
         if empty := sum(not text.strip() for text in self._whole()):
             rows += f", {empty:,} of them without text"
+        if self.groups is not None:
+            return f"ranking: {rows} {told_groups(self.groups, self.labels)}"
         if not self.label_names:
             several = f"{self.outputs} scores each, " if self.outputs > 1 else ""
             span = f"{several}{self.labels.min():.4g} to {self.labels.max():.4g}"
@@ -189,7 +209,8 @@ def read_task(
 
     Whole numbers, words and booleans are classes: numbers sorted numerically (0..C-1 keep their
     number), the rest alphabetically. Other numbers, and lists of them, are scores; lists of names
-    are labels of which several may hold, or none; tokens have a tag each.
+    are labels of which several may hold, or none; tokens have a tag each. Documents of queries
+    (``problem: ranking``, a ``group_field``, or columns so called) have grades, or clicks.
 
     Raises InputError for a file that cannot be read or lacks a column, a text that is no string, a
     missing, mixed or doubtful label, a label that train does not have, or a single class.
@@ -197,6 +218,8 @@ def read_task(
     check_settings(settings)
     files = [read_file(path, settings) for path in (train_path, *others)]
     _check_pairs(files)
+    if files[0].groups is not None:
+        return _read_ranked(files, settings)
     if files[0].words is not None or are_several(train_path, files[0].labels, settings):
         return _read_lists(files, settings)
     as_written = settings.problem == "classification"
@@ -219,6 +242,41 @@ def read_task(
         _split(file, rows, gone, meaning, positive, train_path)
         for file, rows, (_, gone) in zip(files, splits, found, strict=True)
     )
+
+
+def _read_ranked(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
+    """The splits of a task whose documents are in groups."""
+    dropped = dropped_names(settings.drop_labels, as_written=False)
+    found = [kept_rows(file.path, file.labels, dropped, as_written=False) for file in files]
+    check_dropped(dropped, found)
+    splits = read_alike([rows for rows, _ in found], as_written=False)
+    each = [
+        ranked(file, rows, gone, settings)
+        for file, rows, (_, gone) in zip(files, splits, found, strict=True)
+    ]
+    refuse_split([grouped for _, grouped in each])
+    return tuple(data for data, _ in each)
+
+
+def ranked(
+    file: TaskFile, rows: Rows, gone: Counter[str], settings: TaskSettings
+) -> tuple[TaskData, Grouped]:
+    """The documents of a file with their grades; InputError, naming the row, for a label that is
+    no grade, and where no order is better than another.
+    """
+    if settings.label_names or settings.positive is not None:
+        key = "label_names" if settings.label_names else "positive"
+        raise InputError(f"{key} is of classes, and a ranking has grades: leave it out")
+    if not rows.labels:
+        raise InputError(f"{file.path}: drop_labels leaves none of its {gone.total()} rows")
+    assert file.groups is not None
+    grades = grades_of(file.path, rows.labels, rows.numbers)
+    names = [file.groups[number - 1] for number in rows.numbers]
+    queries = [file.texts[number - 1] for number in rows.numbers]
+    grouped = Grouped(file.path, names, queries, rows.numbers, file.named)
+    check_order(grouped, grades)
+    data = split_of(file, rows.numbers, gone, grades, ())
+    return replace(data, groups=numbered(names)), grouped
 
 
 def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
@@ -323,6 +381,12 @@ def _check_pairs(files: Sequence[TaskFile]) -> None:
             raise InputError(
                 f"{has.path} has tokens and {lacks.path} has texts; the splits of one task are all "
                 "of one kind: name their fields with --text-field and --label-field"
+            )
+        if (train.groups is None) != (other.groups is None):
+            has, lacks = (train, other) if other.groups is None else (other, train)
+            raise InputError(
+                f"{has.path} has queries and documents and {lacks.path} has not; the splits of one "
+                "task are all rankings or none is: name their fields, or say --set problem=ranking"
             )
         if (train.pairs is None) != (other.pairs is None):
             has, lacks = (train, other) if other.pairs is None else (other, train)

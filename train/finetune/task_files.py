@@ -15,10 +15,13 @@ from rekindle.data.source.sources import Origin, recorded_origin
 from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, is_file
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.label_lists import TAGS, words_in
+from rekindle.train.ranking.groups import group_names
+from rekindle.train.ranking.kinds import RANKING
 
 _FORMATS = ("jsonl", "csv", "tsv", "parquet")
 # Columns of texts, in this order, and of tokens with their tags.
-_USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",), ("tokens",))
+_RANKED, _GROUP = ("query", "document"), "group"
+_USUAL = (("text",), ("sentence1", "sentence2"), ("sentence1",), _RANKED, ("tokens",))
 _TAGS = "tags"
 _SAY_TEXT = "--text-field (in a cycle: finetune.text_field)"
 _Columns = dict[str, list[object]]
@@ -28,7 +31,8 @@ class TaskFile(NamedTuple):
     """The rows of one file; ``pairs`` are the second texts, ``labels`` as they are written.
 
     ``words`` are the tokens of each text, where it is given as tokens: it is they with a blank
-    between.
+    between. ``groups`` are those of documents that are to be ranked; ``named``: by a field of their
+    own, else by their queries.
     """
 
     path: str
@@ -36,6 +40,8 @@ class TaskFile(NamedTuple):
     pairs: list[str] | None
     labels: list[object]
     words: list[list[str]] | None = None
+    groups: list[str] | None = None
+    named: bool = False
 
 
 def read_file(path: str, settings: TaskSettings) -> TaskFile:
@@ -50,6 +56,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             f"{', '.join(PACKED_SUFFIXES)}) or .parquet: rename or convert it"
         )
     wanted = {*settings.text_field, settings.label_field, _TAGS, *(n for u in _USUAL for n in u)}
+    wanted |= {settings.group_field or _GROUP}
     columns = _read_records(origin, wanted)
     if not columns or not next(iter(columns.values())):
         raise InputError(f"{path} has no rows; give at least one labelled example")
@@ -86,7 +93,41 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             f"{path} has no text in any of its rows ({', '.join(names)}); name the column of the "
             f"texts with {_SAY_TEXT}"
         )
-    return TaskFile(path, texts[0], texts[1] if len(texts) > 1 else None, labels)
+    pairs = texts[1] if len(texts) > 1 else None
+    found = TaskFile(path, texts[0], pairs, labels)
+    return _grouped(found, names, columns, settings) if _ranks(names, settings) else found
+
+
+def _ranks(names: Sequence[str], settings: TaskSettings) -> bool:
+    """Whether a file with those columns of texts has documents that are to be ranked."""
+    if settings.problem is not None:
+        return settings.problem == RANKING
+    return settings.group_field is not None or tuple(names) == _RANKED
+
+
+def _grouped(
+    file: TaskFile, names: Sequence[str], columns: _Columns, settings: TaskSettings
+) -> TaskFile:
+    """The file with the groups of its documents; InputError where it has no documents, or not the
+    field that is named.
+    """
+    if file.pairs is None:
+        raise InputError(
+            f"{file.path} has one text a row, {names[0]}; a ranking is of queries and documents: "
+            f"name both columns with {_SAY_TEXT}, the query's first"
+        )
+    field = settings.group_field or _GROUP
+    if field in columns:
+        groups = group_names(file.path, field, columns[field])
+        return file._replace(groups=groups, named=True)
+    if settings.group_field is not None:
+        raise InputError(
+            f"{file.path} has no column {field!r} (it has: {', '.join(columns)}"
+            f"{did_you_mean(field, columns)}); name that of the queries' ids with --set "
+            "group_field=… (in a cycle: finetune.group_field), or leave it out: rows of one query "
+            "text are a group then"
+        )
+    return file._replace(groups=[*file.texts])
 
 
 def text_fields(
@@ -104,10 +145,17 @@ def text_fields(
     if "tokens" in columns and (label_field == _TAGS or settings.problem == TAGS):
         return ("tokens",)
     found = [usual for usual in _USUAL if all(name in columns for name in usual)]
+    if settings.problem == RANKING or settings.group_field is not None:
+        found.sort(key=lambda usual: usual != _RANKED)
     if not found:
         raise InputError(
             f"{path} has no column 'text', 'sentence1' or 'tokens' ({has}); name that of the "
             f"texts with {_SAY_TEXT}, given twice for pairs"
+        )
+    if found[0] != _RANKED and _RANKED in found:
+        raise InputError(
+            f"{path} has both {found[0][0]!r} and 'query' with 'document' ({has}); say which is "
+            f"meant with {_SAY_TEXT}"
         )
     if "text" in columns and "sentence1" in columns:
         raise InputError(

@@ -1,7 +1,7 @@
-"""What each parameter of a model family computes and reads: the tables by which models are grown.
+"""Tables of what each parameter of a model family computes and reads, used to grow models.
 
-A new family of the same kind is one more table. Names are those of transformers' modules, with the
-layer's prefix and number left out within layers.
+A new family of the same kind is one more table. Names are those of transformers' modules; within
+layers, without the layer's prefix and number.
 """
 
 import re
@@ -15,14 +15,14 @@ from rekindle.data.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# hidden: of the residual stream; heads, groups: of all query and key/value heads; ffn: neurons.
+# hidden: of the residual stream; heads, groups: of all query or key/value heads; ffn: neurons.
 Units = Literal["hidden", "heads", "groups", "ffn"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """y = Wx + b. ``transposed``: W is kept as [in, out], as GPT-2 does. ``parts``: matrices side
-    by side in one (query, key and value).
+    """y = Wx + b. ``transposed``: W is stored as [in, out], as in GPT-2. ``parts``: number of
+    matrices side by side in one (query, key and value).
     """
 
     out: Units
@@ -33,14 +33,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm or RMSNorm over the hidden size. ``last``: what the output matrix reads."""
+    """A LayerNorm or RMSNorm over the hidden size. ``last``: the output matrix reads its output."""
 
     last: bool = False
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A vector of the hidden size per row."""
+    """One vector of the hidden size per row."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,26 @@ class Family:
     """A kind of model: the names of its parts."""
 
     types: tuple[str, ...]  # config.model_type
-    layer: str  # a regular expression of a layer's prefix; its number follows
+    layer: str  # a regular expression of a layer's prefix, which its number follows
     inside: dict[str, Role]  # by a regular expression of a module's name within a layer
     outside: dict[str, Role]
-    eps: str  # the configuration's key
+    eps: str  # its key in the configuration
     rms: bool = False
-    # Post-LN: the norms after attention and at a layer's end; the latter makes the layer's output.
+    # Post-LN: the norm after attention, and the one at a layer's end, which makes the layer's
+    # output.
     norms_after: tuple[str, str] | None = None
-    # Settings of which another value would change too much.
+    # Settings that must have these values; others would need too many changes.
     needs: dict[str, object] = field(default_factory=dict)
 
     def place(self, name: str) -> tuple[int | None, str]:
-        """The number of the layer that the parameter ``name`` is in, if any, and its name there."""
+        """Return the layer number of the parameter ``name``, if any, and its name within
+        the layer.
+        """
         found = re.match(rf"{self.layer}(\d+)\.", name)
         return (int(found.group(1)), name[found.end() :]) if found else (None, name)
 
     def role(self, name: str) -> Role | None:
-        """What the parameter ``name`` is; None if not known."""
+        """Return the role of the parameter ``name``; None if unknown."""
         number, rest = self.place(name.rpartition(".")[0])
         known = self.outside if number is None else self.inside
         return next((role for form, role in known.items() if re.fullmatch(form, rest)), None)
@@ -116,7 +119,7 @@ GPT2 = Family(
         r"lm_head": Output(),
     },
     eps="layer_norm_epsilon",
-    # A scale by the layer's number would give a layer's copy another attention.
+    # A scale by the layer's number would give a layer's copy different attention.
     needs={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False},
 )
 LLAMA = Family(
@@ -142,14 +145,14 @@ FAMILIES = (BERT, GPT2, LLAMA)
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a transformers model. Raises InputError for others, naming these."""
+    """Return the family of a transformers model. Raise InputError for other models."""
     config = cast("PretrainedConfig", model.config)
     known = [kind for family in FAMILIES for kind in family.types]
     found = next((f for f in FAMILIES if config.model_type in f.types), None)
     if found is None:
         raise InputError(
-            f"student.grow: {type(model).__name__} ({config.model_type}) cannot be grown; models "
-            f"of the types {', '.join(known)} can"
+            f"student.grow: {type(model).__name__} ({config.model_type}) cannot be grown; only "
+            f"models of the types {', '.join(known)} can"
         )
     for key, value in found.needs.items():
         if getattr(config, key, value) != value:

@@ -1,40 +1,42 @@
 """Grow a language model in width and depth (ELLE, Findings of ACL 2022).
 
-Knows no student and no cache; a model goes in, another one comes out.
+Takes a model and returns a larger one; students and caches are unknown here.
 
 Width: hidden dimension j of the new model copies dimension g(j) of the old; rows are copied,
-columns are copied and divided by the multiplicity of g(j). One g for all places of the hidden size,
-one per layer for the feed-forward neurons, one per layer for whole attention heads (their size, and
-the number of query heads per key/value head, stay). Depth: copies of layers stand right after
-their originals. What is kept of the old model's logits, up to rounding:
+columns are copied and divided by the multiplicity of g(j). There is one g for every use of the
+hidden size, one per layer for the feed-forward neurons, and one per layer for whole attention heads
+(their size, and the number of query heads per key/value head, stay the same). Depth: copies of
+layers come directly after their originals. How well the old model's logits are kept, up to
+rounding:
 
-    what grows             BERT, RoBERTa (post-LN)  GPT-2 (pre-LN)    Llama, Mistral, Qwen2 (RMS)
-    feed-forward, heads    exact                    exact             exact
-    hidden size, multiple  exact                    exact             exact
-    hidden size, other     not; exact: refused      exact on request  exact on request
-    layers                 exact on request         exact on request  exact on request
+  what grows             BERT, RoBERTa (post-LN)  GPT-2 (pre-LN)    Llama, Mistral, Qwen2 (RMS)
+  feed-forward, heads    exact                    exact             exact
+  hidden size, multiple  exact                    exact             exact
+  hidden size, other     not; exact: refused      exact on request  exact on request
+  layers                 exact on request         exact on request  exact on request
 
-"On request": ``preserve: exact``; ``approximate`` is ELLE's rule alone.
+"On request" means ``preserve: exact``; ``approximate`` is ELLE's rule alone.
 
-- Hidden size, no multiple: some dimensions have more copies than others, so the mean and variance
-  that a LayerNorm uses (the mean square that an RMSNorm uses) change. ``exact`` for RMSNorm: rows
-  and columns are both divided by √multiplicity, and the sum of squares stays; D dimensions instead
-  of d divide it by more, which weight·√(d/D) and eps·d/D make good. ``exact`` for a pre-LN
-  LayerNorm: the new dimensions hold the mean of the old ones (the residual stream is a sum of what
-  linear maps write, so mean rows do that); the mean stays and the variance is d/D of what it was.
-- Not so for post-LN: there a LayerNorm's output y = γ∘x̂ + β is the residual stream itself. The new
-  dimensions would have to hold mean(y), which varies with the text unless γ is constant, while what
-  a LayerNorm makes of a dimension that holds the mean is its constant β. With the old dimensions
-  left as they are and D < 2d − 1, nothing else keeps the variance: Σ over new dimensions of
+- Hidden size, not a multiple: some dimensions have more copies than others, so the mean and
+  variance that a LayerNorm uses (the mean square that an RMSNorm uses) change. ``exact`` for
+  RMSNorm: rows and columns are both divided by √multiplicity, which keeps the sum of squares; it is
+  then divided by D dimensions instead of d, which weight·√(d/D) and eps·d/D correct. ``exact`` for
+  a pre-LN LayerNorm: the new dimensions hold the mean of the old ones (the residual stream is a sum
+  of outputs of linear maps, so rows that are means do that); the mean stays the same and the
+  variance is d/D of the old one.
+- This is impossible for post-LN: there a LayerNorm's output y = γ∘x̂ + β is the residual stream
+  itself. The new dimensions would have to hold mean(y), which varies with the text unless γ is
+  constant, but a LayerNorm turns a dimension that holds the mean into its constant β. With the old
+  dimensions unchanged and D < 2d − 1, nothing else keeps the variance: Σ over new dimensions of
   (a−1/d)(a−1/d)ᵀ would have to be a multiple of the centring matrix, whose rank is d − 1.
-- Layers, ``approximate``: a layer that acts twice is another function. ``exact``: the copies'
-  output projections are zero. For pre-LN that makes them the identity. For post-LN a layer without
-  output is LN(LN(y)), and the LayerNorm of γ∘x̂ + β is not the identity: it forgets the mean and
-  variance of y. But that of x̂ is (up to eps: a relative error of about eps/2). So the original's
-  last LayerNorm loses its affine part, those between are plain, and the last copy's ends with it.
-- ``noise_std``, ELLE's, is added to the divided columns of every copy but the first: equal units
-  get equal gradients, and stay equal for ever where no dropout tells them apart. It changes the
-  logits a little; with ``exact`` the first copy takes the opposite, and it changes none.
+- Layers, ``approximate``: a layer applied twice is another function. ``exact``: the copies' output
+  projections are zero. In pre-LN that makes them the identity. In post-LN a layer without output is
+  LN(LN(y)), and the LayerNorm of γ∘x̂ + β is not the identity: it loses the mean and variance of y.
+  But the LayerNorm of x̂ is (up to eps: a relative error of about eps/2). So the original's last
+  LayerNorm loses its affine part, those in between are plain, and the last copy's has it.
+- ``noise_std`` (from ELLE) is the noise added to the divided columns of every copy but the first:
+  equal units get equal gradients, and stay equal for ever unless dropout separates them. It changes
+  the logits a little; with ``exact`` the first copy takes the negative sum, so they do not change.
 """
 
 import copy
@@ -59,7 +61,7 @@ State = dict[str, Tensor]
 
 
 class Shape(NamedTuple):
-    """What may grow."""
+    """The sizes that may grow."""
 
     layers: int
     hidden_size: int
@@ -71,16 +73,16 @@ class Shape(NamedTuple):
     def of(cls, config: "PretrainedConfig") -> "Shape":
         """Return the shape of a transformers configuration."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        # GPT-2's name first: a configuration keeps whatever it was given under other names.
+        # GPT-2's name first, because a configuration also keeps values given under other names.
         inner = config.n_inner if hasattr(config, "n_inner") else config.intermediate_size
         groups = getattr(config, "num_key_value_heads", None) or heads
         return cls(config.num_hidden_layers, hidden, heads, groups, inner or 4 * hidden)
 
 
 def grown_shape(old: Shape, config: GrowConfig) -> Shape:
-    """The shape asked for, what is left out in proportion.
+    """Return the shape asked for, with missing sizes filled in proportion.
 
-    Raises InputError where something would shrink, and where a head's size would change.
+    Raises InputError if something would shrink, or a head's size would change.
     """
     heads, hidden = config.heads, config.hidden_size
     if hidden is None:
@@ -93,18 +95,18 @@ def grown_shape(old: Shape, config: GrowConfig) -> Shape:
     for name, before, after in zip(Shape._fields, old, new, strict=True):
         if after < before:
             raise InputError(
-                f"student.grow: {name} would shrink from {before} to {after}; a model only grows"
+                f"student.grow: {name} would shrink from {before} to {after}; a model can only grow"
             )
     if heads * old.hidden_size != hidden * old.heads:
         each = old.hidden_size / old.heads
         raise InputError(
             f"student.grow: hidden_size {hidden} with {heads} heads: whole heads are added, so "
-            f"there must be {each:g} hidden dimensions per head as there are now "
-            f"({old.hidden_size} with {old.heads}). Give a multiple of it, or heads alone"
+            f"there must be {each:g} hidden dimensions per head, as now ({old.hidden_size} with "
+            f"{old.heads}). Give a multiple of it, or only heads"
         )
     if groups * old.heads != heads * old.key_value_heads:
         raise InputError(
-            f"student.grow: {heads} heads: a key/value head serves "
+            f"student.grow: {heads} heads: one key/value head serves "
             f"{old.heads // old.key_value_heads} of them, so give a multiple of that"
         )
     return new
@@ -112,7 +114,7 @@ def grown_shape(old: Shape, config: GrowConfig) -> Shape:
 
 @dataclass(frozen=True)
 class LayerAxes:
-    """How one layer's own units grow."""
+    """How the units of one layer grow."""
 
     heads: Axis  # [heads·head size]
     groups: Axis  # [key/value heads·head size]
@@ -122,7 +124,7 @@ class LayerAxes:
 class Growth:
     """How one model grows: its new configuration, and which unit copies which.
 
-    Raises InputError where it cannot grow so.
+    Raises InputError if it cannot grow so.
     """
 
     def __init__(self, model: nn.Module, config: GrowConfig):
@@ -139,7 +141,7 @@ class Growth:
         self.config = self._config(old)
 
     def model(self, old: Model) -> Model:
-        """The grown model, on the CPU, its tied weights tied."""
+        """Return the grown model, on the CPU, with its tied weights tied."""
         made = type(old)(self.config)
         made.load_state_dict(self._widen(self._deepen(old.state_dict())))
         made.to(next(old.parameters()).dtype).train(old.training)
@@ -155,9 +157,9 @@ class Growth:
         if self.family.norms_after is not None:
             raise InputError(
                 f"student.grow: preserve: exact is impossible from hidden_size {old} to {new}: "
-                "after a LayerNorm on the residual stream, mean and variance stay only if all "
-                f"dimensions have equally many copies. Use {old * math.ceil(new / old)} (a "
-                "multiple), or preserve: approximate; layers and intermediate_size are free"
+                "after a LayerNorm on the residual stream, mean and variance stay the same only "
+                f"if all dimensions have equally many copies. Use {old * math.ceil(new / old)} (a "
+                "multiple), or preserve: approximate; layers and intermediate_size may be any"
             )
         return Axis.shared(source) if self.family.rms else Axis.averaged(source)
 
@@ -189,7 +191,7 @@ class Growth:
     # ---- depth -------------------------------------------------------------------------------
 
     def _deepen(self, state: Mapping[str, Tensor]) -> State:
-        """The weights of all new layers, still of the old width."""
+        """Return the weights of all new layers, still with the old width."""
         tensors: State = {}
         for name, tensor in state.items():
             layer, rest = self.family.place(name)
@@ -206,7 +208,9 @@ class Growth:
         return tensors
 
     def _silenced(self, name: str, tensor: Tensor, place: int, places: list[int]) -> Tensor:
-        """A parameter of a layer that stands at ``places`` so that the copies change nothing."""
+        """Return a parameter of a layer copied to ``places``, changed so that the copies have no
+        effect.
+        """
         module, _, kind = self.family.place(name)[1].rpartition(".")
         is_copy, is_last, role = place != places[0], place == places[-1], self.family.role(name)
         if is_copy and isinstance(role, Linear) and role.out == "hidden":
@@ -239,7 +243,9 @@ class Growth:
         return grown if grown.dim() == 1 else self.columns(into, grown, 1 - row_dim)
 
     def _table(self, role: Role | None, tensor: Tensor) -> Tensor:
-        """A vector per token or position; or the output matrix, tied to such a table or not."""
+        """Return a table of a vector per token or position, or the output matrix, tied to it or
+        not.
+        """
         if tensor.dim() == 1:  # the output's bias
             return tensor
         if isinstance(role, Embedding) or self.tied:
@@ -247,7 +253,9 @@ class Growth:
         return self.columns(self.hidden, tensor, 1)
 
     def columns(self, axis: Axis, tensor: Tensor, dim: int) -> Tensor:
-        """What reads the units of ``axis``, with the noise of the configuration."""
+        """Return the grown columns that read the units of ``axis``, with the
+        configuration's noise.
+        """
         keep_sum = self.settings.preserve == "exact"
         return axis.columns(tensor, dim, self.settings.noise_std, self._draw, keep_sum)
 
@@ -257,8 +265,8 @@ class Growth:
 
 
 def grow(model: Model, config: GrowConfig) -> Model:
-    """A larger model that copies ``model`` (BERT, RoBERTa, GPT-2, Llama, Mistral, Qwen2 with an LM
-    head), on the CPU. How much of the old one's logits is kept: see the table above.
+    """Return a larger model that copies ``model`` (BERT, RoBERTa, GPT-2, Llama, Mistral or Qwen2
+    with an LM head), on the CPU. The table above says how well its logits are kept.
 
     Raises InputError for other models, and for shapes that it cannot grow to.
     """

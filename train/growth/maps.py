@@ -3,7 +3,7 @@
 A unit is a hidden dimension, a neuron of a feed-forward layer, or one dimension of an attention
 head. d old units become D; the new unit j copies ``source[j]``. What computes a unit (a row of a
 matrix, an entry of a bias) is copied and multiplied by ``write[j]``; what reads it (a column) is
-copied and multiplied by ``read[j]``. Nothing changes downstream where, for every old unit i,
+copied and multiplied by ``read[j]``. Nothing changes downstream if for every old unit i
 
     Σ_{j: source[j] = i} write[j] · read[j] = 1.
 """
@@ -22,10 +22,10 @@ Copied = Literal["spread", "last", "first"]
 class Axis:
     """How one kind of unit grows from d to D.
 
-    ``means``: the units past the d-th copy nothing, but hold the mean of all old ones, so that a
-    LayerNorm finds the old mean and makes them 0; they are read through copied columns.
-    ``norm_scale``: what the weights of a norm over these units are multiplied by; its eps is
-    multiplied by the square.
+    ``means``: the units after the d-th copy nothing but hold the mean of all old ones, so that a
+    LayerNorm finds the old mean and turns them into 0; they are read through copied columns.
+    ``norm_scale``: factor of the weights of a norm over these units; its eps is multiplied by the
+    square.
     """
 
     source: Tensor  # [D] int64
@@ -36,33 +36,33 @@ class Axis:
 
     @classmethod
     def copied(cls, source: Tensor) -> "Axis":
-        """Rows copied, columns divided by the multiplicity: ELLE's and Net2Net's rule."""
+        """Copy rows, and divide columns by the multiplicity: ELLE's and Net2Net's rule."""
         read = 1.0 / torch.bincount(source)[source].double()
         return cls(source, torch.ones_like(read), read)
 
     @classmethod
     def shared(cls, source: Tensor) -> "Axis":
-        """Rows and columns divided by √multiplicity: the sum of squares stays, so an RMSNorm over D
-        units with eps·d/D finds √(d/D) of what it found, whatever d and D are.
+        """Divide rows and columns by √multiplicity: the sum of squares stays, so an RMSNorm over D
+        units with eps·d/D gives √(d/D) of its former value, for any d and D.
         """
         share = torch.bincount(source)[source].double().rsqrt()
         return cls(source, share, share.clone(), norm_scale=_shrunk(source))
 
     @classmethod
     def averaged(cls, source: Tensor) -> "Axis":
-        """The old units as they are, and new ones that hold their mean: the mean stays, and the
-        variance over D units is d/D of what it was, which weights and eps of a LayerNorm make good.
+        """Keep the old units, and add new ones that hold their mean: the mean stays, and the
+        variance over D units is d/D of the old one, which weights and eps of a LayerNorm correct.
         """
         ones = torch.ones(len(source), dtype=torch.float64)
         return cls(source, ones, ones.clone(), means=True, norm_scale=_shrunk(source))
 
     @property
     def old(self) -> int:
-        """d; every old unit has a copy."""
+        """Return d; every old unit has a copy."""
         return int(self.source.max()) + 1
 
     def rows(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """What computes the units, grown along ``dim``."""
+        """Return what computes the units, grown along ``dim``."""
         grown = tensor.index_select(dim, self.source) * _along(self.write, tensor, dim)
         if self.means:
             new = len(self.source) - self.old
@@ -78,10 +78,10 @@ class Axis:
         draw: Generator | None = None,
         keep_sum: bool = False,
     ) -> Tensor:
-        """What reads the units, grown along ``dim``.
+        """Return what reads the units, grown along ``dim``.
 
-        ``noise``: standard deviation of what is added to the columns of every copy but the first.
-        With ``keep_sum`` the first takes the opposite: the sum is all that is seen of equal units.
+        ``noise``: standard deviation of the noise added to the columns of every copy but the first.
+        With ``keep_sum`` the first gets the negative sum, as only the sum over equal units matters.
         """
         grown = tensor.index_select(dim, self.source) * _along(self.read, tensor, dim)
         if noise and not self.means:
@@ -94,8 +94,8 @@ class Axis:
         return grown
 
     def norm(self, tensor: Tensor, *, bias: bool, read: bool) -> Tensor:
-        """The weight or bias of a norm. ``read``: its output goes into columns that are not divided
-        (a tied output matrix), so it is divided here.
+        """Return the grown weight or bias of a norm. ``read``: its output goes into columns that
+        are not divided (a tied output matrix), so it is divided here.
         """
         factor = self.write if bias else torch.full_like(self.write, self.norm_scale)
         if read:
@@ -107,19 +107,19 @@ class Axis:
 
 
 def _shrunk(source: Tensor) -> float:
-    """√(d/D)."""
+    """Return √(d/D)."""
     return math.sqrt((int(source.max()) + 1) / len(source))
 
 
 def _along(values: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """``values`` shaped to multiply ``tensor`` along ``dim``."""
+    """Return ``values`` reshaped to multiply ``tensor`` along ``dim``."""
     shape = [1] * tensor.dim()
     shape[dim] = -1
     return values.to(tensor.dtype).reshape(shape)
 
 
 def balanced_sources(old: int, new: int, draw: Generator) -> Tensor:
-    """[new] int64: 0..old-1, then rounds of random order; numbers of copies differ by at most 1."""
+    """Return [new] int64: 0..old-1, then shuffled rounds; numbers of copies differ by at most 1."""
     rounds = [torch.arange(old)]
     while len(rounds) * old < new:
         rounds.append(torch.randperm(old, generator=draw))
@@ -127,15 +127,17 @@ def balanced_sources(old: int, new: int, draw: Generator) -> Tensor:
 
 
 def in_blocks(source: Tensor, size: int) -> Tensor:
-    """[D·size]: blocks of ``size`` consecutive units (a head's dimensions) that grow as one."""
+    """Return [D·size]: blocks of ``size`` consecutive units (a head's dimensions) that
+    grow as one.
+    """
     return (source[:, None] * size + torch.arange(size)).flatten()
 
 
 def layer_sources(old: int, new: int, which: Copied) -> list[int]:
-    """The old layer of each of ``new`` layers: ascending, so that copies follow their originals.
+    """Return the old layer of each of ``new`` layers, ascending, so copies follow their originals.
 
-    Numbers of copies differ by at most 1; who has one more: layers evenly over the depth, the last
-    ones or the first ones.
+    Numbers of copies differ by at most 1; ``which`` layers get one more: evenly over the depth, the
+    last or the first ones.
     """
     if which == "spread":
         return [place * old // new for place in range(new)]

@@ -1,1 +1,1 @@
-"""A cache for trainers of one's own: data sets, collator, loss, and a mixin for HF's Trainer."""
+"""Use a cache in your own trainer: data sets, collator, loss, and a mixin for HF's Trainer."""

@@ -1,4 +1,4 @@
-"""A batch of a cache for a model of transformers: its inputs, labels, and the targets as stored."""
+"""Make a batch of a cache for a transformers model: inputs, labels, and the stored targets."""
 
 import logging
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from rekindle.train.objective.selection import at_masked_positions
 
 log = logging.getLogger("rekindle")
 
-TARGETS = "distillation"  # the key of the targets in what a collator gives
-TELL_UNREAD = 50  # batches that are made without a loss being asked for
+TARGETS = "distillation"  # the key of the targets in a collator's output
+TELL_UNREAD = 50  # warn after this many batches if no loss has been computed
 CPU = torch.device("cpu")
 
 
 class TargetCollator:
-    """Places of a data set of ``rekindle.train.hf.dataset`` → what a model and the loss take.
+    """Turn places of a data set (``rekindle.train.hf.dataset``) into the inputs of model and loss.
 
-    A dict of ``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids`` of pairs), of
-    masked LMs those of the masked view; ``labels`` [B,S], −100 where there is no cross-entropy: of
-    masked LMs the true token at each masked position, of causal ones the tokens as they are (the
-    model shifts them); and ``distillation``: the ``Batch`` with its targets as the cache stores
-    them, which the loss sends to the device. It may be made in a worker of a DataLoader.
+    The result is a dict of ``input_ids`` and ``attention_mask`` [B,S] (and ``token_type_ids`` for
+    pairs), for masked LMs those of the masked view; ``labels`` [B,S], −100 where there is no
+    cross-entropy: for masked LMs the true token at each masked position, for causal ones the tokens
+    themselves (the model shifts them); and ``distillation``: the ``Batch`` with its targets as the
+    cache stores them, which the loss sends to the device. It can be made in a DataLoader worker.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class TargetCollator:
     ):
         self.cache, self.teachers, self.task = cache, list(teachers), task
         self.masked_view, self.allow_missing = masked_view, tuple(allow_missing)
-        self.made, self.read = 0, False  # batches; whether a loss was ever asked of one
+        self.made, self.read = 0, False  # batches made; whether a loss was ever computed on one
 
     def __call__(self, places: Sequence[Place]) -> dict[str, Any]:
-        """Read a batch. InputError for items that are of another data set, or another cache's."""
+        """Read a batch. Raise InputError for items of another data set or another cache."""
         if not places or not all(isinstance(place, Place) for place in places):
             kind = type(places[0]).__name__ if places else "nothing"
             raise InputError(
-                f"a batch of cached targets was to be made of items that are {kind}: the targets "
-                "belong to the sequences of the cache. Use CacheDataset or IterableCacheDataset of "
-                "rekindle.train.hf.dataset as the data set"
+                f"a batch of cached targets was to be made from items that are {kind}, but the "
+                "targets belong to the sequences of the cache. Use CacheDataset or "
+                "IterableCacheDataset of rekindle.train.hf.dataset as the data set"
             )
         if any(place.corpus not in (None, self.cache.corpus.fingerprint) for place in places):
             raise InputError(
-                "the data set is of the sequences of another cache than the targets "
-                f"({self.cache.store.location}): its numbers would be other texts there. Make the "
-                "data set of the cache that Distillation was given"
+                "the data set is of another cache's sequences than the targets "
+                f"({self.cache.store.location}): its numbers would mean other texts there. Make "
+                "the data set from the cache that Distillation was given"
             )
         self._tell_unread()
         counted = [place for place in places if place.counts]
@@ -74,13 +74,15 @@ class TargetCollator:
         return {**shown(batch), "labels": labels, TARGETS: batch}
 
     def _tell_unread(self) -> None:
-        """Say once that the targets seem to teach nobody. A worker's copy hears of no loss."""
+        """Warn once if no loss uses the targets. A worker's copy never learns of a loss, so it is
+        silent.
+        """
         self.made += 1
         if self.made == TELL_UNREAD and not self.read and get_worker_info() is None:
             log.warning(
-                "%d batches of cached targets were made, and no loss was asked of them: a Trainer "
-                "without DistillationMixin, which comes first (class KDTrainer(DistillationMixin, "
-                "Trainer)), trains on its own loss alone",
+                "%d batches of cached targets were made, but no loss was computed on them: a "
+                "Trainer without DistillationMixin trains on its own loss only. Put the mixin "
+                "first: class KDTrainer(DistillationMixin, Trainer)",
                 TELL_UNREAD,
             )
 
@@ -97,13 +99,13 @@ class TargetCollator:
 
 
 def shown(batch: Batch) -> dict[str, Tensor]:
-    """Return what the student is shown of a batch, on the CPU."""
+    """Return the student's inputs for a batch, on the CPU."""
     ids = batch.input_ids if batch.masked is None else batch.masked.input_ids
     return model_inputs(ids, batch.lengths, CPU, batch.token_types)
 
 
 def labels_of(batch: Batch, task: str) -> Tensor:
-    """Return labels [B,S] as the models of transformers take them; −100: no cross-entropy."""
+    """Return labels [B,S] as transformers models take them; −100: no cross-entropy."""
     if task == "causal_lm":
         learnt = batch.attention_mask if batch.trained is None else batch.trained
         clean = np.where(learnt, batch.input_ids, IGNORED)

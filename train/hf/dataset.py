@@ -1,7 +1,8 @@
-"""The sequences of a cache as PyTorch data sets: which one stands where in an epoch; reads nothing.
+"""The sequences of a cache as PyTorch data sets: which one has which place in an epoch.
 
-What they give is a number, not its content: a collator reads a whole batch at once, in the process
-that makes it. The order is that of ``Cache.batches`` and of our own loop, from (seed, epoch) alone.
+Items are sequence numbers, not contents; nothing is read here. A collator reads a whole batch at
+once, in the process that makes it. The order is that of ``Cache.batches`` and of our own training
+loop; it depends only on (seed, epoch).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,26 +21,28 @@ from rekindle.train.config import Batching
 from rekindle.train.hf.given import check_cache
 from rekindle.train.order.similar_lengths import dealt, turns, window_of
 
-# Of an epoch: steps, and the places that each of them reads.
+# A window of an epoch: its number, its steps, and the places that each step reads.
 _Window = tuple[int, range, list[NDArray[np.int64]]]
 _NO_WINDOW: _Window = (0, range(0), [])
 
 
 class Place(NamedTuple):
-    """A sequence of a cache in an epoch. No dict: nobody takes columns away from it."""
+    """A sequence of a cache in an epoch. Not a dict, so that a Trainer cannot remove its
+    columns.
+    """
 
     sequence: int  # its number in the corpus
-    epoch: int  # which replica of the masks it is seen in
-    counts: bool = True  # False: it fills up a process's share, and has no loss
-    corpus: str | None = None  # whose sequence it is; None: of the collator's own
+    epoch: int  # decides which replica of the masks it is seen in
+    counts: bool = True  # False: it only fills up a process's share, and has no loss
+    corpus: str | None = None  # the corpus it belongs to; None: the collator's own
 
 
 class Shares:
-    """An epoch's order, and which part of it one process reads.
+    """An epoch's order, and the part of it that one process reads.
 
-    Place i of rank r is place i · world_size + r of the epoch: batches of equal size of all ranks
-    are together a batch of a single process. Every share is of the same length; where the ranks do
-    not divide the epoch, the last place of some is a sequence that does not count.
+    Place i of rank r is place i · world_size + r of the epoch, so equally large batches of all
+    ranks together form a batch of a single process. All shares have the same length; if the ranks
+    do not divide the epoch, the last place of some is a sequence that does not count.
     """
 
     def __init__(
@@ -57,22 +60,24 @@ class Shares:
         """Take the ``sequences`` (their numbers; all if None) of a cache, in the order of ``seed``.
 
         ``batching``: as ``train.batching``. For similar_lengths ``batch_sequences`` is the batch
-        size of each process's DataLoader (a Trainer with our mixin says it by itself).
+        size of each process's DataLoader (a Trainer with our mixin sets it).
 
-        Raises ValueError for a rank outside the world, another batching and a batch without
-        sequences; InputError for what are no numbers, and where there is no sequence or one that
-        the corpus has not.
+        Raises ValueError for a rank outside the world, an unknown batching and an empty batch;
+        InputError for values that are not sequence numbers, for no sequences, and for one that the
+        corpus lacks.
         """
         check_cache(cache)
         if batching not in get_args(Batching):
-            raise ValueError(f"batching is {batching!r}; it is {' or '.join(get_args(Batching))}")
+            raise ValueError(
+                f"batching is {batching!r}; it must be {' or '.join(get_args(Batching))}"
+            )
         if batch_sequences is not None and batch_sequences < 1:
             raise ValueError(f"batch_sequences must be at least 1, got {batch_sequences}")
         if cache.corpus.is_packed:
             raise InputError(
-                "the corpus has several documents in a sequence and attention within each "
-                "(corpus.packing: packed), of which a Trainer tells its model nothing. Train with "
-                "`pipeline train-student`, or use packing: document"
+                "the corpus has several documents in a sequence, with attention within each "
+                "(corpus.packing: packed), and a Trainer does not pass that on to its model. "
+                "Train with `pipeline train-student`, or use packing: document"
             )
         if not 0 <= rank < world_size:
             raise ValueError(
@@ -93,25 +98,25 @@ class Shares:
         self.batching, self.batch_sequences = batching, batch_sequences
         self._lengths = cache.lengths if batching == "similar_lengths" else None
         self._window = _NO_WINDOW
-        # Shared memory: workers of a DataLoader that persist hear of a new epoch, too.
+        # Shared memory: persistent workers of a DataLoader see a new epoch, too.
         self._epoch = torch.tensor(epoch).share_memory_()
-        self.repeats = False  # whether a sequence that fills up a share counts all the same
+        self.repeats = False  # whether a sequence that fills up a share counts as well
 
     @property
     def epoch(self) -> int:
-        """The epoch that is read now, or next."""
+        """Return the epoch that is read now, or next."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Read that epoch from now on: another order, and the next replica of masks."""
+        """Read this epoch from now on: in another order, with the next replica of masks."""
         self._epoch.fill_(epoch)
 
     def share(
         self, rank: int, world_size: int, repeats: bool = False, batch_sequences: int | None = None
     ) -> Any:
-        """Return the same data set as one of ``world_size`` processes reads it, in batches of that
-        size if it is given; they stay in the same epoch. ``repeats``: what fills up a share counts
-        once more, for means over batches.
+        """Return the data set as one of ``world_size`` processes reads it, in batches of
+        ``batch_sequences`` if given; copies stay in the same epoch. ``repeats``: sequences that
+        fill up a share count again, for means over batches.
         """
         other = copy(self)
         other.rank, other.world_size, other.repeats = rank, world_size, repeats
@@ -120,11 +125,11 @@ class Shares:
 
     @property
     def length(self) -> int:
-        """Places of each share."""
+        """Return the number of places in each share."""
         return -(-self.size // self.world_size)
 
     def place(self, number: int, epoch: int) -> Place:
-        """Return what stands at place ``number`` of this share of ``epoch``."""
+        """Return the sequence at place ``number`` of this share of ``epoch``."""
         at = number * self.world_size + self.rank
         if self._lengths is not None:
             at = self._by_length(at, epoch, self._lengths)
@@ -132,18 +137,20 @@ class Shares:
         return Place(found, epoch, self.repeats or at < self.size, self.corpus)
 
     def _numbers(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """The sequences at ``places`` [B] of the shuffled epoch, which begins again at its end."""
+        """Return the sequences at ``places`` [B] of the shuffled epoch, which wraps around at its
+        end.
+        """
         found = permute(places % self.size, self.size, seed=self.seed, epoch=epoch)
         return found if self.sequences is None else self.sequences[found]
 
     def _by_length(self, at: int, epoch: int, lengths: Callable[..., NDArray[np.int64]]) -> int:
-        """The place of the shuffled epoch that stands at ``at`` where batches are of similar
-        lengths. What does not fill a batch, at the epoch's end, stays where it is.
+        """Return the place of the shuffled epoch that is read at ``at`` when batches have similar
+        lengths. Places that do not fill a batch, at the epoch's end, are unchanged.
         """
         if (batch := self.pass_sequences) is None:
             raise InputError(
-                "batching: similar_lengths needs batch_sequences, the batch size of the DataLoader "
-                "that reads the data set: sequences are sorted and cut by it"
+                "batching: similar_lengths needs batch_sequences, the batch size of the "
+                "DataLoader that reads the data set: sequences are sorted and divided by it"
             )
         step, within = divmod(at, batch)
         full = self.length * self.world_size // batch
@@ -161,8 +168,8 @@ class Shares:
 
     @property
     def pass_sequences(self) -> int | None:
-        """Sequences that all processes read together in a batch each; None where it does not
-        matter, or is not known.
+        """Return the sequences that all processes read together, one batch each; None if that does
+        not matter or is unknown.
         """
         if self._lengths is None or self.batch_sequences is None:
             return None
@@ -170,19 +177,21 @@ class Shares:
 
 
 def _numbers(sequences: ArrayLike) -> NDArray[np.int64]:
-    """Return the numbers of sequences; InputError for a mask, which would be read as 0 and 1."""
+    """Return sequence numbers; raise InputError for a mask, which would be read as 0 and 1."""
     try:
         return sequence_numbers(np.asarray(sequences))
     except ValueError:
         given = np.asarray(sequences)
         raise InputError(
-            f"sequences has {given.ndim} dimensions of {given.dtype}; give a list of the numbers "
-            "of sequences (of a mask: np.flatnonzero(mask))"
+            f"sequences has {given.ndim} dimensions of {given.dtype}; give a list of sequence "
+            "numbers (from a mask: np.flatnonzero(mask))"
         ) from None
 
 
 class CacheDataset(Shares, Dataset[Place]):
-    """A map-style data set: item i is place i of the epoch. Read it unshuffled: it is shuffled."""
+    """A map-style data set: item i is place i of the epoch, already shuffled; do not
+    shuffle again.
+    """
 
     def __len__(self) -> int:
         return self.length
@@ -194,25 +203,26 @@ class CacheDataset(Shares, Dataset[Place]):
 
 
 class IterableCacheDataset(Shares, IterableDataset[Place]):
-    """The same order as a stream, which ``load_state_dict`` goes on with where it was left.
+    """The same order as a stream that ``load_state_dict`` can continue.
 
-    Each ``iter()`` gives the epoch from its first place on, or from where the state stood; after
-    its last one the next begins the next epoch (unless ``set_epoch`` says another; with workers of
-    a DataLoader it must). One that is not read to its end changes nothing. ``batch_sequences`` is
-    the DataLoader's batch_size: its workers then give the batches in the order of a single process.
+    Each ``iter()`` starts at the epoch's first place, or at the loaded state. After the last place
+    the next ``iter()`` starts the next epoch (unless ``set_epoch`` says otherwise; with DataLoader
+    workers it must be called). An iterator that is not read to its end changes nothing.
+    ``batch_sequences`` is the DataLoader's batch_size: its workers then give the batches in a
+    single process's order.
     """
 
     def __init__(self, cache: Cache, batch_sequences: int, **settings: Any):
-        """Take ``settings`` as of CacheDataset."""
+        """Take the same ``settings`` as CacheDataset."""
         super().__init__(cache, batch_sequences=batch_sequences, **settings)
-        self._first = torch.tensor(0).share_memory_()  # the place at which the next iter() begins
-        self._given = 0  # places that the running epoch has given in this process
+        self._first = torch.tensor(0).share_memory_()  # the place where the next iter() begins
+        self._given = 0  # places of the current epoch given by this process
 
     def __len__(self) -> int:
         return self.length
 
     def set_epoch(self, epoch: int) -> None:
-        """Read that epoch next, from its first place; of the epoch it is in, what is left."""
+        """Read this epoch next, from its first place; for the current epoch, what is left of it."""
         if epoch != self.epoch:
             self._first.fill_(0)
             self._given = 0
@@ -231,16 +241,16 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
             self.set_epoch(epoch + 1)
 
     def state_dict(self, consumed: int | None = None) -> dict[str, int]:
-        """Return where the stream stands, to go on with ``load_state_dict``.
+        """Return the stream's position, for ``load_state_dict``.
 
         ``consumed``: sequences of this epoch that the loop has taken from this process's share.
-        None: all that the stream has given here; right without workers only, which read ahead, each
-        in its own copy (torchdata's StatefulDataLoader asks every copy by itself).
+        None: all that the stream has given here; this is correct only without workers, which read
+        ahead, each in its own copy (torchdata's StatefulDataLoader asks every copy itself).
         """
         position = self._given if consumed is None else consumed
         if not 0 <= position < self.length + (self.batch_sequences or 1):
             raise ValueError(
-                f"consumed is {consumed}; it counts this epoch's sequences alone, of which this "
+                f"consumed is {consumed}; it counts only this epoch's sequences, of which this "
                 f"process has {self.length}"
             )
         similar = {} if self.pass_sequences is None else {"pass_sequences": self.pass_sequences}
@@ -253,16 +263,16 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where the stream of ``state_dict`` stood.
+        """Continue where the stream of ``state_dict`` stopped.
 
-        On another number of processes from the same place of the epoch, if that is a whole one
-        there. InputError where the order is another one.
+        The number of processes may change if it divides the position in the epoch. Raises
+        InputError if the order differs.
         """
         for name in ("seed", "size"):
             if state[name] != getattr(self, name):
                 raise InputError(
-                    f"the state is of a stream with {name} {state[name]}, this one has "
-                    f"{getattr(self, name)}: its order is another one. Go on with the same cache, "
+                    f"the state is of a stream with {name} {state[name]}, but this one has "
+                    f"{getattr(self, name)}, so its order differs. Continue with the same cache, "
                     "sequences and seed"
                 )
         if (before := state.get("pass_sequences")) != self.pass_sequences:
@@ -271,14 +281,14 @@ class IterableCacheDataset(Shares, IterableDataset[Place]):
                 for size in (before, self.pass_sequences)
             )
             raise InputError(
-                f"the state is of a stream that is {was}, this one is {now}: its order is another "
-                "one. Go on with the same batching and batch_sequences × processes"
+                f"the state is of a stream that is {was}, but this one is {now}, so its order "
+                "differs. Continue with the same batching and batch_sequences × processes"
             )
         taken = state["position"] * state["world_size"]
         if taken % self.world_size and taken < self.size:
             raise InputError(
-                f"the state stands after {taken} sequences of the epoch, which {self.world_size} "
-                "processes cannot share; go on with a number of them that divides it"
+                f"the state is after {taken} sequences of the epoch, which {self.world_size} "
+                "processes cannot share; continue with a number of processes that divides it"
             )
         self.set_epoch(state["epoch"])
         self._first.fill_(self.length if taken >= self.size else taken // self.world_size)

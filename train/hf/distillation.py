@@ -1,8 +1,8 @@
-"""What a student is taught of a cache, and its loss: λ·τ²·divergence + μ·cross-entropy.
+"""Teach a student from a cache in your own training loop: λ·τ²·divergence + μ·cross-entropy.
 
-For a training loop of one's own; the losses are those of ``rekindle.kernels.losses``. Every mean is
-over the whole step, all its micro-batches and processes, where their counts are given. B sequences,
-S positions, V vocabulary, H hidden; P rows with a loss.
+The losses are those of ``rekindle.kernels.losses``. Every mean is over the whole step, all its
+micro-batches and processes, if their counts are given. B sequences, S positions, V vocabulary, H
+hidden; P rows with a loss.
 """
 
 import logging
@@ -47,19 +47,20 @@ from rekindle.train.to_device import DeviceBatch, DeviceTargets, by_name, to_dev
 
 log = logging.getLogger("rekindle")
 
-Rows = Callable[[Tensor], Tensor | StudentLogits]  # what the losses take of the student, at rows
+# return the loss's input from the student at the given rows
+Rows = Callable[[Tensor], Tensor | StudentLogits]
 
 
 class StepShare(NamedTuple):
-    """A micro-batch's share of a step's loss: shares of all micro-batches and processes sum up."""
+    """A micro-batch's share of a step's loss; all micro-batches' and processes' shares add up."""
 
-    loss: Tensor  # μ·ce + Σ λ·τ²·kd; it alone carries a gradient
+    loss: Tensor  # μ·ce + Σ λ·τ²·kd; only this carries a gradient
     ce: Tensor
     kd: dict[str, Tensor]  # by teacher
 
 
 class Distillation:
-    """Teachers of a cache, how they teach, and what it weighs beside the cross-entropy."""
+    """Teachers of a cache, how they teach, and their weights beside the cross-entropy."""
 
     def __init__(
         self,
@@ -78,34 +79,34 @@ class Distillation:
         masked_view: str | None = None,
         allow_missing: Sequence[str] = (),
     ):
-        """Say what is taught; nothing is read yet.
+        """Choose what is taught; nothing is read yet.
 
         Args:
-            cache: with the teachers' targets.
+            cache: a cache with the teachers' targets.
             teachers: names of language models in it.
-            task: what the student is, masked_lm or causal_lm; None: what the teachers are.
-            kd_weight: λ, for all, or one for each teacher. One of weight 0 is not read.
-            ce_weight: μ, of the cross-entropy on the text.
-            temperature: τ, for all or by teacher; None: 1, or the one that a sample was drawn at.
+            task: the student's task, masked_lm or causal_lm; None: the teachers'.
+            kd_weight: λ, for all or by teacher. A teacher with weight 0 is not read.
+            ce_weight: μ, the weight of the cross-entropy on the text.
+            temperature: τ, for all or by teacher; None: 1, or the one a sample was drawn at.
             temperature_between: refuse, or interpolate, for ``topk`` targets at a temperature
-                between three or more stored ones (``data/targets/between.py`` says how well).
-            divergence: as of ``kd_loss``.
+                between three or more stored ones (``data/targets/between.py`` gives the accuracy).
+            divergence: as for ``kd_loss``.
             skew: α of the divergence skew_kl; None: 0.1.
-            tail: as of ``kd_loss``.
-            k: read so few candidates, for all or by teacher; None: all that are kept.
-            masked_view: of masked LMs the masks of the student; None: the only ones there are.
-            allow_missing: teachers that may lack targets: what they lack is trained without them.
+            tail: as for ``kd_loss``.
+            k: read only this many candidates, for all or by teacher; None: all that are stored.
+            masked_view: for masked LMs the student's masks; None: the only ones in the cache.
+            allow_missing: teachers that may lack targets; sequences without them train without KD.
 
-        Raises InputError for what cannot be learnt: another task, other masks than a teacher's, a
-        temperature or k that is not stored, a divergence that a sample cannot teach, targets that
-        are not all there.
+        Raises InputError for what cannot be taught: another task, other masks than a teacher's, a
+        temperature or k that is not stored, a divergence that a sample cannot teach, incomplete
+        targets.
         """
         check_cache(cache)
         check_names(cache, teachers)
         check_allowed(allow_missing, teachers)
         self.cache, self.ce_weight = cache, ce_weight
-        self._collators: list[TargetCollator] = []  # which are told that a loss is asked for
-        self._compared = False  # whether the student's tokenizer was held against the cache's
+        self._collators: list[TargetCollator] = []  # they learn from here that a loss is computed
+        self._compared = False  # whether the student's tokenizer was compared with the cache's
         self.infos = {name: cache.teacher(name).info for name in teachers}
         teachers_task = _task_of(self.infos)
         self.task = task or teachers_task
@@ -114,8 +115,8 @@ class Distillation:
         weights = by_name(kd_weight, self.infos, "kd_weight", there)
         if untold := [name for name in self.infos if name not in weights]:
             raise InputError(
-                f"kd_weight is {kd_weight} and says nothing of {untold}. Give one number for all, "
-                "or one for each teacher: 0 for one that does not teach"
+                f"kd_weight is {kd_weight} and leaves out {untold}. Give one number for all, or "
+                "one for each teacher: 0 for a teacher that should not teach"
             )
         temperatures = by_name(temperature, self.infos, "temperature", there)
         ks = by_name(k, self.infos, "k", there)
@@ -145,17 +146,19 @@ class Distillation:
         check_number("ce_weight", ce_weight)
         if not 0 <= ce_weight < math.inf or not (ce_weight or self.terms):
             raise InputError(
-                f"ce_weight is {ce_weight} and kd_weight {kd_weight}: weights are 0 or more, and "
-                "one of them must be more, else nothing is trained"
+                f"ce_weight is {ce_weight} and kd_weight {kd_weight}: weights must be 0 or more, "
+                "and at least one above 0, or nothing is trained"
             )
 
     @property
     def vocabulary_size(self) -> int:
-        """V of the corpus: a student's further rows are no tokens, and take no part in a loss."""
+        """Return V of the corpus; a student's further rows are not tokens and take no part in a
+        loss.
+        """
         return int(self.cache.corpus.info["tokenizer"]["size"])
 
     def collator(self) -> TargetCollator:
-        """Return what makes batches of the places that a data set gives."""
+        """Return the collator that makes batches from a data set's places."""
         made = TargetCollator(
             self.cache, list(self.terms), self.task, self.masked_view, self.allow_missing
         )
@@ -163,11 +166,11 @@ class Distillation:
         return made
 
     def check_student(self, model: nn.Module, tokenizer: Any = None) -> None:
-        """Raise InputError for a student without a vocabulary, or of another task or vocabulary
+        """Raise InputError for a student without a vocabulary, or with another task or vocabulary
         than the targets'.
 
-        Without its tokenizer, here or in an earlier call, only the number of its rows can be
-        compared, which is said.
+        Without the student's tokenizer, here or in an earlier call, only its number of rows can be
+        compared, and a warning says so.
         """
         given: Any = model
         whole = given.get_base_model() if hasattr(given, "get_base_model") else given
@@ -175,8 +178,8 @@ class Distillation:
         said = next((task for form, task in SAID.items() if re.search(form, kind)), None)
         if said not in (None, self.task):
             raise InputError(
-                f"the student is a {kind}, a {said}; the targets are of a {self.task}. Use a "
-                "student of the teachers' task, or teachers of its own"
+                f"the student is a {kind}, a {said}; the targets are for a {self.task}. Use a "
+                "student of the teachers' task, or teachers of the student's task"
             )
         output = whole.get_output_embeddings()
         if output is None and said is None:
@@ -187,13 +190,13 @@ class Distillation:
         rows = whole.config.get_text_config().vocab_size if output is None else len(output.weight)
         if rows < self.vocabulary_size:
             raise InputError(
-                f"the student has another vocabulary than the targets: {rows:,} rows, and the "
-                f"cache's tokenizer has {self.vocabulary_size:,} ids. Use a student of the cache's "
-                "tokenizer, or make a cache with this one's"
+                f"the student has another vocabulary than the targets: it has {rows:,} rows, the "
+                f"cache's tokenizer {self.vocabulary_size:,} ids. Use a student with the cache's "
+                "tokenizer, or make a cache with the student's"
             )
         if rows > self.vocabulary_size:
             log.info(
-                "the student has %d rows, the cache's tokenizer %d ids: the rows past them are no "
+                "the student has %d rows, the cache's tokenizer %d ids: the extra rows are not "
                 "tokens, and take no part in the loss",
                 *(rows, self.vocabulary_size),
             )
@@ -202,18 +205,18 @@ class Distillation:
             if self.task == "masked_lm" and facts["mask_id"] is not None:
                 beside = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
             own = wrap_tokenizer(tokenizer, str(getattr(tokenizer, "name_or_path", "")))
-            advice = "Use a student of the cache's tokenizer, or make a cache with this one's"
+            advice = "Use a student with the cache's tokenizer, or make a cache with the student's"
             unshared_ids(self.cache.corpus, own, beside, "the student", advice)
             self._compared = True
         elif not self._compared:
             log.warning(
-                "the student's tokenizer is not known: that its ids mean what the cache's do is "
-                "not checked. Give a fast tokenizer: the Trainer's processing_class, or to "
-                "check_student"
+                "the student's tokenizer is not known, so it is not checked that its ids mean "
+                "what the cache's do. Give a fast tokenizer: as the Trainer's processing_class, "
+                "or to check_student"
             )
 
     def counts(self, batches: Sequence[tuple[Batch, Tensor]]) -> Counts:
-        """Return how many rows each mean is over: of the micro-batches of a step, each with its
+        """Return how many rows each mean is over, from the micro-batches of a step with their
         ``labels`` [B,S]. ``Counts.over`` sums them over processes.
         """
         labels, rows = 0, dict.fromkeys(self.terms, 0)
@@ -225,7 +228,7 @@ class Distillation:
         return Counts(labels, rows)
 
     def to_device(self, batch: Batch, device: torch.device | str) -> DeviceBatch:
-        """Send a batch's targets to a device, as they are stored."""
+        """Send a batch's targets to a device, in their stored form."""
         temperature = {name: term.temperature for name, term in self.terms.items()}
         k = {name: term.k for name, term in self.terms.items() if term.k is not None}
         return to_device(
@@ -247,10 +250,10 @@ class Distillation:
         """Return the loss of a micro-batch from the student's logits [B,S,V].
 
         Args:
-            logits: of the inputs that the collator gave; V may be padded.
-            batch: the collator's, which is sent to the logits' device here, or sent before.
+            logits: for the inputs that the collator gave; V may be padded.
+            batch: the collator's, sent to the logits' device here or earlier.
             labels: [B,S] as the collator gave them; None: the text's own. −100 has no
-                cross-entropy; targets are learnt all the same.
+                cross-entropy, but its targets are still learnt.
             counts: of the whole step; None: of this batch alone.
         """
         size = self.vocabulary_size
@@ -273,8 +276,8 @@ class Distillation:
         softcap: float | None = None,
         logit_scale: float = 1.0,
     ) -> StepShare:
-        """Return the same from what the output matrix multiplies, hidden [B,S,H], and the matrix
-        ``weight`` [V,H] (and ``bias`` [V]): the logits are held a bounded block at a time.
+        """Return the same loss from the input of the output matrix, hidden [B,S,H], and the matrix
+        ``weight`` [V,H] (and ``bias`` [V]); only a bounded block of logits is held at a time.
         """
         size = self.vocabulary_size
         check_rows(hidden, len(weight), size, batch, labels)
@@ -294,8 +297,8 @@ class Distillation:
         counts: Counts | None,
         head: OutputHead | None,
     ) -> StepShare:
-        """Each position goes through the head once where it can: its cross-entropy is formed in the
-        call of the first teacher that has a target at every row.
+        """Run each position through the head once if possible: the first teacher with a target at
+        every row computes the cross-entropy in its call.
         """
         for collator in self._collators:
             collator.read = True
@@ -335,7 +338,8 @@ class Distillation:
         if due and len(moved.select):
             alone = _cross_entropy(rows(moved.select), own, head)
             total, ce = total + scale * alone, alone.detach() / max(counts.labels, 1)
-        if not total.requires_grad:  # nothing here has a loss: other processes' passes need this
+        # nothing here has a loss, but other processes' passes need a gradient
+        if not total.requires_grad:
             total = total + 0.0 * output.flatten()[0].float()
         return StepShare(total, ce, kd)
 
@@ -358,18 +362,18 @@ def _cross_entropy(rows: Tensor | StudentLogits, labels: Tensor, head: OutputHea
 
 
 def _task_of(infos: Mapping[str, TeacherInfo]) -> str:
-    """Return what a student of all the teachers is."""
+    """Return the task of a student of all the teachers."""
     for info in infos.values():
         if not info.is_vocabulary:
             raise InputError(
                 f"teacher {info.name!r} is a {info.task} expert: its logits need a head of their "
-                "own beside the student's, which `pipeline train-student` gives it (in a loop of "
-                "your own: rekindle.train.to_device). Name language models"
+                "own on the student, which `pipeline train-student` adds (in your own loop: "
+                "rekindle.train.to_device). Name language models"
             )
     tasks = sorted({info.task for info in infos.values()})
     if len(tasks) > 1:
         raise InputError(
-            f"the teachers are {' and '.join(tasks)}, and no student has a loss at the positions "
+            f"the teachers are {' and '.join(tasks)}, but no student has a loss at the positions "
             "of both: name those of the student's task"
         )
     return tasks[0]
@@ -378,18 +382,18 @@ def _task_of(infos: Mapping[str, TeacherInfo]) -> str:
 def _masks(
     cache: Cache, infos: Mapping[str, TeacherInfo], task: str, named: str | None
 ) -> str | None:
-    """Return the masked view of the student: the one that is named, its teachers', the only one."""
+    """Return the student's masked view: the named one, its teachers', or the only one."""
     if task != "masked_lm":
         if named is not None:
-            raise InputError(f"masked_view is {named!r}, and a {task} student is shown no masks")
+            raise InputError(f"masked_view is {named!r}, but a {task} student is shown no masks")
         return None
     seen = sorted({info.view for info in infos.values() if info.shown.masked})
     view = cache.masked_view(named or (seen[0] if len(seen) == 1 else None)).name
     for info in infos.values():
         if info.shown.masked and info.view != view:
             raise InputError(
-                f"teacher {info.name!r} saw the masks {info.view}, the student would see {view}: "
-                "its targets are for other inputs. Name teachers that saw the same, or leave "
-                "masked_view out"
+                f"teacher {info.name!r} saw the masks {info.view}, but the student would see "
+                f"{view}: its targets are for other inputs. Name teachers that saw the same "
+                "masks, or leave masked_view out"
             )
     return view

@@ -1,4 +1,4 @@
-"""What a loop of one's own gives: a cache, names of its teachers, outputs that fit a batch."""
+"""Check what a user's own loop passes in: a cache, teachers' names, outputs that fit a batch."""
 
 from collections.abc import Collection, Sequence
 
@@ -11,7 +11,7 @@ from rekindle.train.to_device import DeviceBatch, DeviceTargets
 
 
 def check_cache(cache: object) -> None:
-    """InputError for what is no open cache."""
+    """Raise InputError unless it is an open cache."""
     if not isinstance(cache, Cache):
         raise InputError(
             f"cache is {cache!r}; give an open one: Cache.open(…) of rekindle.data.cache"
@@ -19,7 +19,7 @@ def check_cache(cache: object) -> None:
 
 
 def check_names(cache: Cache, teachers: Sequence[str]) -> None:
-    """InputError for what is no list of teachers, each once."""
+    """Raise InputError unless it is a list of teachers without repetition."""
     if isinstance(teachers, str) or not teachers:
         raise InputError(
             f"teachers is {teachers!r}; give a list of the cache's language models, "
@@ -30,7 +30,9 @@ def check_names(cache: Cache, teachers: Sequence[str]) -> None:
 
 
 def check_allowed(allowed: Collection[str], teachers: Collection[str]) -> None:
-    """InputError for ``allow_missing`` that is no list of names, or names who does not teach."""
+    """Raise InputError if ``allow_missing`` is not a list of names, or names other than
+    teachers.
+    """
     unknown = [] if isinstance(allowed, str) else sorted({*allowed} - {*teachers})
     if isinstance(allowed, str) or unknown:
         raise InputError(
@@ -39,32 +41,33 @@ def check_allowed(allowed: Collection[str], teachers: Collection[str]) -> None:
 
 
 def check_rows(output: Tensor, ids: int, size: int, batch: object, labels: Tensor | None) -> None:
-    """InputError for what is no batch, for outputs [B,S,…] or labels [B,S] of other sequences than
-    the batch's (another token's row would be taught in silence), and of fewer than ``size`` ids.
+    """Raise InputError for what is not a batch, for outputs [B,S,…] or labels [B,S] of other
+    sequences than the batch's (which would silently teach another token's row), and for fewer than
+    ``size`` ids.
     """
     if not isinstance(batch, Batch | DeviceBatch):
         raise InputError(
-            f"batch is a {type(batch).__name__}; give what the collator has under 'distillation'"
+            f"batch is a {type(batch).__name__}; give the collator's entry 'distillation'"
         )
     shape = tuple(
         batch.input_ids.shape if isinstance(batch, Batch) else batch.inputs["input_ids"].shape
     )
     if output.dim() != 3 or output.shape[:2] != shape:
         raise InputError(
-            f"the student's output is {tuple(output.shape)}, and the batch has {shape[0]} sequences"
-            f" of {shape[1]} tokens: give [{shape[0]}, {shape[1]}, …]. (Cut away what a model puts "
-            "before the text by itself, as one of prompt tuning does)"
+            f"the student's output is {tuple(output.shape)}, but the batch has {shape[0]} "
+            f"sequences of {shape[1]} tokens: give [{shape[0]}, {shape[1]}, …]. (Remove positions "
+            "that the model itself puts before the text, as with prompt tuning)"
         )
     if labels is not None and labels.shape != shape:
-        raise InputError(f"labels are {tuple(labels.shape)}; they must be {shape}, as the batch is")
+        raise InputError(f"labels are {tuple(labels.shape)}; they must be {shape}, like the batch")
     if ids < size:
-        raise InputError(f"the student's output is of {ids:,} ids; the cache has {size:,}")
+        raise InputError(f"the student's output has {ids:,} ids; the cache has {size:,}")
 
 
 def check_moved(name: str, found: DeviceTargets, temperature: float) -> None:
-    """InputError for targets that were sent to the device at another temperature."""
+    """Raise InputError for targets that were sent to the device at another temperature."""
     if found.temperature != temperature:
         raise InputError(
-            f"the batch was sent with {name!r} at temperature {found.temperature:g}, which is "
+            f"the batch was sent with {name!r} at temperature {found.temperature:g}, but it is "
             f"taught at {temperature:g}: send it by Distillation.to_device"
         )

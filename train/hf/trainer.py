@@ -1,7 +1,7 @@
-"""A mixin that teaches the student of a Hugging Face Trainer (or of TRL's SFTTrainer) from a cache.
+"""A mixin that teaches the student of a Hugging Face Trainer (or TRL's SFTTrainer) from a cache.
 
-It makes the batches and the loss; optimiser, schedule, precision, checkpoints and logs stay the
-Trainer's. transformers is imported by whoever mixes it in.
+It provides the batches and the loss; optimiser, schedule, precision, checkpoints and logs stay the
+Trainer's. This module does not import transformers; whoever uses the mixin does.
 """
 
 import logging
@@ -27,31 +27,32 @@ from rekindle.train.objective.selection import Counts
 
 log = logging.getLogger("rekindle")
 
-# All that is taken of the Trainer; of TRL's, ``_prepare_dataset`` is overridden. Some of it is no
-# documented interface: where a version lacks any, nothing is trained.
+# Everything that is used of the Trainer (and TRL's ``_prepare_dataset``, which is overridden). Some
+# of it is not documented: if a version lacks any of it, training is refused.
 METHODS = (
     *("compute_loss", "get_batch_samples", "get_eval_dataloader", "get_train_dataloader", "log"),
     *("get_cp_size", "get_sp_size", "get_tp_size"),
 )
 ATTRIBUTES = ("_train_batch_size", "accelerator", "label_smoother", "model_accepts_loss_kwargs")
-COLUMNS = ["input_ids", "labels", "distillation"]  # of a row that stands for a cache's sequences
+# columns of a row that stands for a cache's sequences
+COLUMNS = ["input_ids", "labels", "distillation"]
 
 
 class DistillationMixin:
-    """``class KDTrainer(DistillationMixin, Trainer)``: takes one argument more, ``distillation``.
+    """``class KDTrainer(DistillationMixin, Trainer)`` takes one more argument, ``distillation``.
 
     The training data set is a CacheDataset (None: one of all sequences, in the order of
-    ``args.seed``) or an IterableCacheDataset, of the whole cache: the processes share it here. The
-    collator is the distillation's; another one must give its targets, too. The loss is the mean
-    over the rows of the whole step, whatever the micro-batches and processes; ``ce`` and
-    ``kd/TEACHER`` are logged beside it.
+    ``args.seed``) or an IterableCacheDataset, of the whole cache: the mixin divides it among the
+    processes. The collator is the distillation's; another one must pass on its targets. The loss is
+    the mean over the rows of the whole step, however it is split into micro-batches and processes.
+    ``ce`` and ``kd/TEACHER`` are logged with it.
     """
 
-    # To transformers from 5.19: do not divide the loss by the number of micro-batches.
+    # Tells transformers from 5.19 not to divide the loss by the number of micro-batches.
     loss_is_scaled_for_ga = True
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Raise TypeError where the mixin comes after the Trainer, whose loss would be taken."""
+        """Raise TypeError if the mixin comes after the Trainer, whose loss would then be used."""
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[1 : cls.__mro__.index(DistillationMixin)]
         if other := next(
@@ -59,21 +60,21 @@ class DistillationMixin:
         ):
             raise TypeError(
                 f"{cls.__name__}: DistillationMixin must come before {other.__name__}, whose own "
-                f"loss is trained on otherwise: class {cls.__name__}(DistillationMixin, …)"
+                f"loss would be trained on otherwise: class {cls.__name__}(DistillationMixin, …)"
             )
 
     def __init__(self, *args: Any, distillation: Distillation, **kwargs: Any):
-        """Take the Trainer's own arguments, and what the student is taught.
+        """Take the Trainer's own arguments, and the distillation.
 
         Raises InputError for a student of another vocabulary or task, another data set, a collator
-        that gives no targets, and an optimizer of nothing that is trained.
+        that gives no targets, and an optimizer without trained parameters.
         """
         self.distillation = distillation
-        self._counts: Counts | None = None  # of the step in hand
-        self._micro_batches = 1  # of that step, in this process
-        self._balance = 0.0  # the weight of the student's load-balancing loss
+        self._counts: Counts | None = None  # of the current step
+        self._micro_batches = 1  # of the current step, in this process
+        self._balance = 0.0  # weight of the student's load-balancing loss
         self._shown: dict[str, Tensor] = {}  # sums since the last log
-        self._steps_shown = 0  # how many steps that is
+        self._steps_shown = 0  # the number of steps in those sums
         known = signature(super().__init__).parameters.values()
         named = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD][: len(args)]
         if len(named) < len(args) or kwargs.keys() & set(named):
@@ -88,31 +89,32 @@ class DistillationMixin:
         kwargs["train_dataset"] = data
         _check_data(data, kwargs["data_collator"])
         _check_evaluated(kwargs.get("eval_dataset"), kwargs["data_collator"])
-        if hasattr(super(), "_prepare_dataset"):  # TRL's takes none but those of `datasets`
+        if hasattr(super(), "_prepare_dataset"):  # TRL accepts only data sets of `datasets`
             kwargs["train_dataset"] = _stand_in()
         super().__init__(**kwargs)
         trainer: Any = self
         trainer.train_dataset = data
-        if everything:  # the Trainer's own, where no arguments are given
+        if everything:  # the Trainer's own arguments, if none are given
             data.seed = trainer.args.seed
         base = super()
         lacking = [name for name in METHODS if not hasattr(base, name)]
         if lacking := lacking + [name for name in ATTRIBUTES if not hasattr(trainer, name)]:
             raise InputError(
-                f"the Trainer of this version of transformers has no {', '.join(lacking)}, which "
-                "the distillation is made of. Use transformers 5.17 or newer, below 6"
+                f"the Trainer of this version of transformers lacks {', '.join(lacking)}, which "
+                "the distillation needs. Use transformers 5.17 or newer, below 6"
             )
         self._divides = not hasattr(base, "loss_is_scaled_for_ga")  # transformers before 5.19
         if kwargs.get("compute_loss_func") is not None or trainer.label_smoother is not None:
             raise InputError(
-                "compute_loss_func and label_smoothing_factor say another loss than the "
-                "distillation does. Leave them out"
+                "compute_loss_func and label_smoothing_factor define another loss than the "
+                "distillation's. Leave them out"
             )
         parts = (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size())
         if parts != (1, 1, 1):
             raise InputError(
-                "tensor, context and sequence parallelism split a sequence or repeat a batch, and "
-                f"a cache's targets are of whole sequences, once (sizes {parts}). Use DDP or FSDP"
+                "tensor, context and sequence parallelism split a sequence or repeat a batch, "
+                f"but a cache's targets are for whole sequences, once each (sizes {parts}). Use "
+                "DDP or FSDP"
             )
         distillation.check_student(trainer.model, trainer.processing_class)
         _check_optimizer(getattr(trainer, "optimizer", None))
@@ -130,7 +132,9 @@ class DistillationMixin:
         return self._loader(trainer.train_dataset, trainer._train_batch_size, True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the same of an evaluation on a cache's sequences; the Trainer's own of others."""
+        """Return the loader of an evaluation on a cache's sequences; for other data the Trainer's
+        own.
+        """
         trainer: Any = self
         data = trainer.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, str) and isinstance(trainer.eval_dataset, Mapping):
@@ -141,21 +145,21 @@ class DistillationMixin:
         return self._loader(data, trainer.args.eval_batch_size, False)
 
     def _loader(self, data: Shares, batch: int, training: bool) -> DataLoader:
-        """Not accelerate's: it would share what is shared already."""
+        """Make a plain DataLoader: accelerate's would divide again what is divided already."""
         trainer: Any = self
         args = trainer.args
         if isinstance(data, IterableCacheDataset) and data.batch_sequences != batch:
             raise InputError(
-                f"the data set has batch_sequences {data.batch_sequences}, the Trainer reads "
-                f"batches of {batch} (per_device_train_batch_size): give it the same"
+                f"the data set has batch_sequences {data.batch_sequences}, but the Trainer reads "
+                f"batches of {batch} (per_device_train_batch_size): make them equal"
             )
         if training and data.batch_sequences not in (None, batch):
             raise InputError(
-                f"the data set has batch_sequences {data.batch_sequences}, the Trainer reads "
+                f"the data set has batch_sequences {data.batch_sequences}, but the Trainer reads "
                 f"batches of {batch} (per_device_train_batch_size): leave batch_sequences out"
             )
         if not training and isinstance(data, IterableCacheDataset):
-            data = deepcopy(data)  # which moves on when it is read: evaluations stay in one epoch
+            data = deepcopy(data)  # reading moves it on, and evaluations must stay in one epoch
         return DataLoader(
             data.share(args.process_index, args.world_size, not training, batch),
             batch_size=batch,
@@ -168,11 +172,11 @@ class DistillationMixin:
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """Take a step's micro-batches, and count what its means are over, on all processes."""
+        """Take a step's micro-batches, and count the rows of its means over all processes."""
         batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         taken = [(_targets(batch), batch["labels"]) for batch in batches]
         counts = self.distillation.counts(taken)
-        if self._balance:  # a share of it is each micro-batch's, by its tokens
+        if self._balance:  # each micro-batch has a share of it by its tokens
             rows = dict(counts.rows) | {ROUTER: sum(_tokens(*one) for one in taken)}
             counts = replace(counts, rows=rows)
         self._counts = counts.over(self._sum)
@@ -200,9 +204,9 @@ class DistillationMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return this micro-batch's share of the step's loss, or the loss of an evaluation's batch.
+        """Return this micro-batch's share of the step's loss, or the loss of an evaluation batch.
 
-        A batch without targets is evaluated as the Trainer does it.
+        A batch without targets is evaluated by the Trainer.
         """
         if TARGETS not in inputs and not model.training:
             return super().compute_loss(  # type: ignore[misc]
@@ -221,14 +225,14 @@ class DistillationMixin:
                 shown[ROUTER] = share / max(counts.rows[ROUTER], 1)
                 loss = loss + self._balance * shown[ROUTER]
             self._note(shown)
-            # Gradients are averaged over the processes, and each has its share of one mean.
+            # Gradients are averaged over the processes, but each has its share of a common mean.
             loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]
             if self._divides:
                 loss = loss * self._undone(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _undone(self, num_items_in_batch: Any) -> int:
-        """Return what transformers before 5.19 will divide the loss by."""
+        """Return the number by which transformers before 5.19 will divide the loss."""
         scaled = self.model_accepts_loss_kwargs  # type: ignore[attr-defined]
         return 1 if scaled and num_items_in_batch is not None else self._micro_batches
 
@@ -237,7 +241,7 @@ class DistillationMixin:
             self._shown[name] = self._shown.get(name, 0.0) + value.detach().float()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the means of the cross-entropy and the divergences over the steps since the last."""
+        """Log the mean cross-entropy and divergences over the steps since the last log."""
         if "loss" in logs and self._shown:
             steps = max(self._steps_shown, 1)
             names = sorted(self._shown)
@@ -259,12 +263,13 @@ def _targets(inputs: Mapping[str, Any]) -> Batch:
         return found
     raise InputError(
         f"a batch has {', '.join(sorted(inputs))} and no targets ({TARGETS!r}, beside labels). "
-        "Leave data_collator out, or let yours hand on all that Distillation.collator() gives"
+        "Leave data_collator out, or let yours pass on everything that Distillation.collator() "
+        "gives"
     )
 
 
 def _tokens(batch: Batch, labels: Tensor) -> int:
-    """Return how many tokens count of a micro-batch; none of one that fills up a share."""
+    """Return how many of a micro-batch's tokens count; none if it only fills up a share."""
     return int(batch.lengths.sum()) if bool((labels != IGNORED).any()) else 0
 
 
@@ -273,7 +278,7 @@ def _balance_of(outputs: Any) -> Tensor:
     found = getattr(outputs, "aux_loss", None)
     if not isinstance(found, Tensor):
         raise InputError(
-            "the student's configuration has output_router_logits: true, and its output has no "
+            "the student's configuration has output_router_logits: true, but its output has no "
             "aux_loss, the load-balancing loss. Set it to false"
         )
     return found
@@ -283,54 +288,54 @@ def _check_data(data: object, collator: Any) -> None:
     """Check, with one sequence, that a data set and a collator give targets."""
     if not isinstance(data, Shares):
         raise InputError(
-            f"train_dataset is a {type(data).__name__}; targets belong to the sequences of their "
-            "cache. Give a CacheDataset or an IterableCacheDataset (rekindle.train.hf.dataset), or "
-            "none for all sequences"
+            f"train_dataset is a {type(data).__name__}; targets belong to their cache's "
+            "sequences. Give a CacheDataset or an IterableCacheDataset "
+            "(rekindle.train.hf.dataset), or leave it out for all sequences"
         )
     if (data.rank, data.world_size) != (0, 1):
         raise InputError(
-            f"train_dataset is the share of process {data.rank} of {data.world_size}; the "
-            "Trainer's processes share it by themselves. Leave rank and world_size out"
+            f"train_dataset is the share of process {data.rank} of {data.world_size}, but the "
+            "Trainer divides it itself. Leave rank and world_size out"
         )
     first: Place = data.share(0, 1, batch_sequences=1).place(0, data.epoch)
     _targets(collator([first]))
 
 
 def _check_optimizer(given: Any) -> None:
-    """InputError for one of the caller's that holds frozen parameters alone: nothing would move."""
+    """Raise InputError for an optimizer of only frozen parameters: nothing would be trained."""
     groups = () if given is None else given.param_groups
     if given is None or any(p.requires_grad for group in groups for p in group["params"]):
         return
     raise InputError(
-        "the optimizer that was given holds no parameter that is trained: it was made before "
-        "peft_config put an adapter on the model. Leave `optimizers` out, or put the adapter on "
-        "the model first (peft.get_peft_model) and make the optimizer of that"
+        "the optimizer that was given holds no trained parameter: it was made before peft_config "
+        "put an adapter on the model. Leave `optimizers` out, or first put the adapter on the "
+        "model (peft.get_peft_model) and then make the optimizer"
     )
 
 
 def _check_evaluated(given: Any, collator: Any) -> None:
-    """InputError for data sets that a collator of ours cannot read."""
+    """Raise InputError for data sets that our collator cannot read."""
     if not isinstance(collator, TargetCollator) or given is None:
         return
     for data in given.values() if isinstance(given, Mapping) else [given]:
         if not isinstance(data, Shares):
             raise InputError(
                 f"eval_dataset is a {type(data).__name__}; the collator reads sequences of the "
-                "cache. Give a CacheDataset, or a data_collator of yours that takes both"
+                "cache. Give a CacheDataset, or a data_collator of your own that takes both"
             )
 
 
 def _stand_in() -> Any:
-    """Return what TRL's SFTTrainer is shown while it is made: a row as if it were tokenized."""
+    """Return the data set shown to TRL's SFTTrainer at construction: a row that looks tokenized."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
     row = InMemoryTable.from_pydict({name: [[0]] for name in COLUMNS})
-    return Dataset(row, fingerprint="rekindle")  # a fingerprint of its content would be pickled
+    return Dataset(row, fingerprint="rekindle")  # otherwise its content would be pickled for one
 
 
 def _epochs(data: Shares) -> Any:
-    """Return a callback that tells the data set of each epoch, also after a resume."""
+    """Return a callback that sets the data set's epoch, also after a resume."""
     from transformers import TrainerCallback
 
     class Epochs(TrainerCallback):

@@ -1,1 +1,1 @@
-"""Methods that are none of the built-in terms: one file each, found by its name."""
+"""Methods that are not built-in terms: one file each, found by its name."""

@@ -1,12 +1,12 @@
-"""Replaced-token detection from the cache: the student finds the tokens that a cached masked LM
-put in, which is not run again.
+"""Replaced-token detection from the cache: the student finds the tokens put in by a cached masked
+LM, which is not run again.
 
 ELECTRA (Clark et al., 2020) trains a generator beside the student and samples from it. Here the
-replacements at the masked positions are sampled from a teacher's cached targets, and the
-student's head, of one output, judges every token of the corrupted text:
-L = weight · mean BCE(head(h_i), [x_i ≠ original]). A token that is sampled as it was is an original
-one. Shapes: B sequences, S positions, P masked ones with a target, K kept ids, V vocabulary,
-N tokens that are judged.
+replacements at the masked positions are sampled from a teacher's cached targets, and the student's
+head, with one output, classifies every token of the corrupted text: L = weight · mean
+BCE(head(h_i), [x_i ≠ original]). A token that is sampled unchanged counts as original. Shapes: B
+sequences, S positions, P masked ones with a target, K kept ids, V vocabulary, N tokens that are
+classified.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,31 +35,34 @@ from rekindle.train.method import Method, MethodRun
 from rekindle.train.model.folder import own_files
 from rekindle.train.model.network import StudentNetwork, weights_below
 
-ELECTRA_HEAD = "discriminator_predictions"  # what ElectraForPreTraining calls it
+ELECTRA_HEAD = "discriminator_predictions"  # its name in ElectraForPreTraining
 
 
 class ReplacedTokensSettings(MethodSettings):
     """Settings of ``method: replaced_tokens``."""
 
     weight: WeightField = Field(
-        50.0, description="against the masked-LM loss (ELECTRA's 50): a number or a schedule"
+        50.0,
+        description=(
+            "weight relative to the masked-LM loss (ELECTRA's 50): a number or a schedule"
+        ),
     )
     teacher: str | None = Field(
         None,
-        description="the masked-LM teacher that replacements are sampled from; null: the only one "
-        "in the cache that saw the student's masks",
+        description="the masked-LM teacher that replacements are sampled from; null: the only "
+        "one in the cache that saw the student's masks",
     )
     temperature: float = Field(
-        1.0, gt=0, description="of the sampling; one that the teacher stores"
+        1.0, gt=0, description="temperature of the sampling; one that the teacher stores"
     )
 
 
 class ReplacedTokens(Method):
     """Sampled replacements, and the student's loss on finding them.
 
-    A draw depends on (train.seed, epoch, example, position) alone: batch size, processes and
-    micro-batches change none. (The probabilities of a ``hidden`` teacher are a matrix product of
-    the batch: a draw at the very edge of an outcome may fall to either side of its rounding.)
+    A draw depends only on (train.seed, epoch, example, position), not on batch size, processes or
+    micro-batches. (The probabilities of a ``hidden`` teacher are a matrix product over the batch,
+    so its rounding may decide a draw at the very edge of an outcome.)
     """
 
     Settings = ReplacedTokensSettings
@@ -71,8 +74,8 @@ class ReplacedTokens(Method):
         super().__init__(settings, run)
         if run.task != "masked_lm":
             raise InputError(
-                f"the method {self.name}: a {run.task} student has no masked view, whose positions "
-                "are replaced. Use student.task: replaced_token_detection"
+                f"the method {self.name}: a {run.task} student has no masked view in which to "
+                "replace positions. Use student.task: replaced_token_detection"
             )
         self.teacher = settings.teacher or _only_teacher(run)
         _check_teacher(run.cache.teacher(self.teacher).info, run, settings.temperature)
@@ -87,7 +90,9 @@ class ReplacedTokens(Method):
 
     @classmethod
     def module(cls, settings: MethodSettings, student: StudentNetwork) -> nn.Module | None:
-        """The head. An ELECTRA model has it within, so that ElectraForPreTraining loads it."""
+        """Return the head; an ELECTRA model holds it itself, so that ElectraForPreTraining loads
+        it.
+        """
         config = student.model.config
         head = ReplacedTokenHead(config)
         if config.model_type != "electra":
@@ -98,20 +103,22 @@ class ReplacedTokens(Method):
         return None
 
     def count(self, batch: Batch) -> dict[str, int]:
-        """The tokens that are judged."""
+        """Return the number of classified tokens."""
         return {"loss": len(self._judged(batch))}
 
     def losses(
         self, student: StudentNetwork, batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
-        """The binary cross-entropy, summed over the tokens that are judged."""
+        """Yield the binary cross-entropy, summed over the classified tokens."""
         loss, _, _ = self._judge(student, batch, device)
         yield "loss", loss, loss.detach()
 
     def evaluate(
         self, student: StudentNetwork, batch: Batch, device: torch.device
     ) -> dict[str, tuple[float, int]]:
-        """Loss and accuracy over all tokens; precision, recall and F1 of the replaced ones."""
+        """Return loss and accuracy over all tokens; precision, recall and F1 of the
+        replaced ones.
+        """
         loss, logits, replaced = self._judge(student, batch, device)
         called = logits > 0
         outcomes = torch.stack([called == replaced, called & replaced, called])
@@ -126,7 +133,7 @@ class ReplacedTokens(Method):
         }
 
     def corrupted(self, batch: Batch, device: torch.device) -> "CorruptedText":
-        """The batch's text with its replacements, the same for an example in every batch."""
+        """Return the batch's text with replacements, the same for an example in every batch."""
         target = self._target(batch)
         sampled = self._sample(batch, target, device)
         inputs = clean_inputs(batch, device)
@@ -143,9 +150,10 @@ class ReplacedTokens(Method):
         return target
 
     def _judged(self, batch: Batch) -> NDArray[np.int64]:
-        """Flat indices [N] into [B·S]: all tokens but special ones, of sequences with a target.
+        """Return flat indices [N] into [B·S]: all tokens except special ones, in sequences with a
+        target.
 
-        Nothing is replaced in the others, and that is nothing to learn from.
+        Other sequences have no replacements, so there is nothing to learn from them.
         """
         judged = batch.attention_mask & ~self.special[batch.input_ids]
         if batch.trained is not None:
@@ -169,12 +177,12 @@ class ReplacedTokens(Method):
         return loss, logits, text.replaced
 
     def _sample(self, batch: Batch, target: TokenTargetBatch, device: torch.device) -> Tensor:
-        """A token [P] for each position with a target."""
+        """Return a sampled token [P] for each position with a target."""
         uniforms = _uniforms(batch, target, self.run.seed)
         if not target.kind.whole:
             kept = sparse_targets(target, self.settings.temperature, None, device)
             return sample(kept, send(uniforms, device), send(self.content, device))
-        # Of whole distributions [P,V] a bounded block at a time.
+        # Whole distributions [P,V] in bounded blocks.
         found = [torch.zeros(0, dtype=torch.int64, device=device)]
         each = 4 * torch.float64.itemsize
         for part in row_blocks(len(target.rows), len(self.special), each, device):
@@ -184,7 +192,7 @@ class ReplacedTokens(Method):
 
 
 class CorruptedText(NamedTuple):
-    """What the student judges."""
+    """The text that the student classifies."""
 
     inputs: Mapping[str, Tensor]  # input_ids and attention_mask [B,S]
     judged: Tensor  # [N] flat indices into [B·S]
@@ -192,7 +200,7 @@ class CorruptedText(NamedTuple):
 
 
 class ReplacedTokenHead(nn.Module):
-    """Dense, the model's activation, one output: ELECTRA's discriminator head, and its names."""
+    """Dense, the model's activation, one output: ELECTRA's discriminator head with its names."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -208,12 +216,12 @@ class ReplacedTokenHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits [N] of "this token was replaced" for states [N,H]."""
+        """Return logits [N] of "this token was replaced" for states [N,H]."""
         logits: Tensor = self.dense_prediction(self.activation(self.dense(states)))
         return logits.squeeze(-1)
 
     def take(self, files: Iterable[Path]) -> None:
-        """The weights of a discriminator's head from its model files, if all are there."""
+        """Load the weights of a discriminator's head from its model files, if all are there."""
         found: dict[str, Tensor] = {}
         for file in files:
             found |= weights_below(load_file(file), ELECTRA_HEAD)
@@ -222,7 +230,7 @@ class ReplacedTokenHead(nn.Module):
 
 
 def _uniforms(batch: Batch, target: TokenTargetBatch, seed: int) -> NDArray[np.float64]:
-    """Two numbers [P,2] in [0,1) for each position with a target: a function of seed, epoch,
+    """Return two numbers [P,2] in [0,1) per position with a target: a function of seed, epoch,
     example and position.
     """
     found = np.zeros((len(target.rows), 2))
@@ -234,11 +242,11 @@ def _uniforms(batch: Batch, target: TokenTargetBatch, seed: int) -> NDArray[np.f
 
 
 def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) -> Tensor:
-    """Draw a token [P] of each row's distribution, by the inverse of its cumulative sum.
+    """Draw a token [P] from each row's distribution, by inverting its cumulative sum.
 
     ``uniforms`` [P,2] in [0,1): the first chooses among the K kept ids and the tail, the second
-    among the tail's tokens: those of ``content`` (ascending ids) that are not kept, all alike.
-    ``content`` None: nothing is outside the kept ids.
+    among the tail's tokens: those of ``content`` (ascending ids) that are not kept, with equal
+    probability. ``content`` None: nothing is outside the kept ids.
     """
     ids, probs, tail = targets
     mass = probs.double()
@@ -248,7 +256,7 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
         mass = torch.cat([mass, (tail.double() * (others > 0))[:, None]], dim=1)
     cumulative = mass.cumsum(dim=1)
     total = cumulative[:, -1:]
-    # Below the total, whatever is rounded: an outcome of no mass is never chosen.
+    # Keep below the total despite rounding: an outcome without mass is never chosen.
     point = torch.minimum(uniforms[:, :1] * total, torch.nextafter(total, torch.zeros_like(total)))
     outcome = torch.searchsorted(cumulative, point, right=True)
     chosen = ids.gather(1, outcome.clamp(max=ids.shape[1] - 1))[:, 0]
@@ -259,18 +267,17 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
 
 
 def _ranks(ids: Tensor, content: Tensor) -> Tensor:
-    """Return each id's [P,K] place in ``content``; len(content) for those that are not in it."""
+    """Return each id's [P,K] index in ``content``; len(content) for ids that are not in it."""
     found = torch.searchsorted(content, ids.contiguous())
     there = content[found.clamp(max=len(content) - 1)] == ids
     return torch.where(there, found, len(content))
 
 
 def _outside(rank: Tensor, content: Tensor, others: Tensor, uniform: Tensor) -> Tensor:
-    """Choose one of the ``others`` [P] tokens of ``content`` whose rank is not among ``rank``
-    [P,K].
+    """Choose one of the ``others`` [P] tokens of ``content`` whose rank is not in ``rank`` [P,K].
 
-    The n-th of them stands n places on, and one more for every kept rank before it: the j-th
-    smallest kept rank s_j lies before it when s_j − j ≤ n.
+    The n-th of them is at index n plus the number of kept ranks before it: the j-th smallest kept
+    rank s_j comes before it if s_j − j ≤ n.
     """
     number = (uniform * others).long().minimum(others - 1).clamp(min=0)
     kept = rank.sort(dim=1).values
@@ -280,13 +287,14 @@ def _outside(rank: Tensor, content: Tensor, others: Tensor, uniform: Tensor) -> 
 
 
 def _only_teacher(run: MethodRun) -> str:
-    """The one masked LM that saw what the student sees."""
+    """Return the only masked LM that saw what the student sees."""
     infos = [reader.info for reader in run.cache.teachers.values()]
     found = [i.name for i in infos if i.task == "masked_lm" and i.view == run.masked_view]
     if len(found) != 1:
         raise InputError(
-            f"replaced tokens are sampled from a masked-LM teacher, and {run.cache.store.location} "
-            f"has {', '.join(found) or 'none'} for the student's masks. "
+            "replaced tokens are sampled from a masked-LM teacher, but "
+            f"{run.cache.store.location} has {', '.join(found) or 'none'} for the student's "
+            "masks. "
             + (
                 "Name one: train.objective.methods: [{method: replaced_tokens, teacher: NAME}]"
                 if found
@@ -299,7 +307,7 @@ def _only_teacher(run: MethodRun) -> str:
 def _check_teacher(info: TeacherInfo, run: MethodRun, temperature: float) -> None:
     if info.task != "masked_lm" or not info.shown.masked:
         raise InputError(
-            f"replaced tokens are sampled from what a masked LM expects at masked positions, and "
+            "replaced tokens are sampled from a masked LM's predictions at masked positions, but "
             f"teacher {info.name!r} is a {info.task} that saw {info.view}. Name another teacher"
         )
     with naming("replaced tokens"):

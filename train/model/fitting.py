@@ -17,7 +17,9 @@ AUTO_CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
 }
+TEXT_ENCODER = "AutoModelForTextEncoding"  # the encoder alone of families that have a decoder too
 LANGUAGE = ("masked_lm", "causal_lm")
 # Values with which a model's attention is two-sided.
 TWO_SIDED = {
@@ -51,7 +53,8 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
         )
     if not _has_class(config, task):
         raise InputError(
-            f"{who}: transformers has no {AUTO_CLASSES[task]} of the family {kind}{instead}"
+            f"{who}: transformers has no {auto_class_of(config, task)} of the family "
+            f"{kind}{instead}"
         )
     if task == "causal_lm" and (setting := _two_sided(config)) is not None:
         masked = _has_class(config, "masked_lm")
@@ -75,6 +78,19 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
             f"{who}: it was saved as {heads[0]}, whose head was trained to judge {each}: as "
             f"{task} it would answer what it never learnt{_instead(config, task)}"
         )
+
+
+def auto_class_of(config: "PretrainedConfig", task: str) -> str:
+    """The Auto class that loads a model for ``task``."""
+    if task != "embedding":
+        return AUTO_CLASSES[task]
+    import transformers
+
+    encoders = getattr(transformers, TEXT_ENCODER)._model_mapping
+    # T5's encoder, saved alone, says that it is no encoder and decoder, yet AutoModel makes both.
+    alone = type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel")
+    both = getattr(config, "is_encoder_decoder", False)
+    return TEXT_ENCODER if alone or both else AUTO_CLASSES[task]
 
 
 def task_said(config: "PretrainedConfig") -> str | None:
@@ -109,7 +125,7 @@ def _is_language_model(name: str) -> bool:
 def _has_class(config: "PretrainedConfig", task: str) -> bool:
     import transformers
 
-    return type(config) in getattr(transformers, AUTO_CLASSES[task])._model_mapping
+    return type(config) in getattr(transformers, auto_class_of(config, task))._model_mapping
 
 
 def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
@@ -120,7 +136,8 @@ def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
     if saved_as:
         return ". Give the language model itself, saved by AutoModelFor…LM"
     language = () if getattr(config, "is_encoder_decoder", False) else LANGUAGE
-    known = [t for t in AUTO_CLASSES if t not in (task, *LANGUAGE) or t in language]
+    named = [t for t in AUTO_CLASSES if t != "embedding"]  # which any model can be made to be
+    known = [t for t in named if t not in (task, *LANGUAGE) or t in language]
     known = [t for t in known if t != task and _has_class(config, t)]
     return f"; it can be {', '.join(known)}" if known else ""
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,10 +55,11 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def resolve_model(path_or_id: str) -> Path:
+def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) -> Path:
     """The local directory of a model; a hub id is downloaded (or found in the hub's cache), of a
     folder in a store (``s3://…``) there is a local copy, and one is made of a GGUF file.
 
+    ``check`` raises InputError for a folder that is none; it is ``check_folder`` unless given.
     Raises InputError when it is none of these.
     """
     if is_gguf(path_or_id):
@@ -66,13 +67,13 @@ def resolve_model(path_or_id: str) -> Path:
     if is_remote(path_or_id):
         copied = folder_copy(path_or_id.rstrip("/"))
         try:
-            check_folder(copied)
+            (check or check_folder)(copied)
         except InputError as error:
             raise InputError(str(error).replace(str(copied), path_or_id)) from None
         return copied
     path = Path(path_or_id).expanduser()
     if path.is_dir():
-        check_folder(path)
+        (check or check_folder)(path)
         return path
     if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
         told = "is a file" if path.is_file() else "no such directory (and not a hub id)"

@@ -11,7 +11,7 @@ from rekindle.data.text_files import state_of
 from rekindle.train.model.adapter import refuse_other_base, whole_tensors
 from rekindle.train.model.causes import MERGED, TRAINED, check_quantisation, quantised_by
 from rekindle.train.model.files import check_base, load_config, refuse_body, suit
-from rekindle.train.model.fitting import AUTO_CLASSES, LANGUAGE, check_fits
+from rekindle.train.model.fitting import AUTO_CLASSES, LANGUAGE, auto_class_of, check_fits
 from rekindle.train.model.folder import base_of, check_headers, read_settings, stored_tensors
 from rekindle.train.model.meta import (
     Misfit,
@@ -31,9 +31,9 @@ def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConf
 
     Raises InputError, of ``who``, if it is none.
     """
-    auto_class = AUTO_CLASSES[task]
     with naming(who):
         config = load_config(directory)
+    auto_class = auto_class_of(config, task)
     # An adapter brings a head of its own; what its base was saved as says nothing of that.
     check_fits(config, task, who, base_of(directory) is None or task in LANGUAGE)
     with naming(who):

@@ -127,7 +127,12 @@ def refuse_shapes(what: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
 def refuse_missing(
     directory: Path, auto_class: str, config: "PretrainedConfig", missing: list[str]
 ) -> None:
-    """Raise InputError naming weights that would be random: such a head would cache noise."""
+    """Raise InputError naming weights that would be random: such a head would cache noise.
+
+    An encoder's pooler is not used: its vectors are pooled of the last states.
+    """
+    if auto_class in ("AutoModel", "AutoModelForTextEncoding"):
+        missing = [name for name in missing if not name.startswith("pooler.")]
     if missing:
         saved = f" It was saved as {config.architectures[0]}." if config.architectures else ""
         raise InputError(

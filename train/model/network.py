@@ -9,49 +9,27 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from rekindle.data.errors import InputError, naming
-from rekindle.data.settings import Settings
-from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.model.family_head import SECTION, FamilyHead
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.meta import read_tensors
+from rekindle.train.model.parts.head_config import HeadConfig as HeadConfig
+from rekindle.train.model.parts.head_config import width_of
+from rekindle.train.model.parts.prompts import (
+    DOMAINS,
+    SEGMENTS,
+    DomainPrompts,
+    with_prompt,
+    without_prompt,
+)
+from rekindle.train.model.parts.vectors import VectorHead
 from rekindle.train.model.passes import Recorded, with_known_padding
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel, splittable
 from rekindle.train.outside.quiet import quiet_transformers
 
-DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
-SEGMENTS = "token_type_ids"
-PLACE = 1  # of a domain's prompt in what the model reads
 HEADS_FILE = "heads.safetensors"  # beside a model: the weights of its heads
-
-
-class HeadConfig(Settings):
-    """A task head: which expert it imitates and what comes out of it."""
-
-    kind: Literal["sequence", "token"]
-    num_labels: int = Field(gt=0)
-    label_names: tuple[str, ...] = ()
-    problem: str | None = None
-    form: Literal["ours", "family"] = "ours"  # ``TaskHead``, or ``FamilyHead``
-    padding: int | None = None  # of a family's head: the id, where the model names none
-
-    @model_serializer(mode="wrap")
-    def _as_before_there_were_others(
-        self, rest: SerializerFunctionWrapHandler
-    ) -> dict[str, object]:
-        """Earlier versions refuse keys that they do not know: they read students of our heads."""
-        values: dict[str, object] = rest(self)
-        if self.form == "ours":
-            del values["form"], values["padding"]
-        return values
-
-    @classmethod
-    def of(cls, info: TeacherInfo) -> "HeadConfig":
-        """Return the head that fits a cached expert."""
-        return cls.model_validate(info, from_attributes=True)
 
 
 class TaskHead(nn.Module):
@@ -67,75 +45,6 @@ class TaskHead(nn.Module):
         """Return logits [...,C]."""
         logits: Tensor = self.out(self.dropout(torch.tanh(self.dense(states))))
         return logits
-
-
-class DomainPrompts(nn.Module):
-    """Domain prompts (ELLE, ACL 2022): a learned vector [H] per domain after a sequence's first
-    token; number 0 is for text of no domain, or of one that is not known.
-
-    Positions keep their meaning: whoever names a position means that of the text without the
-    prompt. The prompt stands at place 1 of what the model reads; its own hidden state is left out
-    again.
-    """
-
-    def __init__(self, model: Any, domains: Sequence[str]):
-        super().__init__()
-        if not domains:
-            raise InputError(
-                "student.domain_prompts: the corpus has no domains. Make the cache with "
-                "corpus.domain_field, or leave domain_prompts out"
-            )
-        self.domains = tuple(domains)
-        size = model.get_input_embeddings().weight.shape[1]
-        self.vectors = nn.Embedding(len(self.domains) + 1, size)
-        std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-        nn.init.normal_(self.vectors.weight, std=std)
-
-    def numbers(self, domains: Sequence[str | None]) -> list[int]:
-        """The rows of ``domains`` [B] in the table."""
-        known = {name: number for number, name in enumerate(self.domains, 1)}
-        return [0 if name is None else known.get(name, 0) for name in domains]
-
-    def insert(self, inputs: Mapping[str, Tensor], words: nn.Module) -> dict[str, Tensor]:
-        """``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) as wide.
-
-        ``inputs[DOMAINS]`` [B], domain number 0 if absent; ``words``: the model's input embeddings.
-        The model numbers its positions itself, the prompt's included.
-        """
-        ids = inputs["input_ids"]
-        numbers = inputs.get(DOMAINS)
-        if numbers is None:
-            numbers = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
-        embedded = words(ids)
-        prompt = self.vectors(numbers).to(embedded.dtype)[:, None]
-        longer = {"inputs_embeds": _inserted(embedded, prompt)}
-        for name in ("attention_mask", SEGMENTS):
-            if (found := inputs.get(name)) is not None:  # a prompt is to the model as the first is
-                longer[name] = _inserted(found, found[:, :1])
-        return longer
-
-    @torch.no_grad()
-    def take(self, earlier: Sequence[str], vectors: Tensor) -> None:
-        """Take over the ``vectors`` of ``earlier`` domains that are domains here, and number 0."""
-        self.vectors.weight[0] = vectors[0]
-        for number, name in enumerate(earlier, 1):
-            if name in self.domains:
-                self.vectors.weight[1 + self.domains.index(name)] = vectors[number]
-
-
-def _inserted(values: Tensor, one: Tensor) -> Tensor:
-    return torch.cat([values[:, :PLACE], one, values[:, PLACE:]], dim=1)
-
-
-def with_prompt(flat: Tensor, width: int) -> Tensor:
-    """Flat indices into [B·(S+1)], prompts inserted, of flat indices into [B·S]; S is ``width``."""
-    row, position = flat // width, flat % width
-    return row * (width + 1) + position + (position >= PLACE)
-
-
-def without_prompt(states: Tensor) -> Tensor:
-    """Hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
-    return torch.cat([states[:, :PLACE], states[:, PLACE + 1 :]], dim=1)
 
 
 class StudentOutput(NamedTuple):
@@ -202,11 +111,13 @@ class StudentNetwork(nn.Module):
     def _fresh_head(self, head: HeadConfig) -> nn.Module:
         if head.form == "family":
             with naming(SECTION):
-                sizes = (head.kind, head.num_labels, head.padding)
+                sizes = (head.judges, head.num_labels, head.padding)
                 return FamilyHead.of(self.model, *sizes, causal=self.task == "causal_lm")
-        config = self.model.config.get_text_config()
-        # OPT-350m's states are narrower after its last layer.
-        width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+        config, width = self.model.config.get_text_config(), width_of(self.model.config)
+        if head.kind == "embedding":
+            assert head.pooling is not None
+            size = head.num_labels if head.projection else None
+            return VectorHead(width, size, head.pooling, bool(head.normalise))
         module = TaskHead(width, head.num_labels, _dropout(config))
         for linear in (module.dense, module.out):
             nn.init.normal_(linear.weight, std=getattr(config, "initializer_range", 0.02))
@@ -248,13 +159,14 @@ class StudentNetwork(nn.Module):
         domain). ``select`` [N]: flat
         indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
         the pooled state (first token; last token of a causal LM; or as the family's own head has
-        it). ``token_heads``: head -> flat indices [P].
+        it; of an embedding as its configuration says: there the "logits" are vectors).
+        ``token_heads``: head -> flat indices [P].
         """
         hidden, states = self._run(inputs, select)
         logits: dict[str, Tensor] = {}
         for name in sequence_heads:
             head = self.heads[head_key(name)]
-            if isinstance(head, FamilyHead):
+            if isinstance(head, FamilyHead | VectorHead):
                 logits[name] = head(states, inputs)
             else:
                 logits[name] = head(self._pool(states, inputs["attention_mask"]))

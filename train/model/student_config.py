@@ -7,15 +7,19 @@ from typing import Annotated, Literal, Protocol
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from rekindle.data.settings import GGUF_FILE, Names, Place, Settings, with_gguf_file
+from rekindle.train.model.parts.head_config import Pooling
 from rekindle.train.schedules import Amount, Count, Positive, Seed
 
 ALL_LINEAR = "all-linear"
+OWN = "own"  # vectors of the student's own size
+OWN = "own"  # vectors of the student's own size
 
 
 class GrowConfig(Settings):
@@ -119,6 +123,29 @@ class LoraConfig(Settings):
         return self
 
 
+class StudentEmbedding(Settings):
+    """What a student that learns from sentence encoders makes of a text: one vector."""
+
+    pooling: Pooling | None = Field(
+        None,
+        description="how the states of a text's tokens become one vector, as it is called by "
+        "sentence-transformers: mean of all; cls: the first token's; lasttoken: the last one's; "
+        "max; weightedmean: later tokens weigh more; mean_sqrt_len_tokens. null: mean; of a "
+        "causal_lm student, whose early tokens have not read the text, it must be said: lasttoken, "
+        "or another",
+    )
+    normalise: bool | None = Field(
+        None, description="vectors of length 1; null: where the teacher's are"
+    )
+    output: str | None = Field(
+        None,
+        description="whose vectors the saved student gives, in the folder that "
+        "sentence-transformers loads: those of the head for this teacher, with the projection to "
+        "its size if there is one (a module Dense); own: the student's own, without a projection. "
+        "null: those for its only embedding teacher, of several the student's own",
+    )
+
+
 class StudentConfig(Settings):
     """The model that is trained."""
 
@@ -154,6 +181,10 @@ class StudentConfig(Settings):
         None, description="train an adapter of the model in place of the model; null: all of it"
     )
 
+    embedding: StudentEmbedding | None = Field(
+        None, description="its vectors, where it learns from sentence encoders (task: embedding)"
+    )
+
     _with_file = model_validator(mode="before")(with_gguf_file)
 
     @model_validator(mode="after")
@@ -168,9 +199,22 @@ class StudentConfig(Settings):
     ) -> dict[str, object]:
         """Earlier versions refuse a key that they do not know, and go on with runs without it."""
         values: dict[str, object] = rest(self)
-        if self.lora is None:
-            values.pop("lora", None)
+        for younger in ("lora", "embedding"):
+            if getattr(self, younger) is None:
+                values.pop(younger, None)
         return values
+
+    @field_validator("embedding")
+    @classmethod
+    def _first_token_of_a_causal_lm(
+        cls, value: "StudentEmbedding | None", info: ValidationInfo
+    ) -> "StudentEmbedding | None":
+        if value is not None and value.pooling == "cls" and info.data.get("task") == "causal_lm":
+            raise ValueError(
+                "pooling: cls is the first token's state, and of a causal_lm student that has read "
+                "no other token. Give lasttoken, or mean"
+            )
+        return value
 
     @property
     def language_task(self) -> Literal["masked_lm", "causal_lm"]:

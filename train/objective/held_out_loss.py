@@ -9,7 +9,7 @@ would differ from process to process, and a resumed run from one that was not in
 load-balancing loss of routers, which is of training alone, is no part.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import Batch, TokenTargetBatch
-from rekindle.train.config import DistillTerm, RankingConfig
+from rekindle.train.config import DistillTerm
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking import group_keys, score_errors
+from rekindle.train.objective.ranking import RankedRows, groups_of, own_scores, ranking_loss
 from rekindle.train.objective.selection import names_of
+from rekindle.train.objective.vector_loss import HeldOutVectors
 from rekindle.train.student import Student
 
 Sums = dict[str, tuple[float, int]]  # by name: what is summed up, and over how many rows
+Scored = tuple[RankedRows, NDArray[np.float64]]  # rows of a ranking expert, the student's scores
 Key = TypeVar("Key")
 
 
@@ -45,7 +47,8 @@ class HeldOutLoss:
     def __init__(self, objective: Objective):
         self.objective, self.plan = objective, objective.last
         self._sums: dict[str, NDArray[np.float64]] = {}  # weighted loss, rows
-        self._ranked: dict[str, dict[int, NDArray[np.float64]]] = {}  # by term, group: n, Σe, Σe²
+        self._vectors = HeldOutVectors()
+        self._ranked: dict[str, list[Scored]] = {}  # by term, the parts' rows
 
     def add(self, student: Student, batch: Batch, device: torch.device, known: Sums) -> None:
         """Add a batch, whose targets are all there. ``known``: sums of losses, without weights,
@@ -61,6 +64,8 @@ class HeldOutLoss:
             names = dict.fromkeys(names_of(term).values())
             if term.ranking is not None:
                 self._add_ranked(student, batch, term, device)
+            elif self._compares(term):
+                self._vectors.add(student, objective.task, batch, term, device)
             elif names.keys() <= known.keys():
                 for name in names:
                     self._put(name, weight * term.temperature**2 * known[name][0], known[name][1])
@@ -79,20 +84,28 @@ class HeldOutLoss:
 
     def join(self, world: World) -> None:
         """Add what the other processes have summed up."""
-        every = world.gather((self._sums, self._ranked))
-        self._sums = added(sums for sums, _ in every)
-        names = dict.fromkeys(name for _, ranked in every for name in ranked)
-        self._ranked = {name: added(ranked.get(name, {}) for _, ranked in every) for name in names}
+        every = world.gather((self._sums, self._ranked, self._vectors))
+        self._sums = added(sums for sums, _, _ in every)
+        names = dict.fromkeys(name for _, ranked, _ in every for name in ranked)
+        each = [ranked for _, ranked, _ in every]
+        self._ranked = {n: [r for ranked in each for r in ranked.get(n, ())] for n in names}
+        self._vectors.join([vectors for _, _, vectors in every])
 
     def mean(self) -> float | None:
         """Return the objective of all batches; None where none of its terms had a row."""
         parts = [total / rows for total, rows in self._sums.values() if rows]
         for term, weight in self.plan.terms:
+            if self._compares(term) and (found := self._vectors.mean(term)) is not None:
+                parts.append(weight * found)
             for name in term.teachers:
                 if term.ranking is not None and name in self._ranked:
-                    groups = np.array(list(self._ranked[name].values()))
-                    parts.append(weight * ranked_loss(groups, term.ranking))
+                    parts.append(weight * ranked_loss(self._ranked[name], term))
         return float(sum(parts)) if parts else None
+
+    def _compares(self, term: DistillTerm) -> bool:
+        """Whether a loss of vectors compares the sequences with each other."""
+        info = self.objective.teachers[term.teachers[0]]
+        return info.kind == "embedding" and term.of_vectors.compares_rows
 
     def _sums_of(
         self,
@@ -126,17 +139,14 @@ class HeldOutLoss:
     def _add_ranked(
         self, student: Student, batch: Batch, term: DistillTerm, device: torch.device
     ) -> None:
-        """Add the errors of scores that are compared with each other, by group."""
+        """Add the scores that are compared with each other."""
         assert term.ranking is not None
         for name in term.teachers:
-            keys = group_keys(batch, name, term.ranking.group)
-            found = score_errors(student, self.objective.task, batch, term, name, device)
-            errors = found.double().cpu().numpy()
-            groups = self._ranked.setdefault(name, {}) if len(keys) else {}
-            for key in np.unique(keys).tolist():
-                own = errors[keys == key]
-                moments = np.array([len(own), own.sum(), np.square(own).sum()])
-                groups[key] = groups.get(key, 0.0) + moments
+            rows = RankedRows.of(batch, name, term.ranking.group)
+            found = own_scores(student, self.objective.task, batch, term, name, device)
+            if len(rows.keys):
+                own = found.double().cpu().numpy()
+                self._ranked.setdefault(name, []).append((rows, own))
 
     def _put(self, name: str, total: float, rows: int) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + np.array([total, rows], np.float64)
@@ -151,15 +161,13 @@ def added(parts: Iterable[Mapping[Key, NDArray[np.float64]]]) -> dict[Key, NDArr
     return total
 
 
-def ranked_loss(groups: NDArray[np.float64], config: RankingConfig) -> float:
-    """Return pointwise · mean e² + pairwise · mean over pairs of (eᵢ − eⱼ)², of the numbers of
-    rows, sums of errors and of their squares [G,3] of groups.
-    """
-    rows, sums, squares = groups.T
-    pairs = (rows * (rows - 1) / 2).sum()
-    apart = (rows * squares - sums**2).sum()
-    between = config.pairwise * apart / pairs if pairs else 0.0
-    return float(config.pointwise * squares.sum() / rows.sum() + between)
+def ranked_loss(parts: Sequence[Scored], term: DistillTerm) -> float:
+    """Return the ranking loss of a term of all rows that were scored, as if they were a step."""
+    assert term.ranking is not None
+    rows = RankedRows.joined([rows for rows, _ in parts])
+    own = torch.from_numpy(np.concatenate([scores for _, scores in parts]))
+    groups, wanted = groups_of(rows, term.temperature), torch.from_numpy(rows.wanted)
+    return float(ranking_loss(own, wanted, rows, groups, len(own), term.ranking, term.temperature))
 
 
 def known_term(terms: Mapping[str, DistillTerm], name: str, target: TokenTargetBatch) -> str | None:

@@ -6,7 +6,7 @@ in hand waits for them. What a loss makes out of a batch on the host (masks, pla
 sent when it is made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from rekindle.data.batch import Batch, TokenTargetBatch
-from rekindle.train.device_batch import ENCODED, SentArray, split_batch
+from rekindle.train.device_batch import ENCODED, SentArray, split_batch, split_evenly
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan
 
@@ -61,17 +61,23 @@ class SideStream(Copies):
 
 @dataclass(frozen=True)
 class MakeReady:
-    """Makes batches ready; ``size``: sequences of a micro-batch; ``copies``: None on a CPU."""
+    """Makes batches ready; ``size``: sequences of a micro-batch; ``copies``: None on a CPU.
+    ``count(step)``: micro-batches that each process makes; None: as many as its share takes.
+    """
 
     objective: Objective
     size: int | None
     copies: Copies | None = None
+    count: Callable[[int], int] | None = None
 
     def __call__(self, step: int, read: Batch) -> Ready:
         """Return what ``step`` takes of what was read for it."""
         plan = self.objective.plan(step)
         batch = self.objective.select(read, plan)
         parts = split_batch(batch, self.size or len(batch.index))
+        if self.size is not None and self.count is not None:
+            count = self.count(step)
+            parts = parts if len(parts) == count else split_evenly(batch, count)
         if self.copies is not None:
             parts = [_sent(part, self.copies) for part in parts]
         return Ready(plan, batch, parts)

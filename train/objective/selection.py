@@ -6,8 +6,10 @@ world size then change nothing but rounding.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rekindle.data.batch import (
@@ -56,21 +58,49 @@ class StepPlan:
         return tuple(dict.fromkeys(name for user in self.users for name in user.teachers))
 
 
-@dataclass(frozen=True)
-class Centres:
-    """The groups of a whole step: their keys, ascending, numbers of rows, and mean errors.
+class OwnSums(NamedTuple):
+    """What the student's scores of a step's groups sum up to."""
 
-    ``means`` is None where the step is one micro-batch of one process, which knows its own.
+    means: tuple[float, ...]  # [G] mean errors
+    best: tuple[float, ...]  # [G] errors of the rows that the expert scores best
+    log_sums: tuple[float, ...]  # [G] log Σ exp(s/τ)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a whole step that a ranking expert has scored.
+
+    ``own`` is None where the step is one micro-batch of one process, which knows its own.
     """
 
-    keys: tuple[int, ...]  # [G]
-    sizes: tuple[int, ...]  # [G]
-    means: tuple[float, ...] | None  # [G]
+    keys: tuple[int, ...]  # [G] ascending
+    sizes: tuple[int, ...]  # [G] rows
+    best: tuple[int, ...]  # [G] the sequence that the expert scores best
+    copies: tuple[int, ...]  # [G] rows that are of this sequence: 1, or more where a step repeats
+    log_sums: tuple[float, ...]  # [G] log Σ exp(t/τ) of the expert's scores
+    own: OwnSums | None = None
+
+    def pairs(self, rule: str) -> int:
+        """Count the pairs of rows within the groups: all, or those of the best with another."""
+        if rule == "all":
+            return sum(size * (size - 1) // 2 for size in self.sizes)
+        return sum(self.sizes) - sum(self.copies)
 
     @property
-    def pairs(self) -> int:
-        """Count the pairs of rows within the groups."""
-        return sum(size * (size - 1) // 2 for size in self.sizes)
+    def lists(self) -> int:
+        """Count the groups of more than one row."""
+        return sum(size > 1 for size in self.sizes)
+
+
+@dataclass(frozen=True)
+class StepVectors:
+    """The vectors of a whole step, of one teacher: N rows of all micro-batches and processes, by
+    ascending ``keys``; equal keys are the same sequence twice.
+    """
+
+    keys: NDArray[np.int64]  # [N] numbers of sequences
+    own: NDArray[np.float32]  # [N,D] the student's, as a pass without gradient has found them
+    wanted: NDArray[np.float32]  # [N,D'] the teacher's
 
 
 @dataclass(frozen=True)
@@ -79,7 +109,10 @@ class Counts:
 
     labels: int
     rows: Mapping[str, int]  # by the loss's name, see `names_of`
-    centres: Mapping[str, Centres] = field(default_factory=dict)  # by ranking teacher
+    groups: Mapping[str, Groups] = field(default_factory=dict)  # by ranking teacher
+    # By embedding teacher whose rows are compared with each other; none where the step is one
+    # micro-batch of one process, which has them all.
+    vectors: Mapping[str, StepVectors] = field(default_factory=dict, compare=False)
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> "Counts":
         """Return the counts of all processes; ``total`` sums a list over them."""

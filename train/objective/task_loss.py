@@ -17,9 +17,10 @@ from rekindle.train.device_batch import send
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.objective.label_union import LabelUnion, certainty, expert_weights, margin
 from rekindle.train.objective.pseudo_labels import pseudo_label_loss
-from rekindle.train.objective.ranking import group_keys, ranking_loss
+from rekindle.train.objective.ranking import RankedRows, ranking_loss
 from rekindle.train.objective.selection import Add, Counts, common_rows, names_of
 from rekindle.train.objective.task_pass import taught_rows
+from rekindle.train.objective.vector_loss import vector_loss
 
 
 def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str, HeadConfig]:
@@ -28,7 +29,9 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
     """
     experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
     if term.combine not in MIXED or not experts:
-        return {expert.name: HeadConfig.of(expert) for expert in experts}
+        asked = term.of_vectors
+        more = (asked.projection, asked.needs_equal_sizes)  # of vectors alone
+        return {expert.name: HeadConfig.of(expert, *more) for expert in experts}
     names = LabelUnion.of(experts, term.labels).names
     problem = "single_label_classification"
     head = HeadConfig(kind="sequence", num_labels=len(names), label_names=names, problem=problem)
@@ -69,15 +72,20 @@ def add_task_losses(
 def _expert_loss(
     logits: Tensor, batch: Batch, info: TeacherInfo, term: DistillTerm, counts: Counts
 ) -> tuple[Tensor, Tensor]:
-    """Return a head's loss beside its expert, of scores and of their differences if it ranks, and
+    """Return a head's loss beside its expert, of scores, differences and groups if it ranks, and
     what is shown of it.
     """
     own, wanted = taught_rows(logits, batch.targets[info.name])
+    if info.kind == "embedding":
+        keys = batch.index[batch.targets[info.name].rows]
+        return vector_loss(own, wanted, keys, counts.vectors.get(info.name), term.of_vectors)
     if term.ranking is None:
         return task_loss(own.float(), wanted, info, term)
-    keys = group_keys(batch, info.name, term.ranking.group)
-    rows, errors = counts.rows[names_of(term)[info.name]], (own.float() - wanted)[:, 0]
-    loss = ranking_loss(errors, keys, counts.centres[info.name], rows, term.ranking)
+    rows = RankedRows.of(batch, info.name, term.ranking.group)
+    loss = ranking_loss(
+        *(own.float()[:, 0], wanted[:, 0], rows, counts.groups[info.name]),
+        *(counts.rows[names_of(term)[info.name]], term.ranking, term.temperature),
+    )
     return loss, loss.detach()
 
 

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TargetBatch, TokenLabelBatch
+from rekindle.data.batch import (
+    Batch,
+    EmbeddingBatch,
+    SequenceTargetBatch,
+    TargetBatch,
+    TokenLabelBatch,
+)
 from rekindle.train.device_batch import send
 from rekindle.train.model.network import StudentOutput
 from rekindle.train.student import Student
@@ -37,7 +43,9 @@ def run_heads(
 
 
 def taught_rows(logits: Tensor, target: TargetBatch) -> tuple[Tensor, Tensor]:
-    """Return a head's logits and the expert's [R,C] at the rows that have a target."""
+    """Return a head's logits (or vectors) and the expert's [R,C] at the rows with a target."""
+    if isinstance(target, EmbeddingBatch):
+        return logits[send(target.rows, logits.device)], send(target.vectors, logits.device)
     if isinstance(target, SequenceTargetBatch):
         keep = send(target.rows, logits.device)
         return logits[keep], send(target.logits[target.rows], logits.device)

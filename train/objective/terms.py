@@ -55,6 +55,7 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
     """Say what of a term cannot be computed."""
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
     names = ", ".join(term.teachers)
+    yield from _vector_problems(term, infos)
     yield from _ranking_problems(term, infos)
     yield from _pseudo_label_problems(term, infos)
     yield from _skew_problems(term, infos)
@@ -64,7 +65,7 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
         yield f"{names} saw different views; use a term each"
     if term.positions == "masked" and task != "masked_lm":
         yield f"positions: masked, but a {task} student has no masked view"
-    if term.positions == "masked" and "sequence" in kinds:
+    if term.positions == "masked" and kinds & {"sequence", "embedding"}:
         yield f"positions: masked, but {names} judge whole sequences"
     if term.combine == "route" and len(kinds) > 1:
         yield f"{names} judge sequences and tokens, which share no mean; use a term each"
@@ -148,6 +149,39 @@ def _mixture_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
     LabelUnion.of(infos, term.labels)
 
 
+def _vector_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
+    """Of a term of sentence encoders: that all are, and that it asks for nothing of distributions;
+    of any other, that it asks for nothing of vectors.
+    """
+    encoders = [info for info in infos if info.kind == "embedding"]
+    other = next((info for info in infos if info.kind != "embedding"), None)
+    if other is not None and term.embedding is not None:
+        yield (
+            "embedding says how the vectors of sentence encoders (task: embedding) are learnt, and "
+            f"{other.name!r} is a {other.problem or other.task} teacher; leave embedding out"
+        )
+    if not encoders:
+        return
+    name = encoders[0].name
+    if other is not None:
+        yield f"{name!r} gives vectors and {other.name!r} does not; use a term each"
+    if term.divergence != "forward_kl":
+        yield (
+            f"divergence: {term.divergence} is of distributions or logits, and {name!r} gives "
+            "vectors; what is learnt of them is said by embedding: {cosine: 1.0, mse: 0.5, …}"
+        )
+    if term.temperature != 1:
+        yield (
+            f"temperature is of distributions, and {name!r} gives vectors; that of their "
+            "similarities is embedding.similarity.temperature"
+        )
+    if term.combine in MIXED:
+        yield (
+            f"combine: {term.combine} makes one target of several distributions, and {name!r} "
+            "gives vectors, each in a space of its own; use separate, or route"
+        )
+
+
 def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
     """Of a term that is to rank: that it has no scores to rank by."""
     if term.ranking is None:
@@ -169,10 +203,12 @@ def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
             "ranking compares the scores of one expert with each other, so combine: "
             f"{term.combine} has no pairs; use separate"
         )
-    if term.ranking.pointwise == 0 and term.ranking.pairwise == 0:
-        yield "ranking has the weights 0 and 0; give one of them a weight"
+    if not any(term.ranking.weights):
+        yield "ranking: pointwise, pairwise and listwise are all 0; give one of them a weight"
+    if term.ranking.pairs != "all" and term.ranking.pairwise == 0:
+        yield f"ranking.pairs: {term.ranking.pairs} is of pairwise, which is 0; leave pairs out"
     if term.divergence not in ("forward_kl", "mse"):
-        yield f"ranking is a squared error; leave divergence: {term.divergence} out"
+        yield f"ranking has losses of its own; leave divergence: {term.divergence} out"
 
 
 def _skew_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.cache import Cache
+from rekindle.data.corpus.columns import GROUP
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.seal import REPAIR
@@ -100,13 +101,26 @@ class Split:
     held_out: Ranges
 
 
+def group_numbers(corpus: Corpus) -> NDArray[np.int64]:
+    """Return which group each sequence of a corpus of groups is of [N], numbered as they come."""
+    numbers: dict[str, int] = {}
+    parts = [np.zeros(0, np.int64)]
+    for shard in range(len(corpus.commits)):
+        for batch in corpus.shard(shard).columns([GROUP]):
+            coded = batch[GROUP].dictionary_encode()
+            own = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
+            parts.append(np.array(own, np.int64)[coded.indices.to_numpy(zero_copy_only=False)])
+    return np.concatenate(parts)
+
+
 def split_corpus(cache: Cache, fraction: float) -> Split:
     """Hold out about ``fraction`` of the sequences, as whole documents, evenly over the corpus.
 
     The same ones for every run on a corpus, also after it has grown; at least one document where
     there are several. Where whole documents would be far too much (a corpus of one document),
     sequences are held out, whatever document they belong to. A corpus that is still being made is
-    split anew with every shard.
+    split anew with every shard. Of a corpus with groups (``corpus.group_field``) a group is what
+    elsewhere a document is; all its groups are looked at.
     """
     rows, held_out, not_trained = _Rows(cache.corpus), list[Range](), list[Range]()
     for span in _spans(cache.corpus) if fraction else ():
@@ -117,7 +131,22 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
         elif not held_out:  # a later addition without short documents has nothing to hold out
             held_out = _single_sequences(span, fraction)
             not_trained = list(held_out)
-    return Split(Ranges(not_trained).complement(len(cache.corpus)), Ranges(held_out))
+    split = Split(Ranges(not_trained).complement(len(cache.corpus)), Ranges(held_out))
+    return _groups_whole(cache.corpus, split) if cache.corpus.has_groups else split
+
+
+def _groups_whole(corpus: Corpus, split: Split) -> Split:
+    """Return the split without those sequences whose group began on the other side: of a corpus in
+    which other groups' sequences stand between those of one, or that has grown.
+    """
+    groups = group_numbers(corpus)
+    firsts = np.unique(groups, return_index=True)[1]
+    held = np.zeros(len(groups), bool)
+    for start, stop in split.held_out.bounds.tolist():
+        held[start:stop] = True
+    begun = held[firsts][groups]
+    train, held_out = (np.flatnonzero(begun & held if side else ~(begun | held)) for side in (0, 1))
+    return Split(Ranges.of(train), Ranges.of(held_out))
 
 
 @dataclass(frozen=True)
@@ -151,6 +180,7 @@ class _Rows:
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
+        self.unit = GROUP if corpus.has_groups else "document"
         # Only then can a sequence hold more than the document that its first token belongs to.
         self.shared = corpus.info["config"].get("packing") == "contiguous"
 
@@ -163,14 +193,14 @@ class _Rows:
         """The next sequence after ``number`` whose first token is of another document, or
         ``limit``; reads logarithmically few rows of a long document.
         """
-        document = self._value(number, "document")
+        document = self._value(number, self.unit)
         same, step = number, 1
-        while same + step < limit and self._value(same + step, "document") == document:
+        while same + step < limit and self._value(same + step, self.unit) == document:
             same, step = same + step, 2 * step
         other = min(same + step, limit)
         after = range(same + 1, other)
         return after.start + bisect_left(
-            after, True, key=lambda number: self._value(number, "document") != document
+            after, True, key=lambda number: self._value(number, self.unit) != document
         )
 
     def _resumes(self, number: int) -> bool:
@@ -182,7 +212,7 @@ class _Rows:
         number = span.start
         if number == 0:
             return number
-        before, first = (self._value(i, "document") for i in (number - 1, number))
+        before, first = (self._value(i, self.unit) for i in (number - 1, number))
         resumed = before == first or self._resumes(number)
         return self.end_of(number, span.stop) if resumed else number
 

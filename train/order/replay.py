@@ -169,9 +169,9 @@ class Replay:
             raise CheckpointError(
                 "train.replay.choose: loss_change: the run was begun by another version, which "
                 "replayed in proportion to the size of each loss's change; now a domain that is "
-                "forgotten has the largest weight (RECIPES.md, elle). Going on would mix the two: "
-                "start it anew in another --out, or go on with that version. Finished stages stay "
-                "as they are"
+                "forgotten has the largest weight (docs/recipes/elle.md). Going on would mix the "
+                "two: start it anew in another --out, or go on with that version. Finished stages "
+                "stay as they are"
             )
         if isinstance(state, Mapping) and known:
             losses = state["losses"]

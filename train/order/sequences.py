@@ -19,6 +19,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.permutation import stream_part
 from rekindle.train.config import CurriculumConfig, TrainConfig
 from rekindle.train.order.domains import check_domains, domain_ranges
+from rekindle.train.order.groups import WholeGroups, spread_groups, whole_groups
 from rekindle.train.order.held_out import Ranges, Split, split_corpus
 from rekindle.train.order.replay import Replay
 from rekindle.train.order.similar_lengths import WINDOWS, Windows, dealt, turns, window_of
@@ -34,8 +35,9 @@ class Order:
     of ``sequences`` begin after it, with a new one: masks and order go on changing. With ``replay``
     a part of every batch, at its end, is replayed instead; what a step of it replays may follow
     evaluations: ``replay`` is told of them, and a checkpoint holds its state besides the step.
-    ``lengths`` of sequences: batches are of similar lengths (``similar_lengths.py``); None: the
-    order stays shuffled.
+    ``lengths`` of sequences: batches are of similar lengths (``similar_lengths.py``). ``groups``:
+    they are of whole groups (``groups.py``), and about as large as ``batch_sequences`` says; there
+    is no other first part then, and no replay. None of both: the order stays shuffled.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class Order:
         first_steps: int = 0,
         replay: Replay | None = None,
         lengths: Callable[[Ints], Ints] | None = None,
+        groups: WholeGroups | None = None,
     ):
         self.sequences, self.batch_sequences, self._seed = sequences, batch_sequences, seed
         self._lengths, self._windows = lengths, Windows(self._dealt)
+        self.groups = groups
         self.replay = replay or Replay({}, 0, batch_sequences, seed)
         begin = 0 if first is None else self._place(first_steps)
         epoch = 0 if first is None else -(-begin // max(1, len(first)))
@@ -61,10 +65,23 @@ class Order:
         return len(self.sequences)
 
     def at(self, step: int) -> Ints:
-        """The sequence numbers [batch_sequences] of ``step``; reads nothing but lengths."""
+        """The sequence numbers [batch_sequences] of ``step``; reads nothing but lengths. Where it
+        reads whole groups they are a few less or more.
+        """
+        if self.groups is not None:
+            return self.groups.read(self._place(step), self._place(step + 1))
         if self._lengths is not None:
             return self._windows.at(step, self._window)
         return np.concatenate([self._own(step, step + 1), self.replay.at(step)])
+
+    def micro_batches(self, step: int, size: int, processes: int) -> int:
+        """How many micro-batches of at most ``size`` sequences a process makes of its share of
+        ``step``: as many as each other one, though whole groups cannot be shared out evenly.
+        """
+        if self.groups is None:
+            return -(-(self.batch_sequences // processes) // size)
+        count = len(self.at(step))
+        return min(-(-count // (processes * size)), count // processes)
 
     def _own(self, step: int, stop: int) -> Ints:
         """What the steps of one phase read that is not replayed, in its shuffled order."""
@@ -145,16 +162,16 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
         _check_curriculum(config, len(first), len(train))
         steps = first_steps(config.curriculum, config.steps)
         log.info("curriculum: %d steps on %d of %d sequences", steps, len(first), len(train))
-    replay = _replay(config, split, where)
+    replay, groups = _replay(config, split, where), whole_groups(cache, config, train)
     lengths = cache.lengths if config.batching == "similar_lengths" else None
     _tell(config, len(cache), len(train), len(held_out))
     if config.epochs is not None or config.tokens is not None:
         told = f"{counted(config.steps, 'step')} of {counted(config.batch_sequences, 'sequence')}"
         log.info("train: %s = %s; %s are trained on", config.length, told, f"{len(train):,}")
     return Chosen(
-        Order(train, config.batch_sequences, config.seed, first, steps, replay, lengths),
-        held_out.spread(config.evaluate_sequences),
-        _held_out_of(config, split, {n: where[n] for n in evaluated_domains(cache, config)}),
+        Order(train, config.batch_sequences, config.seed, first, steps, replay, lengths, groups),
+        spread_groups(cache, held_out, config.evaluate_sequences),
+        _held_out_of(cache, config, split, {n: where[n] for n in evaluated_domains(cache, config)}),
     )
 
 
@@ -291,7 +308,9 @@ def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> R
     return Replay(memories, config.replay.fraction, size, seed, every, config.steps)
 
 
-def _held_out_of(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> dict[str, Ints]:
+def _held_out_of(
+    cache: Cache, config: TrainConfig, split: Split, where: Mapping[str, Ranges]
+) -> dict[str, Ints]:
     """The held-out sequences of each domain: ``evaluate_sequences`` shared out among them."""
     found = {name: split.held_out.intersection(ranges) for name, ranges in where.items()}
     none = [name for name, ranges in found.items() if not len(ranges)]
@@ -308,7 +327,7 @@ def _held_out_of(config: TrainConfig, split: Split, where: Mapping[str, Ranges])
             ", ".join(none),
         )
     share = max(1, config.evaluate_sequences // max(1, len(found)))
-    return {name: ranges.spread(share) for name, ranges in found.items() if len(ranges)}
+    return {n: spread_groups(cache, ranges, share) for n, ranges in found.items() if len(ranges)}
 
 
 def _union(parts: list[Ranges]) -> Ranges:

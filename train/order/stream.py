@@ -14,6 +14,7 @@ from typing import Any
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
+from rekindle.train.order.groups import check_processes
 from rekindle.train.order.sequences import Order
 
 AHEAD = 2  # batches per thread: one is read while one waits
@@ -62,6 +63,8 @@ class TrainingStream:
                 "it is the batch of all of them together, and each must get the same number. Use a "
                 f"multiple of {self.world_size}, or a number of processes that divides {batch}"
             )
+        if self.order.groups is not None:
+            check_processes(batch, int(self.order.groups.sizes.max()), self.world_size)
 
     def batch(self, step: int) -> Batch:
         """Read this rank's share of ``step``.

@@ -1,1 +1,1 @@
-"""What comes from elsewhere: models in other formats, and what transformers says on its way."""
+"""Models in other formats, and control of transformers' own messages."""

@@ -1,4 +1,4 @@
-"""The sha256 of files that others wrote; they may be large, and are asked about several times."""
+"""The sha256 of files that others wrote; they may be large, and are needed several times."""
 
 import hashlib
 from functools import lru_cache
@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def digest_of(file: Path) -> bytes:
-    """The sha256 of what the file holds now; of an unchanged one it is read once in a process."""
+    """Return the sha256 of the file's current content; an unchanged file is read once per
+    process.
+    """
     about = file.stat()
     return _digest(file.resolve(), about.st_size, about.st_mtime_ns)
 

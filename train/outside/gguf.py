@@ -1,5 +1,5 @@
-"""Models in llama.cpp's format. Of a GGUF file a folder is made once, as save_pretrained writes it,
-and that folder is the model: whatever is known of folders holds for it.
+"""Models in llama.cpp's format. A GGUF file is converted once to a folder as save_pretrained writes
+it, and that folder is the model: everything that works for folders works for it.
 """
 
 import fcntl
@@ -19,14 +19,14 @@ from rekindle.train.outside.quiet import quiet_transformers
 
 log = logging.getLogger("rekindle")
 
-ABOUT = "gguf.json"  # in the folder: which file it was made of, and by what
+ABOUT = "gguf.json"  # in the folder: the file it was made from, and by what
 
 
 def folder_of_gguf(path_or_id: str) -> Path:
-    """The folder that is made of a GGUF file: local, or ``owner/name/file.gguf`` of the hub.
+    """Return the folder made from a GGUF file: local, or ``owner/name/file.gguf`` on the hub.
 
-    Weights are float32, as transformers dequantises them. It stands in ``home()``, named by the
-    file's sha256, so that another file of the same name is another model. Raises InputError.
+    Weights are float32, as transformers dequantises them. The folder is in ``home()``, named by the
+    file's sha256, so another file of the same name is another model. Raises InputError.
     """
     file = _local(path_or_id)
     refuse_pointer(file)
@@ -41,10 +41,10 @@ def folder_of_gguf(path_or_id: str) -> Path:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Let one process at a time make it: several may start together, and it takes much memory."""
+    """Let one process at a time convert: several may start together, and it takes much memory."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_name(f".{out.name}.lock"), "a") as lock:
-        with suppress(OSError):  # a file system without locks: two make the same, harmlessly
+        with suppress(OSError):  # a file system without locks: two convert the same, harmlessly
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -63,7 +63,7 @@ def _local(path_or_id: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
         reason = first_words(error) or type(error).__name__
         raise InputError(
-            f"model {path_or_id!r} is no local file and cannot be loaded from the hub ({reason})"
+            f"model {path_or_id!r} is not a local file and cannot be loaded from the hub ({reason})"
         ) from None
 
 
@@ -72,7 +72,7 @@ def _make(file: Path, digest: str, out: Path) -> None:
     import torch
     import transformers
 
-    log.info("%s is made into a folder once, in float32: %s", file.name, out)
+    log.info("converting %s to a folder once, in float32: %s", file.name, out)
     tokenizer = read_tokenizer_files(str(file))
     try:
         with quiet_transformers():
@@ -83,17 +83,17 @@ def _make(file: Path, digest: str, out: Path) -> None:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # of many kinds: an architecture, a quantisation, a file cut off
+    except Exception as error:  # many kinds: an architecture, a quantisation, a truncated file
         raise InputError(
-            f"model {file} cannot be read: {first_words(error) or type(error).__name__}. What is "
-            "read are causal language models of the families that transformers knows in GGUF; "
-            "else give the folder that the file was made of"
+            f"model {file} cannot be read: {first_words(error) or type(error).__name__}. Only "
+            "causal language models of the families that transformers reads from GGUF are "
+            "supported; otherwise give the folder that the file was made from"
         ) from None
     if absent := sorted(told["missing_keys"]):
         raise InputError(
             f"model {file} lacks weights: {', '.join(absent[:5])}{', …' if absent[5:] else ''}"
         )
-    # What is saved is no quantised model any more.
+    # The saved model is no longer quantised.
     del model.config.quantization_config
     model.hf_quantizer = None
     with quiet_transformers(), new_folder(out) as folder:

@@ -1,4 +1,4 @@
-"""Keeps transformers quiet: what matters is raised by us."""
+"""Silence transformers' own messages; what matters is raised by us."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,1 +1,1 @@
-"""Rows of several documents, as models read them: positions that begin anew, attention within."""
+"""Rows of several documents as models read them: positions restart, attention stays within each."""

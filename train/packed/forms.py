@@ -1,8 +1,8 @@
-"""How a model of transformers is told that a row holds several documents, each to be read as if it
-were alone. Which form a model understands is found by trying (``train/model/sight.py``).
+"""Tell a transformers model that a row holds several documents, each to be read as if alone.
+``train/model/sight.py`` finds by trying which form a model understands.
 
-B rows of S tokens. A pass's inputs say with ``document_numbers`` [B,S] which document of its row
-each token is of, −1 where it is padding; what is said here takes its place, and the mask's.
+B rows of S tokens. A pass's inputs have ``document_numbers`` [B,S], which says which document of
+its row each token belongs to, −1 for padding; a form replaces it and the attention mask.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,13 +21,13 @@ MASK = "attention_mask"
 
 
 class Form(NamedTuple):
-    """What is handed to a model, and the position ``first`` of a document's first token.
+    """What a model is given, and the position ``first`` of a document's first token.
 
-    mask: a mask [B,1,S,S] for all layers. windows: one for layers that see all, and one for those
-    of a bidirectional model that see a window. positions: the position ids alone, which causal
-    models of transformers understand where they are given no mask. blocks: a block mask of flex
-    attention. flat: all rows one after another, and where each document begins, as flash
-    attention's kernels for sequences of different lengths have it.
+    mask: one mask [B,1,S,S] for all layers. windows: one for layers that see everything, and one
+    for those of a bidirectional model that see a window. positions: position ids only, which causal
+    transformers models understand if they get no mask. blocks: a block mask of flex attention.
+    flat: all rows concatenated, and where each document begins, as flash attention's kernels for
+    sequences of different lengths take it.
     """
 
     kind: Literal["mask", "windows", "positions", "blocks", "flat"]
@@ -35,8 +35,8 @@ class Form(NamedTuple):
 
 
 def possible_forms(model: "PreTrainedModel", causal: bool) -> Iterator[list[Form]]:
-    """The forms that a model with this attention may understand, the quickest first: of each kind
-    for every first position. Families of RoBERTa's kind count past their padding id.
+    """Yield the forms that a model with this attention may understand, the quickest first: each
+    kind with every first position. Families like RoBERTa count from after their padding id.
     """
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
     kinds: tuple[Any, ...] = ("mask", "positions" if causal else "windows")
@@ -51,7 +51,7 @@ def possible_forms(model: "PreTrainedModel", causal: bool) -> Iterator[list[Form
 
 
 def positions_of(numbers: Tensor, first: int) -> Tensor:
-    """The position ids [B,S], from ``first`` in each document."""
+    """Return the position ids [B,S], starting from ``first`` in each document."""
     places = torch.arange(numbers.shape[1], device=numbers.device).expand(numbers.shape)
     begins = torch.ones_like(numbers, dtype=torch.bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
@@ -59,14 +59,14 @@ def positions_of(numbers: Tensor, first: int) -> Tensor:
 
 
 def block_mask(numbers: Tensor, causal: bool) -> Tensor:
-    """[B,1,S,S]: whether a token (the third dimension) sees another one."""
+    """Return [B,1,S,S]: whether a token (third dimension) sees another one."""
     sees = numbers[:, None, :, None] == numbers[:, None, None, :]
     return sees.tril() if causal else sees
 
 
 def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) -> dict[str, Any]:
-    """A pass's inputs with its ``document_numbers`` said in that form. Of ``flat`` they are of a
-    single row [1,B·S].
+    """Return a pass's inputs with ``document_numbers`` replaced by that form. For ``flat`` they are
+    a single row [1,B·S].
     """
     numbers = inputs[DOCUMENTS]
     positions = positions_of(numbers, form.first)
@@ -75,7 +75,7 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
     if form.kind == "mask":
         read[MASK] = _for_attention(model, block_mask(numbers, causal))
     elif form.kind == "positions":
-        read |= {MASK: None, "use_cache": False}  # beside a cache they are not asked
+        read |= {MASK: None, "use_cache": False}  # with a cache, position ids are ignored
     elif form.kind == "windows":
         read[MASK] = _with_windows(model, block_mask(numbers, causal))
     elif form.kind == "flat":
@@ -91,7 +91,7 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
 
 
 def _for_attention(model: "PreTrainedModel", sees: Tensor) -> Tensor:
-    """As PyTorch's own attention takes a mask; written out, it is added to the scores."""
+    """Return the mask as PyTorch's attention takes it; eager attention adds it to the scores."""
     if model.config._attn_implementation == "sdpa":
         return sees
     dtype = next(model.parameters()).dtype
@@ -100,7 +100,7 @@ def _for_attention(model: "PreTrainedModel", sees: Tensor) -> Tensor:
 
 
 def _edges(numbers: Tensor) -> Tensor:
-    """Where documents begin in [B·S], and its end: int32. Padding counts as one."""
+    """Return where documents begin in [B·S], and its end: int32. Padding counts as one."""
     begins = torch.ones_like(numbers, dtype=torch.bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     starts = begins.flatten().nonzero()[:, 0]
@@ -108,7 +108,7 @@ def _edges(numbers: Tensor) -> Tensor:
 
 
 def _with_windows(model: "PreTrainedModel", sees: Tensor) -> dict[str, Tensor]:
-    """A mask for each type of a bidirectional model's layers."""
+    """Return a mask for each type of a bidirectional model's layers."""
     from transformers.masking_utils import sliding_window_bidirectional_overlay
 
     places = torch.arange(sees.shape[-1], device=sees.device)

@@ -1,14 +1,14 @@
-"""A training run's checkpoints: whole or not there, safetensors and JSON only.
+"""A training run's checkpoints: complete or absent, safetensors and JSON only.
 
 ``checkpoints/step-00000200/`` is a student directory with its tokenizer, plus
-``optimizer.safetensors`` and ``trainer.json``, which holds the position, the configuration, the
+``optimizer.safetensors`` and ``trainer.json``, which has the position, the configuration, the
 cache's fingerprints, a sha256 of each file and a checksum of itself. It is written under a
-temporary name and renamed, so a kill leaves either the whole or nothing that is looked at. Tensors
-are stored whole: a run may go on in another number of processes. Those of a large student in shards
-are in several files (``sharded``).
+temporary name and renamed, so a kill leaves a complete checkpoint or none. Tensors are stored
+whole, so a run may continue with another number of processes. A large sharded student is stored in
+several files (``sharded``).
 
-Version 1 (without a number) had the names of the family's published files, which of some families
-are not those that the student has, and one file of moments.
+Version 1 (without a number) used the tensor names of the family's published files, which for some
+families differ from the student's, and one file of moments.
 """
 
 import json
@@ -62,7 +62,7 @@ class _Best(Settings):
 
 
 class _State(Settings):
-    """The types of what a checkpoint says of itself; older ones say less."""
+    """The types of a checkpoint's record; older ones have fewer keys."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
@@ -76,12 +76,12 @@ class _State(Settings):
 def restore(
     run: Path, student: ParallelStudent, optimizer: torch.optim.Optimizer, keep: int
 ) -> dict[str, Any]:
-    """Load the newest sound checkpoint in every process; returns its state, which is empty for a
-    run that was interrupted before its first one. Of the older ones the last ``keep`` stay, as
-    ``save_checkpoint`` leaves them: a kill may have come before it had removed the others.
+    """Load the newest sound checkpoint in every process; return its state, which is empty for a run
+    that was interrupted before its first one. Of the older checkpoints the last ``keep`` stay, as
+    in ``save_checkpoint``: a kill may have come before it removed the others.
 
-    Raises CheckpointError where there were some, and none is left or sound: what they held would be
-    trained again, without a word.
+    Raises CheckpointError if there were checkpoints and none is left or sound: their steps would
+    silently be trained again.
     """
     found = _newest(run, student.world)
     if found is None:
@@ -103,12 +103,12 @@ def save_checkpoint(
     keep: int,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` (steps done), with the ``tokenizer`` that makes it a model
-    of its own; remove all but the last ``keep``, and the best, that of ``state["best"]["step"]``.
-    Every process takes part; the main one writes, of a student in shards each its files.
+    """Write the checkpoint of ``step`` (steps done), including the ``tokenizer``, so that it is a
+    complete model; remove all but the last ``keep`` and the best, ``state["best"]["step"]``. Every
+    process takes part; the main one writes, and each one writes its files of a sharded student.
     """
     own, world, target = student.student, student.world, checkpoint_folder(run, step)
-    with ExitStack() as held:  # by the main process: the folder, until it has its name
+    with ExitStack() as held:  # the main process holds the folder until it has its name
         staged = world.decide(lambda: held.enter_context(new_folder(target)))
         written: dict[str, str] = {}
         if student.sharded:
@@ -142,9 +142,9 @@ def save_checkpoint(
 
 
 def _remove_older(newest: Path, state: Mapping[str, Any], keep: int) -> None:
-    """Leave the last ``keep`` checkpoints, and the best."""
+    """Keep the last ``keep`` checkpoints, and the best."""
     best, run = (state.get("best") or {}).get("step"), newest.parents[1]
-    # A newer one is damaged, or it would have been gone on with: it must not take a place.
+    # A newer one is damaged, or the run would have continued from it; it must not count among them.
     done = [path for path in checkpoints_of(run) if path.name <= newest.name]
     for old in done[:-keep]:
         if best is None or old != checkpoint_folder(run, best):
@@ -161,7 +161,7 @@ def _newest(run: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _refuse_lost(run: Path) -> None:
-    """Raise CheckpointError where there were checkpoints."""
+    """Raise CheckpointError if there were checkpoints."""
     damaged = ", ".join(path.name for path in checkpoints_of(run))
     steps = max((r["step"] for r in read_metrics(run) if r["kind"] == "train"), default=0)
     if not damaged and not had_checkpoint(run, steps) and not (run / SUMMARY_FILE).exists():
@@ -170,17 +170,17 @@ def _refuse_lost(run: Path) -> None:
         f"none of its checkpoints is sound ({damaged})" if damaged else "its checkpoints are gone"
     )
     raise CheckpointError(
-        f"{run} cannot go on: {told}; metrics.jsonl tells of {steps} steps. Put a copy of a "
-        f"checkpoint back, or train again from the beginning: in another --out, or after removing "
-        f"{run}"
+        f"{run} cannot continue: {told}; metrics.jsonl records {steps} steps. Restore a "
+        "checkpoint from a copy, or train again from the beginning: in another --out, or after "
+        f"removing {run}"
     )
 
 
 def latest_checkpoint(run: Path, world: World | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest sound checkpoint and its state; damaged ones are passed over with a message.
+    """Return the newest sound checkpoint and its state; skip damaged ones with a warning.
 
-    Each process of a ``world`` reads a share of the files. Raises CheckpointError for one that a
-    newer version wrote.
+    Each process of a ``world`` reads a share of the files. Raises CheckpointError for one written
+    by a newer version.
     """
     world = world or World.alone()
     for path in world.decide(lambda: checkpoints_of(run)[::-1]):
@@ -195,7 +195,7 @@ def latest_checkpoint(run: Path, world: World | None = None) -> tuple[Path, dict
 
 
 def _state_of(path: Path) -> tuple[dict[str, Any], str]:
-    """Return what a checkpoint says of itself, or what is wrong with that."""
+    """Return a checkpoint's record, or what is wrong with it."""
     try:
         state = unseal(json.loads((path / TRAINER_FILE).read_bytes()), TRAINER_FILE)
         version = state.get("version", 1)
@@ -206,8 +206,8 @@ def _state_of(path: Path) -> tuple[dict[str, Any], str]:
         return {}, damage(error)
     if version not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"checkpoint {path} is of version {version!r}; this version of Rekindle reads up to "
-            f"{VERSION}. Go on with the newer one that wrote it"
+            f"checkpoint {path} has version {version!r}; this version of Rekindle reads up to "
+            f"{VERSION}. Continue with the newer Rekindle that wrote it"
         )
     try:
         parse_settings(_State, state)
@@ -219,7 +219,7 @@ def _state_of(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _damage_of(path: Path, state: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return which of a checkpoint's files is not what was written, if any."""
+    """Return which of a checkpoint's files differs from what was written, if any."""
     try:
         return next((n for n in names if sha256_of(path / n) != state["files"][n]), "")
     except OSError as error:
@@ -227,18 +227,20 @@ def _damage_of(path: Path, state: Mapping[str, Any], names: Sequence[str]) -> st
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Return the folder of the checkpoint of ``step``."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 def kept_of(run: Path) -> str:
-    """Say what there is of a run to go on from."""
+    """Say what a run can continue from."""
     found = checkpoints_of(run)
-    return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it begins again"
+    return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it starts again"
 
 
 def left_by_interrupt(run: Path) -> tuple[str, bool]:
-    """What an interrupt that wrote no checkpoint of ``run`` leaves, and whether it is anything."""
+    """Return what is left of ``run`` after an interrupt without a checkpoint, and whether it is
+    anything.
+    """
     found = checkpoints_of(run)
     if not found:
         return "there is no checkpoint yet", False
@@ -246,8 +248,8 @@ def left_by_interrupt(run: Path) -> tuple[str, bool]:
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimiser state back in place, exactly; of a student in shards those rows
-    that this process holds, and no others are read.
+    """Restore weights and optimiser state exactly; for a sharded student only the rows that this
+    process holds are read.
     """
     own = student.own_weights()
     try:
@@ -271,7 +273,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
 def _homes(
     moments: Mapping[str, Saved], student: Student, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Make room in the optimiser for what is stored of it: beside a parameter, in shards if it is
+    """Make room in the optimiser for its stored state: like the parameter, and sharded if it is
     (AdamW's ``step`` is one number).
     """
     parameters, homes = dict(student.named_parameters()), dict[str, Tensor]()
@@ -289,7 +291,7 @@ def _homes(
 
 
 def _moments(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's tensors, in shards where they are."""
+    """Return the optimiser's tensors, sharded where the parameters are."""
     return {
         f"{name}\0{key}": value.detach()
         for name, parameter in student.named_parameters()

@@ -1,5 +1,5 @@
-"""What a run was trained with, counted: with KD, with cross-entropy alone, with neither; and what
-it may lack.
+"""Count what a run was trained with: KD, cross-entropy only, or neither; and check what it may
+lack.
 """
 
 from collections import Counter
@@ -28,22 +28,22 @@ NAMES = tuple(
 def check_covered(
     teachers: Mapping[str, TeacherReader], allowed: Collection[str], setting: str
 ) -> None:
-    """Raise InputError for a teacher that lacks targets and is not ``allowed`` to; ``setting`` is
-    where that is said.
+    """Raise InputError for a teacher that lacks targets without being ``allowed`` to; ``setting``
+    names the setting that allows it.
     """
     for name, teacher in teachers.items():
         if teacher.coverage < 1 and name not in allowed:
             raise InputError(
                 f"teacher {name!r} has targets for {teacher.coverage:.1%} of the cache. Finish it "
-                f"with {teacher.info.made_by}, or name it in {setting} to train its holes without "
+                f"with {teacher.info.made_by}, or name it in {setting} to train the rest without "
                 "KD"
             )
 
 
 class Coverage:
     """Counts over all steps. A sequence has KD if any of its targets is used, by a distillation
-    term or by a method; a position, one of those with an LM loss, if a vocabulary teacher has a
-    target there.
+    term or a method; a position (among those with an LM loss) if a vocabulary teacher has a target
+    there.
     """
 
     def __init__(self, before: Mapping[str, int] | None = None):
@@ -63,7 +63,9 @@ class Coverage:
         self._own[f"positions_{rest}"] += positions - kd_positions
 
     def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> dict[str, int]:
-        """The counts of all processes since the run began; ``total`` sums a list over them."""
+        """Return the counts of all processes since the run began; ``total`` sums a list over
+        processes.
+        """
         summed = total([self._own[name] for name in NAMES])
         found = zip(NAMES, summed, strict=True)
         return {name: self._before.get(name, 0) + round(value) for name, value in found}
@@ -82,8 +84,9 @@ def _sequences_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
 
 
 def _positions_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
-    """Of positions that are picked by the student's entropy only the number is known here. In a
-    sequence all teachers pick from the same positions, so the larger pick holds the smaller one.
+    """Count positions with KD. Of positions chosen by the student's entropy only the number is
+    known here. In a sequence all teachers choose from the same positions, so a larger choice
+    contains a smaller one.
     """
     width = batch.input_ids.shape[1]
     keys = [np.zeros(0, np.int64)]

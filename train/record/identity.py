@@ -1,8 +1,8 @@
-"""What a training run is, as ``run.json`` says: whether it may go on, and whether it is finished.
+"""A training run's identity in ``run.json``: whether it may continue, and whether it is finished.
 
-Version 1 (without a number) knew neither what is read of the cache nor the student's files: where
-its record says nothing of them, what is there now is taken for what was there then. Version 2 knew
-no rule by which held-out values are measured (``measures``).
+Version 1 (without a number) did not record how much of the cache is read or the student's files; if
+they are missing, the present state is assumed. Version 2 did not record the rule for measuring
+held-out values (``measures``).
 """
 
 import logging
@@ -31,9 +31,9 @@ log = logging.getLogger("rekindle")
 
 VERSION = 3
 SECTIONS: dict[str, type[Settings]] = {"student": StudentConfig, "train": TrainConfig}
-# The cache may have moved (its fingerprints say whether it is the same).
+# The cache may have moved; its fingerprints show whether it is the same.
 FREE_OF_CACHE = ("cache.path", "cache.teacher_seconds")
-EXTENT = ("replicas", "targets")  # of the record's cache: how much of it is read
+EXTENT = ("replicas", "targets")  # in the record's cache: how much of it is read
 STUDENT_FILES = "student_files"
 CHECKPOINTED = "checkpointed"  # whether the run has ever written a checkpoint
 START_AGAIN = "start a new run in another --out"
@@ -43,18 +43,18 @@ S = TypeVar("S", bound=Settings)  # with the sections of a run
 
 
 def student_files(config: StudentConfig) -> dict[str, str]:
-    """The fingerprints of what the student begins as, wherever it lies."""
+    """Return the fingerprints of the files the student starts from, wherever they are."""
     directory = resolve_model(config.model)
     found = {"config": config_fingerprint(directory)}
     return found if config.from_scratch else found | {"weights": weights_fingerprint(directory)}
 
 
 def begin_record(run: Path, about: About) -> None:
-    """Write what the run is; of one that goes on, what an older version did not know."""
+    """Write what the run is; for a resumed one, add what an older version did not record."""
     before = read_record(run / RUN_FILE, START_AGAIN) or {}
     if before.get("version") != VERSION:
         cache = {**about["cache"], **before.get("cache", {})}
-        begun = {} if before else {CHECKPOINTED: False}  # of an older one it is not known
+        begun = {} if before else {CHECKPOINTED: False}  # an older run did not record it
         values = {**about, **before, **begun, "cache": cache, "version": VERSION}
         write_json(run / RUN_FILE, values)
 
@@ -67,10 +67,10 @@ def note_checkpoint(run: Path) -> None:
 
 
 def had_checkpoint(run: Path, steps: int) -> bool:
-    """Whether the run in ``run`` has ever written a checkpoint.
+    """Return whether the run in ``run`` has ever written a checkpoint.
 
-    Where its record does not say it: whether it must have, by the ``steps`` it has taken and the
-    ``checkpoint_every`` it was begun with.
+    If its record does not say so: whether it must have, judged by the ``steps`` it has taken and
+    the ``checkpoint_every`` it was begun with.
     """
     found = _read(run) or {}
     with reading(run / RUN_FILE, START_AGAIN):
@@ -81,7 +81,7 @@ def had_checkpoint(run: Path, steps: int) -> bool:
 
 
 def recorded_extent(run: Path) -> Extent:
-    """How much of the cache the run in ``run`` reads, as far as it says so."""
+    """Return how much of the cache the run in ``run`` reads, as far as recorded."""
     found = _read(run)
     with reading(run / RUN_FILE, START_AGAIN):
         cache = (found or {}).get("cache", {})
@@ -89,22 +89,24 @@ def recorded_extent(run: Path) -> Extent:
 
 
 def measure_of_run(run: Path) -> int:
-    """By which rule the run in ``run`` measures held-out values; the newest where there is none."""
+    """Return the rule by which the run in ``run`` measures held-out values; the newest if there is
+    none.
+    """
     found = _read(run)
     with reading(run / RUN_FILE, START_AGAIN):
         return MEASURE if found is None else measure_of(found)
 
 
 def steps_of_run(run: Path) -> int | None:
-    """How many steps the run in ``run`` has; None where there is none."""
+    """Return how many steps the run in ``run`` has; None if there is none."""
     found = _read(run)
     with reading(run / RUN_FILE, START_AGAIN):
         return None if found is None else recorded_steps(found)
 
 
 def refuse_grown(run: Path, corpus: Corpus) -> None:
-    """Raise CheckpointError where the corpus of the run in ``run`` has grown to ``corpus``: what is
-    trained on and held out would be other sequences.
+    """Raise CheckpointError if the corpus of the run in ``run`` has grown to ``corpus``: other
+    sequences would be trained on and held out.
     """
     found = _read(run) or {}
     with reading(run / RUN_FILE, START_AGAIN):
@@ -118,24 +120,23 @@ def refuse_grown(run: Path, corpus: Corpus) -> None:
             "cache as it was then (--set cache.path=COPY)"
         )
     raise CheckpointError(
-        f"the corpus of the cache {corpus.store.location} has grown since {run} was begun, so the "
-        f"sequences that it trains on would change. {rule}"
+        f"the corpus of the cache {corpus.store.location} has grown since {run} was begun, so its "
+        f"training sequences would change. {rule}"
     )
 
 
 def as_run_began(config: S, run: Path) -> S:
-    """``config`` with the former defaults that the run in ``run`` was begun with."""
+    """Return ``config`` with the former defaults that the run in ``run`` was begun with."""
     found = _read(run) or {}
     with reading(run / RUN_FILE, START_AGAIN):
         return as_begun(config, found)
 
 
 def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ()) -> bool:
-    """Return whether ``run`` holds the run ``about`` to go on with; False where it is free.
+    """Return whether ``run`` holds the run ``about``, to be continued; False if it is free.
 
-    Of ``free`` keys any may differ. Raises InputError when the directory is in use for something
-    else, or for a run that is not to be resumed; CheckpointError, naming the key, when the run in
-    it is another one.
+    The ``free`` keys may differ. Raises InputError if the directory is used for something else, or
+    for a run that is not to be resumed; CheckpointError, naming the key, if it holds another run.
     """
     if not goes_on(run, RUN_FILE, "run", resume):
         return False
@@ -152,11 +153,11 @@ def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ())
         recorded[STUDENT_FILES] = found.get(STUDENT_FILES, files)
         recorded[SECTION] = found.get(SECTION, {})
         recorded[LENGTH] = found.get(LENGTH, now.get(LENGTH, {}))
-        # What only the record has is of an older version.
+        # Keys that only the record has come from an older version.
         before = {name: {k: recorded[name].get(k) for k in now[name]} for name in now}
     if STUDENT_FILES in now:
         _check_student(run, before[STUDENT_FILES], now)
-    # By content; where the record says nothing of it, by place.
+    # Compare the student by content; if that is not recorded, by place.
     moved = ("student.model",) if found.get(STUDENT_FILES) else ()
     check_same(run, before, now, _rule(run, now), (*free, *FREE_OF_CACHE, *moved))
     return True
@@ -166,13 +167,13 @@ def _check_student(run: Path, before: About, now: About) -> None:
     other = [name for name, digest in now[STUDENT_FILES].items() if before.get(name) != digest]
     if other:
         raise CheckpointError(
-            f"{run} was begun with another student: of student.model {now['student']['model']} the "
-            f"{' and the '.join(other)} differ from those it began with. {_rule(run, now)}"
+            f"{run} was begun with another student: of student.model {now['student']['model']} "
+            f"the {' and the '.join(other)} differ from those it began with. {_rule(run, now)}"
         )
 
 
 def began_with(run: Path, config: StudentConfig) -> bool:
-    """Whether the run in ``run`` says that its student began with the files of this one."""
+    """Return whether the run in ``run`` records that its student began with these files."""
     files = (_read(run) or {}).get(STUDENT_FILES)
     return bool(files) and files == student_files(config)
 
@@ -180,10 +181,10 @@ def began_with(run: Path, config: StudentConfig) -> bool:
 def keys_that_may_change(
     student: StudentConfig, train: TrainConfig, balanced: bool = False
 ) -> list[str]:
-    """The dotted keys of a run's record that may differ when it goes on.
+    """Return the dotted keys of a run's record that may differ when it is resumed.
 
-    ``balanced``: the student has a load-balancing loss, which is no sum over sequences: what is in
-    one forward pass decides its value.
+    ``balanced``: the student has a load-balancing loss, which is not a sum over sequences: its
+    value depends on what is in one forward pass.
     """
     sections = {"student": student, "train": train}
     keys = [f"{name}.{key}" for name, one in sections.items() for key in free_keys(one)]
@@ -204,20 +205,20 @@ def _read(run: Path) -> dict[str, Any] | None:
     found = read_record(run / RUN_FILE, START_AGAIN)
     if found is not None and (version := found.get("version", 1)) not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"{run / RUN_FILE} is of version {version!r}; this version of Rekindle reads up to "
-            f"{VERSION}. Use the newer one that began the run, or {START_AGAIN}"
+            f"{run / RUN_FILE} has version {version!r}; this version of Rekindle reads up to "
+            f"{VERSION}. Use the newer Rekindle that began the run, or {START_AGAIN}"
         )
     return found
 
 
 def _with_defaults(part: str, recorded: About) -> About:
-    """A recorded section with the defaults of keys that are younger than the run; methods have
-    some of their own.
+    """Return a recorded section with defaults for keys that are younger than the run; methods have
+    their own.
     """
     values = with_every_key(SECTIONS[part], with_defaults(SECTIONS[part], recorded))
     if part == "train":
         terms = values["objective"]["methods"]
-        with suppress(InputError):  # there is no such method here
+        with suppress(InputError):  # the method does not exist here
             settings = [find_method(str(term["method"])).Settings for term in terms]
             values["objective"]["methods"] = list(map(with_defaults, settings, terms))
     return values
@@ -227,9 +228,11 @@ def _with_defaults(part: str, recorded: About) -> About:
 
 
 def is_finished(run: Path, model: bool = True) -> bool:
-    """Whether the run has left all that a finished one leaves; its summary is written last.
+    """Return whether the run has left everything a finished one leaves; its summary is written
+    last.
 
-    Without ``model`` the student itself may be gone: removed, say, where no other run needs it.
+    Without ``model`` the student itself may be missing, for example removed because no run needs
+    it.
     """
     files = (SUMMARY_FILE, *((ABOUT_FILE,) if model else ()))
     settings = any((run / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE))

@@ -17,13 +17,13 @@ from rekindle.train.step_config import recorded_steps
 from rekindle.train.student import ABOUT_FILE
 
 LINEAGE = "lineage"  # the key in ABOUT_FILE, TRAINER_FILE and EXPORT_FILE
-EXPORT_FILE = "export.json"  # beside a student's head that was exported
+EXPORT_FILE = "export.json"  # beside an exported head
 
 
 def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
-    """The lineage of the student that a run makes; ``about`` as ``describe_run`` has it.
+    """Return the lineage of the student that a run makes; ``about`` as from ``describe_run``.
 
-    The runs that made its teachers, then those that made the weights it starts from, then this one.
+    First the runs that made its teachers, then those that made its initial weights, then this one.
     """
     taught = [cache.teacher(name).info.lineage for name in about["cache"]["teachers"]]
     begun: Lineage = ()
@@ -33,11 +33,11 @@ def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
 
 
 def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
-    """The lineage of the model in ``directory``; empty for one that is not a student of ours. Of an
-    adapter of others it is that of its base.
+    """Return the lineage of the model in ``directory``; empty unless it is a student of ours. For
+    an adapter from elsewhere it is its base's.
 
-    ``weights``: their fingerprint, where it is known already. Raises InputError when what a student
-    says of itself cannot be read.
+    ``weights``: their fingerprint, if already known. Raises InputError if a student's record cannot
+    be read.
     """
     try:
         found = _recorded(directory)
@@ -45,7 +45,7 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{directory}: what the student says of its training is damaged "
+            f"{directory}: the student's record of its training is damaged "
             f"({type(error).__name__}: {error})"
         ) from None
     if found:
@@ -55,7 +55,9 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
 
 
 def _recorded(directory: Path) -> Lineage:
-    """What a run's directory, one of its checkpoints, or an export of either says."""
+    """Return what is recorded in a run's directory, one of its checkpoints, or an export
+    of either.
+    """
     if (exported := directory / EXPORT_FILE).is_file():
         return _earlier(exported, read_object(exported))
     path = directory / ABOUT_FILE
@@ -72,7 +74,7 @@ def _recorded(directory: Path) -> Lineage:
 
 
 def _earlier(path: Path, about: Mapping[str, Any]) -> Lineage:
-    """The runs that a file names."""
+    """Return the runs that a file names."""
     runs = about.get(LINEAGE, [])
     if not isinstance(runs, list):
         raise InputError(f"{path}: {LINEAGE} is {runs!r:.200}, not a list of runs")

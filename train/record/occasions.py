@@ -8,10 +8,10 @@ from rekindle.train.schedules import seconds_of
 
 
 class Occasions:
-    """Asked after each step by every process of a ``world``.
+    """Decides after each step, in every process of a ``world``.
 
-    ``every``: steps between checkpoints, or a time as ``train.checkpoint_every`` has it, which is
-    that of the main process. ``stop``: whether this process was told to end.
+    ``every``: steps between checkpoints, or a time as in ``train.checkpoint_every``, measured by
+    the main process. ``stop``: whether this process was told to end.
     """
 
     def __init__(self, every: int | str, world: World, stop: Stop):
@@ -21,14 +21,14 @@ class Occasions:
         self._since = time.monotonic()
 
     def after(self, done: int) -> tuple[bool, bool]:
-        """Return whether a checkpoint of ``done`` steps is due, and whether the run is to end."""
+        """Return whether a checkpoint of ``done`` steps is due, and whether the run must end."""
         due = not self.by_time and done % self.every == 0
         if self.by_time and self.world.main:
             due = time.monotonic() - self._since >= self.every
-        # One is told to end, or the main one's time is up: so for all.
+        # If one process was told to end, or the main one's time is up, it holds for all.
         wishes = self.world.sum([float(due and self.world.main), float(self.stop.asked)])
         return wishes[0] > 0, wishes[1] > 0
 
     def saved(self) -> None:
-        """A checkpoint was written: the next one is due after as long again."""
+        """Note that a checkpoint was written: the next one is due after the same time again."""
         self._since = time.monotonic()

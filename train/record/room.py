@@ -1,4 +1,4 @@
-"""Whether a disk will take what is still to be written to it."""
+"""Check whether a disk has room for what is still to be written."""
 
 import logging
 import shutil
@@ -10,22 +10,22 @@ log = logging.getLogger("rekindle")
 
 
 def free_near(path: Path) -> tuple[Path, int]:
-    """The existing folder nearest to ``path``, and the bytes that are free there."""
+    """Return the nearest existing folder to ``path``, and the free bytes there."""
     absolute = path.absolute()
     nearest = next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
     return nearest, shutil.disk_usage(nearest).free
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 of one that is not there."""
+    """Return the bytes of the files in a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class Room:
-    """Warns once where the disk of ``folder`` will not take what a run writes there again and
-    again, by what the last ``what`` took. None of a store: its room is not known.
+    """Warns once if the disk of ``folder`` lacks room for what a run keeps writing there, judged by
+    the size of the last ``what``. Not for a store: its room is unknown.
 
-    ``left``: how many are to come, and stay; without it each takes the place of an older one, once
+    ``left``: how many are still to be written and kept; without it each replaces an older one, once
     it is written.
     """
 
@@ -33,7 +33,7 @@ class Room:
         self.folder, self.what, self.left = folder, what, left
 
     def after(self, took: int) -> None:
-        """One was written, of ``took`` bytes."""
+        """Note that one of ``took`` bytes was written."""
         if self.left is not None:
             self.left -= 1
         to_come = 1 if self.left is None else self.left
@@ -45,8 +45,8 @@ class Room:
         most = free // took
         log.warning(
             "%s: %s are free, and the last %s took %s: there is no room for %s. Make room now: a "
-            "full disk ends the run, which then goes on from what is written",
+            "full disk ends the run, which can then continue from what is written",
             *(where, shown_bytes(free), self.what, shown_bytes(took)),
             f"more than {most:,} of the {to_come:,} to come" if most else "another one",
         )
-        self.folder = None  # told once
+        self.folder = None  # warned once

@@ -1,5 +1,5 @@
-"""Open the folder that a command writes into: a new one, or one to go on with, and for one process
-at a time.
+"""Open the folder that a command writes into: a new one, or one to continue in, by one process at a
+time.
 
 A file in the folder says what the run in it is (``run.json``, ``sweep.json``, …).
 """
@@ -20,7 +20,7 @@ from rekindle.data.storage.atomic import is_temporary, remove_leftovers
 
 log = logging.getLogger("rekindle")
 
-LOCK_FILE = ".lock"  # there while a process works in the folder, and after one that was killed
+LOCK_FILE = ".lock"  # exists while a process works in the folder, and after one that was killed
 
 Found = TypeVar("Found")
 
@@ -29,14 +29,14 @@ Found = TypeVar("Found")
 def open_folder(out: Path, look: Callable[[], Found]) -> Iterator[Found]:
     """Hold ``out`` alone; yield what ``look`` finds there.
 
-    ``look`` raises where the command must not go on, and is called twice: before anything is
-    written, and once no other process can begin there any more. Raises InputError where one works
+    ``look`` raises if the command must not continue, and is called twice: before anything is
+    written, and once no other process can begin there. Raises InputError if another process works
     in ``out``.
     """
     try:
         look()
     except InputError:
-        _refuse_held(out)  # which says more than that something is there
+        _refuse_held(out)  # its message says more than that something is there
         raise
     with alone_in(out):
         found = look()
@@ -45,10 +45,10 @@ def open_folder(out: Path, look: Callable[[], Found]) -> Iterator[Found]:
 
 
 def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[str] = ()) -> bool:
-    """Return whether ``out`` holds a ``what`` to go on with; False where it is new or empty, but
-    for what ``beside`` names.
+    """Return whether ``out`` holds a ``what`` to continue; False if it is new or empty, apart from
+    the files ``beside``.
 
-    Raises InputError where it holds anything else, or is not to be resumed.
+    Raises InputError if it holds anything else, or must not be resumed.
     """
     begun = (out / file).is_file()
     if begun and resume:
@@ -62,7 +62,7 @@ def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[st
         or any(path.name not in ours and not is_temporary(path.name) for path in out.iterdir())
     ):
         raise InputError(
-            f"{out} is not empty. Give another --out, or --resume to go on with the {what} in it"
+            f"{out} is not empty. Give another --out, or --resume to continue the {what} in it"
             if begun
             else f"{out} is not empty and holds no {what}; give another --out"
         )
@@ -70,17 +70,17 @@ def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[st
 
 
 def check_new(out: Path, file: str, what: str) -> None:
-    """Raise InputError where a ``what`` cannot begin in ``out``: it is not empty, or held."""
+    """Raise InputError if a ``what`` cannot begin in ``out``: it is not empty, or held."""
     try:
         goes_on(out, file, what, resume=False)
     except InputError:
-        _refuse_held(out)  # which says more than that something is there
+        _refuse_held(out)  # its message says more than that something is there
         raise
 
 
 @contextmanager
 def reading(record: Path, advice: str = "") -> Iterator[None]:
-    """Turn what is wrong with a file that a run left into a CheckpointError."""
+    """Turn errors in reading a file that a run left into a CheckpointError."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,9 +90,9 @@ def reading(record: Path, advice: str = "") -> Iterator[None]:
 def read_record(
     path: Path, advice: str = "", constant: Callable[[str], object] = float
 ) -> dict[str, Any] | None:
-    """Return the object in a JSON file that a run left; None where there is none.
+    """Return the object in a JSON file that a run left; None if there is no file.
 
-    ``constant`` is called with what is no finite number. Raises CheckpointError, with ``advice``,
+    ``constant`` is called for numbers that are not finite. Raises CheckpointError, with ``advice``,
     for a damaged file.
     """
     if not path.exists():
@@ -104,10 +104,10 @@ def read_record(
 def check_same(
     where: Path, before: object, now: object, rule: str, free: Collection[str] = ()
 ) -> None:
-    """Raise CheckpointError, naming the key, where ``now`` differs from what was begun ``before``.
+    """Raise CheckpointError, naming the key, if ``now`` differs from what was begun ``before``.
 
-    Of ``free`` keys, dotted, any may differ; a path may be written otherwise. ``rule`` says what to
-    do.
+    The ``free`` keys (dotted) may differ, and a path may be written differently. ``rule`` says what
+    to do.
     """
     now = json.loads(json.dumps(now))
     for key, (there, here) in differences([before, now]).items():
@@ -118,8 +118,8 @@ def check_same(
         if here is None and not _has(now, key):
             raise CheckpointError(
                 f"{where} was begun by an older version of Rekindle, with a setting that this one "
-                f"does not have ({found}none here). Finish it with the version that began it, or "
-                "begin again in another --out"
+                f"lacks ({found}none here). Finish it with the version that began it, or start "
+                "again in another --out"
             )
         raise CheckpointError(
             f"{where} was begun with another configuration ({found}{here!r} here). {rule}"
@@ -127,7 +127,7 @@ def check_same(
 
 
 def _has(settings: object, key: str) -> bool:
-    """Whether nested settings have a dotted key."""
+    """Return whether nested settings have a dotted key."""
     for part in key.split("."):
         if isinstance(settings, list):
             settings = dict(enumerate(settings)).get(int(part))
@@ -141,10 +141,10 @@ def _has(settings: object, key: str) -> bool:
 def differences(
     settings: Sequence[object], path: tuple[str, ...] = (), items: bool = False
 ) -> dict[str, list[object]]:
-    """Return the keys of nested settings at which not all are the same, with the value of each.
+    """Return the keys of nested settings whose values are not all equal, with each value.
 
-    Lists of as many sections are compared one by one, with ``items`` those of plain values, too;
-    other lists are different as a whole.
+    Lists of sections of equal length are compared item by item; with ``items``, so are lists of
+    plain values. Other lists differ as a whole.
     """
     if all(one == settings[0] for one in settings):
         return {}
@@ -169,10 +169,10 @@ def _is_of_sections(value: list[object]) -> bool:
 
 @contextmanager
 def alone_in(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the folder's lock, which a killed process lets go of. Yield False without one.
+    """Hold the folder's lock; a killed process releases it. Yield False if there is no lock.
 
-    Some file systems have none: nothing is held there. Raises InputError where another process
-    holds it, unless this one is to ``wait``.
+    Some file systems have no locks: nothing is held there. Raises InputError if another process
+    holds the lock, unless this one is to ``wait``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
@@ -180,7 +180,7 @@ def alone_in(folder: Path, wait: bool = False) -> Iterator[bool]:
         with open(path, "a+", encoding="utf-8") as lock:
             held = _lock(lock, folder, wait)
             if held and not _is_at(lock, path):
-                continue  # whoever held it has removed it
+                continue  # the former holder has removed it
             try:
                 yield held
             finally:
@@ -209,13 +209,13 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
 def _held(lock: TextIO, folder: Path) -> InputError:
     lock.seek(0)
     return InputError(
-        f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for it, "
+        f"another process works in {folder} ({lock.read() or 'it has just begun'}); wait for it, "
         "or give another --out"
     )
 
 
 def _refuse_held(folder: Path) -> None:
-    """Raise InputError where another process holds the folder."""
+    """Raise InputError if another process holds the folder."""
     with suppress(FileNotFoundError, NotADirectoryError), open(folder / LOCK_FILE) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

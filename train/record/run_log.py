@@ -1,5 +1,5 @@
-"""The record of a training run: ``metrics.jsonl``, and the trackers beside it, without gaps or
-doubles after a resume.
+"""Write the record of a training run, ``metrics.jsonl``, and its trackers, without gaps or
+duplicates after a resume.
 """
 
 import json
@@ -17,10 +17,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends one JSON object per line; on resume, lines past the checkpoint's step are dropped.
+    """Appends one JSON object per line; on resume, lines after the checkpoint's step are dropped.
 
-    ``silent``: one of several processes, which writes nothing. ``report_to``: the trackers that are
-    told, too, under kind/name; ``settings``: what they may show of the run, by section.
+    ``silent``: one of several processes, which writes nothing. ``report_to``: trackers that also
+    get the values, under kind/name; ``settings``: settings of the run for them, by section.
     """
 
     def __init__(
@@ -39,14 +39,13 @@ class RunLog:
         if self.path.exists():
             kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One record: ``kind`` is train or evaluate, ``step`` the steps done.
+        """Write one record: ``kind`` is train or evaluate, ``step`` the steps done.
 
-        Of training, ``seconds`` are those the run has taken so far, as the clock on the wall goes:
-        its start, waiting and evaluations before included, over all the times it was gone on with
-        (but for what was lost after a checkpoint).
+        In training records ``seconds`` is the wall time the run has taken so far, including its
+        start, waiting and evaluations, over all resumes (without what was lost after a checkpoint).
         """
         if self.silent:
             return
@@ -63,7 +62,7 @@ class RunLog:
             self._trackers.sync()
 
     def close(self, finished: bool = True) -> None:
-        """Flush and close all; ``finished``: nothing interrupted the run."""
+        """Flush and close everything; ``finished``: nothing interrupted the run."""
         if self.silent:
             return
         self._file.close()
@@ -82,10 +81,10 @@ class RunLog:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """All records of a run, in order; none of one that has not begun to write.
+    """Return all records of a run in order; empty if it has not begun to write.
 
-    A last line that is no JSON is what a kill cut short, and left out. Raises CheckpointError,
-    naming the line, for any other that is no record.
+    A last line that is not JSON was cut short by a kill, and is left out. Raises CheckpointError,
+    naming the line, for any other invalid line.
     """
     path = run / METRICS_FILE
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -99,17 +98,17 @@ def read_metrics(run: Path) -> list[dict]:
             record = None
         if told := _problem(record):
             raise CheckpointError(
-                f"{path} is damaged: line {number} {told}. Put a copy of the file back, or take "
-                "the line out: the run goes on without it"
+                f"{path} is damaged: line {number} {told}. Restore the file from a copy, or "
+                "remove the line: the run continues without it"
             )
         records.append(record)
     return records
 
 
 def _problem(record: object) -> str:
-    """What keeps a line from being a record, if anything."""
+    """Return what keeps a line from being a record; empty if nothing does."""
     if not isinstance(record, dict):
-        return "is no JSON object"
+        return "is not a JSON object"
     if not isinstance(record.get("kind"), str):
         return "has no kind (train, or evaluate)"
     for name, value in record.items():

@@ -1,9 +1,9 @@
-"""A student in shards on disk: every process writes files of its own, and reads its own rows.
+"""A sharded student on disk: every process writes its own files and reads its own rows.
 
-Tensors are written whole, into files that any number of processes reads and that transformers
-loads: ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with an index. Those of a file
-are put together one at a time, in the process that writes it: it never holds more than the file,
-and one tensor beside.
+Tensors are written whole, into files that any number of processes can read and that transformers
+loads: ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with an index. The tensors of
+a file are gathered one at a time, in the process that writes it: it never holds more than the file
+and one more tensor.
 """
 
 import json
@@ -28,10 +28,10 @@ from rekindle.train.model.folder import INDEX_FILE, WEIGHTS_FILE, read_header
 from rekindle.train.record.run_folder import LOCK_FILE
 from rekindle.train.student import Saved
 
-LARGEST = 2 << 30  # bytes of a file, unless a block of the model, or a tensor, has more
-LEAST = 64 << 20  # of a checkpoint's file: less is not worth one of its own
+LARGEST = 2 << 30  # bytes of a file, unless a block of the model or a tensor has more
+LEAST = 64 << 20  # bytes of a checkpoint's file: smaller ones are not worthwhile
 
-Unit = Mapping[str, Tensor]  # what stands in one file, by name
+Unit = Mapping[str, Tensor]  # tensors that belong in one file, by name
 
 
 def write_student(
@@ -42,11 +42,11 @@ def write_student(
     as_held: bool = False,
     limit: int | None = None,
 ) -> dict[str, str]:
-    """Write what ``Student.save_pretrained`` does of a student in shards, in files of ``limit``
-    bytes (None: ``LARGEST``); return the sha256 of those files that this process wrote.
+    """Write a sharded student as ``Student.save_pretrained`` does, in files of ``limit`` bytes
+    (None: ``LARGEST``); return the sha256 of the files that this process wrote.
 
-    Every process takes part, and sees the ``folder``. ``as_held``, as ``Student.save_model`` has
-    it, each of them writes; else the main one, as transformers converts there alone.
+    Every process takes part and sees the ``folder``. With ``as_held`` (see ``Student.save_model``)
+    all write; otherwise only the main one, because transformers can convert only there.
     """
     own, world = student.student, student.world
     tied = getattr(own.model, "all_tied_weights_keys", None) or {}
@@ -61,7 +61,8 @@ def write_student(
         save_file(kept, file, {"format": "pt"})
 
     if world.main:
-        own.save_model(folder, {})  # the files beside the weights; it would remove these
+        # the files beside the weights; this would remove weights written before
+        own.save_model(folder, {})
     units, file, limit = _units(own.model), folder / WEIGHTS_FILE, limit or LARGEST
     if as_held:
         digests = write_files(world, units, limit, file, save)
@@ -89,8 +90,8 @@ def write_files(
     save: Callable[[Unit, Path], None],
     writers: int | None = None,
 ) -> dict[str, str]:
-    """``save`` all tensors of the ``units`` as ``file``, or as several with numbers in their names;
-    return the sha256 of those that this process wrote. Every process takes part.
+    """``save`` all tensors of the ``units`` as ``file``, or as several files with numbers in their
+    names; return the sha256 of those that this process wrote. Every process takes part.
 
     The first ``writers`` processes write (None: all), each one file at a time.
     """
@@ -106,13 +107,13 @@ def write_files(
             several = f"-{mine + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
             written = file.with_name(f"{file.stem}{several}{file.suffix}")
             save(own, written)
-            sync(written)  # of another machine's file the main process could not do it
+            sync(written)  # the main process cannot do it for a file of another machine
             digests[written.name] = sha256_of(written)
     return digests
 
 
 def in_files(sizes: Sequence[int], limit: int) -> list[range]:
-    """Cut units of these ``sizes`` into runs of at most ``limit`` bytes each, or of one unit."""
+    """Divide units of these ``sizes`` into runs of at most ``limit`` bytes each, or of one unit."""
     found, first, total = list[range](), 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > limit:
@@ -123,20 +124,20 @@ def in_files(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def share_of(tensors: Iterable[Tensor], world: World) -> int:
-    """Return how large the files of a checkpoint are, so that every process writes as much."""
+    """Return the size of a checkpoint's files, so that every process writes an equal part."""
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return min(LARGEST, max(LEAST, math.ceil(total / world.size)))
 
 
 def _size(units: Sequence[Unit]) -> int:
-    """Return the bytes of all tensors, tied ones once."""
+    """Return the bytes of all tensors, tied ones counted once."""
     each = {id(tensor): tensor for unit in units for tensor in unit.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in each.values())
 
 
 def _units(model: torch.nn.Module) -> list[Unit]:
-    """Return the model's tensors, those together that must stand in one file: tied ones, and a
-    block's, of which transformers forms those that the files of its family have.
+    """Return the model's tensors, grouped if they must be in one file: tied ones, and those of a
+    block, from which transformers may form the tensors of the family's files.
     """
     homes = {
         id(tensor): f"block {number}"
@@ -150,7 +151,7 @@ def _units(model: torch.nn.Module) -> list[Unit]:
 
 
 def _together(unit: Unit, mine: bool) -> dict[str, Tensor]:
-    """Put tensors together, each once; those that are ``mine`` stay, on the CPU."""
+    """Gather tensors, each once; keep those that are ``mine``, on the CPU."""
     made: dict[int, Tensor | None] = {}
     for tensor in unit.values():
         if id(tensor) not in made:
@@ -168,7 +169,7 @@ def _gathered(tensor: Tensor, mine: bool) -> Tensor | None:
 
 @torch.no_grad()
 def read_rows(places: Mapping[str, Saved], homes: Mapping[str, Tensor]) -> None:
-    """Read into each of the ``homes`` those rows of the tensor of its name that it holds."""
+    """Read into each of the ``homes`` the rows that it holds of the tensor of its name."""
     for file in dict.fromkeys(place.file for place in places.values()):
         with safe_open(file, "pt") as stored:
             for name, place in places.items():
@@ -188,15 +189,15 @@ def _fill(home: Tensor, stored: Any, key: str) -> None:
 
 
 def refuse_unshared(run: Path, world: World) -> None:
-    """Raise InputError where a process does not see the folder that the main one works in."""
+    """Raise InputError if a process does not see the folder that the main one works in."""
     told = world.decide(lambda: _read(run / LOCK_FILE))
 
     def check() -> None:
         if _read(run / LOCK_FILE) != told:
             raise InputError(
-                f"process {world.rank} on {socket.gethostname()} does not see the files of the "
-                f"main one in {run}: with train.parallel: fsdp, and to --resume, all processes "
-                "read and write there. Give an --out on a file system that all nodes share"
+                f"process {world.rank} on {socket.gethostname()} does not see the main process's "
+                f"files in {run}: with train.parallel: fsdp, and to --resume, all processes read "
+                "and write there. Give an --out on a file system that all nodes share"
             )
 
     world.agree(check)
@@ -210,10 +211,10 @@ def _read(file: Path) -> str | None:
 
 
 def check_seen(folder: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError where files that other processes have written are not there."""
+    """Raise CheckpointError if files that other processes have written are not visible."""
     lost = [name for name in names if not (folder / name).is_file()]
     if lost:
         raise CheckpointError(
-            f"{lost[0]}, which another process has written to {folder}, is not seen by the main "
-            "one. Give an --out on a file system that all nodes share"
+            f"{lost[0]}, which another process has written to {folder}, is not visible to the "
+            "main one. Give an --out on a file system that all nodes share"
         )

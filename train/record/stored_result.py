@@ -1,10 +1,10 @@
-"""Results that a command writes whole (an expert, an export) into an object store.
+"""Upload results that a command writes whole (an expert, an export) to an object store.
 
-LOCATION/.unfinished    while they are uploaded: who does; its removal, last of all, is the commit
-LOCATION/…              the files, as in a local folder
+  LOCATION/.unfinished    exists during the upload and names the process; its removal is the commit
+  LOCATION/…              the files, as in a local folder
 
-What is there while ``.unfinished`` is counts for nothing: it is of a process that uploads, or that
-was killed. Other programs, which know nothing of it, find ``config.json`` last.
+Nothing there counts while ``.unfinished`` exists: it belongs to a process that is uploading, or
+that was killed. Other programs, which do not know of it, see ``config.json`` last.
 """
 
 import json
@@ -22,25 +22,25 @@ from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
 from rekindle.train.record.working_copy import another, store_of, working_copy
 
-_MODEL = (SETTINGS_FILE, ADAPTER_FILE)  # what makes a folder one of a model
+_MODEL = (SETTINGS_FILE, ADAPTER_FILE)  # either one makes a folder a model's
 _SMALL = ".json"
 
 
 @contextmanager
 def local_result(out: Path, force: bool = False) -> Iterator[Path]:
-    """Where a command makes the folder ``out``: there, or if that is in a store, in a local one
-    that has what says of the result that is there already; ``write_whole`` uploads it.
+    """Yield the folder in which a command makes ``out``: itself, or if that is in a store, a local
+    one with the record of a result that is already there; ``write_whole`` uploads it.
 
-    Raises InputError where another machine uploads one, unless with ``force``.
+    Raises InputError if another machine is uploading one, unless with ``force``.
     """
 
     def fill(folder: Path, store: ObjectStore) -> None:
         claim = _claim_in(store)
         if claim and not force and claim.get("host") != socket.gethostname():
             raise InputError(
-                f"{store.location}: process {claim.get('process')} on {claim.get('host')} uploads "
-                "a result there, or was killed in the middle of it. Wait for it; if it is gone, "
-                "--force begins anew"
+                f"{store.location}: process {claim.get('process')} on {claim.get('host')} is "
+                "uploading a result there, or was killed during the upload. Wait for it; if it "
+                "is gone, --force starts again"
             )
         there = [] if claim else [*store.names(""), *store.folders("")]
         for name in there:
@@ -55,10 +55,10 @@ def local_result(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def write_whole(folder: Path, force: bool = False) -> None:
-    """Upload the finished result in ``folder``, if it belongs into a store; with ``force`` in place
-    of an earlier one. A process that is killed meanwhile leaves nothing that counts.
+    """Upload the finished result in ``folder`` if it belongs in a store; with ``force``, replace an
+    earlier one. A process killed meanwhile leaves nothing that counts.
 
-    Raises InputError where another one has been written, or is uploaded by another machine.
+    Raises InputError if another result exists, or is being uploaded by another machine.
     """
     if (store := store_of(folder)) is None:
         return

@@ -1,11 +1,12 @@
-"""Training runs whose folder is in an object store: what counts of them is written through.
+"""Training runs whose folder is in an object store: their lasting files are uploaded as they are
+written.
 
-LOCATION/run.json, metrics.jsonl, …              as in a local folder; summary.json, run.yaml last
-LOCATION/checkpoints/step-00000200-0123abcd/…    the files of an attempt at a checkpoint
-LOCATION/checkpoints/step-00000200.json          its commit record: created last, exclusively
+  LOCATION/run.json, metrics.jsonl, …            as in a local folder; summary.json, run.yaml last
+  LOCATION/checkpoints/step-00000200-0123abcd/…  the files of an attempt at a checkpoint
+  LOCATION/checkpoints/step-00000200.json        its commit record: created last, exclusively
 
-A checkpoint counts once its record is there, so that an upload that was killed never does. Of
-several runs (stages, a sweep) LOCATION has the definition, and LOCATION/NAME is each of them.
+A checkpoint counts once its record exists, so a killed upload never does. For several runs (stages,
+a sweep) LOCATION has the definition, and LOCATION/NAME each run.
 """
 
 import logging
@@ -25,18 +26,18 @@ from rekindle.train.record.working_copy import another, store_of, working_copy
 
 log = logging.getLogger("rekindle")
 
-LAST = (SUMMARY_FILE, "run.yaml")  # of a finished run, in this order: they say that it is one
+LAST = (SUMMARY_FILE, "run.yaml")  # of a finished run, in this order: they mark it as finished
 
 
 @contextmanager
 def local_runs(
     out: Path, resume: bool, definitions: Mapping[str, tuple[str, ...]] = {}
 ) -> Iterator[Path]:
-    """Where a run works whose folder is ``out``: there, or if that is in a store, in a local folder
-    that holds what is there to go on with.
+    """Yield the folder in which a run for ``out`` works: itself, or if that is in a store, a local
+    one with what is needed to continue.
 
-    Several runs have a file of ``definitions``; for it, the endings of the files of finished ones
-    that nobody goes on from. Raises InputError where something is there that is not to be resumed.
+    Several runs have a file of ``definitions``, which maps to the endings of a finished run's files
+    that no other run needs. Raises InputError if something is there that is not to be resumed.
     """
 
     def fill(folder: Path, store: ObjectStore) -> None:
@@ -44,7 +45,7 @@ def local_runs(
         names = store.names("")
         if names and not resume:
             begun = {*names} & {RUN_FILE, *definitions}
-            goes = ", or --resume to go on with the run in it" if begun else ""
+            goes = ", or --resume to continue the run in it" if begun else ""
             raise InputError(f"{store.location} is not empty. Give another --out{goes}")
         _fill(folder, store, names)
         for unneeded in (ends for file, ends in definitions.items() if file in names):
@@ -55,7 +56,7 @@ def local_runs(
 
     with working_copy(out, fill) as folder:
         if folder != out and launched().rank == 0:
-            told = "worked on in %s, and written through at checkpoints"
+            told = "worked on in %s, and uploaded at checkpoints"
             log.info(f"%s: {told}", address_of(out), folder.parent)
         yield folder
 
@@ -63,7 +64,7 @@ def local_runs(
 def _fill(
     folder: Path, store: ObjectStore, names: Collection[str], unneeded: tuple[str, ...] = ()
 ) -> None:
-    """Fetch what there is of a run to go on with, or of one that is finished."""
+    """Download what is needed to continue a run, or what a finished one needs."""
     finished = SUMMARY_FILE in names
     for name in names:
         if not (finished and name.endswith(unneeded)):
@@ -73,7 +74,7 @@ def _fill(
 
 
 def _fetch_newest(folder: Path, store: ObjectStore) -> None:
-    """Fetch the newest checkpoint that is whole; forget those that are not."""
+    """Download the newest complete checkpoint; forget incomplete ones."""
     for step in reversed(_committed(store)):
         target = folder / "checkpoints" / step
         try:
@@ -91,7 +92,7 @@ def _fetch_newest(folder: Path, store: ObjectStore) -> None:
 
 
 def _committed(store: ObjectStore) -> list[str]:
-    """The names of the checkpoints whose records are there, the newest last."""
+    """Return the names of the checkpoints with a record, the newest last."""
     return [n.removesuffix(".json") for n in store.names("checkpoints") if n.endswith(".json")]
 
 
@@ -103,8 +104,8 @@ def _record(step: str) -> str:
 
 
 def write_definition(file: Path, resumed: bool) -> None:
-    """Write through which runs there are; ``resumed``: in place of what is there. Raises InputError
-    where another process has begun some.
+    """Upload the definition of several runs; ``resumed``: replacing the one there. Raise InputError
+    if another process has begun some.
     """
     if (store := store_of(file.parent)) is not None:
         if resumed:
@@ -114,7 +115,7 @@ def write_definition(file: Path, resumed: bool) -> None:
 
 
 def write_begun(run: Path, resumed: bool) -> None:
-    """Write through what a run is. Raises InputError where another process has begun one there."""
+    """Upload the record of a run. Raise InputError if another process has begun one there."""
     if (store := store_of(run)) is None:
         return
     if not resumed:
@@ -123,8 +124,8 @@ def write_begun(run: Path, resumed: bool) -> None:
 
 
 def write_checkpoint(checkpoint: Path, files: dict[str, str]) -> None:
-    """Write a checkpoint through, whose ``files`` have those sha256; what is said of the run comes
-    with it. Raises InputError where another process has written the same one.
+    """Upload a checkpoint, whose ``files`` have these sha256, and the run's logs with it. Raise
+    InputError if another process has written the same one.
     """
     run, step = checkpoint.parents[1], checkpoint.name
     if (store := store_of(run)) is None:
@@ -134,11 +135,11 @@ def write_checkpoint(checkpoint: Path, files: dict[str, str]) -> None:
         store.upload(checkpoint / name, f"{folder}/{name}")
     _upload_files(run, store, but=(*LAST, RUN_FILE))
     _create(store, _record(step), seal({"folder": folder, "files": files}))
-    store.upload(run / RUN_FILE, RUN_FILE)  # which says from now on that there are checkpoints
+    store.upload(run / RUN_FILE, RUN_FILE)  # from now on it says that there are checkpoints
 
 
 def leave_checkpoints(newest: Path, keep: int, best: str | None) -> None:
-    """Leave the last ``keep`` checkpoints in the store, and ``best``; remove the others, and what
+    """Keep the last ``keep`` checkpoints and ``best`` in the store; remove the others, and what
     killed uploads have left.
     """
     if (store := store_of(newest.parents[1])) is None:
@@ -148,7 +149,7 @@ def leave_checkpoints(newest: Path, keep: int, best: str | None) -> None:
         if step in steps[-keep:] or step == best:
             known.add(read_sealed(store, _record(step))["folder"])
         else:
-            store.discard(_record(step))  # before its files: half of them never count
+            store.discard(_record(step))  # before its files, so that an incomplete one never counts
     for folder in store.folders("checkpoints"):
         if f"checkpoints/{folder}" not in known:
             for name in store.names(f"checkpoints/{folder}"):
@@ -156,7 +157,7 @@ def leave_checkpoints(newest: Path, keep: int, best: str | None) -> None:
 
 
 def write_finished(run: Path) -> None:
-    """Write the finished run through; what says that it is finished comes last."""
+    """Upload the finished run; the files that mark it as finished come last."""
     if (store := store_of(run)) is not None:
         _upload_files(run, store, but=LAST)
         for name in LAST:
@@ -164,9 +165,9 @@ def write_finished(run: Path) -> None:
 
 
 def _create(store: ObjectStore, name: str, content: bytes) -> None:
-    """Create an object; InputError where another process has."""
+    """Create an object; raise InputError if another process has."""
     made = store.create(name, content)
-    if not made and store.read_bytes(name) != content:  # and no repeated request of ours
+    if not made and store.read_bytes(name) != content:  # and it is not a repeated request of ours
         raise another(store.location)
 
 

@@ -1,4 +1,4 @@
-"""What a finished run came to: its summary.json, read whole or refused by its key."""
+"""Read a finished run's summary.json completely, or refuse it naming the wrong key."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rekindle.train.record.run_folder import read_record, reading
 
 
 class _Summary(Settings):
-    """The types of what is in it; older runs have less."""
+    """The types of its contents; older runs have fewer."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
@@ -23,7 +23,7 @@ class _Summary(Settings):
 
 
 def read_summary(run: Path, advice: str = "") -> dict[str, Any]:
-    """Return what a finished run came to; nothing of another. Raises CheckpointError, naming the
+    """Return the summary of a finished run; empty for others. Raise CheckpointError, naming the
     key, for a damaged summary.
     """
     path = run / SUMMARY_FILE

@@ -1,9 +1,9 @@
-"""Where the numbers of a run go beside ``metrics.jsonl``, by the same names: TensorBoard, Weights &
-Biases, MLflow. A run that is gone on with is the same run there, without gaps or doubles.
+"""Trackers that receive a run's numbers besides ``metrics.jsonl``, under the same names:
+TensorBoard, Weights & Biases, MLflow. A resumed run continues there, without gaps or duplicates.
 
-A new one is one class and its line in ``_TRACKERS``. What each needs to be told beyond a run (where
-its server is, the key, the project) is its own matter: ``WANDB_PROJECT``, ``WANDB_MODE``,
-``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``, … as its documentation has them.
+A new tracker is one class and its line in ``_TRACKERS``. What a tracker itself needs (its server,
+key, project) is configured in its own way: ``WANDB_PROJECT``, ``WANDB_MODE``,
+``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``, … as its documentation says.
 """
 
 import importlib.util
@@ -21,21 +21,21 @@ from rekindle.data.storage.atomic import write_text
 
 log = logging.getLogger("rekindle")
 
-PROJECT = "rekindle"  # what the project or experiment is called, where nobody says
+PROJECT = "rekindle"  # default name of the project or experiment
 Values = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """A place that takes numbers by name and step."""
+    """A receiver of numbers by name and step."""
 
     def write(self, values: Values, step: int) -> None:
-        """Take the values of a step; steps never go down but at a resume."""
+        """Take the values of a step; steps decrease only at a resume."""
 
     def sync(self) -> None:
-        """Hand on all that is held back: a checkpoint must not be newer."""
+        """Pass on everything held back: a checkpoint must not be newer."""
 
     def close(self, finished: bool) -> None:
-        """Hand on the rest and end; ``finished``: nothing interrupted the run."""
+        """Pass on the rest and end; ``finished``: nothing interrupted the run."""
 
 
 class _TensorBoard:
@@ -49,14 +49,14 @@ class _TensorBoard:
             self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        self._board.flush()  # its own thread writes: some of it may still wait
+        self._board.flush()  # its own thread writes, so some of it may still wait
 
     def close(self, finished: bool) -> None:
         self._board.close()
 
 
 class _Wandb:
-    """Nothing but numbers and settings is sent: no console, no code, no state of a checkout."""
+    """Only numbers and settings are sent: no console, no code, no state of a checkout."""
 
     def __init__(self, run: Path, first: int, settings: Mapping[str, Any]):
         import wandb
@@ -73,21 +73,22 @@ class _Wandb:
         )
 
     def write(self, values: Values, step: int) -> None:
-        if step >= self._run.step:  # what its server has of a resumed run it would refuse, loudly
+        # its server would loudly refuse the steps of a resumed run that it already has
+        if step >= self._run.step:
             self._run.log(dict(values), step=step)
 
     def sync(self) -> None:
-        pass  # its own process writes as it comes
+        pass  # its own process writes as values come
 
     def close(self, finished: bool) -> None:
         self._run.finish(exit_code=0 if finished else 1)
 
 
 class _MLflow:
-    """Sends what has gathered at checkpoints, and in between some hundred numbers at a time."""
+    """Sends collected values at checkpoints, and in between some hundred numbers at a time."""
 
-    _MOST_METRICS, _MOST_SETTINGS = 500, 100  # a request
-    _LONGEST = 6000  # characters of a setting
+    _MOST_METRICS, _MOST_SETTINGS = 500, 100  # per request
+    _LONGEST = 6000  # characters per setting
 
     def __init__(self, run: Path, first: int, settings: Mapping[str, Any]):
         from mlflow import MlflowClient
@@ -96,14 +97,14 @@ class _MLflow:
 
         self._client, self._metric = MlflowClient(), Metric
         self._held: list[Any] = []
-        self._there: dict[str, int] | None = None  # of a resumed run, the last step by name
+        self._there: dict[str, int] | None = None  # for a resumed run, the last step by name
         if (known := _known(run, "mlflow")) is not None:
             try:
                 self._client.update_run(known, status="RUNNING")
                 self._id, self._there = known, {}
                 return
             except MlflowException as error:
-                log.warning("MLflow has no run %s any more (%s): it is a new one", known, error)
+                log.warning("MLflow no longer has run %s (%s): a new one is made", known, error)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
@@ -153,51 +154,51 @@ _INSTALLED = {
 
 
 def check_trackers(names: Collection[str]) -> None:
-    """Raise InputError where a tracker's package is missing, or it would ask for a key."""
+    """Raise InputError if a tracker's package is missing, or it would ask for a key."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(
-                f"train.report_to has {name}, and its package is not there: {_INSTALLED[name]}, "
-                f"or leave {name} out"
+                f"train.report_to has {name}, but its package is not installed: "
+                f"{_INSTALLED[name]}, or leave {name} out"
             )
     if "wandb" in names and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
         import wandb
 
         if not wandb.login(prompt=False):
             raise InputError(
-                "train.report_to has wandb, and nobody is logged in: `wandb login` (or the "
-                "variable WANDB_API_KEY), or WANDB_MODE=offline to send the run later "
-                "(`wandb sync`)"
+                "train.report_to has wandb, but nobody is logged in: `wandb login` (or the "
+                "variable WANDB_API_KEY), or WANDB_MODE=offline to send the run later (`wandb "
+                "sync`)"
             )
 
 
 class Trackers:
-    """All trackers of a run. One that fails in the middle is left out from there on, and said: the
-    run's own record has everything.
+    """All trackers of a run. One that fails during the run is dropped with a warning: the run's own
+    record has everything.
     """
 
     def __init__(self, names: Collection[str], run: Path, first: int, settings: Mapping[str, Any]):
-        """``first``: the steps that are done already; ``settings``: of the run, by section.
+        """``first``: the steps already done; ``settings``: of the run, by section.
 
-        Raises InputError for one that cannot be begun.
+        Raises InputError for a tracker that cannot be started.
         """
         self._each: dict[str, Tracker] = {}
         for name in names:
             try:
                 self._each[name] = _TRACKERS[name](run, first, settings)
-            except Exception as error:  # a server's; each library has its own
+            except Exception as error:  # a server's error; each library has its own
                 self.close(finished=False)
                 raise InputError(
-                    f"train.report_to: {name} cannot be begun ({' '.join(str(error).split())}); "
-                    f"mend that, or leave {name} out. metrics.jsonl has all it would be told"
+                    f"train.report_to: {name} cannot be started ({' '.join(str(error).split())}); "
+                    f"fix that, or leave {name} out. metrics.jsonl has all its values"
                 ) from None
 
     def write(self, values: Values, step: int) -> None:
-        """Hand the values of a step to each."""
+        """Pass the values of a step to each."""
         self._tell(lambda one: one.write(values, step))
 
     def sync(self) -> None:
-        """Have each hand on what it holds back."""
+        """Make each pass on what it holds back."""
         self._tell(lambda one: one.sync())
 
     def close(self, finished: bool) -> None:
@@ -208,8 +209,12 @@ class Trackers:
         for name, one in [*self._each.items()]:
             try:
                 do(one)
-            except Exception as error:  # a server's; each library has its own
-                log.warning("%s takes no more of this run (%s); metrics.jsonl does", name, error)
+            except Exception as error:  # a server's error; each library has its own
+                log.warning(
+                    "%s accepts no more values of this run (%s); metrics.jsonl has them",
+                    name,
+                    error,
+                )
                 del self._each[name]
 
 
@@ -231,7 +236,7 @@ def _id_file(run: Path, name: str) -> Path:
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
-    """Each setting by its dotted key."""
+    """Yield each setting with its dotted key."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{key}.")

@@ -1,4 +1,4 @@
-"""When to stop a run whose loss is not finite, or explodes, and what to leave for the search."""
+"""Decide when to stop a run whose loss is not finite or explodes."""
 
 import math
 import statistics
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 WINDOW = 100  # steps whose median is the usual loss
-EARLIEST = 20  # steps before there is a median; until then the first loss is the usual one
-LATEST = 1  # steps that a loss may be known late
-AT_LEAST = 1.0  # nats above it: twenty times next to nothing is no explosion
+EARLIEST = 20  # steps needed for a median; until then the first loss is the usual one
+LATEST = 1  # number of steps by which a loss may be known late
+AT_LEAST = 1.0  # nats above the usual loss: twenty times almost nothing is not an explosion
 
 
-Weights = tuple[float, ...]  # of the terms of a loss
+Weights = tuple[float, ...]  # weights of the terms of a loss
 
 
 class Usual(NamedTuple):
-    """What a step's loss is held against: none may be above ``limit``."""
+    """The loss a step is compared with; none may exceed ``limit``."""
 
     value: float
     name: str
@@ -24,11 +24,12 @@ class Usual(NamedTuple):
 
 
 class LossWatch:
-    """Knows the last losses; says what is wrong with the next one. The same after a resume.
+    """Remembers the last losses and reports what is wrong with the next one. The same after a
+    resume.
 
-    A loss is held against those of about the same weights: that a schedule lets a term begin is no
-    explosion. ``late``: how many steps before it are not known yet when a step is judged, as it
-    then is everywhere, wherever a run goes on.
+    A loss is compared with losses at similar weights, so a term whose schedule begins is not an
+    explosion. ``late``: how many preceding losses are unknown when a step is judged; the same
+    everywhere, also in a resumed run.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class LossWatch:
     ):
         self.factor, self.late = factor, late
         self._recent: deque[tuple[float, Weights]] = deque(recent, maxlen=WINDOW + late)
-        self._ahead = 0  # steps that were begun and are not judged yet
+        self._ahead = 0  # steps begun and not judged yet
 
     def usual(self, weights: Weights = ()) -> Usual:
-        """What the next step's loss is held against; asked once, when it is begun."""
+        """Return what the next step's loss is compared with; call it once, when the step begins."""
         known = list(self._recent)
         known = known[: max(len(known) - (self.late - self._ahead), 0)][-WINDOW:]
         self._ahead += 1
@@ -49,8 +50,8 @@ class LossWatch:
     def complaint(
         self, loss: float, grad_norm: float, weights: Weights = (), usual: Usual | None = None
     ) -> str | None:
-        """Why the run must stop, or None; remembers the loss. ``usual``: of when the step began;
-        None: it begins and ends now.
+        """Return why the run must stop, or None; remember the loss. ``usual``: from the step's
+        beginning; None: it begins and ends now.
         """
         usual = usual or self.usual(weights)
         self._ahead -= 1
@@ -65,19 +66,19 @@ class LossWatch:
 
 
 def _usual(known: Iterable[tuple[float, Weights]], weights: Weights) -> tuple[float, str]:
-    """What a loss is compared with, and what that is called; infinite before there is any."""
-    # A loss of 0 is of a step that taught nothing: masks from losses may leave one without.
+    """Return the loss to compare with, and its name; infinite before there is any."""
+    # A loss of 0 belongs to a step that taught nothing: masks may leave one without targets.
     alike = [loss for loss, then in known if loss and _alike(then, weights)]
     if len(alike) >= EARLIEST:
         return statistics.median(alike), f"the median of the last {len(alike)} steps"
-    # A loss that begins near 0 belongs to a term whose weight is on its way up.
+    # A first loss near 0 belongs to a term whose weight is still rising.
     if alike and alike[0] >= AT_LEAST:
         return alike[0], "the first step's"
     return math.inf, ""
 
 
 def _alike(then: Weights, now: Weights) -> bool:
-    """Whether no weight is more than twice what it was, nor less than half."""
+    """Return whether no weight has more than doubled or halved."""
     return all(max(a, b) <= 2 * min(a, b) for a, b in zip(then, now, strict=True))
 
 
@@ -86,8 +87,8 @@ def recent_losses(
     until: int,
     weights: Callable[[int], Weights] = lambda step: (),
 ) -> list[tuple[float, Weights]]:
-    """The last losses of a run's metrics up to ``until`` steps, for a watch that goes on;
-    ``weights`` of a step (0-based).
+    """Return the last losses in a run's metrics up to ``until`` steps, for a resumed watch;
+    ``weights`` gives those of a step (0-based).
     """
     trained = (r for r in records if r["kind"] == "train" and "loss" in r)
     kept = [r for r in trained if r["step"] <= until]

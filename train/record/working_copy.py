@@ -1,9 +1,9 @@
-"""A command's output folder in an object store: the command works in a local folder, and what
-counts is written through.
+"""A command's output folder in an object store: the command works in a local folder, and its
+lasting files are uploaded as they are written.
 
-REKINDLE_COPIES/.runs/NAME-KEY/          where it works; each command fills it anew from the store
-REKINDLE_COPIES/.runs/.NAME-KEY.store    the address that it belongs to, and the launch it is of
-REKINDLE_COPIES/.runs/.NAME-KEY.used     locked by the processes that work in it
+  REKINDLE_COPIES/.runs/NAME-KEY/          where it works; each command fills it from the store
+  REKINDLE_COPIES/.runs/.NAME-KEY.store    its address, and the launch it belongs to
+  REKINDLE_COPIES/.runs/.NAME-KEY.used     locked by the processes that work in it
 """
 
 import fcntl
@@ -29,7 +29,7 @@ Fill = Callable[[Path, ObjectStore], None]
 
 
 def local_place(out: Path) -> Path:
-    """The local folder of what is in ``out``."""
+    """Return the local folder for ``out``."""
     if (address := address_of(out)) is None:
         return out
     return copies().root / ".runs" / f"{address.rpartition('/')[2]}-{key_of(address)[:8]}"
@@ -37,11 +37,11 @@ def local_place(out: Path) -> Path:
 
 @contextmanager
 def working_copy(out: Path, fill: Fill) -> Iterator[Path]:
-    """Where a command works whose folder is ``out``: there, or if that is in a store, in a local
-    folder, which ``fill`` makes anew from what is there; it goes when all went well.
+    """Yield the folder in which a command for ``out`` works: itself, or if that is in a store, a
+    local folder, which ``fill`` makes from what is there; it is removed after success.
 
-    What is said meanwhile speaks of the address. Raises InputError where another process of this
-    machine works on it, or there is no such bucket.
+    Messages meanwhile name the address. Raises InputError if another process of this machine works
+    on it, or the bucket does not exist.
     """
     address = address_of(out)
     if address is None:
@@ -54,7 +54,7 @@ def working_copy(out: Path, fill: Fill) -> Iterator[Path]:
         with open(root / f".{folder.name}.lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             ours = f"{address}\n{_launch()}\n"
-            # Of the processes of a launch the first one on a node fills it for all of them.
+            # The first process of a launch on a node fills it for all of them.
             if not mark.exists() or mark.read_text() != ours:
                 _refuse_used(used, address)
                 remove(folder)
@@ -68,8 +68,8 @@ def working_copy(out: Path, fill: Fill) -> Iterator[Path]:
 
 
 def store_of(folder: Path) -> ObjectStore | None:
-    """The store that a local folder, or the one that holds it, is written through to; None for
-    what is where it is worked on.
+    """Return the store to which a local folder, or its parent, is uploaded; None for a folder that
+    is used in place.
     """
     for place, inside in ((folder, ""), (folder.parent, f"/{folder.name}")):
         if (mark := _mark(place)).exists():
@@ -78,13 +78,13 @@ def store_of(folder: Path) -> ObjectStore | None:
 
 
 def place_of(folder: Path) -> str:
-    """What an output folder is called: its address, where it is in a store."""
+    """Return an output folder's name: its address, if it is in a store."""
     store = store_of(folder)
     return str(folder) if store is None else store.location
 
 
 def another(address: str) -> InputError:
-    """The error of who comes second."""
+    """Return the error for the second process at one address."""
     return InputError(f"another process works on {address}; wait for it, or give another --out")
 
 
@@ -109,7 +109,7 @@ def _reached(address: str) -> ObjectStore:
 
 
 def _launch() -> str:
-    """What the processes of one launch on a node have in common."""
+    """Return what the processes of one launch on a node have in common."""
     if not one_of_many():
         return new_attempt()
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -118,7 +118,7 @@ def _launch() -> str:
 
 def _refuse_used(used: BinaryIO, address: str) -> None:
     try:
-        fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up for the shared one
+        fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)  # exchanged for the shared lock later
     except BlockingIOError:
         raise another(address) from None
 
@@ -128,7 +128,7 @@ def _refuse_used(used: BinaryIO, address: str) -> None:
 
 @contextmanager
 def speaking_of(address: str, folder: Path) -> Iterator[None]:
-    """Have messages name the address where they would name the local folder."""
+    """Make messages name the address instead of the local folder."""
 
     def renamed(text: str) -> str:
         return text.replace(str(folder), address)

@@ -1,1 +1,1 @@
-"""A step of training: what it does, whether it counts, and what it measured."""
+"""A training step: what it does, whether it counts, and what it measured."""

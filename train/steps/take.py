@@ -1,9 +1,9 @@
-"""One optimiser step, and what it measured: read from the device when that is through with it.
+"""Take one optimiser step, and read what it measured once the device has finished.
 
-A step is judged where it is computed, so that nothing is waited for before the optimiser's step: a
-loss or a gradient that is no number, or a loss that explodes, leaves weights and moments as they
-are, and so do all steps after it, until the loop has read why. On a GPU that is one step later,
-while the next one runs; on a CPU, where nothing runs beside it, at once.
+A step is judged where it is computed, so nothing is waited for before the optimiser's step: a loss
+or gradient that is not finite, or a loss that explodes, leaves weights and moments unchanged, and
+so do all steps after it, until the loop has read why. On a GPU that is one step later, while the
+next one runs; on a CPU, where nothing runs in parallel, at once.
 """
 
 import math
@@ -23,9 +23,10 @@ from rekindle.data.storage.atomic import write_json
 from rekindle.train.config import TrainConfig
 from rekindle.train.distributed import ParallelStudent
 from rekindle.train.objective.pulls import with_norms
-from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.ranking import with_groups
 from rekindle.train.objective.ready import Ready
 from rekindle.train.objective.selection import StepPlan
+from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.optimizer import set_learning_rate
 from rekindle.train.precision import autocast
 from rekindle.train.prepare import Prepared
@@ -42,7 +43,7 @@ class Training:
     student: ParallelStudent
     optimizer: torch.optim.Optimizer
     prepared: Prepared
-    lineage: list[dict[str, object]]  # of the student, as its files have it
+    lineage: list[dict[str, object]]  # the student's, as its files have it
 
 
 class Reading:
@@ -58,7 +59,7 @@ class Reading:
             self._there.record()
 
     def read(self) -> list[float]:
-        """Return them."""
+        """Wait for the numbers and return them."""
         if self._there is not None:
             self._there.synchronize()
         found: list[float] = self._values.tolist()
@@ -67,28 +68,28 @@ class Reading:
 
 @dataclass
 class Taken:
-    """A step that the device was given; its values may not be known yet."""
+    """A step given to the device; its values may not be known yet."""
 
     plan: StepPlan
-    names: list[str]  # of the losses that are shown
+    names: list[str]  # of the losses that are logged
     rate: float
     head_alone: bool
     began: float
     usual: Usual
     values: Reading  # norm of the gradient, loss, those of `names`, tokens
-    beside: dict[str, float] = field(default_factory=dict)  # what else is logged of it
+    beside: dict[str, float] = field(default_factory=dict)  # other values logged for it
 
     @property
     def done(self) -> int:
-        """Steps that were done when it was."""
+        """Return the number of steps done after it."""
         return self.plan.step + 1
 
 
 class Judge:
-    """Says which steps count: on the device, before the optimiser's step, and then to the loop.
+    """Decides which steps count: on the device before the optimiser's step, and later for the loop.
 
-    ``recent``: losses of a run that goes on (``recent_losses``). ``late``: whether a step is read
-    when the next one has been given to the device.
+    ``recent``: losses of a resumed run (``recent_losses``). ``late``: whether a step is read only
+    after the next one was given to the device.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class Judge:
         self.training = training
         self.late = int(device.type == "cuda" if late is None else late) * LATEST
         self.watch = LossWatch(training.config.explosion_factor, recent, self.late)
-        self._stopped = torch.zeros((), device=device)  # 1 from the first step that is not to count
+        self._stopped = torch.zeros((), device=device)  # 1 from the first step that does not count
         self._unread: deque[Taken] = deque()
-        self._read = 0.0  # when a step was read last
+        self._read = 0.0  # when the latest step was read
 
     def apply(self, loss: Tensor, norm: Tensor, usual: Usual) -> None:
-        """Do the optimiser's step, if this one and all before it count; waits for nothing."""
+        """Take the optimiser's step if this one and all before it count; waits for nothing."""
         fine = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= usual.limit)
         self._stopped = torch.maximum(self._stopped, (~fine).float())
         optimizer: Any = self.training.optimizer
@@ -118,8 +119,8 @@ class Judge:
         self._unread.append(taken)
 
     def known(self, everything: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
-        """Yield the steps done and what is logged of each, in their order; all but what the device
-        may still be at. ``everything``: wait for that, too.
+        """Yield the steps done and each one's logged values, in order, except those the device may
+        still be working on. ``everything``: wait for these too.
 
         Raises InputError at the first step that does not count.
         """
@@ -130,7 +131,7 @@ class Judge:
     def _values(self, taken: Taken) -> dict[str, float]:
         norm, loss, *values, tokens = taken.values.read()
         now = time.perf_counter()
-        # A step that was given to the device while another ran began when that one was done.
+        # A step given to the device while another ran began when that one ended.
         seconds, self._read = now - max(taken.began, self._read), now
         complaint = self.watch.complaint(loss, norm, taken.plan.weights, taken.usual)
         if complaint is not None:
@@ -146,9 +147,9 @@ class Judge:
 
 
 def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
-    """Do an optimiser step on this process's share of a batch.
+    """Take an optimiser step on this process's share of a batch.
 
-    Gradients are averaged over the processes, so each one's share is multiplied by their number.
+    Gradients are averaged over the processes, so each share is multiplied by their number.
     """
     began = time.perf_counter()
     config, world, objective = training.config, training.student.world, training.prepared.objective
@@ -156,14 +157,15 @@ def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
     step, run = plan.step, training.student.run
     head_alone = step < config.warm_head_steps
     training.student.student.train_head_alone(head_alone)
-    # Dropout depends on (seed, step, process) alone: a resumed run draws what the other one drew.
+    # Dropout depends only on (seed, step, process), so a resumed run draws the same.
     torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
     rate = set_learning_rate(training.optimizer, config, step)
     counts = objective.counts(batch, plan).over(world.sum)
     loss = nothing = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     with autocast(config.precision, world.device):
-        counts = with_centres(counts, objective.task, parts, plan, world, run)
+        counts = with_groups(counts, objective.task, parts, plan, world, run)
+        counts = with_vectors(counts, objective.task, parts, plan, world, run)
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):
@@ -188,15 +190,15 @@ def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
 
 
 def _stop(training: Training, step: int, complaint: str) -> None:
-    """Write the ids of the step's examples into a file; raise the InputError that says where."""
+    """Write the ids of the step's examples to a file; raise the InputError that names it."""
     index = training.prepared.stream.order.at(step)
     digests = [str(digest) for digest in training.cache.gather(index, []).digests]
     path = training.out / f"stopped-at-step-{step + 1:08d}.json"
     content = {"step": step + 1, "reason": complaint}
     write_json(path, content | {"sequences": index.tolist(), "digests": digests})
     raise InputError(
-        f"{complaint} at step {step + 1}. Its {len(index)} examples are named in {path}; look at "
+        f"{complaint} at step {step + 1}. Its {len(index)} examples are listed in {path}; look at "
         f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "
-        "lower learning rate or a longer warm-up in another --out; a loss that is finite may go on "
-        "with --resume and train.explosion_factor: null"
+        "lower learning rate or a longer warm-up in another --out; with a finite loss you can "
+        "continue with --resume and train.explosion_factor: null"
     )

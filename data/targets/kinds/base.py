@@ -26,6 +26,7 @@ from rekindle.data.targets.codec_registry import CODECS, Codec
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo, rank_dtype
 
+_SIZES = ("num_labels", "hidden_size", "dimensions")
 POSITIONS: Widths = {"positions": (pa.uint16(), None)}
 
 
@@ -81,7 +82,7 @@ class TargetKind(ABC):
             "its kind is not of its task": info.task in self.tasks,
             "its view is not of its task": info.task in info.shown.tasks,
             "its size is missing": self.sized,
-            "its sizes are too large": max(size, info.num_labels or 0, info.hidden_size or 0)
+            "its sizes are too large": max(size, *(getattr(info, name) or 0 for name in _SIZES))
             < 2**31,
             "its k is too large": k is None or largest is None or k <= largest,
             "its temperatures are none": all(0 < t < math.inf for t in info.temperatures)

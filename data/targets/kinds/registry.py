@@ -2,6 +2,7 @@
 
 from rekindle.data.targets.kinds.base import TargetKind, VocabularyKind
 from rekindle.data.targets.kinds.dense import Dense
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.kinds.hidden import Hidden
 from rekindle.data.targets.kinds.random import Random
 from rekindle.data.targets.kinds.sequence import SequenceLogits
@@ -15,7 +16,7 @@ VOCABULARY_KINDS: dict[str, type[VocabularyKind]] = {
     kind.name: kind for kind in (TopK, Threshold, Random, Dense, Hidden)
 }
 KINDS: dict[str, type[TargetKind]] = VOCABULARY_KINDS | {
-    kind.name: kind for kind in (Tails, SequenceLogits, TokenLogits)
+    kind.name: kind for kind in (Tails, SequenceLogits, TokenLogits, Embedding)
 }
 
 

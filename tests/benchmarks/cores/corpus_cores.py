@@ -59,8 +59,9 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> N
     """Make the corpus of each case that is named on standard input; answer with what was found."""
     import transformers  # noqa: F401
 
-    from rekindle.data.corpus.config import CorpusConfig, usual_shard_size
+    from rekindle.data.corpus.config import CorpusConfig
     from rekindle.data.corpus.corpus import Corpus, build_corpus
+    from rekindle.data.corpus.packing import usual_shard_size
     from rekindle.data.storage.store import LocalStore
     from rekindle.pipeline.processes.units import OnThisMachine
 

@@ -26,8 +26,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from cache_rows import Ints, Ours, draw_columns, make_corpus, timed
 from results_csv import RESULTS, Row, append, processor, versions
 
-from rekindle.data.corpus.config import LEAST, MOST, usual_shard_size
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.packing import LEAST, MOST, usual_shard_size
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.compute_unit import UnitResult
 

@@ -61,7 +61,7 @@ def test_sequences_may_be_any_integers(cache):
     assert np.array_equal(found.input_ids, wanted.input_ids)
     assert len(cache.gather([], []).index) == 0
     for wrong in ([0.5], 3, [[1]], [True]):
-        with pytest.raises(ValueError, match="they must be their numbers"):
+        with pytest.raises(ValueError, match="they must be numbers"):
             cache.gather(wrong, [])
 
 

@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(cache, asked, words):
 
 def test_precise_targets_stay_precise(make_changed):
     cache = make_changed(codec="precise")
-    with pytest.raises(InputError, match="has the codec precise: compact would keep less"):
+    with pytest.raises(InputError, match="has the codec precise: compact would lose precision"):
         change(cache, ("transcode", "a", "compact"))
     assert change(cache, ("rename", "a", "b"))
     assert problems(cache) == []
@@ -247,7 +247,10 @@ def test_whatever_a_stranger_writes_down_of_changes_is_damage(cache, journal):
 def test_what_cannot_be_finished_any_more_can_be_removed(cache):
     """Somebody deleted the copy by hand, in the middle of a change."""
     write_journal(cache, {"change": CHANGE})
-    with pytest.raises(CacheFormatError, match=r"\.next is not there any more.*--remove a --yes"):
+    with pytest.raises(
+        CacheFormatError,
+        match=r"\.next, from which it was read, no longer exists.*--remove a --yes",
+    ):
         change(cache, ("transcode", "a", "compact"))
     change(cache, ("remove", "a"))
     assert problems(cache) == []

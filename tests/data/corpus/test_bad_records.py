@@ -171,8 +171,8 @@ def test_whatever_bytes_are_damaged_it_is_an_input_error(tmp_path, name):
     [
         (b'[{"text": "a"}]', r":1: the file begins with a JSON array.*jq -c '\.\[\]' "),
         (b'[\n  {\n    "text": "a"\n  }\n]\n', "begins with a JSON array"),
-        (b'{\n  "text": "a"\n}\n', r"objects go on over several lines: jq -c '\.' "),
-        (b'{"text": "a"}\r{"text": "b"}\r', r"carriage return alone: tr '\\r' '\\n' < "),
+        (b'{\n  "text": "a"\n}\n', r"objects span several lines: jq -c '\.' "),
+        (b'{"text": "a"}\r{"text": "b"}\r', r"carriage return only: tr '\\r' '\\n' < "),
     ],
 )
 def test_json_that_is_no_lines_says_how_to_make_some(tmp_path, content, told):
@@ -188,7 +188,7 @@ def test_text_with_carriage_returns_alone_is_not_one_document(tmp_path):
     one_line = b"one\r\rtwo\r\rthree\r"
     for content in (one_line, one_line + b"\n", b"header\n" + one_line, b"one\rtwo\n"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"d\.txt: its lines end in a carriage return alone"):
+        with pytest.raises(InputError, match=r"d\.txt: its lines end in a carriage return only"):
             read(path, domain_field=None)
     path.write_bytes(b"one\rmore\n\ntwo\n\r")  # within lines they are characters
     assert [d.text for d in read(path, domain_field=None)] == ["one\rmore", "two"]

@@ -295,7 +295,7 @@ def test_a_source_without_text_is_an_error_and_does_not_claim_the_cache(
 ):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n\n")
-    with pytest.raises(InputError, match=r"the corpus is empty: .*empty\.txt.* makes a token"):
+    with pytest.raises(InputError, match=r"the corpus is empty: .*empty\.txt.* a token"):
         build_corpus(store, config(source=str(empty), domain_field=None), PER_SHARD)
     with pytest.raises(InputError, match="no field 'txt'"):
         build_corpus(store, config(text_field="txt"), PER_SHARD)
@@ -390,7 +390,7 @@ def test_a_finished_corpus_outlives_its_source(tmp_path, store, config, corpus_f
     with caplog.at_level(logging.INFO, "rekindle"):
         again = build_corpus(store, chosen, PER_SHARD)
     assert again.fingerprint == built.fingerprint
-    assert "no longer there" in caplog.text
+    assert "no longer exists" in caplog.text
 
 
 def test_an_edited_description_is_noticed_when_a_shard_is_read(store, config):

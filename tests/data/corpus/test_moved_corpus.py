@@ -98,7 +98,9 @@ def test_another_path_to_the_same_files_changes_nothing(tmp_path, build, monkeyp
         corpus, made = build(source)
         assert made == 0
         assert rows(corpus) == begun
-    assert "2 files of the corpus source are at another path now; known by content" in caplog.text
+    assert (
+        "2 files of the corpus source are at another path now; recognised by content" in caplog.text
+    )
     assert len(corpus.additions) == 1
 
 
@@ -278,7 +280,7 @@ def test_where_the_order_is_not_recorded_and_cannot_be_known_nothing_comes_after
         assert build(folder / "*.jsonl")[1] == 0
         write(folder, (3,))
     before = path.read_bytes()
-    with pytest.raises(CacheMismatchError, match=r"in which order.*part-2\.jsonl stood"):
+    with pytest.raises(CacheMismatchError, match=r"the order in which.*part-2\.jsonl stood"):
         build(folder / "*.jsonl")
     assert path.read_bytes() == before
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rekindle.data.corpus.config import LEAST, MOST, SHARDS, usual_shard_size
+from rekindle.data.corpus.packing import LEAST, MOST, SHARDS, usual_shard_size
 
 
 def test_the_rule_for_every_size():

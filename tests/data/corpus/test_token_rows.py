@@ -103,13 +103,16 @@ BAD = [
     ({"input_ids": [1, 2.0]}, "it must be a list of ids"),
     ({"input_ids": [1, True]}, "it must be a list of ids"),
     ({"input_ids": [[1]]}, "it must be a list of ids"),
-    ({"input_ids": [1, 10**6]}, r"input_ids\[1\] is 1000000, which is no token"),
-    ({"input_ids": [-1]}, r"input_ids\[0\] is -1, which is no token"),
+    ({"input_ids": [1, 10**6]}, r"input_ids\[1\] is 1000000, which is not a token"),
+    ({"input_ids": [-1]}, r"input_ids\[0\] is -1, which is not a token"),
     ({"input_ids": IDS, "labels": IDS[1:]}, r"as many numbers as input_ids \(30\), and is 29"),
     ({"input_ids": IDS, "labels": [*IDS[1:], -100]}, r"labels\[0\] is 11 .*shifted by one"),
-    ({"input_ids": IDS, "labels": [*IDS[:29], 7]}, r"labels\[29\] is 7 and input_ids\[29\] 39"),
+    ({"input_ids": IDS, "labels": [*IDS[:29], 7]}, r"labels\[29\] is 7 but input_ids\[29\] is 39"),
     ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "loss_mask must be 1 .trained. or 0"),
-    ({"input_ids": [1], "loss_mask": [1], "labels": [1]}, "which of them says what is trained"),
+    (
+        {"input_ids": [1], "loss_mask": [1], "labels": [1]},
+        "so it is unclear which says what is trained",
+    ),
 ]
 
 
@@ -128,7 +131,7 @@ def test_gaps_in_the_ids_are_no_tokens(build, tmp_path, wordpiece):
 
     gapped = with_gaps(wordpiece, tmp_path / "gaps", ["the"])
     hole = load_tokenizer(str(gapped)).holes[0][0]
-    with pytest.raises(InputError, match=rf"input_ids\[0\] is {hole}, which is no token"):
+    with pytest.raises(InputError, match=rf"input_ids\[0\] is {hole}, which is not a token"):
         build([{"input_ids": [hole]}], tokenizer=gapped)
 
 

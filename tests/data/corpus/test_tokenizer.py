@@ -434,7 +434,7 @@ def test_the_file_that_is_no_tokenizer_is_named(tmp_path, wordpiece):
     values = json.loads(path.read_text())
     values["model"]["max_input_chars_per_word"] = 100.5
     path.write_text(json.dumps(values, indent=1))
-    with pytest.raises(InputError, match=r"tokenizer\.json is no tokenizer .*100\.5.* line \d+"):
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer .*100\.5.* line \d+"):
         load_tokenizer(str(tmp_path / "one"))
 
 

@@ -71,7 +71,7 @@ def test_records_that_hold_a_text_are_left_out_counted_and_said(home, build, cap
     assert corpus.info["config"]["without"]["texts"] == 6
     (line,) = [line for line in remarks(corpus) if "a.jsonl" in line]
     assert line.startswith("6 records left out for texts of ")
-    assert line.endswith(" (6 hold one as it stands, 0 nearly)")
+    assert line.endswith(" (6 hold one exactly, 0 nearly)")
     assert "d.jsonl:3 holds: what runs over the 2 hills" in caplog.text
     assert f"texts of {home / 'b.csv'} are sentence\n" in caplog.text
 
@@ -242,7 +242,7 @@ def test_a_file_that_is_not_there_or_no_test_is_said(tmp_path):
         held(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="python-docs is no test"):
         held("python-docs")
-    with pytest.raises(ValueError, match="without_fields are those of the files in without"):
+    with pytest.raises(ValueError, match="without_fields are fields of the files in without"):
         CorpusConfig(source="a.txt", tokenizer="t", without_fields="text")
 
 
@@ -262,7 +262,7 @@ def test_every_row_of_a_test_has_the_fields_of_its_first(tmp_path):
         assert re.search(lacking, refused([pair, {"sentence1": "one", "id": 4}], *fields))
         assert re.search(lacking, refused([pair, pair | {"sentence2": None}], *fields))
     told = refused([{"sentence1": "one"}, pair])
-    assert f"{file}:3 has sentence2, and the first row of the file has not" in told
+    assert f"{file}:3 has sentence2, but the first row of the file does not" in told
     assert "with corpus.without_fields" in told
     held = read_held([str(file)], ["sentence1"], ["text"])  # so it is as it is asked
     assert held.size == 1

@@ -65,7 +65,7 @@ def test_order_within_a_position_and_of_the_rows_makes_no_difference(bare, tmp_p
         for row in rows_of(other)[::-1]
     ]
     told = other.import_targets("there", turned, PROVENANCE).as_text()
-    assert "put in order of probability" in told
+    assert "sorted by probability" in told
     assert committed(tmp_path / "other", "targets") == committed(cache.store.root, "targets")
 
 
@@ -174,7 +174,7 @@ def test_a_masked_lm_by_its_masks(cache):
         ({"positions": [0]}, "0 has no target: it is not masked in this replica"),
         ({"positions": None}, "neither positions nor shown_ids"),
         ({"replica": 1, "positions": None, "shown_ids": 0}, "of replica 1, from place"),
-        ({"shown_ids": 1}, "shown_ids: they are not those of sequence 2 with the masks of rep"),
+        ({"shown_ids": 1}, "shown_ids: they differ from those of sequence 2 with the masks of rep"),
         ({"shown_ids": 0, "positions": None}, None),
     ],
 )
@@ -278,7 +278,7 @@ def test_a_lost_description_is_what_the_shards_say(cache):
 
 def test_another_provenance_is_another_teacher(cache):
     cache.import_targets("there", rows_of(cache), PROVENANCE)
-    with pytest.raises(CacheMismatchError, match="not this one"):
+    with pytest.raises(CacheMismatchError, match="differs from this one"):
         cache.import_targets("there", rows_of(cache), PROVENANCE | {"revision": 4})
 
 
@@ -364,7 +364,7 @@ def test_numbers_are_of_the_labels_that_a_row_names(cache):
     """As an export writes them: another order would teach each label another's logits."""
     settings = {"task": "sequence_classification", "labels": ("good", "bad")}
     row = {"index": 0, "digest": cache.example(0).digest, "logits": [2.0, -1.0]}
-    with pytest.raises(InputError, match="row 1: labels: its numbers are of bad, good, and"):
+    with pytest.raises(InputError, match="row 1: labels: its numbers are for bad, good, but"):
         cache.import_targets("j", [row | {"labels": ["bad", "good"]}], PROVENANCE, **settings)
     with pytest.raises(InputError, match="11 sequences of the cache without a row"):
         cache.import_targets("j", [row | {"labels": ["good", "bad"]}], PROVENANCE, **settings)

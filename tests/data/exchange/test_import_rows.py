@@ -58,7 +58,7 @@ WRONG = {
     "an id below": (lambda row: changed(row, "ids", (1, 2), -1), "position 1: -1 is no token"),
     "an id twice": (
         lambda row: changed(row, "ids", (1, 2), row["ids"][1][0]),
-        "position 1: token .* stands there twice",
+        "position 1: token .* is there twice",
     ),
     "NaN": (lambda row: changed(row, "log_probs", (1, 1), np.nan), "position 1: .* is nan"),
     "infinity": (lambda row: changed(row, "log_probs", (1, 1), -np.inf), "position 1: .* is -inf"),
@@ -81,7 +81,7 @@ WRONG = {
     ),
     "fewer positions": (
         lambda row: row | {"ids": row["ids"][1:], "log_probs": row["log_probs"][1:]},
-        "ids is of .*, and its sequence has",
+        "ids has .*, but its sequence has",
     ),
     "candidates of one": (
         lambda row: changed(changed(row, "ids", 2, [5]), "log_probs", 2, [-1.0]),
@@ -123,7 +123,7 @@ def test_rows_are_alike_and_each_sequence_has_one(cache):
         cache.import_targets("t", [first, second], PROVENANCE)
     with pytest.raises(InputError, match=r"row 2: entropy: missing"):
         cache.import_targets("t", [second, first], PROVENANCE)
-    with pytest.raises(InputError, match=r"row 3: sequence 2 had a row before"):
+    with pytest.raises(InputError, match=r"row 3: sequence 2 already had a row"):
         cache.import_targets("t", [first, row_of(cache, 3), first], PROVENANCE)
     with pytest.raises(InputError, match="there are no rows"):
         cache.import_targets("t", [], PROVENANCE)
@@ -133,11 +133,11 @@ def test_rows_are_alike_and_each_sequence_has_one(cache):
     ("settings", "words"),
     [
         ({"provenance": {"engine": "x"}}, "must name the model"),
-        ({"provenance": {"model": "x", "date": date(2026, 11, 29)}}, "provenance.* kept as JSON"),
+        ({"provenance": {"model": "x", "date": date(2026, 11, 29)}}, "provenance.* valid JSON"),
         ({"name": "../x"}, "name"),
         ({"task": "sequence_classification"}, "needs the names of its labels"),
-        ({"labels": ("a", "b")}, "labels and problem are of classifiers"),
-        ({"task": "regression", "codec": "compact"}, "codec is of language models"),
+        ({"labels": ("a", "b")}, "labels and problem are for classifiers"),
+        ({"task": "regression", "codec": "compact"}, "codec is for language models"),
         ({"task": "masked_lm", "view": "masked-0"}, "view 'masked-0' is none"),
         ({"taks": "causal_lm"}, "did you mean 'task'"),
     ],

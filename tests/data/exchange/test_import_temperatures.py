@@ -108,7 +108,7 @@ def test_all_of_a_vocabulary_has_no_tail_at_any(cache):
     (found,) = cache.example(1).targets["there"]
     assert np.isneginf(np.stack([*found.log_tail.values()])).all()
     rows[0]["log_tails"] = {"1": [-9.0] * len(rows[0]["ids"])}
-    with pytest.raises(InputError, match="of no one distribution"):
+    with pytest.raises(InputError, match="fit no distribution"):
         cache.import_targets("other", rows, PROVENANCE)
 
 
@@ -144,9 +144,11 @@ def test_the_temperature_of_a_resumed_import_must_be_the_same(cache):
     rows = stated(cache, 1.0, (2.0,))
     with pytest.raises(InputError, match="6 sequences of the cache"):
         cache.import_targets("there", rows[:6], PROVENANCE)
-    with pytest.raises(InputError, match=r"row 2: temperature is 2, and that of the first rows 1"):
+    with pytest.raises(
+        InputError, match=r"row 2: temperature is 2, but that of the first rows is 1"
+    ):
         cache.import_targets("there", [rows[6], *stated(cache, 2.0, (1.0,))[7:]], PROVENANCE)
-    with pytest.raises(InputError, match=r"row 2: log_tails are of the temperatures \[4.0\]"):
+    with pytest.raises(InputError, match=r"row 2: log_tails have the temperatures \[4.0\]"):
         cache.import_targets("there", [rows[6], *stated(cache, 1.0, (4.0,))[7:]], PROVENANCE)
     assert cache.import_targets("there", rows, PROVENANCE).units_present == 1
 
@@ -168,10 +170,13 @@ def tails(row, **changed):
 
 
 WRONG = {
-    "no temperature": (lambda row: row | {"temperature": 0}, "temperature: '0' is no temperature"),
-    "a text": (lambda row: row | {"temperature": "hot"}, "temperature: 'hot' is no temperature"),
+    "no temperature": (
+        lambda row: row | {"temperature": 0},
+        "temperature: '0' is not a temperature",
+    ),
+    "a text": (lambda row: row | {"temperature": "hot"}, "temperature: 'hot' is not a temperature"),
     "a list": (lambda row: row | {"log_tails": [[-1.0]]}, "log_tails must be an object"),
-    "no log_tail": (lambda row: row | {"log_tail": None}, "log_tails are given and no log_tail"),
+    "no log_tail": (lambda row: row | {"log_tail": None}, "log_tails are given without log_tail"),
     "its own twice": (lambda row: tails(row, **{"1.0": row["log_tail"]}), "log_tails: 1 is there"),
     "one twice": (lambda row: tails(row, **{"2.00": row["log_tail"]}), "log_tails: 2 is there"),
     "too short": (lambda row: tails(row, **{"2": [-1.0]}), "log_tails: 2: must be .* logarithms"),
@@ -181,12 +186,12 @@ WRONG = {
     ),
     "exchanged": (
         lambda row: tails(row, **{"2": row["log_tails"]["4"], "4": row["log_tails"]["2"]}),
-        "of no one distribution",
+        "fit no distribution",
     ),
-    "that of 1 at 2": (lambda row: tails(row, **{"2": row["log_tail"]}), "of no one distribution"),
+    "that of 1 at 2": (lambda row: tails(row, **{"2": row["log_tail"]}), "fit no distribution"),
     "too large": (
         lambda row: tails(row, **{"2": [-1e-4] * len(row["ids"])}),
-        "position 0: masses of .* at 1, 0.9999 at 2, .* of no one distribution",
+        "position 0: masses of .* at 1, 0.9999 at 2, .* fit no distribution",
     ),
     "none at 2": (
         lambda row: tails(row, **{"2": [None] * len(row["ids"])}),
@@ -194,7 +199,7 @@ WRONG = {
     ),
     "gold of another": (
         lambda row: row | {"temperature": 3, "gold_ranks": [0], "gold_log_probs": [-1.0]},
-        "gold_log_probs: it is kept of temperature 1, and the row's is 3",
+        "gold_log_probs: it is stored at temperature 1, but the row's is 3",
     ),
     "far apart": (
         lambda row: (
@@ -202,7 +207,7 @@ WRONG = {
             | {"temperature": 8, "log_tail": None, "log_tails": None}
             | {"log_probs": [[-0.1, -5.0, -6.0, -7.0]] * len(row["ids"])}
         ),
-        "candidates lie 6.9 nats apart at temperature 8, and those of a position may be 4",
+        "candidates lie 6.9 nats apart at temperature 8, but those of a position may be at most 4",
     ),
 }
 

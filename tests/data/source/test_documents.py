@@ -261,7 +261,7 @@ def test_the_advice_about_a_directory_that_is_no_dataset_works(tmp_path, name):
     message = message_of([str(directory)])
     pattern = message.split(" such as ")[-1]
     if name == "README":
-        assert "holds no file that is read (.txt, .jsonl" in message
+        assert "holds no file of a supported type (.txt, .jsonl" in message
     else:
         assert source_files([pattern]) == [str(directory / name)]
 

@@ -69,8 +69,8 @@ def test_what_python_writes_as_csv_is_read_as_it_was(tmp_path_factory, rows, end
 BAD = [
     (b"a,b,c", "row 2: has 3 fields, and the first line names 2 (split at each comma)"),
     (b"a", "row 2: has 1 field, and the first line names 2"),
-    (b'"a"b,c', "row 2: text goes on after a closing quotation mark"),
-    (b'"a,b', "row 2: text goes on after a closing quotation mark"),
+    (b'"a"b,c', "row 2: text follows a closing quotation mark"),
+    (b'"a,b', "row 2: text follows a closing quotation mark"),
     (b"a\xff,b", "row 2: text is not UTF-8 (invalid start byte at byte 2)"),
 ]
 
@@ -100,7 +100,7 @@ def test_a_quotation_mark_that_is_never_closed_takes_no_other_row_with_it(tmp_pa
     assert [d.text for d in read_documents([str(path)], left_out=left_out)] == [
         *("one", "three", "four")
     ]
-    assert "row 2: a quotation mark is opened and never closed" in left_out.first
+    assert "row 2: a quotation mark is opened but never closed" in left_out.first
 
 
 def test_a_table_without_names_of_columns_is_told_what_its_first_line_is_taken_for(tmp_path):

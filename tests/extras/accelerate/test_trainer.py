@@ -219,7 +219,7 @@ def test_what_cannot_teach_is_refused_before_training(taught, cache, new_student
     refused("eval_dataset is a list; the collator reads sequences", built={"eval_dataset": rows})
     share = CacheDataset(cache, rank=1, world_size=2)
     refused("the share of process 1 of 2", train_dataset=share)
-    refused("say another loss", label_smoothing_factor=0.1)
+    refused("define another loss", label_smoothing_factor=0.1)
     other = new_student()
     other.resize_token_embeddings(50)
     with pytest.raises(InputError, match="another vocabulary than the targets: 50 rows"):

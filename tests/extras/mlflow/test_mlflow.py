@@ -81,7 +81,7 @@ def test_a_run_that_the_server_has_lost_is_a_new_one(tmp_path, client, caplog):
         [one] = runs_of(client)
         client.delete_run(one.info.run_id) if first == 0 else None
     assert len(caplog.records) == 1
-    assert "it is a new one" in caplog.text
+    assert "a new one is made" in caplog.text
 
 
 def test_a_server_that_is_not_there_is_said_before_anything_is_trained(

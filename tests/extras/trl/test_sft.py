@@ -81,7 +81,7 @@ def test_an_adapter_that_trl_makes_has_the_loss_of_a_direct_computation(
     import peft
 
     lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    with pytest.raises(InputError, match=r"holds no parameter that is trained: .* peft_config"):
+    with pytest.raises(InputError, match=r"holds no trained parameter: .* peft_config"):
         made(world, tmp_path, wordpiece, built={"peft_config": lora})
     built = {"peft_config": lora, "optimizers": (None, None)}
     trainer = made(world, tmp_path, wordpiece, built=built, max_steps=3)

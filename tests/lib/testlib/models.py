@@ -6,6 +6,7 @@ AUTO = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
 }
 NARROW = {"hidden_size": 16, "intermediate_size": 24}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # no dropout

@@ -33,6 +33,7 @@ from rekindle.pipeline.builtin.names import (
     resolve_name,
     resolve_values,
 )
+from rekindle.pipeline.builtin.sections import SectionSizes, write_sections
 from rekindle.pipeline.builtin.settings import SETTINGS
 from rekindle.pipeline.builtin.tasks import (
     HALVES,
@@ -267,6 +268,12 @@ def lines(path: Path) -> list[dict]:
 def test_the_files_are_those_that_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("rekindle.pipeline.builtin.tasks.python_docs", pages)
     write_documents(tmp_path / "documents", SIZES, 100, DOMAINS)
+    body = "What is done by it is described here, at some length, for number"
+    titled = [
+        PythonDoc(f"s{n}:f", f"Do number {n}.\n\n{body} {n}.", "function", f"s{n}", "text")
+        for n in range(60)
+    ]
+    write_sections(titled, SectionSizes(2, 2, 2, 2), tmp_path / "documents")
     for name in FILES:
         assert lines(documents_file(tmp_path, name)), name
     for name, part in DOMAINS.items():

@@ -61,6 +61,6 @@ def test_what_masks_text_needs_one_and_says_what_it_is(tmp_path, classifiers_onl
     assert "has no mask token" in str(caught.value)
     assert not (tmp_path / "cache").exists()
     cache_teachers(classifiers_only())
-    with pytest.raises(InputError, match="has no mask token, and the objective is of a masked LM"):
+    with pytest.raises(InputError, match="has no mask token, but the objective is a masked LM"):
         train_from_config(classifiers_only(**given), tmp_path / "out")
     assert not (tmp_path / "out").exists()

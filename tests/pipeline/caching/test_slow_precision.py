@@ -31,7 +31,7 @@ def test_it_is_planned_and_said_before_a_teacher_runs_and_not_after(
 
     (planned,) = [one for one in plan_run(asked, probe=False).warnings if SLOW in one]
     assert planned.startswith("teachers.lm.precision: bf16: ")
-    assert planned.endswith("for speed put teachers.lm.precision: fp32")
+    assert planned.endswith("for speed set teachers.lm.precision: fp32")
     assert said(asked) == [planned]
     assert said(asked) == []  # nothing runs
     assert not [one for one in plan_run(asked, probe=False).warnings if SLOW in one]

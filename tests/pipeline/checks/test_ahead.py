@@ -31,7 +31,7 @@ def test_a_machine_that_is_ready(run_file, tmp_path):
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert facts["disk"].partition(" will be written")[0] != "0 bytes"
     assert f"free at {tmp_path}" in facts["disk"]
-    assert f"taken in {tmp_path}" in facts["locks"]
+    assert f"locks in {tmp_path} work" in facts["locks"]
     assert "of weights in" in done.stdout.partition("memory, lm")[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
@@ -54,14 +54,14 @@ def failing(number):
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(fcntl, kind, failing(errno.ENOLCK))
     told = ahead.locks_in(tmp_path)
-    assert told.startswith(f"PROBLEM: {tmp_path} takes no locks (No locks available)")
+    assert told.startswith(f"PROBLEM: {tmp_path} supports no locks (No locks available)")
     assert "one process at a time" in told
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_lock_that_is_given_twice_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *given: None)
-    assert "a lock is given twice" in ahead.locks_in(tmp_path)
+    assert "a lock is granted twice" in ahead.locks_in(tmp_path)
 
 
 def test_the_step_is_taken_and_held_against_float64(monkeypatch):
@@ -85,7 +85,7 @@ def test_a_gpu_on_which_no_step_can_be_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ahead, "tiny_step", broken)
     assert ahead.step_here() == (
-        "PROBLEM: no step can be taken on the GPU (CUDA error: no kernel image is available); "
+        "PROBLEM: the step on the GPU failed (CUDA error: no kernel image is available); "
         "check driver and triton"
     )
 

@@ -189,7 +189,7 @@ def test_a_name_is_of_a_run_teacher_or_of_an_imported_one(run, cache, rows):
     named = ("--set", f"cache.path={cache}", "--set", "teachers.0.name=there")
     result = pipeline("cache-teachers", run, *named)
     assert result.returncode == 3
-    assert "Nothing is to be run for it: take it out of `teachers`" in result.stderr
+    assert "Nothing has to be run for it: remove it from `teachers`" in result.stderr
     assert len(committed(cache, "targets/there")) == 3
     audit = tmp = run.parent / "there.yaml"
     values = yaml.safe_load(run.read_text())

@@ -179,7 +179,7 @@ def test_an_audit_says_whom_it_leaves_out(run, cache):
     done("cache-teachers", run)
     done("teachers", cache, "--rename", "clm", "big")
     told = done(*audit).stderr
-    assert "teacher big is not audited: the configuration has none of that name" in told
+    assert "teacher big is not audited: the configuration has no teacher of that name" in told
     assert "teacher clm of the configuration is not in the cache. Teacher 'clm' was renamed" in told
     assert "--config is of --audit N" in refused("verify", cache, "--config", run)
     assert "cannot read the configuration" in refused(*audit[:-1], "none.yaml")

@@ -95,7 +95,7 @@ def test_live_teachers_are_estimated_from_recorded_seconds(cache, tmp_path):
     facts = dict(pair for block in parts(page, Facts) for pair in block.facts)
     assert facts["a student run itself"] == "4.0 s"
     assert facts["text"] == f"12 sequences, {cache.corpus.tokens:,} tokens"
-    assert "cost is estimated" in notes(page)
+    assert "cost is an estimate" in notes(page)
 
 
 def test_sequences_that_a_teacher_teaches():
@@ -114,7 +114,7 @@ def test_a_cache_that_is_gone_leaves_the_rest(cache, tmp_path):
     page = comparison_page(compare_runs([run]))
     assert "gone cannot be read any more" in notes(page)
     assert cells(page, "its teachers live") == ["unknown"]
-    assert "Unknown: what run took" in notes(page)
+    assert "Unknown: the time of run" in notes(page)
     assert "gone cannot be read" in comparison_html(compare_runs([run]))
 
 
@@ -122,7 +122,7 @@ def test_a_cache_with_another_teacher_is_told_and_not_counted(cache, tmp_path):
     other = recorded(cache, "lm") | {"teachers": {"lm": "another"}}
     run = write_run(tmp_path / "run", other, [{"teachers": ["lm"]}])
     page = comparison_page(compare_runs([run]))
-    assert "Not as the runs have read it: teacher lm" in notes(page)
+    assert "Changed since the runs read it: teacher lm" in notes(page)
     assert cells(page, "its teachers live") == ["unknown"]
 
 

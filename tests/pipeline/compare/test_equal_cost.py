@@ -49,7 +49,7 @@ def test_at_equal_cost_a_taught_run_has_paid_for_its_teacher(curve):
     assert table["seconds"] == ["6.0"]
     assert table["alone"] == ["3.8000 (6)"]
     assert table["taught"] == ["4.0000 (2)"]
-    assert "nothing is interpolated" in text
+    assert "without interpolation" in text
     page = comparison_html(comparison)
     assert "ce on sequences held out of training, at equal total cost" in page
     assert "4.0000 (2)" in page
@@ -68,7 +68,7 @@ def test_where_no_two_runs_meet_at_a_cost_there_is_no_table_but_a_sentence(curve
         (text := as_text(compare_runs([*runs, cheap]), 999))[text.index("at equal total") :]
     )
     assert list(table) == ["seconds", "alone", "third"]
-    assert "before they were first evaluated: taught" in text
+    assert "at their first evaluation: taught" in text
 
 
 @given(

@@ -70,7 +70,7 @@ def test_of_several_runs_the_intervals_hold_together():
             {"ce": answers(0.7, 1), "kd": answers(0.7, 2)},
             ["No run is shown to be best on trec: ", "not told apart from ", "(more by 0.0"],
         ),
-        ({"kd": answers(0.9, 1)}, ["kd alone has a score on trec: accuracy 0.9"]),
+        ({"kd": answers(0.9, 1)}, ["only kd has a score on trec: accuracy 0.9"]),
     ],
 )
 def test_the_sentence_says_what_is_sure_and_what_is_not(right, words):
@@ -94,7 +94,7 @@ def test_several_seeds_are_paired_and_one_seed_says_nothing_of_chance():
     for scores in ({"a": [0.5], "b": [0.9]}, {"a": [0.5], "b": [0.9, 0.8]}, same):
         told = of(**scores).verdict
         assert told.startswith("b has the highest score on t (f1 0.")
-        assert told.endswith("; whether that is chance is not known")
+        assert told.endswith("; whether that is chance is unknown")
     assert standing_of(TaskScores("t", "f1", "dev", {"a": []})) is None
 
 
@@ -135,7 +135,7 @@ WEIGHTS = np.random.Generator(np.random.Philox(5)).multinomial(300, [1 / 300] * 
 def test_of_few_rows_no_more_is_said_than_the_exact_test_says():
     one = standing(a=np.array([True]), b=np.array([False]))
     assert not one.beaten
-    assert one.verdict.endswith(f"is not known of fewer than {LEAST_ROWS} rows")
+    assert one.verdict.endswith(f"is unknown with fewer than {LEAST_ROWS} rows")
     base = np.arange(ROWS) < 300
     for more, told in ((5, False), (6, True)):  # 2 / 2^5 > 0.05 > 2 / 2^6
         better = base | (np.arange(ROWS) >= ROWS - more)

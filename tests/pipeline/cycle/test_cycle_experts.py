@@ -359,7 +359,7 @@ def test_a_slow_precision_is_said_before_any_job(values, tmp_path, caplog, monke
 
     def run_counted(*_):
         (line,) = [one for one in caplog.messages if "this CPU has no instructions" in one]
-        ran.append(line.partition("for speed put ")[2])
+        ran.append(line.partition("for speed set ")[2])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rekindle.pipeline.cycle.run.run_counted", run_counted)

@@ -156,7 +156,7 @@ def test_an_expert_that_finds_few_pairs_is_told_of(tmp_path, configure, teachers
     result = train_from_config(config, tmp_path / "out")
     (trained,) = [m for m in caplog.messages if "have a pair" in m]
     assert planned == cached == trained
-    assert "teacher 'pairs', pairs: adjacent: only 3.2 % of the sequences" in trained
+    assert "teacher 'pairs', pairs: adjacent: only 3.2 % of its sequences" in trained
     assert "pairs: random, which needs no neighbours" in trained
     assert "tokens trained" not in describe_result(result)  # it has no word to predict
     told = describe_result(replace(result, evaluation={})).splitlines()[0]

@@ -119,7 +119,7 @@ def test_break_even_counts_forward_passes(tmp_path, configure, teachers):
     short = student(configure(tmp_path, teachers[:1]), steps=1, batch_sequences=3, objective=lm)
     told = plan_run(short, probe=False).break_even.assumes
     assert "25 % of the corpus" in told
-    assert told.endswith("Runs that read all of it once: after 2.")
+    assert told.endswith("Runs that read the whole corpus once break even after 2.")
     text = plan_run(short, probe=False, scale=Scale(texts=10**9)).break_even.assumes
     assert "train.steps is the same at any size of the corpus" in text
     longer = student(configure(tmp_path, teachers[:1]), epochs=2, batch_sequences=5, objective=lm)

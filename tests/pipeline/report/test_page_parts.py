@@ -140,7 +140,7 @@ def test_gradients_are_drawn_over_that_of_the_cross_entropy_where_there_is_one()
     (over,) = captions("gradient/ce", "gradient/kd/lm", "gradient_ratio/kd/lm")
     assert over.startswith("Gradient of kd/lm, over the cross-entropy's")
     (norm,) = captions("gradient/kd/lm")
-    assert norm.startswith("Norm of the gradient of kd/lm")
+    assert norm.startswith("Norm of the weighted gradient of kd/lm")
 
 
 def test_the_cross_entropy_is_drawn_where_it_is_not_the_objective():
@@ -250,8 +250,8 @@ def test_a_typical_student_is_the_mean_of_those_that_are_taught_and_known():
     [
         ({}, StudentCost("s", 1.0, (), 0.0), "No run learns from a teacher"),
         ({"a": None}, StudentCost("s", 1.0, ("a",), 1.0), "what caching a took is not recorded"),
-        ({"a": 1.0}, StudentCost("s", None, ("a",), 1.0), "Unknown: what s took"),
-        ({"a": 1.0}, StudentCost("s", 1.0, ("a",), None), "Unknown: what s took"),
+        ({"a": 1.0}, StudentCost("s", None, ("a",), 1.0), "Unknown: the time of s"),
+        ({"a": 1.0}, StudentCost("s", 1.0, ("a",), None), "Unknown: the time of s"),
     ],
 )
 def test_what_is_unknown_is_said_and_not_drawn(teachers, student, words):
@@ -289,7 +289,7 @@ def test_a_cache_is_told_by_its_numbers():
         *("part", "8 logits", "9,018", "654,321", "72.6", "1.91", "1.50"),
     ]
     assert table.columns[-1].cells[1] == "–"
-    assert "Not as the runs have read it: teacher part" in notes_of(section)
+    assert "Changed since the runs read it: teacher part" in notes_of(section)
 
 
 def test_a_cache_that_is_gone_is_told():

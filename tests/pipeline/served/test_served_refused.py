@@ -182,7 +182,7 @@ def test_a_server_that_is_gone_is_needed_for_what_is_missing_alone(
 
 def test_a_local_teacher_and_a_served_one_are_two(tmp_path, configure, whole, local):
     shutil.copytree(whole, tmp_path / "cache")
-    with pytest.raises(CacheMismatchError, match=r"was served \(tiny\), and this one is run"):
+    with pytest.raises(CacheMismatchError, match=r"was served \(tiny\), but this one is run"):
         cache_teachers(configure(tmp_path / "cache", [local | {"name": "big"}]), check=False)
 
 

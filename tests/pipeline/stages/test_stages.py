@@ -159,7 +159,7 @@ def test_the_lineage_of_a_student_that_goes_on_from_another(whole, tmp_path, cha
     asked = config.corpus.model_copy(update={"sequence_length": 64})
     train_from_config(config.model_copy(update={"corpus": asked}), tmp_path / "run")
     length = config.corpus.sequence_length
-    assert f"has sequence_length {length} (the run file says 64): that is read" in caplog.text
+    assert f"has sequence_length {length} (the run file says 64): the cache's is" in caplog.text
     runs = lineage_of_model(tmp_path / "run")
     assert [run.weights for run in runs[:3]] == [
         weights_fingerprint(whole / "out" / name) for name in NAMES
@@ -452,7 +452,7 @@ def test_a_plan_counts_what_is_known_once(chain, tmp_path):
     path.write_text(yaml.safe_dump(values))
     planned = plan_staged_run(load_config(path), probe=False)
     assert [one.plan is not None for one in planned] == [True, False, True, True]
-    assert "nothing more than stage first" in planned[1].note
+    assert "nothing beyond what stage first" in planned[1].note
     assert [[t.name for t in one.plan.teachers] for one in planned if one.plan] == [["lm"], [], []]
     assert "--- stage second ---" in planned[2].as_text()
     assert "waits for stage first" in planned[2].as_text()

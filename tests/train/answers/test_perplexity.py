@@ -201,5 +201,5 @@ def test_what_has_no_perplexity_is_told_what_to_do(tmp_path, file, make_model, w
     with pytest.raises(InputError, match=r"bad\.jsonl:2: not JSON .*; repair or remove it"):
         text_perplexity(model, str(tmp_path / "bad.jsonl"))
     for settings in ({"max_length": 4, "stride": 4}, {"stride": 2000}):
-        with pytest.raises(InputError, match="is no less than the window"):
+        with pytest.raises(InputError, match="is not less than the window"):
             text_perplexity(model, file, config=PerplexityConfig(**settings))

@@ -187,7 +187,7 @@ def test_what_is_there_stays_unless_by_force_and_where_work_breaks_off(
 ):
     file, out = write(tmp_path / "t.jsonl", [{"text": "a"}] * 7), tmp_path / "o.jsonl"
     out.write_text('{"score": 1}\n')
-    with pytest.raises(InputError, match="is there already; give another --out, or --force"):
+    with pytest.raises(InputError, match="already exists; give another --out, or --force"):
         predict_file(expert, file, str(out))
     with pytest.raises(InputError, match="is a folder"):
         predict_file(expert, file, str(tmp_path), force=True)

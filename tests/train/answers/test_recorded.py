@@ -50,5 +50,5 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
     write(tmp_path, SOUND)
     path = tmp_path / "metrics.json"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InputError, match=r"metrics\.json, which .*it is no JSON"):
+    with pytest.raises(InputError, match=r"metrics\.json, which .*it is not JSON"):
         recorded(tmp_path)

@@ -34,8 +34,8 @@ def test_what_they_are_made_of_is_never_replaced(tmp_path, experts, task, ask, f
     (tmp_path / "link.jsonl").symlink_to(file)
     (tmp_path / "model").symlink_to(expert)
     for out, told in (
-        (file, "is the file that is read"),
-        (tmp_path / "link.jsonl", "is the file that is read"),
+        (file, "is the file being read"),
+        (tmp_path / "link.jsonl", "is the file being read"),
         (f"{expert}/model.safetensors", "a folder of the model"),
         (f"{expert}/new.jsonl", "a folder of the model"),
         (tmp_path / "model" / "config.json", "a folder of the model"),
@@ -51,10 +51,10 @@ def test_force_replaces_predictions_alone(tmp_path, experts):
     file, out = write(tmp_path / "t.jsonl", [{"text": "a"}]), tmp_path / "out"
     for content in (b"some notes", b'{"text": "a", "label": "b"}\n', b"\x80\x00", b"[1]"):
         out.write_bytes(content)
-        with pytest.raises(InputError, match="is no file of predictions, and is left as it is"):
+        with pytest.raises(InputError, match="is not a file of predictions, and is left as it is"):
             predict_file(experts[0], file, str(out), force=True)
         assert out.read_bytes() == content
-    with pytest.raises(InputError, match="is no file of predictions"):
+    with pytest.raises(InputError, match="is not a file of predictions"):
         predict_file(experts[0], file, "/dev/null", force=True)
     out.write_bytes(b"")
     for _ in range(2):

@@ -84,7 +84,7 @@ def test_a_result_that_learned_nothing_is_a_warning_and_one_that_did_is_none(
     assert [r.getMessage() for r in caplog.records if "warning" in r.getMessage()] == [line]
     assert "\n" not in line
     assert "that of always saying 'x'; next to nothing was learned" in line
-    assert "Train longer (--set max_steps=null), at" in line  # more epochs would change nothing
+    assert "then train longer (--set max_steps=null);" in line  # more epochs would change nothing
     written = json.loads((tmp_path / "weak" / "metrics.json").read_text())
     assert written["per_seed"][0]["warning"] == line
     quick = FinetuneConfig(epochs=6, learning_rate=1e-2)

@@ -58,8 +58,16 @@ def test_beyond_chance_but_near_the_commonest_class_is_weak():
 @pytest.mark.parametrize(
     ("near", "beyond", "told"),
     [
-        (True, True, "is near 0.5000, that of always saying 'no'; little was learned"),
-        (True, False, "is near 0.5000, that of always saying 'no'; next to nothing was learned"),
+        (
+            True,
+            True,
+            "is little better than 0.5000, that of always saying 'no'; little was learned",
+        ),
+        (
+            True,
+            False,
+            "is no better than 0.5000, that of always saying 'no'; next to nothing was learned",
+        ),
         (False, False, "may be chance on so few rows (beside 0.5000, that of always saying 'no')"),
     ],
 )

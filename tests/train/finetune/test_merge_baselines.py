@@ -1,5 +1,9 @@
 """Ways to merge classifiers without a student: a worked example in plain numpy, labels by name."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +96,28 @@ def test_scores_are_matched_by_name(labels):
     accuracy = {way: scores["accuracy"] for way, scores in found.items()}
     assert accuracy["A alone"] == accuracy["B alone"] == 0.5
     assert accuracy["MUKI, hard"] == accuracy["MUKI, soft"] == 1.0
+
+
+def test_the_program_of_the_recipe_says_the_same():
+    """docs/recipes/muki.md, with a cache that holds the worked example."""
+    page = Path(__file__).parents[3] / "docs" / "recipes" / "muki.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    experts = {"A": SimpleNamespace(info=A), "B": SimpleNamespace(info=B)}
+    targets = {n: SimpleNamespace(logits=LOGITS[n], mc_probs=MEANS[n]) for n in experts}
+
+    class Cache:
+        teacher = staticmethod(experts.__getitem__)
+
+        def __len__(self):
+            return 2
+
+        def gather(self, rows, names):
+            assert (rows.tolist(), names) == ([0, 1], ["A", "B"])
+            return SimpleNamespace(targets=targets)
+
+    found = {"cache": Cache(), "names": ["A", "B"], "np": np, "data": TRUTH}
+    exec(program, found)
+    assert found["scores"] == merge_scores([A, B], LOGITS, MEANS, TRUTH)
 
 
 def test_the_overlap_rule_decides_a_case():

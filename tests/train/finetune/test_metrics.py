@@ -17,6 +17,7 @@ from rekindle.train.finetune.metrics import (
     tell_undefined,
 )
 from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.ranking.kinds import RANKING
 
 CLASSES = "single_label_classification"
 labels_of_two = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40)
@@ -87,10 +88,11 @@ def test_logits_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("problem", METRICS)
 def test_a_metric_must_fit_its_problem(problem):
-    names = () if problem == "regression" else ("B-x", "O")
+    names = () if problem in ("regression", RANKING) else ("B-x", "O")
     labels = np.zeros((1, 2), bool) if problem == SEVERAL else np.zeros(1, np.int64)
     words = [["a"]] if problem == TAGS else None
-    data = TaskData(["a"], None, labels, names, words=words)
+    groups = np.zeros(1, np.int64) if problem == RANKING else None
+    data = TaskData(["a"], None, labels, names, words=words, groups=groups)
     assert data.problem == problem
     assert chosen_metric(None, data) == METRICS[problem][0]
     assert chosen_metric(METRICS[problem][-1], data) == METRICS[problem][-1]

@@ -287,12 +287,12 @@ def test_it_is_never_taken_for_a_classifier_of_classes_nor_a_classifier_for_it(
     _, train, _, out, _ = expert
     single = labelled(tmp_path / "one.jsonl", "river", "engine", "paper")
     given = (out, single, single, str(tmp_path / "s"))
-    with pytest.raises(InputError, match="labels of which several may hold, and the task is a sin"):
+    with pytest.raises(InputError, match="labels of which several may hold, but the task is a sin"):
         score_model(*given, config=FinetuneConfig(epochs=0))
     merge = {"epochs": 0, "merge": {"experts": [out], "passes": 0}}
     with pytest.raises(InputError, match=f"is a {SEVERAL}: only classifiers"):
         score_model(*given, config=FinetuneConfig(**merge))
-    with pytest.raises(InputError, match="merge is of classes that exclude each other"):
+    with pytest.raises(InputError, match="merge is for classes that exclude each other"):
         score_model(out, train, train, str(tmp_path / "s"), config=FinetuneConfig(**merge))
     names = dict(enumerate(["engine", "paper", "river"]))
     about = {"id2label": names, "label2id": {n: i for i, n in names.items()}}

@@ -372,7 +372,7 @@ def test_what_is_not_asked_for_grows_in_proportion(asked, expected):
         ({"hidden_size": 72}, "hidden_size 72 with 4 heads.*16 hidden dimensions per head"),
         ({"hidden_size": 96, "heads": 8}, "hidden_size 96 with 8 heads"),
         ({"heads": 8, "hidden_size": 64}, "hidden_size 64 with 8 heads"),
-        ({"heads": 5}, "a key/value head serves 2 of them"),
+        ({"heads": 5}, "one key/value head serves 2 of them"),
     ],
 )
 def test_shapes_that_are_no_growth_are_refused(asked, message):

@@ -93,12 +93,14 @@ def test_a_mask_is_no_list_of_numbers(cache):
 
 def test_a_state_of_another_order_is_refused(cache):
     state = IterableCacheDataset(cache, 4, seed=1).state_dict(consumed=3)
-    with pytest.raises(InputError, match=r"a stream with seed 1, this one has 2"):
+    with pytest.raises(InputError, match=r"a stream with seed 1, but this one has 2"):
         IterableCacheDataset(cache, 4, seed=2).load_state_dict(state)
     with pytest.raises(InputError, match="after 3 sequences of the epoch, which 2 processes"):
         IterableCacheDataset(cache, 4, seed=1, world_size=2).load_state_dict(state)
     for consumed in (-1, len(cache) + 4):  # 4 more than there are: not of this epoch alone
-        with pytest.raises(ValueError, match=f"consumed is {consumed}; it counts this epoch's"):
+        with pytest.raises(
+            ValueError, match=f"consumed is {consumed}; it counts only this epoch's"
+        ):
             IterableCacheDataset(cache, 4, seed=1).state_dict(consumed=consumed)
     with pytest.raises(InputError, match="sequences are numbers 0 to 9999"):
         CacheDataset(cache, sequences=np.array([0, 9999]))

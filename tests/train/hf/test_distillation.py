@@ -157,7 +157,7 @@ def test_what_cannot_be_learnt_is_refused(masked_world):
     refused("ce_weight is nan", ce_weight=float("nan"))
     with pytest.raises(InputError, match=r"cache is 'runs/cache'; give an open one: Cache.open"):
         Distillation("runs/cache", ["big"])
-    with pytest.raises(InputError, match="made of items that are dict"):
+    with pytest.raises(InputError, match="made from items that are dict"):
         Distillation(cache, ["big"]).collator()([{"input_ids": [1]}])
 
 
@@ -173,16 +173,16 @@ def test_outputs_that_do_not_fit_are_refused(causal_world):
         with pytest.raises(InputError, match=message):
             teaching.loss(logits, targets, labels)
 
-    front = r"output is \(3, \d+, \d+\), and the batch has 3 .* prompt tuning"
+    front = r"output is \(3, \d+, \d+\), but the batch has 3 .* prompt tuning"
     refused(front, logits=torch.cat([logits[:, :2], logits], 1))
-    refused("and the batch has 3 sequences of", logits=torch.cat([logits, logits]))
-    refused("and the batch has 3 sequences of", logits=logits.flatten(0, 1))
+    refused("but the batch has 3 sequences of", logits=torch.cat([logits, logits]))
+    refused("but the batch has 3 sequences of", logits=logits.flatten(0, 1))
     refused(f"of {size - 1} ids; the cache has {size}", logits=logits[..., 1:])
     refused(r"labels are \(2, ", labels=labels[1:])
-    refused("batch is a dict; give what the collator has under 'distillation'", targets=batch)
+    refused("batch is a dict; give the collator's entry 'distillation'", targets=batch)
     cold = to_device(targets, "cpu", temperature=1.0)
-    refused("sent with 'lm' at temperature 1, which is taught at 2", targets=cold)
-    with pytest.raises(InputError, match="and the batch has 3 sequences of"):
+    refused("sent with 'lm' at temperature 1, but it is taught at 2", targets=cold)
+    with pytest.raises(InputError, match="but the batch has 3 sequences of"):
         teaching.hidden_loss(logits[:, 1:], torch.zeros(size, size), targets, labels)
     with pytest.raises(InputError, match="masked_view is 'm', and a causal_lm student is shown no"):
         Distillation(cache, ["lm"], masked_view="m")
@@ -191,7 +191,7 @@ def test_outputs_that_do_not_fit_are_refused(causal_world):
 def test_sequences_of_another_cache_are_refused(masked_world, causal_world):
     collate = Distillation(causal_world.open(), ["lm"]).collator()
     collate([CacheDataset(causal_world.open())[0]])
-    with pytest.raises(InputError, match="of the sequences of another cache than the targets"):
+    with pytest.raises(InputError, match="of another cache's sequences than the targets"):
         collate([CacheDataset(masked_world.open())[0]])
 
 
@@ -256,7 +256,7 @@ def test_a_student_whose_tokenizer_is_not_known_is_told_of(causal_world, caplog)
     teaching = Distillation(causal_world.open(), ["lm"])
     model = AutoModelForCausalLM.from_pretrained(str(causal_world.student))
     teaching.check_student(model)
-    assert "that its ids mean what the cache's do is not checked" in caplog.text
+    assert "so it is not checked that its ids mean what the cache's do" in caplog.text
     caplog.clear()
     teaching.check_student(model, teaching.cache.corpus.tokenizer.hf)
     teaching.check_student(model)

@@ -41,10 +41,10 @@ def test_the_plain_loop_and_the_lightning_module(blocks, causal_world, monkeypat
     here = {"model": model, "rank": 0, "world_size": 1, "device": "cpu"}
     here |= {"tokenizer": causal_world.open().corpus.tokenizer.hf}
     here |= {"optimizer": torch.optim.AdamW(model.parameters(), lr=2e-3)}
-    taught, _, aligned, loop, module = blocks
-    exec(taught, here)
+    aligned, taught, _, loop, module = blocks
     exec(aligned, here)
     assert 0 <= float(re.search(r"\d[\d.e-]*", capsys.readouterr().out)[0]) < 1e-3
+    exec(taught, here)
     teaching, lightning = here["teaching"], SimpleNamespace(LightningModule=Module)
     monkeypatch.setitem(sys.modules, "lightning", lightning)
     exec(module, here)

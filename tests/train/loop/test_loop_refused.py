@@ -41,7 +41,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(masked_world, tmp_path, monkeyp
         return result._replace(total=result.total * torch.nan) if plan.step == 5 else result
 
     monkeypatch.setattr(Objective, "loss", broken)
-    with pytest.raises(InputError, match=r"the loss is nan at step 6\. Its 6 examples are named"):
+    with pytest.raises(InputError, match=r"the loss is nan at step 6\. Its 6 examples are listed"):
         run(masked_world, tmp_path / "run", train_config(max_grad_norm=clip))
     assert no_reader_left()
     assert len(metrics(tmp_path / "run")) == 6  # five steps and an evaluation
@@ -153,7 +153,7 @@ def test_a_causal_student_cannot_learn_from_a_masked_teacher(
 
 def test_a_masked_student_needs_masks(causal_world, make_model, bytelevel, tmp_path):
     student = StudentConfig(model=str(make_model("bert", "AutoModelForMaskedLM", bytelevel)))
-    with pytest.raises(InputError, match="has no mask token, and the objective is of a masked LM"):
+    with pytest.raises(InputError, match="has no mask token, but the objective is a masked LM"):
         train_student(causal_world.open(), student, train_config(), tmp_path / "run")
 
 
@@ -215,7 +215,7 @@ def test_holes_are_refused_or_trained_without_distillation(masked_world, tmp_pat
 
 
 def test_a_directory_in_use_is_refused(masked_world, whole, tmp_path):
-    with pytest.raises(InputError, match="or --resume to go on with the run in it"):
+    with pytest.raises(InputError, match="or --resume to continue the run in it"):
         run(masked_world, whole.directory, train_config(ALL))
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):

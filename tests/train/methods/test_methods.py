@@ -242,7 +242,7 @@ def test_what_is_wrong_is_said_with_the_nearest(masked_world, certainty, term, t
 
 
 def test_a_method_stands_in_an_objective_once(masked_world, certainty):
-    with pytest.raises(InputError, match=r"methods.1: the method 'certainty' stands there twice"):
+    with pytest.raises(InputError, match=r"methods.1: the method 'certainty' is listed twice"):
         objective_of(masked_world, config_of([certainty, certainty | {"weight": 2.0}]))
 
 
@@ -278,7 +278,9 @@ def test_which_values_are_better_upwards(name, upwards):
 )
 def test_a_file_has_one_method(folder, code, count):
     (folder / "odd.py").write_text(code)
-    with pytest.raises(InputError, match=rf"methods.odd must define one subclass .* has {count}"):
+    with pytest.raises(
+        InputError, match=rf"methods.odd must define exactly one subclass .* has {count}"
+    ):
         find_method("odd")
 
 

@@ -110,7 +110,7 @@ def test_students_keep_them_and_hand_them_on(directory, tmp_path, caplog):
     assert not caplog.records
     ours = of(tmp_path, head="ours")
     assert ours.head_configs == {"sense": SENSE, "v1.tags": TAGS}
-    assert "the head 'sense' begins afresh" in caplog.text
+    assert "the head 'sense' starts afresh" in caplog.text
     assert "(form)" in caplog.text
 
 

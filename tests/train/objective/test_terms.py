@@ -126,11 +126,15 @@ REFUSED = [
     ),
     (
         term("score", ranking={"pointwise": 0, "pairwise": 0}),
-        "ranking has the weights 0 and 0; give one of them a weight",
+        "ranking: pointwise, pairwise and listwise are all 0; give one of them a weight",
+    ),
+    (
+        term("score", ranking={"pairwise": 0, "pairs": "best"}),
+        "ranking.pairs: best is of pairwise, which is 0; leave pairs out",
     ),
     (
         term("score", ranking={}, divergence="jsd"),
-        "ranking is a squared error; leave divergence: jsd out",
+        "ranking has losses of its own; leave divergence: jsd out",
     ),
     # skewed distributions
     (

@@ -109,6 +109,8 @@ def test_ranges_of_a_huge_corpus_are_small():
 class FakeCorpus:
     """Rows (document, span_start) in additions of shards, each read is counted."""
 
+    has_groups = False
+
     def __init__(self, additions, packing, limits):
         self.rows_of, self.reads = [row for rows in additions for row in rows], 0
         self.info = {"config": {"packing": packing}}
@@ -311,6 +313,8 @@ def test_stages_in_another_order_are_refused():
 
 class HugeCorpus:
     """10¹² sequences that are nowhere: 1000 to a document."""
+
+    has_groups = False
 
     def __init__(self):
         self.reads, self.commits = 0, range(1)

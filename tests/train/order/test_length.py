@@ -69,7 +69,7 @@ def test_a_file_that_is_written_before_the_steps_are_known_reads_the_same_again(
         ({"steps": 10, "epochs": 2}, "steps and epochs are given"),
         ({"epochs": 2, "tokens": 100}, "epochs and tokens are given"),
         ({"steps": None}, "nothing else says how long"),
-        ({"steps": 0}, "no step at all"),
+        ({"steps": 0}, "without steps"),
         ({"epochs": 0}, "greater than 0"),
     ],
 )

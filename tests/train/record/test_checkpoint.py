@@ -232,7 +232,7 @@ def test_without_a_sound_checkpoint_nothing_is_trained_again(tmp_path, make_stud
     assert restore(tmp_path, student, optimizer) == {}
     path = save_checkpoint(tmp_path, 1, student, optimizer, {}, keep=1)
     (path / "trainer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot go on: .*sound \(step-00000001\)"):
+    with pytest.raises(CheckpointError, match=r"cannot continue: .*sound \(step-00000001\)"):
         restore(tmp_path, student, optimizer)
     shutil.rmtree(path)
     begun = {"train": {"checkpoint_every": 100}}  # by a version that recorded no checkpoints
@@ -241,7 +241,7 @@ def test_without_a_sound_checkpoint_nothing_is_trained_again(tmp_path, make_stud
         record = {"kind": "train", "step": steps}
         (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         if steps == 101:
-            with pytest.raises(CheckpointError, match=r"are gone; metrics.* tells of 101 steps"):
+            with pytest.raises(CheckpointError, match=r"are gone; metrics.* records 101 steps"):
                 restore(tmp_path, student, optimizer)
         else:
             assert restore(tmp_path, student, optimizer) == {}

@@ -42,7 +42,7 @@ def test_a_used_directory_is_refused(tmp_path):
         with pytest.raises(InputError, match="is not empty"):
             check_run(tmp_path / "file", ABOUT, resume)
     write_json(tmp_path / "run" / RUN_FILE, ABOUT)
-    with pytest.raises(InputError, match="or --resume to go on"):
+    with pytest.raises(InputError, match="or --resume to continue"):
         check_run(tmp_path / "run", ABOUT, resume=False)
 
 
@@ -166,5 +166,5 @@ def test_evaluations_that_replay_follows_decide():
 @pytest.mark.parametrize("version", [VERSION + 1, "2", None, 1.5])
 def test_a_record_of_a_later_version_is_refused(tmp_path, version):
     write_json(tmp_path / RUN_FILE, ABOUT | {"version": version})
-    with pytest.raises(CheckpointError, match=rf"is of version .* reads up to {VERSION}"):
+    with pytest.raises(CheckpointError, match=rf"has version .* reads up to {VERSION}"):
         check_run(tmp_path, ABOUT, resume=True)

@@ -362,7 +362,7 @@ def test_a_run_whose_checkpoints_are_damaged_or_gone_is_left_as_it_is(masked_wor
     for folder in (out / "checkpoints").iterdir():
         (folder / "trainer.json").write_text("{}")
     for _ in ("damaged", "gone"):
-        with pytest.raises(CheckpointError, match=r"cannot go on: .* tells of . steps"):
+        with pytest.raises(CheckpointError, match=r"cannot continue: .* records . steps"):
             train(masked_world, out)()
         assert (out / "metrics.jsonl").read_bytes() == told
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -66,7 +66,7 @@ def test_a_folder_is_new_or_gone_on_with_or_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.json").touch()
     assert found("mine", resume=True) is True
-    with pytest.raises(InputError, match="or --resume to go on with the run in it"):
+    with pytest.raises(InputError, match="or --resume to continue the run in it"):
         found("mine", resume=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()

@@ -58,8 +58,8 @@ def test_the_line_that_a_kill_cut_short_is_dropped(tmp_path, cut):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("[1]", "is no JSON object"),
-        ('{"kind": "train", "step": 2', "is no JSON object"),
+        ("[1]", "is not a JSON object"),
+        ('{"kind": "train", "step": 2', "is not a JSON object"),
         ('{"step": 2, "loss": 1.0}', "has no kind"),
         ('{"kind": "train", "step": 2.5, "loss": 1.0}', "has 2.5 for step"),
         ('{"kind": "train", "step": 2, "loss": "1.0"}', "has '1.0' for loss"),

@@ -135,14 +135,14 @@ def _little_room(place: Place) -> None:
 
 AHEAD = (
     Bad("a disk too small for a new cache", "doctor run.yaml --set cache.path=new",
-        "disk: ", "10 bytes are free", "give another cache.path", _little_room),
+        "disk: ", "10 bytes are free", "choose another cache.path", _little_room),
     Bad("a teacher larger than the memory", "doctor run.yaml", "memory, lm: ",
         "It does not fit", "device_map: auto", _little_memory),
 )  # fmt: skip
 
 MACHINES = (
     Bad("WORLD_SIZE without torchrun", TRAIN, "WORLD_SIZE=2",
-        "no torchrun has started this process", "`unset WORLD_SIZE`",
+        "this process was not started by torchrun", "`unset WORLD_SIZE`",
         _variables(WORLD_SIZE="2")),
     Bad("a folder that another process holds", TRAIN, "process 1 on another",
         "another process works on new", "wait for it, or give another --out", _held),

@@ -18,6 +18,13 @@ def _raw(content: str | bytes, name: str = "train.jsonl"):
     return lambda place: place.write(name, content)
 
 
+def _ranked(**other: object):
+    """A file of queries and documents, of which the third row has something else."""
+    row = {"query": "a river", "document": "old city", "label": 1, "group": 7}
+    rows = [row, row | {"document": "light", "label": 0}, row | other]
+    return lambda place: [place.rows("train.jsonl", *rows), place.rows("dev.jsonl", *rows[:2])]
+
+
 ROWS = (
     Bad("no such labels", "finetune lm --train none.jsonl --dev dev.jsonl --out new",
         "'none.jsonl'", "no such file", "give a jsonl, csv, tsv or parquet file"),
@@ -27,7 +34,7 @@ ROWS = (
         "run.yaml", "unknown type of file", "rename or convert it"),
     Bad("an empty file of labels", TUNE, "dev.jsonl", "has no rows", "at least one labelled",
         _raw("", "dev.jsonl")),
-    Bad("labels in binary", TUNE, "train.jsonl", "it is no UTF-8 text", "convert or replace it",
+    Bad("labels in binary", TUNE, "train.jsonl", "it is not UTF-8 text", "convert or replace it",
         _raw(bytes(range(256)))),
     Bad("a row of labels that is cut", TUNE, "train.jsonl:2", "not JSON",
         "each line must be one object", _raw('{"text": "a", "label": "good"}\n{"text": "b", ')),
@@ -37,6 +44,24 @@ ROWS = (
         _labels(0.5, float("nan"))),
     Bad("an infinite score", TUNE, "train.jsonl, row 2", "a number must be finite", "drop the row",
         _labels(0.5, float("inf"))),
+    Bad("a negative grade", TUNE, "train.jsonl, row 3", "label -1 is negative",
+        "what makes the least of them 0", _ranked(label=-1)),
+    Bad("a grade that is NaN", TUNE, "train.jsonl, row 3", "label is missing (given: nan)", DROP,
+        _ranked(label=float("nan"))),
+    Bad("grades and clicks", TUNE, "label True is a boolean, and row 1 has 1",
+        "one kind throughout", "", _ranked(label=True)),
+    Bad("a document without a group", TUNE, "train.jsonl, row 3",
+        "group must be the id of the row's query", "documents of one query have the same",
+        _ranked(group=None)),
+    Bad("a group in two splits", TUNE, "dev.jsonl, row 1", "the group '7' with its query stands in",
+        "Put them into one file", _ranked()),
+    Bad("no field of groups", f"{TUNE} --set group_field=qid", "train.jsonl",
+        "has no column 'qid' (it has: query, document, label, group)", "group_field=",
+        _ranked()),
+    Bad("groups of one grade", "finetune lm --train dev.jsonl --dev dev.jsonl --out new",
+        "has 1 group, and in none are there documents of different", "no order is better",
+        "less relevant", lambda place: place.rows(
+            "dev.jsonl", *[{"query": "a", "document": d, "label": 1} for d in "bc"])),
     Bad("a class that train has not", TUNE, "dev.jsonl, row 1: label 'awful'",
         "does not occur in train.jsonl", "Correct the label",
         _labels("awful", name="dev.jsonl")),
@@ -89,7 +114,7 @@ ROWS = (
         "not 'expert'", "leave head out"),
     Bad("a head that the runs have not", "compare student --test xx=dev.jsonl",
         "none is called 'xx'", "the runs have the heads expert",
-        "A distill term of a task's expert"),
+        "A distill term for a task expert"),
     Bad("no file to compare on", "compare student --test none.jsonl", "--test none.jsonl",
         "there is no file", "give a jsonl"),
 )  # fmt: skip

@@ -172,7 +172,7 @@ TOKENIZERS = (
     Bad("a tokenizer that is cut", NEW, "tokens/tokenizer.json", "is not JSON",
         "give the file as it was saved", _written("tokens/tokenizer.json", "{")),
     Bad("a tokenizer.json of nothing", ASK, "expert/tokenizer.json",
-        "is no tokenizer of the tokenizers library", "give the file as it was saved",
+        "is not a tokenizer of the tokenizers library", "give the file as it was saved",
         _written("expert/tokenizer.json", '{"model": 3}')),
     Bad("an expert without a tokenizer", ASK, "expert", "has no tokenizer files",
         "it must hold tokenizer.json",
@@ -182,7 +182,7 @@ TOKENIZERS = (
     Bad("a teacher with another tokenizer", NEW, "id 163 is 'the' here",
         "has another tokenizer than the corpus", "corpus.tokenizer of this teacher", _of_bytes),
     Bad("a student with another tokenizer", TRAIN, "lm", "another tokenizer",
-        "Use a student of the cache's tokenizer", _of_bytes),
+        "Use a student with the cache's tokenizer", _of_bytes),
 )  # fmt: skip
 
 ROWS = FOLDERS + WEIGHTS + TOKENIZERS

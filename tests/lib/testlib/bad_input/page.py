@@ -6,7 +6,7 @@ from testlib.bad_input.row import Bad
 
 CODES = {
     2: "Exit code 2: what was given is wrong",
-    3: "Exit code 3: a cache, a checkpoint or a run cannot be used as it is",
+    3: "Exit code 3: a cache, a checkpoint, a run or a teacher is not what it must be",
 }
 HEAD = """# What went wrong?
 
@@ -21,9 +21,17 @@ traceback; 2 and 3 as below; 130 interrupted.
 each teacher, locks where the cache is, one step of training. A run itself warns once when its disk
 will not take the units that are left, or the next checkpoint.
 
-Of each row the test types a line in a folder where all is sound but what it says. A message has
-these parts, and says more.
+The tables name what can go wrong; a test types a line for each row, in a folder where all else is
+sound. A message has these parts, and says more.
 """
+BELOW = {
+    3: """
+Two more things end with 3, which need a model and so have no row here: `pipeline verify --audit`
+found a value further off than [its bound](audit.md), and a teacher behind a server answers
+otherwise than when its targets were begun ([served.md](served.md#what-is-checked)): it is another
+model, or the same in another precision.
+"""
+}
 
 
 def page(themes: dict[str, tuple[Bad, ...]]) -> str:
@@ -33,7 +41,7 @@ def page(themes: dict[str, tuple[Bad, ...]]) -> str:
 
 def _sections(themes: dict[str, tuple[Bad, ...]]) -> Iterator[str]:
     for code, title in CODES.items():
-        yield f"\n## {title}\n"
+        yield f"\n## {title}\n{BELOW.get(code, '')}"
         for theme, rows in themes.items():
             if found := [row for row in rows if row.code == code]:
                 yield f"\n### {theme[0].upper()}{theme[1:]}\n\n" + "".join(_table(found))

@@ -49,6 +49,16 @@ OBJECTIVES = {
     "ranking by document": {
         "distill": [term("score", ranking={"group": "document", "pairwise": 2.0}, weight=0.3)]
     },
+    "ranking, best pairs": alone(
+        term("score", ranking={"group": "domain", "pairs": "best", "pointwise": 0.2}, weight=0.3)
+    ),
+    "ranking, lists": alone(
+        term(
+            "score",
+            ranking={"pointwise": 0, "pairwise": 0, "listwise": 1.5, "group": "document"},
+            temperature=2.0,
+        )
+    ),
     "ranking, masked": alone(term("score", ranking={"pointwise": 0.5}, view="masked")),
     "pseudo-labels": alone(term("sense", divergence="pseudo_label", confidence=0.6)),
     "pseudo-labels, masked": {

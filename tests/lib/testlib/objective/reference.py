@@ -221,25 +221,39 @@ def task_sums(setting, terms, sums):
 
 
 def ranking_sums(setting, term, sums):
-    """Mean error of the scores, and of all differences of two scores of a group."""
+    """Mean error of the scores, of the differences of two scores of a group, and the divergence
+    over a group.
+    """
+    ranking, tau = term.ranking, term.temperature
     for name in term.teachers:
         info, rows = setting.objective.teachers[name], []
         for index in setting.index.tolist():
             example = example_of(setting.cache, index)
             if targets_of(setting, example, name) is not None:
-                group = {"batch": "", "domain": example.domain, "document": example.document}
+                group = {"batch": ""} | {
+                    name: getattr(example, name) for name in ("domain", "document", "group")
+                }
                 [(score, wanted)] = task_rows(setting, example, info, term)
-                rows.append((group[term.ranking.group], score[0], wanted[0]))
+                rows.append((group[ranking.group], score[0], wanted[0]))
         points = [(s - t) ** 2 for _, s, t in rows]
-        pairs = [
-            ((s - z) - (t - u)) ** 2
-            for i, (group, s, t) in enumerate(rows)
-            for other, z, u in rows[:i]
-            if group == other
-        ]
-        loss = term.ranking.pointwise * sum(points) / len(points)
+        lists = [[row for row in rows if row[0] == group] for group in {row[0] for row in rows}]
+        pairs, divergences = [], []
+        for own in lists:
+            best = max(own, key=lambda row: row[2])
+            for i, (_, s, t) in enumerate(own):
+                others = own[:i] if ranking.pairs == "all" else [best] if own[i] != best else []
+                pairs += [((s - z) - (t - u)) ** 2 for _, z, u in others]
+            if len(own) > 1:
+                log_p, q = (
+                    torch.log_softmax(torch.stack([row[1] for row in own]) / tau, 0),
+                    torch.softmax(torch.stack([row[2] for row in own]) / tau, 0),
+                )
+                divergences.append((q * (q.log() - log_p)).sum())
+        loss = ranking.pointwise * sum(points) / len(points)
         if pairs:
-            loss = loss + term.ranking.pairwise * sum(pairs) / len(pairs)
+            loss = loss + ranking.pairwise * sum(pairs) / len(pairs)
+        if divergences:
+            loss = loss + ranking.listwise * tau**2 * sum(divergences) / len(divergences)
         sums[f"kd/{name}"].add(loss, loss.detach())
 
 

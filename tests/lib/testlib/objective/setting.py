@@ -13,8 +13,9 @@ from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
 from rekindle.train.objective.objective import Objective
-from rekindle.train.objective.ranking import with_centres
+from rekindle.train.objective.ranking import with_groups
 from rekindle.train.objective.selection import Counts
+from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.student import build_student
 from testlib.objective.reference import EPOCH, reference
 from testlib.students import gradients, same_gradients
@@ -80,7 +81,9 @@ class Setting:
         def run(work, *arguments):
             return work(self.student, *arguments)
 
-        return with_centres(counts, self.task, parts, self.objective.plan(step), world, run)
+        of_step = (parts, self.objective.plan(step), world, run)
+        counts = with_groups(counts, self.task, *of_step)
+        return with_vectors(counts, self.task, *of_step)
 
     def run_apart(self, processes, step=0):
         """The same of a step of which each process reads, selects and counts its own part."""

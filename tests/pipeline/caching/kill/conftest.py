@@ -19,6 +19,7 @@ def every(make_teacher) -> Teachers:
         make_teacher("classes", classes, monte_carlo={"passes": 2}),
         make_teacher("words", "token_classification"),
         make_teacher("pairs", classes, pairs="adjacent"),
+        make_teacher("vectors", "embedding", pooling="mean", normalise=True),
     ]
 
 

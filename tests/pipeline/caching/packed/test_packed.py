@@ -186,12 +186,12 @@ def test_domain_prompts_are_refused(model_of):
 
 
 def test_targets_made_elsewhere_are_refused(caches):
-    with pytest.raises(InputError, match="have seen a sequence as one text"):
+    with pytest.raises(InputError, match="saw a sequence as one text"):
         caches("gpt2")[1].import_targets("other", [], {"model": "m"})
 
 
 def test_a_trainer_is_refused(caches):
-    with pytest.raises(InputError, match="of which a Trainer tells its model nothing"):
+    with pytest.raises(InputError, match="and a Trainer does not pass that on to its model"):
         CacheDataset(caches("gpt2")[1])
 
 
@@ -228,5 +228,5 @@ def test_attention_is_said_of_contiguous_rows_alone(tmp_path, configure):
 
 def test_a_loop_of_one_s_own_is_refused(caches):
     cache = caches("gpt2")[1]
-    with pytest.raises(InputError, match="take no notice when they are told"):
+    with pytest.raises(InputError, match="ignore which token belongs to which document"):
         to_device(cache.gather([0, 1], []), "cpu")

@@ -1,0 +1,34 @@
+"""What storing a sentence encoder's vectors changed, as the commit records of its units say it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rekindle.data.storage.commits import Commits
+from rekindle.data.targets.kinds.embedding import LARGEST_ERROR, MEAN_ERROR
+from rekindle.data.targets.schema import TeacherInfo
+
+
+@dataclass(frozen=True)
+class StoredError:
+    """1 − cosine between vectors and what is stored of them."""
+
+    mean: float
+    largest: float
+
+    def as_text(self, info: TeacherInfo) -> str:
+        """A sentence."""
+        return (
+            f"teacher {info.name}: vectors of {info.dimensions:,} values in {info.vectors}, which "
+            f"turns them by 1 − cosine {self.mean:.1e} on average, {self.largest:.1e} at most"
+        )
+
+
+def stored_error(commits: Commits) -> StoredError | None:
+    """Return it over all units; None where they do not say it."""
+    if not commits.says(MEAN_ERROR):
+        return None
+    mean, largest = (commits.numbers(name) for name in (MEAN_ERROR, LARGEST_ERROR))
+    known, rows = ~np.isnan(mean), commits.counts("positions")
+    average = float((mean[known] * rows[known]).sum() / max(int(rows[known].sum()), 1))
+    return StoredError(average, float(largest[known].max()))

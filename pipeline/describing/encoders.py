@@ -1,0 +1,31 @@
+"""Where a teacher's model is, and of a sentence encoder how it makes vectors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rekindle.pipeline.teacher_config import TeacherConfig
+from rekindle.train.embedding.folder import EncoderFolder, check_encoder_folder
+from rekindle.train.embedding.texts import described
+from rekindle.train.model.folder import resolve_model
+
+
+def check_of(config: TeacherConfig) -> Callable[[Path], None] | None:
+    """Return what raises InputError for a folder that is none of such a teacher; None: as of any
+    model.
+    """
+    return check_encoder_folder if config.task == "embedding" else None
+
+
+def find_teacher(
+    config: TeacherConfig, directory: Path | None = None
+) -> tuple[Path, EncoderFolder | None]:
+    """Return the folder of a teacher's model, and of a sentence encoder how it makes vectors.
+
+    ``directory``: where it is, if that is known. Raises InputError where it is none.
+    """
+    directory = directory or resolve_model(config.model, check_of(config))
+    if config.task != "embedding":
+        return directory, None
+    stated = (config.pooling, config.normalise, config.prompt)
+    found = described(directory, config.model, *stated)
+    return found.transformer, found

@@ -1,0 +1,133 @@
+"""A sentence encoder: a text's tokens become a vector, equal to that of sentence-transformers.
+
+Shapes: B texts, S tokens, D values of a vector.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+from rekindle.train.embedding.folder import TANH, EncoderFolder, Step
+from rekindle.train.model.files import load_config, load_model
+from rekindle.train.model.fitting import auto_class_of
+from rekindle.train.model.parts.head_config import Pooling
+from rekindle.train.model.parts.pooling import pooled
+
+
+class SentenceEncoder(nn.Module):
+    """A transformer, pooling of its last states, and the steps after it; vectors are fp32."""
+
+    def __init__(self, model: nn.Module, about: EncoderFolder, device: str = "cpu"):
+        super().__init__()
+        self.model, self.about = model, about
+        self.steps = nn.ModuleList(map(load_step, about.steps)).to(device).eval()
+
+    @property
+    def config(self) -> Any:
+        """The transformer's configuration."""
+        return self.model.config
+
+    def forward(self, inputs: Mapping[str, Tensor], skipped: int = 0) -> Tensor:
+        """Return the vectors [B,D] of ``inputs``: input_ids and attention_mask [B,S], and
+        token_type_ids where the model knows segments.
+
+        ``skipped``: tokens of the prompt that pooling leaves out.
+        """
+        states = self.model(**inputs).last_hidden_state
+        modes = cast("tuple[Pooling, ...]", self.about.pooling)
+        vectors = pooled(states, inputs["attention_mask"], modes, skipped)
+        for step in self.steps:
+            vectors = step(vectors)
+        return vectors[:, : self.about.dimensions]
+
+
+def load_encoder(
+    about: EncoderFolder,
+    dtype: torch.dtype = torch.float32,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> SentenceEncoder:
+    """Load an encoder; ``more`` is for transformers. In evaluation mode, on the CPU.
+
+    Raises InputError where a weight is missing that the vectors depend on.
+    """
+    kind = auto_class_of(load_config(about.transformer), "embedding")
+    return SentenceEncoder(load_model(about.transformer, kind, dtype, more), about).eval()
+
+
+class Dense(nn.Module):
+    """A linear map and its activation, with the weights' names of sentence-transformers."""
+
+    def __init__(self, settings: Mapping[str, Any], where: Path | None = None):
+        super().__init__()
+        sizes = settings["in_features"], settings["out_features"]
+        self.linear = nn.Linear(*sizes, bias=settings["bias"])
+        self.activation = activation(settings.get("activation_function", TANH), where)
+        self.use_residual = settings.get("use_residual", False)
+        if self.use_residual and sizes[0] != sizes[1]:
+            self.residual = nn.Linear(*sizes, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return vectors [B,out_features]."""
+        found: Tensor = self.activation(self.linear(vectors))
+        if not self.use_residual:
+            return found
+        return found + (self.residual(vectors) if hasattr(self, "residual") else vectors)
+
+
+class LayerNorm(nn.Module):
+    """A LayerNorm of vectors, with the weights' names of sentence-transformers."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return vectors [B,D]."""
+        found: Tensor = self.norm(vectors)
+        return found
+
+
+class Normalize(nn.Module):
+    """Makes vectors of length 1."""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return vectors [B,D]."""
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+def load_step(step: Step) -> nn.Module:
+    """Return a step after pooling, with its weights."""
+    if step.kind == "Normalize":
+        return Normalize()
+    where = step.weights and step.weights.parent
+    if step.kind == "Dense":
+        made: nn.Module = Dense(step.settings, where)
+    else:
+        made = LayerNorm(step.settings["dimension"])
+    assert step.weights is not None
+    made.load_state_dict({k: v.float() for k, v in load_file(step.weights).items()})
+    return made
+
+
+def activation(name: str, where: Path | None = None) -> nn.Module:
+    """Return torch's module of that full name; InputError for what is none of torch.nn.
+
+    What is not torch's would be code from the folder, which is not run.
+    """
+    made = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    try:
+        found = made() if isinstance(made, type) and issubclass(made, nn.Module) else None
+    except TypeError:  # one that needs sizes
+        found = None
+    if found is None:
+        raise InputError(
+            f"{where or 'a Dense'}: its activation_function is {name}, which is none of torch.nn "
+            f"that needs no sizes; write one that is ({TANH})"
+        )
+    return found

@@ -1,0 +1,177 @@
+"""From texts to vectors: the encoder's own tokenizer, its prompt, and what it takes no more of.
+
+A special token's name within a text is text, as for all experts here; sentence-transformers reads
+it as the token.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer, wrap_tokenizer
+from rekindle.data.errors import InputError
+from rekindle.data.padding import length_buckets, pad
+from rekindle.train.embedding.encoder import SentenceEncoder, load_encoder
+from rekindle.train.embedding.folder import (
+    POOLINGS,
+    EncoderFolder,
+    check_encoder_folder,
+    is_encoder_folder,
+    plain_encoder,
+    read_encoder_folder,
+)
+from rekindle.train.model.files import longest_input, place
+from rekindle.train.model.fitting import knows_segments
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.model.padding import padding_of
+
+UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
+BATCH_TOKENS = 4096  # of a forward pass, padding included
+
+Ids = NDArray[np.int32]
+
+
+def describe_encoder(
+    model: str,
+    pooling: str | None = None,
+    normalise: bool | None = None,
+    prompt: str | None = None,
+) -> EncoderFolder:
+    """Return how ``model`` makes vectors, by its files and by what is stated.
+
+    Raises InputError for a plain encoder of which pooling and normalising are not stated, and where
+    a folder of sentence-transformers says otherwise.
+    """
+    directory = resolve_model(model, check_encoder_folder)
+    return described(directory, model, pooling, normalise, prompt)
+
+
+def described(
+    directory: Path,
+    model: str,
+    pooling: str | None = None,
+    normalise: bool | None = None,
+    prompt: str | None = None,
+) -> EncoderFolder:
+    """As ``describe_encoder``, of a directory that is known."""
+    if pooling is not None and {*pooling.split("+")} - {*POOLINGS}:
+        raise InputError(f"pooling {pooling!r} is not known; known are {', '.join(POOLINGS)}")
+    if not is_encoder_folder(directory):
+        if pooling is None or normalise is None:
+            raise InputError(
+                f"{model!r} is a plain encoder: it has no modules.json that says how the states of "
+                f"a text's tokens become one vector. State pooling ({', '.join(POOLINGS)}) and "
+                "normalise (true or false), or give a folder of sentence-transformers"
+            )
+        return plain_encoder(directory, pooling, normalise, prompt or "")
+    found = read_encoder_folder(directory, prompt)
+    given = {"pooling": (pooling, found.told_pooling), "normalise": (normalise, found.normalised)}
+    for key, (stated, own) in given.items():
+        if stated is not None and stated != own:
+            raise InputError(
+                f"{model!r} is a folder of sentence-transformers, whose modules say {key}: "
+                f"{str(own).lower()}, not {str(stated).lower()}. Leave {key} out, or change the "
+                "folder's modules"
+            )
+    return found
+
+
+def told_of_prompts(about: EncoderFolder, asked: bool) -> str | None:
+    """What is said of an encoder's prompts; None of one that has none."""
+    if about.prompt:
+        return f"each text is read after {about.prompt!r}"
+    if about.prompts and not asked:
+        return (
+            f"it has prompts ({', '.join(about.prompts)}), none of which is its default: texts are "
+            "read without one, unless `prompt` says which text stands before each"
+        )
+    return None
+
+
+def own_tokenizer(about: EncoderFolder, tokenizer: Tokenizer | None = None) -> Tokenizer:
+    """Return the encoder's tokenizer, lower-casing where its folder says so."""
+    tokenizer = tokenizer or load_tokenizer(str(about.transformer))
+    if not about.lower_case:
+        return tokenizer
+    from tokenizers.normalizers import Lowercase
+    from tokenizers.normalizers import Sequence as InOrder
+
+    hf = deepcopy(tokenizer.hf)
+    before = hf.backend_tokenizer.normalizer
+    lower: list[Any] = [Lowercase()] if before is None else [Lowercase(), before]
+    hf.backend_tokenizer.normalizer = InOrder(lower)
+    return wrap_tokenizer(hf, tokenizer.name)
+
+
+def longest_text(about: EncoderFolder, tokenizer: Tokenizer, settings: Any) -> int:
+    """Return the tokens that it reads of a text, special ones included; UNLIMITED for all."""
+    own = about.max_length or int(tokenizer.hf.model_max_length)
+    return min(own, longest_input(settings) or UNLIMITED, UNLIMITED)
+
+
+def skipped_tokens(about: EncoderFolder, tokenizer: Tokenizer) -> int:
+    """Return how many tokens of each text pooling leaves out: those of the prompt."""
+    if not about.prompt or not about.skips_prompt:
+        return 0
+    own = [*tokenizer.prefix, *tokenizer.encode([about.prompt])[0].ids, *tokenizer.suffix]
+    return len(own) - (own[-1] in tokenizer.special_ids)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A loaded encoder and its tokenizer: texts in, vectors out."""
+
+    about: EncoderFolder
+    encoder: SentenceEncoder
+    tokenizer: Tokenizer
+    max_length: int
+    device: str
+
+    @classmethod
+    def of(cls, about: EncoderFolder) -> "TextEncoder":
+        """Load what ``about`` describes, onto this process's device, in float32."""
+        where = place("fp32")
+        encoder = load_encoder(about).to(where.device)
+        tokenizer = own_tokenizer(about)
+        longest = longest_text(about, tokenizer, encoder.config)
+        return cls(about, encoder, tokenizer, longest, where.device)
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Return each text's tokens as the model reads them."""
+        prefix, suffix = self.tokenizer.prefix, self.tokenizer.suffix
+        room = max(0, self.max_length - len(prefix) - len(suffix))
+        encoded = self.tokenizer.encode([self.about.prompt + text for text in texts])
+        return [np.array([*prefix, *one.ids[:room], *suffix], np.int32) for one in encoded]
+
+    def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the vectors [N,D] of ``texts`` [N]."""
+        ids = self.ids(texts)
+        lengths = np.array([len(one) for one in ids], np.int64)
+        if empty := np.flatnonzero(lengths == 0).tolist():
+            raise InputError(f"text {empty[0] + 1} has no tokens, so it has no vector")
+        skipped = skipped_tokens(self.about, self.tokenizer)
+        found: dict[int, NDArray[np.float32]] = {}
+        for rows in length_buckets(lengths, BATCH_TOKENS):
+            inputs = self._inputs([ids[row] for row in rows])
+            with torch.inference_mode():
+                vectors = self.encoder(inputs, skipped).cpu().numpy()
+            found |= dict(zip(rows.tolist(), vectors, strict=True))
+        return np.stack([found[row] for row in range(len(ids))])
+
+    def _inputs(self, ids: list[Ids]) -> dict[str, torch.Tensor]:
+        """One batch, padded at its end."""
+        lengths = np.array([len(one) for one in ids], np.int64)
+        number = padding_of(self.encoder.config)
+        padded = pad(ids, lengths, number if isinstance(number, int) and number >= 0 else 0)
+        mask = np.arange(padded.shape[1]) < lengths[:, None]
+        inputs = {"input_ids": padded, "attention_mask": mask}
+        told = "token_type_ids" in self.tokenizer.hf.model_input_names
+        if told and knows_segments(self.encoder.config):
+            inputs["token_type_ids"] = np.zeros_like(padded)
+        return {k: torch.from_numpy(v.astype(np.int64)).to(self.device) for k, v in inputs.items()}

@@ -1,0 +1,1 @@
+"""Parts of a student beside its language model: the prompts of domains, and what makes vectors."""

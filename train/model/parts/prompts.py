@@ -1,0 +1,82 @@
+"""Domain prompts: a learned vector for each domain of the corpus, put into every sequence."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rekindle.data.errors import InputError
+
+DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
+SEGMENTS = "token_type_ids"
+PLACE = 1  # of a domain's prompt in what the model reads
+
+
+class DomainPrompts(nn.Module):
+    """Domain prompts (ELLE, ACL 2022): a learned vector [H] per domain after a sequence's first
+    token; number 0 is for text of no domain, or of one that is not known.
+
+    Positions keep their meaning: whoever names a position means that of the text without the
+    prompt. The prompt stands at place 1 of what the model reads; its own hidden state is left out
+    again.
+    """
+
+    def __init__(self, model: Any, domains: Sequence[str]):
+        super().__init__()
+        if not domains:
+            raise InputError(
+                "student.domain_prompts: the corpus has no domains. Make the cache with "
+                "corpus.domain_field, or leave domain_prompts out"
+            )
+        self.domains = tuple(domains)
+        size = model.get_input_embeddings().weight.shape[1]
+        self.vectors = nn.Embedding(len(self.domains) + 1, size)
+        std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+        nn.init.normal_(self.vectors.weight, std=std)
+
+    def numbers(self, domains: Sequence[str | None]) -> list[int]:
+        """The rows of ``domains`` [B] in the table."""
+        known = {name: number for number, name in enumerate(self.domains, 1)}
+        return [0 if name is None else known.get(name, 0) for name in domains]
+
+    def insert(self, inputs: Mapping[str, Tensor], words: nn.Module) -> dict[str, Tensor]:
+        """``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) as wide.
+
+        ``inputs[DOMAINS]`` [B], domain number 0 if absent; ``words``: the model's input embeddings.
+        The model numbers its positions itself, the prompt's included.
+        """
+        ids = inputs["input_ids"]
+        numbers = inputs.get(DOMAINS)
+        if numbers is None:
+            numbers = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        embedded = words(ids)
+        prompt = self.vectors(numbers).to(embedded.dtype)[:, None]
+        longer = {"inputs_embeds": _inserted(embedded, prompt)}
+        for name in ("attention_mask", SEGMENTS):
+            if (found := inputs.get(name)) is not None:  # a prompt is to the model as the first is
+                longer[name] = _inserted(found, found[:, :1])
+        return longer
+
+    @torch.no_grad()
+    def take(self, earlier: Sequence[str], vectors: Tensor) -> None:
+        """Take over the ``vectors`` of ``earlier`` domains that are domains here, and number 0."""
+        self.vectors.weight[0] = vectors[0]
+        for number, name in enumerate(earlier, 1):
+            if name in self.domains:
+                self.vectors.weight[1 + self.domains.index(name)] = vectors[number]
+
+
+def _inserted(values: Tensor, one: Tensor) -> Tensor:
+    return torch.cat([values[:, :PLACE], one, values[:, PLACE:]], dim=1)
+
+
+def with_prompt(flat: Tensor, width: int) -> Tensor:
+    """Flat indices into [B·(S+1)], prompts inserted, of flat indices into [B·S]; S is ``width``."""
+    row, position = flat // width, flat % width
+    return row * (width + 1) + position + (position >= PLACE)
+
+
+def without_prompt(states: Tensor) -> Tensor:
+    """Hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
+    return torch.cat([states[:, :PLACE], states[:, PLACE + 1 :]], dim=1)

@@ -1,0 +1,1 @@
+"""Losses of vectors, one file each; a new file here is a new loss, found by its name."""

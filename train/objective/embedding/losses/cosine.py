@@ -1,0 +1,16 @@
+"""Cosine: 1 − cos of the angle between the student's vector and the teacher's."""
+
+from typing import TYPE_CHECKING
+
+from rekindle.train.objective.embedding.base import VectorLoss, unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Cosine(VectorLoss):
+    """1 − cos, whatever the vectors' lengths."""
+
+    def rows(self, own: "Tensor", wanted: "Tensor") -> "Tensor":
+        """Return 1 − cos [R], between 0 and 2."""
+        return 1 - (unit(own) * unit(wanted)).sum(dim=1)

@@ -1,0 +1,208 @@
+"""Students beside sentence encoders: the losses of their vectors, over a step in any parts.
+
+The losses themselves are ``embedding/losses/``. One that compares the rows of a step is of all its
+rows, however these are split among micro-batches and processes: every part forms the loss of the
+whole step, in which its own rows carry the gradient and the others stand as a pass without gradient
+has found them. The gradients of all parts then add up to that of the whole. A step of one
+micro-batch on one process has its rows at hand; any other costs one more forward pass of the
+student, without gradient, for these teachers alone (and its dropout is drawn anew). R rows of a
+micro-batch, N of a step, D numbers of a vector.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rekindle.data.batch import Batch, EmbeddingBatch, Ints
+from rekindle.train.config import DistillTerm
+from rekindle.train.device_batch import inputs_of, language_rows, send
+from rekindle.train.distributed import World
+from rekindle.train.objective.embedding.base import unit
+from rekindle.train.objective.embedding.config import VectorTerm
+from rekindle.train.objective.selection import Counts, StepPlan, StepVectors, names_of
+from rekindle.train.objective.task_pass import run_heads, taught_rows
+from rekindle.train.student import Student
+
+Run = Callable[..., Tensor]
+TOGETHER = 1024  # held-out texts that are compared with each other
+
+
+def vector_loss(
+    own: Tensor, wanted: Tensor, keys: Ints, step: StepVectors | None, term: VectorTerm
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of a term's losses, summed over the rows, and the same to be shown.
+
+    ``own``, ``wanted``: the student's and the teacher's vectors [R,D] of the sequences ``keys``
+    [R]; ``step``: those of the whole step, None where these are all. Formed in at least 32 bits.
+    """
+    with torch.autocast(own.device.type, enabled=False):
+        wide = own if own.dtype == torch.float64 else own.float()
+        total = wide.sum() * 0.0
+        for loss in term.losses.values():
+            if loss.compares_rows and step is not None:
+                part = _of_the_step(wide, keys, step, loss.rows)
+            else:
+                part = loss.rows(wide, wanted.to(wide.dtype)).sum()
+            total = total + loss.settings.weight * part
+    return total, total.detach()
+
+
+def _of_the_step(
+    own: Tensor, keys: Ints, step: StepVectors, rows: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return the sum of the losses of a part's rows, with the gradient of the whole step's loss
+    with respect to them.
+    """
+    places = send(places_of(keys, step.keys), own.device)
+    others, wanted = (send(one, own.device).to(own.dtype) for one in (step.own, step.wanted))
+    found = rows(others.index_copy(0, places, own), wanted)
+    whole = found.sum()
+    return whole - whole.detach() + found.detach()[places].sum()
+
+
+def places_of(keys: Ints, known: Ints) -> Ints:
+    """Return where in ``known`` [N], ascending, each of ``keys`` [R] stands: of equal ones the
+    first at the first place, and so on.
+    """
+    order = np.argsort(keys, kind="stable")
+    ascending = keys[order]
+    earlier = np.arange(len(keys)) - np.searchsorted(ascending, ascending)  # of the same key
+    places = np.empty(len(keys), np.int64)
+    places[order] = np.searchsorted(known, ascending) + earlier
+    return places
+
+
+def with_vectors(
+    counts: Counts,
+    task: str,
+    parts: Sequence[Batch],
+    plan: StepPlan,
+    world: World,
+    run: Run,
+) -> Counts:
+    """Return ``counts`` with the vectors of every teacher of the step whose rows are compared.
+
+    ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` where the
+    student's weights are whole; every process makes the same passes.
+    """
+    if world.size == 1 and len(parts) == 1:
+        return counts
+    found: dict[str, StepVectors] = {}
+    for term in plan.distilled:
+        for name in term.teachers:
+            if not _compares(term, parts[0], name):
+                continue
+            with torch.no_grad():
+                each = [run(student_vectors, task, p, term, name, world.device) for p in parts]
+            own = torch.cat(each).float().cpu().numpy()
+            targets = [vectors_of(part, name) for part in parts]
+            keys = np.concatenate([key for key, _ in targets])
+            wanted = np.concatenate([vectors for _, vectors in targets])
+            every = zip(*world.gather((keys, own, wanted)), strict=True)  # by process
+            found[name] = in_order(*map(np.concatenate, every))
+    return replace(counts, vectors=found)
+
+
+def _compares(term: DistillTerm, part: Batch, name: str) -> bool:
+    is_vector = isinstance(part.targets.get(name), EmbeddingBatch)
+    return is_vector and term.of_vectors.compares_rows
+
+
+def in_order(keys: Ints, own: np.ndarray, wanted: np.ndarray) -> StepVectors:
+    """Put the vectors [N,D] of rows by ascending ``keys`` [N], whoever has found them."""
+    order = np.argsort(keys, kind="stable")
+    return StepVectors(keys[order], own[order], wanted[order])
+
+
+def vectors_of(batch: Batch, name: str) -> tuple[Ints, np.ndarray]:
+    """Return a teacher's vectors [R,D] in a batch and the numbers [R] of their sequences."""
+    target = batch.targets[name]
+    assert isinstance(target, EmbeddingBatch)
+    return batch.index[target.rows], target.vectors
+
+
+def student_vectors(
+    student: Student,
+    task: str,
+    batch: Batch,
+    term: DistillTerm,
+    name: str,
+    device: torch.device,
+) -> Tensor:
+    """Return the student's vectors [R,D] of the sequences that have a target of the teacher."""
+    target = batch.targets[name]
+    if term.view == "masked":
+        inputs = language_rows(batch, task, device).inputs
+    else:
+        inputs = inputs_of(batch, target.info.view, device)
+    found = run_heads(student, inputs, batch, {name: target})
+    return taught_rows(found.logits[name], target)[0].float()
+
+
+def vector_values(terms: Sequence[DistillTerm], name: str) -> list[str]:
+    """Name what an evaluation measures beside the sentence encoder ``name``: nothing where only
+    similarities are learnt, as the vectors may have other sizes.
+    """
+    term = next((term for term in terms if name in term.teachers), None)
+    comparable = term is None or term.of_vectors.needs_equal_sizes
+    return ["cosine", "mse"] if comparable else []
+
+
+def vector_sums(own: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Return the cosines of vectors [R,D], and their mean squared errors, each summed up; nothing
+    where the sizes differ.
+    """
+    if own.shape != wanted.shape:
+        return {}
+    wide, target = own.double(), wanted.double()
+    return {
+        "cosine": float((unit(wide) * unit(target)).sum()),
+        "mse": float((wide - target).square().mean(dim=1).sum()),
+    }
+
+
+class HeldOutVectors:
+    """Vectors of held-out sequences whose losses compare them with each other: they are collected
+    batch by batch, and compared at the end, in sets of at most ``TOGETHER`` by their numbers.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[tuple[Ints, np.ndarray, np.ndarray]]] = {}  # by teacher
+
+    def add(
+        self, student: Student, task: str, batch: Batch, term: DistillTerm, device: torch.device
+    ) -> None:
+        """Add a batch."""
+        for name in term.teachers:
+            own = student_vectors(student, task, batch, term, name, device).cpu().numpy()
+            keys, wanted = vectors_of(batch, name)
+            self.found.setdefault(name, []).append((keys, own, wanted))
+
+    def join(self, others: Sequence["HeldOutVectors"]) -> None:
+        """Take what all processes have collected, this one's own included."""
+        names = dict.fromkeys(name for one in others for name in one.found)
+        self.found = {n: [part for one in others for part in one.found.get(n, [])] for n in names}
+
+    def mean(self, term: DistillTerm) -> float | None:
+        """Return the term's loss, without its weight; None where it has no row."""
+        named, sums = names_of(term), dict[str, tuple[float, int]]()
+        for name in term.teachers:
+            total, rows = sums.get(named[name], (0.0, 0))
+            if parts := self.found.get(name):
+                step = in_order(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+                total, rows = total + _held_out(step, term.of_vectors), rows + len(step.keys)
+            sums[named[name]] = total, rows
+        means = [total / rows for total, rows in sums.values() if rows]
+        return sum(means) if means else None
+
+
+def _held_out(step: StepVectors, term: VectorTerm) -> float:
+    total = 0.0
+    for start in range(0, len(step.keys), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        own, wanted = (torch.from_numpy(one[part]).double() for one in (step.own, step.wanted))
+        total += float(vector_loss(own, wanted, step.keys[part], None, term)[1])
+    return total

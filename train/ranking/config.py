@@ -1,0 +1,53 @@
+"""How the scores of a ranking expert teach a student. Torch is not imported here."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rekindle.data.settings import Settings
+from rekindle.train.schedules import Amount
+
+
+class RankingConfig(Settings):
+    """How the scores of a regression expert teach an order: squared errors of scores and of their
+    differences, and the divergence of the distributions that they are over a group. What lies in
+    several micro-batches or processes changes nothing but rounding (and dropout), at the price of
+    one more forward pass.
+    """
+
+    pointwise: Amount = Field(1.0, description="weight of the squared error of a score")
+    pairwise: Amount = Field(
+        1.0,
+        description="weight of the squared error of the difference of two scores (MarginMSE), mean "
+        "over the pairs of a group in a step; 0: none",
+    )
+    pairs: Literal["all", "best"] = Field(
+        "all",
+        description="of pairwise. all: every two sequences of a group; best: the one that the "
+        "expert scores highest with each other one (of equal ones the first of the corpus)",
+    )
+    listwise: Amount = Field(
+        0.0,
+        description="weight of τ² · KL(softmax(t/τ) ‖ softmax(s/τ)) over the scores of a group, "
+        "mean over the groups in a step; τ is the term's temperature, which the other two do not "
+        "use",
+    )
+    group: Literal["batch", "domain", "document", "group"] = Field(
+        "batch",
+        description="which sequences of a step are compared: all, those of one domain, of one "
+        "document, or of one group (corpus.group_field). With a large corpus a step rarely holds "
+        "two of a document or group; with train.batching: groups it holds whole groups",
+    )
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Those of scores, of differences and of groups."""
+        return self.pointwise, self.pairwise, self.listwise
+
+
+def without_groups(key: str, where: str) -> str:
+    """Say that a run is of groups, and that its corpus has none."""
+    return (
+        f"{key} is of groups, and the sequences of {where} have none: set corpus.group_field to "
+        "the field that all documents of a query have in common, and cache the corpus so"
+    )

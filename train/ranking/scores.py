@@ -1,0 +1,107 @@
+"""NDCG@10, MRR and MAP of scores within groups. Knows no model and no file.
+
+The gain of a document is its grade, as scikit-learn and trec_eval have it (not 2^grade − 1). For
+MRR and MAP a document is relevant where its grade is above 0. All documents of a group are ranked,
+and MRR and MAP look at all of them. Equal scores have no order: the value is the mean over all
+orders of what is tied, in closed form (McSherry and Najork, ECIR 2008), so that equal scores
+throughout get what a random order gets on average. A group whose grades are all equal is no better
+in one order than in another: it has no score, and the means are over the others.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+CUT = 10  # the rank after which NDCG looks no further
+NAMES = ("ndcg@10", "mrr", "map")  # the first is the usual one
+
+
+def parts_of(groups: Ints) -> list[Ints]:
+    """The rows of each group, by rising number: G arrays of rows of ``groups`` [N]."""
+    order = np.argsort(groups, kind="stable")
+    edges = np.flatnonzero(np.diff(groups[order])) + 1
+    return np.split(order, edges) if len(order) else []
+
+
+def ordered(grades: NDArray[np.floating], parts: list[Ints]) -> list[Ints]:
+    """Those of the groups that have documents of different grades, so that an order matters."""
+    return [rows for rows in parts if (grades[rows] != grades[rows[0]]).any()]
+
+
+def ranking_scores(
+    scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
+) -> dict[str, float]:
+    """The mean of each measure over the groups: ``scores``, ``grades`` (≥ 0), ``groups`` all [N].
+
+    Raises ValueError where no group has documents of different grades.
+    """
+    each = [group_scores(scores[rows], grades[rows]) for rows in ordered(grades, parts_of(groups))]
+    if not each:
+        raise ValueError("no group has documents of different grades")
+    return dict(zip(NAMES, np.mean(each, axis=0).tolist(), strict=True))
+
+
+def group_scores(
+    scores: NDArray[np.floating], grades: NDArray[np.floating]
+) -> tuple[float, float, float]:
+    """NDCG@10, reciprocal rank and average precision of one group [n], of which one has a grade
+    above 0.
+    """
+    order = np.argsort(-scores, kind="stable")
+    firsts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # of each tie
+    sizes = np.diff(np.append(firsts, len(order)))
+    gains = grades[order].astype(np.float64)
+    relevant = (gains > 0).astype(np.int64)
+    discounts = 1 / np.log2(np.arange(2, len(order) + 2))
+    discounts[CUT:] = 0
+    ideal = float(np.sort(gains)[::-1] @ discounts)
+    tied = [np.add.reduceat(values, firsts) for values in (gains, discounts)]
+    dcg = float((tied[0] / sizes) @ tied[1])
+    hits = np.add.reduceat(relevant, firsts)
+    return dcg / ideal, _reciprocal(firsts, sizes, hits), _precision(firsts, sizes, hits)
+
+
+def _reciprocal(firsts: Ints, sizes: Ints, hits: Ints) -> float:
+    """The mean of 1 / rank of the first relevant document: it stands in the first tie with one."""
+    tie = int(np.argmax(hits > 0))
+    before, size, relevant = int(firsts[tie]), int(sizes[tie]), int(hits[tie])
+    value, chance = 0.0, 1.0  # that none of those before it in the tie is relevant
+    for place in range(size - relevant + 1):
+        here = chance * relevant / (size - place)
+        value += here / (before + place + 1)
+        chance -= here
+    return value
+
+
+def _precision(firsts: Ints, sizes: Ints, hits: Ints) -> float:
+    """The mean of the average precision: at each place of a tie a document is as likely relevant
+    as at any other, and so are the others of the tie before it.
+    """
+    total, seen = 0.0, 0
+    for first, size, relevant in zip(firsts.tolist(), sizes.tolist(), hits.tolist(), strict=True):
+        place = np.arange(size)
+        beside = place * (relevant - 1) / max(size - 1, 1)
+        total += relevant / size * float(((seen + 1 + beside) / (first + 1 + place)).sum())
+        seen += relevant
+    return total / seen
+
+
+def beyond_chance(
+    scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
+) -> float:
+    """By how many standard deviations the scores fit the grades (by the sum of the products of
+    both, less their means in each group) better than if they were shuffled within each group.
+    """
+    fit = variance = 0.0
+    for rows in ordered(grades, parts_of(groups)):
+        a, b = (
+            side[rows].astype(np.float64) - side[rows].mean(dtype=np.float64)
+            for side in (scores, grades)
+        )
+        fit += float(a @ b)
+        variance += float(a @ a) * float(b @ b) / (len(rows) - 1)
+    return fit / math.sqrt(variance) if variance > 1e-12 else 0.0
