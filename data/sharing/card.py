@@ -28,6 +28,7 @@ TASKS = {
     "sequence_classification": "text-classification",
     "regression": "text-classification",
     "token_classification": "token-classification",
+    "embedding": "sentence-similarity",
 }
 KEPT = ("license", "license_name", "license_link", "language", "pretty_name")  # what people set
 SOURCES = 5  # that a card names
@@ -207,11 +208,19 @@ def run_file(corpus: Corpus, path: str) -> list[str]:
     """
     config: Mapping[str, Any] = corpus.info["config"]
     names = [last_part(str(place)) for place in config["source"]]
-    values: dict[str, Any] = {"source": names, "tokenizer": f"{path}/corpus/tokenizer"}
+    contents = config.get("contents") or ["text"] * len(names)
+    source = [
+        name if content == "text" else {"path": name, "format": content}
+        for name, content in zip(names, contents, strict=True)
+    ]
+    values: dict[str, Any] = {"source": source, "tokenizer": f"{path}/corpus/tokenizer"}
     usual = {"text_field": "text", "domain_field": None, "limit_sequences": None}
-    for key in ("text_field", "domain_field", "pair_field", "limit_sequences"):
+    keys = ("text_field", "domain_field", "pair_field", "group_field", "special_tokens")
+    for key in (*keys, "attention", "limit_sequences"):
         if key in config and config[key] != usual.get(key):
             values[key] = config[key]
+    if without := config.get("without"):
+        values["without"] = [last_part(str(name)) for name in without["files"]]
     values |= {key: config[key] for key in ("sequence_length", "packing")}
     shards = {"path": path, "sequences_per_shard": config["sequences_per_shard"]}
     lines = [f"corpus: {_flow(values)}", f"cache: {_flow(shards)}"]
