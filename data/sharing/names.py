@@ -9,8 +9,8 @@ from rekindle.data.hub.places import hub_place, is_hub
 
 TAGS = ["rekindle", "knowledge-distillation"]
 LICENCE = (
-    "Nobody has said yet under which licence this may be used: that follows from the licences of "
-    "{}. Put `license: …` into the block above before you share it."
+    "Nobody has yet stated the licence under which this may be used: it follows from the "
+    "licences of {}. Put `license: …` into the block above before you share it."
 )
 # A path of this machine (/home/me/x, ~/x, ./x, ../x, C:\\x), or an address (s3://…, http://…).
 _PLACE = re.compile(r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:\\|[a-z][a-z0-9+.-]+:/{1,3})[^\n]+")
@@ -22,7 +22,7 @@ def is_place(text: str) -> bool:
 
 
 def shown(model: str) -> str:
-    """A model's name as a card has it: a hub id, or the last part of a folder that only we have."""
+    """Return a model's name for a card: a hub id, or the last part of a local folder."""
     if is_hub(model):
         return hub_place(model).repo
     return last_part(model) if is_ours(model) else model

@@ -40,6 +40,7 @@ from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.unfinished import unfinished, usable_checkpoint
+from rekindle.train.ranking.scores import scores_by_group
 from rekindle.train.student import ABOUT_FILE, saved_heads
 
 log = logging.getLogger("rekindle")
@@ -204,15 +205,25 @@ def _standing(
         metric = chosen_metric(metric, data)
         found, logits, _ = judged_scores(judge, data, asked, name=file)
         scores[one.name] = [found[metric]]
-        of_rows, right = _score(data, logits, judge.labels, metric)
-        draws[one.name] = draw(of_rows, len(data))
+        unit, size = "row", len(data)
+        if data.groups is not None:
+            each = scores_by_group(logits[:, 0], data.labels, data.groups)[metric]
+            unit, size = "group", len(each)
+            of_rows, right = _mean_of(each), None
+        else:
+            of_rows, right = _score(data, logits, judge.labels, metric)
+        draws[one.name] = draw(of_rows, size)
         rights |= {} if right is None else {one.name: right}
         done()
     measured = printed_name(metric or "", data.problem, len(data.label_names))
     task_scores = TaskScores(head, metric or "", Path(file).name, scores, measured=measured)
-    standing = standing_of(task_scores, OnRows(len(data), draws, rights))
+    standing = standing_of(task_scores, OnRows(size, draws, rights, unit))
     assert standing is not None  # at least one has the head
     return standing
+
+
+def _mean_of(each: NDArray[np.float64]) -> Score:
+    return lambda rows: float(each[rows].mean())
 
 
 def _tags(head: str, runs: Sequence[RunFacts]) -> bool:

@@ -43,6 +43,7 @@ class Standing:
     best: str
     differences: list[Difference]
     rows: int | None = None
+    unit: str = "row"  # what is counted: documents are scored group by group
 
     @property
     def beaten(self) -> list[Difference]:
@@ -73,7 +74,9 @@ class Standing:
         if near[0].low is None:
             told = f"{self.best} has the highest score on {task.task} ({what}), by {_by(near[0])}"
             told += f" over {near[0].against}; whether that is chance is unknown"
-            return told if self.rows is None else f"{told} with fewer than {LEAST_ROWS} rows"
+            return (
+                told if self.rows is None else f"{told} with fewer than {LEAST_ROWS} {self.unit}s"
+            )
         first, *others = near
         more = f", {_names(others)}" if others else ""
         return (
@@ -108,6 +111,7 @@ class OnRows:
     rows: int
     draws: Mapping[str, Draws]
     right: Mapping[str, Right]
+    unit: str = "row"
 
 
 def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing | None:
@@ -131,7 +135,7 @@ def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing |
         Difference(best, other, scores.task, means[best] - means[other], *between, None, None, 1)
         for other, between in zip(others, bounds, strict=True)
     ]
-    return Standing(scores, best, differences, on_rows.rows)
+    return Standing(scores, best, differences, on_rows.rows, on_rows.unit)
 
 
 def _over_seeds(scores: TaskScores, best: str, other: str, pairs: int) -> Difference:

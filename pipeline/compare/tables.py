@@ -137,7 +137,7 @@ def score_tables(comparison: Comparison) -> Iterator[Table]:
         ]
         columns = [c for c in columns if c.title != "seeds" or {*c.cells} != {"1"}]
         columns = [c for c in columns if {*c.cells} != {NOTHING}]  # one run, or no interval
-        rows = "" if one.rows is None else f", {counted(one.rows, 'row')}"
+        rows = "" if one.rows is None else f", {counted(one.rows, one.unit)}"
         yield Table(f"{one.scores.task} ({one.scores.scored_on}{rows})", columns)
 
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from rekindle.data.errors import CheckpointError
 from rekindle.train.finetune.config import FORMER_FIELDS, TaskSettings, with_once_fixed
 from rekindle.train.finetune.result import RESULT_FILE, WRITER, FinetuneResult, best_of
+from rekindle.train.ranking.kinds import RANKING
 from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"
@@ -29,6 +30,7 @@ PSEUDO = "pseudo"  # a student of the expert's most likely classes
 _AGAIN = "restore it, or remove what its stage has left and resume the cycle"
 _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
+_SECOND |= {"ndcg@10": "mrr", "mrr": "ndcg@10", "map": "ndcg@10"}
 
 Grid = Mapping[str, Sequence[object]]  # setting -> the values that are tried
 
@@ -66,8 +68,10 @@ class FineTuned(FinetuneResult):
 
     @property
     def shown(self) -> list[str]:
-        """The main metric first, and the second one that GLUE reports for such a task."""
-        if self.problem == "regression":
+        """The main metric first, and the second one that GLUE reports for such a task, or
+        that rankings are compared by.
+        """
+        if self.problem in ("regression", RANKING):
             return [self.metric, _SECOND[self.metric]]
         two_classes = len(self.label_names) == 2
         return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]

@@ -31,6 +31,7 @@ from rekindle.train.finetune.config import FinetuneConfig, TaskSettings
 from rekindle.train.finetune.label_lists import SEVERAL
 from rekindle.train.finetune.metrics import chosen_metric
 from rekindle.train.finetune.task_data import TaskData, read_task
+from rekindle.train.ranking.groups import groups_in_order, whole_until
 
 TASKS_FOLDER = "tasks"
 logger = logging.getLogger("rekindle")
@@ -41,7 +42,9 @@ _MOST_DEV = 5  # dev is at most one of so many parts of train
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """A task as it is used: the rows of its files that train, select and are scored."""
+    """A task as it is used: the rows of its files that train, select and are scored; of documents
+    in groups whole groups.
+    """
 
     task: CycleTask
     regression: bool
@@ -140,7 +143,10 @@ def _read(
             "Make an expert of it with pipeline finetune, and name it as a teacher with task: "
             "token_classification in a run file (pipeline train-student)"
         )
-    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(train))
+    random = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    order = random.permutation(len(train))
+    if train.groups is not None:
+        order = groups_in_order(train.groups, random)
     rows = {name: np.arange(len(split)) for name, split in splits.items()}
     tests = {*map(_normalised, _examples(splits["test"], rows["test"]))}
     held = {
@@ -160,6 +166,8 @@ def _read(
             )
     if task.dev is None:
         count = min(task.dev_examples, len(order) // _MOST_DEV)
+        if count and train.groups is not None:  # a group is in one split
+            count = whole_until(train.groups[order], count) % len(order)
         if count == 0:
             raise InputError(
                 f"task {task.name!r}: {task.train} has {counted(len(train), 'example')}, too "
@@ -167,7 +175,10 @@ def _read(
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
     order = _of_each_class(task, train, order, tell)
-    rows["train"] = np.sort(order[: task.train_examples])
+    taken = task.train_examples
+    if taken and train.groups is not None:
+        taken = whole_until(train.groups[order], taken)
+    rows["train"] = np.sort(order[:taken])
     metric = chosen_metric(task.metric, train)
     if task.pairs and train.pairs is None:
         raise InputError(
@@ -273,6 +284,8 @@ def _record(data: TaskData, row: int) -> dict[str, object]:
     texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
+    if data.groups is not None:
+        texts["group"] = data.group_names[row]
     label: object = data.labels[row].tolist()
     if data.problem == SEVERAL:
         label = [

@@ -8,6 +8,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles, test_files
+from rekindle.pipeline.cycle.sections import IN_GROUPS, CycleTask
 from rekindle.pipeline.cycle.students import Student, students_of, teachers_on
 from rekindle.train.finetune.result import seed_folder
 
@@ -65,7 +66,7 @@ def _objective(
     config: CycleConfig, tasks: Sequence[TaskFiles], student: Student
 ) -> dict[str, object]:
     terms = [
-        config.term_of(one.task, one.regression, student.arm).model_dump(
+        config.term_of(_in_groups(config, one, student), one.regression, student.arm).model_dump(
             mode="json", by_alias=True, exclude_unset=True
         )
         for one in tasks
@@ -73,3 +74,11 @@ def _objective(
     ]
     hard = config.train.objective.hard.model_dump(mode="json", by_alias=True)
     return {"hard": hard if student.masked else {"weight": 0.0}, "distill": terms}
+
+
+def _in_groups(config: CycleConfig, one: TaskFiles, student: Student) -> CycleTask:
+    """The task; a ranker on a text of groups compares what is of one group, unless told."""
+    grouped = config.text_of(student.text).group_field is not None
+    if one.splits["train"].groups is None or not grouped or "ranking" in config.distill:
+        return one.task
+    return one.task.model_copy(update={"distill": IN_GROUPS | one.task.distill})

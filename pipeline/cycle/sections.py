@@ -31,7 +31,11 @@ Metric = Literal[
     "subset_accuracy",
     "pearson",
     "spearman",
+    "ndcg@10",
+    "mrr",
+    "map",
 ]
+IN_GROUPS: dict[str, object] = {"ranking": {"group": "group"}}  # of a ranker's term, unless told
 
 
 class CycleCacheConfig(CacheConfig):
@@ -103,7 +107,8 @@ class CycleTask(Settings):
     metric: Metric | None = Field(
         None,
         description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
-        "labels; pearson, spearman; null: accuracy, f1_micro, or pearson",
+        "labels; pearson, spearman; ndcg@10, mrr, map of documents in groups; null: accuracy, "
+        "f1_micro, pearson, or ndcg@10",
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
         None,

@@ -23,6 +23,19 @@ class AskConfig(TaskSettings):
         "null: as the expert was fine-tuned or the student trained, else 512, if the "
         "model takes that many",
     )
+    pooling: str | None = Field(
+        None,
+        description="of a plain encoder that is asked for vectors: how its states of tokens become "
+        "one: mean, cls, lasttoken, max, mean_sqrt_len_tokens or weightedmean",
+    )
+    normalise: bool | None = Field(
+        None, description="of the same: whether the vectors are made of length 1"
+    )
+    prompt: str | None = Field(
+        None,
+        description="of a sentence encoder: what stands before each text; null: its default "
+        "prompt, and in a search those of queries and documents",
+    )
 
 
 class GenerateConfig(Settings):

@@ -11,7 +11,8 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.judge import open_judge, recorded_of, tags_words
+from rekindle.train.answers.encoder import open_asked
+from rekindle.train.answers.judge import recorded_of, tags_words
 from rekindle.train.answers.labelled import as_asked, read_labelled
 from rekindle.train.answers.recorded import Recorded, as_recorded
 from rekindle.train.answers.score import judged_scores
@@ -94,9 +95,9 @@ def evaluate_file(
     # Report wrong columns before a model is loaded.
     texts = read_file(test, as_asked(settings, TAGS if tags_words(model, head) else ""))
     check_pairs(before, texts.pairs is not None, model, test)
-    judge = open_judge(model, head)
+    judge = open_asked(model, head, settings, texts.pairs is not None)
     data = read_labelled(test, judge, settings, texts)
-    metric = _metric(metric, before, data)
+    metric = _metric(metric, judge.metric or before.metric, data)
     answers = replace(judge.answers, threshold=settings.threshold)
     log.info("%s: %s", test, data.described())
     tell_undefined(test, data)
@@ -124,9 +125,9 @@ def evaluate_file(
     )
 
 
-def _metric(wanted: str | None, before: Recorded, data: TaskData) -> str:
-    """Return the metric that is asked for, or the fine-tuning's if it fits the data."""
-    usual = before.metric if before.metric in METRICS[data.problem] else None
+def _metric(wanted: str | None, usual: str | None, data: TaskData) -> str:
+    """Return the metric that is asked for, or the model's ``usual`` one if it fits the data."""
+    usual = usual if usual in METRICS[data.problem] else None
     if usual == "f1" and len(data.label_names) == 2 and data.positive is None:
         usual = None
     return chosen_metric(wanted or usual, data)

@@ -13,6 +13,7 @@ from rekindle.data.errors import InputError
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.recorded import Recorded, recorded
 from rekindle.train.answers.watch import NOBODY, Watch
+from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
 from rekindle.train.export.plain import problem_of
 from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
 from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, of_words
@@ -45,6 +46,7 @@ class Judge(ABC):
     answers: Answers
     labels: tuple[str, ...]
     says_problem: bool  # False: the problem is guessed from the outputs
+    metric: str | None = None  # its usual one, where that is not the problem's
 
     @abstractmethod
     def read(self, data: TaskData, max_length: int | None) -> EncodedTexts:
@@ -127,7 +129,7 @@ def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
 
 def recorded_of(model: str) -> Recorded:
     """Return how an expert was fine-tuned; empty for students."""
-    directory = resolve_model(model)
+    directory = resolve_model(model, check_encoder_folder)
     return Recorded() if (directory / ABOUT_FILE).is_file() else recorded(directory)
 
 
@@ -135,7 +137,9 @@ def tags_words(model: str, head: str | None = None) -> bool:
     """Return whether a model, or its ``head``, tags tokens, according to its files. Errors in
     either are reported when it is loaded.
     """
-    directory = resolve_model(model)
+    directory = resolve_model(model, check_encoder_folder)
+    if is_encoder_folder(directory) and not (directory / ABOUT_FILE).is_file():
+        return False
     if (directory / ABOUT_FILE).is_file():
         heads = saved_heads(directory)
         return {one.kind for name, one in heads.items() if head in (None, name)} == {"token"}

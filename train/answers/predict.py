@@ -24,12 +24,12 @@ from rekindle.data.source.sources import recorded_origin
 from rekindle.data.storage.atomic import new_file
 from rekindle.data.text_files import STDIN
 from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.encoder import open_asked
 from rekindle.train.answers.evaluate import check_pairs, less_memory
 from rekindle.train.answers.judge import (
     ROWS_AT_A_TIME,
     Judge,
     judged,
-    open_judge,
     recorded_of,
     tags_words,
 )
@@ -119,7 +119,7 @@ def predict_file(
     problem = TAGS if tags_words(model, head) else ""
     reader = _Reader.of(text, first, as_asked(settings, problem))
     check_pairs(before, len(reader.columns) > 1, model, text)
-    judge = open_judge(model, head)
+    judge = open_asked(model, head, settings, len(reader.columns) > 1)
     total = None if _is_piped(text) else _check(reader, judge.answers)
     watch.expect(total)
     work = _Work(judge, settings, reader)

@@ -6,7 +6,7 @@ it as the token.
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.padding import padding_of
+from rekindle.train.model.sight import moved_by_padding
 
 UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 BATCH_TOKENS = 4096  # of a forward pass, padding included
 
 Ids = NDArray[np.int32]
+Vectors = NDArray[np.float32]
 
 
 def describe_encoder(
@@ -132,6 +134,7 @@ class TextEncoder:
     tokenizer: Tokenizer
     max_length: int
     device: str
+    alone: bool = False  # only texts of one length go together: padding changes what it says
 
     @classmethod
     def of(cls, about: EncoderFolder) -> "TextEncoder":
@@ -140,35 +143,55 @@ class TextEncoder:
         encoder = load_encoder(about).to(where.device)
         tokenizer = own_tokenizer(about)
         longest = longest_text(about, tokenizer, encoder.config)
-        return cls(about, encoder, tokenizer, longest, where.device)
+        alone = moved_by_padding(encoder.model) > 0
+        return cls(about, encoder, tokenizer, longest, where.device, alone)
 
-    def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Return each text's tokens as the model reads them."""
+    def ids(
+        self, texts: Sequence[str], prompt: str | None = None, longest: int | None = None
+    ) -> list[Ids]:
+        """Return each text's tokens as the model reads them, after the ``prompt`` (None: its own).
+
+        ``longest``: tokens, if less than it reads.
+        """
+        prompt = self.about.prompt if prompt is None else prompt
         prefix, suffix = self.tokenizer.prefix, self.tokenizer.suffix
-        room = max(0, self.max_length - len(prefix) - len(suffix))
-        encoded = self.tokenizer.encode([self.about.prompt + text for text in texts])
+        room = max(0, (longest or self.max_length) - len(prefix) - len(suffix))
+        encoded = self.tokenizer.encode([prompt + text for text in texts])
         return [np.array([*prefix, *one.ids[:room], *suffix], np.int32) for one in encoded]
 
-    def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def vectors(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors [N,D] of ``texts`` [N]."""
-        ids = self.ids(texts)
+        skipped = self.skipped(self.about.prompt)
+        return self.vectors_of(self.ids(texts), [skipped] * len(texts))
+
+    def skipped(self, prompt: str) -> int:
+        """Return how many tokens of a text after that prompt pooling leaves out."""
+        return skipped_tokens(replace(self.about, prompt=prompt), self.tokenizer)
+
+    def vectors_of(self, ids: Sequence[Sequence[int] | Ids], skipped: Sequence[int]) -> Vectors:
+        """Return the vectors [N,D] of texts by their tokens; ``skipped`` [N] of each left out."""
         lengths = np.array([len(one) for one in ids], np.int64)
         if empty := np.flatnonzero(lengths == 0).tolist():
             raise InputError(f"text {empty[0] + 1} has no tokens, so it has no vector")
-        skipped = skipped_tokens(self.about, self.tokenizer)
-        found: dict[int, NDArray[np.float32]] = {}
-        for rows in length_buckets(lengths, BATCH_TOKENS):
-            inputs = self._inputs([ids[row] for row in rows])
-            with torch.inference_mode():
-                vectors = self.encoder(inputs, skipped).cpu().numpy()
-            found |= dict(zip(rows.tolist(), vectors, strict=True))
+        found: dict[int, Vectors] = {}
+        for left_out in sorted({*skipped}):
+            own = lengths * (np.array(skipped) == left_out)
+            for rows in length_buckets(own, BATCH_TOKENS, self.alone):
+                inputs = self._inputs([ids[row] for row in rows])
+                with torch.inference_mode():
+                    vectors = self.encoder(inputs, left_out).cpu().numpy()
+                found |= dict(zip(rows.tolist(), vectors, strict=True))
         return np.stack([found[row] for row in range(len(ids))])
 
-    def _inputs(self, ids: list[Ids]) -> dict[str, torch.Tensor]:
+    def _inputs(self, ids: Sequence[Sequence[int] | Ids]) -> dict[str, torch.Tensor]:
         """One batch, padded at its end."""
         lengths = np.array([len(one) for one in ids], np.int64)
         number = padding_of(self.encoder.config)
-        padded = pad(ids, lengths, number if isinstance(number, int) and number >= 0 else 0)
+        padded = pad(
+            [np.asarray(one, np.int32) for one in ids],
+            lengths,
+            number if isinstance(number, int) and number >= 0 else 0,
+        )
         mask = np.arange(padded.shape[1]) < lengths[:, None]
         inputs = {"input_ids": padded, "attention_mask": mask}
         told = "token_type_ids" in self.tokenizer.hf.model_input_names

@@ -1,1 +1,1 @@
-"""A student's head as a model of its family, which transformers alone loads."""
+"""Export a student's head as a model of its family, which transformers alone loads."""

@@ -1,6 +1,6 @@
 """The cards (README.md) of a student's folder and of an export: how to use it, in the first lines.
 
-Whoever opens a student's folder must not take its task heads for something that transformers finds.
+Whoever opens a student's folder must not expect transformers to find its task heads.
 """
 
 import json
@@ -18,7 +18,7 @@ from rekindle.train.student import Student
 
 CARD_FILE = "README.md"
 HUB_TASK = {"masked_lm": "fill-mask", "causal_lm": "text-generation"}
-SHOWN = 12  # labels that a card names
+SHOWN = 12  # labels that a card lists
 LANGUAGE = {
     "masked_lm": ("A masked language model", "AutoModelForMaskedLM"),
     "causal_lm": ("A causal language model", "AutoModelForCausalLM"),
@@ -28,10 +28,10 @@ LANGUAGE = {
 def student_card(
     student: Student, directory: Path, best: Path | None = None, made: Provenance | None = None
 ) -> str:
-    """Say how to use the student in ``directory``: its heads first, then the language model; and
+    """Return how to use the student in ``directory``, its heads first, then the language model; and
     how it was ``made``.
 
-    ``best``: the checkpoint with the best held-out value, where that is not the student.
+    ``best``: the checkpoint with the best held-out value, if that is not the student.
     """
     kind, auto = LANGUAGE[student.task]
     where, heads = str(directory), student.head_configs
@@ -39,11 +39,11 @@ def student_card(
     lines = [f"# {kind}{' with task heads' if heads else ''}, trained by Rekindle", ""]
     if heads:
         lines += [
-            "A plain `from_pretrained` of this folder as a classifier begins with a **random** "
-            "head: the trained ones lie beside the model (`heads.safetensors`). To use one:",
+            "A plain `from_pretrained` of this folder as a classifier starts with a **random** "
+            "head: the trained ones are beside the model (`heads.safetensors`). To use one:",
             "",
             *_exports(directory, heads, reasons),
-            "With Rekindle they are used as they are:",
+            "With Rekindle they work directly:",
             "",
             "```sh",
             *_commands(where, next(iter(heads))),
@@ -64,7 +64,7 @@ def student_card(
 
 
 def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
-    """How to use an adapter: with Rekindle as it is, with peft on its base, merged by itself."""
+    """Return how to use an adapter: directly with Rekindle, with peft on its base, or merged."""
     base = about["model"]
     merge = shlex.join(["pipeline", "merge-adapter", where, "--out", f"{where}-merged"])
     with_peft = [
@@ -79,13 +79,13 @@ def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
     ]
     if kind := about.get("quantize"):
         with_peft = [
-            f"It was trained on weights of its base that were rounded to {kind}: on the base as it "
-            "lies there peft would compute something else.",
+            f"It was trained on weights of its base that were rounded to {kind}: on the unrounded "
+            "base peft would compute something else.",
             "",
         ]
     return [
-        f"The language model is an **adapter** (LoRA) of `{base}`, and needs that. Rekindle takes "
-        "this folder wherever a model stands.",
+        f"The language model is an **adapter** (LoRA) of `{base}`, and needs that. Rekindle "
+        "accepts this folder wherever it accepts a model.",
         "",
         *with_peft,
         "As a whole model of its own:",
@@ -99,7 +99,9 @@ def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
 def _exports(
     directory: Path, heads: dict[str, HeadConfig], reasons: dict[str, str | None]
 ) -> list[str]:
-    """The commands that export what can be, how to use what they write, and why others cannot."""
+    """Return the commands that export what can be, how to use the results, and why others cannot
+    be.
+    """
     outs = {name: f"{directory}-{file_name(name)}" for name, told in reasons.items() if not told}
     lines = []
     if outs:
@@ -135,7 +137,7 @@ def _usage(folder: str, task: str) -> list[str]:
 
 
 def _described(name: str, head: HeadConfig) -> str:
-    """A head's labels, in a line."""
+    """Return a head's labels in a line."""
     names = plain_labels(name, head)
     if problem_of(head) == "regression":
         return f"{len(names)} scores" if len(names) > 1 else "a score"
@@ -144,12 +146,12 @@ def _described(name: str, head: HeadConfig) -> str:
 
 
 def file_name(name: str) -> str:
-    """A head's name as a part of a file's."""
+    """Return a head's name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
 def export_card(found: Exported) -> str:
-    """Say how to use an export."""
+    """Return how to use an export."""
     lines = [
         metadata(found.pipeline, "").rstrip("\n"),
         "",

@@ -1,4 +1,4 @@
-"""What a finished run leaves: its directory as that of a model, whole or not."""
+"""Make a finished run's directory a model directory, completely or not at all."""
 
 import logging
 from collections.abc import Mapping
@@ -28,12 +28,13 @@ def make_model_directory(
     summary: Mapping[str, object],
     made: Provenance,
 ) -> None:
-    """Make ``run`` a model directory; the ``summary``, written last, says that it is.
+    """Make ``run`` a model directory; the ``summary``, written last, marks it as finished.
 
-    Every process takes part; the main one writes, of a student in shards each its files.
+    Every process takes part; the main one writes, and each one writes its files of a sharded
+    student.
     """
     world = student.world
-    with ExitStack() as held:  # by the main process: what is written, until all is
+    with ExitStack() as held:  # the main process holds what is written until everything is
         staged = world.decide(lambda: held.enter_context(new_files(run)))
         if student.sharded:
             write_student(student, staged, about)

@@ -1,4 +1,4 @@
-"""Writes a student's head as a folder of its own, which transformers alone loads.
+"""Write a student's head as a folder of its own, which transformers alone loads.
 
 ``export.json`` in it says from which student it comes, and marks a folder that may be replaced.
 """
@@ -50,15 +50,15 @@ WRITER = "rekindle export"  # marks a folder that --force may replace
 
 
 def export_head(model: str, out: str, head: str | None = None, *, force: bool = False) -> Exported:
-    """Write the task head ``head`` of the student in ``model`` (its only one, if it has one) with
-    the student's body to ``out``, as transformers' class of its family, with a tokenizer that cuts
-    as the student was trained. The folder appears whole or not at all.
+    """Write the task head ``head`` of the student in ``model`` (its only one by default) with the
+    student's body to ``out``, as transformers' class of its family, with a tokenizer that cuts
+    texts as the student was trained. The folder appears completely or not at all.
 
-    Of a head that gives vectors (``own``: the student's, without a projection) the folder is one
+    For a head that gives vectors (``own``: the student's, without a projection) the folder is one
     of sentence-transformers.
 
-    Raises InputError where ``model`` is no student, ``head`` none of its heads or one that its
-    family has no place for, or where ``out`` is in use; with ``force`` an earlier export goes.
+    Raises InputError if ``model`` is not a student, ``head`` is not one of its heads or has no
+    place in its family, or ``out`` is in use; ``force`` replaces an earlier export.
     """
     check_target(Path(out), force)
     directory = resolve_model(model)
@@ -92,7 +92,7 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
 
 
 def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
-    """Return the name of the head that is meant; InputError where that is not clear."""
+    """Return the name of the requested head; raise InputError if that is unclear."""
     if not (directory / ABOUT_FILE).is_file():
         raise InputError(f"{model!r} is {_what_else(directory)}")
     heads = saved_heads(directory)
@@ -109,37 +109,37 @@ def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
         auto = "AutoModelForMaskedLM or AutoModelForCausalLM"
         raise InputError(
             f"student {model!r} has no task heads: it is a language model, which needs no export. "
-            f"transformers loads it as it is ({auto}.from_pretrained({str(directory)!r}))"
+            f"transformers loads it directly ({auto}.from_pretrained({str(directory)!r}))"
         )
     if wanted is None or wanted not in heads:
         told = "say which with --head" if wanted is None else f"not {wanted!r}"
         raise InputError(
-            f"student {model!r} has the task heads {', '.join(heads)}; {told}. As a language model "
-            "it needs no export: transformers loads its folder as it is"
+            f"student {model!r} has the task heads {', '.join(heads)}; {told}. As a language "
+            "model it needs no export: transformers loads its folder directly"
         )
     return wanted
 
 
 def _what_else(directory: Path) -> str:
     if (directory / EXPORT_FILE).is_file():
-        return "an export already: transformers loads it as it is"
+        return "already an export: transformers loads it directly"
     return (
-        "no student of Rekindle's, so it has no heads beside it: transformers loads it as it is. "
-        "An expert of `pipeline finetune` needs no export"
+        "not a student of Rekindle's, so it has no heads beside it: transformers loads it "
+        "directly. An expert of `pipeline finetune` needs no export"
     )
 
 
 def check_target(out: Path, force: bool) -> None:
-    """Raise InputError where ``out`` must not be written to."""
+    """Raise InputError if ``out`` must not be written to."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not _is_export(out):
         raise InputError(
-            f"{str(out)!r} exists and is no export; it is left as it is: give another --out"
+            f"{str(out)!r} exists and is not an export; it is left as it is: give another --out"
         )
     if not force:
         raise InputError(
-            f"{str(out)!r} holds an export already: give another --out, or --force to replace it"
+            f"{str(out)!r} already holds an export: give another --out, or --force to replace it"
         )
 
 
@@ -156,15 +156,14 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
     found = next((place for place in (directory, run) if has_tokenizer_files(place)), None)
     if found is None:
         raise InputError(
-            f"student {directory} has no tokenizer beside it, and a classifier needs one. Copy "
-            "that of the model it began as (tokenizer.json, tokenizer_config.json) into "
-            f"{run}"
+            f"student {directory} has no tokenizer beside it, but a classifier needs one. Copy "
+            f"that of the model it began as (tokenizer.json, tokenizer_config.json) into {run}"
         )
     return load_tokenizer(str(found)).hf
 
 
 def longest_text(student: Student) -> int:
-    """The tokens of a text that the student was trained with, as far as that is recorded."""
+    """Return the tokens of a text that the student was trained with, as far as recorded."""
     takes = longest_input(student.model.config) or math.inf
     return int(min(student.longest_text, takes))
 
@@ -202,7 +201,7 @@ def _described(
     out: str,
     limit: int,
 ) -> Exported:
-    """Say what was written, after loading it again as others will."""
+    """Return what was written, after loading it as others will."""
     head: HeadConfig = student.head_configs[name]
     auto = auto_class(made.config, head.judges)
     again, info = getattr(transformers, auto).from_pretrained(
@@ -213,7 +212,7 @@ def _described(
     if missing or apart > SAME:
         told = f"lacks {', '.join(map(str, missing[:3]))}" if missing else f"is {apart:.2g} off"
         raise InputError(
-            f"the head {name!r} cannot be exported: what transformers loads again as {auto} {told}"
+            f"the head {name!r} cannot be exported: what transformers loads as {auto} {told}"
         )
     labels = plain_labels(name, head)
     return Exported(out, model, name, auto, problem_of(head), labels, limit, apart)
@@ -222,12 +221,12 @@ def _described(
 def _described_vectors(
     student: Student, encoder: Encoder, folder: Path, model: str, out: str, limit: int
 ) -> Exported:
-    """Say what was written, after reading it again as others will."""
+    """Return what was written, after reading it as others will."""
     apart = encoder_distance(student, encoder, folder)
     if apart > SAME:
         raise InputError(
-            f"the vectors of {encoder.name!r} cannot be exported: those of the folder are "
-            f"{apart:.2g} off"
+            f"the vectors of {encoder.name!r} cannot be exported: those of the folder differ by "
+            f"{apart:.2g}"
         )
     size = encoder.size(width_of(student.model.config))
     told = (out, model, encoder.name, ENCODER_CLASS, EMBEDDING, (), limit, apart)

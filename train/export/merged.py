@@ -1,4 +1,4 @@
-"""Writes a student that is an adapter as a whole model of its own: the sum with its base."""
+"""Write a student that is an adapter as a whole model: merged with its base."""
 
 import json
 import logging
@@ -32,45 +32,45 @@ log = logging.getLogger("rekindle")
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: where, of which adapter and base."""
+    """What was written: where, from which adapter and base."""
 
     out: str
     student: str
     base: str
-    auto_class: str  # of transformers, which loads it
-    heads: tuple[str, ...]  # beside it
+    auto_class: str  # the class of transformers that loads it
+    heads: tuple[str, ...]  # stored beside it
 
     def as_dict(self) -> dict[str, object]:
         """Return it as plain values for JSON."""
         return asdict(self)
 
     def told(self) -> str:
-        """Say what it is, in a sentence."""
+        """Return what it is, in a sentence."""
         beside = f", with its task heads beside it ({', '.join(self.heads)})" if self.heads else ""
         return f"{self.student}, merged into its base {self.base}: a whole model{beside}"
 
 
 def merge_student(model: str, out: str, *, force: bool = False) -> Merged:
-    """Write the student in ``model``, an adapter, to ``out`` with its base as one model in float32,
-    which needs neither peft nor the base; heads, tokenizer and lineage come along. The folder
-    appears whole or not at all.
+    """Write the student in ``model``, an adapter, to ``out`` merged with its base as one model in
+    float32, which needs neither peft nor the base; heads, tokenizer and lineage are kept. The
+    folder appears completely or not at all.
 
-    Raises InputError where ``model`` is no student or no adapter, where its base is gone or another
-    one, and where ``out`` is in use; with ``force`` an earlier export goes.
+    Raises InputError if ``model`` is not a student or not an adapter, if its base is missing or
+    another one, and if ``out`` is in use; ``force`` replaces an earlier export.
     """
     check_target(Path(out), force)
     directory = resolve_model(model)
     base = base_of(directory)
     if base is None:
         raise InputError(
-            f"{model!r} is a whole model, no adapter: there is nothing to merge, and it can stand "
-            "wherever a model is wanted"
+            f"{model!r} is a whole model, not an adapter: there is nothing to merge, and it can "
+            "be used wherever a model is needed"
         )
     if not (directory / ABOUT_FILE).is_file():
         raise InputError(
-            f"{model!r} is an adapter, but no student of Rekindle's. Merge it with peft "
+            f"{model!r} is an adapter, but not a student of Rekindle's. Merge it with peft "
             "(PeftModel.from_pretrained(base, folder).merge_and_unload(), then save_pretrained); "
-            "Rekindle takes it as it is wherever a model folder is wanted"
+            "Rekindle accepts it unmerged wherever it accepts a model folder"
         )
     named = str(read_object(directory / ADAPTER_FILE)["base_model_name_or_path"])
     tokenizer, place = tokenizer_of(directory), place_of(Path(out))

@@ -1,8 +1,8 @@
-"""A student's body with one of its heads as the model that transformers' class of its family is.
+"""A student's body with one of its heads, as the model of transformers' class of its family.
 
-Ours (``TaskHead``) fits where the family's own head is a dense layer, tanh and a linear layer on
-the first token, as BERT's and RoBERTa's: which tensors those are is found by their shapes, and
-whether they mean the same by trying.
+Our head (``TaskHead``) fits if the family's own head is a dense layer, tanh and a linear layer on
+the first token, as in BERT and RoBERTa. The tensors are identified by their shapes, and running
+both shows whether they mean the same.
 """
 
 from weakref import WeakKeyDictionary
@@ -26,23 +26,22 @@ from rekindle.train.model.network import HeadConfig, StudentNetwork, TaskHead, h
 from rekindle.train.model.sight import BROKEN, evaluating
 from rekindle.train.objective.label_union import bare_names
 
-# By family: what a configuration must say for the family's head to be a dense layer and tanh.
+# By family: what a configuration must contain for the family's head to be a dense layer and tanh.
 AS_OURS: dict[str, dict[str, object]] = {
     "deberta": {"pooler_hidden_act": "tanh"},
     "deberta-v2": {"pooler_hidden_act": "tanh"},
     "mobilebert": {"classifier_activation": True},
 }
-TRIED = (3, 5)  # texts, tokens of each
-EMBEDDING = "embedding"  # what a head that gives vectors answers
-ANY_PADDING = 0  # an id to try a head with where neither it nor the model names one
+TRIED = (3, 5)  # number of texts, tokens of each
+EMBEDDING = "embedding"  # the problem of a head that gives vectors
+ANY_PADDING = 0  # an id to try a head with if neither it nor the model names one
 
 
 def plain_model(student: StudentNetwork, name: str) -> PreTrainedModel:
     """Return a model of the family's class with the student's body and its head ``name``, in
-    float32 on the CPU, whose logits are the head's.
+    float32 on the CPU; its logits are the head's.
 
-    Raises InputError, saying why and what to do instead, for a head that the family has no place
-    for.
+    Raises InputError, with the reason and advice, for a head that has no place in the family.
     """
     import transformers
 
@@ -70,12 +69,13 @@ def plain_model(student: StudentNetwork, name: str) -> PreTrainedModel:
     return made.eval()
 
 
-# By model: a run asks before it begins, and again when the student is written. No weights matter.
+# By model: a run asks before it begins, and again when the student is written. Independent of
+# weights.
 _ANSWERS: WeakKeyDictionary[nn.Module, dict[tuple[str, str], str | None]] = WeakKeyDictionary()
 
 
 def not_exportable(student: StudentNetwork, name: str) -> str | None:
-    """Say why the head ``name`` cannot be exported and what to do; None where it can be.
+    """Return why the head ``name`` cannot be exported and what to do; None if it can be.
 
     Weights are neither read nor run.
     """
@@ -90,8 +90,8 @@ def _not_exportable(student: StudentNetwork, name: str) -> str | None:
     head, model = student.head_configs[name], student.model
     if student.prompts is not None:
         return (
-            f"the head {name!r} cannot be exported: the student has domain prompts, a vector after "
-            "each text's first token, which plain transformers does not put there. Train one "
+            f"the head {name!r} cannot be exported: the student has domain prompts, a vector "
+            "after each text's first token, which plain transformers does not insert. Train one "
             "without student.domain_prompts"
         )
     if head.form == "family" or head.kind == "embedding":
@@ -105,7 +105,7 @@ def _not_exportable(student: StudentNetwork, name: str) -> str | None:
             FamilyHead.fresh(model, *sizes, causal=student.task == "causal_lm")
         except (InputError, *BROKEN) as worse:
             why = first_words(worse, 200)
-            return f"{told}; nor has its family a head of its own that could be ({why})"
+            return f"{told}; nor does its family have a head of its own that could be ({why})"
         return (
             f"{told}. Train a student with `student.head: family`, whose heads are those of "
             f"{model.config.model_type}: `pipeline train-student RUN.yaml --set student.head=family"
@@ -115,9 +115,9 @@ def _not_exportable(student: StudentNetwork, name: str) -> str | None:
 
 
 def place_of_ours(student: StudentNetwork, head: HeadConfig) -> tuple[FamilyHead, dict[str, str]]:
-    """Return the family's head, and which of its tensors each of our head's tensors is.
+    """Return the family's head, and the name of its tensor for each of our head's tensors.
 
-    Raises InputError, saying why, where it is another function of the states.
+    Raises InputError, with the reason, if it is another function of the states.
     """
     model = student.model
     settings = AS_OURS.get(model.config.model_type, {})
@@ -165,7 +165,7 @@ def fill(made: FamilyHead, ours: TaskHead, place: dict[str, str]) -> None:
 
 
 def _as_family(student: StudentNetwork, name: str) -> FamilyHead:
-    """The head ``name`` as its family has it."""
+    """Return the head ``name`` as its family has it."""
     head, own = student.head_configs[name], student.heads[head_key(name)]
     if isinstance(own, FamilyHead):
         return own
@@ -177,7 +177,7 @@ def _as_family(student: StudentNetwork, name: str) -> FamilyHead:
 
 @torch.no_grad()
 def distance(student: StudentNetwork, name: str, model: PreTrainedModel) -> float:
-    """How far ``model``'s logits are from those of the head ``name``, tried on a few rows."""
+    """Return how far ``model``'s logits are from the head ``name``'s, tried on a few rows."""
     head, inputs = student.head_configs[name], sample_inputs(model.config)
     device = next(student.parameters()).device
     here = {key: values.to(device) for key, values in inputs.items()}
@@ -193,9 +193,10 @@ def distance(student: StudentNetwork, name: str, model: PreTrainedModel) -> floa
 
 
 def plain_labels(name: str, head: HeadConfig) -> tuple[str, ...]:
-    """The names of a head's outputs; those of a union without the experts', where they stay apart.
+    """Return the names of a head's outputs; for a union, without the experts' names if still
+    distinct.
 
-    Raises InputError where two are the same.
+    Raises InputError if two are the same.
     """
     names = head.label_names or tuple(f"LABEL_{number}" for number in range(head.num_labels))
     bare = bare_names(names, name.split("+"))
@@ -205,7 +206,7 @@ def plain_labels(name: str, head: HeadConfig) -> tuple[str, ...]:
 
 
 def problem_of(head: HeadConfig) -> str:
-    """What kind of task a head answers, as transformers names it."""
+    """Return the kind of task that a head answers, as transformers names it."""
     if head.kind == "embedding":
         return EMBEDDING
     if head.kind == "token":

@@ -15,7 +15,7 @@ from rekindle.train.step_config import recorded_steps
 
 
 def metadata(task: str, model: str) -> str:
-    """The block that the hub reads: what pipeline runs the model, and what it began as."""
+    """Return the block that the hub reads: which pipeline runs the model, and its base model."""
     base = shown(model) if model and not is_ours(model) else None
     block = ModelCardData(
         library_name="transformers", pipeline_tag=task, tags=[*TAGS], base_model=base
@@ -25,19 +25,19 @@ def metadata(task: str, model: str) -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a student was made: with which teachers, on which text, how well it does."""
+    """How a student was made: with which teachers, on which text, with which scores."""
 
-    model: str  # that it began as
+    model: str  # the model it began as
     teachers: tuple[TeacherInfo, ...]
-    text: str  # in a line
+    text: str  # described in a line
     steps: int
-    scores: Mapping[str, float]  # on sequences held out
+    scores: Mapping[str, float]  # on held-out sequences
 
     @classmethod
     def of(
         cls, about: Mapping[str, Any], cache: Cache, scores: Mapping[str, float]
     ) -> "Provenance":
-        """That of the run ``about``, as ``describe_run`` has it, from ``cache``."""
+        """Return that of the run ``about``, as from ``describe_run``, with the ``cache``."""
         teachers = tuple(cache.teacher(name).info for name in about["cache"]["teachers"])
         corpus = cache.corpus
         text = (
@@ -47,7 +47,7 @@ class Provenance:
         return cls(about["student"]["model"], teachers, text, recorded_steps(about) or 0, scores)
 
     def told(self) -> list[str]:
-        """The lines of a card."""
+        """Return the lines of a card."""
         return [
             "",
             "## How it was made",
@@ -62,7 +62,7 @@ class Provenance:
 
 
 def _sources(corpus: Corpus) -> str:
-    """The names of the first files of its text, without their folders."""
+    """Return the names of the first files of its text, without their folders."""
     names = [f"`{shown(str(place))}`" for place in corpus.info["config"]["source"]]
     more = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
     return f"{', '.join(names[:_SOURCES])}{more}"
@@ -82,7 +82,7 @@ def _teachers(teachers: Iterable[TeacherInfo]) -> list[str]:
 
 
 def _weights(teacher: TeacherInfo) -> str:
-    """The beginning of the fingerprint of a teacher's weights, by which it is known again."""
+    """Return the beginning of the fingerprint that identifies a teacher's weights."""
     found = teacher.fingerprints.get("weights")
     return f"`{found[:12]}`" if found else "not known"
 

@@ -1,29 +1,29 @@
-"""What an export came to."""
+"""The result of an export."""
 
 from dataclasses import asdict, dataclass
 
 from rekindle.data.counted import counted
 
-ENCODER_CLASS = "SentenceTransformer"  # of sentence-transformers, which loads vectors
+ENCODER_CLASS = "SentenceTransformer"  # the class of sentence-transformers that loads vectors
 PIPELINES = {
     "token_classification": "token-classification",
     "embedding": "sentence-similarity",
-}  # of transformers, by problem
+}  # transformers' names, by problem
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: where, of which head, and how far its logits are from the head's."""
+    """What was written: where, from which head, and how far its logits are from the head's."""
 
     out: str
     student: str
     head: str
-    auto_class: str  # of transformers, which loads it
+    auto_class: str  # the class of transformers that loads it
     problem: str
     label_names: tuple[str, ...]
     max_length: int  # tokens at which its tokenizer cuts: those the student was trained with
     difference: float  # the largest, as a share of the largest logit if that is above 1
-    vectors: str = ""  # of a head that gives vectors: their size, and how they are made
+    vectors: str = ""  # for a head that gives vectors: their size, and how they are made
 
     def as_dict(self) -> dict[str, object]:
         """Return it as plain values for JSON."""
@@ -31,7 +31,7 @@ class Exported:
         return found if self.vectors else {k: v for k, v in found.items() if k != "vectors"}
 
     def told(self) -> str:
-        """Say what it is, in a sentence."""
+        """Return what it is, in a sentence."""
         if self.vectors:
             return (
                 f"{self.student} as {self.auto_class}: vectors of {self.vectors}; its tokenizer "
@@ -48,5 +48,5 @@ class Exported:
 
     @property
     def pipeline(self) -> str:
-        """What transformers calls its pipeline."""
+        """Return the name of its transformers pipeline."""
         return PIPELINES.get(self.problem, "text-classification")

@@ -1,8 +1,8 @@
-"""A student's vectors as a folder of sentence-transformers: the files beside its model.
+"""Write a student's vectors as a sentence-transformers folder: the files beside its model.
 
-``modules.json`` names the steps from a text to a vector: the model itself, Pooling, Dense where the
-student's vector is projected to its teacher's size, Normalize. What transformers loads of the
-folder stays as it is.
+``modules.json`` names the steps from a text to a vector: the model itself, Pooling, Dense if the
+student's vector is projected to its teacher's size, Normalize. What transformers loads from the
+folder does not change.
 """
 
 import json
@@ -34,7 +34,7 @@ from rekindle.train.model.student_config import OWN
 from rekindle.train.student import Student
 
 POOLING_FOLDER, DENSE_FOLDER = "1_Pooling", "2_Dense"
-MODELS = "sentence_transformers.models"  # the modules' home, as every version reads it
+MODELS = "sentence_transformers.models"  # the modules' package, as every version reads it
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Encoder:
     pooling: Pooling
     normalise: bool
     projection: nn.Linear | None  # to the size of the head's teacher; None: the student's own size
-    drops: bool = False  # whether there is a projection, and it is left out
+    drops: bool = False  # whether there is a projection that is left out
 
     def size(self, width: int) -> int:
-        """Return how many numbers a vector has, of states with ``width``."""
+        """Return the size of a vector, for states with ``width``."""
         return width if self.projection is None else self.projection.out_features
 
     def vectors(self, states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Encoder:
 
     @property
     def told(self) -> str:
-        """Say what the vectors are, and what became of the projection."""
+        """Return what the vectors are, and what happened to the projection."""
         how = f"{self.pooling} pooling" + (", length 1" if self.normalise else "")
         if self.projection is not None:
             return f"the size of its teacher {self.name!r} ({how}; the projection is a Dense)"
@@ -67,16 +67,16 @@ class Encoder:
 
 
 def encoder_of(student: StudentNetwork, asked: str | None) -> Encoder | None:
-    """Return the student as the encoder that is asked for: that of a head, or ``own``, without a
+    """Return the student as the requested encoder: that of a head, or ``own``, without a
     projection; None for a student that learns from no sentence encoder.
 
-    Its own vectors have length 1 where those of all its heads have.
+    Its own vectors have length 1 if those of all its heads have.
     """
     configs = {n: one for n, one in student.head_configs.items() if one.kind == "embedding"}
     if asked is None or not configs:
         return None
     head = next(iter(configs.values()))
-    assert head.pooling is not None  # of all heads the same
+    assert head.pooling is not None  # the same for all heads
     if asked in configs:
         module = student.heads[head_key(asked)]
         assert isinstance(module, VectorHead)
@@ -88,23 +88,23 @@ def encoder_of(student: StudentNetwork, asked: str | None) -> Encoder | None:
 
 
 def not_an_encoder(student: Student) -> str | None:
-    """Say why sentence-transformers cannot load a student's folder; None where it can."""
+    """Return why sentence-transformers cannot load a student's folder; None if it can."""
     if student.prompts is not None:
         return (
             "the student has domain prompts, a vector after each text's first token, which "
-            "sentence-transformers does not put there. Train one without student.domain_prompts"
+            "sentence-transformers does not insert. Train one without student.domain_prompts"
         )
     if student.adapter is not None:
         return (
             "the student is an adapter of its base. `pipeline merge-adapter` writes the whole "
-            "model, which is one (or train with student.lora.merge: true)"
+            "model, which can be loaded (or train with student.lora.merge: true)"
         )
     return None
 
 
 def write_modules(encoder: Encoder, width: int, longest: int, folder: Path) -> None:
-    """Write what makes the ``folder`` of a model with states of ``width`` numbers one of
-    sentence-transformers; texts are cut at ``longest`` tokens.
+    """Write the files that turn the ``folder`` of a model with states of ``width`` numbers into one
+    of sentence-transformers; texts are cut at ``longest`` tokens.
     """
     kinds = [("Transformer", ""), ("Pooling", POOLING_FOLDER)]
     kinds += [] if encoder.projection is None else [("Dense", DENSE_FOLDER)]
@@ -142,14 +142,14 @@ def _write_dense(projection: nn.Linear, folder: Path) -> None:
 
 
 def write(file: Path, content: object) -> None:
-    """Write JSON as the package has it."""
+    """Write JSON in the package's form."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_beside(student: Student, longest: int, folder: Path) -> str | None:
-    """Write the modules beside a student's own files, where it learns from sentence encoders;
-    return what is to be said of it, None where it does not. ``longest``: as of ``write_modules``.
+    """Write the modules beside a student's own files if it learns from sentence encoders; return a
+    message about it, or None if it does not. ``longest``: as for ``write_modules``.
     """
     if (encoder := encoder_of(student, student.vectors)) is None:
         return None
@@ -160,13 +160,13 @@ def write_beside(student: Student, longest: int, folder: Path) -> str | None:
 
 
 def gives_vectors(heads: Mapping[str, HeadConfig]) -> bool:
-    """Whether one of a student's heads gives vectors."""
+    """Return whether one of a student's heads gives vectors."""
     return any(head.kind == "embedding" for head in heads.values())
 
 
 def chosen_encoder(student: Student, name: str) -> Encoder | None:
     """Return the encoder that is exported as head ``name``, or ``own``; None for a head that gives
-    no vectors. Raises InputError where there can be no folder of it.
+    no vectors. Raise InputError if it cannot have a folder.
     """
     head = student.head_configs.get(name)
     if head is not None and head.kind != "embedding":
@@ -177,14 +177,14 @@ def chosen_encoder(student: Student, name: str) -> Encoder | None:
 
 
 def plain_body(student: Student) -> PreTrainedModel:
-    """Return the student's body alone, in float32 on the CPU."""
+    """Return only the student's body, in float32 on the CPU."""
     body: PreTrainedModel = student.model.base_model
     return body.to("cpu", torch.float32).eval()
 
 
 @torch.no_grad()
 def encoder_distance(student: Student, encoder: Encoder, folder: Path) -> float:
-    """How far the vectors of what lies in ``folder`` are from the encoder's, on a few rows."""
+    """Return how far the vectors of ``folder`` are from the encoder's, on a few rows."""
     found = load_encoder(read_encoder_folder(folder))
     inputs = sample_inputs(found.config)
     with evaluating(student):

@@ -82,6 +82,7 @@ class TaskData:
     threshold: float = 0.5
     path: str = ""  # of the file
     groups: np.ndarray | None = None
+    group_names: Sequence[str] = ()  # [N] of ``groups``
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -276,7 +277,7 @@ def ranked(
     grouped = Grouped(file.path, names, queries, rows.numbers, file.named)
     check_order(grouped, grades)
     data = split_of(file, rows.numbers, gone, grades, ())
-    return replace(data, groups=numbered(names)), grouped
+    return replace(data, groups=numbered(names), group_names=names), grouped
 
 
 def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:

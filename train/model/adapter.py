@@ -1,7 +1,7 @@
-"""Adapters of peft's: what one changes of its base's configuration, and how it is merged in.
+"""peft's adapters: what one changes in its base's configuration, and how it is merged.
 
-Only whole, mergeable ones: what comes out is an ordinary model. peft is imported here and in
-``lora`` alone.
+Only complete, mergeable adapters: the result is an ordinary model. peft is imported only here and
+in ``lora``.
 """
 
 import hashlib
@@ -39,13 +39,13 @@ from rekindle.train.model.quantised import four_bit_shape, need_bitsandbytes, ro
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What of adapter_config.json does not change the model.
+# Keys of adapter_config.json that do not change the model.
 _VOLATILE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-# Kinds that put something before the text or between the layers: nothing to merge.
+# Kinds that put something before the text or between the layers: nothing can be merged.
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
 INSTALL = "install the extra, in Rekindle's checkout: pip install -e '.[peft]'"
-PREFIX = "base_model.model."  # of the names in an adapter's file
-# Within a model that an adapter is put into: the names of what is the model's, and what is not.
+PREFIX = "base_model.model."  # prefix of the names in an adapter's file
+# In a model that contains an adapter: which names belong to the model, and which do not.
 _INSIDE = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
 _BESIDE = re.compile(r"\.(lora_\w+|original_module)\.")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
@@ -66,15 +66,15 @@ def need_peft(directory: Path) -> None:
         )
     if find_spec("peft") is None:
         raise InputError(
-            f"{directory} is an adapter, and the package peft, which loads it, is not installed. "
-            "Merge it (`pipeline merge-adapter`, or peft's merge_and_unload) where peft is, and "
-            f"give the whole model, or {INSTALL}"
+            f"{directory} is an adapter, but the package peft, which loads it, is not installed. "
+            "Merge it (`pipeline merge-adapter`, or peft's merge_and_unload) where peft is "
+            f"installed, and give the whole model, or {INSTALL}"
         )
 
 
 def adapter_fingerprints(directory: Path) -> dict[str, str]:
-    """The digest of the adapter's own files, a student's heads and prompts among them, and the
-    version of peft that merges it.
+    """Return the digest of the adapter's own files, including a student's heads and prompts, and
+    the version of peft that merges it.
     """
     settings = read_object(directory / ADAPTER_FILE)
     kept = {k: v for k, v in settings.items() if k not in _VOLATILE}
@@ -89,10 +89,10 @@ def adapter_fingerprints(directory: Path) -> dict[str, str]:
 
 
 def complete_config(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
-    """Give a base's configuration the outputs and the vocabulary that the adapter's weights have.
+    """Give a base's configuration the outputs and the vocabulary of the adapter's weights.
 
-    The names of labels stay where the base has as many. Raises InputError for a tokenizer beside
-    the adapter that has more tokens than there are embeddings.
+    The names of labels stay if the base has as many. Raises InputError for a tokenizer beside the
+    adapter with more tokens than there are embeddings.
     """
     tensors = whole_tensors(directory)
     labels = outputs_in_file(config, auto_class, tensors)
@@ -104,19 +104,22 @@ def complete_config(config: "PretrainedConfig", directory: Path, auto_class: str
         tokens = load_tokenizer(str(directory)).size
         if tokens > text.vocab_size:
             raise InputError(
-                f"{directory}: its tokenizer has {tokens:,} tokens, and neither the adapter nor "
-                f"its base has embeddings for more than {text.vocab_size:,}. Save the adapter with "
-                "its embeddings (save_embedding_layers=True), or give the tokenizer it belongs to"
+                f"{directory}: its tokenizer has {tokens:,} tokens, but neither the adapter nor "
+                f"its base has embeddings for more than {text.vocab_size:,}. Save the adapter "
+                "with its embeddings (save_embedding_layers=True), or give the tokenizer it "
+                "belongs to"
             )
 
 
 def whole_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors that an adapter brings whole (a head, say), by their names in the model."""
+    """Return the tensors that an adapter stores whole (such as a head), by their names in the
+    model.
+    """
     return {_name(key): tensor for key, tensor in stored_tensors(directory).items()}
 
 
 def refuse_other_base(model: "PreTrainedModel", directory: Path, base: Path) -> None:
-    """Raise InputError where low-rank changes are for matrices of another size than ``model``'s."""
+    """Raise InputError if low-rank changes are for matrices of another size than ``model``'s."""
     here = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     given = whole_tensors(directory)
     for key, low in given.items():
@@ -125,9 +128,9 @@ def refuse_other_base(model: "PreTrainedModel", directory: Path, base: Path) -> 
         if not found or high is None or not len(low.shape) == len(high.shape) == len(matrix) == 2:
             continue
         changed = (high.shape[0], low.shape[1])
-        if sorted(changed) != sorted(matrix):  # some families keep theirs transposed
+        if sorted(changed) != sorted(matrix):  # some families store theirs transposed
             raise InputError(
-                f"{directory}: the adapter changes {name}.weight by a matrix {list(changed)}, and "
+                f"{directory}: the adapter changes {name}.weight by a matrix {list(changed)}, but "
                 f"that of its base {base} is {list(matrix)}: it was trained on another base. Put "
                 f"the right one's path into base_model_name_or_path in {directory / ADAPTER_FILE}"
             )
@@ -143,7 +146,7 @@ def _rows(
     directory: Path,
     tensors: Mapping[str, StoredTensor],
 ) -> int:
-    """How many embeddings the adapter has or has learnt to change; 0 where it leaves them alone."""
+    """Return how many embeddings the adapter has or has learnt to change; 0 if it changes none."""
     model = shape_only(config, auto_class)
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     rows = [0]
@@ -160,10 +163,10 @@ def _rows(
 def merge_adapter(
     base: "PreTrainedModel", directory: Path, vocabulary_size: int, what: str
 ) -> tuple["PreTrainedModel", set[str]]:
-    """Merge the adapter into ``base``, its embeddings made as many as ``vocabulary_size`` first.
+    """Merge the adapter into ``base``, after resizing its embeddings to ``vocabulary_size``.
 
-    Returns the whole model, all of it to be trained as any other, and the names of the tensors that
-    the adapter brought whole. Raises InputError, beginning with ``what``, where the two do not fit.
+    Returns the whole model, all of it trainable like any other, and the names of the tensors that
+    the adapter stored whole. Raises InputError, beginning with ``what``, if the two do not fit.
     """
     import peft
 
@@ -195,7 +198,7 @@ def merge_adapter(
 
 
 def _check_new_rows(model: "PreTrainedModel", brought: set[str], directory: Path) -> None:
-    """Refuse rows of a longer vocabulary, in or out, that the adapter did not bring."""
+    """Refuse rows of a longer vocabulary, in or out, that the adapter did not store."""
     if read_object(directory / ADAPTER_FILE).get("trainable_token_indices"):
         return
     names = {module: name for name, module in model.named_modules()}
@@ -205,22 +208,22 @@ def _check_new_rows(model: "PreTrainedModel", brought: set[str], directory: Path
     for name, values in here:
         if not any(values is one for one in known):
             raise InputError(
-                f"{directory}: it was trained with a longer vocabulary, and {name} is not in "
+                f"{directory}: it was trained with a longer vocabulary, but {name} is not in "
                 f"{ADAPTER_WEIGHTS}: its new rows would be random. Save it with its embeddings "
                 "(save_embedding_layers=True)"
             )
 
 
 def whole_shapes_of(module: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a module's tensors, by the names that they have where no adapter is
-    within, and none of them in four bits.
+    """Return the shapes of a module's tensors, under the names they have without an adapter, and
+    none of them in four bits.
     """
     packed = {
         f"{name}.weight": size
         for name, part in module.named_modules()
         if (size := four_bit_shape(getattr(part, "weight", None))) is not None
     }
-    scales = tuple(f"{name}." for name in packed)  # which lie beside it: `weight.absmax`
+    scales = tuple(f"{name}." for name in packed)  # stored beside it: `weight.absmax`
     return {
         _INSIDE.sub("", name): packed.get(name, values.shape)
         for name, values in module.state_dict().items()
@@ -230,15 +233,15 @@ def whole_shapes_of(module: nn.Module) -> dict[str, torch.Size]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence peft's warnings: of what it sets right by itself, and of what is refused here."""
+    """Silence peft's warnings: about what it corrects itself, and about what is refused here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def round_as_trained(base: "PreTrainedModel", directory: Path) -> None:
-    """Round those weights of ``base`` that the adapter in ``directory`` was trained beside in four
-    bits: it is an adapter of them.
+    """Round those weights of ``base`` that were in four bits when the adapter in ``directory`` was
+    trained: it belongs to the rounded ones.
     """
     if (kind := recorded_base(directory).get("quantize")) is None:
         return
@@ -254,9 +257,9 @@ def round_as_trained(base: "PreTrainedModel", directory: Path) -> None:
 
 
 def recorded_base(directory: Path) -> dict[str, str]:
-    """Return what a student that is an adapter says of its base: where it lay (model), the digests
-    of its weights and its configuration, and how it was rounded (quantize), if so. Empty for an
-    adapter of others.
+    """Return what a student that is an adapter records of its base: where it was (model), the
+    digests of its weights and its configuration, and how it was rounded (quantize), if so. Empty
+    for other adapters.
     """
     if not (directory / ABOUT_FILE).is_file():
         return {}
@@ -266,21 +269,21 @@ def recorded_base(directory: Path) -> dict[str, str]:
 
 def trained_as(directory: Path) -> str | None:
     """Return the class of transformers that a student which is an adapter was trained as; None for
-    an adapter of others.
+    other adapters.
     """
     about = directory / ABOUT_FILE
     return AUTO_CLASSES[str(read_object(about)["task"])] if about.is_file() else None
 
 
 def refuse_changed_base(directory: Path, base: Path, now: Mapping[str, str]) -> None:
-    """Raise InputError where the base is not the one that the adapter in ``directory`` was trained
-    on, by the digests ``now``.
+    """Raise InputError if, by the digests ``now``, the base is not the one that the adapter in
+    ``directory`` was trained on.
     """
     before = recorded_base(directory)
     other = [name for name, digest in now.items() if before.get(name, digest) != digest]
     if other:
         raise InputError(
-            f"{directory} is an adapter, and {base} is not the base that it was trained on: its "
+            f"{directory} is an adapter, but {base} is not the base that it was trained on: its "
             f"{' and its '.join(other)} differ from those of {before.get('model')} at that time "
             f"(digests in {directory / ABOUT_FILE}). Put the right one's path into "
             f"base_model_name_or_path in {directory / ADAPTER_FILE}"

@@ -1,6 +1,6 @@
-"""Why a model cannot be had: the one list of causes, each told in a sentence, all InputErrors.
+"""Why a model cannot be had: the one list of causes, each in a sentence, all InputErrors.
 
-What the files say is looked for before transformers is asked; what it raises then is told by cause.
+The files are checked before transformers is asked; errors it raises then are explained by cause.
 """
 
 import re
@@ -22,8 +22,8 @@ from rekindle.train.outside.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# What transformers loads weights quantised by a method with; of methods without an entry it asks
-# for compiled kernels from the hub, which are not fetched.
+# The package with which transformers loads weights quantised by a method; for methods without an
+# entry it asks for compiled kernels from the hub, which are not downloaded.
 QUANTISERS = {
     "bitsandbytes": "bitsandbytes",
     "gptq": "gptqmodel",
@@ -39,14 +39,14 @@ QUANTISERS = {
     "vptq": "vptq",
     "spqr": "spqr_quant",
 }
-# Where pip calls a package otherwise than Python does.
+# Packages whose pip name differs from their Python name.
 _PIP_NAMES = {"quark": "amd-quark"}
 # Names that only quantised weights have beside them, and types that only they are stored in.
 _QUANTISED_NAMES = re.compile(
     r"(\.absmax|\.quant_map|\.qweight|\.qzeros|\.SCB|\.weight_packed|\.weight_scale(_inv)?"
     r"|\.quant_state\..*)$"
 )
-_PLAIN_TYPES = {"F16", "BF16", "F32", "F64", "I64", "BOOL"}  # with what buffers are stored in
+_PLAIN_TYPES = {"F16", "BF16", "F32", "F64", "I64", "BOOL"}  # including those of buffers
 FLASH_PACKAGES = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
@@ -54,7 +54,7 @@ FLASH_PACKAGES = {
 }
 PLAIN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
-# Why weights have to be whole.
+# Why weights must be whole.
 TRAINED = "what is trained begins from whole weights"
 MERGED = "an adapter is merged into whole weights"
 DEQUANTISE = "dequantise the model (model.dequantize()) and save it with save_pretrained"
@@ -62,8 +62,8 @@ DEQUANTISE = "dequantise the model (model.dequantize()) and save it with save_pr
 
 @contextmanager
 def refusing(what: str, advice: str = "") -> Iterator[None]:
-    """Turn whatever is raised for a model that cannot be had into one InputError: ``what`` cannot
-    be, the reason, and ``advice``. Memory that runs out is no fault of the model's.
+    """Turn any error about a model that cannot be had into one InputError: ``what`` failed, the
+    reason, and ``advice``. Running out of memory is not the model's fault.
     """
     try:
         with quiet_transformers():
@@ -72,30 +72,31 @@ def refusing(what: str, advice: str = "") -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise InputError(f"{what}: its weights are damaged ({error}){advice}") from None
-    except Exception as error:  # the library's errors share no base; all mean: not to be had
+    # the library's errors have no common base; all mean that it cannot be had
+    except Exception as error:
         raise InputError(f"{what}: {_reason(error)}{advice}") from error
 
 
 @torch.no_grad()
 def refuse_nan(directory: Path, model: nn.Module) -> None:
-    """Raise InputError where a weight of the model in ``directory`` is NaN."""
+    """Raise InputError if a weight of the model in ``directory`` is NaN."""
     for name, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
             continue
-        # The sum takes no memory; infinities of both signs make it NaN, too.
+        # The sum takes no memory; it is also NaN for infinities of both signs.
         if weight.sum().isnan() and (count := int(weight.isnan().sum())):
             raise InputError(
                 f"{directory}: {count:,} of the {weight.numel():,} values of {name} are NaN, so "
-                "all that the model says would be: its training diverged, or its files are "
-                "damaged. Give a sound checkpoint of it"
+                "all its outputs would be: its training diverged, or its files are damaged. Give "
+                "a sound checkpoint of it"
             )
 
 
 @contextmanager
 def running(model: str) -> Iterator[None]:
-    """Name the model and the cause when its own code fails on what it is given.
+    """Name the model and the cause when its own code fails on its input.
 
-    Errors of the device are not touched: out of memory has other ways out.
+    Errors of the device are passed on: running out of memory has other remedies.
     """
     try:
         yield
@@ -112,15 +113,16 @@ def _reason(error: Exception) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text or "custom code" in text:
         return (
-            "its code comes with the model (auto_map), and remote code is off: give a model whose "
-            "code transformers has"
+            "its code comes with the model (auto_map), but remote code is off: give a model "
+            "whose code transformers has"
         )
     if isinstance(error, KeyError) and _raised_in(error, "activations"):
         return f"transformers knows no activation {text} (hidden_act in its config.json)"
     if isinstance(error, IndexError):
         return (
-            f"{text}, as where a token's id has no row in the embedding: the tokenizer's files "
-            "(tokenizer.json, tokenizer_config.json, special_tokens_map.json) may be other ones"
+            f"{text}, as when a token's id has no row in the embedding: the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json, special_tokens_map.json) may belong to "
+            "another model"
         )
     first = first_words(error).rstrip(".")
     if isinstance(error, OSError | ValueError | ImportError | RuntimeError) and first:
@@ -137,7 +139,7 @@ def _raised_in(error: Exception, module: str) -> bool:
 
 
 def quantised_by(settings: Mapping[str, Any]) -> str | None:
-    """The method that config.json says the weights are quantised by."""
+    """Return the method by which config.json says the weights are quantised."""
     for part in (settings, *(v for v in settings.values() if isinstance(v, dict))):
         for key in ("quantization_config", "compression_config"):
             found = part.get(key)
@@ -153,8 +155,8 @@ def check_quantisation(
     tensors: Mapping[str, StoredTensor],
     whole: str = "",
 ) -> None:
-    """Raise InputError for quantised weights that cannot be loaded, or for any where ``whole``
-    says why they have to be whole.
+    """Raise InputError for quantised weights that cannot be loaded, or for any if ``whole`` gives
+    the reason why they must not be quantised.
     """
     method = quantised_by(settings)
     strange = [
@@ -166,8 +168,9 @@ def check_quantisation(
         if strange:
             raise InputError(
                 f"{directory}: its weights are quantised ({strange[0]} is "
-                f"{tensors[strange[0]].dtype}), and its {SETTINGS_FILE} has no quantization_config "
-                f"that says how. Give the folder as its maker wrote it, or {DEQUANTISE}"
+                f"{tensors[strange[0]].dtype}), but its {SETTINGS_FILE} has no "
+                "quantization_config that says how. Give the folder as its maker wrote it, or "
+                f"{DEQUANTISE}"
             )
         return
     types = sorted({tensor.dtype for tensor in tensors.values()})
@@ -182,18 +185,18 @@ def check_quantisation(
         raise InputError(f"{told}; {whole}: {DEQUANTISE}")
     package = QUANTISERS.get(method)
     if package is None:
-        raise InputError(f"{told}, which is not read here: {DEQUANTISE}")
+        raise InputError(f"{told}, which is not supported here: {DEQUANTISE}")
     if not _installed(package):
         pip = _PIP_NAMES.get(package, re.sub(r"[._]", "-", package))
         raise InputError(
-            f"{told}, and {package} is not installed. Install it (pip install {pip}), or "
+            f"{told}, but {package} is not installed. Install it (pip install {pip}), or "
             f"{DEQUANTISE}"
         )
 
 
 def check_implementations(config: "PretrainedConfig", where: str) -> None:
-    """Refuse attention (or experts) that need a package which is not there, or a kernel that
-    transformers would download: compiled code of strangers. ``where``: what asks for it.
+    """Refuse attention (or experts) that need a missing package, or a kernel that transformers
+    would download: compiled code by strangers. ``where``: what asks for it.
     """
     for part in _parts(config):
         attention = getattr(part, "_attn_implementation", None)
@@ -225,5 +228,5 @@ def _parts(config: "PretrainedConfig") -> Iterator["PretrainedConfig"]:
 def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that holds it is not there
+    except ModuleNotFoundError:  # the package that contains it is missing
         return False

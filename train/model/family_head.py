@@ -1,7 +1,7 @@
 """The head of a model's own family in transformers, on the states of a student's body.
 
-It is the family's class for the task, whole, but for its body: in the body's place stands what
-gives back the states that the student has computed. So pooling, dropout and layers are the family's
+It is the family's class for the task, complete except for its body, which is replaced by a module
+that returns the states the student has computed. So pooling, dropout and layers are the family's
 code, and the head's weights have the names that they have in a folder of that class.
 """
 
@@ -26,9 +26,9 @@ from rekindle.train.model.sight import BROKEN, evaluating, sample_ids
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Kind = Literal["sequence", "token"]  # what a head judges
+Kind = Literal["sequence", "token"]  # what a head classifies
 TASKS = {"sequence": "sequence_classification", "token": "token_classification"}
-SECTION = "student.head: family"  # of the configuration
+SECTION = "student.head: family"  # key of the configuration
 POOLERS = ("pooler", "pooler_activation")  # parts of a body that belong to the head
 SAME = 1e-5  # of a logit, or of the largest one above 1
 LENGTHS = (7, 2, 5)  # tokens of the rows that heads are tried with
@@ -52,7 +52,7 @@ class FamilyHead(nn.Module):
     ) -> "FamilyHead":
         """Make a fresh one for ``model``, drawn from torch's generator, and check that it works.
 
-        Raises InputError, saying why, where the family has none, or none for this body.
+        Raises InputError, with the reason, if the family has none, or none for this body.
         """
         made = cls.fresh(model, kind, outputs, padding, causal)
         try_when_filled(lambda: made._check(model.base_model, kind), SECTION)
@@ -68,7 +68,9 @@ class FamilyHead(nn.Module):
         causal: bool = False,
         settings: Mapping[str, object] = MappingProxyType({}),
     ) -> "FamilyHead":
-        """``of`` without the check, which runs the body; ``settings``: of its configuration."""
+        """Do as ``of`` without the check, which runs the body; ``settings``: for its
+        configuration.
+        """
         config = head_config(model.config, outputs, padding, settings)
         frame = shape_only(config, auto_class(config, kind))
         name, body, own = type(frame).__name__, frame.base_model, model.base_model
@@ -91,10 +93,13 @@ class FamilyHead(nn.Module):
         return made
 
     def forward(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return logits [B,C], of a head on tokens [B,S,C], of the body's ``states`` [B,S,H]."""
+        """Return logits [B,C], or [B,S,C] for a head on tokens, of the body's ``states``
+        [B,S,H].
+        """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if (padding := padding_of(self.frame.config)) is not None:
-            ids = ids.masked_fill(mask == 0, padding)  # some look for the last other token
+            # some look for the last token that is not padding
+            ids = ids.masked_fill(mask == 0, padding)
         given = self._given
         given.states = states
         try:
@@ -109,7 +114,7 @@ class FamilyHead(nn.Module):
         return found
 
     def _check(self, body: nn.Module, kind: Kind) -> None:
-        """Raise InputError unless it says what the family's class says with ``body``."""
+        """Raise InputError unless it gives the family class's output on ``body``."""
         name, inputs = type(self.frame).__name__, self._sample()
         places = inputs["attention_mask"].bool()
         try:
@@ -127,7 +132,7 @@ class FamilyHead(nn.Module):
             raise InputError(f"{name} runs its body otherwise than the language model does")
 
     def _check_reads_on(self, width: int) -> None:
-        """Raise InputError where it reads the first token's states [``width``] alone."""
+        """Raise InputError if it reads only the first token's states [``width``]."""
         inputs = self._sample()
         draw, ids = torch.Generator().manual_seed(0), inputs["input_ids"]
         states = torch.randn(*ids.shape, width, generator=draw).to(ids.device)
@@ -136,18 +141,18 @@ class FamilyHead(nn.Module):
         with evaluating(self):
             if torch.equal(self(states, inputs), self(other, inputs)):
                 raise InputError(
-                    f"{type(self.frame).__name__} judges a text by its first token, which in a "
-                    "causal LM has seen no other"
+                    f"{type(self.frame).__name__} classifies a text by its first token, which in "
+                    "a causal LM has seen no other"
                 )
 
     def _sample(self) -> dict[str, Tensor]:
-        """What it is tried with, where its weights are."""
+        """Return the rows it is tried with, on the device of its weights."""
         device = next((p.device for p in self.frame.parameters()), torch.device("cpu"))
         return {k: v.to(device) for k, v in sample_inputs(self.frame.config).items()}
 
     @contextmanager
     def _whole(self, body: nn.Module) -> Iterator[None]:
-        """Put ``body`` in its place."""
+        """Put ``body`` in its place temporarily."""
         frame, given = self.frame, self._given
         before = {name: getattr(body, name, None) for name in given.poolers}
         try:
@@ -162,7 +167,7 @@ class FamilyHead(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands for a body: gives back states that are known, and what its pooler makes of them."""
+    """Replaces a body: returns known states, and the output of its pooler for them."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -173,14 +178,14 @@ class _Given(nn.Module):
 
     @property
     def poolers(self) -> dict[str, nn.Module]:
-        """The parts of the body that belong to the head."""
+        """Return the parts of the body that belong to the head."""
         return dict(self.named_children())
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Return what the body would."""
         states, parts, pooled = self.states, self.poolers, None
         assert states is not None
-        if "pooler_activation" in parts:  # ALBERT's pooler is a matrix alone
+        if "pooler_activation" in parts:  # ALBERT's pooler is only a matrix
             pooled = parts["pooler_activation"](parts["pooler"](states[:, 0]))
         elif "pooler" in parts:
             pooled = parts["pooler"](states)
@@ -188,7 +193,9 @@ class _Given(nn.Module):
 
 
 class _Output(tuple[Tensor, ...]):
-    """A body's output, in the forms in which classes take it; what else they look for is None."""
+    """A body's output, in the forms in which classes take it; anything else they look for
+    is None.
+    """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None
@@ -204,7 +211,7 @@ class _Output(tuple[Tensor, ...]):
 
 
 def auto_class(config: "PretrainedConfig", kind: Kind) -> str:
-    """Return the Auto class for a head of ``kind``; InputError where the family has none."""
+    """Return the Auto class for a head of ``kind``; raise InputError if the family has none."""
     import transformers
 
     name = AUTO_CLASSES[TASKS[kind]]
@@ -219,7 +226,7 @@ def head_config(
     padding: int | None,
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> "PretrainedConfig":
-    """Return ``config`` for a head of so many outputs; ``padding``: the id, where it has none."""
+    """Return ``config`` for a head with that many outputs; ``padding``: the id, if it has none."""
     made = copy.deepcopy(config)
     for key, value in ({"num_labels": outputs} | dict(settings)).items():
         setattr(made, key, value)
@@ -229,7 +236,7 @@ def head_config(
 
 
 def sample_inputs(config: "PretrainedConfig") -> dict[str, Tensor]:
-    """Rows of several lengths, padded: what heads are tried with."""
+    """Return padded rows of several lengths, with which heads are tried."""
     width = min(max(LENGTHS), longest_input(config) or max(LENGTHS))
     lengths = torch.tensor([min(length, width) for length in LENGTHS])
     ids = sample_ids(config, width * len(LENGTHS)).reshape(len(LENGTHS), width)
@@ -241,7 +248,9 @@ def sample_inputs(config: "PretrainedConfig") -> dict[str, Tensor]:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two logits, as a share of the largest one if that is above 1."""
+    """Return the largest difference of two logits, as a share of the largest one if that is above
+    1.
+    """
     largest = max(1.0, float(expected.abs().max()))
     return float((found - expected).abs().max()) / largest
 

@@ -67,15 +67,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rekindle")
 
-# What pip calls this package. The name `rekindle` is somebody else's there.
+# pip's name of this package. The name `rekindle` belongs to somebody else there.
 DISTRIBUTION = "rekindle-kd"
-# What a save changes without changing the model: these stay out of the configuration's fingerprint.
+# Keys that a save changes without changing the model; left out of the configuration's fingerprint.
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """sha256 over the names and contents of the directory's safetensors files; of an adapter, over
-    those of its base and its own.
+    """Return sha256 over the names and contents of the directory's safetensors files; for an
+    adapter, over its base's and its own.
     """
     if prints := adapted_fingerprints(directory):
         return hashlib.sha256(f"{prints['base']}\0{prints['adapter']}".encode()).hexdigest()
@@ -87,8 +87,8 @@ def weights_fingerprint(directory: Path) -> str:
 
 
 def adapted_fingerprints(directory: Path) -> dict[str, str]:
-    """What an adapter is beside its weights as a whole: the digest of its base, its own, and the
-    version of peft that merges them. Empty for a whole model.
+    """Return what identifies an adapter besides its weights as a whole: the digest of its base, its
+    own, and the version of peft that merges them. Empty for a whole model.
     """
     base = base_of(directory)
     if base is None:
@@ -99,23 +99,23 @@ def adapted_fingerprints(directory: Path) -> dict[str, str]:
 
 
 def check_base(directory: Path, base: Path) -> None:
-    """Raise InputError where a student that is the adapter in ``directory`` had another base."""
+    """Raise InputError if a student that is the adapter in ``directory`` had another base."""
     refuse_changed_base(directory, base, base_fingerprints(base))
 
 
 def base_fingerprints(base: Path) -> dict[str, str]:
-    """The digests of a model that is adapted."""
+    """Return the digests of a model that is adapted."""
     return {"weights": weights_fingerprint(base), "config": config_fingerprint(base)}
 
 
 def config_fingerprint(directory: Path) -> str:
-    """sha256 over the model's configuration, less what every save writes anew."""
+    """Return sha256 over the model's configuration, without what every save changes."""
     kept = {k: v for k, v in read_settings(directory).items() if k not in VOLATILE_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 class Loaded(NamedTuple):
-    """A model as transformers has loaded it, and what its folder did not give."""
+    """A model loaded by transformers, and what its folder lacked."""
 
     model: "PreTrainedModel"
     body: list[str]  # names of weights that are not in the folder, or in another shape
@@ -128,13 +128,13 @@ def load_config(
 ) -> "PretrainedConfig":
     """Read a model's configuration; no remote code is run.
 
-    With a classifier's ``auto_class`` it has a label for each output that the weights have.
+    With a classifier's ``auto_class`` it gets a label for each output that the weights have.
     ``attention``: an implementation to use instead of the one it may name. Raises InputError.
     """
     import transformers
 
     file = settings_folder(directory) / SETTINGS_FILE
-    read_settings(directory)  # says more of a file that is none than transformers does
+    read_settings(directory)  # its error for an invalid file says more than transformers'
     with refusing(f"{file} cannot be used"):
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(file.parent), trust_remote_code=False
@@ -154,7 +154,7 @@ def load_config(
 
 
 def suit(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
-    """Make a configuration that was read for no class one for ``auto_class``: see load_config."""
+    """Adapt a configuration that was read for no class to ``auto_class``: see load_config."""
     whole = settings_folder(directory)
     if auto_class.endswith("Classification") and quantised_by(read_settings(directory)) is None:
         complete_labels(config, auto_class, stored_tensors(whole), whole)
@@ -174,10 +174,10 @@ def load_weights(
 ) -> Loaded:
     """Load safetensors weights through a transformers Auto class, never with remote code.
 
-    ``config``: the directory's, changed. ``whole``: why they must not be quantised, if so. What is
-    not there, or in another shape than the configuration gives it, is random; the caller judges.
-    ``what`` and ``advice`` are as of ``refusing``; ``more`` is for transformers. Raises InputError
-    for all that cannot be loaded.
+    ``config``: the directory's, changed. ``whole``: why they must not be quantised, if so. Weights
+    that are missing, or have another shape than the configuration's, are random; the caller
+    decides. ``what`` and ``advice`` are for ``refusing``; ``more`` is for transformers. Raises
+    InputError for everything that cannot be loaded.
     """
     import transformers
 
@@ -216,15 +216,16 @@ def _load_adapted(
     what: str,
     config: "PretrainedConfig",
 ) -> Loaded:
-    """Load an adapter's base in float32, merge the adapter into it, and round the sum to ``dtype``.
+    """Load an adapter's base in float32, merge the adapter into it, and round the result to
+    ``dtype``.
 
-    A student is merged as the language model that it was trained as, whatever the class. Where
-    that, or ``config``, has another head than the adapter, it is random.
+    A student is merged as the language model that it was trained as, whatever the class. If that,
+    or ``config``, has another head than the adapter, the head is random.
     """
     import transformers
 
     check_base(directory, base)
-    attention = config._attn_implementation  # student.attention, where that is set
+    attention = config._attn_implementation  # student.attention, if that is set
     kind = trained_as(directory) or auto_class
     own = load_config(directory, kind, attention)
     start = copy.deepcopy(own)
@@ -255,8 +256,8 @@ def load_model(
     dtype: torch.dtype,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module:
-    """Load a teacher; every weight must come from the directory. ``more``: what transformers is
-    told of devices.
+    """Load a teacher; every weight must come from the directory. ``more``: transformers' options
+    for devices.
 
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
@@ -273,9 +274,9 @@ def new_language_model(
     attention: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> "PreTrainedModel":
-    """Make random weights of the configuration in ``directory``, in float32.
+    """Make random weights for the configuration in ``directory``, in float32.
 
-    With the ``tokenizer`` of the text none of its tokens is taken for padding.
+    With the ``tokenizer`` of the text, none of its tokens is taken for padding.
     """
     import transformers
 
@@ -283,12 +284,13 @@ def new_language_model(
     if tokenizer is not None:
         padding_of_new(config, tokenizer, f"student {directory}")
     for key in ("quantization_config", "compression_config"):
-        if getattr(config, key, None) is not None:  # of weights that are not taken
+        if getattr(config, key, None) is not None:  # of weights that are not loaded
             log.info("student: the new weights are not quantised; %s is left out", key)
             delattr(config, key)
     told = f"student {directory} cannot be made as {AUTO_CLASSES[task]} by its config.json"
     with refusing(told):
-        # The configuration may say bfloat16, as large models' do: weights are trained in float32.
+        # The configuration may ask for bfloat16, as large models' do; weights are trained in
+        # float32.
         model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(
             config, dtype=torch.float32
         )
@@ -298,14 +300,14 @@ def new_language_model(
 def load_language_model(
     directory: Path, task: str, attention: str | None = None
 ) -> "PreTrainedModel":
-    """Load pre-trained weights in float32; a body without LM head gets a fresh one, and that is
-    said.
+    """Load pre-trained weights in float32; a body without LM head gets a fresh one, which is
+    logged.
     """
     return load_student_model(directory, task, attention).model
 
 
 def load_student_model(directory: Path, task: str, attention: str | None = None) -> Loaded:
-    """The same, with the names of what is fresh in its head."""
+    """Do the same, and return the names of what is fresh in its head."""
     what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
     kind = AUTO_CLASSES[task]
@@ -319,7 +321,7 @@ def load_student_model(directory: Path, task: str, attention: str | None = None)
 
 
 def refuse_body(directory: Path, missing: list[str]) -> None:
-    """Raise InputError for a student whose body would be random in part."""
+    """Raise InputError for a student whose body would be partly random."""
     if missing:
         raise InputError(
             f"student {directory} lacks weights of its body ({', '.join(missing[:3])} …); "
@@ -328,7 +330,7 @@ def refuse_body(directory: Path, missing: list[str]) -> None:
 
 
 def longest_input(config: "PretrainedConfig") -> int | None:
-    """Tokens that a model of this transformers configuration takes; None where nothing is said."""
+    """Return how many tokens a model of this configuration takes; None if it does not say."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if not limit or limit < 0:
@@ -345,7 +347,7 @@ class Placement(Settings):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype of ``precision``."""
+        """Return the torch dtype of ``precision``."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             self.precision
         ]
@@ -359,7 +361,7 @@ def place(precision: str) -> Placement:
 
 
 def package_versions() -> dict[str, str]:
-    """What a run was made with; informative. Our own version is told under the import's name."""
+    """Return the versions a run was made with; informative. Ours is under the import's name."""
     import platform
 
     names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
@@ -369,7 +371,9 @@ def package_versions() -> dict[str, str]:
 
 @cache
 def _version(name: str) -> str:
-    """Of a distribution; to find it takes milliseconds, and every teacher's plan asks."""
+    """Return a distribution's version; finding it takes milliseconds, and every teacher's plan
+    asks.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     try:

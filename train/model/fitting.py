@@ -1,6 +1,6 @@
 """Which tasks and inputs a model is for, by its configuration alone: no weights are read.
 
-What a language model in fact sees is tried once it is loaded (``sight.py``).
+What a language model actually sees is tried once it is loaded (``sight.py``).
 """
 
 import re
@@ -19,9 +19,9 @@ AUTO_CLASSES = {
     "token_classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
 }
-TEXT_ENCODER = "AutoModelForTextEncoding"  # the encoder alone of families that have a decoder too
+TEXT_ENCODER = "AutoModelForTextEncoding"  # the encoder alone, for families that have a decoder too
 LANGUAGE = ("masked_lm", "causal_lm")
-# Values with which a model's attention is two-sided.
+# Settings that make a model's attention two-sided.
 TWO_SIDED = {
     "is_causal": (False,),
     "use_bidirectional_attention": (True, "all"),
@@ -39,9 +39,9 @@ SAID = {
 
 
 def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = True) -> None:
-    """Raise InputError, naming the right task, where a model of ``config`` is none for ``task``.
+    """Raise InputError, naming the right task, if a model of ``config`` does not fit ``task``.
 
-    ``who`` is said of it first: teacher 'x', student 'y'. ``trained``: weights are loaded, so what
+    Messages begin with ``who``: teacher 'x', student 'y'. ``trained``: weights are loaded, so what
     ``architectures`` says of them counts. Two-sided families that can be made causal are asked
     whether they were.
     """
@@ -58,10 +58,10 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
         )
     if task == "causal_lm" and (setting := _two_sided(config)) is not None:
         masked = _has_class(config, "masked_lm")
-        other = "say `task: masked_lm`" if masked else "embedders are no language models"
+        other = "say `task: masked_lm`" if masked else "embedders are not language models"
         raise InputError(
-            f"{who}: {kind} with {setting} sees both sides of a token, so it is no causal LM and "
-            f"would have seen what it predicts; {other}"
+            f"{who}: {kind} with {setting} sees both sides of a token, so it is not a causal LM "
+            f"and would have seen what it predicts; {other}"
         )
     named = config.architectures or []
     if trained and task in LANGUAGE and named and not any(map(_is_language_model, named)):
@@ -75,26 +75,27 @@ def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = 
     if trained and task not in LANGUAGE and heads and not any(wanted in name for name in heads):
         each = "a whole sequence" if "Sequence" in heads[0] else "each token"
         raise InputError(
-            f"{who}: it was saved as {heads[0]}, whose head was trained to judge {each}: as "
+            f"{who}: it was saved as {heads[0]}, whose head was trained to classify {each}: as "
             f"{task} it would answer what it never learnt{_instead(config, task)}"
         )
 
 
 def auto_class_of(config: "PretrainedConfig", task: str) -> str:
-    """The Auto class that loads a model for ``task``."""
+    """Return the Auto class that loads a model for ``task``."""
     if task != "embedding":
         return AUTO_CLASSES[task]
     import transformers
 
     encoders = getattr(transformers, TEXT_ENCODER)._model_mapping
-    # T5's encoder, saved alone, says that it is no encoder and decoder, yet AutoModel makes both.
+    # T5's encoder, saved alone, says that it is not an encoder and decoder, yet AutoModel makes
+    # both.
     alone = type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel")
     both = getattr(config, "is_encoder_decoder", False)
     return TEXT_ENCODER if alone or both else AUTO_CLASSES[task]
 
 
 def task_said(config: "PretrainedConfig") -> str | None:
-    """The task that a model was saved for, if the name of its class says one."""
+    """Return the task that a model was saved for, if the name of its class says one."""
     for name in config.architectures or []:
         for form, task in SAID.items():
             if re.search(form, name):
@@ -103,7 +104,7 @@ def task_said(config: "PretrainedConfig") -> str | None:
 
 
 def _two_sided(config: "PretrainedConfig") -> str | None:
-    """The setting by which a model says itself that it sees later tokens."""
+    """Return the setting by which a model says that it sees later tokens."""
     text = config.get_text_config()
     for name, values in TWO_SIDED.items():
         if (value := getattr(text, name, None)) in values and value is not None:
@@ -118,7 +119,7 @@ def _is_language_model(name: str) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
     known = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    listed = any(name in names.values() for names in known)  # BertGenerationDecoder
+    listed = any(name in names.values() for names in known)  # for BertGenerationDecoder
     return listed or re.search(LANGUAGE_MODELS, name) is not None
 
 
@@ -129,23 +130,23 @@ def _has_class(config: "PretrainedConfig", task: str) -> bool:
 
 
 def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
-    """The end of a message: the task that is meant, as far as it is known."""
+    """Return the end of a message: the task that is meant, as far as known."""
     said = task_said(config)
     if said not in (None, task) and (said not in LANGUAGE or _has_class(config, said)):
         return f"; say `task: {said}`"
     if saved_as:
         return ". Give the language model itself, saved by AutoModelFor…LM"
     language = () if getattr(config, "is_encoder_decoder", False) else LANGUAGE
-    named = [t for t in AUTO_CLASSES if t != "embedding"]  # which any model can be made to be
+    named = [t for t in AUTO_CLASSES if t != "embedding"]  # any model can give embeddings
     known = [t for t in named if t not in (task, *LANGUAGE) or t in language]
     known = [t for t in known if t != task and _has_class(config, t)]
     return f"; it can be {', '.join(known)}" if known else ""
 
 
 def knows_segments(config: "PretrainedConfig") -> bool:
-    """Whether a model has embeddings of two segments or more.
+    """Return whether a model has embeddings of two segments or more.
 
-    ``token_type_ids`` are for such models alone: GPT-2 and its like take them for words, and add
-    the embedding of token 0 to every place.
+    ``token_type_ids`` are only for such models: GPT-2 and similar models take them for words, and
+    add the embedding of token 0 to every place.
     """
     return (getattr(config.get_text_config(), "type_vocab_size", None) or 0) >= 2

@@ -1,6 +1,8 @@
-"""A model's folder as its files say it: what it is, its configuration, the headers of its weights.
+"""A model's folder according to its files: what it is, its configuration, the headers of its
+weights.
 
-Only headers are read, and torch is not imported: a wrong folder is found before dear work begins.
+Only headers are read, and torch is not imported: a wrong folder is found before expensive work
+begins.
 """
 
 import json
@@ -27,12 +29,12 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 SETTINGS_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ABOUT_FILE = "rekindle_student.json"  # beside a student: what it is
+ABOUT_FILE = "rekindle_student.json"  # beside a student: its record
 SHARDS = "model-*-of-*.safetensors"
 _AS_SAVED = "give the file as save_pretrained wrote it"
 # Whole weights, as transformers looks for them.
 WHOLE_WEIGHTS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin")
-_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_LONGEST_HEADER = 100_000_000  # bytes, as in safetensors
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2}
 _WIDTHS |= {"I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 _OTHERS = ("C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -49,18 +51,18 @@ _LARGEST_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of a tensor."""
+    """A tensor according to a header."""
 
-    dtype: str  # as safetensors calls it: F32, BF16, U8, …
+    dtype: str  # safetensors' name: F32, BF16, U8, …
     shape: tuple[int, ...]
 
 
 def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) -> Path:
-    """The local directory of a model; a hub id is downloaded (or found in the hub's cache), of a
-    folder in a store (``s3://…``) there is a local copy, and one is made of a GGUF file.
+    """Return the local directory of a model; a hub id is downloaded (or found in the hub's cache),
+    a folder in a store (``s3://…``) gets a local copy, and one is made from a GGUF file.
 
-    ``check`` raises InputError for a folder that is none; it is ``check_folder`` unless given.
-    Raises InputError when it is none of these.
+    ``check`` raises InputError for an invalid folder; by default it is ``check_folder``. Raises
+    InputError if it is none of these.
     """
     if is_gguf(path_or_id):
         return folder_of_gguf(path_or_id)
@@ -89,9 +91,9 @@ def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) 
     except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
         reason = first_words(error) or type(error).__name__
         raise InputError(
-            f"model {path_or_id!r} is no local directory and cannot be loaded from the hub "
-            f"({reason}); give a directory written by save_pretrained, or an id that is on the hub "
-            "or in its local cache"
+            f"model {path_or_id!r} is not a local directory and cannot be loaded from the hub "
+            f"({reason}); give a directory written by save_pretrained, or an id that is on the "
+            "hub or in its local cache"
         ) from None
 
 
@@ -102,8 +104,8 @@ def check_folder(directory: Path) -> None:
         if names:
             raise InputError(
                 f"{directory} holds an adapter ({ADAPTER_FILE}) beside whole weights "
-                f"({', '.join(sorted(names)[:3])}): which of them is the model is not said. Move "
-                "the adapter into a folder of its own, or remove what is not meant"
+                f"({', '.join(sorted(names)[:3])}), so it is unclear which is the model. Move the "
+                "adapter into a folder of its own, or remove the other"
             )
         return
     if (directory / SETTINGS_FILE).is_file():
@@ -111,7 +113,7 @@ def check_folder(directory: Path) -> None:
     ggufs = sorted(path.name for path in directory.glob("*.gguf"))
     if ggufs:
         raise InputError(
-            f"{directory} holds a GGUF file ({ggufs[0]}) and no {SETTINGS_FILE}. Name the file: "
+            f"{directory} holds a GGUF file ({ggufs[0]}) but no {SETTINGS_FILE}. Name the file: "
             f"{directory / ggufs[0]}, or give `gguf_file: {ggufs[0]}` beside `model`"
         )
     if list(directory.glob("adapter_model.*")):
@@ -129,18 +131,20 @@ def check_folder(directory: Path) -> None:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether the folder holds an adapter; InputError where it holds whole weights too."""
+    """Return whether the folder holds an adapter; raise InputError if it holds whole
+    weights too.
+    """
     check_folder(directory)
     return (directory / ADAPTER_FILE).is_file()
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError, naming the file, for anything else."""
+    """Return the JSON object in a file; raise InputError, naming the file, for anything else."""
     refuse_pointer(path)
     content = path.read_bytes()
     try:
         found = json.loads(content)
-    except ValueError as error:  # also bytes that are no UTF-8
+    except ValueError as error:  # also for bytes that are not UTF-8
         raise InputError(f"{path} is not JSON ({error}); {_AS_SAVED}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds {type(found).__name__}, not an object; {_AS_SAVED}")
@@ -148,13 +152,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Read config.json, of an adapter its base's, which must say what kind of model it is."""
+    """Read config.json (for an adapter its base's), which must say what kind of model it is."""
     path = settings_folder(directory) / SETTINGS_FILE
     settings = read_object(path)
     if not isinstance(settings.get("model_type"), str):
         raise InputError(
-            f"{path} has no model_type, so that the kind of model is not known. Save the model "
-            'again with save_pretrained, or add it ("model_type": "bert")'
+            f"{path} has no model_type, so the kind of model is unknown. Save the model again "
+            'with save_pretrained, or add it ("model_type": "bert")'
         )
     _check_label_numbers(settings.get("id2label"), path)
     _check_values(settings, path)
@@ -162,7 +166,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _check_values(settings: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError for what transformers takes as it stands, and fails of later."""
+    """Raise InputError for values that transformers accepts unchecked, and fails on later."""
     named = settings.get("architectures")
     names = isinstance(named, list) and all(isinstance(name, str) for name in named)
     if named is not None and not names:
@@ -185,18 +189,21 @@ def _check_label_numbers(names: object, path: Path) -> None:
     if not isinstance(names, dict):
         raise InputError(f"{path}: id2label is a {type(names).__name__}, not an object. {rule}")
     if strange := [key for key in names if not re.fullmatch(r"-?[0-9]+", key)]:
-        raise InputError(f"{path}: id2label has the key {strange[0]!r}, which is no number. {rule}")
+        raise InputError(
+            f"{path}: id2label has the key {strange[0]!r}, which is not a number. {rule}"
+        )
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the model's weights, or the adapter's: one, or those that an index names.
+    """Return the files with the model's weights, or the adapter's: one, or those that an index
+    names.
 
-    Where both are there, transformers loads the one: it leaves the index of an older save behind.
+    If both exist, transformers loads the single file: the index is left from an older save.
 
-    Raises InputError where there are none, or some are missing.
+    Raises InputError if there are none, or some are missing.
     """
     index = directory / INDEX_FILE
     name = ADAPTER_WEIGHTS if is_adapter(directory) else WEIGHTS_FILE
@@ -235,22 +242,22 @@ def weight_files(directory: Path) -> list[Path]:
 
 @cache
 def _say_left_over(index: Path, name: str) -> None:
-    """A folder is looked at several times in a run."""
-    log.info("%s is left unused: beside it is %s, which is loaded", index, name)
+    """Log it once: a folder is looked at several times in a run."""
+    log.info("%s is ignored: beside it is %s, which is loaded", index, name)
 
 
 def own_files(directory: Path) -> list[Path]:
-    """The model's weights, and the safetensors files beside them (a student's heads), sorted; no
-    shards that an older save has left behind.
+    """Return the model's weights, and the safetensors files beside them (a student's heads),
+    sorted; without shards left from an older save.
     """
     left_over = {*directory.glob(SHARDS)} - {*weight_files(directory)}
     return sorted({*directory.glob("*.safetensors")} - left_over)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """What the headers say of the model's weights, or the adapter's, by name.
+    """Return the headers' entries of the model's weights, or the adapter's, by name.
 
-    Raises InputError for whatever is wrong with a file: a git-lfs pointer, one that is cut off.
+    Raises InputError for anything wrong with a file: a git-lfs pointer, a truncated one.
     """
     return {k: v for file in weight_files(directory) for k, v in read_header(file).items()}
 
@@ -262,14 +269,14 @@ def check_headers(directory: Path) -> None:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file; InputError unless the file is whole by its length."""
+    """Return the tensors of a safetensors file; raise InputError unless its length is right."""
     refuse_pointer(file)
     with open(file, "rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         size = file.stat().st_size
         if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise InputError(f"{file} is damaged or cut off: {_no_header(size)}")
+            raise InputError(f"{file} is damaged or truncated: {_no_header(size)}")
         content = stream.read(length)
     try:
         entries = json.loads(content, parse_constant=_refuse_constant)
@@ -281,14 +288,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     whole = 8 + length + ends
     if size != whole:
         raise InputError(
-            f"{file} is damaged or cut off: it has {size:,} bytes, its header announces {whole:,}. "
-            "Copy or download it again"
+            f"{file} is damaged or truncated: it has {size:,} bytes, but its header announces "
+            f"{whole:,}. Copy or download it again"
         )
     return found
 
 
 def _refuse_constant(word: str) -> object:
-    """NaN and the like are no JSON, and Python reads them."""
+    """Refuse NaN and the like: they are not JSON, but Python reads them."""
     raise ValueError(word)
 
 
@@ -297,7 +304,7 @@ def _no_header(size: int) -> str:
 
 
 def _stored(file: Path, name: str, entry: object) -> StoredTensor:
-    """What an entry of a header says; InputError, naming its tensor, where that cannot be."""
+    """Return a header's entry; raise InputError, naming its tensor, if it is impossible."""
     said: Any = entry if isinstance(entry, dict) else {}
     dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
     lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
@@ -312,13 +319,15 @@ def _stored(file: Path, name: str, entry: object) -> StoredTensor:
 
 
 def _check_places(file: Path, entries: Mapping[str, Any]) -> int:
-    """Return where the last tensor ends; InputError where one does not begin where another ends."""
+    """Return where the last tensor ends; raise InputError if one does not begin where
+    another ends.
+    """
     at = 0
     for name, entry in sorted(entries.items(), key=lambda one: tuple(one[1]["data_offsets"])):
         begin, end = entry["data_offsets"]
         if begin != at:
             raise _damaged(
-                file, name, f"it begins at byte {begin:,}, the one before ends at {at:,}"
+                file, name, f"it begins at byte {begin:,}, but the one before ends at {at:,}"
             )
         at = end
     return at
@@ -326,7 +335,7 @@ def _check_places(file: Path, entries: Mapping[str, Any]) -> int:
 
 def _damaged(file: Path, tensor: str, told: str) -> InputError:
     return InputError(
-        f"{file} is damaged, in what its header says of the tensor {tensor!r}: {told}. Copy or "
+        f"{file} is damaged: its header is wrong about the tensor {tensor!r}: {told}. Copy or "
         "download it again"
     )
 
@@ -335,11 +344,11 @@ def _damaged(file: Path, tensor: str, told: str) -> InputError:
 
 
 def base_of(directory: Path) -> Path | None:
-    """The folder of an adapter's base; None for a whole model.
+    """Return the folder of an adapter's base; None for a whole model.
 
-    A base that is named by a path is looked for from here, then from the adapter's folder and each
-    that holds it: whoever trained it named the path from a folder of their own. Raises InputError
-    where there is none.
+    A base named by a relative path is searched from here, then from the adapter's folder and each
+    parent of it, because its trainer named the path from a folder of their own. Raises InputError
+    if there is none.
     """
     if not is_adapter(directory):
         return None
@@ -354,23 +363,23 @@ def base_of(directory: Path) -> Path | None:
         base = resolve_model(name if is_remote(name) else found)
     except InputError as error:
         raise InputError(
-            f"{directory} is an adapter, and its base cannot be had: {error}. Put the base's path "
+            f"{directory} is an adapter, but its base cannot be had: {error}. Put the base's path "
             f"into base_model_name_or_path in {file}"
         ) from None
     if is_adapter(base):
         raise InputError(
-            f"{directory} is an adapter of {base}, which is one itself: merge that into its own "
-            "base first (merge_and_unload), and name the result as the base"
+            f"{directory} is an adapter of {base}, which is an adapter itself: merge that into "
+            "its own base first (merge_and_unload), and name the result as the base"
         )
     return base
 
 
 def settings_folder(directory: Path) -> Path:
-    """Where a model's config.json is: of an adapter, in its base."""
+    """Return the folder of a model's config.json: for an adapter, its base's."""
     return base_of(directory) or directory
 
 
 def tokenizer_folder(directory: Path) -> Path:
-    """Where a model's tokenizer is: of an adapter that has none, in its base."""
+    """Return the folder of a model's tokenizer: for an adapter without one, its base's."""
     base = base_of(directory)
     return directory if base is None or has_tokenizer_files(directory) else base

@@ -1,6 +1,7 @@
-"""Whether a folder's weights fit its configuration and a task, told by headers: none is read.
+"""Check by headers whether a folder's weights fit its configuration and a task; no weights are
+read.
 
-The errors are those of the load itself, which would come after dear work.
+The errors are those of loading itself, which would come after expensive work.
 """
 
 from pathlib import Path
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 
 def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConfig":
-    """Return the configuration of a model for ``task`` whose every weight must be there.
+    """Return the configuration of a model for ``task``, all of whose weights must be there.
 
-    Raises InputError, of ``who``, if it is none.
+    Raises InputError, beginning with ``who``, if it does not fit.
     """
     with naming(who):
         config = load_config(directory)
     auto_class = auto_class_of(config, task)
-    # An adapter brings a head of its own; what its base was saved as says nothing of that.
+    # An adapter has a head of its own; the class its base was saved as says nothing about that.
     check_fits(config, task, who, base_of(directory) is None or task in LANGUAGE)
     with naming(who):
         suit(config, directory, auto_class)
@@ -48,13 +49,13 @@ def check_teacher_files(directory: Path, task: str, who: str) -> "PretrainedConf
 def check_student_files(
     directory: Path, task: str, who: str, from_scratch: bool = False, attention: str | None = None
 ) -> "PretrainedConfig":
-    """Return the configuration of a student, whose head may be fresh, or all of it.
+    """Return the configuration of a student, whose head, or all of it, may be fresh.
 
-    Raises InputError, of ``who``, where it cannot be made, or its body is not there.
+    Raises InputError, beginning with ``who``, if it cannot be made, or its body is missing.
     """
     kind = AUTO_CLASSES[task]
-    # A masked LM's head may be a fresh one, and is said to be; a causal one's is often its tied
-    # embeddings, which no file would be seen to lack.
+    # A masked LM's head may be fresh, which is logged; a causal one's is often its tied embeddings,
+    # which no file would appear to lack.
     trained = task == "causal_lm" and not from_scratch
     config = load_config(directory, attention=attention)
     check_fits(config, task, who, trained)
@@ -70,8 +71,8 @@ def check_student_files(
 
 
 def has_fresh_head(directory: Path, task: str, attention: str | None = None) -> bool:
-    """Whether a student of what is there would begin with a fresh language-model head, as far as
-    the files say it.
+    """Return whether a student made from these files would begin with a fresh language-model head,
+    as far as the files tell.
     """
     kind = AUTO_CLASSES[task]
     found = _misfit(directory, kind, load_config(directory, kind, attention), TRAINED)
@@ -79,7 +80,9 @@ def has_fresh_head(directory: Path, task: str, attention: str | None = None) -> 
 
 
 def check_expert_files(directory: Path) -> None:
-    """Check what a classifier is to be made of: a body; a head of other labels is no matter."""
+    """Check that a classifier can be made: its body must be there; a head of other labels is
+    ignored.
+    """
     kind = "AutoModelForSequenceClassification"
     config = load_config(directory, kind)
     found = _misfit(directory, kind, config, TRAINED)
@@ -89,12 +92,12 @@ def check_expert_files(directory: Path) -> None:
         refuse_shapes(what, {name: found.shapes[name] for name in body})
 
 
-# Stage 1 asks of each teacher three times: before any work, on a corpus's beginning, and on all.
+# Stage 1 checks each teacher three times: before any work, on a corpus's beginning, and on all.
 _COMPARED: dict[tuple[object, ...], Misfit | None] = {}
 
 
 def _misfit_of(directory: Path, auto_class: str, config: "PretrainedConfig") -> Misfit | None:
-    """``_misfit``, of files that are as they were worked out once only."""
+    """Do as ``_misfit``, only once for unchanged files."""
     base = base_of(directory)
     folders = [directory] if base is None else [directory, base]
     files = sorted(path for folder in folders for path in folder.iterdir())
@@ -107,7 +110,7 @@ def _misfit_of(directory: Path, auto_class: str, config: "PretrainedConfig") -> 
 def _misfit(
     directory: Path, auto_class: str, config: "PretrainedConfig", why: str = ""
 ) -> Misfit | None:
-    """How the weights differ from those that are needed; None where only the load can tell.
+    """Return how the weights differ from those needed; None if only loading can tell.
 
     ``why`` they must not be quantised, if so. Raises InputError for an adapter of another base.
     """
@@ -130,7 +133,7 @@ def _misfit(
     found = misfit(model, tensors)
     if found is None or base is None:
         return found
-    # What is as long as the base's vocabulary is made as long as the adapter's.
+    # Tensors as long as the base's vocabulary are resized to the adapter's.
     plain = load_config(base, attention=config._attn_implementation)
     old, new = (c.get_text_config().vocab_size for c in (plain, config))
     grows = {((old, *rest), (new, *rest)) for (_, *rest), _ in found.shapes.values()}

@@ -1,4 +1,4 @@
-"""The labels of a classifier: as many as its head has outputs, and a name for each."""
+"""The labels of a classifier: one name for each of its head's outputs."""
 
 import copy
 import logging
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("rekindle")
 
 SAY_SCORES = 'if they are scores, write "problem_type": "regression" into its config.json'
-# As transformers names them, of heads that judge whole texts.
+# transformers' names for heads that classify whole texts.
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
-_A_COUNT = 1009  # of labels, for looking which of a model's tensors have a row for each
+_A_COUNT = 1009  # a number of labels, used to find the tensors with a row for each
 
 
 def problem_of_outputs(said: str | None, outputs: int) -> str:
-    """What kind of task so many outputs answer: what is ``said``, or, where that is nothing that
-    transformers knows, what it would take one output for, or several.
+    """Return the kind of task that this many outputs answer: the one ``said`` or, if transformers
+    does not know it, the one it would assume for one output, or several.
     """
     if said in PROBLEMS:
         return said
@@ -39,10 +39,10 @@ def complete_labels(
     tensors: Mapping[str, StoredTensor],
     directory: Path,
 ) -> None:
-    """Give ``config`` a name for each output that the head in the file has, and say what was done.
+    """Give ``config`` a name for each output of the head in the file, and log what was done.
 
-    id2label may begin at 1 or have gaps: an output without a name is LABEL_i, as transformers has
-    it; a name without an output names nothing.
+    id2label may begin at 1 or have gaps: an output without a name is LABEL_i, as in transformers; a
+    name without an output is ignored.
     """
     count = outputs_in_file(config, auto_class, tensors) or config.num_labels
     named = config.id2label or {}
@@ -63,25 +63,25 @@ def complete_labels(
 
 @cache
 def _warn_once(told: str) -> None:
-    """A folder is looked at several times in a run."""
+    """Warn once: a folder is looked at several times in a run."""
     log.warning("%s", told)
 
 
 def outputs_in_file(
     config: "PretrainedConfig", auto_class: str, tensors: Mapping[str, StoredTensor]
 ) -> int | None:
-    """How many outputs the head in the file has; None where the file has no head of this class."""
+    """Return how many outputs the head in the file has; None if it has no head of this class."""
     named = output_tensors(config, auto_class)
     rows = {tensors[name].shape[0] for name in named if name in tensors}
     return rows.pop() if len(rows) == 1 else None
 
 
-# By class and configuration: every reading of a classifier's configuration asks for them.
+# By class and configuration: every reading of a classifier's configuration needs them.
 _ROWS: dict[tuple[object, ...], list[str]] = {}
 
 
 def output_tensors(config: "PretrainedConfig", auto_class: str) -> list[str]:
-    """The names of a head's tensors that have a row for each output."""
+    """Return the names of a head's tensors that have a row for each output."""
     probe = copy.deepcopy(config)
     probe.num_labels = _A_COUNT
     probe.problem_type = None
@@ -98,13 +98,15 @@ def output_tensors(config: "PretrainedConfig", auto_class: str) -> list[str]:
 
 
 def gives_scores(config: "PretrainedConfig") -> bool:
-    """Whether a head's outputs are scores: by ``problem_type``, or, unsaid, because it is one."""
+    """Return whether a head's outputs are scores: by ``problem_type`` or, if unset, because it has
+    one.
+    """
     unsaid = config.problem_type is None and config.num_labels == 1
     return unsaid or config.problem_type == "regression"
 
 
 def check_label_names(names: Sequence[str], whose: str) -> None:
-    """Raise InputError where two outputs have one name, for labels are matched by name, and for a
+    """Raise InputError if two outputs have one name, because labels are matched by name, and for a
     name that cannot be written.
     """
     for number, name in enumerate(names):

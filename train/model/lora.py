@@ -1,5 +1,5 @@
-"""A student's own adapter (LoRA): how it is put into the model, what of it is trained and said, and
-how it is saved. How a saved one is merged into its base is ``adapter``'s.
+"""A student's own adapter (LoRA): how it is put into the model, what of it is trained, and how it
+is saved. ``adapter`` merges a saved one into its base.
 """
 
 import json
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Adapter:
-    """A fresh LoRA adapter within ``model``, in place: B is 0, so that the model computes what it
-    did. From then on the adapter alone, and what it saves whole, has gradients.
+    """A fresh LoRA adapter within ``model``, in place: B is 0, so the model computes what it did.
+    From then on only the adapter, and what it saves whole, has gradients.
 
-    Raises InputError, beginning with ``what``, where peft is not there or cannot adapt this model
-    so, and where the input embeddings or the output matrix would be adapted.
+    Raises InputError, beginning with ``what``, if peft is missing or cannot adapt this model so,
+    and if the input embeddings or the output matrix would be adapted.
     """
 
     def __init__(self, model: "PreTrainedModel", config: LoraConfig, task: str, what: str):
@@ -62,8 +62,8 @@ class Adapter:
             self._quantise(what)
 
     def _check_found(self, what: str, config: LoraConfig) -> None:
-        """Refuse names of no layer: peft is content where one of ``target_modules`` is there, and
-        asks for none of ``modules_to_save``.
+        """Refuse names of no layer: peft is content if one of ``target_modules`` exists, and does
+        not check ``modules_to_save``.
         """
         from peft.utils import ModulesToSaveWrapper
 
@@ -76,15 +76,15 @@ class Adapter:
         missing += [("modules_to_save", one) for one in saved if not _ends_so(whole, one)]
         for key, one in missing:
             raise InputError(
-                f"{what}: student.lora.{key} names {one!r}, and the model has no layer whose name "
+                f"{what}: student.lora.{key} names {one!r}, but the model has no layer whose name "
                 "ends so. Correct it, or leave it out"
             )
 
     def _quantise(self, what: str) -> None:
         if beside := self._tuner.targeted_parameter_names:
             raise InputError(
-                f"{what}: student.lora.quantize rounds linear layers, and {beside[0]}, which is "
-                "none, is adapted too. Leave quantize out, or adapt linear layers alone "
+                f"{what}: student.lora.quantize rounds linear layers, but {beside[0]}, which is "
+                "not one, is adapted too. Leave quantize out, or adapt only linear layers "
                 "(target_modules)"
             )
         for name in self._tuner.targeted_module_names:
@@ -92,7 +92,9 @@ class Adapter:
             layer.base_layer = quantised_layer(layer.base_layer, what)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is trained, by the names in an adapter's file; the memory is the model's."""
+        """Return what is trained, under the names in an adapter's file; the memory is the
+        model's.
+        """
         import peft
 
         found = peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
@@ -100,19 +102,21 @@ class Adapter:
 
     def save(self, folder: Path, base: str) -> None:
         """Write it into ``folder`` as peft does, so that ``PeftModel.from_pretrained`` loads it;
-        ``base``: where the model lies that it adapts.
+        ``base``: the location of the model that it adapts.
         """
         settings = self._tuner.peft_config["default"].to_dict() | {
             "base_model_name_or_path": base,
             "inference_mode": True,
         }
-        if settings["task_type"] is None:  # which class of peft's loads it is told otherwise then
+        # otherwise the class of peft's that loads it must be recorded
+        if settings["task_type"] is None:
             kind = type(self.model)
             about = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             settings["auto_mapping"] = about
-        content = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # sets are lists
+        # sets become lists
+        content = json.dumps(settings, indent=2, sort_keys=True, default=sorted)
         (folder / ADAPTER_FILE).write_text(content + "\n", encoding="utf-8")
-        # Two names may share memory (a bias that is tied), which the format does not take.
+        # Two names may share memory (a tied bias), which the format does not allow.
         own = {name: values.detach().cpu().clone() for name, values in self.tensors().items()}
         save_file(own, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 

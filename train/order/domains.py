@@ -1,7 +1,7 @@
 """Which sequences of a corpus belong to which domain, as ranges of sequence numbers.
 
-A shard's commit record counts its sequences by domain: shards that lie in one domain, or that have
-nothing of those asked for, are not opened. Of the others the domain column alone is read.
+A shard's commit record counts its sequences by domain, so shards that lie in one domain, or have
+none of the wanted ones, are not opened. Of the others only the domain column is read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +16,13 @@ from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage.seal import REPAIR
 from rekindle.train.order.held_out import Ranges
 
-Runs = NDArray[np.int64]  # [R,3] number of the domain (-1: of none), first row, row after the last
+Runs = NDArray[np.int64]  # [R,3] number of the domain (-1: none), first row, row after the last
 
 
 def check_domains(corpus: Corpus, names: Iterable[str], key: str) -> None:
-    """InputError for a domain, named in the configuration's ``key``, that the corpus has not."""
+    """Raise InputError for a domain, named in the configuration's ``key``, that the
+    corpus lacks.
+    """
     known = corpus.domains
     unknown = [name for name in names if name not in known]
     if not unknown:
@@ -37,16 +39,16 @@ def check_domains(corpus: Corpus, names: Iterable[str], key: str) -> None:
 
 
 def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
-    """The sequences of each of the domains ``names``, which the corpus has.
+    """Return the sequences of each of the domains ``names``, which the corpus must have.
 
-    A range per stretch of sequences of one domain: memory grows with the number of stretches, not
-    of sequences. Raises CacheFormatError for a shard that has not the domains its record counts.
+    There is one range per run of sequences of one domain: memory grows with the number of runs, not
+    of sequences. Raises CacheFormatError for a shard without the domains that its record counts.
     """
     distinct = list(dict.fromkeys(names))
     counted = enumerate(corpus.units.named("domains"))
     parts = [_shard_runs(corpus, shard, counts or {}, distinct) for shard, counts in counted]
     runs = np.concatenate([np.zeros((0, 3), np.int64), *parts])
-    # Shards end within a stretch: what touches there is one range.
+    # A run may cross shards: ranges that touch are joined.
     return {n: Ranges(runs[runs[:, 0] == i, 1:]).joined() for i, n in enumerate(distinct)}
 
 
@@ -60,16 +62,16 @@ def _shard_runs(
     if counts[inside[0]] == following - first:
         return np.array([[names.index(inside[0]), first, following]], np.int64)
     wanted = pa.array(names, pa.string())
-    # Not verified by a checksum of their own, but held against the record, which has one; and
-    # every sequence that is trained on is verified with its record batch.
+    # The column has no checksum of its own, but is compared with the record, which has one; and
+    # every training sequence is verified with its record batch.
     columns = [batch["domain"] for batch in corpus.shard(shard).columns(["domain"])]
     found = [pc.fill_null(pc.index_in(column, value_set=wanted), -1) for column in columns]
     numbers = np.concatenate([one.to_numpy(zero_copy_only=False) for one in found])
     for number, name in enumerate(names):
         if int((numbers == number).sum()) != counts.get(name, 0):
             raise CacheFormatError(
-                f"{corpus.shard(shard).name} has not the sequences of {name!r} that its commit "
-                f"record counts. {REPAIR}"
+                f"{corpus.shard(shard).name} does not have the sequences of {name!r} that its "
+                f"commit record counts. {REPAIR}"
             )
     edges = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 1, append=numbers[-1] - 1))
     return np.stack([numbers[edges[:-1]], first + edges[:-1], first + edges[1:]], axis=1)

@@ -1,4 +1,4 @@
-"""A run's length in steps, where it is given in epochs or tokens: of the cache as it is opened."""
+"""Convert a run's length in epochs or tokens to steps, using the cache as it is opened."""
 
 from rekindle.data.cache import Cache
 from rekindle.train.config import TrainConfig
@@ -9,10 +9,10 @@ from rekindle.train.step_config import steps_of
 def in_steps(cache: Cache, config: TrainConfig, recorded: int | None = None) -> TrainConfig:
     """Return ``config`` with the number of its steps.
 
-    An epoch is all sequences that are trained on: not what is held out, nor other domains, nor what
-    is replayed; what a curriculum begins with counts as read. Of tokens a sequence has as many as
-    those of the corpus have on average. ``recorded``: the steps that the run was begun with, which
-    it keeps: they are counted once. Raises InputError where they are too few.
+    An epoch is all training sequences: without those held out, of other domains, or replayed; those
+    a curriculum begins with count as read. A sequence counts with the corpus's average number of
+    tokens. ``recorded``: the steps that the run was begun with, which it keeps: they are counted
+    once. Raises InputError if there are too few.
     """
     if config.steps:
         return config

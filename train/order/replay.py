@@ -1,30 +1,29 @@
 """Which sequences of earlier domains a training step replays (ELLE, Findings of ACL 2022).
 
-All of it is arithmetic on the step and on past evaluations, nothing is drawn from a generator: what
-a step replays does not depend on threads, on the number of processes or on where a run was resumed.
-(Weights by loss change are as equal as the losses: these differ in their last bits where another
+Everything is arithmetic on the step and on past evaluations, without a random generator: what a
+step replays does not depend on threads, on the number of processes or on where a run was resumed.
+(Weights by loss change are as equal as the losses: these differ in their last bits if another
 number of processes adds gradients in another order.)
 
 *How many.* Of the first n sequences that a run reads, ⌊fraction · n⌋ are replayed, at every step.
 
-*Which domain.* Every evaluation interval (``train.evaluate_every`` steps) deals its replayed slots
-out to the domains in proportion to their weights, evenly: a cycle of CYCLE slots has a whole number
-of each domain's, spread over it, and an interval begins somewhere in the cycle, so that small
-weights get their turn over many short intervals. The weights are equal, or with ``loss_change``
-those of interval i are the authors' (``weights_by_loss``):
+*Which domain.* Every evaluation interval (``train.evaluate_every`` steps) divides its replayed
+slots among the domains in proportion to their weights, evenly: a cycle of CYCLE slots has a whole
+number of each domain's slots, spread over it, and an interval begins at a different point of the
+cycle, so that small weights get their turn over many short intervals. The weights are equal, or
+with ``loss_change`` in interval i those of the authors (``weights_by_loss``):
 
-    w_d = (L_d(i−2) − L_d(i−1)) / n_d,   L_d(k): held-out loss of domain d after k intervals, k ≥ 1,
+  w_d = (L_d(i−2) − L_d(i−1)) / n_d,   L_d(k): held-out loss of domain d after k intervals, k ≥ 1,
 
-n_d the masked tokens (of a causal LM: the tokens that are predicted) of d that were replayed
-between the two, at least 1. Where that is not above 0 the domain is being forgotten, or stands
-still: in the first half of a run it has the largest weight of all, in the second half none. The
-interval between, i−1, is left out so that batches of i can be read ahead before i begins. In the
-first three intervals, where not both losses are known, and where a loss is not finite, the weights
-are equal. Losses and counts are a part of the checkpoint. (The authors have the same rule in the
-recovery after growth, with the largest weight throughout; here that is a run of its own on the
-domains that are known, without replay.)
+n_d the masked tokens (for a causal LM: the predicted tokens) of d that were replayed between the
+two, at least 1. If that is not above 0, the domain is being forgotten or does not change: in the
+first half of a run it has the largest weight of all, in the second half none. Interval i−1 itself
+is left out so that batches of i can be read ahead before i begins. In the first three intervals, in
+which not both losses are known, and if a loss is not finite, the weights are equal. Losses and
+counts are part of the checkpoint. (The authors use the same rule in the recovery after growth, with
+the largest weight throughout; here that is a separate run on the known domains, without replay.)
 
-*Which sequence.* Each domain is an endless stream of its own: every sequence once per epoch of it.
+*Which sequence.* Each domain is an endless stream: every sequence once per epoch of it.
 """
 
 import math
@@ -42,18 +41,22 @@ from rekindle.data.errors import CheckpointError
 from rekindle.data.permutation import stream_part
 from rekindle.train.order.held_out import Ranges
 
-CYCLE = 1000  # slots after which the domains' turns come again
-RULE = 2  # of the weights: 1 was the size of a loss's change, whichever way and of how many tokens
-FLOOR = 1e-9  # of a weight
+CYCLE = 1000  # slots after which the domains' turns repeat
+# of the weights: rule 1 used the size of a loss's change, in either direction and for any number of
+# tokens
+RULE = 2
+FLOOR = 1e-9  # least weight
 
 Total = Callable[[Sequence[float]], Sequence[float]]  # sums a list over all processes
 
 
 class ReplayState(TypedDict):
-    """What a checkpoint holds: by interval and domain, and the tokens since the last of them."""
+    """What a checkpoint holds: values by interval and domain, and the tokens since the last
+    interval.
+    """
 
     rule: int
-    losses: list[list[float | None]]  # null: no number
+    losses: list[list[float | None]]  # null: not a number
     tokens: list[list[int]]
     since: list[int]
 
@@ -61,11 +64,11 @@ class ReplayState(TypedDict):
 class Replay:
     """The replayed part of every step's batch.
 
-    ``memories``: what there is of each domain; nothing is replayed where there is none. ``batch``
-    sequences are read per step, ``fraction`` of them replayed. ``every`` steps there is an
-    evaluation whose losses ``learn`` is told, for weights by loss change; None for equal weights.
-    ``steps``: of the whole run; None where it has no second half. ``count`` and ``learn`` are
-    called by one thread, all else by any.
+    ``memories``: the sequences of each domain; without any, nothing is replayed. ``batch``
+    sequences are read per step, ``fraction`` of them replayed. Every ``every`` steps ``learn`` gets
+    an evaluation's losses, for weights by loss change; None for equal weights. ``steps``: of the
+    whole run; None if it has no second half. Only one thread calls ``count`` and ``learn``; any may
+    call the rest.
     """
 
     def __init__(
@@ -82,22 +85,22 @@ class Replay:
         self._seed, self._steps = seed, steps
         self._losses: list[list[float]] = []  # [k−1][d] after k intervals
         self._tokens: list[list[int]] = []  # [k−1][d] replayed in interval k, counted from 1
-        # Since then: of all processes before this one began, and of this one.
+        # Tokens since then: of all processes before this one began, and of this one.
         self._before, self._own = [0] * len(self.names), [0] * len(self.names)
         self._starts: list[Ints] = [np.zeros(len(self.names), np.int64)]  # [i][D] see `_start`
         self._extend()
 
     def slots_before(self, step: int) -> int:
-        """How many sequences are replayed in all the steps before ``step``."""
+        """Return how many sequences are replayed in all steps before ``step``."""
         return math.floor(self.fraction * (step * self.batch))
 
     def knows(self, step: int) -> bool:
-        """Whether what ``step`` replays can be said yet."""
-        # Not by the losses: they are noted a moment before what follows from them is summed up.
+        """Return whether it is decided yet what ``step`` replays."""
+        # Not judged by the losses: they are noted shortly before their consequences are summed up.
         return self.interval(step) < len(self._starts)
 
     def at(self, step: int) -> Ints:
-        """The sequence numbers that ``step`` replays. ``knows(step)`` must be true."""
+        """Return the sequence numbers that ``step`` replays. ``knows(step)`` must be true."""
         if not self.names:
             return np.zeros(0, np.int64)
         interval = self.interval(step)
@@ -116,7 +119,7 @@ class Replay:
         return out
 
     def weights(self, interval: int) -> tuple[float, ...]:
-        """The share of each domain's slots in an interval (0-based)."""
+        """Return the share of each domain's slots in an interval (0-based)."""
         equal = (1 / len(self.names),) * len(self.names)
         if self.every is None or interval < 3:
             return equal
@@ -127,7 +130,7 @@ class Replay:
         return weights_by_loss(before, later, self._tokens[interval - 2], second_half)
 
     def count(self, batch: Batch) -> None:
-        """Add this process's share of a step to what each domain was replayed with."""
+        """Add this process's share of a step to the replayed tokens of each domain."""
         if self.every is None or not self.names:
             return
         owners = batch.next_places[0] if batch.masked is None else batch.masked.rows
@@ -137,14 +140,14 @@ class Replay:
                 self._own[self.names.index(domain)] += tokens
 
     def learn(self, done: int, values: Mapping[str, float], total: Total = list) -> None:
-        """Take note of the evaluation after ``done`` steps: of each domain its ``ce/DOMAIN``, or
-        ``loss/DOMAIN`` where no cross-entropy is measured (``train.measures``).
+        """Note the evaluation after ``done`` steps: each domain's ``ce/DOMAIN``, or ``loss/DOMAIN``
+        if no cross-entropy is measured (``train.measures``).
 
-        Every process does so; ``total`` sums a list over them.
+        Every process calls it; ``total`` sums a list over them.
         """
         if self.every is None or done != (len(self._losses) + 1) * self.every:
             return  # the one at the end of a run may fall within an interval
-        # The losses last: `knows` is asked by other threads, and goes by what `_extend` makes.
+        # The losses come last: other threads call `knows`, which uses the result of `_extend`.
         self._tokens.append(self._since(total))
         self._before, self._own = ([0] * len(self.names) for _ in range(2))
         found = [values.get(f"ce/{name}", values.get(f"loss/{name}")) for name in self.names]
@@ -152,7 +155,9 @@ class Replay:
         self._extend()
 
     def state(self, total: Total = list) -> ReplayState | None:
-        """Return what a checkpoint must hold; None where nothing is replayed. As ``learn``."""
+        """Return what a checkpoint must hold; None if nothing is replayed. ``total`` as for
+        ``learn``.
+        """
         if not self.names:
             return None
         found = [[one if math.isfinite(one) else None for one in losses] for losses in self._losses]
@@ -160,18 +165,18 @@ class Replay:
         return {"rule": RULE, "losses": found, "tokens": self._tokens, "since": since}
 
     def restore(self, state: ReplayState | Sequence[object] | None) -> None:
-        """Go on from what ``state`` was; None for the beginning.
+        """Continue from ``state``; None for the beginning.
 
-        Raises CheckpointError where it is of another rule, and the weights follow the losses.
+        Raises CheckpointError if it follows another rule and the weights depend on losses.
         """
         known = isinstance(state, Mapping) and state.get("rule") == RULE
         if state is not None and not known and self.every is not None:
             raise CheckpointError(
                 "train.replay.choose: loss_change: the run was begun by another version, which "
-                "replayed in proportion to the size of each loss's change; now a domain that is "
-                "forgotten has the largest weight (docs/recipes/elle.md). Going on would mix the "
-                "two: start it anew in another --out, or go on with that version. Finished stages "
-                "stay as they are"
+                "replayed in proportion to the size of each loss's change; now a forgotten "
+                "domain has the largest weight (docs/recipes/elle.md). Continuing would mix the "
+                "two: start again in another --out, or continue with that version. Finished "
+                "stages stay as they are"
             )
         if isinstance(state, Mapping) and known:
             losses = state["losses"]
@@ -182,18 +187,18 @@ class Replay:
         self._extend()
 
     def _since(self, total: Total) -> list[int]:
-        """Tokens of each domain since the last interval's end, of all processes."""
+        """Return each domain's tokens since the last interval's end, over all processes."""
         own = total(self._own)
         return [before + round(here) for before, here in zip(self._before, own, strict=True)]
 
     def interval(self, step: int) -> int:
-        """The evaluation interval that ``step`` lies in: what is replayed is decided for each."""
+        """Return the evaluation interval of ``step``; replay is decided once per interval."""
         return 0 if self.every is None else step // self.every
 
     def _extend(self) -> None:
-        """Sum up, for every interval whose weights are known, what each domain has had before it.
+        """Sum up, for every interval with known weights, each domain's slots before it.
 
-        An interval is known to readers only after this (see `knows`).
+        Readers treat an interval as known only after this (see `knows`).
         """
         known = 0 if self.every is None else max(3, len(self._losses) + 2)
         for interval in range(len(self._starts) - 1, known - 1):
@@ -204,7 +209,7 @@ class Replay:
             self._starts.append(self._starts[interval] + dealt)
 
     def _offset(self, interval: int) -> int:
-        """Where in the cycle an interval begins."""
+        """Return where in the cycle an interval begins."""
         return self._seed_of("interval", str(interval)) % CYCLE
 
     def _seed_of(self, *names: str) -> int:
@@ -215,10 +220,10 @@ class Replay:
 def weights_by_loss(
     before: Sequence[float], later: Sequence[float], tokens: Sequence[int], second_half: bool
 ) -> tuple[float, ...]:
-    """Return each domain's share of the replay: ELLE's rule, as its authors' code has it.
+    """Return each domain's share of the replay: ELLE's rule, as in its authors' code.
 
-    The decrease of its loss per replayed token; where it does not decrease, the largest of all, or
-    in the second half 0; at least FLOOR; normalised.
+    The decrease of its loss per replayed token; if it does not decrease, the largest of all, or 0
+    in the second half; at least FLOOR; normalised.
     """
     falls = [(a - b) / max(n, 1) for a, b, n in zip(before, later, tokens, strict=True)]
     largest = 0.0 if second_half else max(falls)
@@ -228,13 +233,13 @@ def weights_by_loss(
 
 @dataclass(frozen=True)
 class _Deal:
-    """How slots are dealt out to domains, over and over."""
+    """How slots are divided among domains, repeatedly."""
 
-    domains: Ints  # [CYCLE] whose turn each slot is
-    counts: Ints  # [CYCLE+1,D] turns that each domain has had before a slot
+    domains: Ints  # [CYCLE] the domain whose turn each slot is
+    counts: Ints  # [CYCLE+1,D] each domain's turns before a slot
 
     def before(self, slot: int) -> Ints:
-        """The turns [D] that each domain has in the first ``slot`` slots."""
+        """Return each domain's turns [D] in the first ``slot`` slots."""
         cycles, rest = divmod(slot, CYCLE)
         found: Ints = cycles * self.counts[-1] + self.counts[rest]
         return found
@@ -242,8 +247,8 @@ class _Deal:
 
 @lru_cache(maxsize=64)
 def _deal(weights: tuple[float, ...]) -> _Deal:
-    """Slots in proportion to ``weights``, as even as can be: the largest remainders are rounded up,
-    and turn k of the n that a domain has lies about (k + ½)/n of the way through the cycle.
+    """Divide slots in proportion to ``weights``, as evenly as possible: the largest remainders are
+    rounded up, and turn k of a domain's n lies about (k + ½)/n of the way through the cycle.
     """
     exact = np.array(weights) * CYCLE
     turns = np.floor(exact).astype(np.int64)

@@ -1,9 +1,9 @@
-"""``train.batching: similar_lengths``: texts of about one length share a batch, hardly padded.
+"""``train.batching: similar_lengths``: texts of similar length share a batch, with little padding.
 
-The shuffled order is cut into windows of steps. A window reads the very sequences it would read
-shuffled; they are sorted by length, cut into batches, and the batches come in an order drawn anew.
-What a step reads follows from (seed, step) and the lengths, so it is the same for every number of
-processes and wherever a run goes on; memory is that of one window.
+The shuffled order is cut into windows of steps. A window reads the same sequences as it would
+shuffled; they are sorted by length, cut into batches, and the batches get a new random order. What
+a step reads follows from (seed, step) and the lengths, so it is the same for every number of
+processes and after a resume; memory holds one window.
 """
 
 import threading
@@ -16,18 +16,20 @@ import xxhash
 from rekindle.data.batch import Ints
 from rekindle.data.permutation import permute
 
-STEPS = 64  # of a window, at most: from there on less padding than a few per cent is left to save
-WINDOWS = 4  # of a stretch, where it has so many steps: who shares a batch must change
-KEPT = 3  # windows that are remembered: reading threads are about the edge of two
+STEPS = 64  # of a window, at most: with more, only a few per cent of padding is left to save
+# at least this many per stretch, if it has enough steps: batches must get changing members
+WINDOWS = 4
+KEPT = 3  # windows that are kept: reading threads are around the edge of two
 
 
 def window_of(step: int, first: int, stop: int) -> range:
-    """Return the window that ``step`` is in, of the stretch of steps from ``first`` to ``stop``:
-    all are about equally long, at most STEPS.
+    """Return the window of ``step`` within the stretch of steps from ``first`` to ``stop``: all are
+    about equally long, at most STEPS.
     """
     count = stop - first
     windows = max(-(-count // STEPS), min(WINDOWS, count))
-    # Window w begins at ⌊w · count / windows⌋: the last one that begins at the step or before.
+    # Window w begins at ⌊w · count / windows⌋; this is the last one that begins at the step or
+    # before.
     number = ((step - first + 1) * windows - 1) // count
     return range(first + number * count // windows, first + (number + 1) * count // windows)
 
@@ -35,7 +37,7 @@ def window_of(step: int, first: int, stop: int) -> range:
 def turns(window: range, *seed: int) -> Ints:
     """Return, for each step of a window, which of its batches it reads; 0 has the longest texts.
 
-    The first window begins with those: a batch that does not fit into memory shows at once.
+    The first window begins with those: a batch that does not fit into memory fails at once.
     """
     own = xxhash.xxh3_64_intdigest("\0".join(["similar lengths", *map(str, seed)]).encode())
     places = np.arange(len(window), dtype=np.int64)
@@ -48,7 +50,7 @@ def turns(window: range, *seed: int) -> Ints:
 
 def dealt(lengths: Ints, sizes: Sequence[int], order: Ints) -> list[Ints]:
     """Return which of the sequences of ``lengths`` [B] each step of a window reads, the longest
-    first. ``sizes``: how many those are, by step; ``order``: of ``turns``.
+    first. ``sizes``: how many, by step; ``order``: from ``turns``.
     """
     by_length = np.argsort(-lengths, kind="stable")
     steps = np.argsort(order)  # the step that reads the longest, the next ones, …
@@ -58,10 +60,10 @@ def dealt(lengths: Ints, sizes: Sequence[int], order: Ints) -> list[Ints]:
 
 
 def padded(lengths: Ints, batch: int, micro_batch: int | None = None) -> dict[str, float]:
-    """Return, by ``train.batching``, how many tokens a model computes for each of the text, as far
-    as ``lengths`` [N] of some sequences tell: every row of a pass is as wide as its longest.
+    """Return, by ``train.batching``, how many tokens a model computes per token of text, estimated
+    from the ``lengths`` [N] of some sequences: every row of a pass is as wide as its longest.
 
-    ``micro_batch``: rows of a pass; they are cut in order of length out of a batch.
+    ``micro_batch``: rows of a pass; they are cut from a batch in order of length.
     """
     drawn = np.random.default_rng(0).choice(np.maximum(lengths, 1), (STEPS, batch))
     sorted_ = np.sort(drawn, axis=None).reshape(STEPS, batch)
@@ -75,7 +77,7 @@ def padded(lengths: Ints, batch: int, micro_batch: int | None = None) -> dict[st
 
 
 class Windows:
-    """The windows that were asked for last, each made once; threads may ask together."""
+    """The latest windows, each made once; threads may ask at the same time."""
 
     def __init__(self, make: Callable[[range], list[Ints]]):
         self._make = make
@@ -83,7 +85,7 @@ class Windows:
         self._making = threading.Lock()
 
     def at(self, step: int, window: Callable[[int], range]) -> Ints:
-        """What ``step`` reads; ``window(step)`` says in which window it is."""
+        """Return what ``step`` reads; ``window(step)`` returns its window."""
         with self._making:
             for steps, parts in self._kept:
                 if step in steps:

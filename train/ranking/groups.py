@@ -156,6 +156,20 @@ def refuse_split(files: Sequence[Grouped]) -> None:
                     )
 
 
+def groups_in_order(groups: Ints, random: np.random.Generator) -> Ints:
+    """The rows [N], one group after another, these in a random order."""
+    places = random.permutation(int(groups.max()) + 1)
+    return np.argsort(places[groups], kind="stable")
+
+
+def whole_until(groups: Ints, count: int) -> int:
+    """How many of rows that stand group after group are of whole groups, ``count`` at most, but
+    for a first group that is larger.
+    """
+    ends = np.append(np.flatnonzero(np.diff(groups)) + 1, len(groups))
+    return int(ends[max(0, int(np.searchsorted(ends, count, side="right")) - 1)])
+
+
 def batches_of_groups(
     groups: Ints, lengths: Ints, batch_size: int, *, seed: int, epoch: int, taught: Ints
 ) -> list[Ints]:

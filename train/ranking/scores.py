@@ -39,10 +39,18 @@ def ranking_scores(
 
     Raises ValueError where no group has documents of different grades.
     """
+    each = scores_by_group(scores, grades, groups)
+    return {name: float(values.mean()) for name, values in each.items()}
+
+
+def scores_by_group(
+    scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
+) -> dict[str, Floats]:
+    """Each measure of each group that has an order, by rising number of the group [G]."""
     each = [group_scores(scores[rows], grades[rows]) for rows in ordered(grades, parts_of(groups))]
     if not each:
         raise ValueError("no group has documents of different grades")
-    return dict(zip(NAMES, np.mean(each, axis=0).tolist(), strict=True))
+    return dict(zip(NAMES, np.array(each).T, strict=True))
 
 
 def group_scores(

@@ -91,9 +91,9 @@ def test_merged_it_is_a_whole_model_with_all_that_lay_beside(run, tmp_path):
     other = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"]))
     other.save_pretrained(str(tmp_path / "others"))
     assert lineage_of_model(tmp_path / "others") == after
-    with pytest.raises(InputError, match="is a whole model, no adapter"):
+    with pytest.raises(InputError, match="is a whole model, not an adapter"):
         merge_student(str(tmp_path / "m"), str(tmp_path / "n"))
-    with pytest.raises(InputError, match="holds an export already"):
+    with pytest.raises(InputError, match="already holds an export"):
         merge_student(str(run), str(tmp_path / "m"))
 
 

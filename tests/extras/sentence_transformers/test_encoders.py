@@ -10,7 +10,7 @@ import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.train.embedding.pooling import POOLINGS
+from rekindle.train.embedding.folder import POOLINGS
 from rekindle.train.embedding.texts import TextEncoder, describe_encoder
 from testlib.caches import examples
 from testlib.encoders import TEXTS, encoder_folder
@@ -24,7 +24,10 @@ def own(folder: Path) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
-    return model.encode(TEXTS, batch_size=1 if model.tokenizer.pad_token is None else 3)
+    if model.tokenizer.pad_token is not None:
+        return model.encode(TEXTS, batch_size=3)
+    model.tokenizer.pad_token = model.tokenizer.eos_token  # which it then has no need of
+    return model.encode(TEXTS, batch_size=1)
 
 
 def ours(folder: Path) -> np.ndarray:
@@ -168,3 +171,23 @@ def test_a_cached_vector_is_the_packages_at_every_row(tmp_path, configure, bert,
 @pytest.mark.skipif(not MINILM.is_dir(), reason="all-MiniLM-L6-v2 is not here")
 def test_minilm():
     assert close(ours(MINILM), own(MINILM))
+
+
+def test_evaluate_gives_the_packages_score(tmp_path, bert):
+    import json
+
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    from rekindle.train.answers.config import AskConfig
+    from rekindle.train.answers.evaluate import evaluate_file
+
+    folder = encoder_folder(tmp_path / "e", bert, OLD, [dense(WIDTH, 12)])
+    pairs = [(TEXTS[i], TEXTS[j], float((i * 3 + j) % 5)) for j in range(4) for i in range(j)]
+    rows = [{"a": a, "b": b, "label": score} for a, b, score in pairs]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = AskConfig(text_field=["a", "b"])
+    ours = evaluate_file(str(folder), str(tmp_path / "p.jsonl"), config=asked).value
+    measured = EmbeddingSimilarityEvaluator(*zip(*pairs, strict=True), main_similarity="cosine")
+    theirs = measured(SentenceTransformer(str(folder), device="cpu"))["spearman_cosine"]
+    assert ours == pytest.approx(theirs, abs=1e-6)

@@ -176,7 +176,7 @@ def test_the_card_is_written_beside_a_finished_cache_and_keeps_what_was_added(
     about = DatasetCard(card).data
     assert about.size_categories == ["n<1K"]
     assert about.license is None
-    assert "under which licence" in card
+    assert "stated the licence" in card
     assert "`private.jsonl`" in card
     assert "| expert |" in card
     assert problems(cache) == []
@@ -189,7 +189,7 @@ def test_the_card_is_written_beside_a_finished_cache_and_keeps_what_was_added(
     assert DatasetCard(card).data.license == "cc-by-4.0"
     assert "| words |" in card
     assert card.endswith("More words.\n")
-    assert "under which licence" not in card
+    assert "stated the licence" not in card
     assert pipeline("teachers", cache, "--rename", "words", "tags").returncode == 0
     assert "| tags |" in (cache / "README.md").read_text()
 

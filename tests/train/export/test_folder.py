@@ -207,7 +207,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
 def test_nothing_but_an_export_is_replaced(place, student, tmp_path, force):
     (tmp_path / "mine.txt").write_text("dear")
     for out in (tmp_path, place / "student", tmp_path / "mine.txt"):
-        with pytest.raises(InputError, match="is no export; it is left as it is"):
+        with pytest.raises(InputError, match="is not an export; it is left as it is"):
             export_head(str(place / "student"), str(out), "trec", force=force)
     assert (tmp_path / "mine.txt").read_text() == "dear"
 
@@ -218,7 +218,7 @@ def test_an_export_is_whole_or_not_there(place, student, tmp_path, monkeypatch):
     export_head(str(place / "student"), str(out), "trec")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     monkeypatch.setattr(module, "distance", lambda *given: 1e-3)
-    with pytest.raises(InputError, match=r"transformers loads again as .* is 0.001 off"):
+    with pytest.raises(InputError, match=r"transformers loads as .* is 0.001 off"):
         export_head(str(place / "student"), str(out), "score", force=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["o"]

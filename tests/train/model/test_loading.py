@@ -123,7 +123,11 @@ def test_a_header_is_held_against_itself_and_the_tensor_named(bert, case):
     said = json.dumps(entries).encode()
     file.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
     refused(
-        bert, f"{file} is damaged, in what its header says of", repr(name), told, loaders=LOADERS
+        bert,
+        f"{file} is damaged: its header is wrong about the tensor",
+        repr(name),
+        told,
+        loaders=LOADERS,
     )
 
 

@@ -184,7 +184,7 @@ RUNS = (
     Bad("no run to compare", "compare lm", "lm", "no run and no sweep",
         "Give directories that its --out named"),
     Bad("a checkpoint that is cut, exported", f"export {STEPS[1]} --out new",
-        f"{STEPS[1]}/model.safetensors", "is damaged or cut off", "Copy or download it again",
+        f"{STEPS[1]}/model.safetensors", "is damaged or truncated", "Copy or download it again",
         _cut(f"{STEPS[1]}/model.safetensors")),
 )  # fmt: skip
 

@@ -38,7 +38,7 @@ OUTPUTS = (
     Bad("an expert in place of a student", f"{TUNE} --out student", "'student'",
         "is not a result of this command", "give another directory"),
     Bad("an export in place of a student", "export student --out lm", "'lm'",
-        "exists and is no export", "give another --out"),
+        "exists and is not an export", "give another --out"),
     Bad("a demo in place of a file", "demo --quick --out run.yaml", "run.yaml",
         "is not empty and holds no demo", "give another --out"),
     Bad("a link that leads to itself", "inspect loop", "loop/cache.json",

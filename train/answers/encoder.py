@@ -1,0 +1,151 @@
+"""A sentence encoder that is asked: how near two texts are, or the vectors of single ones."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rekindle.data.errors import InputError
+from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.judge import Judge, open_judge
+from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
+from rekindle.train.embedding.texts import TextEncoder, describe_encoder, told_of_prompts
+from rekindle.train.finetune.encoded import EncodedTexts
+from rekindle.train.finetune.predictions import Answer, Answers
+from rekindle.train.finetune.task_data import TaskData
+from rekindle.train.model.folder import resolve_model
+from rekindle.train.outside.quiet import quiet_transformers
+from rekindle.train.ranking.kinds import RANKING
+from rekindle.train.student import ABOUT_FILE, saved_heads
+
+log = logging.getLogger("rekindle")
+
+# The prompts of a search, by the names that sentence-transformers looks for.
+QUERY, DOCUMENT = ("query",), ("document", "passage", "corpus")
+
+
+def open_asked(model: str, head: str | None, settings: AskConfig, pairs: bool) -> Judge:
+    """Load what is asked about texts, or ``pairs`` of them: a sentence encoder, or as
+    ``open_judge`` does.
+    """
+    if head is None and gives_vectors(resolve_model(model, check_encoder_folder), settings):
+        return EncoderJudge(model, settings, pairs)
+    return open_judge(model, head)
+
+
+def gives_vectors(directory: Path, settings: AskConfig) -> bool:
+    """Return whether a model is asked for vectors: a folder of sentence-transformers, or a plain
+    encoder of which pooling is said. A student with task heads is asked for one of them.
+    """
+    if (directory / ABOUT_FILE).is_file():
+        heads = saved_heads(directory).values()
+        if any(one.kind in ("sequence", "token") for one in heads):
+            return False
+    return is_encoder_folder(directory) or settings.pooling is not None
+
+
+@dataclass(frozen=True)
+class EncodedSides(EncodedTexts):
+    """The different texts of some rows, and which of them each row has: [N], or [N,2] of pairs.
+
+    ``skipped``: tokens of each text that pooling leaves out.
+    """
+
+    sides: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    skipped: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class VectorAnswers(Answers):
+    """An answer that is a vector."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a line that it fills."""
+        return ("vector",)
+
+    def of(self, logits: np.ndarray) -> Answer:
+        """One row's vector [D], in the fewest digits that say a float32."""
+        return {"vector": [float(str(value)) for value in logits.astype(np.float32)]}
+
+
+class EncoderJudge(Judge):
+    """Gives the cosine between the two texts of a row, a score; of single texts their vectors."""
+
+    head = None
+    says_problem = True
+    labels = ("cosine",)
+    metric = "spearman"  # as STS is scored
+
+    def __init__(self, model: str, settings: AskConfig, pairs: bool):
+        self.who = f"the sentence encoder {model!r}"
+        # The length of vectors is no matter to a cosine.
+        normalise = bool(settings.normalise) if pairs and settings.pooling else settings.normalise
+        about = describe_encoder(model, settings.pooling, normalise, settings.prompt)
+        with quiet_transformers():
+            self.encoder = TextEncoder.of(about)
+        self.asked = settings.prompt
+        self.pairs = pairs
+        self.answers: Answers = (Answers if pairs else VectorAnswers)("regression", self.labels)
+        self.searches = False  # whether the first texts are queries, the second documents
+        if told := told_of_prompts(about, settings.prompt is not None):
+            log.info("%s: %s", model, told)
+
+    def check_task(self, data: TaskData) -> None:
+        """Raise InputError for single texts, and for labels that are no scores."""
+        if data.pairs is None:
+            raise InputError(
+                f"{data.path} has single texts, and {self.who} is scored by how near two texts "
+                "are: name the two columns with --text-field, twice"
+            )
+        super().check_task(data)
+        self.searches = data.problem == RANKING
+
+    def read(self, data: TaskData, max_length: int | None) -> EncodedSides:
+        """Return each different text once."""
+        encoder, sides = self.encoder, [data.texts, *([data.pairs] if data.pairs else [])]
+        known: dict[tuple[str, str], int] = {}
+        prompts = self._prompts
+        places = [
+            [known.setdefault((prompt, text), len(known)) for text in side]
+            for side, prompt in zip(sides, prompts, strict=False)
+        ]
+        longest = min(max_length or encoder.max_length, encoder.max_length)
+        ids = [encoder.ids([text], prompt, longest)[0] for prompt, text in known]
+        whole = encoder.tokenizer.whole_lengths([prompt + text for prompt, text in known])
+        skipped = {prompt: encoder.skipped(prompt) for prompt in prompts}
+        limits = (longest, encoder.max_length, int((whole > longest).sum()), int(max(whole)))
+        return EncodedSides(
+            ids,
+            None,
+            0,
+            *limits,
+            sides=np.array(places, np.int64).T,
+            skipped=[skipped[prompt] for prompt, _ in known],
+        )
+
+    @property
+    def _prompts(self) -> tuple[str, str]:
+        """What stands before the first texts and the second: of a search, its own prompts."""
+        about = self.encoder.about
+        if self.asked is not None or not self.searches:
+            return about.prompt, about.prompt
+        first, second = (
+            next((about.prompts[name] for name in names if name in about.prompts), about.prompt)
+            for names in (QUERY, DOCUMENT)
+        )
+        return first, second
+
+    def logits(self, encoded: EncodedTexts, batch_size: int) -> np.ndarray:
+        """Return the cosines [N,1], or the vectors [N,D]."""
+        assert isinstance(encoded, EncodedSides)
+        vectors = self.encoder.vectors_of(encoded.input_ids, encoded.skipped)
+        if not self.pairs:
+            return vectors[encoded.sides[:, 0]]
+        wide = vectors.astype(np.float64)
+        wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-30)
+        first, second = (wide[encoded.sides[:, side]] for side in (0, 1))
+        return (first * second).sum(axis=1, keepdims=True).astype(np.float32)
