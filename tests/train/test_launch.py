@@ -45,8 +45,11 @@ def test_what_torchrun_says_is_believed(environment, values, expected):
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4, and no RANK, MASTER_ADDR, MASTER_PORT: no torchrun"),
-        ({"WORLD_SIZE": "2", **WHOLE, "RANK": ""}, "WORLD_SIZE=2, and no RANK"),
+        (
+            {"WORLD_SIZE": "4"},
+            "WORLD_SIZE=4, but no RANK, MASTER_ADDR, MASTER_PORT: this process was not",
+        ),
+        ({"WORLD_SIZE": "2", **WHOLE, "RANK": ""}, "WORLD_SIZE=2, but no RANK"),
         ({"WORLD_SIZE": "2", **WHOLE, "RANK": "x"}, "RANK='x'"),
         ({"WORLD_SIZE": "2", **WHOLE, "RANK": "2"}, "RANK=2 and WORLD_SIZE=2"),
         ({"WORLD_SIZE": "2", **WHOLE, "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),

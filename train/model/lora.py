@@ -126,14 +126,16 @@ class Adapter:
             self._tuner.merge_and_unload(safe_merge=True)
 
     def strange(self) -> list[str]:
-        """Return the names of what in the model has gradients, and would not be saved."""
+        """Return the names of parameters in the model that have gradients but would not
+        be saved.
+        """
         saved = {values.data_ptr() for values in self.tensors().values()}
         named = self.model.named_parameters()
         return [name for name, p in named if p.requires_grad and p.data_ptr() not in saved]
 
 
 def need_extra() -> None:
-    """Raise InputError where peft is not installed."""
+    """Raise InputError if peft is not installed."""
     if find_spec("peft") is None:
         raise InputError(f"student.lora needs the package peft, which is not installed: {INSTALL}")
 
@@ -147,8 +149,8 @@ def _ends_so(names: Collection[str], end: str) -> bool:
 
 
 def _check_ends(what: str, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
-    """Refuse an adapter of the input embeddings or the output matrix; saved whole they may be,
-    where they are two.
+    """Refuse an adapter of the input embeddings or the output matrix; they may be saved whole if
+    they are two matrices.
     """
     words, output = before
     tied = output is not None and getattr(words, "weight", 0) is getattr(output, "weight", 1)
@@ -162,13 +164,13 @@ def _check_ends(what: str, before: tuple[Any, Any], after: tuple[Any, Any]) -> N
             )
         if tied:
             raise InputError(
-                f"{what}: student.lora.modules_to_save names the {name}, and here the output "
+                f"{what}: student.lora.modules_to_save names the {name}, but here the output "
                 "matrix is the input embeddings: saved whole, they would be two. Leave it out"
             )
 
 
 def no_head_to_adapt(model: str) -> str:
-    """Say what to do with a base that has no language-model head, where the text is to train it."""
+    """Return what to do with a base without a language-model head if the text is to train it."""
     return (
         f"student {model!r} has no language-model head, and with student.lora a fresh one would "
         "neither be trained nor saved. Train a whole student first (without student.lora) and "
@@ -178,15 +180,17 @@ def no_head_to_adapt(model: str) -> str:
 
 
 def told_of_adapter(student: nn.Module, adapter: Adapter, model: str) -> str:
-    """Say how many parameters are trained, of how many; InputError where some of them are neither
-    the adapter's nor beside the model, and would not be saved.
+    """Return a line on how many parameters are trained, of how many.
+
+    Raises InputError if some of them are neither the adapter's nor beside the model, and would not
+    be saved.
     """
     if strange := adapter.strange():
         raise InputError(
             f"student.lora: the objective puts parameters into the model {model!r} ({strange[0]}), "
             "which the adapter's file has no place for. Train it without student.lora"
         )
-    # Each once: a bias that is tied has two names.
+    # Count each once: a tied bias has two names.
     sizes = {id(p): (_size(p), p.requires_grad) for p in student.parameters()}
     trained = sum(size for size, gradients in sizes.values() if gradients)
     whole = sum(size for size, _ in sizes.values())

@@ -1,5 +1,5 @@
-"""A model without its weights: which tensors transformers makes of a configuration, and which of
-them a folder has not. Nothing is read but headers.
+"""A model without its weights: the tensors that transformers makes of a configuration, and those
+that a folder lacks. Only headers are read.
 """
 
 import copy
@@ -44,15 +44,15 @@ _TYPES = {
 class Misfit(NamedTuple):
     """How the weights in a folder differ from those that a model needs."""
 
-    body: list[str]  # names of tensors that the folder has not
+    body: list[str]  # names of tensors that the folder lacks
     head: list[str]
     shapes: dict[str, tuple[Shape, Shape]]  # by name: in the file, by config.json
 
 
 def shape_only(config: "PretrainedConfig", auto_class: str) -> "PreTrainedModel":
-    """The model of a configuration on torch's meta device: shapes, and no memory.
+    """Return the model of a configuration on torch's meta device: shapes without memory.
 
-    Raises InputError for a configuration that makes none.
+    Raises InputError if the configuration makes no model.
     """
     import transformers
 
@@ -64,7 +64,7 @@ def shape_only(config: "PretrainedConfig", auto_class: str) -> "PreTrainedModel"
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what gives a tensor its first values: without memory it is half of the work."""
+    """Skips the initialisation of tensors: without memory it is half of the work."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,9 +74,9 @@ class _Unfilled(TorchFunctionMode):
 
 
 def misfit(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Misfit | None:
-    """Compare a model with the headers of its folder; transformers knows the names of older files.
+    """Compare a model with its folder's headers; transformers knows the names of older files.
 
-    None where transformers converts tensors as it loads them: then the load itself has to tell.
+    None if transformers converts tensors as it loads them: then only the load itself can tell.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -106,13 +106,13 @@ def misfit(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Mis
 
 
 def split_names(model: "PreTrainedModel", names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of the model's body, and those of its head."""
+    """Return the names in the model's body, and those in its head."""
     body = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
     return body, [name for name in names if name not in body]
 
 
 def refuse_shapes(what: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
-    """Raise InputError where tensors have another shape than the configuration gives them."""
+    """Raise InputError if tensors have another shape than the configuration gives them."""
     if not shapes:
         return
     name = min(shapes, key=lambda name: (-len(shapes[name][1]), name))  # a matrix says more
@@ -157,7 +157,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def load_later(auto_class: str, directory: str, config: "PretrainedConfig", **more: Any) -> Any:
-    """As transformers loads a folder, within a recording: files are read when that is filled."""
+    """Load a folder as transformers does, but in a recording: files are read when it is filled."""
     made = shape_only(copy.deepcopy(config), auto_class)  # a family may have several classes
     found: dict[str, Tensor] = {}
     for file in weight_files(Path(directory)):
@@ -176,7 +176,7 @@ def load_later(auto_class: str, directory: str, config: "PretrainedConfig", **mo
 
 @contextmanager
 def _in_this_thread() -> Iterator[None]:
-    """Have transformers load so: what is done in other threads is not recorded."""
+    """Let transformers load in this thread: what other threads do is not recorded."""
     before = os.environ.get(IN_THREADS)
     os.environ[IN_THREADS] = "1"
     try:

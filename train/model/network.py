@@ -1,6 +1,6 @@
-"""The network of a student: a Hugging Face language model plus a head per task expert.
+"""The network of a student: a Hugging Face language model plus one head per task expert.
 
-It never makes [N,V] logits in training. How it is saved and loaded is ``rekindle.train.student``'s.
+It never makes [N,V] logits in training. ``rekindle.train.student`` saves and loads it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,9 +48,9 @@ class TaskHead(nn.Module):
 
 
 class StudentOutput(NamedTuple):
-    """One forward pass. What was not asked for is None or empty."""
+    """The result of one forward pass. What was not asked for is None or empty."""
 
-    hidden: Tensor | None  # [N,H] what the output matrix multiplies, at the selected positions
+    hidden: Tensor | None  # [N,H] the output matrix's input, at the selected positions
     logits: dict[str, Tensor]  # by head: [B,C], or [P,C] at the positions asked for
     balance: Tensor | None = None  # in training: the load-balancing loss of routers
 
@@ -59,8 +59,8 @@ class StudentNetwork(nn.Module):
     """A masked or causal LM with task heads.
 
     ``vocabulary_size`` is the tokenizer's; rows of the output matrix past it are padding and take
-    no part in any loss. ``domains``: a prompt for each (and for none of them) is put into every
-    sequence; None: no prompts. All positions are those of the sequence without it.
+    no part in any loss. ``domains``: every sequence gets the prompt of its domain (or of none);
+    None: no prompts. All positions are those of the sequence without the prompt.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class StudentNetwork(nn.Module):
         # the settings of the methods that added something
         self.methods: dict[str, dict[str, object]] = {}
         self.source: Path | None = None  # the directory that its weights come from
-        self.has_fresh_head = False  # the language model's own, beside a body that is not
-        self.sequence_length: int | None = None  # tokens that it was trained with, where known
+        self.has_fresh_head = False  # a fresh language-model head beside a body that is not fresh
+        self.sequence_length: int | None = None  # tokens that it was trained with, if known
         self._passes: Recorded | None = None  # None: each pass is run, and forgotten
         with naming("student"), splittable():
             self._split = SplitLanguageModel(model, causal=task == "causal_lm")
@@ -90,19 +90,19 @@ class StudentNetwork(nn.Module):
 
     def check_packed(self, room: int) -> None:
         """Raise InputError for a model that cannot read rows of up to ``room`` tokens that hold
-        several documents, or has domain prompts, which stand in each row once.
+        several documents, or has domain prompts (a row has only one).
         """
         if self.prompts is not None:
             raise InputError(
-                "student.domain_prompts: a prompt stands in a sequence once, and with "
-                "corpus.packing: packed that is of several documents. Leave domain_prompts out, or "
+                "student.domain_prompts: a sequence has one prompt, but with "
+                "corpus.packing: packed it holds several documents. Leave domain_prompts out, or "
                 "use packing: document"
             )
         with naming("student"):
             self._split.check_packed(room)
 
     def add_heads(self, heads: Mapping[str, HeadConfig]) -> None:
-        """Add freshly initialised heads where there are none of that name and shape."""
+        """Add freshly initialised heads where none has that name and shape."""
         for name, head in heads.items():
             if self.head_configs.get(name) != head:
                 self.heads[head_key(name)] = self._fresh_head(head)
@@ -127,8 +127,8 @@ class StudentNetwork(nn.Module):
     def add_method(
         self, name: str, settings: Mapping[str, object], module: nn.Module | None
     ) -> None:
-        """Take a method's own parameters on; those that an earlier student left in the directory
-        that the weights come from are taken over where all of them fit.
+        """Add a method's own parameters. If the directory that the weights come from has those of
+        an earlier student and all fit, take them over.
         """
         self.methods[name] = dict(settings)
         if module is None:
@@ -142,7 +142,7 @@ class StudentNetwork(nn.Module):
                 module.load_state_dict(found)
 
     def method_module(self, name: str) -> nn.Module:
-        """Return what a method has added."""
+        """Return the module that a method has added."""
         return self.heads[_method_key(name)]
 
     def forward(
@@ -155,12 +155,11 @@ class StudentNetwork(nn.Module):
         """Run the body once.
 
         ``inputs``: input_ids [B,S], attention_mask [B,S], token_type_ids? (left out for a model
-        without segments), and what ``with_domains`` adds (without it prompts are those of no
-        domain). ``select`` [N]: flat
-        indices into [B·S] whose hidden states the LM loss needs. ``sequence_heads``: heads run on
-        the pooled state (first token; last token of a causal LM; or as the family's own head has
-        it; of an embedding as its configuration says: there the "logits" are vectors).
-        ``token_heads``: head -> flat indices [P].
+        without segments), and what ``with_domains`` adds (without it the prompt is that of no
+        domain). ``select`` [N]: flat indices into [B·S] whose hidden states the LM loss needs.
+        ``sequence_heads``: heads run on the pooled state (the first token; the last one of a causal
+        LM; or what the family's own head takes; for an embedding what its configuration says: there
+        the "logits" are vectors). ``token_heads``: head -> flat indices [P].
         """
         hidden, states = self._run(inputs, select)
         logits: dict[str, Tensor] = {}
@@ -185,14 +184,14 @@ class StudentNetwork(nn.Module):
     def _run(
         self, inputs: Mapping[str, Tensor], select: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Return what the output matrix multiplies [N,H] at ``select``, and the body's [B,S,H]."""
+        """Return the output matrix's input [N,H] at ``select``, and the body's states [B,S,H]."""
         if self._passes is None:
             return self._run_body(inputs, select)
         return self._passes.run(inputs, select, self._run_body)
 
     @contextmanager
     def through(self, passes: Recorded) -> Iterator[None]:
-        """Let ``passes`` stand before the body, within."""
+        """Let ``passes`` stand before the body in this context."""
         self._passes = passes
         try:
             yield
@@ -218,8 +217,8 @@ class StudentNetwork(nn.Module):
     def with_domains(
         self, inputs: Mapping[str, Tensor], domains: Sequence[str | None]
     ) -> Mapping[str, Tensor]:
-        """Return the inputs of a pass over sequences of these ``domains`` [B]: prompts, if there
-        are any, need to know them.
+        """Return the inputs of a pass over sequences of these ``domains`` [B], for the prompts, if
+        there are any.
         """
         if self.prompts is None:
             return inputs
@@ -230,7 +229,7 @@ class StudentNetwork(nn.Module):
 
     @property
     def _asks_for_padding(self) -> bool:
-        """Whether the model looks whether a mask hides anything: others may take masks apart."""
+        """Whether the model checks if a mask hides anything: others may take masks apart."""
         return getattr(self.model.config, "_attn_implementation", None) == "sdpa"
 
     @property
@@ -243,23 +242,23 @@ class StudentNetwork(nn.Module):
         return head.cut(self.vocabulary_size)
 
     def train_head_alone(self, alone: bool) -> None:
-        """Give gradients to the language model's own head alone, from now on, or to all again."""
+        """From now on, give gradients only to the language model's own head, or to all again."""
         self._split.alone = alone
 
     @property
     def own_head(self) -> dict[str, nn.Parameter]:
-        """Return the weights of the language model's own head, by name: what comes after the body,
-        less an output matrix that is the body's input embeddings.
+        """Return the weights of the language model's own head, by name: what follows the body, but
+        not an output matrix that is the body's input embeddings.
         """
         body = {id(parameter) for parameter in self.model.base_model.parameters()}
         return {n: p for n, p in self.model.named_parameters() if id(p) not in body}
 
     def checkpoint_activations(self) -> None:
-        """Compute activations again in the backward pass, from now on; InputError where the model
-        has no way to.
+        """Compute activations again in the backward pass from now on; raise InputError if the model
+        cannot.
         """
         model = self.model
-        # transformers' newer name first: the older one goes with its version 6.
+        # Try transformers' newer name first: version 6 drops the older one.
         enable = getattr(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
         )
@@ -269,7 +268,7 @@ class StudentNetwork(nn.Module):
         except (ValueError, AttributeError) as error:
             raise InputError(
                 f"train.gradient_checkpointing: {type(model).__name__} has none ({error}); "
-                "set it to false, and micro_batch_sequences lower to save memory"
+                "set it to false, and lower micro_batch_sequences to save memory"
             ) from None
 
     def _pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -280,7 +279,7 @@ class StudentNetwork(nn.Module):
 
 
 def _dropout(config: Any) -> float:
-    """Return the model's own dropout rate for heads; 0.1, BERT's, where it names none."""
+    """Return the model's own dropout rate for heads; 0.1, BERT's, if it names none."""
     for name in ("classifier_dropout", "hidden_dropout_prob", "resid_pdrop"):
         if (rate := getattr(config, name, None)) is not None:
             return float(rate)
@@ -288,7 +287,7 @@ def _dropout(config: Any) -> float:
 
 
 def head_key(name: str) -> str:
-    """Return what a head's module is called: no dot, and no attribute that a ModuleDict has."""
+    """Return the name of a head's module: without a dot, and no attribute of a ModuleDict."""
     key = name.replace(".", "·")
     return key + "*" if hasattr(nn.ModuleDict(), key) else key
 

@@ -1,8 +1,8 @@
-"""The padding id of a model: within its vocabulary, and of a new model none that a text may have.
+"""The padding id of a model: within its vocabulary, and for a new model one that no text contains.
 
 transformers builds the embedding with it: an id outside is an AssertionError there, and the row of
-one inside starts as zeros and is never trained. And what else of a configuration is changed as it
-is read.
+one inside starts as zeros and is never trained. Other changes to a configuration when it is read
+are here too.
 """
 
 import logging
@@ -25,7 +25,7 @@ COUNT_PAST_PADDING = (
 
 
 def padding_of(config: "PretrainedConfig") -> int | None:
-    """The padding id; some families' configurations have no such key."""
+    """Return the padding id; the configurations of some families have no such key."""
     return getattr(config.get_text_config(), "pad_token_id", None)
 
 
@@ -37,11 +37,11 @@ def set_padding(config: "PretrainedConfig", number: int | None) -> None:
 
 
 def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
-    """Take a padding id outside the vocabulary out of the configuration that ``where`` holds: no
-    weight belongs to it.
+    """Remove a padding id outside the vocabulary from the configuration in ``where``: no weight
+    belongs to it.
 
-    Said in a line, but for −1, by which some say that there is none. Raises InputError for a family
-    that numbers its positions from it.
+    Logs it in a line, except for −1, which some write for none. Raises InputError for a family that
+    numbers its positions from it.
     """
     text = config.get_text_config()
     padding, rows = padding_of(config), getattr(text, "vocab_size", None)
@@ -59,9 +59,9 @@ def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
 
 
 def attend_fully(config: "PretrainedConfig", where: str) -> None:
-    """Have BigBird attend to all tokens from the start, said in a line: with sparse attention it
-    changes to that at the first text that is short, and stays there, so what it says of a longer
-    one depended on what was shown to it before.
+    """Let BigBird attend to all tokens from the start, and log it: sparse attention changes to that
+    at the first short text and stays so, and its output for a longer text would depend on the texts
+    before.
     """
     if getattr(config, "attention_type", None) == "block_sparse":
         told = "attention_type block_sparse changes to original_full at the first short text"
@@ -70,11 +70,11 @@ def attend_fully(config: "PretrainedConfig", where: str) -> None:
 
 
 def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -> None:
-    """Give a model that begins with random weights a padding id that no text has: where that of
+    """Give a model that begins with random weights a padding id that no text contains: if that of
     its configuration is an ordinary token of the ``tokenizer``, the tokenizer's own, or none.
 
-    Said in a line. Raises InputError for a family that numbers its positions from the padding id
-    where there is no such token, or its positions would not suffice.
+    Logs it in a line. Raises InputError for a family that numbers its positions from the padding id
+    if there is no such token, or if its positions would not suffice.
     """
     text = config.get_text_config()
     own, right = padding_of(config), tokenizer.hf.pad_token_id
@@ -98,12 +98,12 @@ def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -
 
 
 def _never_in_text(tokenizer: Tokenizer) -> set[int]:
-    """Special tokens that stand in no sequence but as padding."""
+    """Return the special tokens that occur in sequences only as padding."""
     others = (tokenizer.eos_id, tokenizer.mask_id, tokenizer.hf.unk_token_id)
     return {*tokenizer.special_ids} - {*others, *tokenizer.prefix, *tokenizer.suffix}
 
 
 @cache
 def _say_once(told: str) -> None:
-    """A configuration is read several times in a run."""
+    """Log it once: a configuration is read several times in a run."""
     log.info(told)

@@ -1,8 +1,7 @@
-"""What may stand between a student and its body: passes are kept for equal inputs, recorded, or
-given again.
+"""Layers between a student and its body: they keep passes for equal inputs, record them, or replay
+them.
 
-Where nothing does, each pass is run, and forgotten. Shapes: B sequences of S tokens, N rows, H
-hidden.
+Without one, each pass is run and forgotten. Shapes: B sequences of S tokens, N rows, H hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +11,20 @@ import torch
 from torch import Tensor
 
 Inputs = Mapping[str, Tensor]
-Found = tuple[Tensor | None, Tensor]  # hidden rows [N,H], where some are selected; states [B,S,H]
+Found = tuple[Tensor | None, Tensor]  # hidden rows [N,H], if some are selected; states [B,S,H]
 Body = Callable[[Inputs, Tensor | None], Found]
 
 
 class Pass(NamedTuple):
-    """What went into a pass of the body, and what came out."""
+    """The inputs and outputs of a pass of the body."""
 
     inputs: Inputs
     select: Tensor | None  # [N] flat indices into [B·S]
-    hidden: Tensor | None  # [N,H] what the output matrix multiplies, at the selected positions
+    hidden: Tensor | None  # [N,H] the output matrix's input, at the selected positions
     states: Tensor  # [B,S,H] what task heads read
 
     def answers(self, inputs: Inputs, select: Tensor | None) -> bool:
-        """Whether another pass would give the same, but for dropout."""
+        """Return whether another pass would give the same, but for dropout."""
         same = inputs.keys() == self.inputs.keys() and all(
             torch.equal(inputs[name], self.inputs[name]) for name in inputs
         )
@@ -35,7 +34,7 @@ class Pass(NamedTuple):
 
 
 class Recorded:
-    """Runs the body each time, and keeps what came out."""
+    """Runs the body each time, and keeps the results."""
 
     ends_here = False  # whether gradients go on, to the body and to the output matrix
 
@@ -51,7 +50,7 @@ class Recorded:
 class Remembered(Recorded):
     """Runs the body once for equal inputs: several values of an evaluation share its passes.
 
-    ``known_to_all(known)``: whether a pass is ``known`` in all processes; in some, it is run.
+    ``known_to_all(known)``: whether the pass is ``known`` in all processes; if not, it is run.
     """
 
     def __init__(self, known_to_all: Callable[[bool], bool] = bool) -> None:
@@ -59,7 +58,7 @@ class Remembered(Recorded):
         self.known_to_all = known_to_all
 
     def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> Found:
-        """Return what an equal pass gave, or run the body."""
+        """Return the result of an equal pass, or run the body."""
         known = next((one for one in self.passes if one.answers(inputs, select)), None)
         if self.known_to_all(known is not None) and known is not None:
             return (None if select is None else known.hidden), known.states
@@ -67,7 +66,7 @@ class Remembered(Recorded):
 
 
 class Replayed(Recorded):
-    """Gives recorded passes once more, in their order, as ``leaves`` where gradients end."""
+    """Replays recorded passes in their order, as ``leaves`` at which gradients end."""
 
     ends_here = True
 
@@ -76,7 +75,7 @@ class Replayed(Recorded):
         self.left, self.leaves = list(recorded), list[Tensor]()
 
     def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> Found:
-        """Return the next pass, cut off; one that was not recorded is run without gradients."""
+        """Return the next pass, detached; one that was not recorded is run without gradients."""
         if self.left and self.left[0].answers(inputs, select):
             _, _, hidden, states = self.left.pop(0)
         else:
@@ -91,12 +90,11 @@ class Replayed(Recorded):
 
 
 # --- what a pass asks of its mask ---
-# transformers asks ``mask.all()`` before every pass with PyTorch's own attention, to leave a mask
-# out that hides nothing. On a GPU the answer would be waited for until all that was asked before is
-# done; the host knows it.
+# With PyTorch's own attention transformers asks ``mask.all()`` before every pass, to leave out a
+# mask that hides nothing. On a GPU the answer would wait for all earlier work; the host knows it.
 
 MASK = "attention_mask"
-_SAME = (Tensor.to, Tensor.bool, Tensor.long)  # what leaves the answer as it is
+_SAME = (Tensor.to, Tensor.bool, Tensor.long)  # what does not change the answer
 
 
 class PaddingMask(Tensor):
@@ -119,7 +117,7 @@ class PaddingMask(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer ``all()``; of all else give plain tensors, but where only the type is another."""
+        """Answer ``all()``; otherwise return plain tensors, unless only the type changes."""
         with torch._C.DisableTorchFunctionSubclass():
             own = args[0] if args and isinstance(args[0], cls) else None
             if func is Tensor.all and own is not None and len(args) == 1 and not kwargs:
@@ -139,6 +137,6 @@ def note_padding(mask: Tensor, full: bool) -> Tensor:
 
 
 def with_known_padding(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return a pass's inputs with a mask that answers by itself, where that is noted on it."""
+    """Return a pass's inputs with a mask that answers by itself, if ``note_padding`` marked it."""
     full = getattr(inputs[MASK], "hides_nothing", None)
     return inputs if full is None else {**inputs, MASK: PaddingMask.of(inputs[MASK], full)}

@@ -1,8 +1,8 @@
-"""Weights of a base that an adapter changes, rounded to four bits (QLoRA, arXiv 2305.14314).
+"""Weights of an adapter's base, rounded to four bits (QLoRA, arXiv 2305.14314).
 
-NF4 in blocks of 64, by bitsandbytes, which is imported here alone; it has a CPU's code, too. What
+NF4 in blocks of 64, by bitsandbytes, which only this module imports; it has code for CPUs too. What
 is trained on such weights is an adapter of these, not of those in the base's folder: whoever loads
-it rounds them first (``round_weights``).
+it rounds the base first (``round_weights``).
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ _OPTIONS: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "compress_stat
 
 
 def need_bitsandbytes(what: str) -> None:
-    """Raise InputError, of ``what``, where bitsandbytes is not installed."""
+    """Raise InputError, about ``what``, if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise InputError(
             f"{what} needs the package bitsandbytes, which is not installed: {INSTALL}"
@@ -27,17 +27,17 @@ def need_bitsandbytes(what: str) -> None:
 
 
 def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
-    """Return a linear layer with the weights of ``layer`` in four bits, which computes with what
-    ``rounded`` makes of them, and hands gradients through.
+    """Return a linear layer with the weights of ``layer`` in four bits. It computes with what
+    ``rounded`` makes of them, and passes gradients through.
 
-    Raises InputError, of ``what``, for another kind of layer.
+    Raises InputError, about ``what``, for another kind of layer.
     """
     if not isinstance(layer, nn.Linear):
         raise InputError(
-            f"{what}: student.lora.quantize rounds linear layers, and a {type(layer).__name__} is "
-            "adapted. Leave quantize out, or adapt linear layers alone (target_modules)"
+            f"{what}: student.lora.quantize rounds linear layers, but a {type(layer).__name__} is "
+            "adapted. Leave quantize out, or adapt only linear layers (target_modules)"
         )
-    if layer.weight.is_meta:  # there are no weights: it is only looked at
+    if layer.weight.is_meta:  # there are no weights: only shapes are needed
         return layer
     import bitsandbytes
 
@@ -49,7 +49,7 @@ def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
         quant_type=_OPTIONS["quant_type"],
         compress_statistics=_OPTIONS["compress_statistics"],
     )
-    # On some CPUs (AVX-512 with bf16) it would compute in bf16 whenever it does not train, and in a
+    # On some CPUs (AVX-512 with bf16) it would compute in bf16 whenever it does not train, with a
     # layout that takes no small matrices.
     made.support_avx512bf16_for_cpu = False
     made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **_OPTIONS)
@@ -58,13 +58,13 @@ def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
 
 
 def four_bit_shape(values: object) -> torch.Size | None:
-    """Return the shape of a matrix that is held in four bits; None of other tensors."""
+    """Return the shape of a matrix held in four bits; None for other tensors."""
     state = getattr(values, "quant_state", None)
     return None if state is None else torch.Size(state.shape)
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """Return what four bits keep of a matrix, as it is computed with; float32."""
+    """Return a matrix after rounding to four bits, as the computation sees it; float32."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(weight.contiguous(), **_OPTIONS)

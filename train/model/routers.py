@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixture-of-experts models, as transformers' own model forms it."""
+"""The load-balancing loss of mixture-of-experts models, as transformers' own models form it."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def balance_weight(model: "PreTrainedModel") -> float:
-    """The weight of the load-balancing loss beside the others; 0 where none is configured.
+    """Return the weight of the load-balancing loss beside the others; 0 if none is configured.
 
     As in transformers: ``router_aux_loss_coef``, if ``output_router_logits`` is true.
     """
@@ -22,14 +22,15 @@ def balance_weight(model: "PreTrainedModel") -> float:
 
 
 def told_of_routers(model: "PreTrainedModel") -> str | None:
-    """What is done about the load of a model's experts, in a line; None where it has none."""
+    """Return a line about load balancing of a model's experts; None if it has none."""
     text = model.config.get_text_config()
     weight, possible = balance_weight(model), _coefficient(text)
     if weight:
         return f"load-balancing loss of its routers (router) at weight {weight:g}"
     if possible and hasattr(text, "output_router_logits"):
         return (
-            "no load-balancing loss of its routers, as its configuration has output_router_logits: "
+            "no load-balancing loss of its routers, as its configuration has "
+            "output_router_logits: "
             f"false; with true it has weight {possible:g}"
         )
     return None
@@ -38,9 +39,9 @@ def told_of_routers(model: "PreTrainedModel") -> str | None:
 def balanced_states(
     model: "PreTrainedModel", inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The body's final hidden states [B,S,H], and the load-balancing loss, without its weight.
+    """Return the body's final hidden states [B,S,H], and the unweighted load-balancing loss.
 
-    The model's own forward pass forms it, with logits of the last position alone.
+    The model's own forward pass forms it, with logits of the last position only.
     """
     states: list[Tensor] = []
 

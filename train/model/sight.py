@@ -1,9 +1,9 @@
 """What a language model sees of its input, found by trying: later tokens, earlier ones, padding,
-other documents of its row.
+other documents in its row.
 
-Nothing that a configuration says of it is believed: flags differ from family to family, and a
-checkpoint may have been trained another way than its class was written for. Knows nothing of
-teachers, students or caches.
+The configuration is not trusted: flags differ from family to family, and a checkpoint may have been
+trained in another way than its class was written for. Knows nothing of teachers, students or
+caches.
 """
 
 import math
@@ -23,29 +23,29 @@ from rekindle.train.packed.forms import Form, as_read, possible_forms
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What a model raises that cannot be run so.
+# Errors of models that cannot be run in the way tried.
 BROKEN = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 LENGTHS = (2, 7, 19)  # short ones, where a token weighs much; odd ones, past a block of 16
-PADDING = 5  # tokens, of which a mask says that they are none
-# Movement is a share of how far a position's values lie from their mean. Rounding alone stays below
-# ROUNDING: another token's influence is thousands of times as much. Kernels of another shape round
-# otherwise, so padding is given more.
+PADDING = 5  # tokens that the mask hides
+# Movement is the change of a position's values as a share of their spread about the mean. Rounding
+# alone stays below ROUNDING: another token's influence is thousands of times as much. Kernels of
+# another shape round differently, so the limit for padding is larger.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-4}
-COARSEST = 4e-3  # in bfloat16, and in what is coarser
+COARSEST = 4e-3  # in bfloat16, and in coarser types
 OF_SHAPES = 10.0
 OF_ANSWERS = 100.0  # a logit may be a small difference of large ones
 SAME_ROUNDING = 3.0
-# That nothing is seen is said only of movements that are none; untrained weights move little.
+# "Nothing is seen" needs movements far below rounding; untrained weights move little.
 NOTHING = 1e-2
 
 
 class SightError(InputError):
-    """A language model that sees what it must not see, or does not see what it must."""
+    """A language model sees what it must not see, or does not see what it must."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without dropout and gradients; afterwards the model is in the mode it was in."""
+    """Run without dropout and gradients; restore the model's mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -56,9 +56,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_sight(model: "PreTrainedModel", causal: bool) -> None:
-    """Raise SightError where a causal LM sees later tokens, or a masked LM only one side.
+    """Raise SightError if a causal LM sees later tokens, or a masked LM only one side.
 
-    A few tiny forward passes: two equal rows and one in which a single token is another.
+    Runs a few tiny forward passes: two equal rows and one in which a single token differs.
     """
     name, limit = type(model).__name__, _rounding(model)
     with evaluating(model):
@@ -67,8 +67,8 @@ def check_sight(model: "PreTrainedModel", causal: bool) -> None:
         if causal:
             if later > limit:
                 raise SightError(
-                    f"{name} is no causal LM: when the last token is changed, what it says at "
-                    f"earlier ones moves by {later:.2g} (of its spread; rounding explains "
+                    f"{name} is not a causal LM: when the last token is changed, its outputs at "
+                    f"earlier ones move by {later:.2g} (of their spread; rounding explains "
                     f"{limit:.0e}). Its predictions have seen the answer. {_other(model)}"
                 )
             return
@@ -77,20 +77,20 @@ def check_sight(model: "PreTrainedModel", causal: bool) -> None:
     if min(later, earlier) <= least < max(later, earlier):
         blind = "later" if later < earlier else "earlier"
         raise SightError(
-            f"{name} is no masked LM: when a {blind} token is changed, nothing that it says "
-            "elsewhere moves, so it sees one side of a masked token only. "
+            f"{name} is not a masked LM: when a {blind} token is changed, none of its outputs "
+            "elsewhere move, so it sees only one side of a masked token. "
             + ("Say `task: causal_lm`" if blind == "later" else "Check the model")
         )
 
 
 def _other(model: "PreTrainedModel") -> str:
-    """What to do with a model that is not causal."""
+    """Return what to do with a model that is not causal."""
     from transformers import AutoModelForMaskedLM
 
     if type(model.config) in AutoModelForMaskedLM._model_mapping:
         return "Say `task: masked_lm`"
     return (
-        "Bidirectional embedders are no language models; if this one was trained causally, its "
+        "Bidirectional embedders are not language models; if this one was trained causally, its "
         "config.json says otherwise (is_causal, use_bidirectional_attention, is_decoder, causal)"
     )
 
@@ -100,13 +100,13 @@ def _rounding(model: nn.Module) -> float:
 
 
 def _lengths(config: "PretrainedConfig") -> list[int]:
-    """Those of LENGTHS that the model takes; the shortest takes a token more than one."""
+    """Return those of LENGTHS that the model takes; the shortest is longer than one token."""
     longest = longest_input(config)
     return [n for n in LENGTHS if longest is None or n <= longest] or [LENGTHS[0]]
 
 
 def _influence(model: "PreTrainedModel", length: int, of: int) -> float:
-    """How far another token at the place ``of`` moves what the model says at the others."""
+    """Return how far another token at the place ``of`` moves the outputs at the others."""
     ids = sample_ids(model.config, length + 1)
     rows = ids[:length].repeat(3, 1)
     rows[2, of] = ids[length]
@@ -114,14 +114,14 @@ def _influence(model: "PreTrainedModel", length: int, of: int) -> float:
     logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits.float()
     others = [place for place in range(length) if place != of]
     first, again, changed = logits[:, others]
-    # A model that draws (hashing, say) moves by itself, too; and a deep one whose states are large
-    # at the first token (SmolLM2: 2e-5) rounds otherwise where a product is cut otherwise.
+    # A model that draws at random (hashing, say) moves by itself; and a deep one with large states
+    # at the first token (SmolLM2: 2e-5) rounds differently if a product is split differently.
     own = max(_moved(first, again), _moved(first, _of_fewer(model, rows)[others]))
     return max(0.0, _moved(first, changed) - 4 * own)
 
 
 def _of_fewer(model: "PreTrainedModel", rows: Tensor) -> Tensor:
-    """Logits [S,V] of the first row beside fewer others: by products of another shape."""
+    """Return logits [S,V] of the first row beside fewer others: by products of another shape."""
     for count in (1, 2):  # some quantised layers on a CPU take no single row
         with suppress(*BROKEN):
             fewer = rows[:count]
@@ -131,9 +131,8 @@ def _of_fewer(model: "PreTrainedModel", rows: Tensor) -> Tensor:
 
 
 def moved_by_padding(model: "PreTrainedModel") -> float:
-    """How far padding, of which the attention mask says that it is none, moves the states of a
-    sequence's own tokens, or what a classifier says of the sequence: 0 where that is no more than
-    rounding.
+    """Return how far padding that the attention mask hides moves the states of a sequence's own
+    tokens, or a classifier's output; 0 if by no more than rounding.
     """
     room = (longest_input(model.config) or LENGTHS[-1]) - PADDING
     ids = sample_ids(model.config, max(1, min(LENGTHS[1], room)))[None].to(
@@ -149,13 +148,13 @@ def moved_by_padding(model: "PreTrainedModel") -> float:
     try:
         with evaluating(model):
             one, other = (_states(model, inputs)[0, : ids.shape[1]] for inputs in (alone, padded))
-            if one.shape != other.shape:  # states of several tokens each, as Funnel's
+            if one.shape != other.shape:  # several tokens share a state, as in Funnel
                 return math.inf
             moved = _moved(one, other)
             if moved > OF_SHAPES * _rounding(model):
                 return moved
             return _judged_otherwise(model, alone, padded, padding)
-    except BROKEN:  # what the model cannot do is told where it is used
+    except BROKEN:  # what the model cannot do is reported where it is used
         return 0.0
 
 
@@ -165,13 +164,13 @@ def _judged_otherwise(
     padded: Mapping[str, Tensor],
     padding: int,
 ) -> float:
-    """How far a classifier of texts reads its judgement off padding, as XLNet's does, which counts
-    on padding before the text: a share of the largest logit, or 0.
+    """Return how far padding moves the logits of a classifier that takes its output from padding,
+    as XLNet's does, which expects padding before the text: a share of the largest logit, or 0.
     """
     if "SequenceClassification" not in type(model).__name__:
         return 0.0
     own = padding_of(model.config)
-    set_padding(model.config, padding)  # by which some look for the last token
+    set_padding(model.config, padding)  # some find the last token by it
     try:
         one, other = (model(**inputs).logits[0].float() for inputs in (alone, padded))
     finally:
@@ -181,10 +180,10 @@ def _judged_otherwise(
 
 
 def check_padding(model: "PreTrainedModel", who: str) -> None:
-    """Raise InputError for a model that padding changes, where batches are padded."""
+    """Raise InputError for a model that padding changes, if batches are padded."""
     if moved := moved_by_padding(model):
         raise InputError(
-            f"{who}: {type(model).__name__} lets padding, which the attention mask leaves out, "
+            f"{who}: {type(model).__name__} lets padding, which the attention mask hides, "
             f"change the states of the tokens themselves (by {moved:.2g} of their spread): what it "
             "learns of a sequence would depend on its neighbours in the batch. Use a student of "
             "another family; as a teacher it is shown sequences of one length together"
@@ -192,11 +191,10 @@ def check_padding(model: "PreTrainedModel", who: str) -> None:
 
 
 def find_form(model: "PreTrainedModel", causal: bool, room: int) -> Form:
-    """How the model is told that a row of up to ``room`` tokens holds several documents: a row of
-    two, and each of them alone, in which it says the same.
+    """Find how to tell the model that a row of up to ``room`` tokens holds several documents, by
+    trying: its outputs for a row of two must be those for each of them alone.
 
-    Raises SightError where it says something else, however it is told; or sees of one document
-    what stands in the other.
+    Raises SightError if they differ whatever it is told, or if one document sees the other.
     """
     name, limit = type(model).__name__, OF_SHAPES * _rounding(model)
     told = f"{name} cannot read rows of several documents (corpus.packing: packed)"
@@ -212,19 +210,20 @@ def find_form(model: "PreTrainedModel", causal: bool, room: int) -> Form:
                 why = why or f"{type(error).__name__}: {first_words(error)}"
         if tried:
             least = min(moved for moved, _ in tried)
-            if least <= limit:  # to rotary positions all first ones are the same, to rounding
+            # to rotary positions all of the first ones are the same, up to rounding
+            if least <= limit:
                 return next(form for moved, form in tried if moved <= SAME_ROUNDING * least)
             worst = min(worst, least)
     if worst == math.inf:
         raise SightError(f"{told}: its code fails ({why}). {advice}")
     raise SightError(
-        f"{told}: what it says of a document beside another one differs from what it says of it "
-        f"alone by {worst:.2g} (of its spread; rounding explains {limit:.0e}). {advice}"
+        f"{told}: its outputs for a document beside another one differ from those for it "
+        f"alone by {worst:.2g} (of their spread; rounding explains {limit:.0e}). {advice}"
     )
 
 
 def _moved_by_packing(model: "PreTrainedModel", form: Form, causal: bool, room: int) -> float:
-    """How far another document in its row moves the states of one, at most."""
+    """Return how far, at most, another document in its row moves the states of one."""
     longest = min(room, longest_input(model.config) or room)
     ids = sample_ids(model.config, longest + 1).to(next(model.parameters()).device)
     cut = longest - min(PADDING, longest // 2)
@@ -242,7 +241,7 @@ def _moved_by_packing(model: "PreTrainedModel", form: Form, causal: bool, room: 
         _states(model, {"input_ids": one[None], "attention_mask": torch.ones_like(one[None])})[0]
         for one in (first, second)
     ]
-    # Where nothing of the other is seen, not even rounding differs.
+    # If nothing of the other is seen, not even rounding differs.
     seen = _moved(found[0, cut:], found[1, cut:]) * OF_SHAPES
     return max(
         seen,
@@ -258,14 +257,14 @@ def _states(model: "PreTrainedModel", inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _moved(one: Tensor, other: Tensor) -> float:
-    """The largest mean difference of a position, as a share of its spread; 0 where it is NaN."""
+    """Return the largest mean difference of a position, as a share of its spread; 0 if NaN."""
     spread = (one - one.mean(dim=-1, keepdim=True)).abs().mean(dim=-1)
     share = (one - other).abs().mean(dim=-1) / spread.clamp_min(1e-30)
     return float(share.nan_to_num(0.0).max())
 
 
 def sample_ids(config: "PretrainedConfig", count: int) -> Tensor:
-    """Distinct ids (where there are as many) that are no special tokens: int64 [count]."""
+    """Return distinct ids (if there are as many) that are not special tokens: int64 [count]."""
     text = config.get_text_config()
     special = {getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     known = range(text.vocab_size // 3, text.vocab_size)

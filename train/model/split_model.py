@@ -35,21 +35,21 @@ from rekindle.train.packed.forms import Form, as_read
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What families call the numbers that change logits after the output matrix. Where two of them mean
-# other things by one name (Granite divides by logits_scaling, HyperCLOVA X multiplies with it), the
-# model's own logits decide.
+# The families' names for numbers that change logits after the output matrix. If two families mean
+# different things by one name (Granite divides by logits_scaling, HyperCLOVA X multiplies with it),
+# the model's own logits decide.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Of the states that the split is checked with, beside the model's own: their logits have this
+# The split is checked with the model's own states and with large ones: their logits have this
 # spread, at which every cap in use (15 to 50) cuts them off.
 LARGE = 100.0
 SAME = {torch.float32: 2e-3, torch.float16: 5e-3}  # of a logit, and of the logits' spread
-COARSEST = 2e-2  # in bfloat16, and in what is coarser
+COARSEST = 2e-2  # in bfloat16, and in coarser types
 
 
 class OutputHead(NamedTuple):
-    """logits = softcap(scale · (hidden Wᵀ + b)); ``softcap`` None is none."""
+    """logits = softcap(scale · (hidden Wᵀ + b)); ``softcap`` None: none."""
 
     weight: Tensor  # [V,H]
     bias: Tensor | None  # [V]
@@ -57,8 +57,8 @@ class OutputHead(NamedTuple):
     logit_scale: float
 
     def cut(self, vocabulary_size: int) -> "OutputHead":
-        """The head of the first ``vocabulary_size`` ids: rows that pad it to a round size are no
-        tokens.
+        """Return the head of the first ``vocabulary_size`` ids: rows that pad it to a round size
+        are not tokens.
         """
         if len(self.weight) == vocabulary_size:
             return self  # a slice's gradient would be one more [V,H]
@@ -66,7 +66,7 @@ class OutputHead(NamedTuple):
         return self._replace(weight=self.weight[:vocabulary_size], bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [N,V] of ``hidden`` [N,H]."""
+        """Return float32 logits [N,V] of ``hidden`` [N,H]."""
         out = F.linear(hidden, self.weight, self.bias).float() * self.logit_scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
@@ -79,10 +79,10 @@ class SplitLanguageModel:
         self.causal = causal
         self._select: Tensor | None = None
         self._states: Tensor | None = None
-        self._form: Form | None = None  # of rows of several documents, once it is known
+        self._form: Form | None = None  # for rows of several documents, once it is known
         self._balanced = causal and balance_weight(self.model) > 0
         self.balance: Tensor | None = None  # the load-balancing loss of the last pass in training
-        self.alone = False  # whether the head is trained alone: the body makes no gradients
+        self.alone = False  # only the head is trained: the body makes no gradients
         self._softcap: float | None = None
         self._factor = 1.0
         self._output = _output_of(self.model)
@@ -113,13 +113,14 @@ class SplitLanguageModel:
             self._check()
 
     def check_packed(self, room: int) -> None:
-        """Raise SightError for a model that cannot read rows of up to ``room`` tokens that hold
-        several documents; what it can be told by is found.
+        """Find how to tell the model that rows of up to ``room`` tokens hold several documents;
+        raise SightError if it cannot read them.
         """
         if self._balanced:
             raise SightError(
                 f"{type(self.model).__name__} has a load-balancing loss of its routers, which is "
-                "not formed of rows of several documents (corpus.packing: packed). Set "
+                "not "
+                "formed for rows of several documents (corpus.packing: packed). Set "
                 "output_router_logits to false in its config.json, or use packing: document"
             )
         device = next(self.model.parameters()).device.type
@@ -127,7 +128,7 @@ class SplitLanguageModel:
             self._form = find_form(self.model, self.causal, room)
 
     def _read(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What the model is handed: of rows of several documents what tells it of them."""
+        """Return the model's inputs: for rows of several documents, with what separates them."""
         if DOCUMENTS not in inputs:
             return inputs
         if self._form is None:
@@ -136,7 +137,7 @@ class SplitLanguageModel:
         return as_read(self.model, inputs, self._form, self.causal)
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The body's final hidden states [B,S,H]."""
+        """Return the body's final hidden states [B,S,H]."""
         return _in_rows(self._states_of(self._read(inputs)), inputs)
 
     def _states_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -148,7 +149,7 @@ class SplitLanguageModel:
         return states
 
     def hidden(self, inputs: Mapping[str, Tensor], select: Tensor) -> tuple[Tensor, Tensor]:
-        """What the output matrix multiplies [N,H] at ``select`` [N], and the body's states [B,S,H].
+        """Return the output matrix's input [N,H] at ``select`` [N], and the body's states [B,S,H].
 
         ``select`` holds flat indices into [B·S].
         """
@@ -168,19 +169,18 @@ class SplitLanguageModel:
 
     @property
     def head(self) -> OutputHead:
-        """The output matrix, shared with the model (not a copy)."""
+        """Return the output matrix, shared with the model (not a copy)."""
         weight, bias = self._output.weight, self._output.bias
-        if self.alone and self._tied:  # another matrix would give the body other inputs
+        if self.alone and self._tied:  # a changed matrix would give the body other inputs
             weight = weight.detach()
         return OutputHead(weight, bias, self._softcap, self._factor)
 
     def _install_hooks(self) -> None:
-        """Masked LMs (and some causal ones) transform hidden states before the output matrix, each
-        family in its own way.
+        """Let only the selected rows pass what follows the body: masked LMs (and some causal ones)
+        transform hidden states before the output matrix, each family in its own way.
 
-        While rows are selected, whatever stands after the body sees only those rows, and the output
-        matrix passes its input through: the model then returns transformed hidden states as its
-        logits.
+        While rows are selected, the output matrix passes its input through: the model then returns
+        the transformed hidden states as its logits.
         """
 
         def pick(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -196,10 +196,10 @@ class SplitLanguageModel:
             self._output.pass_through(lambda: self._select is not None)
 
     def _check(self) -> None:
-        """Find what is done to the logits after the output matrix, and what the model sees.
+        """Find what changes the logits after the output matrix, and what the model sees.
 
-        Raises SightError, and NotImplementedError unless the split reproduces the model's logits:
-        of its own states and of large ones.
+        Raises SightError, and NotImplementedError unless the split reproduces the model's logits
+        for its own states and for large ones.
         """
         config, known = self.model.config, False
         first = next(self.model.parameters())
@@ -212,7 +212,7 @@ class SplitLanguageModel:
                 check_sight(self.model, self.causal)
                 hidden, _ = self.hidden(inputs, torch.arange(ids.shape[1], device=ids.device))
                 spread = float(self.head.logits(hidden).nan_to_num().std(correction=0))
-                # NaN is for the user of the logits to report, not a split.
+                # NaN is reported by the users of the logits, not here.
                 larger = LARGE / spread if spread > 0 and math.isfinite(spread) else 1.0
                 with self._output.scaled(larger):
                     expected.append(self.model(**inputs).logits[0].float())
@@ -231,12 +231,12 @@ class SplitLanguageModel:
 
 
 def _in_rows(states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """States [B,S,H], also where rows of several documents were read one after another."""
+    """Return states as [B,S,H], also if rows of several documents were read one after another."""
     return states if DOCUMENTS not in inputs else states.reshape(*inputs[DOCUMENTS].shape, -1)
 
 
 class _Output:
-    """The output matrix of a model: a module that multiplies its input with ``weight``."""
+    """A model's output matrix: a module that multiplies its input with ``weight``."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -252,13 +252,13 @@ class _Output:
         return cast("Tensor | None", self.module.bias)
 
     def pass_through(self, when: Callable[[], bool]) -> None:
-        """Let it give back its input where ``when()``."""
+        """Let it return its input while ``when()`` is true."""
         product = self.module.forward
         self.module.forward = lambda x: x if when() else product(x)
 
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
-        """Multiply what it is given."""
+        """Multiply its input."""
         hook = self.module.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
         try:
             yield
@@ -267,8 +267,8 @@ class _Output:
 
 
 class _EmbeddingOutput(_Output):
-    """DeBERTa's own head (not the BERT-like one of its ``legacy`` class): it transforms, and
-    multiplies with the word embeddings that it is handed.
+    """DeBERTa's own head (not the BERT-like one of its ``legacy`` class): it transforms its input,
+    and multiplies it with the word embeddings that it is given.
     """
 
     def __init__(self, module: nn.Module, embeddings: nn.Module):
@@ -281,7 +281,7 @@ class _EmbeddingOutput(_Output):
         return cast("Tensor", self.embeddings.weight)
 
     def pass_through(self, when: Callable[[], bool]) -> None:
-        """Let it give back what it would multiply where ``when()``."""
+        """Let it return what it would multiply while ``when()`` is true."""
         whole, head = self.module.forward, cast("Any", self.module)
 
         def forward(hidden: Tensor, words: nn.Module) -> Tensor:
@@ -313,15 +313,15 @@ def _output_of(model: "PreTrainedModel") -> _Output:
 
 
 def output_width(model: "PreTrainedModel") -> int:
-    """How many values a model's output matrix multiplies: of some (RemBERT, OPT-350m) others than
-    its ``hidden_size``. NotImplementedError for a model without one.
+    """Return the width of the output matrix's input: for some models (RemBERT, OPT-350m) not
+    ``hidden_size``. Raises NotImplementedError for a model without one.
     """
     return _output_of(model).weight.shape[1]
 
 
 @contextmanager
 def splittable() -> Iterator[None]:
-    """Turn what is said of a model that cannot be split into an InputError."""
+    """Turn the error about a model that cannot be split into an InputError."""
     try:
         yield
     except NotImplementedError as error:
@@ -329,7 +329,7 @@ def splittable() -> Iterator[None]:
 
 
 def _changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, float]]:
-    """Softcaps and factors that the configuration may mean, the likeliest first."""
+    """Return softcaps and factors that the configuration may mean, the likeliest first."""
     text = config.get_text_config()
 
     def given(names: tuple[str, ...]) -> list[float]:
@@ -342,7 +342,7 @@ def _changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, float]]
 
 
 def _alike(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether logits are equal, where the expected ones are finite."""
+    """Return whether logits are equal where the expected ones are finite."""
     known = expected.isfinite()
     spread = float(expected[known].std(correction=0)) if known.any() else 0.0
     return torch.allclose(found[known], expected[known], rtol=tolerance, atol=tolerance * spread)

@@ -1,6 +1,4 @@
-"""What the configuration says of a student: its model, how that grows, its adapter. Torch is not
-imported here.
-"""
+"""The configuration of a student: its model, how it grows, its adapter. Does not import torch."""
 
 from typing import Annotated, Literal, Protocol
 
@@ -23,17 +21,18 @@ OWN = "own"  # vectors of the student's own size
 
 
 class GrowConfig(Settings):
-    """ELLE: a larger student that begins as a copy of ``model``. Null: as it is, or in proportion
-    to what else grows.
+    """ELLE: a larger student that begins as a copy of ``model``. A null size stays, or grows in
+    proportion to the others.
     """
 
-    layers: Count | None = Field(None, description="layers it grows to")
-    hidden_size: Count | None = Field(None, description="hidden size it grows to")
+    layers: Count | None = Field(None, description="layers after growth")
+    hidden_size: Count | None = Field(None, description="hidden size after growth")
     heads: Count | None = Field(
-        None, description="attention heads it grows to; the size of a head stays"
+        None, description="attention heads after growth; the size of a head stays"
     )
     intermediate_size: Count | None = Field(
-        None, description="neurons of each feed-forward layer; null: as the hidden size"
+        None,
+        description="neurons of each feed-forward layer; null: in proportion to the hidden size",
     )
     preserve: Literal["approximate", "exact"] = Field(
         "approximate",
@@ -44,12 +43,12 @@ class GrowConfig(Settings):
     )
     noise_std: Amount = Field(
         0.0,
-        description="standard deviation of the noise on the divided columns of every copy but the "
-        "first (0.01 in ELLE's own scripts): without it copies learn the same, and stay equal for "
-        "ever where no dropout tells them apart. preserve: exact stays exact: the first takes the "
+        description="standard deviation of the noise on the divided columns of every copy but "
+        "the first (0.01 in ELLE's own scripts). Without noise, copies learn the same and stay "
+        "equal unless dropout separates them. preserve: exact stays exact: the first gets the "
         "opposite",
     )
-    seed: Seed = Field(0, description="of what is copied, and of the noise")
+    seed: Seed = Field(0, description="seed of the copies and of the noise")
     measure_sequences: Count = Field(
         64, description="held-out sequences on which growth.json compares before and after"
     )
@@ -57,7 +56,7 @@ class GrowConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _without_former_noise(cls, value: object) -> object:
-        """``noise`` was another thing; 0 of it is 0 all the same."""
+        """Accept the former key ``noise`` if it is 0; it had another meaning."""
         if not isinstance(value, dict) or "noise" not in value:
             return value
         if value["noise"] != 0:
@@ -70,84 +69,84 @@ class GrowConfig(Settings):
 
 
 class LoraConfig(Settings):
-    """LoRA (arXiv 2106.09685): the model stays as it is, and to chosen matrices W of it a product
-    scale · B·A of rank r is added, which alone is trained. Needs the extra peft.
+    """LoRA (arXiv 2106.09685): the model stays as it is; to chosen matrices W a product scale · B·A
+    of rank r is added, and only that is trained. Needs the extra peft.
     """
 
-    r: Count = Field(8, description="the rank of what is added")
+    r: Count = Field(8, description="rank of B·A")
     alpha: Positive | None = Field(
         None, description="scale = alpha / r (with rslora alpha / √r); null: r, a scale of 1"
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what A reads, in training")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A, in training")
     target_modules: Annotated[Names, Field(min_length=1)] = Field(
         (ALL_LINEAR,),
-        description="the layers that are adapted, by the ends of their names (query, value); "
+        description="layers to adapt, by the ends of their names (query, value); "
         "all-linear: every linear layer but the output matrix",
     )
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="biases that are trained too: of every layer, or of adapted ones"
+        "none", description="biases to train too: of every layer, or of adapted ones"
     )
-    rslora: bool = Field(False, description="divide alpha by √r in place of r (arXiv 2312.03732)")
+    rslora: bool = Field(False, description="divide alpha by √r instead of r (arXiv 2312.03732)")
     dora: bool = Field(
-        False, description="train the lengths of W's rows too, apart (arXiv 2402.09353)"
+        False, description="DoRA: train the lengths of W's rows separately (arXiv 2402.09353)"
     )
     modules_to_save: Names = Field(
-        (), description="layers that are trained whole and saved with the adapter, by name"
+        (), description="layers to train whole and save with the adapter, by name"
     )
     quantize: Literal["nf4"] | None = Field(
         None,
-        description="nf4: the weights of adapted layers are held in four bits (QLoRA), in the "
-        "run's memory; the adapter is one of these rounded weights, wherever Rekindle loads it. "
+        description="nf4: hold the weights of adapted layers in four bits (QLoRA) in the "
+        "run's memory; the adapter belongs to these rounded weights, wherever Rekindle loads it. "
         "Needs the extra quantized",
     )
     merge: bool = Field(
         False,
-        description="true: the folder of the finished run holds the sum as a whole model, which "
-        "needs neither peft nor the base; its checkpoints are adapters all the same",
+        description="true: the finished run's folder holds base and adapter merged as a whole "
+        "model, which needs neither peft nor the base; its checkpoints are still adapters",
     )
 
     @field_validator("target_modules")
     @classmethod
     def _all_or_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if ALL_LINEAR in value and len(value) > 1:
-            raise ValueError(f"{ALL_LINEAR} stands alone: it means every linear layer")
+            raise ValueError(f"{ALL_LINEAR} must stand alone: it means every linear layer")
         return value
 
     @model_validator(mode="after")
     def _rounds_what_it_reads(self) -> "LoraConfig":
         if self.quantize is not None and self.dora:
             raise ValueError(
-                "quantize and dora exclude each other: DoRA reads the weights themselves at each "
+                "quantize and dora exclude each other: DoRA reads the unrounded weights at each "
                 "step. Leave one of them out"
             )
         return self
 
 
 class StudentEmbedding(Settings):
-    """What a student that learns from sentence encoders makes of a text: one vector."""
+    """The vector that a student learning from sentence encoders makes of a text."""
 
     pooling: Pooling | None = Field(
         None,
-        description="how the states of a text's tokens become one vector, as it is called by "
-        "sentence-transformers: mean of all; cls: the first token's; lasttoken: the last one's; "
-        "max; weightedmean: later tokens weigh more; mean_sqrt_len_tokens. null: mean; of a "
-        "causal_lm student, whose early tokens have not read the text, it must be said: lasttoken, "
+        description="how the states of a text's tokens become one vector, in "
+        "sentence-transformers' words: mean of all; cls: the first token's; lasttoken: the last "
+        "one's; max; weightedmean: later tokens weigh more; mean_sqrt_len_tokens. null: mean; a "
+        "causal_lm student, whose early tokens have not read the text, must set it: lasttoken, "
         "or another",
     )
     normalise: bool | None = Field(
-        None, description="vectors of length 1; null: where the teacher's are"
+        None, description="scale vectors to length 1; null: if the teacher's have it"
     )
     output: str | None = Field(
         None,
-        description="whose vectors the saved student gives, in the folder that "
+        description="which vectors the saved student gives, in the folder that "
         "sentence-transformers loads: those of the head for this teacher, with the projection to "
-        "its size if there is one (a module Dense); own: the student's own, without a projection. "
-        "null: those for its only embedding teacher, of several the student's own",
+        "its size if there is one (a module Dense); own: the student's own, without a "
+        "projection. null: those for its only embedding teacher; with several, the student's own",
     )
 
 
 class StudentConfig(Settings):
-    """The model that is trained."""
+    """The model to train."""
 
     model: Place = Field(
         description="a model directory or a hub id: weights, or only a config.json"
@@ -157,19 +156,21 @@ class StudentConfig(Settings):
     task: Literal["masked_lm", "causal_lm", "replaced_token_detection"] = Field(
         "masked_lm",
         description="its own objective. replaced_token_detection: a masked_lm student whose "
-        "objective also has the method replaced_tokens, with its defaults unless it stands in "
-        "train.objective.methods; hard.weight is then the weight of the masked-LM loss beside it, "
+        "objective also has the method replaced_tokens, with its defaults unless it is set in "
+        "train.objective.methods; hard.weight is then the weight of the masked-LM loss beside "
+        "it, "
         "0 for none",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: SDPA where the model has it; what is used is printed"
+        "auto", description="auto: SDPA if the model has it; what is used is printed"
     )
     head: Literal["ours", "family"] = Field(
         "ours",
-        description="what its task heads are. ours: dense, tanh, linear, on the first token (of a "
+        description="the form of its task heads. ours: dense, tanh, linear, on the first token "
+        "(for a "
         "causal LM the last), the same for every family; `pipeline export` writes it for BERT, "
-        "RoBERTa and their like. family: what transformers' classifier of its family has, with its "
-        "own choice of tokens; every head of it can be exported",
+        "RoBERTa and similar ones. family: the classifier that transformers has for its family, "
+        "with its own choice of tokens; every such head can be exported",
     )
     grow: GrowConfig | None = Field(
         None, description="ELLE: make it larger before training; null: as it is"
@@ -178,11 +179,12 @@ class StudentConfig(Settings):
         False, description="ELLE: a learned vector per corpus domain after the first token"
     )
     lora: LoraConfig | None = Field(
-        None, description="train an adapter of the model in place of the model; null: all of it"
+        None,
+        description="train an adapter of the model instead of the model; null: train all of it",
     )
 
     embedding: StudentEmbedding | None = Field(
-        None, description="its vectors, where it learns from sentence encoders (task: embedding)"
+        None, description="its vectors, if it learns from sentence encoders (task: embedding)"
     )
 
     _with_file = model_validator(mode="before")(with_gguf_file)
@@ -197,7 +199,9 @@ class StudentConfig(Settings):
     def _as_before_there_were_adapters(
         self, rest: SerializerFunctionWrapHandler
     ) -> dict[str, object]:
-        """Earlier versions refuse a key that they do not know, and go on with runs without it."""
+        """Leave unused newer keys out: earlier versions refuse unknown keys, and can continue runs
+        without them.
+        """
         values: dict[str, object] = rest(self)
         for younger in ("lora", "embedding"):
             if getattr(self, younger) is None:
@@ -211,28 +215,28 @@ class StudentConfig(Settings):
     ) -> "StudentEmbedding | None":
         if value is not None and value.pooling == "cls" and info.data.get("task") == "causal_lm":
             raise ValueError(
-                "pooling: cls is the first token's state, and of a causal_lm student that has read "
+                "pooling: cls is the first token's state, which in a causal_lm student has read "
                 "no other token. Give lasttoken, or mean"
             )
         return value
 
     @property
     def language_task(self) -> Literal["masked_lm", "causal_lm"]:
-        """Which kind of language model it is, whatever else it learns."""
+        """Return which kind of language model it is, whatever else it learns."""
         return "causal_lm" if self.task == "causal_lm" else "masked_lm"
 
     @property
     def chosen_attention(self) -> str | None:
-        """The implementation that is asked for; None: the model's own."""
+        """Return the implementation asked for; None: the model's own."""
         return None if self.attention == "auto" else self.attention
 
 
 class _Trained(Protocol):
-    """What is asked of ``train``."""
+    """The part of ``train`` needed here."""
 
     @property
     def warm_head_steps(self) -> int:
-        """Steps in which the head is trained alone."""
+        """Steps in which only the head is trained."""
 
     @property
     def parallel(self) -> str:
@@ -240,9 +244,9 @@ class _Trained(Protocol):
 
 
 def lora_excludes(student: StudentConfig, train: _Trained | None = None) -> str | None:
-    """Say what excludes an adapter of the configured student; None where nothing does.
+    """Return what excludes an adapter of the configured student; None if nothing does.
 
-    The one table, of what the configuration alone says.
+    The one table, about the configuration only.
     """
     if student.lora is None:
         return None
@@ -253,7 +257,7 @@ def lora_excludes(student: StudentConfig, train: _Trained | None = None) -> str 
         ),
         "student.head: family": (
             student.head == "family" and student.lora.quantize is not None,
-            "with lora.quantize the body is another than that of the family's classifier",
+            "with lora.quantize the body is not that of the family's classifier",
         ),
         "student.grow": (
             student.grow is not None,

@@ -209,7 +209,7 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
 def _held(lock: TextIO, folder: Path) -> InputError:
     lock.seek(0)
     return InputError(
-        f"another process works in {folder} ({lock.read() or 'it has just begun'}); wait for it, "
+        f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for it, "
         "or give another --out"
     )
 

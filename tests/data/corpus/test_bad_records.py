@@ -25,7 +25,11 @@ BAD = [
     (b'{"text": "a"', "not JSON", "not JSON"),
     (b"{" * 3, "not JSON", "not JSON"),
     (b'{"text": ' + b"[" * 100_000, "not JSON", "nested too deeply"),
-    (b'{"text": "a", "m": {"x": 1, "x\\n": 1, "x": 2}}', "a key twice", "the key 'x' stands twice"),
+    (
+        b'{"text": "a", "m": {"x": 1, "x\\n": 1, "x": 2}}',
+        "a key twice",
+        "the key 'x' appears twice",
+    ),
     (b'{"text": "a", "text": "b"}', "a key twice", "the key 'text' stands twice"),
     (b"[1]", "no object", "each line must be one JSON object"),
     (b'{"text": "\xff", "domain": "d"}', "not UTF-8", "not UTF-8"),

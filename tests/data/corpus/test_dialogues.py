@@ -262,7 +262,7 @@ BAD = [
     ({"conversations": []}, "rename conversations, with role and content"),
     ({"messages": []}, "messages must be a list"),
     ({"messages": [{"content": "a"}]}, "message 1 is .* each has a role"),
-    ({"messages": "no"}, "messages is text and no JSON"),
+    ({"messages": "no"}, "messages is text but not JSON"),
     ({"messages": said("u: a", "a: b"), "tools": "[1]"}, "tools must be a list of their JSON"),
     ({"messages": [{"role": "user", "content": {}}]}, "the chat template raises"),
     ({"messages": [{"role": "user", "name": "a"}]}, "message 1 of 'user' has no content"),

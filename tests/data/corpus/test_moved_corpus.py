@@ -280,7 +280,7 @@ def test_where_the_order_is_not_recorded_and_cannot_be_known_nothing_comes_after
         assert build(folder / "*.jsonl")[1] == 0
         write(folder, (3,))
     before = path.read_bytes()
-    with pytest.raises(CacheMismatchError, match=r"the order in which.*part-2\.jsonl stood"):
+    with pytest.raises(CacheMismatchError, match=r"the order in which.*part-2\.jsonl was in"):
         build(folder / "*.jsonl")
     assert path.read_bytes() == before
 

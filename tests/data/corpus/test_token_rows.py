@@ -105,7 +105,7 @@ BAD = [
     ({"input_ids": [[1]]}, "it must be a list of ids"),
     ({"input_ids": [1, 10**6]}, r"input_ids\[1\] is 1000000, which is not a token"),
     ({"input_ids": [-1]}, r"input_ids\[0\] is -1, which is not a token"),
-    ({"input_ids": IDS, "labels": IDS[1:]}, r"as many numbers as input_ids \(30\), and is 29"),
+    ({"input_ids": IDS, "labels": IDS[1:]}, r"as many numbers as input_ids \(30\), but has 29"),
     ({"input_ids": IDS, "labels": [*IDS[1:], -100]}, r"labels\[0\] is 11 .*shifted by one"),
     ({"input_ids": IDS, "labels": [*IDS[:29], 7]}, r"labels\[29\] is 7 but input_ids\[29\] is 39"),
     ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "loss_mask must be 1 .trained. or 0"),

@@ -240,7 +240,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, content, fields, told):
 def test_a_file_that_is_not_there_or_no_test_is_said(tmp_path):
     with pytest.raises(InputError, match=r"^corpus\.without: '.*none\.jsonl' is neither a file"):
         held(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="python-docs is no test"):
+    with pytest.raises(InputError, match="python-docs is not a test"):
         held("python-docs")
     with pytest.raises(ValueError, match="without_fields are fields of the files in without"):
         CorpusConfig(source="a.txt", tokenizer="t", without_fields="text")

@@ -185,7 +185,7 @@ def test_a_file_that_is_there_is_not_replaced_unasked(cache, tmp_path):
     export = Export(cache.corpus, limit=1)
     path = tmp_path / "rows.arrow"
     path.write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         write_export(export, path)
     assert path.read_text() == "mine"
     assert write_export(export, path, force=True) == 1
@@ -202,10 +202,10 @@ def test_a_folder_that_is_no_data_set_is_never_replaced(cache, tmp_path):
     (tmp_path / "home/thesis").write_text("mine")
     (tmp_path / "rows.jsonl").mkdir()
     for out in (tmp_path / "home", cache.store.root, tmp_path / "rows.jsonl"):
-        with pytest.raises(InputError, match="it is left as it is"):
+        with pytest.raises(InputError, match="is left as it is"):
             write_export(export, out, force=True)
     assert (tmp_path / "home/thesis").read_text() == "mine"
     write_export(export, tmp_path / "rows")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         write_export(export, tmp_path / "rows")
     assert write_export(Export(cache.corpus, limit=2), tmp_path / "rows", force=True) == 2

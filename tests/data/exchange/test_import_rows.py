@@ -33,7 +33,7 @@ def changed(row, name, place, value):
 WRONG = {
     "no index": (lambda row: row | {"index": None}, "index must be a whole number"),
     "index as text": (lambda row: row | {"index": "2"}, "index must be a whole number"),
-    "index beyond": (lambda row: row | {"index": 12}, "index is 12, and the cache has 0 to 11"),
+    "index beyond": (lambda row: row | {"index": 12}, "index is 12, but the cache has 0 to 11"),
     "no proof": (lambda row: row | {"input_ids": None}, "neither input_ids nor digest"),
     "another digest": (lambda row: row | {"digest": "0" * 32}, "its digest is '000"),
     "another sequence": (lambda row: row | {"index": 3}, "input_ids: .* sequence 3 has"),
@@ -53,9 +53,9 @@ WRONG = {
     ),
     "an id beyond": (
         lambda row: changed(row, "ids", (1, 2), 99999),
-        "position 1: 99999 is no token",
+        "position 1: 99999 is not a token",
     ),
-    "an id below": (lambda row: changed(row, "ids", (1, 2), -1), "position 1: -1 is no token"),
+    "an id below": (lambda row: changed(row, "ids", (1, 2), -1), "position 1: -1 is not a token"),
     "an id twice": (
         lambda row: changed(row, "ids", (1, 2), row["ids"][1][0]),
         "position 1: token .* is there twice",
@@ -85,7 +85,7 @@ WRONG = {
     ),
     "candidates of one": (
         lambda row: changed(changed(row, "ids", 2, [5]), "log_probs", 2, [-1.0]),
-        "position 2 has 1 candidate, and 4 are kept",
+        "position 2 has 1 candidate, but 4 are kept",
     ),
     "half of gold": (lambda row: row | {"gold_ranks": [0]}, "gold_log_probs and gold_ranks"),
     "a tail too large": (
@@ -138,7 +138,7 @@ def test_rows_are_alike_and_each_sequence_has_one(cache):
         ({"task": "sequence_classification"}, "needs the names of its labels"),
         ({"labels": ("a", "b")}, "labels and problem are for classifiers"),
         ({"task": "regression", "codec": "compact"}, "codec is for language models"),
-        ({"task": "masked_lm", "view": "masked-0"}, "view 'masked-0' is none"),
+        ({"task": "masked_lm", "view": "masked-0"}, "view 'masked-0' cannot be shown"),
         ({"taks": "causal_lm"}, "did you mean 'task'"),
     ],
 )

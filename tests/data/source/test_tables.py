@@ -67,8 +67,8 @@ def test_what_python_writes_as_csv_is_read_as_it_was(tmp_path_factory, rows, end
 
 
 BAD = [
-    (b"a,b,c", "row 2: has 3 fields, and the first line names 2 (split at each comma)"),
-    (b"a", "row 2: has 1 field, and the first line names 2"),
+    (b"a,b,c", "row 2: has 3 fields, but the first line names 2 (split at each comma)"),
+    (b"a", "row 2: has 1 field, but the first line names 2"),
     (b'"a"b,c', "row 2: text follows a closing quotation mark"),
     (b'"a,b', "row 2: text follows a closing quotation mark"),
     (b"a\xff,b", "row 2: text is not UTF-8 (invalid start byte at byte 2)"),

@@ -110,7 +110,7 @@ def test_merged_at_the_end_and_gone_on_with_it_is_the_same(cache, student, tmp_p
 def test_layers_that_are_no_linear_ones_are_refused(make_model, bytelevel):
     model = make_model("gpt2", AUTO["causal_lm"], bytelevel)
     values = {"model": str(model), "task": "causal_lm", "lora": {"quantize": "nf4"}}
-    with pytest.raises(InputError, match="quantize rounds linear layers, and a Conv1D"):
+    with pytest.raises(InputError, match="quantize rounds linear layers, but a Conv1D"):
         build_student(parse_settings(StudentConfig, values), {}, 90, 0)
 
 
@@ -122,7 +122,7 @@ def test_experts_that_are_adapted_as_one_tensor_are_refused(tmp_path):
     config = transformers.Qwen3MoeConfig(**sizes, vocab_size=90)
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
     values = {"model": str(tmp_path), "task": "causal_lm", "lora": {"quantize": "nf4"}}
-    with pytest.raises(InputError, match=r"linear layers, and .*experts.*, which is none, is"):
+    with pytest.raises(InputError, match=r"linear layers, but .*experts.*, which is not one, is"):
         check_student(parse_settings(StudentConfig, values))
     values["lora"] |= {"target_modules": ["q_proj", "v_proj"]}
     check_student(parse_settings(StudentConfig, values))

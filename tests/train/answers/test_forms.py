@@ -83,5 +83,5 @@ def test_a_text_is_tagged_word_by_word_by_an_expert_and_by_a_students_head(
     right = [("O", "B-X")[n] == tag for n, tag in zip(best, ("B-X", "O"), strict=True)]
     found = evaluate_file(where, file, head="tags")
     assert found.scores["accuracy"] == pytest.approx(sum(right) / 2)
-    with pytest.raises(InputError, match=r"has tokens, but the head 'texts' .* judges whole texts"):
+    with pytest.raises(InputError, match=r"has tokens, but the head 'texts' .* scores whole texts"):
         evaluate_file(where, file, head="texts")

@@ -183,6 +183,6 @@ def test_what_cannot_be_generated_is_refused(generate, tmp_path, make_model, wor
     assert not (tmp_path / "out.jsonl").exists()
     found, _ = generate(max_new_tokens=250)
     assert found.too_long == 2
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         generate()
     generate(force=True)

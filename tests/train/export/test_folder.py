@@ -196,7 +196,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         ("plain", None, "has no task heads: it is a language model, which needs no export"),
         ("tagged", "tags", "Train a student with `student.head: family`"),
         ("bare", None, "has no tokenizer beside it"),
-        (base, None, "no student of Rekindle's"),
+        (base, None, "not a student of Rekindle's"),
     ):
         with pytest.raises(InputError, match=told):
             export_head(str(place / name), str(tmp_path / "o"), wanted)

@@ -28,7 +28,7 @@ class KDTrainer(DistillationMixin, Bare):
 
 def test_what_is_lacking_is_named(causal_world):
     teaching = Distillation(causal_world.open(), ["lm"])
-    told = r"has no get_tp_size, label_smoother, which .* transformers 5\.17 or newer"
+    told = r"lacks get_tp_size, label_smoother, which .* transformers 5\.17 or newer"
     with pytest.raises(InputError, match=told):
         KDTrainer(args=SimpleNamespace(seed=0), distillation=teaching)
 

@@ -114,7 +114,7 @@ def test_a_student_without_tokenizer_files_needs_a_large_enough_vocabulary(
         for name in ("config.json", "model.safetensors"):
             shutil.copy(made / name, bare)
     run(masked_world, tmp_path / "run", train_config(steps=1), model=tmp_path / "bare-0")
-    message = f"vocabulary of {size - 1}, the ids of the corpus tokenizer go up to {size - 1}"
+    message = f"vocabulary of {size - 1}, but the ids of the corpus tokenizer go up to {size - 1}"
     refused(masked_world, tmp_path, message, model=tmp_path / "bare-1")
 
 
@@ -160,7 +160,10 @@ def test_a_masked_student_needs_masks(causal_world, make_model, bytelevel, tmp_p
 def test_a_best_that_nobody_measures_is_refused(masked_world, tmp_path):
     chosen = train_config([{"teachers": ["big"]}, {"teachers": ["score"]}], keep_best="kl/score")
     refused(
-        masked_world, tmp_path, "'kl/score'; of this run loss, ce, kl/big, .*, mse/score", chosen
+        masked_world,
+        tmp_path,
+        "'kl/score'; this run measures loss, ce, kl/big, .*, mse/score",
+        chosen,
     )
 
 
@@ -177,7 +180,7 @@ def test_a_teacher_of_other_masks_is_refused(masked_world, tmp_path):
     assert np.array_equal(a.positions, b.positions)
     assert not np.array_equal(a.input_ids, b.input_ids)
     chosen = train_config([{"teachers": ["big"]}], steps=1)
-    message = f"'big' saw the masks {first}, the student would see {other.name}"
+    message = f"'big' saw the masks {first}, but the student would see {other.name}"
     refused(masked_world, tmp_path, message, chosen, cache=cache, masked_view=other.name)
     refused(masked_world, tmp_path, "name one", chosen, cache=cache)
     run(masked_world, tmp_path / "run", chosen, cache=cache, masked_view=first)

@@ -28,7 +28,7 @@ WRONG = {
     "gemma's embedder": (
         configured("Gemma3Text", use_bidirectional_attention=True),
         "causal_lm",
-        "use_bidirectional_attention: true .*embedders are no language models",
+        "use_bidirectional_attention: true .*embedders are not language models",
     ),
     "llama as masked": (
         configured("Llama", "LlamaForCausalLM"),
@@ -54,12 +54,12 @@ WRONG = {
     "a classifier of texts as tagger": (
         configured("Bert", "BertForSequenceClassification"),
         "token_classification",
-        "to judge a whole sequence.*say `task: sequence_classification`",
+        "to classify a whole sequence.*say `task: sequence_classification`",
     ),
     "a tagger of words as scorer": (
         configured("Bert", "BertForTokenClassification"),
         "regression",
-        "to judge each token.*say `task: token_classification`",
+        "to classify each token.*say `task: token_classification`",
     ),
     "mamba as classifier": (
         configured("Mamba", "MambaForCausalLM"),

@@ -93,7 +93,7 @@ def test_a_git_lfs_pointer_is_called_so(bert):
 def test_weights_that_are_cut_off(bert, cut):
     file = bert / "model.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    refused(bert, str(file), "cut off", "again", loaders=LOADERS)
+    refused(bert, str(file), "truncated", "again", loaders=LOADERS)
 
 
 HEADERS = {
@@ -102,7 +102,7 @@ HEADERS = {
     "a place in a list": ({"data_offsets": [[0], 4]}, "the header says"),
     "a shape of other bytes": ({"shape": [1, 1]}, "F32 values of the shape [1, 1] are not its"),
     "no shape": ({"shape": None}, "the header says"),
-    "the place of another tensor": ({"data_offsets": [4, 132]}, "it begins at byte 4, the one"),
+    "the place of another tensor": ({"data_offsets": [4, 132]}, "it begins at byte 4, but the one"),
 }
 
 
@@ -349,7 +349,7 @@ def test_names_without_an_output_name_nothing_and_that_is_said(expert, caplog):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"x": "a", "y": "b", "z": "c"}, "id2label has the key 'x', which is no number"),
+        ({"x": "a", "y": "b", "z": "c"}, "id2label has the key 'x', which is not a number"),
         (["a", "b", "c"], "id2label is a list, not an object"),
     ],
 )

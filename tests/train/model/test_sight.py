@@ -68,12 +68,12 @@ def model_of(case: dict, name: str) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("name", TWO_SIDED)
 def test_no_causal_lm_may_see_what_it_predicts(name):
     model = model_of(TWO_SIDED, name)
-    told = "Say `task: masked_lm`" if name in ("bert", "xlm") else "embedders are no language"
+    told = "Say `task: masked_lm`" if name in ("bert", "xlm") else "embedders are not language"
     for build in (
         lambda: SplitLanguageModel(model, causal=True),
         lambda: Student(model, "causal_lm"),
     ):
-        with pytest.raises(InputError, match=f"(?s)is no causal LM: .*last token.*{told}"):
+        with pytest.raises(InputError, match=f"(?s)is not a causal LM: .*last token.*{told}"):
             build()
 
 
@@ -120,7 +120,7 @@ def test_a_masked_lm_sees_both_sides(blind):
     if blind is None:
         check_sight(model, causal=False)
         return
-    with pytest.raises(SightError, match=f"no masked LM: when a {blind} token is changed"):
+    with pytest.raises(SightError, match=f"not a masked LM: when a {blind} token is changed"):
         check_sight(model, causal=False)
 
 

@@ -40,7 +40,7 @@ NO_CLASS = "has no AutoModelForSequenceClassification of the family"
 NO_HEAD = "which has no output over the vocabulary"
 RANDOM = "they would be random"
 NOT_SPLIT = "cannot be split into a body and an output matrix"
-PADDING = "lets padding, which the attention mask leaves out, change the states"
+PADDING = "lets padding, which the attention mask hides, change the states"
 TWO_PARTS = "is an encoder and a decoder"
 OF_FAMILY = ("refused", "saved_as", "moved_by_padding", "fresh_head", "quick", "note")
 

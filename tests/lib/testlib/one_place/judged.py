@@ -198,7 +198,7 @@ def names_the_value(made: Made, message: str) -> bool:
 
 # Where one key of a model's settings decides another's meaning, what does not fit is said instead.
 CONSEQUENCES = ("config.json", "not finite", "has no weights", "lacks weights", "was saved as")
-CONSEQUENCES += ("sees one side",)
+CONSEQUENCES += ("sees only one side",)
 DAMAGE = ("checksum", "is damaged", "roll-up", "another version of this file")
 
 

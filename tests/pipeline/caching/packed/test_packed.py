@@ -181,7 +181,7 @@ def test_what_reads_texts_is_refused(tmp_path, configure, make_teacher, source):
 def test_domain_prompts_are_refused(model_of):
     config = StudentConfig(model=str(model_of("bert")[1]), domain_prompts=True)
     student = build_student(config, {}, 0, 0, domains=("a",))
-    with pytest.raises(InputError, match="a prompt stands in a sequence once"):
+    with pytest.raises(InputError, match="a sequence has one prompt"):
         student.check_packed(LENGTH)
 
 
