@@ -248,7 +248,7 @@ def test_a_method_stands_in_an_objective_once(masked_world, certainty):
 
 def test_a_value_that_is_not_measured_cannot_be_the_best(masked_world, certainty):
     prepared(masked_world, config_of([certainty], keep_best="certainty/error"))
-    with pytest.raises(InputError, match="this run measures .*certainty/error"):
+    with pytest.raises(InputError, match=r"this run measures .*certainty/error"):
         prepared(masked_world, config_of([certainty], keep_best="certainty/eror"))
 
 

@@ -133,8 +133,8 @@ def test_a_corpus_that_has_grown_is_refused_in_its_own_words(base, tmp_path, mon
         train_from_config(limited(60, cache), out, resume=True)
     assert str(refused.value) == (
         f"the corpus of the cache {cache} has grown since {out} was begun, so its "
-        "training sequences would change. Start a new run in another --out, or resume this one with a "
-        "copy of the cache as it was then (--set cache.path=COPY)"
+        "training sequences would change. Start a new run in another --out, or resume this one "
+        "with a copy of the cache as it was then (--set cache.path=COPY)"
     )
     assert "1 epoch = " not in caplog.text
     assert train_from_config(limited(60, copy), out, resume=True).steps > 4
