@@ -18,6 +18,7 @@ from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import publish_folder
 from rekindle.pipeline import job_functions
+from rekindle.pipeline.builtin.encoder import train_encoder
 from rekindle.pipeline.builtin.names import (
     CORPUS,
     DOMAINS,
@@ -81,6 +82,7 @@ def needs(name: str) -> tuple[str, ...]:
     if name == "tokenizer":
         return ()
     from_bert = name.startswith("expert-") or name.removeprefix("bert-") in DOMAINS
+    from_bert = from_bert or name == "encoder"
     return ("bert",) if from_bert else ("tokenizer",)
 
 
@@ -125,6 +127,9 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
     if name.startswith("expert-"):
         task = documents_file(where, f"{name.removeprefix('expert-')}/train").parent
         return partial(fine_tune, bert, task), 1
+    if name == "encoder":
+        told = (settings.encoder, settings.sequence_length, settings.seed)
+        return partial(train_encoder, bert, corpus, *told), int(settings.encoder["steps"])
     if name == "gpt2":
         return partial(pretrain_gpt2, tokenizer, corpus), train["steps"]
     if name == "bert":

@@ -334,10 +334,12 @@ def _task_sums(
 def _vector_sums(
     name: str, student: Student, batch: Batch, target: EmbeddingBatch, device: torch.device
 ) -> Sums:
-    if name not in student.head_configs or not len(target.rows):
+    if name not in student.head_configs:
         return {}
     inputs = inputs_of(batch, target.info.view, device)
-    found = run_heads(student, inputs, batch, {name: target})
+    found = run_heads(student, inputs, batch, {name: target})  # in every process
+    if not len(target.rows):
+        return {}
     values = vector_sums(*taught_rows(found.logits[name], target))
     return {f"{what}/{name}": (value, len(target.rows)) for what, value in values.items()}
 

@@ -35,6 +35,7 @@ MODELS = {
     "expert-place": "bert as a regression expert: how far into its document (0 to 1) is a text?",
     "expert-part-1": "as expert-part, of the first half of the parts alone",
     "expert-part-2": "as expert-part, of the other half of the parts",
+    "encoder": "bert as a sentence encoder: passages that follow each other have near vectors",
     **{
         f"bert-{name}": f"bert, trained further on the part {part!r}"
         for name, part in DOMAINS.items()

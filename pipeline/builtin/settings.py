@@ -31,6 +31,7 @@ class BuiltInSettings(Settings):
     pretrain: dict[str, Any]
     further: dict[str, Any]
     finetune: dict[str, Any]
+    encoder: Numbers
 
 
 _FILE = Path(__file__).with_suffix(".yaml")

@@ -243,7 +243,14 @@ def head_of(
     InputError if it is not clear which.
     """
     kind = "token" if problem == TAGS else "sequence" if problem else ""
-    heads = {name: one for name, one in student.head_configs.items() if kind in ("", one.kind)}
+    every = student.head_configs
+    judging = {name: one for name, one in every.items() if one.kind != "embedding"}
+    heads = {name: one for name, one in judging.items() if kind in ("", one.kind)}
+    if wanted in every.keys() - judging.keys():
+        raise InputError(
+            f"the head {wanted!r} of student {directory!r} gives vectors and knows no labels. "
+            "`pipeline export` writes it as a folder of sentence-transformers"
+        )
     if wanted is None and len(heads) == 1:
         wanted = next(iter(heads))
     if wanted is None or wanted not in heads:

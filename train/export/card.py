@@ -9,15 +9,24 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from rekindle.train.export.plain import not_exportable, plain_labels, problem_of
+from rekindle.data.counted import counted
+from rekindle.train.export.plain import EMBEDDING, not_exportable, plain_labels, problem_of
 from rekindle.train.export.provenance import Provenance, metadata
-from rekindle.train.export.result import Exported
+from rekindle.train.export.result import PIPELINES, Exported
+from rekindle.train.export.sentence_folder import (
+    Encoder,
+    encoder_of,
+    gives_vectors,
+    not_an_encoder,
+)
 from rekindle.train.measures import UNSEEN
 from rekindle.train.model.network import HeadConfig
+from rekindle.train.model.parts.head_config import width_of
 from rekindle.train.student import Student
 
 CARD_FILE = "README.md"
 HUB_TASK = {"masked_lm": "fill-mask", "causal_lm": "text-generation"}
+ENCODERS = "sentence-transformers"
 SHOWN = 12  # labels that a card lists
 LANGUAGE = {
     "masked_lm": ("A masked language model", "AutoModelForMaskedLM"),
@@ -34,9 +43,14 @@ def student_card(
     ``best``: the checkpoint with the best held-out value, if that is not the student.
     """
     kind, auto = LANGUAGE[student.task]
-    where, heads = str(directory), student.head_configs
+    where = str(directory)
+    heads = {n: one for n, one in student.head_configs.items() if one.kind != "embedding"}
     reasons = {name: not_exportable(student, name) for name in heads}
-    lines = [f"# {kind}{' with task heads' if heads else ''}, trained by Rekindle", ""]
+    encoder = None if not_an_encoder(student) else encoder_of(student, student.vectors)
+    beside = " with task heads" if heads else ""
+    beside += " that gives vectors" if gives_vectors(student.head_configs) else ""
+    lines = [f"# {kind}{beside}, trained by Rekindle", ""]
+    lines += _vectors(where, student, encoder)
     if heads:
         lines += [
             "A plain `from_pretrained` of this folder as a classifier starts with a **random** "
@@ -59,8 +73,39 @@ def student_card(
         told = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
         lines += ["", told]
     lines += [] if made is None else made.told()
-    block = metadata(HUB_TASK[student.task], "" if made is None else made.model)
+    task, library = HUB_TASK[student.task], "transformers"
+    if encoder is not None:
+        task, library = PIPELINES[EMBEDDING], ENCODERS
+    block = metadata(task, "" if made is None else made.model, library)
     return block + "\n".join(lines) + "\n"
+
+
+def _vectors(where: str, student: Student, encoder: Encoder | None) -> list[str]:
+    """How to use a student as a sentence encoder, or why it is none yet."""
+    names = [name for name, head in student.head_configs.items() if head.kind == "embedding"]
+    if not names:
+        return []
+    if encoder is None:
+        return [f"As a sentence encoder it is not saved: {not_an_encoder(student)}.", ""]
+    size = encoder.size(width_of(student.model.config))
+    lines = [f"Its vectors have {counted(size, 'number')}: {encoder.told}.", "", *_encoding(where)]
+    others = [name for name in names if name != student.vectors]
+    if others:
+        export = shlex.join(["pipeline", "export", where, "--head", others[0]])
+        told = f"It also learnt the vectors of {', '.join(others)}:"
+        lines += [told, "", "```sh", f"{export} --out DIR", "```", ""]
+    return lines
+
+
+def _encoding(where: str) -> list[str]:
+    return [
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        f"model = SentenceTransformer({json.dumps(where)})",
+        'vectors = model.encode(["a text", "another"])',
+        "```",
+        "",
+    ]
 
 
 def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
@@ -152,6 +197,10 @@ def file_name(name: str) -> str:
 
 def export_card(found: Exported) -> str:
     """Return how to use an export."""
+    if found.vectors:
+        block = metadata(found.pipeline, "", ENCODERS)
+        title = "# A sentence encoder: a student trained by Rekindle"
+        return block + "\n".join([title, "", *_encoding(found.out), f"{found.told()}."]) + "\n"
     lines = [
         metadata(found.pipeline, "").rstrip("\n"),
         "",

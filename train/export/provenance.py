@@ -14,12 +14,10 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.step_config import recorded_steps
 
 
-def metadata(task: str, model: str) -> str:
+def metadata(task: str, model: str, library: str = "transformers") -> str:
     """Return the block that the hub reads: which pipeline runs the model, and its base model."""
     base = shown(model) if model and not is_ours(model) else None
-    block = ModelCardData(
-        library_name="transformers", pipeline_tag=task, tags=[*TAGS], base_model=base
-    )
+    block = ModelCardData(library_name=library, pipeline_tag=task, tags=[*TAGS], base_model=base)
     return f"---\n{block.to_yaml()}\n---\n\n"
 
 

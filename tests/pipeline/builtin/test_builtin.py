@@ -71,7 +71,7 @@ def test_every_agreed_name_is_there():
     agreed = {"bert", "bert-larger", "gpt2", "gpt2-larger"}
     agreed |= {f"expert-{task}" for task in (*LABELLED_TASKS,)}
     agreed |= {f"bert-{name}" for name in DOMAINS}
-    assert set(MODELS) == agreed | {"tokenizer"}
+    assert set(MODELS) == agreed | {"tokenizer", "encoder"}
     assert set(DOMAINS.values()) <= set(PARTS)
 
 

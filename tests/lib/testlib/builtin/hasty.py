@@ -19,6 +19,7 @@ _HASTY = SETTINGS.model_copy(
         "pretrain": SETTINGS.pretrain | _SHORT,
         "further": SETTINGS.further | _SHORT,
         "finetune": SETTINGS.finetune | {"max_steps": 2},
+        "encoder": SETTINGS.encoder | {"steps": 2},
     }
 )
 
