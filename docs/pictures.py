@@ -18,7 +18,7 @@ from rekindle.pipeline.checks.inspect import inspect_example
 
 HERE = Path(__file__).parent
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
-REPORT = {"width": 1180, "height": 1500}  # pixels: scores and differences
+REPORT = {"width": 1180, "height": 1060}  # pixels: the verdict and the primary comparison
 EXAMPLE = 7  # of the demo's cache
 COLUMNS = 104  # characters of the terminal
 MOST_BYTES = 150_000

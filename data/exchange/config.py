@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import Field, field_validator, model_validator
 
 from rekindle.data.settings import Settings
-from rekindle.data.targets.schema import VOCABULARY_TASKS, Codec, Task, TeacherName
+from rekindle.data.targets.schema import VOCABULARY_TASKS, Codec, Task, TeacherName, Vectors
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -38,6 +38,9 @@ class ImportConfig(Settings):
         "default",
         description="precise keeps log-probabilities to 1/2048 nat in twice the bytes; compact "
         "is the default compressed, for cold storage and transfer",
+    )
+    vectors: Vectors | None = Field(
+        None, description="for an embedding teacher: how vectors are kept, fp16 (usual) or int8"
     )
     labels: tuple[str, ...] = Field((), description="for a classifier: its label names, in order")
     problem: Problem | None = Field(
@@ -71,6 +74,10 @@ class ImportConfig(Settings):
             raise ValueError(f"labels and problem are for classifiers; a {self.task} has none")
         if not vocabulary and self.k is not None:
             raise ValueError(f"k is for language models; for a {self.task} all logits are kept")
+        if self.vectors is not None and self.task != "embedding":
+            raise ValueError(f"vectors is for embedding teachers; a {self.task} gives none")
+        if self.task == "embedding" and (self.labels or self.problem):
+            raise ValueError("labels and problem are for classifiers; an embedding has vectors")
         if not vocabulary and self.codec != "default":
             raise ValueError(f"codec is for language models; a {self.task} only has the default")
         if "classification" in self.task and len(set(self.labels)) < max(2, len(self.labels)):
@@ -90,6 +97,7 @@ class ImportSettings(TypedDict, total=False):
     view: str | None
     k: int | None
     codec: Codec
+    vectors: Vectors | None
     labels: tuple[str, ...]
     problem: Problem | None
     allow_missing: bool

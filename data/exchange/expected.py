@@ -1,4 +1,6 @@
-"""Where targets may be: what rows are checked against, and when an imported unit is complete."""
+"""Where targets may be: what rows are checked against, when an imported unit is complete, and which
+view the model was shown.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +10,15 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.columns import word_characters
 from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.errors import InputError
+from rekindle.data.exchange.config import ImportConfig
 from rekindle.data.exchange.rows import Row
 from rekindle.data.storage.columns import split_lists
 from rekindle.data.storage.units import UnitPlace
 from rekindle.data.targets.reading.reader import target_positions
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
+from rekindle.data.views.registry import view_kind
 
 
 def expected_positions(
@@ -54,3 +59,28 @@ def may_have_targets(corpus: Corpus, view: ViewReader | None, shard: int) -> NDA
         return np.ones(corpus.commits[shard].rows, bool)
     there = [batch["text_a"].is_valid() for batch in view.batches(shard)]
     return np.concatenate([one.to_numpy(zero_copy_only=False) for one in there])
+
+
+def view_name(corpus: Corpus, config: ImportConfig) -> str:
+    """Return the recorded name of the view that the model was shown."""
+    kinds = ("masked", "pairs")
+    stored = [name for name in corpus.store.folders("views") if view_kind(name).kind in kinds]
+    usual = {"causal_lm": "clean", "masked_lm": "masked"}.get(config.task, "text")
+    asked = config.view or usual
+    if asked == "masked":
+        masked = [name for name in stored if view_kind(name).masked]
+        if len(masked) != 1:
+            raise InputError(
+                f"the cache has the masked views {masked or 'none'}; name the one that the model "
+                "was shown (view), or `clean` if it saw the text unmasked"
+            )
+        asked = masked[0]
+    fits = config.task in view_kind(asked).tasks
+    if not fits or (view_kind(asked).stored and asked not in stored):
+        known = ["clean", "text", *stored]
+        there = [name for name in known if config.task in view_kind(name).tasks]
+        raise InputError(
+            f"view {asked!r} cannot be shown to a {config.task} of this cache (possible are: "
+            f"{', '.join(there)})"
+        )
+    return asked

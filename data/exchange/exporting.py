@@ -13,6 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rekindle.data.batch import (
+    EmbeddingBatch,
     SequenceTargetBatch,
     TokenLabelBatch,
     TokenTargetBatch,
@@ -26,6 +27,7 @@ from rekindle.data.corpus.pieces import PieceTexts
 from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import STEP, Floats
 from rekindle.data.targets.kinds.base import VocabularyKind
+from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
@@ -57,6 +59,7 @@ TYPES = {
     "labels": _TEXTS,
     "logits": _FLOATS,
     "probabilities": _FLOATS,
+    "vector": _FLOATS,
 }
 # An expert on words has a label and a list of logits for each position.
 WORD_TYPES = {"label": _TEXTS, "logits": pa.list_(_FLOATS), "probabilities": pa.list_(_FLOATS)}
@@ -109,6 +112,8 @@ class Export:
         if self.teacher is None:
             return found
         info, kind = self.teacher.info, self.teacher.kind
+        if isinstance(kind, Embedding):
+            return [*found, "vector"]
         if not isinstance(kind, VocabularyKind):
             words = [] if kind.per_sequence else ["positions"]
             return [*found, *words, "label", "labels", "logits", "probabilities"]
@@ -205,6 +210,8 @@ class Export:
         target = read_targets(self.teacher, [place], replica)
         if isinstance(target, TokenTargetBatch):
             return found | self._tokens(target, ids[0])
+        if isinstance(target, EmbeddingBatch):
+            return found | {"vector": target.vectors[0]} if len(target.rows) else None
         assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
         if isinstance(target, SequenceTargetBatch) and not target.present[0]:
             return None

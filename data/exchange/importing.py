@@ -18,11 +18,12 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, naming
 from rekindle.data.exchange.config import ImportConfig
-from rekindle.data.exchange.expected import expected_positions, may_have_targets
+from rekindle.data.exchange.expected import expected_positions, may_have_targets, view_name
 from rekindle.data.exchange.label_rows import LabelRows
 from rekindle.data.exchange.logprobs import expanded_row
 from rekindle.data.exchange.rows import Place, Row, check_shown, place_of, tokens_of
 from rekindle.data.exchange.token_rows import TokenRows
+from rekindle.data.exchange.vector_rows import VectorRows
 from rekindle.data.inventory import is_imported, roll_up_records, stated_by_shards
 from rekindle.data.journal import adding
 from rekindle.data.storage.manifest import raise_version
@@ -41,6 +42,8 @@ from rekindle.data.views.registry import view_kind
 from rekindle.data.writing import check_name, claim_teacher, write_targets
 
 log = logging.getLogger("rekindle")
+
+Reader = TokenRows | LabelRows | VectorRows
 
 OPEN_UNITS = 4  # units whose expected positions are held
 
@@ -111,7 +114,7 @@ class _Import:
 
     def __init__(self, corpus: Corpus, config: ImportConfig, alone: bool):
         self.corpus, self.config = corpus, config
-        self.view_name = _view_name(corpus, config)
+        self.view_name = view_name(corpus, config)
         self.view: ViewReader | None = shown_view(corpus, self.view_name)
         masked = view_kind(self.view_name).masked
         self.replicas = self.view.replicas if masked and self.view else None
@@ -120,7 +123,7 @@ class _Import:
             self.present: TeacherInfo | None = read_teacher(corpus.store, config.name)
         else:  # its description may have been lost
             self.present = stated_by_shards(corpus.store, config.name)
-        self.reader: TokenRows | LabelRows | None = None
+        self.reader: Reader | None = None
         self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
         self.pending: dict[UnitPlace, dict[int, Columns]] = {}
         self.seen: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have arrived
@@ -128,12 +131,12 @@ class _Import:
         self.stored: TeacherReader | None = None
         self.done: set[str] = set()
         self.result_facts = {"rows": 0, "positions": 0, "made": 0, "repaired": repaired}
-        if config.task not in VOCABULARY_TASKS:
+        if config.task not in (*VOCABULARY_TASKS, "embedding"):
             self._begin(LabelRows.begin(corpus, config, self.view_name))
 
     # --- the first row decides what all have ------------------------------------------------------
 
-    def _begin(self, reader: TokenRows | LabelRows) -> None:
+    def _begin(self, reader: Reader) -> None:
         self.reader = reader
         self.done = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
         check_name(self.corpus, self.present, reader.info)
@@ -149,6 +152,8 @@ class _Import:
         """Take one row; commit the unit that it completes."""
         if not isinstance(row, Mapping):
             raise InputError(f"must be a mapping of fields (given: a {type(row).__name__})")
+        if self.reader is None and self.config.task == "embedding":
+            self._begin(VectorRows.begin(self.corpus, self.config, self.view_name, row))
         if self.reader is None:
             place = place_of(row, self.corpus, self.replicas)
             known = self.present.k if self.present else None
@@ -262,7 +267,7 @@ class _Import:
         rows = np.repeat(np.array(ordered, np.int64), counts)
         names = pending[ordered[0]] if ordered else ()
         columns = {name: np.concatenate([pending[row][name] for row in ordered]) for name in names}
-        if info.kind == "sequence":
+        if kind_of(info).per_sequence:
             facts = {EXPECTED: int(may_have_targets(self.corpus, self.view, unit[0]).sum())}
         else:
             facts = {EXPECTED: sum(len(one) for one in self._expected(unit))}
@@ -308,7 +313,7 @@ class _Import:
         )
 
     def _notes(self, missing: int) -> list[str]:
-        notes = self.reader.notes() if isinstance(self.reader, LabelRows) else []
+        notes = self.reader.notes() if isinstance(self.reader, LabelRows | VectorRows) else []
         if isinstance(self.reader, TokenRows):
             info = self.reader.info
             lacks = info.imported.lacks if info.imported else ()
@@ -343,31 +348,6 @@ def _told_of_missing(missing: list[tuple[int, int | None]], done: set[str]) -> s
 
 def _length(columns: Columns) -> int:
     return len(next(iter(columns.values())))
-
-
-def _view_name(corpus: Corpus, config: ImportConfig) -> str:
-    """Return the recorded name of the view that the model was shown."""
-    kinds = ("masked", "pairs")
-    stored = [name for name in corpus.store.folders("views") if view_kind(name).kind in kinds]
-    usual = {"causal_lm": "clean", "masked_lm": "masked"}.get(config.task, "text")
-    asked = config.view or usual
-    if asked == "masked":
-        masked = [name for name in stored if view_kind(name).masked]
-        if len(masked) != 1:
-            raise InputError(
-                f"the cache has the masked views {masked or 'none'}; name the one that the model "
-                "was shown (view), or `clean` if it saw the text unmasked"
-            )
-        asked = masked[0]
-    fits = config.task in view_kind(asked).tasks
-    if not fits or (view_kind(asked).stored and asked not in stored):
-        known = ["clean", "text", *stored]
-        there = [name for name in known if config.task in view_kind(name).tasks]
-        raise InputError(
-            f"view {asked!r} cannot be shown to a {config.task} of this cache (possible are: "
-            f"{', '.join(there)})"
-        )
-    return asked
 
 
 def _without_damage(corpus: Corpus, name: str) -> int:

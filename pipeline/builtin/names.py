@@ -14,7 +14,7 @@ from rekindle.data.places import home
 from rekindle.pipeline.plain_values import with_strings
 
 PREFIX = "python-docs/"
-ALGORITHM = 1  # rises when the same settings would give other files
+ALGORITHM = 2  # rises when the same settings would give other files
 
 # A model of a part of the library, by the short name that stands for the part, its domain.
 DOMAINS = {

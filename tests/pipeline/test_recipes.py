@@ -23,7 +23,11 @@ from rekindle.train.schedules import weight_at
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-CYCLES = ["rekindle"]  # files of whole cycles
+# Files of whole cycles, with words that they print.
+CYCLES = {
+    "rekindle": ("expert", "both", "part accuracy", "next accuracy", "fewer than 5 seeds"),
+    "rerank": ("expert", "both (own head)", "section ndcg@10", "section mrr"),
+}
 every_recipe = pytest.mark.parametrize("name", sorted(set(NAMES) - set(CYCLES)))
 # Seconds each: enough to go through every part of both stages once.
 SMALL = (
@@ -118,7 +122,7 @@ def test_a_cycle_runs(name, tmp_path, monkeypatch, hasty_home, command):
     sets = [part for value in small for part in ("--set", value)]
     code, said, errors = command("rekindle", "run.yaml", "--out", "out", *sets, *SMALL)
     assert code == 0, errors
-    for word in ("expert", "both", "part accuracy", "next accuracy", "fewer than 5 seeds"):
+    for word in CYCLES[name]:
         assert word in said
     assert Path("out/report.html").is_file()
 

@@ -27,11 +27,20 @@ log = logging.getLogger("rekindle")
 QUERY, DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
-def open_asked(model: str, head: str | None, settings: AskConfig, pairs: bool) -> Judge:
+def open_asked(
+    model: str, head: str | None, settings: AskConfig, pairs: bool, scored: str | None = None
+) -> Judge:
     """Load what is asked about texts, or ``pairs`` of them: a sentence encoder, or as
-    ``open_judge`` does.
+    ``open_judge`` does. ``scored``: the file with the right answers, if there are any.
+
+    Raises InputError, before the model is loaded, for an encoder that is scored on single texts.
     """
     if head is None and gives_vectors(resolve_model(model, check_encoder_folder), settings):
+        if scored is not None and not pairs:
+            raise InputError(
+                f"{scored} has single texts, and the sentence encoder {model!r} is scored by how "
+                "near two texts are: name the two columns with --text-field, twice"
+            )
         return EncoderJudge(model, settings, pairs)
     return open_judge(model, head)
 
@@ -95,12 +104,7 @@ class EncoderJudge(Judge):
             log.info("%s: %s", model, told)
 
     def check_task(self, data: TaskData) -> None:
-        """Raise InputError for single texts, and for labels that are no scores."""
-        if data.pairs is None:
-            raise InputError(
-                f"{data.path} has single texts, and {self.who} is scored by how near two texts "
-                "are: name the two columns with --text-field, twice"
-            )
+        """Raise InputError for labels that are no scores."""
         super().check_task(data)
         self.searches = data.problem == RANKING
 

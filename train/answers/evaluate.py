@@ -95,7 +95,7 @@ def evaluate_file(
     # Report wrong columns before a model is loaded.
     texts = read_file(test, as_asked(settings, TAGS if tags_words(model, head) else ""))
     check_pairs(before, texts.pairs is not None, model, test)
-    judge = open_asked(model, head, settings, texts.pairs is not None)
+    judge = open_asked(model, head, settings, texts.pairs is not None, test)
     data = read_labelled(test, judge, settings, texts)
     metric = _metric(metric, judge.metric or before.metric, data)
     answers = replace(judge.answers, threshold=settings.threshold)

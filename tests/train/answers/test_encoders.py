@@ -97,7 +97,7 @@ def test_a_search_is_scored_within_groups_with_the_prompts_of_queries_and_docume
     tmp_path, encoder
 ):
     rows = [
-        {"q": FIRST[n % 3], "d": text, "label": (n * 7) % 3, "group": f"g{n % 3}"}
+        {"q": FIRST[n % 3], "d": text, "label": (n // 3 + n) % 3, "group": f"g{n % 3}"}
         for n, text in enumerate([*SECOND, *FIRST])
     ]
     path = tmp_path / "groups.jsonl"

@@ -61,11 +61,11 @@ class Column(NamedTuple):
 
 
 def type_in_words(dtype: pa.DataType) -> str:
-    """An Arrow type as it is written in Arrow's own words, a width by its letter."""
+    """An Arrow type; of lists of a fixed size the width is in brackets, by its letter."""
     if pa.types.is_fixed_size_list(dtype):
         width = {size: name for name, size in SIZES.items()}.get(dtype.list_size)
         width = width or _width_of(dtype.list_size)
-        return f"fixed_size_list<{type_in_words(dtype.value_type)}, {width}>"
+        return f"{type_in_words(dtype.value_type)}[{width}]"
     if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):
         name = "large_list" if pa.types.is_large_list(dtype) else "list"
         return f"{name}<{type_in_words(dtype.value_type)}>"
@@ -155,9 +155,8 @@ def keys_table(names: Iterable[str], meaning: Mapping[str, str], of: str) -> str
 # --- the page -------------------------------------------------------------------------------------
 
 
-def files_table(files: Mapping[str, str]) -> str:
-    lines = ["| file | what it is |", "|---|---|"]
-    return "\n".join(lines + [f"| `{name}` | {what} |" for name, what in files.items()])
+def files_list(files: Mapping[str, str]) -> str:
+    return "\n".join(f"- `{name}`: {what}" for name, what in files.items())
 
 
 def pattern_of(name: str) -> str:
@@ -229,7 +228,7 @@ def page() -> str:
     parts = [
         words.HEAD.format(newest=NEWEST),
         "## The files of a cache\n",
-        files_table(words.FILES),
+        files_list(words.FILES),
         words.AFTER_FILES,
         "## Sealed files and commit records\n",
         words.SEALS.format(rows=ROWS_PER_BATCH),
@@ -254,7 +253,7 @@ def page() -> str:
         versions_table(),
         "\n## A student's folder, and its checkpoints\n",
         words.BEFORE_RUN,
-        files_table(words.RUN_FILES),
+        files_list(words.RUN_FILES),
         words.AFTER_RUN,
     ]
     return "\n".join(parts).rstrip("\n") + "\n"

@@ -1,6 +1,7 @@
 """A sentence encoder's vectors in the cache are those of a direct forward pass, at every row."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import transformers
 
 from rekindle.data.cache import Cache
 from rekindle.data.changes.carry_out import change_teacher
-from rekindle.data.errors import CacheMismatchError
+from rekindle.data.errors import CacheMismatchError, InputError
+from rekindle.data.exchange.exporting import Export
 from rekindle.data.storage.manifest import read_manifest
 from rekindle.data.storage.seal import VERSION, WITH_VECTORS
 from rekindle.data.storage.store import LocalStore
@@ -138,3 +140,26 @@ def test_it_may_be_renamed(tmp_path, teachers, configure):
     assert [*Cache.open(tmp_path / "c").teachers] == ["other"]
     assert read_manifest(store)[VERSION] == WITH_VECTORS
     assert verify_cache(str(tmp_path / "c")).problems == []
+
+
+@pytest.mark.parametrize("name", ["some", "short"])
+def test_exported_vectors_are_imported_as_they_were(tmp_path, run, cache, name):
+    """Of a domain alone, in fp16; and in int8. The same rows once more find the same targets."""
+    copy = shutil.copytree(run.cache.path, tmp_path / "copy")
+    info = cache.teacher(name).info
+    rows = [*Export(cache.corpus, cache.teacher(name)).rows()]
+    assert len(rows) == cache.teacher(name).positions
+    settings = {"task": "embedding", "vectors": info.vectors, "allow_missing": name == "some"}
+    opened = Cache.open(copy)
+    for made in (True, False):
+        done = opened.import_targets("again", rows, {"model": "elsewhere"}, **settings)
+        assert bool(done.units_done) is made
+    grown = Cache.open(copy)
+    assert grown.teacher("again").info.dimensions == info.dimensions
+    both = grown.gather(np.arange(len(grown)), [name, "again"]).targets
+    assert np.array_equal(both[name].rows, both["again"].rows)
+    assert cosine_distances(both[name].vectors, both["again"].vectors).max() < 1e-9
+    assert verify_cache(str(copy)).problems == []
+    wrong = [rows[0] | {"vector": rows[0]["vector"][:-1]}]
+    with pytest.raises(InputError, match="vector"):
+        opened.import_targets("other", [rows[1], *wrong], {"model": "elsewhere"}, **settings)
