@@ -110,7 +110,7 @@ VALUES = (
         f"{TRAIN} --set train.objective.distill.0.temperature=3", "not 3.0",
         "stores the temperatures", "targets.temperatures"),
     Bad("a masked LM as teacher of a causal student", f"{TRAIN} --set student.task=causal_lm",
-        "teacher 'lm' is a masked_lm", "has no loss at its positions", "take it out of the term"),
+        "teacher 'lm' is a masked_lm", "has no loss at its positions", "remove it from the term"),
     Bad("a swept key of the cache", f"{TRAIN} --sweep cache.seed=1,2", "--sweep cache.seed",
         "learn from one cache", "Sweep keys of student.* or train.*"),
     Bad("a swept value that is none", f"{TRAIN} --sweep train.seed=1,x", "train.seed=x",
