@@ -104,7 +104,7 @@ def test_tags_that_are_numbers_have_names_or_are_said_to_be_labels(tmp_path):
         (
             {"tokens": ["a"], "tags": ["O"]},
             {"text_field": ["tokens", "tags"]},
-            ["tokens and tags are two fields", "no pairs", "the one column"],
+            ["tokens and tags are two fields", "not pairs", "the one column"],
         ),
     ],
 )
