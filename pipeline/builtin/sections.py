@@ -56,8 +56,8 @@ class Section:
 
 
 def sections_of(pages: Sequence[PythonDoc]) -> list[Section]:
-    """All sections, in the order of their documents; of those with a title or a passage that
-    another one has, the first.
+    """Return all sections, in the order of their documents; of those that share a title or a
+    passage, only the first.
     """
     found: list[Section] = []
     seen: set[str] = set()

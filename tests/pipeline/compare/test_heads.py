@@ -252,7 +252,7 @@ def test_one_command_says_which_run_is_best(students, test_file):
     assert done.returncode == 0, done.stderr
     assert done.stdout.lstrip().startswith("a is best on trec by 0.")
     wrong = pipeline("compare", *students, "--metric", "f1")
-    assert (wrong.returncode, "--metric is that of --test" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "--metric belongs to --test" in wrong.stderr) == (2, True)
 
 
 def test_a_file_with_other_columns_is_read_as_the_advice_says(students, test_file):

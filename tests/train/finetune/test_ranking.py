@@ -143,7 +143,7 @@ def test_a_group_in_two_splits_is_refused_and_ids_used_again_are_not(tmp_path):
     [
         ({"group_field": "qid"}, "has no column 'qid'"),
         ({"problem": "ranking", "text_field": "query"}, "has one text a row, query"),
-        ({"positive": 1}, "positive is of classes"),
+        ({"positive": 1}, "positive is for classes"),
     ],
 )
 def test_settings_that_do_not_fit_a_ranking_are_refused(tmp_path, settings, told):

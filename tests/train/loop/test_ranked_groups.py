@@ -195,7 +195,7 @@ REFUSED = [
     ({"batch_sequences": 4}, "'q5' has 5 sequences, more than train.batch_sequences 4"),
     (
         {"objective": {"distill": [term("sense", ranking={"group": "group"})]}},
-        "whose score is an order, and 'sense' is a single_label_classification",
+        "whose score is an order, but 'sense' is a single_label_classification",
     ),
 ]
 

@@ -41,7 +41,7 @@ def _renamed(place: Place) -> None:
 
 
 def _unfinished(*spoils):
-    """A run that was killed, and what is wrong with its checkpoints."""
+    """Return a killed run and the damage to its checkpoints."""
 
     def spoil(place: Place) -> None:
         for name in ("summary.json", "run.yaml", "model.safetensors"):
@@ -123,11 +123,12 @@ CACHES = (
     Bad("a teacher that the cache has not to remove", "teachers cache --remove lmm --yes",
         "no teacher 'lmm'", "it has: expert, lm", "did you mean 'lm'?"),
     Bad("a teacher removed without a word", "teachers cache --remove lm",
-        "--remove lm takes 4 units", "nothing was removed", "Say --yes as well"),
+        "--remove lm takes 4 units", "nothing was removed", "Add --yes"),
     Bad("two changes at once", "teachers cache --remove lm --rename expert e",
         "--remove and --rename", "give one of them"),
-    Bad("a name that is taken", "teachers cache --rename lm expert", "'expert' already",
-        "give another name", "`pipeline teachers cache --remove expert`"),
+    Bad("a name that is taken", "teachers cache --rename lm expert",
+        "already has a teacher 'expert'", "give another name",
+        "`pipeline teachers cache --remove expert`"),
     Bad("a name that is no folder's", "teachers cache --rename lm a/b",
         "--rename lm a/b: to: a name becomes a folder", "the first of them a letter or a digit"),
     Bad("a codec of nothing known", "teachers cache --transcode lm zstd", "--transcode lm zstd",

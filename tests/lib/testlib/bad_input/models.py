@@ -145,7 +145,7 @@ def _without_mask(place: Place) -> None:
 
 
 def _of_bytes(place: Place) -> None:
-    """A tokenizer of another kind, with some of the corpus's tokens."""
+    """Make a tokenizer of another kind that shares some of the corpus's tokens."""
     values = json.loads((place / "tokens/tokenizer.json").read_text())
     vocabulary = values["model"]["vocab"]
     swapped = {"the": vocabulary["water"], "water": vocabulary["the"]}
