@@ -212,7 +212,7 @@ def test_a_corpus_without_groups_or_with_one_sequence_in_each_is_refused(world_o
     plain = world_of(records([1] * 9))
     for values, key in (({}, "train.objective.distill.0.ranking.group"),
                         ({"objective": {}}, "train.batching")):  # fmt: skip
-        with pytest.raises(InputError, match=f"{key} is of groups, .* set corpus.group_field"):
+        with pytest.raises(InputError, match=f"{key} needs groups, .* set corpus.group_field"):
             run(plain, tmp_path / "run", ranked(**values))
     lone = world_of(records([1] * 9), group_field="group")
     for batching in ("groups", "shuffled"):

@@ -70,7 +70,7 @@ REFUSED = [
     (term("big", "gpt"), "big, gpt saw different views; use a term each"),
     (
         term("sense", entropy_fraction=0.5),
-        "entropy_fraction is for vocabulary teachers; sense are none",
+        "entropy_fraction is for vocabulary teachers, which sense are not",
     ),
     (term("pair", view="masked"), "view: masked, but pairs are shown clean; use clean"),
     (term("sense", positions="masked"), "positions: masked, but sense judge whole sequences"),
@@ -218,7 +218,7 @@ REFUSED = [
     ),
     (
         term("odd.sense", "even.sense", **MIX),
-        "a mixture teaches where all its experts know the text, and odd.sense, even.sense have no "
+        "a mixture teaches where all its experts know the text, but odd.sense, even.sense have no "
         "domain in common; use combine: route",
     ),
     # a vocabulary teacher by itself
