@@ -148,7 +148,7 @@ def read_seen(store: Store) -> dict[str, Any]:
 
 
 def tell_changing(manifest: Mapping[str, Any], store: Store) -> None:
-    """Say that a change is under way, and which state is shown."""
+    """Log that a change is under way, and which state is shown."""
     if (change := journal_in(manifest, store).change) is not None:
         state = "before" if change.phase == "making" else "after"
         log.info("%s: %s; it is shown as it is %s that", store.location, change.told(), state)

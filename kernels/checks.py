@@ -382,7 +382,7 @@ def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) ->
 
 
 def _rounded(tail: float) -> str:
-    """Say what to do about a tail that only rounding can have made negative."""
+    """Return what to do about a tail that only rounding can have made negative."""
     if not -ROUNDING < tail < 0:
         return ""
     return ". One computed as 1 - probs.sum(1) is rounded: add .clamp(min=0)"

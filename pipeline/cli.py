@@ -1,10 +1,10 @@
-"""The command line: parses, calls, reports. Nothing heavy is imported before a command needs it.
+"""The command line: parse, call, report. Heavy imports wait until a command needs them.
 
 The commands about a cache are in ``commands.caches`` and ``commands.exchange``, those about a model
 in ``commands.models``, the others here.
 
 stdout carries results, stderr everything else. Exit codes: 0 done; 2 wrong input; 3 a corrupt or
-mismatched cache or checkpoint; 130 interrupted; 1 our bug.
+mismatched cache or checkpoint; 130 interrupted; 1 a bug of ours.
 """
 
 import json
@@ -36,6 +36,7 @@ from rekindle.pipeline.commands.options import (
     Sweeps,
     TextField,
 )
+from rekindle.pipeline.commands.sharing import push
 from rekindle.pipeline.commands.teachers import teachers
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
@@ -54,16 +55,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # With a colour click leaves what is written as it is, for ``console`` to escape.
+    # With a colour, click leaves the text alone, and ``console`` escapes it.
     context_settings={"help_option_names": ["-h", "--help"], "color": True},
     help="Rekindle: run experts once over a corpus, train many students from the cache.",
 )
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="folder for all results")] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option(help="a smaller run of one seed, under 90 seconds on two cores")
+        bool, typer.Option(help="a smaller run with one seed, under 90 seconds on two cores")
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
@@ -81,12 +82,12 @@ def init(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="a method's name; --list shows them")
     ] = None,
-    out: Annotated[Path, typer.Option(help="the new run file")] = Path("run.yaml"),
+    out: Annotated[Path, typer.Option(help="path of the new run file")] = Path("run.yaml"),
     list_: Annotated[
-        bool, typer.Option("--list", help="name every recipe and what it does")
+        bool, typer.Option("--list", help="list every recipe and what it does")
     ] = False,
 ) -> None:
-    """Write a commented run file for a method; it runs as it is, and is there to be edited."""
+    """Write a commented run file for a method. It runs as it is, and is meant to be edited."""
     from rekindle.pipeline.init import recipes, write_recipe
 
     if list_:
@@ -106,10 +107,11 @@ def init(
 
 def schema(
     kind: Annotated[
-        str, typer.Argument(metavar="[run|cycle]", help="run: both stages; cycle: of rekindle")
+        str,
+        typer.Argument(metavar="[run|cycle]", help=("run: a run file; cycle: a file for rekindle")),
     ] = "run",
 ) -> None:
-    """Print the JSON Schema of a run file, with which editors complete and check its keys."""
+    """Print the JSON Schema of a run file; editors use it to complete and check keys."""
     from rekindle.pipeline.schema import KINDS, file_schema
 
     if kind not in KINDS:
@@ -120,11 +122,11 @@ def schema(
 
 def train_student(
     run: RunFile,
-    out: Annotated[Path | None, typer.Option(help="the student's directory")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for the student")] = None,
     set_: Overrides = None,
     sweep: Sweeps = None,
     workers: Students = None,
-    resume: Annotated[bool, typer.Option(help="go on with an interrupted run or sweep")] = False,
+    resume: Annotated[bool, typer.Option(help="continue an interrupted run or sweep")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
     given = out or Path("runs") / run.stem
@@ -143,7 +145,7 @@ def train_student(
         elif is_main():
             check_room(target)
             if out is None:
-                say(f"without --out, what comes of it goes to {target}")
+                say(f"no --out given, so results go to {target}")
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
@@ -193,38 +195,44 @@ def train_student(
 
 def rekindle(
     run: Annotated[
-        Path, typer.Argument(metavar="CYCLE.yaml", help="a cycle; `pipeline init rekindle` has one")
+        Path,
+        typer.Argument(
+            metavar="CYCLE.yaml", help=("a cycle file; `pipeline init rekindle` writes one")
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="where everything goes")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for all results")] = None,
     set_: Overrides = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="jobs at a time; default: one per CUDA device, or per core (≤ 4)"),
+        typer.Option(
+            min=1, help=("jobs at the same time; default: one per CUDA device, or per core (≤ 4)")
+        ),
     ] = None,
     draw: Annotated[
-        int | None, typer.Option(min=0, help="only this of several label_draws, from 0")
+        int | None, typer.Option(min=0, help="run only this draw of several label_draws, from 0")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="only this of tasks with their own corpus")
+        str | None,
+        typer.Option(metavar="NAME", help=("run only this one of the tasks with their own corpus")),
     ] = None,
     searched: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="search.json of the same cycle in another folder: its draw 0 has searched for all",
+            help="search.json of the same cycle in another folder, to use its search of draw 0",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Knowledge rekindle, whole: experts, cache, guided students, experts again, compared.
+    """Knowledge rekindling, whole: experts, cache, guided students, experts again, comparison.
 
-    Resumes by itself: what is finished is left as it is.
+    Resumes by itself: finished parts are left alone.
     """
     target = out or Path("runs") / run.stem
     launched()
     with resumable() as progress:
         if out is None and is_main():
-            say(f"without --out, what comes of it goes to {target}")
+            say(f"no --out given, so results go to {target}")
         from rekindle.pipeline.cycle.config import load_cycle
 
         config = load_cycle(run, set_)
@@ -253,18 +261,21 @@ def compare(
         typer.Option(
             metavar="[HEAD=]FILE",
             help="score the runs' task heads on this labelled file (jsonl, csv, tsv or parquet); "
-            "may be repeated, a file for each head",
+            "may be repeated, one file per head",
         ),
     ] = None,
     expert: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[HEAD=]DIR",
-            help="also score this expert on the --test of that head; may be repeated",
+            help="also score this expert on the --test file of that head; may be repeated",
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="of --test; default: accuracy, F1 or pearson, by the task")
+        str | None,
+        typer.Option(
+            help=("metric for --test; default: accuracy, F1 or pearson, depending on the task")
+        ),
     ] = None,
     text_field: TextField = None,
     label_field: LabelField = None,
@@ -272,11 +283,11 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="also write the report as one HTML page")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say which of several runs is best: task scores first, then what differs, time, losses."""
+    """Say which of several runs is best: task scores first, then settings, time and losses."""
     of_test = {"--text-field": text_field, "--label-field": label_field, "--set": set_}
     for option, value in ({"--metric": metric, "--expert": expert} | of_test).items():
         if value and not test:
-            raise InputError(f"{option} is that of --test: say which file is scored")
+            raise InputError(f"{option} belongs to --test: say which file to score")
     from rekindle.pipeline.compare.runs import compare_runs
     from rekindle.pipeline.compare.stored import fetched
     from rekindle.pipeline.cycle.page import check_one_corpus, compare_cycle
@@ -312,19 +323,19 @@ def compare(
 def doctor(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN.yaml", help="also look ahead: disk and memory of this run"),
+        typer.Argument(metavar="RUN.yaml", help="also check disk and memory for this run"),
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Show versions, devices, which kernel runs and why; try a lock and one step of training.
+    """Show versions, devices, and which kernel runs and why; try a lock and one step of training.
 
-    Of a run file also whether the disk has room for what `pipeline plan` says, and memory for each
-    teacher. Exit code 2 where something will end a run.
+    With a run file, also check whether the disk has room for what `pipeline plan` estimates, and
+    the memory for each teacher. Exit code 2 if something would make a run fail.
     """
     from rekindle.pipeline.config import load_config
 
     if set_ and run is None:
-        raise InputError("--set is of a run file: give one, as in `pipeline doctor RUN.yaml`")
+        raise InputError("--set needs a run file, as in `pipeline doctor RUN.yaml`")
     config = None if run is None else load_config(run, set_)
     from rekindle.pipeline.checks.ahead import refuse_problems
     from rekindle.pipeline.doctor import diagnose
@@ -352,17 +363,18 @@ for command in (
         gc,
     ),
     *(verify, inspect_, teachers, import_targets, export_targets, train_student, rekindle, compare),
+    push,
     doctor,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)
 
 
 def main() -> None:
-    """The console script: turns errors into one message and an exit code."""
+    """Run the console script: turn errors into one message and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with terminal(), errors_as_exit_codes(), usage_as_input_errors():
         code = app(prog_name="pipeline", standalone_mode=False)
-    if code == INTERRUPTED:  # before a command had begun to say what an interrupt leaves
+    if code == INTERRUPTED:  # before a command could say what an interrupt leaves
         say(f"\ninterrupted. To run it again: {line_again()}")
     sys.exit(code or 0)
 

@@ -40,8 +40,8 @@ class CacheConfig(Settings):
     sequences_per_shard: Annotated[int | None, Formerly(MOST)] = Field(
         None,
         gt=0,
-        description="sequences per shard: the unit of work and of what a kill can lose; null: as "
-        "the cache has it, and in a new one 64 to 4,096, so that there are 16 shards or more",
+        description="sequences per shard, the unit of work and of what a kill can lose; null: as "
+        "in the cache, and in a new one 64 to 4,096, so that there are at least 16 shards",
     )
     replicas: int = Field(
         4,
@@ -50,7 +50,7 @@ class CacheConfig(Settings):
         description="masked replicas for masked-LM teachers; mask.policy hard has one",
     )
     mask: MaskConfig = Field(default_factory=MaskConfig, description="how tokens are masked")
-    seed: int = Field(0, description="of masks and pairs")
+    seed: int = Field(0, description="seed of masks and pairs")
 
     @model_validator(mode="after")
     def _leaves_something(self) -> "CacheConfig":
@@ -63,12 +63,14 @@ class CacheConfig(Settings):
 
     @property
     def masked_replicas(self) -> int:
-        """Return how many masked replicas there are: what a teacher finds hard is masked in one."""
+        """Number of masked replicas; policy hard has only one."""
         return 1 if self.mask.policy == "hard" else self.replicas
 
 
 def check_template(template: str) -> str:
-    """The template; ValueError unless it has {text} and {label}, and no other placeholder."""
+    """Return the template. Raise ValueError unless it has {text} and {label} and no other
+    placeholder.
+    """
     found = _REFERENCE.findall(template)
     missing = [name for name in _PLACEHOLDERS if name not in found]
     unknown = [name for name in found if name not in _PLACEHOLDERS]
@@ -93,18 +95,18 @@ class PromptsConfig(Settings):
         None, description="label name -> word, for every label; null: the names themselves"
     )
     to: Place = Field(
-        pattern=r"\.jsonl$", description="the new corpus: lines with id, text and domain"
+        pattern=r"\.jsonl$", description="path of the new corpus: lines with id, text and domain"
     )
     confidence: float = Field(
-        0.0, ge=0, le=1, description="only sequences whose label has at least this probability"
+        0.0, ge=0, le=1, description="keep only sequences whose label has at least this probability"
     )
     cache: Place | None = Field(
-        None, description="the cache the teacher is in; null: that of the file's own cache.path"
+        None, description="the cache that holds the teacher; null: the file's own cache.path"
     )
 
     @property
     def places(self) -> list[str]:
-        """What it writes, and the cache that it reads: they may be in directories of stages."""
+        """The paths it writes and reads, which may be in directories of stages."""
         return [self.to, self.cache or ""]
 
 
@@ -114,11 +116,11 @@ class StageConfig(Settings):
     name: TeacherName = Field(description="its folder in the output directory")
     set: dict[str, object] = Field(
         default_factory=dict,
-        description="key.path: value over the file; '{first}' stands for the directory of the "
-        "earlier stage of that name",
+        description="key.path: value, overriding the file; '{first}' stands for the directory of "
+        "the earlier stage of that name",
     )
     write_prompts: PromptsConfig | None = Field(
-        None, description="text that is made of cached predictions before the stage begins"
+        None, description="text to make from cached predictions before the stage begins"
     )
 
     @field_validator("set")
@@ -139,21 +141,22 @@ class RunConfig(Settings):
     corpus: CorpusConfig = Field(description="the text")
     cache: CacheConfig = Field(description="where the cache is")
     teachers: tuple[TeacherConfig, ...] = Field((), description="the experts")
-    student: StudentConfig | None = Field(None, description="the model that is trained")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="how it is trained")
+    student: StudentConfig | None = Field(None, description="the model to train")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="how to train it")
     stages: tuple[StageConfig, ...] = Field(
-        (), description="runs one after another, each of them this file with some values changed"
+        (), description="runs one after another, each with some values of this file changed"
     )
 
     @model_validator(mode="after")
     def _names_and_stages(self) -> "RunConfig":
-        # Teachers named in train.objective are held against the cache: Cache.teacher.
+        # Teachers named in train.objective are checked against the cache: Cache.teacher.
         names = [t.name for t in self.teachers]
         doubled = sorted({n for n in names if names.count(n) > 1})
         if doubled:
             raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
         teachers = tuple(map(self._reading_records, self.teachers))
-        object.__setattr__(self, "teachers", teachers)  # frozen: the same, as they are meant
+        # frozen: the same teachers with resolved values
+        object.__setattr__(self, "teachers", teachers)
         if self.student is not None and (why := lora_excludes(self.student, self.train)):
             raise ValueError(why)
         if self.corpus.group_field is None and (key := self.train.key_of_groups):
@@ -164,7 +167,9 @@ class RunConfig(Settings):
         return self
 
     def _reading_records(self, teacher: TeacherConfig) -> TeacherConfig:
-        """The teacher as it reads a corpus of pairs; ValueError for one that cannot."""
+        """Return the teacher as it reads a corpus of pairs. Raise ValueError for one that
+        cannot.
+        """
         who, field = f"teacher {teacher.name!r}", self.corpus.pair_field
         if "tokens" in self.corpus.contents and not teacher.vocabulary:
             raise ValueError(
@@ -174,8 +179,8 @@ class RunConfig(Settings):
         if field is None:
             if teacher.pairs == RECORD:
                 raise ValueError(
-                    f"{who}: pairs: record are the two texts of a record, and corpus.pair_field, "
-                    "which names the second, is not given"
+                    f"{who}: pairs: record uses the two texts of a record, but corpus.pair_field, "
+                    "which names the second, is missing"
                 )
             return teacher
         if teacher.pairs not in (None, RECORD):
@@ -186,7 +191,7 @@ class RunConfig(Settings):
         single = {"token_classification": "tags the words", "embedding": "makes vectors"}
         if (what := single.get(teacher.task)) is not None:
             raise ValueError(
-                f"{who} {what} of single texts, and with corpus.pair_field each record is two; "
+                f"{who} {what} of single texts, but with corpus.pair_field each record has two; "
                 "cache it over a corpus of single texts"
             )
         if teacher.vocabulary or teacher.pairs == RECORD:
@@ -194,7 +199,7 @@ class RunConfig(Settings):
         return teacher.model_copy(update={"pairs": RECORD})
 
     def check_single(self) -> None:
-        """Raise InputError for a file of several stages: what follows is about one of them."""
+        """Raise InputError for a file of several stages: the caller handles only one."""
         if self.stages:
             raise InputError(
                 f"the configuration has stages ({', '.join(s.name for s in self.stages)}); this "
@@ -203,7 +208,9 @@ class RunConfig(Settings):
             )
 
     def teachers_named(self, names: Sequence[str]) -> list[TeacherConfig]:
-        """Return those teachers, without names all; InputError for a name of none."""
+        """Return the teachers of these names (no names: all). Raise InputError for an
+        unknown name.
+        """
         known = {t.name: t for t in self.teachers}
         if unknown := [name for name in names if name not in known]:
             raise InputError(
@@ -213,32 +220,34 @@ class RunConfig(Settings):
         return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
 
     def check_samples(self) -> None:
-        """Raise InputError for a term that asks of a teacher here what a sample cannot give."""
+        """Raise InputError if a term needs something of a teacher here that a sample
+        cannot give.
+        """
         kinds = {t.name: t.described_kind for t in self.teachers}
         check_estimates(self.train.objective.distill, {n: k for n, k in kinds.items() if k})
 
     def needed_student(self) -> StudentConfig:
-        """Return the student; InputError where there is none."""
+        """Return the student; raise InputError if there is none."""
         if self.student is None:
             raise InputError("the configuration has no `student` section; add student.model")
         return self.student
 
     @property
     def evaluates_domains(self) -> bool:
-        """Tell whether the run, or one of its stages, evaluates the domains one by one."""
+        """Whether the run, or one of its stages, evaluates the domains one by one."""
         key = "train.evaluate_domains"
         return self.train.evaluate_domains or any(stage.set.get(key) for stage in self.stages)
 
     @property
     def uses_masks(self) -> bool:
-        """Tell whether masks are made, for a teacher or for the student, if the tokenizer can."""
+        """Whether masks are made, for a teacher or for the student, if the tokenizer can."""
         student = self.student is not None and self.student.language_task == "masked_lm"
         return student or self.needs_masks is not None
 
     @property
     def needs_masks(self) -> str | None:
-        """Say what cannot do without masked text; None where a tokenizer needs no mask token, as of
-        a student that learns from classifiers alone.
+        """What cannot do without masked text. None if the tokenizer needs no mask token, for
+        instance for a student that learns from classifiers alone.
         """
         if self.cache.mask.policy == "hard":
             return "cache.mask.policy: hard"
@@ -261,24 +270,27 @@ class RunConfig(Settings):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read and validate a run file, with ``key.path=value`` overrides (values are YAML).
 
-    Names that begin with ``python-docs/`` become the paths of built-in models, whether these are
-    made yet or not (``builtin.missing`` makes them). Raises InputError for a missing file, bad
-    YAML, an unknown key or built-in name (naming the nearest) or a bad value.
+    Names that begin with ``python-docs/`` become the paths of built-in models, whether they are
+    made yet or not (``builtin.missing`` makes them). Raise InputError for a missing file, bad YAML,
+    an unknown key or built-in name (naming the nearest) or a bad value.
     """
     values = read_values(path, overrides)
     if "tasks" in values:
-        raise InputError(f"{path} is of a whole cycle (it has tasks): `pipeline rekindle {path}`")
+        raise InputError(
+            f"{path} describes a whole cycle (it has tasks): use `pipeline rekindle {path}`"
+        )
     return parse_settings(RunConfig, resolve_values(values), str(path))
 
 
 def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
-    """Read the plain values of a configuration's file, with ``key.path=value`` overrides."""
+    """Read the plain values of a configuration file, with ``key.path=value`` overrides."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"cannot read the configuration {path}: {error.strerror}; give a file of YAML, as "
-            "`pipeline init RECIPE` writes one (`pipeline init --list` names the recipes)"
+            f"cannot read the configuration {path}: {error.strerror}; give a YAML file, for "
+            "instance one written by `pipeline init RECIPE` (`pipeline init --list` names the "
+            "recipes)"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(
@@ -288,8 +300,8 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(
-            f"{path} must be a mapping with the sections corpus, cache, teachers, …; "
-            "`pipeline init RECIPE` writes one to begin with"
+            f"{path} must be a mapping with the sections corpus, cache, teachers, …; `pipeline "
+            "init RECIPE` writes one to start from"
         )
     for override in overrides or []:
         set_value(values, override)
@@ -299,11 +311,11 @@ def read_values(path: str | Path, overrides: list[str] | None = None) -> dict[st
 def configure_stage(
     config: RunConfig, stage: StageConfig, directories: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """Return the whole configuration of one stage; ``directories`` by stage name for references.
+    """Return the whole configuration of one stage. ``directories``: by stage name, for references.
 
-    Raises InputError, naming the stage, for an unknown key or a bad value.
+    Raise InputError, naming the stage, for an unknown key or a bad value.
     """
-    # Only what was given: a default may be another one beside what the stage sets.
+    # Only the given values: a default may differ beside what the stage sets.
     values = config.model_dump(
         mode="json", by_alias=True, exclude_unset=True, exclude={"stages": True}
     )
@@ -317,19 +329,19 @@ def configure_stage(
 
 
 def dump_config(config: Settings) -> str:
-    """Write the resolved configuration of a run or a cycle as YAML, loadable again."""
+    """Return the resolved configuration of a run or a cycle as YAML that can be loaded again."""
     values = config.model_dump(mode="json", by_alias=True)
     return dump_yaml(values)
 
 
-# --- stages: what they may be called, and what "{first}" in them stands for -----------------------
+# --- stages: allowed names, and what "{first}" in them stands for -------------------------------
 
 
 def check_stages(stages: Sequence[StageConfig]) -> None:
     """Raise InputError for two stages of one name, and for a reference to no earlier stage."""
     earlier: list[str] = []
     for stage in stages:
-        name = stage.name.casefold()  # some file systems do not tell them apart
+        name = stage.name.casefold()  # some file systems do not distinguish upper and lower case
         if name == "stages.json":
             raise InputError(f"a stage cannot be called {stage.name!r}: a file has that name")
         if name in (other.casefold() for other in earlier):
@@ -352,17 +364,17 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
 
 
 def references(value: object) -> list[str]:
-    """Return the names in braces in ``value``'s strings, each once, in the order they stand."""
+    """Return the names in braces in ``value``'s strings, each once, in order."""
     return list(dict.fromkeys(n for text in strings_in(value) for n in _REFERENCE.findall(text)))
 
 
 def with_directories(value: Any, directories: Mapping[str, str]) -> Any:
-    """Return ``value`` with the directories for the references in its strings; unknown ones
-    stay.
+    """Return ``value`` with references in its strings replaced by directories; unknown
+    ones stay.
     """
     return with_strings(value, partial(_REFERENCE.sub, lambda m: directories.get(m[1], m[0])))
 
 
 def fill_template(template: str, text: str, label: str) -> str:
-    """The template with its placeholders filled; braces in ``text`` stay as they are."""
+    """Fill in the template's placeholders; braces in ``text`` stay unchanged."""
     return _REFERENCE.sub(lambda found: {"text": text, "label": label}[found[1]], template)

@@ -1,8 +1,8 @@
-"""What reaches a terminal. Texts, labels, names and paths come from outside, and may hold what
-rings, moves, colours or turns around what is shown: they are shown escaped, which is done here.
+"""Escape what reaches a terminal. Texts, labels, names and paths come from outside; their control
+characters could ring, move the cursor, or change colours and direction.
 
-All that goes to stdout passes ``EscapedStream``; stderr, on which rich and tqdm draw bars, gets
-what ``say``, the log and ``progress`` send there. Files and JSON have every text as it is.
+Everything sent to stdout passes ``EscapedStream``. stderr, on which rich and tqdm draw bars, gets
+only what ``say``, the log and ``progress`` send. Files and JSON keep every text unchanged.
 """
 
 import codecs
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-# C0 but tab and line feed, DEL and C1; marks that turn the direction, separators of lines.
-# What an older console has instead of a letter of print that its encoding lacks.
+# C0 except tab and line feed, DEL and C1; direction marks and line separators. Replacements for
+# printable letters that an older console's encoding lacks.
 _PLAIN = str.maketrans(
     {"─": "-", "–": "-", "−": "-", "—": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "≠": "!="}
     | {"≤": "<=", "≥": ">=", "→": "->", "Δ": "d", "τ": "tau", "μ": "mu", "λ": "lambda"}
@@ -25,17 +25,19 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 
 def escaped(text: str) -> str:
-    """``text`` with its control characters as Python writes them: ``\\x1b``, ``\\u202e``."""
+    r"""Escape control characters as Python writes them: ``\\x1b``, ``\\u202e``."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def in_line(text: str) -> str:
-    """``escaped``, and neither tab nor line feed, for a cell or a name within a line."""
+    """Return ``escaped`` text with tabs and line feeds escaped too, for a cell or a name
+    in a line.
+    """
     return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:
-    """What is written for letters that the encoding of a stream lacks: others, or their numbers."""
+    """Return the replacement for letters missing from a stream's encoding: others, or escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end].translate(_PLAIN)
@@ -47,19 +49,19 @@ codecs.register_error(PLAINLY, _plainly)
 
 
 def as_written(text: str) -> str:
-    """The text as stdout will have it: with other letters where its encoding lacks some."""
+    """Return the text as stdout will show it, with replacements for letters its encoding lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, PLAINLY).decode(encoding)
 
 
 def say(text: str) -> None:
-    """One message on stderr."""
+    """Print one message to stderr."""
     print(escaped(text), file=sys.stderr)
 
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Escape what is printed within the block; what an encoding lacks is escaped, too."""
+    """Within the block, escape what is printed, and replace letters the encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=PLAINLY)
@@ -73,7 +75,7 @@ def terminal() -> Iterator[None]:
 
 
 def log_to_stderr(level: int, lead: str = "") -> None:
-    """Send the log of this process to stderr, escaped, each message after ``lead``."""
+    """Send this process's log to stderr, escaped, with ``lead`` before each message."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Escaped(lead.replace("%", "%%") + "%(message)s"))
     log = logging.getLogger("rekindle")
@@ -82,17 +84,17 @@ def log_to_stderr(level: int, lead: str = "") -> None:
 
 
 class EscapedStream:
-    """Escapes what is written to a text stream; rich, which colours help, writes past it."""
+    """Escapes what is written to a text stream. rich bypasses it, because it needs colours."""
 
     def __init__(self, raw: TextIO):
-        self.rich_proxied_file = raw  # the name by which rich finds it
+        self.rich_proxied_file = raw  # the attribute by which rich finds it
 
     def write(self, text: str) -> int:
-        """Write the text escaped."""
+        """Write the text, escaped."""
         return self.rich_proxied_file.write(escaped(text))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "buffer":  # click would write past this to a console that is ASCII
+        if name == "buffer":  # click would use it to bypass this on an ASCII console
             raise AttributeError(name)
         return getattr(self.rich_proxied_file, name)
 

@@ -1,10 +1,10 @@
-"""The demo: a cycle, demo.yaml, on text that every Python carries, without downloads.
+"""The demo: run the cycle demo.yaml on text that every Python installation has, without downloads.
 
-    OUT/demo.json    which demo it is
-    OUT/made/        passages, labelled tasks, and the start model, from nothing
-    OUT/…            the cycle, see cycle/run.py
+  OUT/demo.json    identifies the demo
+  OUT/made/        passages, labelled tasks, and the start model, made from nothing
+  OUT/…            the cycle, see cycle/run.py
 
-A masked-LM teacher stands in the cache beside the experts; it teaches nobody, and is there for
+The cache also holds a masked-LM teacher beside the experts. It teaches nobody; it is there for
 ``pipeline inspect`` to show.
 """
 
@@ -30,30 +30,32 @@ from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.record.run_folder import goes_on, open_folder, read_record
 
-DEMO_FILE = "demo.json"  # marks the directory of a demo, and says which one
+DEMO_FILE = "demo.json"  # marks the directory of a demo, and identifies it
 WRITER = "rekindle demo"
 MADE = "made"
 LM = "base-lm"  # the start model as a masked-LM teacher
-SHOWN = tuple(task for task in TASKS if task.name in ("part", "kind"))  # both of single passages
+# both classify single passages
+SHOWN = tuple(task for task in TASKS if task.name in ("part", "kind"))
 _ONE_SEED = (
-    "One seed (--quick) says nothing of chance: `pipeline demo` scores five, and shows the interval"
+    "One seed (--quick) says nothing about chance: `pipeline demo` scores five, and shows the "
+    "interval"
 )
 
 _ONE_STUDENT = (
-    "The seeds are fine-tunings of one student of each kind: how much another pre-training would "
-    "change is in no interval"
+    "The seeds are fine-tunings of one student of each kind: no interval covers how much another "
+    "pre-training would change"
 )
 
 
 class DemoSettings(Settings):
-    """How large a demo is."""
+    """The size of a demo."""
 
     vocabulary: int
-    documents: int | None  # of the unlabelled corpus, at most
+    documents: int | None  # maximum of the unlabelled corpus
     sizes: TaskSizes
-    base: Mapping[str, int | float]  # of the start model's `train` section
-    overrides: tuple[str, ...] = ()  # of the cycle's file, as --set has them
-    about: str = ""  # what the report says besides
+    base: Mapping[str, int | float]  # for the start model's `train` section
+    overrides: tuple[str, ...] = ()  # for the cycle's file, as with --set
+    about: str = ""  # added to the report's description
 
 
 FULL = DemoSettings(
@@ -81,13 +83,13 @@ QUICK = DemoSettings(
 
 
 def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
-    """Run what is not finished of the demo in ``out``; returns what came out.
+    """Run what is not finished of the demo in ``out``; return the results.
 
-    Raises InputError for an ``out`` that holds something else, another demo included.
+    Raise InputError if ``out`` holds something else, including another demo.
     """
     settings = QUICK if quick else FULL
     home = Path(os.path.abspath(out))
-    # The corpus is that of this Python: its documentation differs from one version to the next.
+    # The corpus belongs to this Python: its documentation differs between versions.
     about = {
         "written_by": WRITER,
         "python": platform.python_version(),
@@ -96,7 +98,7 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
     with open_folder(home, lambda: _look(home, about)):
         write_json(home / DEMO_FILE, about)
         _make_start(home, settings, progress)
-    # A thread each: what comes out is then the same whatever the number of cores.
+    # One thread each, so that results do not depend on the number of cores.
     places = [Place(None, 1)] * min(cores(), MOST_WORKERS)
     beside = (DEMO_FILE, MADE, "cache")
     config = cycle_config(home, settings)
@@ -104,7 +106,7 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
 
 
 def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
-    """The cycle: students of the start model, with and without the tasks' experts."""
+    """Return the cycle: students of the start model, with and without the tasks' experts."""
     values = read_values(Path(__file__).with_suffix(".yaml"), list(settings.overrides))
     values["about"] = f"{values['about']}{settings.about}"
     return parse_settings(CycleConfig, with_directories(values, {"out": str(home)}), "the demo")
@@ -121,11 +123,11 @@ def _look(home: Path, about: Mapping[str, object]) -> None:
 
 
 def closing_lines(results: CycleResults) -> list[str]:
-    """What came of the primary comparison, and of how many seeds that is."""
+    """Return the result of the primary comparison, with its number of seeds."""
     if (primary := results.primary) is None:
         return []
     place = f"the mean over {len(results.tasks)} tasks"
-    lines = [f"what guidance has changed on test, on {place}, in points of 100:"]
+    lines = [f"what guidance changed on test, on {place}, in points of 100:"]
     seeds = 1
     for one in primary.differences:
         told = f"  {one.arm} over {one.against}: {100 * one.mean:+.2f}"
@@ -140,7 +142,7 @@ def closing_lines(results: CycleResults) -> list[str]:
 
 
 def _make_start(home: Path, settings: DemoSettings, progress: Progress) -> None:
-    """The text, the tasks, and the start model, pre-trained on that text."""
+    """Make the text, the tasks, and the start model, pre-trained on that text."""
     made = home / MADE
     warm_up()  # while the documents are read
     if not (made / "corpus.jsonl").exists():
@@ -156,7 +158,7 @@ def _make_start(home: Path, settings: DemoSettings, progress: Progress) -> None:
 
 
 def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
-    """What makes the start model: its tokenizer, its training, and what it says of the text."""
+    """Return the jobs for the start model: its tokenizer, its training, and its targets."""
     model, base, cached = made / "model", made / "base", made / "cached.json"
     bert = SETTINGS.bert | {"max_position_embeddings": SETTINGS.sequence_length}
     shape = (made / "corpus.jsonl", model, settings.vocabulary, bert)
@@ -169,8 +171,8 @@ def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
 
 
 def start_config(home: Path, settings: DemoSettings) -> RunConfig:
-    """The run that trains the start model, on the cycle's text and cache, and then has it as a
-    teacher.
+    """Return the run that trains the start model on the cycle's text and cache, and then uses it as
+    a teacher.
     """
     made, cycle = home / MADE, cycle_config(home, settings)
     targets = {"kind": "topk", "k": 16, "temperatures": [1.0]}

@@ -1,5 +1,5 @@
-"""What this machine has: versions, devices, which implementation of the loss runs; and whether a
-run will find what it needs.
+"""Report what this machine has (versions, devices, the loss implementation), and whether a run will
+find what it needs.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from rekindle.train.record.room import free_near
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, str]:
-    """Facts by name, in the order they are shown; of the run of ``config`` too, where it is given.
+    """Return facts by name, in display order; with ``config``, also about that run.
 
-    Raises InputError as ``plan_run`` does.
+    Raise InputError as ``plan_run`` does.
     """
     facts = package_versions()
     if torch.cuda.is_available():
@@ -39,9 +39,9 @@ def diagnose(config: RunConfig | None = None) -> dict[str, str]:
 
 
 def kernel_choice() -> str:
-    """Which implementation ``impl="auto"`` takes here, and why."""
+    """Return which implementation ``impl="auto"`` chooses here, and why."""
     if not torch.cuda.is_available():
         return "torch, in bounded blocks: there is no CUDA device"
     if not TRITON_INSTALLED:
         return "torch, in bounded blocks: the package triton is not installed"
-    return "triton; for targets of the whole vocabulary torch, in bounded blocks"
+    return "triton; for targets over the whole vocabulary torch, in bounded blocks"

@@ -1,8 +1,8 @@
-"""How the process of a command ends: the exit code, one message, and which process says it.
+"""How a command's process ends: its exit code, its message, and which process prints it.
 
-Nothing heavy is imported, and nothing here knows a command. Under torchrun a process that failed
-ends at once: the others may wait for it, and a thread of gloo that still holds a tensor at the
-interpreter's own end would abort.
+Imports nothing heavy and knows no command. Under torchrun a process that failed exits at once: the
+others may wait for it, and a gloo thread that still holds a tensor would abort at the interpreter's
+exit.
 """
 
 import errno
@@ -29,14 +29,14 @@ INTERRUPTED = 130  # exit code
 
 
 def is_main() -> bool:
-    """Whether this is the only process, or torchrun's first."""
+    """Return whether this is the only process, or torchrun's first."""
     return not one_of_many() or launched().rank == 0
 
 
 def leave(code: int) -> NoReturn:
     """Exit at once: threads that still compute or read ahead have nothing to save.
 
-    What was to be uploaded is removed all the same.
+    Files waiting for upload are still removed.
     """
     tidy_up()
     sys.stdout.flush()
@@ -45,7 +45,7 @@ def leave(code: int) -> NoReturn:
 
 
 def tidy_up() -> None:
-    """Remove what was to be uploaded to a store; the interpreter's own end does it elsewhere."""
+    """Remove files waiting for upload to a store; elsewhere the interpreter's exit does it."""
     if "rekindle.data.storage.store" in sys.modules:
         from rekindle.data.storage.uploads import remove_uploads
 
@@ -53,16 +53,15 @@ def tidy_up() -> None:
 
 
 def by_itself() -> None:
-    """What is known of a command that goes on without --resume before it has looked: nothing."""
+    """Say nothing yet: a command that resumes without --resume has not looked."""
 
 
 @contextmanager
 def resumable(resumed: Callable[[], bool | None] = by_itself) -> Iterator["Progress"]:
-    """Show progress; an interrupt, or what ran out, ends with what is kept and the line that goes
-    on. ``resumed``: whether that line needs --resume, for there is something to go on with; or
-    ``by_itself``.
+    """Show progress. On an interrupt, or lack of space, say what is kept and which line continues.
 
-    Results are printed after the block: until then the terminal is that of the bars.
+    ``resumed``: whether that line needs --resume because there is something to continue, or
+    ``by_itself``. Print results after the block: until then the bars own the terminal.
     """
     from rekindle.pipeline.progress import Progress
 
@@ -76,9 +75,9 @@ def resumable(resumed: Callable[[], bool | None] = by_itself) -> Iterator["Progr
 
 @contextmanager
 def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterator[None]:
-    """End on Ctrl-C and SIGTERM at once, with what is kept and the line that goes on.
+    """End at once on Ctrl-C and SIGTERM, saying what is kept and which line continues.
 
-    ``resumed``: as for ``resumable``; also the word for that line, where the interrupt has none.
+    ``resumed``: as for ``resumable``; it also chooses the wording if the interrupt says nothing.
     """
     try:
         yield
@@ -98,7 +97,7 @@ def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterato
 
 
 def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
-    """The line that goes on with this command: as it was typed, and with further ``settings``."""
+    """Return the line that continues this command: as typed, with further ``settings``."""
     typed = sys.argv[1:]
     more = ["--resume"] if resumed and "--resume" not in typed else []
     more += [part for setting in settings for part in ("--set", setting)]
@@ -108,15 +107,15 @@ def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
 
 
 def line_with(option: str) -> str:
-    """The line that was typed, with one option more."""
+    """Return the line that was typed, with one more option."""
     return shlex.join(["pipeline", *sys.argv[1:], option])
 
 
 @contextmanager
 def usage_as_input_errors() -> Iterator[None]:
-    """Make an InputError of what is wrong with the line itself: an unknown option, say.
+    """Turn errors in the command line itself, such as an unknown option, into InputError.
 
-    Those are click's errors, which typer carries with it or not: they are known by what they have.
+    These are click's errors, which typer may bundle: they are recognized by their attributes.
     """
     try:
         yield
@@ -129,17 +128,17 @@ def usage_as_input_errors() -> Iterator[None]:
         raise InputError(f"{text}. `{typed} --help` shows what may be given") from None
 
 
-# What to do, by what the system says of a file.
+# Advice for the system's file errors.
 _ADVICE = {
-    errno.EEXIST: "a file of that name stands where a folder is needed; give another place",
-    errno.ENOTDIR: "a file stands where a folder is needed; give another place",
-    errno.EISDIR: "a folder stands where a file is needed; give the path of a file",
-    errno.ENOENT: "give the path of what is there",
-    errno.EACCES: "give a place that may be read and written, or change its permissions",
-    errno.EPERM: "give a place that may be read and written, or change its permissions",
-    errno.EROFS: "give a place that may be written",
-    errno.ENOSPC: "make room on that disk, and give the same line again",
-    errno.EDQUOT: "make room within the quota, and give the same line again",
+    errno.EEXIST: "a file of that name exists where a folder is needed; give another place",
+    errno.ENOTDIR: "a file exists where a folder is needed; give another place",
+    errno.EISDIR: "a folder exists where a file is needed; give the path of a file",
+    errno.ENOENT: "give the path of something that exists",
+    errno.EACCES: "give a place you may read and write, or change its permissions",
+    errno.EPERM: "give a place you may read and write, or change its permissions",
+    errno.EROFS: "give a place that can be written",
+    errno.ENOSPC: "make room on that disk, and run the same line again",
+    errno.EDQUOT: "make room within the quota, and run the same line again",
     errno.EFBIG: "give a place on a file system (or under a `ulimit -f`) for files of that size",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.ELOOP: "a symbolic link leads back to itself; give the place itself",
@@ -149,10 +148,10 @@ _ADVICE = {
 
 @contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
-    """What a user can cause becomes one message and an exit code; our bugs keep their traceback.
+    """Turn what a user can cause into one message and an exit code; our bugs keep their traceback.
 
-    A job that is told to end (SIGTERM, as schedulers do) ends as by Ctrl-C. Not under torchrun,
-    which ends processes that way when one has failed: they may wait for it for ever.
+    SIGTERM, which schedulers send, counts as Ctrl-C. Not under torchrun, which ends processes that
+    way after one has failed: they may wait for it for ever.
     """
     main = threading.current_thread() is threading.main_thread() and not one_of_many()
     before = signal.getsignal(signal.SIGTERM)
@@ -172,7 +171,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         if error.errno is None or (error.filename is None and not full):
             raise
         where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
-        advice = _ADVICE.get(error.errno, "see whether that disk and its mount are sound")
+        advice = _ADVICE.get(error.errno, "check that the disk and its mount are sound")
         say(f"error: {where}: {error.strerror}; {advice}")
         _fail(2)
     finally:
@@ -187,8 +186,8 @@ def _fail(code: int) -> NoReturn:
 
 
 def _speaks() -> bool:
-    """Whether an error is this process's to tell: under torchrun, what goes wrong before the
-    processes have joined goes wrong in all of a machine's, and the first one says it.
+    """Return whether this process reports an error. Under torchrun, an error before the processes
+    have joined happens in all processes of a machine, and the first one reports it.
     """
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_initialized()

@@ -1,8 +1,8 @@
-"""The recipes: commented run files, one per method, that ``pipeline init`` hands out.
+"""Recipes: commented run files, one per method, written by ``pipeline init``.
 
-A recipe is a YAML file in the folder ``recipes`` and nothing else: its first comment line says what
-it is for, and the comment lines above its first key that begin with ``pipeline`` are the commands
-to run it. Reads no configuration and imports nothing heavy.
+A recipe is just a YAML file in the folder ``recipes``. Its first comment line says what it is for;
+the comment lines above its first key that begin with ``pipeline`` are the commands to run it. Reads
+no configuration and imports nothing heavy.
 """
 
 import os
@@ -14,17 +14,17 @@ from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.storage.atomic import write_bytes
 
 FOLDER = Path(__file__).parent / "recipes"
-RUN_FILE = "run.yaml"  # what the commands in a recipe call it
+RUN_FILE = "run.yaml"  # its name in the commands of a recipe
 
 
 def recipes() -> dict[str, str]:
-    """The purpose of every recipe, by name."""
+    """Return the purpose of every recipe, by name."""
     names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     return {name: next(_head(_text(name)), "") for name in names}
 
 
 def read_recipe(name: str) -> str:
-    """The text of a recipe. Raises InputError for an unknown one, with the nearest name."""
+    """Return the text of a recipe. Raise InputError for an unknown one, with the nearest name."""
     known = list(recipes())
     if name not in known:
         hint = did_you_mean(name, known)
@@ -33,9 +33,9 @@ def read_recipe(name: str) -> str:
 
 
 def write_recipe(name: str, out: Path) -> list[str]:
-    """Write a recipe to a new file; returns the commands that run it.
+    """Write a recipe to a new file; return the commands that run it.
 
-    Raises InputError for an unknown recipe, and for a file that exists: it is left as it is.
+    Raise InputError for an unknown recipe, and for an existing file, which is left alone.
     """
     text = read_recipe(name)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +49,13 @@ def write_recipe(name: str, out: Path) -> list[str]:
 
 
 def commands(text: str, run_file: Path) -> list[str]:
-    """The commands of a recipe's head, for a run file of this name."""
+    """Return the commands at the top of a recipe, for a run file of this name."""
     found = [line for line in _head(text) if line.startswith("pipeline ")]
     return [line.replace(RUN_FILE, shlex.quote(str(run_file))) for line in found]
 
 
 def _head(text: str) -> Iterator[str]:
-    """The comment lines a recipe begins with."""
+    """Yield the comment lines at the top of a recipe."""
     for line in text.splitlines():
         if not line.startswith("#"):
             return
@@ -63,4 +63,4 @@ def _head(text: str) -> Iterator[str]:
 
 
 def _text(name: str) -> str:
-    return (FOLDER / f"{name}.yaml").read_bytes().decode()  # the ends of its lines as they are
+    return (FOLDER / f"{name}.yaml").read_bytes().decode()  # with its line ends unchanged

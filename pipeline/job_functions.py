@@ -1,8 +1,7 @@
-"""The functions of jobs: each does what a command of the pipeline does, and reports its steps.
+"""Functions of jobs: each does what a command of the pipeline does, and reports its steps.
 
-``fine_tune`` takes, of the settings that ``search`` has tried, those that are best on dev.
-
-torch is imported within the functions only: the process that starts the jobs has no use for it.
+``fine_tune`` uses the settings that ``search`` found best on dev. torch is imported only inside the
+functions: the process that starts the jobs does not need it.
 """
 
 import json
@@ -21,14 +20,14 @@ from rekindle.train.finetune.config import FinetuneConfig
 
 
 def train(config_file: Path, out: Path, report: Report) -> None:
-    """``pipeline train-student --resume``."""
+    """Run ``pipeline train-student --resume``."""
     from rekindle.pipeline.train_student import train_from_config
 
     train_from_config(load_config(config_file), out, resume=True, progress=StepReports(report))
 
 
 def pretrain(config_file: Path, out: Path, report: Report) -> None:
-    """``pipeline cache-teachers`` without teachers, for corpus and masks; then ``train``."""
+    """Run ``pipeline cache-teachers`` without teachers, for corpus and masks; then ``train``."""
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
 
     cache_teachers(load_config(config_file).model_copy(update={"teachers": ()}))
@@ -36,8 +35,9 @@ def pretrain(config_file: Path, out: Path, report: Report) -> None:
 
 
 def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) -> None:
-    """``pipeline cache-teachers`` of the teachers ``only`` (none named: all of the file): what
-    is missing of them, so that an interrupted one goes on. ``marker`` says that it is done.
+    """Run ``pipeline cache-teachers`` for the teachers ``only`` (empty: all of the file).
+
+    Makes only what is missing, so an interrupted job continues. ``marker`` is written at the end.
     """
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
 
@@ -47,8 +47,8 @@ def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) 
 
 
 def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Report) -> None:
-    """Count the records of a cached text that hold a text of ``tests``, and those that were left
-    out for it; neither where the text is gone.
+    """Count the records of a cached text that contain a text of ``tests``, and those left out for
+    that reason; neither if the text is gone.
     """
     from rekindle.data.corpus.corpus import Corpus
     from rekindle.data.source.documents import read_documents
@@ -75,8 +75,9 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
 
 
 def save_start(model: str, out: Path, report: Report) -> None:
-    """``model`` as a masked LM, which is how students take it over: without a pooler or a
-    classifier's head that it may have, so that no arm has a better start than another.
+    """Save ``model`` as a masked LM, as students start from it.
+
+    A pooler or classifier's head is dropped, so that no arm starts better than another.
     """
     import torch
 
@@ -86,7 +87,7 @@ def save_start(model: str, out: Path, report: Report) -> None:
 
     directory = resolve_model(model)
     with new_folder(out) as staging:
-        torch.manual_seed(0)  # of a missing LM head, which no classifier uses
+        torch.manual_seed(0)  # for a missing LM head, which no classifier uses
         load_language_model(directory, "masked_lm").save_pretrained(staging)
         load_tokenizer(str(tokenizer_folder(directory))).save(staging)
 
@@ -95,7 +96,7 @@ def save_start(model: str, out: Path, report: Report) -> None:
 class FineTuning:
     """One or more fine-tunings of the model in a directory, on the files in a ``task``'s folder.
 
-    ``keep_every``: the model of every seed stays, where a committee is made of them.
+    ``keep_every``: keep the model of every seed, for a committee.
     """
 
     model: Path
@@ -107,8 +108,8 @@ class FineTuning:
 
 
 def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
-    """One point of a search: ``pipeline finetune`` without test; its scores alone are kept."""
-    tuned = one.out / "model"  # beside it a search that was interrupted has its finished seeds
+    """Run one point of a search: ``pipeline finetune`` without test. Only its scores are kept."""
+    tuned = one.out / "model"  # beside it, an interrupted search keeps its finished seeds
     if not (tuned / "metrics.json").exists():
         one.out.mkdir(parents=True, exist_ok=True)
         _finetune(one, tuned, config, report)
@@ -119,8 +120,10 @@ def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
 def fine_tune(
     one: FineTuning, tried: Sequence[tuple[FinetuneConfig, Path]], report: Report
 ) -> None:
-    """``pipeline finetune`` with those of the settings ``tried`` whose mean score on dev, in the
-    metrics.json beside them, was best (the first of equals); test is scored for every seed.
+    """Run ``pipeline finetune`` with the settings in ``tried`` that scored best on dev.
+
+    The mean scores are in the metrics.json beside the settings; of equals, the first wins. Every
+    seed is scored on test.
     """
     config = tried[0][0]
     if len(tried) > 1:
@@ -150,11 +153,11 @@ def _finetune(
 
 
 def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
-    """Score the head that a student's experts on a task have left it, on dev and test, as
-    ``pipeline evaluate`` does; nothing is trained. The one of ``seeds`` is the student's number.
+    """Score on dev and test the head that a task's experts left in a student, as ``pipeline
+    evaluate`` does, without training. ``seeds`` holds the student's number.
 
-    ``config`` says what the files mean, and how long a text may be. Raises InputError where the
-    student in ``one.model`` has no such head, or several.
+    ``config`` says what the files mean, and how long a text may be. Raise InputError if the student
+    in ``one.model`` has no such head, or several.
     """
     from rekindle.train.answers.score import score_model
     from rekindle.train.student import saved_heads
@@ -164,8 +167,8 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     heads = [name for name in there if _is_of(name, task)]
     if len(heads) != 1:
         raise InputError(
-            f"{one.model} has the heads {', '.join(there)} for the task {task}, where one of it is "
-            "to be scored"
+            f"{one.model} has the heads {', '.join(there)} for the task {task}, and exactly one "
+            "can be scored"
         )
     train, dev, test = (str(one.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     score_model(
@@ -179,5 +182,7 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
 
 
 def _is_of(head: str, task: str) -> bool:
-    """Whether a head is that of the expert on ``task``, or of several seeds of it (TASK.0, …)."""
+    """Return whether a head belongs to the expert on ``task``, or to several seeds of it (TASK.0,
+    …).
+    """
     return all(re.fullmatch(rf"{re.escape(task)}(\.\d+)?", name) for name in head.split("+"))

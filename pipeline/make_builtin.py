@@ -1,7 +1,7 @@
-"""Makes the built-in models that are missing; run by ``builtin.missing`` as a process of its own.
+"""Make the missing built-in models; ``builtin.missing`` runs this as a separate process.
 
-What is begun stands in a folder of its own until it is whole, and a lock lets one process at a time
-make anything: a second one waits, and then finds it made.
+Unfinished work is in its own folder, and a lock lets only one process work: a second one waits, and
+then finds the result.
 """
 
 import logging
@@ -41,7 +41,7 @@ from rekindle.train.finetune.config import FixedBudget
 from rekindle.train.record.run_folder import alone_in
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
-_BEGUN = ".begun-"  # what the folders of unfinished work begin with
+_BEGUN = ".begun-"  # prefix of the folders of unfinished work
 _TOKENIZER_FILES = "*token*.json"
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _TOKENIZER_FILES)
 
@@ -52,9 +52,9 @@ def make(names: Sequence[str], progress: Progress) -> None:
     own = [name.removeprefix(PREFIX) for name in names]
     models = with_what_they_need([name for name in own if name in MODELS])
     with alone_in(where, wait=True) as alone:
-        for left in where.glob(f"{_BEGUN}*") if alone else ():  # by a process that was killed
+        for left in where.glob(f"{_BEGUN}*") if alone else ():  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
-        # Not alone, two processes do the same, harmlessly.
+        # Without the lock, two processes do the same work, harmlessly.
         with TemporaryDirectory(prefix=_BEGUN, dir=where, ignore_cleanup_errors=True) as temporary:
             begun = Path(temporary)
             if any(not (where / name).exists() for name in models):
@@ -70,7 +70,7 @@ def make(names: Sequence[str], progress: Progress) -> None:
 
 
 def with_what_they_need(models: Sequence[str]) -> list[str]:
-    """``models`` in the order in which they can be made, what they start from included."""
+    """Return ``models`` with what they start from, in an order in which they can be made."""
     found: dict[str, None] = {}
     for name in models:
         found |= dict.fromkeys((*with_what_they_need(needs(name)), name))
@@ -78,7 +78,7 @@ def with_what_they_need(models: Sequence[str]) -> list[str]:
 
 
 def needs(name: str) -> tuple[str, ...]:
-    """The built-in that a model starts from."""
+    """Return the built-in that a model starts from."""
     if name == "tokenizer":
         return ()
     from_bert = name.startswith("expert-") or name.removeprefix("bert-") in DOMAINS
@@ -87,7 +87,7 @@ def needs(name: str) -> tuple[str, ...]:
 
 
 def _appear(begun: Path, out: Path) -> None:
-    """Give what is whole its name; where another process was first, its work stays."""
+    """Give finished work its name; if another process was first, its result stays."""
     if not out.exists():
         publish_folder(begun, out)
 
@@ -96,7 +96,7 @@ def _appear(begun: Path, out: Path) -> None:
 
 
 def job_of(name: str, where: Path, begun: Path) -> Job:
-    """The job that makes a model in ``begun`` and puts it into ``where``."""
+    """Return the job that makes a model in ``begun`` and moves it to ``where``."""
     make_it, steps = _recipe_of(name, where)
     out = where / name
     return Job(
@@ -115,10 +115,10 @@ def _make_and_show(make_it: Recipe, begun: Path, out: Path, report: Report) -> N
 
 
 def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
-    """What makes a model in ``out``, and in how many steps."""
+    """Return the function that makes a model in ``out``, and its number of steps."""
     settings, corpus = SETTINGS, documents_file(where, CORPUS)
     tokenizer, bert, train = where / "tokenizer", where / "bert", settings.pretrain
-    if name == "tokenizer":  # and bert's configuration
+    if name == "tokenizer":  # also bert's configuration
         config = settings.bert | {"max_position_embeddings": settings.positions}
         return partial(make_model, corpus, vocabulary=settings.vocabulary, config=config), 1
     if name.endswith("-larger"):
@@ -143,7 +143,7 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
 def write_untrained(
     tokenizer: Path, kind: str, values: Mapping[str, object], out: Path, report: Report
 ) -> None:
-    """A configuration and the tokenizer, without weights."""
+    """Write a configuration and the tokenizer, without weights."""
     from transformers import BertConfig, GPT2Config
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -153,7 +153,7 @@ def write_untrained(
     if kind == "bert":
         config = BertConfig(max_position_embeddings=SETTINGS.positions, **shared, **values)
     else:
-        # A text begins with [CLS] and ends with [SEP] for this model, too.
+        # Texts begin with [CLS] and end with [SEP] for this model, too.
         ends = {"bos_token_id": known.prefix[0], "eos_token_id": known.suffix[-1]}
         config = GPT2Config(n_positions=SETTINGS.positions, **shared, **ends, **values)
     config.save_pretrained(out)
@@ -161,7 +161,7 @@ def write_untrained(
 
 
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
-    """A causal language model from scratch."""
+    """Pre-train a causal language model from scratch."""
     untrained = out.with_name("gpt2-untrained")
     write_untrained(tokenizer, "gpt2", SETTINGS.gpt2, untrained, Report())
     student = {"model": str(untrained), "from_scratch": True, "task": "causal_lm"}
@@ -171,7 +171,7 @@ def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> N
 def pretrain(
     student: Mapping[str, object], corpus: Path, train: dict[str, object], out: Path, report: Report
 ) -> None:
-    """Both stages without teachers, on a cache of its own that is thrown away; keep the model."""
+    """Run both stages without teachers, on a temporary cache; keep the model."""
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
     from rekindle.pipeline.train_student import train_from_config
 
@@ -184,7 +184,7 @@ def pretrain(
         },
         "cache": {
             "path": str(out.with_name(f"{out.name}-cache")),
-            "sequences_per_shard": MOST,  # as it is thrown away
+            "sequences_per_shard": MOST,  # temporary, so one shard will do
             "replicas": settings.replicas,
             "seed": settings.seed,
         },
@@ -201,7 +201,7 @@ def pretrain(
 
 
 def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
-    """An expert, as ``pipeline finetune`` makes it."""
+    """Fine-tune an expert as ``pipeline finetune`` does."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
     config = parse_settings(FixedBudget, values)
     one = job_functions.FineTuning(model, task, out, range(1))
@@ -212,7 +212,7 @@ def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
 
 
 def main() -> int:
-    """Make the names on the command line; what went wrong is said on stdout."""
+    """Make the names on the command line; errors go to stdout."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rekindle").setLevel(logging.INFO)
@@ -231,4 +231,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())  # whoever waits for it has no use for an orderly end of the interpreter
+    leave(main())  # the parent does not need an orderly end of the interpreter

@@ -1,4 +1,4 @@
-"""Put ``--set key.path=value`` into the plain values of a configuration."""
+"""Apply ``--set key.path=value`` to the plain values of a configuration."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def set_value(values: dict[str, object], override: str) -> None:
 
 
 def put_value(values: dict[str, object], path: str, value: object) -> None:
-    """Set the value at the dotted ``path``, in place; items of lists go by number or name."""
+    """Set the value at the dotted ``path``, in place; list items are chosen by number or name."""
     here: Any = values
     *above, last = path.strip().split(".")
     for part in above:
@@ -26,23 +26,25 @@ def put_value(values: dict[str, object], path: str, value: object) -> None:
         here = here[key]
     here[_key(here, last, path)] = value
     if above[-1:] == ["train"] and last in LENGTHS and value is not None:
-        for other in LENGTHS:  # a length in place of another one
+        for other in LENGTHS:  # a length replaces another one
             if other != last:
                 here.pop(other, None)
 
 
 def _key(here: object, part: str, path: str) -> str | int:
-    """Return what ``part`` of an override's path selects in ``here``; a mapping gets a new key."""
+    """Return the key that ``part`` of an override's path selects in ``here``; a mapping gets a new
+    key.
+    """
     if isinstance(here, list):
         return _index(here, part, path)
     if not isinstance(here, dict):
-        raise InputError(f"--set {path}: {part!r} lies below a plain value, {here!r}")
+        raise InputError(f"--set {path}: {part!r} is below a plain value, {here!r}")
     here.setdefault(part, None)
     return part
 
 
 def _index(here: list, part: str, path: str) -> int:
-    """Return the number of a list's item, given as a number or as the item's ``name``."""
+    """Return the index of a list item, given as a number or as the item's ``name``."""
     if part.isdecimal() and int(part) < len(here):
         return int(part)
     names = [item.get("name") if isinstance(item, dict) else None for item in here]
@@ -51,7 +53,7 @@ def _index(here: list, part: str, path: str) -> int:
     hint = did_you_mean(part, [str(name) for name in names if name])
     given = ", ".join([f"0 to {len(here) - 1}"] * bool(here) + [str(n) for n in names if n])
     raise InputError(
-        f"--set {path}: {part!r} is no item of a list of {len(here)}{hint} (there are: {given})"
+        f"--set {path}: {part!r} is not an item of a list of {len(here)}{hint} (there are: {given})"
         if here
-        else f"--set {path}: {part!r} is no item of an empty list; set the whole list"
+        else f"--set {path}: {part!r} is not an item of an empty list; set the whole list"
     )

@@ -1,4 +1,4 @@
-"""Plain values, dictionaries and lists in each other: walked, and made ready for JSON."""
+"""Walk plain values (nested dictionaries and lists) and prepare them for JSON."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def values_in(value: object) -> Iterator[object]:
-    """Yield the value and all values inside it, without keys, in the order in which they stand."""
+    """Yield the value and all values inside it, without keys, in order."""
     yield value
     if isinstance(value, Mapping | list | tuple):
         for inside in value.values() if isinstance(value, Mapping) else value:
@@ -32,7 +32,7 @@ def with_strings(value: Any, change: Callable[[str], str], leave: str | None = N
 
 
 def for_json(value: object) -> object:
-    """Return a copy as JSON takes it: arrays are lists, and what is no finite number is null."""
+    """Return a copy for JSON: arrays become lists, and numbers that are not finite become null."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -1,5 +1,5 @@
-"""Progress of long work, on stderr: bars on a terminal; elsewhere a line a minute for each task,
-even one that says nothing, and one when it is finished.
+"""Progress of long work on stderr: bars on a terminal; elsewhere a log line per minute for each
+task, even a silent one, and one when it finishes.
 """
 
 import logging
@@ -19,17 +19,17 @@ from rekindle.pipeline.console import in_line
 
 log = logging.getLogger("rekindle")
 
-LINE_EVERY = 60.0  # seconds, where there is no terminal
-TICK = 15.0  # seconds between two looks at what was said
-SILENCE = LINE_EVERY + TICK  # seconds after which a task that says nothing is said to be at work
+LINE_EVERY = 60.0  # seconds, without a terminal
+TICK = 15.0  # seconds between checks for silent tasks
+SILENCE = LINE_EVERY + TICK  # seconds after which a silent task gets a line
 Show = Callable[["ProgressTask", str | None], None]
 
 
 class ProgressTask:
     """One line of progress: drawn, logged now and then, or only counted.
 
-    ``show`` is called at each change with the task and the note, if there is a new one. ``unit`` is
-    empty where nothing is counted: the work is going on, or done.
+    ``show`` is called at each change with the task and the note, if there is a new one. An empty
+    ``unit`` means that nothing is counted: the work is running or done.
     """
 
     def __init__(self, name: str, unit: str, total: int | None = None, show: Show | None = None):
@@ -40,13 +40,13 @@ class ProgressTask:
         self._show: Show = show or (lambda task, note: None)
 
     def begin(self, done: int) -> None:
-        """Measure speed from now on; ``done`` units were there before."""
+        """Measure speed from now on; ``done`` units existed before."""
         self.done = self.before = done
         self.started = time.monotonic()
         self._show(self, None)
 
     def expect(self, total: int | None) -> None:
-        """Take ``total`` units for all there are, once that is known."""
+        """Set the ``total`` number of units, once it is known."""
         self.total = total
         self.begin(self.done)
 
@@ -62,10 +62,10 @@ class ProgressTask:
         self._show(self, text)
 
     def rates(self) -> str:
-        """Say units per second, tokens per second and bytes so far; as far as they are known."""
+        """Return units per second, tokens per second and bytes so far, as far as they are known."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         made, parts = self.done - self.before, list[str]()
-        if made > 1 and self.unit:  # one is no rate
+        if made > 1 and self.unit:  # one unit gives no rate
             parts.append(f"{made / seconds:,.1f} {self.unit}/s")
         if "tokens" in self.counts:
             parts.append(f"{self.counts['tokens'] / seconds:,.0f} tokens/s")
@@ -74,7 +74,7 @@ class ProgressTask:
         return " · ".join(parts)
 
     def counted(self) -> str:
-        """Say how many units are done, of how many; nothing where none are counted."""
+        """Return how many units are done, of how many; empty if none are counted."""
         if not self.unit:
             return ""
         one = self.unit.removesuffix("s")
@@ -84,19 +84,19 @@ class ProgressTask:
 
 
 class _Lines:
-    """The lines of a task in the log: one a minute; for who gives notes, at these alone."""
+    """The log lines of a task: one per minute, or only at notes if the task gives notes."""
 
     def __init__(self) -> None:
         self.said, self.note = time.monotonic(), ""
 
     def show(self, task: ProgressTask, note: str | None) -> None:
-        """Log a line, unless there was one a moment ago."""
+        """Log a line, unless the last one is recent."""
         self.note = note or self.note
         if time.monotonic() - self.said >= LINE_EVERY and not (self.note and note is None):
             self.tell(task)
 
     def tell(self, task: ProgressTask) -> None:
-        """Log a line: how far it is, its note or its rates, and what is left."""
+        """Log a line: how far the task is, its note or its rates, and the time left."""
         self.said, spent = time.monotonic(), time.monotonic() - task.started
         left = ""
         made = task.done - task.before
@@ -109,10 +109,10 @@ class _Lines:
 
 
 class _Counts(rich_progress.MofNCompleteColumn):
-    """How many units are done, of how many; where none are counted, whether it is done."""
+    """Show how many units are done, of how many; if none are counted, whether the task is done."""
 
     def render(self, task: rich_progress.Task) -> Text:
-        """Of a total that is not known, nothing is said."""
+        """Leave out an unknown total."""
         if not task.fields.get("unit"):
             return Text("done" if task.finished else "")
         return super().render(task) if task.total is not None else Text(f"{task.completed:,.0f}")
@@ -131,7 +131,7 @@ class Progress:
 
     @property
     def is_shown(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether progress is shown at all."""
         return self._bars is not None or not self._quiet
 
     @classmethod
@@ -152,7 +152,7 @@ class Progress:
             finally:
                 ended.set()
             return
-        # On a narrow terminal the note is cut, never the count and the time that is left.
+        # On a narrow terminal the note is cut, never the count and the time left.
         width, kept = console.width, Column(no_wrap=True, min_width=9)
         named = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 5))
         noted = Column(no_wrap=True, overflow="ellipsis", ratio=1)
@@ -168,8 +168,9 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, unit: str, total: int | None = None) -> Iterator[ProgressTask]:
-        """Show a task of ``total`` units, which are in the plural (None: unknown), while the block
-        runs. Without a name for them, ``unit`` is empty, it is only said to be at work and done.
+        """Show a task of ``total`` units (None: unknown) while the block runs.
+
+        ``unit`` is a plural. If it is empty, the task only shows that it is running, and then done.
         """
         bars = self._bars
         if bars is None:
@@ -197,12 +198,12 @@ class Progress:
         bars.update(bar, total=task.done, completed=task.done)
 
     def _break_silence(self, ended: threading.Event) -> None:
-        """Say of a task that has said nothing for long that it is at work, until all has ended."""
+        """Log that a long silent task is at work, until everything has ended."""
         while not self._quiet and not ended.wait(TICK):
             self.say_at_work()
 
     def say_at_work(self) -> None:
-        """A line of each task that has said nothing for SILENCE seconds."""
+        """Log a line for each task that has been silent for SILENCE seconds."""
         for task, lines in list(self._at_work.items()):
             if time.monotonic() - lines.said >= SILENCE:
                 lines.tell(task)

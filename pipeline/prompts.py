@@ -1,4 +1,4 @@
-"""The former place of ``rekindle.pipeline.stages.prompts``, for programs that name it."""
+"""The former place of ``rekindle.pipeline.stages.prompts``, for programs that still import it."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What the keys of a configuration file may be, for editors: ``pipeline schema``."""
+"""The JSON Schema of a configuration file, for editors: ``pipeline schema``."""
 
 from rekindle.data.settings_schema import Schema, schema_of
 
@@ -6,7 +6,7 @@ KINDS = ("run", "cycle")
 
 
 def file_schema(kind: str) -> Schema:
-    """Return the JSON Schema of a run's file, or of a cycle's (``pipeline rekindle``)."""
+    """Return the JSON Schema of a run file or of a cycle file (``pipeline rekindle``)."""
     if kind == "cycle":
         from rekindle.pipeline.cycle.config import CycleConfig
 

@@ -1,4 +1,4 @@
-"""Several runs in one folder: what its record says of each, and which of them are finished.
+"""Several runs in one folder: the record of each, and which of them are finished.
 
 OUT/stages.json or OUT/sweep.json   the definition: every run's configuration
 OUT/NAME/                           a run as ``pipeline train-student`` leaves it
@@ -23,17 +23,17 @@ from rekindle.train.record.run_folder import (
 )
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
-# Of several runs in a store, what says which they are; and which files nobody goes on from once a
-# run is finished, by their endings.
+# The files that define several runs in a store, with the endings of files that nobody continues
+# from once a run is finished.
 DEFINITIONS = {STAGES_FILE: (), SWEEP_FILE: (".safetensors",)}
-SECTIONS = ("student", "train")  # of a run's configuration: they say which student it is
-Recorded = Mapping[str, Mapping[str, Any]]  # what is recorded of each run, by its name
+SECTIONS = ("student", "train")  # of a run's configuration: they identify the student
+Recorded = Mapping[str, Mapping[str, Any]]  # each run's record, by name
 
 
 def read_runs(directory: Path, file: str) -> Recorded | None:
-    """What the definition ``file`` says of each run in ``directory``; None where there is none.
+    """Return each run's entry in the definition ``file`` of ``directory``; None if there is none.
 
-    Raises CheckpointError when it is damaged.
+    Raise CheckpointError if it is damaged.
     """
     path, advice = directory / file, "start again in another --out"
     if (found := read_record(path, advice)) is None:
@@ -56,10 +56,10 @@ def check_same_runs(
     rule: str,
     configs: Mapping[str, RunConfig],
 ) -> None:
-    """Raise CheckpointError unless the runs ``now`` are those that were begun ``before``, and more.
+    """Raise CheckpointError unless the runs ``now`` are those begun ``before``, possibly with more.
 
-    ``stranger`` says what ``{name}`` is that is none of them, ``rule`` what to do. ``configs``:
-    what the runs are ``now``, whole.
+    ``stranger`` describes a run ``{name}`` that is not among them; ``rule`` says what to do.
+    ``configs``: the full configurations of the runs ``now``.
     """
     for name, recorded in before.items():
         if name not in now:
@@ -80,7 +80,7 @@ def _with_every_key(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded sections without the keys that only an older version has."""
+    """Return the recorded sections without keys that only an older version has."""
     found = {key: recorded.get(key) for key in now}
     for key, here in now.items():
         if isinstance(here, Mapping) and isinstance(there := found[key], Mapping):
@@ -89,7 +89,7 @@ def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
 
 
 def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """The keys of a run that may differ from what is recorded: those that only say how it is made,
+    """Return the keys of a run that may differ from the record: those that only say how it is made,
     and the paths of a student and of a corpus source that have moved.
     """
     keys, student, corpus = [*free_keys(config)], config.student, recorded.get("corpus")
@@ -104,22 +104,23 @@ def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> li
 
 
 def begun_in(out: Path) -> str | None:
-    """The file that says what was begun in ``out``; None where nothing was."""
+    """Return the file that says what was begun in ``out``; None if nothing was."""
     files = (RUN_FILE, STAGES_FILE, SWEEP_FILE)
     return next((name for name in files if (out / name).is_file()), None)
 
 
 def check_room(out: Path) -> None:
-    """Raise InputError where ``out`` holds something already: before anything dear is looked at."""
+    """Raise InputError if ``out`` already holds something, before any expensive check."""
     file = begun_in(out) or RUN_FILE
     check_new(out, file, {STAGES_FILE: "run of stages", SWEEP_FILE: "sweep"}.get(file, "run"))
 
 
 def check_begun(out: Path) -> None:
-    """Raise InputError where nothing was begun in ``out``: a mistyped directory must not become a
-    run from the beginning.
+    """Raise InputError if nothing was begun in ``out``: a mistyped directory must not become a new
+    run.
     """
-    if begun_in(out) is None and not (out / LOCK_FILE).exists():  # that is of one that is beginning
+    # the lock of a run that is just beginning
+    if begun_in(out) is None and not (out / LOCK_FILE).exists():
         there = "there is no such directory" if not out.exists() else "nothing was begun in it"
         raise InputError(
             f"--resume: nothing to go on with in {out} ({there}). Leave --resume out to "
@@ -128,9 +129,8 @@ def check_begun(out: Path) -> None:
 
 
 def is_finished(directory: Path, model: bool = True) -> bool:
-    """Whether ``directory`` has all that a finished run leaves; its run.yaml is written last.
-
-    Without ``model`` the student itself may be gone: removed, say, where no other run needs it.
+    """Return whether ``directory`` has everything a finished run leaves; its run.yaml is written
+    last. Without ``model``, the student itself may be gone, for instance if no other run needs it.
     """
     from rekindle.train.record.identity import is_finished as has_ended
 

@@ -1,4 +1,4 @@
-"""What the configuration says of a teacher. No model is touched here, and torch is not imported."""
+"""The configuration of a teacher. No model is loaded here, and torch is not imported."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,14 +20,14 @@ from rekindle.pipeline.served.config import ServedConfig
 
 
 class TargetsConfig(Settings):
-    """What is kept of a teacher's output."""
+    """What to keep of a teacher's output."""
 
     kind: Kept | None = Field(
         None,
-        description="threshold or random (samples of k, unbiased), topk, dense (of task heads; or "
-        "the whole vocabulary), hidden (final hidden states). Left out: dense of task heads; of "
+        description="threshold or random (samples of k, unbiased), topk, dense (for task heads; or "
+        "the whole vocabulary), hidden (final hidden states). Default: dense for task heads; for "
         "vocabulary teachers threshold, which taught best at equal bytes (docs/sparse_targets.md), "
-        "or topk where temperatures beside 1 are listed, which one sample cannot serve",
+        "or topk if temperatures other than 1 are listed, which one sample cannot serve",
     )
     k: int = Field(
         64, gt=0, description="candidates kept per position (topk, threshold), draws (random)"
@@ -35,18 +35,18 @@ class TargetsConfig(Settings):
     temperatures: tuple[Annotated[float, Field(gt=0, lt=1000)], ...] = Field(
         (1.0, 2.0, 4.0),
         description="temperatures a student may train at. topk: 1 is always stored, and 2 and 4 if "
-        "none are listed. Samples are drawn at one, 1 if none is listed",
+        "none are listed. Samples are drawn at a single one, 1 if none is listed",
     )
     codec: Codec = Field(
         "default",
-        description="of topk and threshold: default (8-bit values, memory-mapped), precise (16-bit "
-        "values), compact (compressed, for cold storage and transfer)",
+        description="for topk and threshold: default (8-bit values, memory-mapped), precise "
+        "(16-bit values), compact (compressed, for cold storage and transfer)",
     )
 
     vectors: Vectors | None = Field(
         None,
-        description="of embedding teachers. fp16 (the default), or int8 with a scale a vector, at "
-        "half the bytes (docs/caching.md has what either changes)",
+        description="for embedding teachers: fp16 (the default), or int8 with a scale per vector, "
+        "at half the bytes (docs/caching.md has the error of each)",
     )
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class TargetsConfig(Settings):
             )
         if kind and kind.largest_k is not None and self.k > kind.largest_k:
             raise ValueError(
-                f"{self.kind} targets are of at most {kind.largest_k} draws, not {self.k}"
+                f"{self.kind} targets have at most {kind.largest_k} draws, not {self.k}"
             )
         if kind.sampled if kind else given in (None, (), (1.0,)):
             temperatures = given or (1.0,)
@@ -67,7 +67,7 @@ class TargetsConfig(Settings):
             temperatures = tuple(sorted({1.0, *self.temperatures}))
         if kind and self.codec not in kind.codecs:
             raise ValueError(f"codec {self.codec} is for topk and threshold, not {self.kind}")
-        # Frozen: the same section with its temperatures in order.
+        # Frozen: set the same section with its temperatures in order.
         object.__setattr__(self, "temperatures", temperatures)
         return self
 
@@ -86,29 +86,29 @@ class MonteCarloConfig(Settings):
 
 
 class ResourcesConfig(Settings):
-    """What a process that runs a teacher takes of a machine of a Ray cluster."""
+    """What a process that runs a teacher needs of a machine of a Ray cluster."""
 
     num_cpus: float = Field(1.0, gt=0, description="cores, and threads of a forward pass")
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs, also a part of one; null: one where the cluster has any, else none",
+        description="GPUs, also a fraction of one; null: one if the cluster has any, else none",
     )
     memory_gb: float | None = Field(None, gt=0, description="main memory")
     custom: dict[str, float] = Field(
-        default_factory=dict, description="other resources, by the names that the cluster has"
+        default_factory=dict, description="other resources, by the cluster's names for them"
     )
     load_minutes: float | None = Field(
         None,
         gt=0,
-        description="a process that is longer at loading the model is ended, and another tried; "
+        description="a process that takes longer to load the model is ended, and another tried; "
         "null: no limit",
     )
     unit_minutes: float | None = Field(
         None,
         gt=0,
-        description="a process that is longer at a unit is ended, and the unit tried elsewhere; "
-        "null: no limit",
+        description="a process that takes longer for a unit is ended, and the unit tried "
+        "elsewhere; null: no limit",
     )
 
     def within(self) -> dict[str, float]:
@@ -117,7 +117,7 @@ class ResourcesConfig(Settings):
         return {key: 60 * value for key, value in minutes.items() if value is not None}
 
     def of_ray(self) -> dict[str, float]:
-        """By the names that Ray has."""
+        """Return the resources under Ray's names."""
         found = {"num_cpus": self.num_cpus, **self.custom}
         if self.num_gpus is not None:
             found["num_gpus"] = self.num_gpus
@@ -127,7 +127,7 @@ class ResourcesConfig(Settings):
 
 
 def _of_files_or_served(schema: dict[str, Any]) -> None:
-    """A server's model has its name there, and its task."""
+    """Let a server's entry leave out the model and the task."""
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["name", "served"]}]
 
 
@@ -137,9 +137,11 @@ class TeacherConfig(Settings):
     model_config = ConfigDict(json_schema_extra=_of_files_or_served)
 
     name: TeacherName = Field(description="its name in the cache")
-    model: Place = Field(description="a model directory or a hub id; not of one that is served")
+    model: Place = Field(
+        description="a model directory or a hub id; none if a server runs the model"
+    )
     gguf_file: str | None = Field(None, exclude=True, description=GGUF_FILE)
-    task: Task = Field(description="what the model does; causal_lm of one that is served")
+    task: Task = Field(description="what the model does; causal_lm if a server runs it")
     served: ServedConfig | None = Field(
         None, description="a server that runs the model, in place of its files (docs/served.md)"
     )
@@ -153,7 +155,7 @@ class TeacherConfig(Settings):
     pairs: Literal["adjacent", "same-document", "random", "record"] | None = Field(
         None,
         description="how text pairs are made, for an expert on pairs; null for single texts. With "
-        "corpus.pair_field it is record (the two texts of a record), and needs not be given",
+        "corpus.pair_field it is record (the two texts of a record), and may be left out",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
@@ -162,36 +164,36 @@ class TeacherConfig(Settings):
         "auto", description="tokens per forward pass, padding included; halved on out-of-memory"
     )
     device_map: Free[Literal["auto"] | None] = Field(
-        None, description="auto: spread over this machine's devices, where one has no room for it"
+        None, description="auto: spread over this machine's devices, if one has no room for it"
     )
     tp_plan: Free[Literal["auto"] | None] = Field(
         None,
-        description="auto: shared out among the processes that torchrun starts (tensor parallel)",
+        description="auto: split among the processes that torchrun starts (tensor parallel)",
     )
     resources: Free[ResourcesConfig] = Field(
         default_factory=ResourcesConfig,
-        description="what it takes of a cluster (cache-teachers --executor ray)",
+        description="what it needs of a cluster (cache-teachers --executor ray)",
     )
     view: Literal["masked", "clean"] | None = Field(
         None,
-        description="of a masked_lm teacher. masked (the default): it sees the masked replicas and "
-        "has targets at what they mask; clean: it sees the text as it is, once, and has a target "
-        "for every token (self-evolution)",
+        description="for a masked_lm teacher. masked (the default): it sees the masked replicas "
+        "and has targets at the masked tokens; clean: it sees the text as it is, once, and has a "
+        "target for every token (self-evolution)",
     )
 
     pooling: str | None = Field(
         None,
-        description="of an embedding teacher that is a plain encoder: how its states of tokens "
+        description="for an embedding teacher that is a plain encoder: how its token states "
         "become one vector: mean, cls, lasttoken, max, mean_sqrt_len_tokens or weightedmean. A "
-        "folder of sentence-transformers says it itself",
+        "folder of sentence-transformers states it itself",
     )
     normalise: bool | None = Field(
         None,
-        description="of the same: whether its vectors are made of length 1; must be stated",
+        description="for the same: whether its vectors are scaled to length 1; must be stated",
     )
     prompt: str | None = Field(
         None,
-        description="of an embedding teacher: what stands before each text that it reads; null: "
+        description="for an embedding teacher: text put before each text that it reads; null: "
         "the default prompt of its folder, if it has one",
     )
 
@@ -200,15 +202,15 @@ class TeacherConfig(Settings):
     mapping: Literal["same", "map"] = Field(
         "same",
         alias="vocabulary",
-        description="same: its tokenizer has the corpus's token under every id that the corpus "
-        "has. map: of a causal_lm teacher with a tokenizer of its own: it reads the text, and "
-        "teaches where a token of both begins at the same byte; ids are mapped by their bytes",
+        description="same: its tokenizer has the same token under every id that occurs in the "
+        "corpus. map: for a causal_lm teacher with a tokenizer of its own: it reads the text, and "
+        "teaches where tokens of both begin at the same byte; ids are mapped by their bytes",
     )
     map_coverage: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="vocabulary: map is refused where it keeps a smaller share of the positions, "
+        description="vocabulary: map is refused if it keeps a smaller share of the positions, "
         "or of the probability there",
     )
 
@@ -228,7 +230,7 @@ class TeacherConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _named_by_its_server(cls, values: object) -> object:
-        """A server's model has one name, and is a language model."""
+        """Give a server's model its one name, and the task of a language model."""
         served = values.get("served") if isinstance(values, dict) else None
         if not isinstance(values, dict) or not served:
             return values
@@ -241,8 +243,8 @@ class TeacherConfig(Settings):
             return self
         if self.model != self.served.model:
             raise ValueError(
-                f"model is {self.model!r} and served.model {self.served.model!r}; a served teacher "
-                "has no files here: leave model out"
+                f"model is {self.model!r}, but served.model {self.served.model!r}; a served "
+                "teacher has no files here: leave model out"
             )
         if self.task != "causal_lm":
             raise ValueError(
@@ -251,19 +253,20 @@ class TeacherConfig(Settings):
         kind, given = self.targets.kind, self.targets.temperatures
         if kind not in (None, "topk"):
             raise ValueError(
-                f"a server gives the likeliest ids of a position: targets.kind topk, not {kind}"
+                "a server gives only the likeliest ids of a position: targets.kind topk, not "
+                f"{kind}"
             )
         if "temperatures" in self.targets.model_fields_set and given != (1.0,):
             raise ValueError(
-                "a server gives probabilities at temperature 1 alone, and the mass outside of its "
-                f"top {self.targets.k} at another one is not known (targets.temperatures: "
+                "a server gives probabilities only at temperature 1, and the mass outside its "
+                f"top {self.targets.k} at another one is unknown (targets.temperatures: "
                 f"{list(given)}); leave targets.temperatures out"
             )
         theirs = ("precision", "batch_tokens", "device_map", "tp_plan", "pairs")
         for name in theirs:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is the server's matter; leave it out of a served teacher")
-        # Frozen: the same section, as it is meant.
+                raise ValueError(f"{name} is up to the server; leave it out of a served teacher")
+        # Frozen: set the same section as it is meant.
         targets = {"kind": "topk", "temperatures": (1.0,)}
         object.__setattr__(self, "targets", self.targets.model_copy(update=targets))
         if self.resources.num_gpus is None:  # of a cluster: the model is elsewhere
@@ -290,7 +293,7 @@ class TeacherConfig(Settings):
                 "pairs is for experts that judge two texts; an embedding teacher makes a vector of "
                 "each sequence: leave it out"
             )
-        # Frozen: the same section, as it is meant.
+        # Frozen: set the same section as it is meant.
         targets = self.targets.model_copy(update={"vectors": self.targets.vectors or "fp16"})
         object.__setattr__(self, "targets", targets)
         return self
@@ -321,7 +324,7 @@ class TeacherConfig(Settings):
 
     @property
     def described_kind(self) -> VocabularyKind | None:
-        """The kind of its targets as far as it is known before caching; None of task experts."""
+        """The kind of its targets as far as known before caching; None for task experts."""
         if not self.vocabulary:
             return None
         kept, kind = self.targets, self.targets.vocabulary_kind

@@ -1,4 +1,4 @@
-"""The train-student command: opens the cache, finds the student's view, trains, shows progress."""
+"""The train-student command: open the cache, find the student's view, train, show progress."""
 
 import logging
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.remarks import asked_otherwise
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
+from rekindle.data.storage.manifest import refuse_without_text
 from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
@@ -37,15 +38,16 @@ def train_from_config(
     began: Extent = EVERYTHING,
 ) -> TrainResult:
     """Train the configured student from the configured cache into ``out``; save the configuration
-    there last. ``began``: how much of the cache others read that it is to be compared with, where
-    the file does not say.
+    there last. ``began``: how much of the cache the runs it is compared with have read, if the file
+    does not say.
     """
     config.check_single()
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
+    refuse_without_text(cache.store)
     if told := asked_otherwise(config.corpus, cache.corpus):
         log.warning("%s", told)
-    make_missing(student)  # in every process: another machine has a home of its own
+    make_missing(student)  # in every process: another machine has its own home
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (
         cache.store.reading(),
@@ -57,7 +59,7 @@ def train_from_config(
         def report(step: int, values: Mapping[str, float]) -> None:
             nonlocal pulls
             pulls = told_pulls(values) or pulls
-            if not task.done:  # neither start-up nor the steps of an earlier call count as speed
+            if not task.done:  # start-up and the steps of an earlier call do not count as speed
                 task.begin(step)
                 return
             task.advance(step - task.done, tokens=values["tokens"])
@@ -89,8 +91,8 @@ def train_from_config(
 
 
 def _settled(config: RunConfig, read: Extent) -> RunConfig:
-    """``config`` with what was read of the cache in place of defaults that ask for it: the file is
-    to read the same again.
+    """Return ``config`` with defaults replaced by how much was read of the cache, so that the file
+    reads the same again.
     """
     masks = config.cache
     if read.replicas is not None:
@@ -106,7 +108,7 @@ def _settled(config: RunConfig, read: Extent) -> RunConfig:
 
 
 def asked_extent(config: RunConfig) -> Extent:
-    """How much of the cache the file asks for: what is written in it, and no default."""
+    """Return how much of the cache the file asks for explicitly, ignoring defaults."""
     masks, targets = config.cache, {}
     for teacher in config.teachers:
         if teacher.vocabulary and "k" in teacher.targets.model_fields_set:
@@ -116,19 +118,19 @@ def asked_extent(config: RunConfig) -> Extent:
 
 
 def describe_result(result: TrainResult) -> str:
-    """Describe a finished run: its time, its held-out values, what it was trained with."""
+    """Describe a finished run: its time, its held-out values, and what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     before = "was finished, and is left as it is: " if result.was_finished else ""
     done = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s"
     done += f"; {values}" if values else ""
     lines = [f"{result.directory}: {before}{done}"]
-    # Counted anew each time that it is read; a position is a token that is predicted.
+    # Counted again each time it is read; a position is a predicted token.
     for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
         kd, ce_only, neither = (
             result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
         )
         rest = f", {neither:,} with neither" if neither else ""
-        # No token was to be predicted by a student that learns from experts alone.
+        # A student that learns from experts alone predicts no token.
         if kd + ce_only or (neither and what == "sequences"):
             lines.append(
                 f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
@@ -139,8 +141,8 @@ def describe_result(result: TrainResult) -> str:
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:
-    """Return the name of the masked view that the student sees: a cache may hold several. None for
-    a causal LM, and where nothing is masked.
+    """Return the name of the masked view that the student sees, as a cache may hold several. None
+    for a causal LM, and if nothing is masked.
     """
     if config.student is None or config.student.language_task != "masked_lm":
         return None

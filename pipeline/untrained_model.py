@@ -1,4 +1,4 @@
-"""A tiny language model before it is trained: a WordPiece tokenizer and a configuration."""
+"""A tiny untrained language model: a WordPiece tokenizer and a configuration."""
 
 import json
 from collections import Counter
@@ -11,16 +11,17 @@ from rekindle.data.storage.atomic import new_folder
 from rekindle.pipeline.processes.jobs import Report
 
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_RARE = 5  # characters that occur less often are unknown
+_RARE = 5  # rarer characters are unknown
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
-    """A lower-casing WordPiece tokenizer of at most ``size`` tokens; equal texts give equal ids.
+    """Train a lower-casing WordPiece tokenizer of at most ``size`` tokens; equal texts give equal
+    ids.
 
-    The trainer of ``tokenizers`` alone does not: it numbers the pieces "##a", "##b", … in the order
-    in which a hash map with a random seed hands out the words, and breaks ties between merges by
-    those numbers. Here these pieces have fixed numbers from the start, as special tokens of a draft
-    whose vocabulary is then taken over.
+    The trainer of ``tokenizers`` alone is not deterministic: it numbers the pieces "##a", "##b", …
+    in the order in which a randomly seeded hash map yields the words, and breaks ties between
+    merges by those numbers. Here these pieces have fixed numbers from the start, as special tokens
+    of a draft whose vocabulary is then copied.
     """
     draft = _blank({})
     counts = Counter(char for text in texts for char in draft.normalizer.normalize_str(text))
@@ -52,7 +53,7 @@ def make_model(
     corpus: Path, out: Path, vocabulary: int, config: Mapping[str, int | float], report: Report
 ) -> None:
     """Write a tokenizer trained on the corpus, and ``config.json`` (a BERT with the values of
-    ``config``), to ``out``, which appears whole or not at all. It is the function of a job.
+    ``config``), to ``out``, which appears whole or not at all. This is the function of a job.
     """
     from transformers import BertConfig, PreTrainedTokenizerFast
 

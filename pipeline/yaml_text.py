@@ -1,6 +1,6 @@
 """YAML as people mean it: read by the rules of YAML 1.2's core schema, and written for any reader.
 
-PyYAML reads by those of 1.1: there ``yes`` is true, ``010`` is 8, ``1:30`` is 90, ``1e-4`` is text.
+PyYAML follows 1.1, where ``yes`` is true, ``010`` is 8, ``1:30`` is 90, and ``1e-4`` is text.
 """
 
 import re
@@ -12,7 +12,7 @@ from rekindle.data.errors import InputError
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
-_RULES = {  # of what stands without quotes: the expression, and how it may begin
+_RULES = {  # for unquoted values: the expression, and how it may begin
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
@@ -25,16 +25,18 @@ _RULES = {  # of what stands without quotes: the expression, and how it may begi
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML 1.2 in which a key is text, and given once: PyYAML would take the last one."""
+    """Safe YAML 1.2 in which keys are text and unique; PyYAML would take the last of duplicates."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - not those of the base
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.deep_construct = True  # a value that holds itself is refused, not built
+        self.deep_construct = True  # a value that contains itself is refused, not built
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping; ConstructorError for a key that is no text, or there twice."""
+        """Return the mapping. Raise ConstructorError for a key that is not text, or is
+        given twice.
+        """
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -47,12 +49,12 @@ class Loader(yaml.SafeLoader):
             if key.value in seen:
                 raise _wrong(f"the key {key.value!r} is given twice; keep one of them", key)
             seen.add(key.value)
-            key.tag = _TEXT  # as it is written: 1 and true are names of keys
+            key.tag = _TEXT  # as written: 1 and true are names of keys
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts in quotes what readers of either version would not take for text."""
+    """Quotes what readers of either version would not take for text."""
 
 
 def _wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
@@ -68,7 +70,7 @@ def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
 
 
 def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
-    # Elsewhere than in double quotes PyYAML writes these as they are, and reads a line break.
+    # Outside double quotes, PyYAML writes these characters unchanged and reads a line break.
     style = '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
     return dumper.represent_scalar(_TEXT, text, style)
 
@@ -81,8 +83,8 @@ Dumper.add_representer(str, _text)
 
 
 def parse_yaml(text: str, where: str) -> object:
-    """Return the values of a YAML text. Raises InputError that names ``where`` and the line for a
-    bad one.
+    """Return the values of a YAML text. Raise InputError, naming ``where`` and the line, for
+    invalid YAML.
     """
     try:
         return yaml.load(text, Loader)
@@ -93,7 +95,7 @@ def parse_yaml(text: str, where: str) -> object:
 
 
 def told_of(error: yaml.YAMLError, text: str) -> str:
-    """Return the place in ``text`` and the cause, ready to follow what is said of it."""
+    """Return the place in ``text`` and the cause, to be appended to a message."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark, cause = error.problem_mark, str(error.problem)
         if error.context:

@@ -84,7 +84,7 @@ class TrainResult:
     was_finished: bool = False  # before this call, which then did nothing
 
     def told_of_best(self) -> str:
-        """Say which step the model is from, and where the best one is."""
+        """Return which step the model is from, and where the best one is."""
         if self.best is None:
             return f"the model is that of step {self.steps}, the last; no best one was looked for"
         step, name, value = self.best["step"], self.best["name"], self.best["value"]

@@ -318,7 +318,7 @@ def _check_head(
 
 
 def _tell_not_exportable(student: Student) -> None:
-    """Say now which heads cannot be exported, and why: after training it is too late."""
+    """Log which heads cannot be exported, and why, now: after training it is too late."""
     with torch.random.fork_rng(devices=[]):  # trying heads draws their weights
         each = {name: not_exportable(student, name) for name in student.head_configs}
     told = {name: why for name, why in each.items() if why is not None}

@@ -30,9 +30,8 @@ class ImportConfig(Settings):
     k: int | None = Field(
         None,
         gt=0,
-        description=(
-            "candidates kept per position; null: as many as every position of the first row has"
-        ),
+        description="candidates kept per position; null: as many as every position of the first "
+        "row has",
     )
     codec: Codec = Field(
         "default",

@@ -1,1 +1,1 @@
-"""Put bytes where they last: stores, commits, Arrow shards and their checksums."""
+"""Durable bytes: stores, commits, Arrow shards and their checksums."""

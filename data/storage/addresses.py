@@ -1,4 +1,4 @@
-"""Single objects by their addresses: files that lie in a store and were put there by others."""
+"""Single objects by address: files in a store that others have put there."""
 
 import glob
 import hashlib
@@ -17,14 +17,14 @@ from rekindle.data.storage.client import Client, client_of, is_remote, refuse_cr
 if TYPE_CHECKING:
     from rekindle.data.storage.client import FileSystem
 
-BLOCK = 4 << 20  # bytes that a reader asks for at a time
-REQUESTS = 32  # at a time
+BLOCK = 4 << 20  # bytes that a reader requests at a time
+REQUESTS = 32  # at the same time
 
 Info = dict[str, Any]
 
 
 def _client(place: str) -> tuple[Client, str]:
-    """The client for an address, and the object's path there."""
+    """Return the client for an address, and the object's path there."""
     refuse_credentials(place)
     kind, _, rest = place.partition("://")
     client = client_of(f"{kind}://{rest.partition('/')[0]}")
@@ -32,10 +32,10 @@ def _client(place: str) -> tuple[Client, str]:
 
 
 def find_objects(place: str) -> list[str]:
-    """The addresses of the objects that ``place`` is, or, as a glob, matches: sorted; or of what is
-    directly below, where it ends in a slash. None where there are none.
+    """Return the sorted addresses of the objects that ``place`` is, or matches as a glob; with a
+    final slash, of those directly below. Empty if there are none.
 
-    Raises InputError where the bucket is not there or cannot be reached.
+    Raise InputError if the bucket is missing or cannot be reached.
     """
     client, path = _client(place)
     fs = client.fs
@@ -50,7 +50,7 @@ def find_objects(place: str) -> list[str]:
             entries = fs.glob(path, detail=True)
         else:
             return []
-        # Consoles make "folders" by an empty object whose name ends in a slash.
+        # Consoles make "folders" as empty objects whose names end in a slash.
         return sorted(n for n, e in entries.items() if e["type"] == "file" and n[-1:] != "/")
 
     try:
@@ -67,16 +67,16 @@ def find_objects(place: str) -> list[str]:
 
 
 def _is_file(fs: "FileSystem", path: str) -> bool:
-    """As ``fs.isfile``, which takes a server that is away for one without the object."""
+    """Like ``fs.isfile``, but an unreachable server does not count as a missing object."""
     with suppress(FileNotFoundError):
         return bool(fs.info(path)["type"] == "file")
     return False
 
 
 def states_of_objects(places: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Bytes and tag (checksum or time) of objects, by one listing of each folder that they are in.
+    """Return bytes and tag (checksum or time) of objects, with one listing per folder.
 
-    FileNotFoundError where one is not there.
+    Raise FileNotFoundError if one is missing.
     """
     folders: defaultdict[str, list[str]] = defaultdict(list)
     for place in places:
@@ -87,7 +87,7 @@ def states_of_objects(places: Sequence[str]) -> dict[str, tuple[int, str]]:
 
 
 def states_below(place: str) -> dict[str, tuple[int, str]]:
-    """Bytes and tag of every object below a folder, by its name there; none where nothing is."""
+    """Return bytes and tag of every object below a folder, by its name there; empty if none."""
     client, path = _client(place)
 
     def ask() -> dict[str, Info]:
@@ -122,7 +122,7 @@ def _states_in(folder: str, places: Sequence[str]) -> dict[str, tuple[int, str]]
 
 
 def state_of_object(place: str) -> tuple[int, str] | None:
-    """Bytes and tag of an object; None where there is none."""
+    """Return bytes and tag of an object; None if there is none."""
     try:
         return states_of_objects([place])[place]
     except FileNotFoundError:
@@ -137,22 +137,20 @@ def fetch_object(place: str, size: int, into: Path) -> None:
 
 
 def open_binary(place: str) -> io.BufferedReader:
-    """The bytes of a local file, or of an object, read block by block; OSError for what is not
-    there.
-    """
+    """Open a local file, or an object read block by block. Raise OSError if it does not exist."""
     if not is_remote(place):
         return open(place, "rb")
     return io.BufferedReader(_Object(place), BLOCK)
 
 
 def sha256_of(place: str | Path) -> str:
-    """The digest of what a local file, or an object, holds, in hexadecimal digits."""
+    """Return the sha256 of a local file's or an object's content, in hexadecimal digits."""
     with open_binary(str(place)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Object(io.RawIOBase):
-    """An object as a file, each read of which is a request that outlasts a server's faults."""
+    """An object as a file; each read is a request that is retried after server faults."""
 
     def __init__(self, place: str):
         self._place = place

@@ -1,8 +1,8 @@
-"""What a compressed Arrow record batch says it unpacks to, before anything is unpacked.
+"""Read the unpacked size of a compressed Arrow record batch, before unpacking it.
 
-A few kB of zstd can stand for gigabytes of zeros. Arrow's Python API does not tell the sizes, so
-the few slots of its flatbuffers that hold them are read here; nothing else is understood.
-Source: format/Message.fbs and format/File.fbs of Apache Arrow.
+A few kB of zstd can stand for gigabytes of zeros. Arrow's Python API does not give the sizes, so
+the few slots of its flatbuffers that hold them are read here, and nothing else. Source:
+format/Message.fbs and format/File.fbs of Apache Arrow.
 """
 
 import struct
@@ -15,10 +15,11 @@ BUFFERS, COMPRESSION = 2, 3  # slots of RecordBatch
 
 
 def unpacked_bytes(part: pa.Buffer, after_schema: bool) -> int:
-    """Bytes that the compressed buffers of the record batch at the start of ``part`` unpack to.
+    """Return the bytes the compressed buffers of the record batch at the start of ``part`` unpack
+    to.
 
-    ``after_schema``: the file's magic and its schema come first. 0 for a batch that is not
-    compressed. Raises struct.error, IndexError or ValueError when no record batch stands there.
+    ``after_schema``: the file's magic and its schema come first. 0 for an uncompressed batch. Raise
+    struct.error, IndexError or ValueError if there is no record batch.
     """
     data = memoryview(part)
     at = 0
@@ -53,7 +54,7 @@ def _positive(data: memoryview, at: int) -> int:
 
 
 def _slot(data: memoryview, table: int, slot: int) -> int | None:
-    """Where a table's field lies, None when it has its default."""
+    """Return where a table's field lies, None if it has its default."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if vtable < 0:
         raise ValueError("a table outside")

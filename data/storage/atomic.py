@@ -1,9 +1,9 @@
-"""Write local files and folders so that each is there whole or not at all.
+"""Write local files and folders so that each appears whole or not at all.
 
 Whatever fails, and whenever the process or the machine stops, a name stands for the old content or
-for the new. What is being written has a hidden name beside it: ``.NAME.0123abcd.tmp`` a file,
-``.NAME.0123abcd.new`` a folder. An error removes it. A killed process leaves it, which
-``remove_leftovers`` sees to.
+for the new. Unfinished work has a hidden name beside it: ``.NAME.0123abcd.tmp`` for a file,
+``.NAME.0123abcd.new`` for a folder. An error removes it. A killed process leaves it, and
+``remove_leftovers`` removes it later.
 """
 
 import json
@@ -29,7 +29,7 @@ Publish = Callable[[Path, Path], None]
 
 @contextmanager
 def new_file(path: Path, publish: Publish | None = None) -> Iterator[BinaryIO]:
-    """Open a file that becomes ``path`` at the end, in place of what is there.
+    """Open a file that becomes ``path`` at the end, replacing what exists.
 
     ``publish`` gives the temporary file its name in another way.
     """
@@ -42,7 +42,7 @@ def new_file(path: Path, publish: Publish | None = None) -> Iterator[BinaryIO]:
         (publish or os.replace)(temporary, path)
         sync(path.parent)
     except OSError as error:
-        # None, or a name that means nothing to who reads of it.
+        # None, or a name that would mean nothing to the reader of the message.
         if error.filename is None or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
@@ -51,7 +51,7 @@ def new_file(path: Path, publish: Publish | None = None) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, content: bytes, publish: Publish | None = None) -> None:
-    """Write ``content``; ``publish`` as of ``new_file``."""
+    """Write ``content``; ``publish`` as in ``new_file``."""
     with new_file(path, publish) as file:
         file.write(content)
 
@@ -62,14 +62,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object, publish: Publish | None = None) -> None:
-    """Write ``content`` as JSON that people can read; ``publish`` as of ``new_file``."""
+    """Write ``content`` as readable JSON; ``publish`` as in ``new_file``."""
     write_bytes(path, f"{json.dumps(content, indent=1)}\n".encode(), publish)
 
 
 def write_lines(
     path: Path, records: Iterable[Mapping[str, object]], publish: Publish | None = None
 ) -> None:
-    """Write ``records`` as JSON lines; ``publish`` as of ``new_file``."""
+    """Write ``records`` as JSON lines; ``publish`` as in ``new_file``."""
     with new_file(path, publish) as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -77,17 +77,17 @@ def write_lines(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``path`` at the end, in place of what is there."""
+    """Yield an empty folder that becomes ``path`` at the end, replacing what exists."""
     with _staged(path) as staged:
         yield staged
         publish_folder(staged, path)
 
 
 def publish_folder(made: Path, path: Path) -> None:
-    """Give the folder ``made`` the name ``path``, in place of what is there.
+    """Rename the folder ``made`` to ``path``, replacing what exists.
 
-    What was there comes back when that fails. A process that is killed between two renames leaves
-    both under their hidden names.
+    If that fails, the old content comes back. A process killed between two renames leaves both
+    under their hidden names.
     """
     for inside in sorted(made.rglob("*")):
         sync(inside)
@@ -136,7 +136,7 @@ def _temporary(path: Path, ending: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,14 +145,14 @@ def sync(path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether ``name`` is one that unfinished work has."""
+    """Return whether ``name`` is a name of unfinished work."""
     return name.startswith(".") and name.endswith(_ENDINGS)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left in ``folder`` of writing ``name`` (or anything).
+    """Remove what killed processes left in ``folder`` while writing ``name`` (or anything).
 
-    Only for who works there alone: another process may be about to give it its name.
+    Only for a process that works there alone: another one may be about to publish its work.
     """
     for ending in _ENDINGS:
         for left in folder.glob(f".{name}.{_ATTEMPT}{ending}"):
@@ -160,8 +160,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or a file, as far as that can be done. Of a link,
-    the link: what it leads to is somebody's.
+    """Remove a file, or a folder with all its content, as far as possible. Of a link, remove only
+    the link: its target is not ours.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

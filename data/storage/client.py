@@ -1,4 +1,4 @@
-"""A client of an object store. The one file that imports fsspec."""
+"""A client of an object store. The only file that imports fsspec."""
 
 import hashlib
 import os
@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.hub.places import is_hub, pinned, refuse_offline
 from rekindle.data.storage.patience import Patience
 
 if TYPE_CHECKING:
@@ -18,50 +19,55 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FILE_URL = "file://"
-BLOCK, AHEAD = 8 << 20, 4  # bytes of a download that are asked for at a time, and how often at once
-# What tells an object from one that was there before, by the names that clients give it; the last
-# ones are times.
+BLOCK, AHEAD = 8 << 20, 4  # bytes per request of a download, and parallel requests
+# What distinguishes an object from an earlier one, by the names that clients use; the last ones are
+# times.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 
 def is_remote(place: object) -> bool:
-    """Whether ``place`` is an address in a store (``s3://…``), and no local path."""
+    """Return whether ``place`` is an address in a store (``s3://…``), not a local path."""
     return isinstance(place, str) and "://" in place and not place.startswith(FILE_URL)
 
 
-# Of a client that would wait for ever for a server that takes a request and does not answer it:
-# seconds for a request, of at most some tens of megabytes. That of s3:// waits for one minute.
+# For clients that would wait for ever for an answer: seconds per request of at most some tens of
+# megabytes. The client of s3:// waits for one minute.
 _LIMITS = {scheme: {"requests_timeout": 300.0} for scheme in ("gs", "gcs")}
 
 
 class Client:
-    """What is at ``url`` and below, asked for with patience.
+    """A client for what is at ``url`` and below, with patience.
 
-    Raises InputError when it cannot be reached (credentials, endpoint, network), and for an address
-    that holds a credential: addresses are logged and kept.
+    Raise InputError if it cannot be reached (credentials, endpoint, network), and for an address
+    that contains a credential: addresses are logged and kept.
+
+    ``address``: the same place; on a hub at the commit that it was opened at, which stays as it is.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, pin: bool = False):
         refuse_credentials(url)
         self.location = url.rstrip("/")
-        self._fs, self.root = _opened(self.location)
+        self.fixed = pin and is_hub(url)
+        self.address = pinned(self.location) if self.fixed else self.location
+        self._fs, self.root = _opened(self.address)
         self._process = os.getpid()
         self.patience = Patience(self.location)
 
     @property
     def fs(self) -> "FileSystem":
-        """The client of this process: one that was made before a fork must not be used after."""
+        """The client of this process; one made before a fork must not be used after it."""
         if self._process != os.getpid():
-            self._fs, self._process = _opened(self.location)[0], os.getpid()
+            self._fs, self._process = _opened(self.address)[0], os.getpid()
         return self._fs
 
     @contextmanager
     def reaching(self, what: str, *passed: type[Exception]) -> Iterator[None]:
-        """Errors but those of type ``passed`` become one message about ``what``."""
+        """Turn errors except those of type ``passed`` into one message about ``what``."""
         try:
             yield
-        except Exception as error:  # the clients' errors share no base: credentials, DNS, HTTP
+        # the clients' errors share no base class: credentials, DNS, HTTP
+        except Exception as error:
             if isinstance(error, passed):
                 raise
             told = first_words(error) or type(error).__name__
@@ -71,12 +77,14 @@ class Client:
             ) from error
 
     def asked(self, what: str, ask: Callable[[], T], *passed: type[Exception]) -> T:
-        """What ``ask`` returns, with patience; errors as in ``reaching``."""
+        """Return the result of ``ask``, with patience; errors as in ``reaching``."""
         with self.reaching(what, *passed):
             return self.patience.over(ask)
 
     def read(self, what: str, path: str, begin: int, end: int) -> bytes:
-        """The bytes ``begin`` to ``end`` of an object; FileNotFoundError without one."""
+        """Return the bytes ``begin`` to ``end`` of an object; raise FileNotFoundError
+        without one.
+        """
 
         def ask() -> bytes:
             content = bytes(self.fs.cat_file(path, start=begin, end=end))
@@ -87,8 +95,8 @@ class Client:
         return self.asked(what, ask, FileNotFoundError) if end > begin else b""
 
     def fetch(self, what: str, path: str, size: int, into: BinaryIO) -> str:
-        """Write an object of ``size`` bytes into a file; return its sha256. Some blocks are asked
-        for at a time.
+        """Write an object of ``size`` bytes into a file; return its sha256. Requests several blocks
+        at a time.
         """
         digest = hashlib.sha256()
         ahead: deque[Future[bytes]] = deque()
@@ -106,10 +114,13 @@ class Client:
         return digest.hexdigest()
 
     def info(self, what: str, path: str) -> dict[str, Any]:
-        """What the store says of an object now; FileNotFoundError without one."""
+        """Return the store's current information on an object; raise FileNotFoundError
+        without one.
+        """
 
         def ask() -> dict[str, Any]:
-            self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # others write there, too
+            if not self.fixed:
+                self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # others write there, too
             found: dict[str, Any] = self.fs.info(path)
             return found
 
@@ -117,13 +128,15 @@ class Client:
 
     @property
     def bucket_missing(self) -> str | None:
-        """The name of the bucket that it is in, if there is no such bucket to be seen."""
+        """The name of its bucket, if no such bucket is visible; else None."""
         bucket = self.root.partition("/")[0]
+        if self.fixed:  # it was asked for when it was opened
+            return None
 
         def ask() -> bool:
             if not bucket or self.fs.exists(bucket):
                 return True
-            with suppress(FileNotFoundError):  # a server that is away, too, is said to have none
+            with suppress(FileNotFoundError):  # a server that is away also counts as missing
                 self.fs.ls(bucket, refresh=True)
                 return True
             return False
@@ -132,7 +145,7 @@ class Client:
 
 
 def refuse_credentials(url: str) -> None:
-    """Raise InputError, which does not repeat it, for an address that holds a credential."""
+    """Raise InputError, without repeating the address, if it contains a credential."""
     kind, _, rest = url.partition("://")
     if "@" in rest.partition("/")[0] or (kind in ("http", "https") and "?" in rest):
         raise InputError(
@@ -145,6 +158,8 @@ def refuse_credentials(url: str) -> None:
 def _opened(url: str) -> "tuple[FileSystem, str]":
     import fsspec
 
+    if is_hub(url):
+        refuse_offline(url)
     try:
         limit = _LIMITS.get(url.partition("://")[0], {})
         found: tuple[FileSystem, str] = fsspec.core.url_to_fs(url, **limit)
@@ -158,19 +173,19 @@ def _opened(url: str) -> "tuple[FileSystem, str]":
 
 @lru_cache(maxsize=64)
 def client_of(server: str) -> Client:
-    """The client of a bucket (``s3://bucket``), which remembers whether that ever answered."""
+    """Return the client of a bucket (``s3://bucket``), which remembers whether it ever answered."""
     return Client(server)
 
 
 def tag_of(info: dict[str, Any]) -> str:
-    """What tells an object's content from another one, as its ``info`` has it: a checksum, or the
-    time when it was written.
+    """Return what distinguishes an object's content according to its ``info``: a checksum, or its
+    modification time.
     """
     found = next((info[key] for key in (*_TAGS, *_TIMES) if info.get(key)), "")
     return str(found).strip('"')
 
 
 def changed_at(info: dict[str, Any]) -> float:
-    """When an object was written, in seconds since 1970; 0 where its ``info`` does not say it."""
+    """Return when an object was written, in seconds since 1970; 0 if its ``info`` lacks it."""
     changed = next((info[key] for key in _TIMES if info.get(key)), 0)
     return float(changed.timestamp() if hasattr(changed, "timestamp") else changed)

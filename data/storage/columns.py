@@ -1,4 +1,4 @@
-"""Between NumPy and Arrow's nested columns, without copies and without Python lists."""
+"""Convert between NumPy and Arrow's nested columns, without copies and without Python lists."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import CacheFormatError
 
-Lists = tuple[NDArray[np.int32], NDArray]  # offsets [R+1] and the values that they point into
+Lists = tuple[NDArray[np.int32], NDArray]  # offsets [R+1] and the values they point into
 
 
 def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
-    """List offsets from list lengths; ValueError past the 32 bits that Arrow's lists have."""
+    """Return list offsets from list lengths. Raise ValueError beyond the 32 bits of
+    Arrow's lists.
+    """
     ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
     if len(ends) and ends[-1] > np.iinfo(np.int32).max:
         raise ValueError(f"a record batch may hold at most 2^31 − 1 positions, not {ends[-1]:,}")
@@ -21,12 +23,14 @@ def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def list_array(offsets: NDArray[np.int32], flat: NDArray) -> pa.ListArray:
-    """``list<T>`` from 1-D values, or ``list<fixed_size_list<T,K>>`` from 2-D values [P,K]."""
+    """Return ``list<T>`` from 1-D values, or ``list<fixed_size_list<T,K>>`` from 2-D
+    values [P,K].
+    """
     return pa.ListArray.from_arrays(pa.array(offsets), plain_array(flat))
 
 
 def plain_array(values: NDArray) -> pa.Array:
-    """``T`` from 1-D values, ``fixed_size_list<T,K>`` from 2-D values."""
+    """Return ``T`` from 1-D values, ``fixed_size_list<T,K>`` from 2-D values."""
     if values.ndim == 1:
         return pa.array(values)
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
@@ -34,16 +38,15 @@ def plain_array(values: NDArray) -> pa.Array:
 
 
 def list_type(dtype: pa.DataType, width: int | None = None) -> pa.DataType:
-    """The Arrow type that ``list_array`` makes."""
+    """Return the Arrow type that ``list_array`` makes."""
     # The child field is called "item", Arrow's default, so that arrays and schema agree by name.
     return pa.list_(pa.list_(dtype, width) if width is not None else dtype)
 
 
 def list_views(column: pa.ListArray, name: str) -> Lists:
-    """Offsets [R+1] and the values they point into: 1-D, or 2-D for lists of fixed-size lists.
+    """Return offsets [R+1] and the values they point into: 1-D, or 2-D for fixed-size lists.
 
-    Zero-copy. Raises CacheFormatError for nulls, and when the offsets do not ascend within the
-    values.
+    Zero-copy. Raise CacheFormatError for nulls, and if the offsets do not ascend within the values.
     """
     offsets = column.offsets.to_numpy()
     values = column.values
@@ -63,9 +66,9 @@ def list_views(column: pa.ListArray, name: str) -> Lists:
 def flat_lists(
     batch: pa.RecordBatch, names: Sequence[str]
 ) -> tuple[NDArray[np.int32], dict[str, NDArray]]:
-    """Return the list offsets [R+1] that some columns of a batch share, from 0, and their values.
+    """Return the list offsets [R+1], from 0, that some columns of a batch share, and their values.
 
-    Zero-copy. Raises CacheFormatError when they do not share them.
+    Zero-copy. Raise CacheFormatError if the columns do not share them.
     """
     columns: dict[str, NDArray] = {}
     shared: NDArray[np.int32] | None = None
@@ -82,7 +85,7 @@ def flat_lists(
 def ascend_within(
     offsets: NDArray[np.int32], positions: NDArray[np.integer], lengths: NDArray[np.int64]
 ) -> bool:
-    """Whether the positions of each list ascend, and lie below its entry of ``lengths`` [R].
+    """Return whether the positions of each list ascend and lie below its entry of ``lengths`` [R].
 
     ``offsets`` [R+1] point into ``positions``.
     """

@@ -1,7 +1,7 @@
 """Commit records: the small files whose existence is the only proof that a unit is done.
 
-Those of a set are one object, ``Commits``: counts of them all are columns, each record is read when
-it is asked for.
+The records of a set are one object, ``Commits``: their counts are columns, and each record is read
+when it is asked for.
 """
 
 import builtins
@@ -49,7 +49,7 @@ SECONDS = "seconds"  # a fact: see `seconds_of`
 
 @dataclass(frozen=True)
 class Commit:
-    """What a commit record says of one unit."""
+    """The content of one unit's commit record."""
 
     unit: str
     path: Annotated[str, AfterValidator(safe_name)]  # relative to the set's folder
@@ -57,18 +57,18 @@ class Commit:
     bytes: int
     sha256: str
     regions: tuple[Region, ...]  # covering the whole file
-    facts: dict[str, Any]  # what the owner of the set wants to know
+    facts: dict[str, Any]  # recorded by the owner of the set
     rows_per_batch: int = ROWS_PER_BATCH  # of every record batch but the last
 
     def to_bytes(self) -> builtins.bytes:
-        """The record as JSON, with its own checksum last."""
+        """Return the record as JSON, with its own checksum last."""
         body = asdict(self)
-        if self.rows_per_batch == ROWS_PER_BATCH:  # as before there were others
+        if self.rows_per_batch == ROWS_PER_BATCH:  # as in older versions
             del body["rows_per_batch"]
         return (json.dumps(body | {SEAL: checksum(body)}, indent=1) + "\n").encode()
 
     def count(self, fact: str) -> int:
-        """A number in the facts; CacheFormatError where there is none."""
+        """Return a number from the facts; raise CacheFormatError without one."""
         found = self.facts.get(fact)
         if type(found) is not int or found < 0:
             raise CacheFormatError(
@@ -78,7 +78,7 @@ class Commit:
 
     @staticmethod
     def from_json(body: Any, where: str) -> "Commit":
-        """Parse and check a record read from ``where``; CacheFormatError when it is damaged."""
+        """Parse and check a record read from ``where``; raise CacheFormatError if it is damaged."""
         told = f"the commit record {where} is damaged"
         wrong = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
         with unusable(told, *wrong, advice=f". {REPAIR}"):
@@ -89,7 +89,7 @@ class Commit:
             _check_regions(commit.regions, commit.bytes)
             if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
-            # Rows are counted out below: first they must be as many as the regions can hold.
+            # Rows are expanded below, so first check that the regions can hold them.
             batches = -(-commit.rows // commit.rows_per_batch)
             if commit.rows < 0 or len(commit.regions) - 1 - batches not in (0, 1):
                 raise ValueError(f"{commit.rows} rows in {len(commit.regions)} regions")
@@ -100,7 +100,7 @@ _PARSER = TypeAdapter(Commit)
 
 
 def _parsed(body: Any) -> Commit:
-    """The record that ``body`` is; ValueError, in a line, where a field is none of a record."""
+    """Parse ``body`` as a record; raise a one-line ValueError for an invalid field."""
     try:
         return _PARSER.validate_python(body)
     except ValidationError as error:
@@ -109,10 +109,10 @@ def _parsed(body: Any) -> Commit:
 
 
 def seconds_of(commit: Commit) -> float | None:
-    """The seconds that the unit took to compute, where its record says so.
+    """Return the seconds the unit took to compute, if its record has them.
 
-    A fact of the record alone: neither the data nor any fingerprint depends on it, so that two runs
-    of one unit still give the same bytes of data.
+    Only the record has this fact; data and fingerprints do not depend on it, so two runs of one
+    unit still give the same bytes of data.
     """
     found: Any = commit.facts.get(SECONDS)
     if type(found) in (int, float) and 0 <= found < math.inf:
@@ -121,7 +121,7 @@ def seconds_of(commit: Commit) -> float | None:
 
 
 def _check_regions(regions: tuple[Region, ...], size: int) -> None:
-    """ValueError unless the regions follow each other from the file's first byte to its last."""
+    """Raise ValueError unless the regions cover the file from first to last byte in order."""
     at = 0
     for offset, length, _ in regions:
         if offset != at or length <= 0:
@@ -132,7 +132,7 @@ def _check_regions(regions: tuple[Region, ...], size: int) -> None:
 
 
 def columns_of(commits: Iterable[Commit], states: Mapping[str, str]) -> pa.Table:
-    """The table of ``commits``, as they come; ``states`` by unit, "" where there is none."""
+    """Return the table of ``commits`` in their order; ``states`` by unit, "" where missing."""
     commits = list(commits)
     keys = [key_of(commit.unit) for commit in commits]
     found: dict[str, list[Any]] = {
@@ -161,24 +161,23 @@ def _kind_of(value: object) -> str | None:
 
 # --- those of a set -------------------------------------------------------------------------------
 
-KEPT = 4096  # records that were read one by one, and are not read again
-AT_ONCE = 1024  # records that are read together, where all are wanted
+KEPT = 4096  # records read one by one that are not read again
+AT_ONCE = 1024  # records read together if all are wanted
 
 Read = Callable[[Sequence[str]], list[Commit]]  # the records of those units
 
 
 def no_records(units: Sequence[str]) -> list[Commit]:
-    """Where all are held, no other is ever asked for."""
+    """Return nothing: if all records are held, no other is asked for."""
     assert not units
     return []
 
 
 class Commits(Mapping[str, Commit]):
-    """The finished units by name, in their order.
+    """The finished units by name, in order.
 
-    ``held`` are records in memory. ``rest``, of large sets, is the table of the others
-    (``columns_of``); ``read`` reads their records when they are asked for, and what the table
-    says of them is held against these.
+    ``held`` are records in memory. For large sets, ``rest`` is the table of the others
+    (``columns_of``); ``read`` reads their records on demand, and the table is compared with them.
     """
 
     def __init__(
@@ -207,7 +206,7 @@ class Commits(Mapping[str, Commit]):
         return found
 
     def _row(self, unit: str) -> int | None:
-        """Where the unit stands in the table, if it does."""
+        """Return the unit's row in the table, if it has one."""
         row = int(np.searchsorted(self._keys, key := key_of(unit)))
         return row if row < len(self._keys) and self._keys[row] == key else None
 
@@ -230,7 +229,7 @@ class Commits(Mapping[str, Commit]):
         return len(self._held) + len(self._keys)
 
     def records(self) -> Iterator[Commit]:
-        """All records, in the order of units; of large sets none is kept."""
+        """Yield all records in the order of units; for large sets none is kept."""
         units = list(self)
         for first in range(0, len(units), AT_ONCE):
             part = units[first : first + AT_ONCE]
@@ -244,7 +243,7 @@ class Commits(Mapping[str, Commit]):
         return self[self.table["unit"][-1].as_py()]
 
     def add(self, commit: Commit) -> None:
-        """One more unit, that was made."""
+        """Add one more finished unit."""
         self._held[commit.unit] = commit
         vars(self).pop("table", None)
 
@@ -252,7 +251,7 @@ class Commits(Mapping[str, Commit]):
 
     @cached_property
     def table(self) -> pa.Table:
-        """What is counted of the units: ``columns_of``."""
+        """The counted fields of the units: ``columns_of``."""
         if not self._held and self._rest is not None:
             return self._rest
         held = columns_of(self._held.values(), {})
@@ -270,17 +269,17 @@ class Commits(Mapping[str, Commit]):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all units."""
         return int(numbers_in(self.table, "bytes").sum())
 
     @property
     def sha256s(self) -> list[str]:
-        """The digest of each unit's file."""
+        """The sha256 of each unit's file."""
         found: list[str] = self.table["sha256"].to_pylist()
         return found
 
     def fingerprint(self, units: int) -> str:
-        """Identity of the content of the first ``units``: the sha256 over their digests."""
+        """Return the identity of the first ``units``' content: the sha256 over their digests."""
         digests = self.table["sha256"].combine_chunks()[:units]
         _, offsets, content = digests.buffers()
         if not len(digests) or content is None:
@@ -289,7 +288,7 @@ class Commits(Mapping[str, Commit]):
         return hashlib.sha256(memoryview(content)[ends[0] : ends[len(digests)]]).hexdigest()
 
     def counts(self, fact: str) -> NDArray[np.int64]:
-        """A number of each unit; CacheFormatError where one does not say it."""
+        """Return a number for each unit; raise CacheFormatError if one lacks it."""
         column = self._column(WHOLE, fact)
         wrong = np.flatnonzero(~(np.nan_to_num(floats_in(column), nan=-1) >= 0))
         if len(wrong):
@@ -298,16 +297,16 @@ class Commits(Mapping[str, Commit]):
         return as_they_lie(column, np.int64)
 
     def says(self, fact: str) -> bool:
-        """Whether any unit says something of that fact."""
+        """Return whether any unit has that fact."""
         return any(f"{kind}{fact}" in self.table.column_names for kind in (WHOLE, FRACTION, NAMED))
 
     def numbers(self, fact: str) -> NDArray[np.float64]:
-        """A number of each unit; NaN where it does not say one."""
+        """Return a number for each unit; NaN where it is missing."""
         whole, others = (floats_in(self._column(kind, fact)) for kind in (WHOLE, FRACTION))
         return np.where(np.isnan(whole), others, whole)
 
     def named(self, fact: str) -> Iterator[dict[str, Any] | None]:
-        """Counts by name of each unit; None where it does not say any."""
+        """Yield the counts by name of each unit; None where missing."""
         for text in self._column(NAMED, fact):
             yield json.loads(text.as_py()) if text.is_valid else None
 
@@ -321,15 +320,13 @@ class Commits(Mapping[str, Commit]):
 
     @property
     def contiguous(self) -> int:
-        """How many of the first shards there are, without a gap: the number of the first missing
-        one.
-        """
+        """The number of first shards without a gap, i.e. the number of the first missing one."""
         shards = shards_among(self.keys_in_order)
         wrong = np.flatnonzero(shards != np.arange(len(shards)))
         return int(wrong[0]) if len(wrong) else len(shards)
 
     def lacking(self, shards: int, replicas: Iterable[int | None]) -> list[UnitPlace]:
-        """The units that are missing of the first ``shards``, of one replica after another."""
+        """Return the missing units of the first ``shards``, replica by replica."""
         keys, numbers = self.keys_in_order, np.arange(shards)
         missing = []
         for replica in replicas:
@@ -338,7 +335,7 @@ class Commits(Mapping[str, Commit]):
         return missing
 
     def has_all(self, other: "Commits") -> bool:
-        """Whether every unit of ``other`` is here, too."""
+        """Return whether every unit of ``other`` is here, too."""
         if other is self:
             return True
         theirs = other.keys_in_order
@@ -346,7 +343,7 @@ class Commits(Mapping[str, Commit]):
         return bool(ours) and all(unit in self for unit in other._held if key_of(unit) == STRANGE)
 
     def shared_with(self, others: Sequence["Commits"]) -> "Commits":
-        """The units that all ``others`` have, too."""
+        """Return the units that all ``others`` have, too."""
         keys = self.keys_in_order
         mask = keys < STRANGE
         for other in others:
@@ -354,14 +351,14 @@ class Commits(Mapping[str, Commit]):
         return self._only(mask)
 
     def of_first(self, shards: int, replicas: int) -> "Commits":
-        """The units of the first ``shards``, of so many replicas."""
+        """Return the units of the first ``shards`` and the first ``replicas``."""
         keys = self.keys_in_order
         inside = keys < key_of(unit_of(shards))
         replica = replicas_among(keys)
         return self._only(inside & (replica >= 0) & (replica < replicas))
 
     def shard_numbers(self) -> NDArray[np.int64]:
-        """The shards that there are, of a set without replicas."""
+        """Return the existing shards, of a set without replicas."""
         return shards_among(self.keys_in_order)
 
     def _only(self, mask: NDArray[np.bool_]) -> "Commits":
@@ -374,7 +371,7 @@ class Commits(Mapping[str, Commit]):
 
 
 class ShardCommits(Sequence[Commit]):
-    """The records of a corpus's shards, by their numbers."""
+    """The records of a corpus's shards, by number."""
 
     def __init__(self, commits: Commits):
         self.units = commits
@@ -391,6 +388,6 @@ class ShardCommits(Sequence[Commit]):
 
 
 def difference(table: pa.Table, row: int, commit: Commit) -> str | None:
-    """Which of a record's fields a row of the table has otherwise."""
+    """Return the first field in which a record differs from a row of the table, or None."""
     said = {name: table[name][row].as_py() for name in ("unit", "rows", "bytes", "sha256")}
     return next((name for name, value in said.items() if getattr(commit, name) != value), None)

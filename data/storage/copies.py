@@ -1,15 +1,14 @@
 """Local copies of objects, in one bounded folder that all processes of a node share.
 
-$REKINDLE_COPIES/              rekindle-copies-UID in the temporary folder unless it is set
-  KEY/                         a copy: the files of one object or folder, whole; never changed
-  .KEY.0123abcd.BYTES.part/    one that is being fetched, locked by who does; BYTES are set aside
-  .lock                        held while something is added, taken or removed
-  .fetching-00 … .fetching-ff  held while a copy is fetched, so that a node fetches each once
-  .in-use                      a byte for each copy, locked by the processes that use it
+  $REKINDLE_COPIES/              rekindle-copies-UID in the temporary folder unless it is set
+    KEY/                         a copy: the files of one object or folder, complete; never changed
+    .KEY.0123abcd.BYTES.part/    a copy being fetched, locked by its process; BYTES are reserved
+    .lock                        held while something is added, taken or removed
+    .fetching-00 … .fetching-ff  held while a copy is fetched, so that a node fetches each once
+    .in-use                      a byte for each copy, locked by the processes that use it
 
-All locks are let go of when a process is killed. A copy that a process uses is not removed; of the
-others the least recently used go first. Where there is no room, there is no copy: the caller reads
-without one.
+The locks of a killed process are released. A copy in use is not removed; of the others, the least
+recently used go first. If there is no room, there is no copy, and the caller reads without one.
 """
 
 import fcntl
@@ -33,47 +32,47 @@ from rekindle.data.storage.atomic import new_attempt, remove, sync
 
 log = logging.getLogger("rekindle")
 
-FOLDER, GIGABYTES = "REKINDLE_COPIES", "REKINDLE_COPIES_GB"  # in the environment
-SHARE = 0.5  # of the disk that is free, or taken by copies, unless GIGABYTES says otherwise
-# Nothing else in the folder is ever removed: it may be one that holds other things, too.
+FOLDER, GIGABYTES = "REKINDLE_COPIES", "REKINDLE_COPIES_GB"  # environment variables
+SHARE = 0.5  # of the disk space that is free or taken by copies, unless GIGABYTES is set
+# Nothing else in the folder is ever removed, because it may hold other things.
 _KEY = re.compile(r"[0-9a-f]{32}")
 _PART = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}\.(\d+)\.part")
 
 
 def copies() -> "Copies":
-    """The node's copies, as the environment says where they are."""
+    """Return the node's copies, in the folder given by the environment."""
     told = os.environ.get(FOLDER)
     usual = Path(tempfile.gettempdir()) / f"rekindle-copies-{os.getuid()}"
     return _copies_in(Path(told).expanduser() if told else usual)
 
 
-@cache  # locks of a process are lost when it closes any file of theirs
+@cache  # a process loses its locks when it closes any of their files
 def _copies_in(root: Path) -> "Copies":
     return Copies(root)
 
 
 def key_of(*parts: object) -> str:
-    """The key of what ``parts`` (address, size, checksum) tell from everything else."""
+    """Return the key for ``parts`` (address, size, checksum), which identify the content."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
 class Copies:
-    """The copies in ``root``. One object for each folder in a process: see ``copies``."""
+    """The copies in ``root``. One object per folder and process: see ``copies``."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.problem = ""  # why the last one had no room
+        self.problem = ""  # why the last copy had no room
         self._begin()
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._used: Counter[str] = Counter()  # by this process: how often
+        self._used: Counter[str] = Counter()  # number of uses by this process
         self._marks: BinaryIO | None = None
         self._mutex = threading.RLock()
 
     @contextmanager
     def using(self, key: str, size: int, fetch: Callable[[Path], None]) -> Iterator[Path | None]:
-        """The folder of a copy for the time being; as ``take`` otherwise."""
+        """Yield the folder of a copy within the block; otherwise like ``take``."""
         found = self.take(key, size, fetch)
         try:
             yield found
@@ -82,14 +81,13 @@ class Copies:
                 self.release(key)
 
     def take(self, key: str, size: int, fetch: Callable[[Path], None]) -> Path | None:
-        """The folder of the copy ``key``, which stays until ``release``. One that is not there is
-        made by ``fetch``, which fills an empty folder with ``size`` bytes. None where there is no
-        room for it (``problem`` says why).
+        """Return the folder of the copy ``key``, which stays until ``release``; None without room.
 
-        Raises InputError and FileNotFoundError of ``fetch``; InputError for a folder of another
-        user. What else the disk says against it means that there is no room.
+        A missing copy is made by ``fetch``, which fills an empty folder with ``size`` bytes.
+        ``problem`` says why there is no room; other disk errors also count as no room. Raise
+        InputError and FileNotFoundError of ``fetch``; InputError for a folder of another user.
         """
-        if self._process != os.getpid():  # a fork: the locks are those of its parent
+        if self._process != os.getpid():  # a fork: the locks belong to its parent
             self._begin()
         try:
             self._prepare()
@@ -98,13 +96,13 @@ class Copies:
             with _locked(self.root / f".fetching-{key[:2]}"):
                 return self._take(key) or self._make(key, size, fetch)
         except OSError as error:
-            if isinstance(error, FileNotFoundError):  # what is to be fetched is not there
+            if isinstance(error, FileNotFoundError):  # what should be fetched does not exist
                 raise
             self.problem = f"{self.root}: {error.strerror or error}"
             return None
 
     def release(self, key: str) -> None:
-        """Let a copy go that was taken."""
+        """Release a copy that was taken."""
         with self._mutex:
             self._used[key] -= 1
             if not self._used[key]:
@@ -113,22 +111,22 @@ class Copies:
                     fcntl.lockf(self._marks, fcntl.LOCK_UN, 1, _place(key))
 
     def release_with(self, owner: object, key: str) -> None:
-        """Let a copy go when ``owner`` goes."""
+        """Release a copy together with ``owner``."""
         weakref.finalize(owner, self._release_in, os.getpid(), key)
 
     def _release_in(self, process: int, key: str) -> None:
-        if process == os.getpid():  # a fork of it has not taken it
+        if process == os.getpid():  # a fork has not taken it
             self.release(key)
 
     @property
     def most(self) -> int:
-        """The bytes that all copies together may have."""
+        """The bytes that all copies together may use."""
         if told := os.environ.get(GIGABYTES):
             with suppress(ValueError):
                 if (number := float(told)) >= 0:
                     return int(number * 1e9)
             raise InputError(
-                f"{GIGABYTES}={told}: it is the gigabytes of local copies, such as 200"
+                f"{GIGABYTES}={told}: give the gigabytes for local copies, such as 200"
             )
         held = sum(size for _, size in self._sizes())
         return int(SHARE * (shutil.disk_usage(self.root).free + held))
@@ -156,7 +154,7 @@ class Copies:
 
     def _mark(self, key: str) -> None:
         with self._mutex:
-            assert self._marks is not None  # since ``_prepare``
+            assert self._marks is not None  # set by ``_prepare``
             if not self._used[key]:
                 fcntl.lockf(self._marks, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _place(key))
             self._used[key] += 1
@@ -184,9 +182,7 @@ class Copies:
             os.close(held)
 
     def _make_room(self, size: int) -> bool:
-        """Remove what is left of killed processes, and copies that nobody uses, until there is room
-        for ``size`` bytes.
-        """
+        """Remove leftovers of killed processes and unused copies until ``size`` bytes fit."""
         for part in self.root.glob(".*.part"):
             if _PART.fullmatch(part.name) and _is_left(part):
                 remove(part)
@@ -201,7 +197,7 @@ class Copies:
                 filter(self._is_unused, sizes), key=lambda one: one.stat().st_mtime
             ):
                 gone = folder.with_name(f".{folder.name}.{new_attempt()}.0.part")
-                os.rename(folder, gone)  # in one go, whenever this process is killed
+                os.rename(folder, gone)  # atomic, whenever this process is killed
                 remove(gone)
                 held -= sizes[folder]
                 if fits():
@@ -209,13 +205,13 @@ class Copies:
         if fits():
             return True
         self.problem = (
-            f"{self.root} has room for {most / 1e9:.3g} GB of copies ({GIGABYTES}), and processes "
-            f"that run use {held / 1e9:.3g} GB of it"
+            f"{self.root} has room for {most / 1e9:.3g} GB of copies ({GIGABYTES}), and running "
+            f"processes use {held / 1e9:.3g} GB of it"
         )
         return False
 
     def _sizes(self) -> Iterator[tuple[Path, int]]:
-        """Every copy, and those that are being fetched, with the bytes that they take."""
+        """Yield every copy, including those being fetched, with their bytes."""
         for entry in os.scandir(self.root):
             if found := _PART.fullmatch(entry.name):
                 yield Path(entry.path), int(found[1])
@@ -228,7 +224,7 @@ class Copies:
         with self._mutex:
             if key[0] == "." or self._used[key]:
                 return False
-            assert self._marks is not None  # since ``_prepare``
+            assert self._marks is not None  # set by ``_prepare``
             try:
                 fcntl.lockf(self._marks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(key))
             except OSError:
@@ -238,12 +234,12 @@ class Copies:
 
 
 def _place(key: str) -> int:
-    """The byte of ``.in-use`` that stands for a copy."""
+    """Return the byte of ``.in-use`` for a copy."""
     return int(key[:15], 16)
 
 
 def _is_left(part: Path) -> bool:
-    """Whether nobody fetches it any more."""
+    """Return whether no process fetches it any more."""
     try:
         folder = os.open(part, os.O_RDONLY)
     except FileNotFoundError:

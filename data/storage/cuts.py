@@ -1,9 +1,8 @@
-"""Cuts rows out of list columns and joins them to a batch: the inner loop of reading.
+"""Cut rows out of list columns and join them to a batch: the inner loop of reading.
 
-Nothing here knows what the columns mean: the readers check what they hand in.
-
-Rows are cut as memory views and joined as bytes: one copy, and per piece a third of what it costs
-to slice NumPy arrays and concatenate them. A batch is hundreds of pieces of 1 to 32 kB.
+Nothing here knows what the columns mean; the readers check their input. Rows are cut as memory
+views and joined as bytes: one copy, and per piece a third of the cost of slicing and concatenating
+NumPy arrays. A batch consists of hundreds of pieces of 1 to 32 kB.
 """
 
 from abc import ABC, abstractmethod
@@ -25,39 +24,42 @@ class RowLists:
         self.views = [np.ascontiguousarray(column).data for column in columns.values()]
 
     def cut(self, row: int) -> "Cut":
-        """Where the row's entries lie."""
+        """Return the location of the row's entries."""
         return self, self._ends[row], self._ends[row + 1]
 
 
-Cut = tuple[RowLists, int, int]  # a row's entries: in which record batch, from, to
-Place = tuple[int, int]  # a shard of the corpus and a row of it
-BatchKey = tuple[int, int, int | None]  # a shard, a record batch of it, a replica
-Flat = tuple[NDArray[np.int32], dict[str, NDArray]]  # list offsets [R+1], columns of that many
+Cut = tuple[RowLists, int, int]  # a row's entries: record batch, start, end
+Place = tuple[int, int]  # a corpus shard and a row in it
+BatchKey = tuple[int, int, int | None]  # shard, record batch, replica
+# list offsets [R+1], and the columns they index
+Flat = tuple[NDArray[np.int32], dict[str, NDArray]]
 
 
 class RowReader(ABC):
-    """Cuts rows out of the record batches of a set of shards, each read when first touched."""
+    """Cuts rows out of the record batches of a set of shards, each read when first needed."""
 
     rows_per_batch = ROWS_PER_BATCH
-    remade: ClassVar[tuple[str, ...]] = ()  # cached properties that another process makes anew
+    remade: ClassVar[tuple[str, ...]] = ()  # cached properties that another process computes again
 
     def __init__(self) -> None:
         self._lists: dict[BatchKey, RowLists] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """What it knows of its shards, without their bytes: another process opens the files."""
+        """Pickle what it knows of its shards, without their bytes: another process opens
+        the files.
+        """
         known = {name: value for name, value in vars(self).items() if name not in self.remade}
         return known | {"_lists": {}, "_open": {}}
 
     def cut(self, place: Place, replica: int | None = None) -> Cut:
-        """Where the entries of one row of the corpus lie."""
+        """Return the location of the entries of one row of the corpus."""
         shard, row = place
         index, local = divmod(row, self.rows_per_batch)
         found = self._lists.get((shard, index, replica))  # called for every row of every batch
         return (found or self.row_lists(shard, index, replica)).cut(local)
 
     def row_lists(self, shard: int, index: int, replica: int | None = None) -> RowLists:
-        """The list columns of one record batch, checked when they are first touched."""
+        """Return the list columns of one record batch, checked when first used."""
         key = (shard, index, replica)
         found = self._lists.get(key)
         if found is None:
@@ -73,7 +75,7 @@ class RowReader(ABC):
 
 
 def joined(cuts: Sequence[Cut], without: Collection[str] = ()) -> dict[str, NDArray]:
-    """The columns of one row or more, but those ``without``, one after another, copied."""
+    """Return the columns of one or more rows, except ``without``, concatenated and copied."""
     size = sum([last - first for _, first, last in cuts])
     out = {}
     for number, (name, column) in enumerate(cuts[0][0].columns.items()):
@@ -85,14 +87,14 @@ def joined(cuts: Sequence[Cut], without: Collection[str] = ()) -> dict[str, NDAr
 
 
 def cut_lengths(cuts: Sequence[Cut]) -> NDArray[np.int64]:
-    """How many entries each row has."""
+    """Return the number of entries of each row."""
     return np.array([last - first for _, first, last in cuts], np.int64)
 
 
 def pad_cuts(
     cuts: Sequence[Cut], lengths: NDArray[np.int64], name: str, fill: int
 ) -> NDArray[np.int32]:
-    """Rows of the list column ``name`` as [B, longest], ``fill`` at the end."""
+    """Return rows of the list column ``name`` as [B, longest], padded with ``fill``."""
     width = int(lengths.max(initial=1))
     if cuts and lengths.tolist() == [width] * len(cuts):
         others = cuts[0][0].columns.keys() - {name}
@@ -104,7 +106,7 @@ def pad_cuts(
 
 
 class RowTexts(Sequence[str | None]):
-    """A text of each of some rows, read when it is asked for; a training step asks for none."""
+    """A text per row, read when it is asked for; training steps need none."""
 
     def __init__(self, read: Callable[[Place], str | None], places: Sequence[Place]):
         self._read, self._places = read, places
@@ -122,7 +124,7 @@ class RowTexts(Sequence[str | None]):
         return self._read(self._places[index])
 
     def __reduce__(self) -> tuple[type[list], tuple[list[str | None]]]:
-        """Read for another process, which then needs no cache."""
+        """Pickle the texts themselves, so that the other process needs no cache."""
         return list, (list(self),)
 
     def __repr__(self) -> str:

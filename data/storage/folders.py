@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from rekindle.data.errors import InputError
+from rekindle.data.hub.places import hub_folder, is_hub
 from rekindle.data.storage.addresses import (
     fetch_object,
     find_objects,
@@ -15,23 +16,26 @@ from rekindle.data.storage.addresses import (
 from rekindle.data.storage.copies import FOLDER, copies, key_of
 
 State = tuple[int, str]  # bytes and tag of an object
-UNFINISHED = ".unfinished"  # in a folder while it is uploaded
+UNFINISHED = ".unfinished"  # in a folder during its upload
 CHECKPOINTS = "checkpoints"  # of a run: a record step-00000200.json for each
 
 
 def folder_copy(address: str) -> Path:
-    """The local copy of a model's folder, which stays until this process ends. Of a run's
-    checkpoint ``…/checkpoints/step-00000200`` the record beside it says where its files are.
+    """Return the local copy of a model's folder, kept until this process ends. For a run's
+    checkpoint ``…/checkpoints/step-00000200``, the record beside it says where its files are.
 
-    Raises InputError where there is none, or no room for a copy.
+    For one on a hub it is that of huggingface_hub's own cache. Raise InputError if there is no
+    such folder, or no room for a copy.
     """
+    if is_hub(address):
+        return hub_folder(address)
     files = find_objects(f"{address}/") or _of_checkpoint(address)
     if not files:
         raise InputError(f"model {address!r}: there is no such folder, or nothing in it")
     if UNFINISHED in map(_name, files):
         raise InputError(
-            f"{address} is not whole: it is uploaded at this moment, or that was killed. Wait, or "
-            "run the command again that writes it"
+            f"{address} is not complete: it is being uploaded, or its upload was killed. Wait, or "
+            "run the command that writes it again"
         )
     beside = find_objects(f"{address}/{CHECKPOINTS}/")
     records = {f"{CHECKPOINTS}/{_name(file)}" for file in beside if file.endswith(".json")}
@@ -40,8 +44,8 @@ def folder_copy(address: str) -> Path:
 
 
 def tree_copy(address: str, wanted: Callable[[str], bool]) -> Path:
-    """The local copy of those files in a folder, and in the folders below, whose names there are
-    ``wanted``; as ``folder_copy`` otherwise.
+    """Return the local copy of the files below a folder whose names are ``wanted``; else like
+    ``folder_copy``.
     """
     below = states_below(address)
     if not below:
@@ -65,10 +69,10 @@ def _name(place: str) -> str:
 
 
 def _taken(address: str, files: Mapping[str, tuple[str, State]], records: Collection[str]) -> Path:
-    """The copy of ``files``, by their names in it; of checkpoints, by their ``records``, only that
-    they are there.
+    """Return the copy of ``files``, keyed by their names in it. Of checkpoints, only the presence
+    of their ``records`` is copied.
     """
-    inside = address.replace("://", "/")  # what tells runs from each other is in their paths
+    inside = address.replace("://", "/")  # runs are distinguished by their paths
 
     def fetch(into: Path) -> None:
         for name, (place, (size, _)) in files.items():

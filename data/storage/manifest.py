@@ -1,42 +1,33 @@
 """``cache.json``: the format's version, and a roll-up of the cache that can be rebuilt from the
 rest.
 
-Versions 1 to 12 are read. What version 3 has anew is said by keys that older files lack, so an
-older cache is read, verified and extended as it was made: its corpus goes on without end-of-text
-tokens, and with the vocabulary that it was begun with. The first run of stage 1 that may add to it
-raises the version to 3 before it writes anything (``raise_version``), whatever it then adds: from
-then on an older Rekindle refuses the cache by its version, and reads nothing half. Records of both
-versions stand side by side in it; the manifest's alone counts.
+Versions 1 to 12 are read. Older files lack the keys that version 3 introduced, so an older cache is
+read, verified and extended as it was made: its corpus continues without end-of-text tokens, and
+with its original vocabulary. The first run of stage 1 that may add to a cache raises the version to
+3 before it writes anything (``raise_version``), whatever it then adds. From then on an older
+Rekindle refuses the cache by its version instead of reading half of it. Records of both versions
+exist side by side; only the manifest's version counts.
 
-Version 4 is that of a cache with a teacher whose targets were imported
-(``data/targets/imported.py``): it is raised to it before the first of them is written, and is in
-all else a version 3. Caches without such a teacher stay what they are.
+The later versions mark caches that contain something an older Rekindle would misread. A cache
+without it keeps its version, and a cache may combine them:
 
-Version 5 is that of a cache with a roll-up of commit records (``records.py``), which large sets
-have: an older Rekindle that repairs such a cache would leave the roll-up as it was. In all else it
-is a version 3, or a 4.
-
-Version 6 is that of a cache whose corpus says of each token whether it is trained (dialogues, rows
-of tokens): an older Rekindle would train all of them. It may have what versions 4 and 5 have.
-
-Version 7 is that of a cache with a teacher that a server ran (``data/targets/served.py``), raised
-before the first of its targets is written; it may have what all the others have.
-
-Version 8 is that of a cache whose corpus has several documents in a row and attention within each
-(``packing: packed``): an older Rekindle would show a student the others, too. It may have what
-all the others have.
-
-Version 9 is that of a cache with a teacher whose tokens were mapped to the corpus's
-(``vocabulary: map``): an older Rekindle takes a position without a target for damage.
-
-Version 10 is that of a cache of which a teacher is being removed, renamed or transcoded
-(``data/journal.py``): an older Rekindle would see half of that. Then it is what it was before.
-
-Version 11 is that of a cache with a teacher that gives vectors (``task: embedding``,
-``data/targets/kinds/embedding.py``): an older Rekindle knows no such kind.
-
-Version 12 is that of a cache whose sequences are each of a group (``corpus.group_field``): an older
-Rekindle does not know the column. It may have what all the others have.
+- 4: a teacher with imported targets (``data/targets/imported.py``); raised before the first of them
+  is written.
+- 5: a roll-up of commit records (``records.py``), which large sets have. An older Rekindle that
+  repairs such a cache would leave the roll-up unchanged.
+- 6: a corpus that marks each token as trained or not (dialogues, rows of tokens). An older Rekindle
+  would train all of them.
+- 7: a teacher run by a server (``data/targets/served.py``); raised before its first target is
+  written.
+- 8: a corpus with several documents in a row and attention within each (``packing: packed``). An
+  older Rekindle would show a student the other documents, too.
+- 9: a teacher whose tokens were mapped to the corpus's (``vocabulary: map``). An older Rekindle
+  takes a position without a target for damage.
+- 10: a teacher is being removed, renamed or transcoded (``data/journal.py``). An older Rekindle
+  would see half of that. Afterwards the version returns to what it was.
+- 11: a teacher that gives vectors (``task: embedding``, ``data/targets/kinds/embedding.py``). An
+  older Rekindle does not know this kind.
+- 12: sequences with groups (``corpus.group_field``). An older Rekindle does not know the column.
 """
 
 import logging
@@ -58,11 +49,12 @@ from rekindle.data.storage.seal import (
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
-NEWEST = WITH_GROUPS  # of the versions that are read
+WITHOUT_TEXT = "corpus/without_text.json"  # in a cache that was passed on so; until it is whole
+NEWEST = WITH_GROUPS  # of the versions that can be read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
-    """``cache.json``, checked for damage and for a format version that this code reads."""
+    """Return ``cache.json``, checked for damage and for a format version this code reads."""
     try:
         values = store.read_json(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -101,18 +93,36 @@ def _is_roll_up(body: Mapping[str, object]) -> bool:
     return stated and all(isinstance(teacher, dict) for teacher in teachers.values())
 
 
+def told_missing(store: Store, name: str) -> str:
+    """What is said of a committed shard that is not there."""
+    if name.startswith("corpus/") and store.exists(WITHOUT_TEXT):
+        return f"{store.location}/{name} is not there: {_NO_TEXT}"
+    return f"{store.location}/{name} is missing although it was committed"
+
+
+def refuse_without_text(store: Store) -> None:
+    """Raise CacheFormatError for a cache that was passed on so, where its text is needed."""
+    if store.exists(WITHOUT_TEXT):
+        raise CacheFormatError(f"{store.location}: {_NO_TEXT}")
+
+
+_NO_TEXT = (
+    "the cache was passed on without its text. Its README.md and docs/sharing.md say how the same "
+    "text makes it whole again"
+)
+
+
 def begin_manifest(store: Store) -> None:
-    """Mark a new cache with its format version (kept when it is there)."""
+    """Mark a new cache with its format version; an existing mark is kept."""
     store.create(MANIFEST, seal({}))
     read_manifest(store)
 
 
 def raise_version(store: Store, version: int = FORMAT_VERSION) -> None:
-    """Mark the cache as one of this format version at least: what is written from here on may need
-    it.
+    """Raise the cache's format version to at least ``version``, because later writes may need it.
 
-    Does nothing to a folder without a manifest, to a cache that is of this version, and to one that
-    cannot be written, which may be complete.
+    Does nothing to a folder without a manifest, to a cache that has the version, and to one that
+    cannot be written (it may be complete).
     """
     if (
         store.writable

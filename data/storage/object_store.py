@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.base import Seen, Store, safe_name
+from rekindle.data.hub.places import is_hub
+from rekindle.data.storage.base import Store, safe_name
 from rekindle.data.storage.client import Client, changed_at
 from rekindle.data.storage.copies import copies, key_of
 from rekindle.data.storage.patience import is_passing
@@ -25,17 +26,22 @@ log = logging.getLogger("rekindle")
 
 T = TypeVar("T")
 
-REQUESTS = 32  # at a time
-CONDITIONAL = ("s3", "gs", "s3a", "gcs", "memory")  # whose clients create an object exclusively
-CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts meet on their way
+REQUESTS = 32  # at the same time
+CONDITIONAL = ("s3", "gs", "s3a", "gcs", "memory")  # their clients can create an object exclusively
+CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts collide
 
 
 def refuse_unconditional(address: str) -> None:
-    """Raise InputError for a store of a kind that is not written to."""
+    """Raise InputError for a kind of store that cannot be written to."""
+    if is_hub(address):
+        raise InputError(
+            f"{address} can be read, not written to: a hub takes whole things. Write to a local "
+            "folder (or s3://, gs://), and send what is finished: `pipeline push DIR OWNER/NAME`"
+        )
     if (kind := address.partition("://")[0]) not in CONDITIONAL:
         raise InputError(
-            f"{address} can be read, not written to: of {kind}:// no conditional put is known, "
-            "without which two writers may both believe that they were first. Use "
+            f"{address} can be read, not written to: no conditional put is known for {kind}://, "
+            "and without it two writers may both believe they were first. Use "
             f"{' or '.join(f'{one}://' for one in CONDITIONAL[:2])}, or a local folder"
         )
 
@@ -43,33 +49,33 @@ def refuse_unconditional(address: str) -> None:
 class ObjectStore(Store):
     """A bucket with conditional puts, through fsspec. Data objects pass through local files.
 
-    A shard is written whole to a local file and uploaded afterwards, because closing an
-    object-store stream after an exception publishes what was written so far. A reader maps a copy
-    that all processes of the node share (``copies``), or asks for single regions.
-    Raises InputError when the bucket cannot be reached (credentials, endpoint, network).
+    A shard is written completely to a local file and then uploaded, because closing an object-store
+    stream after an exception would publish a partial object. A reader maps a copy that all
+    processes of the node share (``copies``), or requests single regions. Raise InputError if the
+    bucket cannot be reached (credentials, endpoint, network).
     """
 
     def __init__(self, url: str):
-        self._client = Client(url)
+        self._client = Client(url, pin=True)
         self.root, self.location = self._client.root, self._client.location
         self._scratch = upload_folder(self)
-        self._tried = False  # whether its server creates exclusively
+        self._tried = False  # whether exclusive creation was tested on its server
 
-    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str], dict[str, Seen]]:
-        """Open it anew in another process, with a client and a temporary folder of its own."""
-        return ObjectStore, (self.location,), {"seen": self.seen}
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str], dict[str, object]]:
+        """Reopen in another process, with its own client and temporary folder."""
+        return ObjectStore, (self._client.address,), {"seen": self.seen, "location": self.location}
 
     @property
     def fs(self) -> "FileSystem":
-        """The file system as fsspec has it, of this process."""
+        """The fsspec file system of this process."""
         return self._client.fs
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{safe_name(self.seen.place(name))}"
 
     def _asked(self, name: str, ask: Callable[[str], T], *passed: type[Exception]) -> T:
-        """What ``ask`` of the object's path returns, with patience; errors but those of type
-        ``passed`` become one message.
+        """Return the result of ``ask`` for the object's path, with patience. Errors except those of
+        type ``passed`` become one message.
         """
         path = self._path(name)
         return self._client.asked(f"{self.location}/{name}", lambda: ask(path), *passed)
@@ -82,10 +88,10 @@ class ObjectStore(Store):
         return self._asked(name, lambda path: bytes(self.fs.cat_file(path)), FileNotFoundError)
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:  # noqa: D102
-        pool = ThreadPoolExecutor(REQUESTS)  # a request takes long, and little work
+        pool = ThreadPoolExecutor(REQUESTS)  # a request takes long but needs little work
         try:
             return list(pool.map(self.read_bytes, names))
-        finally:  # after an error or Ctrl-C nobody waits for those that are patient
+        finally:  # after an error or Ctrl-C nobody waits for retries
             pool.shutdown(wait=False, cancel_futures=True)
 
     def listing(self, folder: str) -> dict[str, str]:  # noqa: D102
@@ -98,25 +104,28 @@ class ObjectStore(Store):
         return [name for name, _ in self._listed(folder, "directory" if folders else "file")]
 
     def _listed(self, folder: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Name and description of each entry of that kind."""
+        """Yield name and description of each entry of that kind."""
         path = self._path(folder) if folder else self.root
+        fixed = self._client.fixed
         try:
-            listed = partial(self.fs.ls, path, detail=True, refresh=True)
+            listed = partial(self.fs.ls, path, detail=True, refresh=not fixed)
             where = f"{self.location}/{folder}"
             entries = self._client.asked(where, listed, FileNotFoundError)
         except FileNotFoundError:
             return
-        self.fs.invalidate_cache(path)  # a million descriptions, which nobody asks for again
+        if not fixed:
+            self.fs.invalidate_cache(path)  # a million descriptions that are not needed again
         for entry in entries:
             name = entry["name"].rstrip("/").removeprefix(path)
-            # Consoles make "folders" by an empty object of the folder's own name: no entry of it.
+            # Consoles make "folders" as empty objects with the folder's name; these are not
+            # entries.
             if entry["type"] == kind and name[:1] == "/" and name[1:2] != ".":
                 yield name[1:], entry
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         refuse_unconditional(self.location)
         made = self._put_new(name, content)
-        if made and not self._tried:  # some servers take no notice of the condition, and overwrite
+        if made and not self._tried:  # some servers ignore the condition, and overwrite
             if self._put_new(name, content):
                 raise InputError(
                     f"the server of {self.location} overwrites objects that must not be "
@@ -142,11 +151,17 @@ class ObjectStore(Store):
                     time.sleep(delay)
         raise AssertionError  # the last conflict is raised
 
+    @property
+    def writable(self) -> bool:  # noqa: D102
+        return self.location.partition("://")[0] in CONDITIONAL
+
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self._asked(name, lambda path: self.fs.pipe_file(path, content))
 
     def upload(self, file: Path, name: str) -> None:
-        """Write a local file over whatever was there."""
+        """Write a local file over whatever exists."""
+        refuse_unconditional(self.location)
         self._asked(name, lambda path: self.fs.put_file(str(file), path))
 
     def download(self, name: str, into: Path) -> None:
@@ -159,15 +174,18 @@ class ObjectStore(Store):
         return self._scratch / safe_name(name)
 
     def finish(self, name: str) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self._asked(name, lambda path: self.fs.put_file(str(self._local(name)), path))
-        self._local(name).unlink()  # a whole teacher may be more than the local disk holds
+        self._local(name).unlink()  # a whole teacher may exceed the local disk
 
     def discard(self, name: str) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self._local(name).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             self._asked(name, self.fs.rm_file, FileNotFoundError)
 
     def remove_folder(self, folder: str) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self.fs.invalidate_cache()  # others write there, too
         with suppress(FileNotFoundError):
             self._asked(folder, partial(self.fs.rm, recursive=True), FileNotFoundError)
@@ -184,7 +202,7 @@ class ObjectStore(Store):
         if not direct:
             node, key = copies(), key_of(told, size, sha256)
             file = PurePosixPath(name).name
-            with suppress(_NotAsCommitted):  # what of it is damaged, its regions tell
+            with suppress(_NotAsCommitted):  # if it is damaged, its regions will show it
                 folder = node.take(
                     key, size, lambda into: self._fetch(name, into / file, size, sha256)
                 )
@@ -210,19 +228,21 @@ class ObjectStore(Store):
 
 
 class _NotAsCommitted(Exception):
-    """An object has other bytes than its commit record says."""
+    """An object's bytes differ from its commit record."""
 
 
 @cache
 def _say_without(problem: str) -> None:
     log.warning(
-        "no room for local copies (%s): what has none is read from the store piece by piece, which "
-        "is slower",
+        "no room for local copies (%s): data is read from the store piece by piece, which is "
+        "slower",
         problem,
     )
 
 
 def _is_conflict(error: OSError) -> bool:
-    """Whether two conditional puts met (S3's 409): this one did not win, and must ask again."""
+    """Return whether two conditional puts collided (S3's 409): this one did not win and
+    must retry.
+    """
     told = repr(error.__cause__ or error)
     return error.errno == errno.EBUSY or "ConditionalRequestConflict" in told

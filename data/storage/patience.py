@@ -1,7 +1,7 @@
-"""Asks a server again that is overloaded, or away for a while.
+"""Retry requests to a server that is overloaded, or away for a while.
 
-The clients repeat a request some times within seconds. Here that is done for minutes: a run of days
-outlives a server that is started anew.
+The clients retry a few times within seconds. This retries for minutes, so that a run of days
+survives the restart of a server.
 """
 
 import logging
@@ -21,11 +21,13 @@ AT_FIRST = 5.0  # for one that never has: its address may be wrong
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
 
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)
-# By name: the clients are extras, and their errors share no base.
+# By name: the clients are optional packages, and their errors share no base class.
 _PASSING = {
     "ClientConnectorError",
     "ClientOSError",
     "ClientPayloadError",
+    "ConnectError",
+    "ConnectTimeout",
     "ConnectTimeoutError",
     "ConnectionClosedError",
     "ContentLengthError",
@@ -33,7 +35,10 @@ _PASSING = {
     "HTTPClientError",
     "IncompleteRead",
     "IncompleteReadError",
+    "ReadError",
+    "ReadTimeout",
     "ReadTimeoutError",
+    "RemoteProtocolError",
     "ResponseStreamingError",
     "ServerDisconnectedError",
     "ServerTimeoutError",
@@ -43,15 +48,16 @@ _PASSING_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "Slow
 
 
 class Patience:
-    """What is known of one server: whether it ever answered."""
+    """Tracks whether one server has ever answered."""
 
     def __init__(self, location: str):
         self.location = location
         self.answered = False
 
     def over(self, call: Callable[[], T]) -> T:
-        """Return what ``call`` does, called again for some minutes while the server is overloaded
-        or cannot be reached. It must be harmless if an earlier call succeeded unheard.
+        """Return the result of ``call``, repeated for some minutes while the server is overloaded
+        or unreachable. Repeating must be harmless if an earlier call succeeded and its answer was
+        lost.
         """
         began, told = time.monotonic(), False
         for delay in delays():
@@ -74,11 +80,11 @@ class Patience:
             else:
                 self.answered = True
                 return found
-        raise AssertionError  # delays have no end
+        raise AssertionError  # delays never end
 
 
 def delays() -> Iterator[float]:
-    """Seconds between two attempts: more each time, and by chance, so that processes do not all ask
+    """Yield the seconds between attempts: growing, and random, so that processes do not all retry
     at the same moment.
     """
     longest = FIRST_DELAY
@@ -88,8 +94,9 @@ def delays() -> Iterator[float]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the server was not reached, was overloaded, or
-    failed. What it answered (no such object, no right, wrong credentials) is none of these.
+    """Return whether the same request may succeed later, because the server was unreachable,
+    overloaded or failed. Definite answers (no such object, no right, wrong credentials) do not
+    count.
     """
     seen = set[int]()
     cause: BaseException | None = error
@@ -104,7 +111,9 @@ def is_passing(error: BaseException) -> bool:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = str(response.get("Error", {}).get("Code", ""))
             return status >= 500 or status == 429 or code in _PASSING_CODES or "Thrott" in code
-        status = getattr(cause, "code", None) or getattr(cause, "status", None)  # gcsfs', aiohttp's
+        # gcsfs's, aiohttp's
+        status = getattr(cause, "code", None) or getattr(cause, "status", None)
+        status = status or getattr(response, "status_code", None)  # httpx's, of a hub
         if isinstance(status, int) and (status >= 500 or status in (408, 429)):
             return True
         cause = cause.__cause__ or cause.__context__

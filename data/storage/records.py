@@ -1,14 +1,15 @@
-"""The commit records of a set, and the roll-up of a large one's.
+"""The commit records of a set, and their roll-up for large sets.
 
-The records are the only proof that a unit is done. Of a set of UNITS or more, ``records.arrow``
-repeats what is counted of them (``columns_of``), so that a million need not be read to open a
-cache; ``records.json``, written after it, has its checksum. Both can be removed at any time.
+The records are the only proof that a unit is done. For a set of UNITS or more, ``records.arrow``
+repeats their counted fields (``columns_of``), so that a cache can be opened without reading a
+million records; ``records.json``, written after it, has its checksum. Both can be removed at any
+time.
 
-What the roll-up says of a unit is believed where the commits folder is as it was when it was
-written (a local one, by the time of its last change), or else where one listing of it has the
-unit's record: in object stores with the same ETag. Some records are read and compared each time, so
-that a roll-up of another set is not believed; and whoever opens a unit reads its record. All others
-are read, and the next stage 1 writes the roll-up anew.
+The roll-up is trusted about a unit if the commits folder is unchanged since it was written (local
+folders, by their modification time), or if a listing of the folder has the unit's record (in object
+stores, with the same ETag). Some records are read and compared each time, so that a roll-up of
+another set is not trusted; and opening a unit reads its record. All other records are read, and the
+next stage 1 writes the roll-up again.
 """
 
 import logging
@@ -42,10 +43,11 @@ from rekindle.data.storage.units import (
 
 log = logging.getLogger("rekindle")
 
-UNITS = 1024  # of smaller sets there is no roll-up
-CHUNK = 8192  # records that are read before they become rows
-SAMPLED = 8  # records that are compared with a roll-up whenever it is read
-SETTLED = 2.0  # seconds after which a folder's time tells a further change from the last one
+UNITS = 1024  # smaller sets have no roll-up
+CHUNK = 8192  # records read before they become rows
+SAMPLED = 8  # records compared with a roll-up whenever it is read
+# seconds after which a folder's time distinguishes a further change from the last one
+SETTLED = 2.0
 JSON = ".json"
 RECORDS, ABOUT = "records.arrow", "records.json"
 
@@ -61,11 +63,11 @@ class Records:
         self.commits = f"{folder}/commits"
 
     def read(self, unit: str) -> Commit:
-        """The record of one finished unit."""
+        """Return the record of one finished unit."""
         return self._parse(unit, self.store.read_bytes(f"{self.commits}/{unit}.json"))
 
     def read_many(self, units: Sequence[str]) -> list[Commit]:
-        """The records of those units."""
+        """Return the records of those units."""
         return [self._parse(*one) for one in zip(units, self._contents(units), strict=True)]
 
     def _contents(self, units: Sequence[str]) -> list[bytes]:
@@ -76,19 +78,19 @@ class Records:
         body = self.store.parse_json(name, content)
         commit = Commit.from_json(body, f"{self.store.location}/{name}")
         if commit.unit != unit:
-            raise CacheFormatError(f"the commit record {name} speaks of unit {commit.unit!r}")
+            raise CacheFormatError(f"the commit record {name} names unit {commit.unit!r}")
         return commit
 
     def survey(self, check: Check | None = None) -> tuple[Commits, Damaged]:
-        """The finished units, and what is wrong with those whose record is damaged, or that do not
-        pass ``check``, which raises CacheFormatError. With ``check`` every record is read.
+        """Return the finished units, and the errors of units with a damaged record or that fail
+        ``check``, which raises CacheFormatError. With ``check``, every record is read.
         """
         found = self._survey(check)
         return found.commits, found.damaged
 
     def _survey(self, check: Check | None, settle: bool = False) -> "_Survey":
-        """``survey``. ``settle``: wait until the state of a large set's folder is sure to tell of
-        every change that follows; one within a clock's tick of the last would leave it as it is.
+        """Do ``survey``. ``settle``: wait until the modification time of a large set's folder will
+        show every later change; a change within the same clock tick would not show.
         """
         state, began = self.store.folder_state(self.commits), time.time()
         rolled = self._rolled_up() if check is None and state else None
@@ -121,7 +123,9 @@ class Records:
     def _read_all(
         self, units: Sequence[str], states: Mapping[str, str], check: Check | None, large: bool
     ) -> tuple[dict[str, Commit], list[pa.Table], Damaged]:
-        """Of ``units``: records that stay in memory, tables of the others, the damaged."""
+        """Read ``units``: return records that stay in memory, tables of the others, and the damaged
+        ones.
+        """
         held: dict[str, Commit] = {}
         tables: list[pa.Table] = []
         damaged: Damaged = {}
@@ -148,10 +152,10 @@ class Records:
     # --- the roll-up ------------------------------------------------------------------------------
 
     def roll_up(self) -> None:
-        """Write what the records of a large set say as one file, unless it stands there.
+        """Write the fields of a large set's records to one file, unless it exists.
 
-        A store that cannot be written to is left as it is, and so is a set with damaged records, or
-        with names that no unit has: those would be missed.
+        Skips a store that cannot be written to, a set with damaged records, and one with names that
+        are not units' names, which would be missed.
         """
         found = self._survey(None, settle=True)
         commits = found.commits
@@ -175,7 +179,7 @@ class Records:
         self.store.replace(f"{self.folder}/{ABOUT}", seal(about, WITH_ROLL_UPS))
 
     def _rolled_up(self) -> "_RollUp | None":
-        """The roll-up, if there is one and it is whole: a table of units, in their order."""
+        """Return the roll-up, a table of units in order, if there is one and it is whole."""
         with suppress(FileNotFoundError, CacheFormatError, pa.ArrowException):
             about = read_sealed(self.store, f"{self.folder}/{ABOUT}")
             content = pa.py_buffer(self.store.view(f"{self.folder}/{RECORDS}"))
@@ -188,7 +192,7 @@ class Records:
         return None
 
     def _agrees(self, table: pa.Table) -> bool:
-        """Whether SAMPLED of its units have such records."""
+        """Return whether SAMPLED of its units have matching records."""
         rows = {*np.linspace(0, len(table) - 1, SAMPLED).astype(int).tolist()} if table else ()
         try:
             commits = self.read_many([table["unit"][row].as_py() for row in rows])
@@ -197,7 +201,9 @@ class Records:
         return not any(map(difference, repeat(table), rows, commits))
 
     def wrongly_rolled_up(self, sound: Commits) -> CacheFormatError | None:
-        """What is wrong with a roll-up that would be believed, where the records say ``sound``."""
+        """Return what is wrong with a roll-up that would be trusted, given the ``sound``
+        records.
+        """
         rolled = self._rolled_up()
         if rolled is None:
             return None
@@ -212,7 +218,7 @@ class Records:
         )
 
     def forget_roll_up(self) -> None:
-        """Remove it: before a record is taken back, or where it is wrong."""
+        """Remove it, before a record is taken back or if it is wrong."""
         for name in (ABOUT, RECORDS):
             self.store.discard(f"{self.folder}/{name}")
 
@@ -220,15 +226,15 @@ class Records:
 @dataclass(frozen=True)
 class _RollUp:
     table: pa.Table
-    state: str  # of the commits folder, as far as it tells of every change
+    state: str  # of the commits folder, if it shows every change
 
 
 @dataclass(frozen=True)
 class _Survey:
     commits: Commits
     damaged: Damaged
-    same: bool  # whether a roll-up of it stands there
-    state: str  # of the commits folder before it was listed, as far as it tells of every change
+    same: bool  # whether the roll-up exists already
+    state: str  # of the commits folder before the listing, if it shows every change
 
 
 def _is_of_units(table: pa.Table) -> bool:
@@ -242,7 +248,7 @@ def _is_of_units(table: pa.Table) -> bool:
 
 
 def _table_of(listing: Mapping[str, str]) -> pa.Table:
-    """The units whose records were listed, and the states of these."""
+    """Return the units whose records were listed, with the states of these records."""
     found = {"unit": [*listing], "state": [*listing.values()]}
     table = pa.table({name: array_of(of, pa.string()) for name, of in found.items()})
     table = table.filter(pc.ends_with(table["unit"], JSON))
@@ -250,6 +256,6 @@ def _table_of(listing: Mapping[str, str]) -> pa.Table:
 
 
 def _as_listed(table: pa.Table, listed: pa.Table) -> pa.Array:
-    """Which units have a record, in the state that the roll-up knows."""
+    """Return which units have a record in the state the roll-up knows."""
     found = pc.index_in(table["unit"], value_set=listed["unit"].combine_chunks()).combine_chunks()
-    return pc.equal(listed["state"].take(found), table["state"])  # null where it has none
+    return pc.equal(listed["state"].take(found), table["state"])  # null if it has none

@@ -1,4 +1,6 @@
-"""The bytes of a committed file: mapped, or asked of a store piece by piece. Checks nothing."""
+"""The bytes of a committed file, mapped or requested piece by piece from a store. Checks
+nothing.
+"""
 
 import io
 import threading
@@ -10,30 +12,30 @@ from typing import Any
 
 import pyarrow as pa
 
-KEPT_BYTES = 256 << 20  # of pieces that were asked for last, in a process
+KEPT_BYTES = 256 << 20  # of recently requested pieces, per process
 
 Region = tuple[int, int, str]  # offset, length, xxh3_64
-Piece = tuple[str, int]  # of which file, from which byte on
+Piece = tuple[str, int]  # a file, and the first byte in it
 
 
 class ShardBytes(ABC):
-    """The bytes of the file ``name`` (as messages call it), which has ``size`` of them."""
+    """The bytes of a file: ``name`` for messages, ``size`` in bytes."""
 
     name: str
     size: int
-    kept = True  # what is cut out of it takes no memory of its own
+    kept = True  # whether regions take no memory of their own
 
     @abstractmethod
     def region(self, offset: int, length: int) -> pa.Buffer:
-        """One of the regions of its commit record."""
+        """Return one of the regions of its commit record."""
 
     @abstractmethod
     def file(self) -> Any:
-        """What Arrow opens."""
+        """Return what Arrow can open."""
 
 
 class Mapped(ShardBytes):
-    """A local file. It is mapped, not held open: a process reads thousands of shards at a time."""
+    """A local file, mapped and not held open: a process reads thousands of shards at a time."""
 
     def __init__(self, path: Path, name: str | None = None):
         self.name, self.path = name or str(path), path
@@ -49,7 +51,7 @@ class Mapped(ShardBytes):
 
 
 class _Pieces:
-    """The pieces that were asked for last."""
+    """Recently requested pieces."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Piece, bytes] = OrderedDict()
@@ -75,10 +77,10 @@ _PIECES = _Pieces()
 
 
 class Asked(ShardBytes):
-    """An object of a store, of which each region is asked for when it is touched.
+    """An object in a store; each region is requested when it is used.
 
-    ``read(begin, end)`` returns bytes of it. The last regions of all such files are kept, up to
-    KEPT_BYTES; ``anew``: of this one, and none that was asked for before.
+    ``read(begin, end)`` returns bytes of it. Recent regions of all such files are kept, up to
+    KEPT_BYTES; ``anew``: this file uses none that was requested before.
     """
 
     kept = False

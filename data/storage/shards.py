@@ -1,10 +1,10 @@
-"""Sets of Arrow shards with commit records: how anything in a cache is written and believed.
+"""Sets of Arrow shards with commit records: how everything in a cache is written and trusted.
 
 A set is a folder with ``data/<unit>-<attempt>.arrow`` (Arrow IPC *file* format, never overwritten,
 not trusted by itself) and ``commits/<unit>.json``. The record is created exclusively after the data
-is durable; its existence is the only proof that a unit is done. It carries the file's name, size,
-sha256 and an xxh3 checksum per region (the schema, each record batch, the
-footer), and a checksum of itself.
+is durable; its existence is the only proof that a unit is done. It contains the file's name, size,
+sha256 and an xxh3 checksum per region (the schema, each record batch, the footer), and a checksum
+of itself.
 """
 
 import hashlib
@@ -25,14 +25,15 @@ from rekindle.data.storage.arrow_sizes import unpacked_bytes
 from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Commits
+from rekindle.data.storage.manifest import told_missing
 from rekindle.data.storage.records import Records
 from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shard_bytes import Region, ShardBytes
 from rekindle.data.storage.store import LocalStore
 
-MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch: ours are some 10 MB
+MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch; ours are about 10 MB
 
-MAGIC = b"ARROW1\0\0"  # what the file begins with, before the schema
+MAGIC = b"ARROW1\0\0"  # the file's first bytes, before the schema
 
 
 class ShardSet:
@@ -44,9 +45,9 @@ class ShardSet:
         self.records = Records(store, folder)
 
     def committed(self) -> Commits:
-        """The finished units by name, in their order, from one listing of the commit records.
+        """Return the finished units in order, from one listing of the commit records.
 
-        Raises CacheFormatError when one of them is damaged.
+        Raise CacheFormatError if one of the records is damaged.
         """
         commits, damaged = self.survey()
         for error in damaged.values():
@@ -56,16 +57,16 @@ class ShardSet:
     def survey(
         self, check: Callable[[Commit], object] | None = None
     ) -> tuple[Commits, dict[str, CacheFormatError]]:
-        """The finished units by name, and what is wrong with those whose record is damaged, or that
-        do not pass ``check``, which raises CacheFormatError. With it the records themselves are
-        read, whatever their roll-up says.
+        """Return the finished units, and the errors of units with a damaged record or that fail
+        ``check``, which raises CacheFormatError. With ``check``, the records themselves are read,
+        whatever their roll-up says.
         """
         return self.records.survey(check)
 
     def forget(self, unit: str) -> None:
-        """Take back a unit that is damaged, so that it is made again: first its record."""
+        """Take back a damaged unit, so that it is made again; its record goes first."""
         path = None
-        with suppress(CacheFormatError, FileNotFoundError):  # then `gc` finds what it named
+        with suppress(CacheFormatError, FileNotFoundError):  # then `gc` finds the file it named
             path = self.commit(unit).path
         self.records.forget_roll_up()
         self.store.discard(f"{self.folder}/commits/{unit}.json")
@@ -73,11 +74,11 @@ class ShardSet:
             self.store.discard(f"{self.folder}/{path}")
 
     def has(self, unit: str) -> bool:
-        """Whether the unit is committed by now."""
+        """Return whether the unit is committed by now."""
         return self.store.exists(f"{self.folder}/commits/{unit}.json")
 
     def commit(self, unit: str) -> Commit:
-        """The record of one finished unit."""
+        """Return the record of one finished unit."""
         return self.records.read(unit)
 
     def write(
@@ -93,25 +94,25 @@ class ShardSet:
         """Write one unit and commit it. An exception commits nothing and leaves nothing behind.
 
         Every batch but the last must have ``rows_per_batch`` rows, a divisor of ROWS_PER_BATCH.
-        Raises InputError when the disk is full or may not be written. ``facts`` go into the commit
-        record, with those of ``late_facts``, which is called when all batches are written. If
-        another process committed the unit meanwhile, its record is returned and this attempt's data
-        is removed: both were complete.
+        ``facts`` go into the commit record, with those of ``late_facts``, which is called after all
+        batches are written. If another process has committed the unit meanwhile, its record is
+        returned and this attempt's data is removed: both were complete. Raise InputError if the
+        disk is full or write protected.
         """
         path = f"data/{unit}-{new_attempt()}.arrow"
         name = f"{self.folder}/{path}"
         try:
             with self.store.writing(name):
                 local = self.store.begin(name)
-                written = _write_file(local, schema, batches, write_options)
+                written = write_shard(local, schema, batches, write_options)
                 about = dict(facts or {}) | dict(late_facts())
                 commit = Commit(unit, path, *written, about, rows_per_batch)
                 self.store.finish(name)
         except BaseException:
-            with suppress(OSError, InputError):  # of a disk or a bucket: the first error counts
+            with suppress(OSError, InputError):  # of a disk or a bucket; the first error counts
                 self.store.discard(name)
             raise
-        # From here on an error must leave the data: whether the record was created is not known.
+        # From here on an error must leave the data: the record may have been created.
         if self.store.create(f"{self.folder}/commits/{unit}.json", commit.to_bytes()):
             return commit
         winner = self.commit(unit)
@@ -120,22 +121,21 @@ class ShardSet:
         return winner
 
     def look_at(self, units: Sequence[str], commits: Commits) -> None:
-        """Raise CacheFormatError where a file of local ``units`` has not the committed size: early,
-        for who will read them after dear work.
+        """Raise CacheFormatError if a file of the local ``units`` does not have its committed size,
+        so that the problem shows before expensive work.
         """
         if not isinstance(self.store, LocalStore):
-            return  # a request for each
+            return  # it would cost a request per unit
         for commit in (commits[unit] for unit in units):
             name = f"{self.folder}/{commit.path}"
-            with unusable(self._missing(name), FileNotFoundError, advice=f". {REPAIR}"):
+            with unusable(told_missing(self.store, name), FileNotFoundError, advice=f". {REPAIR}"):
                 size, _ = self.store.state(name)
             check_size(f"{self.store.location}/{name}", size, commit)
 
-    def _missing(self, name: str) -> str:
-        return f"{self.store.location}/{name} is missing although it was committed"
-
     def check(self, commit: Commit) -> None:
-        """Hold every byte of a unit against its checksums; CacheFormatError when one differs."""
+        """Compare every byte of a unit with its checksums; raise CacheFormatError on a
+        difference.
+        """
         self.open(commit, direct=True).check()
 
     def open(
@@ -146,18 +146,19 @@ class ShardSet:
         hold: Callable[[int, pa.RecordBatch], None] | None = None,
         direct: bool = False,
     ) -> "Shard":
-        """The committed shard; checksums are verified as its parts are touched. ``direct``: as it
-        is in the store, whatever a local copy says.
+        """Return the committed shard, whose checksums are verified as its parts are used.
+        ``direct``: read the store itself, not a local copy.
 
-        Raises CacheMismatchError when the shard does not say of itself what ``about`` says,
-        CacheFormatError when its columns are not ``fields``. Every record batch is given to
-        ``hold``, with its number, when it is read, to raise when its owner cannot use it.
+        Raise CacheMismatchError if the shard's description differs from ``about``, CacheFormatError
+        if its columns are not ``fields``. ``hold`` is called with the number and content of every
+        record batch read; it raises if the owner cannot use the batch.
         """
         name = f"{self.folder}/{commit.path}"
-        with unusable(self._missing(name), FileNotFoundError, advice=f". {REPAIR}"):
-            source = self.store.open_bytes(
-                name, commit.bytes, commit.sha256, commit.regions, direct
-            )
+        facts = commit.bytes, commit.sha256, commit.regions
+        try:
+            source = self.store.open_bytes(name, *facts, direct)
+        except FileNotFoundError:
+            raise CacheFormatError(f"{told_missing(self.store, name)}. {REPAIR}") from None
         shard = Shard(source, commit, hold)
         described = shard.metadata
         different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
@@ -175,9 +176,10 @@ class ShardSet:
 
 
 class _HashingFile:
-    """A file that hashes what is handed to it, as a whole and region by region.
+    """A file that hashes what is written to it, as a whole and region by region.
 
-    Not what a disk gives back of it: what a faulty one has changed would be sealed as sound.
+    It hashes the data in memory, not what the disk returns: otherwise what a faulty disk has
+    changed would be sealed as sound.
     """
 
     def __init__(self, file: BinaryIO, schema_end: int):
@@ -191,7 +193,7 @@ class _HashingFile:
         self._region = xxhash.xxh3_64()
 
     def write(self, data: bytes | memoryview) -> int:
-        # Arrow writes the schema together with the first batch; it gets a region of its own.
+        # Arrow writes the schema together with the first batch; the schema gets its own region.
         if self.position < self._schema_end < self.position + len(data):
             cut = self._schema_end - self.position
             return self.write(data[:cut]) + self.write(data[cut:])
@@ -214,7 +216,7 @@ class _HashingFile:
         self._file.flush()
 
 
-def _write_file(
+def write_shard(
     path: Path,
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch],
@@ -239,7 +241,7 @@ def _write_file(
 
 
 def check_size(name: str, size: int, commit: Commit) -> None:
-    """Raise CacheFormatError where a file has not the committed size."""
+    """Raise CacheFormatError if a file does not have the committed size."""
     if size != commit.bytes:
         raise CacheFormatError(
             f"{name} has {size:,} bytes, {commit.bytes:,} were committed: it was cut short or "
@@ -248,7 +250,7 @@ def check_size(name: str, size: int, commit: Commit) -> None:
 
 
 class Shard:
-    """One committed Arrow file. Record batches are checked when they are first touched."""
+    """One committed Arrow file. Record batches are checked when first used."""
 
     def __init__(
         self,
@@ -256,13 +258,13 @@ class Shard:
         commit: Commit,
         hold: Callable[[int, pa.RecordBatch], None] | None = None,
     ):
-        self.name = source.name  # in messages
+        self.name = source.name  # for messages
         self.commit = commit
         self.source = source
         self._hold = hold
         self._checked: set[int] = set()
         self._batches: dict[int, pa.RecordBatch] = {}
-        self._reading = threading.RLock()  # a file has one position, whichever thread reads
+        self._reading = threading.RLock()  # all threads share the file's position
         check_size(self.name, source.size, commit)
         self._check(0)  # the schema
         self._check(len(commit.regions) - 1)  # the footer
@@ -279,12 +281,12 @@ class Shard:
 
     @property
     def schema(self) -> pa.Schema:
-        """The shard's schema, with its self-description in the metadata."""
+        """The shard's schema, with its description in the metadata."""
         return self._reader.schema
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The self-description that the writer put into the schema."""
+        """The description that the writer put into the schema."""
         raw = (self.schema.metadata or {}).get(b"rekindle", b"")
         told = f"{self.name} does not describe itself: not a shard"
         with unusable(told, ValueError, TypeError, RecursionError):
@@ -293,14 +295,14 @@ class Shard:
 
     @cached_property
     def batch_count(self) -> int:
-        """Record batches in the file."""
+        """Number of record batches in the file."""
         count: int = self._reader.num_record_batches
         return count
 
     def batch(self, index: int, keep: bool = True) -> pa.RecordBatch:
-        """Record batch ``index``, verified; rows ``index * rows_per_batch`` and on.
+        """Return record batch ``index``, verified; its rows start at ``index * rows_per_batch``.
 
-        ``keep`` is for batches that are views of the mapped file: compressed ones would fill the
+        ``keep`` is for batches that are views of the mapped file; compressed ones would fill the
         memory.
         """
         found = self._batches.get(index)
@@ -319,11 +321,13 @@ class Shard:
         return found
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All record batches, verified."""
+        """Yield all record batches, verified."""
         return map(self.batch, range(self.batch_count))
 
     def _check_size(self, index: int, region: int) -> None:
-        """A batch whose bytes are those committed may still come from a stranger's writer."""
+        """Check a batch's unpacked size: committed bytes may still come from a stranger's
+        writer.
+        """
         offset, length, _ = self.commit.regions[region]
         told = f"{self.name}: no record batch {index} where it must be"
         with unusable(told, struct.error, IndexError, ValueError):
@@ -347,25 +351,25 @@ class Shard:
         return batch
 
     def columns(self, names: list[str]) -> list[pa.RecordBatch]:
-        """Some columns of all record batches, NOT verified: the bytes of the others are not read.
+        """Return some columns of all record batches, NOT verified; the others' bytes are not read.
 
-        For callers that hold the columns against a checksum of their own.
+        For callers that compare the columns with their own checksum.
         """
         included = [self.schema.get_field_index(name) for name in names]
         reader = self._open(pa.ipc.IpcReadOptions(included_fields=included))
         return [self._get(reader, index).select(names) for index in range(self.batch_count)]
 
     def table(self) -> pa.Table:
-        """The whole shard, verified."""
+        """Return the whole shard, verified."""
         return pa.Table.from_batches(self.batches(), self.schema)
 
     def check(self) -> None:
-        """Hold the whole file against its checksums."""
+        """Compare the whole file with its checksums."""
         for region in range(len(self.commit.regions)):
             self._check(region)
 
     def sha256(self) -> str:
-        """That of the whole file, as it is now."""
+        """Return the sha256 of the whole file as it is now."""
         digest = hashlib.sha256()
         for offset, length, _ in self.commit.regions:
             digest.update(memoryview(self.source.region(offset, length)))
@@ -380,15 +384,15 @@ class Shard:
                 f"{self.name}: bytes {offset:,}–{offset + length:,} are not what was committed "
                 f"(checksum mismatch). {REPAIR}"
             )
-        if self.source.kept:  # what is asked for again is another answer
+        if self.source.kept:  # otherwise it is read again, and may differ
             self._checked.add(region)
 
 
 def describe(fields: list[pa.Field], metadata: Mapping[str, object]) -> pa.Schema:
-    """A schema whose metadata says, in JSON under the key ``rekindle``, what the shard holds."""
+    """Return a schema whose metadata describes the shard, as JSON under the key ``rekindle``."""
     return pa.schema(fields, metadata={"rekindle": json.dumps(metadata, sort_keys=True)})
 
 
 def rows_in_batches(rows: int, size: int = ROWS_PER_BATCH) -> list[tuple[int, int]]:
-    """The row ranges of a shard's record batches: all full but the last."""
+    """Return the row ranges of a shard's record batches: all full but the last."""
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]

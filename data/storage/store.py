@@ -1,4 +1,4 @@
-"""Opens a store: a local folder, or a bucket."""
+"""Open a store: a local folder, or a bucket."""
 
 import errno
 import fcntl
@@ -15,19 +15,19 @@ from rekindle.data.storage.base import Store, safe_name
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.data.storage.shard_bytes import Mapped, Region, ShardBytes
 
-IN_USE = "corpus"  # a folder of every cache: its lock is held by whoever needs what is there
+IN_USE = "corpus"  # a folder of every cache; processes that need its content hold its lock
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 def open_store(location: str | os.PathLike[str]) -> "Store":
-    """The store at a local path or an fsspec URL (``s3://``, ``gs://``, …)."""
+    """Return the store at a local path or an fsspec URL (``s3://``, ``gs://``, …)."""
     text = os.fspath(location)
     local = text.removeprefix("file://")
     return ObjectStore(text) if "://" in local else LocalStore(Path(local).expanduser())
 
 
 class LocalStore(Store):
-    """A folder on a local or shared file system that has hard links."""
+    """A folder on a local or shared file system with hard links."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -45,7 +45,7 @@ class LocalStore(Store):
             return memoryview(mmap(file.fileno(), size, access=ACCESS_READ)) if size else b""
 
     def listing(self, folder: str) -> dict[str, str]:  # noqa: D102
-        path = self._local(folder)  # of a million names: no question about each
+        path = self._local(folder)  # there may be a million names: no call for each
         found = os.listdir(path) if path.is_dir() else ()
         return dict.fromkeys((name for name in found if name[0] != "."), "")
 
@@ -63,7 +63,7 @@ class LocalStore(Store):
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._local(name)
-        if path.exists():  # a finished cache on a read-only file system is looked at again
+        if path.exists():  # a finished cache on a read-only file system is checked again
             return False
         with self.writing(name):
             try:
@@ -91,32 +91,34 @@ class LocalStore(Store):
         sync(path.parent)
 
     def discard(self, name: str) -> None:  # noqa: D102
-        with suppress(IsADirectoryError):  # no data object: nothing that we wrote
+        with suppress(IsADirectoryError):  # a folder: not a data object, so not ours
             self._local(name).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:  # noqa: D102
         path = self._local(folder)
         with self.writing(folder), suppress(FileNotFoundError):
-            if path.is_symlink():  # what it leads to is somebody's
+            if path.is_symlink():  # its target is not ours
                 path.unlink()
             else:
                 shutil.rmtree(path)
 
     @contextmanager
     def _locked(self, folder: Path, how: int) -> Iterator[bool | None]:
-        """Hold a lock of a folder: whether it was to be had; None where there are none."""
+        """Hold a lock of a folder. Yield whether it was granted; None if locks are not
+        supported.
+        """
         try:
             number = os.open(folder, os.O_RDONLY)
-        except OSError:  # an older process may see it begun a moment later
+        except OSError:  # an older process may be seen a moment after it began
             yield None
             return
         try:
-            # A killed process lets go of the lock.
+            # A killed process releases the lock.
             fcntl.flock(number, how | fcntl.LOCK_NB)
             held: bool | None = True
         except BlockingIOError:
             held = False
-        except OSError:  # not to be had on this file system
+        except OSError:  # not supported on this file system
             held = None
         try:
             yield held
@@ -175,6 +177,6 @@ class LocalStore(Store):
         self, name: str, size: int, sha256: str, regions: Sequence[Region], direct: bool = False
     ) -> ShardBytes:
         path = self._local(name)
-        if path.is_dir():  # Arrow has no number for that error
+        if path.is_dir():  # Arrow has no code for that error
             raise FileNotFoundError(name)
         return Mapped(path)

@@ -1,1 +1,1 @@
-"""What teachers said: how it is described and encoded; each kind of it; reading it from a cache."""
+"""The outputs of teachers: their description, their encoding, the kinds, and reading them."""

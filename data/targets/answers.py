@@ -1,4 +1,4 @@
-"""What an expert's logits say: probabilities of its classes or labels, and how unsure it is."""
+"""Probabilities and entropies from an expert's logits."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ SEVERAL = "multi_label_classification"
 
 
 def probabilities(info: TeacherInfo, logits: Floats, temperature: float = 1.0) -> Floats:
-    """Return the probabilities [R,C] of classes, or of each label by itself, from logits [R,C].
+    """Return the probabilities [R,C] of classes, or of each label separately, from logits [R,C].
 
-    Raises InputError for an expert that gives scores.
+    Raise InputError for an expert that gives scores.
     """
     if info.problem == "regression":
         raise InputError(
@@ -28,8 +28,8 @@ def probabilities(info: TeacherInfo, logits: Floats, temperature: float = 1.0) -
 
 
 def entropies(info: TeacherInfo, probs: Floats) -> Floats:
-    """Return the entropy [R] in nats of probabilities [R,C]; of labels that each hold or do not,
-    the sum of theirs.
+    """Return the entropy [R] in nats of probabilities [R,C]; for independent labels, the sum of
+    their entropies.
     """
     each = _plogp(probs) + (_plogp(1 - probs) if info.problem == SEVERAL else 0)
     found: Floats = -each.sum(axis=1)
@@ -37,6 +37,6 @@ def entropies(info: TeacherInfo, probs: Floats) -> Floats:
 
 
 def _plogp(probs: Floats) -> Floats:
-    """0 log 0 is 0; what is no number stays so."""
+    """Return p·log p with 0·log 0 = 0; NaN stays NaN."""
     found: Floats = probs * np.log(np.where(probs == 0, np.float32(1), probs))
     return found

@@ -1,13 +1,13 @@
-"""Tails at a temperature between stored ones, interpolated. NumPy alone; its twin on a device is
+"""Interpolate tails at a temperature between stored ones. NumPy only; the twin on a device is
 ``kernels/between.py``.
 
 With lp the log-probabilities at τ = 1, L(1/τ) = log Σ exp(lp/τ) over the ids *outside* the kept
-ones is the log of a partition function: smooth in 1/τ, its derivatives being the cumulants of lp.
-Through its values at three stored temperatures around τ goes a parabola in 1/τ; the sum over the
-kept ids, which is known at every τ, is formed and not interpolated. So the tail alone is off, by
-κ₃/6 · |Π(1/τ − 1/τᵢ)| nats of its logarithm. A parabola through log Z of the whole vocabulary, less
-the kept sum, would lose small tails altogether, and one through the log of the tail's share is not
-much better; docs/targets.md has the figures. P positions, K candidates.
+ones is the log of a partition function. It is smooth in 1/τ, and its derivatives are the cumulants
+of lp. A parabola in 1/τ goes through its values at three stored temperatures around τ. The sum over
+the kept ids is known at every τ, so it is computed and not interpolated. Only the tail is therefore
+inexact, by κ₃/6 · |Π(1/τ − 1/τᵢ)| nats of its logarithm. A parabola through log Z of the whole
+vocabulary, minus the kept sum, would lose small tails entirely, and one through the log of the
+tail's share is not much better; docs/targets.md has the figures. P positions, K candidates.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from rekindle.data.targets.codec import NO_TAIL, STEP, encode_odds, log_sum_exp
 
 KNOTS = 3
-# Nats of KL, at most, between 1, 2 and 4 (the worst is near τ = 1.3), by the candidates kept; see
-# docs/targets.md for the distributions it was measured on, the hardest of them included.
+# Largest KL in nats between 1, 2 and 4 (the worst is near τ = 1.3), by the number of kept
+# candidates. docs/targets.md lists the measured distributions, including the hardest.
 MEASURED_AT = (1.0, 2.0, 4.0)
 MEASURED = ((64, 1e-2), (32, 2e-2), (8, 3e-2))
 
 
 def knots(temperature: float, stored: Sequence[float]) -> tuple[int, ...]:
-    """Return which three of the ``stored`` temperatures one between them is interpolated from: its
-    neighbours, and the next nearest in 1/τ. None of them where it lies outside, is stored, or there
-    are not three.
+    """Return the indices of the three ``stored`` temperatures from which one is interpolated: its
+    neighbours, and the next nearest in 1/τ. Empty if it lies outside, is stored, or fewer than
+    three are stored.
     """
     order = sorted(range(len(stored)), key=lambda slot: stored[slot])
     below = [slot for slot in order if stored[slot] < temperature]
@@ -40,7 +40,7 @@ def knots(temperature: float, stored: Sequence[float]) -> tuple[int, ...]:
 
 
 def parabola(temperature: float, at: Sequence[float]) -> list[float]:
-    """Return the weights of the values at three temperatures: Lagrange's, in 1/τ."""
+    """Return the weights of the values at three temperatures (Lagrange's, in 1/τ)."""
     x, nodes = 1 / temperature, [1 / tau for tau in at]
     return [
         float(np.prod([(x - other) / (node - other) for other in nodes if other != node]))
@@ -56,8 +56,8 @@ def odds_between(
 ) -> NDArray[np.int16]:
     """Return log(kept mass / tail mass) [P] at ``temperature``, as the codecs store it.
 
-    ``relative`` [P,K]: log-probabilities of all kept ids at τ = 1, up to a constant a row;
-    ``tail_log_odds`` [P,3]: what is stored ``at`` three temperatures around it.
+    ``relative`` [P,K]: log-probabilities of all kept ids at τ = 1, up to a constant per row;
+    ``tail_log_odds`` [P,3]: the values stored ``at`` three temperatures around it.
     """
     odds = log_sum_exp(relative / temperature)
     for slot, (tau, weight) in enumerate(zip(at, parabola(temperature, at), strict=True)):
@@ -67,9 +67,11 @@ def odds_between(
 
 
 def expected_error(temperature: float, stored: Sequence[float], k: int) -> float:
-    """Return the nats of KL that an interpolated target may be off by: as measured with k
-    candidates between MEASURED_AT, and elsewhere in proportion to the square of the largest
-    |Π(1/τ − 1/τᵢ)| between the knots, of which the tail's error is a multiple.
+    """Return the expected KL in nats of an interpolated target.
+
+    Between MEASURED_AT it is the value measured with k candidates. Elsewhere it is scaled by the
+    square of the largest |Π(1/τ − 1/τᵢ)| between the knots, because the tail's error is
+    proportional to that.
     """
     at = [stored[slot] for slot in knots(temperature, stored)]
     base = next((error for least, error in MEASURED if k >= least), MEASURED[-1][1])

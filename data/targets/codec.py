@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 STEP = 1024.0  # fixed point: units per nat
 RANGE = 32.0  # nats between the best and the lowest representable candidate
-WHOLE = 1e-2  # steps: what float32 leaves of a whole number of them
+WHOLE = 1e-2  # steps: float32 rounding of a whole number of steps
 SATURATED = 65535  # 64 nats: log(1.6e-28)
 NO_TAIL = 32767
 
@@ -43,17 +43,17 @@ Floats = NDArray[np.float32]
 
 
 def high_planes(vocabulary_size: int) -> int:
-    """How many bit planes the ids of a vocabulary need above their low 16 bits."""
+    """Return the number of bit planes that ids need above their low 16 bits."""
     return max(0, (vocabulary_size - 1).bit_length() - 16)
 
 
 def high_bytes(vocabulary_size: int, k: int) -> int:
-    """Bytes per position of the packed high planes."""
+    """Return the bytes per position of the packed high planes."""
     return -(-k * high_planes(vocabulary_size) // 8)
 
 
 def fixed_point(nats: Floats) -> NDArray[np.uint16]:
-    """Non-negative nats as uint16 in 1/1024 nat; larger than 63.998 (and inf) saturates."""
+    """Convert non-negative nats to uint16 in 1/1024 nat; values above 63.998 (and inf) saturate."""
     scaled = np.nan_to_num(nats.astype(np.float64) * STEP, nan=0.0, posinf=SATURATED)
     return np.clip(np.rint(scaled), 0, SATURATED).astype(np.uint16)
 
@@ -69,8 +69,8 @@ def encode(
     span = relative[:, -1:]
     scale = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
     highest = fixed_point(-log_probs[:, 0])
-    # A span of whole steps stays one, wherever the best candidate is rounded to: what is read from
-    # a cache and written again is the same then.
+    # A span of whole steps stays whole however the best candidate is rounded, so what is read from
+    # a cache and written again is unchanged.
     steps = (span[:, 0] * STEP).astype(np.float64)
     whole = np.minimum(highest + np.rint(steps), SATURATED).astype(np.uint16)
     is_whole = np.abs(steps - np.rint(steps)) < WHOLE
@@ -87,19 +87,19 @@ def encode(
 
 
 def encode_odds(tail_log_odds: Floats) -> NDArray[np.int16]:
-    """log(kept/tail) [P,T] in 1/1024 nat; +inf becomes NO_TAIL."""
+    """Return log(kept/tail) [P,T] in 1/1024 nat; +inf becomes NO_TAIL."""
     odds = np.clip(np.rint(tail_log_odds.astype(np.float64) * STEP), -NO_TAIL + 1, NO_TAIL - 1)
     return np.where(np.isposinf(tail_log_odds), NO_TAIL, odds).astype(np.int16)
 
 
 def pack_planes(high: NDArray[np.int64], planes: int) -> NDArray[np.uint8]:
-    """The column ``ids_high`` from the ids' bits 16 and up [P,K]."""
+    """Return the column ``ids_high`` from the ids' bits 16 and up [P,K]."""
     bits = [(high >> plane) & 1 for plane in range(planes)]
     return np.packbits(np.concatenate(bits, axis=1).astype(np.uint8), axis=1, bitorder="little")
 
 
 def decode_ids(columns: Mapping[str, NDArray], vocabulary_size: int) -> NDArray[np.int64]:
-    """Return the token ids [P,K] of the columns ``ids`` and ``ids_high``, if there is one."""
+    """Return the token ids [P,K] from the columns ``ids`` and, if present, ``ids_high``."""
     ids = columns["ids"].astype(np.int64)
     if "ids_high" not in columns:
         return ids
@@ -127,8 +127,8 @@ def decode_log_probs(
 def with_tail(
     relative: NDArray[np.floating], tail_log_odds: NDArray[np.int16], k: int | None
 ) -> tuple[Floats, Floats]:
-    """Return what candidates' log-probabilities [P,K], known up to a constant, and the stored
-    log-odds [P] say: log-probabilities [P,k] and log tail mass [P].
+    """Return log-probabilities [P,k] and log tail mass [P] from candidates' log-probabilities
+    [P,K], known up to a constant, and the stored log-odds [P].
     """
     odds = tail_log_odds.astype(relative.dtype) / STEP
     odds[tail_log_odds == NO_TAIL] = np.inf
@@ -141,7 +141,7 @@ def with_tail(
 
 
 def log_sum_exp(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Log Σ exp of each row [P]."""
+    """Return log Σ exp of each row [P]."""
     top = values.max(axis=1)
     out: NDArray[np.floating] = top + np.log(np.exp(values - top[:, None]).sum(axis=1))
     return out

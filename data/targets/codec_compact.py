@@ -51,12 +51,12 @@ from rekindle.data.targets.codec import (
 )
 from rekindle.data.targets.schema import SCALARS, rank_dtype
 
-HEAD = 8  # the first candidates' gaps are much wider; apart, they get code tables of their own
+HEAD = 8  # the first candidates' gaps are much wider; kept apart, they get their own code tables
 MANTISSA = 16  # classes per power of two; zstd gives each class a code by its frequency
-LARGEST_VOCABULARY = 2**19  # whose classes fit a byte
+LARGEST_VOCABULARY = 2**19  # largest vocabulary whose classes fit a byte
 LARGEST_TABLE = 2**18
 POSITIONS_PER_BATCH = 4096
-OFTEN = 4  # a rarer id costs more in the table than as it is
+OFTEN = 4  # a rarer id costs more in the table than written out
 
 Bytes = NDArray[np.uint8]
 Widths = dict[str, tuple[pa.DataType, int | None]]  # name -> value type, width (None: a scalar)
@@ -64,7 +64,9 @@ PLAIN = {*SCALARS, "ids", "ids_high", "values", "log_prob_max", "log_prob_min", 
 
 
 def compact_columns(columns: Widths, vocabulary_size: int) -> Widths:
-    """Name -> (value type, width) after ``to_compact``, from the same of the default columns."""
+    """Return name -> (value type, width) after ``to_compact``, from the same for the default
+    columns.
+    """
     k, temperatures = columns["ids"][1], columns["tail_log_odds"][1]
     assert k is not None
     assert temperatures is not None
@@ -74,7 +76,7 @@ def compact_columns(columns: Widths, vocabulary_size: int) -> Widths:
 
 
 def _widths(k: int, temperatures: int, vocabulary_size: int) -> dict[str, int]:
-    """The columns and their bytes per position."""
+    """Return the columns and their bytes per position."""
     if vocabulary_size > LARGEST_VOCABULARY:
         raise ValueError(f"compact ids need V ≤ {LARGEST_VOCABULARY:,}, not {vocabulary_size:,}")
     widths = {
@@ -100,9 +102,9 @@ def _largest_shift(vocabulary_size: int) -> int:
 
 
 def compact_rows(positions_per_sequence: float) -> int:
-    """Sequences per record batch of the compact codec: about POSITIONS_PER_BATCH, a power of two.
+    """Return the sequences per record batch: about POSITIONS_PER_BATCH, a power of two.
 
-    Smaller ones compress worse, from larger ones a shuffled reader uses little.
+    Smaller batches compress worse; of larger ones a shuffled reader uses little.
     """
     rows = 1
     while rows < ROWS_PER_BATCH and 2 * rows * positions_per_sequence <= POSITIONS_PER_BATCH:
@@ -111,9 +113,9 @@ def compact_rows(positions_per_sequence: float) -> int:
 
 
 def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
-    """The compact columns of one record batch's default columns; columns it does not know stay.
+    """Return the compact columns of one record batch's default columns; other columns stay.
 
-    Bits of ``ids_high`` beyond the planes are taken to be zero, as ``codec.encode`` leaves them.
+    Bits of ``ids_high`` beyond the planes are assumed to be zero, as ``codec.encode`` leaves them.
     """
     ids = decode_ids(columns, vocabulary_size)
     values = columns["values"]
@@ -133,7 +135,7 @@ def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
 
 
 def _column(streams: Sequence[Bytes], positions: int, width: int) -> Bytes:
-    """One column [P,w] of streams one after another and zeros."""
+    """Return one column [P,w] made of consecutive streams, padded with zeros."""
     out = np.zeros(positions * width, np.uint8)
     flat = np.concatenate([stream.reshape(-1) for stream in streams])
     out[: len(flat)] = flat
@@ -164,15 +166,15 @@ def _id_streams(ids: NDArray[np.int64], vocabulary_size: int) -> dict[str, list[
 
 
 def _byte_planes(numbers: NDArray, count: int) -> Bytes:
-    """The lowest ``count`` bytes [N,count] of integers, low ones first."""
+    """Return the lowest ``count`` bytes [N,count] of integers, low bytes first."""
     wide = np.ascontiguousarray(numbers, dtype="<i8")
     return wide.view(np.uint8).reshape(len(wide), 8)[:, :count]
 
 
 def _pack_rests(shifts: NDArray[np.integer], rests: NDArray[np.uint16]) -> Bytes:
-    """Numbers of ``shifts`` bits each, high bits first, as one bit stream."""
+    """Pack numbers of ``shifts`` bits each, high bits first, into one bit stream."""
     starts, end = _bit_starts(shifts)
-    # A number touches at most three bytes. No two share a bit, so adding is joining.
+    # A number touches at most three bytes. No two numbers share a bit, so adding joins them.
     window = rests.astype(np.int64) << (24 - (starts & 7) - shifts)
     out = np.zeros(end // 8 + 3)
     for byte in range(3):
@@ -195,7 +197,9 @@ def _bit_starts(shifts: NDArray[np.integer]) -> tuple[NDArray[np.int64], int]:
 
 
 def _scalars(columns: Mapping[str, NDArray]) -> tuple[list[Bytes], list[Bytes]]:
-    """Bytes [P,2] of each word and bytes [P,2 or 4] of the small numbers, in the table's order."""
+    """Return bytes [P,2] of each word and bytes [P,2 or 4] of the small numbers, in the order of
+    the table above.
+    """
     best = columns["log_prob_max"].astype(np.int64)
     worst, rank = columns["log_prob_min"], columns["gold_rank"]
     words = [best, worst - best, columns["entropy"], *columns["tail_log_odds"].T]
@@ -208,30 +212,32 @@ def _scalars(columns: Mapping[str, NDArray]) -> tuple[list[Bytes], list[Bytes]]:
 def _forecast(
     values: Bytes, best: NDArray[np.int64], worst: NDArray[np.uint16], rank: NDArray
 ) -> NDArray[np.int64]:
-    """−log-prob of the candidate of that rank, of the last one for lower ranks, in 1/1024 nat."""
+    """Return −log-prob of the candidate of that rank, or of the last one for lower ranks, in 1/1024
+    nat.
+    """
     at = np.minimum(rank.astype(np.int64), values.shape[1] - 1)
     value = np.take_along_axis(values, at[:, None], axis=1)[:, 0].astype(np.int64)
     return best + (value * (worst - best) * 2 + 255) // 510
 
 
 def with_unknown(columns: Columns, vocabulary_size: int) -> Columns:
-    """``columns`` with those scalars that imported targets may lack, so that they pack to nothing:
-    who reads them leaves them out again.
+    """Fill in scalars that imported targets may lack with values that compress to nothing; the
+    reader drops them again.
     """
     count = len(columns["log_prob_max"])
     unknown = {
         "gold_rank": np.zeros(count, rank_dtype(vocabulary_size)),
-        "gold_log_prob": columns["log_prob_max"],  # as is forecast of rank 0
+        "gold_log_prob": columns["log_prob_max"],  # the forecast for rank 0
         "entropy": np.zeros(count, np.uint16),
     }
     return unknown | columns
 
 
 def from_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
-    """The default columns of one record batch; the inverse of ``to_compact``.
+    """Return the default columns of one record batch; the inverse of ``to_compact``.
 
-    Raises CacheFormatError when the columns cannot have come from there by shape, type or content.
-    What it returns for bytes that could have is for the caller to judge, as with any codec.
+    Raise CacheFormatError if the shape, type or content of the columns cannot come from there.
+    Bytes that could come from there are decoded; the caller judges the values, as with any codec.
     """
     k, positions = _check_shapes(columns, vocabulary_size)
     ids = _read_ids(columns, positions, k, vocabulary_size)
@@ -247,7 +253,7 @@ def from_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Column
 
 
 def _check_shapes(columns: Mapping[str, NDArray], vocabulary_size: int) -> tuple[int, int]:
-    """K and P; CacheFormatError when the columns do not agree about them."""
+    """Return K and P; raise CacheFormatError if the columns disagree about them."""
     for name in ("ids_class", "tails_high"):
         if name not in columns or columns[name].ndim != 2:
             raise CacheFormatError(f"compact targets need the column {name!r} as [P,w]")

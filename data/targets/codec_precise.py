@@ -1,8 +1,8 @@
 """The precise codec of vocabulary targets: 16-bit values. NumPy in, NumPy out; it knows no file.
 
-For teachers whose values must be trusted beyond the default codec's eight bits. Ids, the best
-log-probability and the tails are those of ``codec.py``; per stored position (P positions, K
-candidates by falling probability, T temperatures):
+For teachers whose values need more than the default codec's eight bits. Ids, the best
+log-probability and the tails are as in ``codec.py``; per stored position (P positions, K candidates
+by falling probability, T temperatures):
 
 =================  ===================  =========================================================
 column             type                 meaning
@@ -14,14 +14,14 @@ column             type                 meaning
 ``tail_log_odds``  int16 [P,T]          log(kept mass / tail mass), 1/1024 nat; 32767: no tail
 =================  ===================  =========================================================
 
-The step is fixed, so a row's flatness or one far candidate cannot coarsen the others, and no
-smallest log-probability has to be stored. Reading is the default codec's: softmax over the
-candidates of −values/(2048·τ) times the stored kept mass at τ.
+The step is fixed, so a flat row or one distant candidate cannot coarsen the others, and no smallest
+log-probability has to be stored. Reading works as in the default codec: softmax over the candidates
+of −values/(2048·τ), times the stored kept mass at τ.
 
-Precision: |error of a log-prob at τ| ≤ 1/(2048·τ) + 1/2048. The second term is the kept mass's,
-which all candidates of a row share; differences within a row are right to 1/(2048·τ). Candidates
-more than 32 nats below the best (logits of −inf, say) are stored as 32 nats below it: at τ they are
-read as e^(−32/τ) of the best one's probability.
+Precision: |error of a log-prob at τ| ≤ 1/(2048·τ) + 1/2048. The second term comes from the kept
+mass, which all candidates of a row share; differences within a row are exact to 1/(2048·τ).
+Candidates more than 32 nats below the best (logits of −inf, for instance) are stored as 32 nats
+below it: at τ they are read as e^(−32/τ) of the best one's probability.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def encode_precise(
     """
     columns = encode(ids, log_probs, tail_log_odds, vocabulary_size)
     del columns["log_prob_min"]
-    # The subtraction in float64: at 32 nats a float32 is only right to 1/262,144.
+    # Subtract in float64: at 32 nats a float32 is only exact to 1/262,144.
     log_probs = log_probs.astype(np.float64)
     below = np.minimum((log_probs[:, :1] - log_probs) * VALUE_STEP, SATURATED)
     return columns | {"values": np.rint(below).astype(np.uint16)}
@@ -53,7 +53,7 @@ def encode_precise(
 def decode_precise(
     columns: Mapping[str, NDArray], temperature: float = 1.0, slot: int = 0, k: int | None = None
 ) -> tuple[Floats, Floats]:
-    """Log-probabilities [P,k] and log tail mass [P] at ``temperature``, stored in column ``slot``.
+    """Return log-probabilities [P,k] and log tail mass [P] at ``temperature``, stored in ``slot``.
 
     With ``k`` below the stored number the dropped candidates' mass joins the tail.
     """

@@ -1,4 +1,4 @@
-"""The codecs of candidates by name, and what each makes of the columns of a record batch."""
+"""The codecs of candidates by name, and how each arranges the columns of a record batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,24 +35,28 @@ class Codec:
     encode: Callable[[NDArray, Floats, Floats, int], Columns] = encode
     decode: Callable[[Columns, float, int, int | None], tuple[Floats, Floats]] = decode_log_probs
     value_type: pa.DataType = BYTE
-    spans: bool = True  # values are parts of the row's span, so log_prob_min is stored
+    spans: bool = True  # values are fractions of the row's span, so log_prob_min is stored
     stored: Callable[[Widths, int], Widths] = _unchanged  # (columns as used, V) -> on disk
     pack: Callable[[Columns, int], Columns] = _unchanged
     unpack: Callable[[Columns, int], Columns] = _unchanged  # the inverse of `pack`
-    per_position: str = "positions"  # a column of which every position has an entry on disk
-    compressed: bool = False  # shards are; then record batches are small and read as a whole
+    per_position: str = "positions"  # a column with an entry for every position on disk
+    # whether shards are compressed; record batches are then small and read as a whole
+    compressed: bool = False
     largest_vocabulary: int = 2**31
 
     def error_bound(self, span: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-        """Nats that a log-probability at τ may be off by, in rows whose candidates' logarithms at
-        τ = 1 lie ``span`` [P] apart: what the codecs' files state.
+        """Return the largest error [P] in nats of a log-probability at τ, as the codecs' files
+        state it.
+
+        ``span`` [P]: the difference between the candidates' largest and smallest log-probability at
+        τ = 1.
         """
         step = 2 * (span / 510 + 1 / STEP) if self.spans else np.full_like(span, 1 / VALUE_STEP)
         bound: NDArray[np.float64] = step / temperature + 0.5 / STEP
         return bound
 
     def widths(self, vocabulary_size: int, k: int, temperatures: int) -> Widths:
-        """Name -> (value type, width) of the candidates' columns."""
+        """Return name -> (value type, width) of the candidates' columns."""
         high = high_bytes(vocabulary_size, k)
         columns: Widths = {"ids": (pa.uint16(), k)}
         columns |= {"ids_high": (pa.uint8(), high)} if high else {}

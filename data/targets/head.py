@@ -1,8 +1,8 @@
-"""A teacher's output matrix in the cache, beside the hidden states that it is multiplied with.
+"""A teacher's output matrix in the cache, stored beside the hidden states it multiplies.
 
-``head.safetensors`` (float32 ``weight`` [V,H], ``bias`` [V] if there is one) and ``head.json``,
-which is sealed: the file's sha256, the factor on the logits and their soft cap. Stored before any
-unit of the teacher, so that no states are left without it.
+``head.safetensors`` (float32 ``weight`` [V,H], and ``bias`` [V] if there is one) and the sealed
+``head.json``: the file's sha256, the factor on the logits and their soft cap. It is stored before
+any unit of the teacher, so that no states are ever without it.
 """
 
 import hashlib
@@ -26,23 +26,23 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class StoredHead:
-    """logits = softcap(scale · (hidden Wᵀ + b)); ``softcap`` None is none."""
+    """logits = softcap(scale · (hidden Wᵀ + b)); ``softcap`` None: no cap."""
 
     weight: Floats  # [V,H]
     bias: Floats | None  # [V]
     scale: float = 1.0
     softcap: float | None = None
     sha256: str = ""  # of the file it was read from
-    place: tuple[str, str] | None = None  # of that file: the cache and the teacher's folder
+    place: tuple[str, str] | None = None  # the cache and the teacher's folder of that file
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Batches go from process to process without the matrix: it is read once in each."""
+        """Pickle batches without the matrix: each process reads it once."""
         if self.place is None:
             return StoredHead, tuple(getattr(self, field.name) for field in fields(self))
         return _head_again, (*self.place, self.sha256)
 
     def log_probs(self, hidden: Floats) -> Floats:
-        """Log-probabilities [P,V] at τ = 1 of ``hidden`` [P,H]."""
+        """Return log-probabilities [P,V] at τ = 1 of ``hidden`` [P,H]."""
         logits = hidden @ self.weight.T
         if self.bias is not None:
             logits += self.bias
@@ -54,7 +54,7 @@ class StoredHead:
 
 
 def write_head(store: Store, folder: str, head: StoredHead) -> None:
-    """Store the matrix, unless it is there already. Raises CacheFormatError when another one is."""
+    """Store the matrix unless it exists. Raise CacheFormatError if another one is there."""
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     content = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     sha256 = hashlib.sha256(content).hexdigest()
@@ -73,7 +73,9 @@ def write_head(store: Store, folder: str, head: StoredHead) -> None:
 
 
 def read_head(store: Store, folder: str) -> StoredHead:
-    """The matrix in a teacher's folder; CacheFormatError when it is missing or damaged."""
+    """Return the matrix in a teacher's folder; raise CacheFormatError if it is missing or
+    damaged.
+    """
     name = f"{folder}/head.safetensors"
     where = f"{store.location}/{name}"
     told = f"{where} is missing or has no head.json beside it"
@@ -97,40 +99,40 @@ def read_head(store: Store, folder: str) -> StoredHead:
 _heads: WeakValueDictionary[tuple[str, str, str], StoredHead] = WeakValueDictionary()
 
 
-@lru_cache(maxsize=8)  # teachers: their batches come one after another
+@lru_cache(maxsize=8)  # teachers: their batches alternate
 def _head_again(location: str, folder: str, sha256: str) -> StoredHead:
-    """Return the matrix that another process has read, as this one has it or reads it."""
+    """Return the matrix another process has read, from this process's memory or from the file."""
     head = _heads.get((location, folder, sha256)) or read_head(open_store(location), folder)
     if head.sha256 != sha256:
         raise CacheMismatchError(
-            f"{location}/{folder} has another output matrix than the one that these targets were "
-            "read with: it was exchanged meanwhile. Open the cache anew"
+            f"{location}/{folder} has another output matrix than the one these targets were read "
+            "with: it was replaced meanwhile. Open the cache again"
         )
     return head
 
 
 def _check_head(head: StoredHead) -> None:
-    """ValueError or TypeError for shapes that do not fit, and what is no number."""
+    """Raise ValueError or TypeError for wrong shapes, and for values that are not finite."""
     tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
     if head.weight.ndim != 2 or {t.dtype for t in tensors} != {np.dtype(np.float32)}:
         raise ValueError("it must be float32 [V,H]")
     if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
         raise ValueError("its bias must be [V]")
-    # A sum of float32 in float64 cannot overflow: it is finite if, and only if, its terms are.
+    # A sum of float32 in float64 cannot overflow, so it is finite exactly if its terms are.
     numbers = [t.sum(dtype=np.float64) for t in tensors] + [head.scale, head.softcap or 1.0]
     if not np.isfinite(numbers).all() or (head.softcap is not None and not head.softcap > 0):
         raise ValueError("it has NaN or infinity")
 
 
 def encode_hidden(hidden: Floats) -> tuple[NDArray[np.int16], Floats]:
-    """States [P,H] as int16 and a scale [P] each: |error| ≤ largest of the row / 65,534."""
+    """Encode states [P,H] as int16 with a scale [P] each: |error| ≤ row maximum / 65,534."""
     scale = np.abs(hidden).max(axis=1, initial=0.0) / 32767
     safe = np.where(scale > 0, scale, 1.0)
-    # A subnormal scale is rounded so much that the quotient of the largest would wrap around.
+    # A subnormal scale is rounded so much that the largest quotient would wrap around.
     steps = np.clip(np.rint(hidden / safe[:, None]), -32767, 32767)
     return steps.astype(np.int16), scale.astype(np.float32)
 
 
 def decode_hidden(stored: NDArray[np.int16], scale: Floats) -> Floats:
-    """The states [P,H]."""
+    """Decode the states [P,H]."""
     return stored.astype(np.float32) * scale[:, None]

@@ -1,9 +1,9 @@
-"""What ``teacher.json`` says of targets that came from elsewhere: no model was run for them here.
+"""The part of ``teacher.json`` about targets made elsewhere, without a model run here.
 
-An engine, an API or somebody's own loop made them; ``data/exchange/`` checks them and writes them
-as stage 1 writes a teacher's. Caches with such a teacher are of format version 4: it may lack
-scalars, and be of temperatures of which 1 is none (``data/exchange/tails.py``). ``log_prob_max`` is
-that of the candidates alone then, of their softmax at 1; the differences are as ever.
+An engine, an API or a loop of the user's own made them; ``data/exchange/`` checks them and writes
+them like stage 1. Caches with such a teacher have format version 4: it may lack scalars, and its
+temperatures may exclude 1 (``data/exchange/tails.py``). In that case ``log_prob_max`` belongs to
+the softmax over the candidates at τ = 1; the differences are as usual.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ from pydantic import Field
 
 from rekindle.data.settings import Settings
 
-EXPECTED = "expected"  # a fact of an imported unit's record: the targets that it could have
+EXPECTED = "expected"  # fact in an imported unit's record: the number of targets it could have
 Scalar = Literal["gold_log_prob", "gold_rank", "entropy"]
 
 
 class Imported(Settings):
-    """Where targets come from, and what of a position is not known."""
+    """Where targets come from, and which values of a position are unknown."""
 
-    provenance: dict[str, Any] = Field(description="as it was given: model, engine, revision, …")
+    provenance: dict[str, Any] = Field(description="as given: model, engine, revision, …")
     lacks: tuple[Scalar, ...] = Field((), description="scalars that are not stored")
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the provenance, in place of that of weights, which are not here."""
+        """A digest of the provenance, in place of the missing weights' digest."""
         canonical = json.dumps(self.provenance, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def told(self) -> str:
-        """The provenance in a line, the model first."""
+        """Return the provenance as a line, the model first."""
         ordered = sorted(self.provenance, key=lambda key: (key != "model", key))
         return ", ".join(f"{key} {self.provenance[key]}" for key in ordered)

@@ -1,7 +1,7 @@
 """Where a model's weights come from: the training runs that led to it, oldest first.
 
-A student becomes a teacher, which teaches a student (a chain): the cached teacher keeps the list.
-It says what happened and decides nothing: two teachers are the same by their weights alone.
+A student can become a teacher of another student (a chain); the cached teacher keeps the list. It
+is informative and decides nothing: only the weights identify a teacher.
 """
 
 from collections.abc import Iterable
@@ -12,14 +12,16 @@ from rekindle.data.settings import Settings
 
 
 class Ancestor(Settings):
-    """One training run: from which text and which teachers, and what came out of it."""
+    """One training run: its text, its teachers, and its result."""
 
     corpus: str = Field(description="the fingerprint of the cache's corpus")
     teachers: dict[str, str] = Field(description="name in the cache -> fingerprint of the weights")
     steps: int = Field(ge=0)
-    student: str = Field("", description="the model it began as; informative")
+    student: str = Field("", description="the model it started from; informative")
     weights: str | None = Field(
-        None, description="the fingerprint of what it made; null beside these weights themselves"
+        None,
+        description="the fingerprint of the resulting weights; null beside these weights "
+        "themselves",
     )
 
 
@@ -27,7 +29,7 @@ Lineage = tuple[Ancestor, ...]
 
 
 def joined_lineage(parts: Iterable[Iterable[Ancestor]]) -> Lineage:
-    """Several lineages as one, each run once."""
+    """Join several lineages, each run once."""
     found: list[Ancestor] = []
     for part in parts:
         found += [run for run in part if run not in found]
@@ -35,7 +37,7 @@ def joined_lineage(parts: Iterable[Iterable[Ancestor]]) -> Lineage:
 
 
 def with_weights(lineage: Lineage, weights: str) -> Lineage:
-    """The lineage of a model whose weights have that fingerprint: its last run made them."""
+    """Return the lineage of a model whose weights, made by its last run, have that fingerprint."""
     if not lineage:
         return ()
     return (*lineage[:-1], lineage[-1].model_copy(update={"weights": weights}))

@@ -1,7 +1,7 @@
-"""The scalars of a unit read alone: gold log-probability, gold rank and entropy of every position.
+"""Read only the scalars of a unit: gold log-probability, gold rank and entropy per position.
 
-A commit record carries a checksum over the columns digest, positions and these, so that they can be
-trusted without the targets' bytes being read: the rest of a record batch is never touched.
+A commit record carries a checksum over the columns digest, positions and these scalars, so they can
+be trusted without reading the targets: the rest of a record batch is never touched.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,26 +33,26 @@ class PositionScalars:
     entropy: NDArray[np.float32]  # [P] nats
 
     def losses(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """The positions of each row, and −log p of the true tokens there."""
+        """Yield the positions of each row, and −log p of the true tokens there."""
         for part in (slice(*ends) for ends in pairwise(self.offsets)):
             yield self.positions[part], -self.gold_log_prob[part]
 
 
 class ScalarSums:
-    """Sums up the scalar columns of the batches that pass through."""
+    """Compute the checksum of the scalar columns of the batches that pass through."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
         self._seen = False
 
     def over(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """The same batches."""
+        """Yield the same batches."""
         for batch in batches:
             self.add(batch)
             yield batch
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Take in a batch, if it has the columns."""
+        """Include a batch, if it has the columns."""
         if not {*SCALARS} <= {*batch.schema.names}:
             return
         self._seen = True
@@ -63,14 +63,14 @@ class ScalarSums:
             self._state.update(flat[offsets[0] : offsets[-1]].tobytes())
 
     def facts(self) -> dict[str, str]:
-        """For the commit record; nothing for units without scalars."""
+        """Return the facts for the commit record; empty for units without scalars."""
         return {FACT: self._state.hexdigest()} if self._seen else {}
 
 
 def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
-    """The columns digest, positions and the scalars of a unit's record batches, verified.
+    """Return the columns digest, positions and scalars of a unit's record batches, verified.
 
-    Of units that cannot prove them alone (format 1, the compact codec) everything is read.
+    For units without such a checksum (format 1, the compact codec) everything is read.
     """
     names = ["digest", *SCALARS]
     stated = shard.commit.facts.get(FACT)
@@ -86,7 +86,7 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
 
 
 def decode_scalars(offsets: NDArray[np.int32], columns: Columns) -> PositionScalars:
-    """The scalars in nats and numbers; the entropy of imported targets may be unknown, NaN."""
+    """Return the scalars in nats and numbers; the unknown entropy of imported targets is NaN."""
     entropy = columns.get("entropy")
     if entropy is None:
         entropy = np.full(len(columns["positions"]), np.nan, np.float32)

@@ -1,15 +1,15 @@
 """What a teacher leaves in the cache: ``teacher.json``.
 
 Format version 1. ``targets/<teacher>/data/<unit>-<attempt>.arrow`` is row-aligned with the corpus
-shard of the same number; its first column repeats the example digest. The other columns are those
-of the teacher's kind: each is described in its file in ``kinds/``.
+shard of the same number; its first column repeats the example digest. The other columns depend on
+the teacher's kind and are described in its file in ``kinds/``.
 
-A larger k or further temperatures are kept beside what is there, in
-``targets/<teacher>/extensions/<part>/``, each with a ``teacher.json``, data and commits of its own.
+A larger k or more temperatures are kept in ``targets/<teacher>/extensions/<part>/``, each with its
+own ``teacher.json``, data and commits.
 
 Scalars per position: ``gold_log_prob`` (uint16, −log-prob of the true token in 1/1024 nat),
-``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat). Targets that
-were imported, or that a server gave, have those columns that ``lacks`` does not name.
+``gold_rank`` (number of tokens with a larger logit), ``entropy`` (uint16, 1/1024 nat). Imported and
+served targets lack the columns that ``lacks`` names.
 """
 
 import re
@@ -50,8 +50,8 @@ Vectors = Literal["fp16", "int8"]  # how vectors are stored
 Codec = Literal["default", "precise", "compact"]
 VOCABULARY_TASKS = ("masked_lm", "causal_lm")
 MOST_DRAWS = 255  # of a sample: a count is stored in a byte
-# Facts of the record of a unit whose teacher's tokens were mapped: the positions that could have a
-# target, and the mean share of its probability that mapped tokens have.
+# Facts in the record of a unit whose teacher's tokens were mapped: the positions that could have a
+# target, and the mean share of its probability on mapped tokens.
 MAPPABLE, MAPPED_MASS = "mappable", "mapped_mass"
 SCALARS = ("positions", "gold_log_prob", "gold_rank", "entropy")
 
@@ -71,7 +71,9 @@ TeacherName = Annotated[
 
 
 class TeacherInfo(Settings):
-    """``teacher.json``: all that decides a teacher's targets, and what is needed to read them."""
+    """``teacher.json``: everything that decides a teacher's targets, and what is needed to read
+    them.
+    """
 
     name: TeacherName
     task: Task
@@ -117,35 +119,37 @@ class TeacherInfo(Settings):
         return {key: value for key, value in values.items() if key not in younger or value}
 
     def identity(self) -> dict:
-        """What must be equal for two runs to be the same teacher."""
+        """Return what must be equal for two runs to have the same teacher."""
         return self.model_dump(mode="json", exclude={"versions", "model", "lineage"})
 
     def identity_of_model(self) -> dict:
-        """What a teacher's extensions share with it: all but what is kept of its output."""
+        """Return what a teacher's extensions share with it: all except what is kept of its
+        output.
+        """
         kept = {"kind", "k", "temperatures", "estimator", "part", "extends", "rows_per_batch"}
         kept |= {"codec"}  # tails have none
         return {key: value for key, value in self.identity().items() if key not in kept}
 
     @property
     def folder(self) -> str:
-        """Where its shards are."""
+        """The folder of its shards."""
         base = f"targets/{self.name}"
         return f"{base}/extensions/{self.part}" if self.part else base
 
     @property
     def shown(self) -> type[View]:
-        """The kind of view that it was shown."""
+        """The kind of view it was shown."""
         return view_kind(self.view)
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """The scalars that are not stored: whoever gave the targets did not say them."""
+        """The scalars that are not stored, because the source of the targets did not give them."""
         source = self.imported or self.served
         return () if source is None else source.lacks
 
     @property
     def format_version(self) -> int:
-        """The version that a cache with such a teacher has at least."""
+        """The lowest format version of a cache with such a teacher."""
         needed = {
             WITH_IMPORTS: self.imported,
             WITH_SERVED: self.served,
@@ -156,7 +160,7 @@ class TeacherInfo(Settings):
 
     @property
     def made_by(self) -> str:
-        """The command that makes its targets, or makes them anew."""
+        """The command that makes its targets."""
         return "`pipeline cache-teachers`" if self.imported is None else "`pipeline import-targets`"
 
     @property
@@ -166,12 +170,12 @@ class TeacherInfo(Settings):
 
     @property
     def sees_clean_text(self) -> bool:
-        """Whether it is a masked LM that was shown nothing masked: it has a target for every
+        """Whether it is a masked LM that was shown unmasked text. It then has a target for every
         content token, at the token itself (a causal LM's is at the token before).
         """
         return self.task == "masked_lm" and not self.shown.masked
 
 
 def rank_dtype(vocabulary_size: int) -> type:
-    """The integer that holds every rank of a vocabulary."""
+    """Return the integer type that holds every rank of a vocabulary."""
     return np.uint16 if vocabulary_size <= 65_536 else np.uint32

@@ -1,11 +1,10 @@
-"""What ``teacher.json`` says of a teacher that a server ran: there are no files whose fingerprint
-would tell what it was.
+"""The part of ``teacher.json`` about a teacher run by a server, without files to fingerprint.
 
-What is known is the model's name there, and what it answered to a few fixed sequences, the probes.
-A server that answers those otherwise runs another model. It gives the likeliest ids of a position
-and their log-probabilities: tails are derived from these, and no entropy is known.
+It records the model's name on the server and its answers to a few fixed sequences, the probes. A
+server that answers these differently runs another model. It gives the likeliest ids of a position
+and their log-probabilities; tails are derived from these, and the entropy is unknown.
 
-Caches with such a teacher are of format version 7.
+Caches with such a teacher have format version 7.
 """
 
 import hashlib
@@ -17,11 +16,11 @@ from pydantic import Field
 
 from rekindle.data.settings import Settings
 
-MISSING = 1.0  # nats that an id counts for which is no more among the likeliest
+MISSING = 1.0  # nats counted for an id that is no longer among the likeliest
 
 
 class Probe(Settings):
-    """A sequence [S], and of each of its S − 1 predictions some ids and their log-probabilities:
+    """A sequence [S] and, for each of its S − 1 predictions, some ids and their log-probabilities:
     the likeliest, and the sequence's own.
     """
 
@@ -31,28 +30,29 @@ class Probe(Settings):
 
 
 class Served(Settings):
-    """A server's model, as far as it can be told from others."""
+    """A server's model, with what distinguishes it from others."""
 
-    model: str = Field(description="its name there")
-    probes: tuple[Probe, ...] = Field(description="what it answered when it was first asked")
+    model: str = Field(description="its name on the server")
+    probes: tuple[Probe, ...] = Field(description="its answers when first asked")
     lacks: tuple[Literal["entropy"], ...] = Field(("entropy",), description="scalars not stored")
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the probes, in place of that of weights, which are not here."""
+        """A digest of the probes, in place of the missing weights' digest."""
         return digest_of(self.probes)
 
 
 def digest_of(probes: Sequence[Probe]) -> str:
-    """The sha256 of what was asked and answered."""
+    """Return the sha256 of the questions and answers."""
     plain = [probe.model_dump(mode="json") for probe in probes]
     return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
 
 
 def difference(then: Sequence[Probe], now: Sequence[Sequence[dict[int, float]]]) -> float:
-    """Nats by which the log-probabilities of the ids in ``then`` are others ``now``, in the mean.
+    """Return the mean difference in nats between the log-probabilities of the ids in ``then`` and
+    ``now``.
 
-    ``now``: of each probe, and each of its predictions, all that the server says.
+    ``now``: for each probe and each of its predictions, everything the server answers.
     """
     found = [
         abs(value - said[number]) if number in said else MISSING

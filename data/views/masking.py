@@ -51,9 +51,8 @@ class MaskConfig(Settings):
         0.1,
         ge=0,
         le=1,
-        description=(
-            "share of the chosen tokens replaced by a random one; default with policy hard: none"
-        ),
+        description="share of the chosen tokens replaced by a random one; default with policy "
+        "hard: none",
     )
     teacher: str | None = Field(
         None,
@@ -62,9 +61,8 @@ class MaskConfig(Settings):
     loss_above: float = Field(
         0.1,
         ge=0,
-        description=(
-            "policy hard: a token is hard if −log p of the true token exceeds this many nats"
-        ),
+        description="policy hard: a token is hard if −log p of the true token exceeds this many "
+        "nats",
     )
     limit: float | None = Field(
         None,

@@ -1,7 +1,7 @@
-"""Finds the built-in models and files that are named and not made yet, and has them made.
+"""Finds the built-in models and files that are named but not yet made, and has them made.
 
-Reading a configuration makes nothing. What needs the models calls ``make_missing`` once all else is
-known to be right; that takes milliseconds where everything is there.
+Reading a configuration makes nothing. Whatever needs the models calls ``make_missing`` once all
+else is known to be right; that takes milliseconds if everything is there.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from rekindle.pipeline.plain_values import strings_in
 
 log = logging.getLogger("rekindle")
 
-# What the variables that torchrun sets begin with.
+# Prefixes of the variables that torchrun sets.
 _TORCHRUN = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_", "TORCHELASTIC_"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
@@ -28,7 +28,7 @@ _TORCHRUN = (
 
 
 def missing(*values: object) -> dict[str, Path]:
-    """Return the built-ins whose paths stand in ``values`` and that are not made yet, by name.
+    """Return the built-ins with paths in ``values`` that are not yet made, by name.
 
     ``values`` are configurations and paths.
     """
@@ -38,9 +38,9 @@ def missing(*values: object) -> dict[str, Path]:
 
 
 def make_missing(*values: object) -> None:
-    """Make the built-ins whose paths stand in ``values``, as far as they are not made yet.
+    """Make the built-ins with paths in ``values`` that are not yet made.
 
-    Raises InputError where they cannot be written, RekindleError where making them fails.
+    Raises InputError if they cannot be written, RekindleError if making them fails.
     """
     absent = missing(*values)
     if absent:
@@ -51,18 +51,19 @@ def make_missing(*values: object) -> None:
 
 
 def _make(names: list[str]) -> None:
-    """Have what is missing made by a process of its own.
+    """Make the missing ones in a separate process.
 
-    This one keeps its signals and its main module, and needs neither torch nor a GPU for it: the
-    models are made on the CPU, where they are the same to the bit every time.
+    This process keeps its signals and its main module, and needs neither torch nor a GPU: the
+    models are made on the CPU, where they are bit-identical every time.
     """
     log.info("made once from Python's documentation, and kept in %s:", folder())
     for name in names:
         log.info("  %s: %s", name, ABOUT[name])
-    # By itself, also where torchrun has started this process: it would wait for the others to join
+    # A single process, also if torchrun has started this one: it would wait for the others to join
     # it, and those for the lock that it holds.
     own = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
-    # A session of its own: Ctrl-C is this process's to handle. -P: no module of the current folder.
+    # A session of its own: Ctrl-C is for this process to handle. -P: no module of the current
+    # folder.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rekindle.pipeline.make_builtin", *names],
         env=own | {"CUDA_VISIBLE_DEVICES": ""},
@@ -74,10 +75,10 @@ def _make(names: list[str]) -> None:
     try:
         complaint, _ = process.communicate()
     except BaseException:
-        process.terminate()  # it clears away what it had begun
+        process.terminate()  # it removes its unfinished work
         process.wait()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its helpers have nothing to clear away
+            os.killpg(process.pid, signal.SIGKILL)  # its helpers have nothing to remove
         raise
     if process.returncode:
         reason = complaint.strip() or f"its process ended with exit code {process.returncode}"

@@ -1,6 +1,6 @@
-"""The names of the built-in models and files (``python-docs/…``), and where each of them lies.
+"""The names of the built-in models and files (``python-docs/…``), and their places.
 
-They are tiny, trained on the documentation that every Python carries, and kept in the user's cache
+They are tiny, trained on the documentation that comes with Python, and kept in the user's cache
 folder. Nothing is made and nothing heavy is imported here: ``missing`` has them made.
 """
 
@@ -14,9 +14,9 @@ from rekindle.data.places import home
 from rekindle.pipeline.plain_values import with_strings
 
 PREFIX = "python-docs/"
-ALGORITHM = 1  # rises when the same settings would give other files
+ALGORITHM = 2  # raised when the same settings would give other files
 
-# A model of a part of the library, by the short name that stands for the part, its domain.
+# Domain models, each for a part of the library: the short name of the part.
 DOMAINS = {
     "text": "text",
     "files": "files and persistence",
@@ -33,8 +33,8 @@ MODELS = {
     "expert-kind": "bert as an expert: does a text describe a module, class, function or topic?",
     "expert-next": "bert as an expert on pairs: does the second sentence follow the first?",
     "expert-place": "bert as a regression expert: how far into its document (0 to 1) is a text?",
-    "expert-part-1": "as expert-part, of the first half of the parts alone",
-    "expert-part-2": "as expert-part, of the other half of the parts",
+    "expert-part-1": "like expert-part, for the first half of the parts only",
+    "expert-part-2": "like expert-part, for the other half of the parts",
     "encoder": "bert as a sentence encoder: passages that follow each other have near vectors",
     **{
         f"bert-{name}": f"bert, trained further on the part {part!r}"
@@ -43,7 +43,7 @@ MODELS = {
 }
 CORPUS = "corpus"
 FILES = {
-    CORPUS: "1,500 documents of the whole library, none of them labelled; domain: the part",
+    CORPUS: "1,500 documents of the whole library, unlabelled; domain: the part",
     **{
         f"{task}/{split}": f"labelled examples of the task {task}: {split}"
         for task in LABELLED_TASKS
@@ -53,7 +53,7 @@ FILES = {
         f"section/{split}": f"titles with passages that may stand under them, labelled: {split}"
         for split in ("train", "dev", "test")
     },
-    "section/text": "titles with passages that may stand under them, none of them labelled",
+    "section/text": "titles with passages that may stand under them, unlabelled",
 }
 ABOUT = {PREFIX + name: what for name, what in (MODELS | FILES).items()}
 
@@ -61,7 +61,7 @@ ABOUT = {PREFIX + name: what for name, what in (MODELS | FILES).items()}
 def resolve_values(values: object) -> object:
     """Return nested dictionaries and lists with each built-in name replaced by its local path.
 
-    A ``path`` is a place of the user's own and stays as it is. Raises as ``resolve_name`` does.
+    A ``path`` is the user's own place and stays as it is. Raises like ``resolve_name``.
     """
     return with_strings(values, resolve_name, leave="path")
 
@@ -86,7 +86,7 @@ def resolve_name(name: str) -> str:
 
 
 def folder() -> Path:
-    """Return the folder of these built-ins; its name says all that decides them."""
+    """Return the folder of these built-ins; its name depends on everything that decides them."""
     from rekindle.pipeline.builtin.settings import SETTINGS
 
     decides = {

@@ -2,15 +2,17 @@
 model.
 
 A section is a headed part of a help topic, or a docstring whose first paragraph is one line: that
-is its title, and the first passage of what follows its own. A title is a query, and its candidates
-are its own passage, a few of other sections of the same module, and passages from elsewhere. A
-document's sections belong to the split that the document belongs to, and so do all candidates.
+is its title, and the first passage of what follows its own. A title is a query. Its candidates are
+its own passage, a few that stand under other titles of the same module, and passages from the
+midst of other modules' documents. A document belongs to one split with all its passages, and a
+title's candidates are of its split.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from rekindle.data.source.python_docs import PythonDoc
 from rekindle.data.storage.atomic import write_lines
@@ -27,6 +29,7 @@ NAME = "section"
 TEXT = "text"  # the unlabelled titles and candidates
 OWN, NEAR, FAR = 2, 1, 0  # labels: how well a candidate answers
 _NEAR, _CANDIDATES = 2, 8  # of a title: at most so many of the same module; of all kinds
+_DRAWN = 40  # passages from the midst, of which those of other modules are candidates
 _SHORTEST, _LONGEST = 8, 80  # characters of a title
 _HEADING = re.compile(r"^(\S.*)\n([*=\-~^])\2{3,}$", re.MULTILINE)
 
@@ -45,7 +48,7 @@ class SectionSizes:
 class Section:
     """A title and the passage that stands under it."""
 
-    document: str
+    page: str
     title: str
     passage: str
     module: str
@@ -53,8 +56,8 @@ class Section:
 
 
 def sections_of(pages: Sequence[PythonDoc]) -> list[Section]:
-    """All sections, in the order of their documents; of those with a title or a passage that
-    another one has, the first.
+    """Return all sections, in the order of their documents; of those that share a title or a
+    passage, only the first.
     """
     found: list[Section] = []
     seen: set[str] = set()
@@ -82,19 +85,31 @@ def _titled(page: PythonDoc) -> Iterator[tuple[str, str]]:
         yield heading[1], page.text[heading.end() : end].strip()
 
 
-def candidates(section: Section, others: Sequence[Section]) -> list[tuple[Section, int]]:
-    """Return the sections whose passages are ranked for the title of ``section``, with the label of
-    each, in an order without meaning; ``others`` of its split may have it among them.
+def midst_of(pages: Sequence[PythonDoc]) -> list[tuple[str, str]]:
+    """Return the passages of documents but for each one's first, with its module, each once."""
+    found = {
+        passage: page.module.partition(".")[0]
+        for page in pages
+        for passage in passages(page.text)[1:]
+    }
+    return [(module, passage) for passage, module in found.items()]
+
+
+def candidates(
+    section: Section, others: Sequence[Section], midst: Sequence[tuple[str, str]]
+) -> list[tuple[str, int]]:
+    """Return the passages that are ranked for the title of ``section`` with the label of each, in
+    an order without meaning; ``others`` of its split may have it among them, and ``midst`` are
+    passages of modules.
     """
-
-    def drawn(given: list[Section], count: int) -> list[Section]:
-        return sorted(given, key=lambda one: hashed(section.title, one.passage))[:count]
-
-    near = drawn([one for one in others if one.module == section.module and one != section], _NEAR)
-    far = drawn([one for one in others if one.module != section.module], _CANDIDATES)
-    found = [(section, OWN), *((one, NEAR) for one in near), *((one, FAR) for one in far)]
-    found = found[:_CANDIDATES]
-    return sorted(found, key=lambda one: hashed("place", section.title, one[0].passage))
+    random = Random(section.title)
+    near = [one.passage for one in others if one.module == section.module and one != section]
+    found = {section.passage: OWN}
+    found |= dict.fromkeys(random.sample(near, min(_NEAR, len(near))), NEAR)
+    for module, passage in random.sample(midst, min(_DRAWN, len(midst))):
+        if len(found) < _CANDIDATES and module != section.module:
+            found.setdefault(passage, FAR)
+    return random.sample([*found.items()], len(found))
 
 
 def write_sections(pages: Sequence[PythonDoc], sizes: SectionSizes, out: Path) -> None:
@@ -102,19 +117,22 @@ def write_sections(pages: Sequence[PythonDoc], sizes: SectionSizes, out: Path) -
     sections = sections_of(pages)
     for name in (*LABELLED, TEXT):
         split = "corpus" if name == TEXT else name
-        own = [one for one in sections if split_of(one.document) == split]
+        own = [one for one in sections if split_of(one.page) == split]
+        firsts = {one.passage for one in own}
+        midst = midst_of([page for page in pages if split_of(page.id) == split])
+        midst = [one for one in midst if one[1] not in firsts]
         chosen = sorted(own, key=lambda one: hashed(NAME, one.title))[: getattr(sizes, name)]
         lines = (
-            _record(section, other, None if name == TEXT else label)
+            _record(section, passage, None if name == TEXT else label)
             for section in chosen
-            for other, label in candidates(section, own)
+            for passage, label in candidates(section, own, midst)
         )
         write_lines(out / TASKS_FOLDER / NAME / f"{name}.jsonl", lines)
 
 
-def _record(section: Section, other: Section, label: int | None) -> Record:
+def _record(section: Section, passage: str, label: int | None) -> Record:
     """A line: a title and one of its candidates."""
-    texts = {"group": section.title, "sentence1": section.title, "sentence2": other.passage}
+    texts = {"group": section.title, "query": section.title, "document": passage}
     if label is None:
         return {**texts, "domain": section.part}
-    return {"document": section.document, **texts, "label": label}
+    return {"page": section.page, **texts, "label": label}

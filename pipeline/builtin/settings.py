@@ -1,4 +1,4 @@
-"""How large the built-in models are and how they are trained: what settings.yaml says of it."""
+"""The sizes and training of the built-in models, from settings.yaml."""
 
 from pathlib import Path
 from typing import Any

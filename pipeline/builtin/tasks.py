@@ -2,7 +2,7 @@
 Knows no model.
 
 Every document belongs to exactly one split, by a hash of its id: most to the unlabelled corpus, the
-others to train, dev or test. The labels are what is known of a text without anybody writing them.
+others to train, dev or test. The labels need no annotator: they are known of a text.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ Split = Literal["corpus", "train", "dev", "test"]
 TASKS_FOLDER = "tasks"
 LABELLED: tuple[Split, ...] = ("train", "dev", "test")
 
-# Shares of the documents. The test split is large because a small one says nothing: 900 examples at
-# 60 % right have a standard error of 1.6 points.
+# Shares of the documents. The test split is large because a small one is too noisy: 900 examples at
+# 60 % accuracy have a standard error of 1.6 points.
 _SHARES: dict[Split, float] = {"train": 0.12, "dev": 0.04, "test": 0.22}
 _SHORTEST, _LONGEST = 40, 180  # characters of a passage; 180 are about 45 tokens
 _PAIRS_PER_DOCUMENT = 4  # and as many that are not adjacent
 
 
 class LabelledText(NamedTuple):
-    """One labelled example; ``pair`` is the second text where the task is about two, ``group`` a
-    class of labels where there is one label for each text.
+    """One labelled example; ``pair`` is the second text for tasks on two, ``group`` a class of
+    labels if each text has a label of its own.
     """
 
     document: str
@@ -58,7 +58,7 @@ class TaskSizes:
 
 
 def split_of(document: str) -> Split:
-    """The split a document id belongs to; a function of the id alone."""
+    """Return the split a document id belongs to; a function of the id alone."""
     place = hashed("split", document) / 2**64
     for split, share in _SHARES.items():
         if place < share:
@@ -68,9 +68,9 @@ def split_of(document: str) -> Split:
 
 
 def passages(text: str) -> list[str]:
-    """Consecutive whole sentences of ``text``, joined to passages of 40 to 180 characters.
+    """Return consecutive whole sentences of ``text``, joined to passages of 40 to 180 characters.
 
-    A sentence that is longer is cut; what remains too short is left out.
+    Longer sentences are cut; what remains too short is left out.
     """
     found: list[tuple[int, int]] = []
     for start, end in split_sentences(text):
@@ -83,7 +83,9 @@ def passages(text: str) -> list[str]:
 
 
 def _passages(label: str, parts: Collection[str], page: PythonDoc) -> Iterator[LabelledText]:
-    """The passages of a document of these ``parts``, each with its ``label``, part or kind."""
+    """Yield the passages of a document of these ``parts``, each with its ``label``, part
+    or kind.
+    """
     if page.kind == "topic" and label == "part":  # topics belong to no module, so to no part
         return
     if page.part in parts:
@@ -92,7 +94,7 @@ def _passages(label: str, parts: Collection[str], page: PythonDoc) -> Iterator[L
 
 
 def _next_examples(page: PythonDoc) -> Iterator[LabelledText]:
-    """Pairs of sentences of one document: B follows A, or stands elsewhere, before A included."""
+    """Yield pairs of sentences of one document: B follows A, or stands elsewhere, also before A."""
     sentences = [page.text[start:stop] for start, stop in split_sentences(page.text)]
     adjacent = list(pairwise(sentences))
     for number in range(min(len(adjacent), _PAIRS_PER_DOCUMENT)):
@@ -114,10 +116,10 @@ TASKS = (
 def labelled_examples(
     task: LabelledTask, pages: Sequence[PythonDoc], sizes: TaskSizes
 ) -> dict[Split, list[LabelledText]]:
-    """The splits of a task, each with equally many examples per label, in an order without meaning.
+    """Return the splits of a task, each with equally many examples per label, shuffled.
 
-    First examples of documents are taken before second ones: many documents, not much of one. A
-    text that documents of two splits have in common is in none; in one split it is there once.
+    First examples of documents are taken before second ones, for as many documents as possible. A
+    text that documents of two splits share is in neither; within a split it occurs once.
     """
     candidates: dict[tuple[str, str | None], list[tuple[int, int, LabelledText]]] = {}
     for page in pages:
@@ -147,13 +149,13 @@ Record = dict[str, object]  # a line of jsonl
 
 
 def whole_documents(pages: Iterable[PythonDoc]) -> Iterator[Record]:
-    """The records of unlabelled text: a document each."""
+    """Yield the records of unlabelled text: a document each."""
     return ({"id": page.id, "text": page.text, "domain": page.part} for page in pages)
 
 
 def unlabelled_passages(pages: Iterable[PythonDoc]) -> Iterator[Record]:
-    """The records of unlabelled text: a passage each, as the tasks part and kind have them; a text
-    that stands in several documents once.
+    """Yield the records of unlabelled text: a passage each, as in the tasks part and kind; a text
+    that stands in several documents occurs once.
     """
     seen = set()
     for page in pages:
@@ -173,8 +175,9 @@ def write_corpus(
 ) -> None:
     """Write ``tasks/<name>/<split>.jsonl`` for each of ``tasks``, then ``corpus.jsonl``.
 
-    ``documents`` limits the unlabelled corpus to so many, chosen by a hash; ``unlabelled`` makes
-    its records of them. The corpus comes last and whole: where it is, everything is.
+    ``documents`` limits the unlabelled corpus to that number, chosen by a hash; ``unlabelled``
+    makes its records of them. The corpus is written last, and in one step: if it exists, everything
+    does.
     """
     for task in tasks:
         for split, examples in labelled_examples(task, pages, sizes).items():
@@ -185,7 +188,7 @@ def write_corpus(
 
 
 def record_of(example: LabelledText) -> Record:
-    """The line of a labelled file, as ``pipeline finetune`` reads it."""
+    """Return the line of a labelled file, as ``pipeline finetune`` reads it."""
     if example.pair is None:
         texts = {"text": example.text}
     else:
@@ -194,7 +197,7 @@ def record_of(example: LabelledText) -> Record:
 
 
 def hashed(*parts: str | int) -> int:
-    """64 bits that depend on the parts alone (Python's own hash differs from run to run)."""
+    """Return 64 bits that depend only on the parts (Python's own hash differs from run to run)."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -211,7 +214,7 @@ def write_documents(
     """Write ``domain-<name>.jsonl``, ``tasks/<task>/<split>.jsonl`` and ``corpus.jsonl``, and
     return the documents that they are made of.
     """
-    # In an order without meaning: the first documents of the corpus are then a sample of all of it.
+    # Shuffled: the first documents of the corpus are then a sample of all of it.
     pages = sorted(python_docs(), key=lambda page: hashlib.sha256(page.id.encode()).digest())
     for name, part in domains.items():
         own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
@@ -222,9 +225,9 @@ def write_documents(
 
 
 def _place_examples(page: PythonDoc) -> Iterator[LabelledText]:
-    """How far into its document a passage stands: 0.0 is the first one, 1.0 the last.
+    """Yield passages with their places in the document: 0.0 is the first one, 1.0 the last.
 
-    Of each third of the scale equally many are taken, although most documents are short.
+    Each third of the scale has equally many, although most documents are short.
     """
     found = passages(page.text)
     if len(found) >= _FEWEST:

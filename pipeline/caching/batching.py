@@ -1,7 +1,7 @@
-"""Which sequences a teacher sees together, and how a batch that does not fit into memory is halved.
+"""Group a teacher's sequences into batches, and halve a batch that does not fit into memory.
 
-Sequences are sorted by length and cut into batches of at most so many tokens, padding included. The
-plan depends on the lengths and the budget alone, so a shard that is made again is made from the
+Sequences are sorted by length and cut into batches of a limited number of tokens, padding included.
+The plan depends only on the lengths and the budget, so a shard that is made again is made from the
 same batches.
 """
 
@@ -41,7 +41,7 @@ def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tenso
 
 
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
-    """The model's own padding token, or else a token that none of the sequences ends with.
+    """Return the model's own padding token, or else a token that no sequence ends with.
 
     Classifiers on causal models read the last token that is not padding.
     """
@@ -57,13 +57,13 @@ def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
 def run_batches(
     teacher: Teacher, lengths: NDArray[np.int64], forward: Callable[[Rows], Pending]
 ) -> Iterator[tuple[Rows, Columns] | bool]:
-    """Yield batches of the rows with a length > 0, and what comes of each; and after each call of
-    ``forward`` whether that was the last.
+    """Run ``forward`` over batches of the rows with a length > 0. Yield each batch with its results
+    and, after each call of ``forward``, whether it was the last.
 
-    Of a device that runs beside the host, ``teacher.way.most`` batches are on their way at once:
-    what came of one is taken while the next is computed. A batch that is out of memory is halved,
-    and with it the teacher's ``batch_tokens``: what is left of this unit and later ones start from
-    there.
+    On a device that runs beside the host, up to ``teacher.way.most`` batches are in flight: the
+    results of one are fetched while the next is computed. A batch that runs out of memory is
+    halved, and with it the teacher's ``batch_tokens``; the rest of this unit and later units start
+    from there.
     """
     waiting = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
     flying = deque[tuple[Rows, Pending]]()
@@ -84,18 +84,18 @@ def run_batches(
         if teacher.config.tp_plan:
             raise InputError(
                 f"teacher {teacher.info.name!r}: {counted(len(rows), 'sequence')} do not fit into "
-                "memory, and the other processes of tp_plan are at the same batch: give it "
+                "memory, and the other processes of tp_plan run the same batch: give it "
                 f"batch_tokens below {len(rows) * int(lengths[rows].max())}"
             )
         if len(rows) == 1:
             raise InputError(
-                f"teacher {teacher.info.name!r}: one sequence of {lengths[rows[0]]} tokens alone "
+                f"teacher {teacher.info.name!r}: a single sequence of {lengths[rows[0]]} tokens "
                 "does not fit into memory. Use a smaller teacher, a shorter "
                 "corpus.sequence_length, or a lower precision"
             )
         teacher.batch_tokens = len(rows) * int(lengths[rows].max()) // 2
         log.warning(
-            "teacher %s: out of memory with %d sequences; going on with batches of %d tokens",
+            "teacher %s: out of memory with %d sequences; continuing with batches of %d tokens",
             teacher.info.name,
             len(rows),
             teacher.batch_tokens,
@@ -109,10 +109,10 @@ def run_batches(
 
 
 def _in_memory(teacher: Teacher, do: Callable[[], Found], rows: Rows) -> Found | None:
-    """What ``do`` gives of a batch, or None when it is out of memory (what it held is free again).
+    """Return ``do()`` for a batch, or None if it runs out of memory (what it held is then free).
 
-    Raises InputError for a model that fails on this batch: our own bugs do not come as
-    RuntimeErrors of torch, nor do indices that a model's tables lack.
+    Raises InputError for a model that fails on this batch. Bugs of Rekindle do not show as torch's
+    RuntimeErrors, nor do indices outside a model's tables.
     """
     try:
         return do()
@@ -123,7 +123,7 @@ def _in_memory(teacher: Teacher, do: Callable[[], Found], rows: Rows) -> Found |
                 f"teacher {teacher.info.name!r} failed on a batch of "
                 f"{counted(len(rows), 'sequence')} (rows "
                 f"{', '.join(map(str, sorted(rows.tolist())[:5]))} … of the shard): {reason}. "
-                "When the model is mended, the same command goes on"
+                "When the model is repaired, run the same command to continue"
             ) from error
         return None
 

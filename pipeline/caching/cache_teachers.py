@@ -1,8 +1,8 @@
-"""Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, commits
-them.
+"""Stage 1: experts → cache. Builds the corpus and views, runs each teacher's missing units, and
+commits them.
 
-Resume is plan − commits: the same command again does only what is missing. How several processes
-share the units of one cache: ``make_unit``.
+Resume is plan − commits: the same command run again makes only what is missing. For several
+processes that share the units of one cache, see ``make_unit``.
 """
 
 import logging
@@ -25,10 +25,12 @@ from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.hub.places import is_hub
 from rekindle.data.inventory import roll_up_records
 from rekindle.data.journal import adding, refuse_changing, refuse_renamed
 from rekindle.data.storage.base import Store
-from rekindle.data.storage.manifest import begin_manifest
+from rekindle.data.storage.manifest import WITHOUT_TEXT, begin_manifest
+from rekindle.data.storage.object_store import refuse_unconditional
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import LocalStore, open_store
@@ -60,7 +62,7 @@ from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
 
-ARRIVES_WITHIN = 60.0  # seconds: network file systems look again only after some
+ARRIVES_WITHIN = 60.0  # seconds: network file systems refresh only now and then
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ class StageOne:
     corpus_sequences: int
     units_done: int  # by this process and its workers
     units_present: int
-    repaired: int = 0  # damaged files that were made again
-    units_of_others: int = 0  # that another process has made meanwhile
+    repaired: int = 0  # damaged files made again
+    units_of_others: int = 0  # made by other processes meanwhile
 
     def as_text(self) -> str:
-        """What was done, in a line."""
+        """Return what was done, in one line."""
         told = (
             f"{counted(self.corpus_sequences, 'sequence')}; "
             f"{counted(self.units_done, 'unit')} made, {self.units_present} were there "
@@ -85,7 +87,7 @@ class StageOne:
         if not self.repaired:
             return told
         removed = f"{counted(self.repaired, 'damaged file')} removed"
-        return f"{told}, {removed}, and made anew where in use"
+        return f"{told}, {removed}, and made again where in use"
 
 
 def cache_teachers(
@@ -95,16 +97,18 @@ def cache_teachers(
     progress: Progress = SILENT,
     check: bool | None = None,
 ) -> StageOne:
-    """Make the cache of ``config``, or what is missing of it, or damaged.
+    """Make the cache of ``config``, or its missing and damaged parts.
 
-    ``only`` limits the work to teachers of those names; ``executor`` runs them (None: this process
-    does); ``check`` is for ``repair_cache``.
-    Raises InputError before anything is written for whatever the files of the teachers and of the
-    student, and a new corpus's first sequences, show to be wrong; InputError or CacheMismatchError
-    before any teacher runs if one of them cannot teach on this corpus.
+    ``only`` limits the work to the teachers of those names; ``executor`` runs them (None: this
+    process); ``check`` is passed to ``repair_cache``. Raises InputError before anything is written
+    for errors that show in the files of the teachers and of the student, or in a new corpus's first
+    sequences; InputError or CacheMismatchError before any teacher runs if one of them cannot teach
+    on this corpus.
     """
     config.check_single()
     config.check_samples()
+    if is_hub(config.cache.path):
+        refuse_unconditional(config.cache.path)
     chosen = config.teachers_named(only)
     check_files(chosen, config.student)
     make_missing(config)
@@ -117,13 +121,15 @@ def cache_teachers(
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
-            log.info("another process works on %s: the work is shared out", store.location)
+            log.info("another process works on %s: the work is shared", store.location)
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
         if alone is not False:  # nobody takes records back meanwhile
             roll_up_records(store)
         corpus = _build(store, config, executor or OnThisMachine(), progress, made)
+        if store.exists(WITHOUT_TEXT):  # it was passed on so, and is whole now
+            store.discard(WITHOUT_TEXT)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
@@ -183,7 +189,9 @@ def cache_teachers(
 
 
 def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
-    """What an interrupt leaves of this call's work, and whether there is anything to go on with."""
+    """Return what an interrupt leaves of this call's work, and whether there is anything to
+    continue from.
+    """
     if not made:
         return "no file was finished", bool(store.names("corpus/commits"))
     told = [f"{counted(made['corpus'], 'file')} of the corpus"] if made["corpus"] else []
@@ -194,8 +202,8 @@ def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
 def _build(
     store: Store, config: RunConfig, executor: Executor, progress: Progress, made: Counter[str]
 ) -> Corpus:
-    """The corpus, with shards as the configuration, or else the cache, has them; those of a new one
-    are as large as suits it.
+    """Return the corpus. The shard size is the configuration's, else the cache's, else one that
+    suits the corpus.
     """
     asked = config.cache.sequences_per_shard or recorded_shard_size(store)
     known = store.names("corpus") or (asked and not progress.is_shown)
@@ -217,7 +225,7 @@ def _build(
 
 
 def _tell_slow(parts: Sequence[TeacherPlan], corpus: Corpus, replicas: int) -> None:
-    """Say, before any teacher runs, which of them this device is slow for."""
+    """Log, before any teacher runs, which teachers are slow on this device."""
     working = {
         part.info.name: part
         for part in parts
@@ -229,14 +237,16 @@ def _tell_slow(parts: Sequence[TeacherPlan], corpus: Corpus, replicas: int) -> N
 
 
 def _about_sequences(config: CorpusConfig) -> int | None:
-    """What is wrong with the source is said when it is read."""
+    """Return about how many sequences the corpus has, None if unknown. Errors of the source are
+    raised when it is read.
+    """
     with suppress(InputError):
         return about_sequences(config, load_tokenizer(config.tokenizer))
     return None
 
 
 def _lacks_head(info: TeacherInfo, store: Store) -> bool:
-    """Whether a matrix that belongs beside the targets is not there."""
+    """Return whether a matrix that belongs beside the targets is missing."""
     return kind_of(info).has_head and not {*HEAD_FILES} <= {*store.names(info.folder)}
 
 
@@ -249,9 +259,10 @@ def _tell_kept(corpus: Corpus, info: TeacherInfo) -> None:
 
 
 def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:
-    """Return the units of a folder that are not committed, in order, and how many are.
+    """Return the units of a folder that are not committed, in order, and the number of those that
+    are.
 
-    They are of the view itself, or of a teacher that is shown it.
+    They are the units of the view itself, or of a teacher that is shown it.
     """
     each, shards = view_kind(view).numbers(replicas), len(corpus.commits)
     done = ShardSet(corpus.store, folder).committed()
@@ -268,7 +279,7 @@ def _run(
     made: Counter[str],
     room: Room,
 ) -> None:
-    """Make what is ``left`` of teachers that share their passes: ``units``, in that order."""
+    """Make the missing ``units``, in that order, of teachers that share their passes."""
     group = tuple(part for part, _ in left)
     each = corpus.units.rows
     rows = sum(int(each[unit.shard]) for _, missing in left for unit in missing)
@@ -295,7 +306,7 @@ def _run(
         folders = {part.info.name: part.info.folder for part in group}
         names = " and ".join(f"teacher {name!r}" for name in folders)
         executor.run(Work(names, Loader(group, corpus), units, *_needs(group)), report)
-    if executor.elsewhere:  # also what a node found made where it looked
+    if executor.elsewhere:  # including what a node found already made
         for part, missing in left:
             there = {*corpus.store.names(f"{part.info.folder}/commits")}
             for unit in (unit.name for unit in missing if f"{unit.name}.json" not in there):
@@ -303,21 +314,23 @@ def _run(
 
 
 def _check_arrived(store: Store, folder: str, unit: str) -> None:
-    """InputError where another machine's commit is not to be seen here within ARRIVES_WITHIN s."""
+    """Raise InputError if another machine's commit does not show up here within
+    ARRIVES_WITHIN s.
+    """
     until = time.monotonic() + ARRIVES_WITHIN
     while not ShardSet(store, folder).has(unit):
         if time.monotonic() > until:
             raise InputError(
-                f"a node has made unit {unit} of {folder}, or found it made, but it is not in "
-                f"{store.location} as this process sees it: that folder is not shared with the "
+                f"a node has made unit {unit} of {folder}, or found it made, but this process "
+                f"does not see it in {store.location}: that folder is not shared with the "
                 "node. Give cache.path a folder that all nodes share, or an object store (s3://…)"
             )
         time.sleep(0.2)
 
 
 def _needs(group: Group) -> tuple[dict[str, float], dict[str, float]]:
-    """What the most demanding of teachers that share a model takes of a cluster's machine, and the
-    longest of their limits.
+    """Return the resources that the most demanding of teachers with a common model needs of a
+    cluster's machine, and the longest of their time limits.
     """
     needs, within = dict[str, float](), dict[str, float]()
     for part in group:

@@ -47,11 +47,11 @@ class UnitResult:
 
     rows: Rows  # [P] the row of each
     columns: Columns
-    facts: Mapping[str, object] = field(default_factory=dict)  # that its record is to have
-    beside: tuple["UnitResult", ...] = ()  # of teachers that shared the passes
+    facts: Mapping[str, object] = field(default_factory=dict)  # to be written into its record
+    beside: tuple["UnitResult", ...] = ()  # of teachers that share the passes
 
     def of(self, number: int) -> "UnitResult":
-        """Return that of one of several teachers, whose columns' names begin with its number."""
+        """Return the result of one of several teachers: the columns named with its number."""
         lead, shared = f"{number} ", {k: v for k, v in self.columns.items() if k == "positions"}
         own = {k.removeprefix(lead): v for k, v in self.columns.items() if k.startswith(lead)}
         return replace(self, columns=own | shared)
@@ -81,11 +81,11 @@ def run_unit(
     audited: bool = False,
     beside: Sequence[Teacher] = (),
 ) -> UnitResult:
-    """All targets of ``teacher`` on one unit, or on the rows ``only`` of it; and those of teachers
-    ``beside`` it, by the same forward passes of the model that they share (``shared_pass.py``).
+    """Return all targets of ``teacher`` on one unit, or on its rows ``only``, together with those
+    of the teachers ``beside`` it, from the forward passes that they share (``shared_pass.py``).
 
-    ``kept`` reads the ids that tails at further temperatures are taken of. ``audited``: the means
-    of Monte-Carlo passes have their standard errors beside them, ``mc_errors``.
+    ``kept`` reads the ids for which tails at further temperatures are computed. ``audited``: the
+    means of Monte-Carlo passes come with their standard errors, ``mc_errors``.
     """
     steps = begin_unit(teacher, unit, only, kept, audited, beside)
     while True:
@@ -104,7 +104,7 @@ def begin_unit(
     audited: bool = False,
     beside: Sequence[Teacher] = (),
 ) -> Steps:
-    """As ``run_unit``, in steps: of each batch that the device is given, whether it is the last."""
+    """Run ``run_unit`` in steps; yield for each batch on the device whether it is the last."""
     run = UnitRun(teacher, unit, only, audited)
     if teacher.config.vocabulary:
         return run.vocabulary(kept, beside)
@@ -128,7 +128,7 @@ class UnitRun:
         self.facts: Mapping[str, object] = {}
 
     def vocabulary(self, kept: TeacherReader | None, beside: Sequence[Teacher] = ()) -> Steps:
-        """What is kept of the distribution at each position, also by teachers ``beside``."""
+        """Compute the kept part of each position's distribution, also for teachers ``beside``."""
         teacher, info, unit = self.teacher, self.info, self.unit
         seen = read = split_lists(self.batches, "input_ids")
         positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
@@ -146,7 +146,7 @@ class UnitRun:
         digests = self.table["digest"].to_pylist()
 
         def extra(info: TeacherInfo, rows: Rows) -> Tensor | None:
-            """The stored ids that tails are of, or the keys to draw with."""
+            """Return the stored ids that the tails belong to, or the keys to draw with."""
             if kept is not None:
                 where = [(unit.shard, int(row)) for row in rows]
                 _, columns = kept.gather(where, unit.replica, scalars=False)
@@ -182,7 +182,7 @@ class UnitRun:
         return replace(own, beside=tuple(others))
 
     def _with_mass(self, made: UnitResult) -> UnitResult:
-        """The result, whose record says what the tokens that both have hold of the probability."""
+        """Return the result, with the mass of the tokens in both vocabularies in its record."""
         columns = dict(made.columns)
         mass = [columns.pop(name) for name in made.columns if name.endswith(f" {MAPPED_MASS}")]
         if not mass:
@@ -192,7 +192,7 @@ class UnitRun:
         return replace(made, columns=columns, facts=facts)
 
     def _documents(self) -> list[NDArray] | None:
-        """Which document of its row each token is of; None where each row is of one."""
+        """Return the document number of each token of a row; None if each row is one document."""
         if not self.teacher.corpus.is_packed:
             return None
         lengths = [len(ids) for ids in split_lists(self.batches, "input_ids")]
@@ -200,7 +200,7 @@ class UnitRun:
         return np.split(numbers, np.cumsum(lengths)[:-1])
 
     def token_labels(self) -> Steps:
-        """Logits of the first token of each word, at the corpus position that begins it."""
+        """Compute the logits of each word's first token, at its corpus position."""
         teacher, texts = self.teacher, self.table["text"].to_pylist()
         encoded = teacher.tokenizer.encode(texts)
         seen, room = self._wrapped(encoded)
@@ -220,7 +220,7 @@ class UnitRun:
         return (yield from self._run(seen, forward, positions))
 
     def sequences(self) -> Steps:
-        """Logits of each sequence, or of each pair."""
+        """Compute the logits of each sequence, or of each pair."""
         seen, types = self._expert_inputs()
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
@@ -231,7 +231,7 @@ class UnitRun:
         return (yield from self._run(seen, forward, types=types))
 
     def vectors(self, encoder: SentenceEncoder) -> Steps:
-        """A vector of each sequence, as it is stored; as it is, for an audit."""
+        """Compute a vector of each sequence, as stored; for an audit, the exact one."""
         texts = self.teacher.plan.read_as(self.table["text"].to_pylist())
         seen, _ = self._wrapped(self.teacher.tokenizer.encode([*texts]))
 
@@ -248,13 +248,13 @@ class UnitRun:
         return replace(made, columns=columns, facts={**made.facts, **facts})
 
     def _logits(self, inputs: Inputs) -> Tensor:
-        """What an expert says, in fp32; InputError, naming it, where its own code fails."""
+        """Return an expert's logits in fp32; raise InputError if its own code fails."""
         with running(f"teacher {self.info.name!r} ({self.info.model})"):
             logits: Tensor = self.teacher.model(**with_known_padding(inputs)).logits.float()
         return logits
 
     def _expert_inputs(self) -> tuple[list[NDArray], list[NDArray] | None]:
-        """The expert's own encoding of each row's text or pair; empty where there is no pair."""
+        """Encode each row's text or pair with the expert's tokenizer; empty without a pair."""
         tokenizer, longest = self.teacher.tokenizer, self.teacher.max_length
         if not self.teacher.config.pair_expert:
             return self._wrapped(tokenizer.encode(self.table["text"].to_pylist()))[0], None
@@ -276,20 +276,20 @@ class UnitRun:
         return ids, types
 
     def _monte_carlo(self, inputs: Inputs, rows: Rows, logits: Tensor) -> dict[str, Tensor]:
-        """Mean class probabilities over dropout passes, and whether dropout changes anything.
+        """Return mean class probabilities over dropout passes, and whether dropout has an effect.
 
-        ``logits`` are those of the pass without dropout. Logits are compared, not probabilities: an
-        expert may be so sure that the latter are 0 and 1 whatever dropout does.
+        ``logits`` are those of the pass without dropout. Logits are compared, not probabilities:
+        those of a very confident expert may be 0 and 1 whatever dropout does.
         """
         model, name = self.teacher.model, f"{self.info.seed}\0{self.unit.name}\0{rows.tolist()}"
         torch.manual_seed(xxhash.xxh3_64_intdigest(name.encode()) >> 1)
-        model.train()  # dropout on; text models have no batch statistics that this would touch
+        model.train()  # dropout on; text models have no batch statistics that this would change
         try:
             count = self.info.monte_carlo_passes
             passes = torch.stack([self._logits(inputs) for _ in range(count)])
         finally:
             model.eval()
-        # A pass is held against the next, a single one against the pass without dropout.
+        # Each pass is compared with the next, a single one with the pass without dropout.
         other = passes[1:] if len(passes) > 1 else logits
         probs = torch.softmax(passes, dim=-1)
         found = {"mc_probs": probs.mean(dim=0), "drawn": (passes[0] != other).any()}
@@ -298,14 +298,14 @@ class UnitRun:
         return found
 
     def _wrapped(self, texts: list[Encoded]) -> tuple[list[NDArray], int]:
-        """Each text's ids between special tokens, and how many of a text there is room for."""
+        """Return each text's ids between special tokens, and how many ids of a text fit."""
         prefix, suffix = self.teacher.tokenizer.prefix, self.teacher.tokenizer.suffix
         room = self.teacher.max_length - len(prefix) - len(suffix)
         whole = np.array([len(text.ids) for text in texts], np.int64) + len(prefix) + len(suffix)
         if len(whole) > 1 and not whole.any():
             raise InputError(
-                f"teacher {self.info.name!r}: its tokenizer makes no token of any of "
-                f"{len(whole)} texts, so it would judge none. Save the tokenizer that it was "
+                f"teacher {self.info.name!r}: its tokenizer gives no token for any of "
+                f"{len(whole)} texts, so it would judge none. Save the tokenizer it was "
                 f"trained with into its folder ({self.info.model})"
             )
         self._tell_cut(whole)
@@ -313,24 +313,24 @@ class UnitRun:
         return [ids.astype(np.int64) for ids in wrapped], room
 
     def _tell_cut(self, lengths: NDArray[np.int64]) -> None:
-        """Have the record say what is cut of texts that have so many tokens."""
+        """Record how many of the texts, given their lengths in tokens, are cut."""
         limit = self.teacher.max_length
         short = limit < self.teacher.corpus.info["config"]["sequence_length"]
         self.facts = Counts.of(lengths * self.wanted, limit).facts(short)
 
     def _selected(self, inputs: Inputs, rows: Rows, places: list[Rows]) -> Tensor:
-        """Where the ``places`` of some rows lie in a batch of them, flattened."""
+        """Return where the ``places`` of some rows lie in a batch of them, flattened."""
         width = inputs["input_ids"].shape[1]
         flat = np.concatenate([i * width + places[r] for i, r in enumerate(rows)])
         return self.teacher.tensor(flat)
 
     def _fetch(self, logits: Tensor, more: Mapping[str, Tensor] | None = None) -> Pending:
-        """An expert's logits, and ``more`` of ``_monte_carlo``, on their way."""
+        """Fetch an expert's logits, and ``more`` from ``_monte_carlo``."""
         found = {"logits": logits, **(more or {}), "finite": torch.isfinite(logits).all()}
         return self.teacher.way.fetch(found, self._checked)
 
     def _checked(self, found: Arrays) -> Columns:
-        """Raise InputError for logits that are no numbers, and where dropout changes nothing."""
+        """Raise InputError for logits that are not finite, and if dropout changes nothing."""
         if not found.pop("finite"):
             raise InputError(
                 f"teacher {self.info.name!r} produced logits that are not finite in "
@@ -352,11 +352,12 @@ class UnitRun:
         types: list[NDArray] | None = None,
         documents: list[NDArray] | None = None,
     ) -> Steps:
-        """Columns of the rows that the teacher is for, ``seen`` by it, in the order of the corpus.
-        ``types``: the segments of rows that are pairs; ``documents``: of rows of several.
+        """Return the columns of the rows that have a target, in the order of the corpus; ``seen``
+        are the ids shown to the teacher. ``types``: the segment ids of pairs; ``documents``: the
+        document numbers of rows of several documents.
 
-        ``forward`` gives those of a batch: an entry for each of their ``positions``, which ascend,
-        or for each row. Rows without a token or a position are left out.
+        ``forward`` returns the columns of a batch: an entry for each of its ``positions``, which
+        ascend, or for each row. Rows without a token or a position are left out.
         """
         lengths = np.array([len(row) for row in seen]) * self.wanted
         if positions is not None:

@@ -1,7 +1,7 @@
-"""Plans the parts of a teacher's targets: a part that is in the cache is never made again.
+"""Plans the parts of a teacher's targets: a part in the cache is never made again.
 
 A larger k is a new part, because a stored top-k list cannot be extended. More temperatures are a
-new part that holds tail masses only, for the ids that are stored already.
+new part that holds only tail masses, for the ids already stored.
 """
 
 from dataclasses import replace
@@ -18,10 +18,10 @@ from rekindle.pipeline.caching.teachers import TeacherPlan
 
 
 def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
-    """Return the parts that hold what ``plan`` wants of its teacher, in the order to make them.
+    """Return the parts that hold what ``plan`` needs of its teacher, in the order to make them.
 
-    A smaller k or fewer temperatures than are cached need no new part. Raises CacheMismatchError
-    when the cache holds another teacher of that name.
+    A smaller k or fewer temperatures than cached need no new part. Raises CacheMismatchError if the
+    cache holds another teacher of that name.
     """
     wanted = plan.info
     if not is_described(corpus.store, wanted.name):

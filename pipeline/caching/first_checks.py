@@ -1,5 +1,5 @@
-"""What is checked before dear work: every teacher and the student, by their files and on the first
-sequences of the corpus. Nothing is written but into a temporary folder, and no weights are read.
+"""Checks before expensive work: every teacher and the student, by their files and on the first
+sequences of the corpus. Only a temporary folder is written to, and no weights are read.
 """
 
 import tempfile
@@ -30,8 +30,8 @@ SEQUENCES = 64  # of the corpus
 
 
 def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None) -> None:
-    """Check the folders of models that are there, or must be: their configurations, the headers of
-    their weights. What a server runs has none. Raises InputError, naming the teacher or the
+    """Check the model folders that exist, or must: their configurations and the headers of their
+    weights. A model that a server runs has no folder. Raises InputError, naming the teacher or the
     student.
     """
     for teacher in teachers:
@@ -45,8 +45,8 @@ def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None
 
 
 def _elsewhere(model: str) -> bool:
-    """Whether a student may be one of the hub, which is not fetched to cache teachers, or is to be
-    made by an earlier stage.
+    """Return whether a student may be on the hub, from where it is not fetched to cache teachers,
+    or is made by an earlier stage.
     """
     if references(model):
         return True
@@ -55,13 +55,13 @@ def _elsewhere(model: str) -> bool:
 
 
 def rehearse(config: RunConfig, teachers: Sequence[TeacherConfig], store: Store) -> None:
-    """Plan every teacher on the first sequences of a corpus that is not there yet; check the terms
-    of the objective that name none but these.
+    """Plan every teacher on the first sequences of a corpus that does not exist yet; check the
+    terms of the objective that name only these teachers.
 
     Raises InputError for a teacher that cannot teach on such a corpus.
     """
     if store.exists(MANIFEST):
-        return  # what is there, or its beginning, was rehearsed
+        return  # a corpus that exists, or was begun, was rehearsed
     with tempfile.TemporaryDirectory(prefix="rekindle-first-") as folder:
         few = min(SEQUENCES, config.corpus.limit_sequences or SEQUENCES)
         corpus = build_corpus(
@@ -74,12 +74,12 @@ def rehearse(config: RunConfig, teachers: Sequence[TeacherConfig], store: Store)
 
 
 def plan_all(corpus: Corpus, config: RunConfig, teachers: Sequence[TeacherConfig]) -> None:
-    """Plan every teacher on ``corpus``, beside which its views are written, and forget the plans.
+    """Plan every teacher on ``corpus``, beside which its views are written, and discard the plans.
 
-    Raises InputError for one that cannot teach on it, or not what the objective asks.
+    Raises InputError for a teacher that cannot teach on it, or not what the objective asks.
     """
     masks = config.cache
-    if masks.mask.policy == "hard":  # whose masks are not known yet: any others serve here
+    if masks.mask.policy == "hard":  # its masks are unknown yet: any others serve here
         masks = masks.model_copy(update={"mask": MaskConfig()})
     views = build_views(corpus, config.model_copy(update={"cache": masks}), SILENT)
     plans = [plan_teacher(teacher, corpus, views, masks.seed) for teacher in teachers]

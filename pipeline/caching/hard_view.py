@@ -1,7 +1,8 @@
 """Makes masks from a teacher's losses (``cache.mask.policy: hard``) within stage 1.
 
-The view's name follows from the teacher's files alone, so that the teachers which are shown it can
-be described before any teacher runs. It is written once its teacher has seen all of the corpus.
+The view's name follows from the teacher's files alone, so that teachers that are shown the view can
+be described before any teacher runs. The view is written once its teacher has seen all of the
+corpus.
 """
 
 import logging
@@ -24,8 +25,8 @@ log = logging.getLogger("rekindle")
 def hard_view(corpus: Corpus, config: RunConfig) -> HardMaskedView | None:
     """Return the view of policy hard, which may not be written yet; None under another policy.
 
-    Raises InputError when no such teacher is in the file or in the cache, or when it cannot say
-    which tokens are hard.
+    Raises InputError if no such teacher is in the file or in the cache, or if it cannot say which
+    tokens are hard.
     """
     if config.cache.mask.policy != "hard":
         return None
@@ -34,7 +35,7 @@ def hard_view(corpus: Corpus, config: RunConfig) -> HardMaskedView | None:
 
 
 def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
-    """Return the teacher of the masks: as the cache has it, else as the file describes it."""
+    """Return the teacher that makes the masks: from the cache, else as the file describes it."""
     name = config.cache.mask.teacher
     assert name is not None
     if is_described(corpus.store, name):
@@ -48,7 +49,7 @@ def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
         )
     if known[name].sees_masks:
         raise InputError(
-            f"cache.mask.teacher: {name!r} would see the masks that are to be made from its "
+            f"cache.mask.teacher: {name!r} would see the masks that are made from its "
             "losses; give it view: clean"
         )
     return plan_teacher(known[name], corpus, Views(), config.cache.seed).info
@@ -65,7 +66,7 @@ def masks_last(
 def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) -> None:
     """Write what is missing of the view, if its teacher has seen all of the corpus.
 
-    If not, log that; raises InputError if the masks are ``needed`` now.
+    If it has not, log that; raises InputError if the masks are ``needed`` now.
     """
     corpus, name = masks.corpus, masks.teacher.name
     if not _complete(corpus, name):
@@ -82,7 +83,7 @@ def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) ->
 
 
 def _complete(corpus: Corpus, name: str) -> bool:
-    """Check that the part of the teacher's targets that is read has every shard."""
+    """Return whether the part of the teacher's targets that is read has every shard."""
     if not is_described(corpus.store, name):
         return False
     reader = TeacherReader(corpus, read_parts(corpus.store, name))

@@ -1,9 +1,9 @@
-"""The way between the host and a teacher's device: arrays that are sent there, results on their
-way back while the next batch runs.
+"""Transfers between the host and a teacher's device: arrays are sent there, and results come back
+while the next batch runs.
 
-On a GPU nothing waits but the reading of a batch, which the one after is asked for before. Copies
-go through pinned memory: to the device on the stream that computes, back on one of their own. On a
-CPU, where nothing runs beside anything, all is there at once.
+On a GPU, only reading a batch waits, and the next one is started before that. Copies go through
+pinned memory: to the device on the computing stream, back on a stream of their own. On a CPU, where
+nothing runs in parallel, everything is available at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ from torch import Tensor
 from rekindle.data.targets.codec import Columns
 
 Arrays = dict[str, NDArray]
-Finish = Callable[[Arrays], Columns]  # what the host makes of results
-Pending = Callable[[], Columns]  # waits for results, and makes that of them
+Finish = Callable[[Arrays], Columns]  # makes columns of results on the host
+Pending = Callable[[], Columns]  # waits for results, and returns their columns
 
 
 class Way(Protocol):
@@ -31,12 +31,12 @@ class Way(Protocol):
         ...
 
     def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
-        """Begin to bring results; what comes of them may be asked for once."""
+        """Begin to fetch results; the returned function gives their columns, once."""
         ...
 
 
 class Here(Way):
-    """No way at all."""
+    """No transfer: host and device are one."""
 
     most = 1
 
@@ -45,7 +45,7 @@ class Here(Way):
         return torch.from_numpy(values)
 
     def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
-        """Finish at once: what does not fit into memory is told with the batch."""
+        """Finish at once, so that running out of memory shows with its own batch."""
         columns = finish({name: values.numpy() for name, values in found.items()})
         return lambda: columns
 
@@ -57,14 +57,15 @@ class ToGpu(Way):
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # of a model over several devices
+        # by device, for a model spread over several
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def send(self, values: NDArray) -> Tensor:
-        """Return the array on the device, where it will be once it is used."""
+        """Return the array on the device; the copy completes before its first use."""
         return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
 
     def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
-        """Copy to pinned memory, which is given back as soon as it has been read."""
+        """Copy to pinned memory, which is freed as soon as it has been read."""
         pinned: dict[str, Tensor] = {}
         events: list[torch.cuda.Event] = []
         for device in dict.fromkeys(values.device for values in found.values()):
@@ -92,6 +93,6 @@ class ToGpu(Way):
 
 
 def way_to(device: str) -> Way:
-    """Return the way to a device, by its name."""
+    """Return the transfers to a device, given by its name."""
     found = torch.device(device)
     return ToGpu(found) if found.type == "cuda" else Here()

@@ -1,7 +1,7 @@
 """Make a unit of a teacher's targets: compute it, write its shard, commit it.
 
-Several processes may work on one cache, also on several machines: each looks, before it begins a
-unit, whether another has committed it; two that make the same one are harmless.
+Several processes may work on one cache, also on several machines: each checks, before it begins a
+unit, whether another has committed it. Two that make the same unit do no harm.
 """
 
 import time
@@ -33,7 +33,7 @@ from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
 
 class UnitRunner:
-    """A loaded model and all that it needs to make units of one part of a teacher's targets, or of
+    """A loaded model and all it needs to make units of one part of a teacher's targets, or of
     several teachers that share its passes.
     """
 
@@ -47,13 +47,13 @@ class UnitRunner:
             if kind_of(teacher.info).has_head
         }
         self.plans, info = plans, first.info
-        self.kept = None  # reads the part whose ids tails are taken of
+        self.kept = None  # reads the part whose ids the tails belong to
         if info.extends is not None:
             main = read_teacher(corpus.store, info.name, info.extends)
             self.kept = TeacherReader(corpus, [main], first.view)
 
     def store_lost(self) -> None:
-        """Write the matrices of described teachers that are lost."""
+        """Write lost matrices of described teachers."""
         for teacher in self.teachers:
             if is_described(self.corpus.store, teacher.info.name):
                 self._store_head(teacher.info)
@@ -63,11 +63,11 @@ class UnitRunner:
         return self.make(unit)
 
     def make(self, unit: Unit) -> dict[str, Commit]:
-        """Compute, write and commit a unit of each teacher that has none, so that a kill costs no
-        more than one; return the commits by the teachers' names.
+        """Compute, write and commit a unit of each teacher that lacks it, so that a kill costs at
+        most one unit; return the commits by the teachers' names.
 
-        None of a teacher of which another process has made it meanwhile: two that were started on
-        one cache share the work.
+        Skips a teacher for which another process has made the unit meanwhile: two processes started
+        on one cache share the work.
         """
         left = self._left(unit)
         if not left:
@@ -81,9 +81,9 @@ class UnitRunner:
     def several(self, units: Iterable[Unit]) -> Iterator[dict[str, Commit]]:
         """Make units as ``make`` does, in their order.
 
-        On a device that runs beside the host it is given a unit's first batch before what came of
-        the last ones of the unit before is taken, and a thread writes meanwhile: a kill costs two
-        units at most, and what of a third was begun.
+        A device that runs beside the host is given a unit's first batch before the last results of
+        the unit before are fetched, and a thread writes meanwhile: a kill costs at most two units
+        and a begun third.
         """
         if self.teachers[0].way.most == 1 or self.shared_out:
             yield from map(self.make, units)
@@ -92,30 +92,32 @@ class UnitRunner:
         with ThreadPoolExecutor(1, "write") as writer:
             for one, result, seconds in overlapped(map(self._passes, units)):
                 written.append(writer.submit(self._write, one.unit, one.left, result, seconds))
-                while len(written) > 1:  # no more than one unit waits to be written
+                while len(written) > 1:  # at most one unit waits to be written
                     yield written.popleft().result()
             while written:
                 yield written.popleft().result()
 
     def _passes(self, unit: Unit) -> "_Passes":
-        """Those that a unit takes; none where all have it."""
+        """Return the passes that a unit needs; none if all teachers have it."""
         left = self._left(unit)
         if not left:
             return _Passes(unit, left, iter(()), _NOTHING)
         return _Passes(unit, left, begin_unit(left[0], unit, kept=self.kept, beside=left[1:]))
 
     def _left(self, unit: Unit) -> list[Teacher]:
-        """The teachers that have no such unit."""
+        """Return the teachers that lack this unit."""
         store = self.corpus.store
         return [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]
 
     def _write(
         self, unit: Unit, left: Sequence[Teacher], result: UnitResult, seconds: float
     ) -> dict[str, Commit]:
-        """Write what passes of so many ``seconds`` gave the teachers that had ``left`` it out."""
+        """Write the targets of the teachers that lack the unit (``left``), from passes that took
+        ``seconds``.
+        """
         if not left:
             return {}
-        # Each has its part of what the passes took, and what its own file takes.
+        # Each is charged its part of the passes, and the writing of its own file.
         spent, made = seconds / len(left), {}
         for teacher, own in zip(left, (result, *result.beside), strict=True):
             began = time.perf_counter() - spent
@@ -134,14 +136,16 @@ class UnitRunner:
         return run_unit(first, unit, kept=self.kept, beside=beside)
 
     def _store_head(self, info: TeacherInfo) -> None:
-        """The matrix comes after the teacher's description, and before any unit."""
+        """Store the matrix after the teacher's description, and before any unit."""
         if (head := self.heads.pop(info.name, None)) is not None:
             claim_teacher(self.corpus, info)
             write_head(self.corpus.store, info.folder, head)
 
 
 class ServedRunner:
-    """The same of a teacher that a server runs, which shares with none: no model is loaded."""
+    """Like UnitRunner for a teacher that a server runs, which shares with none: no model
+    is loaded.
+    """
 
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
         raise_version(corpus.store, WITH_SERVED)
@@ -158,7 +162,8 @@ class ServedRunner:
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads the model of teachers that share its passes, and gives what makes their units.
+    """Loads the model of teachers that share its passes, and returns the function that makes their
+    units.
 
     Picklable: another process opens the cache for itself.
     """
@@ -167,7 +172,7 @@ class Loader:
     corpus: Corpus
 
     def __call__(self) -> Callable[[Unit], dict[str, Commit]]:
-        """Raises InputError for a model that cannot be loaded, or not as a teacher."""
+        """Raise InputError for a model that cannot be loaded, or not as a teacher."""
         if self.plans[0].config.served is not None:
             return ServedRunner(self.plans[0], self.corpus).make
         if self.plans[0].config.tp_plan is not None:
@@ -184,7 +189,7 @@ _NOTHING = UnitResult(np.zeros(0, np.int64), {})
 
 
 class _Passes:
-    """A unit's passes, taken on step by step."""
+    """A unit's passes, run step by step."""
 
     def __init__(
         self,
@@ -197,7 +202,7 @@ class _Passes:
         self.began = time.perf_counter()
 
     def step(self) -> bool:
-        """Give the device one batch more; return whether it was given all."""
+        """Give the device one more batch; return whether it was the last."""
         try:
             return next(self.steps)
         except StopIteration as end:
@@ -205,7 +210,7 @@ class _Passes:
             return True
 
     def end(self) -> UnitResult:
-        """Take them to their end."""
+        """Run the remaining steps and return the result."""
         while self.result is None:
             self.step()
         return self.result
@@ -214,15 +219,15 @@ class _Passes:
 def overlapped(
     begun: Iterable[_Passes],
 ) -> Iterator[tuple[_Passes, UnitResult, float]]:
-    """Yield what comes of units in their order, and the seconds that each took: one has its first
-    batch when the device was given the last of the one before, whose results are taken then.
+    """Yield the results of units in their order, and the seconds that each took. The device gets a
+    unit's first batch after the last batch of the unit before, whose results are fetched then.
     """
     last, done = None, 0.0
     for passes in chain(begun, [None]):
         given_all = passes is None or passes.step()
         if last is not None:
             result, now = last.end(), time.perf_counter()
-            # Begun while another ran, it has its time from when that was done.
+            # A unit begun while another ran is timed from the end of that one.
             yield last, result, now - max(last.began, done)
             done = now
         while passes is not None and not given_all:
@@ -235,7 +240,7 @@ def _load(plans: Sequence[TeacherPlan], location: str) -> Callable[[Unit], dict[
 
 
 def follow() -> None:
-    """Make the passes that the main process makes, and keep nothing, until it lets go."""
+    """Make the passes that the main process makes, and keep nothing, until it is done."""
     runner = None
     while (message := told()) is not None:
         if isinstance(message, Unit):
@@ -254,8 +259,8 @@ def write_unit(
     result: UnitResult,
     began: float | None = None,
 ) -> Commit:
-    """Write and commit one unit. ``began``: by ``time.perf_counter``, when work on it did; the
-    record then says how many seconds it took until all was encoded.
+    """Write and commit one unit. ``began``: the time by ``time.perf_counter`` when work on it
+    began; the record then states the seconds until all was encoded.
     """
 
     def late() -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""A causal teacher with a tokenizer of its own (``vocabulary: map``): at which positions of the
-corpus it says something, and which of its tokens are which of the corpus's.
+"""A causal teacher with its own tokenizer (``vocabulary: map``): at which corpus positions it has
+targets, and which of its tokens are which of the corpus's.
 
-It reads the text of each sequence as its own tokenizer cuts it. What it predicts at a byte of the
-text is a target where a token of the corpus begins at that byte, too; a token is the one of the
-corpus that stands for the same bytes, and the rest of its probability lies outside them.
+The teacher reads the text of each sequence as its own tokenizer cuts it. Its prediction at a byte
+of the text is a target where a token of the corpus begins at that byte, too. Each of its tokens
+maps to the corpus token that stands for the same bytes; the rest of its probability lies outside
+the corpus's tokens.
 """
 
 import logging
@@ -31,7 +32,7 @@ Ids = NDArray[np.int64]
 class MappedRows(NamedTuple):
     """What a teacher is shown of some sequences, and where the two tokenizations meet: at the
     corpus's ``positions`` [P] of a row, each the one before a token, and at the ``places`` [P] of
-    what is ``seen``, which predict what begins at the same byte.
+    ``seen``, which predict the token that begins at the same byte.
     """
 
     seen: list[Ids]
@@ -42,8 +43,8 @@ class MappedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class VocabularyMap:
-    """Between the tokenizer of a corpus and a teacher's. ``rows`` [V]: the teacher's id of each id
-    of the corpus, −1 for none; ``others``: its tokens that are none of the corpus's.
+    """The map between the tokenizer of a corpus and a teacher's. ``rows`` [V]: the teacher's id of
+    each id of the corpus, −1 for none; ``others``: its tokens that are none of the corpus's.
     """
 
     tokenizer: Tokenizer
@@ -54,8 +55,8 @@ class VocabularyMap:
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Tokenizer, rows: int) -> "VocabularyMap":
-        """That of a teacher with so many ``rows`` in its output matrix. Raises InputError where the
-        bytes of tokens are not known.
+        """Return the map of a teacher with ``rows`` rows in its output matrix. Raises InputError if
+        the bytes of tokens are unknown.
         """
         ours, theirs = bytes_of_tokens(corpus.tokenizer), bytes_of_tokens(tokenizer)
         found = common_tokens(ours, theirs[:rows])
@@ -69,7 +70,7 @@ class VocabularyMap:
         return int((self.rows >= 0).sum())
 
     def of_rows(self, table: pa.Table, longest: int) -> MappedRows:
-        """The sequences of a shard's table; the teacher takes ``longest`` tokens."""
+        """Map the sequences of a shard's table; the teacher takes ``longest`` tokens."""
         texts = table["text"].to_pylist()
         prefix = np.array(self.tokenizer.prefix, np.int64)
         names = ("input_ids", "char_starts", "document_starts")
@@ -91,8 +92,9 @@ class VocabularyMap:
     def _meeting(
         self, text: str, ids: Ids, chars: Ids, documents: Ids, own: NDArray[np.int32], begun: bool
     ) -> tuple[Ids, Ids]:
-        """The tokens of a sequence, and of the teacher's reading of it, that begin at the same
-        byte and have one before them; ``begun``: something stands before the teacher's first.
+        """Return the tokens of a sequence, and of the teacher's reading of it, that begin at the
+        same byte and have a token before them; ``begun``: something stands before the teacher's
+        first.
         """
         nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
         theirs = starts_of_tokens(own, self.theirs, _encoded(text))
@@ -115,7 +117,7 @@ class VocabularyMap:
         if not at:
             return nothing
         joint, joint_starts = np.concatenate(at), np.concatenate(starts)
-        kept = joint > 0  # what begins a sequence is predicted by nothing
+        kept = joint > 0  # nothing predicts the first token of a sequence
         joint, joint_starts = joint[kept], joint_starts[kept]
         _, mine, other = np.intersect1d(joint_starts, theirs, return_indices=True)
         predicted = other > 0 if not begun else np.ones(len(other), np.bool_)
@@ -127,13 +129,13 @@ def _encoded(text: str) -> bytes:
 
 
 def check_positions(found: VocabularyMap, corpus: Corpus, name: str, least: float) -> None:
-    """Say how many tokens and positions of a corpus's first sequences a teacher's map keeps.
+    """Log how many tokens and positions of a corpus's first sequences a teacher's map keeps.
 
-    Raises InputError where that is less than the share ``least`` of the positions.
+    Raises InputError if that is less than the share ``least`` of the positions.
     """
     if corpus.has_trained or corpus.has_pairs:
         raise InputError(
-            f"teacher {name!r}: vocabulary: map reads the text of a sequence, and this corpus has "
+            f"teacher {name!r}: vocabulary: map reads the text of a sequence, but this corpus has "
             "dialogues, rows of tokens or pairs. Use a teacher of corpus.tokenizer"
         )
     table = corpus.shard(0).table().slice(0, LOOKED_AT)
@@ -141,28 +143,28 @@ def check_positions(found: VocabularyMap, corpus: Corpus, name: str, least: floa
     kept, whole = sum(map(len, rows.positions)), int(rows.expected.sum())
     share = kept / whole if whole else 0.0
     told = (
-        f"{found.count:,} of {len(found.rows):,} tokens of the corpus's vocabulary are tokens of "
-        f"its own; a token of each begins at {share:.1%} of the positions of the first "
+        f"{found.count:,} of {len(found.rows):,} tokens of the corpus's vocabulary are in "
+        f"its own; tokens of both begin together at {share:.1%} of the positions of the first "
         f"{len(rows.seen)} sequences"
     )
     if share < least:
         raise InputError(
             f"teacher {name!r} (vocabulary: map): {told}, which is less than map_coverage "
-            f"({least:g}). Use a teacher whose tokenizer is nearer to corpus.tokenizer, or set "
-            "map_coverage lower, knowing that the others are trained without it"
+            f"({least:g}). Use a teacher with a tokenizer closer to corpus.tokenizer, or set "
+            "map_coverage lower; the other positions are then trained without it"
         )
     log.info("teacher %s, vocabulary: map: %s", name, told)
 
 
 def check_mass(mass: NDArray[np.float32], name: str, least: float) -> None:
-    """Raise InputError where the tokens that both have hold less of the probability than ``least``
-    on average.
+    """Raise InputError if the tokens that both have hold less than ``least`` of the probability on
+    average.
     """
     mean = float(np.mean(mass)) if len(mass) else 1.0
     if mean < least:
         raise InputError(
-            f"teacher {name!r} (vocabulary: map): the tokens that the corpus's vocabulary has hold "
+            f"teacher {name!r} (vocabulary: map): the tokens of the corpus's vocabulary hold "
             f"{mean:.1%} of its probability, which is less than map_coverage ({least:g}); the rest "
-            "would be tail. Use a teacher whose tokenizer is nearer to corpus.tokenizer, or set "
+            "would be tail. Use a teacher with a tokenizer closer to corpus.tokenizer, or set "
             "map_coverage lower"
         )

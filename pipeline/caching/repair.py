@@ -1,7 +1,7 @@
 """Removes what is damaged from a cache, so that stage 1 makes exactly that again. Runs no teacher.
 
-A shard whose bytes are not those committed loses its commit record; a small file that is damaged is
-removed. What each shard says of itself restores its teacher's description.
+A shard whose bytes do not match its commit record loses that record; a damaged small file is
+removed. A teacher's description is restored from what each shard says of its teacher.
 """
 
 import logging
@@ -33,10 +33,10 @@ def repair_cache(
 ) -> int:
     """Remove what is damaged and log it; return the number of files removed.
 
-    Only ``teachers`` are looked at: this run can make those again. ``check`` first compares every
-    byte of every shard with its checksum; None does so for a local cache only, since an object
-    store would have to send all of it. Without it only damaged descriptions and commit records
-    are found.
+    Only ``teachers`` are checked: this run can make those again. ``check`` first compares every
+    byte of every shard with its checksum; None does so only for a local cache, since an object
+    store would have to send all of it. Without it, only damaged descriptions and commit records are
+    found.
     """
     removed = 0
     imported = imported_teachers(store)
@@ -45,7 +45,7 @@ def repair_cache(
         if not _can_be_made(name, teachers):
             _tell_imported(name, error, imported)
             continue
-        log.warning("%s: made anew", damage(error).rstrip("."))
+        log.warning("%s: made again", damage(error).rstrip("."))
         store.discard(name)
         if name.endswith("head.safetensors"):
             store.discard(name.replace("head.safetensors", "head.json"))
@@ -64,11 +64,11 @@ def repair_cache(
 
             sound, damaged = shards.survey(check_bytes if whole else None)
             if whole and not damaged and (wrong := shards.records.wrongly_rolled_up(sound)):
-                log.warning("%s: made anew", damage(wrong).rstrip("."))
+                log.warning("%s: made again", damage(wrong).rstrip("."))
                 shards.records.forget_roll_up()
                 removed += 1
             for unit, problem in damaged.items():
-                log.warning("%s: made anew", damage(problem).rstrip("."))
+                log.warning("%s: made again", damage(problem).rstrip("."))
                 shards.forget(unit)
             removed += len(damaged)
     _restore_additions(store)
@@ -78,12 +78,12 @@ def repair_cache(
 
 
 def _tell_imported(name: str, error: CacheFormatError, imported: Collection[str]) -> None:
-    """Say of what is damaged of an imported teacher how it is made anew: not here."""
+    """Log how a damaged part of an imported teacher is made again: not here."""
     kind, _, rest = name.partition("/")
     if kind == "targets" and rest.partition("/")[0] in imported:
         log.warning(
-            "%s: it was imported, so there is no model to run for it; `pipeline import-targets` "
-            "with the rows and the provenance that it was made of makes it anew",
+            "%s: it was imported, so no model can be run for it; `pipeline import-targets` "
+            "with the original rows and provenance makes it again",
             damage(error).rstrip("."),
         )
 
@@ -110,11 +110,12 @@ def _restore_additions(store: Store) -> None:
         if not {*range(first)} <= said.keys():
             raise CacheFormatError(
                 f"{store.location}/{info_name(number)} and corpus shards before {first} are both "
-                "damaged: where that part of the corpus begins is lost. Take the cache from a copy"
+                "damaged: the start of that part of the corpus is lost. Restore the cache from a "
+                "copy"
             )
         before = sum(commits[unit_of(n)].rows for n in range(first))
         config = said[first]["config"]
-        lost = f"{store.location}/{info_name(number)} is lost; to write it anew, what was read "
+        lost = f"{store.location}/{info_name(number)} is lost; to write it again, what was read "
         with naming(f"{lost}must be where it was"):
             present = look_at(recorded_entries(config))
         addition = begun_addition(config, present, number, first, before)
@@ -122,7 +123,7 @@ def _restore_additions(store: Store) -> None:
 
 
 def _restore_description(store: Store, folder: str) -> None:
-    """Write a missing ``teacher.json`` from what a sound shard of it says of its teacher."""
+    """Write a missing ``teacher.json`` from what an intact shard says of its teacher."""
     if "teacher.json" in store.names(folder):
         return
     shards = ShardSet(store, folder)

@@ -1,12 +1,12 @@
 """Sparse unbiased estimates of a distribution over the vocabulary. Torch only: no files, no models.
 
 A draw is a function of (seed, example digest, replica, position) and of the row's probabilities
-alone. Its uniforms come from a counter-based generator, and every sum over the vocabulary is one of
-int64 fixed-point numbers, which is exact: neither the other rows of a batch, nor how a device cuts
-a sum into pieces, can move a draw.
+alone. Its uniforms come from a counter-based generator, and every sum over the vocabulary is an
+exact sum of int64 fixed-point numbers: neither the other rows of a batch nor the way a device
+splits a sum can change a draw.
 
 N rows (positions), V tokens of the vocabulary, k kept. Both estimators hold int64 [N,V]: twice the
-bytes of the probabilities, which the caller keeps bounded by blocks of rows.
+bytes of the probabilities, which the caller bounds by blocks of rows.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 ROOM = 62  # bits of an int64 that sums may fill
 CDF_BITS = 52  # fixed point of the inverse CDF: ids below 2^-52 are never drawn
-LOWEST_EXPONENT = -60  # rows whose k-th probability is smaller are scaled as if it were 2^-60
+LOWEST_EXPONENT = -60  # rows with a smaller k-th probability are scaled as if it were 2^-60
 
 
 def sample_keys(
     info: TeacherInfo, digests: Sequence[str], replica: int | None, positions: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The keys int64 [N,2] that a teacher's sample is drawn with, at N positions of examples."""
+    """Return the keys int64 [N,2] that draw a teacher's sample, at N positions of examples."""
     seed = xxhash.xxh3_64_intdigest(f"{info.seed}\0{info.name}".encode())
     return row_keys(seed, digests, replica, positions)
 
@@ -41,11 +41,12 @@ def sample_keys(
 def row_keys(
     seed: int, digests: Sequence[str], replica: int | None, positions: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The keys int64 [N,2] of N rows, one example digest (32 hex digits) and position for each.
+    """Return the keys int64 [N,2] of N rows, given one example digest (32 hex digits) and position
+    each.
 
-    A digest is hashed together with the seed and the replica into 128 bits, to whose low half the
-    position is added: rows of one example differ in the generator's counter, which it permutes.
-    Raises ValueError when the lengths differ.
+    A digest is hashed with the seed and the replica into 128 bits, and the position is added to the
+    low half: rows of one example differ in the generator's counter, which it permutes. Raises
+    ValueError if the lengths differ.
     """
     if len(digests) != len(positions):
         raise ValueError(f"{len(digests)} digests for {len(positions)} positions; one per row")
@@ -59,9 +60,9 @@ def row_keys(
 
 
 def uniforms(keys: Tensor, draws: int) -> Tensor:
-    """Uniforms float64 [N,draws] in [0, 1), multiples of 2^-53, from ``keys`` int64 [N,2].
+    """Return uniforms float64 [N,draws] in [0, 1), multiples of 2^-53, from ``keys`` int64 [N,2].
 
-    Draw 2b and 2b + 1 of a row come from one Philox4x32-10 block: its key is the row's first word,
+    Draws 2b and 2b + 1 of a row come from one Philox4x32-10 block: its key is the row's first word,
     its counter is b and the row's second word. The bits are the same on every device.
     """
     blocks = -(-draws // 2)
@@ -76,7 +77,7 @@ def uniforms(keys: Tensor, draws: int) -> Tensor:
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10: the 32-bit words [...,4] for ``counter`` [...,4] and ``key`` [...,2].
+    """Return the Philox4x32-10 words [...,4] (32 bits) for ``counter`` [...,4] and ``key`` [...,2].
 
     All are int64 tensors that hold unsigned 32-bit words.
     """
@@ -95,13 +96,14 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def threshold_sample(probs: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Exactly ``k`` ids a row whose values are an unbiased estimate of ``probs`` [N,V] float32.
+    """Return exactly ``k`` ids a row whose values are an unbiased estimate of ``probs`` [N,V]
+    float32.
 
-    With θ such that Σ min(1, tᵢ/θ) = k, entries tᵢ ≥ θ are kept as they are and the others with
-    probability tᵢ/θ, at the value θ, by systematic sampling in the order of the ids with the one
-    uniform of ``u`` [N] float64. Returns ids int64 [N,k], distinct, and values float32 [N,k] that
-    sum to what the row sums to, by falling value: the exact ones before the drawn ones, ties by id.
-    A row with no more than k non-zero probabilities is kept whole, filled up with zeros.
+    With θ such that Σ min(1, tᵢ/θ) = k, entries tᵢ ≥ θ are kept as they are. The others are kept
+    with probability tᵢ/θ at the value θ, by systematic sampling in the order of the ids with the
+    one uniform of ``u`` [N] float64. Returns distinct ids int64 [N,k] and values float32 [N,k] that
+    add up to the row's sum, by falling value: the exact ones before the drawn ones, ties by id. A
+    row with no more than k non-zero probabilities is kept whole, filled up with zeros.
 
     Fixed point ends at 2^-(59 - log₂ kV) of the k-th largest probability (2^-38 of it at k = 64 and
     V = 30,522): ids less likely than that may never be drawn. Raises ValueError unless 1 ≤ k ≤ V.
@@ -109,8 +111,8 @@ def threshold_sample(probs: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= probs.shape[1]:
         raise ValueError(f"k = {k} entries of a vocabulary of {probs.shape[1]}; 1 ≤ k ≤ V")
     top, ids, scale = _largest(probs, k)
-    # Weights are integers, in units of 1/scale. θ ≤ t_k + (what is outside the k) ≤ V·t_k, so what
-    # exceeds V·t_k is kept exactly and may be capped there: no sum then exceeds k·V·t_k.
+    # Weights are integers, in units of 1/scale. θ ≤ t_k + (the sum outside the k) ≤ V·t_k, so
+    # weights above V·t_k are kept exactly and may be capped there: no sum then exceeds k·V·t_k.
     cap = 2.0 ** (ROOM - k.bit_length())
     capped = (top * scale).clamp_(max=cap)
     weights = (probs * scale).scatter_(1, ids, capped).to(torch.int64)
@@ -124,7 +126,7 @@ def threshold_sample(probs: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
     drawn = k - kept
     mass = rest.gather(1, kept.clamp(max=k - 1)) * (drawn > 0)
     weights.scatter_(1, ids, largest.masked_fill_(exact, 0))
-    # Points a whole `gap` apart, and every weight ≤ gap: no id can be hit twice.
+    # The points are a whole `gap` apart, and every weight ≤ gap: no id can be hit twice.
     points_wanted = drawn.clamp(min=1)
     gap = mass // points_wanted
     # u·gap may round up to gap, which need not be exact in float64.
@@ -136,7 +138,8 @@ def threshold_sample(probs: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _largest(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest [N,k] by falling value, ties by id, their ids, and the row's scale [N,1].
+    """Return the k largest [N,k] by falling value, ties by id, their ids, and the row's scale
+    [N,1].
 
     The scale is a power of two that leaves room for sums of k·V weights of t_k's size.
     """
@@ -151,22 +154,26 @@ def _largest(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if not _asks(probs):
         return top, ids, scale
     short = (lowest * scale < 1)[:, 0]
-    if bool(short.any()):  # topk may take any of the zeros; here those of the lowest ids
+    if bool(short.any()):  # topk may return any of the zeros; here those of the lowest ids
         full, order = torch.sort(probs[short], dim=1, descending=True, stable=True)
         top[short], ids[short] = full[:, :k], order[:, :k]
-    # One sort by (value, id): floats that are not negative have the order of their bits.
+    # One sort by (value, id): non-negative floats have the order of their bits.
     order = (top.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
     order = order.sort(dim=1, descending=True).values
     return (order >> 32).to(torch.int32).view(torch.float32), WORD - (order & WORD), scale
 
 
 def _asks(values: Tensor) -> bool:
-    """Whether what tensors hold may be asked for: a device would have to be waited for."""
+    """Return whether the values of tensors may be read: on a GPU, that would wait for the
+    device.
+    """
     return values.device.type == "cpu"
 
 
 def _ordered(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest [N,k] by falling value, ties by id, and their ids: by one top-k of both."""
+    """Return the k largest [N,k] by falling value, ties by id, and their ids: by one top-k
+    of both.
+    """
     ids = torch.arange(probs.shape[1], device=probs.device)
     both = (probs.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
     order = torch.topk(both, k, dim=1).values
@@ -174,7 +181,7 @@ def _ordered(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def random_sample(probs: Tensor, draws: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """``draws`` ids a row with replacement from ``probs`` [N,V] float32, rows that sum to 1.
+    """Draw ``draws`` ids a row with replacement from ``probs`` [N,V] float32, rows that sum to 1.
 
     By inverse CDF with the uniforms ``u`` [N,draws] float64. Returns the distinct ids int64
     [N,draws] by falling count, ties by id, padded with -1, and their counts uint8 [N,draws], 0 at
@@ -184,7 +191,7 @@ def random_sample(probs: Tensor, draws: int, u: Tensor) -> tuple[Tensor, Tensor]
     if not 1 <= draws <= MOST_DRAWS:
         raise ValueError(f"{draws} draws; 1 ≤ draws ≤ {MOST_DRAWS}, counts are stored in a byte")
     cumulative = (probs * 2.0**CDF_BITS).to(torch.int64).cumsum_(1)
-    # In float64 u·total < total, for total is exact there: about 2^52.
+    # In float64 u·total < total, since total is exact there: about 2^52.
     points = (u * cumulative[:, -1:]).to(torch.int64)
     picked = torch.searchsorted(cumulative, points, right=True).sort(dim=1).values
     opens = torch.ones_like(picked)

@@ -1,7 +1,7 @@
 """From logits to what the cache keeps, on the teacher's device, in float32. No models, no files.
 
 N rows (positions), V ids of the corpus, K kept, T temperatures; W = V + F with the F tokens that
-the teacher alone has, of targets with a tail (else W = V). A logit of −inf is of an id that is no
+only the teacher has, for targets with a tail (else W = V). A logit of −inf marks an id that is no
 token.
 """
 
@@ -22,18 +22,18 @@ from rekindle.pipeline.caching.sampling import random_sample, threshold_sample, 
 from rekindle.pipeline.caching.vocabulary import TokenColumns
 from rekindle.train.model.split_model import OutputHead
 
-# At most this much [rows, V] float32 at once. On a CPU small enough for the allocator to reuse the
-# block: larger ones are mapped and unmapped at every operation, and page faults then cost more than
-# the arithmetic.
+# At most this much [rows, V] float32 at once. On a CPU it is small enough for the allocator to
+# reuse the block: larger ones are mapped and unmapped at every operation, and page faults then cost
+# more than the arithmetic.
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0, and 0 · LOWEST is 0
 
-# The log-probability of an id that is no token, where all are stored: nothing in any sum, and yet a
-# reverse divergence, which multiplies it with what the student gives the id, stays one of tokens.
+# The log-probability of an id that is no token, where all are stored: zero in any sum, but finite
+# for a reverse divergence, which multiplies it by the student's probability of the id.
 NOTHING = -100.0
 
-# What some kinds need of each row besides its logits: the keys [N,2] that a sample is drawn with,
-# or the ids [N,K] that are stored already, for tails.
+# What some kinds need of each row besides its logits: the keys [N,2] that draw a sample, or the ids
+# [N,K] already stored, for tails.
 Extra = Tensor | None
 
 
@@ -47,7 +47,7 @@ def score_hidden(
 ) -> Iterator[Columns]:
     """Yield the cache's columns of ``hidden`` [N,H], a bounded block of rows at a time.
 
-    As ``scored_blocks``, for a host that waits.
+    Like ``scored_blocks``, but waits for the device.
     """
     for scorer, found in scored_blocks(hidden, head, gold, info, extra, tokens):
         yield scorer.encoded(found)
@@ -61,20 +61,20 @@ def scored_blocks(
     extra: Extra = None,
     tokens: TokenColumns | None = None,
 ) -> Iterator[tuple["Scorer", dict[str, Tensor]]]:
-    """Yield what is kept of ``hidden`` [N,H], on the device, a bounded block of rows at a time; and
-    what encodes it. A device is not waited for.
+    """Yield, for a bounded block of rows of ``hidden`` [N,H] at a time, the scorer that encodes it
+    and what is kept of it, on the device. Does not wait for the device.
 
-    ``gold`` [N] are the true ids. ``tokens``: which logits are of which ids; None: row i is of id
-    i, each a token.
+    ``gold`` [N] are the true ids. ``tokens``: which logits belong to which ids; None: row i belongs
+    to id i, each a token.
 
-    The head is cut to the corpus's vocabulary before any normalisation: rows that pad it to a
-    round size (30,522 → 30,528) are not tokens and get no probability.
+    The head is cut to the corpus's vocabulary before any normalisation: rows that pad it to a round
+    size (30,522 → 30,528) are not tokens and get no probability.
     """
     assert info.vocabulary_size is not None
     if tokens is None:
         tokens = TokenColumns(info.vocabulary_size, np.zeros(0, np.int64), np.zeros(0, np.int64))
     real, scorer = tokens.cut(head), SCORERS[info.kind](info)
-    device = head.weight.device  # of a model over several devices it is the last
+    device = head.weight.device  # for a model over several devices, the last one
     hidden, gold = hidden.to(device), gold.to(device)
     extra = None if extra is None else extra.to(device)
     step = max(1, LOGITS_BYTES[device.type] // (4 * info.vocabulary_size))
@@ -87,7 +87,9 @@ def scored_blocks(
 
 
 def _asks(values: Tensor) -> bool:
-    """Whether what tensors hold may be asked for: a device would have to be waited for."""
+    """Return whether the values of tensors may be read: on a GPU, that would wait for the
+    device.
+    """
     return values.device.type == "cpu"
 
 
@@ -100,11 +102,11 @@ class Block:
     normaliser: Tensor  # [N,1] log Σ weights
     ids: Tensor  # [N,K] the likeliest ids
     above: Tensor  # [N,K] their logits less the row's largest
-    tail_log_odds: Tensor  # [N,T] log(mass of `ids` / mass outside), of kinds with a tail
+    tail_log_odds: Tensor  # [N,T] log(mass of `ids` / mass outside), for kinds with a tail
 
 
 class Scorer:
-    """Takes one kind of target from logits; of itself the scalars alone."""
+    """Computes one kind of target from logits; this base class only the scalars."""
 
     def __init__(self, info: TeacherInfo):
         self.info, self.kind = info, KINDS[info.kind](info)
@@ -112,7 +114,7 @@ class Scorer:
     def found(
         self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
     ) -> dict[str, Tensor]:
-        """Return what ``encoded`` takes of a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold``
+        """Return the input of ``encoded`` for a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold``
         [N].
         """
         return self.scores(logits, gold, extra)
@@ -120,9 +122,9 @@ class Scorer:
     def scores(self, logits: Tensor, gold: Tensor, extra: Extra) -> dict[str, Tensor]:
         """Return the scalars [N] and what is kept of a block of float32 ``logits`` [N,W].
 
-        They are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are sums
-        over those ids, never 1 − kept. Raises InputError when the teacher's logits are NaN or +inf;
-        ``encoded`` does, where a device would have to be waited for.
+        The logits are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are
+        sums over those outside, never 1 − kept. Raises InputError if the teacher's logits are NaN
+        or +inf; on a GPU, ``encoded`` does that, so as not to wait here.
         """
         with_tail = self.kind.has_tail
         own = logits[:, : self.info.vocabulary_size]
@@ -142,8 +144,8 @@ class Scorer:
         return scalars | self.kept(block, extra) | wrong
 
     def _wrong(self, logits: Tensor, highest: Tensor) -> dict[str, Tensor]:
-        """Raise InputError for logits that are no numbers; return whether they are, where that
-        would have to be waited for.
+        """Raise InputError for logits that are NaN or +inf; on a GPU, return whether they are, so
+        as not to wait.
         """
         if not _asks(logits):
             return {"wrong": ~torch.isfinite(highest).all() | torch.isnan(logits).any()}
@@ -160,7 +162,7 @@ class Scorer:
         )
 
     def arrays(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
-        """Return scores on the host; InputError where the teacher's logits were no numbers."""
+        """Return scores on the host; raise InputError if the teacher's logits were NaN or +inf."""
         found = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in scores.items()}
         if found.pop("wrong", False):
             raise self._no_numbers()
@@ -182,7 +184,7 @@ class Scorer:
 
 
 class TopKScorer(Scorer):
-    """The K likeliest ids and what lies outside them."""
+    """The K likeliest ids and the mass outside them."""
 
     def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return ids and log-probabilities [N,K], log(kept mass / mass outside) [N,T]."""
@@ -201,11 +203,11 @@ class ThresholdScorer(TopKScorer):
     """An unbiased sample of K distinct ids."""
 
     def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
-        """Return ids, and values that give their probabilities; nothing lies outside."""
+        """Return ids, and values that give their probabilities; no mass lies outside."""
         assert self.info.k is not None
         probs, keys = _tempered_probs(block, self.info, extra)
         ids, values = threshold_sample(probs, self.info.k, uniforms(keys, 1)[:, 0])
-        # Readers divide by the temperature: log q · τ is what gives q at τ.
+        # Readers divide by the temperature: log q · τ gives q at τ.
         log_probs = values.log() * self.info.temperatures[0]
         odds = torch.full((len(ids), 1), torch.inf, device=ids.device)
         return {"log_probs": log_probs, "ids": ids, "tail_log_odds": odds}
@@ -215,7 +217,7 @@ class RandomScorer(Scorer):
     """K draws with replacement."""
 
     def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
-        """Return the ids that were drawn [N,K] and how often."""
+        """Return the drawn ids [N,K] and their counts."""
         assert self.info.k is not None
         probs, keys = _tempered_probs(block, self.info, extra)
         ids, counts = random_sample(probs, self.info.k, uniforms(keys, self.info.k))
@@ -232,7 +234,7 @@ class DenseScorer(Scorer):
 
 
 class HiddenScorer(Scorer):
-    """The states that the output matrix multiplies."""
+    """The hidden states that the output matrix multiplies."""
 
     def found(
         self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
@@ -241,14 +243,14 @@ class HiddenScorer(Scorer):
         return super().found(hidden, logits, gold, extra) | {"hidden": hidden.float()}
 
     def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
-        """Return the scalars' columns and the states'."""
+        """Return the columns of the scalars and of the states."""
         columns = super().encoded(scores)
         stored, scale = encode_hidden(columns.pop("hidden"))
         return columns | {"hidden": stored, "hidden_scale": scale}
 
 
 class TailsScorer(Scorer):
-    """Tail masses of ids that are stored already."""
+    """Tail masses of ids already stored."""
 
     def found(
         self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
@@ -261,7 +263,7 @@ class TailsScorer(Scorer):
         return {"tail_log_odds": odds} | wrong
 
     def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
-        """Return it as it is stored."""
+        """Return the odds as they are stored."""
         return {"tail_log_odds": encode_odds(self.arrays(scores)["tail_log_odds"])}
 
 
@@ -286,9 +288,9 @@ def _relative(logits: Tensor, highest: Tensor) -> Tensor:
 def _tail_log_odds(
     relative: Tensor, kept: Tensor | None, temperatures: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """log(kept mass / mass outside) [N,T] at each temperature, and exp(relative) [N,V].
+    """Return log(kept mass / mass outside) [N,T] at each temperature, and exp(relative) [N,V].
 
-    Nothing but the latter without ``kept`` ids.
+    Without ``kept`` ids, only the latter.
     """
     weights, above = torch.empty_like(relative), None
     odds = {}
@@ -317,8 +319,8 @@ def _tempered_probs(block: Block, info: TeacherInfo, extra: Extra) -> tuple[Tens
 
 
 def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None) -> None:
-    """exp(relative/τ) into ``out``, which holds those of the temperature ``above``: squared, if
-    that is 2τ or 4τ.
+    """Write exp(relative/τ) into ``out``, which holds those of the temperature ``above``: squared,
+    if that is 2τ or 4τ.
     """
     if above is not None and above / tau in (2.0, 4.0):
         for _ in range(int(above / tau) // 2):

@@ -1,4 +1,4 @@
-"""Describes a teacher that a server runs: by what the server says, without any files."""
+"""Describes a teacher that a server runs from the server's answers, without any files."""
 
 import logging
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ log = logging.getLogger("rekindle")
 
 @dataclass(frozen=True)
 class Source:
-    """A server, and what it is called in messages."""
+    """A server, and its name in messages."""
 
     server: Server
     who: str
 
     @classmethod
     def of(cls, config: TeacherConfig) -> "Source":
-        """Raises InputError where its API key is not there."""
+        """Return the source of a teacher. Raises InputError if its API key is missing."""
         assert config.served is not None
         who = f"teacher {config.name!r} ({config.served.model} at {config.served.url})"
         with naming(who):
@@ -44,7 +44,7 @@ class Source:
 
     @contextmanager
     def naming(self, what: str = "") -> Iterator[None]:
-        """Put whose server, and ``what`` it was asked about, before an error's message."""
+        """Prefix an error's message with the server and ``what`` it was asked about."""
         lead = f"{self.who}: {what}"
         try:
             yield
@@ -55,12 +55,13 @@ class Source:
 
 
 def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> TeacherInfo:
-    """What the cache says of the teacher, shown ``view``. The server is asked a few questions.
+    """Return the cache's description of the teacher, shown ``view``. Asks the server a few
+    questions.
 
-    One that cannot be reached is taken to be as the cache describes it: nothing may be missing of
-    it, and whoever makes a unit asks first. Raises ServerAwayError where the cache does not
-    describe it, InputError when it cannot teach on this corpus, CacheMismatchError when the cache
-    has targets of another model.
+    An unreachable server is taken to be as the cache describes it: nothing may be missing of it,
+    and whoever makes a unit asks first. Raises ServerAwayError if the cache does not describe it,
+    InputError if it cannot teach on this corpus, CacheMismatchError if the cache has targets of
+    another model.
     """
     source = Source.of(config)
     base = _described(config, corpus)
@@ -77,7 +78,7 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
         except ServerAwayError as error:
             if base is None or base.served is None:
                 raise
-            log.warning("%s: %s It is taken to be as before", source.who, error)
+            log.warning("%s: %s It is assumed to be unchanged", source.who, error)
             served, versions = base.served, base.versions
         about: dict[str, object] = {
             "name": config.name,
@@ -96,7 +97,9 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
 
 
 def _described(config: TeacherConfig, corpus: Corpus) -> TeacherInfo | None:
-    """The teacher as the cache has it; CacheMismatchError where it had another name there."""
+    """Return the teacher as the cache has it; raise CacheMismatchError if it was served under
+    another name there.
+    """
     assert config.served is not None
     if not is_described(corpus.store, config.name):
         return None
@@ -105,7 +108,7 @@ def _described(config: TeacherConfig, corpus: Corpus) -> TeacherInfo | None:
         raise CacheMismatchError(
             f"the cache {corpus.store.location} already holds a teacher {config.name!r} that was "
             f"served as {base.served.model!r}, not as {config.served.model!r}. Give this one "
-            f"another name, or remove that one (`pipeline teachers`) to make it anew"
+            "another name, or remove that one (`pipeline teachers`) to make it again"
         )
     return base
 
@@ -113,7 +116,7 @@ def _described(config: TeacherConfig, corpus: Corpus) -> TeacherInfo | None:
 def _identified(
     server: Server, corpus: Corpus, config: TeacherConfig, base: TeacherInfo | None, k: int
 ) -> Served:
-    """What the server's model is known by: what the cache says, if it is still the same."""
+    """Return the identity of the server's model: the cache's, if it is still the same."""
     assert config.served is not None
     _check_length(server, corpus)
     _check_tokenizer(config.served, corpus)
@@ -129,19 +132,19 @@ def _identified(
 
 
 def check_same_answers(known: Served, said: Said, config: TeacherConfig) -> None:
-    """Raise CacheMismatchError where the server answers the probes of ``known`` otherwise by now,
-    by more than the tolerance.
+    """Raise CacheMismatchError if the server's answers to the probes of ``known`` have changed by
+    more than the tolerance.
     """
     assert config.served is not None
     away, most = difference(known.probes, said), config.served.tolerance
-    log.debug("%s: the probes are answered as before, but for %.3g nats", config.name, away)
+    log.debug("%s: the probes are answered as before, within %.3g nats", config.name, away)
     if away > most:
         raise CacheMismatchError(
             f"teacher {config.name!r}: the server {config.served.url} answers fixed sequences "
-            f"otherwise than when these targets were begun: by {away:.3g} nats in the mean, at "
-            f"most {most:g} (served.tolerance). Another model, or the same in another precision, "
-            f"stands behind the name {known.model!r} now. Serve the former one again, or give "
-            "this one another name"
+            f"differently than when these targets were begun: by {away:.3g} nats on average, "
+            f"allowed {most:g} (served.tolerance). Another model, or the same in another "
+            f"precision, is now behind the name {known.model!r}. Serve the former one again, or "
+            "give this one another name"
         )
 
 
@@ -149,16 +152,16 @@ def _check_length(server: Server, corpus: Corpus) -> None:
     length, longest = corpus.info["config"]["sequence_length"], server.model.longest
     if longest is not None and length + GENERATED > longest:
         raise InputError(
-            f"the server takes at most {longest} tokens, of which it makes {GENERATED} itself; "
+            f"the server takes at most {longest} tokens, including {GENERATED} that it generates; "
             f"corpus.sequence_length is {length}. Serve the model with --max-model-len "
-            f"{length + GENERATED}, or take corpus.sequence_length {longest - GENERATED}"
+            f"{length + GENERATED}, or use corpus.sequence_length {longest - GENERATED}"
         )
 
 
 def _check_tokenizer(config: ServedConfig, corpus: Corpus) -> None:
     if config.tokenizer is None:
         return
-    advice = "Take corpus.tokenizer from the served model"
+    advice = "Use corpus.tokenizer from the served model"
     theirs = load_tokenizer(config.tokenizer)
     unshared_ids(corpus, theirs, np.zeros(0, np.int64), "the served model", advice)
 

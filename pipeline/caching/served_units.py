@@ -1,7 +1,7 @@
-"""Makes the units of a teacher that a server runs: asks, checks, and keeps nothing that is wrong.
+"""Makes the units of a teacher that a server runs: asks, checks, and keeps nothing wrong.
 
-A unit is what it is for other teachers, a file of the corpus; so are its commits, a resumed run,
-repair and workers.
+A unit is the same as for other teachers, a file of the corpus; so are its commits, resuming, repair
+and workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,8 +35,8 @@ class ServedTeacher:
         self.check_same()
 
     def check_same(self) -> str:
-        """Return the digest of what the server answers to the probes now. Raises
-        CacheMismatchError where another model answers.
+        """Return the digest of the server's present answers to the probes. Raises
+        CacheMismatchError if another model answers.
         """
         known, k = self.info.served, self.info.k
         assert known is not None
@@ -50,8 +50,8 @@ class ServedTeacher:
     def sequences(
         self, unit: Unit, only: NDArray[np.int64] | None = None
     ) -> tuple[list[int], Rows, Rows]:
-        """The rows of a unit that have a target (of the rows ``only``); of each row of the unit
-        its tokens, and where its targets are.
+        """Return the rows of a unit that have a target (among the rows ``only``) and, of each row
+        of the unit, its tokens and the positions of its targets.
         """
         table = self.corpus.shard(unit.shard).table()
         tokens = split_lists(table.to_batches(), "input_ids")
@@ -66,10 +66,10 @@ class ServedTeacher:
         return wanted, tokens, positions
 
     def unit(self, unit: Unit, only: NDArray[np.int64] | None = None) -> UnitResult:
-        """All targets of the teacher on one unit, or on the rows ``only`` of it.
+        """Return all targets of the teacher on one unit, or on its rows ``only``.
 
-        Raises InputError for an answer that is wrong, with its place; CacheMismatchError where the
-        server has come to run another model meanwhile: nothing is kept of the unit.
+        Raises InputError for a wrong answer, with its place; CacheMismatchError if the server has
+        changed its model meanwhile: nothing is kept of the unit.
         """
         rows, tokens, positions = self.sequences(unit, only)
         each = self.config.served.prompts_per_request if self.config.served else 1

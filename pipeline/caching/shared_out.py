@@ -1,8 +1,8 @@
-"""Teachers that one device has no room for: spread over the devices of this machine (``device_map:
-auto``), or shared out among the processes that torchrun has started (``tp_plan: auto``).
+"""Teachers too large for one device: spread over the devices of this machine (``device_map:
+auto``), or split among the processes of torchrun (``tp_plan: auto``).
 
-Of the latter the main process does all that is done alone, and tells the others which passes to
-make with it: tensor parallelism needs them all in each. Both are transformers' own.
+For the latter, the main process does all the unshared work and tells the others which passes to
+make with it: tensor parallelism needs all of them in each pass. Both methods are transformers' own.
 """
 
 import logging
@@ -28,27 +28,27 @@ from rekindle.train.model.meta import shape_only
 log = logging.getLogger("rekindle")
 
 SAID = "rekindle/said"  # where the processes meet: the error that the main one ends with
-HEARS_WITHIN = timedelta(seconds=10)  # as one of them may be later at the same
-WAITS = timedelta(seconds=2)  # the main one, which may hold the place, before it ends
+HEARS_WITHIN = timedelta(seconds=10)  # one of them may reach the same point later
+WAITS = timedelta(seconds=2)  # for the main one, which may hold the meeting place, before it ends
 
 _control: list[dist.ProcessGroup] = []  # where the main process tells the others what to do
 
 
 def check_processes(teachers: Sequence[TeacherConfig], alone: bool = True) -> None:
-    """InputError where a teacher is to be shared out among processes, and there is one process, or
-    (not ``alone``) the processes are those of an executor.
+    """Raise InputError if a teacher is to be split among processes, and there is only one process,
+    or (not ``alone``) the processes belong to an executor.
     """
     shared = next((teacher for teacher in teachers if teacher.tp_plan), None)
     if shared is None:
         return
     if not alone:
         raise InputError(
-            f"teacher {shared.name!r}: tp_plan auto shares it out among the processes of torchrun, "
+            f"teacher {shared.name!r}: tp_plan auto splits it among the processes of torchrun, "
             "each of which makes a part of every pass. Leave --workers and --executor out"
         )
     if launched().world_size == 1:
         raise InputError(
-            f"teacher {shared.name!r}: tp_plan auto shares it out among the processes of torchrun, "
+            f"teacher {shared.name!r}: tp_plan auto splits it among the processes of torchrun, "
             "and this is the only one. Start as many as it needs: torchrun --nproc-per-node 2 "
             "--no-python pipeline cache-teachers …; or let one process use several devices, with "
             "device_map: auto"
@@ -57,14 +57,14 @@ def check_processes(teachers: Sequence[TeacherConfig], alone: bool = True) -> No
 
 @contextmanager
 def in_step(teachers: Sequence[TeacherConfig]) -> Iterator[bool]:
-    """Join the processes of torchrun where a teacher is to be shared out among them; give whether
-    this one only follows (``follow``). At its end the main process lets the others go.
+    """Join the processes of torchrun if a teacher is to be split among them; give whether this one
+    only follows (``follow``). At the end the main process releases the others.
     """
     if not any(teacher.tp_plan for teacher in teachers):
         yield False
         return
     with join_world() as world:
-        # They wait for as long as the main process works alone.
+        # The others wait as long as the main process works alone.
         _control.append(dist.new_group(backend="gloo", timeout=PATIENCE))
         try:
             yield not world.main
@@ -72,15 +72,16 @@ def in_step(teachers: Sequence[TeacherConfig]) -> Iterator[bool]:
             raise _said_once(error, world) from None
         finally:
             if world.main:
-                with suppress(RekindleError):  # one that has ended hears nothing; it said why
+                # one that has ended hears nothing; it gave the reason
+                with suppress(RekindleError):
                     tell(None)
             _control.clear()
 
 
 def _said_once(error: RekindleError, world: World) -> RekindleError:
-    """``error``, to be raised; one without words where the main process says the same."""
+    """Return ``error`` to be raised; without a message if the main process gives the same one."""
     store, said = dist.distributed_c10d._get_default_store(), None
-    with suppress(RuntimeError):  # another process has ended, or has other worries
+    with suppress(RuntimeError):  # another process has ended, or fails otherwise
         if world.main:
             store.set(SAID, str(error))
             store.wait([f"{SAID}/{rank}" for rank in range(1, world.size)], WAITS)
@@ -92,12 +93,14 @@ def _said_once(error: RekindleError, world: World) -> RekindleError:
 
 
 def tell(message: object) -> None:
-    """Tell the other processes what to do, from the main one. RekindleError where one has ended."""
+    """Tell the other processes what to do, from the main one. Raises RekindleError if one has
+    ended.
+    """
     _broadcast([message])
 
 
 def told() -> Any:
-    """Return what the main process tells next. RekindleError where it has ended."""
+    """Return what the main process tells next. Raises RekindleError if it has ended."""
     found: list[Any] = [None]
     _broadcast(found)
     return found[0]
@@ -109,9 +112,9 @@ def _broadcast(found: list[Any]) -> None:
 
 
 def loading(config: TeacherConfig, directory: Path, auto_class: str) -> dict[str, Any]:
-    """Return what transformers is to be told when it loads a teacher.
+    """Return the arguments with which transformers loads a teacher.
 
-    Raises InputError for an adapter, for a family that transformers cannot share out, and without
+    Raises InputError for an adapter, for a family that transformers cannot split, and without
     accelerate.
     """
     if config.device_map is None and config.tp_plan is None:
@@ -139,20 +142,22 @@ def loading(config: TeacherConfig, directory: Path, auto_class: str) -> dict[str
     shape: Any = shape_only(load_config(directory, auto_class), auto_class)
     if not shape.supports_tp_plan:
         raise InputError(
-            f"{who}: transformers has no tensor-parallel plan of {type(shape).__name__}. Leave "
+            f"{who}: transformers has no tensor-parallel plan for {type(shape).__name__}. Leave "
             "tp_plan out; device_map: auto spreads any model over the devices of a machine"
         )
-    # The output matrix is multiplied with chosen rows alone, outside the model: every process has
-    # it whole, and the input embeddings, which may be the same matrix.
+    # Only chosen rows are multiplied with the output matrix, outside the model: every process has
+    # all of it, and of the input embeddings, which may be the same matrix.
     ends = {shape.get_input_embeddings(), shape.get_output_embeddings()}
     whole = {name: "replicate" for name, module in shape.named_modules() if module in ends}
     size = dist.get_world_size()
-    log.info("%s: shared out among %d processes (tp_plan)", who, size)
+    log.info("%s: split among %d processes (tp_plan)", who, size)
     return {"distributed_config": DistributedConfig(tp_size=size, tp_plan=whole)}
 
 
 def check_spread(model: nn.Module, who: str) -> None:
-    """Say where a spread model lies; InputError where what is outside its passes has no place."""
+    """Log where a spread model lies; raise InputError if the parts used outside its passes have no
+    place.
+    """
     places: dict[str, Any] = getattr(model, "hf_device_map", {})
     used = sorted({str(place) for place in places.values()})
     if len(used) > 1:

@@ -1,7 +1,7 @@
-"""Which teachers share a forward pass: entries of one model that keep different things of it.
+"""Which teachers share a forward pass: entries of one model that keep different targets.
 
-Each stays a teacher of its own, with its name, files and commits; what a pass gives is scored for
-each of them. Only language models keep several kinds of target, so only they share.
+Each stays a teacher of its own, with its name, files and commits; the results of a pass are scored
+for each of them. Only language models keep several kinds of target, so only they share.
 """
 
 from collections.abc import Hashable, Sequence
@@ -12,8 +12,8 @@ Group = tuple[TeacherPlan, ...]
 
 
 def passes(parts: Sequence[TeacherPlan]) -> list[Group]:
-    """Group the parts of teachers by the forward pass that they need, in the order of the first of
-    each; no two of a group belong to one teacher.
+    """Group the parts of teachers by the forward pass they need, in the order of the first of each;
+    no two parts in a group belong to one teacher.
     """
     groups: dict[Hashable, list[TeacherPlan]] = {}
     for number, part in enumerate(parts):
@@ -26,9 +26,9 @@ def passes(parts: Sequence[TeacherPlan]) -> list[Group]:
 
 
 def decides_pass(plan: TeacherPlan) -> Hashable | None:
-    """Return all that decides a language model's forward passes over a corpus, batches included;
-    None of what shares with nobody: task experts, tails, which are of ids that lie there, and
-    what a server runs.
+    """Return everything that decides a language model's forward passes over a corpus, batches
+    included; None for parts that share with nobody: task experts, tails (they belong to ids already
+    stored), and models that a server runs.
     """
     info, config = plan.info, plan.config
     if not config.vocabulary or info.extends is not None or config.served is not None:
@@ -39,7 +39,7 @@ def decides_pass(plan: TeacherPlan) -> Hashable | None:
 
 
 def told_of_shared(group: Group) -> str:
-    """Say that the teachers of a group share their passes."""
+    """Return the sentence that the teachers of a group share their passes."""
     names, lead = ", ".join(plan.info.name for plan in group), group[0].info
     return (
         f"teachers {names}: one forward pass of {lead.model} for all of them (the same model, view "

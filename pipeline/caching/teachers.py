@@ -1,4 +1,4 @@
-"""Teachers: what the configuration says of one, what the cache records of it, and the loaded model.
+"""Teachers: the configuration of one, its record in the cache, and the loaded model.
 
 A teacher's identity (``TeacherInfo``) is made from its files alone, without loading weights, so
 that a finished cache is recognised in seconds.
@@ -85,7 +85,7 @@ class TeacherPlan:
     encoder: EncoderFolder | None = None  # how a sentence encoder makes vectors
 
     def read_as(self, texts: Sequence[str]) -> Sequence[str]:
-        """Return the texts as it reads them: after its prompt."""
+        """Return the texts as the teacher reads them: after its prompt."""
         prompt = self.info.prompt
         return [prompt + text for text in texts] if prompt else texts
 
@@ -95,7 +95,7 @@ def plan_teacher(
 ) -> TeacherPlan:
     """Describe a teacher from its files, those in ``directory`` if that is known already.
 
-    Raises InputError when it cannot teach on this corpus.
+    Raises InputError if it cannot teach on this corpus.
     """
     if corpus.is_packed:
         _check_reads_rows(config)
@@ -107,8 +107,8 @@ def plan_teacher(
     settings: Any = check_teacher_files(directory, config.task, who)
     weights = weights_fingerprint(directory)
     precision: str = config.precision
-    # Left to us, it is that of the teacher's targets in the cache, else what suits the device: a
-    # cache made on a GPU is finished on a machine without one, too.
+    # If unset, the precision is that of the teacher's targets in the cache, else what suits the
+    # device: a cache made on a GPU can be finished on a machine without one.
     if precision == "auto" and is_described(corpus.store, config.name):
         precision = read_teacher(corpus.store, config.name).precision
     size = corpus.info["tokenizer"]["size"]
@@ -153,7 +153,7 @@ def plan_teacher(
     else:
         if config.pairs == RECORD and recorded(directory).pairs is False:
             raise InputError(
-                f"{who} was fine-tuned on single texts, and with corpus.pair_field each record is "
+                f"{who} was fine-tuned on single texts, but with corpus.pair_field each record is "
                 "a pair; give an expert on pairs, or cache this one over a corpus of single texts"
             )
         info |= configured(config, views, size, int(settings.num_labels))
@@ -164,19 +164,19 @@ def plan_teacher(
 
 
 def _check_reads_rows(config: TeacherConfig) -> None:
-    """Raise InputError for a teacher that is not shown the rows of a packed corpus themselves."""
-    lead = f"teacher {config.name!r}: with corpus.packing: packed a sequence is of several "
+    """Raise InputError for a teacher that does not read the rows of a packed corpus themselves."""
+    lead = f"teacher {config.name!r}: with corpus.packing: packed a sequence holds several "
     advice = ". Use packing: document for it"
     if not config.vocabulary:
-        raise InputError(f"{lead}documents, which have no judgement in common{advice}")
+        raise InputError(f"{lead}documents, which have no common label{advice}")
     if config.served is not None or config.mapping == "map":
         how = "a server" if config.served is not None else "another tokenizer"
         raise InputError(f"{lead}documents, and {how} reads it as one text{advice}")
 
 
 def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
-    """What is said, before a teacher runs, of a precision that this device has no instructions
-    for; None for any other.
+    """Return a warning, before a teacher runs, about a precision that this device has no
+    instructions for; None for any other.
     """
     name, info = plan.config.name, plan.info
     if info.served is not None:
@@ -184,8 +184,8 @@ def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
     instead = ""
     if is_described(corpus.store, name):
         instead = (
-            "Its targets in the cache are of it, and what is missing must be: finish it on a "
-            "device that has them, or cache it anew under another name in fp32"
+            "Its targets in the cache have that precision, and the missing ones must: finish it on "
+            "a device with such instructions, or cache it again under another name in fp32"
         )
     asked = {f"teachers.{name}.precision: {{}}": info.precision}
     device = place(info.precision).device.partition(":")[0]
@@ -193,8 +193,8 @@ def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
 
 
 def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
-    """The teacher's tokenizer, and how many tokens its model takes (UNLIMITED where neither says);
-    ``settings`` are the model's configuration, if that is loaded.
+    """Return the teacher's tokenizer, and how many tokens its model takes (UNLIMITED if neither
+    says); ``settings`` are the model's configuration, if loaded.
     """
     settings = settings or load_config(plan.directory, AUTO_CLASSES[plan.info.task])
     tokenizer = tokenizer_of(plan.directory, settings, corpus, plan.config.name)
@@ -208,8 +208,8 @@ def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple
 def _count_shared(
     corpus: Corpus, tokenizer: Tokenizer, settings: Any, config: TeacherConfig, views: Views
 ) -> int:
-    """How many tokens a vocabulary teacher has in common with the corpus; InputError as
-    ``count_shared`` raises it.
+    """Return how many tokens a vocabulary teacher has in common with the corpus; raises InputError
+    as ``count_shared`` does.
     """
     masked = views.masked if config.sees_masks else None
     beside = np.zeros(0, np.int64) if masked is None else masked.shown_ids
@@ -224,11 +224,10 @@ def configured(
     width: int | None,
     tokens: int | None = None,
 ) -> dict[str, object]:
-    """Return what of ``teacher.json`` the configuration decides.
+    """Return the part of ``teacher.json`` that the configuration decides.
 
-    ``width`` is that of the model's output: of its hidden states or vectors, or its number of
-    labels.
-    ``tokens``: how many of the ids are tokens that the teacher has, too; None: all.
+    ``width`` is the size of the model's output: of its hidden states or vectors, or its number of
+    labels. ``tokens``: how many of the ids are also tokens of the teacher; None: all.
     """
     info: dict[str, object] = {
         "name": config.name,
@@ -268,7 +267,7 @@ def _stores_tails(info: TeacherInfo) -> bool:
 
 
 class Teacher:
-    """A loaded teacher, on its device, ready to be run on a corpus."""
+    """A loaded teacher, on its device, ready to run on a corpus."""
 
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
@@ -296,7 +295,7 @@ class Teacher:
             self.skipped = skipped_tokens(plan.encoder, self.tokenizer)
             if prompts := told_of_prompts(plan.encoder, plan.config.prompt is not None):
                 log.info("%s: %s", who, prompts)
-        # As in fine-tuning: segments are for models that know two and whose tokenizer tells them.
+        # As in fine-tuning: segments are for models with two, whose tokenizer tells them apart.
         told = "token_type_ids" in self.tokenizer.hf.model_input_names
         self.token_types = told and knows_segments(settings)
         pad_id = padding_of(settings)
@@ -307,37 +306,39 @@ class Teacher:
         self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
         self._language_model: SplitLanguageModel | None = None
         if plan.config.vocabulary:
-            with suppress(torch.OutOfMemoryError, MemoryError):  # told with the first batch
+            with suppress(torch.OutOfMemoryError, MemoryError):  # reported with the first batch
                 self._language_model = self._split()
-        # Sequences of one length alone go together then: a target must not depend on neighbours.
+        # Then only sequences of one length are batched: a target must not depend on neighbours.
         self.equal_lengths = moved_by_padding(model) > 0
         if self.equal_lengths:
             log.info(
-                "teacher %s: %s lets padding change what it says of the tokens themselves; "
-                "sequences of one length alone are shown to it together",
+                "teacher %s: %s lets padding change what it gives for the tokens themselves; "
+                "only sequences of one length are shown to it together",
                 self.info.name,
                 type(model).__name__,
             )
 
     def beside(self, plan: TeacherPlan) -> "Teacher":
-        """Return the teacher of ``plan``, of which all but what it keeps is the same: with this
-        one's model.
+        """Return the teacher of ``plan``, which differs only in what it keeps, with this one's
+        model.
         """
         other = copy(self)
-        other.__dict__.pop("token_columns", None)  # what has a tail has other columns
+        other.__dict__.pop("token_columns", None)  # with a tail, the columns differ
         other.info, other.config = plan.info, plan.config
         other.stores_tails = _stores_tails(plan.info)
         return other
 
     @property
     def language_model(self) -> SplitLanguageModel:
-        """Body and head of a vocabulary teacher."""
+        """The body and head of a vocabulary teacher."""
         if self._language_model is None:
             self._language_model = self._split()
         return self._language_model
 
     def _split(self) -> SplitLanguageModel:
-        """Raise InputError for a model that cannot be split, or sees what it must not."""
+        """Return body and head. Raises InputError for a model that cannot be split, or sees what it
+        must not.
+        """
         with naming(f"teacher {self.info.name!r}"), splittable():
             split = SplitLanguageModel(self.model, causal=self.info.task == "causal_lm")
             if self.corpus.is_packed:
@@ -346,16 +347,16 @@ class Teacher:
 
     @cached_property
     def token_columns(self) -> TokenColumns:
-        """Which of a vocabulary teacher's logits are of which ids."""
+        """Which of a vocabulary teacher's logits belong to which ids."""
         rows = len(self.language_model.head.weight)
         if self.map is not None:
             return TokenColumns.mapped(self.map, self.stores_tails)
         return TokenColumns.of(self.corpus, self.tokenizer, rows, self.stores_tails)
 
     def output_matrix(self) -> StoredHead:
-        """What hidden states are multiplied with."""
+        """Return the matrix that hidden states are multiplied with."""
         return self.token_columns.stored(self.language_model.head)
 
     def tensor(self, values: np.ndarray) -> Tensor:
-        """An integer array on the teacher's device as int64."""
+        """Return an integer array on the teacher's device as int64."""
         return self.way.send(values.astype(np.int64))

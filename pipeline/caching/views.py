@@ -32,16 +32,16 @@ class Views:
 
 
 def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
-    """Write the views the configuration asks for, or what is missing of them.
+    """Write the views that the configuration asks for, or their missing parts.
 
-    Masks of policy hard come later: from what a teacher says of the text.
+    Masks of policy hard come later: a teacher's losses on the text decide them.
     """
     masked = None
     maskable = corpus.info["tokenizer"]["mask_id"] is not None
     if not maskable and (who := config.needs_masks) is not None:
         raise InputError(
             f"{config.corpus.tokenizer} has no mask token, so nothing can be masked, as {who} "
-            "needs it. Use a tokenizer with one; a student that learns from classifiers alone "
+            "needs it. Use a tokenizer with one; a student that learns only from classifiers "
             "(train.objective.hard.weight: 0) needs none"
         )
     if maskable and config.uses_masks and config.cache.mask.policy != "hard":
@@ -49,7 +49,8 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
         with progress.task("masks", unit="sequences"):
             masked.build()
     kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
-    store, seed = open_store(config.cache.path), config.cache.seed  # a plan's corpus lies elsewhere
+    # the corpus of a plan lies elsewhere
+    store, seed = open_store(config.cache.path), config.cache.seed
     pairs = {str(kind): PairView.as_begun(corpus, kind, seed, store) for kind in kinds}
     for view in pairs.values():
         with progress.task(f"pairs ({view.pairs})", unit="sequences"):
@@ -58,7 +59,7 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
 
 
 def told_of_pairs(corpus: Corpus, views: Views, teachers: Sequence[TeacherConfig]) -> list[str]:
-    """Say which of ``teachers`` find too few pairs in ``corpus``, in a line each."""
+    """Return a line for each of ``teachers`` that finds too few pairs in ``corpus``."""
     told = []
     for teacher in teachers:
         view = views.pairs.get(teacher.pairs or "")

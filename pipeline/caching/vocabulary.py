@@ -1,7 +1,7 @@
-"""A teacher's vocabulary beside the corpus's: its tokenizer, and whose of its logits count.
+"""A teacher's vocabulary beside the corpus's: its tokenizer, and which of its logits count.
 
-V ids of the corpus (one past the largest), W rows of the teacher's output matrix that are looked
-at, F tokens of the teacher alone, N rows of hidden states.
+V ids of the corpus (one past the largest), W rows of the teacher's output matrix that are used, F
+tokens that only the teacher has, N rows of hidden states.
 """
 
 import logging
@@ -28,11 +28,11 @@ from rekindle.train.model.split_model import OutputHead
 
 log = logging.getLogger("rekindle")
 
-NEVER = -100.0  # a logit that leaves nothing beside a token's; see ``scoring.NOTHING``
+NEVER = -100.0  # a logit with no weight beside a token's; see ``scoring.NOTHING``
 
 
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
-    """The tokenizer of the teacher ``name``; the corpus's for one that has none of its own."""
+    """Return the tokenizer of the teacher ``name``; the corpus's if it has none of its own."""
     directory = tokenizer_folder(directory)
     ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
     if has_tokenizer_files(directory):
@@ -61,12 +61,13 @@ def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> T
     return corpus.tokenizer
 
 
-# A run asks for a teacher's three times: on a corpus's beginning, on all of it, and to run it.
+# A run needs a teacher's tokenizer three times: on a corpus's beginning, on all of it, and to run
+# it.
 _LOADED: dict[Path, tuple[object, Tokenizer]] = {}
 
 
 def _loaded(directory: Path) -> Tokenizer:
-    """The tokenizer in a folder whose files are as they were is loaded once only."""
+    """Return the tokenizer in a folder, loaded again only if its files have changed."""
     files = [(path, state_of(path)) for path in sorted(directory.iterdir())]
     known = _LOADED.get(directory)
     if known is None or known[0] != files:
@@ -77,11 +78,11 @@ def _loaded(directory: Path) -> Tokenizer:
 def count_shared(
     corpus: Corpus, tokenizer: Tokenizer, name: str, beside: NDArray[np.int64], rows: int
 ) -> int:
-    """How many tokens of the corpus's vocabulary the teacher ``name``, with so many ``rows`` in its
-    embedding, has under the same id.
+    """Return how many tokens of the corpus's vocabulary the teacher ``name``, with ``rows`` rows in
+    its embedding, has under the same id.
 
-    Raises InputError where one that the corpus has, or that stands ``beside`` it in what the
-    teacher is shown, is another token to the teacher, or none.
+    Raises InputError if a token that occurs in the corpus, or ``beside`` it in what the teacher is
+    shown, is another token to the teacher, or none.
     """
     advice = (
         "Use a teacher of corpus.tokenizer, or corpus.tokenizer of this teacher; experts on "
@@ -101,15 +102,14 @@ def count_shared(
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """Which of a teacher's logits are of which ids.
+    """Which of a teacher's logits belong to which ids.
 
     Ids that are no token of the corpus's vocabulary (``absent``, below V), and rows that pad the
-    output matrix to a round size, get no probability. The teacher's tokens that the corpus's
-    tokenizer does not have (``foreign``: chat tokens, say) take part in the softmax where a tail is
-    stored, which their mass joins; else they are left out before it, like padding: whole
-    distributions, samples and hidden states are those of the common vocabulary. ``rows`` [V]: the
-    teacher's id of each, −1 for absent ones, and ``others``: its tokens that are of none; None: the
-    same id.
+    output matrix to a round size, get no probability. Tokens that only the teacher has
+    (``foreign``: chat tokens, say) take part in the softmax where a tail is stored, to which their
+    mass is added; else they are left out before it, like padding: whole distributions, samples and
+    hidden states are those of the common vocabulary. ``rows`` [V]: the teacher's id of each, −1 for
+    absent ones, and ``others``: the teacher's remaining tokens; None: the ids are the same.
     """
 
     size: int
@@ -121,7 +121,7 @@ class TokenColumns:
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Tokenizer, rows: int, with_tail: bool) -> "TokenColumns":
-        """Those of a teacher with so many ``rows`` in its output matrix."""
+        """Return the columns of a teacher with ``rows`` rows in its output matrix."""
         facts = corpus.info["tokenizer"]
         unshared = differing_ids(corpus.tokenizer, tokenizer, rows)
         absent = np.union1d(hole_ids(facts), unshared).astype(np.int64)
@@ -133,32 +133,32 @@ class TokenColumns:
 
     @classmethod
     def mapped(cls, found: VocabularyMap, with_tail: bool) -> "TokenColumns":
-        """Those of a teacher whose tokens have other ids."""
+        """Return the columns of a teacher whose tokens have other ids."""
         absent = np.flatnonzero(found.rows < 0)
         foreign = found.others if with_tail else found.others[:0]
         return cls(len(found.rows), absent, foreign, found.rows, found.others)
 
     def cut(self, head: OutputHead) -> OutputHead:
-        """The head of the W rows that are looked at."""
+        """Return the head of the W rows that are used."""
         if self.rows is not None:
             return head.cut(1 + int(np.concatenate([self.rows, self.others]).max()))
         return head.cut(max(self.size, int(self.foreign.max(initial=-1)) + 1))
 
     def mapped_mass(self, logits: Tensor) -> Tensor:
-        """[N]: the share of the probability of the teacher's tokens that ``rows`` have."""
+        """Return [N]: the share of the teacher's probability that the tokens in ``rows`` hold."""
         others = self._on(logits.device)[3]
         own = torch.logsumexp(self._own(logits), dim=1)
         return torch.sigmoid(own - torch.logsumexp(logits[:, others], dim=1))
 
     def _own(self, logits: Tensor) -> Tensor:
-        """Logits [N,V] of a teacher whose tokens have other ids."""
+        """Return logits [N,V] of a teacher whose tokens have other ids."""
         absent, _, rows, _ = self._on(logits.device)
         own = logits[:, rows]
         own[:, absent] = -torch.inf
         return own
 
     def arranged(self, logits: Tensor) -> Tensor:
-        """Logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
+        """Return logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
         same = self.rows is None and not len(self.absent) and not len(self.foreign)
         if same and logits.shape[1] == self.size:
             return logits
@@ -167,14 +167,14 @@ class TokenColumns:
         if self.rows is not None:
             return torch.cat([self._own(logits), foreign], dim=1)
         own = logits[:, : self.size]
-        lacking = self.size - own.shape[1]  # of a teacher with fewer tokens
+        lacking = self.size - own.shape[1]  # for a teacher with fewer tokens
         own = torch.nn.functional.pad(own, (0, lacking)) if lacking else own.clone()
         own[:, absent] = -torch.inf
         return torch.cat([own, foreign], dim=1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """``absent``, ``foreign``, ``rows`` and ``others`` there, sent once: sending waits for the
-        device.
+        """Return ``absent``, ``foreign``, ``rows`` and ``others`` on the device, sent once, because
+        sending waits for it.
         """
         if device not in self._sent:
             rows = self.foreign[:0] if self.rows is None else self.rows.clip(min=0)
@@ -183,8 +183,8 @@ class TokenColumns:
         return self._sent[device]
 
     def stored(self, head: OutputHead) -> StoredHead:
-        """The output matrix [V,H] as a cache keeps it: absent ids have a bias that leaves nothing
-        of them.
+        """Return the output matrix [V,H] as a cache keeps it: absent ids have a bias that gives
+        them no weight.
         """
         cut = self.cut(head)
         weight = cut.weight.detach().float().cpu().numpy()

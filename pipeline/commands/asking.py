@@ -1,4 +1,4 @@
-"""Asks finished models for the commands: resolves names, reads settings, shows progress."""
+"""Runs finished models for the commands: resolves names, reads settings, shows progress."""
 
 import os
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def perplexity(
 ) -> Perplexity:
     """Measure a language model."""
     if fields and len(fields) > 1:
-        raise InputError("--text-field is given twice, and --text takes one text of a record")
+        raise InputError("--text-field is given twice, but --text takes one text of a record")
     config, places = _config(PerplexityConfig, sets), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("evaluate", "tokens") as task:
         field = (fields or ["text"])[0]
@@ -80,7 +80,7 @@ def predictions(
     fields: Sequence[str] | None,
     sets: Sequence[str] | None,
 ) -> Predicted:
-    """Write what an expert, or a student's head, says."""
+    """Write the predictions of an expert, or of a student's head."""
     check_target(out, resolve_name(text), resolve_name(model), force)
     config, places = _config(AskConfig, sets, fields), _places(model, text)
     with Progress.to_terminal() as progress, progress.task("predict", "rows") as task:
@@ -90,7 +90,7 @@ def predictions(
 def generated(
     model: str, prompts: str, out: str, force: bool, sets: Sequence[str] | None
 ) -> Generated:
-    """Have a language model write on from prompts."""
+    """Have a language model continue prompts."""
     check_target(out, resolve_name(prompts), resolve_name(model), force)
     config, places = _config(GenerateConfig, sets), _places(model, prompts)
     with Progress.to_terminal() as progress, progress.task("generate", "prompts") as task:
@@ -98,7 +98,7 @@ def generated(
 
 
 def _found(given: Sequence[str]) -> list[str]:
-    """Each ``[HEAD=]PLACE`` with its place as a path; what is missing of built-in ones is made."""
+    """Return each ``[HEAD=]PLACE`` with its place as a path; make missing built-in ones."""
     parted = [("", one) if os.path.exists(one) else head_and_place(one) for one in given]
     places = [expanded(resolve_name(place)) for _, place in parted]
     make_missing(*places)
@@ -107,7 +107,7 @@ def _found(given: Sequence[str]) -> list[str]:
 
 
 def _places(model: str, file: str) -> tuple[str, str]:
-    """The paths of a model and a file that may be built in; what is missing of these is made."""
+    """Return the paths of a model and a file that may be built in; make missing built-in ones."""
     places = resolve_name(model), resolve_name(file)
     make_missing(*places)
     return places
@@ -119,7 +119,7 @@ def _config(
     text_field: Sequence[str] | None = None,
     label_field: str | None = None,
 ) -> S:
-    """The settings of ``--set`` and of the options that stand for some."""
+    """Return the settings of ``--set`` and of the options that stand for some of them."""
     values: dict[str, object] = {}
     for setting in sets or ():
         set_value(values, setting)

@@ -18,11 +18,12 @@ from rekindle.pipeline.exits import resumable
 if TYPE_CHECKING:
     from rekindle.pipeline.processes.units import Executor
 
-TEXT_PROCESSES = 16  # that make a corpus unasked: about as many as one can feed and write for
+# that make a corpus by default: about as many as one process can read and write for
+TEXT_PROCESSES = 16
 
 
 class Where(StrEnum):
-    """What ``--executor`` names."""
+    """The choices of ``--executor``."""
 
     local = "local"
     ray = "ray"
@@ -30,7 +31,7 @@ class Where(StrEnum):
 
 @contextmanager
 def _executor(where: Where, address: str | None, workers: int | None) -> Iterator["Executor"]:
-    """What runs teachers; InputError for a cluster that cannot be joined."""
+    """Yield what runs the teachers; raise InputError for a cluster that cannot be joined."""
     if where is Where.local:
         from rekindle.data.cores import cores
         from rekindle.pipeline.processes.units import OnThisMachine
@@ -52,9 +53,9 @@ def cache_teachers(
         int | None,
         typer.Option(
             min=1,
-            help="processes, one per device, which make a new corpus as well [default: 1, for a "
-            "corpus past some 50 MB one for each core; with --executor ray as many as there is "
-            "room for]",
+            help="processes, one per device, which also make a new corpus; default: 1, for a "
+            "corpus above some 50 MB one per core; with --executor ray as many as the "
+            "cluster has room for",
             show_default=False,
         ),
     ] = None,
@@ -64,7 +65,7 @@ def cache_teachers(
     address: Annotated[
         str | None,
         typer.Option(
-            help="of the Ray cluster [default: RAY_ADDRESS, the one that runs here, or a new one]",
+            help="of the Ray cluster; default: RAY_ADDRESS, the one that runs here, or a new one",
             show_default=False,
         ),
     ] = None,
@@ -72,15 +73,15 @@ def cache_teachers(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="hold what is there against its checksums first, and make damaged shards again; "
-            "default: of a local cache",
+            help="compare what is there with its checksums first, and make damaged shards again; "
+            "default: for a local cache",
         ),
     ] = None,
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
     if executor is Where.local and address is not None:
-        raise InputError(f"--address {address} is of a Ray cluster: say --executor ray as well")
+        raise InputError(f"--address {address} is for a Ray cluster: give --executor ray, too")
     with resumable() as progress:
         from rekindle.pipeline.config import load_config
 
@@ -112,17 +113,20 @@ def cache_teachers(
 def plan(
     run: RunFile,
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="run each teacher for some seconds")
+        bool,
+        typer.Option(
+            "--probe/--no-probe", help="run each teacher for some seconds to measure its speed"
+        ),
     ] = True,
     texts: Annotated[
         str | None,
-        typer.Option(metavar="N", help="what so many texts like the source's would cost: 10000000"),
+        typer.Option(metavar="N", help="also the cost of N texts like the source's: 10000000"),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="or so many tokens of such texts: 5e9")
+        str | None, typer.Option(metavar="N", help="or of N tokens of such texts: 5e9")
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="what a new cache costs on so many machines")
+        int | None, typer.Option(min=1, help="what a new cache costs on that many machines")
     ] = None,
     assume: Annotated[
         list[str] | None,
@@ -138,10 +142,10 @@ def plan(
 
     scale, assumptions = Scale.asked(texts, tokens), assumed(assume or ())
     if assume and nodes is None:
-        raise InputError("--assume says what is assumed of machines; give --nodes, too")
+        raise InputError("--assume gives properties of machines; give --nodes, too")
     config = load_config(run, set_)
     if config.stages and nodes is not None:
-        raise InputError("--nodes is for a run without stages: give one of them as its own file")
+        raise InputError("--nodes is for a run without stages: give one stage as a file of its own")
     if config.stages:
         from rekindle.pipeline.plan.staged import plan_staged_run
 
@@ -166,12 +170,12 @@ def plan(
 def gc(
     cache: CachePath,
     older_than: Annotated[
-        float, typer.Option(min=0, metavar="HOURS", help="leave what is younger: it may be in use")
+        float, typer.Option(min=0, metavar="HOURS", help="leave younger files: they may be in use")
     ] = 24.0,
-    dry_run: Annotated[bool, typer.Option(help="only say what would be removed")] = False,
+    dry_run: Annotated[bool, typer.Option(help="only list what would be removed")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what killed runs left in a cache: data files that no commit record names."""
+    """Remove leftovers of killed runs from a cache: data files that no commit record names."""
     from rekindle.data.changes.carry_out import settle
     from rekindle.data.inventory import collect_garbage
     from rekindle.data.journal import read_journal, unfinished
@@ -204,12 +208,13 @@ def verify(
         typer.Option(
             min=0,
             metavar="N",
-            help="re-run the teachers on N random sequences; exit code 3 where a value lies beyond "
+            help="run the teachers again on N random sequences; exit code 3 if a value lies beyond "
             "what its codec and two passes of the same weights may differ by (docs/audit.md)",
         ),
     ] = 0,
     config: Annotated[
-        Path | None, typer.Option(metavar="RUN.yaml", help="where the teachers are, for --audit")
+        Path | None,
+        typer.Option(metavar="RUN.yaml", help="the configuration with the teachers, for --audit"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -222,7 +227,7 @@ def verify(
             "--audit runs the teachers again: name the configuration with --config RUN.yaml"
         )
     if config is not None and not audit:
-        raise InputError("--config is of --audit N: say as well how many sequences are audited")
+        raise InputError("--config is for --audit: give the number of sequences, too (--audit N)")
     from rekindle.pipeline.config import load_config
 
     audited = None if config is None else load_config(config)
@@ -247,8 +252,8 @@ def verify(
         if named := [n for n in report.imported if f"targets/{n}" in " ".join(report.problems)]:
             again = (
                 f". {', '.join(named)}: imported, so there is no model to run; `pipeline "
-                "import-targets` with the rows and the provenance that it was made of makes "
-                "what is damaged of it again"
+                "import-targets` with the original rows and provenance "
+                "makes what is damaged of it again"
             )
         raise CacheFormatError(
             f"{counted(len(report.problems), 'problem')} in {cache}. `pipeline cache-teachers` "
@@ -256,10 +261,10 @@ def verify(
         )
     if beyond:
         raise CacheMismatchError(
-            f"{cache} does not hold what its teachers say: {'; '.join(beyond)}. Its bytes are "
+            f"{cache} does not hold what its teachers compute: {'; '.join(beyond)}. Its bytes are "
             "those that were written: these targets are of other weights, or were changed by hand. "
             f"Remove them (`pipeline teachers {cache} --remove NAME --yes`): `pipeline "
-            "cache-teachers` makes them anew"
+            "cache-teachers` makes them again"
         )
 
 

@@ -1,4 +1,4 @@
-"""The commands that take targets into a cache from elsewhere, and out of it."""
+"""The commands that import targets into a cache, and export them."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def import_targets(
     cache: CachePath,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="the teacher that they become")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="the name of the new teacher")],
     rows: Annotated[
         list[Path],
         typer.Argument(
@@ -30,7 +30,7 @@ def import_targets(
         list[str],
         typer.Option(
             metavar="KEY=VALUE",
-            help="where they come from: model=…, and whatever else is to be remembered; repeated",
+            help="where they come from: model=…, and any other facts to record; repeated",
         ),
     ],
     task: Annotated[
@@ -41,14 +41,15 @@ def import_targets(
         typer.Option(metavar="NAME", help="a classifier's labels in their order; repeated"),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="take sequences and positions without targets")
+        bool, typer.Option("--allow-missing", help="accept sequences and positions without targets")
     ] = False,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Write top-k log-probabilities (or labels) made elsewhere as a teacher. Resumes by itself.
 
-    --set takes view, k, codec and problem. The rows are described in docs/targets_elsewhere.md.
+    --set takes view, k, codec and problem. For the format of the rows, see
+    docs/targets_elsewhere.md.
     """
     with resumable() as progress:
         from rekindle.data.cache import write_manifest
@@ -90,7 +91,8 @@ def _rows(paths: list[Path]) -> "Iterator[tuple[str, Row]]":
     from rekindle.data.exchange.importing import numbered
     from rekindle.data.source.rows import read_rows
 
-    # All before the first is read: a name that is wrong is told before dear work.
+    # All files are checked before the first is read: a wrong name is reported before expensive
+    # work.
     files = [(read_rows(str(path)), str(path)) for path in paths]
     return chain.from_iterable(numbered(rows, path) for rows, path in files)
 
@@ -101,20 +103,19 @@ def export_targets(
         Path, typer.Option(help="FILE.jsonl, .parquet or .arrow; else a folder of datasets")
     ],
     teacher: Annotated[
-        str | None, typer.Option(metavar="NAME", help="whose targets; default: the text alone")
+        str | None, typer.Option(metavar="NAME", help="whose targets; default: only the text")
     ] = None,
-    k: Annotated[
-        int | None, typer.Option(min=1, help="so many of the likeliest candidates")
-    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="only the k likeliest candidates")] = None,
     view: Annotated[
-        str | None, typer.Option(help="without --teacher: also as this masked view shows the text")
+        str | None,
+        typer.Option(help="without --teacher: also show the text as in this masked view"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="the first sequences alone")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first N sequences")] = None,
     force: Force = False,
 ) -> None:
     """Write a teacher's targets with text, tokens and label names beside them, one row a sequence.
 
-    Without --teacher: the sequences that a model elsewhere is to be shown, for import-targets.
+    Without --teacher: the sequences to show to a model elsewhere, for import-targets.
     """
     from rekindle.data.cache import Cache
     from rekindle.data.exchange.exporting import Export
@@ -123,9 +124,11 @@ def export_targets(
 
     opened = Cache.open(cache)
     if teacher is not None and view is not None:
-        raise InputError("--view is of the text alone: a teacher's rows have the view it was shown")
+        raise InputError(
+            "--view is for the text alone: a teacher's rows have the view it was shown"
+        )
     if teacher is None and k is not None:
-        raise InputError("--k is of a teacher's targets: name it with --teacher")
+        raise InputError("--k is for a teacher's targets: name it with --teacher")
     shown = opened.masked_view(None if view == "masked" else view) if view else None
     reader = opened.teacher(teacher) if teacher is not None else None
     export = Export(opened.corpus, reader, shown, k, limit)

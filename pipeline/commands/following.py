@@ -1,4 +1,4 @@
-"""What comes after an expert is made, as lines to type or to paste."""
+"""The commands to run after fine-tuning an expert, as lines to type or to paste."""
 
 import shlex
 
@@ -17,7 +17,7 @@ _WIDEST = 10_000  # columns: an entry is one line
 
 
 def after_finetune(out: str, result: FinetuneResult) -> list[str]:
-    """How an expert in ``out`` is scored, asked, and made a teacher: a line each."""
+    """Return a line each for scoring the expert in ``out``, asking it, and making it a teacher."""
     expert = f"./{out}" if out.startswith(("-", PREFIX)) else out
     return [
         shlex.join(["pipeline", "evaluate", expert, "--test", "FILE"]),
@@ -27,7 +27,7 @@ def after_finetune(out: str, result: FinetuneResult) -> list[str]:
 
 
 def _teachers(expert: str, result: FinetuneResult) -> str:
-    """The entry of a run file."""
+    """Return the entry of a run file."""
     task = _TASKS.get(result.problem, "sequence_classification")
     entry = {"name": names_for([expert])[0], "model": expert, "task": task}
     if result.pairs:  # a ranker reads what a corpus pairs itself (pair_field), as it was taught

@@ -1,5 +1,5 @@
-"""The keys of a configuration beside a command's options: listed by --help, and told to whoever
-gives one as an option. Reads the settings, so it is imported only where one of both happens.
+"""The configuration keys of a command, beside its options: listed by --help, and named to whoever
+gives one as an option. Reads the settings, so it is imported only where one of the two happens.
 """
 
 import json
@@ -20,7 +20,9 @@ from rekindle.data.settings import keys_called, sections_in
 
 
 def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
-    """What ``--set`` of a command changes; ``arguments``: what else is typed."""
+    """Return the settings that ``--set`` of a command changes; ``arguments``: what else is
+    typed.
+    """
     if command == "finetune":
         from rekindle.train.finetune.config import FinetuneConfig
 
@@ -48,7 +50,7 @@ def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
 
 
 def print_keys(command: str) -> None:
-    """Print each key with its default and what it means, as --help prints options."""
+    """Print each key with its default and its meaning, as --help prints options."""
     for beside in ("--test", "--text") if command == "evaluate" else ("",):
         table = Table.grid(padding=(0, 2))
         for key, meaning in listed(command, [beside]):
@@ -58,7 +60,7 @@ def print_keys(command: str) -> None:
 
 
 def listed(command: str, arguments: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Each key with its default as ``--set`` takes it, and what it means."""
+    """Return each key with its default as ``--set`` takes it, and its meaning."""
     found = []
     for key, field in settings_of(command, arguments).model_fields.items():
         choices = _words(field.annotation)
@@ -68,8 +70,8 @@ def listed(command: str, arguments: Sequence[str] = ()) -> list[tuple[str, str]]
 
 
 def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
-    """Raise InputError with the line to type where an unknown ``option`` is a key of the
-    configuration, or what another library calls one; do nothing where it is none.
+    """Raise InputError with the line to type if an unknown ``option`` is a key of the
+    configuration, or another library's name for one; do nothing if it is neither.
     """
     settings = settings_of(command, arguments)
     keys = keys_called(settings, option.lstrip("-"))[:3]
@@ -84,7 +86,7 @@ def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
 
 
 def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
-    """What stands behind an option, until the next one."""
+    """Return what stands behind an option, until the next one."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == option:
@@ -94,7 +96,8 @@ def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _typed(annotation: Any, values: Sequence[str]) -> str:
-    """The first value, or all of a list, as ``--set`` takes them; what to put where there is none.
+    """Return the first value, or all of a list, as ``--set`` takes them; a placeholder if there is
+    none.
 
     A list has its own brackets, or gets them.
     """
@@ -106,7 +109,7 @@ def _typed(annotation: Any, values: Sequence[str]) -> str:
 
 
 def _longest(annotation: Any) -> int:
-    """How many values a list takes at most; 0 for what is no list."""
+    """Return how many values a list takes at most; 0 for anything but a list."""
     origin, each = get_origin(annotation), get_args(annotation)
     if origin in (tuple, list):
         return sys.maxsize if origin is list or each[-1] is ... else len(each)
@@ -114,7 +117,7 @@ def _longest(annotation: Any) -> int:
 
 
 def _annotation(settings: type[BaseModel], key: str) -> Any:
-    """What the value at a dotted key may be; None where that is not known."""
+    """Return the annotation of the value at a dotted key; None if unknown."""
     here, annotation = [settings], None
     for part in key.split("."):
         if not part.isdecimal():
@@ -125,12 +128,12 @@ def _annotation(settings: type[BaseModel], key: str) -> Any:
 
 
 def _words(annotation: Any) -> list[str]:
-    """The words that a value may be."""
+    """Return the words that a value may be."""
     if get_origin(annotation) is not None and not isinstance(annotation, type):
         return [word for one in get_args(annotation) for word in _words(one)]
     return [annotation] if isinstance(annotation, str) else []
 
 
 def _written(value: object) -> str:
-    """A default as YAML."""
+    """Return a default as YAML."""
     return value if isinstance(value, str) else json.dumps(value)

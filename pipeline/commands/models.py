@@ -1,6 +1,4 @@
-"""Commands about one model: what makes an expert of it, what an expert says, and what takes a
-student's head out of our hands.
-"""
+"""Commands about one model: fine-tune an expert, score and ask it, and export a student."""
 
 import json
 import re
@@ -35,11 +33,13 @@ if TYPE_CHECKING:
 
 def finetune(
     model: ModelPlace,
-    # No Path: it would take the ./ away that tells a folder of one's own from a built-in name.
+    # No Path: it would drop the ./ that tells a folder of one's own from a built-in name.
     train: Annotated[str, typer.Option(help="labelled task: jsonl, csv, tsv or parquet")],
-    dev: Annotated[str, typer.Option(help="the split that scores are taken on")],
+    dev: Annotated[str, typer.Option(help="the split that models are scored on")],
     out: Annotated[Path, typer.Option(help="the expert's directory")],
-    seeds: Annotated[int, typer.Option(min=1, help="runs; the best on dev is kept")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="runs, each with its own seed; the best on dev is kept")
+    ] = 1,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -48,14 +48,14 @@ def finetune(
         ),
     ] = None,
     head: Annotated[
-        str | None, typer.Option(metavar="NAME", help="go on from this task head of a student")
+        str | None, typer.Option(metavar="NAME", help="continue from this task head of a student")
     ] = None,
     text_field: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="where the text stands; twice for pairs of texts"),
+        typer.Option(metavar="FIELD", help="the column of the text; twice for pairs of texts"),
     ] = None,
     label_field: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="where the label stands")
+        str | None, typer.Option(metavar="FIELD", help="the column of the label")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier result")] = False,
     set_: Overrides = None,
@@ -75,7 +75,7 @@ def finetune(
     for key, named in options.items():
         if named and key in values:
             option = f"--{key.replace('_', '-')}"
-            raise InputError(f"{option} and --set {key}=… say the same; give one of them")
+            raise InputError(f"{option} and --set {key}=… set the same value; give one of them")
         values |= {key: named} if named else {}
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
@@ -124,7 +124,7 @@ def finetune(
 def _as_evaluate(
     model: str, dev: str, metric: str | None, config: "FinetuneConfig", sets: Sequence[str]
 ) -> str:
-    """The command that scores a model in the same way, as it is typed."""
+    """Return the command that scores a model in the same way, as it is typed."""
     from rekindle.train.answers.config import AskConfig
 
     given: list[tuple[str, str | None]] = [("--test", dev), ("--head", config.head)]
@@ -144,8 +144,8 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="plain text: perplexity (jsonl, csv, tsv, parquet: each row is a text; txt: what "
-            "stands between blank lines)"
+            help="plain text: perplexity (jsonl, csv, tsv, parquet: each row is a text; txt: "
+            "texts separated by blank lines)"
         ),
     ] = None,
     head: HeadName = None,
@@ -153,7 +153,8 @@ def evaluate(
     text_field: TextField = None,
     label_field: LabelField = None,
     out: Annotated[
-        Path | None, typer.Option(help="of --test: a file for what is said of each row (jsonl)")
+        Path | None,
+        typer.Option(help="with --test: a file for the predictions of all rows (jsonl)"),
     ] = None,
     force: Force = False,
     set_: Overrides = None,
@@ -192,14 +193,16 @@ def predict(
             "from stdin"
         ),
     ],
-    out: Annotated[str, typer.Option(help="the file of what is said (jsonl); - is stdout")],
+    out: Annotated[str, typer.Option(help="the file of predictions (jsonl); - is stdout")],
     head: HeadName = None,
     text_field: TextField = None,
     force: Force = False,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Write what an expert, or a student's head, says of each row: labels and probabilities."""
+    """Write the predictions of an expert, or of a student's head, for each row: labels and
+    probabilities.
+    """
     if as_json and out == "-":
         raise InputError("--json and --out - would both write to stdout; give a file with --out")
     from rekindle.pipeline.commands import asking
@@ -214,7 +217,7 @@ def generate(
     prompts: Annotated[
         str,
         typer.Option(
-            help="rows with messages, for the chat template, or a text to go on from (prompt, "
+            help="rows with messages, for the chat template, or with a text to continue (prompt, "
             "text): jsonl, csv, tsv, parquet, arrow, txt"
         ),
     ],
@@ -236,12 +239,13 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="the new folder")],
     head: Annotated[
-        str | None, typer.Option(metavar="NAME", help="of its task heads; default: its only one")
+        str | None,
+        typer.Option(metavar="NAME", help="which of its task heads; default: its only one"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a student's task head, with its body, as a folder that transformers alone loads."""
+    """Write a student's task head, with its body, as a folder that plain transformers loads."""
     from rekindle.pipeline.builtin.names import resolve_name
     from rekindle.train.export.folder import export_head
     from rekindle.train.record.stored_result import local_result
@@ -255,14 +259,15 @@ def merge_adapter(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="STUDENT", help="a student that is an adapter (student.lora), or a checkpoint"
+            metavar="STUDENT",
+            help="a student that is an adapter (student.lora), or a checkpoint of one",
         ),
     ],
     out: Annotated[Path, typer.Option(help="the new folder")],
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a student that is an adapter as a whole model: its sum with the base."""
+    """Merge a student that is an adapter into its base, and write the whole model."""
     from rekindle.pipeline.builtin.names import resolve_name
     from rekindle.train.export.merged import merge_student
     from rekindle.train.record.stored_result import local_result
@@ -273,7 +278,7 @@ def merge_adapter(
 
 
 def _tell_written(done: str, found: "Exported | Merged", as_json: bool) -> None:
-    """Say where a model was written, and what loads it."""
+    """Print where a model was written, and the code that loads it."""
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return

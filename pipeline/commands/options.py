@@ -1,4 +1,4 @@
-"""Arguments and options of commands, those first that several take."""
+"""Arguments and options of commands; first those that several commands take."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,20 +10,21 @@ from rekindle.data.errors import InputError
 from rekindle.data.places import address_of, expanded
 from rekindle.data.storage.client import FILE_URL
 
-# Arguments and options that are places and no Path: hub ids, addresses and built-in names too.
+# Arguments and options that are places, but no Path: hub ids, addresses and built-in names too.
 PLACES = ("cache", "model", "train", "dev", "test", "text", "prompts")
 
 WRITING_TO_STORES = ("train-student", "finetune", "export", "merge-adapter")  # with --out s3://…
 
-# Commands whose --help lists the keys of --set; those of a run are in docs and recipes.
+# Commands whose --help lists the keys of --set; the keys of a run are in docs and recipes.
 KEYS_LISTED = ("finetune", "evaluate", "predict", "generate")
 
 
 class Command(TyperCommand):
-    """Fills in ``~`` and ``$VARIABLES`` of every place it is given, and says of a key of the
-    configuration that is given as an option how it is set.
+    """Expands ``~`` and ``$VARIABLES`` in every place, and explains how to set a configuration key
+    that is given as an option.
 
-    A shell leaves both alone in ``--out=~/x`` and within single quotes, and a job may have none.
+    A shell leaves both alone in ``--out=~/x`` and within single quotes, and a job may have no
+    shell.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # of click, here and below,
@@ -33,7 +34,7 @@ class Command(TyperCommand):
             if one == "" or (one.startswith("--") and one.count("=") == 1 and one.endswith("=")):
                 after = one or before if before.startswith("-") else one or "an argument"
                 raise InputError(
-                    f"{after.rstrip('=')} is given with nothing in it, as by a variable of the "
+                    f"{after.rstrip('=')} is given an empty value, as from a variable of the "
                     "shell that is not set; give a value, or leave it out"
                 )
         try:
@@ -45,7 +46,7 @@ class Command(TyperCommand):
         return found
 
     def _refuse_key(self, option: str, typed: list[str]) -> None:
-        """Raise InputError where ``option`` is a key of --set, and no beginning of an option."""
+        """Raise InputError if ``option`` is a key of --set, and not the beginning of an option."""
         known = [name for one in self.params for name in one.opts]
         if "--set" in known and not any(name.startswith(option) for name in known):
             from rekindle.pipeline.commands.keys import refuse_option
@@ -53,7 +54,7 @@ class Command(TyperCommand):
             refuse_option(str(self.name), option, typed)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, and after it the keys of --set."""
+        """Write the help, followed by the keys of --set."""
         super().format_help(ctx, formatter)
         if self.name in KEYS_LISTED:
             from rekindle.pipeline.commands.keys import print_keys
@@ -82,7 +83,9 @@ class Command(TyperCommand):
 
 
 def _without_scheme(place: str | Path) -> str:
-    """A local place that is written as an address, as its path. A Path has one slash for two."""
+    """Return a local place that is written as an address as its path. A Path has one slash
+    for two.
+    """
     start = "file:" if isinstance(place, Path) else FILE_URL
     inside = str(place).removeprefix(start)
     return inside if inside.startswith("/") else str(place)
@@ -102,17 +105,19 @@ Sweeps = Annotated[
     typer.Option(
         "--sweep",
         metavar="KEY.PATH=V1,V2",
-        help="a student for each value, in folders of --out; repeated: for each combination",
+        help="one student for each value, in folders of --out; repeated: one for each combination",
     ),
 ]
 Students = Annotated[
     int | None,
-    typer.Option(min=1, help="students of a sweep at a time; default: one per CUDA device, or one"),
+    typer.Option(
+        min=1, help="students of a sweep to train at a time; default: one per CUDA device, or one"
+    ),
 ]
 
 ModelPlace = Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")]
 Metric = Annotated[
-    str | None, typer.Option(help="the score that counts: accuracy, f1, matthews, pearson, …")
+    str | None, typer.Option(help="the main score: accuracy, f1, matthews, pearson, …")
 ]
 HeadName = Annotated[str | None, typer.Option("--head", help="which head of a student")]
 TextField = Annotated[

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 def teachers(
     cache: CachePath,
     remove: Annotated[
-        str | None, typer.Option(metavar="NAME", help="remove a teacher and free its bytes; --yes")
+        str | None,
+        typer.Option(metavar="NAME", help="remove a teacher and free its bytes; needs --yes"),
     ] = None,
     rename: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="OLD NEW", help="call a teacher otherwise: its files are copied"),
+        typer.Option(metavar="OLD NEW", help="rename a teacher: its files are copied"),
     ] = None,
     transcode: Annotated[
         tuple[str, str] | None,
@@ -32,13 +33,16 @@ def teachers(
         ),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="with --remove: do it; without: say what it would remove")
+        bool,
+        typer.Option(
+            "--yes", help="with --remove: do it; without --yes, only say what would be removed"
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """List the teachers of a cache; remove, rename or transcode one of them. Resumes by itself.
 
-    Whatever reads the cache sees it as it was before, or as it is after. See docs/teachers.md.
+    Readers of the cache see it as before the change, or as after it. See docs/teachers.md.
     """
     given: dict[Action, tuple[str, ...]] = {}
     given |= {"remove": (remove,)} if remove is not None else {}
@@ -47,7 +51,7 @@ def teachers(
     if len(given) > 1:
         raise InputError(f"--{' and --'.join(given)}: give one of them; the other afterwards")
     if yes and remove is None:
-        raise InputError("--yes is of --remove: nothing else takes anything away")
+        raise InputError("--yes is for --remove: nothing else removes anything")
     for action, names in given.items():
         done = _change(cache, action, *names, yes=yes)
         typer.echo(json.dumps(done) if as_json else f"{cache}: {done['told']}")
@@ -74,7 +78,7 @@ def _change(
             if action == "remove" and not yes:
                 raise InputError(
                     f"--remove {teacher} takes {counted(units, 'unit')}, {shown_bytes(size)}, out "
-                    f"of {cache} for good; nothing was removed. Say --yes as well to do it"
+                    f"of {cache} for good; nothing was removed yet. Add --yes to do it"
                 )
             bar.begin(0)
 
@@ -92,8 +96,8 @@ def _told(action: str, teacher: str, to: str | None, changed: bool, size: int) -
         freed = f" ({shown_bytes(size)})" if size else ""
         return f"teacher {teacher} removed{freed}"
     if action == "rename":
-        return f"teacher {teacher} is {to} now; call it so in run files"
+        return f"teacher {teacher} is now {to}; use that name in run files"
     return (
-        f"teacher {teacher} has the {to} codec now, with the same integers: transcoding adds no "
+        f"teacher {teacher} now has the {to} codec, with the same integers: transcoding adds no "
         f"error. Set its targets.codec to {to} in run files"
     )

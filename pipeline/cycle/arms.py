@@ -1,4 +1,4 @@
-"""The arms of a cycle: what each is, whose student it needs, and when it is another one again."""
+"""The arms of a cycle: what each is, which student it needs, and which arms coincide."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -16,17 +16,17 @@ ARMS: dict[Arm, str] = {
     "mixture": "with masked LM and the experts of all tasks (MoEGP), fine-tuned",
 }
 USUAL: tuple[Arm, ...] = ("expert", "longer", "mlm", "kd", "both", "mixture")
-# Of each arm that may be the same as another one: which, and why it is left out then.
+# Arms that may coincide with another one: which, and why they are left out then.
 TWINS: Mapping[Arm, tuple[Arm, str]] = {
     "mixture": ("both", "with one task it is the same student as both"),
     "start": ("expert", "experts are of the same model, so that it is expert again"),
     "committee": ("kd", "its teachers are those of kd"),
 }
-UNTAUGHT: tuple[Arm, ...] = ("expert", "start", "longer")  # a model fine-tuned, without a student
+UNTAUGHT: tuple[Arm, ...] = ("expert", "start", "longer")  # a fine-tuned model, without a student
 WITH_TEACHERS: tuple[Arm, ...] = ("pseudo", "kd", "committee", "both", "mixture")
 GUIDED: tuple[Arm, ...] = tuple(arm for arm in WITH_TEACHERS if arm != "pseudo")  # by probabilities
-MASKED: tuple[Arm, ...] = ("mlm", "both", "mixture")  # whose students learn masked LM
-# Arms whose students have one expert each, and so a student for every task.
+MASKED: tuple[Arm, ...] = ("mlm", "both", "mixture")  # arms whose students learn masked LM
+# Arms whose students have one expert each, and therefore one student per task.
 OF_ONE_EXPERT: tuple[Arm, ...] = tuple(arm for arm in WITH_TEACHERS if arm != "mixture")
-# The longest chain first: what else there is fills the places that wait for it.
+# The longest chain first; shorter jobs fill the free places meanwhile.
 ORDER: tuple[Arm, ...] = (*WITH_TEACHERS[::-1], "mlm", "longer", "start")

@@ -1,4 +1,4 @@
-"""What ``cycle.json`` says of a cycle, and whether a folder holds this very one, to go on with."""
+"""The record ``cycle.json``, and whether a folder holds this very cycle, to be continued."""
 
 import json
 import logging
@@ -25,22 +25,22 @@ from rekindle.train.record.run_folder import check_same, goes_on, read_record, r
 log = logging.getLogger("rekindle")
 
 ELSEWHERE = "give another --out"
-_BEFORE = {"test_texts": "keep"}  # what is meant where older versions had no such key
-_MADE = {"student": "models", "experts": "experts"}  # what begins as a model of the file
-_FINE_TUNED = ("experts", "search/*", "fine-tuned/*")  # where is what was made of a task
+_BEFORE = {"test_texts": "keep"}  # the meaning of older records without such a key
+_MADE = {"student": "models", "experts": "experts"}  # what starts from a model named in the file
+_FINE_TUNED = ("experts", "search/*", "fine-tuned/*")  # folders with results of a task
 _SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
 
 
 def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
-    """``config``, by the defaults of the version that began the cycle in ``home``, and without arms
-    that are another one again; what was begun with such an arm goes on with it.
+    """Return ``config`` with the defaults of the version that began the cycle in ``home``, and
+    without arms that coincide with another one. A cycle begun with such an arm keeps it.
     """
     begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
-    if not begun:  # older versions did not look: what they began goes on
+    if not begun:  # older versions did not check: what they began continues
         for key in config.unused:
             raise InputError(
-                f"{key} is searched (search.{key.rpartition('.')[2]}), and would not be used: "
-                "leave out one of them"
+                f"{key} is searched (search.{key.rpartition('.')[2]}), so this value would "
+                "not be used: leave out one of them"
             )
     else:
         with reading(home / CYCLE_FILE, ELSEWHERE):
@@ -51,7 +51,7 @@ def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
     arms = begun.get("arms")
     arms = arms if isinstance(arms, list) else []
     for arm in [arm for arm in config.twins if arm in config.arms and arm not in arms]:
-        log.info("arm %s: left out, for %s", arm, TWINS[arm][1])
+        log.info("arm %s: left out, because %s", arm, TWINS[arm][1])
     return config.without_twins(arms)
 
 
@@ -77,50 +77,51 @@ def look(
 ) -> None:
     """Check that the directory is free, or holds this very cycle."""
     if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
-        for text in config.texts:  # later on it may be gone: it is in the cache
+        for text in config.texts:  # later it may be gone, but then it is in the cache
             source_files(config.text_of(text).places)
         return
     found = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
     with reading(home / CYCLE_FILE, ELSEWHERE):
         if found["written_by"] != CYCLE_WRITER:
-            raise ValueError("it is not of a cycle")
+            raise ValueError("it does not belong to a cycle")
         older = "problem" not in found["settings"]["finetune"]
         found["settings"] = with_defaults(CycleConfig, _BEFORE | found["settings"])
         before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
         before = {key: before.get(key) for key in now}
     rule = "Go on with its own (run.yaml in it), or give another --out"
-    # Arms may be added; the others only describe, and older versions did not record them.
+    # Arms may be added; the other keys only describe, and older versions did not record them.
     facts = ("about", "chance", "held")
     described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in facts]
-    if "start" in found:  # which says more than the place
+    if "start" in found:  # says more than the path
         described += ["student.model", "experts.model", "corpus.tokenizer"]
     described += _same_sources(home, config, before, now)
-    if older:  # What its files mean was no setting; what was made of them is held against them.
+    if older:  # Older versions recorded no settings for its files; compare what was made of them.
         rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
         places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
         described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
     described += _draws_added(home, before.get("label_draws") or 1, now["label_draws"])
     check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
-    start = found.get("start", about["start"])  # of older versions: it was not recorded
+    start = found.get("start", about["start"])  # not recorded by older versions
     for key, whose in (("weights", "student"), ("expert_weights", "experts")):
         if start.get(key) != about["start"].get(key):
             model = about["settings"][whose]["model"]
             raise CheckpointError(
-                f"{home} was begun with other weights of {model}: not all of its {_MADE[whose]} "
-                "would begin as the same model. Put those back, or give another --out"
+                f"{home} was begun with other weights of {model}, so not all of its "
+                f"{_MADE[whose]} would start from the same model. Restore the weights, or give "
+                "another --out"
             )
     gone = [arm for arm in found["arms"] if arm not in about["arms"]]
     if gone:
         raise CheckpointError(
-            f"{home} has the arm {gone[0]!r}, which is not asked for now. Arms may be added, not "
-            "taken away: name it again, or give another --out"
+            f"{home} has the arm {gone[0]!r}, which is missing now. Arms may be added, not "
+            "removed: name it again, or give another --out"
         )
 
 
 def remove_other_rows(tasks: Sequence[TaskFiles], home: Path) -> None:
-    """Remove the files of splits that have other texts than these, such as an older version chose.
+    """Remove split files with other texts than these, such as an older version wrote.
 
-    Raises CheckpointError where something was fine-tuned on them.
+    Raise CheckpointError if something was fine-tuned on them.
     """
     for one in tasks:
         for split, file in one.files_in(home).items():
@@ -136,21 +137,21 @@ def _texts_in(file: Path) -> list[tuple[str, str | None]]:
 
 
 def _check_unused(task: str, file: Path, home: Path) -> None:
-    """Raise CheckpointError where anything was fine-tuned on a task, finished or not."""
+    """Raise CheckpointError if anything was fine-tuned on a task, finished or not."""
     places = (f"{of}/{name}" for of in _FINE_TUNED for name in (task, f".{task}.seeds"))
     if used := next((found for place in places for found in home.glob(place)), None):
         raise CheckpointError(
-            f"{file} has other rows than this version takes, and {used} was made of them. Go on "
-            f"with the version that began it, or {ELSEWHERE}"
+            f"{file} has other rows than this version takes, and {used} was made from them. "
+            f"Continue with the version that began it, or {ELSEWHERE}"
         )
-    log.info("task %s: %s is written anew, for this version takes other rows", task, file.name)
+    log.info("task %s: %s is written again, because this version takes other rows", task, file.name)
 
 
 def _same_sources(
     home: Path, config: CycleConfig, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield the keys of sources that are written otherwise, and are those of the cached text."""
-    if config.label_draws > 1:  # they all have this text
+    """Yield the keys of sources that are written differently but match the cached text."""
+    if config.label_draws > 1:  # all draws have this text
         config = config.of_draw(0).with_cache_in(home / DRAWS_FOLDER / str(FIRST_DRAW))
     for text in config.texts:
         there, here = (one["tasks"].get(text, one).get("corpus") for one in (before, now))
@@ -160,8 +161,8 @@ def _same_sources(
 
 
 def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
-    """Raise CheckpointError where the draw ``number`` of the cycle in ``home`` would cache another
-    text than a draw that has cached it: what is compared over draws differs in labels alone.
+    """Raise CheckpointError if draw ``number`` of the cycle in ``home`` would cache another text
+    than a draw that has cached it: comparisons over draws must differ only in labels.
     """
     folder = home / DRAWS_FOLDER
     draws = [
@@ -170,7 +171,7 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
     for text in config.texts:
         stores = [open_store(draw.cache_of(text).path) for draw in draws]
         begun = [draw for draw, store in enumerate(stores) if is_begun(store)]
-        if number in begun:  # it goes on with its own
+        if number in begun:  # it continues with its own text
             for one in begun:
                 if _have_same_text(stores[number], stores[one]) is False:
                     raise _other_texts(home, (one, number), text)
@@ -179,18 +180,19 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
         text_config = config.text_of(text)
         if other is not None and not is_same_source(stores[other], text_config.entries):
             raise CheckpointError(
-                f"draw {number} of the labels would read another text than draw {other} has: the "
+                f"draw {number} of the labels would read another text than draw {other}: the "
                 f"files of {f'the corpus of task {text}' if text else 'corpus.source'} "
-                f"({', '.join(text_config.places)}) are not as they were. Put them back, or "
-                "give another --out"
+                f"({', '.join(text_config.places)}) have changed. Restore them, or give another "
+                "--out"
             )
 
 
 def check_read_same_text(home: Path, draws: Iterable[int]) -> None:
-    """Raise CheckpointError where students of several ``draws`` of the cycle in ``home`` have read
-    different texts. What they have read is known of a student by the corpus's identity; where that
-    is another one, by what the caches say of it, if they are there: of the same files another
-    version may have written other bytes.
+    """Raise CheckpointError if students of several ``draws`` of the cycle in ``home`` have read
+    different texts.
+
+    A student's record has the corpus's identity; if identities differ, the caches are compared, if
+    they exist, because another version may have written other bytes for the same files.
     """
     first: dict[str, tuple[int, str, str]] = {}
     for draw in draws:
@@ -209,8 +211,8 @@ def check_read_same_text(home: Path, draws: Iterable[int]) -> None:
 
 
 def _have_same_text(one: Store, other: Store) -> bool | None:
-    """Whether two corpora were made alike of the same files; None where that is not known: one is
-    gone, or is of no files.
+    """Return whether two corpora were made in the same way from the same files; None if unknown,
+    because one is gone or was not made from files.
     """
     last = [additions[-1] for additions, _ in map(read_additions, (one, other)) if additions]
     if len(last) < 2:
@@ -224,41 +226,43 @@ def _have_same_text(one: Store, other: Store) -> bool | None:
 def _other_texts(home: Path, draws: tuple[int, int], text: str) -> CheckpointError:
     first, second = draws
     return CheckpointError(
-        f"draws {first} and {second} of the labels in {home} have read different texts"
-        f"{f' of task {text}' if text else ''}, and what is compared over draws is to differ in "
-        f"labels alone. Keep one of them: remove {home / DRAWS_FOLDER / str(second)} and run "
-        f"--draw {second} again with the text of draw {first}, or begin anew in another --out"
+        f"draws {first} and {second} of the labels in {home} have read different "
+        f"texts{f' of task {text}' if text else ''}, but draws must differ only in labels. Keep "
+        f"one of them: remove {home / DRAWS_FOLDER / str(second)} and run --draw {second} again "
+        f"with the text of draw {first}, or start again in another --out"
     )
 
 
 def _draws_added(home: Path, before: int, now: int) -> list[str]:
-    """The key of the draws of the labels, where some were added. Raises CheckpointError where there
-    are fewer now, or one is to be several.
+    """Return the key of the label draws if some were added. Raise CheckpointError if there are
+    fewer now, or if one becomes several.
     """
     if before == now:
         return []
     if 1 in (before, now):
         raise CheckpointError(
-            f"{home} was begun with label_draws: {before}, and {now} is asked for: several draws "
-            "have a folder each, and a single one none. Give another --out"
+            f"{home} was begun with label_draws: {before}, and now {now} are asked for: several "
+            "draws have a folder each, a single one has none. Give another --out"
         )
     if now < before:
         raise CheckpointError(
-            f"{home} has {before} draws of the labels, and {now} are asked for. Draws may be "
-            "added, not taken away: which ones are left out would be a choice. Give label_draws: "
+            f"{home} has {before} draws of the labels, and now {now} are asked for. Draws may be "
+            "added, not removed: leaving some out would be a selection. Give label_draws: "
             f"{before}, or another --out"
         )
     return ["label_draws"]
 
 
 def draws_at_first(home: Path, config: CycleConfig) -> int:
-    """With how many draws of the labels the cycle in ``home`` was begun; now, if it is new."""
+    """Return the number of label draws with which the cycle in ``home`` was begun; the current
+    number if it is new.
+    """
     begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
     first = begun.get("draws_at_first") or begun.get("settings", {}).get("label_draws")
     return int(first or config.label_draws)
 
 
 def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks as settings and as what was read of their files."""
+    """Return the tasks as settings, with what was read of their files."""
     settings = {task["name"]: task for task in about["settings"]["tasks"]}
     return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}

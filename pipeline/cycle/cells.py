@@ -1,6 +1,6 @@
-"""What the stages have left in one cycle's folder, by arm and task, and whether it fits together.
+"""Read the results in one cycle's folder by arm and task, and check that they fit together.
 
-What does not (other seeds, other budgets, other files) is refused, never compared.
+Results that do not (other seeds, budgets or files) are refused, never compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,8 @@ Tried = Mapping[tuple[str, str], Sequence[FineTuned]]
 
 @dataclass(frozen=True)
 class StudentCost:
-    """Seconds of the student in a ``folder``, and of the caching of each of its teachers, by that
-    stage's; None: not recorded. ``taught_by``: its teachers' names in the cache.
+    """Seconds of the student in a ``folder``, and of caching each of its teachers, by stage; None
+    if not recorded. ``taught_by``: its teachers' names in the cache.
     """
 
     folder: str
@@ -41,15 +41,15 @@ class StudentCost:
     taught_by: list[str]
 
     def moved(self, where: str) -> "StudentCost":
-        """The same, with its folders below another one."""
+        """Return the same with its folders below another one."""
         caching = {f"{where}/{stage}": seconds for stage, seconds in self.caching.items()}
         return replace(self, folder=f"{where}/{self.folder}", caching=caching)
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Everything that is finished, by arm and task: the fine-tunings, the students with the heads
-    that experts have left them, and the search; and what each student has cost, by its name.
+    """Everything finished, by arm and task: the fine-tunings, the students' own heads, and the
+    search; and the cost of each student, by name.
     """
 
     found: Found
@@ -59,8 +59,8 @@ class Cells:
 
 
 def read_cells(out: Path, plan: CycleResults, grid: Grid) -> Cells:
-    """What there is so far in the cycle's folder ``out``. Raises CheckpointError where parts of it
-    are damaged or do not belong together.
+    """Read what exists in the cycle's folder ``out``. Raise CheckpointError if parts of it are
+    damaged or do not belong together.
     """
     cells = [(arm, task) for arm in plan.arms for task in plan.metrics]
     read = {cell: read_arm(out, folder_of(*cell), *cell, plan.students) for cell in cells}
@@ -75,13 +75,13 @@ def read_cells(out: Path, plan: CycleResults, grid: Grid) -> Cells:
 
 
 def read_students(out: Path) -> dict[str, StudentCost]:
-    """What the students in a cycle's folder have cost, as far as they have begun."""
+    """Return the costs of the students in a cycle's folder that have begun."""
     found = {}
     for folder in sorted((out / "students").glob("*/")):
         summary = read_json(folder / "summary.json") or {}
         cache = (read_json(folder / "run.json") or {}).get("cache", {})
         passes = cache.get("teacher_seconds") or {}
-        text = Path(cache.get("path", "")).name  # of a cycle whose tasks have texts of their own
+        text = Path(cache.get("path", "")).name  # for a cycle whose tasks have texts of their own
         where = f"cache/{text}" if text and (out / "costs" / "texts" / text).is_dir() else "cache"
         caching = {f"{where}/{name}": seconds for name, seconds in passes.items()}
         where = str(folder.relative_to(out))
@@ -93,15 +93,15 @@ def read_students(out: Path) -> dict[str, StudentCost]:
 
 
 def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried) -> None:
-    """Nothing is compared that had not the same data, seeds, budget and search."""
+    """Check that everything compared has the same data, seeds, budget and search."""
     common, experts = plan.settings.get("seeds"), plan.file.get("experts", {})
     for one in found.values():
         _check_scores(out, plan, one)
         seeds = (one.arm == EXPERT and experts.get("seeds")) or common
         if isinstance(seeds, int) and len(one.seeds) != seeds:
-            wrong = f"{counted(len(one.seeds), 'seed')}, and {CYCLE_FILE} says {seeds}"
+            wrong = f"{counted(len(one.seeds), 'seed')}, but {CYCLE_FILE} says {seeds}"
             raise CheckpointError(f"{out / one.folder} has {wrong}; remove it and resume")
-    # Experts of another model may have a budget of their own, and any may have seeds of their own.
+    # Experts of another model may have their own budget, and all experts their own seeds.
     own = {EXPERT} if experts.get("finetune") else set()
     in_seeds = {*own, EXPERT} if experts.get("seeds") else own
 
@@ -113,12 +113,12 @@ def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried
         final = {arm: one for (arm, name), one in found.items() if name == task.name}
         searches = [one for (_, name), ones in tried.items() if name == task.name for one in ones]
         for ones, terms in (
-            (list(final.values()), budget),  # whose seeds are compared across tasks, below
+            (list(final.values()), budget),  # their seeds are compared across tasks below
             (searches, partial(budget_of, searched=grid)),
         ):
             check_alike(out, [one for one in ones if one.arm not in own], terms)
             check_alike(out, ones, lambda one: {"metric": one.metric, "files": one.splits})
-        # The files that a search has in common with what it chooses for.
+        # The files that a search shares with what it chooses for.
         both = [*searches[:1], *[*final.values()][:1]]
         check_alike(out, both, lambda one: {n: one.splits.get(n) for n in ("train", "dev")})
         check_search(out, grid, searches, final)
@@ -128,7 +128,7 @@ def _check(out: Path, plan: CycleResults, grid: Grid, found: Found, tried: Tried
 
 def _check_scores(out: Path, plan: CycleResults, one: FineTuned) -> None:
     metric = plan.metrics[one.task]
-    wrong = f"the metric {one.metric}, and {CYCLE_FILE} says {metric}"
+    wrong = f"the metric {one.metric}, but {CYCLE_FILE} says {metric}"
     if not one.test:
         wrong = "no test scores"
     elif one.metric == metric:
@@ -137,8 +137,8 @@ def _check_scores(out: Path, plan: CycleResults, one: FineTuned) -> None:
 
 
 def check_draws(out: Path, draws: Sequence[Found]) -> None:
-    """Raise CheckpointError where an arm was not fine-tuned alike in all ``draws`` of the labels;
-    their folders are relative to ``out``.
+    """Raise CheckpointError if an arm was not fine-tuned in the same way in all ``draws`` of the
+    labels; their folders are relative to ``out``.
     """
     for cell in dict.fromkeys(cell for found in draws for cell in found):
         check_alike(out, [found[cell] for found in draws if cell in found], budget_of)

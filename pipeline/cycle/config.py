@@ -1,7 +1,7 @@
 """The configuration of a whole cycle: one YAML file, with the sections of a run and the tasks.
 
-Reading it imports no torch and touches no model. What a single run needs of it, ``RunConfig``, is
-made by ``cycle.configs``.
+Reading it imports no torch and touches no model. ``cycle.run_files`` makes the ``RunConfig`` of
+each single run from it.
 """
 
 import itertools
@@ -38,10 +38,10 @@ from rekindle.train.schedules import Seed, is_used
 
 _ARMS_SET = "is what the arms set"
 _OTHER_MODEL = (
-    "makes a student that is not the model which its expert was fine-tuned from, and the "
-    "comparison would be of models"
+    "makes a student that is not the model its expert was fine-tuned from, so the comparison "
+    "would be between models"
 )
-# Keys of a run that a cycle cannot have, and why.
+# Keys of a run that a cycle cannot have, with the reason.
 _NOT_OF_A_CYCLE = {
     "student.from_scratch": _OTHER_MODEL,
     "student.grow": _OTHER_MODEL,
@@ -66,61 +66,62 @@ class CycleConfig(Settings):
         default_factory=lambda: CycleCacheConfig(), description="where the cache is"
     )
     student: StudentConfig = Field(
-        description="the model that students begin as, and that experts are fine-tuned from"
+        description="the model that students start as, and that experts are fine-tuned from"
     )
     experts: ExpertsConfig = Field(
-        default_factory=ExpertsConfig, description="where experts are of another model; who teaches"
+        default_factory=ExpertsConfig,
+        description="the experts' model, if it is another one; who teaches",
     )
     train: TrainConfig = Field(
         default_factory=TrainConfig,
-        description="how students are trained, all alike; objective.hard is μ of masked LM",
+        description="how all students are trained; objective.hard is μ of masked LM",
     )
     tasks: tuple[CycleTask, ...] = Field(min_length=1, description="the labelled tasks")
     distill: SomeOfTerm = Field(
         default_factory=dict,
-        description="of every expert's term (weight is λ, temperature, view, …); regressions "
-        "have divergence mse unless told",
+        description="settings of every expert's term (weight is λ, temperature, view, …); "
+        "divergence defaults to mse for regressions",
     )
     pseudo: SomeOfTerm = Field(
         default_factory=dict,
-        description="of the term of the arm pseudo (confidence, weight, view); confidence is 0 "
-        "unless told",
+        description="settings of the term of the arm pseudo (confidence, weight, view); "
+        "confidence defaults to 0",
     )
     arms: tuple[Arm, ...] = Field(
         USUAL,
         validate_default=True,
-        description=f"what is compared, of {', '.join(ARMS)}; expert is always among them, and "
-        "start where experts.model is another one",
+        description=f"what is compared, of {', '.join(ARMS)}; expert is always included, and "
+        "start if experts.model is another one",
     )
     finetune: FixedBudget = Field(
         default_factory=FixedBudget, description="how every model is fine-tuned"
     )
     search: Search = Field(
         default_factory=dict,
-        description="values of finetune to try for every arm and task; the best on dev is taken",
+        description="values of finetune to try for every arm and task; the best on dev is used",
     )
     search_seeds: int = Field(1, gt=0, description="fine-tunings for each point of the search")
     seeds: int = Field(5, gt=0, description="fine-tunings of every arm on every task, scored")
     students: int = Field(
         1,
         gt=0,
-        description="students of every kind, each trained with a seed of its own; the fine-tunings "
-        "are shared out among them",
+        description="students of every kind, each trained with its own seed; the fine-tunings are "
+        "divided among them",
     )
-    seed: Seed = Field(0, description="of what is taken out of train")
+    seed: Seed = Field(0, description="seed for what is taken out of train")
     label_draws: int = Field(
         1,
         gt=0,
-        description="times that train (and dev, where it is taken out of train) is drawn anew: a "
-        "whole cycle for each, in OUT/draws",
+        description="how often train (and dev, if it is taken out of train) is drawn again; each "
+        "draw is a whole cycle in OUT/draws",
     )
     test_texts: Annotated[Literal["remove", "keep"], Formerly("keep")] = Field(
         "remove",
-        description="records of the text that hold a test text of any task, and rows of train and "
-        "dev that are one of their task: left out, or kept; they are counted all the same",
+        description="records of the text that contain a test text of any task, and rows of train "
+        "and dev that are a test row of their task: removed or kept, and counted either way",
     )
     primary: PrimaryConfig | None = Field(
-        None, description="the comparison that is named before anything runs"
+        None, description="the comparison named before anything runs"
     )
 
     @field_validator("arms")
@@ -150,13 +151,13 @@ class CycleConfig(Settings):
             )
         if not is_used(self.train.objective.hard.weight) and {*MASKED} & {*self.arms}:
             raise ValueError(
-                "train.objective.hard.weight is 0: mlm would learn nothing, both and mixture no "
-                "masked LM; the arm kd is without it, leave the others out of arms"
+                "train.objective.hard.weight is 0: mlm would learn nothing, and both and mixture "
+                "no masked LM. The arm kd does without it; leave the others out of arms"
             )
         if self.students > self.seeds:
             raise ValueError(
                 f"students is {self.students} and seeds {self.seeds}: each student is fine-tuned "
-                "with seeds of its own, so that there must be as many seeds or more"
+                "with its own seeds, so there must be at least as many seeds"
             )
         for task, arm in itertools.product(self.tasks, self.arms):
             for point in self.search_points():
@@ -172,22 +173,22 @@ class CycleConfig(Settings):
     def _experts_teach(self) -> "CycleConfig":
         if self.experts.finetune and not self.has_other_experts:
             raise ValueError(
-                "experts.finetune is for experts of another model (experts.model): of the same "
-                "model they are an arm as the others are, with the same budget. Use finetune"
+                "experts.finetune is for experts of another model (experts.model); experts of the "
+                "same model are an arm like the others, with the same budget. Use finetune"
             )
         for key in {*self.experts.finetune} & {*TaskSettings.model_fields, *FORMER_FIELDS}:
             raise ValueError(f"experts.finetune.{key} says what the files mean, for all arms alike")
         if any("teachers" in given for given in (self.distill, *(t.distill for t in self.tasks))):
             raise ValueError(f"distill.teachers {_ARMS_SET}; leave it out")
         if self.pseudo and "pseudo" not in self.arms:
-            raise ValueError("pseudo is of the arm pseudo, which is not among the arms; add it")
+            raise ValueError("pseudo is for the arm pseudo, which is not among the arms; add it")
         for key in {*self.pseudo} & {"teachers", "divergence", "combine", "temperature"}:
             raise ValueError(f"pseudo.{key} {_ARMS_SET}; leave it out")
         for task, arm in itertools.product(self.tasks, ("kd", "pseudo")):
             if not is_used(self.term_of(task, False, arm).weight):
                 raise ValueError(
-                    f"distill.weight of task {task.name!r} is 0: its expert would teach nothing; "
-                    "the arm mlm is without experts"
+                    f"distill.weight of task {task.name!r} is 0, so its expert would teach "
+                    "nothing; the arm mlm has no experts"
                 )
         return self
 
@@ -204,14 +205,14 @@ class CycleConfig(Settings):
                 )
             if "tokenizer" in task.corpus:
                 raise ValueError(
-                    f"the corpus of task {task.name!r} names a tokenizer: students read with that "
-                    "of student.model, whatever the text; leave it to corpus.tokenizer"
+                    f"the corpus of task {task.name!r} names a tokenizer, but students always use "
+                    "that of student.model; set only corpus.tokenizer"
                 )
             self.text_of(task.name)
         if self.test_texts == "remove" and any(self.text_of(t).without_fields for t in self.texts):
             raise ValueError(
-                "corpus.without_fields would be of the tasks' test files, too, which have their "
-                "own: leave it out, or give test_texts: keep"
+                "corpus.without_fields would also apply to the tasks' test files, which have "
+                "their own fields: leave it out, or give test_texts: keep"
             )
         return self
 
@@ -233,27 +234,27 @@ class CycleConfig(Settings):
 
     @property
     def has_other_experts(self) -> bool:
-        """Whether experts are fine-tuned from another model than students begin as."""
+        """Whether experts are fine-tuned from another model than students start from."""
         return _is_other(self.experts.model, self.student.model)
 
     @property
     def all_teach(self) -> bool:
-        """Whether all seeds of an expert teach kd, both and mixture, and not the best alone."""
+        """Whether all seeds of an expert teach kd, both and mixture, not only the best."""
         return self.experts.teacher == "all" and self.expert_seeds > 1
 
     @property
     def expert_seeds(self) -> int:
-        """How many fine-tunings of each expert there are."""
+        """Number of fine-tunings of each expert."""
         return self.experts.seeds or self.seeds
 
     @property
     def needs_every_seed(self) -> bool:
-        """Whether the model of every seed of an expert teaches somebody."""
+        """Whether the model of every seed of an expert teaches a student."""
         return self.all_teach or "committee" in self.arms
 
     @property
     def twins(self) -> dict[Arm, Arm]:
-        """The arms that would be another one again, and which."""
+        """The arms that coincide with another one, and which."""
         same = {
             "mixture": len(self.tasks) == 1,
             "start": not self.has_other_experts,
@@ -262,8 +263,8 @@ class CycleConfig(Settings):
         return {arm: twin for arm, (twin, _) in TWINS.items() if same[arm]}
 
     def without_twins(self, begun: Collection[str] = ()) -> "CycleConfig":
-        """Leave out each arm that would be another one again, which then stands in its place; not
-        those with which the cycle was ``begun``.
+        """Leave out each arm that coincides with another one, and use that one instead. Arms with
+        which the cycle was ``begun`` stay.
         """
         twins = {arm: twin for arm, twin in self.twins.items() if arm not in begun}
         arms = {twins.get(arm, arm) for arm in self.arms}
@@ -278,12 +279,12 @@ class CycleConfig(Settings):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The tasks that have a text of their own; a single empty name where all have the same."""
+        """The tasks with their own text; a single empty name if all share one."""
         own = tuple(task.name for task in self.tasks if task.corpus)
         return own or ("",)
 
     def text_of(self, name: str) -> CorpusConfig:
-        """The text that is called so (see ``texts``)."""
+        """Return the text of that name (see ``texts``)."""
         common = self.corpus.model_dump(mode="json", exclude_unset=True)
         own = next((task.corpus for task in self.tasks if task.name == name), {})
         where = f"corpus of task {name!r}" if own else "corpus"
@@ -293,21 +294,21 @@ class CycleConfig(Settings):
         return found
 
     def with_cache_in(self, home: Path) -> "CycleConfig":
-        """The same, with its cache in the cycle's folder where it has no place yet."""
+        """Return the same with its cache in the cycle's folder, if it has no path yet."""
         if self.cache.path:
             return self
         cache = self.cache.model_copy(update={"path": str(home / "cache")})
         return self.model_copy(update={"cache": cache})
 
     def of_draw(self, draw: int) -> "CycleConfig":
-        """One draw of the labels, as a cycle of its own."""
+        """Return one draw of the labels as a cycle of its own."""
         path = self.cache.path and f"{self.cache.path}/draw-{draw}"
         cache = self.cache.model_copy(update={"path": path})
         drawn = {"seed": self.seed + draw, "label_draws": 1, "cache": cache}
         return self.model_copy(update=drawn)
 
     def cache_of(self, name: str) -> CacheConfig:
-        """The cache of the text that is called so."""
+        """Return the cache of the text of that name."""
         path = f"{self.cache.path}/{name}" if name else self.cache.path
         return self.cache.model_copy(update={"path": path})
 
@@ -324,17 +325,17 @@ class CycleConfig(Settings):
 
     @property
     def seeds_of_search(self) -> range:
-        """None of those that are compared: these have selected nothing."""
+        """The seeds of the search; none is compared, so those compared have selected nothing."""
         first = max(self.seeds, self.expert_seeds)
         return range(first, first + self.search_seeds)
 
     def search_points(self) -> list[Point]:
-        """Every combination of the searched values; [{}] where nothing is searched."""
+        """Return every combination of the searched values; [{}] without a search."""
         keys = list(self.search)
         return [dict(zip(keys, v, strict=True)) for v in itertools.product(*self.search.values())]
 
     def finetune_of(self, task: CycleTask, point: Point, arm: str) -> FixedBudget:
-        """How the model of ``arm`` is fine-tuned on ``task``: ``longer`` has twice the epochs."""
+        """Return how ``arm``'s model is fine-tuned on ``task``; ``longer``: twice the epochs."""
         config = self.finetune
         experts = self.experts.finetune if arm == "expert" else {}
         for given, where in (
@@ -352,14 +353,14 @@ class CycleConfig(Settings):
     # --- teaching ---------------------------------------------------------------------------------
 
     def teachers_of(self, task: str, arm: str) -> list[str]:
-        """The names in the cache of what teaches an arm's student: the expert on ``task`` that is
-        best on dev, or every seed of it.
+        """Return the cached names of an arm's teachers: the best expert on ``task`` by dev, or
+        every seed of it.
         """
         every = arm == "committee" or (self.all_teach and arm != "pseudo")
         return [seed_name(task, seed) for seed in range(self.expert_seeds)] if every else [task]
 
     def term_of(self, task: CycleTask, regression: bool, arm: str) -> DistillTerm:
-        """The distillation term of the expert on ``task``, of an arm."""
+        """Return the distillation term for the expert on ``task`` in an arm."""
         usual = {"divergence": "mse"} if regression else {}
         values = usual | self.distill | task.distill
         where = f"distill of task {task.name!r}"
@@ -373,7 +374,7 @@ class CycleConfig(Settings):
 
 
 def seed_name(task: str, seed: int) -> str:
-    """What one seed of an expert is called in the cache, beside the others."""
+    """Return the name of one seed of an expert in the cache."""
     return f"{task}.{seed}"
 
 
@@ -382,18 +383,18 @@ def _is_other(model: str | None, student: str) -> bool:
 
 
 def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> None:
-    """Raise ValueError, saying why, where one of these ``keys`` is set."""
+    """Raise ValueError, with the reason, if one of these ``keys`` is set."""
     for key, why in keys.items():
         if attrgetter(key)(section):
             raise ValueError(f"{where}{key} {why}; leave it out")
 
 
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:
-    """Read and validate a cycle's file; as ``config.load_config`` does a run's."""
+    """Read and validate a cycle's file, as ``config.load_config`` does for a run's."""
     values = read_values(path, overrides)
     if "tasks" not in values:
         raise InputError(
-            f"{path} has no tasks, so it is not of a whole cycle; `pipeline init rekindle` writes "
-            "an example. Runs of one student are for `pipeline train-student`"
+            f"{path} has no tasks, so it does not describe a whole cycle; `pipeline init "
+            "rekindle` writes an example. Use `pipeline train-student` for runs of one student"
         )
     return parse_settings(CycleConfig, resolve_values(values), str(path))

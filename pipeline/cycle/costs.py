@@ -1,7 +1,7 @@
-"""What a cycle has cost: the seconds of every stage as recorded, and all that an arm needs of them.
+"""The cost of a cycle: the recorded seconds of every stage, and what each arm needs of them.
 
-What several arms need, such as the experts, is counted for each of them: the sum of an arm is what
-one pays who wants its models alone, with all seeds that were run.
+What several arms need, such as the experts, counts for each of them: the sum of an arm is the cost
+of making only its models, with all seeds that were run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +11,13 @@ from rekindle.pipeline.cycle.cells import Cells
 from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, own_head
 from rekindle.pipeline.cycle.scores import ArmCost
 
-# What an arm may need, in the order in which it is done.
+# What an arm may need, in the order of execution.
 KINDS = ("experts", "caching", "students", "search", "fine-tuning", "scoring")
-SHARED_KINDS = KINDS[:2]  # what serves several arms
+SHARED_KINDS = KINDS[:2]  # stages that serve several arms
 
 
 def stage_costs(cells: Cells) -> dict[str, float]:
-    """Seconds of the stages that are finished and have recorded them, by their folder."""
+    """Return the seconds of the finished stages that recorded them, by folder."""
     done = [*cells.found.values(), *cells.heads.values()]
     costs = {one.folder: one.seconds for one in done}
     for ones in cells.tried.values():
@@ -30,8 +30,8 @@ def stage_costs(cells: Cells) -> dict[str, float]:
 
 
 def arm_costs(arms: Sequence[str], tasks: Sequence[str], cells: Cells) -> list[ArmCost]:
-    """What each arm has cost that has all tasks, and behind it its students with their own heads,
-    which are not fine-tuned, but scored.
+    """Return the cost of each arm that has all tasks, followed by its students with their own
+    heads, which are scored but not fine-tuned.
     """
     costs, found = stage_costs(cells), []
     for arm in arms:
@@ -46,7 +46,7 @@ def arm_costs(arms: Sequence[str], tasks: Sequence[str], cells: Cells) -> list[A
 def _stages(
     kind: str, arm: str, tasks: Sequence[str], cells: Cells, with_own_head: bool
 ) -> Iterator[str]:
-    """The folders of all stages of a kind that an arm needs, each once."""
+    """Yield the folders of all stages of a kind that an arm needs, each once."""
     own = {name: one for name, one in cells.students.items() if _arm_of(name) == arm}
     teachers = {name for one in own.values() for name in one.taught_by}
     experts = [(EXPERT, task) for task in tasks if task in {_task_of(t, tasks) for t in teachers}]
@@ -65,17 +65,17 @@ def _stages(
 
 
 def _searched(points: Sequence[FineTuned]) -> str:
-    """The folder of a search, in which each point has its own."""
+    """Return the folder of a search, which contains a folder for each point."""
     return points[0].folder.rpartition("/")[0]
 
 
 def _arm_of(student: str) -> str:
-    """mlm, mlm.1, kd-TASK and kd-TASK.1 are students of mlm and of kd."""
+    """Return the arm of a student: mlm, mlm.1, kd-TASK and kd-TASK.1 belong to mlm and kd."""
     return student.split("-")[0].split(".")[0]
 
 
 def _task_of(teacher: str, tasks: Sequence[str]) -> str:
-    """The task whose expert, or one seed of it (TASK.0), is called so in the cache."""
+    """Return the task of an expert, or of one seed of it (TASK.0), by its name in the cache."""
     return teacher if teacher in tasks else teacher.rpartition(".")[0]
 
 
@@ -86,7 +86,7 @@ def _sum(arm: str, needs: Mapping[str, Sequence[str]], costs: Mapping[str, float
 
 
 def mean_costs(draws: Sequence[Sequence[ArmCost]]) -> list[ArmCost]:
-    """The mean over draws of the labels, of the arms that all of them have."""
+    """Return the mean over draws of the labels, for arms that all draws have."""
     each = [{one.arm: one for one in draw} for draw in draws]
     found = []
     for arm in [arm for arm in (each or [{}])[0] if all(arm in draw for draw in each)]:

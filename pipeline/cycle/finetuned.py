@@ -1,8 +1,8 @@
-"""What `pipeline finetune` left for the arms of a cycle, and whether it may be compared.
+"""Read what `pipeline finetune` left for the arms of a cycle, and check that it is comparable.
 
-An arm has had the same budget as another if every setting is the same, but for those that were
-searched on dev; the arm ``longer`` has twice the epochs, and twice the steps if those are limited.
-A search is part of the budget: every arm must have tried the same settings with the same seeds.
+Two arms have the same budget if all settings are equal, except those searched on dev; the arm
+``longer`` has twice the epochs, and twice the steps if these are limited. A search is part of the
+budget: every arm must have tried the same settings with the same seeds.
 """
 
 import json
@@ -23,7 +23,7 @@ from rekindle.train.ranking.kinds import RANKING
 from rekindle.train.record.run_folder import read_record
 
 EXPERT = "expert"
-START = "start"  # the students' model, fine-tuned, where experts are of another one
+START = "start"  # the students' model, fine-tuned, if experts are of another model
 LONGER = "longer"  # the students' model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
 PSEUDO = "pseudo"  # a student of the expert's most likely classes
@@ -32,12 +32,12 @@ _DOUBLED = ("epochs", "max_steps")
 _SECOND = {"pearson": "spearman", "spearman": "pearson"}
 _SECOND |= {"ndcg@10": "mrr", "mrr": "ndcg@10", "map": "ndcg@10"}
 
-Grid = Mapping[str, Sequence[object]]  # setting -> the values that are tried
+Grid = Mapping[str, Sequence[object]]  # setting -> the values to try
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned(FinetuneResult):
-    """One metrics.json, of an ``arm`` on a ``task``; ``folder`` is relative to the cycle."""
+    """One metrics.json, for an ``arm`` on a ``task``; ``folder`` is relative to the cycle."""
 
     folder: str
     arm: str
@@ -45,8 +45,8 @@ class FineTuned(FinetuneResult):
 
     @property
     def splits(self) -> dict[str, str]:
-        """The last three parts of the paths of the splits: the cycle's directory may have been
-        moved, or named from elsewhere.
+        """The last three parts of the splits' paths, because the cycle's directory may have been
+        moved.
         """
         return {split: "/".join(Path(path).parts[-3:]) for split, path in self.files.items()}
 
@@ -57,19 +57,19 @@ class FineTuned(FinetuneResult):
 
     @property
     def dev(self) -> list[float]:
-        """The main metric on dev, whose mean over seeds the search maximises."""
+        """The main metric on dev; the search maximises its mean over seeds."""
         return [one.scores[self.metric] for one in self.per_seed]
 
     @property
     def test(self) -> list[dict[str, float]]:
-        """Scores on test by metric; empty where not all seeds have some."""
+        """Scores on test by metric; empty unless all seeds have them."""
         found = [one.test_scores for one in self.per_seed if one.test_scores is not None]
         return found if len(found) == len(self.per_seed) else []
 
     @property
     def shown(self) -> list[str]:
-        """The main metric first, and the second one that GLUE reports for such a task, or
-        that rankings are compared by.
+        """The main metric, then the second one that GLUE reports for such a task, or that rankings
+        are compared by.
         """
         if self.problem in ("regression", RANKING):
             return [self.metric, _SECOND[self.metric]]
@@ -77,12 +77,12 @@ class FineTuned(FinetuneResult):
         return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]
 
     def point(self, grid: Grid) -> tuple[object, ...]:
-        """What it has of the settings that are searched."""
+        """Return its values of the searched settings."""
         return tuple(self.config.get(key) for key in grid)
 
     @property
     def budget(self) -> dict[str, object]:
-        """The settings; in the arm ``longer`` those that it would have at the common length."""
+        """The settings; for the arm ``longer``, as they would be at the common length."""
         config = with_once_fixed(self.config)
         if self.arm != LONGER:
             return config
@@ -94,29 +94,31 @@ Terms = Callable[[FineTuned], Mapping[str, object]]  # what is compared of a res
 
 
 def folder_of(arm: str, task: str) -> str:
-    """Where an arm's fine-tuned model of a task is, in the cycle's directory."""
+    """Return the folder of an arm's fine-tuned model of a task, in the cycle's directory."""
     return f"experts/{task}" if arm == EXPERT else f"fine-tuned/{arm}/{task}"
 
 
 def own_head(arm: str) -> str:
-    """What the students of an arm are called that are scored as their experts left them."""
+    """Return the name of an arm's students scored with the head their experts left."""
     return f"{arm} (own head)"
 
 
 def own_head_folder(arm: str, task: str) -> str:
-    """Where the scores of an arm's student with its own head are, in the cycle's directory."""
+    """Return the folder of the scores of an arm's student with its own head."""
     return f"distilled/{arm}/{task}"
 
 
 def student_part(folder: str, number: int, students: int) -> str:
-    """The part of an arm's folder that is of the student with that number, where there are
-    several ``students``; else the folder.
+    """Return the part of an arm's folder for the student of that number, if there are several
+    ``students``; else the folder.
     """
     return folder if students == 1 else f"{folder}/student-{number}"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None without a file. CheckpointError for anything else."""
+    """Return the object in a JSON file; None without a file. Raise CheckpointError for anything
+    else.
+    """
     return read_record(path, _AGAIN, _refuse)
 
 
@@ -125,7 +127,7 @@ def _refuse(constant: str) -> None:
 
 
 def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | None:
-    """The result in ``out / folder``; None where there is none yet. CheckpointError if damaged."""
+    """Return the result in ``out / folder``; None if missing. Raise CheckpointError if damaged."""
     path = out / folder / RESULT_FILE
     values = read_json(path)
     if values is None:
@@ -137,8 +139,8 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
 
 
 def finetuned_of(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
-    """The result that a metrics.json says. ValueError for what `pipeline finetune` does not
-    leave.
+    """Return the result in a metrics.json. Raise ValueError for anything `pipeline finetune` does
+    not write.
     """
     try:
         if values["written_by"] != WRITER:
@@ -147,17 +149,19 @@ def finetuned_of(values: Mapping[str, Any], folder: str, arm: str, task: str) ->
         return _checked(_reader().validate_json(whole, strict=True))
     except (KeyError, TypeError, ValueError) as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"is not what `pipeline finetune` leaves ({told})") from None
+        raise ValueError(f"is not what `pipeline finetune` writes ({told})") from None
 
 
 @cache
 def _reader() -> TypeAdapter[FineTuned]:
-    return TypeAdapter(FineTuned)  # takes as long to make as several files to read
+    return TypeAdapter(FineTuned)  # takes as long to build as reading several files
 
 
 def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> FineTuned | None:
-    """The result in ``out / folder``; of several ``students`` those of all together, by seed. None
-    where one is not there yet. CheckpointError for what is damaged, or not alike.
+    """Return the result in ``out / folder``; for several ``students``, all of them together, by
+    seed.
+
+    None if one is missing. Raise CheckpointError if something is damaged, or differs.
     """
     one = read_finetuned(out, folder, arm, task)
     if one is not None or students == 1:
@@ -190,7 +194,7 @@ def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> 
 
 
 def _checked(one: FineTuned) -> FineTuned:
-    """What can be seen of one result alone: each seed once, each with all scores, the best kept."""
+    """Check one result by itself: each seed once, each with all scores, the best one kept."""
     if not one.seeds or len(set(one.seeds)) != len(one.seeds):
         raise ValueError(f"seeds {one.seeds}")
     for scores in [*(seed.scores for seed in one.per_seed), *one.test]:
@@ -199,12 +203,14 @@ def _checked(one: FineTuned) -> FineTuned:
                 raise ValueError(f"{metric} is {scores[metric]}")
     dev = dict(zip(one.seeds, one.dev, strict=True))
     if dev[one.best_seed] < max(dev.values()):
-        raise ValueError(f"seed {one.best_seed} is kept, and is not the best on dev")
+        raise ValueError(f"seed {one.best_seed} is kept, but it is not the best on dev")
     return one
 
 
 def check_alike(out: Path, found: Sequence[FineTuned], terms: Terms) -> None:
-    """Raise CheckpointError where ``terms``, what must be the same in all, differ; name two."""
+    """Raise CheckpointError, naming two results, if their ``terms``, which must be equal,
+    differ.
+    """
     for other in found[1:]:
         first, second = terms(found[0]), terms(other)
         for key in {**second, **first}:
@@ -220,12 +226,14 @@ def check_alike(out: Path, found: Sequence[FineTuned], terms: Terms) -> None:
 
 
 def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, object]:
-    """Everything that must be the same in all arms of a task, but for what was ``searched``."""
+    """Return everything that must be the same in all arms of a task, except what was
+    ``searched``.
+    """
     names = ("problem", "label_names", "metric", "seeds")
-    # What the files mean is compared by what was made of them; older results do not set it.
+    # The meaning of the files is compared by its effect; older results do not set it.
     left_out = {*searched, *TaskSettings.model_fields, *FORMER_FIELDS}
     settings = {key: value for key, value in one.budget.items() if key not in left_out}
-    # The setting may be "auto"; where it was searched, arms may have chosen differently.
+    # The setting may be "auto"; if it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}
     own = {name: getattr(one, name) for name in names} | {"files": one.splits}
     if one.metric == "f1":
@@ -234,7 +242,7 @@ def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, objec
 
 
 def _positive(one: FineTuned) -> str | None:
-    """The class whose F1 counts; to older versions it was the second of two, whatever its name."""
+    """Return the class whose F1 counts; in older versions it was the second of two."""
     if "positive" in one.config or len(one.label_names) != 2:
         return one.positive
     return one.label_names[1]

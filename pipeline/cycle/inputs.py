@@ -1,9 +1,9 @@
-"""What a cycle begins from: its tasks, and the model that experts and students begin as.
+"""The inputs of a cycle: its tasks, and the model that experts and students start from.
 
-    OUT/tasks/TASK/{train,dev,test}.jsonl
+  OUT/tasks/TASK/{train,dev,test}.jsonl
 
-Which examples train, which select and which are scored: every arm is fine-tuned on these very
-files. They are written once, and whole or not at all.
+These files fix which examples train, which select and which are scored; every arm is fine-tuned on
+them. They are written once, whole or not at all.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ TASKS_FOLDER = "tasks"
 logger = logging.getLogger("rekindle")
 
 _AS_IT_IS = TaskSettings()
-_MOST_DEV = 5  # dev is at most one of so many parts of train
+_MOST_DEV = 5  # dev is at most this part of train: 1/5
 
 
 @dataclass(frozen=True)
@@ -49,39 +49,41 @@ class TaskFiles:
     task: CycleTask
     regression: bool
     metric: str
-    pairs: str | None  # how pairs are made of the unlabelled text; None: single texts
+    pairs: str | None  # how pairs are made from the unlabelled text; None: single texts
     splits: dict[str, TaskData]
     rows: dict[str, np.ndarray]  # of each split, ascending
-    digests: dict[str, str]  # sha256 of the files it comes from
-    held: dict[str, int]  # rows of the files of train and dev that are a row of test
+    digests: dict[str, str]  # sha256 of its source files
+    held: dict[str, int]  # rows of the train and dev files that are a row of test
 
     @property
     def chance(self) -> float | None:
-        """The accuracy on test of always saying its most common class; None for other metrics."""
+        """The accuracy on test of always answering the most common class; None for other
+        metrics.
+        """
         if self.metric != "accuracy":
             return None
         labels = self.splits["test"].labels[self.rows["test"]]
         return float(np.bincount(labels).max() / len(labels))
 
     def own_settings(self, config: FinetuneConfig) -> FinetuneConfig:
-        """``config`` for the files that are written here, which have what it chose of the columns
-        and rows of others.
+        """Return ``config`` for the files written here, in which columns and rows are already
+        chosen.
         """
         data = self.splits["train"]
         own = {"positive": data.positive, "threshold": data.threshold}
         return config.model_copy(update=TaskSettings(problem=data.problem, **own).model_dump())
 
     def texts_of(self, split: str) -> list[tuple[str, str | None]]:
-        """The texts of a split's rows, each with the second one of its pair."""
+        """Return the texts of a split's rows, each with the second one of its pair."""
         return _examples(self.splits[split], self.rows[split])
 
     def files_in(self, home: Path) -> dict[str, Path]:
-        """Where each split is written in a cycle's folder."""
+        """Return the file of each split in a cycle's folder."""
         return {name: home / TASKS_FOLDER / self.task.name / f"{name}.jsonl" for name in self.rows}
 
     @property
     def facts(self) -> dict[str, object]:
-        """What ``cycle.json`` says of it."""
+        """The task's entry in ``cycle.json``."""
         counts = {name: len(rows) for name, rows in self.rows.items()}
         seen = set(self.texts_of("train"))
         shared = sum(one in seen for one in self.texts_of("test"))
@@ -98,8 +100,8 @@ class TaskFiles:
 
 
 def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
-    """Read and divide the files of every task, and ``tell`` what was read; InputError for whatever
-    is wrong with them.
+    """Read and split the files of every task, and ``tell`` what was read. Raise InputError for
+    anything wrong with them.
     """
     remove = config.test_texts == "remove"
     found = [
@@ -108,14 +110,14 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     ]
     for one in found if tell else ():
         for name, split in one.splits.items():
-            if name != "dev" or one.task.dev:  # or else it is of train
+            if name != "dev" or one.task.dev:  # else it is part of train
                 logger.info("task %s, %s: %s", one.task.name, name, split.described())
     return found
 
 
 def read_draws(config: CycleConfig) -> list[TaskFiles]:
-    """The tasks of ``config``, which are those of the first draw of the labels. InputError for what
-    is wrong with those of any draw, so that none fails when others have run.
+    """Return the tasks of ``config`` for the first draw of the labels. Raise InputError for a
+    problem in any draw, so that none fails after others have run.
     """
     draws = []
     for number in range(config.label_draws):
@@ -132,14 +134,14 @@ def _read(
     remove: bool = False,
     tell: bool = True,
 ) -> TaskFiles:
-    """One task; ``remove``: without the rows of train and dev that are one of test."""
+    """Read one task; ``remove``: without the rows of train and dev that are a row of test."""
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
     found = _as_they_are(tuple((path, state_of(path)) for path in paths.values()), settings)
     splits = dict(zip(paths, found, strict=True))
     train = splits["train"]
     if train.words is not None:
         raise InputError(
-            f"task {task.name!r}: {task.train} has tokens with tags, and a cycle is of texts. "
+            f"task {task.name!r}: {task.train} has tokens with tags, but a cycle needs texts. "
             "Make an expert of it with pipeline finetune, and name it as a teacher with task: "
             "token_classification in a run file (pipeline train-student)"
         )
@@ -161,7 +163,7 @@ def _read(
             leave = "leave it out, " if name == "dev" else ""
             raise InputError(
                 f"task {task.name!r}: all {counted(len(held[name]), 'row')} of {name} "
-                f"({paths[name]}) are rows of test, and those are left out: give another {name}, "
+                f"({paths[name]}) are rows of test, which are removed: give another {name}, "
                 f"{leave}or give test_texts: keep"
             )
     if task.dev is None:
@@ -186,7 +188,7 @@ def _read(
             "expert on single texts is shown single texts: leave pairs out"
         )
     pairs = (task.pairs or "adjacent") if train.pairs is not None else None
-    # What is left to train on must have every class.
+    # The remaining training rows must contain every class.
     labels = train.labels[rows["train"]]
     there = labels.nonzero()[1] if train.problem == SEVERAL else labels
     missing = set(range(len(train.label_names))) - set(there.tolist())
@@ -203,7 +205,7 @@ def _read(
     return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests, counts)
 
 
-# Several draws of the labels are of the same files, each of which is read once.
+# All draws of the labels use the same files; each is read once.
 @lru_cache(maxsize=64)
 def _as_they_are(
     files: tuple[tuple[str, FileState], ...], settings: TaskSettings
@@ -217,7 +219,9 @@ def _digest(path: str, state: FileState) -> str:
 
 
 def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray, tell: bool) -> np.ndarray:
-    """The first ``train_per_class`` rows of each class in ``order``; all where it is not given."""
+    """Return the first ``train_per_class`` rows of each class in ``order``; all if it is
+    not given.
+    """
     if task.train_per_class is None:
         return order
     if not train.label_names or train.problem == SEVERAL:
@@ -240,7 +244,7 @@ def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray, tell: bo
 
 
 def _check_draws_differ(draws: Sequence[Sequence[TaskFiles]]) -> None:
-    """Raise InputError for a task that has the same rows in every draw of the labels."""
+    """Raise InputError for a task with the same rows in every draw of the labels."""
     for one, *others in zip(*draws, strict=True):
         both = itertools.product(others, ("train", "dev"))
         if all(np.array_equal(one.rows[name], other.rows[name]) for other, name in both):
@@ -257,8 +261,8 @@ def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[st
 
 
 def _normalised(example: tuple[str, str | None]) -> tuple[str, ...]:
-    """Of a pair in either order: whether two texts say the same is one question both ways round."""
-    # Of "?!" nothing is left, which is not for that reason the same as "...".
+    """Return the normalised texts; a pair counts in either order, as the question is the same."""
+    # Nothing is left of "?!", but that does not make it equal to "...".
     return tuple(sorted(normalised(text) or text for text in example if text is not None))
 
 
@@ -266,12 +270,12 @@ def _normalised(example: tuple[str, str | None]) -> tuple[str, ...]:
 
 
 def test_files(home: Path, config: CycleConfig) -> list[Path]:
-    """Where the test splits of all tasks are, which no text may hold."""
+    """Return the test splits of all tasks, which no text may contain."""
     return [home / TASKS_FOLDER / task.name / "test.jsonl" for task in config.tasks]
 
 
 def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
-    """Write the splits of every task whose files are not there."""
+    """Write the missing split files of every task."""
     for one in tasks:
         for name, file in one.files_in(home).items():
             if not file.exists():
@@ -280,7 +284,7 @@ def write_tasks(tasks: Sequence[TaskFiles], home: Path) -> None:
 
 
 def _record(data: TaskData, row: int) -> dict[str, object]:
-    """A line that ``read_task`` reads as the same example."""
+    """Return a line that ``read_task`` reads as the same example."""
     texts: dict[str, object] = {"text": data.texts[row]}
     if data.pairs is not None:
         texts = {"sentence1": data.texts[row], "sentence2": data.pairs[row]}
@@ -298,7 +302,7 @@ def _record(data: TaskData, row: int) -> dict[str, object]:
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
-    """Whether names of classes, in their order, are those of numbers: "07" is a word, and so are
+    """Return whether the class names, in order, are those of numbers: "07" is a word, and so are
     "10" and "9" in this order.
     """
     try:
@@ -312,11 +316,11 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def check_start(config: CycleConfig) -> dict[str, str]:
-    """What ``cycle.json`` says of the start model, and of that of experts where it is another one:
-    the fingerprints of their weights.
+    """Return the fingerprints of the start model, and of the experts' model if it is another one,
+    for ``cycle.json``.
 
-    Raises InputError where there is no such model, no weights or no tokenizer of its own, or the
-    corpus has another one than the students: they see the corpus's.
+    Raise InputError if a model, its weights or its tokenizer is missing, or if the corpus has
+    another tokenizer than the students, who would see the corpus's.
     """
     from rekindle.train.model.files import weights_fingerprint
     from rekindle.train.model.folder import tokenizer_folder
@@ -328,8 +332,8 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     if len(other):
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
-            f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would read "
-            "other words: name the model's own"
+            f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would "
+            "read other words: name the model's own"
         )
     found = {"weights": weights_fingerprint(directory)}
     if config.has_other_experts:
@@ -340,7 +344,7 @@ def check_start(config: CycleConfig) -> dict[str, str]:
 
 
 def _check_model(model: str, key: str) -> Path:
-    """The folder of a model that experts or students can begin as."""
+    """Return the folder of a model that experts or students can start from."""
     from rekindle.train.model.folder import resolve_model
     from rekindle.train.model.headers import check_expert_files, check_student_files
 
@@ -352,15 +356,15 @@ def _check_model(model: str, key: str) -> Path:
 
 
 def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
-    """Raise InputError for a task whose expert cannot teach an arm as that asks."""
+    """Raise InputError for a task whose expert cannot teach an arm as the arm requires."""
     for text in config.texts:
         _check_pairs(config, text, tasks)
     for one in tasks:
         where, kind = f"task {one.task.name!r} is", one.splits["train"].problem
         if "pseudo" in config.arms and one.regression:
             raise InputError(
-                f"{where} a regression, whose expert has no class that is most likely; the arm "
-                "pseudo would be kd: leave it out of arms"
+                f"{where} a regression, whose expert has no most likely class; the arm pseudo "
+                "would be kd: leave it out of arms"
             )
         taught = [arm for arm in config.arms if arm in WITH_TEACHERS]
         together = [arm for arm in taught if len(config.teachers_of(one.task.name, arm)) > 1]
@@ -375,7 +379,7 @@ def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
 
 
 def _check_pairs(config: CycleConfig, text: str, tasks: Sequence[TaskFiles]) -> None:
-    """Raise InputError for an expert that cannot read a text whose records are pairs."""
+    """Raise InputError for an expert that cannot read a text of paired records."""
     if config.text_of(text).pair_field is None:
         return
     taught = {task for _, task, _ in teachers_on(config, text)}
@@ -383,12 +387,12 @@ def _check_pairs(config: CycleConfig, text: str, tasks: Sequence[TaskFiles]) -> 
     for one in [one for one in tasks if one.task.name in taught]:
         if one.pairs is None:
             raise InputError(
-                f"{where} has pairs (corpus.pair_field), and the expert on {one.task.name} is on "
+                f"{where} has pairs (corpus.pair_field), but the expert on {one.task.name} reads "
                 "single texts: give that task a corpus of its own without pair_field, and leave "
                 "the arm mixture out"
             )
         if one.task.pairs is not None:
             raise InputError(
-                f"task {one.task.name!r}: pairs is {one.task.pairs}, and {where} has pairs already "
-                "(corpus.pair_field): leave tasks.….pairs out"
+                f"task {one.task.name!r}: pairs is {one.task.pairs}, but {where} already has "
+                "pairs (corpus.pair_field): leave tasks.….pairs out"
             )

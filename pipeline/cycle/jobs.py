@@ -1,4 +1,4 @@
-"""The jobs of a cycle and what they wait for. Nothing is run here, and no file is opened."""
+"""The jobs of a cycle and their dependencies. Runs nothing and opens no file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,19 +17,19 @@ from rekindle.pipeline.processes.jobs import Job
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.result import RESULT_FILE, seed_folder
 
-START_FOLDER = "start"  # the start model as students take it over, and so experts as well
-START_EXPERT = "start-expert"  # the model of experts, where it is another one
+START_FOLDER = "start"  # the start model as students, and therefore experts, start from it
+START_EXPERT = "start-expert"  # the experts' model, if it is another one
 
 
 def start_folder(config: CycleConfig, arm: str) -> str:
-    """Where the model is that the fine-tuning of an arm without students begins with."""
+    """Return the folder of the model from which an arm without students is fine-tuned."""
     return START_EXPERT if arm == "expert" and config.has_other_experts else START_FOLDER
 
 
 def plan_jobs(
     home: Path, config: CycleConfig, tasks: Sequence[TaskFiles], only: str = ""
 ) -> Iterator[Job]:
-    """Every job; of those that can start, the first does. ``only``: those that one task needs, of
+    """Yield every job; of those that can start, the first does. ``only``: the jobs for one task, of
     tasks that have texts of their own.
     """
     models = {START_FOLDER: config.student.model}
@@ -75,7 +75,7 @@ def plan_jobs(
 
 
 def _caching(home: Path, config: CycleConfig, texts: Sequence[str]) -> Iterator[Job]:
-    """One after another: a teacher's time is then its own."""
+    """Cache one teacher after another, so that each one's time is its own."""
     before: tuple[str, ...] = tuple(map(_corpus, texts))
     for text in texts:
         for name, task, _ in teachers_on(config, text):
@@ -108,7 +108,7 @@ def _costs(home: Path, text: str) -> Path:
 def searched_files(
     home: Path, config: CycleConfig, arm: Arm, task: str
 ) -> list[tuple[Point, Path]]:
-    """What an arm tries on a task, and where the scores of it are; nothing without a search."""
+    """Return what an arm tries on a task, and the files of its scores; empty without a search."""
     points, folder = config.search_points(), search_home(home) / "search" / arm / task
     if len(points) == 1:
         return []
@@ -116,7 +116,7 @@ def searched_files(
 
 
 def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> Iterator[Job]:
-    """The search, and the fine-tunings that are compared, with what it has chosen."""
+    """Yield the search, and the compared fine-tunings with the chosen settings."""
     name, files = one.task.name, home / TASKS_FOLDER / one.task.name
     tried: list[tuple[FinetuneConfig, Path]] = []
     searched = []
@@ -163,7 +163,7 @@ def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> I
 def _begins(
     home: Path, config: CycleConfig, arm: Arm, task: str, number: int = 0
 ) -> tuple[Path, tuple[str, ...]]:
-    """The model that a fine-tuning begins with, and the job that makes it."""
+    """Return the model that a fine-tuning starts from, and the job that makes it."""
     student = student_of(config, arm, task, number)
     start = start_folder(config, arm)
     made = (home / "students" / student, f"student {student}") if student else (home / start, start)

@@ -1,4 +1,4 @@
-"""What must be said beside the tables of a cycle: what its numbers are of, and what not."""
+"""Notes beside the tables of a cycle: what its numbers cover, and what not."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,19 +11,19 @@ from rekindle.pipeline.cycle.searched import Searched
 from rekindle.pipeline.report.significance import Difference
 from rekindle.train.finetune.metrics import printed_name
 
-UNFINISHED = "unfinished"  # how the note begins that says what is not there
-UNLEARNED = "next to nothing was learned"  # the one that names where this is so
-UNHELPFUL = "guidance is not shown to help"  # and the one that says this
-_SURE = 0.05  # adjusted p below which a difference counts as more than chance
-FEWEST_SEEDS = 5  # below, an interval is little more than a guess
+UNFINISHED = "unfinished"  # start of the note about missing parts
+UNLEARNED = "next to nothing was learned"  # start of the note about what hardly learned anything
+UNHELPFUL = "guidance is not shown to help"  # start of the note that guidance does not help
+_SURE = 0.05  # below this adjusted p, a difference counts as more than chance
+FEWEST_SEEDS = 5  # with fewer, an interval is little more than a guess
 
 
-Draws = Mapping[int, Mapping[tuple[str, str], FineTuned]]  # by arm and task, of every draw
+Draws = Mapping[int, Mapping[tuple[str, str], FineTuned]]  # by arm and task, for every draw
 
 
 def notes_of(results: CycleResults, draws: Draws, said: Sequence[str] = ()) -> list[str]:
-    """The notes, those first that say what is not there, as ``said`` does. ``draws``: what was
-    fine-tuned in each draw of the labels, of which there is one where they are not drawn anew.
+    """Return the notes, first those about missing parts, like ``said``. ``draws``: what was
+    fine-tuned in each draw of the labels (a single draw if they are not drawn again).
     """
     found = [one for cells in draws.values() for one in cells.values()]
     missing = [*_missing(results, {cell for cells in draws.values() for cell in cells}), *said]
@@ -54,7 +54,7 @@ def _missing(results: CycleResults, found: Collection[tuple[str, str]]) -> Itera
 
 
 def _unlearned(draws: Draws) -> Iterator[str]:
-    """One sentence of the fine-tunings that `pipeline finetune` warns of."""
+    """Yield one sentence about the fine-tunings that `pipeline finetune` warns about."""
     found: dict[str, list[str]] = {}
     for draw, cells in draws.items():
         for one in cells.values():
@@ -75,8 +75,8 @@ def _unlearned(draws: Draws) -> Iterator[str]:
 
 
 def _guidance(results: CycleResults) -> Iterator[str]:
-    """One sentence where no student of experts beats the one of the text alone (else what is to be
-    beaten): on the mean over tasks, or on the only task.
+    """Yield one sentence if no student of experts beats the student of the text alone (else the
+    base arm), on the mean over tasks or the only task.
     """
     taught = [one for one in results.differences if one.arm in GUIDED]
     for against in (MLM, results.base):
@@ -98,8 +98,9 @@ def _guidance(results: CycleResults) -> Iterator[str]:
 
 
 def is_gain(one: Difference) -> bool:
-    """Whether it is more than chance, by a test: the same gain with every seed has none (of two
-    seeds on few rows that is often so by chance).
+    """Return whether a test shows it to be more than chance.
+
+    The same gain with every seed has no test; with two seeds on few rows it often is chance.
     """
     return one.mean > 0 and one.p_adjusted is not None and one.p_adjusted < _SURE
 
@@ -129,7 +130,7 @@ def _tests(results: CycleResults) -> Iterator[str]:
 
 
 def _planned(results: CycleResults) -> str:
-    """How many tests p is adjusted for, where not all that are planned are there."""
+    """Say how many tests p is adjusted for, if some of the planned ones are missing."""
     there = Counter(one.against for one in results.differences if one.p is not None)
     planned = planned_tests(results.arms, [*results.metrics])
     told = [f"{len(names)} against {arm}" for arm, names in planned.items() if there[arm]]
@@ -138,7 +139,7 @@ def _planned(results: CycleResults) -> str:
 
 
 def _covered(results: CycleResults, found: Sequence[FineTuned]) -> Iterator[str]:
-    """What the intervals cover, and what not."""
+    """Say what the intervals cover, and what not."""
     seeds = next((one for one in found if one.arm != EXPERT), found[0]).seeds
     if results.draws is not None:
         yield from _covered_by_draws(results, len(results.draws), len(seeds))
@@ -205,7 +206,7 @@ def _covered_by_draws(results: CycleResults, draws: int, seeds: int) -> Iterator
 
 
 def _metrics(found: Collection[FineTuned]) -> Iterator[str]:
-    """What an F1 is of, where its name does not say that."""
+    """Say what an F1 covers, if its name does not."""
     names = {one.task: printed_name(one.metric, one.problem, len(one.label_names)) for one in found}
     meanings = {"macro f1": "the unweighted mean over classes (macro)", "entity f1": "of entities"}
     for name, meaning in meanings.items():
@@ -214,7 +215,7 @@ def _metrics(found: Collection[FineTuned]) -> Iterator[str]:
 
 
 def _selected(results: CycleResults) -> Iterator[str]:
-    """Students of a selected teacher start from more than the mean expert has."""
+    """Say that students of a selected teacher start from more than the mean expert has."""
     main = results.main
     if not any(arm == SELECTED for arm, _ in main):
         return
@@ -250,7 +251,7 @@ def _budgets(results: CycleResults, arms: Collection[str]) -> Iterator[str]:
 
 
 def _held(results: CycleResults) -> Iterator[str]:
-    """What is known of test texts in what was trained on."""
+    """Say what is known of test texts in the training text."""
     for one in results.texts:
         where = f"the text of {one.task}" if one.task else "the unlabelled text"
         if one.exact is None or one.near is None:
@@ -273,7 +274,7 @@ def _held(results: CycleResults) -> Iterator[str]:
 
 
 def _has_without(results: CycleResults, text: str) -> bool:
-    """Whether the cycle's file names more than tests whose texts are left out of this text."""
+    """Return whether the cycle's file excludes more than test texts from this text."""
     own = {one["name"]: one.get("corpus") for one in results.file.get("tasks", [])}.get(text)
     return bool(((results.file.get("corpus") or {}) | (own or {})).get("without"))
 
@@ -294,7 +295,7 @@ def _searched(results: CycleResults) -> Iterator[str]:
 
 
 def _at_edge(one: Searched) -> bool:
-    """Whether a number that was chosen is the smallest or largest of three or more."""
+    """Return whether a chosen number is the smallest or largest of three or more."""
     for key, value in (one.chosen or {}).items():
         values = [point.settings[key] for point in one.tried]
         tried = [v for v in set(values) if isinstance(v, int | float) and not isinstance(v, bool)]

@@ -1,4 +1,4 @@
-"""A cycle's report: its scores with the differences between the arms, and its students as runs."""
+"""The report of a cycle: its scores, the differences between arms, and its students as runs."""
 
 import json
 import shlex
@@ -43,11 +43,11 @@ from rekindle.train.finetune.config import FinetuneConfig
 
 TITLE = "Knowledge rekindle: experts, and students that they guided"
 Used = Mapping[tuple[str, str], Mapping[str, object]]  # settings of fine-tuning, by arm and task
-_FIRST = (UNFINISHED, UNLEARNED, UNHELPFUL)  # how the notes begin that stand above all
+_FIRST = (UNFINISHED, UNLEARNED, UNHELPFUL)  # beginnings of the notes shown above all others
 
 
 def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
-    """The page of ``pipeline compare``: of a cycle, where that alone is given."""
+    """Return the page of ``pipeline compare``; the page of a cycle if only that is given."""
     cycle = directories[0] if len(directories) == 1 and is_cycle(directories[0]) else None
     if cycle is None:
         return comparison_html(comparison)
@@ -61,9 +61,10 @@ def compare_cycle(
     as_json: bool,
     named: Callable[[str], str] = str,
 ) -> str | None:
-    """What ``pipeline compare`` says of a cycle of several draws or texts, where that alone is
-    given: its students are of different corpora, and only their scores can be compared. ``out``
-    receives the page, as ``named`` makes it of the text. None for anything else.
+    """Return the output of ``pipeline compare`` for a single cycle of several draws or texts.
+
+    Its students have different corpora, so only their scores can be compared. ``out`` receives the
+    page, made from the text by ``named``. None for anything else.
     """
     home = directories[0]
     if len(directories) > 1 or not is_cycle(home):
@@ -79,11 +80,11 @@ def compare_cycle(
 
 
 def check_one_corpus(directories: Sequence[Path], options: Sequence[tuple[str, str]]) -> None:
-    """Raise InputError where heads are to be scored (``options``: each with its value) of a cycle
-    of several draws or texts, which that alone is given: its students are of several corpora. It
-    says what to type for each of them.
+    """Raise InputError if heads are to be scored (``options``, each with its value) for a single
+    cycle of several draws or texts, because its students have several corpora. The message says
+    what to type for each.
     """
-    from rekindle.pipeline.compare.heads import head_and_place  # which imports torch
+    from rekindle.pipeline.compare.heads import head_and_place  # imports torch
 
     home = directories[0]
     if len(directories) > 1 or not is_cycle(home):
@@ -117,7 +118,7 @@ def check_one_corpus(directories: Sequence[Path], options: Sequence[tuple[str, s
 
 
 def verdict_above(directories: Sequence[Path]) -> str:
-    """What `pipeline compare` says first of a cycle, where that alone is given; else nothing."""
+    """Return the first words of `pipeline compare` about a single cycle; else ""."""
     if len(directories) != 1 or not is_cycle(directories[0]):
         return ""
     told = _sentence(read_results(directories[0]).verdict)
@@ -125,8 +126,8 @@ def verdict_above(directories: Sequence[Path]) -> str:
 
 
 def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResults) -> str:
-    """The page of the cycle in ``home``, whole; ``comparisons`` are of the students on each text,
-    none where there are no students, or where the draws of the labels have pages of their own.
+    """Return the whole page of the cycle in ``home``. ``comparisons`` cover the students on each
+    text; none if there are no students, or if the draws of the labels have their own pages.
     """
     scores = cycle_section(results)
     about = results.settings.get("settings", {}).get("about") or (
@@ -138,10 +139,10 @@ def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResu
     sections = [*primary_section(results), short, scores]
     pages = []
     for comparison in comparisons:
-        # A student that is an arm's only one has the line of that arm in all pictures.
+        # A student that is the only one of its arm has that arm's line in all pictures.
         names = [run.name for run in comparison.runs]
         page = comparison_page(comparison, scores, list(dict.fromkeys([*results.arms, *names])))
-        # What the cycle is about comes first; how the students were trained comes after it.
+        # The cycle's topic comes first, how the students were trained comes last.
         own = f" on the text of {_text_of(comparison)}" if len(comparisons) > 1 else ""
         others = [one for one in page.sections if one is not scores]
         sections += [replace(section, title=f"{section.title}{own}") for section in others]
@@ -152,12 +153,12 @@ def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResu
 
 
 def _text_of(comparison: Comparison) -> str:
-    """The task whose text these students have read: its cache is called so."""
+    """Return the task whose text these students have read, from the name of the cache."""
     return Path(comparison.folders[0].cache.get("path", "")).name
 
 
 def primary_section(results: CycleResults) -> Iterator[Section]:
-    """The comparison that was named before anything ran; nothing where none was."""
+    """Yield the comparison named before anything ran, if there is one."""
     if (primary := results.primary) is None:
         return
     blocks: list[Block] = [stacked(table, INTERVAL) for table in primary_tables(results)]
@@ -169,14 +170,15 @@ def primary_section(results: CycleResults) -> Iterator[Section]:
 
 
 def cycle_section(results: CycleResults) -> Section:
-    """Scores on test by arm and task, differences, and what must be said beside them."""
+    """Return scores on test by arm and task, differences, and the notes."""
     first = [note for note in results.notes if note.startswith(_FIRST)]
     tasks = [_task_scores(results, task) for task in results.tasks]
     best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
     warnings = [*map(_sentence, first)]
     how = (results.unit, secondary(results))
     ones = results.differences
-    if results.primary is not None:  # a picture of every other one would be a page of its own
+    # a picture of every other comparison would be a page of its own
+    if results.primary is not None:
         ones = [one for one in ones if one.task == results.where]
     section = scores_section(
         results.arms, tasks, results.differences, warnings, best, *how, pictured=ones
@@ -188,7 +190,7 @@ def cycle_section(results: CycleResults) -> Section:
 
 
 def _best_arm(results: CycleResults, task: TaskScores) -> str | None:
-    """The arm with the highest mean, if it beats what is to be beaten by more than chance."""
+    """Return the arm with the highest mean, if it beats the base by more than chance."""
     base = (task.task, results.base)
     ones = [one for one in results.differences if (one.task, one.against) == base]
     gained = [one for one in ones if is_gain(one)]
@@ -211,14 +213,14 @@ def _task_scores(results: CycleResults, task: TaskFacts) -> TaskScores:
 
 
 def shown(path: str | Path) -> str:
-    """A path as one would type it here."""
+    """Return a path as one would type it here."""
     here = Path.cwd()
     inside = Path(path).is_relative_to(here)
     return str(Path(path).relative_to(here) if inside else path)
 
 
 def _by_hand(home: Path, results: CycleResults) -> list[Section]:
-    """What was run, and the commands that do each kind of stage again, beside the cycle's own."""
+    """Return what was run, and the commands that repeat each kind of stage."""
     try:
         config = parse_settings(CycleConfig, results.settings.get("settings"), "cycle.json")
     except InputError:  # of another version
@@ -231,8 +233,8 @@ def _by_hand(home: Path, results: CycleResults) -> list[Section]:
 
 
 def settings_used(home: Path, config: CycleConfig) -> Used:
-    """How every arm was fine-tuned on every task, as it recorded that; as it will be, where it is
-    not there yet and nothing is left to choose.
+    """Return how every arm was fine-tuned on every task, as recorded; where it is missing, as it
+    will be, if nothing is left to choose.
     """
     points = config.search_points()
     used: dict[tuple[str, str], Mapping[str, object]] = {}
@@ -248,7 +250,7 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
 
 
 def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
-    """Text, start model and budgets, as pairs of what and value."""
+    """Return text, start model and budgets, as pairs of label and value."""
     train, own = config.train, config.experts.model
     sources = [one for text in config.texts for one in config.text_of(text).places]
     more = f" (of experts {config.expert_seeds})" * (config.expert_seeds != config.seeds)
@@ -272,7 +274,9 @@ def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
 
 
 def _budget(config: CycleConfig, used: Used) -> Iterator[str]:
-    """Epochs, learning rate and what else was searched; with whose they are, where they differ."""
+    """Yield epochs, learning rate and other searched settings, with their tasks and arms if they
+    differ.
+    """
     for key in dict.fromkeys(("epochs", "learning_rate", *config.search)):
         cells: dict[object, list[tuple[str, str]]] = {}
         for (arm, task), settings in used.items():
@@ -293,7 +297,7 @@ def _value(one: object) -> str:
 
 
 def _whose(cells: Sequence[tuple[str, str]], used: Used) -> str:
-    """Tasks, and the arms where they are not all of them."""
+    """Return the tasks, with the arms unless these are all."""
     told = []
     for task in dict.fromkeys(task for _, task in cells):
         arms = [arm for arm, name in cells if name == task]
@@ -303,7 +307,9 @@ def _whose(cells: Sequence[tuple[str, str]], used: Used) -> str:
 
 
 def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, str]]:
-    """Every kind of stage by hand, into a directory of its own, as pairs of what for and line."""
+    """Return commands for every kind of stage, each into its own directory, as pairs of purpose and
+    line.
+    """
     where, task, text = shown(home), config.tasks[0], config.texts[0]
     config = config.with_cache_in(home)
     stage = of_text(CACHE_FILE, text)
@@ -339,7 +345,7 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
 
 
 def _changed(settings: Mapping[str, object]) -> Iterator[str]:
-    """The options that make `pipeline finetune` take these settings."""
+    """Yield the options that give `pipeline finetune` these settings."""
     usual = FinetuneConfig().model_dump(mode="json")
     for key, value in settings.items():
         if key in usual and value != usual[key]:
@@ -348,14 +354,14 @@ def _changed(settings: Mapping[str, object]) -> Iterator[str]:
 
 
 def _short(results: CycleResults) -> Iterator[str]:
-    """The verdict, and what it is of."""
+    """Yield the verdict, and what it refers to."""
     yield _sentence(results.verdict)
     for what, words in facts_of_results(results):
         yield f"{what}: {words}"
 
 
 def printed(home: Path, results: CycleResults) -> str:
-    """What the command prints: the verdict, tables and notes, and where everything is."""
+    """Return the command's output: the verdict, tables and notes, and where everything is."""
     where, task = shown(home.absolute()), results.tasks[0].name
     first = (results.file.get("tasks") or [{}])[0]
     stage = of_text(CACHE_FILE, task if first.get("corpus") else "")

@@ -1,7 +1,7 @@
-"""What a cycle (`pipeline rekindle`) found: the scores of its arms on test, and their differences.
+"""The results of a cycle (`pipeline rekindle`): the test scores of its arms, and their differences.
 
-It reads what the stages leave in the cycle's directory, finished or not, and trains nothing. What
-does not fit together (other seeds, other budgets, other files) is refused, never compared.
+Reads what the stages leave in the cycle's directory, finished or not, and trains nothing. Results
+that do not fit together (other seeds, budgets or files) are refused, never compared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,15 +33,15 @@ from rekindle.pipeline.cycle.scores import (
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW, searched_of, taken_from
 from rekindle.pipeline.cycle.verdict import verdict_of
 
-RESULTS_FILE = "results.json"  # there once a cycle, or a draw of it, has come to its end
+RESULTS_FILE = "results.json"  # exists once a cycle, or a draw of it, has finished
 
 
 def read_results(out: Path) -> CycleResults:
-    """The results so far in the cycle's directory ``out``: of several draws of the labels, of those
-    that have come to their end.
+    """Return the results so far in the cycle's directory ``out``; for several draws of the labels,
+    those of the finished draws.
 
-    Raises InputError where ``out`` is no cycle, CheckpointError where its parts are damaged or do
-    not belong together.
+    Raise InputError if ``out`` is no cycle, CheckpointError if its parts are damaged or do not
+    belong together.
     """
     plan, grid = _read_plan(out)
     planned = int(plan.file.get("label_draws") or 1)
@@ -78,7 +78,9 @@ def _results(
     scores: list[ArmScores],
     said: list[str],
 ) -> CycleResults:
-    """All that is made of the scores; ``draws`` by number, of which there is one without any."""
+    """Return everything derived from the scores; ``draws`` by number, a single one without
+    draws.
+    """
     first = next(iter(draws.values()), Cells({}, {}, {}, {}))
     searched = [
         searched_of(*cell, grid, ones, first.found.get(cell))
@@ -104,7 +106,7 @@ def _results(
 
 
 def _kept(plan: CycleResults, cells: Cells) -> Iterator[KeptExpert]:
-    """The experts that are best on dev, of every task."""
+    """Yield the best expert on dev for every task."""
     for task in plan.metrics:
         if (one := cells.found.get((EXPERT, task))) is not None:
             dev = one.dev[one.seeds.index(one.best_seed)]
@@ -115,13 +117,13 @@ def _kept(plan: CycleResults, cells: Cells) -> Iterator[KeptExpert]:
 
 
 def _of_draw(cells: Cells, draw: int) -> Cells:
-    """The same, with folders relative to the whole cycle's."""
+    """Return the same with folders relative to the whole cycle's."""
     where = f"{DRAWS_FOLDER}/{draw}"
 
     def moved(one: FineTuned, where: str = where) -> FineTuned:
         return replace(one, folder=f"{where}/{one.folder}")
 
-    first = f"{DRAWS_FOLDER}/{FIRST_DRAW}"  # which is searched for all
+    first = f"{DRAWS_FOLDER}/{FIRST_DRAW}"  # its search serves all draws
     return Cells(
         {cell: moved(one) for cell, one in cells.found.items()},
         {cell: moved(one) for cell, one in cells.heads.items()},
@@ -133,7 +135,7 @@ def _of_draw(cells: Cells, draw: int) -> Cells:
 def _left_out(
     draws: Sequence[int], planned: int, lacking: Mapping[tuple[str, str], Sequence[int]]
 ) -> Iterator[str]:
-    """Sentences of the draws that have not come to their end, and of arms that some draws lack."""
+    """Yield sentences about unfinished draws, and about arms that some draws lack."""
     if draws:
         yield (
             f"{UNFINISHED}, not there yet: draw {_listed(draws)} of the {planned} draws of the "
@@ -155,7 +157,7 @@ def _left_out(
 
 
 def _taken(first: Path) -> Iterator[str]:
-    """A sentence where the search was not made here."""
+    """Yield a sentence if the search was not made here."""
     if taken := taken_from(first):
         told = ", ".join(f"{task} (of {file})" for task, file in taken.items())
         yield (
@@ -172,7 +174,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def read_texts(out: Path) -> list[TextFacts]:
-    """What was counted of test texts in the unlabelled text, or in that of each task."""
+    """Return the counts of test texts in the unlabelled text, or in that of each task."""
     found = []
     for file in sorted(out.glob(f"costs/**/corpus/{HELD_FILE}")):
         of_task = file.parents[1] != out / "costs"
@@ -185,12 +187,12 @@ def read_texts(out: Path) -> list[TextFacts]:
 
 
 def _read_plan(out: Path) -> tuple[CycleResults, Grid]:
-    """What cycle.json says: results without any yet, and what is searched."""
+    """Return the content of cycle.json: results without any scores yet, and the search grid."""
     values = read_json(out / CYCLE_FILE)
     if values is None or values.get("written_by") != CYCLE_WRITER:
         raise InputError(
-            f"{out} is no directory of `pipeline rekindle`: there is no {CYCLE_FILE} of it. Give "
-            "the one that its --out named"
+            f"{out} is not a directory of `pipeline rekindle`: it has no {CYCLE_FILE} of one. "
+            "Give the directory that its --out named"
         )
     try:
         read = TypeAdapter(TaskFacts).validate_python
@@ -208,7 +210,7 @@ def _read_plan(out: Path) -> tuple[CycleResults, Grid]:
 
 
 def _name(name: object) -> str:
-    """A name of an arm or a task is one of a folder, and the mean over tasks is no task."""
+    """Check a name of an arm or a task: it names a folder, and "mean" is reserved."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..", MEAN):
-        raise ValueError(f"{name!r} is no name")
+        raise ValueError(f"{name!r} is not a valid name")
     return name

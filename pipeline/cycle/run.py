@@ -1,26 +1,26 @@
-"""Knowledge rekindle as one resumable command: experts, cache, students, experts again, compared.
+"""Knowledge rekindling as one resumable command: experts, cache, students, experts again, compared.
 
-    OUT/cycle.json                  what the cycle is; OUT/run.yaml: its configuration
-    OUT/tasks/TASK/                 the splits as every arm uses them
-    OUT/start/                      the start model as students take it over, and so experts
-    OUT/start-expert/               that of the experts, where it is another one
-    OUT/experts/TASK/               the expert: its best seed; in seeds/seed-K all, for a committee
-    OUT/cache/, OUT/stage1.yaml     the experts' outputs, once
-    OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture, …
-    OUT/distilled/ARM/TASK/         scores of a student with the head that the experts left it
-    OUT/fine-tuned/ARM/TASK/        each of them fine-tuned again with the same budget
-    OUT/search/ARM/TASK/POINT/      scores of the search, the same for every arm
-    OUT/results.json, report.html   what came out
+  OUT/cycle.json                  identifies the cycle; OUT/run.yaml: its configuration
+  OUT/tasks/TASK/                 the splits that every arm uses
+  OUT/start/                      the start model as students, and therefore experts, use it
+  OUT/start-expert/               the experts' start model, if it is another one
+  OUT/experts/TASK/               the expert: its best seed; for a committee, all in seeds/seed-K
+  OUT/cache/, OUT/stage1.yaml     the experts' outputs, once
+  OUT/students/NAME/, NAME.yaml   guided pre-training: mlm, kd-TASK, both-TASK, mixture, …
+  OUT/distilled/ARM/TASK/         scores of a student with the head its experts left
+  OUT/fine-tuned/ARM/TASK/        each of them fine-tuned again with the same budget
+  OUT/search/ARM/TASK/POINT/      scores of the search, the same for every arm
+  OUT/results.json, report.html   the results
 
-Tasks with texts of their own have OUT/cache/TASK, corpus-TASK.yaml and stage1-TASK.yaml, and every
-student is of one task. Of several ``students`` number j > 0 is students/NAME.j, and what is made of
-number j is in the folder student-j of fine-tuned/ARM/TASK and of distilled/ARM/TASK. Several
-``label_draws`` have a cycle each, OUT/draws/K, of which the first searches for all; OUT itself then
-has cycle.json, run.yaml, results.json, report.html and, where something is searched, search.json,
-which says to folders on other machines what it found.
+Tasks with their own texts have OUT/cache/TASK, corpus-TASK.yaml and stage1-TASK.yaml, and every
+student belongs to one task. With several ``students``, number j > 0 is students/NAME.j, and its
+results are in the folder student-j of fine-tuned/ARM/TASK and of distilled/ARM/TASK. With several
+``label_draws``, each is a cycle in OUT/draws/K, and the first one searches for all; OUT itself then
+has cycle.json, run.yaml, results.json, report.html and, if something is searched, search.json,
+which carries the result of the search to folders on other machines.
 
-Each of these is what the command of that stage leaves, and can be used alone. A finished job is
-recognised by what it leaves, so the same command again goes on where it stopped.
+Each of these is what the command of its stage leaves, and can be used by itself. A job is finished
+if its output exists, so the same command continues where it stopped.
 """
 
 import itertools
@@ -100,15 +100,15 @@ def run_cycle(
     beside: Collection[str] = (),
     progress: Progress = SILENT,
 ) -> CycleResults:
-    """Run what is not finished of the cycle in ``out``; returns what came out.
+    """Run what is not finished of the cycle in ``out``; return the results.
 
-    ``draw`` and ``task`` limit the work to one draw of the labels, and to one of the tasks that
-    have texts of their own; what comes out is of all that is there. ``searched`` is the file of a
-    search of the same cycle in another folder, which the first draw takes over. ``workers`` jobs at
-    a time, or one at each of ``places``; by default one per CUDA device, without one as many as
-    there are cores, at most 4. ``beside`` names what else may be in ``out`` before the cycle
-    begins. Raises InputError for wrong files, models and settings before anything is run, and for
-    an ``out`` that holds something else; CheckpointError for one that holds another cycle.
+    ``draw`` and ``task`` limit the work to one draw of the labels, and to one of the tasks with
+    their own texts; the results cover everything that exists. ``searched``: the search file of the
+    same cycle in another folder, for the first draw. ``workers`` jobs run at a time, or one at each
+    of ``places``; by default one per CUDA device, without one as many as there are cores, at most
+    4. ``beside``: names of what else may be in ``out`` before the cycle begins. Raise InputError
+    for wrong files, models and settings before anything runs, and for an ``out`` that holds
+    something else; CheckpointError for one that holds another cycle.
     """
     home = Path(os.path.abspath(out))
     _check_part(config, draw, task)
@@ -144,7 +144,7 @@ def run_cycle(
         check_same_text(config, home, number)
         beside = ("search",) if number == FIRST_DRAW and taken_from(first) else ()
         _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how, beside)
-    with alone_in(home, wait=True):  # another process may have worked at another draw
+    with alone_in(home, wait=True):  # another process may have worked on another draw
         if (search := packed(first)) is not None:
             write_json(home / SEARCH_FILE, search)
         results = read_results(home)
@@ -156,7 +156,7 @@ def run_cycle(
 def _run_one(
     config: CycleConfig, home: Path, how: _How, beside: Collection[str] = ()
 ) -> CycleResults:
-    """``run_cycle`` of one draw of the labels."""
+    """Run one draw of the labels as ``run_cycle`` does."""
     config = as_it_was_begun(home, config.with_cache_in(home))
     make_missing(config)
     tasks = read_tasks(config)
@@ -185,7 +185,7 @@ def _run_one(
 
 
 def _check_part(config: CycleConfig, draw: int | None, task: str | None) -> None:
-    """Raise InputError for a part of the cycle that there is not."""
+    """Raise InputError for a part that the cycle does not have."""
     draws, names = config.label_draws, [task.name for task in config.tasks]
     if draw is not None and draws == 1:
         raise InputError("--draw is for a cycle of several draws of the labels (label_draws: 5)")
@@ -206,7 +206,7 @@ def _check_part(config: CycleConfig, draw: int | None, task: str | None) -> None
 
 
 def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
-    """Raise InputError where the draw in ``home`` takes over a search that is not finished."""
+    """Raise InputError if the draw in ``home`` needs a search that is not finished."""
     if search_home(home) == home:
         return
     for arm, task in itertools.product(config.arms, config.tasks):
@@ -215,28 +215,28 @@ def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
             for _, file in searched_files(home, config, arm, task.name):
                 if not file.exists():
                     raise InputError(
-                        f"draw {home.name} of the labels takes over what draw 0 has searched, and "
-                        f"its search for {arm} on {task.name} is not finished: run --draw 0 first, "
-                        f"or give --searched the {SEARCH_FILE} of a folder where that was done"
+                        f"draw {home.name} of the labels uses the search of draw 0, but its "
+                        f"search for {arm} on {task.name} is not finished: run --draw 0 first, or "
+                        f"give --searched the {SEARCH_FILE} of a folder where that was done"
                     )
 
 
 def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
-    """Say which finished experts are fine-tuned again, for an arm that was added needs all seeds'
-    models, of which the best alone was kept.
+    """Log which finished experts are fine-tuned again, because an added arm needs all seeds' models
+    and only the best was kept.
     """
     waiting = {job.name for job in jobs if job.output and not job.output.exists()}
     names = [task.name for task in config.tasks if f"expert on {task.name}" in waiting]
     if again := [one for one in names if (home / folder_of(EXPERT, one) / RESULT_FILE).exists()]:
         log.info(
-            "the experts on %s are fine-tuned again: every seed of them is to teach (committee), "
-            "and only the best was kept",
+            "the experts on %s are fine-tuned again: every seed of them has to teach "
+            "(committee), but only the best was kept",
             ", ".join(again),
         )
 
 
 def _tell_slow(config: CycleConfig, place: Place) -> None:
-    """Say, for all jobs, which precisions that are asked for the CPU has no instructions for."""
+    """Log, for all jobs, requested precisions that the CPU has no instructions for."""
     from rekindle.train.precision import tell_slow
 
     asked: dict[str, str] = {"train.precision: {}": config.train.precision}

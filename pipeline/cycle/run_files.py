@@ -1,4 +1,4 @@
-"""The run files of a cycle's stages: what one can run by hand. Nothing is written here."""
+"""The run files of a cycle's stages, which can be run by hand. Writes nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ CACHE_FILE = "stage1.yaml"
 
 
 def of_text(file: str, text: str) -> str:
-    """The name of a file that there is for each text (see ``CycleConfig.texts``)."""
+    """Return the name of a file that exists for each text (see ``CycleConfig.texts``)."""
     stem, _, ending = file.partition(".")
     return f"{stem}-{text}.{ending}" if text else file
 
 
 def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict[str, RunConfig]:
-    """The run of every stage by the name of its file."""
+    """Return the run of every stage by the name of its file."""
     settings = config.model_dump(mode="json", by_alias=True)
     found: dict[str, dict[str, Any]] = {}
     corpora = {}
@@ -39,7 +39,7 @@ def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict
         corpora[text] = shared | {"student": settings["student"]}
         teachers = [
             _teacher(home, name, next(one for one in tasks if one.task.name == task), seed)
-            # The two texts of a record are the pairs then.
+            # The two texts of a record are the pairs in that case.
             | ({"pairs": None} if corpus.pair_field else {})
             for name, task, seed in teachers_on(config, text)
         ]

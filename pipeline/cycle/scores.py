@@ -1,5 +1,5 @@
-"""The arms' test scores and the differences between them, and all that a cycle has found. Pure
-arithmetic on what was read.
+"""The arms' test scores, the differences between them, and the results of a cycle. Pure arithmetic
+on what was read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,23 +25,24 @@ from rekindle.pipeline.report.cache import CacheFacts
 from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
 
-SELECTED = "expert (selected)"  # the one of its seeds that is best on dev, and teaches
-HELD_FILE = "held.json"  # beside what the making of a text has cost
-MEAN = "mean"  # in the place of a task and its metric: the mean of all tasks' main metrics
+SELECTED = "expert (selected)"  # the expert's seed that is best on dev, and teaches
+HELD_FILE = "held.json"  # beside the cost of making a text
+MEAN = "mean"  # in place of a task and its metric: the mean of all tasks' main metrics
 
 
 @dataclass(frozen=True)
 class ArmScores:
-    """An arm's test scores, as fractions, by seed in the order of ``seeds``; where there are
-    several draws of the labels, by draw: ``seeds`` are then the draws' numbers, and a score is the
-    mean of the draw's seeds. Where several students share the fine-tunings, by student: ``seeds``
-    are the students' numbers, and a score is the mean of a student's fine-tunings. So it is of
-    students with their own heads.
+    """An arm's test scores, as fractions, in the order of ``seeds``.
+
+    With several draws of the labels, ``seeds`` are the draws' numbers, and a score is the mean over
+    the draw's seeds. With several students that share the fine-tunings, and for students with their
+    own heads, ``seeds`` are the students' numbers, and a score is the mean over a student's
+    fine-tunings.
 
     ``std`` is the sample deviation, ``low`` to ``high`` the 95 % interval of the mean; None for a
     single seed. ``task`` and ``metric`` are "mean" for the mean of the tasks' main metrics. The arm
-    "expert (selected)" has the one seed of the expert that teaches; its ``seeds`` are empty in the
-    mean over tasks, whose experts are of several seeds.
+    "expert (selected)" has only the seed of the expert that teaches; its ``seeds`` are empty in the
+    mean over tasks, where experts have different seeds.
     """
 
     arm: str
@@ -63,7 +64,7 @@ class ArmScores:
     def of(
         cls, arm: str, task: str, metric: str, seeds: list[int], scores: list[float]
     ) -> "ArmScores":
-        """These scores with their mean and how sure it is."""
+        """Return these scores with their mean and its uncertainty."""
         low, high = mean_interval(scores) or (None, None)
         std = stdev(scores) if len(scores) > 1 else None
         return cls(arm, task, metric, seeds, scores, fmean(scores), std, low, high)
@@ -77,13 +78,13 @@ def scores_of(
     selected: bool = True,
     students: int = 1,
 ) -> list[ArmScores]:
-    """Arm by arm: each task's main metric and the second one, and the mean over tasks.
+    """Return, arm by arm, each task's main metric and the second one, and the mean over tasks.
 
-    There is a mean where there are several tasks, and the arm has them all. The expert that teaches
-    stands behind the arm ``expert``, if one is ``selected``, and behind each arm its students with
-    their own heads. ``found``, ``heads``: by arm and task; the seeds of an arm are the same in all
-    tasks. ``students`` that share the seeds: the scores of every arm are the means of those seeds
-    that are one student's, also of arms without students, for whom they stand in the same pairs.
+    There is a mean if there are several tasks and the arm has them all. The expert that teaches
+    follows the arm ``expert``, if one is ``selected``, and each arm is followed by its students
+    with their own heads. ``found``, ``heads``: by arm and task; an arm has the same seeds in all
+    tasks. If ``students`` share the seeds, the scores of every arm are means over the seeds of one
+    student, also for arms without students, so that the pairs match.
     """
     scores: list[ArmScores] = []
     for arm in arms:
@@ -101,7 +102,7 @@ def scores_of(
 def _of_arm(
     arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool, students: int = 1
 ) -> Iterator[ArmScores]:
-    """The scores of each task with these seeds, and their mean where the tasks are ``whole``."""
+    """Yield the scores of each task with these seeds, and their mean if the tasks are ``whole``."""
     main: list[list[float]] = []
     for one, seeds in ones:
         tests = {seed: one.test[one.seeds.index(seed)] for seed in seeds}
@@ -121,7 +122,9 @@ def _of_arm(
 def main_scores(
     scores: Sequence[ArmScores], metrics: Mapping[str, str]
 ) -> dict[tuple[str, str], ArmScores]:
-    """By arm and task, those on the tasks' main ``metrics``, and the means over tasks."""
+    """Return, by arm and task, the scores on the tasks' main ``metrics``, and the means
+    over tasks.
+    """
     main = {**metrics, MEAN: MEAN}
     return {(one.arm, one.task): one for one in scores if main[one.task] == one.metric}
 
@@ -129,10 +132,11 @@ def main_scores(
 def over_draws(
     draws: Mapping[int, Sequence[ArmScores]],
 ) -> tuple[list[ArmScores], dict[tuple[str, str], list[int]]]:
-    """The scores of several draws of the labels as one: by draw, each the mean over its seeds.
+    """Join the scores of several draws of the labels: by draw, each the mean over its seeds.
 
-    An arm that a draw lacks on a task, where other arms have it, is left out on that task: means of
-    other draws cannot be compared. Of these, by arm and task, the draws that lack it.
+    An arm that a draw lacks on a task, while other arms have it, is left out on that task, because
+    means over other draws cannot be compared. Also returns, by arm and task, the draws that lack
+    it.
     """
     by_cell: dict[tuple[str, str, str], dict[int, float]] = {}
     for draw, scores in draws.items():
@@ -154,19 +158,19 @@ def over_draws(
     return found, lacking
 
 
-# Against these, in this order: all arms against the first two, students of experts against others.
+# Compared with these, in this order: all arms with the first two, students of experts with the
+# others.
 _BASES = (EXPERT, START, MLM, LONGER, PSEUDO)
 
 
 def differences_of(
     arms: Sequence[str], metrics: Mapping[str, str], scores: Sequence[ArmScores]
 ) -> list[Difference]:
-    """Every arm against ``expert``, and against ``start``; those that experts taught also against
-    ``mlm``, ``longer`` and ``pseudo``: against each as far as it is there.
+    """Return the differences of every arm to ``expert`` and ``start``; for students of experts also
+    to ``mlm``, ``longer`` and ``pseudo``, as far as these exist.
 
-    ``metrics``: each task's main one. The last three comparisons are the ones that decide whether
-    it is the experts' probabilities that help, and not the text, the longer training, or labels
-    that an expert has given.
+    ``metrics``: each task's main one. The last three comparisons decide whether the experts'
+    probabilities help, and not the text, the longer training, or the labels of an expert.
     """
     main = main_scores(scores, metrics)
     families = planned_tests(arms, [*metrics]).values()
@@ -176,13 +180,11 @@ def differences_of(
 def planned_tests(
     arms: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, list[tuple[str, str, str]]]:
-    """By the arm that others are compared with: arm, that arm and task of every comparison of a
-    cycle that has all its ``arms`` on all ``tasks``.
-    """
+    """Return all comparisons (arm, other arm, task) of a complete cycle, by the other arm."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for against in [one for one in _BASES if one in arms]:
         others = [arm for arm in arms if arm != against and (against == EXPERT or arm in GUIDED)]
-        if against == START:  # the other way about it is against the expert
+        if against == START:  # the reverse is listed under the expert
             others = [arm for arm in arms if arm not in (EXPERT, START)]
         where = [*tasks, MEAN] if len(tasks) > 1 else tasks
         found[against] = [(arm, against, task) for arm in others for task in where]
@@ -192,8 +194,9 @@ def planned_tests(
 def _family(
     names: Sequence[tuple[str, str, str]], main: Mapping[tuple[str, str], ArmScores]
 ) -> list[Difference]:
-    """The differences of arm, other arm and task that are there, adjusted together, as for all that
-    are named; by the seeds, or draws, in common: of experts there may be more.
+    """Return the existing differences, with p adjusted for all the named ones.
+
+    Pairs are made over the common seeds or draws; experts may have more.
     """
     family = []
     for arm, against, task in names:
@@ -208,9 +211,9 @@ def _family(
 
 @dataclass(frozen=True)
 class Primary:
-    """The one comparison that was named before anything ran: ``arm`` against others on the mean
-    over tasks, or the only task. Its p are adjusted over these comparisons alone; ``differences``
-    are those that are there.
+    """The comparison named before anything ran: ``arm`` against others on the mean over tasks, or
+    the only task. Its p are adjusted only over these comparisons; ``differences`` are the existing
+    ones.
     """
 
     arm: str
@@ -222,7 +225,7 @@ class Primary:
     def of(
         cls, named: Mapping[str, Any] | None, main: Mapping[tuple[str, str], ArmScores], where: str
     ) -> "Primary | None":
-        """What the cycle's file has ``named``, on the task (or MEAN) ``where``."""
+        """Return the comparison ``named`` in the cycle's file, on the task (or MEAN) ``where``."""
         if not named:
             return None
         arm, against = named["arm"], list(named["against"])
@@ -235,8 +238,8 @@ class Primary:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A task: its main metric, the examples in each split, those of test that train has, what
-    guessing scores (None: unknown), what it asks, and how many rows of the files of train and dev
+    """A task: its main metric, the examples in each split, the test examples also in train, the
+    score of guessing (None: unknown), what it asks, and how many rows of the train and dev files
     are a row of test.
     """
 
@@ -253,9 +256,10 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """The records of an unlabelled text that hold a test text of any task, as it stands or nearly:
-    ``removed``, they are in no sequence. ``exact`` and ``near`` are None where the text was gone
-    before they were counted. ``task``: whose own text it is; empty where all tasks have the same.
+    """The records of an unlabelled text that contain a test text of any task, exactly or nearly.
+
+    ``removed``: they are in no sequence. ``exact`` and ``near`` are None if the text was gone
+    before they were counted. ``task``: the task with this text; empty if all tasks share it.
     """
 
     task: str
@@ -266,8 +270,8 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class KeptExpert:
-    """The expert of a task that teaches: the one of its ``seeds`` that is best on dev, with that
-    score by the task's main metric as a fraction. ``folder`` is relative to the cycle.
+    """The expert of a task that teaches: the best of its ``seeds`` on dev, with its score by the
+    task's main metric as a fraction. ``folder`` is relative to the cycle.
     """
 
     task: str
@@ -280,8 +284,8 @@ class KeptExpert:
 
 @dataclass(frozen=True)
 class ArmCost:
-    """Seconds of all that an arm needs, from the labels and the text to its scores, by kind of
-    stage; ``unknown`` are the stages that have recorded none, which are not in the sums.
+    """Seconds of everything an arm needs, from the labels and the text to its scores, by kind of
+    stage. ``unknown``: the stages without a record, which are not in the sums.
     """
 
     arm: str
@@ -294,13 +298,13 @@ class ArmCost:
 class CycleResults:
     """Everything that a cycle found.
 
-    ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for
-    a teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes`` say what must be known
-    beside the tables. ``settings``: what else cycle.json says. ``cache`` and ``cost``: what is in
-    the cache, and what a student costs with it and without; None where that is not known.
-    ``verdict`` is all of it in a sentence, ``experts`` are those that teach. ``draws``: those of
-    the labels that are finished, where there are several; scores are then by draw. ``by_student``:
-    they are by student, for several students share the fine-tunings.
+    ``costs``: seconds by folder of the stage ("experts/cola", "search/mlm/cola", "cache/cola" for a
+    teacher's pass, "students/mlm", "fine-tuned/mlm/cola"). ``notes``: what must be known beside the
+    tables. ``settings``: the rest of cycle.json. ``cache`` and ``cost``: the content of the cache,
+    and the cost of a student with it and without; None if unknown. ``verdict``: the result in a
+    sentence. ``experts``: those that teach. ``draws``: the finished draws of the labels, if there
+    are several; scores are then by draw. ``by_student``: scores are by student, because several
+    students share the fine-tunings.
     """
 
     arms: list[str]
@@ -323,12 +327,12 @@ class CycleResults:
 
     @property
     def file(self) -> dict[str, Any]:
-        """The cycle's file, as it was begun; empty where that is not recorded."""
+        """The cycle's file as it was begun; empty if not recorded."""
         return dict(self.settings.get("settings") or {})
 
     @property
     def students(self) -> int:
-        """Students of every kind, each of a pre-training of its own."""
+        """Students of every kind, each with its own pre-training."""
         return int(self.file.get("students") or 1)
 
     @property
@@ -340,12 +344,12 @@ class CycleResults:
 
     @property
     def base(self) -> str:
-        """The arm that is to be beaten: the students' model fine-tuned, or else the expert."""
+        """The arm to beat: the students' model fine-tuned, or else the expert."""
         return START if START in self.arms else EXPERT
 
     @property
     def where(self) -> str:
-        """On what arms are judged: the mean over tasks, or the only task."""
+        """Where arms are judged: the mean over tasks, or the only task."""
         return MEAN if len(self.tasks) > 1 else self.tasks[0].name
 
     @property
@@ -355,18 +359,19 @@ class CycleResults:
 
     @property
     def main(self) -> dict[tuple[str, str], ArmScores]:
-        """By arm and task, the scores on the tasks' main metrics, and the means over tasks."""
+        """The scores on the tasks' main metrics, and the means over tasks, by arm and task."""
         return main_scores(self.scores, self.metrics)
 
     def as_dict(self) -> dict[str, object]:
-        """Everything as plain values for JSON; all numbers are finite."""
+        """Return everything as JSON values; all numbers are finite."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "CycleResults":
-        """What ``as_dict`` gave, such as results.json: the tables can be made from it alone.
+        """Return the results from ``as_dict``, for instance from results.json, which suffices for
+        the tables.
 
-        Keys that are not of ``as_dict`` are left out. Raises InputError where others are missing.
+        Unknown keys are ignored. Raise InputError if others are missing.
         """
         try:
             return TypeAdapter(cls).validate_python(values)

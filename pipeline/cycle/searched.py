@@ -1,8 +1,8 @@
-"""The search over fine-tuning settings: what each arm has tried on dev, and whether all were alike.
+"""The search over fine-tuning settings: what each arm tried on dev, and whether all were alike.
 
 The points are planned in ``config.search_points``, run as jobs of ``jobs``, and the best on dev is
-taken by ``job_functions.fine_tune``. What the first of several draws of the labels has searched is
-in OUT/search.json too, so that a folder on another machine can take it over.
+used by ``job_functions.fine_tune``. The search of the first of several draws of the labels is also
+in OUT/search.json, so that a folder on another machine can use it.
 """
 
 import json
@@ -32,12 +32,12 @@ from rekindle.pipeline.cycle.sections import point_name
 from rekindle.train.finetune.result import RESULT_FILE
 from rekindle.train.record.run_folder import differences
 
-DRAWS_FOLDER = "draws"  # in a cycle's: a cycle for each draw of the labels, by its number
+DRAWS_FOLDER = "draws"  # in a cycle's folder: a cycle for each draw of the labels, by number
 FIRST_DRAW = 0
-SEARCH_FILE = "search.json"  # in a cycle's folder: what its first draw has searched
+SEARCH_FILE = "search.json"  # in a cycle's folder: the search of its first draw
 TAKEN_FILE = "taken.json"  # in search/: the tasks whose search was made elsewhere, and its file
 WRITER = "rekindle search"
-_EQUAL = 1e-9  # of two means: rounding decides between them
+_EQUAL = 1e-9  # difference of two means below which only rounding decides
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Searched:
 
 
 def points_of(grid: Grid) -> list[tuple[object, ...]]:
-    """All combinations of the values, in the order of the grid; none without a grid."""
+    """Return all combinations of the values, in the order of the grid; empty without a grid."""
     return list(product(*grid.values())) if grid else []
 
 
 def search_home(out: Path) -> Path:
-    """The cycle's folder whose search the one in ``out`` goes by: of several draws of the labels
-    the first one's, which is searched for all.
+    """Return the folder whose search the cycle in ``out`` uses: for several draws of the labels,
+    the first one's, which serves all.
     """
     draws = out.absolute().parent
     drawn = draws.name == DRAWS_FOLDER and is_cycle(draws.parent)
@@ -75,9 +75,9 @@ def search_home(out: Path) -> Path:
 
 
 def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:
-    """What the arm has tried so far, in the order of the grid.
+    """Return what the arm has tried so far, in the order of the grid.
 
-    Raises CheckpointError for what is damaged, or not of this grid.
+    Raise CheckpointError for what is damaged, or not of this grid.
     """
     points = points_of(grid)
     home = out / "search" / arm / task
@@ -90,8 +90,9 @@ def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:
         point = one.point(grid)
         if point not in points or point in found:
             raise CheckpointError(
-                f"{folder} has tried {_told(grid, point)}, which is not of this search or is there "
-                "twice: every arm tries the same settings, each once; remove the folder and resume"
+                f"{folder} has tried {_told(grid, point)}, which does not belong to this search "
+                "or is there twice: every arm tries the same settings, each once; remove the "
+                "folder and resume"
             )
         found[point] = one
     return [found[point] for point in points if point in found]
@@ -100,19 +101,20 @@ def read_search(out: Path, arm: str, task: str, grid: Grid) -> list[FineTuned]:
 def check_search(
     out: Path, grid: Grid, tried: Sequence[FineTuned], final: Mapping[str, FineTuned]
 ) -> None:
-    """Raise CheckpointError where an arm of a task lacks a part of its search, or its best.
+    """Raise CheckpointError if an arm of a task lacks a part of its search, or did not use its
+    best.
 
-    ``tried``: of all arms, see ``read_search``; ``final``: by arm, what was fine-tuned with what
-    the search chose, on dev, after all its points.
+    ``tried``: of all arms, see ``read_search``; ``final``: by arm, the fine-tuning with the chosen
+    settings.
     """
     points, searched = points_of(grid), search_home(out) / "search"
     for arm, one in final.items() if len(points) > 1 else ():
         dev = {other.point(grid): fmean(other.dev) for other in tried if other.arm == arm}
         if missing := [point for point in points if point not in dev]:
             raise CheckpointError(
-                f"{out / one.folder} is there, but its search in {searched / arm / one.task} lacks "
-                f"{_told(grid, missing[0])}: without it arms are not searched alike; remove "
-                "the first and resume"
+                f"{out / one.folder} exists, but its search in {searched / arm / one.task} lacks "
+                f"{_told(grid, missing[0])}, so the arms were not searched in the same way; "
+                "remove the first and resume"
             )
         taken = one.point(grid)
         if dev.get(taken, float("-inf")) < max(dev.values()) - _EQUAL:
@@ -125,7 +127,7 @@ def check_search(
 def searched_of(
     arm: str, task: str, grid: Grid, tried: Sequence[FineTuned], final: FineTuned | None
 ) -> Searched:
-    """An arm's search on a task, as it is told."""
+    """Return an arm's search on a task, for display."""
     points = [Tried(_settings(grid, one), one.seeds, one.dev, fmean(one.dev)) for one in tried]
     return Searched(arm, task, points, _settings(grid, final) if final else None)
 
@@ -140,8 +142,8 @@ def _told(grid: Grid, point: Sequence[object]) -> str:
 
 # --- elsewhere ------------------------------------------------------------------------------------
 
-# What may be written otherwise in another folder: places (their content is compared), and what
-# decides nothing but rounding and which dropout is drawn. Arms may be fewer.
+# Keys that may differ in another folder: places (their content is compared), and keys that only
+# affect rounding and the drawn dropout. Arms may be fewer.
 _FREE = (
     *("about", "arms", "label_draws", "cache.path", "corpus.on_bad_record"),
     *("corpus.tokenizer", "student.model", "experts.model", "train.micro_batch_sequences"),
@@ -151,8 +153,8 @@ _FACTS = ("metric", "regression", "pairs", "train", "dev", "test")
 
 
 def packed(home: Path) -> dict[str, Any] | None:
-    """What the cycle in ``home`` has searched to the end, by task, with all that it depends on;
-    None where that is nothing.
+    """Return the finished searches of the cycle in ``home``, by task, with everything they depend
+    on; None if there are none.
     """
     about = read_json(home / CYCLE_FILE)
     grid: Grid = (about or {}).get("search") or {}
@@ -172,7 +174,7 @@ def packed(home: Path) -> dict[str, Any] | None:
 
 
 def _as_left(home: Path, tried: Sequence[FineTuned]) -> list[dict[str, Any]]:
-    """The files of what was tried, without the course of every epoch and where the cycle was."""
+    """Return the files of what was tried, without the course of the epochs and without paths."""
     found = []
     for one in tried:
         values = read_json(home / one.folder / RESULT_FILE) or {}
@@ -183,7 +185,7 @@ def _as_left(home: Path, tried: Sequence[FineTuned]) -> list[dict[str, Any]]:
 
 
 def _states(home: Path, config: CycleConfig, text: str) -> list[list[int | str]] | None:
-    """Which files a cached text was read from, by their content; None without a cache."""
+    """Return which files a cached text was read from, by content; None without a cache."""
     for place in (config.cache_of(text).path, str(home / "cache" / text)):
         if additions := read_additions(open_store(place))[0]:
             return sorted(additions[-1].sources.values(), key=str)
@@ -191,36 +193,36 @@ def _states(home: Path, config: CycleConfig, text: str) -> list[list[int | str]]
 
 
 def without_cache(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A cycle's settings without the place of its cache, which is of one machine."""
+    """Return a cycle's settings without the path of its cache, which belongs to one machine."""
     return {**settings, "cache": {**settings.get("cache", {}), "path": ""}}
 
 
 def read_search_file(file: Path) -> dict[str, Any]:
-    """What ``packed`` gave, from its file. InputError for anything else."""
+    """Return what ``packed`` gave, from its file. Raise InputError for anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["written_by"] != WRITER:
             raise ValueError(f"written by {found['written_by']!r}")
         parts = (found["about"]["settings"], found["about"]["tasks"], found["about"]["start"])
         if not all(isinstance(one, dict) for one in (*parts, found["texts"], found["search"])):
-            raise TypeError("its parts are no objects")
+            raise TypeError("its parts are not objects")
         return dict(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file} is not what a cycle has searched ({error}); give the {SEARCH_FILE} in the "
-            "folder of one"
+            f"{file} is not the search of a cycle ({error}); give the {SEARCH_FILE} in the folder "
+            "of one"
         ) from None
 
 
 def to_take_over(
     file: Path, home: Path, config: CycleConfig, about: Mapping[str, Any], only: str
 ) -> dict[Path, dict[str, Any]]:
-    """What is to be written so that the first draw, in ``home``, has what that of the same cycle
-    has searched elsewhere, as ``file`` says it: of the task ``only``, or of all that it has.
+    """Return the files to write so that the first draw, in ``home``, has the search of the same
+    cycle made elsewhere, from ``file``: for the task ``only``, or for all it has.
 
-    ``config`` and ``about`` are those of the first draw here. Raises InputError for a file that is
-    damaged or of another cycle, for arms that it lacks, and where the first draw has searched here,
-    and found something else.
+    ``config`` and ``about`` belong to the first draw here. Raise InputError for a file that is
+    damaged or of another cycle, for arms that it lacks, and if the first draw has searched here and
+    found something else.
     """
     record = read_search_file(file)
     if len(config.search_points()) < 2:
@@ -241,11 +243,11 @@ def to_take_over(
             lacking[path], whose[task] = values, str(file)
         elif _as_compared(there) != _as_compared(values):
             raise InputError(
-                f"{path} is there, and not what {file} has: a search is taken over where none was "
-                "made. Leave out --searched, or give another --out"
+                f"{path} exists and differs from {file}: a search can only be taken over where "
+                "none was made. Leave out --searched, or give another --out"
             )
     said: dict[Path, dict[str, Any]] = {home / "search" / TAKEN_FILE: dict(whose)}
-    return said | lacking if lacking else {}  # what says so comes first
+    return said | lacking if lacking else {}  # the record of the source comes first
 
 
 def _tried_at(
@@ -256,7 +258,7 @@ def _tried_at(
     config: CycleConfig,
     point: Mapping[str, object],
 ) -> dict[str, Any]:
-    """What a file has of a point of the search, as metrics.json has it."""
+    """Return a file's entry for a point of the search, as in metrics.json."""
     grid, seeds = config.search, [*config.seeds_of_search]
     try:
         for values in record["search"][task].get(arm, ()):
@@ -267,8 +269,8 @@ def _tried_at(
         raise InputError(f"{file} is damaged: {arm} on {task} {error}") from None
     told = ", ".join(f"{key} {value}" for key, value in point.items())
     raise InputError(
-        f"{file} has not {told} of {arm} on {task}: every arm is to be searched alike. Leave the "
-        "arm out, or run --draw 0 here"
+        f"{file} lacks {told} of {arm} on {task}: every arm must be searched in the same way. "
+        "Leave the arm out, or run --draw 0 here"
     )
 
 
@@ -277,28 +279,29 @@ def _as_compared(values: Mapping[str, Any]) -> object:
 
 
 def taken_from(home: Path) -> dict[str, str]:
-    """The tasks whose search a folder has taken over, and the file that it is of."""
+    """Return the tasks whose search a folder has taken over, with the file it came from."""
     return read_json(home / "search" / TAKEN_FILE) or {}
 
 
 def check_of_one_cycle(where: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raise InputError, naming the key, where what two searches depend on differs: settings, rows,
-    start model or text.
+    """Raise InputError, naming the key, if two searches depend on different settings, rows, start
+    models or texts.
     """
     texts = {*one["texts"]} & {*other["texts"]}
     files = {text for text in texts if one["texts"][text] and other["texts"][text]}
     before, now = (_compared(each, texts, files) for each in (one, other))
     for key, (there, here) in differences([before, now], items=True).items():
         raise InputError(
-            f"{where} is of another cycle: {key} is {there!r} there, and {here!r} here. A search "
-            "is taken over where settings, labelled rows, start model and text are the same"
+            f"{where} belongs to another cycle: {key} is {there!r} there, but {here!r} here. A "
+            "search can be taken over only if settings, labelled rows, start model and text are "
+            "the same"
         )
 
 
 def _compared(
     one: Mapping[str, Any], texts: Collection[str], files: Collection[str]
 ) -> dict[str, Any]:
-    """``files``: those of the ``texts`` that are of files, which may lie anywhere."""
+    """Return what is compared. ``files``: the ``texts`` made from files, which may be anywhere."""
     about = one["about"]
     rows = {
         name: {key: facts[key] for key in _FACTS} | {"files": sorted(facts["files"].values())}
@@ -310,8 +313,9 @@ def _compared(
 
 
 def decisive(settings: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
-    """The settings of a cycle, with its tasks by name, that its scores depend on: not where things
-    lie, nor the text of ``files``, and not the arms, of which there may be more.
+    """Return the settings that a cycle's scores depend on, with its tasks by name.
+
+    Leaves out where things are, the text of ``files``, and the arms, as there may be more.
     """
     found: dict[str, Any] = json.loads(json.dumps(with_defaults(CycleConfig, settings)))
     found["tasks"] = {task["name"]: task for task in found["tasks"]}

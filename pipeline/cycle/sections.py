@@ -1,4 +1,6 @@
-"""The sections of a cycle's file that a run's has not: experts, tasks, what is compared first."""
+"""The sections of a cycle's file that a run's file lacks: experts, tasks, the primary
+comparison.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -15,12 +17,12 @@ from rekindle.pipeline.cycle.arms import Arm
 from rekindle.train.config import DistillTerm
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
 
-Setting = bool | int | float | str | None  # a value of a fine-tuning's setting
+Setting = bool | int | float | str | None  # a value of a fine-tuning setting
 Point = dict[str, Setting]  # what a search tries
 Search = Annotated[dict[str, tuple[Setting, ...]], KeysOf(FixedBudget, lists=True)]
 SomeOfFineTuning = Annotated[dict[str, object], KeysOf(FixedBudget)]
 SomeOfTerm = Annotated[dict[str, object], KeysOf(DistillTerm)]
-# What a search may not change: the budget is the same for all.
+# Keys a search may not change: the budget is the same for all.
 _BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
 Metric = Literal[
     "accuracy",
@@ -39,13 +41,13 @@ IN_GROUPS: dict[str, object] = {"ranking": {"group": "group"}}  # of a ranker's 
 
 
 class CycleCacheConfig(CacheConfig):
-    """Where the experts' outputs go; as in a run, but for the path's default."""
+    """Where the experts' outputs go; as in a run, except for the path's default."""
 
-    path: PlaceOrNone = Field("", description="local path, s3://…, gs://…; left out: OUT/cache")
+    path: PlaceOrNone = Field("", description="local path, s3://…, gs://…; default: OUT/cache")
 
 
 class CycleCorpusConfig(CorpusConfig):
-    """The unlabelled text of all tasks; or what is common to the texts that they have each."""
+    """The unlabelled text of all tasks, or what the tasks' own texts have in common."""
 
     source: tuple[Place, ...] = Field(
         (),
@@ -59,72 +61,75 @@ class ExpertsConfig(Settings):
 
     model: Place | None = Field(
         None,
-        description="the model that experts are fine-tuned from, of its own size and tokenizer; "
+        description="the model experts are fine-tuned from, with its own size and tokenizer; "
         "null: student.model",
     )
     teacher: Literal["best", "all"] = Field(
         "best",
-        description="who teaches kd, both and mixture: the expert's seed that is best on dev, or "
-        "all its seeds together (the mean of their probabilities)",
+        description="who teaches kd, both and mixture: the expert's best seed on dev, or all its "
+        "seeds together (the mean of their probabilities)",
     )
     seeds: int | None = Field(
-        None, gt=0, description="fine-tunings of each expert; null: as many as of every arm"
+        None, gt=0, description="fine-tunings of each expert; null: as many as for every arm"
     )
     finetune: SomeOfFineTuning = Field(
         default_factory=dict,
-        description="over the file's and the task's finetune, for the experts alone; where model "
+        description="overrides the file's and the task's finetune for the experts; only if model "
         "is another one",
     )
 
 
 class PrimaryConfig(Settings):
-    """The one comparison that was named before anything ran; all others are secondary."""
+    """The comparison named before anything ran; all others are secondary."""
 
-    arm: Arm = Field(description="the arm that is to be better")
-    against: tuple[Arm, ...] = Field(min_length=1, description="than each of these")
-    about: str = Field("", description="why this one, for the report")
+    arm: Arm = Field(description="the arm that should be better")
+    against: tuple[Arm, ...] = Field(min_length=1, description="the arms it should beat")
+    about: str = Field("", description="why this comparison, for the report")
 
 
 class CycleTask(Settings):
     """A labelled task: its expert teaches, and every model is fine-tuned on it and scored."""
 
-    name: TeacherName = Field(description="its name, and its expert's in the cache")
+    name: TeacherName = Field(description="its name, also its expert's in the cache")
     about: str = Field("", description="what it asks, for the report")
     train: Place = Field(description="labelled examples: jsonl, csv, tsv or parquet")
-    test: Place = Field(description="scored once for each fine-tuning; selects nothing")
+    test: Place = Field(description="scored once per fine-tuning; selects nothing")
     dev: Place | None = Field(
-        None, description="what selects; null: dev_examples are taken out of train, at random"
+        None, description="file for selection; null: dev_examples are taken out of train at random"
     )
     dev_examples: int = Field(
-        500, gt=0, description="so many, where dev is null; at most a fifth of train"
+        500, gt=0, description="size of dev if dev is null; at most a fifth of train"
     )
     train_examples: int | None = Field(
-        None, gt=0, description="at most so many, chosen at random after dev; null: all"
+        None,
+        gt=0,
+        description=("maximum of training examples, chosen at random after dev; null: all"),
     )
     train_per_class: int | None = Field(
-        None, gt=0, description="in place of train_examples: so many of each class; null: all"
+        None, gt=0, description="instead of train_examples: examples per class; null: all"
     )
     metric: Metric | None = Field(
         None,
-        description="accuracy, f1, matthews; f1_micro, f1_macro, subset_accuracy of lists of "
-        "labels; pearson, spearman; ndcg@10, mrr, map of documents in groups; null: accuracy, "
-        "f1_micro, pearson, or ndcg@10",
+        description="accuracy, f1, matthews; for lists of labels f1_micro, f1_macro, "
+        "subset_accuracy; pearson, spearman; for documents in groups ndcg@10, mrr, map; null: "
+        "accuracy, f1_micro, pearson, or ndcg@10",
     )
     pairs: Literal["adjacent", "same-document", "random"] | None = Field(
         None,
-        description="how pairs are made of the text for an expert on pairs; null: adjacent, if the "
-        "task has sentence2",
+        description="how to make pairs from the text for an expert on pairs; null: adjacent, if "
+        "the task has sentence2",
     )
     corpus: Annotated[dict[str, object], KeysOf(CycleCorpusConfig)] = Field(
         default_factory=dict,
-        description="its own unlabelled text: keys of corpus, over the file's; all tasks have one, "
-        "or none",
+        description="its own unlabelled text: keys of corpus, overriding the file's; all tasks "
+        "have one, or none",
     )
     distill: SomeOfTerm = Field(
-        default_factory=dict, description="of its expert's term, over the file's distill"
+        default_factory=dict,
+        description=("settings of its expert's term, overriding the file's distill"),
     )
     finetune: SomeOfFineTuning = Field(
-        default_factory=dict, description="over the file's finetune, for every arm alike"
+        default_factory=dict, description="settings that override the file's finetune for every arm"
     )
 
     @model_validator(mode="after")
@@ -137,7 +142,7 @@ class CycleTask(Settings):
 
 
 def check_names(names: Sequence[str]) -> None:
-    """ValueError for names of tasks that stand for something else, too."""
+    """Raise ValueError for task names with another meaning."""
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
@@ -147,8 +152,8 @@ def check_names(names: Sequence[str]) -> None:
         base, _, number = name.rpartition(".")
         if base in names and number.isdecimal():
             raise ValueError(
-                f"a task cannot be called {name!r} beside {base!r}: what is there several times "
-                "has such numbers. Give it another name"
+                f"a task cannot be called {name!r} beside {base!r}: such numbers are added to "
+                "things that exist several times. Give it another name"
             )
 
 
@@ -156,7 +161,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def checked_search(value: Search) -> Search:
-    """The values that are tried, as they are used; ValueError for what cannot be searched."""
+    """Return the values to try, parsed. Raise ValueError for what cannot be searched."""
     found: Search = {}
     for key, values in value.items():
         if key in _BUDGET:
@@ -165,7 +170,7 @@ def checked_search(value: Search) -> Search:
             raise ValueError(f"{key} says what the files mean, which is not searched for")
         if not values:
             raise ValueError(f"{key} has no values")
-        # As they are used: 1 may stand for a rate of 1.0; what was tried is found by values.
+        # As they are used: 1 may stand for a rate of 1.0, and results are found by value.
         read = [parse_settings(FixedBudget, {key: one}) for one in values]
         found[key] = tuple(getattr(one, key) for one in read)
         if len(set(found[key])) < len(values):
@@ -174,7 +179,7 @@ def checked_search(value: Search) -> Search:
 
 
 def point_name(point: Point) -> str:
-    """A point of the search as the name of a folder."""
+    """Return a point of the search as the name of a folder."""
     name = ",".join(f"{key}={value}" for key, value in point.items())
     if "/" in name:
         raise InputError(f"search: {name!r} cannot be the name of a folder")

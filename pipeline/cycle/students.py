@@ -1,4 +1,4 @@
-"""The students of a cycle: what each learns, from whom, on which text; and whose arm each is of."""
+"""The students of a cycle: what each learns, from whom, on which text, and for which arm."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from rekindle.pipeline.cycle.config import CycleConfig, seed_name
 
 @dataclass(frozen=True)
 class Student:
-    """One student: ``students/NAME``. ``tasks`` are those whose experts teach it, ``text`` is what
-    it reads (see ``CycleConfig.texts``); ``number`` j is trained with the seed train.seed + j.
+    """One student: ``students/NAME``. ``tasks``: those whose experts teach it; ``text``: what it
+    reads (see ``CycleConfig.texts``); ``number`` j is trained with the seed train.seed + j.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Student:
 
 
 def students_of(config: CycleConfig) -> dict[str, Student]:
-    """Every student by its name, those first that wait longest for their teachers."""
+    """Return every student by name, those first that wait longest for their teachers."""
     found = {}
     for arm in [arm for arm in ORDER if arm in config.arms and arm not in UNTAUGHT]:
         for task in config.tasks:
@@ -44,7 +44,9 @@ def students_of(config: CycleConfig) -> dict[str, Student]:
 
 
 def student_of(config: CycleConfig, arm: Arm, task: str, number: int = 0) -> str:
-    """The name of the student that ``arm`` fine-tunes on ``task``; empty for the start model."""
+    """Return the name of the student that ``arm`` fine-tunes on ``task``; empty for the start
+    model.
+    """
     return "" if arm in UNTAUGHT else _student(config, arm, task, number).name
 
 
@@ -57,14 +59,14 @@ def _student(config: CycleConfig, arm: Arm, task: str, number: int) -> Student:
 
 
 def teachers_on(config: CycleConfig, text: str) -> Iterator[tuple[str, str, int | None]]:
-    """Yield each teacher of a text: its name in the cache, its task, and which of the seeds it is
-    (None: the one that is best on dev).
+    """Yield each teacher of a text: its name in the cache, its task, and its seed (None: the best
+    on dev).
     """
     for task in config.tasks:
         arms = [arm for arm in config.arms if arm in WITH_TEACHERS]
         if text not in ("", task.name):
             arms = [arm for arm in arms if arm == "mixture"]
-        elif not arms:  # whom they teach may come later
+        elif not arms:  # the students it teaches may come later
             arms = ["kd"]
         names = dict.fromkeys(n for arm in arms for n in config.teachers_of(task.name, arm))
         if task.name in names:

@@ -1,6 +1,6 @@
-"""The results of a cycle as tables, and these in plain text.
+"""The results of a cycle as tables, and as plain text.
 
-Every cell comes from ``CycleResults`` alone, so that results.json gives the same tables again.
+Every cell comes from ``CycleResults`` alone, so results.json gives the same tables again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +28,12 @@ _OWN_HEADS = (
     "A student with its own head is that of its arm, and counted again: it needs no search and no "
     "fine-tuning of its own."
 )
-_BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose parts are told apart
+_BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose parts are listed separately
 
 
 def tables_of(results: CycleResults) -> list[Table]:
-    """The primary comparison, scores, differences, search, tasks and seconds, without those that
-    are empty.
+    """Return the primary comparison, scores, differences, search, tasks and seconds, without empty
+    tables.
     """
     own = own_tables(results)
     differences = difference_tables(results.differences, results.unit, secondary(results))
@@ -41,19 +41,19 @@ def tables_of(results: CycleResults) -> list[Table]:
 
 
 def own_tables(results: CycleResults) -> list[Table]:
-    """Those of ``tables_of`` that no other page has."""
+    """Return the tables of ``tables_of`` that no other page has."""
     tables = [_scores(results), *_searches(results), _tasks(results)]
     tables += [*_arm_costs(results), _costs(results)]
     return [table for table in tables if table.columns[0].cells]
 
 
 def secondary(results: CycleResults) -> str:
-    """How what is not the primary comparison is headed, where there is one."""
+    """Return the heading for comparisons other than the primary one, if there is one."""
     return "secondary: " if results.primary is not None else ""
 
 
 def primary_tables(results: CycleResults) -> Iterator[Table]:
-    """The comparison that was named before anything ran; nothing where none was."""
+    """Yield the comparison named before anything ran, if there is one."""
     if (primary := results.primary) is None:
         return
     ones = {one.against: one for one in primary.differences}
@@ -65,7 +65,7 @@ def primary_tables(results: CycleResults) -> Iterator[Table]:
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:
-    """What is in the cache, and what it has saved; nothing where that is not known."""
+    """Yield what is in the cache, and what it has saved, if known."""
     if (cache := results.cache) is not None:
         title = (
             f"the cache: {counted(cache.sequences, 'sequence')}, {counted(cache.tokens, 'token')}"
@@ -76,7 +76,7 @@ def saved_tables(results: CycleResults) -> Iterator[Table]:
 
 
 def _scores(results: CycleResults) -> Table:
-    """Also the tasks' second metrics, and the expert that teaches."""
+    """Return the scores, including the tasks' second metrics and the expert that teaches."""
     by_column: dict[tuple[str, str], dict[str, list[float]]] = {}
     for one in results.scores:
         metric = "" if one.task == MEAN else one.metric
@@ -137,7 +137,7 @@ def _tasks(results: CycleResults) -> Table:
 
 
 def _arm_costs(results: CycleResults) -> Iterator[Table]:
-    """What each arm needs, and that some of it serves several arms."""
+    """Yield what each arm needs; some of it serves several arms."""
     costs = results.arm_costs
     kinds = [kind for kind in KINDS if any(kind in one.by_kind for one in costs)]
     if not kinds:
@@ -156,7 +156,7 @@ def _arm_costs(results: CycleResults) -> Iterator[Table]:
 
 
 def _shared(costs: Sequence[ArmCost]) -> Iterator[str]:
-    """Which kinds of stages serve several arms, and are counted for each."""
+    """Yield which kinds of stages serve several arms, and are counted for each."""
     told = []
     for kind in SHARED_KINDS:
         if len(arms := [one.arm for one in costs if kind in one.by_kind]) > 1:
@@ -174,7 +174,7 @@ def _unrecorded(costs: Sequence[ArmCost]) -> Iterator[str]:
 
 
 def _costs(results: CycleResults) -> Table:
-    """By kind of stage, or arm: the single folders are in the JSON."""
+    """Return the costs by kind of stage or by arm; the JSON has the single folders."""
     sums: dict[str, list[float]] = {}
     for folder, seconds in results.costs.items():
         kind, *rest = folder.split("/")
@@ -187,7 +187,7 @@ def _costs(results: CycleResults) -> Table:
 
 
 def arms_told(results: CycleResults) -> list[tuple[str, str]]:
-    """Each arm and what it is; whose model experts are, where that is another one."""
+    """Return each arm with its description, and the experts' model if it is another one."""
     told: dict[str, str] = {arm: words for arm, words in ARMS.items() if arm in results.arms}
     if results.base == START:
         model = results.file.get("experts", {}).get("model") or "another model"
@@ -197,10 +197,11 @@ def arms_told(results: CycleResults) -> list[tuple[str, str]]:
 
 
 def as_text(results: CycleResults, width: int | None = None) -> str:
-    """The tables in plain text, ``width`` characters wide (default: the terminal's), and notes.
+    """Return the tables as plain text, ``width`` characters wide (default: the terminal's), and the
+    notes.
 
-    Where one does not fit, a row is a column, if that is narrower. Nothing is ever cut. Where one
-    comparison is the primary one, the others are told on the mean over tasks alone.
+    A table that does not fit is transposed if that is narrower. Nothing is ever cut. If there is a
+    primary comparison, the others are shown only on the mean over tasks.
     """
     shown, note = results, []
     if results.primary is not None and any(o.task == MEAN for o in results.differences):

@@ -1,4 +1,4 @@
-"""A cycle in a few words: which arm is best and whether that is chance, and what it was made of."""
+"""A cycle in a few words: which arm is best, whether that is chance, and what it was made from."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,9 +18,11 @@ _UNTESTED = "the same every time, so that no test can be made"
 
 
 def verdict_of(results: CycleResults) -> str:
-    """One sentence, without its full stop. Of a cycle that has named a primary comparison, what
-    came of that; else the best arm on the mean over tasks, or on the only task, held against what
-    is to be beaten, and, if experts taught it, against text, training and labels alone.
+    """Return one sentence, without its full stop.
+
+    If a primary comparison was named, its result; else the best arm on the mean over tasks, or on
+    the only task, compared with the base arm and, if experts taught it, with text, training and
+    labels alone.
     """
     if results.primary is not None:
         return _of_primary(results, results.primary)
@@ -57,7 +59,7 @@ def _place(results: CycleResults) -> str:
 
 
 def _of_primary(results: CycleResults, primary: Primary) -> str:
-    """What came of the comparison that was named before anything ran, against each arm."""
+    """Return the result of the comparison named before anything ran, against each arm."""
     ones, place = primary.differences, _place(results)
     if lacking := [arm for arm in primary.against if arm not in {one.against for one in ones}]:
         them = "" if len(lacking) == len(primary.against) else f" with {', '.join(lacking)}"
@@ -112,14 +114,14 @@ def _sure(one: Difference, unit: str) -> str:
 
 
 def _higher(one: Difference, unit: str) -> str:
-    """In how many of the seeds, or draws, the arm scores more."""
-    if one.n == 1 or one.higher is None:  # of results of an older version
+    """Say in how many of the seeds, or draws, the arm scores more."""
+    if one.n == 1 or one.higher is None:  # results of an older version
         return ""
     return f" (higher in {one.higher} of {one.n} {unit}s)"
 
 
 def facts_of_results(results: CycleResults) -> Iterator[tuple[str, str]]:
-    """What came in, and which expert of each task was kept: pairs of what and words."""
+    """Yield the inputs, and the expert of each task that was kept, as pairs of label and text."""
     if (cache := results.cache) is not None:
         texts = "" if cache.documents is None else f"{counted(cache.documents, 'text')}, "
         sequences, tokens = counted(cache.sequences, "sequence"), counted(cache.tokens, "token")
@@ -133,9 +135,7 @@ def facts_of_results(results: CycleResults) -> Iterator[tuple[str, str]]:
 
 
 def _kept(experts: Sequence[KeptExpert]) -> Iterator[str]:
-    """Which expert of a task was kept: in all draws of the labels together, where there are several
-    of them.
-    """
+    """Say which expert of a task was kept; with several draws of the labels, for all together."""
     if not experts:
         return
     one, scores = experts[0], [expert.dev for expert in experts]

@@ -1,1 +1,1 @@
-"""What teacher.json says of a teacher, by its files: of experts' heads, of sentence encoders."""
+"""The contents of teacher.json from a teacher's files: experts' heads and sentence encoders."""

@@ -1,4 +1,4 @@
-"""Where a teacher's model is, and of a sentence encoder how it makes vectors."""
+"""Finds a teacher's model and, for a sentence encoder, how it makes vectors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +10,16 @@ from rekindle.train.model.folder import resolve_model
 
 
 def check_of(config: TeacherConfig) -> Callable[[Path], None] | None:
-    """Return what raises InputError for a folder that is none of such a teacher; None: as of any
-    model.
-    """
+    """Return the check that raises InputError for an unsuitable folder; None: as for any model."""
     return check_encoder_folder if config.task == "embedding" else None
 
 
 def find_teacher(
     config: TeacherConfig, directory: Path | None = None
 ) -> tuple[Path, EncoderFolder | None]:
-    """Return the folder of a teacher's model, and of a sentence encoder how it makes vectors.
+    """Return the folder of a teacher's model and, for a sentence encoder, how it makes vectors.
 
-    ``directory``: where it is, if that is known. Raises InputError where it is none.
+    ``directory``: its place, if known. Raises InputError if the folder is unsuitable.
     """
     directory = directory or resolve_model(config.model, check_of(config))
     if config.task != "embedding":

@@ -1,4 +1,4 @@
-"""The head of an expert: its labels, as its config.json names them, and what problem it is of."""
+"""The head of an expert: its labels, as its config.json names them, and its problem type."""
 
 import logging
 from typing import Any
@@ -15,7 +15,7 @@ SMALL_HEAD = 1000  # heads up to this many classes are kept whole
 def head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     """Return the fields of ``teacher.json`` that the head decides.
 
-    Raises InputError where it is none of the teacher's task.
+    Raises InputError if it does not fit the teacher's task.
     """
     labels = int(settings.num_labels)
     if labels > SMALL_HEAD:

@@ -1,1 +1,1 @@
-"""Teachers that a server runs (vLLM, or what speaks its protocol): asked, checked, told apart."""
+"""Teachers run by a server (vLLM or a compatible one): ask, check, and identify them."""

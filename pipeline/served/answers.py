@@ -1,7 +1,7 @@
-"""What a server says of a sequence, checked and as the cache keeps it.
+"""Check a server's answer for a sequence and convert it to the cache's columns.
 
-The reading of ``prompt_logprobs``, and of top-k with what is missing as the tail, is that of
-imports (``data/exchange``); what an import cannot know is checked here.
+``prompt_logprobs`` are read, and the mass outside the top k becomes the tail, as for imports
+(``data/exchange``). Checks that an import cannot make are made here.
 
 S tokens of a sequence, P = S − 1 predictions.
 """
@@ -20,8 +20,8 @@ from rekindle.data.exchange.token_rows import TokenRows
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.schema import TeacherInfo
 
-ABOVE = 1e-5  # nats above 0 that a log-probability in float32 may be rounded to
-NONE_LEFT = -9000.0  # vLLM writes −9999 for no probability at all
+ABOVE = 1e-5  # nats by which rounding to float32 may lift a log-probability above 0
+NONE_LEFT = -9000.0  # vLLM writes −9999 for probability 0
 
 
 class Answers:
@@ -35,11 +35,10 @@ class Answers:
     def columns(
         self, entries: Any, tokens: NDArray[np.int32], positions: NDArray[np.int64]
     ) -> Columns:
-        """The columns of the targets of a sequence with ``tokens`` [S], which has them at
-        ``positions``.
+        """Return the target columns of a sequence with ``tokens`` [S] and targets at ``positions``.
 
-        Raises InputError, naming the place, for what is no distribution's top, or not of these
-        tokens.
+        Raise InputError, naming the place, if an entry is not the top of a distribution or does not
+        belong to these tokens.
         """
         fields = _fields(entries, tokens)
         _check_entries(entries, self.info.k or 0)
@@ -49,7 +48,9 @@ class Answers:
         return rows.columns(fields, tokens, positions)
 
     def _without_foreign(self, fields: dict[str, Any], positions: NDArray[np.int64]) -> None:
-        """Leave out what the corpus's tokenizer has no token for: its mass joins the tail."""
+        """Drop candidates that the corpus's tokenizer has no token for; their mass joins
+        the tail.
+        """
         for place, (ids, log_probs) in enumerate(
             zip(fields["ids"], fields["log_probs"], strict=True)
         ):
@@ -60,16 +61,16 @@ class Answers:
                 strange = next(i for i in ids if i >= self.size or i in self.holes)
                 raise InputError(
                     f"prompt_logprobs: entry {positions[place] + 1}: {strange} is no token of the "
-                    f"cache's vocabulary of {self.size:,}, and {len(kept)} candidates are left "
-                    f"without it, where {self.info.k} are kept. Take corpus.tokenizer from the "
-                    "served model, or a smaller targets.k"
+                    f"cache's vocabulary of {self.size:,}. Without it {len(kept)} candidates are "
+                    f"left, and {self.info.k} are kept. Take corpus.tokenizer from the served "
+                    "model, or a smaller targets.k"
                 )
             fields["ids"][place] = [ids[n] for n in kept]
             fields["log_probs"][place] = [log_probs[n] for n in kept]
 
 
 def _fields(entries: Any, tokens: NDArray[np.int32]) -> dict[str, Any]:
-    """As ``fields_of_prompt``; an engine may give none of what it has read before."""
+    """Return ``fields_of_prompt``; raise InputError if the server left out cached parts."""
     if isinstance(entries, list) and len(entries) == len(tokens) and None in entries[1:]:
         raise InputError(
             f"prompt_logprobs: entry {entries.index(None, 1)} is null: the server has read that "
@@ -95,8 +96,8 @@ def _check_entries(entries: Sequence[Any], k: int) -> None:
                 )
             if log_prob < NONE_LEFT:
                 raise InputError(
-                    f"{where} has no probability at all ({log_prob:g}): the server gives what is "
-                    "left after its filters; it must give raw_logprobs (--logprobs-mode)"
+                    f"{where} has probability 0 ({log_prob:g}): the server gives what is left "
+                    "after its filters; it must give raw_logprobs (--logprobs-mode)"
                 )
         if lacking := wanted - {value["rank"] for value in entry.values()}:
             raise InputError(
@@ -106,8 +107,8 @@ def _check_entries(entries: Sequence[Any], k: int) -> None:
 
 
 def said_of(entries: Any, tokens: Sequence[int], k: int) -> list[dict[int, float]]:
-    """What is said of each prediction [P]: log-probabilities by id, of the ``k`` likeliest and the
-    token itself. InputError as ``columns``.
+    """Return the log-probabilities by id for each prediction [P]: the ``k`` likeliest and the token
+    itself. Raise InputError as ``columns``.
     """
     fields = _fields(entries, np.array(tokens, np.int32))
     _check_entries(entries, k)

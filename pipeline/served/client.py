@@ -1,7 +1,7 @@
-"""Asks a server over HTTP, again where it is overloaded, away, or its answer was cut off.
+"""Ask a server over HTTP; retry if it is overloaded or away, or its answer was cut off.
 
-Knows nothing of what is asked. An API key comes from the environment, goes into one header, and
-stands in no message.
+Knows nothing of the content. An API key comes from the environment, goes into one header, and
+appears in no message.
 """
 
 import json
@@ -27,17 +27,17 @@ from rekindle.pipeline.served.config import ServedConfig
 
 log = logging.getLogger("rekindle")
 
-LONGEST_ORDER = 600.0  # seconds that a Retry-After may ask for
+LONGEST_ORDER = 600.0  # longest Retry-After accepted, seconds
 CONNECT = 10.0  # seconds
-PASSING = {408, 425, 429}  # and all from 500 on: the same request may succeed later
+PASSING = {408, 425, 429}  # and everything from 500 on: the same request may succeed later
 
 
 class ServerAwayError(InputError):
-    """A server that cannot be reached, or does not come to answer."""
+    """A server that cannot be reached, or keeps not answering."""
 
 
 class StoppedError(Exception):
-    """Another request has failed, or the work was interrupted: nobody waits for this answer."""
+    """Another request has failed, or the work was interrupted: this answer is not needed."""
 
 
 class Client:
@@ -54,7 +54,7 @@ class Client:
                 )
             self._headers["Authorization"] = f"Bearer {os.environ[name]}"
         timeout = urllib3.Timeout(connect=min(CONNECT, config.timeout_s), read=config.timeout_s)
-        # No redirects: the key would go where nobody sent it.
+        # No redirects: the key would go to an address nobody chose.
         self._pool = urllib3.PoolManager(
             maxsize=config.max_concurrency, block=True, timeout=timeout, retries=False
         )
@@ -62,19 +62,23 @@ class Client:
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """Have requests that wait to be asked again end now."""
+        """End requests that wait for a retry now."""
         self._stop.set()
 
     def get(self, path: str, optional: bool = False) -> Any:
-        """The JSON at ``path``, below the address; None where an ``optional`` one is not there."""
+        """Return the JSON at ``path`` below the address; None if an ``optional`` path does not
+        exist.
+        """
         return self._ask("GET", path, None, optional)
 
     def post(self, path: str, body: Mapping[str, object]) -> Any:
-        """What the server answers to ``body``; harmless if it was asked before, unheard."""
+        """Return the server's answer to ``body``. Asking again after a lost answer is harmless."""
         return self._ask("POST", path, json.dumps(body).encode(), False)
 
     def _ask(self, method: str, path: str, body: bytes | None, optional: bool) -> Any:
-        """Raises ServerAwayError when patience ends, InputError for what the server refuses."""
+        """Send a request. Raise ServerAwayError when patience ends, InputError if the server
+        refuses.
+        """
         where = self.url.removesuffix("/v1") + path if optional else self.url + path
         spent, waits = 0.0, delays()
         while True:
@@ -98,7 +102,7 @@ class Client:
                 raise StoppedError
 
     def _passing(self, answer: urllib3.BaseHTTPResponse) -> tuple[str, float]:
-        """What is wrong for now ("" where nothing is), and the seconds that the server asks for."""
+        """Return the passing problem ("" if none), and the seconds the server asks to wait."""
         if answer.status not in PASSING and answer.status < 500:
             return "", 0.0
         self._answered = True
@@ -111,8 +115,8 @@ class Client:
         return f"HTTP {answer.status}{_message(answer)}", order
 
     def _failure(self, error: HTTPError) -> str:
-        """What failed, without the client's own names for it."""
-        if isinstance(error, NewConnectionError):  # of which some versions make a timeout
+        """Describe what failed, without the client library's own names."""
+        if isinstance(error, NewConnectionError):  # some versions treat it as a timeout
             return first_words(error).rpartition(": ")[2]
         if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
             return f"no answer within {self.config.timeout_s:g} s, served.timeout_s"
@@ -124,7 +128,7 @@ class Client:
         )
         if spent > longest:
             kept = (
-                "What was made is kept: the same command goes on"
+                "What was made is kept: the same command continues"
                 if self._answered
                 else ("Is it running, and is its address (served.url) right?")
             )
@@ -162,13 +166,13 @@ class Client:
             if optional:
                 return None
             raise InputError(
-                f"{where} answers what is no JSON ({answer.data[:60]!r}); served.url must be that "
-                "of an OpenAI-compatible server"
+                f"{where} does not answer with JSON ({answer.data[:60]!r}); served.url must be "
+                "the address of an OpenAI-compatible server"
             ) from None
 
 
 def _message(answer: urllib3.BaseHTTPResponse) -> str:
-    """What an error's body says, in a line."""
+    """Return the message in an error's body, as one line."""
     try:
         body = json.loads(answer.data)
     except ValueError:
@@ -179,7 +183,9 @@ def _message(answer: urllib3.BaseHTTPResponse) -> str:
 
 
 def _seconds(order: str | None) -> float:
-    """What a Retry-After header asks for: seconds, or a date; 0 for none, or one not understood."""
+    """Return the seconds a Retry-After header asks for (seconds or a date); 0 if none or
+    unclear.
+    """
     if order is None:
         return 0.0
     try:

@@ -1,4 +1,4 @@
-"""Several requests at a time, their answers in the order of the questions."""
+"""Ask several questions at a time, and yield the answers in the order of the questions."""
 
 import queue
 import threading
@@ -9,7 +9,7 @@ from typing import TypeVar
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
-AHEAD = 4  # questions of each thread that wait, or whose answers do
+AHEAD = 4  # questions per thread that wait, or whose answers wait
 
 
 def ask_in_order(
@@ -20,8 +20,8 @@ def ask_in_order(
 ) -> Generator[Answer, None, None]:
     """Yield ``do`` of each question, in order; ``threads`` of them run at a time.
 
-    An error is raised where its answer would be. When the work ends early ``stop`` is called, and
-    nothing is waited for: the threads are daemons, so that a server that hangs holds up no exit.
+    An error is raised in place of its answer. When the work ends early, ``stop`` is called and
+    nothing is waited for: the threads are daemons, so a server that hangs delays no exit.
     """
     todo: queue.SimpleQueue[tuple[Question, Future[Answer]] | None] = queue.SimpleQueue()
     waiting: list[Future[Answer]] = []
@@ -33,7 +33,7 @@ def ask_in_order(
             try:
                 future.set_result(do(question))
             except BaseException as error:
-                over.set()  # those before it are under way; nobody wants those after it
+                over.set()  # earlier questions are under way; later ones are not needed
                 future.set_exception(error)
 
     started = 0

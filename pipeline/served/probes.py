@@ -1,4 +1,4 @@
-"""A few fixed sequences that a server is asked about, to know it again."""
+"""A few fixed sequences (probes) whose answers identify a server's model."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from rekindle.pipeline.served.server import Server
 
 SEQUENCES, LENGTH, KEPT = 3, 12, 4
 DIGITS = 5  # of log-probabilities: float32 has no more below 10 nats
-DIFFERING = 0.1  # of the tokens that the server spells out: more are another vocabulary
+DIFFERING = 0.1  # share of the tokens spelt by the server; more means another vocabulary
 SHOWN = 3
 
-Said = list[list[dict[int, float]]]  # of each probe and prediction, log-probabilities by id
+Said = list[list[dict[int, float]]]  # by probe and prediction, log-probabilities by id
 
 
 def probe_prompts(corpus: Corpus) -> list[list[int]]:
-    """The beginnings of some sequences of the corpus's first file."""
+    """Return the beginnings of some sequences of the corpus's first file."""
     rows = split_lists([*corpus.shard(0).batches()], "input_ids") if corpus.commits else []
     long = [row[:LENGTH].tolist() for row in rows if len(row) > 1]
     step = max(1, len(long) // SEQUENCES)
@@ -28,8 +28,8 @@ def probe_prompts(corpus: Corpus) -> list[list[int]]:
 
 
 def ask(server: Server, prompts: Sequence[Sequence[int]], k: int) -> tuple[Said, list[Any]]:
-    """What the server says of ``prompts``; and as it was said. Raises InputError for wrong
-    answers.
+    """Return the server's parsed answers for ``prompts``, and the raw ones. Raise InputError for
+    wrong answers.
     """
     found = server.prompt_logprobs(prompts, k)
     said = [said_of(entries, prompt, k) for entries, prompt in zip(found, prompts, strict=True)]
@@ -37,7 +37,9 @@ def ask(server: Server, prompts: Sequence[Sequence[int]], k: int) -> tuple[Said,
 
 
 def probes_of(prompts: Sequence[Sequence[int]], said: Said, k: int) -> tuple[Probe, ...]:
-    """What is kept of that: the likeliest ids of each prediction, and the sequence's own."""
+    """Return what is stored of the answers: the likeliest ids of each prediction, and the
+    sequence's own.
+    """
     return tuple(
         _probe(prompt, answers, min(k, KEPT)) for prompt, answers in zip(prompts, said, strict=True)
     )
@@ -54,9 +56,9 @@ def _probe(prompt: Sequence[int], answers: list[dict[int, float]], kept: int) ->
 
 
 def check_spelling(found: Sequence[Any], tokenizer: Tokenizer) -> None:
-    """Raise InputError where the server's ``decoded_token``s are not the tokenizer's.
+    """Raise InputError if the server's ``decoded_token``s are not the tokenizer's.
 
-    Spaces at the ends are no matter, nor parts of characters: versions differ in these.
+    Ignores spaces at the ends and parts of characters, because versions differ in these.
     """
     spelt = {number: text for number, text in _spelt(found) if number < tokenizer.size}
     wrong = {}

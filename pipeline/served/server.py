@@ -1,9 +1,9 @@
-"""A server that speaks vLLM's dialect of OpenAI's API: what it says of itself, and of prompts.
+"""A server that speaks vLLM's dialect of OpenAI's API: its models, and its answers to prompts.
 
-Followed are vLLM's API models of 0.10 to 0.2x (``CompletionRequest``, ``CompletionResponseChoice``,
-``ModelCard``): token ids in, ``prompt_logprobs`` out, a choice for each prompt, told apart by
+Follows vLLM's API models of 0.10 to 0.2x (``CompletionRequest``, ``CompletionResponseChoice``,
+``ModelCard``): token ids in, ``prompt_logprobs`` out, one choice per prompt, identified by
 ``index``; an error is ``{"error": {message, type, param, code}}``. Servers older than
-``return_token_ids`` pass over it.
+``return_token_ids`` ignore it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from rekindle.data.errors import InputError, did_you_mean
 from rekindle.pipeline.served.client import Client
 from rekindle.pipeline.served.config import ServedConfig
 
-# The distribution itself, whatever the server's or its model's defaults are: they show in the
-# answers of one that gives processed log-probabilities (--logprobs-mode).
+# The plain distribution, whatever the server's or its model's defaults are: these would show in the
+# answers of a server that gives processed log-probabilities (--logprobs-mode).
 PLAIN = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -27,17 +27,17 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-TOO_MANY = "max allowed"  # of what vLLM says where k is above its --max-logprobs
-GENERATED = 1  # tokens: the server makes one at least, which nobody reads
+TOO_MANY = "max allowed"  # part of vLLM's message if k is above its --max-logprobs
+GENERATED = 1  # tokens: the server generates at least one, which is ignored
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a server says of a model that it has."""
+    """What a server says about one of its models."""
 
     name: str
     root: str | None  # what it was loaded from
-    longest: int | None  # tokens, of prompt and answer together
+    longest: int | None  # tokens, prompt and answer together
 
 
 class Server:
@@ -48,7 +48,7 @@ class Server:
 
     @cached_property
     def model(self) -> Model:
-        """Raises InputError where the server has no model of that name."""
+        """The model as listed. Raises InputError if the server has no model of that name."""
         listed = self.client.get("/models")
         cards = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
@@ -79,9 +79,9 @@ class Server:
         return {name: value for name, value in known.items() if isinstance(value, str)}
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]], k: int) -> list[Any]:
-        """What the server says of each prompt's tokens: the ``prompt_logprobs`` of each.
+        """Return the ``prompt_logprobs`` of each prompt.
 
-        Raises InputError for an answer that is not of these prompts, or that the server refuses.
+        Raise InputError if the server refuses, or its answer does not belong to these prompts.
         """
         body = {
             "model": self.config.model,
@@ -103,7 +103,7 @@ class Server:
             raise InputError("its answer to /completions has no choices")
         said = answer.get("model")
         if said not in (None, self.config.model):
-            raise InputError(f"its answer is of the model {said!r}, not {self.config.model!r}")
+            raise InputError(f"its answer is from the model {said!r}, not {self.config.model!r}")
         self._check_count(answer, sum(map(len, prompts)))
         return [
             self._of_prompt(choice, prompt)
@@ -125,7 +125,7 @@ class Server:
         read = choice.get("prompt_token_ids")
         if read is not None and list(read) != list(prompt):
             raise InputError(
-                f"it read other tokens than were sent ({counted(len(read), 'token')} where "
+                f"it read other tokens than those sent ({counted(len(read), 'token')}; "
                 f"{len(prompt)} were sent); it must take token ids as they are"
             )
         if choice.get("prompt_logprobs") is None:
@@ -137,7 +137,7 @@ class Server:
 
 
 def _in_order(choices: list[Any], count: int) -> list[Mapping[str, Any]]:
-    """The choices by their ``index``, whatever their order; there must be one for each prompt."""
+    """Sort the choices by their ``index``; there must be exactly one for each prompt."""
     found = {choice.get("index"): choice for choice in choices if isinstance(choice, Mapping)}
     if len(choices) != count or found.keys() != {*range(count)}:
         shown = ", ".join(str(one.get("index")) for one in found.values())

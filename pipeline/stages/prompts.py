@@ -1,7 +1,7 @@
-"""Cached predictions become text (prompted continued pre-training, NeurIPS 2023).
+"""Turn cached predictions into text (prompted continued pre-training, NeurIPS 2023).
 
-A line for each sequence that an expert judged: the text, the template, the word of the most
-probable label. Read shard by shard from the cache; the expert is not needed.
+Each sequence that an expert judged gives a line: the text put into the template, with the word of
+the most probable label. Reads the cache shard by shard; the expert itself is not needed.
 """
 
 import filecmp
@@ -27,15 +27,15 @@ from rekindle.pipeline.config import check_template, fill_template
 
 @dataclass
 class PromptCounts:
-    """What became of every sequence of the corpus."""
+    """Counts over every sequence of the corpus."""
 
     written: int = 0
-    labels: Counter[str] = field(default_factory=Counter)  # of the lines written
-    not_judged: int = 0  # of other domains than the expert's
+    labels: Counter[str] = field(default_factory=Counter)  # of the written lines
+    not_judged: int = 0  # in domains the expert is not for
     below_confidence: int = 0
 
     def as_text(self) -> str:
-        """The counts in a line."""
+        """Return the counts as a line of text."""
         shares = ", ".join(f"{name} {count:,}" for name, count in sorted(self.labels.items()))
         return (
             f"{counted(self.written, 'line')} ({shares}); "
@@ -56,16 +56,17 @@ def write_prompts(
 ) -> PromptCounts:
     """Write the corpus ``path`` (jsonl: id, text, domain) from the cached logits of a classifier.
 
-    ``words``: a word for each of its labels (None: the names). ``confidence``: the least softmax
-    probability of a label that is written. ``tokenizer``: whose vocabulary must have the words
-    (None: the cache's). ``id`` is the document's: what is held out of the corpus stays together.
-    The file appears whole or not at all; where it is there already with the same content it is left
-    alone. Raises InputError for a template without {text} or {label}, words that do not fit the
-    labels, a teacher that is no classifier of single texts or is not finished, no line at all, and
-    a file with other content; ValueError for a confidence outside 0..1.
+    ``words``: a word for each label (None: the label names). ``confidence``: the lowest softmax
+    probability of a label that is written. ``tokenizer``: its vocabulary must contain the words
+    (None: the cache's). ``id`` is the document's, so what is held out of the corpus stays together.
+    The file appears whole or not at all; an existing file with the same content is left alone.
+
+    Raise InputError for a template without {text} or {label}; words that do not fit the labels; a
+    teacher that is unfinished or no classifier of single texts; no line at all; and a file with
+    other content. Raise ValueError for a confidence outside 0..1.
     """
     if not 0 <= confidence <= 1:
-        raise ValueError(f"a confidence is a probability, not {confidence}")
+        raise ValueError(f"a confidence is a probability between 0 and 1, not {confidence}")
     _check(cache, teacher, template)
     names = cache.teacher(teacher).info.label_names
     chosen = words_of(names, words, tokenizer or cache.corpus.tokenizer)
@@ -89,7 +90,9 @@ def write_prompts(
 
 
 def _judged(cache: Cache, reader: TeacherReader) -> Iterator[tuple[dict, bool, int, float]]:
-    """Each row of the corpus: whether it was judged, its most probable label, and how sure."""
+    """Yield each row of the corpus, whether it was judged, its most probable label, and the label's
+    probability.
+    """
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
             batch = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
@@ -103,7 +106,7 @@ def _judged(cache: Cache, reader: TeacherReader) -> Iterator[tuple[dict, bool, i
 def most_probable(
     logits: NDArray[np.float32],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The most probable class of each row [R,C], and its softmax probability."""
+    """Return the most probable class of each row [R,C], and its softmax probability."""
     exact = logits.astype(np.float64)
     best = exact.argmax(axis=1)
     largest = exact.max(axis=1, keepdims=True)
@@ -113,22 +116,22 @@ def most_probable(
 def words_of(
     names: Sequence[str], words: Mapping[str, str] | None, tokenizer: Tokenizer
 ) -> dict[str, str]:
-    """The word of each label; InputError for one that is missing, unknown, or not in the
-    vocabulary.
+    """Return the word of each label. Raise InputError for a word that is missing, unknown, or not
+    in the vocabulary.
     """
     chosen = {name: name for name in names} if words is None else dict(words)
     labels = ", ".join(names)
     if unknown := [name for name in chosen if name not in names]:
-        raise InputError(f"words: {unknown[0]!r} is no label of the teacher (it has: {labels})")
+        raise InputError(f"words: {unknown[0]!r} is not a label of the teacher (it has: {labels})")
     if missing := [name for name in names if name not in chosen]:
-        raise InputError(f"words: there is none for the label {missing[0]!r}; give each label one")
+        raise InputError(f"words: none is given for the label {missing[0]!r}; give each label one")
     unknown_id = tokenizer.hf.unk_token_id
     for name, word in chosen.items():
         ids = tokenizer.hf(word, add_special_tokens=False)["input_ids"]
         if not ids or (unknown_id is not None and unknown_id in ids):
             raise InputError(
-                f"words: the tokenizer has no tokens for {word!r}, the word of the label {name!r}; "
-                "a model could not learn it. Give another word"
+                f"words: the tokenizer has no tokens for {word!r}, the word of the label "
+                f"{name!r}, so a model could not learn it. Give another word"
             )
     return chosen
 
@@ -161,6 +164,6 @@ def _publish(written: Path, target: Path, counts: PromptCounts) -> None:
         os.replace(written, target)
     elif not filecmp.cmp(written, target, shallow=False):
         raise InputError(
-            f"{target} is there with other content. A corpus that may be in use is not written "
-            "over: delete it, or give another name"
+            f"{target} exists with other content. A corpus that may be in use is not overwritten: "
+            "delete it, or give another name"
         )

@@ -1,5 +1,5 @@
-"""The stages of a run file: their whole configurations, and all about them that can be checked
-before the first one begins.
+"""The stages of a run file: their full configurations, and every check possible before the first
+one begins.
 """
 
 import fnmatch
@@ -28,7 +28,7 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.objective.estimates import check_estimates
 from rekindle.train.record.working_copy import place_of
 
-_OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that say which teacher it is
+_OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that identify a teacher
 
 
 @dataclass(frozen=True)
@@ -38,31 +38,31 @@ class Stage:
     name: str
     directory: Path
     definition: StageConfig
-    config: RunConfig  # with the directories of earlier stages for the references
-    written: RunConfig  # with the references as they are written
+    config: RunConfig  # with the directories of earlier stages in place of references
+    written: RunConfig  # with references as written
     prompts: PromptsConfig | None  # with directories, and a cache
 
     @property
     def text_waits(self) -> list[str]:
-        """Earlier stages that must be finished before its corpus and views can be made."""
+        """Earlier stages that must be finished before this stage's corpus and views can be made."""
         config, prompts = self.written, self.definition.write_prompts
         places = prompts.places if prompts else []
         return references([config.corpus.model_dump(mode="json"), config.cache.path, places])
 
     @property
     def teachers_wait(self) -> dict[str, list[str]]:
-        """The teachers that cannot be cached before other stages are finished: name -> stages."""
+        """Teachers that must wait for other stages to finish: name -> stages."""
         found = {t.name: references(t.model_dump(mode="json")) for t in self.written.teachers}
         return {name: stages for name, stages in found.items() if stages}
 
     @property
     def uses(self) -> list[str]:
-        """Every earlier stage whose directory is named in it."""
+        """Every earlier stage whose directory this stage names."""
         return list(dict.fromkeys([*references(self.definition.set), *self.text_waits]))
 
     @property
     def record(self) -> dict[str, Any]:
-        """What ``stages.json`` says of it."""
+        """The stage's entry in ``stages.json``."""
         config = self.written.model_dump(mode="json", by_alias=True, exclude={"stages": True})
         return {"name": self.name, "config": config} | self.definition.model_dump(
             mode="json", include={"write_prompts"}
@@ -70,13 +70,13 @@ class Stage:
 
 
 def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
-    """The stages of ``config``, their directories being in ``out``; nothing is read but caches.
+    """Return the stages of ``config``, with their directories in ``out``. Reads only caches.
 
-    Raises InputError, naming the stage, for what cannot work: no student, a teacher that nothing
-    caches, two corpora or two teachers of one name in one cache, prompts of no earlier cache or of
-    which the stage does not read.
+    Raise InputError, naming the stage, if something cannot work: no student, a teacher that nothing
+    caches, two corpora or two teachers of one name in one cache, prompts without an earlier cache
+    or prompts the stage does not read.
     """
-    # In a store, of which every node has a copy of its own, a stage's name is its address.
+    # In a store each node has its own copy, so a stage's address serves as its name.
     directories = {stage.name: f"{place_of(out)}/{stage.name}" for stage in config.stages}
     stages = []
     for stage in config.stages:
@@ -96,12 +96,12 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
 
 
 def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
-    """That no reference stands outside of a stage's ``set``, where it stands for nothing."""
+    """Raise InputError for a reference outside a stage's ``set``, where it means nothing."""
     values = stage.config.model_dump(mode="json", exclude={"stages": True})
     if left := [name for name in references(values) if name in directories]:
         raise InputError(
-            f"'{{{left[0]}}}' stands for a directory only in the `set` of a stage, not in the file "
-            "that they share. Move the key that holds it into `set`"
+            f"'{{{left[0]}}}' stands for a directory only in the `set` of a stage, not in the "
+            "shared file. Move the key that holds it into `set`"
         )
 
 
@@ -122,7 +122,7 @@ def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
 
 
 def _check_adapted(stage: Stage, earlier: Sequence[Stage]) -> None:
-    """That a stage does not put an adapter on the adapter that an earlier one leaves."""
+    """Raise InputError if a stage puts an adapter on the adapter of an earlier one."""
     names = references(stage.written.needed_student().model)
     for one in (one for one in earlier if one.name in names):
         lora = one.config.needed_student().lora
@@ -134,7 +134,7 @@ def _check_adapted(stage: Stage, earlier: Sequence[Stage]) -> None:
 
 
 def _kinds_read(stage: Stage, earlier: Sequence[Stage]) -> dict[str, VocabularyKind]:
-    """What is kept of its vocabulary teachers: as a stage says, or as its cache has it."""
+    """Return the kinds of its vocabulary teachers' targets, from a stage or from the cache."""
     path, kinds = stage.config.cache.path, dict[str, VocabularyKind]()
     inside = [s for s in (*earlier, stage) if s.config.cache.path == path]
     configured = {t.name: t.described_kind for s in inside for t in s.config.teachers}
@@ -148,7 +148,7 @@ def _kinds_read(stage: Stage, earlier: Sequence[Stage]) -> dict[str, VocabularyK
 
 
 def _teachers_read(stage: Stage) -> Iterator[tuple[str, str, str]]:
-    """Which key needs which teacher's targets or scalars, and from which cache."""
+    """Yield each needed teacher: the key that needs it, its name, and its cache."""
     train, cache = stage.config.train, stage.config.cache
     for term in train.objective.distill:
         yield from (("train.objective", name, cache.path) for name in term.teachers)
@@ -166,25 +166,25 @@ def _teachers_read(stage: Stage) -> Iterator[tuple[str, str, str]]:
 def _check_prompts(stage: Stage, prompts: PromptsConfig) -> None:
     if is_remote(prompts.to):
         raise InputError(
-            f"write_prompts.to is {prompts.to}: prompts are written to this machine; name a local "
+            f"write_prompts.to is {prompts.to}: prompts are written on this machine; name a local "
             "file in write_prompts.to and in corpus.source"
         )
     sources = stage.config.corpus.places
     if not any(prompts.to == s or fnmatch.fnmatch(prompts.to, s) for s in sources):
         raise InputError(
-            f"write_prompts.to is {prompts.to}, which the stage does not read: its corpus.source "
-            f"is {', '.join(sources)}. Set corpus.source, and a cache.path of its own"
+            f"write_prompts.to is {prompts.to}, but the stage does not read it: its corpus.source "
+            f"is {', '.join(sources)}. Set corpus.source, and a separate cache.path"
         )
     if prompts.cache == stage.config.cache.path:
         raise InputError(
-            f"write_prompts reads the cache {prompts.cache}, into which the prompts would be "
-            "cached; set a cache.path of its own"
+            f"write_prompts reads the cache {prompts.cache}, but the prompts would be cached "
+            "there as well; set a separate cache.path"
         )
 
 
 def _check_shared_cache(one: Stage, other: Stage) -> None:
-    """A longer corpus may follow a shorter one in a cache; any other corpus is another cache's.
-    Targets of two models, or of two inputs, never mix under one name.
+    """Check two stages that share a cache. A longer corpus may follow a shorter one; any other
+    corpus needs another cache. Targets of two models, or of two inputs, never mix under one name.
     """
     first, second = (s.config.corpus.model_dump(mode="json") for s in (one, other))
     if second["source"][: len(first["source"])] == first["source"]:
@@ -200,19 +200,19 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
         if teacher.name in known:
             ours, theirs = _identity(one, known[teacher.name]), _identity(other, teacher)
             teachers |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
-    renamed = "In a cache one name is one teacher: give it another, or: "
+    renamed = "In a cache, a name stands for one teacher: rename it, or: "
     for pairs, advice in ((corpus, ""), (teachers, renamed)):
         for what, (before, now) in pairs.items():
             if before != now:
                 raise InputError(
                     f"stages {one.name!r} and {other.name!r} share the cache "
-                    f"{one.config.cache.path}, but {what} is {before!r}, then {now!r}. {advice}"
-                    f"Give stage {other.name!r} a cache.path of its own"
+                    f"{one.config.cache.path}, but {what} is {before!r}, then {now!r}. "
+                    f"{advice}Give stage {other.name!r} a separate cache.path"
                 )
 
 
 def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
-    """What decides a teacher's targets, the masks that it is shown included."""
+    """Return what decides a teacher's targets, including its masks."""
     found = {key: getattr(teacher, key) for key in _OF_A_TEACHER}
     if not teacher.sees_masks:
         return found | {"view": "clean"}
@@ -223,7 +223,7 @@ def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
 
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
-    """Raise InputError unless every model that no stage makes is there, and fits its prompts."""
+    """Raise InputError unless every model that no stage makes exists and fits its prompts."""
     from rekindle.pipeline.caching.first_checks import check_files
     from rekindle.train.model.folder import resolve_model
     from rekindle.train.student import check_student
@@ -250,7 +250,7 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
 
 
 def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -> None:
-    """As far as the expert's own configuration names its labels."""
+    """Check the words, as far as the expert's configuration names its labels."""
     from rekindle.pipeline.stages.prompts import words_of
     from rekindle.train.model.folder import read_settings
 
@@ -263,23 +263,24 @@ def _check_words(stage: Stage, prompts: PromptsConfig, directory: Path | None) -
 
 @dataclass(frozen=True)
 class Ready:
-    """What of a stage can be cached before any student is trained."""
+    """The part of a stage that can be cached before any student is trained."""
 
     stage: Stage
-    config: RunConfig | None  # with the teachers that can; None: not even its text or its masks are
+    # with the teachers that are ready; None: not even its text or masks are
+    config: RunConfig | None
     waiting: dict[str, list[str]]  # teacher ("" for the text) -> the stages it waits for
 
     def waiting_text(self) -> list[str]:
-        """A line for each thing that waits."""
+        """Return a line for each thing that waits."""
         return [
-            f"stage {self.stage.name}: {f'teacher {teacher}' if teacher else 'its text'} waits for "
-            f"stage {', '.join(stages)}; `pipeline train-student` caches it when its turn comes"
+            f"stage {self.stage.name}: {f'teacher {teacher}' if teacher else 'its text'} waits "
+            f"for stage {', '.join(stages)}; `pipeline train-student` caches it in its turn"
             for teacher, stages in self.waiting.items()
         ]
 
 
 def ready_parts(stages: Sequence[Stage]) -> list[Ready]:
-    """For each stage, what can be cached at once and what waits for which stages."""
+    """Return, for each stage, what can be cached now and what waits for which stages."""
     found = []
     blocked: dict[tuple[str, str], list[str]] = {}  # cache, teacher -> stages
     for stage in stages:

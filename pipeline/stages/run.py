@@ -1,9 +1,9 @@
-"""Runs of several stages: for each in order, what is missing of its cache, then its student.
+"""Run several stages in order: for each, complete its cache, then train its student.
 
-    OUT/stages.json   the definition: every stage's configuration, references as they are written
-    OUT/first/        a run as ``pipeline train-student`` leaves it
+  OUT/stages.json   the definition: every stage's configuration, with references as written
+  OUT/first/        a run as ``pipeline train-student`` leaves it
 
-All that can be checked is checked before the first stage begins.
+Everything that can be checked is checked before the first stage begins.
 """
 
 import functools
@@ -41,15 +41,15 @@ log = logging.getLogger("rekindle")
 def run_stages(
     config: RunConfig, out: Path, *, resume: bool = False, progress: Progress = SILENT
 ) -> list[TrainResult]:
-    """Run the stages of ``config`` into folders of ``out``; returns the results of those that ran.
+    """Run the stages of ``config`` into folders of ``out``. Return the results of those that ran.
 
-    With ``resume`` finished stages are left as they are, and the interrupted one goes on. Under
-    torchrun the main process caches, and all of them train. Raises InputError for what is wrong in
-    any stage, and for an ``out`` in use, before anything runs; CheckpointError when ``resume``
-    meets stages of another configuration.
+    With ``resume``, finished stages are left alone and the interrupted one continues. Under
+    torchrun the main process caches, and all of them train. Raise InputError for a mistake in any
+    stage, and for an ``out`` in use, before anything runs; CheckpointError if ``resume`` meets
+    stages of another configuration.
     """
     results = []
-    with join_world() as world, ExitStack() as held:  # by the main process: the folder
+    with join_world() as world, ExitStack() as held:  # the main process locks the folder
         stages = world.agree(lambda: _planned(config, out, resume))
         folder = open_folder(out, lambda: _look(out, stages, resume))
         missing = world.decide(lambda: held.enter_context(folder), patient=True)
@@ -71,7 +71,7 @@ def run_stages(
 
 @contextmanager
 def _naming(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
-    """Say of an interrupt in which ``stage`` it came, and how many are finished."""
+    """Add to an interrupt the ``stage`` it hit, and how many stages are finished."""
     try:
         yield
     except Interrupted as error:
@@ -87,7 +87,7 @@ def _cache(stage: Stage, progress: Progress) -> None:
 
 
 def _write_text(stage: Stage) -> None:
-    """Make the stage's corpus of prompts, if it has one."""
+    """Write the stage's corpus of prompts, if it has one."""
     if (prompts := stage.prompts) is not None:
         assert prompts.cache is not None
         how = prompts.model_dump(include={"template", "words", "confidence"})
@@ -97,7 +97,7 @@ def _write_text(stage: Stage) -> None:
 
 
 def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
-    """The stages, with the former defaults that they were begun with."""
+    """Return the stages, with the former defaults they were begun with."""
     recorded = (resume and read_runs(out, STAGES_FILE)) or {}
     stages = []
     for stage in plan_stages(config, out):
@@ -119,7 +119,7 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
         recorded = read_runs(out, STAGES_FILE) or {}
         begun = {name: _whole(old) for name, old in recorded.items() if (out / name).exists()}
         now = {stage.name: _whole(stage.record) for stage in stages}
-        stranger = "has a stage {name!r}, which the file has not"
+        stranger = "has a stage {name!r}, which is not in the file"
         rule = "Resume it with its own configuration, or give another --out"
         configs = {stage.name: stage.config for stage in stages}
         check_same_runs(out, begun, now, stranger, rule, configs)
@@ -132,18 +132,18 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
 
 
 def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's configuration with its prompts."""
+    """Return a stage's configuration with its prompts."""
     return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:
-    """What a stage took from an earlier one must still be what it took."""
+    """Check that what a stage took from an earlier one is still there."""
     for stage in stages:
         gone = [name for name in stage.uses if name in missing]
         if gone and stage.directory.exists():
             raise CheckpointError(
-                f"{stage.directory} was begun from the stage {gone[0]!r}, which is not finished "
-                f"(any more): it would be made again. Remove {stage.directory}, or give another "
+                f"{stage.directory} was begun from the stage {gone[0]!r}, which is no longer "
+                f"finished and would be made again. Remove {stage.directory}, or give another "
                 "--out"
             )
 
@@ -159,7 +159,7 @@ class CachedStage:
     done: StageOne | None  # None: nothing, because its text waits or others were asked for
 
     def as_text(self) -> str:
-        """A line for what was done, and one for each thing that waits."""
+        """Return a line for what was done, and one for each thing that waits."""
         stage, lines = self.ready.stage, self.ready.waiting_text()
         if self.done is not None:
             path = stage.written.cache.path
@@ -174,9 +174,9 @@ def cache_stages(
     progress: Progress = SILENT,
     check: bool | None = None,
 ) -> list[CachedStage]:
-    """``cache_teachers`` for every stage, as far as no student has to be trained before.
+    """Run ``cache_teachers`` for every stage, as far as no student has to be trained first.
 
-    ``only`` limits the work to stages with teachers of those names, and to these.
+    ``only`` limits the work to teachers of those names, and to the stages with them.
     """
     stages = plan_stages(config, Path())
     known = {teacher.name for stage in stages for teacher in stage.config.teachers}

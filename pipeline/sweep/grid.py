@@ -1,7 +1,7 @@
-"""Plans the students of a sweep: one for every combination of the values of ``--sweep``.
+"""Plan the students of a sweep: one for every combination of the values of ``--sweep``.
 
-Each student is, to the bit, the one that ``--set`` with the same values trains alone on as many
-threads. Only the run file is read here, so that a wrong definition is refused at once.
+Each student equals, to the bit, the one that ``--set`` with the same values trains alone on as many
+threads. Only the run file is read here, so a wrong definition is refused at once.
 """
 
 import itertools
@@ -22,7 +22,7 @@ _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One student: the folder of its run, the values that make it, its whole configuration."""
+    """One student: its run's folder, its swept values, and its whole configuration."""
 
     name: str
     values: dict[str, str]
@@ -30,7 +30,7 @@ class SweepRun:
 
     @property
     def record(self) -> dict[str, object]:
-        """What ``sweep.json`` says of it."""
+        """The student's entry in ``sweep.json``."""
         config = self.config.model_dump(mode="json", by_alias=True)
         return {"name": self.name, "values": self.values} | {s: config[s] for s in SECTIONS}
 
@@ -41,8 +41,8 @@ def plan_sweep(
     """Return a student for every combination of the values of ``sweep`` (``key.path=V1,V2``), each
     with the ``key.path=value`` overrides.
 
-    Raises InputError for a combination that is no valid configuration, for two that are the same,
-    and for keys that students of one cache must share.
+    Raise InputError for an invalid configuration, for two that are the same, and for keys that
+    students of one cache must share.
     """
     axes = [parse_swept_key(text) for text in sweep]
     keys = [key for key, _ in axes]
@@ -57,17 +57,17 @@ def plan_sweep(
     for one, other in itertools.combinations(runs, 2):
         if one.config == other.config:
             raise InputError(
-                f"--sweep: {one.name} and {other.name} are the same configuration, and would be "
-                "the same student; leave one out"
+                f"--sweep: {one.name} and {other.name} are the same configuration, so they would "
+                "be the same student; leave one out"
             )
     return runs
 
 
 def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
-    """Parse ``a.b=1,2`` into the key and its values, items of a YAML flow sequence, as YAML texts:
-    ``a.b=[1,2],[3]``.
+    """Parse ``a.b=1,2`` into the key and its values. The values are items of a YAML flow sequence,
+    for instance ``a.b=[1,2],[3]``, returned as YAML texts.
 
-    Raises InputError when there is no key, no value, or no YAML.
+    Raise InputError if there is no key, no value, or no valid YAML.
     """
     key, separator, values = text.partition("=")
     if not separator or not key.strip():
@@ -77,12 +77,12 @@ def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
         node = yaml.compose(inside, Loader)
     except yaml.YAMLError as error:
         told = told_of(error, inside)
-        raise InputError(f"--sweep {key}: {values!r} is no list of YAML values{told}") from None
+        raise InputError(f"--sweep {key}: {values!r} is not a list of YAML values{told}") from None
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(inside):
-        raise InputError(f"--sweep {key}: {values!r} is no list of YAML values")
+        raise InputError(f"--sweep {key}: {values!r} is not a list of YAML values")
     if not node.value:
         raise InputError(f"--sweep {key}= names no value; give key.path=value,value,…")
-    # As they are written: each is then read exactly as `--set` reads it.
+    # As written: each is then read exactly as `--set` reads it.
     texts = [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
     return key.strip(), tuple(texts)
 
@@ -106,16 +106,17 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
         config = load_config(run, [*overrides, *settings])
     if config.stages:
         raise InputError(
-            f"{run} has stages, which are not swept: the students of a sweep learn from one cache. "
-            "Sweep the run.yaml that a stage leaves in its folder, or a file without `stages`"
+            f"{run} has stages, which cannot be swept: the students of a sweep learn from one "
+            "cache. Sweep the run.yaml that a stage leaves in its folder, or a file without "
+            "`stages`"
         )
     config.needed_student()
     return config
 
 
 def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".", least: int = 1) -> list[str]:
-    """Shorten each path to its last parts, joined: as few as tell it from the others, and at least
-    ``least`` beside numbers.
+    """Shorten each path to its last parts, joined: as few as distinguish it from the others, and at
+    least ``least`` besides numbers.
     """
 
     def tail(path: Sequence[str]) -> str:
@@ -131,7 +132,7 @@ def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".", least: int 
 
 def unique_names(runs: Sequence[Iterable[tuple[str, str]]]) -> list[str]:
     """Name a folder for each run's (key, value) pairs: readable, safe on any file system, and
-    distinct even where upper and lower case are one.
+    distinct even if upper and lower case count as equal.
     """
     names: list[str] = []
     taken: set[str] = set()

@@ -1,9 +1,9 @@
-"""Several students from one cache, one after another or one per device.
+"""Train several students from one cache, one after another or one per device.
 
-    DIR/sweep.json                   the definition: every student's values and configuration
-    DIR/temperature=2,seed=1/        a run as ``pipeline train-student`` leaves it
+  DIR/sweep.json                   the definition: every student's values and configuration
+  DIR/temperature=2,seed=1/        a run as ``pipeline train-student`` leaves it
 
-Every student is held against the cache before the first one is trained.
+Every student is checked against the cache before the first one is trained.
 """
 
 import logging
@@ -39,8 +39,8 @@ log = logging.getLogger("rekindle")
 
 
 class SweepError(RekindleError):
-    """Some students failed; the others are finished. Ends with the exit code that the first one's
-    run alone would have had.
+    """Some students failed; the others are finished. The exit code is that of the first failed
+    student's run alone.
     """
 
     def __init__(self, failures: Mapping[str, Exception], count: int):
@@ -60,9 +60,9 @@ class SweepError(RekindleError):
 
 
 def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
-    """Check that ``out`` is free, or holds the sweep to go on with. It may have got more students.
+    """Check that ``out`` is free, or holds the sweep to continue, perhaps with added students.
 
-    Raises InputError when the directory is in use, CheckpointError when the sweep in it is another.
+    Raise InputError if the directory is in use, CheckpointError if it holds another sweep.
     """
     if not goes_on(out, SWEEP_FILE, "sweep", resume):
         return
@@ -72,7 +72,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
     sections = set(SECTIONS)
     now = {r.name: r.config.model_dump(mode="json", by_alias=True, include=sections) for r in runs}
-    stranger = f"is another sweep: its student {{name}} is none of this one's ({', '.join(now)})"
+    stranger = f"is another sweep: its student {{name}} is not in this one ({', '.join(now)})"
     check_same_runs(out, recorded, now, stranger, rule, {run.name: run.config for run in runs})
 
 
@@ -87,12 +87,12 @@ def run_sweep(
     workers: int | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Exception]:
-    """Train every student of ``plan_sweep`` into a folder of ``out``; returns what ended those that
-    failed, by name.
+    """Train every student of ``plan_sweep`` into a folder of ``out``. Return the errors of failed
+    students by name.
 
-    ``workers`` students at a time (None: one per CUDA device, or one), each in a process of its own
-    where that is more than one. A failed student stops no other. ``resume`` leaves finished runs as
-    they are and goes on with interrupted ones.
+    ``workers`` students run at a time (None: one per CUDA device, or one), each in its own process
+    if more than one. A failed student does not stop the others. ``resume`` leaves finished runs
+    alone and continues interrupted ones.
     """
     if launched().world_size > 1:
         raise InputError(
@@ -100,7 +100,7 @@ def run_sweep(
             "--workers for several students at a time"
         )
     if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
-        others = next(iter(begun.values()), {})  # what is new is compared with them
+        others = next(iter(begun.values()), {})  # new students are compared with those begun
         runs = [replace(r, config=as_begun(r.config, begun.get(r.name, others))) for r in runs]
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
@@ -145,7 +145,7 @@ def _train_side_by_side(
 
 @contextmanager
 def _counting(runs: Sequence[SweepRun], out: Path) -> Iterator[None]:
-    """Say of an interrupt how many of the students are finished."""
+    """Add to an interrupt how many students are finished."""
     try:
         yield
     except Interrupted as error:
@@ -155,12 +155,12 @@ def _counting(runs: Sequence[SweepRun], out: Path) -> Iterator[None]:
 
 
 def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:
-    """``train_one`` as a job, in a process of its own."""
+    """Run ``train_one`` as a job in its own process."""
     return train_one(run, out, StepReports(report))
 
 
 def extent_of_others(out: Path) -> Extent:
-    """How much of the cache the students of the sweep read that have begun: all read as much."""
+    """Return how much of the cache the begun students read; all of them read the same amount."""
     from rekindle.train.record.identity import recorded_extent
 
     read = Extent()
@@ -170,8 +170,8 @@ def extent_of_others(out: Path) -> Extent:
 
 
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
-    """Train one student in this process, or go on with it. Returns what ended it, if it failed; a
-    bug, which may not be picklable, as a RekindleError with its name.
+    """Train one student in this process, or continue it. Return its error, if it failed; a bug,
+    which may not be picklable, becomes a RekindleError with its name.
     """
     from rekindle.pipeline.train_student import train_from_config
 
@@ -187,7 +187,7 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
 
 
 def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
-    """That the cache has what every student needs; returns its corpus's fingerprint."""
+    """Check that the cache has what every student needs. Return its corpus's fingerprint."""
     from rekindle.pipeline.train_student import asked_extent, student_view
     from rekindle.train.prepare import check_tokenizer, prepare_objective
     from rekindle.train.student import check_student

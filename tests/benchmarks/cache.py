@@ -1,26 +1,26 @@
-"""Reads and writes of the cache beside what else would hold the same targets, in one run.
+"""Compare reads and writes of the cache with other ways to hold the same targets, in one run.
 
     python tests/benchmarks/cache.py [--toy] [--positions N] [--csv PATH] [--peers FOLDER ...]
     python tests/benchmarks/cache.py --overhead [--toy]    # what stage 1 adds to a forward loop
 
 The first form: sequences of 512 tokens, a causal teacher (511 targets each, k = 32, V = 30,522),
-batches of 16 sequences as arrays, one thread, warm page cache. Ours go through the real writer
-(hashes, fsync, commit) and ``Cache.gather``; every other holds the very same integers: the tokens
-and, per position, ``ids`` uint16 [k], ``values`` uint8 [k], the position, and the five 16-bit
-scalars that a loss needs as *one* array; ours hold, and do not read, three more for selection. Each
-must deliver the same numbers for the same sequences before it is timed. Shuffled reads take the
-same sequences everywhere, drawn from all of them; "own order" is a library's own shuffling, whose
-order it chooses. "bare copies" is no store: slices of arrays that lie in memory, copied into a
-batch. Bytes are those of the targets; tokens are taken off.
+batches of 16 sequences as arrays, one thread, warm page cache. Rekindle's cache goes through the
+real writer (hashes, fsync, commit) and ``Cache.gather``. Every peer holds the very same integers:
+the tokens and, per position, ``ids`` uint16 [k], ``values`` uint8 [k], the position, and the five
+16-bit scalars that a loss needs as *one* array; the cache holds three more for selection, which are
+not read. Each must deliver the same numbers for the same sequences before it is timed. Shuffled
+reads take the same sequences everywhere, drawn from all of them; "own order" is a library's own
+shuffling, in an order it chooses. "bare copies" is no store: slices of arrays in memory, copied
+into a batch. Bytes are those of the targets, without the tokens.
 
---peers: folders put on the import path first, for libraries that do not fit beside this package's
-requirements (``pip install --no-deps --target FOLDER mosaicml-streaming``), one folder for each.
+--peers: folders put on the import path first, one each, for libraries that conflict with this
+package's requirements (``pip install --no-deps --target FOLDER mosaicml-streaming``).
 
-The second form: a masked LM (6 layers, hidden 384) on sequences of 128, 15 % masked. A forward
-loop over all tokens against stage 1 (forward, scoring, encoding, writing) on the same batches.
+The second form: a masked LM (6 layers, hidden 384) on sequences of 128, 15 % masked. A forward loop
+over all tokens is compared with stage 1 (forward, scoring, encoding, writing) on the same batches.
 
-Predictions before the first run: shuffled reads within 20 % of sequential ones, 2 x the best other;
-stage 1 costs less than the forward loop, whose head sees every token and not the masked only.
+Predictions before the first run: shuffled reads within 20 % of sequential ones, 2 x the best peer;
+stage 1 costs less than the forward loop, whose head sees every token and not only the masked ones.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from rekindle.data.corpus.corpus import Corpus
 
 PACKAGES = ("torch", "numpy", "pyarrow", "datasets", "safetensors", "transformers")
 PACKAGES += ("mosaicml-streaming", "litdata")
-LONG = 3.0  # seconds; what takes longer is measured once
+LONG = 3.0  # seconds; works that take longer are measured once
 
 
 # ---- measuring
@@ -69,7 +69,9 @@ LONG = 3.0  # seconds; what takes longer is measured once
 
 
 def rate(batches: Iterator[Any], budget: float) -> float:
-    """Positions a second over as many batches as fit into ``budget`` seconds, at least one."""
+    """Return positions per second over as many batches as fit into ``budget`` seconds, at least
+    one.
+    """
     began, count = time.perf_counter(), 0
     for _ in batches:
         count += 1
@@ -79,7 +81,7 @@ def rate(batches: Iterator[Any], budget: float) -> float:
 
 
 def again_and_again(once: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """Pass after pass: one alone takes some milliseconds."""
+    """Repeat passes: a single one takes only milliseconds."""
     while True:
         yield from once()
 
@@ -91,7 +93,9 @@ def same(found: Rows, expected: Rows) -> bool:
 def prepare(
     corpus: Corpus, folder: Path, gate: list[Ints]
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, float]]:
-    """Contenders that are there and right, why the others are not, and seconds of their writes."""
+    """Return the contenders that are installed and correct, why the others are not, and the seconds
+    of their writes.
+    """
     contenders: dict[str, Any] = {}
     absent: dict[str, str] = {}
     writes: dict[str, float] = {}
@@ -118,7 +122,7 @@ def prepare(
             contenders[name] = peer
         except ImportError as error:
             absent[name] = f"not installed: {error}"
-        except Exception as error:  # a peer's failure is a finding, not ours to raise
+        except Exception as error:  # a peer's failure is a finding, not an error of the benchmark
             absent[name] = f"FAILED: {type(error).__name__}: {str(error)[:90]}"
     return contenders, absent, writes
 
@@ -126,7 +130,7 @@ def prepare(
 def measure(
     contenders: dict[str, Any], writes: dict[str, float], sequences: int, rounds: int, budget: float
 ) -> dict[str, dict[str, list[float]]]:
-    """Rates [positions/s] of all contenders by kind of work, one of each a round."""
+    """Return the rates [positions/s] of all contenders by kind of work, one of each a round."""
     rates: dict[str, dict[str, list[float]]] = {
         name: {"write": [], "sequential": [], "shuffled": []} for name in contenders
     }
@@ -192,7 +196,7 @@ def compare(options: argparse.Namespace, folder: Path) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--positions", type=int, help="about so many targets")
+    parser.add_argument("--positions", type=int, help="about this many targets")
     parser.add_argument("--overhead", action="store_true", help="stage 1 against a forward loop")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="results are appended to it")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="import from here first")

@@ -1,4 +1,4 @@
-"""What stage 1 adds to the teacher's forward passes."""
+"""Measures what stage 1 adds to the teacher's forward passes."""
 
 import argparse
 import shutil
@@ -27,7 +27,7 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 
 
 def overhead(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Seconds of stage 1 and of the bare loop over the same batches, in turns."""
+    """Return the seconds of stage 1 and of the bare loop over the same batches, in turns."""
     layers, width, sequences, length = (1, 32, 16, 32) if options.toy else (6, 384, 64, 128)
     corpus = make_corpus(folder / "ours", sequences, length, sequences)
     masked = MaskedView(corpus, MaskConfig(), 0, 1)
@@ -80,7 +80,9 @@ def overhead(options: argparse.Namespace, folder: Path) -> list[Row]:
 def forward_batches(
     teacher: Teacher, corpus: Corpus, view: ViewReader, number: int = 0
 ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-    """The inputs stage 1 gives the model on a shard, and its masked places, by batch."""
+    """Return the inputs that stage 1 gives the model on a shard, and the masked places, by
+    batch.
+    """
     shard = corpus.shard(number)
     indices = range(shard.batch_count)
     seen = [s.copy() for s in split_lists([shard.batch(i) for i in indices], "input_ids")]

@@ -1,4 +1,4 @@
-"""What else would hold the cache's targets: bare copies, parquet, datasets, npz and streaming."""
+"""Other ways to hold the cache's targets: bare copies, parquet, datasets, npz and streaming."""
 
 import importlib
 import importlib.metadata
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 
 class Peer:
-    """One way to hold ``rows`` in ``folder``. ``batch`` gives Rows, maybe of tensors."""
+    """One way to hold ``rows`` in ``folder``. ``batch`` returns Rows, possibly of tensors."""
 
-    requires = ""  # a module that may not be there
+    requires = ""  # a module that may be missing
 
     def __init__(self, folder: Path, rows: Rows):
         self.folder, self.all, self.count = folder, rows, len(rows.tokens)
@@ -34,17 +34,17 @@ class Peer:
         raise NotImplementedError
 
     def open(self) -> None:
-        """Whatever a reader does once."""
+        """Do what a reader does once."""
 
     def batch(self, index: Ints) -> Rows:
         raise NotImplementedError
 
     def stream(self) -> Iterator[Rows]:
-        """Batches of all sequences, in order where the format has one."""
+        """Yield batches of all sequences, in order if the format has one."""
         return map(self.batch, in_order(self.count))
 
     def bytes(self) -> int:
-        """On the disk, without the tokens."""
+        """Return the bytes on disk, without the tokens."""
         found = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
         return found - self.all.tokens.nbytes
 
@@ -63,7 +63,7 @@ def stacked(samples: list[dict[str, Any]]) -> Rows:
 
 
 class Copies(Peer):
-    """No store: the lower bound of any that copies a batch together."""
+    """No store: the lower bound of any store that copies a batch together."""
 
     def write(self) -> None:
         self.held = Rows(*(column.copy() for column in self.all))
@@ -80,7 +80,8 @@ class Copies(Peer):
 
 
 class Parquet(Peer):
-    """As DistillKit writes it: rows of Python lists of bytes, 1000 a row group, default options.
+    """Parquet as DistillKit writes it: rows of Python lists of bytes, 1000 a row group, default
+    options.
 
     ``input_ids`` list<uint64>; ``bytepacked_indices`` and ``compressed_logprobs``
     list<list<uint8>>. Positions are implied by the list. Source: arcee-ai/DistillKit,
@@ -142,7 +143,7 @@ class Parquet(Peer):
 
 
 class HuggingFace(Peer):
-    """``datasets``, map-style, lists of fixed-size lists; the format is what it hands out."""
+    """``datasets``, map-style, lists of fixed-size lists; its format decides what it returns."""
 
     form: str | None = "arrow"
 
@@ -176,7 +177,7 @@ class HuggingFace(Peer):
 
 
 def nested(column: NDArray) -> pa.Array:
-    """[n,P] as list<T>, [n,P,w] as list<fixed_size_list<T,w>>."""
+    """Return [n,P] as list<T>, [n,P,w] as list<fixed_size_list<T,w>>."""
     flat = pa.array(column.reshape(-1))
     if column.ndim == 3:
         flat = pa.FixedSizeListArray.from_arrays(flat, column.shape[2])
@@ -263,7 +264,7 @@ class Mosaic(Peer):
 
 
 class LitData(Peer):
-    """litdata: dicts of arrays in chunks of 64 MB, its StreamingDataset asked by number."""
+    """litdata: dicts of arrays in chunks of 64 MB; its StreamingDataset is indexed by number."""
 
     requires = "litdata"
     shuffle = False
@@ -279,7 +280,7 @@ class LitData(Peer):
     def open(self) -> None:
         kind = importlib.import_module("litdata").StreamingDataset
         self.data = kind(str(self.folder), shuffle=self.shuffle)
-        # By default each number asked for decodes its neighbours, too.
+        # By default, each requested number decodes its neighbours, too.
         self.by_number = kind(str(self.folder), batch_decode=False)
 
     def batch(self, index: Ints) -> Rows:
@@ -295,7 +296,7 @@ class LitData(Peer):
 
 
 class LitDataOwn(LitData):
-    """The same, in the order in which it likes to shuffle."""
+    """litdata in its own shuffled order."""
 
     shuffle = True
 

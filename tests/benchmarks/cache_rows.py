@@ -1,4 +1,6 @@
-"""The rows that all stores of the cache's benchmark hold, and ours, which they come from."""
+"""The rows that all stores of the cache's benchmark hold, and Rekindle's cache, which they come
+from.
+"""
 
 import shutil
 import time
@@ -21,14 +23,14 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
 from rekindle.pipeline.caching.make_unit import write_unit
 
-CODECS = ("default", "precise", "compact")  # ours; the first is what ratios refer to
+CODECS = ("default", "precise", "compact")  # Rekindle's; ratios refer to the first
 VOCABULARY, K, TEMPERATURES = 30_522, 32, (1.0, 2.0, 4.0)
 LENGTH, TARGETS, BATCH = 512, 511, 16
 SHARD = 512  # sequences
 
 
 def save_masked_lm(folder: Path, layers: int, width: int, heads: int) -> None:
-    """A random BERT of the benchmarks' vocabulary, beside what is in the folder."""
+    """Write a random BERT of the benchmarks' vocabulary into the folder."""
     import torch
     import transformers
 
@@ -64,7 +66,7 @@ class Rows(NamedTuple):
 
 
 def write_text(folder: Path, tokens: int, seed: int = 0) -> tuple[Path, Path]:
-    """A tokenizer of 30,522 words of four letters, and a text of so many of them."""
+    """Write a tokenizer of 30,522 words of four letters, and a text of ``tokens`` of them."""
     letters = [chr(ord("a") + i) for i in range(26)]
     words = [a + b + c + d for a in letters[:3] for b in letters for c in letters for d in letters]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -78,7 +80,7 @@ def write_text(folder: Path, tokens: int, seed: int = 0) -> tuple[Path, Path]:
 
 
 def make_corpus(folder: Path, sequences: int, length: int, shard: int) -> Corpus:
-    """A corpus of so many sequences, every one full."""
+    """Make a corpus of ``sequences`` full sequences."""
     tokenizer, text = write_text(folder, (sequences + 1) * length)
     config = CorpusConfig(
         source=(str(text),),
@@ -93,9 +95,10 @@ def make_corpus(folder: Path, sequences: int, length: int, shard: int) -> Corpus
 
 
 def draw_columns(positions: int, seed: int, codec: str, targets: int = TARGETS) -> Columns:
-    """Targets of a made-up teacher: about 2 nats of entropy, ids Zipf-like and distinct in a row.
+    """Draw the targets of a made-up teacher: about 2 nats of entropy, ids Zipf-like and distinct in
+    a row.
 
-    Independent of the context, which is hard on compression. ``compact`` is made of the default
+    Independent of the context, which makes compression hard. ``compact`` is made of the default
     codec's columns when it is written.
     """
     draw = np.random.default_rng(seed)
@@ -167,7 +170,7 @@ class Ours:
         return map(self.gather, in_order(len(self.corpus)))
 
     def _forget(self) -> None:
-        """Of a corpus this small most would lie decoded in memory."""
+        """Drop decoded rows: of a corpus this small, most would stay in memory."""
         if self.codec == "compact":
             reader = self.cache.teachers[self.name]
             reader._lists.clear()
@@ -175,7 +178,7 @@ class Ours:
                 shard._batches.clear()
 
     def rows(self, batch: Any) -> Rows:
-        """What was delivered, in the shape of the table that the others hold."""
+        """Return what was delivered, in the shape of the table that the others hold."""
         columns, size = batch.targets[self.name].columns, len(batch.index)
         scalars = [columns[n].reshape(size, TARGETS, -1).view(np.uint16) for n in SCALARS]
         return Rows(
@@ -187,9 +190,10 @@ class Ours:
         )
 
     def agrees(self, index: Ints, truth: "Ours") -> bool:
-        """Whether it says what the default codec says; exactly, where both give the same columns.
+        """Return whether the values equal the default codec's; exactly, if both give the same
+        columns.
 
-        Another codec of values may differ by what the default one rounds: 32 nats in 255 steps.
+        Another codec of values may differ by the rounding of the default one: 32 nats in 255 steps.
         """
         ours, theirs = (o.batch(index).targets[o.name] for o in (self, truth))
         found, expected = ours.decode(1.0), theirs.decode(1.0)

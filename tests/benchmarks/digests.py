@@ -1,17 +1,17 @@
-"""Prove that a refactoring changed nothing: digests of caches and students of two commits.
+"""Prove that a refactoring changed nothing: compare digests of caches and students of two commits.
 
     python tests/benchmarks/digests.py record [--commit REV] --out FILE.json
     python tests/benchmarks/digests.py compare BASE [REV]
 
 ``record`` does all runs of ``digest_runs/`` with the code of a commit (or of the working tree) and
-writes their digests. ``compare`` holds two commits against each other; either may be a recorded
-file, and REV left out is the working tree. It exits with 0 where all is equal, with 1 and a line
-per digest that is not, with 2 where there is nothing to compare: another processor, another torch,
-another number of threads. A run of everything takes about 65 seconds of one core. A commit's code
-is used through the command line and the public paths only, in a process of its own, so that its
-modules may lie anywhere.
+writes their digests. ``compare`` compares two commits; either may be a recorded file, and without
+REV the second is the working tree. It exits with 0 if all are equal, with 1 and a line per
+different digest, with 2 if there is nothing to compare: another processor, another torch, another
+number of threads. A run of everything takes about 65 seconds of one core. A commit's code is used
+only through the command line and the public paths, in a process of its own, so that its modules may
+lie anywhere.
 
-Of caches: each unit's Arrow file, byte by byte; its columns alone, which stay equal where only the
+Of caches: each unit's Arrow file, byte by byte; its columns alone, which stay equal if only the
 metadata changes; its commit record; every other file; what ``Cache`` decodes, by teacher. Of
 students: the tensors of every safetensors file (weights, heads, the optimiser's in checkpoints),
 metrics and all other JSON files, and the weights after ``Student`` loads and saves them. Of the
@@ -19,9 +19,9 @@ losses: values and gradients. Left out is what differs between two runs of one c
 checksums over them; names drawn for one attempt; TensorBoard's files.
 
 ``tests/golden/digests.json`` is such a file; ``tests/golden/test_digests.py`` compares the present
-code with it. Whoever changes numbers on purpose records it anew, and says in the commit's message
-which digests changed and why. A new key of the configuration changes those of settings alone:
-``run.json`` and what repeats it.
+code with it. After changing numbers on purpose, record it again, and state in the commit's message
+which digests changed and why. A new key of the configuration changes only the digests of settings:
+``run.json`` and files that repeat it.
 """
 
 import argparse
@@ -48,16 +48,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 THREADS = "1"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors")
-OF_THE_CODE = ("commit", "tree")  # in a record's ``about``, where all else is of the machine
+# in a record's ``about``; everything else there is about the machine
+OF_THE_CODE = ("commit", "tree")
 SHOWN = 40  # differences
 
 
 class DigestsError(Exception):
-    """What ends the program with exit code 2 and one message."""
+    """An error that ends the program with exit code 2 and one message."""
 
 
 def about_machine() -> dict[str, str]:
-    """All that may change numbers, but for the code under test."""
+    """Return everything that may change numbers, except the code under test."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -75,7 +76,7 @@ def about_machine() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """The output of a git command in this repository."""
+    """Return the output of a git command in this repository."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise DigestsError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
@@ -84,7 +85,7 @@ def git(*arguments: str) -> str:
 
 @contextmanager
 def checkout_of(revision: str | None, folder: Path) -> Iterator[Path]:
-    """A folder with the code of a commit; None: the working tree as it is."""
+    """Yield a folder with the code of a commit; None: the working tree as it is."""
     if revision is None:
         yield ROOT
         return
@@ -97,7 +98,7 @@ def checkout_of(revision: str | None, folder: Path) -> Iterator[Path]:
 
 
 def digests_of(checkout: Path, work: Path, groups: Sequence[str]) -> dict[str, str]:
-    """Do the runs with the code in ``checkout``, in the folder ``work``; the digests."""
+    """Do the runs with the code in ``checkout``, in the folder ``work``; return the digests."""
     steps = work / "steps.json"
     steps.write_text(json.dumps(steps_of(groups)))
     for name in ("logs", "caches", "students"):
@@ -121,7 +122,7 @@ def digests_of(checkout: Path, work: Path, groups: Sequence[str]) -> dict[str, s
 
 
 def record(revision: str | None, groups: Sequence[str], keep: Path | None = None) -> dict:
-    """The record of one commit: ``about`` it and the machine, and ``digests`` by name."""
+    """Return the record of one commit: ``about`` it and the machine, and ``digests`` by name."""
     before = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="digests-") as temporary:
         work = Path(temporary) / "work"
@@ -138,7 +139,9 @@ def record(revision: str | None, groups: Sequence[str], keep: Path | None = None
 
 
 def obstacle(base: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """Why digests of two machines cannot be compared, if so; both are ``about`` of a record."""
+    """Return why digests of two machines cannot be compared, if so; both are ``about`` of
+    a record.
+    """
     for name, value in base.items():
         if name not in OF_THE_CODE and other.get(name) != value:
             return f"{name}: {value} where the first was recorded, {other.get(name)} here"
@@ -146,7 +149,7 @@ def obstacle(base: Mapping[str, str], other: Mapping[str, str]) -> str | None:
 
 
 def differences(base: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """A line per digest that is not the same in both."""
+    """Return a line per digest that differs."""
     found = []
     for name in sorted(base.keys() | other.keys()):
         if name not in other or name not in base:
@@ -157,7 +160,7 @@ def differences(base: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 
 def read_or_record(given: str | None, groups: Sequence[str]) -> dict:
-    """The record in a file, or that of a commit or the working tree."""
+    """Return the record in a file, or that of a commit or the working tree."""
     if given is not None and Path(given).is_file():
         read: dict = json.loads(Path(given).read_text())
         return read
@@ -165,13 +168,14 @@ def read_or_record(given: str | None, groups: Sequence[str]) -> dict:
 
 
 def compare(base: str, revision: str | None, groups: Sequence[str] | None = None) -> list[str]:
-    """The differences between two records, commits or the working tree (None).
+    """Return the differences between two records, commits or the working tree (None).
 
-    ``groups``: the runs of commits; None: those that ``base`` has, or all. With ``groups``, what
-    only ``base`` has is no difference. DigestsError where the two are of different machines.
+    ``groups``: the runs of commits; None: those that ``base`` has, or all. With ``groups``, digests
+    that only ``base`` has are no difference. Raises DigestsError if the two are of different
+    machines.
     """
     first = read_or_record(base, groups or GROUPS)
-    # Before minutes of runs are spent.
+    # Checked before minutes of runs are spent.
     if (reason := obstacle(first["about"], about_machine())) is not None:
         raise DigestsError(f"nothing to compare: {reason}")
     second = read_or_record(revision, groups or first["groups"])
@@ -184,16 +188,16 @@ def compare(base: str, revision: str | None, groups: Sequence[str] | None = None
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="write the digests of one commit")
-    recording.add_argument("--commit", help="left out: the working tree")
+    recording.add_argument("--commit", help="default: the working tree")
     recording.add_argument("--out", type=Path, required=True)
     recording.add_argument("--keep", type=Path, help="also keep what was made, in a new folder")
     comparing = commands.add_parser("compare", help="compare two commits")
     comparing.add_argument("base", help="a recorded file or a commit")
-    comparing.add_argument("revision", nargs="?", help="the same; left out: the working tree")
+    comparing.add_argument("revision", nargs="?", help="the same; default: the working tree")
     for command in (recording, comparing):
         command.add_argument("--only", nargs="+", choices=GROUPS, help="some of the runs")
     return parser.parse_args(arguments)

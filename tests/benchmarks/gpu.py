@@ -1,17 +1,17 @@
-"""All that is measured on a GPU, in one command of at most six minutes.
+"""All GPU measurements, in one command of at most six minutes.
 
     python tests/benchmarks/gpu.py               # all parts, each within its time
     python tests/benchmarks/gpu.py --only stage1 --only training
     python tests/benchmarks/gpu.py --toy         # the same path end to end on any machine
 
-The tests that need a GPU; the losses beside eager PyTorch, at k = 64; what a call costs the host
-(`host_cost.py`); a BERT-base-like student's training, plain and with cached KD, with the share of
-the time that the GPU was busy (torch.profiler); stage 1 beside the bare forward loop with its head
-on the masked rows. Each part is a process of its own. One that fails, or is not done in time, is a
-line of the table at the end, with what it had measured; the others go on. What was measured is
-appended to results.csv.
+The tests that need a GPU; the losses compared with eager PyTorch, at k = 64; the host's cost of a
+call (`host_cost.py`); a BERT-base-like student's training, plain and with cached KD, with the share
+of the time that the GPU was busy (torch.profiler); stage 1 compared with the bare forward loop with
+its head on the masked rows. Each part is a separate process. One that fails, or does not finish in
+time, is a line of the table at the end, with its measurements so far; the others continue.
+Measurements are appended to results.csv.
 
-Exit code: 0 where every part is done, 1 where one is not, 2 without a GPU.
+Exit code: 0 if every part is done, 1 if one is not, 2 without a GPU.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from results_csv import RESULTS, Row, append, hardware, versions
 sys.path.insert(1, str(Path(__file__).resolve().parent / "on_gpu"))
 
 
-# Measures one thing, told whether to do a toy of it, and what takes rows as they are found.
+# Measures one thing; takes whether to do a toy of it, and a function that takes the rows.
 Measure = Callable[[bool, Callable[[Row], None]], None]
 
 
 class Part(NamedTuple):
     """A part of the whole."""
 
-    seconds: int  # that it may take
+    seconds: int  # its time limit
     measure: Measure
 
 
 class Outcome(NamedTuple):
-    """What came of a part."""
+    """The outcome of a part."""
 
     name: str
     seconds: float
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def parts() -> dict[str, Part]:
-    """By name, in the order of the table. Together 360 seconds."""
+    """Return the parts by name, in the order of the table. Together 360 seconds."""
     return {
         "tests": Part(80, of("marked_tests")),
         "losses": Part(90, of("losses")),
@@ -66,7 +66,9 @@ def parts() -> dict[str, Part]:
 
 
 def of(module: str, function: str = "measure") -> Measure:
-    """What measures a part, of a module that is imported then: a part waits for no other's."""
+    """Return the function that measures a part, from a module imported only then, so that a part
+    does not wait for another's imports.
+    """
 
     def measure(toy: bool, add: Callable[[Row], None]) -> None:
         getattr(importlib.import_module(module), function)(toy, add)
@@ -75,15 +77,15 @@ def of(module: str, function: str = "measure") -> Measure:
 
 
 def run(name: str, seconds: int, folder: Path) -> Outcome:
-    """Run a part in a process, and end it where it takes longer."""
+    """Run a part in a process, and end it if it takes too long."""
     found, began = folder / f"{name}.jsonl", time.perf_counter()
     failed = run_within([sys.executable, __file__, "--part", name, "--rows", str(found)], seconds)
     return Outcome(name, time.perf_counter() - began, rows_of(found), failed)
 
 
 def run_within(command: Sequence[str], seconds: float) -> str | None:
-    """Return why a command is not done; None where it is. One that is late is ended, with all that
-    it has begun.
+    """Return why a command failed; None if it is done. A late command is ended, with all the
+    processes it has started.
     """
     process = subprocess.Popen(command, start_new_session=True)
     try:
@@ -103,14 +105,14 @@ def run_here(name: str, part: Part) -> Outcome:
     failed, began = None, time.perf_counter()
     try:
         part.measure(True, rows.append)
-    except (Exception, SystemExit) as error:  # the other parts go on
+    except (Exception, SystemExit) as error:  # the other parts continue
         traceback.print_exc()
         failed = f"{type(error).__name__}: {error}"
     return Outcome(name, time.perf_counter() - began, rows, failed)
 
 
 def measure(name: str, found: Path) -> None:
-    """What the process of a part does."""
+    """Do the work of a part's process."""
     with open(found, "a", encoding="utf-8") as file:
 
         def add(row: Row) -> None:
@@ -121,13 +123,13 @@ def measure(name: str, found: Path) -> None:
 
 
 def rows_of(found: Path) -> list[Row]:
-    """The rows that a part has written; of one that was ended in a line, those before."""
+    """Return the rows that a part has written; if it was ended within a line, those before."""
     lines = found.read_text(encoding="utf-8").split("\n")[:-1] if found.exists() else []
     return [tuple(json.loads(line)) for line in lines]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """All that was measured, and what was not."""
+    """Return a table of all measurements and failures."""
     lines = []
     for name, seconds, rows, failed in outcomes:
         lines.append(f"{name:9} {seconds:4.0f} s  {f'FAILED: {failed}' if failed else 'done'}")
@@ -138,7 +140,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, no rows; a GPU or not")
+    parser.add_argument(
+        "--toy", action="store_true", help="tiny sizes, no rows; with a GPU or without"
+    )
     parser.add_argument("--only", action="append", help="a part; may be given several times")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--part", help=argparse.SUPPRESS)

@@ -1,18 +1,19 @@
-"""The fixed cost of a call of the losses: what a call of few rows takes, forward and backward.
+"""Measures the fixed cost of a call of the losses: the time of a call of few rows, forward and
+backward.
 
     python tests/benchmarks/host_cost.py            # a table
     python tests/benchmarks/host_cost.py --record   # and rows of results.csv
 
-"cpu": N = 8, V = 64, H = 8, k = 4 in PyTorch on one thread, beside eager PyTorch from the same
-logits (or hidden states). "launches": the same calls as a GPU makes them, up to the launches. Every
-Triton kernel is replaced by a counter and every other operation runs on the CPU, where a small one
-takes about as long as launching it would; those that would be kernels are counted, too. What the
-driver takes for a launch is not in it. On a machine with a GPU the calls are made there as well,
-kernels and all ("gpu"): a queue is not waited for, so that this is the host's time, too.
-"teachers": three teachers of a linear head in a call of each, and in one.
+"cpu": N = 8, V = 64, H = 8, k = 4 in PyTorch on one thread, compared with eager PyTorch from the
+same logits (or hidden states). "launches": the same calls as a GPU makes them, up to the launches.
+Every Triton kernel is replaced by a counter and every other operation runs on the CPU, where a
+small one takes about as long as launching it would; those that would be kernels are counted, too.
+The driver's time for a launch is not included. On a machine with a GPU the calls are also made
+there, with their kernels ("gpu"): the queue is not waited for, so this is the host's time, too.
+"teachers": three teachers of a linear head in a call each, and in one call.
 
-Contenders take turns, and each one's best of many repetitions counts: whatever disturbs only adds.
-Time is the process's own but for "gpu".
+Contenders take turns, and the best of many repetitions counts for each: disturbances only add time.
+Time is the process's own, except for "gpu".
 """
 
 import argparse
@@ -46,7 +47,7 @@ REPEATS, CALLS = 40, 10
 TAUGHT_ROWS, TEACHERS = 64, 3
 Step = Callable[[], object]  # one call, forward and backward
 
-# operations of torch that launch nothing: memory is taken, or seen otherwise
+# operations of torch that launch nothing: they take memory, or view it differently
 NO_KERNEL = (
     "promote_types",
     "empty",
@@ -77,7 +78,7 @@ def options(batch: Batch, impl: str) -> dict[str, Any]:
 
 
 def steps(device: str, tau: float, impl: str) -> dict[str, Step]:
-    """By task and provider."""
+    """Return the steps by task and provider."""
     shape = (ROWS, VOCABULARY, HIDDEN)
     batch = make_batch(ROWS, shape, KEPT, tau, device)
     x = batch.hidden.clone().requires_grad_()
@@ -89,7 +90,7 @@ def steps(device: str, tau: float, impl: str) -> dict[str, Step]:
         "linear eager": (eager_linear, x, (x, batch.weight)),
         "linear rekindle": (functools.partial(ours_linear, impl=impl), x, (x, batch.weight)),
     }
-    seed = torch.ones((), device=device)  # a step makes one, whatever its losses are
+    seed = torch.ones((), device=device)  # a step makes one, whatever its losses
 
     def step(function: Provider, student: Tensor, leaves: tuple[Tensor, ...]) -> object:
         return torch.autograd.grad(function(batch, student), leaves, seed)
@@ -103,7 +104,7 @@ def best_seconds(
     repeats: int = REPEATS,
     calls: int = CALLS,
 ) -> dict[str, float]:
-    """Of a call each, in turns."""
+    """Return the best seconds of a call of each, measured in turns."""
     best = dict.fromkeys(contenders, float("inf"))
     for repeat in range(repeats):
         for name, step in contenders.items():
@@ -117,8 +118,8 @@ def best_seconds(
 
 @contextmanager
 def counted_launches(counts: collections.Counter[str]) -> Iterator[None]:
-    """Triton's kernels only count their launches; impl triton is taken on a CPU, and the values
-    of tensors are no more looked at than a GPU's.
+    """Let Triton's kernels only count their launches; impl triton is taken on a CPU, and the values
+    of tensors are looked at no more than on a GPU.
     """
     checks = importlib.import_module("rekindle.kernels.checks")
     looked, checks._check_values = checks._check_values, lambda *_: None
@@ -151,7 +152,7 @@ def counted_launches(counts: collections.Counter[str]) -> Iterator[None]:
 
 
 class _Counter:
-    """Stands in for a kernel."""
+    """Replaces a kernel."""
 
     def __init__(self, name: str, counts: collections.Counter[str]):
         self.name, self.counts = name, counts
@@ -177,7 +178,7 @@ class _Operations(TorchDispatchMode):
 
 
 def launches(step: Step, counts: collections.Counter[str]) -> collections.Counter[str]:
-    """Of one call."""
+    """Return the launches of one call."""
     step()
     counts.clear()
     with _Operations(counts):
@@ -186,7 +187,7 @@ def launches(step: Step, counts: collections.Counter[str]) -> collections.Counte
 
 
 def teacher_steps(device: str) -> dict[str, Step]:
-    """A linear head that three teachers teach, in a call of each and in one."""
+    """Return steps of a linear head with three teachers: a call each, and one call."""
     shape = (TAUGHT_ROWS, 30522, 256)
     batches = [make_batch(TAUGHT_ROWS, shape, 16 + t, 1.0, device) for t in range(TEACHERS)]
     x, w = batches[0].hidden.requires_grad_(), batches[0].weight.requires_grad_()
@@ -217,11 +218,11 @@ def measure(add: Callable[[Row], None]) -> None:
 
 
 def measured(path: str, tau: float) -> list[Row]:
-    """The rows of all tasks on one path, which are printed."""
+    """Return the rows of all tasks on one path, and print them."""
     rows: list[Row] = []
     counts: collections.Counter[str] = collections.Counter()
     impl = "torch" if path == "cpu" else "triton"
-    # other work on the processor is not counted; on a GPU backward has a thread of its own
+    # other work on the processor is not counted; on a GPU, backward has its own thread
     clock = time.perf_counter if path == "gpu" else time.process_time
     with counted_launches(counts) if path == "launches" else nullcontext():
         contenders = steps("cuda" if path == "gpu" else "cpu", tau, impl)

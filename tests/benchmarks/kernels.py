@@ -1,18 +1,18 @@
-"""Times the distillation losses beside their peers and appends what it measured to results.csv.
+"""Times the distillation losses against their peers and appends the measurements to results.csv.
 
     python tests/benchmarks/kernels.py            # the four shapes of interest; needs a GPU
     python tests/benchmarks/kernels.py --toy      # the same path end to end on any machine
     python tests/benchmarks/kernels.py --shapes   # the row kernel alone, in every shape (rows/)
 
-Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is
-reading and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear":
-the same from hidden states; the bound is three products, 6·N·V·H operations at the matrix rate
-measured in this run. Peers that take a dense teacher only are given its hidden states and head
-("linear-dense": another loss for the same purpose, each gated against its own formula). Peers that
-know hard labels only are timed against our loss without distillation ("linear-ce"). Every provider
-first has to agree with float64 on a small case of the same V and H; one that is not installed, or
-does not agree, is reported so. Providers take turns within a repetition, so that clocks and
-neighbours touch all alike.
+Two tasks, forward and backward together. "logits": CE + KD from given logits; the bound is reading
+and writing them once, 4·N·V bytes at the copy bandwidth measured in this run. "linear": the same
+from hidden states; the bound is three products, 6·N·V·H operations at the matrix rate measured in
+this run. Peers that take only a dense teacher are given its hidden states and head ("linear-dense":
+another loss for the same purpose, each checked against its own formula). Peers that take only hard
+labels are timed against Rekindle's loss without distillation ("linear-ce"). Every provider first
+has to agree with float64 on a small case of the same V and H; one that is not installed, or does
+not agree, is reported so. Providers take turns within a repetition, so that clocks and other load
+affect all alike.
 """
 
 import argparse
@@ -56,7 +56,9 @@ Provider = Callable[[Batch, Tensor], Tensor]  # (batch, logits or hidden) -> los
 
 
 def make_batch(rows: int, shape: tuple[int, int, int], k: int, tau: float, device: str) -> Batch:
-    """A student with Zipf-like biases and a teacher near it: rows as peaked as trained ones."""
+    """Return a student with Zipf-like biases and a teacher near it: rows as peaked as
+    trained ones.
+    """
     _, vocabulary, width = shape
     g = torch.Generator(device=device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -82,7 +84,7 @@ def make_batch(rows: int, shape: tuple[int, int, int], k: int, tau: float, devic
 
 
 def eager(batch: Batch, z: Tensor) -> Tensor:
-    """What one writes by hand: two log-softmaxes in float32, the tail as 1 − Σ."""
+    """The hand-written form: two log-softmaxes in float32, the tail as 1 − Σ."""
     z = z.float()
     log_p = F.log_softmax(z / batch.tau, 1).gather(1, batch.ids)
     log_rest = torch.log1p(-log_p.exp().sum(1).clamp(max=1 - 1e-6))
@@ -115,7 +117,7 @@ def eager_ce(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _dense(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, and log-probabilities at τ of student and teacher [N,V]."""
+    """Return logits, and log-probabilities at τ of student and teacher [N,V]."""
     z = (x @ batch.weight.t()).float()
     t = (batch.teacher @ batch.weight.detach().t()).float()
     return z, F.log_softmax(z / batch.tau, 1), F.log_softmax(t / batch.tau, 1)
@@ -179,7 +181,7 @@ def linear(function: Provider) -> Provider:
     return lambda batch, x: function(batch, x @ batch.weight.t())
 
 
-# the first of each task is ours, the second the float64 truth's formula
+# the first of each task is Rekindle's, the second the float64 truth's formula
 TASKS: dict[str, dict[str, Callable[[], Provider]]] = {
     "logits": {
         "rekindle": lambda: ours_logits,
@@ -210,7 +212,7 @@ TASKS: dict[str, dict[str, Callable[[], Provider]]] = {
 
 
 def run(task: str, provider: Provider, batch: Batch, logits: Tensor | None) -> tuple[Tensor, ...]:
-    """One forward and backward pass; the loss and the gradients."""
+    """Do one forward and backward pass; return the loss and the gradients."""
     if task == "logits":
         assert logits is not None
         z = logits.detach().requires_grad_()
@@ -222,7 +224,7 @@ def run(task: str, provider: Provider, batch: Batch, logits: Tensor | None) -> t
 
 
 def truth_of(task: str, name: str) -> Provider:
-    """The formula that a provider of a linear task is held to."""
+    """Return the formula that a provider of a linear task is checked against."""
     if task == "linear-ce":
         return eager_ce
     if task == "linear-dense" and name != "rekindle":
@@ -231,7 +233,7 @@ def truth_of(task: str, name: str) -> Provider:
 
 
 def agrees(task: str, name: str, provider: Provider, batch: Batch) -> bool:
-    """Whether loss and gradients are those of float64 to the inputs' own precision."""
+    """Return whether loss and gradients agree with float64 to the inputs' own precision."""
     floats = ("hidden", "teacher", "weight", "probs", "tail")
     exact = batch._replace(**{field: getattr(batch, field).double() for field in floats})
     truth = truth_of(task, name)
@@ -250,7 +252,7 @@ def agrees(task: str, name: str, provider: Provider, batch: Batch) -> bool:
 
 
 def _in_float64(provider: Provider) -> Provider:
-    """The same formula with `.float()` left out."""
+    """Return the same formula with `.float()` left out."""
 
     def exact(batch: Batch, x: Tensor) -> Tensor:
         original = Tensor.float
@@ -268,7 +270,7 @@ def _in_float64(provider: Provider) -> Provider:
 
 
 def timed(work: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one call; on a GPU after its L2 was overwritten."""
+    """Return the milliseconds of one call; on a GPU after its L2 was overwritten."""
     if device != "cuda":
         start = time.perf_counter()
         work()
@@ -285,7 +287,7 @@ def timed(work: Callable[[], Any], device: str) -> float:
 def take_turns(
     works: dict[str, Callable[[], Any]], device: str, repeats: int
 ) -> dict[str, list[float]]:
-    """Times of every work, one of each a round."""
+    """Return the times of every work, one of each a round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(3 + repeats):
         for name, work in works.items():
@@ -296,7 +298,7 @@ def take_turns(
 
 
 def machine_rates(device: str, size: int, repeats: int) -> tuple[float, float]:
-    """(bytes/s of a copy, operations/s of a square product) of this device, now."""
+    """Return (bytes/s of a copy, operations/s of a square product) of this device, now."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     a = torch.randn(size, size, device=device).to(dtype)
     source = torch.empty(8 * size * size, dtype=dtype, device=device).zero_()
@@ -309,7 +311,9 @@ def machine_rates(device: str, size: int, repeats: int) -> tuple[float, float]:
 
 
 def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
-    """Memory above what is held before the call; None where the device does not count it."""
+    """Return the memory above what is held before the call; None if the device does not
+    count it.
+    """
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -321,7 +325,7 @@ def peak_bytes(work: Callable[[], Any], device: str) -> int | None:
 
 
 def admitted(task: str, batch: Batch) -> tuple[dict[str, Provider], dict[str, str]]:
-    """Providers that are installed and right, and why the others are not in the table."""
+    """Return the providers that are installed and correct, and why the others are missing."""
     providers, absent = {}, {}
     for name, build in TASKS[task].items():
         try:
@@ -332,7 +336,7 @@ def admitted(task: str, batch: Batch) -> tuple[dict[str, Provider], dict[str, st
                 absent[name] = "does not agree with float64"
         except (ImportError, AttributeError) as error:
             absent[name] = f"absent: {error}"
-        except Exception as error:  # a peer's failure is a finding, not ours to raise
+        except Exception as error:  # a peer's failure is a finding, not an error of the benchmark
             absent[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
     return providers, absent
 
@@ -346,7 +350,7 @@ def measure(
     repeats: int,
     rates: tuple[float, float],
 ) -> list[tuple[str, str, float, str]]:
-    """Prints one table; returns (provider, metric, value, unit)."""
+    """Print one table; return (provider, metric, value, unit)."""
     rows, vocabulary, width = shape
     providers, absent = admitted(task, make_batch(GATE_ROWS, shape, k, tau, device))
     batch = make_batch(rows, shape, k, tau, device)

@@ -1,15 +1,15 @@
 """MUKI on CLINC150: experts of disjoint intents become one classifier of all, without a label.
 
-The ten domains are three groups. An expert of each is fine-tuned on half of its group's training
-texts; students learn from what the experts say of the other half, whose labels they never see, and
-are compared with every expert, with ways to merge experts without a student, and with models that
-were fine-tuned on the true labels of the same texts in as many steps.
+The ten domains are three groups. An expert for each is fine-tuned on half of its group's training
+texts; students learn from the experts' outputs on the other half, whose labels they never see. They
+are compared with every expert, with ways to merge experts without a student, and with models
+fine-tuned on the true labels of the same texts for as many steps.
 
     python tests/benchmarks/muki_clinc.py --work DIR --model MODEL          # everything, resumable
     python tests/benchmarks/muki_clinc.py --work DIR --model MODEL --csv    # and results.csv's rows
 
 Data: ``clinc150_{train,val,test}.jsonl`` (text, label, domain). Every stage is the package's own:
-``finetune``, ``cache-teachers``, ``train-student``, and the functions that score what came out.
+``finetune``, ``cache-teachers``, ``train-student``, and the functions that score the results.
 """
 
 import argparse
@@ -57,7 +57,7 @@ LENGTH = 40  # tokens; the longest text has 33
 
 
 class Size(NamedTuple):
-    """How large the experiment is."""
+    """The size of the experiment."""
 
     texts: Counts
     expert_epochs: int
@@ -80,7 +80,7 @@ SIZES = {
 
 
 class Variant(NamedTuple):
-    """What a student's target is made of: the settings of its distillation term."""
+    """The settings of a student's distillation term, which define its targets."""
 
     name: str
     term: dict[str, Any]
@@ -104,7 +104,7 @@ MUKI, PLAIN, HARD = "MUKI, soft, margin", "MUKI, soft, no margin", "MUKI, hard, 
 UNIFORM, CONCATENATED = "uniform mixture", "concatenated logits"
 ORACLE = "oracle, the same texts"
 FRESH, LONGER = f"{ORACLE}, fresh pooler", "twice the steps"
-# The first answer the question; the others follow in this order, with fewer seeds.
+# The first answers the question; the others follow in this order, with fewer seeds.
 STUDENTS = (Variant(MUKI, _muki()), Variant(UNIFORM, {"combine": "mixture"}))
 SUPERVISED = Oracle(ORACLE, "seen")
 OTHERS = (
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "cls")
     parser.add_argument("--model", required=True, help="the start model: a directory or a hub id")
     parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--tables", action="store_true", help="only of what is there")
+    parser.add_argument("--tables", action="store_true", help="only of the existing runs")
     parser.add_argument("--csv", action="store_true")
     args = parser.parse_args()
     work = args.work / args.size
@@ -157,8 +157,8 @@ def main() -> None:
 
 
 def run(work: Path, data: Path, model: str, size: Size) -> None:
-    """Everything of one size, in the folder ``work``: what answers the question first, so that a
-    run that is ended early is a smaller experiment.
+    """Run everything of one size, in the folder ``work``: what answers the question first, so that
+    a run ended early is a smaller experiment.
     """
     write_splits(data, work / "data", size.texts)
     experts = {group: train_expert(work, model, size, group) for group in GROUPS}
@@ -173,8 +173,8 @@ def run(work: Path, data: Path, model: str, size: Size) -> None:
 
 
 def schedule(size: Size) -> list[Job]:
-    """The headline's students beside their oracle as far as it has seeds; the others once; the
-    headline's further seeds; the others' further seeds.
+    """Return the jobs: the headline's students and their oracle, one seed each while it has any;
+    the others once; the headline's further seeds; the others' further seeds.
     """
     paired: list[Job] = [
         (job, seed) for seed in range(size.oracles) for job in (*STUDENTS, SUPERVISED)
@@ -187,7 +187,7 @@ def schedule(size: Size) -> list[Job]:
 
 
 def results(work: Path, model: str, name: str) -> dict[str, Any]:
-    """What ``results.json`` holds, which it writes: of the runs that are there."""
+    """Return the contents of ``results.json``, from the runs that exist, and write it."""
     files = sorted((work / "data").glob("*.jsonl"))
     runs = judged_runs(work, [job.name for job in (*STUDENTS, *OTHERS, SUPERVISED)])
     found = {
@@ -209,7 +209,7 @@ def results(work: Path, model: str, name: str) -> dict[str, Any]:
 
 
 def _fine_tuned(work: Path, model: str, size: Size, texts: str, out: Path, **settings: Any) -> None:
-    """One ``finetune`` run, unless it is there; the last epoch is kept, so that dev decides
+    """Do one ``finetune`` run, unless it exists; the last epoch is kept, so that dev decides
     nothing.
     """
     if (out / "metrics.json").exists():
@@ -225,7 +225,7 @@ def _fine_tuned(work: Path, model: str, size: Size, texts: str, out: Path, **set
 
 
 def train_expert(work: Path, model: str, size: Size, group: str) -> Path:
-    """The expert of a group, on the labels of its half."""
+    """Train the expert of a group, on the labels of its half."""
     out = work / "experts" / group
     epochs = {"epochs": size.expert_epochs}
     _fine_tuned(work, model, size, f"experts-{group}", out, config=epochs)
@@ -233,14 +233,14 @@ def train_expert(work: Path, model: str, size: Size, group: str) -> Path:
 
 
 def steps_of(work: Path, size: Size) -> int:
-    """Steps of students and oracles, unless they train longer."""
+    """Return the steps of students and oracles, unless they train longer."""
     return size.epochs * -(-len(read_rows(work / "data" / "seen.jsonl")) // size.batch)
 
 
 def configuration(
     work: Path, model: str, size: Size, variant: Variant = STUDENTS[0], seed: int = 0
 ) -> RunConfig:
-    """The run file of the cache and of one student; every text is a sequence of its own."""
+    """Return the run file of the cache and of one student; every text is a sequence of its own."""
     experts = [
         {
             "name": group, "model": str(work / "experts" / group),
@@ -303,7 +303,7 @@ def oracle(work: Path, model: str, size: Size, job: Oracle, seed: int) -> None:
 
 
 def without_pooler(model: str, out: Path) -> str:
-    """A copy of ``model`` whose pooler starts fresh, as the dense layer of a student's head."""
+    """Return a copy of ``model`` with a fresh pooler, like the dense layer of a student's head."""
     if not (out / "model.safetensors").exists():
         shutil.copytree(resolve_model(model), out, dirs_exist_ok=True)
         weights = load_file(out / "model.safetensors")
@@ -343,7 +343,7 @@ def _save(file: Path, found: Mapping[str, Any]) -> None:
 
 
 def merged(work: Path, size: Size, experts: Mapping[str, Path]) -> None:
-    """What the experts say of the test texts, alone and together, without a student."""
+    """Score the experts on the test texts, alone and merged, without a student."""
     if (work / "scores" / "merged.json").exists():
         return
     outputs = [
@@ -356,7 +356,7 @@ def merged(work: Path, size: Size, experts: Mapping[str, Path]) -> None:
 
 
 def merged_from_cache(work: Path, model: str, size: Size) -> None:
-    """The same of the students' own texts, from the cache: how good their targets are."""
+    """Score the same on the students' own texts, from the cache: how good their targets are."""
     cache = Cache.open(configuration(work, model, size).cache.path)
     batch = cache.gather(np.arange(len(cache)), list(GROUPS))
     outputs = [

@@ -1,4 +1,4 @@
-"""What came out of ``muki_clinc.py``: judged answers, means over seeds, paired differences, tables.
+"""The results of ``muki_clinc.py``: judged answers, means over seeds, paired differences, tables.
 
 Knows the files in ``scores/`` and no model.
 """
@@ -18,8 +18,8 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # by name and seed
 
 
 def judge(values: np.ndarray, labels: Sequence[str], rows: Sequence[Row]) -> dict[str, Any]:
-    """Accuracy of logits or probabilities [N,U] of ``labels`` [U] among all labels; by group; and
-    within each group, where only the labels of the text's own group can be answered.
+    """Return the accuracy of logits or probabilities [N,U] of ``labels`` [U] among all labels; by
+    group; and within each group, where only the labels of the text's own group can be answered.
     """
     groups = domains_of(rows)
     number = {label: place for place, label in enumerate(labels)}
@@ -36,7 +36,7 @@ def judge(values: np.ndarray, labels: Sequence[str], rows: Sequence[Row]) -> dic
 
 
 def judged_runs(work: Path, names: Sequence[str]) -> Runs:
-    """The judged runs of these ``names``, in their order."""
+    """Return the judged runs of these ``names``, in their order."""
     found: Runs = {name: {} for name in names}
     for file in sorted((work / "scores").glob("*.json")):
         one = json.loads(file.read_text())
@@ -46,7 +46,7 @@ def judged_runs(work: Path, names: Sequence[str]) -> Runs:
 
 
 def rows_of(work: Path, runs: Runs) -> list[dict[str, Any]]:
-    """One row per merge, kind of student and oracle."""
+    """Return one row per merge, kind of student and oracle."""
     on_test, on_seen = (
         json.loads((work / "scores" / f"{name}.json").read_text()) for name in ("merged", "targets")
     )
@@ -65,7 +65,9 @@ def rows_of(work: Path, runs: Runs) -> list[dict[str, Any]]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample deviation and 95 % t-interval of the mean; the latter two of two or more."""
+    """Return the mean and, for two or more values, the sample deviation and 95 % t-interval of the
+    mean.
+    """
     found: dict[str, Any] = {"accuracy": statistics.fmean(values), "sd": None, "interval": None}
     if len(values) > 1:
         found["sd"] = statistics.stdev(values)
@@ -75,21 +77,21 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def differences(runs: Runs, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """One minus the other, paired by seed, of those pairs that have a seed in common."""
+    """Return one minus the other, paired by seed, for pairs that have a seed in common."""
     found = []
     for one, other in pairs:
         common = sorted(runs.get(one, {}).keys() & runs.get(other, {}).keys())
         each = [runs[one][s]["accuracy"] - runs[other][s]["accuracy"] for s in common]
         if not each:
             continue
-        varies = len(set(each)) > 1  # or else there is nothing to hold a mean against
+        varies = len(set(each)) > 1  # otherwise there is nothing to test
         p = float(scipy.stats.ttest_1samp(each, 0.0).pvalue) if varies else None
         found.append({"of": one, "minus": other, "seeds": len(each), "p": p, **spread(each)})
     return found
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables, in per cent."""
+    """Return the tables, in per cent."""
     lines = [
         "| what answers | seeds | 150-way | 95 % interval | groups 1 / 2 / 3, 150-way | within the "
         "group | on the students' texts |",

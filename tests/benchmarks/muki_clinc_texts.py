@@ -1,4 +1,6 @@
-"""Who sees which text of CLINC150: the experts, the students, nobody before the end."""
+"""Splits CLINC150: which texts the experts see, which the students, and which nobody before the
+end.
+"""
 
 import json
 import random
@@ -12,7 +14,7 @@ Row = dict[str, str]
 
 
 class Counts(NamedTuple):
-    """Texts of an intent."""
+    """Numbers of texts of an intent."""
 
     expert: int  # with labels, for the expert that knows the intent
     seen: int  # without labels, for all experts and all students
@@ -20,22 +22,23 @@ class Counts(NamedTuple):
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a jsonl file."""
+    """Return the rows of a jsonl file."""
     with open(file, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def domains_of(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The domains of each group, in alphabetical order: nothing was chosen."""
+    """Return the domains of each group, in alphabetical order: nothing was chosen."""
     names = sorted({row["domain"] for row in rows})
     return {group: names[part] for group, part in GROUPS.items()}
 
 
 def splits(train: Sequence[Row], dev: Sequence[Row], counts: Counts) -> dict[str, list[Row]]:
-    """``experts`` and ``seen`` halves of the training texts, ``dev``; each also by group.
+    """Return the ``experts`` and ``seen`` halves of the training texts, and ``dev``; each also by
+    group.
 
-    Of every intent the first texts in a fixed random order go to its expert, texts of the second
-    half to the students. No text stands in both.
+    The first texts of every intent in a fixed random order go to its expert, texts of the second
+    half to the students. No text is in both.
     """
     half: dict[str, list[Row]] = {"experts": [], "seen": [], "dev": []}
     for rows in _by_intent(train).values():
@@ -62,7 +65,7 @@ def _by_intent(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def write_splits(data: Path, out: Path, counts: Counts) -> None:
-    """The splits as files; ``corpus.jsonl`` holds the texts of ``seen`` and nothing else."""
+    """Write the splits as files; ``corpus.jsonl`` holds only the texts of ``seen``."""
     if (out / "corpus.jsonl").exists():
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine it ran on, and its rows in results.csv."""
+"""The machine that a benchmark ran on, and the benchmark's rows in results.csv."""
 
 import csv
 import datetime
@@ -17,7 +17,7 @@ Row = tuple[str, str, str, float, str]  # case, provider, metric, value, unit
 
 
 def versions(*packages: str) -> str:
-    """The versions of those packages that are installed."""
+    """Return the versions of those packages that are installed."""
     found = []
     for name in packages:
         try:
@@ -28,7 +28,7 @@ def versions(*packages: str) -> str:
 
 
 def processor() -> str:
-    """The name of the CPU, and how many cores this process may use."""
+    """Return the name of the CPU, and how many cores this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -38,14 +38,14 @@ def processor() -> str:
 
 
 def hardware() -> str:
-    """The name of the GPU; without one, of the processor."""
+    """Return the name of the GPU; without one, of the processor."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def append(
     rows: Iterable[Row], benchmark: str, device: str, versions: str, path: Path = RESULTS
 ) -> None:
-    """Append rows of today, under a line of headings where the file is new."""
+    """Append rows of today, under a line of headings if the file is new."""
     about = (datetime.date.today().isoformat(), benchmark, device, versions)
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:

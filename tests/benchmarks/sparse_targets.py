@@ -1,6 +1,6 @@
-"""Which sparse target is best: students of one teacher, from caches of equal bytes per token.
+"""Finds the best sparse target: students of one teacher, from caches of equal bytes per token.
 
-A causal teacher is trained on Wikipedia, then students on what was kept of it: the top k
+A causal teacher is trained on Wikipedia, then students on its stored targets: the top k
 (renormalised, or with a tail bucket), a random sample, a threshold sample, everything (the ceiling)
 and nothing (the floor). Reported on documents that neither has seen: loss, expected calibration
 error, and the share of the way from floor to ceiling, over several seeds.
@@ -8,8 +8,8 @@ error, and the share of the way from floor to ceiling, over several seeds.
     python tests/benchmarks/sparse_targets.py --work DIR            # everything, resumable
     python tests/benchmarks/sparse_targets.py --work DIR --csv      # and write results.csv's rows
 
-Each student is one `train-student` run of this package; only the last evaluation is made here, by
-transformers alone, so that no part of the loss under test is judged by itself.
+Each student is one `train-student` run of this package; only the last evaluation is made here, with
+transformers alone, so that no part of the loss under test judges itself.
 """
 
 import argparse
@@ -38,12 +38,12 @@ EVALUATED = 800  # sequences of held-out documents
 
 
 class Size(NamedTuple):
-    """How large the experiment is. Steps are of 16 sequences for students, 32 for the teacher."""
+    """The size of the experiment. Steps are of 16 sequences for students, 32 for the teacher."""
 
     vocabulary: int
     length: int
     sequences: int  # of the corpus
-    cached: int  # of them, the first: what students are trained on, once
+    cached: int  # the first ones of them: what students are trained on, once
     teacher: dict[str, int]  # GPT-2's n_layer, n_embd, n_head
     teacher_steps: int
     student: dict[str, int]
@@ -84,7 +84,8 @@ VARIANTS = (
     Variant("full KD", "full"),
 )
 FLOOR, CEILING = "no KD", "full KD"
-# Alone, KD shows what the targets are worth; beside the text's own tokens it is what people run.
+# KD alone shows what the targets are worth; together with the text's own tokens it is what people
+# run.
 MIXES = {"KD alone": (0.0, 1.0), "CE + KD": (0.5, 0.5)}
 
 
@@ -101,7 +102,7 @@ def main() -> None:
 
 
 def run(work: Path, name: str, seeds: int, write: bool) -> None:
-    """Everything of one size, in the folder ``work``."""
+    """Run everything of one size, in the folder ``work``."""
     size = SIZES[name]
     work.mkdir(parents=True, exist_ok=True)
     make_models(work, size)
@@ -121,7 +122,7 @@ def run(work: Path, name: str, seeds: int, write: bool) -> None:
 
 
 def make_models(work: Path, size: Size) -> None:
-    """A byte-level tokenizer of the corpus, and the configurations of teacher and student."""
+    """Make a byte-level tokenizer of the corpus, and the configurations of teacher and student."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2TokenizerFast
 
@@ -139,7 +140,8 @@ def make_models(work: Path, size: Size) -> None:
         fast.save_pretrained(work / name)
         ids = {"bos_token_id": fast.eos_token_id, "eos_token_id": fast.eos_token_id}
         plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        if name == "student":  # so narrow a model with GPT-2's 0.02 only counts words for long
+        # with GPT-2's 0.02, so narrow a model only counts words for a long time
+        if name == "student":
             plain["initializer_range"] = 0.06
         GPT2Config(
             vocab_size=len(fast), n_positions=size.length, **shape, **ids, **plain
@@ -155,7 +157,7 @@ def _texts(name: str, limit: int | None = None) -> Iterator[str]:
 
 
 def configuration(work: Path, size: Size, cache: str, **sections: Any) -> RunConfig:
-    """A run on the first ``size.sequences`` of the corpus, in the cache of that name."""
+    """Return a run on the first ``size.sequences`` of the corpus, in the cache of that name."""
     corpus = {
         "source": [str(SHARED / "corpus" / "wiki_train.jsonl")],
         "tokenizer": str(work / "student"),
@@ -168,7 +170,7 @@ def configuration(work: Path, size: Size, cache: str, **sections: Any) -> RunCon
 
 
 def train_teacher(work: Path, size: Size) -> None:
-    """The teacher, from random weights, on cross-entropy."""
+    """Train the teacher from random weights with cross-entropy."""
     if (work / "teacher" / "summary.json").exists():
         return
     student = {"model": str(work / "teacher-config"), "from_scratch": True, "task": "causal_lm"}
@@ -194,7 +196,9 @@ def _teachers(work: Path, size: Size, draws: int) -> list[dict[str, Any]]:
 
 
 def equal_draws(work: Path, size: Size) -> int:
-    """The draws of a random sample that takes the bytes of top-k, found on one sequence in 40."""
+    """Return the draws of a random sample with as many bytes as top-k, found on one
+    sequence in 40.
+    """
     found = work / "draws.json"
     if found.exists():
         return int(json.loads(found.read_text()))
@@ -215,7 +219,7 @@ def equal_draws(work: Path, size: Size) -> int:
 
 
 def cache_targets(work: Path, size: Size, draws: int) -> dict[str, float]:
-    """All targets of the teacher; returns bytes per token by kind."""
+    """Cache all targets of the teacher; return bytes per token by kind."""
     taught = size._replace(sequences=size.cached)
     cache_teachers(configuration(work, taught, "targets", teachers=_teachers(work, size, draws)))
     return _bytes_per_token(Cache.open(str(work / "targets")))
@@ -257,7 +261,7 @@ def _directory(work: Path, variant: Variant, mix: str, seed: int) -> Path:
 
 
 def judged(work: Path) -> dict[str, float]:
-    """Held-out values of the teacher."""
+    """Return held-out values of the teacher."""
     file = work / "teacher" / "judged.json"
     if not file.exists():
         config = json.loads((work / "teacher" / "config.json").read_text())
@@ -267,7 +271,9 @@ def judged(work: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def judge(directory: Path, length: int) -> dict[str, float]:
-    """Loss (nats a token) and expected calibration error on documents nobody was trained on."""
+    """Return loss (nats a token) and expected calibration error on documents nobody was
+    trained on.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -301,7 +307,7 @@ def _ece(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def table(work: Path, seeds: int) -> list[dict[str, Any]]:
-    """One row per mix and variant: mean and spread over seeds, and the gap closed."""
+    """Return one row per mix and variant: mean and spread over seeds, and the gap closed."""
     rows = []
     for mix in MIXES:
         found = {

@@ -1,10 +1,10 @@
-"""What the KD term costs a student's training step: masked LM with and without it, interleaved in
-one run.
+"""Measures the cost of the KD term in a student's training step: masked LM with and without it,
+interleaved in one run.
 
     python tests/benchmarks/student_step.py [--sequences 32] [--rounds 15] [--toy]
 
 A BERT-mini step (4 layers, hidden 256, V = 30,522, sequences of 128, 15 % masked): forward, loss,
-backward and AdamW. Targets (k = 64) enter as the cache stores them, so decoding is in the time. The
+backward and AdamW. Targets (k = 64) enter as the cache stores them, so decoding is included. The
 naive form is what a user writes without this package: full logits at the masked positions,
 log_softmax twice, gather. Prints medians and ratios to the plain step and appends them to
 results.csv.
@@ -46,7 +46,7 @@ def make_student(toy: bool) -> Student:
 
 
 def make_targets(rows: int, vocabulary: int, k: int) -> TokenTargetBatch:
-    """Targets with an entropy of about 2 nats, encoded as the cache does."""
+    """Return targets with an entropy of about 2 nats, encoded as the cache does."""
     draw = np.random.default_rng(0)
     ids = np.stack([draw.permutation(vocabulary)[:k] for _ in range(rows)])
     scores = -1.2 * np.log(np.arange(1, k + 1)) + 0.1 * draw.normal(size=(rows, k))

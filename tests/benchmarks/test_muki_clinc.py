@@ -1,4 +1,6 @@
-"""The experiment on CLINC150: who sees which text, how answers are judged, a toy run of it all."""
+"""The experiment on CLINC150: who sees which text, how answers are judged, a toy run of
+all of it.
+"""
 
 import json
 import random
@@ -36,7 +38,7 @@ def tables(bench: ModuleType) -> ModuleType:
 
 
 def rows_of_intents(texts: int, intents: int = 2) -> list[dict[str, str]]:
-    """Two intents a domain, every text another one."""
+    """Return rows of two intents a domain, every text different."""
     draw = random.Random(0)
     return [
         {"text": f"{' '.join(draw.choices(WORDS, k=3))} {d} {i} {n}", "label": f"{d} {i}"}
@@ -131,8 +133,8 @@ def test_differences_are_of_the_same_seed(bench: ModuleType, tables: ModuleType)
     assert one["p"] == pytest.approx(stats.ttest_rel([0.9, 0.6], [0.7, 0.5]).pvalue)
     other = found[bench.MUKI, bench.ORACLE]
     assert other["accuracy"] == pytest.approx(-0.3)
-    assert other["p"] is None  # one pair shows no spread
-    assert len(found) == 2  # of what was not run, nothing is said
+    assert other["p"] is None  # a single pair shows no spread
+    assert len(found) == 2  # nothing is said about what was not run
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def toy(bench, make_model, wordpiece, tmp_path_factory):
     small = {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.1}
     model = str(make_model("bert", "AutoModelForMaskedLM", wordpiece, 0, **small))
     kept = bench.OTHERS
-    bench.OTHERS = kept[:1] + kept[4:5]  # one student more, and the oracle without a pooler
+    bench.OTHERS = kept[:1] + kept[4:5]  # one more student, and the oracle without a pooler
     size = bench.SIZES["toy"]._replace(seeds=1, oracles=1)
     bench.run(work, data, model, size)
     yield work, data, model, size

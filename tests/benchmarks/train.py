@@ -1,33 +1,33 @@
-"""A student's training by our loop, by loops written by hand, and by Hugging Face's Trainer, in one
-run.
+"""Compares a student's training by Rekindle's loop, by loops written by hand, and by Hugging Face's
+Trainer, in one run.
 
     python tests/benchmarks/train.py [--student bert-mini] [--teacher minilm-l12] [--csv [PATH]]
     python tests/benchmarks/train.py --memory      # peak of a process of its own for each, on a CPU
     python tests/benchmarks/train.py --toy         # tiny sizes, to see that it runs
 
 Masked LM on sequences of 128 tokens, all full, 15 % masked, V = 30,522, k = 64, random weights. The
-text is the shared Wikipedia where it is (REKINDLE_SHARED), else Python's documentation. Ours reads
-the cache while it trains, checks every loss and writes its log; the others (train_variants.py) get
-batches from memory, read and decoded beforehand. A run of every contender is a round; they begin in
-another place each round. Times are from one step of a run to a later one, without start, evaluation
-and checkpoints. Ratios are within a round; what is printed are medians over the rounds.
+text is the shared Wikipedia if available (REKINDLE_SHARED), else Python's documentation. Rekindle's
+loop reads the cache while it trains, checks every loss and writes its log; the others
+(train_variants.py) get batches from memory, read and decoded beforehand. A round is a run of every
+contender, in another order each round. Times are from one step of a run to a later one, without
+start, evaluation and checkpoints. Ratios are within a round; medians over the rounds are printed.
 
-"Wait" is what our loop says of itself, but for the first batch, which nothing can hide. Peak memory
-is of the GPU; on a CPU, --memory gives the most that a process of its own ever held, libraries
-(about 0.5 GB) included.
+"Wait" is reported by Rekindle's loop itself, without the first batch, which nothing can hide. Peak
+memory is the GPU's; on a CPU, --memory gives the peak of a separate process, libraries (about 0.5
+GB) included.
 
-Trainer: AutoModelForMaskedLM with labels of −100, whose head sees every token, and its own
-defaults (fused AdamW, its loader). It needs accelerate; --peers puts folders on the import path
-first (``pip install --no-deps --target FOLDER accelerate psutil``). "Head on masked rows" is the
-Trainer around a model that does what our student does.
+Trainer: AutoModelForMaskedLM with labels of −100, whose head sees every token, and its own defaults
+(fused AdamW, its loader). It needs accelerate; --peers puts folders on the import path first (``pip
+install --no-deps --target FOLDER accelerate psutil``). "Head on masked rows" is the Trainer around
+a model that does what Rekindle's student does.
 
 Goals: cached KD at most 10 % slower than plain masked LM on a CPU, 3 % on an H200; wait below 1 %;
-a live teacher's step at least (T+S)/S times ours, from the bare forward pass T and the bare plain
-step S; the Trainer not faster.
+a live teacher's step at least (T+S)/S times Rekindle's, from the bare forward pass T and the bare
+plain step S; the Trainer not faster.
 
 Predictions before the first run (CPU, bert-mini and minilm-l12): KD +2 % at τ = 1, +6 % at τ = 2,
-naive KD +30 %; wait 0.2 %; T/S = 1.6, so 2.6 × against the live teacher; Trainer 2.5 × our time,
-with its head on masked rows alone equal to ours.
+naive KD +30 %; wait 0.2 %; T/S = 1.6, so 2.6 × against the live teacher; Trainer 2.5 × Rekindle's
+time, equal to it with its head on masked rows only.
 """
 
 import argparse
@@ -64,7 +64,7 @@ Rounds = dict[str, list[Segment]]
 
 
 class Defaults(NamedTuple):
-    """Sizes where none are given."""
+    """Default sizes."""
 
     student: str
     teacher: str
@@ -82,12 +82,12 @@ DEFAULTS = {
 
 
 class Check(NamedTuple):
-    """A goal, and what was found."""
+    """A goal, and the value found."""
 
     goal: str
     found: float
     limit: float
-    most: bool  # whether the limit is the most it may be, or the least
+    most: bool  # whether the limit is an upper one, or a lower one
 
     @property
     def passed(self) -> bool:
@@ -104,7 +104,7 @@ class Check(NamedTuple):
 
 
 def measure(bench: Bench, names: list[str], rounds: int) -> Rounds:
-    """A segment of every contender a round; each round begins with another one."""
+    """Measure a segment of every contender a round; each round begins with another one."""
     found: Rounds = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
@@ -116,7 +116,7 @@ def measure(bench: Bench, names: list[str], rounds: int) -> Rounds:
 
 
 def peaks(bench: Bench, names: list[str], options: argparse.Namespace) -> dict[str, int]:
-    """Bytes that a process of its own for each contender held at most."""
+    """Return the peak bytes of a separate process for each contender."""
     found = {}
     for name in names:
         command = [sys.executable, __file__, "--child", name, "--folder", str(bench.folder)]
@@ -132,7 +132,7 @@ def peaks(bench: Bench, names: list[str], options: argparse.Namespace) -> dict[s
 
 
 def ratio(found: Rounds, name: str, other: str) -> float:
-    """Time of a step of one over that of the other: the median over rounds."""
+    """Return the time of a step of one over that of the other: the median over rounds."""
     pairs = zip(found[name], found[other], strict=True)
     return statistics.median(a.step / b.step for a, b in pairs)
 
@@ -142,7 +142,7 @@ def median_of(segments: list[Segment], of: Callable[[Segment], float]) -> float:
 
 
 def checks(found: Rounds, device: torch.device) -> list[Check]:
-    """The goals of the docstring."""
+    """Return the goals of the docstring."""
     slower = 1.10 if device.type == "cpu" else 1.03
     waits = [median_of(found[name], lambda s: s.wait) for name in (PLAIN, KD1, KD2)]
     bare = zip(found[FORWARD], found[BARE], strict=True)
@@ -163,7 +163,7 @@ Row = tuple[str, str, float, str]
 
 
 def table(found: Rounds, bench: Bench) -> list[Row]:
-    """Print the table; the same as rows: provider, metric, value, unit."""
+    """Print the table; return the same as rows: provider, metric, value, unit."""
     columns = f"{'tokens/s':>10}{'min':>10}{'max':>10}{'x plain':>9}{'wait':>8}"
     print(f"{'':32}{columns}{'peak':>10}" if bench.device.type == "cuda" else f"{'':32}{columns}")
     rows: list[Row] = []
@@ -186,7 +186,7 @@ def table(found: Rounds, bench: Bench) -> list[Row]:
 
 
 def timed_rows(bench: Bench, names: list[str], rounds: int) -> list[Row]:
-    """Measure, print the table and the goals."""
+    """Measure; print the table and the goals."""
     found = measure(bench, names, rounds)
     rows = table(found, bench)
     for check in checks(found, bench.device):
@@ -237,7 +237,7 @@ def bench_of(options: argparse.Namespace, folder: Path) -> Bench:
 
 
 def contenders() -> list[str]:
-    """Those that can run here; says why the others cannot."""
+    """Return those that can run here; print why the others cannot."""
     why = no_trainer()
     if why is None:
         return list(VARIANTS)

@@ -1,5 +1,5 @@
-"""What the training benchmark runs on: text, models of real shapes with random weights, and a cache
-of the teacher. Speed does not depend on what the weights are.
+"""The inputs of the training benchmark: text, models of real shapes with random weights, and a
+cache of the teacher. Speed does not depend on the weights.
 """
 
 import os
@@ -33,8 +33,8 @@ from rekindle.train.student import Student, build_student
 SHARED = Path(os.environ.get("REKINDLE_SHARED", Path(__file__).parents[3] / "shared" / "data"))
 VOCABULARY, K, TEMPERATURES = 30_522, 64, (1.0, 2.0)
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MOST_SEQUENCES = 4096  # no more are cached; the steps go over them again
-HELD_BATCHES = 32  # so many lie in memory for the loops that do not read the cache
+MOST_SEQUENCES = 4096  # at most this many are cached; the steps reuse them
+HELD_BATCHES = 32  # this many are kept in memory for the loops that do not read the cache
 
 
 class Shape(NamedTuple):
@@ -66,7 +66,7 @@ class Prepared(NamedTuple):
     target_probs: Tensor  # [N,K] at τ = 2
 
     def on(self, device: torch.device) -> "Prepared":
-        """The same on ``device``; from pinned memory without waiting."""
+        """Return the same on ``device``; from pinned memory without waiting."""
         return Prepared(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     @property
@@ -76,10 +76,10 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """One measurement's sizes, and the folder that holds its models and its cache."""
+    """The sizes of one measurement, and the folder of its models and its cache."""
 
     folder: Path
-    steps: int  # of every run, the first ``warm_up`` of them not measured
+    steps: int  # of every run; the first ``warm_up`` of them are not measured
     warm_up: int
     batch: int
     length: int
@@ -93,26 +93,30 @@ class Bench:
         return Cache.open(str(self.folder / "cache"))
 
     def model(self, which: str) -> Student:
-        """The ``student`` or the ``teacher``, on the device."""
+        """Return the ``student`` or the ``teacher``, on the device."""
         config = StudentConfig(model=str(self.folder / which))
         return build_student(config, {}, VOCABULARY, 0, self.length).to(self.device)
 
     def autocast(self) -> AbstractContextManager:
-        """What ``precision: auto`` means."""
+        """Return the context that ``precision: auto`` means."""
         if self.device.type == "cpu" or not torch.cuda.is_bf16_supported():
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @cached_property
     def held(self) -> list[Prepared]:
-        """Batches of the cache, read and decoded beforehand: these loops get their data free."""
+        """Return batches of the cache, read and decoded beforehand: these loops get their data
+        free.
+        """
         batches = self.cache().batches(["teacher"], self.batch)
         whole = (b for b in batches if len(b.index) == self.batch)
         return [prepared(b, self.device) for b, _ in zip(whole, range(HELD_BATCHES), strict=False)]
 
 
 def prepared(batch: Batch, device: torch.device) -> Prepared:
-    """The masked inputs, labels and targets (τ = 2) of a batch of the cache, in main memory."""
+    """Return the masked inputs, labels and targets (τ = 2) of a batch of the cache, in
+    main memory.
+    """
     masked, target = batch.masked, batch.targets["teacher"]
     assert masked is not None
     assert isinstance(target, TokenTargetBatch)
@@ -157,7 +161,7 @@ def prepare(bench: Bench, student: str, teacher: str) -> None:
 
 
 def write_model(folder: Path, shape: Shape, seed: int) -> None:
-    """A BERT of random weights with a vocabulary of 30,522."""
+    """Write a BERT of random weights with a vocabulary of 30,522."""
     import transformers
 
     torch.manual_seed(seed)
@@ -178,7 +182,9 @@ def write_model(folder: Path, shape: Shape, seed: int) -> None:
 
 
 def words_of_python() -> list[str]:
-    """A WordPiece vocabulary of 30,522: the pieces of a letter, then the documentation's words."""
+    """Return a WordPiece vocabulary of 30,522: single characters, then the documentation's
+    words.
+    """
     counts = Counter(chain.from_iterable(_words(doc.text) for doc in python_docs()))
     letters = string.ascii_lowercase + string.digits
     pieces = [*string.punctuation, *letters, *(f"##{letter}" for letter in letters)]

@@ -1,8 +1,8 @@
-"""The contenders of the training benchmark: our loop, loops written by hand, the Trainer.
+"""The contenders of the training benchmark: Rekindle's loop, loops written by hand, the Trainer.
 
-Every one trains the same weights on the same shapes, and is timed between two of its own steps:
-start, evaluation and checkpoints lie outside. The loops that are not ours get their batches from
-memory, read and decoded beforehand, and check no loss for NaN.
+Each trains the same weights on the same shapes, and is timed between two of its own steps, without
+start, evaluation and checkpoints. The other loops get their batches from memory, read and decoded
+beforehand, and check no loss for NaN.
 """
 
 import gc
@@ -39,12 +39,12 @@ class Segment(NamedTuple):
     """One run of one contender."""
 
     step: float  # seconds
-    wait: float  # share of the time that was spent waiting for data; NaN where there is no reader
-    peak: float  # bytes: of the GPU's memory, or what the whole process ever held
+    wait: float  # share of the time spent waiting for data; NaN without a reader
+    peak: float  # bytes: of the GPU's memory, or the peak of the whole process
 
 
 class Window:
-    """Called after every step; knows how long the steps after the warm-up took."""
+    """Called after every step; measures the time of the steps after the warm-up."""
 
     def __init__(self, bench: Bench):
         self.bench, self.marks, self.peak = bench, list[float](), 0
@@ -64,9 +64,9 @@ class Window:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes allocated on the GPU at most, or the most that this process had in memory.
+    """Return the peak of the bytes allocated on the GPU, or of this process's memory.
 
-    Not getrusage: a process that another one starts inherits *its* peak there.
+    Not getrusage: a process started by another inherits *its* peak there.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -81,7 +81,9 @@ def peak_memory(device: torch.device) -> int:
 def ours(
     bench: Bench, temperature: float | None, watch: Callable[[int], None] = lambda done: None
 ) -> Segment:
-    """``train_student``, with KD from the cache or without; ``watch`` is told of every step."""
+    """Run ``train_student``, with KD from the cache or without; ``watch`` is called after every
+    step.
+    """
     term = {"teachers": ["teacher"], "temperature": temperature}
     values = {
         "steps": bench.steps,
@@ -116,7 +118,7 @@ def ours(
 
 
 def by_hand(bench: Bench, loss_of: Loss, target_of: Callable[[Prepared], Target]) -> Segment:
-    """The loop that a user would write; ``target_of`` runs before the student does."""
+    """Run the loop that a user would write; ``target_of`` runs before the student does."""
     student = bench.model("student").train()
     optimizer = adamw(student)
     window = Window(bench)
@@ -135,7 +137,7 @@ def by_hand(bench: Bench, loss_of: Loss, target_of: Callable[[Prepared], Target]
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW in one kernel, as the Trainer has it by default."""
+    """Return AdamW in one kernel, the Trainer's default."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -148,12 +150,14 @@ def no_target(rows: Prepared) -> Target:
 
 
 def plain(hidden: Tensor, head: OutputHead, rows: Prepared, _: Target) -> Tensor:
-    """PyTorch's cross-entropy at the masked positions."""
+    """Return PyTorch's cross-entropy at the masked positions."""
     return F.cross_entropy(F.linear(hidden, head.weight, head.bias), rows.labels)
 
 
 def naive_kd(hidden: Tensor, head: OutputHead, rows: Prepared, _: Target) -> Tensor:
-    """The cached top k scattered into a whole row [N,V], and PyTorch's KL divergence, at τ = 2."""
+    """Return CE + KD at τ = 2 by PyTorch, with the cached top k scattered into a whole row
+    [N,V].
+    """
     logits = F.linear(hidden, head.weight, head.bias)
     wanted = torch.zeros(logits.shape, device=logits.device)
     wanted.scatter_(1, rows.target_ids, rows.target_probs)
@@ -162,21 +166,21 @@ def naive_kd(hidden: Tensor, head: OutputHead, rows: Prepared, _: Target) -> Ten
 
 
 def teacher_model(bench: Bench) -> Student:
-    """In bf16 on a GPU, as stage 1 has it."""
+    """Return the teacher, in bf16 on a GPU, as in stage 1."""
     teacher = bench.model("teacher").eval()
     return teacher.bfloat16() if bench.device.type == "cuda" else teacher
 
 
 @torch.no_grad()
 def teacher_logits(teacher: Student, rows: Prepared) -> Tensor:
-    """The teacher's logits [N,V] at the masked positions only."""
+    """Return the teacher's logits [N,V] only at the masked positions."""
     hidden = teacher(rows.inputs, rows.rows).hidden
     return teacher.output_head.logits(hidden)
 
 
 @torch.no_grad()
 def teacher_top(teacher: Student, rows: Prepared) -> Target:
-    """What the cache would hold: ids and probabilities [N,64] at τ = 1, tail mass [N]."""
+    """Return what the cache would hold: ids and probabilities [N,64] at τ = 1, tail mass [N]."""
     logits = teacher_logits(teacher, rows)
     top = logits.topk(K, dim=1)
     probs = (top.values - logits.logsumexp(dim=1, keepdim=True)).exp()
@@ -184,7 +188,7 @@ def teacher_top(teacher: Student, rows: Prepared) -> Target:
 
 
 def sparse_kd(hidden: Tensor, head: OutputHead, rows: Prepared, target: Target) -> Tensor:
-    """Our loss, of targets that were made just now."""
+    """Return Rekindle's loss, on targets made just now."""
     ids, probs, tail = target
     return linear_kd_loss(
         hidden,
@@ -199,7 +203,7 @@ def sparse_kd(hidden: Tensor, head: OutputHead, rows: Prepared, target: Target) 
 
 
 def dense_kd(hidden: Tensor, head: OutputHead, rows: Prepared, target: Target) -> Tensor:
-    """Exact KL to all of the teacher's probabilities [N,V], by PyTorch."""
+    """Return CE + exact KL to all of the teacher's probabilities [N,V], by PyTorch."""
     logits = F.linear(hidden, head.weight, head.bias)
     kl = F.kl_div(F.log_softmax(logits, dim=1), target[0], reduction="batchmean")
     return F.cross_entropy(logits, rows.labels) + kl
@@ -215,7 +219,7 @@ def live_dense(bench: Bench) -> Segment:
 
 
 def forward(bench: Bench) -> Segment:
-    """The teacher's forward pass alone."""
+    """Run only the teacher's forward pass."""
     teacher, window = teacher_model(bench), Window(bench)
     for done, batch in enumerate(islice(cycle(bench.held), bench.steps), 1):
         teacher_logits(teacher, batch.on(bench.device))
@@ -228,7 +232,7 @@ def forward(bench: Bench) -> Segment:
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The sequences of the batches in memory, again and again, as the Trainer takes them."""
+    """The sequences of the batches in memory, repeated, as the Trainer takes them."""
 
     def __init__(self, bench: Bench):
         self.count = bench.steps * bench.batch
@@ -266,7 +270,7 @@ class MaskedRows(nn.Module):
 
 
 def trainer(bench: Bench, masked_rows: bool) -> Segment:
-    """``Trainer.train`` with its own optimiser and loader, and nothing logged or saved."""
+    """Run ``Trainer.train`` with its own optimiser and loader, logging and saving nothing."""
     import transformers
 
     window = Window(bench)
@@ -305,7 +309,7 @@ def trainer(bench: Bench, masked_rows: bool) -> Segment:
 
 
 def whole_model(bench: Bench) -> nn.Module:
-    """The student as its users load it."""
+    """Return the student as its users load it."""
     import transformers
 
     with quiet_transformers():
@@ -315,7 +319,7 @@ def whole_model(bench: Bench) -> nn.Module:
 
 
 def no_trainer() -> str | None:
-    """Why the Trainer cannot run here; None if it can."""
+    """Return why the Trainer cannot run here; None if it can."""
     if find_spec("accelerate") is None:
         return "needs accelerate: pip install --no-deps --target FOLDER accelerate psutil; --peers"
     return None
@@ -344,7 +348,7 @@ VARIANTS: dict[str, Callable[[Bench], Segment]] = {
 
 
 def run(name: str, bench: Bench) -> Segment:
-    """One segment, from fresh weights, with the memory of the one before given back."""
+    """Run one segment from fresh weights, with the memory of the one before released."""
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()

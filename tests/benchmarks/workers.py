@@ -1,14 +1,14 @@
-"""Stage 1 with two worker processes beside one, where the teacher is the bottleneck.
+"""Compares stage 1 with two worker processes and with one, where the teacher is the bottleneck.
 
     python tests/benchmarks/workers.py [--toy] [--csv PATH]
 
 A masked LM (6 layers, hidden 384, random) on sequences of 128, 15 % of them masked, top-k of 64; 32
 units. Each process has one thread. Both in turns in one run, on two idle cores. "units" is the time
-between the first and the last commit, which leaves out what is paid once (starting processes,
-loading the model): of a long run that is all.
+between the first and the last commit, without one-time costs (starting processes, loading the
+model): for a long run that is all.
 
-Prediction before the first run: 1.9 x. The processes share nothing but memory's bandwidth and the
-file system.
+Prediction before the first run: 1.9 x. The processes share only memory bandwidth and the file
+system.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rekindle.pipeline.teacher_config import TargetsConfig, TeacherConfig
 
 
 def measure(folder: Path, toy: bool) -> list[Row]:
-    """Seconds with one and two processes, in turns."""
+    """Return seconds with one and two processes, in turns."""
     layers, width, units, rows = (1, 32, 6, 8) if toy else (6, 384, 32, 32)
     corpus = make_corpus(folder, units * rows, 128, rows)
     masked = MaskedView(corpus, MaskConfig(), 0, 1)
@@ -48,7 +48,7 @@ def measure(folder: Path, toy: bool) -> list[Row]:
     times: dict[tuple[int, str], list[float]] = {}
     for turn in range(2 if toy else 3):
         for processes in (1, 2):
-            torch.set_num_threads(processes)  # all the threads that there are, for all of them
+            torch.set_num_threads(processes)  # all available threads, for all of them
             named = plan.info.model_copy(update={"name": f"teacher-{turn}-{processes}"})
             commits = list[float]()
 
@@ -76,7 +76,7 @@ def measure(folder: Path, toy: bool) -> list[Row]:
 def main() -> None:
     """Measure, print, and append to the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="some seconds; its figures say nothing")
+    parser.add_argument("--toy", action="store_true", help="some seconds; its figures mean nothing")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

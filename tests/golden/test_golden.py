@@ -311,7 +311,7 @@ def test_other_words_for_the_same_source_and_model_go_on(which, begun, monkeypat
     [
         ("cycle", {"finetune": {"epochs": 2}}, r"finetune\.epochs: 1 there, 2 here"),
         ("cycle", {"finetune": {"max_length": None}}, r"max_length: 128 there, None here"),
-        ("cycle", {"finetune": {"problem": "regression"}}, "is no number"),
+        ("cycle", {"finetune": {"problem": "regression"}}, "is not a number"),
         ("cycle", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
         ("stages", {"corpus": {"special_tokens": "token"}}, r"special_tokens: 'text' there"),
         ("stages", {"student": {"grow": {"layers": 3}}}, r"grow\.layers: 2 there, 3 here"),
@@ -325,7 +325,7 @@ def test_what_differs_from_what_was_begun_is_named(which, change, words, begun):
         for section, keys in change.items():
             values[section] |= keys
 
-    error = InputError if words == "is no number" else CheckpointError
+    error = InputError if words == "is not a number" else CheckpointError
     with pytest.raises(error, match=words):
         made.begin(home, which, put)
 

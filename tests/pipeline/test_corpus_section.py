@@ -13,6 +13,7 @@ GOOD = {  # what is right after all
     "attention": {"", "~"},
     "chat_template": {"", "~"},
     "domain_field": {"", "~"},
+    "group_field": {"", "~"},
     "limit_sequences": {"", "~", "3"},
     "pair_field": {"", "~"},
     "without": {"", "~", "[]"},

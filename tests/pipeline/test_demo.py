@@ -165,7 +165,7 @@ def test_the_whole_demo_and_again_after_an_interrupt(tmp_path: Path) -> None:
     page = (whole / "report.html").read_text()
     assert "http" not in page
     for told in (text, page):
-        assert "One seed (--quick) says nothing of chance" in told
+        assert "One seed (--quick) says nothing about chance" in told
     for directory in ("made/base", "experts/part", "students/mixture", "fine-tuned/mixture/kind"):
         assert (whole / directory / "model.safetensors").is_file()
 

@@ -18,7 +18,9 @@ def test_a_recipe_is_written_byte_by_byte(name, tmp_path, command):
     assert code == 0
     assert out.read_bytes() == (FOLDER / f"{name}.yaml").read_bytes()
     assert said == f"{out}\n"
-    stages = ("rekindle",) if name == "rekindle" else ("cache-teachers", "train-student")
+    stages = (
+        ("rekindle",) if name in ("rekindle", "rerank") else ("cache-teachers", "train-student")
+    )
     for stage in stages:
         assert f"  pipeline {stage} {out}" in told
 

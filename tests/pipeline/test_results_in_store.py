@@ -199,7 +199,7 @@ def test_a_finetuning_whose_upload_was_killed_goes_on_after_its_seeds(
     for reader in (["evaluate", address, "--test", task["local"][3]], ["export", address]):
         half = pipeline(*reader, *(["--out", tmp_path / "x"] if reader[0] == "export" else []))
         assert half.returncode == 2
-        assert f"{address} is not whole" in half.stderr
+        assert f"{address} is not complete" in half.stderr
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "_run_seed", None)  # no seed is trained again
         done = pipeline(*typed)
@@ -278,5 +278,6 @@ def test_a_store_without_a_conditional_put_is_refused_before_anything(command):
     done = pipeline(*command, "--out", "abfs://container/a")
     assert done.returncode == 2
     assert (
-        "abfs://container/a can be read, not written to: of abfs:// no conditional" in done.stderr
+        "abfs://container/a can be read, not written to: no conditional put is known for abfs://"
+        in done.stderr
     )

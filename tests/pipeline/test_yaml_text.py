@@ -87,7 +87,7 @@ def written(folder, text=RUN):
 
 
 def test_a_swept_value_that_is_no_yaml_is_told_without_the_parsers_own_names():
-    with pytest.raises(InputError, match=r"--sweep a: '\[1' is no list of YAML values \(line 1"):
+    with pytest.raises(InputError, match=r"--sweep a: '\[1' is not a list of YAML values \(line 1"):
         parse_swept_key("a=[1")
 
 

@@ -162,7 +162,7 @@ def test_a_curriculum_of_less_than_a_batch_is_refused(causal_world):
                 "domains": ["odd"],
                 "replay": {"domains": ["even"], "fraction": 0.3},
             },
-            "acts from step 60 on .*, and the run has 60: all domains are replayed alike",
+            "acts from step 60 on .*, and the run has 60: all domains are replayed equally",
         ),
     ],
 )

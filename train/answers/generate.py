@@ -75,8 +75,7 @@ class Generated:
             f"{self.out}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')} generated; "
             f"{self.ended:,} ended by the model, the others at max_new_tokens",
             f"beside it {Path(self.out).name}{BESIDE} records which model wrote it. Use it in "
-            + self.out
-            + ", format: tokens}",
+            "corpus.source: {path: " + self.out + ", format: tokens}",
         ]
         if self.too_long:
             told = counted(self.too_long, "prompt")

@@ -1,1 +1,1 @@
-"""Sentence encoders: a model, pooling of its states, and what follows, as sentence-transformers."""
+"""Sentence encoders as in sentence-transformers: a model, pooling of its states, later steps."""

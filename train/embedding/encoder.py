@@ -1,4 +1,4 @@
-"""A sentence encoder: a text's tokens become a vector, equal to that of sentence-transformers.
+"""A sentence encoder: maps a text's tokens to a vector, equal to that of sentence-transformers.
 
 Shapes: B texts, S tokens, D values of a vector.
 """
@@ -30,12 +30,12 @@ class SentenceEncoder(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The transformer's configuration."""
+        """Return the transformer's configuration."""
         return self.model.config
 
     def forward(self, inputs: Mapping[str, Tensor], skipped: int = 0) -> Tensor:
         """Return the vectors [B,D] of ``inputs``: input_ids and attention_mask [B,S], and
-        token_type_ids where the model knows segments.
+        token_type_ids if the model knows segments.
 
         ``skipped``: tokens of the prompt that pooling leaves out.
         """
@@ -52,16 +52,16 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> SentenceEncoder:
-    """Load an encoder; ``more`` is for transformers. In evaluation mode, on the CPU.
+    """Load an encoder in evaluation mode, on the CPU; ``more`` is for transformers.
 
-    Raises InputError where a weight is missing that the vectors depend on.
+    Raises InputError if a weight is missing that the vectors depend on.
     """
     kind = auto_class_of(load_config(about.transformer), "embedding")
     return SentenceEncoder(load_model(about.transformer, kind, dtype, more), about).eval()
 
 
 class Dense(nn.Module):
-    """A linear map and its activation, with the weights' names of sentence-transformers."""
+    """A linear map and its activation; its weights have sentence-transformers' names."""
 
     def __init__(self, settings: Mapping[str, Any], where: Path | None = None):
         super().__init__()
@@ -81,7 +81,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """A LayerNorm of vectors, with the weights' names of sentence-transformers."""
+    """A LayerNorm of vectors; its weights have sentence-transformers' names."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -94,7 +94,7 @@ class LayerNorm(nn.Module):
 
 
 class Normalize(nn.Module):
-    """Makes vectors of length 1."""
+    """Scales vectors to length 1."""
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return vectors [B,D]."""
@@ -116,9 +116,9 @@ def load_step(step: Step) -> nn.Module:
 
 
 def activation(name: str, where: Path | None = None) -> nn.Module:
-    """Return torch's module of that full name; InputError for what is none of torch.nn.
+    """Return torch's module with that full name; raise InputError for one outside torch.nn.
 
-    What is not torch's would be code from the folder, which is not run.
+    Anything else would be code from the folder, which is not run.
     """
     made = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     try:
@@ -127,7 +127,7 @@ def activation(name: str, where: Path | None = None) -> nn.Module:
         found = None
     if found is None:
         raise InputError(
-            f"{where or 'a Dense'}: its activation_function is {name}, which is none of torch.nn "
-            f"that needs no sizes; write one that is ({TANH})"
+            f"{where or 'a Dense'}: its activation_function is {name}, which is not one of "
+            f"torch.nn that needs no sizes; use one that is ({TANH})"
         )
     return found

@@ -1,8 +1,8 @@
 """A folder of sentence-transformers, by its files: which steps lead from a text to a vector.
 
-``modules.json`` lists them: a transformer, pooling, and what comes after. The package is not
-needed, nor is code of the folder run: a step that is not known here is refused by its name. Here
-torch is not imported.
+``modules.json`` lists them: a transformer, pooling, and what follows. The package is not needed,
+and code of the folder is not run: a step not known here is refused by its name. Does not import
+torch.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from rekindle.train.outside.digest import digest_of
 
 MODULES_FILE = "modules.json"
 ABOUT_ENCODER = "config_sentence_transformers.json"
-# What the first module's own file was called at one time or another.
+# Names of the first module's own file in various versions.
 TRANSFORMER_FILES = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 POOLINGS = ("mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean")
-# As pooling was written before: a key for each mode. Several stand one after another in this order.
+# Former settings of pooling: a key for each mode. Several are concatenated in this order.
 POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -40,12 +40,12 @@ POOLING_KEYS = {
 }
 AFTER = ("Dense", "Normalize", "LayerNorm", "Dropout")  # modules that may come after pooling
 KNOWN = f"Transformer, Pooling, {', '.join(AFTER)}"
-TANH = "torch.nn.modules.activation.Tanh"  # of a Dense that names no activation
+TANH = "torch.nn.modules.activation.Tanh"  # for a Dense that names no activation
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is done with vectors after pooling."""
+    """A step applied to vectors after pooling."""
 
     kind: str  # Dense, Normalize or LayerNorm
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -64,30 +64,30 @@ class EncoderFolder:
     steps: tuple[Step, ...] = ()
     max_length: int | None = None  # tokens that it reads; None: as many as the model takes
     lower_case: bool = False
-    prompt: str = ""  # what stands before each text
+    prompt: str = ""  # put before each text
     skips_prompt: bool = False  # whether pooling leaves the prompt out
-    dimensions: int | None = None  # only so many values of a vector are kept; None: all
-    prompts: Mapping[str, str] = field(default_factory=dict)  # that it has, by name
+    dimensions: int | None = None  # keep only so many values of a vector; None: all
+    prompts: Mapping[str, str] = field(default_factory=dict)  # the prompts that it has, by name
     pooled: int | None = None  # the width of states that pooling says it takes
 
     @property
     def normalised(self) -> bool:
-        """Whether its vectors have length 1."""
+        """Return whether its vectors have length 1."""
         return bool(self.steps) and self.steps[-1] == NORMALIZE and self.dimensions is None
 
     @property
     def told_pooling(self) -> str:
-        """The modes of pooling in a word."""
+        """Return the modes of pooling in one word."""
         return "+".join(self.pooling)
 
     def width(self, hidden_size: int) -> int:
-        """Return D, the values of a vector, of a model with such hidden states.
+        """Return D, the values of a vector, for a model with such hidden states.
 
-        Raises InputError where the steps do not fit each other.
+        Raises InputError if the steps do not fit each other.
         """
         if self.pooled not in (None, hidden_size):
             raise InputError(
-                f"{self.transformer}: its pooling takes states of {self.pooled} values, and its "
+                f"{self.transformer}: its pooling takes states of {self.pooled} values, but its "
                 f"model gives {hidden_size}; save the folder again as sentence-transformers does"
             )
         width = hidden_size * len(self.pooling)
@@ -95,7 +95,7 @@ class EncoderFolder:
             takes = step.settings.get("in_features", step.settings.get("dimension", width))
             if takes != width:
                 raise InputError(
-                    f"{self.transformer}: its {step.kind} takes vectors of {takes} values and is "
+                    f"{self.transformer}: its {step.kind} takes vectors of {takes} values but is "
                     f"given {width}; save the folder again as sentence-transformers does"
                 )
             width = step.settings.get("out_features", width)
@@ -103,7 +103,7 @@ class EncoderFolder:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that decides the vectors beside the model and its tokenizer."""
+        """Return a digest of all that decides the vectors besides the model and its tokenizer."""
         steps = [
             [step.kind, dict(step.settings), step.weights and digest_of(step.weights).hex()]
             for step in self.steps
@@ -114,12 +114,12 @@ class EncoderFolder:
 
 
 def is_encoder_folder(directory: Path) -> bool:
-    """Whether sentence-transformers wrote the folder."""
+    """Return whether sentence-transformers wrote the folder."""
     return (directory / MODULES_FILE).is_file()
 
 
 def check_encoder_folder(directory: Path) -> None:
-    """Raise InputError unless the folder holds a model, or modules of which the first is one."""
+    """Raise InputError unless the folder holds a model, or modules that begin with one."""
     check_folder(
         read_encoder_folder(directory).transformer if is_encoder_folder(directory) else directory
     )
@@ -128,22 +128,22 @@ def check_encoder_folder(directory: Path) -> None:
 def plain_encoder(
     directory: Path, pooling: str, normalise: bool, prompt: str = ""
 ) -> EncoderFolder:
-    """Return what is stated of a model without modules."""
+    """Return the settings given for a model without modules."""
     steps = (NORMALIZE,) if normalise else ()
     return EncoderFolder(directory, (pooling,), steps, prompt=prompt)
 
 
 def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFolder:
-    """Read a folder of sentence-transformers; ``prompt``: instead of its default one.
+    """Read a folder of sentence-transformers; ``prompt`` replaces its default one.
 
-    Raises InputError, naming the module, for one that is not known, or not in the usual order.
+    Raises InputError, naming the module, for an unknown one, or an unusual order.
     """
     modules = _modules(directory)
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or {*kinds[2:]} - {*AFTER}:
         raise InputError(
-            f"{directory}: its modules are {', '.join(kinds)}; read are a Transformer, Pooling, "
-            f"and any of {', '.join(AFTER)} after them, in this order"
+            f"{directory}: its modules are {', '.join(kinds)}; supported are a Transformer, "
+            f"Pooling, and any of {', '.join(AFTER)} after them, in this order"
         )
     (_, transformer), (_, pooling), *after = modules
     about = _optional(directory / ABOUT_ENCODER)
@@ -172,7 +172,7 @@ def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFo
 
 
 def _modules(directory: Path) -> list[tuple[str, Path]]:
-    """The name of each module's class, and its folder."""
+    """Return the name of each module's class, and its folder."""
     path = directory / MODULES_FILE
     try:
         listed = json.loads(path.read_bytes())
@@ -180,7 +180,7 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
         raise InputError(f"{path} is not JSON ({error}); copy the folder again") from None
     rule = 'it is a list of modules: [{"type": "sentence_transformers.models.Pooling", "path": …}]'
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise InputError(f"{path} is none of sentence-transformers': {rule}")
+        raise InputError(f"{path} was not written by sentence-transformers: {rule}")
     found = []
     for number, one in enumerate(listed):
         kind, place = one.get("type"), one.get("path")
@@ -192,11 +192,11 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
             whose = "" if ours else ", code of another package, which is not run"
             raise InputError(
                 f"{path}: module {number} is {kind}{whose}. Known are {KNOWN} of "
-                "sentence-transformers; give an encoder of these alone"
+                "sentence-transformers; give an encoder with only these"
             )
         folder = (directory / place).resolve()
         if not folder.is_relative_to(directory.resolve()):
-            raise InputError(f"{path}: module {number} lies outside of its folder ({place})")
+            raise InputError(f"{path}: module {number} is outside its folder ({place})")
         found.append((name, directory / place if place else directory))
     return found
 
@@ -206,7 +206,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _count(settings: Mapping[str, Any], key: str, where: Path) -> int | None:
-    """A number of 1 or more, where one is given."""
+    """Return a number of 1 or more, if one is given."""
     value = settings.get(key)
     if value is not None and (type(value) is not int or value < 1):
         raise InputError(f"{where}: {key} is {value!r}; it is a number of 1 or more")
@@ -214,7 +214,7 @@ def _count(settings: Mapping[str, Any], key: str, where: Path) -> int | None:
 
 
 def _transformer_settings(folder: Path) -> dict[str, Any]:
-    """What is said of the first module beside its config.json."""
+    """Return the settings of the first module beside its config.json."""
     file = next((folder / name for name in TRANSFORMER_FILES if (folder / name).is_file()), None)
     settings = {} if file is None else read_object(file)
     task = settings.get("transformer_task", "feature-extraction")
@@ -225,7 +225,7 @@ def _transformer_settings(folder: Path) -> dict[str, Any]:
     if output != ("forward", "last_hidden_state") or (settings.get("modality_config") and not text):
         raise InputError(
             f"{file}: its modality_config reads no text, or takes {'.'.join(map(str, output))}; "
-            "read are encoders of texts by their last_hidden_state"
+            "supported are encoders of texts by their last_hidden_state"
         )
     for key in ("processing_kwargs", "query_expansion"):
         if settings.get(key):
@@ -234,7 +234,7 @@ def _transformer_settings(folder: Path) -> dict[str, Any]:
 
 
 def _pooling(folder: Path) -> tuple[tuple[str, ...], bool, int | None]:
-    """The modes, whether a prompt is left out, and the width of the states that are pooled."""
+    """Return the modes, whether a prompt is left out, and the width of the pooled states."""
     path = folder / "config.json"
     settings = _optional(path)
     given = settings.get("pooling_mode")
@@ -249,12 +249,12 @@ def _pooling(folder: Path) -> tuple[tuple[str, ...], bool, int | None]:
 
 
 def _step(kind: str, folder: Path) -> Step:
-    """A module after pooling, its weights looked at by their header."""
+    """Return a module after pooling; only the header of its weights is read."""
     settings = _optional(folder / "config.json")
     places = (settings.get("module_input_name"), settings.get("module_output_name"))
     if {*places} - {None, "sentence_embedding"}:
         raise InputError(
-            f"{folder}: a {kind} from {places[0]} to {places[1]} is none of vectors; known are "
+            f"{folder}: a {kind} from {places[0]} to {places[1]} is not one of vectors; known are "
             "those of sentence_embedding"
         )
     if kind == "Normalize":
@@ -274,7 +274,7 @@ def _step(kind: str, folder: Path) -> Step:
         told |= {"activation_function": settings.get("activation_function", TANH)}
         told |= {"use_residual": True} if residual else {}
     if None in next(iter(shapes.values())):
-        raise InputError(f"{folder / 'config.json'} does not say the sizes of its {kind}")
+        raise InputError(f"{folder / 'config.json'} does not give the sizes of its {kind}")
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise InputError(
@@ -284,6 +284,6 @@ def _step(kind: str, folder: Path) -> Step:
     stored = {name: tensor.shape for name, tensor in read_header(weights).items()}
     if stored != shapes:
         raise InputError(
-            f"{weights} holds {stored}, and its config.json says {shapes}; copy the folder again"
+            f"{weights} holds {stored}, but its config.json says {shapes}; copy the folder again"
         )
     return Step(kind, told, weights)

@@ -1,4 +1,4 @@
-"""What a student that learns from sentence encoders makes of a text: which head it gets."""
+"""The head of a student that learns from sentence encoders."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from rekindle.train.model.student_config import OWN, StudentConfig, StudentEmbed
 
 
 def check_asked(student: StudentConfig, heads: Mapping[str, HeadConfig]) -> None:
-    """Raise InputError for a ``student.embedding`` that says something of no sentence encoder."""
+    """Raise InputError for a ``student.embedding`` without a sentence encoder to learn from."""
     if student.embedding is None:
         return
     names = [name for name, head in heads.items() if head.kind == "embedding"]
     if not names:
         raise InputError(
-            "student.embedding says what the student's vectors are, and no term of train.objective "
+            "student.embedding sets the student's vectors, but no term of train.objective "
             "names a sentence encoder (task: embedding). Leave it out, or name one"
         )
     output = student.embedding.output
@@ -40,11 +40,11 @@ def output_of(student: StudentConfig, heads: Mapping[str, HeadConfig]) -> str | 
 def for_student(
     head: HeadConfig, name: str, student: StudentConfig, model_config: Any
 ) -> HeadConfig:
-    """Return the ``head`` for a sentence encoder as the student has it: how it pools, and whether
-    its vector is projected to the teacher's size.
+    """Return the ``head`` for a sentence encoder as this student has it: how it pools, and whether
+    it projects to the teacher's size.
 
-    Raises InputError, before anything is trained, where the sizes differ and a loss needs them
-    equal, and for a causal LM that is not told how to pool.
+    Raises InputError, before anything is trained, if the sizes differ and a loss needs them equal,
+    and for a causal LM without a pooling setting.
     """
     asked = student.embedding or StudentEmbedding()
     own, size = width_of(model_config), head.num_labels
@@ -52,15 +52,15 @@ def for_student(
     differ = own != size or grown != size
     if asked.pooling is None and student.language_task == "causal_lm":
         raise InputError(
-            f"student {student.model!r} learns the vectors of {name!r}, and as a causal_lm its "
-            "early tokens have not read the text: their mean is not chosen in silence. State "
+            f"student {student.model!r} learns the vectors of {name!r}, but as a causal_lm its "
+            "early tokens have not read the text: their mean is not chosen silently. Set "
             "student.embedding.pooling: lasttoken (or mean)"
         )
     if head.projection is False and head.as_long and differ:
         raise InputError(
             f"the vectors of {name!r} have {size} numbers and those of student {student.model!r} "
-            f"{grown}, and a loss that compares them number by number (cosine, mse) needs as many. "
-            "Leave projection: false out, or learn by similarity alone"
+            f"{grown}, but a loss that compares them number by number (cosine, mse) needs equal "
+            "sizes. Leave projection: false out, or learn only by similarity"
         )
     projected = (head.as_long and differ) if head.projection is None else head.projection
     given = {
@@ -74,7 +74,7 @@ def for_student(
 
 
 def grown_width(student: StudentConfig, model_config: Any) -> int:
-    """Return how many numbers the states have when the student has grown as configured."""
+    """Return the width of the states after the student has grown as configured."""
     own, grow = width_of(model_config), student.grow
     if grow is None or (grow.hidden_size is None and grow.heads is None):
         return own

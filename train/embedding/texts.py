@@ -1,7 +1,7 @@
-"""From texts to vectors: the encoder's own tokenizer, its prompt, and what it takes no more of.
+"""From texts to vectors: the encoder's own tokenizer, its prompt, and its limits.
 
-A special token's name within a text is text, as for all experts here; sentence-transformers reads
-it as the token.
+A special token's name in a text is text, as for all experts here; sentence-transformers reads it as
+the token.
 """
 
 from collections.abc import Sequence
@@ -45,10 +45,10 @@ def describe_encoder(
     normalise: bool | None = None,
     prompt: str | None = None,
 ) -> EncoderFolder:
-    """Return how ``model`` makes vectors, by its files and by what is stated.
+    """Return how ``model`` makes vectors, by its files and by the settings given.
 
-    Raises InputError for a plain encoder of which pooling and normalising are not stated, and where
-    a folder of sentence-transformers says otherwise.
+    Raises InputError for a plain encoder without settings for pooling and normalising, and if a
+    folder of sentence-transformers contradicts them.
     """
     directory = resolve_model(model, check_encoder_folder)
     return described(directory, model, pooling, normalise, prompt)
@@ -61,14 +61,14 @@ def described(
     normalise: bool | None = None,
     prompt: str | None = None,
 ) -> EncoderFolder:
-    """As ``describe_encoder``, of a directory that is known."""
+    """Do as ``describe_encoder`` for a known directory."""
     if pooling is not None and {*pooling.split("+")} - {*POOLINGS}:
         raise InputError(f"pooling {pooling!r} is not known; known are {', '.join(POOLINGS)}")
     if not is_encoder_folder(directory):
         if pooling is None or normalise is None:
             raise InputError(
-                f"{model!r} is a plain encoder: it has no modules.json that says how the states of "
-                f"a text's tokens become one vector. State pooling ({', '.join(POOLINGS)}) and "
+                f"{model!r} is a plain encoder: it has no modules.json to tell how the states of "
+                f"a text's tokens become one vector. Set pooling ({', '.join(POOLINGS)}) and "
                 "normalise (true or false), or give a folder of sentence-transformers"
             )
         return plain_encoder(directory, pooling, normalise, prompt or "")
@@ -85,19 +85,19 @@ def described(
 
 
 def told_of_prompts(about: EncoderFolder, asked: bool) -> str | None:
-    """What is said of an encoder's prompts; None of one that has none."""
+    """Return a line on an encoder's prompts; None if it has none."""
     if about.prompt:
         return f"each text is read after {about.prompt!r}"
     if about.prompts and not asked:
         return (
-            f"it has prompts ({', '.join(about.prompts)}), none of which is its default: texts are "
-            "read without one, unless `prompt` says which text stands before each"
+            f"it has prompts ({', '.join(about.prompts)}), but no default one: texts are "
+            "read without one, unless `prompt` gives the text to put before each"
         )
     return None
 
 
 def own_tokenizer(about: EncoderFolder, tokenizer: Tokenizer | None = None) -> Tokenizer:
-    """Return the encoder's tokenizer, lower-casing where its folder says so."""
+    """Return the encoder's tokenizer, lower-casing if its folder says so."""
     tokenizer = tokenizer or load_tokenizer(str(about.transformer))
     if not about.lower_case:
         return tokenizer
@@ -112,7 +112,7 @@ def own_tokenizer(about: EncoderFolder, tokenizer: Tokenizer | None = None) -> T
 
 
 def longest_text(about: EncoderFolder, tokenizer: Tokenizer, settings: Any) -> int:
-    """Return the tokens that it reads of a text, special ones included; UNLIMITED for all."""
+    """Return the number of tokens that it reads of a text, with special ones; UNLIMITED for all."""
     own = about.max_length or int(tokenizer.hf.model_max_length)
     return min(own, longest_input(settings) or UNLIMITED, UNLIMITED)
 
@@ -134,11 +134,11 @@ class TextEncoder:
     tokenizer: Tokenizer
     max_length: int
     device: str
-    alone: bool = False  # only texts of one length go together: padding changes what it says
+    alone: bool = False  # only texts of equal length go together: padding changes its outputs
 
     @classmethod
     def of(cls, about: EncoderFolder) -> "TextEncoder":
-        """Load what ``about`` describes, onto this process's device, in float32."""
+        """Load what ``about`` describes onto this process's device, in float32."""
         where = place("fp32")
         encoder = load_encoder(about).to(where.device)
         tokenizer = own_tokenizer(about)
@@ -169,7 +169,9 @@ class TextEncoder:
         return skipped_tokens(replace(self.about, prompt=prompt), self.tokenizer)
 
     def vectors_of(self, ids: Sequence[Sequence[int] | Ids], skipped: Sequence[int]) -> Vectors:
-        """Return the vectors [N,D] of texts by their tokens; ``skipped`` [N] of each left out."""
+        """Return the vectors [N,D] of texts given as tokens; ``skipped`` [N]: how many pooling
+        leaves out.
+        """
         lengths = np.array([len(one) for one in ids], np.int64)
         if empty := np.flatnonzero(lengths == 0).tolist():
             raise InputError(f"text {empty[0] + 1} has no tokens, so it has no vector")
@@ -184,7 +186,7 @@ class TextEncoder:
         return np.stack([found[row] for row in range(len(ids))])
 
     def _inputs(self, ids: Sequence[Sequence[int] | Ids]) -> dict[str, torch.Tensor]:
-        """One batch, padded at its end."""
+        """Return one batch, padded at its end."""
         lengths = np.array([len(one) for one in ids], np.int64)
         number = padding_of(self.encoder.config)
         padded = pad(

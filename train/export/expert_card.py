@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from rekindle.train.export.provenance import LICENCE, metadata, shown
+from rekindle.data.sharing.names import LICENCE, shown
+from rekindle.train.export.provenance import metadata
 from rekindle.train.export.result import PIPELINES
 
-SHOWN = 20  # labels that a card names
+SHOWN = 20  # labels that a card lists
 TASKS = {
     "regression": "regression",
     "ranking": "regression",
@@ -17,9 +18,9 @@ TASKS = {
 def expert_card(
     place: str, model: str, problem: str, label_names: Sequence[str], scores: Mapping[str, float]
 ) -> str:
-    """Say what the expert in ``place`` is, how to use it, how well it does and whence it comes.
+    """Return what the expert in ``place`` is, how to use it, its scores, and its origin.
 
-    ``model``: that it began as; ``scores``: by what they are called, on dev and perhaps test.
+    ``model``: its base; ``scores``: by name, on dev and perhaps test.
     """
     task = PIPELINES.get(problem, "text-classification")
     teaches = TASKS.get(problem, "sequence_classification")

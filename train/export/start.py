@@ -1,4 +1,4 @@
-"""A student's distilled head as what a fine-tuning begins with: whether it fits, and the model."""
+"""Begin a fine-tuning with a student's distilled head: check that it fits, and load the model."""
 
 import logging
 import shlex
@@ -19,11 +19,11 @@ log = logging.getLogger("rekindle")
 
 
 class Labelled(Protocol):
-    """What is asked of a labelled task."""
+    """The part of a labelled task needed here."""
 
     @property
     def head_problem(self) -> str:
-        """As transformers names it."""
+        """The problem as transformers names it."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -31,12 +31,12 @@ class Labelled(Protocol):
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model gives for a text."""
+        """The number of outputs of a model for a text."""
 
 
 def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
-    """Load the student in ``model`` as its family's class with the distilled ``head``, the outputs
-    in the order of the data's labels.
+    """Load the student in ``model`` as its family's class with the distilled ``head``; its outputs
+    are in the order of the data's labels.
     """
     student = Student.from_pretrained(resolve_model(model))
     made = plain_model(student, head)
@@ -55,8 +55,8 @@ def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
 
 
 def check_head(model: str, head: str | None, data: Labelled) -> None:
-    """Raise InputError unless the student in ``model`` has ``head``, and it is for just the labels
-    of ``data``. Without one say whether there is such a head.
+    """Raise InputError unless the student in ``model`` has ``head`` for exactly the labels of
+    ``data``. Without ``head``, log whether there is such a head.
     """
     heads = saved_heads(resolve_model(model))
     if head is None:
@@ -82,10 +82,10 @@ def check_head(model: str, head: str | None, data: Labelled) -> None:
 
 
 def _misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
-    """Say how a head differs from what a task needs; None where it fits."""
+    """Return how a head differs from what a task needs; None if it fits."""
     problem = problem_of(head)
     if problem != data.head_problem:
-        return f"is for {problem}, and the task is {data.head_problem}"
+        return f"is for {problem}, but the task is {data.head_problem}"
     if not data.label_names:
         sizes = head.num_labels, data.outputs
         return (

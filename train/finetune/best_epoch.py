@@ -1,4 +1,4 @@
-"""Which epoch of a seed is kept, and why the seed ends. Knows no loop."""
+"""Which epoch of a seed is kept, and why the seed ended. Knows no training loop."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-# Why a seed ended, as metrics.json says it.
+# Why a seed ended, in the words of metrics.json.
 DONE, MAX_STEPS, PATIENCE = "all epochs", "max_steps", "patience"
 Scores = dict[str, float]
 
 
 @dataclass
 class BestEpoch:
-    """The scores, logits and weights of the epoch with the best score on dev, the first of equals;
-    without ``patience`` those of the last one.
+    """The scores, logits and weights of the epoch with the best score on dev, the first among
+    equals; without ``patience`` those of the last one.
     """
 
     patience: int | None
@@ -27,7 +27,9 @@ class BestEpoch:
     _weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def look(self, metric: str, scores: Scores, logits: np.ndarray, model: PreTrainedModel) -> None:
-        """Take the next epoch over, if it is to be kept; its weights lie in memory, on the CPU."""
+        """Take the next epoch's, if it is to be kept; its weights are kept in memory, on
+        the CPU.
+        """
         self.last += 1
         if self.patience is not None and not scores[metric] > self.score:
             return
@@ -41,19 +43,19 @@ class BestEpoch:
 
     @property
     def ran_out(self) -> bool:
-        """Whether so many epochs were no better that the seed ends."""
+        """Return whether the seed ends, after ``patience`` epochs that were no better."""
         return self.patience is not None and self.last - self.epoch >= self.patience
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Give the weights of the kept epoch back to the model, if it has gone on since."""
+        """Load the weights of the kept epoch into the model, if it was trained further since."""
         if self.epoch != self.last:
             model.load_state_dict(self._weights)
         self._weights = {}
 
 
 def told_end(kept: int, ran: int, planned: int, stopped: str | None, chosen: bool) -> str:
-    """Say which epoch is kept, of how many, and why there were no more; ``chosen``: by dev."""
+    """Return which epoch is kept, of how many, and why there were no more; ``chosen``: by dev."""
     which = f"epoch {kept} of {planned}, {'best on dev' if chosen else 'the last'}"
     if stopped == PATIENCE:
-        return f"{which}; ended after {ran}: {ran - kept} in a row no better"
+        return f"{which}; ended after {ran}: {ran - kept} in a row were no better"
     return f"{which}; ended in {ran} by max_steps" if stopped == MAX_STEPS else which

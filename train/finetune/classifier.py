@@ -1,6 +1,6 @@
-"""Classifiers of texts and of words, and regressors: their loading, their scoring. Trains nothing.
+"""Load and score classifiers of texts and of words, and regressors. Trains nothing.
 
-One code path makes an expert's inputs for fine-tuning and for evaluation.
+Fine-tuning and evaluation share one code path for an expert's inputs.
 """
 
 import logging
@@ -33,20 +33,20 @@ logger = logging.getLogger("rekindle")
 
 
 def padded_tokenizer(model: str) -> PreTrainedTokenizerFast:
-    """Load the model's fast tokenizer, which pads and cuts on the right."""
+    """Load the model's fast tokenizer, which pads and truncates on the right."""
     directory = resolve_model(model)
-    load_config(directory)  # transformers reads it for the tokenizer, and would blame that
+    load_config(directory)  # transformers reads it for the tokenizer, and would blame the tokenizer
     tokenizer = load_tokenizer(str(tokenizer_folder(directory))).hf
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # so that whoever loads the expert can pad
+        tokenizer.pad_token = tokenizer.eos_token  # so that users of the expert can pad
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
 def classifier_config(model: str, problem: str = "", trained: bool = False) -> PretrainedConfig:
-    """Load the model's configuration, with a label for each output that its head has.
+    """Load the model's configuration, with a label for each output of its head.
 
-    ``trained``: its head is used as it is; else a tagger's body is as good as any for a classifier.
+    ``trained``: its head is used as it is; otherwise the body of a tagger serves a classifier too.
     """
     directory, task = resolve_model(model), task_of(problem)
     check_fits(load_config(directory), task, repr(model), trained)
@@ -54,7 +54,7 @@ def classifier_config(model: str, problem: str = "", trained: bool = False) -> P
 
 
 def task_of(problem: str) -> str:
-    """A teacher's task of that name, that answers what the ``problem`` of a labelled task asks."""
+    """Return the teacher's task that answers the ``problem`` of a labelled task."""
     return "token_classification" if problem == TAGS else "sequence_classification"
 
 
@@ -63,7 +63,7 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Load ``model`` in fp32 with a head for ``data``, fresh from torch's generator if need be.
 
-    A head that was trained for other labels is not reused: its output layer starts fresh too.
+    A head trained for other labels is not reused: its output layer starts fresh too.
     """
     config = classifier_config(model, data.problem)
     if data.label_names:
@@ -82,7 +82,7 @@ def load_classifier(
 
 
 def _same_problem(config: PretrainedConfig, problem: str) -> bool:
-    """Whether the head of a model, if it has one, was trained for ``problem``."""
+    """Return whether the head of a model, if it has one, was trained for ``problem``."""
     if problem == TAGS or task_said(config) == task_of(TAGS):
         return task_said(config) == task_of(problem)
     return config.problem_type in (None, problem)
@@ -91,14 +91,14 @@ def _same_problem(config: PretrainedConfig, problem: str) -> bool:
 def _load_weights(
     model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, problem: str
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load the classifier and the names of its head's weights that the checkpoint does not set."""
+    """Load the classifier, and the names of its head's weights that the checkpoint lacks."""
     set_padding(config, padding_id_of(config, tokenizer))
     auto_class = AUTO_CLASSES[task_of(problem)]
     what = f"{model!r} cannot be loaded for {task_of(problem).replace('_', ' ')}"
     advice = "; give a model with config.json and safetensors weights (pickled ones are not loaded)"
     loaded = load_weights(resolve_model(model), auto_class, torch.float32, what, advice, config)
     refuse_shapes(what, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
-    # A pooler sits in the body but belongs to the head: a masked LM has none.
+    # A pooler is in the body but belongs to the head: a masked LM has none.
     missing = [key for key in loaded.body if ".pooler." not in key]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
@@ -129,7 +129,9 @@ def _renew_output_layer(network: PreTrainedModel) -> None:
 def predict(
     model: PreTrainedModel, encoded: EncodedTexts, batch_size: int, *, dropout: bool = False
 ) -> np.ndarray:
-    """fp32 logits as ``by_length`` returns them; never autocast: the scores are the weights'."""
+    """Return fp32 logits as ``by_length`` does; never with autocast: the scores are the
+    weights'.
+    """
     model.train(dropout)
 
     def logits(inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
@@ -140,8 +142,8 @@ def predict(
 
 
 def answers(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
-    """A classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. InputError,
-    naming the model, where its own code fails.
+    """Return a classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. Raises
+    InputError, naming the model, if its own code fails.
     """
     with running(str(model.name_or_path)):
         logits: Tensor = model(**inputs).logits
@@ -149,7 +151,7 @@ def answers(model: PreTrainedModel, inputs: dict[str, Tensor], places: Tensor | 
 
 
 def places_of(encoded: EncodedTexts, rows: np.ndarray, inputs: dict[str, Tensor]) -> Tensor | None:
-    """Where the words of some rows that are read are in a batch of them; None: whole texts."""
+    """Return where the words read in some rows are in a batch of them; None: whole texts."""
     if encoded.words is None:
         return None
     ids = inputs["input_ids"]
@@ -164,11 +166,11 @@ def by_length(
     run: Callable[[dict[str, Tensor], Tensor | None], Tensor],
     equal: bool = False,
 ) -> np.ndarray:
-    """Run on batches of rows of like length, and return fp32 logits [N,C] in row order; of lists of
-    words [W,C], in the order of all words, with NaN for those that are not read.
+    """Run on batches of rows of similar length, and return fp32 logits [N,C] in row order; for
+    lists of words [W,C], in the order of all words, with NaN for words that are not read.
 
-    ``equal``: of one length, for models that padding changes. Raises InputError for words' logits
-    that are not finite.
+    ``equal``: batches of one length, for models that padding changes. Raises InputError for words'
+    logits that are not finite.
     """
     order = np.argsort(encoded.lengths, kind="stable")
     ends = np.flatnonzero(np.diff(encoded.lengths[order]) * equal) + 1
@@ -193,7 +195,7 @@ def by_length(
 
 
 def to_fine_tune(model: str) -> str:
-    """The command that makes an expert of a model, in a message."""
+    """Return the command that makes an expert of a model, for a message."""
     where = "--train train.jsonl --dev dev.jsonl --out EXPERT"
     return f"`pipeline finetune {shlex.quote(model)} {where}`"
 
@@ -201,8 +203,8 @@ def to_fine_tune(model: str) -> str:
 def load_trained(
     model_dir: str, problem: str = ""
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load a classifier, or a tagger where that is the ``problem``, with all its weights onto its
-    device, and its tokenizer; InputError for one without a trained head.
+    """Load a classifier (or a tagger if that is the ``problem``) with all its weights onto its
+    device, and its tokenizer; InputError if its head is untrained.
     """
     tokenizer = padded_tokenizer(model_dir)
     config = classifier_config(model_dir, problem, trained=True)

@@ -1,4 +1,4 @@
-"""What the configuration says of fine-tuning and scoring. Torch is not imported here."""
+"""The configuration of fine-tuning and scoring. Does not import torch."""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from rekindle.train.ranking.kinds import Loss
 from rekindle.train.schedules import Positive, Seed
 from rekindle.train.step_config import Memory
 
-FORMER_FIELDS = ("text_columns", "label_column")  # what text_field and label_field were called
-Label = bool | int | float | str | None  # as YAML writes one; null: a missing one
+FORMER_FIELDS = ("text_columns", "label_column")  # former names of text_field and label_field
+Label = bool | int | float | str | None  # as YAML writes one; null: missing
 Problem = Literal[
     "classification",
     "multi_label_classification",
@@ -22,7 +22,7 @@ Problem = Literal[
     "regression",
     "ranking",
 ]
-_PROBLEMS = {  # what else they are called
+_PROBLEMS = {  # other names for them
     "single_label_classification": "classification",
     "multi_label": "multi_label_classification",
 }
@@ -41,17 +41,17 @@ class MergeConfig(Settings):
     )
     passes: int = Field(16, ge=0, description="Monte-Carlo passes; 0: without MUKI's merges")
     sharpness: float = Field(0.2, gt=0, description="temperature of MUKI's soft selection")
-    seed: Seed = Field(0, description="of the Monte-Carlo passes")
+    seed: Seed = Field(0, description="seed of the Monte-Carlo passes")
 
 
 class TaskSettings(Settings):
-    """What the files of a labelled task mean, where they do not say it themselves."""
+    """What the files of a labelled task mean, if they do not say it themselves."""
 
     problem: Problem | None = Field(
         None,
         description="null: words, booleans and whole numbers are classes, other numbers (also "
         "lists of them) are scores, lists of names are labels of which several may hold, tokens "
-        "with tags are tagged, and what may be either is refused; classification, "
+        "with tags are tagged, and ambiguous labels are refused; classification, "
         "multi_label_classification, token_classification: every label is a class as it is "
         "written; regression: labels are numbers, or lists of numbers; ranking: labels are grades "
         "from 0 on, or clicks (true, false), of documents in groups (null: of files with the "
@@ -62,23 +62,23 @@ class TaskSettings(Settings):
         max_length=2,
         json_schema_extra=one_or_many,
         validation_alias=AliasChoices("text_field", FORMER_FIELDS[0]),
-        description="where the text stands, or the two of a pair, or the tokens; empty: text, or "
-        "sentence1 and perhaps sentence2, or query and document, or tokens",
+        description="field of the text, or the two of a pair, or that of the tokens; empty: "
+        "text, or sentence1 and perhaps sentence2, or query and document, or tokens",
     )
     group_field: str | None = Field(
         None,
-        description="of ranking: where the id of a document's query stands; null: group, and where "
-        "there is none, rows with the same query text are a group",
+        description="for ranking: field with the id of a document's query; null: group, or "
+        "without such a column, rows with the same query text are a group",
     )
     label_field: str = Field(
         "label",
         validation_alias=AliasChoices("label_field", FORMER_FIELDS[1]),
-        description="where the label stands; beside tokens also tags, where there is no label",
+        description="field of the label; beside tokens also tags, if there is no label",
     )
     label_separator: str | None = Field(
         None,
         min_length=1,
-        description="what stands between the labels of a row where several are written as one "
+        description="separator between the labels of a row if several are written as one "
         'text, as in "a;b"; null: they are a list, in csv and tsv one as JSON writes it',
     )
     label_names: tuple[str, ...] = Field(
@@ -90,18 +90,17 @@ class TaskSettings(Settings):
         0.5,
         gt=0,
         lt=1,
-        description="of labels of which several may hold: the probability of one "
-        "that is said to hold",
+        description="if several labels may hold: the least probability of one that holds",
     )
     drop_labels: tuple[Label, ...] = Field(
         (),
         json_schema_extra=one_or_many,
-        description="rows with these labels are left out, of several labels those that have one "
-        "of them; [null]: those without a label",
+        description="rows with these labels are left out (with several labels, rows that have one "
+        "of them); [null]: rows without a label",
     )
     positive: Label = Field(
         None,
-        description="of two classes the one whose F1 counts; null: 1, true, yes, positive, or x "
+        description="which of two classes F1 is for; null: 1, true, yes, positive, or x "
         "beside not_x",
     )
 
@@ -118,23 +117,24 @@ class TaskSettings(Settings):
         return () if value is None else (value,)
 
 
-LEAST_STEPS, LEAST_EPOCHS = 300, 3  # of epochs: auto; what 300 labels need, and what large data do
-_PATIENCE = 3  # of patience: auto; one of so many parts of the epochs, and at least so many epochs
+LEAST_STEPS, LEAST_EPOCHS = 300, 3  # for epochs: auto; enough for 300 labels, and for large data
+# for patience: auto; this fraction (one in so many) of the epochs, and at least so many epochs
+_PATIENCE = 3
 
 
 class FinetuneConfig(TaskSettings):
-    """How a model is fine-tuned. The defaults, the same from Python and on the command line, serve
-    a BERT-sized encoder on some hundred labels and on many thousand. ``FixedBudget`` has those of
-    what is compared.
+    """How to fine-tune a model. The defaults, the same from Python and on the command line, suit a
+    BERT-sized encoder with some hundred labels and with many thousand. ``FixedBudget`` has those
+    for comparisons.
     """
 
     epochs: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description=f"passes over the train split; auto: as many as make {LEAST_STEPS} steps, at "
-        f"least {LEAST_EPOCHS}; 0: nothing is trained, the head that the model has is scored on "
+        f"least {LEAST_EPOCHS}; 0: train nothing, and score the model's own head on "
         "dev (train only says what the labels mean)",
     )
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if sooner")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, if earlier")
     batch_size: int = Field(16, ge=1, description="examples per step")
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["linear", "constant"] = Field(
@@ -143,7 +143,7 @@ class FinetuneConfig(TaskSettings):
     warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps that warm up")
     weight_decay: float = Field(0.01, ge=0, description="on matrices; never on biases and norms")
     betas: tuple[Memory, Memory] = Field(
-        (0.9, 0.999), description="AdamW's: how slowly its means of gradients and squares move"
+        (0.9, 0.999), description="AdamW's: how slowly its means of gradients and squares change"
     )
     eps: Positive = Field(1e-8, description="AdamW's: added to the root of the mean square")
     max_length: Annotated[int | None, Formerly(128)] = Field(
@@ -154,26 +154,27 @@ class FinetuneConfig(TaskSettings):
     )
     loss: Loss = Field(
         "listwise",
-        description="of ranking: listwise, cross-entropy of the softmax over a group's scores "
+        description="for ranking: listwise, cross-entropy of the softmax over a group's scores "
         "against that over its grades; pairwise, logistic loss of the difference of every two "
         "scores of different grade; pointwise, squared error of each grade, or cross-entropy where "
         "all are 0 or 1",
     )
     grade_temperature: Positive = Field(
-        1.0, description="of the listwise loss: the target is softmax(grades / grade_temperature)"
+        1.0, description="for the listwise loss: the target is softmax(grades / grade_temperature)"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of training; auto: bf16 autocast where CUDA has it, else fp32"
+        "auto", description="precision of training; auto: bf16 autocast if CUDA has it, else fp32"
     )
     patience: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto",
-        description="stop after so many epochs without a better dev score, keep the best epoch; "
+        description="stop after so many epochs without a better dev score, and keep the best "
+        "epoch; "
         f"auto: a third of the epochs, at least {_PATIENCE}; null: never, and the last epoch is "
         "kept",
     )
     head: str | None = Field(
         None,
-        description="of a student: the task head that training goes on from, which is for the same "
+        description="for a student: the task head to continue from, which must have the same "
         "labels (null: a fresh one); with epochs: 0 the one to score",
     )
     merge: MergeConfig | None = Field(
@@ -181,13 +182,15 @@ class FinetuneConfig(TaskSettings):
     )
 
     def epochs_of(self, rows: int) -> int:
-        """Passes over ``rows`` examples, if nothing ends them sooner."""
+        """Return the number of passes over ``rows`` examples, if nothing ends them earlier."""
         if self.epochs != "auto":
             return self.epochs
         return max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(rows / self.batch_size)))
 
     def patience_of(self, epochs: int) -> int | None:
-        """Epochs without a better dev score that end a run of ``epochs``; None: none do."""
+        """Return how many epochs without a better dev score end a run of ``epochs``;
+        None: none do.
+        """
         if self.patience != "auto":
             return self.patience
         return max(_PATIENCE, math.ceil(epochs / _PATIENCE))
@@ -199,13 +202,13 @@ _ONCE_FIXED |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.
 
 
 def with_once_fixed(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded settings with what an older version, which had no key for it, trained with."""
+    """Return recorded settings, with an older version's fixed values for keys that it lacked."""
     return _ONCE_FIXED | dict(recorded)
 
 
 class FixedBudget(FinetuneConfig):
-    """Fine-tuning of what is compared, as a cycle does it: the same number of epochs for every
-    model, of which the last is kept, so that no score is selected.
+    """Fine-tuning for comparisons, as in a cycle: the same number of epochs for every model,
+    keeping the last, so that no score is selected.
     """
 
     epochs: int = Field(3, ge=0, description="passes over the train split")
@@ -219,7 +222,7 @@ NOTHING_KEPT = "Nothing of it is kept"
 
 
 def less_memory(config: FinetuneConfig, bf16: bool) -> str:
-    """What takes less memory, with the values as they are; ``bf16``: whether that would."""
+    """Return what takes less memory, with the current values; ``bf16``: whether that would."""
     own = [f"batch_size (now {config.batch_size})", f"max_length (now {config.max_length})"]
     fewer = f"Lower {' or '.join(own)}"
     fewer += f", or train in precision bf16 (now {config.precision})" if bf16 else ""

@@ -1,11 +1,11 @@
-"""Does a result say more than one and the same answer to every text would? Knows no model.
+"""Does a result say more than the same answer to every text would? Knows no model.
 
-It is weak where guesses that are shuffled among the rows would do about as well, or where it is
-within a tenth of what lies between always giving the best single answer and a perfect score.
+It is weak if guesses shuffled among the rows would do about as well, or if it is within a tenth of
+the way from the best constant answer to a perfect score.
 
-The former is a permutation test near 5 %, one-sided: a normal distribution stands for that of all
-permutations, which is coarse on a few rows. And where dev has chosen the epoch that is judged, more
-than 5 % of what has learned nothing passes.
+The former is a permutation test near 5 %, one-sided, with a normal distribution in place of that of
+all permutations, which is coarse on a few rows. If dev has chosen the epoch that is judged, more
+than 5 % of useless models pass.
 """
 
 import math
@@ -21,11 +21,11 @@ from rekindle.train.ranking.scores import beyond_chance
 
 _NEAR = 0.1  # of the way from the constant answer to a perfect score
 _BEYOND = 1.645  # standard deviations of shuffled guesses: near 5 % of them do better
-_MOST_LABELS = 10  # that are said together
+_MOST_LABELS = 10  # that a constant answer may name together
 
 
 class Constant(NamedTuple):
-    """What one answer to every text gets; ``answer`` is None where labels are scores."""
+    """The score of one answer to every text; ``answer`` is None if labels are scores."""
 
     answer: str | None
     score: float
@@ -52,11 +52,11 @@ class Weak(NamedTuple):
 
 
 def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -> Weak | None:
-    """The constant answer that ``logits`` [N,C] with the score ``found`` are hardly better than,
-    and in which way; None where they are.
+    """Return the constant answer that ``logits`` [N,C] with the score ``found`` hardly beat, and in
+    which way; None if they do.
 
-    The answer is the best of: the commonest class or tag, the one whose F1 counts, or the commonest
-    labels together. Of scores it is a correlation of 0, of documents in groups a random order.
+    The answer is the best of: the most common class or tag, the one for F1, or the most common
+    labels together. For scores it is a correlation of 0, for documents in groups a random order.
     """
     if data.groups is not None:
         chance = scores_of(data, np.zeros_like(logits))[metric]
@@ -64,7 +64,7 @@ def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -
         beyond = beyond_chance(logits[:, 0], data.labels, data.groups) >= _BEYOND
         return Weak(Constant(None, chance), near, beyond) if near or not beyond else None
     if data.problem not in ("regression", SEVERAL) and len(np.unique(data.labels)) < 2:
-        return None  # of one class every answer is right, and tells nothing
+        return None  # with one class every answer is right, and tells nothing
     constant = max(_constants(metric, data), key=lambda one: one.score)
     near = found - constant.score < _NEAR * (1 - constant.score)
     guesses = predictions_of(data.problem, logits, data.threshold)
@@ -74,8 +74,8 @@ def weak_beside(metric: str, found: float, logits: np.ndarray, data: TaskData) -
 
 
 def beyond_shuffled(guesses: np.ndarray, labels: np.ndarray) -> float:
-    """By how many standard deviations the rows of ``guesses`` fit those of ``labels`` ([N,C] both,
-    by the sum of their products) better than if they were shuffled; mean and deviation are exactly
+    """Return by how many standard deviations the rows of ``guesses`` fit those of ``labels`` ([N,C]
+    both, by the sum of their products) better than if shuffled; mean and deviation are exactly
     those of all permutations.
     """
     a, b = (side - side.mean(axis=0) for side in (guesses, labels))
@@ -103,8 +103,8 @@ def _constants(metric: str, data: TaskData) -> Iterator[Constant]:
 
 
 def _columns(values: np.ndarray, data: TaskData) -> np.ndarray:
-    """Classes as a column each, of 0 and 1 (of a word that was not read 0 in all), others as they
-    are: float64 [N,C].
+    """Return classes as one column each, of 0 and 1 (all 0 for a word that was not read), other
+    labels as they are: float64 [N,C].
     """
     if data.problem in ("regression", SEVERAL):
         return values.reshape(len(values), -1).astype(np.float64)

@@ -32,36 +32,36 @@ Row = list[int] | NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Token ids per example, unpadded; segment ids only where tokenizer and model know them.
+    """Token ids per example, unpadded; segment ids only if tokenizer and model know them.
 
-    ``words``: where the examples are lists of words, of each the places of its words' first tokens,
-    -1 for a word that is not read.
+    ``words``, if the examples are lists of words: for each example the places of its words' first
+    tokens, -1 for a word that is not read.
     """
 
     input_ids: Sequence[Row]
     token_type_ids: Sequence[Row] | None
     padding_id: int
-    limit: int = 0  # tokens, from which on texts are cut
+    limit: int = 0  # tokens; longer texts are cut
     takes: float = math.inf  # tokens that the model takes
-    cut: int = 0  # texts that were
-    longest: int = 0  # tokens of the longest of these before
+    cut: int = 0  # texts that were cut
+    longest: int = 0  # tokens of the longest of these before the cut
     words: Sequence[NDArray[np.int64]] | None = None
-    words_cut: int = 0  # that are not read because the text is cut
-    words_empty: int = 0  # that the tokenizer makes nothing of
+    words_cut: int = 0  # words not read because the text is cut
+    words_empty: int = 0  # words of which the tokenizer makes no token
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens per example: int64 [N]."""
+        """Return the tokens per example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
     @property
     def unread(self) -> dict[str, int]:
-        """Words that are not read, by the reason."""
+        """Return the numbers of words that are not read, by reason."""
         return {"cut": self.words_cut, "without a token": self.words_empty}
 
     @property
     def count(self) -> int:
-        """How many texts there are."""
+        """Return how many texts there are."""
         return len(self.input_ids)
 
     @cached_property
@@ -69,13 +69,15 @@ class EncodedTexts:
         return np.cumsum([len(places) for places in self.words or ()], dtype=np.int64)
 
     def read_words(self, rows: np.ndarray) -> np.ndarray:
-        """The words of some rows that are read, by their number among those of all: int64 [P]."""
+        """Return the words read in some rows, by their number among those of all: int64 [P]."""
         assert self.words is not None
         each = [(self._ends[row] - len(self.words[row]), self.words[row] >= 0) for row in rows]
         return np.concatenate([start + np.flatnonzero(read) for start, read in each])
 
     def places(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """Where these words are in a batch of the rows, flattened from [B,width]: int64 [P]."""
+        """Return where these words are in a batch of the rows, flattened from [B,width]:
+        int64 [P].
+        """
         assert self.words is not None
         each = [number * width + self.words[row] for number, row in enumerate(rows)]
         read = [self.words[row] >= 0 for row in rows]
@@ -84,7 +86,7 @@ class EncodedTexts:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What is cut of texts that come in blocks: that of EncodedTexts, summed up."""
+    """What is cut of texts that come in blocks: the values of EncodedTexts, summed up."""
 
     limit: int = 0
     takes: float = math.inf
@@ -94,7 +96,7 @@ class Cuts:
     unread: dict[str, int] = field(default_factory=dict)
 
     def and_of(self, texts: "EncodedTexts | Cuts") -> "Cuts":
-        """Return these and those of one more block."""
+        """Return these combined with those of one more block."""
         cut, longest = self.cut + texts.cut, max(self.longest, texts.longest)
         unread = {why: self.unread.get(why, 0) + count for why, count in texts.unread.items()}
         return Cuts(texts.limit, texts.takes, cut, longest, self.count + texts.count, unread)
@@ -106,12 +108,12 @@ def encode(
     data: TaskData,
     max_length: int | None,
 ) -> EncodedTexts:
-    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to what model and tokenizer take.
+    """Tokenize a split, cut to ``max_length`` (MOST_TOKENS) and to the limits of model and
+    tokenizer.
 
-    ``tokenizer`` is a fast Hugging Face one; pairs are joined by its own template (GPT-2 and Llama
-    put nothing between), as stage 1 joins them. A special token's name within a text is text. An
-    empty text is one padding token, so that no row is empty. Lists of words are read as
-    ``encode_words`` says.
+    ``tokenizer`` is a fast Hugging Face one; its own template joins pairs (GPT-2 and Llama put
+    nothing between), as in stage 1. A special token's name in a text is text. An empty text becomes
+    one padding token, so that no row is empty. Lists of words are read as in ``encode_words``.
     """
     padding_id = padding_id_of(model_config, tokenizer)
     takes = min(longest_input(model_config) or math.inf, tokenizer.model_max_length)
@@ -126,7 +128,7 @@ def encode(
         data.texts, data.pairs, truncation=True, max_length=most, split_special_tokens=True
     )
     ids = [row or [padding_id] for row in found["input_ids"]]
-    # A generic tokenizer also gives segments to models that would read them as something else.
+    # A generic tokenizer also gives segments to models that would misread them.
     types = found.get("token_type_ids") if knows_segments(model_config) else None
     cut = [row for row, encoding in enumerate(found.encodings) if encoding.overflowing]
     longest = 0
@@ -142,12 +144,12 @@ def encode(
 def _refuse_unknown(
     tokenizer: PreTrainedTokenizerFast, model_config: PretrainedConfig, largest: int
 ) -> None:
-    """Raise InputError where the ``largest`` id is none that the model can embed."""
+    """Raise InputError if the model cannot embed the ``largest`` id."""
     rows = model_config.get_text_config().vocab_size
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path} gives id {largest} ({token!r}), and the "
+            f"the tokenizer of {tokenizer.name_or_path} gives id {largest} ({token!r}), but the "
             f"model's embedding has {rows:,} rows. Give the tokenizer files (tokenizer.json, "
             "tokenizer_config.json, special_tokens_map.json) that the model was saved with, or "
             "make the embedding larger (transformers' resize_token_embeddings)"
@@ -155,7 +157,7 @@ def _refuse_unknown(
 
 
 def of_words(found: EncodedWords, padding_id: int, limit: int, takes: float) -> EncodedTexts:
-    """Texts that were given as words; an empty one is a padding token."""
+    """Return texts that were given as words; an empty one is a padding token."""
     ids = [row if len(row) else np.array([padding_id], np.int32) for row in found.ids]
     cut, longest = int((found.lengths > limit).sum()), int(found.lengths.max(initial=0))
     counts = (cut, longest, found.places, found.cut, found.empty)
@@ -163,8 +165,8 @@ def of_words(found: EncodedWords, padding_id: int, limit: int, takes: float) -> 
 
 
 def padding_id_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The model's own padding id; without one the tokenizer's, the end of text, or 0: one that it
-    can embed.
+    """Return an id to pad with that the model can embed: its own padding id, else the tokenizer's,
+    the end of text, or 0.
     """
     rows = model_config.get_text_config().vocab_size
     known = (padding_of(model_config), tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -172,7 +174,7 @@ def padding_id_of(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizer
 
 
 def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """The model's arguments for some rows: int64 [B, longest], padded on the right."""
+    """Return the model's arguments for some rows: int64 [B, longest], padded on the right."""
     lengths, types = encoded.lengths[rows], encoded.token_type_ids
     ids = pad([encoded.input_ids[row] for row in rows], lengths, encoded.padding_id)
     segments = None if types is None else pad([types[row] for row in rows], lengths, 0)
@@ -180,8 +182,8 @@ def collate(encoded: EncodedTexts, rows: np.ndarray, device: torch.device) -> di
 
 
 def tell_cut(splits: Mapping[str, EncodedTexts | Cuts], taught: str = "") -> dict[str, float]:
-    """Say which share of each split's texts was cut, loudly where one was, and return it; and how
-    many words of lists are not read, of the split that is ``taught`` with another consequence.
+    """Return the share of each split's texts that was cut, and log it, as a warning if any was; log
+    how many words of lists are not read, which has another consequence for the split ``taught``.
     """
     for name, texts in splits.items():
         for reason, count in texts.unread.items():

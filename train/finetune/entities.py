@@ -13,13 +13,15 @@ Entity = tuple[str, int, int]  # its type, its first token, one past its last
 
 
 def tags_entities(names: Iterable[str]) -> bool:
-    """Whether all of the tags ``names`` say how an entity goes on: O, B-…, I-… and the like."""
+    """Return whether all tags ``names`` are entity tags: O, B-…, I-… and the like."""
     each = {*names}
     return "O" in each and len(each) > 1 and all(n == "O" or _TAG.fullmatch(n) for n in each)
 
 
 def complete(names: Iterable[str]) -> set[str]:
-    """The tags ``names`` and, if they are of entities, those that the same entities may need."""
+    """Return the tags ``names`` and, if they are entity tags, others that the same entities may
+    need.
+    """
     each = {*names}
     if not tags_entities(each):
         return each
@@ -29,9 +31,9 @@ def complete(names: Iterable[str]) -> set[str]:
 
 
 def entities(tags: Sequence[str | None]) -> set[Entity]:
-    """The entities of one text; a token without a tag is outside.
+    """Return the entities of one text; a token without a tag is outside.
 
-    A new one begins with B or S, with another type, or with an I or E where none goes on.
+    A new one begins with B or S, with another type, or with an I or E that continues none.
     """
     found: set[Entity] = set()
     start, before, of = -1, "O", ""
@@ -50,8 +52,8 @@ def entities(tags: Sequence[str | None]) -> set[Entity]:
 def entity_f1(
     predicted: Iterable[Sequence[str | None]], true: Iterable[Sequence[str | None]]
 ) -> float:
-    """F1 of entities over all texts: one counts whose type and tokens are all right; 0.0 where
-    there is none.
+    """Return the F1 of entities over all texts: one counts if its type and tokens are all right;
+    0.0 if there is none.
     """
     right = both = 0
     for own, wanted in zip(predicted, true, strict=True):

@@ -1,6 +1,6 @@
-"""Labels of which a row has several: those that hold of a text, or the tags of its tokens.
+"""Labels of which a row has several: those that hold for a text, or the tags of its tokens.
 
-What a single one means is said in ``labels``, and is the same here. Knows no file and no model.
+``labels`` defines what a single one means, here too. Knows no file and no model.
 """
 
 import json
@@ -40,8 +40,8 @@ ListReader = Callable[[Raw], List | None]
 
 
 class Lists(NamedTuple):
-    """The labels of one file's rows, without those that are left out: ``each`` label of all rows,
-    one after another, and how many of them each row has.
+    """The labels of one file's rows, without those left out: ``each`` label of all rows, one after
+    another, and how many each row has.
     """
 
     each: Rows
@@ -50,9 +50,9 @@ class Lists(NamedTuple):
 
 
 def list_in(raw: Raw) -> List | None:
-    """A list, or a text that is one as JSON or Python writes it; None for anything else.
+    """Return a list, also from a text that is one in JSON or Python; None for anything else.
 
-    Of Python's lists those of quoted names, as pandas puts them into a csv.
+    A Python list must have quoted names, as pandas writes them into a csv.
     """
     if isinstance(raw, list | tuple):
         return tuple(raw)
@@ -66,8 +66,8 @@ def list_in(raw: Raw) -> List | None:
 
 
 def several_in(raw: Raw, separator: str | None) -> List | None:
-    """The labels of one text: ``list_in``, or what the separator stands between (of an empty text:
-    none).
+    """Return the labels of one text: ``list_in``, or the parts between separators (none for an
+    empty text).
     """
     if isinstance(raw, str) and separator is not None:
         return tuple(part for one in raw.split(separator) if (part := one.strip()))
@@ -75,7 +75,9 @@ def several_in(raw: Raw, separator: str | None) -> List | None:
 
 
 def words_in(raw: Raw) -> List | None:
-    """The words, or the tags, of one text: a list of them, or the text cut at white space."""
+    """Return the words, or the tags, of one text: a list of them, or the text split at
+    white space.
+    """
     found = list_in(raw)
     if isinstance(raw, str) and (found is None or not all(isinstance(one, str) for one in found)):
         return tuple(raw.split())  # "[1]" is a word
@@ -83,8 +85,8 @@ def words_in(raw: Raw) -> List | None:
 
 
 def are_several(path: str, labels: Sequence[Raw], settings: TaskSettings) -> bool:
-    """Whether the labels of a task's train file are lists of names, by ``settings`` or by what they
-    are. InputError for lists of whole numbers that cannot be scores.
+    """Return whether the labels of a task's train file are lists of names, by ``settings`` or by
+    their form. Raises InputError for lists of whole numbers that cannot be scores.
     """
     if settings.problem is not None or settings.label_separator is not None:
         return settings.problem in (None, SEVERAL)
@@ -106,7 +108,9 @@ def are_several(path: str, labels: Sequence[Raw], settings: TaskSettings) -> boo
 
 
 def _is_number(value: object) -> bool:
-    """Also one that is written as text: what is written alike means the same."""
+    """Return whether it is a number, also one written as text: what is written alike means the
+    same.
+    """
     if not isinstance(value, str):
         return isinstance(value, int | float) and not isinstance(value, bool)
     try:
@@ -116,25 +120,25 @@ def _is_number(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    """Whether a number is whole; one that is too large is another reader's to refuse."""
+    """Return whether a number is whole; another reader refuses one that is too large."""
     return isinstance(value, int) or float(str(value)).is_integer()
 
 
 def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset[str]) -> None:
     """Raise InputError for single labels that join others of the task's ``files``, as ``a;b`` does:
-    they may be several labels of one text. "Salt Lake, Utah" alone joins none, and paths in a tree,
-    ``animal|dog``, ``animal|cat``, ``plant|rose``, ``plant|oak``, are classes, which is said.
+    they may be several labels of one text. "Salt Lake, Utah" alone joins none; paths in a tree,
+    ``animal|dog``, ``animal|cat``, ``plant|rose``, ``plant|oak``, are classes, which is logged.
     """
     texts = [(path, [_single(raw) for raw in labels]) for path, labels in files]
     names = {name for _, each in texts for name in each if name} - dropped
-    whole = all(name for _, each in texts for name in each)  # empty ones: none holds of that text
+    whole = all(name for _, each in texts for name in each)  # empty ones: none holds for that text
     for separator in ";|,":
         uses = Counter(part for name in names for part in {*_parts(name, separator)})
         joined = {name for name in names if _joins(_parts(name, separator), separator, uses)}
         if joined and separator == "|" and whole and _are_paths(names):
             log.warning(
-                "labels such as %r are taken for classes as they are written: paths in a tree, as "
-                "long as each other; if they are several labels of one text, say --set %s",
+                "labels such as %r are taken as classes as they are written: paths in a tree, of "
+                "equal length; if they are several labels of one text, say --set %s",
                 min(joined),
                 _say_separator(separator),
             )
@@ -145,7 +149,7 @@ def refuse_joined(files: Sequence[tuple[str, Sequence[Raw]]], dropped: frozenset
 
 
 def _single(raw: Raw) -> str | None:
-    """A label as text; None for one that is none, or a list."""
+    """Return a label as text; None for a missing one, or a list."""
     single = isinstance(raw, str | int) and list_in(raw) is None
     return str(raw).strip() if single else None
 
@@ -155,14 +159,15 @@ def _parts(name: str, separator: str) -> list[str]:
 
 
 def _joins(parts: Sequence[str], separator: str, uses: Counter[str]) -> bool:
-    """Whether a label's parts occur elsewhere: all of them, for names have commas of their own."""
+    """Return whether a label's parts occur elsewhere: all of them, for names contain commas too."""
     elsewhere = [uses[part] > 1 for part in parts]
     return len(parts) > 1 and (all(elsewhere) if separator == "," else any(elsewhere))
 
 
 def _are_paths(names: Collection[str]) -> bool:
-    """Whether labels are paths in trees, two at least, each of which branches at its root: as many
-    parts each, and each part below one other only. Several labels of one text are hardly ever so.
+    """Return whether labels are paths in trees, at least two, each of which branches at its root:
+    with equally many parts, and each part below only one other. Several labels of one text are
+    hardly ever so.
     """
     above: dict[str, tuple[int, str]] = {}
     paths = [_parts(name, "|") for name in names]
@@ -203,8 +208,8 @@ def read_lists(
     dropped: frozenset[str],
     label_names: Sequence[str] = (),
 ) -> tuple[Lists, Counter[str]]:
-    """Read the labels of each row but for rows with one that is ``dropped`` ("": without any list),
-    and count these. InputError, naming the row, for what is no list of names.
+    """Read the labels of each row, without rows that have one in ``dropped`` ("": without any
+    list), and count these. Raises InputError, naming the row, for anything but a list of names.
     """
     lists, gone = Lists(Rows(path, [], []), [], []), Counter[str]()
     for number, value in enumerate(raw, start=1):
@@ -212,7 +217,8 @@ def read_lists(
         if value is None or (found is None and isinstance(value, str) and not value.strip()):
             if "" not in dropped:
                 raise InputError(
-                    f"{path}, row {number}: label is missing (given: {value!r}; a text without any "
+                    f"{path}, row {number}: label is missing (given: {value!r}; a text without "
+                    "labels "
                     f"has an empty list); add it, or leave such rows out with {leave_out('')}"
                 )
             gone[""] += 1
@@ -221,7 +227,7 @@ def read_lists(
             other = next((row for row, one in enumerate(raw, 1) if read(one) is not None), 0)
             beside = f", as that of row {other} is" if other else ""
             raise InputError(
-                f"{path}, row {number}: label {value!r} is no list of labels{beside}; write "
+                f"{path}, row {number}: label {value!r} is not a list of labels{beside}; write "
                 f'["{str(value)[:40]}"] for one label, or say what stands between several with '
                 "label_separator, as in --set 'label_separator=\";\"'"
             )
@@ -240,9 +246,11 @@ def read_lists(
 
 
 def _label_of(one: object, label_names: Sequence[str]) -> Label:
-    """One label of a list; ValueError, in words, for what is no name."""
+    """Return one label of a list; raise ValueError, with a message, if it is not a name."""
     if one is None or isinstance(one, bool | list | tuple | dict):
-        raise ValueError(f"{one!r} in a list is no label; give the names of the labels that hold")
+        raise ValueError(
+            f"{one!r} in a list is not a label; give the names of the labels that hold"
+        )
     if isinstance(one, str):
         if told := half_a_pair("label", one):
             raise ValueError(told)
@@ -252,26 +260,26 @@ def _label_of(one: object, label_names: Sequence[str]) -> Label:
         return by_number(Label(one, name, name), label_names)
     label = read_label(one)
     if not isinstance(label.value, float) or not label.value.is_integer():
-        raise ValueError(f"{one!r} is no label: give names, or whole numbers")
+        raise ValueError(f"{one!r} is not a label: give names, or whole numbers")
     return by_number(Label(one, label.name, label.name), label_names)
 
 
 def by_number(label: Label, label_names: Sequence[str]) -> Label:
-    """The label that a whole number is the number of among ``label_names``, if there are any; a
-    name as it is. ValueError for a number that is none's.
+    """Return the label that a whole number stands for in ``label_names``, if there are any; a name
+    unchanged. Raises ValueError for a number outside.
     """
     if not label_names or not label.name.lstrip("-").isdecimal():
         return label
     if not 0 <= (number := int(label.name)) < len(label_names):
         raise ValueError(
-            f"{label.name} is the number of no label: label_names has {len(label_names)}, and the "
-            f"first is 0; name them all, or leave such rows out with {leave_out(label.name)}"
+            f"{label.name} is not the number of a label: label_names has {len(label_names)}, and "
+            f"the first is 0; name them all, or leave such rows out with {leave_out(label.name)}"
         )
     return Label(label.raw, label_names[number], label_names[number])
 
 
 def named_rows(rows: Rows, label_names: Sequence[str]) -> Rows:
-    """Single labels ``by_number``; InputError, naming the row, for a number that is none's."""
+    """Return single labels ``by_number``; InputError, naming the row, for a number outside."""
     labels: list[Label] = []
     for place, label in enumerate(rows.labels):
         try:
@@ -282,16 +290,16 @@ def named_rows(rows: Rows, label_names: Sequence[str]) -> Rows:
 
 
 def check_settings(settings: TaskSettings) -> None:
-    """Raise InputError for settings of labels that do not go together."""
+    """Raise InputError for settings of labels that contradict each other."""
     problem, names = settings.problem, settings.label_names
     if settings.label_separator is not None and problem not in (None, SEVERAL):
         raise InputError(
-            f"label_separator is {settings.label_separator!r}, and problem {problem}: only labels "
+            f"label_separator is {settings.label_separator!r}, but problem {problem}: only labels "
             "of which several may hold are separated; leave one of the two out"
         )
     if names and problem == "regression":
         raise InputError(
-            "label_names are names of classes, and problem is regression; leave one out"
+            "label_names are names of classes, but problem is regression; leave one out"
         )
     if len({*names}) < len(names):
         raise InputError(
@@ -300,8 +308,8 @@ def check_settings(settings: TaskSettings) -> None:
 
 
 def check_several(lists: Lists, train: bool) -> None:
-    """Raise InputError for a label that stands twice in a row, and for ``train`` lists that say 0
-    or 1 of every label instead of naming those that hold.
+    """Raise InputError for a label that is twice in a row, and for ``train`` lists that have 0 or 1
+    for every label instead of naming those that hold.
     """
     rows = [*_by_row(lists)]
     ones = all({one.name for one in row} <= {"0", "1"} for row in rows)
@@ -316,26 +324,26 @@ def check_several(lists: Lists, train: bool) -> None:
         twice = [name for name, count in Counter(one.name for one in row).items() if count > 1]
         if twice:
             raise InputError(
-                f"{lists.each.path}, row {number}: label {twice[0]!r} stands twice in the list; "
+                f"{lists.each.path}, row {number}: label {twice[0]!r} is twice in the list; "
                 "name each label that holds once"
             )
 
 
 def check_tags(lists: Lists, words: Sequence[Sequence[str]], settings: TaskSettings) -> None:
-    """Raise InputError where a row has not one tag for each of its ``words`` (by row of the file),
-    or where tags are numbers and nothing says what they are.
+    """Raise InputError if a row does not have one tag for each of its ``words`` (by row of the
+    file), or if tags are numbers without a known meaning.
     """
     for number, length in zip(lists.numbers, lists.lengths, strict=True):
         if length != len(words[number - 1]):
             raise InputError(
-                f"{lists.each.path}, row {number}: {len(words[number - 1])} tokens and {length} "
+                f"{lists.each.path}, row {number}: {len(words[number - 1])} tokens, but {length} "
                 "tags; each token has one tag"
             )
     known = settings.problem is not None or settings.label_names
     if not known and all(_is_number(one.raw) for one in lists.each.labels) and lists.each.labels:
         lists.each.refuse(
             0,
-            f"tag {lists.each.labels[0].raw!r}: all tags are numbers, which do not say where an "
+            f"tag {lists.each.labels[0].raw!r}: all tags are numbers, which do not show where an "
             f"entity begins; {_SAY_NAMES}, or say {SAY_TAGS}",
         )
 

@@ -1,5 +1,5 @@
-"""Decides what the labels of a task mean. One rule, whatever file they come from: what is written
-alike means the same, so that ``"3.5"`` is a number and ``"True"`` a truth value in a jsonl, too.
+"""Decides what the labels of a task mean, by one rule, whatever file they come from: what is
+written alike means the same, so that ``"3.5"`` is a number and ``"True"`` a boolean in a jsonl too.
 
 Doubtful labels are refused, with the setting that decides. Knows no file, no text and no model.
 """
@@ -20,7 +20,7 @@ from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.text_files import half_a_pair
 
 Raw = object  # as a file gives it
-Value = bool | float | str | tuple[float, ...] | None  # numbers are floats; None: there is no label
+Value = bool | float | str | tuple[float, ...] | None  # numbers are floats; None: no label
 
 SHOWN = 20  # classes that a message lists
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*|(0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.)(e[+-]?\d+)?")
@@ -29,9 +29,10 @@ _MISSING = (
     "nan",
     "<na>",
 )  # how files, and pandas, write that there is no label
-_DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class where two are left
+_DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class if two are left
 _LARGEST = sys.float_info.max
-_FEWEST_IDS = 10  # so many labels of their own in most rows are no classes
+# if most rows have a label of their own and there are so many, they are not classes
+_FEWEST_IDS = 10
 _AS_WRITTEN = "--set problem={} (every label is a class as it is written)"
 _CLASSIFY = _AS_WRITTEN.format("classification")
 SAY_SEVERAL = "--set problem=multi_label_classification (every number is the name of a label)"
@@ -41,30 +42,32 @@ _OF_NUMBERS = ("a number", "a list of numbers")
 
 
 class Label(NamedTuple):
-    """One row's label. ``name`` is its class's name, equal however a file writes it."""
+    """One row's label. ``name`` is its class's name, the same however a file writes it."""
 
     raw: Raw
     value: Value
     name: str
-    decimal: bool = False  # a whole number that is written as 3.0
+    decimal: bool = False  # a whole number written as 3.0
 
     @property
     def kind(self) -> str:
-        """What it is, in a message's words."""
+        """Return its type in the words of a message."""
         kinds = {bool: "a boolean", float: "a number", str: "a word", tuple: "a list of numbers"}
         return kinds.get(type(self.value), "missing")
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the labels of a task are: classes with ``names``, or scores, ``outputs`` in each row."""
+    """The meaning of a task's labels: classes with ``names``, or scores, ``outputs`` in
+    each row.
+    """
 
     names: tuple[str, ...] = ()
     outputs: int = 1
 
 
 class Rows(NamedTuple):
-    """The labels of one file that are not dropped, and the row of each, counted from 1."""
+    """The labels of one file without the dropped ones, and the row of each, counted from 1."""
 
     path: str
     labels: list[Label]
@@ -76,9 +79,10 @@ class Rows(NamedTuple):
 
 
 def read_label(raw: Raw, as_written: bool = False) -> Label:
-    """Read a label as it means the same in every file; ValueError, in words, for what is none.
+    """Read a label, with the same meaning in every file; raise ValueError, with a message, if it is
+    not one.
 
-    ``as_written``: text such as 1.10, 1E5 or +1 is no number, but a name of its own; 1.0 is 1.
+    ``as_written``: text such as 1.10, 1E5 or +1 is not a number but a name of its own; 1.0 is 1.
     """
     if isinstance(raw, bool):
         return Label(raw, raw, str(raw).lower())
@@ -134,8 +138,8 @@ def _scores(raw: Raw, values: Sequence[object]) -> Label:
     finite = all(abs(number) <= _LARGEST for number in numbers)
     if len(numbers) != len(values) or len(numbers) < 2 or not finite:
         raise ValueError(
-            f"label is the list {raw!r}; a list is of at least two finite numbers, the scores of "
-            "one text"
+            f"label is the list {raw!r}; a list must have at least two finite numbers, the "
+            "scores of one text"
         )
     return Label(raw, tuple(map(float, numbers)), json.dumps(numbers))
 
@@ -144,10 +148,10 @@ def _scores(raw: Raw, values: Sequence[object]) -> Label:
 
 
 def meaning_of(train: Rows, problem: str | None) -> Meaning:
-    """Say what the labels of a task are by those of its train file.
+    """Return what the labels of a task mean, judging by those of its train file.
 
-    Without ``problem``: numbers that are whole are classes, as are words and booleans; other
-    numbers, and lists of numbers, are scores. Raises InputError for what may be meant in two ways.
+    Without ``problem``: whole numbers, words and booleans are classes; other numbers, and lists of
+    numbers, are scores. Raises InputError for labels that may mean two things.
     """
     if problem == "regression":
         return _as_scores(train)
@@ -174,7 +178,9 @@ def meaning_of(train: Rows, problem: str | None) -> Meaning:
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes, each once: by the number where all are numbers, else by the alphabet."""
+    """Return names of classes, each once: sorted by number if all are numbers, else
+    alphabetically.
+    """
     each = {*names}
     if all(_NUMBER.fullmatch(name.casefold()) for name in each):
         return tuple(sorted(each, key=lambda name: (decimal.Decimal(name), name)))
@@ -198,8 +204,8 @@ def _refuse_mixed(train: Rows) -> None:
 
 
 def refuse_doubtful(train: Rows, problem: str = "classification") -> None:
-    """Raise InputError for labels that may be none, alike but for blanks or case, or no classes;
-    ``problem`` is the setting that takes them as they are written.
+    """Raise InputError for labels that may be missing ones, differ only in blanks or case, or are
+    not classes; ``problem`` is the setting that takes them as they are written.
     """
     as_written = _AS_WRITTEN.format(problem)
     counts = Counter(label.name for label in train.labels)
@@ -208,7 +214,7 @@ def refuse_doubtful(train: Rows, problem: str = "classification") -> None:
         if name in counts and len(counts) > 2:
             train.refuse(
                 places[name],
-                f"label {name!r} ({counted(counts[name], 'row')}) may be a class, or say that "
+                f"label {name!r} ({counted(counts[name], 'row')}) may be a class, or mean that "
                 f"there is no label; leave these rows out with {leave_out(name)}, or say "
                 f"{as_written}",
             )
@@ -221,7 +227,7 @@ def refuse_doubtful(train: Rows, problem: str = "classification") -> None:
             train.refuse(
                 place,
                 f"label {label.raw!r}, but row {train.numbers[before[0]]} has {before[1]!r}: they "
-                "differ in blanks or case alone; write both alike, or say --set "
+                "differ only in blanks or case; write both alike, or say --set "
                 f"problem={problem} (then case makes classes of their own, and blanks around a "
                 "name do not count)",
             )
@@ -258,7 +264,8 @@ def check_scores(split: Rows, outputs: int) -> None:
         if label.kind not in _OF_NUMBERS:
             split.refuse(
                 place,
-                f"label {label.raw!r} is no number, but the train labels are scores; give numbers "
+                f"label {label.raw!r} is not a number, but the train labels are scores; give "
+                "numbers "
                 "here, or class names in every split, or leave such rows out with drop_labels",
             )
         if many != outputs:
@@ -266,7 +273,7 @@ def check_scores(split: Rows, outputs: int) -> None:
 
 
 def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[int]:
-    """The number of each label among ``names``; InputError for one that is none of them."""
+    """Return the number of each label in ``names``; raise InputError for one outside."""
     index = {name: number for number, name in enumerate(names)}
     numbers = [index.get(label.name, -1) for label in split.labels]
     if -1 in numbers:
@@ -283,7 +290,7 @@ def class_indices(split: Rows, names: Sequence[str], train_path: str) -> list[in
 
 
 def dropped_names(labels: Sequence[Raw], as_written: bool) -> frozenset[str]:
-    """The names of labels whose rows are to be left out; "" of a missing one."""
+    """Return the names of labels whose rows are to be left out; "" for a missing one."""
     try:
         return frozenset(_to_drop(read_label(label, as_written)) for label in labels)
     except ValueError as error:
@@ -291,14 +298,14 @@ def dropped_names(labels: Sequence[Raw], as_written: bool) -> frozenset[str]:
 
 
 def _to_drop(label: Label) -> str:
-    """Its name; true and false are the same in every case, as a csv writes them."""
+    """Return its name; true and false are the same in any case, as in a csv."""
     return label.name.casefold() if label.name.casefold() in _TRUTH else label.name
 
 
 def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[str]]]) -> None:
-    """Raise InputError for a label to be left out that no file has; a missing one may be missing.
+    """Raise InputError for a label to leave out that no file has; "" (missing) need not occur.
 
-    ``found``: the rows that were kept, and how many were not, of each file.
+    ``found``: for each file the rows kept, and how many were not.
     """
     for name in sorted(dropped - {""}):
         if not any(gone[name] for _, gone in found):
@@ -306,7 +313,7 @@ def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[s
             known = ", ".join([*names][:SHOWN]) + (" …" if len(names) > SHOWN else "")
             quoted = ' (YAML reads 09 as the number 9; write "09")' if name.isdecimal() else ""
             raise InputError(
-                f"drop_labels has {name!r}, which is no label of "
+                f"drop_labels has {name!r}, which is not a label of "
                 f"{', '.join(dict.fromkeys(rows.path for rows, _ in found))} (there are: {known})"
                 f"{did_you_mean(name, names) or '.'} Correct it, or give it to a task that has "
                 f"it{quoted}"
@@ -316,8 +323,8 @@ def check_dropped(dropped: frozenset[str], found: Sequence[tuple[Rows, Counter[s
 def kept_rows(
     path: str, raw: Sequence[Raw], dropped: frozenset[str], as_written: bool
 ) -> tuple[Rows, Counter[str]]:
-    """Read the labels of a file but for those that are ``dropped``, by name ("" is a missing one),
-    and count these. Raises InputError, naming the row, for a missing label or one that is none.
+    """Read the labels of a file without those in ``dropped``, by name ("" is a missing one), and
+    count these. Raises InputError, naming the row, for a missing label or one that is not a label.
     """
     rows, gone = Rows(path, [], []), Counter[str]()
     for number, value in enumerate(raw, start=1):
@@ -339,10 +346,11 @@ def kept_rows(
 
 
 def read_alike(splits: Sequence[Rows], as_written: bool) -> list[Rows]:
-    """Read words as all labels of the first file are: if these are true and false, whatever their
-    case, as booleans (a csv has no others); if they are codes such as 09 and 10, none as a number.
+    """Read words in the way that fits all labels of the first file: if these are true and false, in
+    any case, as booleans (a csv has no others); if they are codes such as 09 and 10, none as a
+    number.
 
-    ``as_written``: nor where 1.0 stands beside 1, 1.5 or a word, so that it is no number, either.
+    ``as_written``: nor if 1.0 occurs beside 1, 1.5 or a word, so that it is not a number either.
     """
     first = splits[0].labels
     if all(label.name.casefold() in _TRUTH for label in first):
@@ -365,7 +373,7 @@ def _are_codes(labels: Sequence[Label]) -> bool:
 
 
 def _are_counts(labels: Sequence[Label]) -> bool:
-    """Whether all are whole numbers, each of which is written in one way."""
+    """Return whether all are whole numbers, each written in one way."""
     written = {(label.name, label.decimal) for label in labels if isinstance(label.raw, str)}
     whole = (isinstance(label.value, float) and label.value.is_integer() for label in labels)
     return all(whole) and len(written) == len({name for name, _ in written})
@@ -377,11 +385,11 @@ def _code(label: Label) -> Label:
 
 
 def leave_out(name: str) -> str:
-    """Return the setting that leaves rows of a label out ("": a missing one)."""
+    """Return the setting that leaves rows with a label out ("": a missing one)."""
     setting = f"drop_labels=[{_quoted(name) if name else 'null'}]"
     return f"--set {shlex.quote(setting)} (in a cycle: finetune.drop_labels)"
 
 
 def _quoted(name: str) -> str:
-    """A label as YAML takes it within a list."""
+    """Return a label as YAML reads it in a list."""
     return json.dumps(name, ensure_ascii=False) if not _NUMBER.fullmatch(name) else name

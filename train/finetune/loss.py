@@ -1,4 +1,4 @@
-"""What fine-tuning trains on: the loss of a batch, for each kind of task."""
+"""The loss of a batch in fine-tuning, for each kind of task."""
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from rekindle.train.ranking.losses import ranking_loss
 def loss_of(
     logits: Tensor, data: TaskData, encoded: EncodedTexts, rows: np.ndarray, config: FinetuneConfig
 ) -> Tensor:
-    """The mean loss of ``rows`` [B] of a split, from the fp32 logits of ``answers`` [B,C], or [P,C]
-    of the words that were read.
+    """Return the mean loss of ``rows`` [B] of a split, from the fp32 logits of ``answers`` [B,C],
+    or [P,C] for the words that were read.
 
-    Cross-entropy of classes and of tags (each word counts alike), the binary one of each label of
-    which several may hold, squared error of scores; of documents in groups, which ``rows`` has
-    whole, that of ``config.loss``.
+    Cross-entropy for classes and for tags (each word counts equally), the binary one for each label
+    if several may hold, squared error for scores; ``config.loss`` for documents in groups, of which
+    ``rows`` has whole ones.
     """
     labels = data.labels[rows if data.problem != TAGS else encoded.read_words(rows)]
     target = torch.from_numpy(labels).to(logits.device)
@@ -39,4 +39,4 @@ def loss_of(
     if data.problem == SEVERAL:
         return functional.binary_cross_entropy_with_logits(logits, target.float())
     total = functional.cross_entropy(logits, target, reduction="sum")
-    return total / max(len(target), 1)  # a batch may hold no word that is read
+    return total / max(len(target), 1)  # a batch may have no word that is read

@@ -1,4 +1,4 @@
-"""What a student that merges classifiers is measured against: its experts alone, and together.
+"""Baselines for a student that merges classifiers: its experts alone, and together.
 
 Pure functions of logits and Monte-Carlo means. N texts, J experts, C_j labels, U labels of all.
 """
@@ -28,11 +28,11 @@ def merged_probabilities(
     mc_probs: Mapping[str, Tensor] | None = None,
     sharpness: float = 0.2,
 ) -> dict[str, Tensor]:
-    """Every way to answer with the experts' own words, by name: probabilities [N,U].
+    """Return probabilities [N,U] of every way to merge the experts' answers, by name.
 
     ``logits`` [N,C_j] by expert, in the union's order; ``mc_probs`` [N,C_j]: the mean class
-    probabilities of dropout passes, without which MUKI's merges are left out. Each expert alone
-    gives 0 to labels that it has not.
+    probabilities of dropout passes; without them MUKI's merges are left out. An expert alone gives
+    0 to labels that it lacks.
     """
     found = {
         f"{name} alone": union.pad(name, torch.softmax(z, dim=1)) for name, z in logits.items()
@@ -58,7 +58,7 @@ def merge_scores(
     labels: Literal["merge", "apart"] = "merge",
     sharpness: float = 0.2,
 ) -> dict[str, dict[str, float]]:
-    """The scores of every way to merge on a labelled file: way -> metric -> value.
+    """Return the scores of every way to merge on a labelled file: way -> metric -> value.
 
     Logits and means may be fresh or from a cache; their rows are those of ``data``.
     """
@@ -75,10 +75,10 @@ def merge_scores(
 def scores_by_name(
     values: np.ndarray, names: Sequence[str], data: TaskData, who: str = "the experts together"
 ) -> dict[str, float]:
-    """The scores of logits or probabilities [N,U] of labels ``names`` [U] on ``data``.
+    """Return the scores of logits or probabilities [N,U] of labels ``names`` [U] on ``data``.
 
-    Labels are matched by name; equal names are one label, whose value is their largest. InputError
-    for a task with labels that nobody has.
+    Labels are matched by name; equal names are one label with the largest of their values. Raises
+    InputError for a task with labels that nobody knows.
     """
     data.check_known(names, who)
     classes = list(dict.fromkeys([*data.label_names, *names]))

@@ -1,8 +1,8 @@
 """The scores of finished predictions (scikit-learn, scipy): GLUE's, and those of several labels and
 of entities. Knows no model and no file.
 
-A correlation with a constant side is undefined; here it is 0.0, for a model that always says the
-same has found nothing, and a NaN would make every later mean NaN.
+A correlation with a constant side is undefined; here it is 0.0, as a model that always gives the
+same answer has found nothing, and a NaN would make every later mean NaN.
 """
 
 import logging
@@ -23,7 +23,7 @@ from rekindle.train.ranking.scores import NAMES, ranking_scores
 
 logger = logging.getLogger("rekindle")
 
-METRICS = {  # the first of each is taken where none is named
+METRICS = {  # the first of each is the default
     "single_label_classification": ("accuracy", "f1", "matthews"),
     SEVERAL: ("f1_micro", "f1_macro", "subset_accuracy"),
     TAGS: ("f1", "accuracy"),
@@ -33,10 +33,10 @@ METRICS = {  # the first of each is taken where none is named
 
 
 def chosen_metric(metric: str | None, data: TaskData) -> str:
-    """Return ``metric``, or accuracy for classes and tags, F1 for entities and labels of which
-    several may hold, Pearson's correlation for scores, and NDCG@10 for documents in groups.
+    """Return ``metric``, or the default: accuracy for classes and tags, F1 for entities and if
+    several labels may hold, Pearson's correlation for scores, and NDCG@10 for documents in groups.
 
-    Raises InputError where it does not fit the problem, with those that do; for the F1 of two
+    Raises InputError if it does not fit the problem, with those that do; also for the F1 of two
     classes of which none is positive.
     """
     problem = data.problem
@@ -45,7 +45,7 @@ def chosen_metric(metric: str | None, data: TaskData) -> str:
         fitting = tuple(m for m in fitting if m != "f1")
     elif metric == "f1" in fitting and len(data.label_names) == 2 and data.positive is None:
         raise InputError(
-            f"metric f1 is that of one of the classes {' and '.join(data.label_names)}; say which "
+            f"metric f1 needs one of the classes {' and '.join(data.label_names)}; say which "
             f"with positive, as in positive={data.label_names[1]}"
         )
     if metric is not None and metric not in fitting:
@@ -56,8 +56,8 @@ def chosen_metric(metric: str | None, data: TaskData) -> str:
 
 
 def printed_name(metric: str, problem: str, classes: int) -> str:
-    """Return the name of ``metric`` where it is printed, with what its F1 is of: entities, or the
-    mean over more than two ``classes``. That of one class of two is ``f1``, as GLUE has it.
+    """Return the printed name of ``metric``, with what its F1 is of: entities, or the mean over
+    more than two ``classes``. That of one class of two is ``f1``, as in GLUE.
     """
     if metric != "f1":
         return metric
@@ -74,15 +74,15 @@ def score(
     num_classes: int | None = None,
     positive: int = 1,
 ) -> float:
-    """One score; higher is better for every metric.
+    """Return one score; higher is better for every metric.
 
-    ``predictions`` and ``labels`` [N]: class indices, or floats for the correlations, whose mean is
-    taken over the outputs of [N,C]. ``f1`` is that of the class ``positive`` where the task has two
+    ``predictions`` and ``labels`` [N]: class indices, or floats for the correlations, which are
+    averaged over the outputs of [N,C]. ``f1`` is that of the class ``positive`` if the task has two
     classes (GLUE: MRPC, QQP) and the unweighted mean over the occurring classes otherwise;
-    ``num_classes``, those of the task (a model may know more), is the largest index + 1 where it is
-    not given. Of bool [N,C], which labels hold, ``f1_micro`` counts all labels of all rows,
-    ``f1_macro`` is the mean over the labels that occur, ``subset_accuracy`` the share of rows all
-    right. Raises ValueError for arrays of unequal or zero length.
+    ``num_classes``, those of the task (a model may know more), defaults to the largest index + 1.
+    For bool [N,C], which labels hold, ``f1_micro`` counts all labels of all rows, ``f1_macro`` is
+    the mean over the labels that occur, ``subset_accuracy`` the share of rows that are all right.
+    Raises ValueError for arrays of unequal or zero length.
     """
     if len(predictions) != len(labels) or not len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
@@ -91,7 +91,7 @@ def score(
     if labels.ndim > 1:
         each = zip(predictions.T, labels.T, strict=True)
         return float(np.mean([score(metric, *one) for one in each]))
-    with warnings.catch_warnings():  # of correlations that are undefined, or nearly so
+    with warnings.catch_warnings():  # about correlations that are undefined, or nearly so
         warnings.simplefilter("ignore")
         if metric == "accuracy":
             value = metrics.accuracy_score(labels, predictions)
@@ -117,17 +117,17 @@ def _score_of_several(metric: str, predictions: np.ndarray, labels: np.ndarray) 
     if not occur.any():
         return 0.0
     pair = labels[:, occur], predictions[:, occur]
-    if pair[0].shape[1] == 1:  # to scikit-learn two classes, then
+    if pair[0].shape[1] == 1:  # to scikit-learn these would be two classes
         return float(metrics.f1_score(pair[0][:, 0], pair[1][:, 0], zero_division=0.0))
     average = metric.removeprefix("f1_")
     return float(metrics.f1_score(*pair, average=average, zero_division=0.0))
 
 
 def predictions_of(problem: str, logits: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """The class of the largest logit, which labels are at least as probable as ``threshold``, or
-    the scores themselves: logits [N,C] -> [N], bool [N,C], or [N,C] of several scores.
+    """Return the class with the largest logit, the labels at least as probable as ``threshold``, or
+    the scores themselves: logits [N,C] -> [N], bool [N,C], or [N,C] for several scores.
 
-    Of tags a row of NaN, a word that was not read, has the class -1.
+    For tags a row of NaN, a word that was not read, has the class -1.
     """
     if problem == SEVERAL:
         return logits >= np.float32(np.log(threshold / (1 - threshold)))
@@ -140,12 +140,12 @@ def predictions_of(problem: str, logits: np.ndarray, threshold: float = 0.5) -> 
 
 
 def named(data: TaskData, values: np.ndarray) -> list[object]:
-    """Labels, or ``predictions_of``, as files have them, for each text: a class's name, the names
-    of those that hold, one name a word (None: it was not read), or scores.
+    """Return labels, or ``predictions_of``, as files have them, for each text: a class's name, the
+    names of those that hold, one name per word (None: it was not read), or scores.
     """
     if not data.label_names:
         return [*values.tolist()]
-    names = np.array([*data.label_names, None], object)  # the last one is that of -1
+    names = np.array([*data.label_names, None], object)  # the last one stands for -1
     if data.problem == SEVERAL:
         return [names[:-1][held].tolist() for held in values]
     return (
@@ -156,11 +156,11 @@ def named(data: TaskData, values: np.ndarray) -> list[object]:
 def scores_of(
     data: TaskData, logits: np.ndarray, names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Every metric that fits ``data``, from logits [N,C] (of tags [W,C], with NaN for words that
-    were not read, which count as outside of entities, and as wrong).
+    """Return every metric that fits ``data``, from logits [N,C] (for tags [W,C], with NaN for words
+    that were not read, which count as outside entities, and as wrong).
 
-    ``names`` [C] are the labels that the columns are of, where they are not those of ``data`` in
-    its order: it has all of them and perhaps more. Raises InputError as ``all_scores`` does.
+    ``names`` [C] are the labels of the columns, if not those of ``data`` in its order: they include
+    all of these and perhaps more. Raises InputError as ``all_scores`` does.
     """
     problem, known = data.problem, [*(names or data.label_names)]
     places = np.array([known.index(name) for name in data.label_names], np.int64)
@@ -194,12 +194,12 @@ def all_scores(
     task_classes: int | None = None,
     threshold: float = 0.5,
 ) -> dict[str, float]:
-    """Every metric that fits ``problem``, from logits [N,C] ([N,1] for a regression), labels [N]
-    ([N,C] for a regression of several scores, and bool [N,C] where several labels may hold).
+    """Return every metric that fits ``problem``, from logits [N,C] ([N,1] for a regression), labels
+    [N] ([N,C] for a regression of several scores, and bool [N,C] if several labels may hold).
 
-    ``positive`` is the class whose F1 counts where the task has two; without it there is no F1 of
-    two. ``task_classes`` are those of the task, where the model may know more. Raises InputError
-    for logits that are not finite: the model has diverged.
+    ``positive`` is the class for F1 if the task has two; without it two classes have no F1.
+    ``task_classes`` are those of the task, if the model may know more. Raises InputError for logits
+    that are not finite: the model has diverged.
     """
     check_finite(logits)
     predictions = predictions_of(problem, logits, threshold)
@@ -210,7 +210,7 @@ def all_scores(
 
 
 def tell_undefined(name: str, data: TaskData) -> None:
-    """Say which scores of a split that is scored are not defined, or a mean over which classes."""
+    """Log which scores of a scored split are undefined, or which classes a mean is over."""
     if data.problem == "regression":
         outputs = data.labels.reshape(len(data), -1).T
         for number, scores in enumerate(outputs):
@@ -235,7 +235,7 @@ def tell_undefined(name: str, data: TaskData) -> None:
         kind, metric = ("labels", "f1_macro") if several else ("classes", "f1")
         logger.info(
             f"{name}: {len(occur)} of {len(counts)} {kind} have rows; {metric} is the mean over "
-            "these, and over those that are said without any (each counts 0)"
+            "these, and over those that are predicted without any (each counts 0)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Says which of a task's two classes is the positive one, whose F1 counts."""
+"""Chooses the positive one of a task's two classes, for its F1."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,18 @@ _POSITIVE: Mapping[str, tuple[str, ...]] = {
 
 
 def positive_class(names: Sequence[str], wanted: Raw | None) -> str | None:
-    """The class whose F1 counts: ``wanted``, or that of two which says yes.
+    """Return the class for F1: ``wanted``, or that of two which means yes.
 
-    1 beside 0 or −1, true, yes, positive and pos beside their opposites, x beside not_x; None where
-    neither does. InputError for one that is not of two classes.
+    1 beside 0 or −1, true, yes, positive and pos beside their opposites, x beside not_x; None if
+    neither means yes. Raises InputError for ``wanted`` outside the two classes.
     """
     if wanted is not None:
         written = str(wanted).strip()
         name = written if written in names else _read_name(wanted)
         if len(names) != 2 or name not in names:
             raise InputError(
-                f"positive is {name!r}, and the labels are {', '.join(names[:SHOWN]) or 'scores'}; "
+                f"positive is {name!r}, but the labels are "
+                f"{', '.join(names[:SHOWN]) or 'scores'}; "
                 "name one of two classes (the F1 of more classes is their mean)"
             )
         return name
@@ -42,5 +43,5 @@ def positive_class(names: Sequence[str], wanted: Raw | None) -> str | None:
 def _read_name(raw: Raw) -> str:
     try:
         return read_label(raw).name
-    except ValueError:  # a class as it is written, or none at all
+    except ValueError:  # a class as it is written, or none
         return str(raw)

@@ -1,11 +1,11 @@
-"""What a model says of rows, in the one form in which it is written: a JSON line for each row.
+"""A model's answers about rows in their one written form: a JSON line for each row.
 
-A line has the row's own columns, and then, by the problem:
-    classes  label: the class's name; probabilities: {name: p} of all
-    several labels  labels: the names of those that hold; probabilities: {name: p} of all
-    scores   score: a number, or scores: a list of several
-    tokens   tags: a name for each (null: not read); probabilities: that of each of these tags
-An own column that is called like one of these is kept as ``given_NAME``.
+A line has the row's own columns, and then, by problem:
+  classes  label: the class's name; probabilities: {name: p} of all
+  several labels  labels: the names of those that hold; probabilities: {name: p} of all
+  scores   score: a number, or scores: a list of several
+  tokens   tags: a name for each (null: not read); probabilities: that of each of these tags
+An own column with one of these names is kept as ``given_NAME``.
 """
 
 import json
@@ -24,7 +24,7 @@ from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import predictions_of
 from rekindle.train.finetune.task_data import TaskData
 
-GIVEN = "given_"  # stands before the name of an own column that an answer takes
+GIVEN = "given_"  # prefix for the name of an own column that an answer takes
 Answer = dict[str, Any]  # the columns that are added to a row
 _COLUMNS = {
     "single_label_classification": ("label", "probabilities"),
@@ -35,19 +35,21 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """How the C outputs of a model are read: its problem, as transformers names it, and names."""
+    """How to read the C outputs of a model: its problem, as transformers names it, and names."""
 
     problem: str
     names: tuple[str, ...]
-    threshold: float = 0.5  # of labels of which several may hold
+    threshold: float = 0.5  # if several labels may hold
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a line that it fills."""
+        """Return the columns of a line that it fills."""
         return _COLUMNS.get(self.problem, ("score" if len(self.names) == 1 else "scores",))
 
     def of(self, logits: np.ndarray) -> Answer:
-        """One row's answer, from fp32 logits [C], or [T,C] of its T tokens (NaN: not read)."""
+        """Return one row's answer, from fp32 logits [C], or [T,C] of its T tokens (NaN:
+        not read).
+        """
         if self.problem == "regression":
             values = _numbers(logits)
             return {self.columns[0]: values[0] if len(self.names) == 1 else values}
@@ -68,12 +70,12 @@ class Answers:
 
 
 def _numbers(values: np.ndarray) -> list[float]:
-    """The fewest digits that say a float32."""
+    """Return the numbers with the fewest digits that identify a float32."""
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def labels_in(answer: Answer) -> list[str]:
-    """The labels or tags that an answer says; none of scores."""
+    """Return the labels or tags of an answer; none for scores."""
     for name in ("label", "labels", "tags"):
         if name in answer:
             said = answer[name]
@@ -84,8 +86,8 @@ def labels_in(answer: Answer) -> list[str]:
 def answered(
     rows: Iterable[Row], answers: Iterable[Answer], path: str, first: int = 1
 ) -> Iterator[Row]:
-    """Each row of ``path``, from number ``first`` on, with its answer; InputError where a name is
-    taken twice.
+    """Yield each row of ``path``, from number ``first`` on, with its answer; InputError if a name
+    is taken twice.
     """
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True), start=first):
         own = {f"{GIVEN}{name}" if name in answer else name: value for name, value in row.items()}
@@ -93,16 +95,16 @@ def answered(
             twice = next(name for name in row if name in answer and f"{GIVEN}{name}" in row)
             raise InputError(
                 f"{path}, row {number}: it has the columns {twice!r} and {GIVEN + twice!r}, and "
-                f"the first would be kept under the name of the second, for {twice} is what the "
-                "model says; rename or remove one of them"
+                f"the first would be kept under the name of the second, for {twice} is the "
+                "model's answer; rename or remove one of them"
             )
         yield own | answer
 
 
 def write_rows(rows: Iterable[Row], file: BinaryIO, ascii_only: bool = False) -> None:
-    """Write JSON lines; ``ascii_only``: for a terminal, with all else escaped.
+    """Write JSON lines; ``ascii_only``: for a terminal, with everything else escaped.
 
-    Raises InputError, naming the row, for a value that JSON has no form for.
+    Raises InputError, naming the row, for a value that JSON cannot write.
     """
     for number, row in enumerate(rows, start=1):
         file.write(_line(row, number, ascii_only).encode() + b"\n")
@@ -125,12 +127,12 @@ def _line(row: Row, number: int, ascii_only: bool) -> str:
 
 def _as_text(value: object) -> str:
     if isinstance(value, bytes):
-        raise TypeError("a column holds bytes, which JSON has no form for")
+        raise TypeError("a column holds bytes, which JSON cannot write")
     return str(value)  # dates and decimal numbers
 
 
 def _finite(value: object) -> object:
-    """The same, with null in place of numbers that JSON does not have."""
+    """Return the same, with null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(inside) for key, inside in value.items()}
     if isinstance(value, list):
@@ -139,10 +141,10 @@ def _finite(value: object) -> object:
 
 
 def write_predictions(file: BinaryIO, data: TaskData, answers: Answers, logits: np.ndarray) -> None:
-    """Write what a model says of the rows that ``data`` was read from, in their order; rows that
-    were left out for their labels have no line.
+    """Write a model's answers for the rows from which ``data`` was read, in their order; rows left
+    out for their labels have no line.
 
-    Raises InputError where the file has changed since.
+    Raises InputError if the file has changed since.
     """
     last = data.rows[-1] if data.rows is not None else len(data)
     taken = np.zeros(last, bool)

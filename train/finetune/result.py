@@ -1,4 +1,4 @@
-"""What a fine-tuning found, and the directory of it: replaced when it is its own."""
+"""The result of a fine-tuning, and its directory, which is replaced only if it is such a result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ RESULT_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One seed's scores on dev (and test, where given), and how they came about."""
+    """One seed's scores on dev (and test, if given), and how they came about."""
 
     seed: int
     scores: dict[str, float]
@@ -30,12 +30,12 @@ class SeedResult:
     kept_epoch: int | None = None  # from 1; None: nothing was trained, or by an older version
     planned_epochs: int | None = None
     stopped: str | None = None  # best_epoch.DONE, MAX_STEPS or PATIENCE
-    warning: str | None = None  # where little or nothing was learned
+    warning: str | None = None  # if little or nothing was learned
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
-    """What ``metrics.json`` holds. ``std`` is the sample deviation, None for a single seed."""
+    """The content of ``metrics.json``. ``std`` is the sample deviation, None for a single seed."""
 
     model: str
     files: dict[str, str]
@@ -52,9 +52,9 @@ class FinetuneResult:
     config: dict[str, object]
     versions: dict[str, str]
     baselines: dict[str, dict[str, float]] | None  # scores by way of merging
-    # What was understood of the files: rows by class and split, the class whose F1 counts, rows
-    # left out by label and split, the share of texts cut by split, and of lists of words how many
-    # are not read, by split and reason.
+    # How the files were understood: rows by class and split, the class for F1, rows left out by
+    # label and split, the share of texts cut by split, and for lists of words how many are not
+    # read, by split and reason.
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     positive: str | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class FinetuneResult:
         cut: Mapping[str, float] | None = None,
         unread: Mapping[str, dict[str, int]] | None = None,
     ) -> "FinetuneResult":
-        """Sum up what every seed scored by ``metric``; the first of ``splits`` has the labels."""
+        """Sum up every seed's scores by ``metric``; the first of ``splits`` has the labels."""
         data = next(iter(splits.values()))
         scores = [result.scores[metric] for result in per_seed]
         tests = [result.test_scores[metric] for result in per_seed if result.test_scores]
@@ -109,12 +109,14 @@ class FinetuneResult:
 
     @property
     def shown_metric(self) -> str:
-        """The name of the metric where it is printed."""
+        """Return the printed name of the metric."""
         return printed_name(self.metric, self.problem, len(self.label_names))
 
     @property
     def kept(self) -> str | None:
-        """Which seed's and epoch's model is kept, and why it ended; None where none was trained."""
+        """Return which seed's and epoch's model is kept, and why it ended; None if none was
+        trained.
+        """
         one = next(one for one in self.per_seed if one.seed == self.best_seed)
         if one.kept_epoch is None or one.planned_epochs is None:
             return None
@@ -123,7 +125,7 @@ class FinetuneResult:
         return f"seed {one.seed}, {told}" if len(self.per_seed) > 1 else told
 
     def told_scores(self) -> dict[str, float]:
-        """The means over the seeds, by what they are called."""
+        """Return the means over the seeds, by their names."""
         seeds = len(self.per_seed)
         of = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
         dev = {f"dev {self.shown_metric}, {of}": self.mean}
@@ -141,22 +143,22 @@ class FinetuneResult:
 
 
 def seed_folder(out: Path, seed: int) -> Path:
-    """Where a fine-tuning that keeps every seed's model puts one: an expert's folder by itself."""
+    """Return the folder of one seed's model if all are kept: an expert's folder by itself."""
     return out / "seeds" / f"seed-{seed}"
 
 
 def best_of(results: Sequence[SeedResult], metric: str) -> SeedResult:
-    """Return the result with the highest dev score, the first one of equals."""
+    """Return the result with the highest dev score, the first among equals."""
     return max(results, key=lambda result: result.scores[metric])
 
 
 class EarlierResult(InputError):
-    """There is a result already, which is replaced only when that is asked for."""
+    """A result exists already, and is replaced only on request."""
 
 
 def check_out(out: Path, force: bool = False) -> None:
-    """Raise InputError where ``out`` is something that must not be replaced; EarlierResult for an
-    earlier result without ``force``.
+    """Raise InputError if ``out`` must not be replaced; EarlierResult for an earlier result without
+    ``force``.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -1,10 +1,10 @@
 """Fine-tune a model on a labelled task into an expert directory. Knows no cache.
 
-What the dev split decides: which seed's model is written, and with ``patience``, the default, which
+The dev split decides which seed's model is written and, with ``patience`` (the default), which
 epoch's. Then each seed's score is that of its best epoch on the very rows that chose it: ``mean``
 is somewhat too high, the more so the smaller dev is and the more epochs there are, and ``std`` too
-small. What is to be compared or published is scored on rows that choose nothing (``test``), or
-trained without ``patience``: the last epoch is kept, and ``mean`` and ``std`` carry no selection.
+small. For comparisons or publication, score on rows that choose nothing (``test``), or train
+without ``patience``: the last epoch is kept, and ``mean`` and ``std`` carry no selection.
 """
 
 import functools
@@ -53,7 +53,7 @@ from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
-PREDICTIONS_FILE = "predictions.jsonl"  # of dev, in an expert's folder
+PREDICTIONS_FILE = "predictions.jsonl"  # for dev, in an expert's folder
 LOSS_EVERY = 10  # steps between two looks at the loss; each one waits for the device
 
 logger = logging.getLogger("rekindle")
@@ -61,7 +61,7 @@ logger = logging.getLogger("rekindle")
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that the seeds share."""
+    """What the seeds share."""
 
     model: str
     config: FinetuneConfig
@@ -72,21 +72,21 @@ class _Job:
     metric: str
     device: torch.device
     precision: str
-    rows: np.ndarray | None = None  # of documents in groups: those of train that are taught
+    rows: np.ndarray | None = None  # for documents in groups: the train rows to teach
 
     @property
     def taught(self) -> int:
-        """How many rows an epoch trains on."""
+        """Return how many rows an epoch trains on."""
         return len(self.data["train"]) if self.rows is None else len(self.rows)
 
     @property
     def shown_metric(self) -> str:
-        """The name of the metric where it is printed."""
+        """Return the printed name of the metric."""
         train = self.data["train"]
         return printed_name(self.metric, train.problem, len(train.label_names))
 
     def batches(self, seed: int, epoch: int) -> list[np.ndarray]:
-        """The rows of each batch of an epoch; of documents in groups whole groups."""
+        """Return the rows of each batch of an epoch; whole groups for documents in groups."""
         lengths, size = self.encoded["train"].lengths, self.config.batch_size
         groups = self.data["train"].groups
         if groups is None or self.rows is None:
@@ -112,14 +112,14 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune ``model`` (a directory or a hub id, safetensors only) once per seed; write ``out``.
 
-    The seeds are ``first_seed``, ``first_seed + step``, … .
-    ``out`` receives the model of the seed with the best dev ``metric`` (default: accuracy, or
-    pearson), its tokenizer, ``metrics.json`` and ``predictions.jsonl`` (dev). It appears whole or
-    not at all, and replaces only an empty directory or, with ``force``, an earlier result.
-    With ``keep_every`` it also has the model of every seed, each in ``seeds/seed-K`` as an expert's
-    folder by itself. ``test`` is scored per seed and selects nothing. On the CPU a seed gives the
-    same bits again. ``report`` is told of every epoch. Seeds that are finished when it is
-    interrupted are kept beside ``out``: it goes on after them.
+    The seeds are ``first_seed``, ``first_seed + step``, … . ``out`` receives the model of the seed
+    with the best dev ``metric`` (default: accuracy, or pearson), its tokenizer, ``metrics.json``
+    and ``predictions.jsonl`` (dev). It appears whole or not at all, and replaces only an empty
+    directory or, with ``force``, an earlier result. With ``keep_every`` it also has the model of
+    every seed, each in ``seeds/seed-K`` as an expert's folder by itself. ``test`` is scored per
+    seed and selects nothing. On the CPU a seed gives the same bits again. ``report`` gets a line
+    for every epoch. If interrupted, finished seeds are kept beside ``out``, and the next call
+    continues after them.
 
     Raises InputError for wrong files, models, metrics or a diverged run, and EarlierResult.
     """
@@ -200,7 +200,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
 def _run_seed(
     job: _Job, seed: int, progress: SeedProgress
 ) -> tuple[PreTrainedModel, SeedResult, np.ndarray]:
-    """The loop: load, train epoch by epoch, score. Leaves torch's generators as they were."""
+    """Load, train epoch by epoch, and score one seed. Leaves torch's generators as they were."""
     started = time.perf_counter()
     config, data, encoded = job.config, job.data, job.encoded
 
@@ -261,14 +261,14 @@ def _run_seed(
 
 
 def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
-    """The line about a seed that has learned little or nothing, which is also logged."""
+    """Return, and log, the warning about a seed that has learned little or nothing."""
     weak = weak_beside(job.metric, best.scores[job.metric], best.logits, job.data["dev"])
     if weak is None:
         return None
     found = f"{job.shown_metric} {best.scores[job.metric]:.4f}"
     line = (
         f"warning: seed {seed}: {found} on dev {weak}. Try another learning_rate first (now "
-        f"{job.config.learning_rate:g}), then train longer ({_longer(job, best)}); or see whether "
+        f"{job.config.learning_rate:g}), then train longer ({_longer(job, best)}); or check that "
         "the labels fit the texts"
     )
     logger.warning(line)
@@ -276,7 +276,7 @@ def _warning(job: _Job, seed: int, best: BestEpoch) -> str | None:
 
 
 def _longer(job: _Job, best: BestEpoch) -> str:
-    """The settings that make the training of a seed longer, as they are typed."""
+    """Return the settings for a longer training of a seed, as they are typed."""
     config, rows = job.config, job.taught
     endless = config.model_copy(update={"max_steps": None})
     settings = ["patience=null"] if best.ran_out else []
@@ -289,14 +289,14 @@ def _longer(job: _Job, best: BestEpoch) -> str:
 
 
 def _start(job: _Job) -> PreTrainedModel:
-    """What training begins with: a fresh head, or a student's distilled one."""
+    """Return the model that training begins with: a fresh head, or a student's distilled one."""
     if job.config.head is not None:
         return distilled_model(job.model, job.config.head, job.data["train"])
     network = load_classifier(job.model, job.tokenizer, job.data["train"])
     if moved_by_padding(network):
         logger.info(
-            "%s lets padding change what it says: trained in padded batches, it is scored on texts "
-            "of one length together",
+            "%s lets padding change its outputs: trained in padded batches, it is scored on "
+            "texts of one length together",
             type(network).__name__,
         )
     return network
@@ -305,9 +305,9 @@ def _start(job: _Job) -> PreTrainedModel:
 def plan_steps(
     examples: int, config: FinetuneConfig, batches: int | None = None
 ) -> tuple[int, int]:
-    """(steps in all, steps of warm-up); the schedule spans the steps that are really done.
+    """Return (steps, steps of warm-up); the schedule spans the steps that are really done.
 
-    ``batches`` in all epochs, where these are not cut of ``examples``.
+    ``batches`` in all epochs, if they are not cut from ``examples``.
     """
     total = batches or config.epochs_of(examples) * math.ceil(examples / config.batch_size)
     total = min(total, config.max_steps or total)
@@ -315,7 +315,9 @@ def plan_steps(
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """What step 0..total-1 multiplies the peak with: rises to 1, then falls to 0 at ``total``."""
+    """Return the factor of the peak rate in step 0..total-1: rises to 1, then falls to 0 at
+    ``total``.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return 1.0 if schedule == "constant" else (total - step) / (total - warmup)
@@ -324,7 +326,8 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """The row numbers of each batch of an epoch: every row once, rows of like length together.
+    """Return the row numbers of each batch of an epoch: every row once, rows of similar length
+    together.
 
     Rows are shuffled, sorted by length within stretches of ``BUCKET_BATCHES`` batches, cut, and the
     batches shuffled again. A pure function of its arguments; only one batch may be short.
@@ -356,7 +359,7 @@ def _save_model(network: PreTrainedModel, job: _Job, logits: np.ndarray, staging
     """Write the model, the tokenizer and the dev predictions over those of an earlier seed."""
     network.save_pretrained(staging)
     backend = job.tokenizer.backend_tokenizer
-    backend.no_truncation()  # or else the cut of this run would be saved as part of the tokenizer
+    backend.no_truncation()  # otherwise this run's truncation would be saved with the tokenizer
     backend.no_padding()
     job.tokenizer.save_pretrained(staging)
     train = job.data["train"]

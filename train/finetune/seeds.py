@@ -1,8 +1,9 @@
-"""The finished seeds of a fine-tuning, kept until all are: an interrupt, or a kill, costs one.
+"""The finished seeds of a fine-tuning, kept until all are finished: an interrupt, or a kill, costs
+one.
 
 .OUT.seeds/about.json    what is fine-tuned, on what, and how
-.OUT.seeds/seed-0.json   what came out of seed 0
-.OUT.seeds/model-0/      its model, while it is the best; at the end it becomes OUT. Where every
+  .OUT.seeds/seed-0.json   the result of seed 0
+  .OUT.seeds/model-0/      its model, while it is the best; at the end it becomes OUT. If every
                          seed's is kept, a copy becomes OUT/seeds/seed-0
 """
 
@@ -45,9 +46,9 @@ logger = logging.getLogger("rekindle")
 
 
 class FinishedSeeds:
-    """Those of ``planned`` that are finished, beside ``out``; by ``metric`` one is the best.
+    """The finished ones of ``planned``, beside ``out``; by ``metric`` one is the best.
 
-    ``every``: not the best one's model alone is kept, but that of every seed.
+    ``every``: keep the model of every seed, not only the best one's.
     """
 
     def __init__(self, out: Path, planned: Sequence[int], metric: str, every: bool = False):
@@ -58,11 +59,10 @@ class FinishedSeeds:
 
     @contextmanager
     def held(self, about: Mapping[str, object]) -> Iterator[None]:
-        """Hold them alone, those included that an earlier call has left of what is ``about`` that.
+        """Lock the folder, and take up the seeds that an earlier call left for the same ``about``.
 
-        They stay, and this is told, when anything ends the block before its end. Raises
-        CheckpointError where those that are there are of other settings, InputError where another
-        process works there.
+        They stay, and this is logged, if anything ends the block early. Raises CheckpointError if
+        existing ones have other settings, InputError if another process works there.
         """
         with alone_in(self.folder):
             self._read(about)
@@ -78,7 +78,7 @@ class FinishedSeeds:
             remove(self.folder)
 
     def _read(self, about: Mapping[str, object]) -> None:
-        """Take up what an earlier call has left. CheckpointError where it was of something else."""
+        """Take up what an earlier call left; raise CheckpointError if it was of something else."""
         remove_leftovers(self.folder)
         self._take_up_older()
         advice = f"remove it (`rm -r {quote(str(self.folder))}`), or give another --out"
@@ -100,20 +100,22 @@ class FinishedSeeds:
         self.others = {seed: one for seed, one in kept.items() if seed not in self.planned}
         self.found = {seed: one for seed, one in kept.items() if seed in self.planned}
         again: dict[int, SeedResult] = {}
-        # Only the best of all that were planned then has its model; of those planned now one must,
-        # or every one.
+        # Only the best of the seeds planned then has its model; now the best of those planned needs
+        # one, or every one.
         while lacking := [s for s in self._with_models() if not self._model(s).is_dir()]:
             again |= {seed: self.found.pop(seed) for seed in lacking}
         for seeds, told in (
             (self.found, "finished before, and kept"),
-            (again, "finished before, done again for the model, which is not kept"),
+            (again, "finished before, repeated for the model, which is not kept"),
             (self.others, "finished before, not asked for now: kept until the result is written,"),
         ):
             if seeds:
                 logger.info("%s %s in %s", _named(seeds), told, self.folder)
 
     def _take_up_older(self) -> None:
-        """Older versions had a folder best-0, too: of which of two the scores are, nothing says."""
+        """Handle folders best-0 of older versions: of two models, nothing tells whose the scores
+        are.
+        """
         for older in self.folder.glob("best-*"):
             model = self.folder / older.name.replace("best-", "model-")
             if model.exists():
@@ -123,7 +125,7 @@ class FinishedSeeds:
                 older.rename(model)
 
     def _kept(self, advice: str) -> dict[int, SeedResult]:
-        """Every result that an earlier call has left, planned now or not."""
+        """Return every result that an earlier call left, planned now or not."""
         found = []
         for path in self.folder.glob("seed-*.json"):
             record = read_record(path, advice)
@@ -132,19 +134,19 @@ class FinishedSeeds:
         return {one.seed: one for one in sorted(found, key=lambda one: one.seed)}
 
     def missing(self) -> Iterator[int]:
-        """Yield the seeds that are left to do, one after another."""
+        """Yield the remaining seeds, one after another."""
         yield from (seed for seed in self.planned if seed not in self.found)
 
     @property
     def results(self) -> list[SeedResult]:
-        """What there is, in the order of the seeds."""
+        """Return the results, in the order of the seeds."""
         return [self.found[seed] for seed in self.planned if seed in self.found]
 
     def add(self, result: SeedResult, save: Callable[[Path], None]) -> None:
-        """Keep what came out of a seed; ``save`` writes its model, where it is the best yet."""
+        """Keep the result of a seed; ``save`` writes its model if it is the best yet."""
         best = best_of([*self.results, result], self.metric)
         if self.every or result is best:
-            remove(self._result(result.seed))  # of a seed done again: it is of another model
+            remove(self._result(result.seed))  # of a seed done again: it belongs to another model
             with new_folder(self._model(result.seed)) as staged:
                 save(staged)
         write_json(self._result(result.seed), asdict(result))
@@ -153,9 +155,9 @@ class FinishedSeeds:
             remove(self._model(seed))
 
     def publish(self, out: Path, write: Write, force: bool = False) -> None:
-        """Make the best one's folder ``out``, and put those of every seed into it where they are
-        kept; ``write`` adds to each what came out of its seeds. Nothing else is left. ``force``: as
-        of ``write_whole``.
+        """Move the best model's folder to ``out`` and, if every seed's is kept, copy those into it;
+        ``write`` adds to each the results of its seeds. Nothing else is left. ``force``: see
+        ``write_whole``.
         """
         made = self._model(self._best().seed)
         if not self.every and store_of(out) is None:
@@ -163,7 +165,7 @@ class FinishedSeeds:
             publish_folder(made, out)
             return
         whole = self.folder / "whole"
-        with new_folder(whole) as staged:  # of copies: after a kill every seed is here still
+        with new_folder(whole) as staged:  # made of copies: after a kill every seed is still here
             shutil.copytree(made, staged, dirs_exist_ok=True)
             write(staged, self.results)
             for one in self.results if self.every else ():
@@ -173,20 +175,20 @@ class FinishedSeeds:
         write_whole(out, force)
 
     def told(self) -> tuple[str, bool]:
-        """What an interrupt leaves, and whether that is anything."""
+        """Return what an interrupt leaves, and whether that is anything."""
         if not self.found:
             others = f", but {_named(self.others)} of an earlier call" if self.others else ""
             return f"no seed was finished: nothing of it is kept{others}", False
         return f"{_named(self.found)} of {len(self.planned)} finished, and kept", True
 
     def kept(self) -> str:
-        """What there is of it, for a message that begins with it."""
+        """Return what is kept, as the beginning of a message."""
         told, kept = self.told()
         only = " for these settings; other settings need another --out," if kept else ""
         return f"{told[0].upper()}{told[1:]}{only}".rstrip(",")
 
     def _with_models(self) -> list[int]:
-        """The seeds whose models are needed: the best one, or all."""
+        """Return the seeds whose models are needed: the best one, or all."""
         return [*self.found] if self.every or not self.found else [self._best().seed]
 
     def _best(self) -> SeedResult:
@@ -206,11 +208,11 @@ def _named(seeds: Mapping[int, object]) -> str:
 def what_is_tuned(
     model: str, files: Mapping[str, str], settings: Mapping[str, object], placement: Placement
 ) -> dict[str, object]:
-    """What decides the result of every seed: by content, wherever it lies."""
+    """Return what decides the result of every seed: by content, wherever it lies."""
     directory = resolve_model(model)
     weights = {"config": config_fingerprint(directory), "weights": weights_fingerprint(directory)}
     digests = {split: sha256_of(path) for split, path in files.items()}
-    tokenizer = padded_tokenizer(model)  # all of it: not its vocabulary alone decides what is read
+    tokenizer = padded_tokenizer(model)  # as a whole: more than its vocabulary decides what is read
     read_as = f"{tokenizer.backend_tokenizer.to_str()}\0{tokenizer.model_max_length}"
     return {
         "model": weights,

@@ -1,7 +1,7 @@
 """A labelled task: texts or pairs of texts, each with a class, labels or scores, or tokens with a
 tag each. Knows no model.
 
-``task_files`` reads the files, ``labels`` and ``label_lists`` say what their labels mean.
+``task_files`` reads the files; ``labels`` and ``label_lists`` decide what their labels mean.
 """
 
 from collections import Counter
@@ -64,11 +64,11 @@ class TaskData:
     """One split of a task, in the file's order.
 
     ``labels`` is int64 [N], class indices into ``label_names``; bool [N,C], which labels hold;
-    int64 [W], a tag for each of the ``words`` of all texts, one after another; or float32 scores
-    [N], or [N,C] of C outputs, with no names; or float32 grades [N] of documents, ``groups`` int64
-    [N] the number of each one's group. ``rows`` counts from 1 in the file, of which
-    ``dropped`` were left out, by label. ``positive`` is the class whose F1 counts, if that is
-    known; ``threshold`` the probability from which on one of several labels is said to hold.
+    int64 [W], a tag for each of the ``words`` of all texts, one after another; float32 scores [N],
+    or [N,C] of C outputs, without names; or float32 grades [N] of documents, with ``groups`` int64
+    [N], the number of each one's group. ``rows`` counts from 1 in the file; ``dropped`` counts
+    those left out, by label. ``positive`` is the class for F1, if known; ``threshold`` the least
+    probability at which one of several labels holds.
     """
 
     texts: list[str]
@@ -89,7 +89,7 @@ class TaskData:
 
     @property
     def problem(self) -> str:
-        """The name transformers gives the problem; RANKING, which it does not know."""
+        """Return transformers' name of the problem; RANKING, which it does not know."""
         if self.words is not None:
             return TAGS
         if self.groups is not None:
@@ -100,17 +100,19 @@ class TaskData:
 
     @property
     def head_problem(self) -> str:
-        """The problem as a model's files name it: to rank is to give a score."""
+        """Return the problem as a model's files name it: to rank is to give a score."""
         return "regression" if self.problem == RANKING else self.problem
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model gives for a text: one for each class, or score."""
+        """Return the number of outputs of a model for a text: one for each class, or score."""
         return len(self.label_names) or (self.labels.shape[1] if self.labels.ndim > 1 else 1)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows of each class or label, or words of each tag, in their order; empty for scores."""
+        """Return the rows of each class or label, or words of each tag, in order; empty
+        for scores.
+        """
         if not self.label_names:
             return {}
         if self.problem == SEVERAL:
@@ -121,33 +123,33 @@ class TaskData:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """Of the words of each text the last one's place among all, plus 1: int64 [N]."""
+        """Return the place after the last word of each text, among the words of all: int64 [N]."""
         return np.cumsum([len(words) for words in self.words or ()], dtype=np.int64)
 
     def by_text(self, tags: Sequence[T]) -> list[Sequence[T]]:
-        """What there is for each word of all texts, as one part for each text."""
+        """Split values for the words of all texts into one part for each text."""
         starts = [0, *self.ends[:-1].tolist()]
         return [tags[a:b] for a, b in zip(starts, self.ends.tolist(), strict=True)]
 
     @property
     def positive_index(self) -> int | None:
-        """The number of the class whose F1 counts."""
+        """Return the number of the class for F1."""
         return None if self.positive is None else self.label_names.index(self.positive)
 
     def part(self, begin: int, end: int) -> "TaskData":
-        """The texts of some rows, without labels."""
+        """Return the texts of some rows, without labels."""
         pairs, words = self.pairs and self.pairs[begin:end], self.words and self.words[begin:end]
         texts, nothing = self.texts[begin:end], self.labels[:0]
         return TaskData(texts, pairs, nothing, self.label_names, words=words)
 
     def per_row(self, logits: np.ndarray) -> list[np.ndarray]:
-        """Logits by text: [N,C] -> N of [C]; of words [W,C] -> N of [T,C]."""
+        """Split logits by text: [N,C] -> N of [C]; for words [W,C] -> N of [T,C]."""
         if self.words is None:
             return [*logits]
         return np.split(logits, self.ends[:-1])
 
     def described(self) -> str:
-        """What was understood of it, in a line."""
+        """Return a line on how it was understood."""
         rows = counted(len(self), "row")
         if self.dropped:
             gone = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
@@ -176,7 +178,7 @@ class TaskData:
 
     @property
     def _mean(self) -> str:
-        """How many labels hold, in a message's words."""
+        """Return how many labels hold, in the words of a message."""
         many = self.labels.sum(axis=1)
         none = f", none in {counted(int((many == 0).sum()), 'row')}" if not many.all() else ""
         return f"{many.mean():.2f} a row on average{none}; F1 is at probability {self.threshold}"
@@ -185,9 +187,7 @@ class TaskData:
         return map(" ".join, zip(self.texts, self.pairs or self.texts, strict=True))
 
     def check_known(self, names: Sequence[str], who: str) -> None:
-        """Raise InputError for scores, and for labels that are none of the ``names`` that ``who``
-        knows.
-        """
+        """Raise InputError for scores, and for labels outside the ``names`` that ``who`` knows."""
         unknown = [name for name in self.label_names if name not in names]
         if unknown or not self.label_names:
             wrong = f"the labels {', '.join(unknown[:5])}" if unknown else "scores, not classes"
@@ -199,7 +199,7 @@ class TaskData:
 
 
 _ONE_EACH = "one label a token"
-_NO_F1 = "no F1, for none of them is called positive (the setting positive)"
+_NO_F1 = "no F1, for none of them is named positive (the setting positive)"
 _AS_IT_IS = TaskSettings()
 
 
@@ -211,10 +211,10 @@ def read_task(
     Whole numbers, words and booleans are classes: numbers sorted numerically (0..C-1 keep their
     number), the rest alphabetically. Other numbers, and lists of them, are scores; lists of names
     are labels of which several may hold, or none; tokens have a tag each. Documents of queries
-    (``problem: ranking``, a ``group_field``, or columns so called) have grades, or clicks.
+    (``problem: ranking``, a ``group_field``, or columns with these names) have grades, or clicks.
 
-    Raises InputError for a file that cannot be read or lacks a column, a text that is no string, a
-    missing, mixed or doubtful label, a label that train does not have, or a single class.
+    Raises InputError for a file that cannot be read or lacks a column, a text that is not a string,
+    a missing, mixed or doubtful label, a label that train does not have, or a single class.
     """
     check_settings(settings)
     files = [read_file(path, settings) for path in (train_path, *others)]
@@ -246,7 +246,7 @@ def read_task(
 
 
 def _read_ranked(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
-    """The splits of a task whose documents are in groups."""
+    """Return the splits of a task whose documents are in groups."""
     dropped = dropped_names(settings.drop_labels, as_written=False)
     found = [kept_rows(file.path, file.labels, dropped, as_written=False) for file in files]
     check_dropped(dropped, found)
@@ -262,12 +262,12 @@ def _read_ranked(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[Tas
 def ranked(
     file: TaskFile, rows: Rows, gone: Counter[str], settings: TaskSettings
 ) -> tuple[TaskData, Grouped]:
-    """The documents of a file with their grades; InputError, naming the row, for a label that is
-    no grade, and where no order is better than another.
+    """Return the documents of a file with their grades. Raises InputError, naming the row, for a
+    label that is not a grade, and if all orders are equally good.
     """
     if settings.label_names or settings.positive is not None:
         key = "label_names" if settings.label_names else "positive"
-        raise InputError(f"{key} is of classes, and a ranking has grades: leave it out")
+        raise InputError(f"{key} is for classes, but a ranking has grades: leave it out")
     if not rows.labels:
         raise InputError(f"{file.path}: drop_labels leaves none of its {gone.total()} rows")
     assert file.groups is not None
@@ -281,7 +281,7 @@ def ranked(
 
 
 def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:
-    """The splits of a task whose rows have several labels, or tokens with tags."""
+    """Return the splits of a task whose rows have several labels, or tokens with tags."""
     problem, train_path = (SEVERAL if files[0].words is None else TAGS), files[0].path
     if settings.positive is not None:
         raise InputError(
@@ -310,9 +310,7 @@ def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[Task
     known = names or in_order(complete(names_in_train) if problem == TAGS else names_in_train)
     if len(known) < (2 if problem == TAGS else 1):
         what = f"every tag is {known[0]!r}" if known else "no row has a label"
-        raise InputError(
-            f"{train_path}: {what}; train needs rows of every label that is to be learnt"
-        )
+        raise InputError(f"{train_path}: {what}; train needs rows of every label to learn")
     where = "label_names" if names else train_path
     return tuple(
         split_of_lists(
@@ -330,8 +328,8 @@ def split_of_lists(
     numbers: Sequence[int],
     threshold: float,
 ) -> TaskData:
-    """The rows of a file that has several labels for each, or tags, whose ``numbers`` among
-    ``names`` are those of all rows, one after another.
+    """Return the rows of a file that has several labels for each, or tags; ``numbers`` in ``names``
+    are those of all rows, one after another.
     """
     labels = np.array(numbers, dtype=np.int64)
     if file.words is None:
@@ -366,7 +364,7 @@ def split_of(
     positive: str | None = None,
     threshold: float = 0.5,
 ) -> TaskData:
-    """Those ``rows`` of a file, counted from 1, that are not ``gone``, and their ``labels``."""
+    """Return the ``rows`` of a file, counted from 1 and without those ``gone``, with ``labels``."""
     texts = [file.texts[number - 1] for number in rows]
     pairs = file.pairs and [file.pairs[number - 1] for number in rows]
     words = file.words and [file.words[number - 1] for number in rows]
@@ -380,18 +378,19 @@ def _check_pairs(files: Sequence[TaskFile]) -> None:
         if (train.words is None) != (other.words is None):
             has, lacks = (train, other) if other.words is None else (other, train)
             raise InputError(
-                f"{has.path} has tokens and {lacks.path} has texts; the splits of one task are all "
-                "of one kind: name their fields with --text-field and --label-field"
+                f"{has.path} has tokens but {lacks.path} has texts; the splits of one task are "
+                "all of one kind: name their fields with --text-field and --label-field"
             )
         if (train.groups is None) != (other.groups is None):
             has, lacks = (train, other) if other.groups is None else (other, train)
             raise InputError(
-                f"{has.path} has queries and documents and {lacks.path} has not; the splits of one "
+                f"{has.path} has queries and documents but {lacks.path} has not; the splits of "
+                "one "
                 "task are all rankings or none is: name their fields, or say --set problem=ranking"
             )
         if (train.pairs is None) != (other.pairs is None):
             has, lacks = (train, other) if other.pairs is None else (other, train)
             raise InputError(
-                f"{has.path} has sentence2 (or a second text field) and {lacks.path} has not; the "
-                "splits of one task are all pairs or all single texts: add it or take it away"
+                f"{has.path} has sentence2 (or a second text field) but {lacks.path} has not; the "
+                "splits of one task are all pairs or all single texts: add it or remove it"
             )

@@ -1,4 +1,4 @@
-"""Reads the texts and the labels of one file, as it writes them. What they mean: ``labels``.
+"""Reads the texts and labels of one file, as they are written; ``labels`` decides what they mean.
 
 Files: jsonl, csv (double quotes quote), tsv (as GLUE publishes it: nothing quotes), each also .gz,
 .zst or .bz2, and parquet. Rows in messages count from 1, without a csv's header and blank lines.
@@ -30,9 +30,9 @@ _Columns = dict[str, list[object]]
 class TaskFile(NamedTuple):
     """The rows of one file; ``pairs`` are the second texts, ``labels`` as they are written.
 
-    ``words`` are the tokens of each text, where it is given as tokens: it is they with a blank
-    between. ``groups`` are those of documents that are to be ranked; ``named``: by a field of their
-    own, else by their queries.
+    ``words`` are the tokens of each text, if it is given as tokens; then the text is these, joined
+    by blanks. ``groups`` are those of documents to rank; ``named``: by a field of their own, else
+    by their queries.
     """
 
     path: str
@@ -45,9 +45,9 @@ class TaskFile(NamedTuple):
 
 
 def read_file(path: str, settings: TaskSettings) -> TaskFile:
-    """Read the columns of a task; InputError, naming the row, for a text that is none."""
+    """Read the columns of a task; InputError, naming the row, for a text that is not one."""
     if not is_file(path):
-        what = f"{path!r} is no file" if os.path.exists(path) else f"no such file: {path!r}"
+        what = f"{path!r} is not a file" if os.path.exists(path) else f"no such file: {path!r}"
         raise InputError(f"{what}; give a jsonl, csv, tsv or parquet file")
     origin = recorded_origin(path)
     if origin.format not in _FORMATS:
@@ -99,7 +99,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
 
 
 def _ranks(names: Sequence[str], settings: TaskSettings) -> bool:
-    """Whether a file with those columns of texts has documents that are to be ranked."""
+    """Return whether a file with those columns of texts has documents to rank."""
     if settings.problem is not None:
         return settings.problem == RANKING
     return settings.group_field is not None or tuple(names) == _RANKED
@@ -108,12 +108,12 @@ def _ranks(names: Sequence[str], settings: TaskSettings) -> bool:
 def _grouped(
     file: TaskFile, names: Sequence[str], columns: _Columns, settings: TaskSettings
 ) -> TaskFile:
-    """The file with the groups of its documents; InputError where it has no documents, or not the
-    field that is named.
+    """Return the file with the groups of its documents; raise InputError if it has no documents, or
+    lacks the named field.
     """
     if file.pairs is None:
         raise InputError(
-            f"{file.path} has one text a row, {names[0]}; a ranking is of queries and documents: "
+            f"{file.path} has one text a row, {names[0]}; a ranking needs queries and documents: "
             f"name both columns with {_SAY_TEXT}, the query's first"
         )
     field = settings.group_field or _GROUP
@@ -133,7 +133,7 @@ def _grouped(
 def text_fields(
     path: str, columns: Sequence[str], settings: TaskSettings, label_field: str
 ) -> tuple[str, ...]:
-    """The columns of texts; InputError where they are not there, or it is not clear which."""
+    """Return the columns of texts; raise InputError if they are missing or ambiguous."""
     has = f"it has: {', '.join(columns)}"
     if missing := [name for name in settings.text_field if name not in columns]:
         raise InputError(
@@ -165,8 +165,8 @@ def text_fields(
 
 
 def _are_tokens(path: str, names: Sequence[str], columns: _Columns, settings: TaskSettings) -> bool:
-    """Whether a text is given as its tokens: by ``settings``, by its column's name, or because it
-    is a list.
+    """Return whether a text is given as its tokens: by ``settings``, by its column's name, or
+    because it is a list.
     """
     first = next((value for value in columns[names[0]] if value is not None), None)
     if settings.problem != TAGS and (
@@ -175,14 +175,14 @@ def _are_tokens(path: str, names: Sequence[str], columns: _Columns, settings: Ta
         return False
     if len(names) > 1:
         raise InputError(
-            f"{path}: {' and '.join(names)} are two fields, and tokens with tags are no pairs of "
+            f"{path}: {' and '.join(names)} are two fields, but tokens with tags are not pairs of "
             "texts; name the one column of the tokens"
         )
     return True
 
 
 def words_of(path: str, name: str, row: int, raw: object) -> list[str]:
-    """The tokens of one row; InputError for what are none."""
+    """Return the tokens of one row; raise InputError if they are not tokens."""
     words = words_in(raw)
     wrong = raw if words is None else next((one for one in words if not isinstance(one, str)), None)
     if words is None or wrong is not None:
@@ -198,7 +198,7 @@ def words_of(path: str, name: str, row: int, raw: object) -> list[str]:
 
 
 def _read_records(origin: Origin, wanted: set[str]) -> _Columns:
-    """The rows of a file by column; columns that are not ``wanted`` may be rows of None."""
+    """Return the rows of a file by column; columns that are not ``wanted`` may be rows of None."""
     rows: list[Mapping[str, object]] = []
     for record in read_records(origin, sorted(wanted)):
         if isinstance(record, Bad):

@@ -1,5 +1,5 @@
-"""What a fine-tuning shows while it works: a bar for each seed on a terminal; elsewhere a line for
-each epoch, and for each minute of a long one.
+"""The progress of a fine-tuning: a bar for each seed on a terminal; otherwise a line for each
+epoch, and for each minute of a long one.
 """
 
 import logging
@@ -21,11 +21,11 @@ logger = logging.getLogger("rekindle")
 
 LINE_EVERY = 60.0  # seconds within an epoch
 
-Report = Callable[[str], None]  # takes each line, wherever else it is shown
+Report = Callable[[str], None]  # gets each line, wherever else it is shown
 
 
 class SeedProgress(Progress):
-    """``report`` is given every line, too."""
+    """``report`` gets every line too."""
 
     def __init__(self, report: Report):
         super().__init__(
@@ -39,13 +39,13 @@ class SeedProgress(Progress):
         self._report, self._said = report, time.monotonic()
 
     def step(self, bar: TaskID, step: int, told: str) -> None:
-        """So many steps are done of the seed with that bar."""
+        """Show that ``step`` steps of the seed with that bar are done."""
         self.update(bar, completed=step, description=told)
         if self.disable and time.monotonic() - self._said >= LINE_EVERY:
             self.tell(f"{told}  step {step}")
 
     def tell(self, line: str) -> None:
-        """One line per epoch: above the bar on a terminal, else in the log."""
+        """Show one line per epoch: above the bar on a terminal, else in the log."""
         self._said = time.monotonic()
         self._report(line)
         if self.disable:

@@ -1,6 +1,6 @@
-"""Texts that are given as words, as a model reads them: which of its tokens speaks for a word.
+"""Texts given as words, as a model reads them: which of its tokens stands for a word.
 
-The words are read with a blank between them, and the first token of a word speaks for it, as
+The words are read with a blank between them, and the first token of a word stands for it, as when
 stage 1 reads the answers of token classifiers.
 """
 
@@ -14,8 +14,8 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 
 
 class EncodedWords(NamedTuple):
-    """Of each text the model's tokens, special ones around them, and the place among these of each
-    word's first one: -1 for a word that is cut off, or that the tokenizer makes nothing of.
+    """The model's tokens of each text, with special ones around them, and the place of each word's
+    first token among them: -1 for a word that is cut off, or that has no token.
     """
 
     ids: list[NDArray[np.int32]]
@@ -47,8 +47,8 @@ def encode_words(
 
 
 def first_characters(words: Sequence[str]) -> NDArray[np.int64]:
-    """Of each word the place of its first character that is no white space, in the text of all of
-    them with a blank between; -1 for a word of white space alone.
+    """Return the place of each word's first character that is not white space, in the text of all
+    words with a blank between; -1 for a word of only white space.
     """
     starts = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1]
     blank = np.array([len(word) - len(word.lstrip()) for word in words], np.int64)

@@ -59,7 +59,7 @@ def _as_wide(head: HeadConfig, model_config: Any) -> HeadConfig:
 
 
 def _vectors(growth: Growth, state: dict[str, Tensor], causal: bool) -> dict[str, Tensor]:
-    """What reads the pooled states: a projection [C,d] as [C,D], or nothing."""
+    """Return what reads the pooled states: a projection [C,d] as [C,D], or nothing."""
     held = {name: tensor.cpu() for name, tensor in state.items()}
     if (read := held.get("projection.weight")) is not None:
         held["projection.weight"] = _reading(growth, read, causal)

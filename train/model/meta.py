@@ -143,7 +143,7 @@ def refuse_missing(
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds; within a recording, tensors that are read when it is filled.
+    """Read a safetensors file; within a recording, return tensors that are read when it is filled.
 
     Raises InputError for a damaged one.
     """

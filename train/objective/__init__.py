@@ -1,1 +1,1 @@
-"""What a student is trained on: the objective's terms, the rows each uses, and their losses."""
+"""The training objective: its terms, the rows that each uses, and their losses."""

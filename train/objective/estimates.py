@@ -1,9 +1,9 @@
-"""What may be learnt from samples of a teacher's distributions, and what may not.
+"""Check which divergences may be learnt from samples of a teacher's distributions.
 
-A sample is an unbiased estimate of the distribution: whatever is linear in the probabilities is
-right in the mean over draws, whatever is not would teach something else. What samples are is said
-by the kinds (``data/targets/kinds/``), what is linear by ``kernels/divergences.py``; the pairs are
-in ``docs/targets.md``. Imports no torch: a run file is held against it before any work.
+A sample is an unbiased estimate of the distribution: an expression linear in the probabilities is
+right on average over draws, any other would teach something else. The kinds
+(``data/targets/kinds/``) define the samples, ``kernels/divergences.py`` what is linear; the pairs
+are in ``docs/targets.md``. Imports no torch: a run file is checked with it before any work.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,14 @@ from rekindle.train.config import DistillTerm
 
 
 def serves(kind: type[VocabularyKind], divergence: str) -> bool:
-    """Tell whether a divergence may be learnt from targets of the kind."""
+    """Return whether a divergence may be learnt from targets of the kind."""
     return LINEAR[divergence] or not kind.sampled
 
 
 def check_estimates(terms: Sequence[DistillTerm], kinds: Mapping[str, VocabularyKind]) -> None:
     """Raise InputError, naming the term, for what samples cannot give.
 
-    ``kinds``: of the vocabulary teachers that are known, by name; the others are left for later.
+    ``kinds``: the known vocabulary teachers' kinds, by name; the others are checked later.
     """
     for number, term in enumerate(terms):
         with naming(f"train.objective.distill.{number}"):
@@ -50,18 +50,18 @@ def estimate_problems(term: DistillTerm, kinds: Sequence[VocabularyKind]) -> Ite
     tails = [kind for kind in kinds if _has_tail(kind, term)]
     if term.combine == "mixture" and term.tail == "bucket" and samples and tails:
         yield (
-            f"a mixture of a sample ({samples[0].info.name!r}) and of what has a tail "
-            f"({tails[0].info.name!r}): the tail would be held against whatever the sample did not "
-            "draw. Use combine: separate, whose mean is the same, or targets of one kind"
+            f"a mixture of a sample ({samples[0].info.name!r}) and of targets with a tail "
+            f"({tails[0].info.name!r}): the tail would be compared with whatever the sample did "
+            "not draw. Use combine: separate, whose mean is the same, or targets of one kind"
         )
 
 
 def kinds_that_serve(divergence: str) -> str:
-    """Name the kinds from which a divergence may be learnt."""
+    """Return the names of the kinds from which a divergence may be learnt."""
     found = [kind for kind in VOCABULARY_KINDS.values() if serves(kind, divergence)]
     return ", ".join(f"{k.name} (with tail: bucket)" if k.has_tail else k.name for k in found)
 
 
 def _has_tail(kind: VocabularyKind, term: DistillTerm) -> bool:
-    """Whether some of its mass lies outside the ids that the term reads."""
+    """Return whether some of its mass lies outside the ids that the term reads."""
     return kind.has_tail or (kind.whole and term.k is not None)

@@ -1,12 +1,12 @@
-"""The objective on held-out sequences: what is trained, at the weights of the last step, over all
-of them at once.
+"""The objective on held-out sequences: the training loss, with the weights of the last step, over
+all of them at once.
 
-At the weights of the step it is measured after it would change although the student does not. At
-those of the last step it is what the run ends on, and is comparable all along. Every term is summed
-up batch by batch and divided at the end by its rows in all batches: how they are cut changes
-nothing but rounding. They are added in the configuration's order: in that of a set the last bit
-would differ from process to process, and a resumed run from one that was not interrupted. The
-load-balancing loss of routers, which is of training alone, is no part.
+With the weights of the step at which it is measured, it would change although the student does not.
+With those of the last step it is what the run ends on, and comparable throughout. Every term is
+summed up batch by batch and divided at the end by its rows in all batches: how they are cut changes
+only rounding. Terms are added in the configuration's order: in the order of a set the last bit
+would differ between processes, and between a resumed run and an uninterrupted one. The
+load-balancing loss of routers belongs to training only and is left out.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,13 +27,13 @@ from rekindle.train.objective.selection import names_of
 from rekindle.train.objective.vector_loss import HeldOutVectors
 from rekindle.train.student import Student
 
-Sums = dict[str, tuple[float, int]]  # by name: what is summed up, and over how many rows
+Sums = dict[str, tuple[float, int]]  # by name: the sum, and over how many rows
 Scored = tuple[RankedRows, NDArray[np.float64]]  # rows of a ranking expert, the student's scores
 Key = TypeVar("Key")
 
 
 def is_plain(term: DistillTerm, target: TokenTargetBatch) -> bool:
-    """Whether a vocabulary term's divergence is the very one that an evaluation reports."""
+    """Return whether a vocabulary term's divergence is the one that an evaluation reports."""
     default = DistillTerm(teachers=term.teachers)
     same = ("combine", "positions", "entropy_fraction", "divergence", "tail")
     return term.temperature == target.kind.read_at and all(
@@ -42,17 +42,17 @@ def is_plain(term: DistillTerm, target: TokenTargetBatch) -> bool:
 
 
 class HeldOutLoss:
-    """Sums up the objective over the batches that ``add`` is given."""
+    """Sums up the objective over the batches given to ``add``."""
 
     def __init__(self, objective: Objective):
         self.objective, self.plan = objective, objective.last
         self._sums: dict[str, NDArray[np.float64]] = {}  # weighted loss, rows
         self._vectors = HeldOutVectors()
-        self._ranked: dict[str, list[Scored]] = {}  # by term, the parts' rows
+        self._ranked: dict[str, list[Scored]] = {}  # by term, the rows of the parts
 
     def add(self, student: Student, batch: Batch, device: torch.device, known: Sums) -> None:
-        """Add a batch, whose targets are all there. ``known``: sums of losses, without weights,
-        that the evaluation has formed anyway; what stands there is not computed again.
+        """Add a batch that has all its targets. ``known``: sums of unweighted losses that the
+        evaluation has formed anyway; they are not computed again.
         """
         objective, plan = self.objective, self.plan
         batch = objective.select(batch, plan)
@@ -83,7 +83,7 @@ class HeldOutLoss:
             self._put(name, total, counts.rows[name])
 
     def join(self, world: World) -> None:
-        """Add what the other processes have summed up."""
+        """Add the sums of the other processes."""
         every = world.gather((self._sums, self._ranked, self._vectors))
         self._sums = added(sums for sums, _, _ in every)
         names = dict.fromkeys(name for _, ranked, _ in every for name in ranked)
@@ -92,7 +92,7 @@ class HeldOutLoss:
         self._vectors.join([vectors for _, _, vectors in every])
 
     def mean(self) -> float | None:
-        """Return the objective of all batches; None where none of its terms had a row."""
+        """Return the objective over all batches; None if none of its terms had a row."""
         parts = [total / rows for total, rows in self._sums.values() if rows]
         for term, weight in self.plan.terms:
             if self._compares(term) and (found := self._vectors.mean(term)) is not None:
@@ -103,7 +103,7 @@ class HeldOutLoss:
         return float(sum(parts)) if parts else None
 
     def _compares(self, term: DistillTerm) -> bool:
-        """Whether a loss of vectors compares the sequences with each other."""
+        """Return whether a loss of vectors compares the sequences with each other."""
         info = self.objective.teachers[term.teachers[0]]
         return info.kind == "embedding" and term.of_vectors.compares_rows
 
@@ -120,7 +120,7 @@ class HeldOutLoss:
         plan = replace(self.plan, hard=0.0, terms=tuple(terms), methods=())
         counts = self.objective.counts(batch, plan)
         ones = replace(counts, labels=1, rows=dict.fromkeys(counts.rows, 1))
-        # Of a vocabulary teacher the loss may be joined with the cross-entropy's.
+        # For a vocabulary teacher the loss may be joined with the cross-entropy's.
         factors = {
             name: weight * term.temperature**2
             for term, weight in terms
@@ -139,7 +139,7 @@ class HeldOutLoss:
     def _add_ranked(
         self, student: Student, batch: Batch, term: DistillTerm, device: torch.device
     ) -> None:
-        """Add the scores that are compared with each other."""
+        """Add the scores to be compared with each other."""
         assert term.ranking is not None
         for name in term.teachers:
             rows = RankedRows.of(batch, name, term.ranking.group)
@@ -153,7 +153,7 @@ class HeldOutLoss:
 
 
 def added(parts: Iterable[Mapping[Key, NDArray[np.float64]]]) -> dict[Key, NDArray[np.float64]]:
-    """Return the sums of what stands under each name."""
+    """Return the sums of the values under each name."""
     total: dict[Key, NDArray[np.float64]] = {}
     for part in parts:
         for name, values in part.items():
@@ -162,7 +162,7 @@ def added(parts: Iterable[Mapping[Key, NDArray[np.float64]]]) -> dict[Key, NDArr
 
 
 def ranked_loss(parts: Sequence[Scored], term: DistillTerm) -> float:
-    """Return the ranking loss of a term of all rows that were scored, as if they were a step."""
+    """Return a term's ranking loss over all scored rows, as if they were one step."""
     assert term.ranking is not None
     rows = RankedRows.joined([rows for rows, _ in parts])
     own = torch.from_numpy(np.concatenate([scores for _, scores in parts]))
@@ -171,8 +171,8 @@ def ranked_loss(parts: Sequence[Scored], term: DistillTerm) -> float:
 
 
 def known_term(terms: Mapping[str, DistillTerm], name: str, target: TokenTargetBatch) -> str | None:
-    """Return what the objective calls the divergence from teacher ``name`` that an evaluation
-    reports; None where it trains another one.
+    """Return the objective's name for the divergence from teacher ``name`` that an evaluation
+    reports; None if it trains another one.
     """
     term = terms.get(name)
     return names_of(term)[name] if term is not None and is_plain(term, target) else None

@@ -1,4 +1,4 @@
-"""Several classifiers as one: the union of their labels, and how much each is believed (MUKI).
+"""Several classifiers as one: the union of their labels, and how much weight each gets (MUKI).
 
 Source: "From Mimicking to Integrating: Knowledge Integration for Pre-Trained Language Models",
 Findings of EMNLP 2022. Shapes: B sequences, J experts, C_j labels of expert j, U labels of all.
@@ -18,7 +18,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.config import UncertaintyConfig
 from rekindle.train.device_batch import send
 
-FLOOR = 1e-6  # of a margin: an example that two experts claim alike still counts a little
+FLOOR = 1e-6  # of a margin: an example that two experts claim equally still counts a little
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class LabelUnion:
 
     @classmethod
     def of(cls, experts: Sequence[TeacherInfo], overlap: Literal["merge", "apart"]) -> "LabelUnion":
-        """Unite in the order of the experts and their labels; equal names are one label, or kept
-        apart.
+        """Unite labels in the order of the experts and of their labels; equal names become one
+        label, or are kept apart.
 
-        Raises InputError for an expert without label names, or whose labels repeat.
+        Raises InputError for an expert without label names, or with repeated ones.
         """
         names: dict[str, int] = {}
         places = {}
@@ -43,7 +43,8 @@ class LabelUnion:
                 own = tuple(f"{expert.name}/{name}" for name in own)
             elif all(re.fullmatch(r"LABEL_\d+", name) for name in own) and len(experts) > 1:
                 raise InputError(
-                    f"the classes of teacher {expert.name!r} have no names ({own[0]} …), and equal "
+                    f"the classes of teacher {expert.name!r} have no names ({own[0]} …), but "
+                    "equal "
                     "names would become one label. Name them (id2label in its config.json), or "
                     "use labels: apart"
                 )
@@ -78,7 +79,7 @@ class LabelUnion:
 
 
 def bare_names(names: Sequence[str], experts: Sequence[str]) -> tuple[str, ...]:
-    """Label names without the experts' that stand before them in a union with ``labels: apart``."""
+    """Return label names without the experts' prefixes in a union with ``labels: apart``."""
     owners = [next((e for e in experts if n.startswith(f"{e}/")), None) for n in names]
     if None in owners:
         return tuple(names)
@@ -111,6 +112,6 @@ def expert_weights(certainties: Tensor, config: UncertaintyConfig) -> Tensor:
 
 
 def margin(certainties: Tensor) -> Tensor:
-    """Return V = s₍₁₎ − s₍₂₎ + 1e-6 [B]: how clearly one expert is the one to ask."""
+    """Return V = s₍₁₎ − s₍₂₎ + 1e-6 [B]: how clearly one expert is the right one."""
     best = certainties.topk(2, dim=1).values
     return best[:, 0] - best[:, 1] + FLOOR

@@ -1,7 +1,7 @@
 """The LM side of a step's loss: cross-entropy and vocabulary teachers, from one forward pass.
 
-Each position goes through the output matrix once where that can be: its cross-entropy is formed in
-the call that forms its first distillation loss. P rows of the LM loss, H hidden, V vocabulary.
+Each position goes through the output matrix once if possible: its cross-entropy is formed in the
+call for its first distillation loss. P rows of the LM loss, H hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def head_loss(
     **options: Unpack[LossOptions],
 ) -> KDLoss:
     """Return `linear_kd_loss` of hidden states [N,H] and the student's output matrix, summed over
-    the rows; without targets the cross-entropy alone.
+    the rows; without targets only the cross-entropy.
     """
     if targets is None:
         nothing = torch.full((len(hidden), 1), -1, device=hidden.device)
@@ -48,9 +48,9 @@ def head_loss(
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher (or a mixture) teaches: targets, and the LM rows they belong to."""
+    """What a teacher (or a mixture) teaches: targets, and the LM rows that they belong to."""
 
-    name: str  # what the loss is shown as
+    name: str  # the name under which the loss is shown
     term: DistillTerm
     weight: float
     targets: LossTargets
@@ -59,11 +59,11 @@ class Lesson:
 
     @property
     def kept(self) -> int:
-        """Count the ids of a row that the targets list."""
+        """Return the number of ids per row that the targets list."""
         return self.targets.ids.shape[1] if isinstance(self.targets, SparseKinds) else 0
 
     def joins(self, other: "Lesson") -> bool:
-        """Tell whether both can be taught in one call, which reads the logits once for both."""
+        """Return whether both can be taught in one call, which reads the logits once for both."""
         asked = ((t.temperature, t.divergence, t.tail, t.skew) for t in (self.term, other.term))
         return (
             len(set(asked)) == 1
@@ -75,8 +75,8 @@ class Lesson:
 
 
 def calls_of(lessons: Sequence[Lesson]) -> list[list[Lesson]]:
-    """Return the lessons by the call that teaches them: in turn, but each with the first that it
-    joins. A call's ids are as many as the kernels take.
+    """Group lessons into calls: in order, but each joins the first call that it can. A call has at
+    most as many ids as the kernels take.
     """
     calls: list[list[Lesson]] = []
     for lesson in lessons:
@@ -107,9 +107,10 @@ class LanguageLoss:
         apart: bool = False,
     ) -> None:
         """Call ``add(name, loss, shown)`` for each distillation loss, and for the cross-entropy
-        at weight ``hard``; ``apart``: in a call of its own.
+        with weight ``hard``; ``apart``: in a call of its own.
         """
-        open_rows = np.full(len(self.rows.keys), hard > 0)  # those whose cross-entropy is due
+        # rows whose cross-entropy is still to be formed
+        open_rows = np.full(len(self.rows.keys), hard > 0)
         labelled = max(self.counts.labels, 1)
         lessons = [found for term, weight in terms for found in self._lessons(term, weight)]
         for call in [[each] for each in lessons] if apart else calls_of(lessons):
@@ -132,9 +133,7 @@ class LanguageLoss:
         return max(self.counts.rows[lesson.name], 1)
 
     def _taught(self, call: Sequence[Lesson], due: NDArray[np.bool_], ce_weight: float) -> KDLoss:
-        """Return the loss of lessons in one call, with the cross-entropy of their rows that are
-        due.
-        """
+        """Return the loss of lessons in one call, with the cross-entropy of their ``due`` rows."""
         lesson, weights = call[0], [each.weight / self._rows_of(each) for each in call]
         together = [each.targets for each in call if isinstance(each.targets, SparseKinds)]
         hidden, own = self._at(lesson.rows, self.hidden, self.rows.labels)
@@ -156,7 +155,7 @@ class LanguageLoss:
         )
 
     def _at(self, rows: Rows, *values: Tensor) -> list[Tensor]:
-        """Return ``values`` [P,…] at the rows; all of them as they are, which spares a copy."""
+        """Return ``values`` [P,…] at the rows; all rows without a copy."""
         if len(rows) == len(self.rows.keys):
             return list(values)
         index = send(rows, self.device)
@@ -179,7 +178,7 @@ class LanguageLoss:
         return lessons
 
     def _target(self, term: DistillTerm, name: str) -> TokenTargetBatch:
-        """The targets of a teacher, as the term reads them."""
+        """Return the targets of a teacher, as the term reads them."""
         target = self.batch.targets[name]
         assert isinstance(target, TokenTargetBatch)
         return target.interpolating(term.interpolates)
@@ -190,7 +189,7 @@ class LanguageLoss:
         if any(not np.array_equal(place, places[0]) for place in places):
             raise InputError(
                 f"the mixture of {', '.join(term.teachers)} needs all of them at the same "
-                "positions, and one has holes where another has none. Finish them with `pipeline "
+                "positions, but one has holes where another has none. Finish them with `pipeline "
                 "cache-teachers`, or give each its own term"
             )
         decoded = [sparse_targets(t, term.temperature, term.k, self.device) for t in batches]
@@ -198,10 +197,11 @@ class LanguageLoss:
         return merge_targets(decoded, weights), places[0]
 
     def _least_certain(self, sequences: Rows, rows: Rows, fraction: float) -> Tensor:
-        """Mark by 1 the fraction of each sequence's positions where the student's entropy is
-        highest.
+        """Mark with 1 the fraction of each sequence's positions with the highest entropy of the
+        student.
 
-        One more product with the output matrix, without gradient. Equal entropies: first position.
+        Costs one more product with the output matrix, without gradient. With equal entropies the
+        first position wins.
         """
         head = self.head
         with torch.no_grad():
@@ -212,8 +212,8 @@ class LanguageLoss:
             by_entropy = torch.sort(entropy, descending=True, stable=True).indices
             owner = send(sequences, self.device)
             order = by_entropy[torch.sort(owner[by_entropy], stable=True).indices]
-            # In `order` the sequences stand one after another, as in `sequences`: the place of
-            # each position within its sequence is known on the host.
+            # In `order` the sequences come one after another, as in `sequences`: the place of each
+            # position within its sequence is known on the host.
             first = np.searchsorted(sequences, sequences)
             wanted = np.arange(len(sequences)) - first < taught_per_sequence(sequences, fraction)
             return torch.zeros_like(entropy).index_copy_(

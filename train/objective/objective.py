@@ -1,8 +1,8 @@
 """The loss of a training step: hard · CE + Σ weight · τ² · divergence + Σ weight · method, from one
 batch and one student.
 
-Every mean is over the whole step (all micro-batches, all processes): ``Objective.counts`` is taken
-from the step's batch before it is split, so gradient accumulation changes nothing but rounding.
+Every mean is over the whole step (all micro-batches, all processes): ``Objective.counts`` is
+computed from the step's batch before it is split, so gradient accumulation changes only rounding.
 """
 
 import math
@@ -35,27 +35,27 @@ Weighted = Sequence[tuple[DistillTerm, float]]
 
 
 class StepLoss(NamedTuple):
-    """A micro-batch's share of the step's loss. ``terms`` are detached and without weights; they
-    sum up over micro-batches. So do the squared norms of their gradients, which are among them at
-    steps that measure these (``pulls``).
+    """A micro-batch's share of the step's loss. ``terms`` are detached and unweighted, and add up
+    over micro-batches; so do the squared norms of their gradients, which are among them at steps
+    that measure these (``pulls``).
     """
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
-ROUTER = "router"  # what the load-balancing loss of mixture-of-experts students is shown as
+ROUTER = "router"  # the name of the load-balancing loss of mixture-of-experts students
 
 
 class _Passes(NamedTuple):
     """The terms of a step with their weights, by the forward pass that they need."""
 
     language: list[tuple[DistillTerm, float]]
-    joined: list[tuple[DistillTerm, float]]  # imitate in the very pass of the LM loss
+    joined: list[tuple[DistillTerm, float]]  # task terms that share the pass of the LM loss
     by_view: dict[str, list[tuple[DistillTerm, float]]]
 
     def reads_text(self, hard: float) -> bool:
-        """Whether there is a pass for the LM loss, of which ``hard`` is the weight."""
+        """Return whether there is a pass for the LM loss, with weight ``hard``."""
         return hard > 0 or bool(self.language or self.joined)
 
 
@@ -69,16 +69,16 @@ class Objective:
     steps: int
     methods: Sequence[Method] = ()
     balance: float = 0.0  # the weight of the student's load-balancing loss
-    head_steps: int = 0  # the first so many steps train the language model's own head alone
-    measure_every: int | None = None  # steps between two that measure the terms' gradients
+    head_steps: int = 0  # the first steps, which train only the language model's own head
+    measure_every: int | None = None  # steps between two measurements of the terms' gradients
 
     def __post_init__(self) -> None:
         check_terms(self.config.distill, self.teachers, self.task)
         _check_shared(self.config.distill, self.methods, self.teachers)
         if self.head_steps and not any(self.plan(0).weights):
             raise InputError(
-                "train.warm_head_steps: in them the language model's own head is trained, and no "
-                "loss is: hard.weight is 0 at the first step, and no teacher of its words has a "
+                "train.warm_head_steps: they train the language model's own head, but no loss "
+                "does: hard.weight is 0 at the first step, and no vocabulary teacher has a "
                 "weight. Leave warm_head_steps out"
             )
         for step, when in self._changes():
@@ -90,8 +90,8 @@ class Objective:
                 )
 
     def _changes(self) -> Iterator[tuple[int, str]]:
-        """Yield the steps after which a weight may be 0 for more than a moment, the last one first,
-        and how they are called.
+        """Yield the steps after which a weight may stay 0, the last step first, each with its name
+        in messages.
         """
         yield self.steps - 1, "at the end of the run"
         if self.head_steps:
@@ -117,8 +117,8 @@ class Objective:
 
     @property
     def taught(self) -> set[str]:
-        """Return the teachers whose weight is above 0 at some step."""
-        # Every schedule rises or falls all the way: it is 0 at both ends only if it is throughout.
+        """Return the teachers with a weight above 0 at some step."""
+        # Every schedule rises or falls throughout: it is 0 at both ends only if it is 0 everywhere.
         ends = self._ends
         methods = {method.name: method for plan in ends for method, _ in plan.methods}
         read = {name for method in methods.values() for name in method.teachers}
@@ -126,7 +126,7 @@ class Objective:
 
     @property
     def reads_masks(self) -> bool:
-        """Tell whether any of its losses is one of masked text, if the student is a masked LM."""
+        """Return whether any of its losses is on masked text, if the student is a masked LM."""
         return any(
             plan.methods
             or self._by_pass(plan).reads_text(plan.hard)
@@ -150,7 +150,7 @@ class Objective:
         return self._of_the_head(plan) if step < self.head_steps else plan
 
     def _of_the_head(self, plan: StepPlan) -> StepPlan:
-        """Return what of a plan trains the language model's own head."""
+        """Return the part of a plan that trains the language model's own head."""
         kept = [self.teachers[t.teachers[0]].is_vocabulary for t in self.config.distill]
         kept += [False] * len(self.methods)
         weights = [w if keep else 0.0 for w, keep in zip(plan.weights[1:], kept, strict=True)]
@@ -163,23 +163,24 @@ class Objective:
 
     @property
     def _ends(self) -> list[StepPlan]:
-        """Return plans of which one weighs whatever has a weight at some step."""
+        """Return plans such that whatever has a weight at some step has one in one of them."""
         return [self.plan(0), self.plan(self.head_steps), self.last]
 
     @property
     def last(self) -> StepPlan:
-        """Return the plan of the last step: what the run ends on, and is judged by."""
+        """Return the plan of the last step, by which the run is judged."""
         return self.plan(self.steps - 1)
 
     @property
     def trains_text(self) -> bool:
-        """Whether the language model's own head is trained at some step: by the cross-entropy, or
-        by a teacher's words. Without it the cross-entropy would be that of an untrained one.
+        """Return whether the language model's own head is trained at some step, by the
+        cross-entropy or by vocabulary teachers. If not, its cross-entropy would be that of an
+        untrained head.
         """
         return any(plan.hard > 0 or self._by_pass(plan).language for plan in self._ends)
 
     def select(self, batch: Batch, plan: StepPlan) -> Batch:
-        """Return the batch with only those targets that the step's terms use."""
+        """Return the batch with only the targets that the step's terms use."""
         return select_targets(batch, plan.distilled)
 
     def counts(self, batch: Batch, plan: StepPlan) -> Counts:
@@ -188,14 +189,14 @@ class Objective:
         rows = dict(counts.rows)
         for method, _ in plan.methods:
             rows |= {f"{method.name}/{name}": n for name, n in method.count(batch).items()}
-        # A share of it is each micro-batch's, by its tokens.
+        # Each micro-batch has a share of it, by its tokens.
         if self.balance and self._by_pass(plan).reads_text(plan.hard):
             rows[ROUTER] = int(batch.lengths.sum())
         return replace(counts, rows=rows)
 
     def shown(self, counts: Counts, plan: StepPlan) -> list[str]:
-        """Name the losses that the step has rows for, in a fixed order, and their gradients where
-        they are measured.
+        """Return the names of the losses that the step has rows for, in a fixed order, and of their
+        gradients if they are measured.
         """
         names = ["ce"] if plan.hard > 0 and counts.labels else []
         names += [name for name, rows in sorted(counts.rows.items()) if rows]
@@ -206,10 +207,10 @@ class Objective:
     ) -> StepLoss:
         """Return the loss of one micro-batch; ``counts`` are the whole step's.
 
-        One forward pass of the student per view that a term needs. Which passes are made depends
-        on the plan alone, never on a micro-batch: all processes make the same ones. The total has
-        a gradient always: where no row here has a loss, another process's may have one, and all
-        must take part in its backward pass.
+        Runs the student once per view that a term needs. The plan alone decides which passes are
+        made, never a micro-batch: all processes make the same ones. The total always has a
+        gradient: if no row here has a loss, another process's may have one, and all must take part
+        in its backward pass.
         """
         if not self._measures(plan):
             return self._loss(student, batch, counts, plan, device)
@@ -253,7 +254,7 @@ class Objective:
         add: Add,
         apart: bool = False,
     ) -> None:
-        """Call ``add(name, loss, shown)`` for all terms of a plan, its methods' too."""
+        """Call ``add(name, loss, shown)`` for all terms of a plan, including its methods'."""
         self.add_terms(student, batch, counts, plan, device, add, apart)
         for method, weight in plan.methods:
             for name, loss, shown in method.losses(student, batch, plan.step, device):
@@ -270,7 +271,7 @@ class Objective:
         add: Add,
         apart: bool = False,
     ) -> None:
-        """Call ``add(name, loss, shown)`` for the cross-entropy and the terms of a plan: all but
+        """Call ``add(name, loss, shown)`` for the cross-entropy and the terms of a plan, without
         its methods. ``apart``: the cross-entropy in a loss of its own.
         """
         passes = self._by_pass(plan)
@@ -282,7 +283,7 @@ class Objective:
             assert output.hidden is not None
             language_loss = LanguageLoss(batch, rows, output.hidden, student.output_head, counts)
             language_loss.add_all(plan.hard, passes.language, add, apart)
-            # once: of no other pass; it is no loss of what a head reads
+            # Only once, for this pass; it is not a loss of what a head reads.
             if self.balance and output.balance is not None and not apart:
                 tokens = int(batch.lengths.sum())
                 share = output.balance * (tokens / max(counts.rows[ROUTER], 1))
@@ -314,7 +315,7 @@ class Objective:
         add: Add,
         select: Tensor | None = None,
     ) -> StudentOutput:
-        """Run the student once, add its experts' losses, and return what it gave."""
+        """Run the student once, add its experts' losses, and return its output."""
         names = [name for term, _ in terms for name in heads_of(term, self.teachers)]
         heads = {name: batch.targets.get(name) for name in names}  # None: over a union of labels
         output = run_heads(student, inputs, batch, heads, select)
@@ -325,7 +326,7 @@ class Objective:
 def _check_shared(
     terms: Sequence[DistillTerm], methods: Sequence[Method], teachers: Mapping[str, TeacherInfo]
 ) -> None:
-    """Check that no method reads targets of which a distill term takes some away."""
+    """Check that no method reads a teacher whose targets a distill term reduces."""
     picked = {
         name
         for term in terms
@@ -338,8 +339,8 @@ def _check_shared(
     for method in methods:
         for name in sorted(picked & set(method.teachers)):
             raise InputError(
-                f"train.objective: the method {method.name!r} reads teacher {name!r}, of whose "
-                "targets a distill term takes a part (combine: route, positions: masked, what a "
-                "pseudo-label is sure of, or what is masked of a view: clean). Cache the teacher "
-                "again under another name, or leave one of the two out"
+                f"train.objective: the method {method.name!r} reads teacher {name!r}, but a "
+                "distill term uses only a part of its targets (combine: route, positions: masked, "
+                "what a pseudo-label is sure of, or the masked positions of view: clean). Cache "
+                "the teacher again under another name, or leave one of the two out"
             )

@@ -1,4 +1,4 @@
-"""Hard pseudo-labels: the expert's class as if it were a label, where the expert is sure of it.
+"""Hard pseudo-labels: the expert's class taken as a label if the expert is sure of it.
 
 Source: UEGP's hard-label mode (Findings of NAACL 2024); self-training with a confidence threshold.
 Shapes: R rows (sequences or positions), C classes.
@@ -15,14 +15,14 @@ from torch import Tensor
 from rekindle.data.batch import SequenceTargetBatch, TargetBatch, TokenLabelBatch
 from rekindle.data.targets.schema import TeacherInfo
 
-CONFIDENCE = 0.9  # where none is given
+CONFIDENCE = 0.9  # if none is given
 
 
 def confident_only(target: TargetBatch, confidence: float | None) -> TargetBatch:
     """Return an expert's targets without the rows that it is not sure enough of.
 
-    Classes that exclude each other: the largest softmax probability reaches ``confidence``. Labels
-    of which several may hold: the answer to at least one of them does.
+    Classes that exclude each other: the largest softmax probability must reach ``confidence``.
+    Labels of which several may hold: the answer to at least one of them must.
     """
     assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
     logits = target.logits
@@ -34,7 +34,7 @@ def confident_only(target: TargetBatch, confidence: float | None) -> TargetBatch
 def sure_rows(
     logits: NDArray[np.float32], info: TeacherInfo, confidence: float | None
 ) -> NDArray[np.bool_]:
-    """Say which rows [R] of logits [R,C] the expert is sure of."""
+    """Return which rows [R] of logits [R,C] the expert is sure of."""
     if info.problem == "multi_label_classification":
         found: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
         return found
@@ -47,10 +47,11 @@ def sure_rows(
 def pseudo_label_loss(
     logits: Tensor, wanted: Tensor, info: TeacherInfo, confidence: float | None
 ) -> Tensor:
-    """Sum over rows of the cross-entropy of ``logits`` [R,C] on the answers of ``wanted`` [R,C].
+    """Return the cross-entropy of ``logits`` [R,C] on the answers of ``wanted`` [R,C], summed over
+    rows.
 
-    The rows are those of ``confident_only``. Of labels of which several may hold, those the expert
-    is not sure of have no loss; a row is their sum divided by C.
+    The rows are those of ``confident_only``. If several labels may hold, those that the expert is
+    not sure of have no loss; a row's loss is their sum divided by C.
     """
     if info.problem != "multi_label_classification":
         return F.cross_entropy(logits, wanted.argmax(dim=1), reduction="sum")
@@ -64,7 +65,7 @@ def _or_default(confidence: float | None) -> float:
 
 
 def _least_logit(confidence: float | None) -> float:
-    """Return what |z| must reach for max(σ(z), 1 − σ(z)) to reach the confidence."""
+    """Return the least |z| for which max(σ(z), 1 − σ(z)) reaches the confidence."""
     sure = _or_default(confidence)
     if sure <= 0.5:
         return 0.0

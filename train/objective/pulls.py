@@ -1,13 +1,13 @@
-"""How strongly each term of the loss pulls at the student: the norm of its gradient, alone.
+"""How strongly each term of the loss pulls at the student: the norm of its gradient alone.
 
-It is measured where the heads begin: for what is asked of tokens at the rows that the output matrix
-multiplies, for what a task head or a method is asked at the body's final states. The body is
-neither run nor walked again: its states are taken from the step's own passes, cut off, and the
-terms' losses are formed once more from them, each by itself, with the weights of the step. What
-training does is the same to the bit.
+The gradient is measured where the heads begin: for token losses at the rows that the output matrix
+multiplies, for task heads and methods at the body's final states. The body is neither run nor
+backpropagated again: its states come from the step's own passes, detached, and the terms' losses
+are formed again from them, one by one, with the weights of the step. Training is unchanged to the
+bit.
 
 A step's rows are those of all its micro-batches and processes, and no row is in two of them: the
-squares of a term's norms add up to that of the whole step's.
+squares of a term's norms add up to that of the whole step.
 """
 
 import math
@@ -30,11 +30,10 @@ def squared_pulls(
     form: Callable[[Add], None],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the squared norm [] of each term's gradient in a micro-batch, as PULL and its name.
+    """Return the squared norm [] of each term's gradient in a micro-batch, by PULL plus its name.
 
-    ``passes``: those that the micro-batch's loss was made of; ``form(add)`` forms its terms once
-    more, each alone. A term that depends on no state of a head has none. Dropout in a task head is
-    drawn anew.
+    ``passes``: those of the micro-batch's loss; ``form(add)`` forms its terms again, one by one. A
+    term that depends on no state of a head has none. Dropout in a task head is drawn anew.
     """
     losses: dict[str, Tensor] = {}
 
@@ -43,7 +42,7 @@ def squared_pulls(
             losses[name] = losses[name] + loss if name in losses else loss
 
     cut = Replayed(passes)
-    # What is drawn here must not change what the next micro-batch draws.
+    # These random draws must not change those of the next micro-batch.
     with student.through(cut), torch.random.fork_rng([device] if device.type == "cuda" else []):
         form(add)
     found = {name: _square(loss, cut.leaves) for name, loss in losses.items()}
@@ -51,15 +50,17 @@ def squared_pulls(
 
 
 def _square(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor | None:
-    """The squared norm of a loss's gradient with respect to all leaves; None if it has none."""
+    """Return the squared norm of a loss's gradient with respect to all leaves; None if it
+    has none.
+    """
     gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
     return torch.stack(norms).square().sum() if norms else None
 
 
 def told_pulls(values: Mapping[str, float]) -> str:
-    """Say how strongly each term pulls, beside the cross-entropy where that does; nothing where
-    ``values``, a step's as they are logged, have none.
+    """Return a line on how strongly each term pulls, relative to the cross-entropy if there is one;
+    empty if ``values``, a logged step, have no gradients.
     """
     ratios = [f"{n.removeprefix(RATIO)} {v:.3g}" for n, v in values.items() if n.startswith(RATIO)]
     if ratios:
@@ -69,8 +70,8 @@ def told_pulls(values: Mapping[str, float]) -> str:
 
 
 def with_norms(values: Mapping[str, float]) -> dict[str, float]:
-    """Return a step's values with norms for squares, and how many times the cross-entropy's each
-    is. A term without any has neither.
+    """Return a step's values with norms instead of squares, and each norm's ratio to the
+    cross-entropy's. A term without a norm has neither.
     """
     squares = {name.removeprefix(PULL): v for name, v in values.items() if name.startswith(PULL)}
     norms = {name: math.sqrt(square) for name, square in squares.items() if square > 0}

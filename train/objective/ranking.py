@@ -5,21 +5,21 @@ loss has three parts, each with a weight:
 
 - pointwise: the mean over rows of e²;
 - pairwise: the mean over pairs of rows of a group of (eᵢ − eⱼ)² (MarginMSE, Hofstätter et al. 2020;
-  UEGP, Findings of NAACL 2024), of all pairs, or of the row that the expert scores best against
-  each other one;
+  UEGP, Findings of NAACL 2024), over all pairs, or over those of the row that the expert scores
+  best with each other one;
 - listwise: τ² times the mean over groups of KL(q ‖ p), with q = softmax(t/τ) and p = softmax(s/τ)
   over a group's rows (ListNet's top-one probabilities, Cao et al. 2007).
 
-A group may lie in several micro-batches and processes. What a row must know of the others is a few
-numbers of its group: their count n, the mean error ē, the best row's error e_b, and both log Σ
-exp(·/τ). By them each row's share of the loss and its gradient are those of the whole step:
+A group may lie in several micro-batches and processes. A row needs only a few numbers of its whole
+group: the count n, the mean error ē, the best row's error e_b, and both log Σ exp(·/τ). With them
+each row's share of the loss and its gradient are those of the whole step:
 
-    Σ_{i<j} (eᵢ − eⱼ)² = n · Σᵢ (eᵢ − ē)², whose gradient takes ē for a constant;
-    Σ_{j≠b} (e_b − eⱼ)² has the gradient 2 (eⱼ − e_b) at j, and 2 n (e_b − ē) at b;
-    τ² KL(q ‖ p) has the gradient τ (pᵢ − qᵢ) at i.
+  Σ_{i<j} (eᵢ − eⱼ)² = n · Σᵢ (eᵢ − ē)², whose gradient treats ē as a constant;
+  Σ_{j≠b} (e_b − eⱼ)² has the gradient 2 (eⱼ − e_b) at j, and 2 n (e_b − ē) at b;
+  τ² KL(q ‖ p) has the gradient τ (pᵢ − qᵢ) at i.
 
 A step of one micro-batch on one process finds the student's numbers on the way. Any other costs one
-more forward pass of the student, without gradient, for the ranking experts alone. R rows, G groups.
+more forward pass of the student, without gradient, for the ranking experts only. R rows, G groups.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ class RankedRows:
 
     @classmethod
     def of(cls, batch: Batch, teacher: str, group: str) -> "RankedRows":
-        """Return those of a batch."""
+        """Return the rows of a batch."""
         target = batch.targets[teacher]
         assert isinstance(target, SequenceTargetBatch)
         wanted = target.logits[target.rows, 0].astype(np.float64)
@@ -69,8 +69,8 @@ class RankedRows:
 
 
 def group_keys(batch: Batch, teacher: str, group: str) -> Ints:
-    """Return the group's key of each sequence that has a target of the teacher [R]: equal for
-    equal groups, in every process.
+    """Return the group key of each sequence that has a target of the teacher [R]: equal for equal
+    groups, in every process.
     """
     rows = batch.targets[teacher].rows
     if group == "batch":
@@ -78,17 +78,17 @@ def group_keys(batch: Batch, teacher: str, group: str) -> Ints:
     named = {"domain": batch.domains, "document": batch.documents, "group": batch.groups}
     names = named[group]
     if len(names) != len(batch.index):
-        raise ValueError(f"the batch does not say which {group} its sequences are of")
+        raise ValueError(f"the batch does not give the {group} of its sequences")
     keys = [xxhash.xxh3_64_intdigest((name or "").encode()) >> (64 - KEY_BITS) for name in names]
     return np.array(keys, np.int64)[rows]
 
 
 def groups_of(rows: RankedRows, temperature: float, own: Tensor | None = None) -> Groups:
-    """Return the groups of a whole step's rows. ``own``: the student's scores [R], where the step
-    is more than one micro-batch of one process.
+    """Return the groups of a whole step's rows. ``own``: the student's scores [R], if the step is
+    more than one micro-batch of one process.
     """
     found, place, sizes = np.unique(rows.keys, return_inverse=True, return_counts=True)
-    # The best score first, of equal ones that of the sequence with the lowest number.
+    # The best score first; among equal ones, the sequence with the lowest number.
     order = np.lexsort((rows.index, -rows.wanted, place))
     best = rows.index[order[np.unique(place[order], return_index=True)[1]]]
     copies = np.bincount(place[rows.index == best[place]], minlength=len(found))
@@ -120,7 +120,7 @@ def ranking_loss(
     listwise·τ²·mean over groups of KL(q ‖ p).
 
     ``own`` [R] and ``wanted`` [R]: the student's and the expert's scores of ``rows``; ``groups``
-    and ``count``, of rows: of the whole step.
+    and ``count`` (of rows) are the whole step's.
     """
     errors = own - wanted
     loss = config.pointwise / max(count, 1) * errors.square().sum()
@@ -166,7 +166,7 @@ def _sent(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _places(rows: RankedRows, groups: Groups) -> Ints:
-    """Return which of the groups each row is of [R]."""
+    """Return the index of each row's group [R]."""
     found: Ints = np.searchsorted(np.array(groups.keys, np.int64), rows.keys)
     return found
 
@@ -180,8 +180,8 @@ def _is_best(rows: RankedRows, groups: Groups, place: Ints) -> NDArray[np.bool_]
 def _own_sums(
     own: Tensor, errors: Tensor, rows: RankedRows, groups: Groups, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean error, the best row's error and log Σ exp(s/τ) of each group [G], by the
-    student's scores ``own`` [R] and their ``errors`` of all the step's rows.
+    """Return the mean error, the best row's error and log Σ exp(s/τ) of each group [G], from the
+    student's scores ``own`` [R] and their ``errors`` for all the step's rows.
     """
     place = _places(rows, groups)
     group, nothing = send(place, own.device), own.new_zeros(len(groups.keys))

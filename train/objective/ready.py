@@ -1,9 +1,9 @@
-"""What a step takes of its batch, made ready by the thread that reads it: its targets selected, cut
-into micro-batches and, for a GPU, on their way there while the step before runs.
+"""Prepare a step's batch in the thread that reads it: select its targets, cut it into micro-batches
+and, for a GPU, send them ahead while the step before runs.
 
-Copies are made from pinned memory on a stream of their own, so that neither the host nor the step
-in hand waits for them. What a loss makes out of a batch on the host (masks, places of rows) is
-sent when it is made.
+Copies go from pinned memory on a stream of their own, so that neither the host nor the current step
+waits for them. What a loss makes of a batch on the host (masks, places of rows) is sent when it is
+made.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan
 
 D = TypeVar("D")
-# By class, the arrays that a loss takes as they are.
+# By class, the arrays that a loss takes unchanged.
 COLUMNS = {*ENCODED, "ids", "counts", "log_probs", "hidden", "hidden_scale"} - {"tail_log_odds"}
 ARRAYS = {"input_ids", "token_types", "labels"}
 
@@ -30,7 +30,7 @@ class Ready:
     """A batch that a step can begin with."""
 
     plan: StepPlan
-    batch: Batch  # with those targets that the step uses
+    batch: Batch  # with only the targets that the step uses
     parts: list[Batch]  # its micro-batches
 
 
@@ -38,19 +38,20 @@ class Copies(Protocol):
     """Sends arrays ahead."""
 
     def send(self, values: NDArray) -> NDArray:
-        """Return the array, on its way."""
+        """Return the array with its copy on the way."""
         ...
 
 
 class SideStream(Copies):
-    """Copies to a GPU on a stream of its own; any thread may ask."""
+    """Copies to a GPU on a stream of its own; any thread may call it."""
 
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def send(self, values: NDArray) -> NDArray:
-        """Return the array with its copy, for which the stream that takes it will wait."""
-        # On this thread, too: what it pins would else belong to the first GPU.
+        """Return the array with its copy; the stream that takes the copy waits for it."""
+        # Select the device in this thread too: its pinned memory would otherwise belong to the
+        # first GPU.
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             pinned = torch.from_numpy(np.ascontiguousarray(values)).pin_memory()
             there = pinned.to(self.device, non_blocking=True)
@@ -61,8 +62,8 @@ class SideStream(Copies):
 
 @dataclass(frozen=True)
 class MakeReady:
-    """Makes batches ready; ``size``: sequences of a micro-batch; ``copies``: None on a CPU.
-    ``count(step)``: micro-batches that each process makes; None: as many as its share takes.
+    """Prepares batches; ``size``: sequences of a micro-batch; ``copies``: None on a CPU.
+    ``count(step)``: micro-batches that each process makes; None: as many as its share needs.
     """
 
     objective: Objective
@@ -71,7 +72,7 @@ class MakeReady:
     count: Callable[[int], int] | None = None
 
     def __call__(self, step: int, read: Batch) -> Ready:
-        """Return what ``step`` takes of what was read for it."""
+        """Return the prepared batch of ``step`` from what was read for it."""
         plan = self.objective.plan(step)
         batch = self.objective.select(read, plan)
         parts = split_batch(batch, self.size or len(batch.index))
@@ -101,7 +102,7 @@ def _sent_columns(columns: Mapping[str, NDArray], copies: Copies) -> dict[str, N
 
 
 def _with_arrays(one: D, copies: Copies) -> D:
-    """Return a dataclass of arrays, those of ``ARRAYS`` on their way."""
+    """Return a dataclass of arrays with those of ``ARRAYS`` on their way."""
     given: Any = one
     names = [field.name for field in fields(given) if field.name in ARRAYS]
     changed: D = replace(given, **{name: copies.send(getattr(given, name)) for name in names})

@@ -1,7 +1,7 @@
 """What a step learns from: which of a batch's targets, and how many rows each mean is over.
 
-Decided once per step and on the host, before the batch is split: gradient accumulation and the
-world size then change nothing but rounding.
+Decided once per step on the host, before the batch is split: gradient accumulation and the world
+size then change only rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +24,16 @@ from rekindle.train.device_batch import masked_only
 from rekindle.train.method import Method
 from rekindle.train.objective.pseudo_labels import confident_only
 
-Add = Callable[[str, Tensor | None, Tensor], None]  # a term's name, its loss, and what is shown
+Add = Callable[[str, Tensor | None, Tensor], None]  # a term's name, its loss, and the value to show
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What is read for a step, and what its loss is made of.
+    """What a step reads, and the parts of its loss.
 
-    ``weights`` holds those of the cross-entropy, of every distillation term and of every method, in
-    the configuration's order; ``terms`` and ``methods`` are those with a weight above 0, with it.
+    ``weights`` are those of the cross-entropy, of every distillation term and of every method, in
+    the configuration's order; ``terms`` and ``methods`` are those with a weight above 0, each with
+    its weight.
     """
 
     step: int
@@ -43,7 +44,7 @@ class StepPlan:
 
     @property
     def users(self) -> tuple[DistillTerm, ...]:
-        """Return who uses targets: the terms, and each method as if it were one."""
+        """Return the users of targets: the terms, and each method as if it were one."""
         read = [tuple(method.teachers_at(self.step)) for method, _ in self.methods]
         return *self.distilled, *(DistillTerm(teachers=names) for names in read if names)
 
@@ -59,7 +60,7 @@ class StepPlan:
 
 
 class OwnSums(NamedTuple):
-    """What the student's scores of a step's groups sum up to."""
+    """Sums over the student's scores of a step's groups."""
 
     means: tuple[float, ...]  # [G] mean errors
     best: tuple[float, ...]  # [G] errors of the rows that the expert scores best
@@ -70,36 +71,38 @@ class OwnSums(NamedTuple):
 class Groups:
     """The groups of a whole step that a ranking expert has scored.
 
-    ``own`` is None where the step is one micro-batch of one process, which knows its own.
+    ``own`` is None if the step is one micro-batch of one process, which has these sums itself.
     """
 
     keys: tuple[int, ...]  # [G] ascending
     sizes: tuple[int, ...]  # [G] rows
     best: tuple[int, ...]  # [G] the sequence that the expert scores best
-    copies: tuple[int, ...]  # [G] rows that are of this sequence: 1, or more where a step repeats
+    copies: tuple[int, ...]  # [G] rows of this sequence: 1, or more if a step repeats it
     log_sums: tuple[float, ...]  # [G] log Σ exp(t/τ) of the expert's scores
     own: OwnSums | None = None
 
     def pairs(self, rule: str) -> int:
-        """Count the pairs of rows within the groups: all, or those of the best with another."""
+        """Return the number of pairs of rows in the groups: all, or those of the best row with
+        another.
+        """
         if rule == "all":
             return sum(size * (size - 1) // 2 for size in self.sizes)
         return sum(self.sizes) - sum(self.copies)
 
     @property
     def lists(self) -> int:
-        """Count the groups of more than one row."""
+        """Return the number of groups with more than one row."""
         return sum(size > 1 for size in self.sizes)
 
 
 @dataclass(frozen=True)
 class StepVectors:
-    """The vectors of a whole step, of one teacher: N rows of all micro-batches and processes, by
+    """The vectors of a whole step for one teacher: N rows of all micro-batches and processes, by
     ascending ``keys``; equal keys are the same sequence twice.
     """
 
     keys: NDArray[np.int64]  # [N] numbers of sequences
-    own: NDArray[np.float32]  # [N,D] the student's, as a pass without gradient has found them
+    own: NDArray[np.float32]  # [N,D] the student's, from a pass without gradient
     wanted: NDArray[np.float32]  # [N,D'] the teacher's
 
 
@@ -110,7 +113,7 @@ class Counts:
     labels: int
     rows: Mapping[str, int]  # by the loss's name, see `names_of`
     groups: Mapping[str, Groups] = field(default_factory=dict)  # by ranking teacher
-    # By embedding teacher whose rows are compared with each other; none where the step is one
+    # By embedding teacher whose rows are compared with each other; none if the step is one
     # micro-batch of one process, which has them all.
     vectors: Mapping[str, StepVectors] = field(default_factory=dict, compare=False)
 
@@ -122,16 +125,14 @@ class Counts:
 
 
 def names_of(term: DistillTerm) -> dict[str, str]:
-    """Return teacher -> the name its loss is shown under: its own, or one for all that share a
-    mean.
-    """
+    """Return teacher -> the name of its loss: its own, or one for all that share a mean."""
     shared = "kd/" + "+".join(term.teachers)
     separate = term.combine == "separate"
     return {name: f"kd/{name}" if separate else shared for name in term.teachers}
 
 
 def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
-    """Return the batch with only those targets that the terms use."""
+    """Return the batch with only the targets that the terms use."""
     targets = dict(batch.targets)
     for term in terms:
         for name in term.teachers:
@@ -146,8 +147,8 @@ def select_targets(batch: Batch, terms: Sequence[DistillTerm]) -> Batch:
 
 
 def sees_clean_text(target: TargetBatch) -> bool:
-    """Say whether a masked LM that saw the whole text made it: then it has targets at every token,
-    of which a masked LM has a loss at the masked ones alone (self-evolution).
+    """Return whether a masked LM made it from the whole text: then it has targets at every token,
+    but a masked LM has a loss only at the masked ones (self-evolution).
     """
     return isinstance(target, TokenTargetBatch) and target.info.sees_clean_text
 
@@ -162,9 +163,9 @@ def at_masked_positions(batch: Batch) -> Batch:
 
 
 def count_rows(batch: Batch, task: str, terms: Sequence[DistillTerm]) -> Counts:
-    """Count the rows of a batch whose targets have been selected."""
+    """Count the rows of a batch with selected targets."""
     labels = len(batch.next_places[0])
-    if task == "masked_lm":  # without masks no loss is of the text
+    if task == "masked_lm":  # without masks there is no loss on the text
         labels = 0 if batch.masked is None else len(batch.masked.labels)
     rows: dict[str, int] = {}
     for term in terms:
@@ -189,12 +190,13 @@ def common_rows(targets: Sequence[TargetBatch]) -> Ints:
 
 
 def taught_per_sequence(rows: Ints, fraction: float) -> Ints:
-    """Count the taught positions of each sequence [P]: the fraction, rounded up, at least 1.
+    """Return the number of taught positions of each position's sequence [P]: the fraction, rounded
+    up, at least 1.
 
-    ``rows`` [P], ascending, says which sequence a position belongs to.
+    ``rows`` [P], ascending: the sequence of each position.
     """
     _, inverse, counts = np.unique(rows, return_inverse=True, return_counts=True)
-    # 0.1 · 30 is a little more than 3: that is 3, not 4.
+    # 0.1 · 30 is slightly above 3: that is 3, not 4.
     taught = np.maximum(np.ceil(counts * fraction - 1e-9), 1).astype(np.int64)
     found: Ints = taught[inverse]
     return found

@@ -30,7 +30,7 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
     experts = [teachers[name] for name in term.teachers if not teachers[name].is_vocabulary]
     if term.combine not in MIXED or not experts:
         asked = term.of_vectors
-        more = (asked.projection, asked.needs_equal_sizes)  # of vectors alone
+        more = (asked.projection, asked.needs_equal_sizes)  # only for vectors
         return {expert.name: HeadConfig.of(expert, *more) for expert in experts}
     names = LabelUnion.of(experts, term.labels).names
     problem = "single_label_classification"
@@ -39,7 +39,7 @@ def heads_of(term: DistillTerm, teachers: Mapping[str, TeacherInfo]) -> dict[str
 
 
 def union_head(term: DistillTerm) -> str:
-    """Name the head over the union of the experts' labels."""
+    """Return the name of the head over the union of the experts' labels."""
     return "+".join(term.teachers)
 
 
@@ -64,7 +64,7 @@ def add_task_losses(
             }
         for name, (loss, bare) in found.items():
             shown = names_of(term)[name]
-            # a ranking loss is of pairs, too, and a mean already
+            # A ranking loss is over pairs too, and a mean already.
             scale = 1.0 if term.ranking is not None else 1.0 / max(counts.rows[shown], 1)
             add(shown, loss * (weight * scale), bare * scale)
 
@@ -72,8 +72,8 @@ def add_task_losses(
 def _expert_loss(
     logits: Tensor, batch: Batch, info: TeacherInfo, term: DistillTerm, counts: Counts
 ) -> tuple[Tensor, Tensor]:
-    """Return a head's loss beside its expert, of scores, differences and groups if it ranks, and
-    what is shown of it.
+    """Return the loss of a head against its expert (for rankings of scores, differences and
+    groups), and the value to show.
     """
     own, wanted = taught_rows(logits, batch.targets[info.name])
     if info.kind == "embedding":
@@ -92,9 +92,9 @@ def _expert_loss(
 def _mixture_loss(
     logits: Tensor, batch: Batch, term: DistillTerm, teachers: Mapping[str, TeacherInfo]
 ) -> tuple[Tensor, Tensor]:
-    """Σ v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)) (MUKI), and Σ v·D.
+    """Return Σ v·τ²·D(q ‖ p_S) with q = Σ_j w_j·pad_j(softmax(z_j/τ)) (MUKI), and Σ v·D.
 
-    Of ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
+    For ``concatenate``, q = pad(softmax((z_1, …, z_J)/τ)).
     """
     given = {name: batch.targets[name] for name in term.teachers}
     targets = {name: t for name, t in given.items() if isinstance(t, SequenceTargetBatch)}
@@ -121,7 +121,7 @@ def _mixture_loss(
 def task_loss(
     logits: Tensor, wanted: Tensor, info: TeacherInfo, term: DistillTerm
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows a task head's loss [R,C], and the bare divergence (for show).
+    """Return a task head's loss [R,C] summed over rows, and the bare divergence (to show).
 
     Regression and ``mse``: squared error, mean over outputs. ``pseudo_label``: cross-entropy on the
     expert's class. Multi-label: KL of each label's Bernoulli. Classification: the divergence
@@ -146,7 +146,7 @@ def task_loss(
 def _distribution_loss(
     logits: Tensor, probs: Tensor, term: DistillTerm, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Σ rows of importance·τ²·D(probs ‖ softmax(logits/τ)), and of importance·D."""
+    """Return Σ rows of importance·τ²·D(probs ‖ softmax(logits/τ)), and of importance·D."""
     result = kd_loss(
         logits,
         torch.arange(logits.shape[1], device=logits.device).expand_as(logits),

@@ -1,4 +1,4 @@
-"""A forward pass of the student beside experts: its heads' answers.
+"""A forward pass of the student for its task heads' outputs, to compare with the experts'.
 
 Shapes: B sequences, R rows (sequences or positions) with a target, C classes of an expert.
 """
@@ -26,8 +26,8 @@ def run_heads(
     heads: Mapping[str, TargetBatch | None],
     select: Tensor | None = None,
 ) -> StudentOutput:
-    """Run the student once, with the named heads: on whole sequences, or at the positions of the
-    target where that has some. ``select``: see ``Student.forward``.
+    """Run the student once with the named heads: on whole sequences, or at the target's positions
+    if it has some. ``select``: see ``Student.forward``.
     """
     sequence: list[str] = []
     tokens: dict[str, Tensor] = {}

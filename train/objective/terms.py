@@ -1,6 +1,6 @@
-"""What a distillation term may ask for, said before the first step and not at the 3,000th.
+"""Check what a distillation term asks for, before the first step and not at the 3,000th.
 
-Names that the cache does not have are refused before, by ``Cache.teacher``.
+``Cache.teacher`` has already refused names that the cache lacks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +21,11 @@ def check_terms(
     task: str,
     where: str = "train.objective.distill",
 ) -> None:
-    """Raise InputError, naming the term below ``where``, for one that cannot be computed."""
+    """Raise InputError, naming the term below ``where``, for a term that cannot be computed."""
     names = [name for term in terms for name in term.teachers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise InputError(f"teacher {twice!r} stands in two distill terms; use one term per teacher")
+        raise InputError(f"teacher {twice!r} is in two distill terms; use one term per teacher")
     for number, term in enumerate(terms):
         with naming(f"{where}.{number}"):
             infos = [teachers[name] for name in term.teachers]
@@ -36,8 +36,8 @@ def check_terms(
 def told_of_between(
     terms: Sequence[DistillTerm], teachers: Mapping[str, TeacherInfo]
 ) -> Iterator[str]:
-    """Yield, of each teacher that is read at a temperature between its stored ones, a line: from
-    which it is interpolated, and how far that may be off.
+    """Yield a line for each teacher that is read at a temperature between its stored ones: from
+    which ones it is interpolated, and the error to expect.
     """
     for term in terms:
         for info in (teachers[name] for name in term.teachers if term.interpolates):
@@ -52,7 +52,7 @@ def told_of_between(
 
 
 def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Iterator[str]:
-    """Say what of a term cannot be computed."""
+    """Yield what cannot be computed of a term."""
     kinds = {"vocabulary" if i.is_vocabulary else i.kind for i in infos}
     names = ", ".join(term.teachers)
     yield from _vector_problems(term, infos)
@@ -70,14 +70,14 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
     if term.combine == "route" and len(kinds) > 1:
         yield f"{names} judge sequences and tokens, which share no mean; use a term each"
     if term.k is not None and kinds != {"vocabulary"}:
-        yield f"k is for vocabulary teachers; of {names} all logits are kept"
+        yield f"k is for vocabulary teachers; all logits of {names} are kept"
     if term.interpolates and kinds != {"vocabulary"}:
         yield (
             f"temperature_between is for vocabulary teachers; {names} can be read at any "
             "temperature, so leave it out"
         )
     if term.entropy_fraction is not None and kinds != {"vocabulary"}:
-        yield f"entropy_fraction is for vocabulary teachers; {names} are none"
+        yield f"entropy_fraction is for vocabulary teachers, which {names} are not"
     if kinds == {"vocabulary"}:
         yield from _vocabulary_problems(term, infos, task)
         return
@@ -107,7 +107,7 @@ def _vocabulary_problems(
     if term.combine == "mixture" and len({i.domains for i in infos}) > 1:
         yield (
             "a mixture needs all its teachers at the same positions, and "
-            f"{', '.join(term.teachers)} are for different domains; use combine: route"
+            f"{', '.join(term.teachers)} have different domains; use combine: route"
         )
     if term.combine == "mixture" and term.entropy_fraction is not None:
         yield "entropy_fraction cannot be used with combine: mixture"
@@ -115,7 +115,7 @@ def _vocabulary_problems(
         if info.task != task:
             yield (
                 f"teacher {info.name!r} is a {info.task}; a {task} student has no loss at its "
-                f"positions: take it out of the term, or train a {info.task} student"
+                f"positions: remove it from the term, or train a {info.task} student"
             )
         vocabulary_kind(info).slots(term.temperature, term.k, term.interpolates)
     yield from estimate_problems(term, [vocabulary_kind(info) for info in infos])
@@ -143,59 +143,60 @@ def _mixture_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
     shared = set.intersection(*[set(i.domains) for i in infos if i.domains is not None] or [{""}])
     if not shared:
         yield (
-            "a mixture teaches where all its experts know the text, and "
+            "a mixture teaches where all its experts know the text, but "
             f"{', '.join(term.teachers)} have no domain in common; use combine: route"
         )
     LabelUnion.of(infos, term.labels)
 
 
 def _vector_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
-    """Of a term of sentence encoders: that all are, and that it asks for nothing of distributions;
-    of any other, that it asks for nothing of vectors.
+    """Yield the problems of vectors: a term of sentence encoders must have no other teachers and
+    ask for nothing of distributions; any other term must ask for nothing of vectors.
     """
     encoders = [info for info in infos if info.kind == "embedding"]
     other = next((info for info in infos if info.kind != "embedding"), None)
     if other is not None and term.embedding is not None:
         yield (
-            "embedding says how the vectors of sentence encoders (task: embedding) are learnt, and "
+            "embedding configures how the vectors of sentence encoders (task: embedding) are "
+            "learnt, but "
             f"{other.name!r} is a {other.problem or other.task} teacher; leave embedding out"
         )
     if not encoders:
         return
     name = encoders[0].name
     if other is not None:
-        yield f"{name!r} gives vectors and {other.name!r} does not; use a term each"
+        yield f"{name!r} gives vectors and {other.name!r} does not; use one term for each"
     if term.divergence != "forward_kl":
         yield (
-            f"divergence: {term.divergence} is of distributions or logits, and {name!r} gives "
-            "vectors; what is learnt of them is said by embedding: {cosine: 1.0, mse: 0.5, …}"
+            f"divergence: {term.divergence} is for distributions or logits, but {name!r} gives "
+            "vectors; set their losses with embedding: {cosine: 1.0, mse: 0.5, …}"
         )
     if term.temperature != 1:
         yield (
-            f"temperature is of distributions, and {name!r} gives vectors; that of their "
+            f"temperature is for distributions, but {name!r} gives vectors; that of their "
             "similarities is embedding.similarity.temperature"
         )
     if term.combine in MIXED:
         yield (
-            f"combine: {term.combine} makes one target of several distributions, and {name!r} "
+            f"combine: {term.combine} makes one target of several distributions, but {name!r} "
             "gives vectors, each in a space of its own; use separate, or route"
         )
 
 
 def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
-    """Of a term that is to rank: that it has no scores to rank by."""
+    """Yield the problems of a ranking term: teachers without scores to rank by."""
     if term.ranking is None:
         return
     other = next((i for i in infos if i.problem != "regression"), None)
     if other is not None:
         yield (
-            f"ranking is for regression experts, whose score is an order, and {other.name!r} is a "
+            f"ranking is for regression experts, whose score is an order, but {other.name!r} is a "
             f"{other.problem or other.task} expert; leave ranking out"
         )
     several = next((i for i in infos if (i.num_labels or 1) > 1), None)
     if other is None and several is not None:
         yield (
-            f"ranking is by one score, and {several.name!r} gives {several.num_labels} for each "
+            f"ranking uses one score, but {several.name!r} gives {several.num_labels} for each "
             "sequence; leave ranking out"
         )
     if term.combine != "separate":
@@ -206,25 +207,29 @@ def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
     if not any(term.ranking.weights):
         yield "ranking: pointwise, pairwise and listwise are all 0; give one of them a weight"
     if term.ranking.pairs != "all" and term.ranking.pairwise == 0:
-        yield f"ranking.pairs: {term.ranking.pairs} is of pairwise, which is 0; leave pairs out"
+        yield (
+            f"ranking.pairs: {term.ranking.pairs} belongs to pairwise, which is 0; leave pairs out"
+        )
     if term.divergence not in ("forward_kl", "mse"):
-        yield f"ranking has losses of its own; leave divergence: {term.divergence} out"
+        yield f"ranking has its own losses; leave divergence: {term.divergence} out"
 
 
 def _skew_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
-    """Of a skewed divergence: that it is asked of what is no distribution over outcomes."""
+    """Yield the problems of a skewed divergence: targets that are not distributions over
+    outcomes.
+    """
     if term.divergence != SKEWED:
         return
     for info in infos:
         if info.problem in ("regression", "multi_label_classification"):
             yield (
-                f"{SKEWED} compares distributions over tokens or classes, and {info.name!r} is a "
+                f"{SKEWED} compares distributions over tokens or classes, but {info.name!r} is a "
                 f"{info.problem} expert; leave divergence out"
             )
 
 
 def _pseudo_label_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterator[str]:
-    """Of pseudo-labels: that they are asked of what has no classes to be sure of."""
+    """Yield the problems of pseudo-labels: teachers without classes to be sure of."""
     if term.divergence != "pseudo_label":
         if term.confidence is not None:
             yield f"confidence is for divergence: pseudo_label, not {term.divergence}"
@@ -232,12 +237,12 @@ def _pseudo_label_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> I
     for info in infos:
         if info.is_vocabulary or info.problem == "regression":
             yield (
-                f"pseudo_label is for classifiers, and {info.name!r} is a "
+                f"pseudo_label is for classifiers, but {info.name!r} is a "
                 f"{info.problem or info.task} expert; use mse or forward_kl"
             )
     if term.combine not in ("separate", "route"):
         yield (
-            f"pseudo_label takes one expert's word for a class; combine: {term.combine} makes a "
+            f"pseudo_label takes a class from one expert; combine: {term.combine} makes a "
             "distribution of several. Use separate, or route: the first that is sure"
         )
     if term.temperature != 1:

@@ -1,12 +1,12 @@
-"""Students beside sentence encoders: the losses of their vectors, over a step in any parts.
+"""Losses of students' vectors against sentence encoders', over a step split in any way.
 
-The losses themselves are ``embedding/losses/``. One that compares the rows of a step is of all its
-rows, however these are split among micro-batches and processes: every part forms the loss of the
-whole step, in which its own rows carry the gradient and the others stand as a pass without gradient
-has found them. The gradients of all parts then add up to that of the whole. A step of one
-micro-batch on one process has its rows at hand; any other costs one more forward pass of the
-student, without gradient, for these teachers alone (and its dropout is drawn anew). R rows of a
-micro-batch, N of a step, D numbers of a vector.
+The losses themselves are in ``embedding/losses/``. A loss that compares the rows of a step covers
+all its rows, however they are split among micro-batches and processes: every part forms the loss of
+the whole step, in which its own rows carry the gradient and the others come from a pass without
+gradient. The gradients of all parts then add up to that of the whole. A step of one micro-batch on
+one process has its rows at hand; any other costs one more forward pass of the student, without
+gradient, for these teachers only (and its dropout is drawn anew). R rows of a micro-batch, N of a
+step, D numbers of a vector.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,10 +33,10 @@ TOGETHER = 1024  # held-out texts that are compared with each other
 def vector_loss(
     own: Tensor, wanted: Tensor, keys: Ints, step: StepVectors | None, term: VectorTerm
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of a term's losses, summed over the rows, and the same to be shown.
+    """Return the weighted sum of a term's losses, summed over the rows, and the same to show.
 
     ``own``, ``wanted``: the student's and the teacher's vectors [R,D] of the sequences ``keys``
-    [R]; ``step``: those of the whole step, None where these are all. Formed in at least 32 bits.
+    [R]; ``step``: those of the whole step, None if these are all. Computed in at least 32 bits.
     """
     with torch.autocast(own.device.type, enabled=False):
         wide = own if own.dtype == torch.float64 else own.float()
@@ -64,7 +64,7 @@ def _of_the_step(
 
 
 def places_of(keys: Ints, known: Ints) -> Ints:
-    """Return where in ``known`` [N], ascending, each of ``keys`` [R] stands: of equal ones the
+    """Return the place in ``known`` [N], ascending, of each of ``keys`` [R]: among equal ones the
     first at the first place, and so on.
     """
     order = np.argsort(keys, kind="stable")
@@ -112,7 +112,7 @@ def _compares(term: DistillTerm, part: Batch, name: str) -> bool:
 
 
 def in_order(keys: Ints, own: np.ndarray, wanted: np.ndarray) -> StepVectors:
-    """Put the vectors [N,D] of rows by ascending ``keys`` [N], whoever has found them."""
+    """Sort the vectors [N,D] of rows by ascending ``keys`` [N], whichever process found them."""
     order = np.argsort(keys, kind="stable")
     return StepVectors(keys[order], own[order], wanted[order])
 
@@ -143,8 +143,8 @@ def student_vectors(
 
 
 def vector_values(terms: Sequence[DistillTerm], name: str) -> list[str]:
-    """Name what an evaluation measures beside the sentence encoder ``name``: nothing where only
-    similarities are learnt, as the vectors may have other sizes.
+    """Return the names of the values that an evaluation measures for the sentence encoder ``name``;
+    none if only similarities are learnt, as the vectors may differ in size.
     """
     term = next((term for term in terms if name in term.teachers), None)
     comparable = term is None or term.of_vectors.needs_equal_sizes
@@ -152,8 +152,8 @@ def vector_values(terms: Sequence[DistillTerm], name: str) -> list[str]:
 
 
 def vector_sums(own: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Return the cosines of vectors [R,D], and their mean squared errors, each summed up; nothing
-    where the sizes differ.
+    """Return the summed cosines of vectors [R,D] and their summed mean squared errors; nothing if
+    the sizes differ.
     """
     if own.shape != wanted.shape:
         return {}
@@ -165,8 +165,8 @@ def vector_sums(own: Tensor, wanted: Tensor) -> dict[str, float]:
 
 
 class HeldOutVectors:
-    """Vectors of held-out sequences whose losses compare them with each other: they are collected
-    batch by batch, and compared at the end, in sets of at most ``TOGETHER`` by their numbers.
+    """Vectors of held-out sequences whose losses compare them with each other: collected batch by
+    batch, and compared at the end in sets of at most ``TOGETHER``, by their numbers.
     """
 
     def __init__(self) -> None:
@@ -182,12 +182,12 @@ class HeldOutVectors:
             self.found.setdefault(name, []).append((keys, own, wanted))
 
     def join(self, others: Sequence["HeldOutVectors"]) -> None:
-        """Take what all processes have collected, this one's own included."""
+        """Take what all processes have collected, including this one."""
         names = dict.fromkeys(name for one in others for name in one.found)
         self.found = {n: [part for one in others for part in one.found.get(n, [])] for n in names}
 
     def mean(self, term: DistillTerm) -> float | None:
-        """Return the term's loss, without its weight; None where it has no row."""
+        """Return the term's loss without its weight; None if it has no row."""
         named, sums = names_of(term), dict[str, tuple[float, int]]()
         for name in term.teachers:
             total, rows = sums.get(named[name], (0.0, 0))

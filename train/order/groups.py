@@ -1,11 +1,11 @@
 """``train.batching: groups``: a step reads whole groups, such as all documents of a query.
 
-An epoch is a permutation of the groups, laid out one after another: places 0 to N − 1 of its N
-sequences. Step t owns the places t·B to (t+1)·B − 1 of the endless stream of epochs, and reads the
-groups that begin there, each of them whole. So every group is read once per epoch, steps have
-``train.batch_sequences`` B on average, and between B − L + 1 and B + L − 1, L being the size of the
-largest group. What a step reads follows from (seed, step), whatever the number of processes.
-Memory is a few numbers for each sequence.
+An epoch is a permutation of the groups, one after another: places 0 to N − 1 of its N sequences.
+Step t owns the places t·B to (t+1)·B − 1 of the endless stream of epochs, and reads the groups that
+begin there, each of them whole. So every group is read once per epoch; steps have
+``train.batch_sequences`` B on average, and between B − L + 1 and B + L − 1, where L is the size of
+the largest group. The sequences of a step follow from (seed, step), whatever the number of
+processes. Memory is a few numbers per sequence.
 """
 
 import logging
@@ -25,14 +25,14 @@ from rekindle.train.ranking.config import without_groups
 
 log = logging.getLogger("rekindle")
 
-KEPT = 3  # epochs that are remembered: reading threads are about the edge of two
+KEPT = 3  # epochs that are kept: reading threads may be on both sides of an epoch's end
 
 
 class WholeGroups:
     """The groups of some sequences, in an order of each epoch's own."""
 
     def __init__(self, numbers: Ints, groups: Ints, seed: int):
-        """``numbers`` [N] of sequences, ascending; ``groups`` [N]: which group each is of."""
+        """``numbers`` [N] of sequences, ascending; ``groups`` [N]: the group of each."""
         order = np.argsort(groups, kind="stable")
         self._members, self._seed = numbers[order], seed
         self.sizes = np.unique(groups, return_counts=True)[1].astype(np.int64)
@@ -68,8 +68,8 @@ class WholeGroups:
 
 
 def spread_groups(cache: Cache, held_out: Ranges, count: int) -> Ints:
-    """Return at most about ``count`` of the held-out sequences, evenly over all of them, ascending:
-    whole groups (the last may go beyond) of a corpus that has groups.
+    """Return at most about ``count`` of the held-out sequences, evenly over all of them, ascending;
+    in a corpus with groups whole groups (the last may go beyond).
     """
     if not cache.corpus.has_groups or count >= len(held_out):
         return held_out.spread(count)
@@ -82,10 +82,10 @@ def spread_groups(cache: Cache, held_out: Ranges, count: int) -> Ints:
 
 
 def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeGroups | None:
-    """Return the groups of the sequences that are trained on, where batches are of whole ones.
+    """Return the groups of the training sequences if batches consist of whole ones.
 
-    Raises InputError where the run is of groups and the corpus has none, or one sequence in each;
-    for a group that is larger than a batch, and for what would tear groups apart.
+    Raises InputError if the run needs groups and the corpus has none, or one sequence in each; for
+    a group larger than a batch; and for settings that would split groups.
     """
     key = config.key_of_groups
     if key is None or not len(sequences):
@@ -98,7 +98,7 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
     largest = int(found.sizes.max())
     if largest == 1:
         raise InputError(
-            f"{key}: groups, but each of the {counted(len(numbers), 'group')} that are trained on "
+            f"{key}: groups, but each of the {counted(len(numbers), 'group')} to train on "
             "has one sequence: there is nothing to compare. Give several documents of each query "
             "(corpus.group_field names what they have in common), or leave the key out"
         )
@@ -124,7 +124,9 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
 
 
 def check_processes(batch: int, largest: int, processes: int) -> None:
-    """InputError where a step of whole groups may have fewer sequences than there are processes."""
+    """Raise InputError if a step of whole groups may have fewer sequences than there are
+    processes.
+    """
     if batch - largest + 1 < processes:
         raise InputError(
             f"train.batching: groups: with groups of up to {largest} sequences a step of "
@@ -134,9 +136,9 @@ def check_processes(batch: int, largest: int, processes: int) -> None:
 
 
 def _tell_torn(key: str, config: TrainConfig, found: WholeGroups) -> None:
-    """Say how much of a group a shuffled step holds."""
+    """Log how much of a group a shuffled step holds."""
     total = int(found.sizes.sum())
-    mean = float((found.sizes * (found.sizes - 1)).sum() / total)  # others of a sequence's group
+    mean = float((found.sizes * (found.sizes - 1)).sum() / total)  # others in a sequence's group
     share = min(1.0, (config.batch_sequences - 1) / max(total - 1, 1))
     if mean * share < mean:
         log.warning(

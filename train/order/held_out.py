@@ -1,9 +1,10 @@
-"""What is trained on and what is held out: a few stretches of whole documents all over a corpus.
+"""The sequences to train on and those to hold out: a few stretches of whole documents, spread over
+a corpus.
 
-Constant memory and a bounded number of reads for any number of sequences: a side is a short list
-of ranges, and only the rows about a stretch's ends are looked at. A corpus is split addition by
-addition (``data/corpus/additions.py``): when it grows, what was held out stays so, and so does what
-was trained on.
+Takes constant memory and a bounded number of reads for any number of sequences: a side is a short
+list of ranges, and only rows near the ends of stretches are read. A corpus is split addition by
+addition (``data/corpus/additions.py``): when it grows, what was held out stays held out, and what
+was trained on stays so too.
 """
 
 from bisect import bisect_left
@@ -20,10 +21,11 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.seal import REPAIR
 
-Range = tuple[int, int]  # from, up to and without
+Range = tuple[int, int]  # from, up to but not including
 
 PLACES = 64  # of an addition at which a stretch may be held out
-FAR_TOO_MUCH = 0.25  # of an addition: sequences are held out instead of documents as long as that
+# of an addition: if documents would be more than this, hold out sequences instead
+FAR_TOO_MUCH = 0.25
 
 
 class Ranges:
@@ -40,7 +42,7 @@ class Ranges:
 
     @classmethod
     def of(cls, numbers: NDArray[np.int64]) -> "Ranges":
-        """The ranges of ascending, distinct sequence numbers [B]."""
+        """Return the ranges of ascending, distinct sequence numbers [B]."""
         return cls(np.stack([numbers, numbers + 1], axis=1)).joined()
 
     def __len__(self) -> int:
@@ -50,7 +52,9 @@ class Ranges:
         return f"Ranges({self.bounds.tolist()})"
 
     def select(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequence numbers [B] at ``places`` [B] (0 ≤ place < len); IndexError outside."""
+        """Return the sequence numbers [B] at ``places`` [B] (0 ≤ place < len); IndexError
+        outside.
+        """
         if not len(places):
             return np.zeros(0, np.int64)
         if places.min() < 0 or places.max() >= len(self):
@@ -61,27 +65,27 @@ class Ranges:
         return self.bounds[which, 0] + (places - self._places[which])
 
     def spread(self, count: int) -> NDArray[np.int64]:
-        """At most ``count`` of the sequence numbers, evenly over all of them, ascending."""
+        """Return at most ``count`` of the sequence numbers, evenly over all of them, ascending."""
         count = min(count, len(self))
         return self.select(np.array([i * len(self) // count for i in range(count)], np.int64))
 
     def joined(self) -> "Ranges":
-        """Return the same numbers, ranges that touch made one."""
+        """Return the same numbers, with adjacent ranges joined."""
         begins = np.append(True, self.bounds[1:, 0] != self.bounds[:-1, 1])[: len(self.bounds)]
         ends = np.append(begins[1:], True)[: len(self.bounds)]
         return Ranges(np.stack([self.bounds[begins, 0], self.bounds[ends, 1]], axis=1))
 
     def complement(self, size: int) -> "Ranges":
-        """What else there is of 0..size-1."""
+        """Return the rest of 0..size-1."""
         edges = np.concatenate([[0], self.bounds.reshape(-1), [size]])
         return Ranges(edges.reshape(-1, 2))
 
     def intersection(self, other: "Ranges") -> "Ranges":
-        """What is in both."""
+        """Return what is in both."""
         ours, theirs = self.bounds, other.bounds
         first = np.searchsorted(theirs[:, 1], ours[:, 0], side="right")
         counts = np.maximum(np.searchsorted(theirs[:, 0], ours[:, 1]) - first, 0)
-        which = np.repeat(np.arange(len(ours)), counts)  # of ours, that meets one of theirs
+        which = np.repeat(np.arange(len(ours)), counts)  # of ours that meets one of theirs
         before = np.repeat(np.cumsum(counts) - counts, counts)
         met = np.repeat(first, counts) + np.arange(len(which)) - before
         start = np.maximum(ours[which, 0], theirs[met, 0])
@@ -91,10 +95,10 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences to train on and to evaluate on.
+    """The sequences to train on and those to evaluate on.
 
-    Together they are the corpus, but for sequences that hold parts of two documents, one of either
-    side (of a ``contiguous`` packing, at the ends of a stretch): those are on neither side.
+    Together they are the corpus, except for sequences with parts of two documents, one of either
+    side (with ``contiguous`` packing, at the ends of a stretch): those are on neither side.
     """
 
     train: Ranges
@@ -102,7 +106,7 @@ class Split:
 
 
 def group_numbers(corpus: Corpus) -> NDArray[np.int64]:
-    """Return which group each sequence of a corpus of groups is of [N], numbered as they come."""
+    """Return the group [N] of each sequence of a corpus with groups, numbered as they come."""
     numbers: dict[str, int] = {}
     parts = [np.zeros(0, np.int64)]
     for shard in range(len(corpus.commits)):
@@ -116,11 +120,11 @@ def group_numbers(corpus: Corpus) -> NDArray[np.int64]:
 def split_corpus(cache: Cache, fraction: float) -> Split:
     """Hold out about ``fraction`` of the sequences, as whole documents, evenly over the corpus.
 
-    The same ones for every run on a corpus, also after it has grown; at least one document where
-    there are several. Where whole documents would be far too much (a corpus of one document),
-    sequences are held out, whatever document they belong to. A corpus that is still being made is
-    split anew with every shard. Of a corpus with groups (``corpus.group_field``) a group is what
-    elsewhere a document is; all its groups are looked at.
+    Every run on a corpus holds out the same ones, also after it has grown; at least one document if
+    there are several. If whole documents would be far too much (a corpus of one document),
+    sequences are held out, whatever document they belong to. An unfinished corpus is split anew
+    with every shard. In a corpus with groups (``corpus.group_field``) groups take the place of
+    documents; all of them are read.
     """
     rows, held_out, not_trained = _Rows(cache.corpus), list[Range](), list[Range]()
     for span in _spans(cache.corpus) if fraction else ():
@@ -136,8 +140,8 @@ def split_corpus(cache: Cache, fraction: float) -> Split:
 
 
 def _groups_whole(corpus: Corpus, split: Split) -> Split:
-    """Return the split without those sequences whose group began on the other side: of a corpus in
-    which other groups' sequences stand between those of one, or that has grown.
+    """Return the split without the sequences of groups that began on the other side: in a corpus
+    where sequences of one group are not adjacent, or that has grown.
     """
     groups = group_numbers(corpus)
     firsts = np.unique(groups, return_index=True)[1]
@@ -151,7 +155,9 @@ def _groups_whole(corpus: Corpus, split: Split) -> Split:
 
 @dataclass(frozen=True)
 class _Span:
-    """The sequences of one addition to a corpus. Cut: its last document may go on in the next."""
+    """The sequences of one addition to a corpus. ``cut``: its last document may continue in the
+    next.
+    """
 
     start: int
     stop: int
@@ -176,12 +182,12 @@ def _spans(corpus: Corpus) -> Iterator[_Span]:
 
 
 class _Rows:
-    """To which documents the sequences of a corpus belong, as far as that is asked."""
+    """Finds the documents of a corpus's sequences, reading only the rows asked for."""
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
         self.unit = GROUP if corpus.has_groups else "document"
-        # Only then can a sequence hold more than the document that its first token belongs to.
+        # Only with this packing can a sequence hold more than the document of its first token.
         self.shared = corpus.info["config"].get("packing") == "contiguous"
 
     def _value(self, number: int, column: str) -> str | int:
@@ -190,7 +196,7 @@ class _Rows:
         return value
 
     def end_of(self, number: int, limit: int) -> int:
-        """The next sequence after ``number`` whose first token is of another document, or
+        """Return the first sequence after ``number`` whose first token is of another document, or
         ``limit``; reads logarithmically few rows of a long document.
         """
         document = self._value(number, self.unit)
@@ -204,11 +210,13 @@ class _Rows:
         )
 
     def _resumes(self, number: int) -> bool:
-        """Whether the sequence before holds the beginning of this one's first document."""
+        """Return whether the sequence before holds the beginning of this one's first document."""
         return self.shared and int(self._value(number, "span_start")) > 0
 
     def first_document(self, span: _Span) -> int:
-        """Where a span's first own document begins: one that is resumed was trained on before."""
+        """Return where a span's first own document begins: a continued one was trained on
+        before.
+        """
         number = span.start
         if number == 0:
             return number
@@ -217,22 +225,22 @@ class _Rows:
         return self.end_of(number, span.stop) if resumed else number
 
     def shared_start(self, start: int, span: _Span) -> int:
-        """The first sequence with a part of the documents that begin a stretch."""
+        """Return the first sequence with a part of the documents that begin a stretch."""
         return start - (start > span.start and self._resumes(start))
 
     def unshared_end(self, stop: int, span: _Span) -> int:
-        """The end of those sequences of a stretch that hold nothing of the document after it."""
+        """Return the end of the stretch's sequences that hold nothing of the document after it."""
         return stop - (stop < span.stop and self._resumes(stop))
 
 
 def _whole_documents(rows: _Rows, span: _Span, fraction: float) -> list[Range]:
-    """Stretches of documents at places evenly over ``span``; empty if all are far too long.
+    """Return stretches of documents at places evenly over ``span``; empty if all are far too long.
 
-    What one of them is too short or too long the next ones make up for. Of documents longer than
-    what is due at one place, every so many places hold one out.
+    If one is too short or too long, the next ones make up for it. If documents are longer than the
+    amount due at one place, only some places hold one out.
     """
     first = rows.first_document(span)
-    edge = int(rows.shared)  # a sequence at each end of a stretch may be on neither side
+    edge = int(rows.shared)  # the sequence at each end of a stretch may be on neither side
     found: list[Range] = []
     shortest: Range | None = None
     held = taken = 0
@@ -250,7 +258,7 @@ def _whole_documents(rows: _Rows, span: _Span, fraction: float) -> list[Range]:
             continue
         if shortest is None or stop - start < shortest[1] - shortest[0]:
             shortest = (start, stop)
-        if length <= 2 * due:  # nearer to what is due than nothing
+        if length <= 2 * due:  # nearer to the amount due than nothing
             found.append((start, stop))
             held, taken, after = held + length, taken + stop - start + edge, stop
     if not found and shortest is not None:
@@ -260,7 +268,7 @@ def _whole_documents(rows: _Rows, span: _Span, fraction: float) -> list[Range]:
 
 
 def _single_sequences(span: _Span, fraction: float) -> list[Range]:
-    """Stretches of sequences evenly over ``span``, in the midst of equal parts of it."""
+    """Return stretches of sequences evenly over ``span``, each in the middle of an equal part."""
     if len(span) < 2:
         return []
     wanted = max(1, int(fraction * len(span)))

@@ -1,7 +1,7 @@
-"""Which sequences a student is trained on, step by step, and which it is evaluated on.
+"""The sequences that a student is trained on, step by step, and those that it is evaluated on.
 
-A step's batch is a pure function of (configuration, seed, step) and, where replay follows the loss,
-of past evaluations. It is that of a single process: the ranks share it out (``stream.py``).
+A step's batch is a pure function of (configuration, seed, step) and, if replay follows the loss, of
+past evaluations. It is the batch of a single process: the ranks divide it (``stream.py``).
 """
 
 import logging
@@ -29,15 +29,15 @@ log = logging.getLogger("rekindle")
 
 
 class Order:
-    """What every step reads: ``sequences``, each once per epoch, in an order of each epoch's own.
+    """The sequences of every step: ``sequences``, each once per epoch, shuffled anew in each epoch.
 
     In the first ``first_steps`` steps ``first`` takes their place, in epochs of its own; the epochs
-    of ``sequences`` begin after it, with a new one: masks and order go on changing. With ``replay``
-    a part of every batch, at its end, is replayed instead; what a step of it replays may follow
-    evaluations: ``replay`` is told of them, and a checkpoint holds its state besides the step.
-    ``lengths`` of sequences: batches are of similar lengths (``similar_lengths.py``). ``groups``:
-    they are of whole groups (``groups.py``), and about as large as ``batch_sequences`` says; there
-    is no other first part then, and no replay. None of both: the order stays shuffled.
+    of ``sequences`` begin after it with a new number: masks and order go on changing. With
+    ``replay`` a part at the end of every batch is replayed instead; what it replays may depend on
+    evaluations: ``replay`` gets them, and a checkpoint holds its state besides the step.
+    ``lengths`` of sequences: batches have similar lengths (``similar_lengths.py``). ``groups``:
+    batches consist of whole groups (``groups.py``) and have about ``batch_sequences``; then there
+    is no ``first`` and no replay. Without either the order stays shuffled.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Order:
         self._phases.append((begin, sequences, epoch))  # from which place on, in which epoch
 
     def __len__(self) -> int:
-        """Sequences of an epoch."""
+        """Return the number of sequences in an epoch."""
         return len(self.sequences)
 
     def at(self, step: int) -> Ints:
-        """The sequence numbers [batch_sequences] of ``step``; reads nothing but lengths. Where it
-        reads whole groups they are a few less or more.
+        """Return the sequence numbers [batch_sequences] of ``step``; reads only lengths. With whole
+        groups they may be a few less or more.
         """
         if self.groups is not None:
             return self.groups.read(self._place(step), self._place(step + 1))
@@ -75,8 +75,8 @@ class Order:
         return np.concatenate([self._own(step, step + 1), self.replay.at(step)])
 
     def micro_batches(self, step: int, size: int, processes: int) -> int:
-        """How many micro-batches of at most ``size`` sequences a process makes of its share of
-        ``step``: as many as each other one, though whole groups cannot be shared out evenly.
+        """Return how many micro-batches of at most ``size`` sequences each process makes of its
+        share of ``step``: the same number in all, though whole groups cannot be divided evenly.
         """
         if self.groups is None:
             return -(-(self.batch_sequences // processes) // size)
@@ -84,15 +84,17 @@ class Order:
         return min(-(-count // (processes * size)), count // processes)
 
     def _own(self, step: int, stop: int) -> Ints:
-        """What the steps of one phase read that is not replayed, in its shuffled order."""
+        """Return the sequences that steps of one phase read and do not replay, in
+        shuffled order.
+        """
         start, sequences, epoch = self._phase(step)
         end, size = start + self._place(stop) - self._place(step), len(sequences)
         places = stream_part(start, end, size, seed=self._seed, first_epoch=epoch)
         return sequences.select(places)
 
     def _dealt(self, window: range) -> list[Ints]:
-        """What each step of a window reads, where batches are of similar lengths: its own part and
-        the replayed one, each dealt out by length.
+        """Return the sequences of each step of a window if batches have similar lengths: its own
+        part and the replayed one, each dealt out by length.
         """
         assert self._lengths is not None
         order = turns(window, self._seed)
@@ -106,8 +108,8 @@ class Order:
         return [np.concatenate(both) for both in zip(*parts, strict=True)]
 
     def _window(self, step: int) -> range:
-        """The window of ``step``: its steps are of one phase, begin in one epoch, and what they
-        replay is decided at once.
+        """Return the window of ``step``: its steps are in one phase, begin in one epoch, and what
+        they replay is decided at once.
         """
         here = self._stretch(step)
         stop = step + 1
@@ -118,21 +120,21 @@ class Order:
         return window_of(step, first, last)
 
     def _stretch(self, step: int) -> tuple[int, int, int]:
-        """What the steps of a window have in common; it ascends."""
+        """Return what the steps of a window have in common; it ascends."""
         start = self._phase(step)[0]
         return self._place(step) - start, self.epoch(step), self.replay.interval(step)
 
     def epoch(self, step: int) -> int:
-        """The epoch in which ``step`` begins: whose masks it sees, replayed sequences too."""
+        """Return the epoch in which ``step`` begins; its masks apply to replayed sequences too."""
         start, sequences, epoch = self._phase(step)
         return epoch + start // len(sequences)
 
     def _place(self, step: int) -> int:
-        """How many sequences that are not replayed are read before ``step``."""
+        """Return how many sequences are read, not counting replayed ones, before ``step``."""
         return step * self.batch_sequences - self.replay.slots_before(step)
 
     def _phase(self, step: int) -> tuple[int, Ranges, int]:
-        """Where ``step`` begins in the stream of its phase, and of what and when that is."""
+        """Return where ``step`` begins in its phase, and the phase's sequences and first epoch."""
         place = self._place(step)
         found = next(phase for phase in reversed(self._phases) if phase[0] <= place)
         return place - found[0], *found[1:]
@@ -140,19 +142,19 @@ class Order:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a run trains on and what it is evaluated on."""
+    """The sequences that a run trains on and those it is evaluated on."""
 
     order: Order
     held_out: Ints
-    domains: dict[str, Ints]  # held out of each domain that is evaluated by itself
+    domains: dict[str, Ints]  # held out from each domain that is evaluated separately
 
 
 def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
-    """The sequences that ``config`` asks for.
+    """Return the sequences that ``config`` asks for.
 
-    What is held out is the same for every run on a corpus: a run on one domain trains on what is
-    not held out of it. Raises InputError for domains that the corpus has not, or has nothing of to
-    train on or to evaluate where that is needed, and for a curriculum that cannot be had.
+    Every run on a corpus has the same held-out ones: a run on one domain trains on the rest of it.
+    Raises InputError for domains that the corpus lacks, or that lack sequences to train on or to
+    evaluate on if those are needed, and for an impossible curriculum.
     """
     split, own, where = split_of(cache, config)
     train, held_out = own.train, own.held_out
@@ -176,8 +178,8 @@ def choose_sequences(cache: Cache, config: TrainConfig) -> Chosen:
 
 
 def split_of(cache: Cache, config: TrainConfig) -> tuple[Split, Split, dict[str, Ranges]]:
-    """The whole corpus as it is split, what of it is of the run's own domains, and where the
-    domains are that it names. Raises InputError for some that the corpus has not.
+    """Return the split of the whole corpus, its part in the run's own domains, and the ranges of
+    the domains named. Raises InputError for domains that the corpus lacks.
     """
     split = split_corpus(cache, config.held_out)
     own = config.domains
@@ -195,7 +197,7 @@ def split_of(cache: Cache, config: TrainConfig) -> tuple[Split, Split, dict[str,
 
 
 def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
-    """The domains whose held-out loss is reported by itself."""
+    """Return the domains whose held-out loss is reported separately."""
     if config.evaluate_domains:
         if not cache.corpus.domains:
             raise InputError(
@@ -209,7 +211,9 @@ def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
 
 
 def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
-    """Refuse one that keeps less than a batch: the same few sequences would fill all of them."""
+    """Refuse a curriculum that keeps less than a batch: the same few sequences would fill all
+    batches.
+    """
     assert config.curriculum is not None
     replayed = 0.0 if config.replay is None else config.replay.fraction
     needed = math.ceil(config.batch_sequences * (1 - replayed) - 1e-9)
@@ -223,7 +227,7 @@ def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
 
 
 def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> None:
-    """Say what follows silently from the sizes of a run and of its corpus."""
+    """Log the consequences of the sizes of a run and of its corpus."""
     log.info(
         "corpus: %s, of which %s trained on and %s held out for evaluation",
         *(counted(sequences, "sequence"), f"{train:,} are", f"{held_out:,}"),
@@ -245,7 +249,7 @@ def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> Non
         log.warning("%s", line)
     if config.batching == "similar_lengths" and train < 2 * WINDOWS * config.batch_sequences:
         log.info(
-            "train.batching: similar_lengths has no effect on fewer than %d batches an epoch: "
+            "train.batching: similar_lengths has no effect with fewer than %d batches an epoch: "
             "%s are trained on, %d a step",
             *(2 * WINDOWS, counted(train, "sequence"), config.batch_sequences),
         )
@@ -259,22 +263,23 @@ def _tell(config: TrainConfig, sequences: int, train: int, held_out: int) -> Non
     if follows and config.steps <= 3 * config.evaluate_every:
         log.info(
             "train.replay.choose: loss_change acts from step %d on (three times evaluate_every), "
-            "and the run has %d: all domains are replayed alike",
+            "and the run has %d: all domains are replayed equally",
             3 * config.evaluate_every,
             config.steps,
         )
 
 
 def told_of_few(config: TrainConfig, sequences: int, train: int | None = None) -> list[str]:
-    """Say, in a line, what happens where fewer of the ``sequences`` are trained on than a batch
-    has. ``train``: how many those are, where it is known; else by ``held_out``.
+    """Return a line on what happens if fewer of the ``sequences`` are trained on than a batch has.
+    ``train``: how many those are, if known; otherwise estimated from ``held_out``.
     """
     if train is None:
         train = sequences - int(sequences * config.held_out)
     if not 0 < train < config.batch_sequences:
         return []
     return [
-        f"train.batch_sequences is {config.batch_sequences}, and only {counted(train, 'sequence')} "
+        f"train.batch_sequences is {config.batch_sequences}, but only "
+        f"{counted(train, 'sequence')} "
         f"of {sequences:,} {'is' if train == 1 else 'are'} trained on: every batch repeats some. "
         "Use a smaller train.batch_sequences, or more text"
     ]
@@ -286,8 +291,8 @@ def _check_apart(config: TrainConfig) -> None:
     shared = [name for name in config.replay.domains if name in (config.domains or (name,))]
     if shared:
         raise InputError(
-            f"train.replay.domains names {shared[0]!r}, which is trained on anyway: replay is of "
-            "earlier domains. Give train.domains, without those that are replayed"
+            f"train.replay.domains names {shared[0]!r}, which is trained on anyway: replay is for "
+            "earlier domains. Set train.domains, without those that are replayed"
         )
 
 
@@ -311,7 +316,7 @@ def _replay(config: TrainConfig, split: Split, where: Mapping[str, Ranges]) -> R
 def _held_out_of(
     cache: Cache, config: TrainConfig, split: Split, where: Mapping[str, Ranges]
 ) -> dict[str, Ints]:
-    """The held-out sequences of each domain: ``evaluate_sequences`` shared out among them."""
+    """Return the held-out sequences of each domain: ``evaluate_sequences`` divided among them."""
     found = {name: split.held_out.intersection(ranges) for name, ranges in where.items()}
     none = [name for name, ranges in found.items() if not len(ranges)]
     needed = set(config.replay.domains) if config.replay and config.replay.follows_loss else set()
@@ -331,28 +336,27 @@ def _held_out_of(
 
 
 def _union(parts: list[Ranges]) -> Ranges:
-    """Disjoint ranges together."""
+    """Return disjoint ranges together."""
     bounds = np.concatenate([part.bounds for part in parts])
     return Ranges(bounds[np.argsort(bounds[:, 0])])
 
 
 def first_steps(config: CurriculumConfig, steps: int) -> int:
-    """The number of steps of a curriculum: those at which a ``step`` schedule over the same
+    """Return the number of steps of a curriculum: those at which a ``step`` schedule over the same
     fraction of ``steps`` has its first value.
     """
     return math.floor(config.until * steps * (1 - 1e-9)) + 1
 
 
 def best_scored(cache: Cache, config: CurriculumConfig, sequences: Ranges) -> Ranges:
-    """The share ``keep`` of ``sequences`` with the best scores, ties in corpus order.
+    """Return the share ``keep`` of ``sequences`` with the best scores, ties in corpus order.
 
     SALT ("small-LM guided training", 2024) scores a sequence by the median loss of a small LM over
-    the tokens that are among its ten best guesses, and begins with the highest: hard, yet
-    predictable.
+    the tokens among its ten best guesses, and begins with the highest: hard, yet predictable.
 
-    Sequences without a score (no token among the teacher's best guesses, or not of its domains) are
-    never among them. Raises InputError for a teacher that is not complete, CacheMismatchError for
-    one whose scalars are not all there.
+    Sequences without a score (no token among the teacher's best guesses, or outside its domains)
+    are never included. Raises InputError for an incomplete teacher, CacheMismatchError for one that
+    lacks scalars.
     """
     teacher = cache.teacher(config.teacher)
     if teacher.coverage < 1:

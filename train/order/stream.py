@@ -1,5 +1,5 @@
-"""What each training step reads, in the background: a pure function of (seed, step), whatever ran
-before, and on however many processes and threads. Which sequences that are, ``sequences.py`` says.
+"""The batches of training steps, read in the background: a pure function of (seed, step), whatever
+ran before, on any number of processes and threads. ``sequences.py`` chooses the sequences.
 """
 
 import threading
@@ -17,24 +17,24 @@ from rekindle.data.errors import InputError
 from rekindle.train.order.groups import check_processes
 from rekindle.train.order.sequences import Order
 
-AHEAD = 2  # batches per thread: one is read while one waits
-PATIENCE = 1.0  # seconds that the end of a run waits for threads that read
+AHEAD = 2  # batches per thread: one is read while another waits
+PATIENCE = 1.0  # seconds that the end of a run waits for reading threads
 
-_Asked = tuple[int, Future[Any]]  # a step to read, and where its batch is put
+_Asked = tuple[int, Future[Any]]  # a step to read, and where to put its batch
 
 
 @dataclass
 class TrainingStream:
     """Batches of training steps, prefetched by ``threads`` threads.
 
-    The ``batch_sequences`` of the order are read per step by all ranks together; this one reads
-    every ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` says whose
-    targets are read: those whose weight is 0 are not touched. ``longest_first``: the share is in
-    order of length, so that micro-batches cut out of it are hardly padded, and one that does not
-    fit into memory shows at once. ``ready(step, batch)``: what the loop is given, made by the
-    thread that has read the batch.
+    All ranks together read the ``batch_sequences`` of the order per step; this one reads every
+    ``world_size``-th of them from the ``rank``-th on. ``teachers_at(step)`` returns the teachers
+    whose targets are read: those with weight 0 are not touched. ``longest_first`` sorts the share
+    by length, so that micro-batches have little padding, and one that does not fit into memory
+    shows at once. ``ready(step, batch)`` makes what the loop gets, in the thread that has read the
+    batch.
 
-    Raises InputError when there is nothing to train on, and when the world does not divide the
+    Raises InputError if there is nothing to train on, and if the world size does not divide the
     batch.
     """
 
@@ -48,7 +48,7 @@ class TrainingStream:
     threads: int = 1
     longest_first: bool = False
     ready: Callable[[int, Batch], Any] = field(default=lambda step, batch: batch)
-    waited: float = field(default=0.0, init=False)  # seconds the loop has waited for data
+    waited: float = field(default=0.0, init=False)  # seconds that the loop has waited for data
 
     def __post_init__(self) -> None:
         if not len(self.order):
@@ -59,7 +59,8 @@ class TrainingStream:
         batch = self.order.batch_sequences
         if batch % self.world_size:
             raise InputError(
-                f"train.batch_sequences {batch} cannot be shared by {self.world_size} processes: "
+                f"train.batch_sequences {batch} cannot be divided among {self.world_size} "
+                "processes: "
                 "it is the batch of all of them together, and each must get the same number. Use a "
                 f"multiple of {self.world_size}, or a number of processes that divides {batch}"
             )
@@ -69,7 +70,7 @@ class TrainingStream:
     def batch(self, step: int) -> Batch:
         """Read this rank's share of ``step``.
 
-        A step that reaches past an epoch's end reads on in the next, in the masks of the epoch it
+        A step that goes beyond an epoch's end reads on in the next, with the masks of the epoch it
         began in: one step, one replica, on every rank.
         """
         numbers = self.order.at(step)[self.rank :: self.world_size]
@@ -83,11 +84,11 @@ class TrainingStream:
         )
 
     def steps(self, start: int, stop: int) -> Generator[tuple[int, Any], None, None]:
-        """Yield (step, what is ready of its batch) from ``start`` to ``stop``, in that order.
+        """Yield (step, what ``ready`` made of its batch) from ``start`` to ``stop``, in that order.
 
-        Reads no further ahead than AHEAD batches per thread, nor than ``order`` knows: an order
-        that follows evaluations is told of each before the next batch is taken. An error in reading
-        comes after the batches before it. Closing it ends all threads.
+        Reads ahead at most AHEAD batches per thread, and only as far as ``order`` knows: an order
+        that follows evaluations gets each before the next batch is taken. A reading error comes
+        after the batches before it. Closing the generator ends all threads.
         """
         asked: SimpleQueue[_Asked | None] = SimpleQueue()
         ahead: deque[Future[Any]] = deque()  # of the next step, and of those after it
@@ -99,7 +100,7 @@ class TrainingStream:
             thread.start()
         try:
             for step in range(start, stop):
-                self._ask(step, stop, ahead, asked)  # evaluations may have told more of the order
+                self._ask(step, stop, ahead, asked)  # evaluations may have extended the order
                 began = time.perf_counter()
                 batch = ahead.popleft().result()
                 self.waited += time.perf_counter() - began
@@ -117,7 +118,7 @@ class TrainingStream:
     def _ask(
         self, step: int, stop: int, ahead: deque[Future[Any]], asked: SimpleQueue[_Asked | None]
     ) -> None:
-        """Have as many batches from ``step`` on read as may be read."""
+        """Have batches from ``step`` on read, as many as allowed."""
         last = min(stop, step + AHEAD * self.threads)
         while (number := step + len(ahead)) < last and self.order.replay.knows(number):
             ahead.append(Future())

@@ -1,1 +1,1 @@
-"""Documents in groups, as a query has them: what trains their order, and what measures it."""
+"""Documents in groups, such as those of a query: losses and measures of their order."""

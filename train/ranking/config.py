@@ -1,4 +1,4 @@
-"""How the scores of a ranking expert teach a student. Torch is not imported here."""
+"""How the scores of a ranking expert teach a student. Does not import torch."""
 
 from typing import Literal
 
@@ -10,21 +10,21 @@ from rekindle.train.schedules import Amount
 
 class RankingConfig(Settings):
     """How the scores of a regression expert teach an order: squared errors of scores and of their
-    differences, and the divergence of the distributions that they are over a group. What lies in
-    several micro-batches or processes changes nothing but rounding (and dropout), at the price of
-    one more forward pass.
+    differences, and the divergence of their distributions over a group. Splitting a group among
+    micro-batches or processes changes only rounding (and dropout), at the price of one more forward
+    pass.
     """
 
     pointwise: Amount = Field(1.0, description="weight of the squared error of a score")
     pairwise: Amount = Field(
         1.0,
-        description="weight of the squared error of the difference of two scores (MarginMSE), mean "
-        "over the pairs of a group in a step; 0: none",
+        description="weight of the squared error of the difference of two scores (MarginMSE), "
+        "mean over the pairs of a group in a step; 0: none",
     )
     pairs: Literal["all", "best"] = Field(
         "all",
-        description="of pairwise. all: every two sequences of a group; best: the one that the "
-        "expert scores highest with each other one (of equal ones the first of the corpus)",
+        description="for pairwise. all: every two sequences of a group; best: the one that the "
+        "expert scores highest with each other one (among equal ones the first in the corpus)",
     )
     listwise: Amount = Field(
         0.0,
@@ -41,13 +41,13 @@ class RankingConfig(Settings):
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """Those of scores, of differences and of groups."""
+        """Return the weights of scores, of differences and of groups."""
         return self.pointwise, self.pairwise, self.listwise
 
 
 def without_groups(key: str, where: str) -> str:
-    """Say that a run is of groups, and that its corpus has none."""
+    """Return the message for a run that needs groups on a corpus without them."""
     return (
-        f"{key} is of groups, and the sequences of {where} have none: set corpus.group_field to "
-        "the field that all documents of a query have in common, and cache the corpus so"
+        f"{key} needs groups, but the sequences of {where} have none: set corpus.group_field to "
+        "the field that all documents of a query have in common, and cache the corpus with it"
     )

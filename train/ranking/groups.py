@@ -1,4 +1,4 @@
-"""Groups of documents: their names in files, what is wrong with them, and batches of whole ones."""
+"""Groups of documents: their names in files, checks of them, and batches of whole ones."""
 
 import logging
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ class Graded(Protocol):
 
     @property
     def raw(self) -> object:
-        """As it is written."""
+        """The label as it is written."""
 
     @property
     def value(self) -> object:
-        """What it means."""
+        """The label's meaning."""
 
     @property
     def kind(self) -> str:
-        """What it is, in a message's words."""
+        """The label's type in the words of a message."""
 
 
 class Grouped(NamedTuple):
-    """What is known of the documents of one file: ``groups`` and ``queries`` are texts, ``numbers``
-    their rows in the file. ``named``: whether the file names the groups; else they are the queries.
+    """The documents of one file: ``groups`` and ``queries`` are texts, ``numbers`` their rows in
+    the file. ``named``: whether the file names the groups; otherwise the queries are the groups.
     """
 
     path: str
@@ -43,7 +43,9 @@ class Grouped(NamedTuple):
 
 
 def group_names(path: str, field: str, column: Sequence[object]) -> list[str]:
-    """The groups of a file's rows, as text; InputError, naming the row, for what names none."""
+    """Return the groups of a file's rows, as text; raise InputError, naming the row, for a value
+    that is not a group's id.
+    """
     names = []
     for row, value in enumerate(column, start=1):
         missing = value is None or (isinstance(value, float) and np.isnan(value))
@@ -59,18 +61,19 @@ def group_names(path: str, field: str, column: Sequence[object]) -> list[str]:
 
 
 def numbered(names: Sequence[str]) -> Ints:
-    """A number for each name, by first appearance: int64 [N]."""
+    """Return a number for each name, by first appearance: int64 [N]."""
     known: dict[str, int] = {}
     return np.array([known.setdefault(name, len(known)) for name in names], np.int64)
 
 
 def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> NDArray[np.float32]:
-    """The grades [N] of some labels, whose rows are ``numbers``: numbers as they are, clicks as 0
-    and 1. InputError, naming the row, for what is neither, for both, and for a negative one.
+    """Return the grades [N] of labels in the rows ``numbers``: numbers as they are, clicks as 0 and
+    1. Raises InputError, naming the row, for other labels, for a mixture of both, and for a
+    negative one.
     """
     for label, row in zip(labels, numbers, strict=True):
         if label.kind not in ("a boolean", "a number") or label.kind != labels[0].kind:
-            beside = f", and row {numbers[0]} has {labels[0].raw!r}" if row != numbers[0] else ""
+            beside = f", but row {numbers[0]} has {labels[0].raw!r}" if row != numbers[0] else ""
             raise InputError(
                 f"{path}, row {row}: label {label.raw!r} is {label.kind}{beside}; a ranking has "
                 "grades (numbers from 0 on) or clicks (true, false), one kind throughout"
@@ -78,14 +81,14 @@ def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> ND
     grades = np.array([label.value for label in labels], np.float32)
     for place in np.flatnonzero(grades < 0)[:1].tolist():
         raise InputError(
-            f"{path}, row {numbers[place]}: label {labels[place].raw!r} is negative; a grade says "
-            "how relevant the document is, from 0 on: add what makes the least of them 0"
+            f"{path}, row {numbers[place]}: label {labels[place].raw!r} is negative; a grade "
+            "tells how relevant the document is, from 0 on: add a number that makes the least 0"
         )
     return grades
 
 
 def check_order(found: Grouped, grades: NDArray[np.float32]) -> None:
-    """Raise InputError where no group has documents of different grades; say how many have not, and
+    """Raise InputError if no group has documents of different grades; log how many lack them, and
     what is odd about the others.
     """
     parts = parts_of(numbered(found.groups))
@@ -121,7 +124,7 @@ def check_order(found: Grouped, grades: NDArray[np.float32]) -> None:
 
 
 def told_groups(groups: Ints, grades: NDArray[np.floating]) -> str:
-    """How many groups there are, how large, and how many of them tell nothing of an order."""
+    """Return how many groups there are, how large, and how many of them have no order."""
     parts = parts_of(groups)
     sizes = [len(rows) for rows in parts]
     silent = len(parts) - len(ordered(grades, parts))
@@ -137,8 +140,8 @@ def told_groups(groups: Ints, grades: NDArray[np.floating]) -> str:
 
 
 def refuse_split(files: Sequence[Grouped]) -> None:
-    """Raise InputError for a group that stands in two files: what trains it would be scored. Ids
-    that are used again in another file, for another query, are no such thing.
+    """Raise InputError for a group that is in two files: scores would be on training data. Ids that
+    another file uses again for another query are no problem.
     """
     for number, one in enumerate(files):
         known = dict(zip(zip(one.groups, one.queries, strict=True), one.numbers, strict=True))
@@ -150,21 +153,21 @@ def refuse_split(files: Sequence[Grouped]) -> None:
             ):
                 if key in known:
                     raise InputError(
-                        f"{other.path}, row {row}: the group {key[0]!r} with its query stands in "
-                        f"{one.path}, too (row {known[key]}); all documents of a query belong into "
+                        f"{other.path}, row {row}: the group {key[0]!r} with its query is also in "
+                        f"{one.path} (row {known[key]}); all documents of a query belong into "
                         "one split, or what was trained on is scored. Put them into one file"
                     )
 
 
 def groups_in_order(groups: Ints, random: np.random.Generator) -> Ints:
-    """The rows [N], one group after another, these in a random order."""
+    """Return the rows [N], one group after another, with the groups in random order."""
     places = random.permutation(int(groups.max()) + 1)
     return np.argsort(places[groups], kind="stable")
 
 
 def whole_until(groups: Ints, count: int) -> int:
-    """How many of rows that stand group after group are of whole groups, ``count`` at most, but
-    for a first group that is larger.
+    """Return how many rows, sorted by group, whole groups take: at most ``count``, unless the first
+    group is larger.
     """
     ends = np.append(np.flatnonzero(np.diff(groups)) + 1, len(groups))
     return int(ends[max(0, int(np.searchsorted(ends, count, side="right")) - 1)])
@@ -173,10 +176,11 @@ def whole_until(groups: Ints, count: int) -> int:
 def batches_of_groups(
     groups: Ints, lengths: Ints, batch_size: int, *, seed: int, epoch: int, taught: Ints
 ) -> list[Ints]:
-    """The rows of each batch of an epoch: every group of the ``taught`` rows whole, in one batch.
+    """Return the rows of each batch of an epoch: every group of the ``taught`` rows whole, in one
+    batch.
 
-    Groups are shuffled and put together while they fit into ``batch_size``; a larger one is a
-    batch of its own. Within a batch rows stand by falling length. A pure function of its arguments.
+    Groups are shuffled and combined while they fit into ``batch_size``; a larger one is a batch of
+    its own. In a batch rows are sorted by descending length. A pure function of its arguments.
     """
     parts = [taught[rows] for rows in parts_of(groups[taught])]
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
@@ -194,7 +198,7 @@ def batches_of_groups(
 
 
 def tell_large(groups: Ints, batch_size: int) -> None:
-    """Say that a group is larger than a batch."""
+    """Log that a group is larger than a batch."""
     largest = int(np.unique(groups, return_counts=True)[1].max())
     if largest > batch_size:
         log.warning(
@@ -205,7 +209,9 @@ def tell_large(groups: Ints, batch_size: int) -> None:
 
 
 def taught_rows(groups: Ints, grades: NDArray[np.floating], pointwise: bool) -> Ints:
-    """The rows that a loss is over: ``pointwise`` all, else those of groups with an order."""
+    """Return the rows that a loss is over: all if ``pointwise``, else those of groups with an
+    order.
+    """
     if pointwise:
         return np.arange(len(groups))
     return np.sort(np.concatenate(ordered(grades, parts_of(groups))))

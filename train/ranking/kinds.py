@@ -1,4 +1,4 @@
-"""The names of what a ranker is fine-tuned on. Torch is not imported here."""
+"""The names of ranking losses in fine-tuning. Does not import torch."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
-"""What a ranker is fine-tuned on, over the whole groups of a batch. R rows, G groups.
+"""The losses for fine-tuning a ranker, over the whole groups of a batch. R rows, G groups.
 
-pointwise: each document by itself, mean over the rows. Where every grade of the train split is 0 or
-1, or true and false (clicks), binary cross-entropy of σ(score) against it; else the squared error
+pointwise: each document by itself, mean over the rows. If every grade of the train split is 0 or 1,
+or true and false (clicks), binary cross-entropy of σ(score) against it; otherwise the squared error
 of the score against the grade.
 
 pairwise: RankNet (Burges et al., ICML 2005). log(1 + exp(−(sᵢ − sⱼ))) for every two documents of a
@@ -27,8 +27,8 @@ def ranking_loss(
     temperature: float = 1.0,
     clicks: bool = False,
 ) -> Tensor:
-    """The mean loss of a batch from ``scores``, ``grades`` and ``groups`` [R] (any numbers, equal
-    for rows of one group); ``clicks``: whether the train split's grades are all 0 or 1.
+    """Return the mean loss of a batch from ``scores``, ``grades`` and ``groups`` [R] (any numbers,
+    equal for rows of one group); ``clicks``: whether the train split's grades are all 0 or 1.
     """
     if loss == "pointwise":
         return pointwise(scores, grades, clicks)
@@ -39,24 +39,24 @@ def ranking_loss(
 
 
 def pointwise(scores: Tensor, grades: Tensor, clicks: bool) -> Tensor:
-    """Binary cross-entropy of clicks, squared error of grades."""
+    """Return the binary cross-entropy of clicks, or the squared error of grades."""
     if clicks:
         return functional.binary_cross_entropy_with_logits(scores, grades)
     return functional.mse_loss(scores, grades)
 
 
 def pairwise(scores: Tensor, grades: Tensor, same: Tensor) -> Tensor:
-    """RankNet's logistic loss over the pairs of different grade; 0 where there is none."""
+    """Return RankNet's logistic loss over the pairs of different grade; 0 if there is none."""
     better = same & (grades[:, None] > grades[None, :])
     apart = functional.softplus(scores[None, :] - scores[:, None])
     return apart.masked_fill(~better, 0).sum() / better.sum().clamp(min=1)
 
 
 def listwise(scores: Tensor, grades: Tensor, same: Tensor, temperature: float) -> Tensor:
-    """ListNet's cross-entropy, mean over the groups."""
+    """Return ListNet's cross-entropy, mean over the groups."""
     sizes = same.to(scores.dtype).sum(dim=1)
     own = (grades / temperature)[None, :].expand_as(same).masked_fill(~same, -torch.inf)
-    wanted = torch.exp(grades / temperature - own.logsumexp(dim=1))  # [R] of each document
+    wanted = torch.exp(grades / temperature - own.logsumexp(dim=1))  # [R] for each document
     theirs = scores[None, :].expand_as(same).masked_fill(~same, -torch.inf)
     log_probs = scores - theirs.logsumexp(dim=1)
     return -(wanted * log_probs).sum() / (1 / sizes).sum()  # the sum is the number of groups

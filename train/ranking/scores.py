@@ -1,11 +1,11 @@
 """NDCG@10, MRR and MAP of scores within groups. Knows no model and no file.
 
-The gain of a document is its grade, as scikit-learn and trec_eval have it (not 2^grade − 1). For
-MRR and MAP a document is relevant where its grade is above 0. All documents of a group are ranked,
-and MRR and MAP look at all of them. Equal scores have no order: the value is the mean over all
-orders of what is tied, in closed form (McSherry and Najork, ECIR 2008), so that equal scores
-throughout get what a random order gets on average. A group whose grades are all equal is no better
-in one order than in another: it has no score, and the means are over the others.
+The gain of a document is its grade, as in scikit-learn and trec_eval (not 2^grade − 1). For MRR and
+MAP a document is relevant if its grade is above 0. All documents of a group are ranked, and MRR and
+MAP look at all of them. Equal scores have no order: the value is the mean over all orders of tied
+documents, in closed form (McSherry and Najork, ECIR 2008), so that equal scores throughout get what
+a random order gets on average. A group with equal grades throughout is no better in one order than
+in another: it has no score, and the means are over the others.
 """
 
 import math
@@ -16,28 +16,29 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-CUT = 10  # the rank after which NDCG looks no further
-NAMES = ("ndcg@10", "mrr", "map")  # the first is the usual one
+CUT = 10  # the last rank that NDCG looks at
+NAMES = ("ndcg@10", "mrr", "map")  # the first is the default
 
 
 def parts_of(groups: Ints) -> list[Ints]:
-    """The rows of each group, by rising number: G arrays of rows of ``groups`` [N]."""
+    """Return the rows of each group, by ascending number: G arrays of rows of ``groups`` [N]."""
     order = np.argsort(groups, kind="stable")
     edges = np.flatnonzero(np.diff(groups[order])) + 1
     return np.split(order, edges) if len(order) else []
 
 
 def ordered(grades: NDArray[np.floating], parts: list[Ints]) -> list[Ints]:
-    """Those of the groups that have documents of different grades, so that an order matters."""
+    """Return the groups that have documents of different grades, so that an order matters."""
     return [rows for rows in parts if (grades[rows] != grades[rows[0]]).any()]
 
 
 def ranking_scores(
     scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
 ) -> dict[str, float]:
-    """The mean of each measure over the groups: ``scores``, ``grades`` (≥ 0), ``groups`` all [N].
+    """Return the mean of each measure over the groups: ``scores``, ``grades`` (≥ 0), ``groups`` all
+    [N].
 
-    Raises ValueError where no group has documents of different grades.
+    Raises ValueError if no group has documents of different grades.
     """
     each = scores_by_group(scores, grades, groups)
     return {name: float(values.mean()) for name, values in each.items()}
@@ -46,7 +47,7 @@ def ranking_scores(
 def scores_by_group(
     scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
 ) -> dict[str, Floats]:
-    """Each measure of each group that has an order, by rising number of the group [G]."""
+    """Return each measure of each group that has an order, by ascending number of the group [G]."""
     each = [group_scores(scores[rows], grades[rows]) for rows in ordered(grades, parts_of(groups))]
     if not each:
         raise ValueError("no group has documents of different grades")
@@ -56,8 +57,8 @@ def scores_by_group(
 def group_scores(
     scores: NDArray[np.floating], grades: NDArray[np.floating]
 ) -> tuple[float, float, float]:
-    """NDCG@10, reciprocal rank and average precision of one group [n], of which one has a grade
-    above 0.
+    """Return NDCG@10, reciprocal rank and average precision of one group [n], with at least one
+    grade above 0.
     """
     order = np.argsort(-scores, kind="stable")
     firsts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # of each tie
@@ -74,10 +75,12 @@ def group_scores(
 
 
 def _reciprocal(firsts: Ints, sizes: Ints, hits: Ints) -> float:
-    """The mean of 1 / rank of the first relevant document: it stands in the first tie with one."""
+    """Return the mean of 1 / rank of the first relevant document: it is in the first tie
+    with one.
+    """
     tie = int(np.argmax(hits > 0))
     before, size, relevant = int(firsts[tie]), int(sizes[tie]), int(hits[tie])
-    value, chance = 0.0, 1.0  # that none of those before it in the tie is relevant
+    value, chance = 0.0, 1.0  # probability that no document before it in the tie is relevant
     for place in range(size - relevant + 1):
         here = chance * relevant / (size - place)
         value += here / (before + place + 1)
@@ -86,8 +89,8 @@ def _reciprocal(firsts: Ints, sizes: Ints, hits: Ints) -> float:
 
 
 def _precision(firsts: Ints, sizes: Ints, hits: Ints) -> float:
-    """The mean of the average precision: at each place of a tie a document is as likely relevant
-    as at any other, and so are the others of the tie before it.
+    """Return the mean of the average precision: at each place of a tie a document is as likely
+    relevant as at any other, and so are the others of the tie before it.
     """
     total, seen = 0.0, 0
     for first, size, relevant in zip(firsts.tolist(), sizes.tolist(), hits.tolist(), strict=True):
@@ -101,8 +104,8 @@ def _precision(firsts: Ints, sizes: Ints, hits: Ints) -> float:
 def beyond_chance(
     scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
 ) -> float:
-    """By how many standard deviations the scores fit the grades (by the sum of the products of
-    both, less their means in each group) better than if they were shuffled within each group.
+    """Return by how many standard deviations the scores fit the grades (by the sum of the products
+    of both, each centred in its group) better than if shuffled within each group.
     """
     fit = variance = 0.0
     for rows in ordered(grades, parts_of(groups)):

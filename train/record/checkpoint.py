@@ -232,7 +232,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def kept_of(run: Path) -> str:
-    """Say what a run can continue from."""
+    """Return what a run can continue from."""
     found = checkpoints_of(run)
     return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it starts again"
 

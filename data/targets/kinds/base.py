@@ -1,8 +1,8 @@
-"""What all kinds of targets share, and the questions that other code may ask of one.
+"""What all kinds of targets share, and the questions other code may ask of a kind.
 
-A kind describes itself, with NumPy alone: how its columns are stored, written, read, checked and
-decoded. How it is taken from logits stands in ``pipeline/caching/scoring.py``, what a loss takes of
-it in ``train/device_batch.py``; each is registered there by the kind's name.
+A kind describes, with NumPy only, how its columns are stored, written, read, checked and decoded.
+``pipeline/caching/scoring.py`` makes it from logits and ``train/device_batch.py`` prepares it for a
+loss; each is registered there by the kind's name.
 """
 
 import math
@@ -31,33 +31,36 @@ POSITIONS: Widths = {"positions": (pa.uint16(), None)}
 
 
 class TargetKind(ABC):
-    """One kind of target, of the teacher (or the extension) that ``info`` describes.
+    """One kind of target, for the teacher (or the extension) that ``info`` describes.
 
     On disk a column holds, for each row, the list of its positions' entries.
     """
 
     name: ClassVar[str]
-    told: ClassVar[str] = ""  # what is kept of each target, in fields of ``info``
+    told: ClassVar[str] = ""  # what is kept of each target, with fields of ``info``
     tasks: ClassVar[tuple[str, ...]]
-    needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that the columns' widths come from
+    needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that determine the columns' widths
     codecs: ClassVar[tuple[str, ...]] = ("default",)
-    tempered: ClassVar[bool] = False  # it is stored for certain temperatures
-    # Unbiased, at the one temperature it was drawn at: for what is linear in the probabilities.
+    tempered: ClassVar[bool] = False  # whether it is stored for certain temperatures
+    # Whether it is an unbiased sample at one temperature: usable where the loss is linear in the
+    # probabilities.
     sampled: ClassVar[bool] = False
-    whole: ClassVar[bool] = False  # every probability is known, at any temperature
-    has_tail: ClassVar[bool] = False  # the mass outside its ids is stored
-    has_head: ClassVar[bool] = False  # the teacher's output matrix lies beside it
-    grows: ClassVar[bool] = False  # a larger k and more temperatures can be cached beside it
-    extends: ClassVar[bool] = False  # it is a further part of another kind's targets
-    per_sequence: ClassVar[bool] = False  # one target a row, none at positions
-    largest_k: ClassVar[int | None] = None  # whatever the vocabulary
+    whole: ClassVar[bool] = False  # whether every probability is known, at any temperature
+    has_tail: ClassVar[bool] = False  # whether the mass outside its ids is stored
+    has_head: ClassVar[bool] = False  # whether the teacher's output matrix is stored beside it
+    # whether a larger k and more temperatures can be cached beside it
+    grows: ClassVar[bool] = False
+    extends: ClassVar[bool] = False  # whether it is a further part of another kind's targets
+    per_sequence: ClassVar[bool] = False  # one target per row, none at positions
+    largest_k: ClassVar[int | None] = None  # independent of the vocabulary
+    tells_text: ClassVar[bool] = True  # whether much of the text can be read from it, or guessed
 
     def __init__(self, info: TeacherInfo):
         self.info = info
 
     @property
     def codec(self) -> Codec:
-        """How its columns are encoded and arranged."""
+        """The codec that encodes and arranges its columns."""
         return CODECS[self.info.codec]
 
     @property
@@ -67,14 +70,16 @@ class TargetKind(ABC):
 
     @property
     def read_at(self) -> float:
-        """A temperature it can be read at: 1, or the one that a sample was drawn at, or the first
-        of those that imported targets are known at, where 1 is none of them.
+        """A temperature at which it can be read: 1, or that of a sample, or the first of imported
+        targets that exclude 1.
         """
         stored = self.info.temperatures
         return stored[0] if stored and 1.0 not in stored and not self.whole else 1.0
 
     def contradiction(self) -> str | None:
-        """Why there can be no such targets, if so: readers rely on it once teacher.json is read."""
+        """Return why there can be no such targets, or None. Readers rely on this after reading
+        teacher.json.
+        """
         info, size, k = self.info, self.info.vocabulary_size or 0, self.info.k
         largest = self.largest_k or (size if "k" in self.needs else None)
         rules = {
@@ -105,7 +110,7 @@ class TargetKind(ABC):
 
     @property
     def width(self) -> str:
-        """How many values are kept of each target."""
+        """The number of values kept per target, as text."""
         found = getattr(self.info, self.needs[-1]) if self.needs else None
         return "?" if found is None else f"{found:,}"
 
@@ -116,7 +121,7 @@ class TargetKind(ABC):
 
     @property
     def sentence(self) -> str:
-        """What is kept of each target, in a line."""
+        """What is kept of each target, as a phrase."""
         return self.told.format_map(vars(self.info)) or self.kept
 
     @abstractmethod
@@ -144,7 +149,9 @@ class TargetKind(ABC):
 
     @property
     def bounded(self) -> bool:
-        """Whether that is a bound alone: what is drawn, or compresses, is as the model says."""
+        """Whether ``bytes_per_position`` is only an upper bound, because of sampling or
+        compression.
+        """
         return self.codec.compressed or bool(self.entry_columns())
 
     @property
@@ -153,7 +160,7 @@ class TargetKind(ABC):
         return self.codec.compressed
 
     def nothing(self) -> Columns:
-        """Return the columns, as they are used, of no targets."""
+        """Return the used columns of zero targets."""
         columns = ({} if self.per_sequence else POSITIONS) | self.used_columns()
         return {
             name: np.zeros((0,) if width is None else (0, width), dtype.to_pandas_dtype())
@@ -165,7 +172,8 @@ class TargetKind(ABC):
     ) -> Iterator[pa.RecordBatch]:
         """Yield the record batches of a unit with the ``digests`` of its rows.
 
-        Columns are [P,…] as they are used, ``rows`` [P] ascends: the row of each position.
+        ``columns`` are [P,…] as they are used; ``rows`` [P], ascending, gives the row of each
+        position.
         """
         columns = columns if len(rows) else self.nothing()
         counts = np.bincount(rows, minlength=len(digests))
@@ -190,7 +198,7 @@ class TargetKind(ABC):
         return offsets, self.codec.unpack(columns, self.info.vocabulary_size or 0)
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
+        """Yield problems that none of our writers could have produced."""
         yield from ()
 
 
@@ -206,7 +214,7 @@ class TaskKind(TargetKind):
 
     @property
     def sentence(self) -> str:
-        """What is kept of each target, in a line."""
+        """What is kept of each target, as a phrase."""
         return "a score" if self.info.num_labels == 1 else f"{self.info.num_labels} logits"
 
 
@@ -228,7 +236,8 @@ class VocabularyKind(TargetKind):
     ) -> dict[str, object]:
         """Return the fields of ``teacher.json`` that say what is kept of a distribution.
 
-        ``tokens``: how many of the ``vocabulary_size`` ids can have a probability; None: all.
+        ``tokens``: the number of ids, of ``vocabulary_size``, that can have a probability; None:
+        all.
         """
         tokens = vocabulary_size if tokens is None else tokens
         found: dict[str, object] = {"kind": cls.name, "vocabulary_size": vocabulary_size}
@@ -245,18 +254,20 @@ class VocabularyKind(TargetKind):
 
     @property
     def size(self) -> int:
-        """V, one past the largest id of a token."""
+        """V: one more than the largest token id."""
         assert self.info.vocabulary_size is not None
         return self.info.vocabulary_size
 
     @property
     def sure_above(self) -> float:
-        """Probability above which a position's likeliest id is the teacher's own; 0: always."""
+        """Probability above which a position's likeliest id is certainly the teacher's; 0:
+        always.
+        """
         return 0.0
 
     @property
     def k(self) -> int:
-        """K, how many ids of a position are kept."""
+        """K: the number of ids kept per position."""
         return self.info.k if self.info.k is not None and "k" in self.needs else self.size
 
     @abstractmethod
@@ -274,7 +285,7 @@ class VocabularyKind(TargetKind):
 
     @property
     def _lacks(self) -> tuple[str, ...]:
-        """The scalars that imported or served targets came without."""
+        """The scalars missing from imported or served targets."""
         return self.info.lacks
 
     def _packed(self, columns: Columns) -> Columns:
@@ -288,7 +299,7 @@ class VocabularyKind(TargetKind):
         return offsets, {name: c for name, c in columns.items() if name not in self._lacks}
 
     def candidate_ids(self, columns: Columns) -> NDArray[np.int64] | None:
-        """Return the ids [P,K] that were kept, −1 for none; None where all ids are."""
+        """Return the kept ids [P,K], −1 for none; None if all ids are kept."""
         return None
 
     @abstractmethod
@@ -297,29 +308,31 @@ class VocabularyKind(TargetKind):
     ) -> tuple[NDArray[np.int64], Floats, Floats]:
         """Return ids [P,k], log-probabilities [P,k] at ``temperature`` and log tail mass [P].
 
-        Raises InputError at a temperature that is not stored, or a ``k`` below that of a sample.
+        Raise InputError at a temperature that is not stored, or for a ``k`` below that of a sample.
         """
 
     def interpolates(self, temperature: float) -> bool:
-        """Whether it is no stored temperature, and lies between three or more with a tail each."""
+        """Return whether it is not stored but lies between three or more temperatures with a tail
+        each.
+        """
         return self.has_tail and knots(temperature, self.info.temperatures) != ()
 
     def slot(self, temperature: float, k: int | None = None) -> int:
-        """Return which of the stored temperatures it is; 0 where all of them can be read.
+        """Return the index of a stored temperature; 0 if all temperatures can be read.
 
-        Raises InputError as ``slots`` does.
+        Raise InputError as ``slots`` does.
         """
         return self.slots(temperature, k)[0]
 
     def slots(
         self, temperature: float, k: int | None = None, between: bool = False
     ) -> tuple[int, ...]:
-        """Return which of the stored temperatures it is read from: the one that it is, or, if it
-        may lie ``between`` them, the three that it is interpolated from (``targets/between.py``).
-        (0,) where all of them can be read.
+        """Return the indices of the stored temperatures needed to read ``temperature``.
 
-        Raises InputError at a temperature that is not stored, for a ``k`` below that of a sample,
-        and for one above what is kept.
+        Its own index or, if interpolation ``between`` is allowed, those of the three around it
+        (``targets/between.py``); (0,) if all temperatures can be read. Raise InputError at a
+        temperature that is not stored, for a ``k`` below that of a sample, and for one above what
+        is kept.
         """
         info = self.info
         if k is not None and (not isinstance(k, Integral) or k < 1):

@@ -30,9 +30,8 @@ class Dense(VocabularyKind):
     def decode(
         self, columns: Columns, head: StoredHead | None, temperature: float, k: int | None
     ) -> tuple[NDArray[np.int64], Floats, Floats]:
-        """Return ids [P,k], log-probabilities [P,k] at ``temperature`` and log tail mass [P].
-
-        The whole vocabulary in the order of its ids, or the likeliest ``k`` and what is left.
+        """Return ids [P,k], log-probabilities [P,k] at ``temperature`` and log tail mass [P]: the
+        whole vocabulary in the order of ids, or the likeliest ``k`` and the remaining mass.
         """
         tempered = self.log_probs(columns, head) / np.float32(temperature)
         top = tempered.max(axis=1, keepdims=True)
@@ -43,12 +42,12 @@ class Dense(VocabularyKind):
             return ids, tempered, np.full(count, -np.inf, np.float32)
         order = np.argsort(-tempered, axis=1, kind="stable")
         ordered = np.take_along_axis(tempered, order, axis=1)
-        log_tail = np.logaddexp.reduce(ordered[:, k:], axis=1)  # −inf where all of them are
+        log_tail = np.logaddexp.reduce(ordered[:, k:], axis=1)  # −inf if all ids are kept
         return order[:, :k], ordered[:, :k], log_tail.astype(np.float32)
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
-        # −inf is a probability of zero, but not all of a row can be.
+        """Yield problems that none of our writers could have produced."""
+        # −inf is probability 0, but a row needs some probability.
         best = columns["log_probs"].max(axis=1, initial=-np.inf)
         if not ((best > -np.inf) & (best < 1e-3)).all():  # also for a row with NaN
             yield "log-probabilities that are none"

@@ -1,12 +1,12 @@
-"""``embedding``: one vector of D values a sequence, of a sentence encoder.
+"""``embedding``: one vector of D values a sequence, from a sentence encoder.
 
-On disk, per row, a list of one entry, or of none where the teacher does not apply: ``vectors``
-float16 [D]; or ``vectors`` int8 [D] and ``scale`` float32, and a value is their product. Read as
-they are stored; ``decode`` gives float32.
+On disk, each row is a list with one entry, or with none if the teacher does not apply: ``vectors``
+float16 [D]; or ``vectors`` int8 [D] and ``scale`` float32, whose product is the value. Read as
+stored; ``decode`` gives float32.
 
-What storing changes is bounded. A vector v becomes v + e; the angle between the two has a sine of
-r = |e| / |v| at most, so that the cosine between them is at least √(1 − r²). Of fp16 r is 2⁻¹¹ (and
-√D · 2⁻²⁵ / |v|, where values lie below 6e-5); of int8 √D · max|v| / (254 · |v|).
+The error of storing is bounded. A vector v becomes v + e; the sine of the angle between the two is
+at most r = |e| / |v|, so their cosine is at least √(1 − r²). For fp16, r is 2⁻¹¹ (and √D · 2⁻²⁵ /
+|v| for values below 6e-5); for int8, √D · max|v| / (254 · |v|).
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ from rekindle.data.targets.kinds.base import TargetKind
 
 LARGEST = {"fp16": float(np.finfo(np.float16).max), "int8": float(np.finfo(np.float32).max)}
 STEPS = 127  # of int8 on either side of 0
-LOST = 1e-4  # 1 − cosine from which on vectors in fp16 are refused: they are too small for it
-# Facts of a unit's record: 1 − cosine between its vectors and what is stored of them.
+LOST = 1e-4  # 1 − cosine from which vectors are refused in fp16: they are too small for it
+# Facts of a unit's record: 1 − cosine between its vectors and their stored form.
 LARGEST_ERROR, MEAN_ERROR = "cosine_error_largest", "cosine_error_mean"
 
 
@@ -43,7 +43,7 @@ class Embedding(TargetKind):
         return f"{self.width} {self.info.vectors}"
 
     def used_columns(self) -> Widths:
-        """Return the columns as they are used: as they are stored."""
+        """Return the columns in use: those stored."""
         if self.info.vectors == "int8":
             return {"vectors": (pa.int8(), self.info.dimensions), "scale": (pa.float32(), None)}
         return {"vectors": (pa.float16(), self.info.dimensions)}
@@ -65,7 +65,7 @@ class Embedding(TargetKind):
         return offsets, columns
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
+        """Yield what no writer of Rekindle would have written."""
         if not np.isfinite(columns["scale" if "scale" in columns else "vectors"]).all():
             yield "NaN or infinity in its vectors"
         if "scale" in columns:
@@ -75,7 +75,7 @@ class Embedding(TargetKind):
                 yield "a scale below 0"
 
     def encode(self, vectors: Floats) -> Columns:
-        """Return what is stored of ``vectors`` [R,D].
+        """Return the stored form of ``vectors`` [R,D].
 
         Raises InputError for values that it cannot hold.
         """
@@ -86,7 +86,7 @@ class Embedding(TargetKind):
         peak = np.abs(vectors).max(axis=1, initial=0)
         if peak.max(initial=0) > LARGEST[kind]:
             raise InputError(
-                f"teacher {self.info.name!r} gives values up to {peak.max():.6g}, and fp16 holds "
+                f"teacher {self.info.name!r} gives values up to {peak.max():.6g}, but fp16 holds "
                 f"none above {LARGEST[kind]:,.0f}. Set its targets.vectors to int8, which has a "
                 "scale for each vector"
             )
@@ -104,7 +104,7 @@ class Embedding(TargetKind):
         return {"vectors": np.rint(steps).clip(-STEPS, STEPS).astype(np.int8), "scale": scale}
 
     def stored(self, vectors: Floats) -> tuple[Columns, dict[str, float]]:
-        """Return what is stored of ``vectors`` [R,D], and for the record what that changes."""
+        """Return the stored form of ``vectors`` [R,D], and its error for the record."""
         columns = self.encode(vectors)
         errors = self.errors(vectors, columns)
         return columns, {LARGEST_ERROR: float(errors.max()), MEAN_ERROR: float(errors.mean())}
@@ -117,20 +117,20 @@ class Embedding(TargetKind):
         return vectors
 
     def errors(self, vectors: Floats, columns: Columns) -> NDArray[np.float64]:
-        """Return 1 − cosine [R] between ``vectors`` [R,D] and what ``columns`` store of them.
+        """Return 1 − cosine [R] between ``vectors`` [R,D] and their stored form, ``columns``.
 
-        1 where a vector is lost altogether; 0 for vectors that are 0 themselves.
+        1 if a vector is lost altogether; 0 for vectors that are 0 themselves.
         """
         return cosine_distances(vectors, self.decode(columns))
 
     def bounds(self, vectors: Floats) -> NDArray[np.float64]:
-        """Return what ``errors`` are at most: [R]."""
+        """Return the upper bounds [R] of ``errors``."""
         exact = vectors.astype(np.float64)
         length = np.linalg.norm(exact, axis=1)
         length = np.where(length > 0, length, 1.0)
         width = np.sqrt(exact.shape[1])
         if self.info.vectors == "int8":
-            # A float32's worth above: the scale, and its product, are rounded as well.
+            # Above by a float32 rounding: the scale, and its product, are rounded as well.
             share = width * np.abs(exact).max(axis=1, initial=0) / (2 * STEPS * length) * (1 + 1e-4)
         else:
             share = 2.0**-11 + width * 2.0**-25 / length
@@ -138,12 +138,12 @@ class Embedding(TargetKind):
 
 
 def cosine_distances(a: Floats, b: Floats) -> NDArray[np.float64]:
-    """Return 1 − cosine [R] between the rows of ``a`` and ``b`` [R,D]; of two zeros 0."""
+    """Return 1 − cosine [R] between the rows of ``a`` and ``b`` [R,D]; 0 for two zeros."""
     units = [one.astype(np.float64) for one in (a, b)]
     for one in units:
         length = np.linalg.norm(one, axis=1, keepdims=True)
         one /= np.where(length > 0, length, 1)
-    # Half the squared chord: 1 − a·b would lose what is below 1e-16.
+    # Half the squared chord: 1 − a·b would lose differences below 1e-16.
     distances = ((units[0] - units[1]) ** 2).sum(axis=1) / 2
     lost = units[0].any(axis=1) != units[1].any(axis=1)
     return np.where(lost, 1.0, distances)

@@ -1,6 +1,6 @@
-"""``hidden``: what the output matrix multiplies, so that every probability can be had from it.
+"""``hidden``: the output matrix's input, from which every probability can be computed.
 
-On disk: ``hidden`` int16 [P,H] times ``hidden_scale`` float32 [P]; the matrix lies once in
+On disk: ``hidden`` int16 [P,H] times ``hidden_scale`` float32 [P]; the matrix is stored once in
 ``head.safetensors`` (``head.py``).
 """
 
@@ -32,13 +32,13 @@ class Hidden(Dense):
         """Return the log-probabilities [P,V] at τ = 1."""
         assert head is not None
         log_probs = head.log_probs(decode_hidden(columns["hidden"], columns["hidden_scale"]))
-        if np.isnan(log_probs).any():  # finite numbers, but too large ones
+        if np.isnan(log_probs).any():  # finite numbers, but too large
             raise CacheFormatError(
                 f"the hidden states of teacher {self.info.name!r} give no probabilities"
             )
         return log_probs
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
+        """Yield problems that none of our writers could have produced."""
         if not np.isfinite(columns["hidden_scale"]).all():
             yield "NaN or infinity in 'hidden_scale'"

@@ -1,8 +1,8 @@
-"""``random``: K draws a position with replacement; how often each id was drawn.
+"""``random``: K draws per position with replacement, with the count of each drawn id.
 
-On disk: ``distinct`` uint8 [P], how many ids were drawn; then all positions' ``ids`` uint16 (with
-``ids_high`` uint8, bits 16 and up, when V > 65,536) and ``counts`` uint8, one after another.
-In use: ``ids`` int32 [P,K], −1 where fewer were drawn, and ``counts`` [P,K].
+On disk: ``distinct`` uint8 [P], the number of drawn ids; then, for all positions in sequence,
+``ids`` uint16 (with ``ids_high`` uint8, bits 16 and up, when V > 65,536) and ``counts`` uint8. In
+use: ``ids`` int32 [P,K], −1 where fewer were drawn, and ``counts`` [P,K].
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from rekindle.data.targets.schema import MOST_DRAWS, SCALARS
 
 
 class Random(VocabularyKind):
-    """An unbiased sample of K draws a position, of one temperature."""
+    """An unbiased sample of K draws per position, at one temperature."""
 
     name = "random"
     told = "a random sample of {k} of {vocabulary_size:,} tokens"
@@ -32,7 +32,7 @@ class Random(VocabularyKind):
 
     @property
     def sure_above(self) -> float:
-        """Never: the id that was drawn most often need not be the likeliest."""
+        """1, i.e. never: the id drawn most often need not be the likeliest."""
         return 1.0
 
     def kept_columns(self) -> Widths:
@@ -78,16 +78,17 @@ class Random(VocabularyKind):
         return offsets, columns | {"ids": ids, "counts": counts}
 
     def candidate_ids(self, columns: Columns) -> NDArray[np.int64]:
-        """Return the ids [P,K] that were drawn, −1 where fewer were."""
+        """Return the drawn ids [P,K], −1 where fewer were drawn."""
         return columns["ids"].astype(np.int64)
 
     def decode(
         self, columns: Columns, head: StoredHead | None, temperature: float, k: int | None
     ) -> tuple[NDArray[np.int64], Floats, Floats]:
-        """Return ids [P,K], their relative frequencies' logarithms [P,K], and log tail mass [P].
+        """Return ids [P,K], the logarithms [P,K] of their relative frequencies, and log tail mass
+        [P].
 
-        Nothing is known of the other ids, and no mass is left for them: in the mean over draws
-        every id has its probability.
+        Other ids are unknown, and no mass is left for them: averaged over draws, every id gets its
+        probability.
         """
         self.slot(temperature, k)
         with np.errstate(divide="ignore"):
@@ -96,7 +97,7 @@ class Random(VocabularyKind):
         return self.candidate_ids(columns), log_probs, tail
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
+        """Yield problems that none of our writers could have produced."""
         counts = columns["counts"].astype(np.int64)
         if columns["ids"].max(initial=0) >= self.size:
             yield "ids outside the vocabulary"

@@ -1,4 +1,4 @@
-"""All kinds of targets by the names that ``teacher.json`` has for them."""
+"""All kinds of targets, by their names in ``teacher.json``."""
 
 from rekindle.data.targets.kinds.base import TargetKind, VocabularyKind
 from rekindle.data.targets.kinds.dense import Dense
@@ -26,5 +26,5 @@ def kind_of(info: TeacherInfo) -> TargetKind:
 
 
 def vocabulary_kind(info: TeacherInfo) -> VocabularyKind:
-    """Return the same, of a teacher whose targets are distributions over the vocabulary."""
+    """Return the kind of a teacher whose targets are distributions over the vocabulary."""
     return VOCABULARY_KINDS[info.kind](info)

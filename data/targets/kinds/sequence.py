@@ -1,7 +1,7 @@
 """``sequence``: classifiers and regressors (C = 1) of whole sequences or sentence pairs.
 
 On disk, per row: ``logits`` float32 [C], null where the teacher does not apply; with Monte-Carlo
-passes ``mc_probs`` float32 [C].
+passes also ``mc_probs`` float32 [C].
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,14 @@ from rekindle.data.targets.kinds.base import TaskKind
 
 
 class SequenceLogits(TaskKind):
-    """Logits of C classes a sequence."""
+    """Logits of C classes per sequence."""
 
     name = "sequence"
     tasks = ("sequence_classification", "regression")
     copied = True
     bytes_per_position = 0  # there are no positions
     per_sequence = True
+    tells_text = False
 
     def used_columns(self) -> Widths:
         """Return the columns as they are used."""
@@ -38,9 +39,8 @@ class SequenceLogits(TaskKind):
     def batches(
         self, schema: pa.Schema, digests: list[str], rows: NDArray[np.int64], columns: Columns
     ) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches of a unit from columns [R,C]; ``rows`` [R] have a target.
-
-        The others become null.
+        """Yield the record batches of a unit from columns [R,C]; ``rows`` [R] have a target, the
+        others become null.
         """
         absent, width = ~np.isin(np.arange(len(digests)), rows), self.info.num_labels or 0
         wide = {name: np.zeros((len(digests), width), np.float32) for name in self.used_columns()}
@@ -54,7 +54,7 @@ class SequenceLogits(TaskKind):
             yield pa.record_batch(arrays, schema=schema)
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
-        """Return offsets [R+1], one more after each row that has a target, and those targets."""
+        """Return offsets [R+1] that rise by one after each row with a target, and those targets."""
         present = batch["logits"].is_valid().to_numpy(zero_copy_only=False)
         columns: Columns = {}
         for name in batch.schema.names[1:]:

@@ -1,4 +1,4 @@
-"""``tails``: an extension of a topk teacher: the mass outside its ids at further temperatures.
+"""``tails``: an extension of a topk teacher with the mass outside its ids at more temperatures.
 
 On disk: ``tail_log_odds`` int16 [P,T], beside the part that ``extends`` names.
 """
@@ -11,7 +11,7 @@ from rekindle.data.targets.schema import VOCABULARY_TASKS
 
 
 class Tails(TargetKind):
-    """Tail masses alone."""
+    """Only tail masses."""
 
     name = "tails"
     told = "the mass outside the ids of another part"

@@ -1,13 +1,13 @@
-"""``threshold``: an unbiased sample of exactly K ids a position, stored as ``topk`` is.
+"""``threshold``: an unbiased sample of exactly K ids per position, stored like ``topk``.
 
-It is of the one temperature that it was drawn at: ``threshold_sample`` in ``caching/sampling.py``.
+It holds for the one temperature it was drawn at (``threshold_sample`` in ``caching/sampling.py``).
 """
 
 from rekindle.data.targets.kinds.topk import TopK
 
 
 class Threshold(TopK):
-    """K sampled ids a position with values that sum to 1: nothing lies outside."""
+    """K sampled ids per position with values that sum to 1, so there is no tail."""
 
     name = "threshold"
     told = "a threshold sample of {k} of {vocabulary_size:,} tokens"
@@ -16,5 +16,7 @@ class Threshold(TopK):
 
     @property
     def sure_above(self) -> float:
-        """1/K: an id of more is kept as it is; a row of K equal values may be of other ids."""
+        """1/K: a more probable id is always kept; in a row of K equal values the ids may
+        be others.
+        """
         return (1 + 1e-3) / self.k

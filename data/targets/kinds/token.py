@@ -11,16 +11,17 @@ from rekindle.data.targets.kinds.base import TaskKind
 
 
 class TokenLogits(TaskKind):
-    """Logits of C classes a position."""
+    """Logits of C classes per position."""
 
     name = "token"
     tasks = ("token_classification",)
+    tells_text = False
 
     def used_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""
         return {"logits": (pa.float32(), self.info.num_labels)}
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
+        """Yield problems that none of our writers could have produced."""
         if not np.isfinite(columns["logits"]).all():
             yield "NaN or infinity in 'logits'"

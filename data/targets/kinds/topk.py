@@ -16,7 +16,7 @@ from rekindle.data.targets.kinds.base import VocabularyKind
 
 
 class TopK(VocabularyKind):
-    """K candidates a position by falling probability."""
+    """K candidates per position by falling probability."""
 
     name = "topk"
     told = "{k} of {vocabulary_size:,} log-probabilities and the tail"
@@ -29,7 +29,7 @@ class TopK(VocabularyKind):
         return self.codec.widths(self.size, self.k, len(self.info.temperatures))
 
     def candidate_ids(self, columns: Columns) -> NDArray[np.int64]:
-        """Return the ids [P,K] that were kept."""
+        """Return the kept ids [P,K]."""
         return decode_ids(columns, self.size)
 
     def decode(
@@ -41,9 +41,9 @@ class TopK(VocabularyKind):
         return self.candidate_ids(columns)[:, :k], log_probs, log_tail
 
     def interpolated(self, columns: Columns, temperature: float) -> tuple["TopK", Columns]:
-        """Return what the columns would be, had ``temperature`` been stored, and their kind.
+        """Return the columns as if ``temperature`` had been stored, and their kind.
 
-        For one that ``interpolates`` accepts; see ``targets/between.py``.
+        For a temperature that ``interpolates`` accepts; see ``targets/between.py``.
         """
         slots = list(self.slots(temperature, between=True))
         at = [self.info.temperatures[slot] for slot in slots]
@@ -53,7 +53,7 @@ class TopK(VocabularyKind):
         return type(self)(info), columns | {"tail_log_odds": found[:, None]}
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of ours would have written."""
+        """Yield problems that none of our writers could have produced."""
         if self.candidate_ids(columns).max(initial=0) >= self.size:
             yield "ids outside the vocabulary"
         if self.codec.spans and (columns["log_prob_min"] < columns["log_prob_max"]).any():

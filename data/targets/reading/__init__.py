@@ -1,1 +1,1 @@
-"""Read what a cache has of its teachers by sequence, and what follows from it for training."""
+"""Read the targets in a cache by sequence, and derive what training needs from them."""

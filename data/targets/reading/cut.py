@@ -1,8 +1,8 @@
-"""How much of the text an expert does not see, for its own model takes no more tokens.
+"""How much of the text an expert does not see, because its model takes no more tokens.
 
-The commit record of an expert's unit has it as the fact ``cut``: the texts and tokens that there
-are (the expert's own, special ones included) and those that are lost. It depends on the texts and
-the model alone, and no data depends on it.
+The commit record of an expert's unit contains the fact ``cut``: the numbers of texts and tokens
+(the expert's own tokens, including special ones) and of those cut or lost. It depends only on the
+texts and the model, and no data depends on it.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ FACT = "cut"
 
 @dataclass(frozen=True)
 class Counts:
-    """Texts of a unit, and tokens of them: all there are, and those that are cut or lost."""
+    """Texts and tokens of a unit: all, and those cut or lost."""
 
     texts: int
     cut: int
@@ -28,27 +28,27 @@ class Counts:
 
     @classmethod
     def of(cls, lengths: NDArray[np.int64], limit: int) -> "Counts":
-        """From the tokens of each text, uncut; 0 is no text."""
+        """Count from the lengths in tokens of the uncut texts; 0 means no text."""
         over = np.maximum(lengths - limit, 0)
         every = (int((lengths > 0).sum()), int((over > 0).sum()))
         return cls(*every, int(lengths.sum()), int(over.sum()))
 
     def facts(self, short: bool) -> dict[str, dict[str, int]]:
-        """What the commit record has of it. ``short``: the expert takes less than a sequence; for
-        others there is nothing to tell where nothing is cut.
+        """Return the facts for the commit record. ``short``: the expert takes less than a sequence;
+        for others nothing is recorded if nothing is cut.
         """
         return {FACT: asdict(self)} if self.cut or short else {}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Shares of an expert's texts and of their tokens, at the tokens that it takes."""
+    """Shares of an expert's texts and tokens that are cut or lost."""
 
     sequences: float
     tokens: float
 
     def as_text(self, name: str, limit: int | None = None) -> str:
-        """A sentence; ``limit`` is the number of tokens from which on texts are cut."""
+        """Return a sentence; ``limit``: the number of tokens at which texts are cut."""
         at = f" at the {limit} tokens that its model takes" if limit else ""
         return (
             f"{name} does not see all: {self.sequences:.1%} of its texts are cut{at}, "
@@ -57,9 +57,9 @@ class Cut:
 
 
 def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
-    """The shares over units; None where nothing is cut (or an older version did not record it).
+    """Return the shares over units; None if nothing is cut (or an older version did not record it).
 
-    Units that record nothing count with the corpus's tokens.
+    Units without a record count with the corpus's tokens.
     """
     if not commits.says(FACT):
         return None

@@ -1,4 +1,4 @@
-"""A teacher's descriptions in a cache, ``teacher.json`` of each of its parts, read and checked."""
+"""Read and check the descriptions of a teacher, ``teacher.json`` of each of its parts."""
 
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError, unusable
 from rekindle.data.settings import parse_settings
@@ -10,7 +10,7 @@ from rekindle.data.targets.schema import TeacherInfo
 
 
 def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
-    """The description of a teacher, or of one of its extensions, validated."""
+    """Return the validated description of a teacher, or of one of its extensions."""
     folder = f"targets/{name}/extensions/{part}" if part else f"targets/{name}"
     path = f"{folder}/teacher.json"
     with unusable(f"{store.location}/{path} is missing", FileNotFoundError, advice=f". {REPAIR}"):
@@ -26,17 +26,21 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
 
 
 def is_begun(store: Store, name: str) -> bool:
-    """Whether a teacher's folder holds anything: its first writer may have been killed before."""
+    """Return whether a teacher's folder holds anything; its first writer may have been killed
+    early.
+    """
     return bool(store.names(f"targets/{name}") or store.names(f"targets/{name}/commits"))
 
 
 def is_described(store: Store, name: str) -> bool:
-    """Whether the cache has a teacher of that name."""
+    """Return whether the cache has a teacher of that name."""
     return "teacher.json" in store.names(f"targets/{name}")
 
 
 def check_owner(shard: Shard, info: TeacherInfo) -> TeacherInfo:
-    """What a shard says of its teacher; CacheMismatchError unless it is the one of ``info``."""
+    """Return a shard's description of its teacher; raise CacheMismatchError unless it matches
+    ``info``.
+    """
     stated = parse_settings(TeacherInfo, shard.metadata.get("teacher"), shard.name)
     if stated.identity() != info.identity():
         raise CacheMismatchError(
@@ -47,7 +51,7 @@ def check_owner(shard: Shard, info: TeacherInfo) -> TeacherInfo:
 
 
 def read_parts(store: Store, name: str) -> list[TeacherInfo]:
-    """A teacher's description and those of its extensions, all of the same teacher."""
+    """Return the descriptions of a teacher and its extensions, all of the same teacher."""
     base = read_teacher(store, name)
     folder = f"targets/{name}/extensions"
     begun = [p for p in store.folders(folder) if "teacher.json" in store.names(f"{folder}/{p}")]

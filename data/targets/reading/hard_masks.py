@@ -1,8 +1,8 @@
-"""Masked views of what a teacher finds hard: self-evolution (Vega v2, 2022).
+"""Masked views of the tokens a teacher finds hard: self-evolution (Vega v2, 2022).
 
-A masked LM that sees the text as it is gives every token a loss, which the cache keeps. Here the
-tokens whose loss exceeds a threshold become the masked positions of a view like any other, so that
-students read them as they read random masks. No model is run here.
+A masked LM that sees unmasked text gives every token a loss, which the cache keeps. Here the tokens
+whose loss exceeds a threshold become the masked positions of a view, which students read like one
+with random masks. No model is run here.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from rekindle.data.views.masking import MaskConfig
 def hard_tokens(
     losses: NDArray[np.float32], loss_above: float, limit: float | None = None
 ) -> NDArray[np.intp]:
-    """Which of a sequence's tokens are masked, ascending, by their ``losses`` [P] in nats.
+    """Return which of a sequence's tokens to mask, ascending, by their ``losses`` [P] in nats.
 
-    Those above ``loss_above``; with a ``limit``, at most that share of all P (but at least one),
-    the hardest first, and of equally hard ones the first.
+    These are the tokens above ``loss_above``; with a ``limit``, at most that share of all P (but at
+    least one), hardest first, ties in order.
     """
     hard = np.flatnonzero(losses > loss_above)
     if limit is None:
         return hard
-    most = max(1, int(limit * len(losses) + 1e-9))  # 0.29 · 100 is a little less than 29
+    most = max(1, int(limit * len(losses) + 1e-9))  # 0.29 · 100 is slightly less than 29
     return np.sort(hard[np.argsort(-losses[hard], kind="stable")[:most]])
 
 
@@ -38,7 +38,7 @@ class HardMaskedView(MaskedView):
     """The masked replica of a corpus in which one teacher's hard tokens are masked.
 
     ``teacher`` describes a masked LM that saw the clean text of all domains; its losses are those
-    the cache keeps, to 1/1024 nat. A sequence without a hard token has no masked position. Raises
+    in the cache, to 1/1024 nat. A sequence without a hard token has no masked position. Raise
     InputError for another kind of teacher.
     """
 
@@ -50,18 +50,18 @@ class HardMaskedView(MaskedView):
             "config": teacher.fingerprints.get("config"),
             "precision": teacher.precision,
         }
-        # What is hard is the same every time: one replica.
+        # The hard tokens never change, so one replica is enough.
         super().__init__(corpus, config, seed, 1, {"teacher": decides})
 
     @property
     def share(self) -> float:
-        """How much of a sequence is masked at most."""
+        """The largest share of a sequence that is masked."""
         return self.config.limit or 1.0
 
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the positions to be masked of each row of a corpus shard.
+        """Yield the positions to mask in each row of a corpus shard.
 
-        Raises CacheMismatchError where the teacher's losses are missing.
+        Raise CacheMismatchError if the teacher's losses are missing.
         """
         infos = read_parts(self.corpus.store, self.teacher.name)
         for scalars in TeacherReader(self.corpus, infos).scalars(number, None):
@@ -78,6 +78,7 @@ def _check_teacher(teacher: TeacherInfo) -> None:
         )
     if teacher.domains is not None:
         raise InputError(
-            f"cache.mask.teacher: {teacher.name!r} is for the domains {', '.join(teacher.domains)} "
-            "alone, so nothing would be masked in any other text; cache it with domains: null"
+            f"cache.mask.teacher: {teacher.name!r} is only for the domains "
+            f"{', '.join(teacher.domains)}, so nothing would be masked in any other text; cache "
+            "it with domains: null"
         )

@@ -1,7 +1,7 @@
-"""Reads one teacher's targets by corpus shard and row; checks what it reads before it is used.
+"""Read one teacher's targets by corpus shard and row, checked before use.
 
-A teacher's targets lie in one part, or in several: what it was first cached with, and extensions by
-a larger k or further temperatures. A reader shows them as one, by the parts that are finished.
+A teacher's targets are in one part or several: what it was first cached with, and extensions with a
+larger k or more temperatures. A reader presents the finished parts as one.
 """
 
 import math
@@ -40,9 +40,9 @@ from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_
 from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
-FINISHED = "complete.json"  # in the folder of an extension that once covered all there was
-LOOKED_AT = 64  # files of a part, before it is read
-DECODED_BATCHES = 64  # record batches held in memory of codecs that cannot be used as they lie
+FINISHED = "complete.json"  # in the folder of an extension that was once complete
+LOOKED_AT = 64  # files of a part checked before reading
+DECODED_BATCHES = 64  # record batches kept decoded, for codecs that cannot be used directly
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,27 @@ class Part:
     info: TeacherInfo
     shards: ShardSet
     commits: Commits
-    finished: bool  # whether it once covered all there was
+    finished: bool  # whether it was once complete
 
     @classmethod
     def of(cls, store: Store, info: TeacherInfo) -> "Part":
-        """The part of that description, as it is now."""
+        """Return the part with that description, as it is now."""
         shards = ShardSet(store, info.folder)
         finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
         return cls(info, shards, shards.committed(), finished)
 
     def covers(self, other: "Part") -> bool:
-        """Whether it has all the units of ``other``, or had before new text came."""
+        """Return whether it has all units of ``other``, or had them before new text was added."""
         return self.finished or self.commits.has_all(other.commits)
 
 
 class TeacherReader(RowReader):
     """One teacher of a cache: ``info`` and its committed units.
 
-    ``infos`` describes its parts, the first of them what it was begun with; ``view`` is what it
-    was shown, if that is open already. The part with the largest k that is finished is read (as far
-    as the first one goes), with all finished tails of its ids; or the ``part`` of that name, of
-    whose candidates no more than ``most_k`` are used.
+    ``infos`` describes its parts, first the one it was begun with; ``view`` is the view it was
+    shown, if already open. The finished part with the largest k is read (within the units of the
+    first part), with all finished tails of its ids; or the ``part`` of that name, using no more
+    than ``most_k`` candidates.
     """
 
     remade = ("head", "_evicting")
@@ -102,7 +102,7 @@ class TeacherReader(RowReader):
             temperatures += tail.info.temperatures
         self.info = self.main.info.model_copy(update={"temperatures": temperatures})
         self.kind, self.rows_per_batch = kind_of(self.info), self.info.rows_per_batch
-        # Units whose tails are still to come are not there yet.
+        # Units whose tails are missing count as missing.
         tails = [part.commits for part in self.tails]
         self.commits = self._read_of(self.main).shared_with(tails)
         self._open: dict[tuple[str, str], Shard] = {}
@@ -122,7 +122,7 @@ class TeacherReader(RowReader):
         )
 
     def _read_of(self, part: Part) -> Commits:
-        """The commits of a part, without those of replicas that are not to be read."""
+        """Return the commits of a part, without replicas that are not to be read."""
         if self.view is None or self.view.most is None or not self.masked:
             return part.commits
         return part.commits.of_first(len(self.corpus.commits), self.view.most)
@@ -135,15 +135,15 @@ class TeacherReader(RowReader):
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the teacher's weights; of its provenance, where it was imported; of a
-        server's answers to the probes.
+        """The digest of the teacher's weights; for an imported one of its provenance; for a served
+        one of its answers to the probes.
         """
         prints = self.info.fingerprints
         return prints.get("weights") or prints.get("provenance") or prints.get("probes") or ""
 
     @property
     def folder(self) -> str:
-        """Where its shards are: of the part with the candidates."""
+        """The folder of its shards: the part with the candidates."""
         return self.info.folder
 
     @property
@@ -163,7 +163,7 @@ class TeacherReader(RowReader):
 
     @cached_property
     def bytes_on_disk(self) -> int:
-        """``bytes``, and those of the output matrix beside the shards."""
+        """``bytes`` plus those of the output matrix beside the shards."""
         store, name = self.corpus.store, f"{self.folder}/head.safetensors"
         head = store.state(name)[0] if self.kind.has_head and store.exists(name) else 0
         return self.bytes + head
@@ -174,18 +174,18 @@ class TeacherReader(RowReader):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the parts that are read: without a smaller k that a larger one has replaced."""
+        """Bytes of the parts that are read, without a smaller k that a larger one has replaced."""
         return sum(commits.bytes for commits in self._commits_read)
 
     @property
     def unseen(self) -> Cut | None:
-        """What of the texts an expert did not see; None where it saw all, or it is not known."""
+        """The share of the texts an expert did not see; None if it saw all, or if it is unknown."""
         return cut_of(self.info, self.main.commits)
 
     @property
     def seconds(self) -> float | None:
-        """What the parts that are read took to compute, in seconds of one process each, the loading
-        of models aside. None if not every unit recorded it: older caches did not.
+        """Computing time in seconds of the parts that are read, added over processes, without
+        loading models. None unless every unit recorded it; older caches did not.
         """
         found = np.concatenate([commits.numbers(SECONDS) for commits in self._commits_read])
         known = (found >= 0) & (found < math.inf)
@@ -193,21 +193,21 @@ class TeacherReader(RowReader):
 
     @property
     def positions(self) -> int:
-        """Positions (or, for sequence teachers, sequences) that have a target."""
+        """Positions (for sequence teachers, sequences) that have a target."""
         return int(self.commits.counts("positions").sum())
 
     @property
     def coverage(self) -> float:
-        """Share of the planned units (corpus shards × replicas) that are committed, by rows; of a
-        unit that was imported, its share of the targets that it could have.
+        """Share of the planned units (corpus shards × replicas) that are committed, weighted by
+        rows. An imported unit counts with its share of the targets it could have.
         """
         planned = len(self.corpus) * self.replicas
         return _rows_with_targets(self.commits) / planned if planned else 0.0
 
     @property
     def mapped(self) -> tuple[float, float] | None:
-        """Of a teacher whose tokens are mapped to the corpus's: the share of the positions that
-        have a target, and the mean share of its probability there that mapped tokens have.
+        """For a teacher whose tokens are mapped to the corpus's: the share of positions with a
+        target, and the mean share of its probability there on mapped tokens.
         """
         if self.info.mapped is None or not self.positions:
             return None
@@ -217,15 +217,15 @@ class TeacherReader(RowReader):
         return float(share), float((mass * counts).sum() / counts.sum())
 
     def look(self) -> None:
-        """Raise CacheFormatError where a shard is cut short or gone, of LOOKED_AT at most that are
-        spread over all: the others are found as they are read.
+        """Raise CacheFormatError if a shard is cut short or missing. Checks at most LOOKED_AT files
+        spread over all; problems in the others are found when they are read.
         """
         for part in (self.main, *self.tails):
             units = list(self._read_of(part))
             part.shards.look_at(units[:: -(-len(units) // LOOKED_AT) or 1], part.commits)
 
     def has(self, shard: int, replica: int | None) -> bool:
-        """Whether the unit is committed."""
+        """Return whether the unit is committed."""
         return self.info.shown.unit(shard, replica) in self.commits
 
     def gather(
@@ -235,10 +235,11 @@ class TeacherReader(RowReader):
         allow_missing: bool = False,
         scalars: bool = True,
     ) -> tuple[NDArray[np.int64], Columns]:
-        """How many targets each row (shard, row of it) has [B], and the columns of them all.
+        """Return the number of targets of each row (shard, row in it) [B], and the columns of them
+        all.
 
-        One row after another, copied; the scalars, which no loss needs, if they are asked for. A
-        row whose unit is not committed has no targets when that is allowed, else it is
+        Rows follow one another, copied. Scalars, which no loss needs, are included if asked for. A
+        row of an uncommitted unit has no targets with ``allow_missing``; else raise
         CacheMismatchError.
         """
         there = [not allow_missing or self.has(shard, replica) for shard, _ in where]
@@ -249,7 +250,9 @@ class TeacherReader(RowReader):
         return counts, columns
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
-        """The flat columns, as they are used: checksums, alignment and ranges are checked."""
+        """Return the flat columns as they are used, with checksums, alignment and ranges
+        checked.
+        """
         unit = self.info.shown.unit(shard, replica)
         what = f"{self.main.info.folder}/{unit}"
         offsets, columns = self._read(self.main, shard, index, replica)
@@ -271,7 +274,7 @@ class TeacherReader(RowReader):
         return offsets, columns
 
     def _keep(self, key: BatchKey, lists: RowLists) -> None:
-        with self._evicting:  # until it is in: else another thread's may come between
+        with self._evicting:  # held until it is stored: another thread's entry could come between
             while self.kind.copied and len(self._lists) >= DECODED_BATCHES:
                 del self._lists[next(iter(self._lists))]
             super()._keep(key, lists)
@@ -293,7 +296,7 @@ class TeacherReader(RowReader):
         return kind.read(batch)
 
     def _shard(self, part: Part, number: int, replica: int | None) -> Shard:
-        """The unit's own file, its description checked."""
+        """Return the unit's own file, with its description checked."""
         unit = self.info.shown.unit(number, replica)
         key = (part.info.part, unit)
         if key not in self._open:
@@ -313,16 +316,16 @@ class TeacherReader(RowReader):
         return self._open[key]
 
     def scalars(self, shard: int, replica: int | None) -> list[PositionScalars]:
-        """The scalars of a unit, a record batch each; the targets beside them are not read."""
+        """Return the scalars of a unit by record batch, without reading the targets beside them."""
         if not self.info.is_vocabulary:
             raise InputError(
-                f"teacher {self.info.name!r} ({self.info.task}) says nothing of the true tokens: "
-                "scores and hard positions need a masked_lm or causal_lm teacher"
+                f"teacher {self.info.name!r} ({self.info.task}) has no scalars of the true "
+                "tokens: scores and hard positions need a masked_lm or causal_lm teacher"
             )
         lacks = self.info.lacks
         if {*lacks} & {*SCALARS[:3]}:
             raise InputError(
-                f"teacher {self.info.name!r} was imported without what it says of the true tokens: "
+                f"teacher {self.info.name!r} was imported without scalars of the true tokens: "
                 "scores and hard positions need gold_log_probs and gold_ranks in its rows"
             )
         file = self._shard(self.main, shard, replica)
@@ -338,7 +341,7 @@ class TeacherReader(RowReader):
 
     @cached_property
     def head(self) -> StoredHead:
-        """The output matrix of a teacher whose hidden states are kept."""
+        """The output matrix of a teacher with stored hidden states."""
         head = read_head(self.corpus.store, self.info.folder)
         if head.weight.shape != (self.info.vocabulary_size, self.info.hidden_size):
             raise CacheFormatError(
@@ -349,9 +352,9 @@ class TeacherReader(RowReader):
     def _validate(
         self, offsets: NDArray[np.int32], columns: Columns, shard: int, index: int, what: str
     ) -> None:
-        """Positions ascend within their sequence; ids lie within the vocabulary."""
+        """Check that positions ascend within their sequence and that the columns are valid."""
         first, count = index * self.info.rows_per_batch, len(offsets) - 1
-        # A causal target is the distribution of the next token: the last one has none.
+        # A causal target is the distribution of the next token: the last token has none.
         lengths = self.corpus.lengths(shard, first, count) - (self.info.task == "causal_lm")
         if not ascend_within(offsets, columns["positions"], lengths):
             raise CacheFormatError(
@@ -372,12 +375,13 @@ def _rows_with_targets(commits: Commits) -> float:
 def target_positions(
     corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int, replica: int | None
 ) -> list[NDArray[np.int64]]:
-    """Return where a vocabulary teacher has targets in each row of a corpus shard, ascending.
+    """Return the ascending positions, per row of a corpus shard, where a vocabulary teacher has
+    targets.
 
-    What the replica of a masked view masks; of a masked LM that sees the text as it is, all but
-    special tokens. A causal LM's position t holds the distribution of token t + 1: the last has
-    none, nor has the last of a document in a row of several. Of a corpus that says what is
-    trained, those of trained tokens alone.
+    For a masked view these are the positions that the replica masks; for a masked LM that sees
+    unmasked text, all except special tokens. A causal LM's position t holds the distribution of
+    token t + 1, so the last token has none, nor has the last of a document in a row of several. If
+    the corpus says what is trained, only trained tokens count.
     """
     if view is not None:
         masked = split_lists(view.batches(shard, replica), "positions")

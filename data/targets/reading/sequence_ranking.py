@@ -1,8 +1,8 @@
-"""Which sequences and positions are worth training on, by a teacher's stored scalars alone.
+"""Rank sequences and positions by how useful they are for training, from stored scalars only.
 
 SALT ("small-LM guided training", 2024) takes the sequences a small LM finds hardest among those it
 can predict at all; self-evolution (Vega v2, 2022) masks the tokens a model finds hard. Targets are
-not read for it.
+not read.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ PREDICTABLE = 10  # SALT's median is over tokens whose rank is below this
 
 
 class ScoreSettings(TypedDict, total=False):
-    """What else a score is given, see ``sequence_scores``."""
+    """Further settings of a score, see ``sequence_scores``."""
 
     predictable: int
     threshold: float
@@ -33,7 +33,7 @@ class HardPositions:
     """Positions of one sequence at which the teacher finds the true token hard."""
 
     index: int  # of the sequence
-    positions: NDArray[np.int64]  # [P]; of a causal teacher, t stands for the prediction of t + 1
+    positions: NDArray[np.int64]  # [P]; for a causal teacher, t stands for the prediction of t + 1
     losses: NDArray[np.float32]  # [P] −log p of the true token, nats
 
 
@@ -45,14 +45,13 @@ def sequence_scores(
     predictable: int = PREDICTABLE,
     threshold: float = HARD,
 ) -> NDArray[np.float64]:
-    """A score [N] of every sequence; NaN where the teacher has no position that counts.
+    """Return a score [N] for every sequence; NaN if the teacher has no position that counts.
 
-    ``median_loss``: median of −log p of the true token over positions at which its rank is below
-    ``predictable`` (SALT); ``mean_loss``: mean of it over all positions; ``mean_entropy``: mean
+    ``median_loss``: median of −log p of the true token over positions where its rank is below
+    ``predictable`` (SALT); ``mean_loss``: its mean over all positions; ``mean_entropy``: mean
     entropy of the teacher; ``hard_share``: share of positions with a loss above ``threshold``.
-    Masked teachers are scored in ``replica``, in the mean over all replicas if it is None.
-    Raises InputError for a teacher without scalars or an unknown score, CacheMismatchError for one
-    that is not complete.
+    Masked teachers are scored in ``replica``; None: averaged over all replicas. Raise InputError
+    for a teacher without scalars or an unknown score, CacheMismatchError for an incomplete teacher.
     """
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
@@ -78,9 +77,10 @@ def sequence_scores(
 def hard_positions(
     teacher: TeacherReader, threshold: float = HARD, replica: int | None = None
 ) -> Iterator[HardPositions]:
-    """For every sequence, in order, the positions with −log p of the true token > ``threshold``.
+    """Yield, for every sequence in order, the positions with −log p of the true token >
+    ``threshold``.
 
-    Masked teachers: of one ``replica`` (the first, if None). Raises as ``sequence_scores`` does.
+    Masked teachers: in one ``replica`` (None: the first). Raise as ``sequence_scores`` does.
     """
     number = (replica or 0) if teacher.masked else None
     for first, scalars in _blocks(teacher, number):
@@ -90,7 +90,7 @@ def hard_positions(
 
 
 def _blocks(teacher: TeacherReader, replica: int | None) -> Iterator[tuple[int, PositionScalars]]:
-    """The number of the first sequence of each record batch, and its scalars."""
+    """Yield the number of the first sequence of each record batch, and its scalars."""
     for shard in range(len(teacher.corpus.commits)):
         first = teacher.corpus.first(shard)
         for scalars in teacher.scalars(shard, replica):
@@ -120,7 +120,7 @@ def _scores(
 def _medians(
     values: NDArray[np.float64], rows: NDArray[np.int64], size: int
 ) -> NDArray[np.float64]:
-    """The median of each row's values, NaN of none."""
+    """Return the median of each row's values; NaN for an empty row."""
     order = np.lexsort((values, rows))
     ordered = values[order]
     counts = np.bincount(rows, minlength=size)

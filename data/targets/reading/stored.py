@@ -1,4 +1,4 @@
-"""What storing a sentence encoder's vectors changed, as the commit records of its units say it."""
+"""The error of storing a sentence encoder's vectors, from the commit records of its units."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from rekindle.data.targets.schema import TeacherInfo
 
 @dataclass(frozen=True)
 class StoredError:
-    """1 − cosine between vectors and what is stored of them."""
+    """1 − cosine between vectors and their stored form."""
 
     mean: float
     largest: float
@@ -25,7 +25,7 @@ class StoredError:
 
 
 def stored_error(commits: Commits) -> StoredError | None:
-    """Return it over all units; None where they do not say it."""
+    """Return the error over all units; None if their records lack it."""
     if not commits.says(MEAN_ERROR):
         return None
     mean, largest = (commits.numbers(name) for name in (MEAN_ERROR, LARGEST_ERROR))

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
@@ -66,7 +66,7 @@ def parsed() -> argparse.Namespace:
 
 
 def measured(options: argparse.Namespace, task: str, codec: str, k: int) -> dict[str, float]:
-    """One codec, made and audited in a cache of its own."""
+    """Make and audit one codec in a cache of its own."""
     with tempfile.TemporaryDirectory() as folder:
         values: dict[str, Any] = {
             "corpus": {

@@ -1,20 +1,20 @@
-"""Making a corpus on two cores beside one: reading, tokenising, packing, writing.
+"""Compare making a corpus on two cores and on one: reading, tokenising, packing, writing.
 
     python tests/benchmarks/cores/corpus_cores.py SHARED [--toy] [--times N] [--csv PATH]
 
 SHARED: the folder of the shared corpora (`corpus/wiki_train.jsonl`, `glue/sst2_train.jsonl`,
 `tokenizers/bert-base-uncased`). Long texts (most of that Wikipedia) and short ones (the sentences
-of SST-2, some times over) into sequences of 512, in shards of the usual size: some ten seconds of
-one core each (``--times``: so many times that, once), beside which the workers' beginning (a
-quarter of a second) is little. One process may use the first core, one the first two (``taskset``:
-threads, as for any corpus that is not long), and one these with ``--workers 2``; they make the same
-corpora in turns, in one run, each on its own. What is paid once (imports) is left out, but not
-loading the tokenizer, nor the workers' beginning.
+of SST-2, several times over) are made into sequences of 512, in shards of the usual size: some ten
+seconds of one core each (``--times``: that many times as much, once), compared to which starting
+the workers (a quarter of a second) is little. One process uses the first core, one the first two
+(``taskset``: threads, as for any corpus that is not long), and one these with ``--workers 2``; they
+make the same corpora in turns, in one run, each alone. One-time costs (imports) are left out,
+except loading the tokenizer and starting the workers.
 
-On idle cores. On others the rows say so: the load average is part of their case. What does not
-depend on it is the last row of each case, the share of one process's CPU time that is left to the
-process which cuts the source into parts and writes, where two workers make these: it cannot be
-shared out, so that its inverse bounds what any number of cores can give.
+Meant for idle cores. On others the rows say so: the load average is part of their case. Independent
+of it is the last row of each case: the share of one process's CPU time that is left, with two
+workers, to the process that cuts the source into parts and writes. That part cannot be shared, so
+its inverse bounds what any number of cores can give.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))  # last: its files are called as packages are
+# last: its files are imported by the names of packages
+sys.path.append(str(Path(__file__).parents[1]))
 from results_csv import RESULTS, Row, append, processor, versions
 
 Found = dict[str, Any]
@@ -45,18 +46,18 @@ VARIANTS = {"one core": ("0", 1), "two cores": ("0,1", 1), "two cores, 2 workers
 
 
 def source_of(case: str, sources: Path) -> Path:
-    """Where the text of a case lies."""
+    """Return where the text of a case lies."""
     path, times, *_ = CASES[case]
     return sources / f"{times}-{Path(path).name}"
 
 
 def sequences_of(case: str, toy: bool, times: int) -> int:
-    """How many sequences a corpus of that case has."""
+    """Return the number of sequences of a case's corpus."""
     return TOY if toy else times * CASES[case][-1]
 
 
 def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> None:
-    """Make the corpus of each case that is named on standard input; answer with what was found."""
+    """Make the corpus of each case named on standard input; answer with the results."""
     import transformers  # noqa: F401
 
     from rekindle.data.corpus.config import CorpusConfig
@@ -80,7 +81,7 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> N
         return build_corpus(LocalStore(Path(folder)), config, size, in_order=in_order)
 
     with tempfile.TemporaryDirectory() as folder:
-        make(folder, next(iter(CASES)), TOY)  # what is imported on first use
+        make(folder, next(iter(CASES)), TOY)  # imports on first use
     print("ready", flush=True)
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +93,7 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> N
 
 
 def _used() -> float:
-    """CPU seconds of this process."""
+    """Return the CPU seconds of this process."""
     spent = resource.getrusage(resource.RUSAGE_SELF)
     return spent.ru_utime + spent.ru_stime
 
@@ -100,7 +101,7 @@ def _used() -> float:
 def started(
     shared: Path, sources: Path, variant: str, toy: bool, times: int
 ) -> Callable[[str], Found]:
-    """A process of that variant, as a function of a case."""
+    """Start a process of that variant; return it as a function of a case."""
     cores, workers = VARIANTS[variant]
     command = ["taskset", "-c", cores, sys.executable, __file__, str(shared)]
     command += ["--serve", str(sources), str(workers), *["--toy"] * toy, "--times", str(times)]
@@ -117,7 +118,7 @@ def started(
 
 
 def measure(shared: Path, sources: Path, toy: bool, times: int) -> list[Row]:
-    """Every case with every variant, in turns."""
+    """Measure every case with every variant, in turns."""
     for case, (path, copies, *_) in CASES.items():
         with source_of(case, sources).open("wb") as file:
             for _ in range(copies * times):
@@ -153,7 +154,7 @@ def main() -> None:
     """Measure, print, and append to the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shared", type=Path)
-    parser.add_argument("--toy", action="store_true", help="some seconds; its figures say nothing")
+    parser.add_argument("--toy", action="store_true", help="some seconds; its figures mean nothing")
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)

@@ -20,12 +20,14 @@ class Step(TypedDict, total=False):
 
 
 def teacher(name: str, model: str, task: str, **more: object) -> Values:
-    """One entry of ``teachers``."""
+    """Return one entry of ``teachers``."""
     return {"name": name, "model": f"models/{model}", "task": task} | more
 
 
 def vocabulary_teachers(model: str, task: str, every_codec: bool = True) -> list[Values]:
-    """A teacher for each kind of vocabulary targets, and for each codec of those that have one."""
+    """Return a teacher for each kind of vocabulary targets, and for each codec of those that have
+    one.
+    """
     kinds: dict[str, Values] = {"random": {"k": 6}, "dense": {}, "hidden": {}}
     for kind in ("topk", "threshold"):
         for codec in ("default", "precise", "compact") if every_codec else ("default",):
@@ -38,7 +40,7 @@ def vocabulary_teachers(model: str, task: str, every_codec: bool = True) -> list
 
 
 def experts() -> list[Values]:
-    """An expert of every task head, of texts and of pairs."""
+    """Return an expert for every task head, on texts and on pairs."""
     classifier, regression = "sequence_classification", "regression"
     return [
         teacher("sense", "sense", classifier),
@@ -58,7 +60,7 @@ def experts() -> list[Values]:
 def run(
     cache: str, tokenizer: str, teachers: list[Values], mask: Values, **corpus: object
 ) -> Values:
-    """A run file without a student."""
+    """Return a run file without a student."""
     text = {"source": ["docs.jsonl"], "domain_field": "domain", "tokenizer": tokenizer}
     return {
         "corpus": text | {"sequence_length": LENGTH} | corpus,
@@ -68,7 +70,9 @@ def run(
 
 
 def masked_run() -> Values:
-    """Every kind of target of a masked LM, every task head, a causal LM of the same tokenizer."""
+    """Return a run with every kind of target of a masked LM, every task head, and a causal LM of
+    the same tokenizer.
+    """
     masked = vocabulary_teachers("lm", "masked_lm")
     others = [
         teacher("padded", "lm-padded", "masked_lm", targets={"kind": "topk", "k": 8}),
@@ -89,7 +93,7 @@ def masked_run() -> Values:
 
 
 def caches() -> dict[str, Values]:
-    """Run files by name; each makes the cache of its name."""
+    """Return run files by name; each makes the cache of its name."""
     two = [
         teacher(kind, "lm", "masked_lm", targets={"kind": kind, "k": 8})
         for kind in ("topk", "threshold")
@@ -129,7 +133,7 @@ GROWTH = (
 
 
 def cache_steps(names: list[str]) -> list[Step]:
-    """The commands that make these caches."""
+    """Return the commands that make these caches."""
     steps: list[Step] = []
     for name in names:
         for changes in GROWTH if name == "grown" else ([],):

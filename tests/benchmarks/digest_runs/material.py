@@ -1,5 +1,5 @@
-"""What the runs of ``digests.py`` read: text, tokenizers, tiny random models. All from fixed seeds:
-nothing is trained or downloaded.
+"""The inputs of the runs of ``digests.py``: text, tokenizers, tiny random models. All from fixed
+seeds; nothing is trained or downloaded.
 """
 
 import json
@@ -21,7 +21,7 @@ LARGE = 66_000  # tokens of the large vocabulary: ids beyond 65,536 have a plane
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Sentences of 3 to 12 words."""
+    """Return sentences of 3 to 12 words."""
     draw = random.Random(seed)
     return [
         " ".join(draw.choices(WORDS, k=draw.randint(3, 12))).capitalize() + "."
@@ -35,7 +35,7 @@ def write_lines(path: Path, records: list[Values]) -> None:
 
 
 def write_text(work: Path) -> None:
-    """The corpus, and two labelled tasks: classes of single texts, scores of pairs."""
+    """Write the corpus, and two labelled tasks: classes of single texts, scores of pairs."""
     write_lines(
         work / "docs.jsonl",
         [
@@ -120,7 +120,7 @@ GPT = {
 
 
 def labels(*names: str) -> Values:
-    """The configuration of a classifier with these classes."""
+    """Return the configuration of a classifier with these classes."""
     ids = {name: number for number, name in enumerate(names)}
     return {"id2label": dict(enumerate(names)), "label2id": ids}
 

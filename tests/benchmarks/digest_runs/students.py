@@ -7,12 +7,12 @@ from digest_runs.material import Values
 
 
 def term(*teachers: str, **more: object) -> Values:
-    """One entry of ``train.objective.distill``."""
+    """Return one entry of ``train.objective.distill``."""
     return {"teachers": list(teachers)} | more
 
 
 FALLING = {"schedule": "linear", "from": 1.0, "to": 0.0, "over": 0.6}
-# Of masked-LM students of the cache "masked": what teaches them.
+# What teaches the masked-LM students of the cache "masked".
 OBJECTIVES: dict[str, Values] = {
     "sparse": {
         "distill": [
@@ -69,7 +69,7 @@ OBJECTIVES: dict[str, Values] = {
 def trained(
     base: Values, student: Values, objective: Values | None = None, **train: object
 ) -> Values:
-    """A run file with a student that is trained for some steps."""
+    """Return a run file with a student trained for a few steps."""
     settings: Values = {
         "steps": 8,
         "batch_sequences": 6,
@@ -86,7 +86,7 @@ def trained(
 
 
 def students() -> dict[str, Values]:
-    """Run files by name; each trains the student, or the stages, of its name."""
+    """Return run files by name; each trains the student, or the stages, of its name."""
     made = caches()
     masked, gpt = {"model": "models/student"}, {"model": "models/student-gpt", "task": "causal_lm"}
     found = {
@@ -118,7 +118,7 @@ def students() -> dict[str, Values]:
 
 
 def elle(base: Values) -> Values:
-    """Two domains, one after the other; the student grows between them."""
+    """Return a run on two domains, one after the other; the student grows between them."""
     grown = {"layers": 3, "hidden_size": 48, "heads": 3, "noise_std": 0.01}
     replay = {"domains": ["north"], "fraction": 0.3}
     first = {"student.model": "{north}", "student.grow": grown, "train.domains": ["north"]}
@@ -133,7 +133,7 @@ def elle(base: Values) -> Values:
 
 
 def prompted(base: Values) -> Values:
-    """Text that is written of an expert's answers, and a student of it."""
+    """Return a run that writes text from an expert's answers and trains a student on it."""
     text = "prompts.jsonl"
     changed = {"corpus.source": [text], "cache.path": "caches/prompted", "teachers": []}
     stage = {"name": "prompted", "write_prompts": {"teacher": "sense", "to": text}, "set": changed}
@@ -141,7 +141,7 @@ def prompted(base: Values) -> Values:
 
 
 def student_steps(name: str) -> list[Step]:
-    """The commands that train a student."""
+    """Return the commands that train a student."""
     arguments = ["train-student", f"student-{name}.yaml", "--out", f"students/{name}"]
     if name == "two":
         return [{"arguments": arguments, "processes": 2}]
@@ -153,7 +153,7 @@ def student_steps(name: str) -> list[Step]:
 
 
 def finetune_steps() -> list[Step]:
-    """The commands that fine-tune a model on a task of each kind."""
+    """Return the commands that fine-tune a model on a task of each kind."""
     settings = ["epochs=2", "batch_size=8", "max_length=24", "learning_rate=1.0e-3"]
     changes = [part for value in settings for part in ("--set", value)]
     return [
@@ -172,7 +172,9 @@ GROUPS = (*CACHES, *STUDENTS, "finetuned")
 
 
 def run_files(groups: Sequence[str]) -> dict[str, Values]:
-    """The run files of these groups by file name; those of the caches of students among them."""
+    """Return the run files of these groups by file name, including those of the students'
+    caches.
+    """
     chosen = {f"student-{name}": values for name, values in STUDENTS.items() if name in groups}
     paths = [values["cache"] for values in chosen.values()]
     needed = {str(cache["path"]) for cache in paths if isinstance(cache, Mapping)}
@@ -181,7 +183,7 @@ def run_files(groups: Sequence[str]) -> dict[str, Values]:
 
 
 def steps_of(groups: Sequence[str]) -> list[Step]:
-    """The commands of these groups, in their order."""
+    """Return the commands of these groups, in their order."""
     files = run_files(groups)
     steps = cache_steps([name for name in CACHES if name in files])
     for name in STUDENTS:

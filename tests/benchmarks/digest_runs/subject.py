@@ -1,11 +1,11 @@
-"""Runs inside the commit under test: runs commands and writes the digests of what they made.
+"""Runs commands inside the commit under test and writes the digests of the results.
 
     PYTHONPATH=CHECKOUT/.ns python subject.py CHECKOUT STEPS.json DIGESTS.json
 
-The current folder is the work folder. Nothing of Rekindle is imported but the public paths
+The current folder is the work folder. Of Rekindle, only the public paths are imported:
 ``rekindle.pipeline.cli`` (run as a module), ``rekindle.data.cache``, ``rekindle.kernels.losses``
 and ``rekindle.train.student``. Every command runs in a fork of this process, which has imported
-torch and transformers but nothing of ours: so a command costs its own seconds only.
+torch and transformers but nothing of Rekindle, so a command costs only its own seconds.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ OF_STUDENTS = (
     "datasets",
 )
 FOLDERS = ("pipeline", "train", "kernels", "data")
-# Keys of JSON files beside all that name seconds: waiting; a file's checksum over such keys; in a
-# checkpoint's list of checksums, a file that holds such keys.
+# Keys of JSON files, besides all that name seconds, that are left out: waiting; a file's checksum
+# over such keys; in a checkpoint's list of checksums, a file that holds such keys.
 VOLATILE = {"data_wait", "record", "rekindle_student.json"}
 LONGEST_WAIT = 300  # seconds for one command
 
@@ -58,8 +58,8 @@ def fail(message: str) -> NoReturn:
 
 
 def leave_only(checkout: Path) -> None:
-    """Make the packages of ``checkout`` the only ones: an editable install would still serve a
-    module which this commit does not have.
+    """Make the packages of ``checkout`` the only ones: an editable install would otherwise serve
+    modules that this commit lacks.
     """
     sys.meta_path[:] = [
         finder
@@ -80,7 +80,7 @@ def leave_only(checkout: Path) -> None:
 
 
 def check_modules(checkout: Path) -> None:
-    """Fail unless everything of ours that is imported lies in ``checkout``."""
+    """Fail unless every imported module of Rekindle lies in ``checkout``."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) if name.startswith("rekindle.") else None
         if file and not Path(file).resolve().is_relative_to(checkout):
@@ -91,7 +91,7 @@ def check_modules(checkout: Path) -> None:
 
 
 def command(arguments: list[str], log: Path, checkout: Path, environment: dict[str, str]) -> int:
-    """Start ``python -m rekindle.pipeline.cli ARGUMENTS`` in a fork; its process id."""
+    """Start ``python -m rekindle.pipeline.cli ARGUMENTS`` in a fork; return its process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -116,7 +116,7 @@ def command(arguments: list[str], log: Path, checkout: Path, environment: dict[s
 
 
 def world(processes: int) -> list[dict[str, str]]:
-    """The environment of each process, as torchrun gives it."""
+    """Return the environment of each process, as torchrun gives it."""
     if processes == 1:
         return [{}]
     with socket.socket() as probe:
@@ -128,7 +128,7 @@ def world(processes: int) -> list[dict[str, str]]:
 
 
 def wait(child: int, ready: Callable[[], bool] | None, deadline: float) -> int:
-    """Wait for a child's exit code; kill it as soon as ``ready``. The code is −9 then."""
+    """Wait for a child's exit code; kill it as soon as ``ready``. The code is then −9."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -139,7 +139,7 @@ def wait(child: int, ready: Callable[[], bool] | None, deadline: float) -> int:
 
 
 def run_step(step: dict, log: Path, checkout: Path) -> None:
-    """Run one command, whole or until it is to be killed; fail where it ends otherwise."""
+    """Run one command to its end, or until it is to be killed; fail if it ends differently."""
     before = time.monotonic()
     stop, lines = step.get("stop"), step.get("lines", 0)
     ready = (lambda: _lines(Path(stop)) >= lines) if stop else None
@@ -160,7 +160,9 @@ def _lines(path: Path) -> int:
 
 
 def digest(parts: Iterable[object]) -> str:
-    """The first 128 bits of the sha256 of bytes, arrays, plain values and dataclasses of them."""
+    """Return the first 128 bits of the sha256 of bytes, arrays, plain values and dataclasses of
+    them.
+    """
     found = hashlib.sha256()
     for part in parts:
         _feed(found, part)
@@ -187,7 +189,7 @@ def _feed(found: "hashlib._Hash", part: object) -> None:
 
 
 def settled(value: object) -> object:
-    """A JSON value without what differs between two equal runs."""
+    """Return a JSON value without what differs between two equal runs."""
     if isinstance(value, dict):
         return {
             key: settled(item)
@@ -198,14 +200,16 @@ def settled(value: object) -> object:
 
 
 def json_digest(path: Path) -> str:
-    """Of one JSON document, or of JSON lines."""
+    """Return the digest of a JSON document, or of JSON lines."""
     lines = path.read_text(encoding="utf-8")
     values = map(json.loads, lines.splitlines() if path.suffix == ".jsonl" else [lines])
     return digest(json.dumps(settled(value), sort_keys=True).encode() for value in values)
 
 
 def columns_digest(path: Path) -> str:
-    """Of an Arrow file's fields and values, whatever its metadata and record batches."""
+    """Return the digest of an Arrow file's fields and values, whatever its metadata and record
+    batches.
+    """
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
     plain = table.replace_schema_metadata(None).combine_chunks()
@@ -216,14 +220,16 @@ def columns_digest(path: Path) -> str:
 
 
 def cache_digests(name: str) -> dict[str, str]:
-    """Of each unit the file and its columns; of each other file; of what is decoded."""
+    """Return the digests of each unit's file and columns, of each other file, and of the decoded
+    values.
+    """
     root = Path("caches") / name
     found, data = {}, set()
     for path in sorted(root.rglob("*.json")):
         key = f"cache {name}/{path.relative_to(root).with_suffix('')}"
         if path.parent.name == "commits":
             record = json.loads(path.read_text())
-            file = path.parent.parent / record.pop("path")  # its name is drawn
+            file = path.parent.parent / record.pop("path")  # its name is random
             data.add(file)
             found[f"{key} file"] = digest([file.read_bytes()])
             found[f"{key} columns"] = columns_digest(file)
@@ -239,7 +245,9 @@ def cache_digests(name: str) -> dict[str, str]:
 
 
 def decoded_digests(name: str) -> dict[str, str]:
-    """Of what ``Cache`` gives: sequences, every teacher's targets, the order of an epoch."""
+    """Return the digests of what ``Cache`` gives: sequences, every teacher's targets, the order of
+    an epoch.
+    """
     from rekindle.data.cache import Cache
 
     cache = Cache.open(f"caches/{name}")
@@ -257,14 +265,16 @@ def decoded_digests(name: str) -> dict[str, str]:
 
 
 def tensors_digest(path: Path) -> str:
-    """Of the tensors of a safetensors file, by name."""
+    """Return the digest of the tensors of a safetensors file, by name."""
     from safetensors.numpy import load_file
 
     return digest([load_file(path)])
 
 
 def student_digests() -> dict[str, str]:
-    """Of all weights, metrics and JSON files below ``students``, checkpoints included."""
+    """Return the digests of all weights, metrics and JSON files below ``students``, checkpoints
+    included.
+    """
     found = {}
     for path in sorted(Path("students").rglob("*")):
         if path.suffix == ".safetensors":
@@ -279,7 +289,7 @@ def student_digests() -> dict[str, str]:
 
 
 def reloaded_digest(folder: Path) -> str:
-    """Of a student that is loaded and saved again by the public ``Student``."""
+    """Return the digest of a student that the public ``Student`` has loaded and saved again."""
     from rekindle.train.student import Student
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -288,7 +298,9 @@ def reloaded_digest(folder: Path) -> str:
 
 
 def loss_digests() -> dict[str, str]:
-    """Of the losses and gradients of ``rekindle.kernels.losses`` on drawn rows."""
+    """Return the digests of the losses and gradients of ``rekindle.kernels.losses`` on
+    drawn rows.
+    """
     import torch
 
     from rekindle.kernels.losses import kd_loss, linear_kd_loss, merge_targets
@@ -318,7 +330,7 @@ def loss_digests() -> dict[str, str]:
 
 
 def every_digest() -> dict[str, str]:
-    """Of all that lies in the work folder, and of the losses."""
+    """Return the digests of everything in the work folder, and of the losses."""
     found = loss_digests()
     for cache in sorted(Path("caches").iterdir()):
         found |= cache_digests(cache.name)

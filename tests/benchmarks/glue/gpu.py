@@ -1,14 +1,15 @@
-"""Knowledge rekindle on GLUE where a GPU is had for minutes: what is carried there, and the run.
+"""Knowledge rekindle on GLUE with minutes of a GPU: packs the inputs and does the run.
 
     python tests/benchmarks/glue/gpu.py inputs shared/data models/minilm-mlm glue-inputs
     python tests/benchmarks/glue/gpu.py run glue-inputs --out runs/glue-gpu --rows rows
 
-``inputs`` writes one folder with all that glue.yaml names, below 60 MB: the start model in half
-precision (every arm begins with that), the tasks' files, the beginning of the text. ``run`` needs
-that folder and this repository alone. It works at several draws of the labels at a time; the rows
-of each are recorded and copied to ``--rows`` as soon as it has come to its end. The same command
-goes on: in the same ``--out`` where it stopped, elsewhere with the draws that are not recorded in
-``cells.jsonl`` beside this file (bring the copied one back). ``--seconds`` ends it in good order.
+``inputs`` writes one folder with everything that glue.yaml names, below 60 MB: the start model in
+half precision (every arm starts from that), the tasks' files, the beginning of the text. ``run``
+needs only that folder and this repository. It works on several draws of the labels at a time; the
+rows of each are recorded and copied to ``--rows`` as soon as it is finished. Run the same command
+to continue: in the same ``--out`` it continues where it stopped, elsewhere with the draws that are
+not recorded in ``cells.jsonl`` beside this file (bring the copied one back). ``--seconds`` ends it
+cleanly.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from record import CELLS, Origin, plan_of, read_rows, record  # noqa: E402
 from rekindle.data.errors import RekindleError  # noqa: E402
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER  # noqa: E402
 
-MOST_BYTES = 60_000_000  # of all inputs
+MOST_BYTES = 60_000_000  # for all inputs
 TEXT_BYTES = 12_000_000  # of the unlabelled text before it is packed: some 41,000 sequences of 64
-MOST_ROWS = 20_000  # of a train set, of which each draw takes a thousand or two
+MOST_ROWS = 20_000  # of a train set, of which each draw takes one or two thousand
 TASKS = ("cola", "sst2", "mrpc", "stsb")
-ENDS_WITHIN = 60.0  # seconds that a cycle has to keep what it has done
+ENDS_WITHIN = 60.0  # seconds that a cycle has to save its work
 COMMIT = "commit.txt"
 MODEL_FILES = ("config.json", "token*", "vocab*", "merges*", "special_tokens*", "*.index.json")
 
@@ -47,7 +48,7 @@ Command = Callable[[Path, Path, int, int], Sequence[str]]
 
 
 def write_inputs(shared: Path, model: Path, out: Path) -> int:
-    """Write the folder of inputs; return its bytes. SystemExit where they are too many."""
+    """Write the folder of inputs; return its bytes. Raises SystemExit if they are too many."""
     if out.exists():
         raise SystemExit(f"{out} is there already; give another folder, or remove it")
     out.mkdir(parents=True)
@@ -70,7 +71,7 @@ def write_inputs(shared: Path, model: Path, out: Path) -> int:
 
 
 def write_text(source: Path, out: Path) -> None:
-    """The first records of the text, packed; equal records give equal bytes."""
+    """Write the first records of the text, packed; equal records give equal bytes."""
     left, kept = TEXT_BYTES, []
     with open(source, "rb") as file:
         for line in file:
@@ -81,21 +82,21 @@ def write_text(source: Path, out: Path) -> None:
 
 
 def halve(model: Path, out: Path) -> None:
-    """The model with its weights in half precision: half the bytes."""
+    """Write the model with its weights in half precision: half the bytes."""
     import torch
     from safetensors.torch import load_file, save_file
 
     out.mkdir()
     for file in sorted(file for pattern in MODEL_FILES for file in model.glob(pattern)):
         shutil.copy(file, out)
-    for file in model.glob("model*.safetensors"):  # an optimizer's state stays where it is
+    for file in model.glob("model*.safetensors"):  # an optimizer's state is not copied
         weights = load_file(file)
         small = {k: w.half() if w.dtype == torch.float32 else w for k, w in weights.items()}
         save_file(small, out / file.name, metadata={"format": "pt"})
 
 
 def size_of(folder: Path) -> int:
-    """The bytes of all files in it."""
+    """Return the bytes of all files in the folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -103,7 +104,7 @@ def size_of(folder: Path) -> int:
 
 
 def cycle_command(table: Path, out: Path, draw: int, workers: int) -> list[str]:
-    """One draw of the labels, as the command line has it."""
+    """Return the command line of one draw of the labels."""
     start = [sys.executable, "-c", "from rekindle.pipeline.cli import main; main()", "rekindle"]
     where = [str(table / f"{table.name}.yaml"), "--out", str(out), "--draw", str(draw)]
     return [*start, *where, "--workers", str(workers)]
@@ -120,9 +121,10 @@ def run(
     table: Path = HERE,
     command: Command = cycle_command,
 ) -> bool:
-    """Run the draws that are not recorded, ``at_once`` at a time; whether all are recorded then.
+    """Run the draws that are not recorded, ``at_once`` at a time; return whether all are recorded
+    then.
 
-    A draw that fails is tried once more: two that begin at once may meet in the folder.
+    A draw that fails is tried once more: two that begin at the same time may collide in the folder.
     """
     config, origin = plan_of(table), _origin(inputs)
     cells = {(one["draw"], one["task"]) for one in read_rows(table)}
@@ -151,13 +153,13 @@ def run(
                 keep(table, out, rows, origin)
                 break
             time.sleep(0.1)
-    finally:  # whatever ends it, such as rows that are not of this table
+    finally:  # whatever ends it, such as rows of another table
         end([one for one in running if one.poll() is None])
     return len(read_rows(table)) == len(draws) * len(names)
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", begun: Path, until: float | None) -> None:
-    """Until the draw has begun, has ended, or the time is over."""
+    """Wait until the draw has begun, has ended, or the time is over."""
     while process.poll() is None and not begun.exists():
         if until is not None and time.monotonic() > until:
             return
@@ -165,7 +167,7 @@ def _wait_for(process: "subprocess.Popen[bytes]", begun: Path, until: float | No
 
 
 def end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Tell them to keep what they have done; what does not end in time is killed."""
+    """Ask the processes to save their work; kill those that do not end in time."""
     for process in running:
         process.terminate()
     until = time.monotonic() + ENDS_WITHIN
@@ -177,7 +179,7 @@ def end(running: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 
 def keep(table: Path, out: Path, rows: Path, origin: Origin) -> None:
-    """Record the cells that are finished, and copy all rows to where they are safe."""
+    """Record the finished cells, and copy all rows to a safe place."""
     if (out / DRAWS_FOLDER).is_dir():
         print("\n".join(record(table, out, origin)), flush=True)
     if (table / CELLS).exists():
@@ -185,26 +187,30 @@ def keep(table: Path, out: Path, rows: Path, origin: Origin) -> None:
 
 
 def _origin(inputs: Path) -> Origin:
-    """This machine, and the commit that the inputs were written with: there may be no git here."""
+    """Return this machine, and the commit that the inputs were written with: there may be no git
+    here.
+    """
     written = inputs / COMMIT
     origin = Origin.here()
     return replace(origin, commit=written.read_text().strip()) if written.exists() else origin
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True, dest="part")
-    one = parts.add_parser("inputs", help="write the folder that is carried to the GPU")
+    one = parts.add_parser("inputs", help="write the folder of inputs for the GPU")
     for name in ("shared", "model", "out"):
         one.add_argument(name, type=Path)
-    one = parts.add_parser("run", help="run what is not recorded yet")
+    one = parts.add_parser("run", help="run what is not yet recorded")
     one.add_argument("inputs", type=Path)
     one.add_argument("--out", type=Path, default=Path("runs/glue-gpu"))
-    one.add_argument("--rows", type=Path, required=True, help="where rows are copied as they come")
+    one.add_argument(
+        "--rows", type=Path, required=True, help="where rows are copied as they are finished"
+    )
     one.add_argument("--at-once", type=int, default=3, help="draws at a time")
     one.add_argument("--workers", type=int, default=5, help="jobs at a time of each draw")
-    one.add_argument("--seconds", type=float, help="end in good order after so many")
+    one.add_argument("--seconds", type=float, help="end cleanly after this many")
     given = parser.parse_args()
     if given.part == "inputs":
         size = write_inputs(given.shared, given.model, given.out)

@@ -1,4 +1,4 @@
-"""The run on a GPU that is had for minutes: what is carried, what is recorded, how it goes on."""
+"""The run with minutes of a GPU: its inputs, what is recorded, how it continues."""
 
 import json
 import sys
@@ -72,7 +72,7 @@ def test_draws_are_recorded_as_they_end_and_only_those_that_lack_are_run_again(
 
     def command(table: Path, out: Path, draw: int, workers: int, broken: int = -1) -> list[str]:
         copy = f"mkdir -p {out}/draws && cp -r {made}/draws/{draw} {out}/{draw}"
-        copy += f" && mv {out}/{draw} {out}/draws/{draw}"  # at once, as all is written
+        copy += f" && mv {out}/{draw} {out}/draws/{draw}"  # in one step, once all is written
         what = "exit 1" if draw == broken else copy
         return ["bash", "-c", f"echo {draw} >> {begun}; {what}"]
 
@@ -87,7 +87,7 @@ def test_draws_are_recorded_as_they_end_and_only_those_that_lack_are_run_again(
     cells = [(row["task"], row["draw"]) for row in map(json.loads, first.splitlines())]
     assert cells == [(task, draw) for task in TASKS for draw in (0, 2)]
     assert all(row["seconds_of"] == "all tasks" for row in record.read_rows(table))
-    # On another machine, where nothing of the first folder is.
+    # On another machine, without the first folder.
     assert run("second", command=command) == (True, ["1"])
     assert len(record.read_rows(table)) == DRAWS * len(TASKS)
     assert set(first.splitlines()) < set((rows / "cells.jsonl").read_text().splitlines())

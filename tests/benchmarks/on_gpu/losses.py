@@ -1,4 +1,4 @@
-"""The losses beside eager PyTorch, and what a call of them costs the host."""
+"""The losses compared with eager PyTorch, and the host's cost of a call."""
 
 import sys
 from collections.abc import Callable
@@ -17,7 +17,7 @@ CASES = (("logits", 1.0), ("logits", 2.0), ("linear", 1.0))  # task, temperature
 
 
 def measure(toy: bool, add: Callable[[Row], None]) -> None:
-    """Every shape of `kernels.py`, at one k; without its other peers."""
+    """Measure every shape of `kernels.py`, at one k; without its other peers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes, kept, repeats = (kernels.TOY_SHAPES, 8, 2) if toy else (kernels.SHAPES, KEPT, REPEATS)
     for providers in kernels.TASKS.values():
@@ -34,7 +34,7 @@ def measure(toy: bool, add: Callable[[Row], None]) -> None:
 
 
 def measure_host(toy: bool, add: Callable[[Row], None]) -> None:
-    """As `host_cost.py` does."""
+    """Measure as `host_cost.py` does."""
     torch.set_num_threads(1)
     if toy:
         host_cost.REPEATS, host_cost.CALLS = 2, 1

@@ -1,4 +1,4 @@
-"""The tests of what runs on a GPU, counted as far as they come in time."""
+"""The tests of code that runs on a GPU, counted as far as they finish in time."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from results_csv import Row
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 72  # a little less than the part may take
-FILES = (  # those with tests that are marked `gpu`, and those of the kernels that take any device
+FILES = (  # those with tests marked `gpu`, and those of the kernels that take any device
     "tests/train/test_gpu.py",
     "tests/pipeline/caching/compute_unit/test_in_flight.py",
     "tests/kernels/test_no_waiting.py",
@@ -26,7 +26,7 @@ OUTCOMES = {".": "passed", "F": "failed", "E": "failed", "s": "skipped", "x": "p
 
 
 def measure(toy: bool, add: Callable[[Row], None]) -> None:
-    """Run them; SystemExit where one fails, or not all are through in time."""
+    """Run them; raise SystemExit if one fails, or not all finish in time."""
     files = [name for name in FILES[: 2 if toy else None] if (ROOT / name).is_file()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu" if toy else "not slow", *files]
     with tempfile.TemporaryFile("w+") as out:
@@ -46,7 +46,7 @@ def measure(toy: bool, add: Callable[[Row], None]) -> None:
 
 
 def counted(text: str) -> Counter[str]:
-    """How many came out how, by the letters that ``pytest -q`` prints as it goes."""
+    """Return the number of each outcome, by the letters that ``pytest -q`` prints as it runs."""
     found = Counter[str]()
     for line in text.splitlines():
         if letters := re.fullmatch(r"([.FEsxX]+)(\s+\[\s*\d+%\])?", line):

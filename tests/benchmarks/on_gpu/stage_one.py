@@ -1,4 +1,6 @@
-"""Stage 1, files and all, beside the bare forward loop with its head on the masked rows."""
+"""Stage 1, including its files, compared with the bare forward loop with its head on the masked
+rows.
+"""
 
 import statistics
 import sys
@@ -29,7 +31,7 @@ BARE, STAGE, ONE_BY_ONE = "forward, masked tokens", "stage 1", "stage 1, a unit 
 
 
 def measure(toy: bool, add: Callable[[Row], None]) -> None:
-    """Tokens a second of each, in turns; stage 1 as a share of the bare loop."""
+    """Measure tokens per second of each, in turns; stage 1 as a share of the bare loop."""
     layers, width, units, rows, length = (1, 32, 2, 8, 32) if toy else (12, 768, 6, 2048, 128)
     with tempfile.TemporaryDirectory() as given:
         folder = Path(given)

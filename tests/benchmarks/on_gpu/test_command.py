@@ -1,4 +1,4 @@
-"""One command for a GPU: parts that fail or are late leave the others be; what is counted."""
+"""One command for a GPU: parts that fail or are late do not affect the others; what is counted."""
 
 import csv
 import importlib.util
@@ -51,7 +51,7 @@ def test_a_part_that_fails_is_a_line_and_the_others_go_on(command, monkeypatch, 
 
 
 def test_rows_are_appended_as_parts_are_done(command, monkeypatch, tmp_path):
-    """Of one that failed, too."""
+    """Including those of a failed part."""
     outcomes = iter([command.Outcome("bad", 1.0, [ROW], "late"), command.Outcome("x", 1, [], None)])
     monkeypatch.setattr(command, "parts", lambda: {n: command.Part(1, good) for n in ("bad", "x")})
     monkeypatch.setattr(command, "run", lambda *_: next(outcomes))

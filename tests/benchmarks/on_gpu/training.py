@@ -1,4 +1,6 @@
-"""A student's training, plain and with cached KD, and how much of the time the GPU is busy."""
+"""A student's training, plain and with cached KD, and the share of the time that the GPU
+is busy.
+"""
 
 import sys
 import tempfile
@@ -20,7 +22,9 @@ PROFILED = 20  # steps
 
 
 def measure(toy: bool, add: Callable[[Row], None]) -> None:
-    """Tokens a second of a few short runs in turns; then one more, under the profiler."""
+    """Measure tokens per second of a few short runs in turns; then do one more, under the
+    profiler.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher, steps, warm_up, rounds, batch = ("bert-base", "minilm-l6", 80, 20, 1, 256)
     if toy:
@@ -40,7 +44,7 @@ def measure(toy: bool, add: Callable[[Row], None]) -> None:
 
 
 def profiled(bench: Bench) -> tuple[float, float]:
-    """The share of the time in which the device was busy, and its longest rest in ms."""
+    """Return the share of the time in which the device was busy, and its longest pause in ms."""
     on_gpu = bench.device.type == "cuda"
     kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     profiler = torch.profiler.profile(activities=[kind])
@@ -63,8 +67,9 @@ def profiled(bench: Bench) -> tuple[float, float]:
 
 
 def busy(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Of spans in microseconds, which may overlap: the share of their time that they cover, and the
-    longest gap in ms. The first tenth is left out: a profiler that begins holds all up.
+    """Return, for spans in microseconds, which may overlap, the share of their time that they
+    cover, and the longest gap in ms. The first tenth is left out: a starting profiler delays
+    everything.
     """
     ordered = sorted(spans)
     if not ordered:

@@ -1,4 +1,4 @@
-"""What a page says of a cycle's results, in Markdown: between its marks all is written by this."""
+"""The tables of a cycle's result page, in Markdown: everything between the page's marks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,26 +31,26 @@ _TOLD = {
     "mlm": "masked LM alone on the same text",
     "pseudo": "the expert's classes as labels on the same text",
 }
-_ALL = "all tasks"  # whose seconds they are where all tasks have one text
+_ALL = "all tasks"  # label of the seconds if all tasks have one text
 
 
 def table(one: Table) -> str:
-    """A table without its title, which the page says in its own words."""
+    """Return a table without its title, which the page words itself."""
     return markdown_of(one).partition("\n\n")[2]
 
 
 def folded(summary: str, *blocks: str) -> str:
-    """What is shown on a click."""
+    """Return blocks that are shown on a click."""
     return "\n\n".join([f"<details><summary>{summary}</summary>", *blocks, "</details>"])
 
 
 def picture(name: str, told: str) -> str:
-    """A picture beside the page."""
+    """Return a picture beside the page."""
     return f"![{told}]({name}.svg)"
 
 
 def differences(results: CycleResults) -> Iterator[str]:
-    """A folded table for each arm that others are compared with."""
+    """Yield a folded table for each arm that others are compared with."""
     for one in difference_tables(results.differences, results.unit):
         against = next(a for a in _TOLD if f"differences to {a} on test" in one.title)
         told = _TOLD[against]
@@ -61,12 +61,12 @@ def differences(results: CycleResults) -> Iterator[str]:
 
 
 def scores(results: CycleResults) -> str:
-    """The table of scores as the cycle has it."""
+    """Return the cycle's own table of scores."""
     return table(own_tables(results)[0])
 
 
 def caption(unit: str) -> str:
-    """What is seen in a picture of differences."""
+    """Return the caption of a picture of differences."""
     return (
         f"Differences in points (right is better), paired by {unit}, with 95 % intervals (no line: "
         f"one {unit}); filled where p after Holm is below 0.05."
@@ -77,7 +77,7 @@ def caption(unit: str) -> str:
 
 
 def measured(name: str, config: CycleConfig, rows: Sequence[Cell]) -> str:
-    """Everything that the ``rows`` say, of a table whose picture is called ``name``."""
+    """Return everything made of the ``rows`` of a table whose picture is called ``name``."""
     cells = config.label_draws * len(config.tasks)
     first = f"**{len(rows)} of {cells} cells are measured** (a cell: one task in one draw)"
     if not rows:
@@ -160,7 +160,7 @@ def _by_task(
 
 
 def _scores(results: CycleResults) -> Table:
-    """As the cycle has them, but each task with its own number of draws."""
+    """Return the cycle's scores, but each task with its own number of draws."""
     by_column: dict[tuple[str, str], dict[str, Sequence[float]]] = {}
     for one in results.scores:
         by_column.setdefault((one.task, one.metric), {})[one.arm] = one.scores
@@ -182,7 +182,7 @@ def _scores(results: CycleResults) -> Table:
 
 
 def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
-    """Mean seconds over the draws of what an arm needs, by task."""
+    """Yield the mean seconds over the draws of what an arm needs, by task."""
     columns: dict[str, dict[str, list[dict[str, float]]]] = {}
     seen: set[tuple[str, int]] = set()
     for one in rows:
@@ -274,7 +274,7 @@ def _point(chosen: Mapping[str, Any]) -> str:
 
 
 def _with(rows: Sequence[Cell]) -> str:
-    """Devices, days, versions and commits; which cells are of which, where they differ."""
+    """Return devices, days, versions and commits; if they differ, the cells of each."""
 
     def told(one: Cell) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())

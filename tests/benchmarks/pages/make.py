@@ -3,8 +3,8 @@
     python tests/benchmarks/pages/make.py                # all
     python tests/benchmarks/pages/make.py few_labels     # one
 
-Between ``<!-- begin NAME … -->`` and ``<!-- end NAME -->`` a page is overwritten, the rest of it is
-written by hand. ``tests/benchmarks/pages/test_pages.py`` makes them again, and compares.
+Between ``<!-- begin NAME … -->`` and ``<!-- end NAME -->`` a page is overwritten; the rest of it is
+written by hand. ``tests/benchmarks/pages/test_pages.py`` makes the pages again, and compares.
 """
 
 import csv
@@ -35,7 +35,7 @@ PAGES = ROOT / "docs" / "results"
 
 @dataclass(frozen=True)
 class Made:
-    """What is made of a page: its regions by name, and its pictures by the names of their files."""
+    """The generated parts of a page: its regions by name, and its pictures by file name."""
 
     regions: Mapping[str, str]
     pictures: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def glue() -> Made:
 
 
 def muki_clinc150() -> Made:
-    """MUKI on CLINC150: its tables are written by hand, and a test holds them against the rows."""
+    """MUKI on CLINC150: its tables are written by hand, and a test compares them with the rows."""
     rows = []
     for name, kind, found in muki_rows():
         low, high = None, None
@@ -74,7 +74,7 @@ def muki_clinc150() -> Made:
 
 
 def muki_rows() -> list[tuple[str, str, dict[str, float]]]:
-    """What was recorded of every row of the table: its name, kind and values."""
+    """Return the name, kind and values recorded for every row of the table."""
     kinds = {"cpu, experts": "experts", "cpu, student": "student", "cpu, oracle": "oracle"}
     found: dict[tuple[str, str], dict[str, float]] = {}
     with open(BENCHMARKS / "results.csv", newline="", encoding="utf-8") as file:
@@ -100,7 +100,7 @@ STEPS = {
 
 
 def readme() -> Made:
-    """What a step costs with cached targets and with a teacher that runs beside it."""
+    """Return the cost of a step with cached targets and with a live teacher."""
     with open(BENCHMARKS / "results.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == "train"]
     last = [row for row in rows if row["metric"] == "time of a step"]
@@ -119,7 +119,9 @@ def readme() -> Made:
 
 
 def of_cells(table: str, picture: str = "") -> Made:
-    """A table whose cells are recorded one by one; its ``picture`` has its name, or this one."""
+    """Return a page of a table with cells recorded one by one; ``picture`` is the picture's name,
+    else the table's.
+    """
     picture = picture or table
     folder = BENCHMARKS / table
     config, rows = plan_of(folder), read_rows(folder)
@@ -134,7 +136,7 @@ def _differences(results: CycleResults) -> str:
 
 
 def state() -> Made:
-    """The table of RESULTS.md: what is measured of each."""
+    """Return the table of RESULTS.md: what each result measures."""
     lines = ["| result | what is measured |", "|---|---|"]
     for name, (title, about) in TITLES.items():
         lines.append(f"| [{title}](docs/results/{name}.md) | {about or _cells(name)} |")
@@ -148,7 +150,7 @@ def _cells(table: str) -> str:
     return f"{cells} ({tasks}; {config.label_draws} draws of the labels each)"
 
 
-# Of each page its name in RESULTS.md, and what is measured; where that is empty, it is counted.
+# By page: its name in RESULTS.md, and what is measured; if empty, the cells are counted.
 TITLES = {
     "glue": (
         "knowledge rekindle on GLUE",
@@ -171,7 +173,9 @@ MAKERS: dict[str, Callable[[], Made]] = {
 
 
 def written(page: str, regions: Mapping[str, str]) -> str:
-    """The text of a page with these regions anew. Raises ValueError for one that it lacks."""
+    """Return the text of a page with these regions replaced. Raises ValueError for one that it
+    lacks.
+    """
     for name, text in regions.items():
         pattern = re.compile(rf"(<!-- begin {name}\b[^>]*-->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if len(pattern.findall(page)) != 1:
@@ -181,7 +185,7 @@ def written(page: str, regions: Mapping[str, str]) -> str:
 
 
 def page_of(name: str) -> Path:
-    """Where the page is."""
+    """Return the path of the page."""
     return ROOT / f"{name}.md" if name in ("README", "RESULTS") else PAGES / f"{name}.md"
 
 

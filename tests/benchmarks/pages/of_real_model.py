@@ -1,4 +1,4 @@
-"""The tables of docs/results/real_model.md, from what `real_model/real_model.py` recorded."""
+"""The tables of docs/results/real_model.md, from the rows of `real_model/real_model.py`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ KIND = {"bytes": ".1f", "kept mass": ".3f", "KL": ".1e", "best token": ".3f"}
 
 
 def regions() -> dict[str, str]:
-    """The page's regions by name."""
+    """Return the page's regions by name."""
     found = json.loads(ROWS.read_text(encoding="utf-8"))
     kept = found["map"]
     kinds = [[f"`{name}`", *_cells(one)] for name, one in found["kinds"].items()]

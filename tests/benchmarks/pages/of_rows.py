@@ -1,7 +1,7 @@
-"""What recorded cells say together: the results of a cycle, as its own command would tell them.
+"""Combines recorded cells into the results of a cycle, as its own command would report them.
 
 The scores of an arm are by draw of the labels. A task's are over the draws in which it is measured;
-the mean over tasks is over those draws alone that have all tasks.
+the mean over tasks is only over the draws that have all tasks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from rekindle.pipeline.cycle.scores import (
 
 
 def results_of(config: CycleConfig, rows: Sequence[Cell]) -> CycleResults:
-    """The results of the cells that are recorded, of the cycle that the file plans."""
+    """Return the results of the recorded cells, for the cycle that the file plans."""
     facts = {one["task"]: TaskFacts(**one["facts"]) for one in rows}
     tasks = [
         facts.get(task.name, TaskFacts(task.name, task.metric or "accuracy", 0, 0, 0))
@@ -53,7 +53,7 @@ def results_of(config: CycleConfig, rows: Sequence[Cell]) -> CycleResults:
 
 
 def whole_draws(config: CycleConfig, rows: Sequence[Cell]) -> list[int]:
-    """The draws that have all tasks."""
+    """Return the draws that have all tasks."""
     names = {task.name for task in config.tasks}
     there = draws_of(rows)
     draws = {draw for found in there.values() for draw in found}
@@ -61,7 +61,7 @@ def whole_draws(config: CycleConfig, rows: Sequence[Cell]) -> list[int]:
 
 
 def draws_of(rows: Sequence[Cell]) -> dict[str, list[int]]:
-    """The draws that are recorded of each task."""
+    """Return the recorded draws of each task."""
     found: dict[str, list[int]] = {}
     for one in rows:
         found.setdefault(one["task"], []).append(one["draw"])
@@ -69,7 +69,7 @@ def draws_of(rows: Sequence[Cell]) -> dict[str, list[int]]:
 
 
 def _first_of_task(rows: Sequence[Cell]) -> list[Cell]:
-    """A cell of each task; the text is the same in all of its draws."""
+    """Return a cell of each task; the text is the same in all of its draws."""
     return list({one["task"]: one for one in reversed(rows)}.values())[::-1]
 
 
@@ -83,7 +83,7 @@ def _of_draw(rows: Sequence[Cell], draw: int) -> list[ArmScores]:
 
 
 def _means(scores: Sequence[ArmScores], metrics: Mapping[str, str]) -> list[ArmScores]:
-    """The mean over all tasks of each arm in one draw, by the tasks' main metrics."""
+    """Return the mean over all tasks of each arm in one draw, by the tasks' main metrics."""
     if len(metrics) == 1:
         return []
     main = main_scores(scores, metrics)

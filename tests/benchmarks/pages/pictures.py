@@ -1,4 +1,6 @@
-"""The pictures of the result pages: differences with intervals, a panel a task and the mean."""
+"""The pictures of the result pages: differences with intervals, a panel for each task and
+the mean.
+"""
 
 import hashlib
 import io
@@ -15,7 +17,7 @@ from rekindle.pipeline.report.significance import Difference
 MOST_BYTES = 100_000
 SURE = 0.05
 _STYLE = Path(svg.__file__).with_name("picture.mplstyle")
-# By what is compared with: the page's blue, orange and green in a light page's inks, and a shape.
+# By the baseline: the page's blue, orange and green in a light page's inks, and a shape.
 _LOOKS = {
     "start": (svg.PALETTE["light"][0], "o"),
     "expert": (svg.PALETTE["light"][0], "o"),
@@ -27,8 +29,8 @@ _QUIET = "#8a8f98"
 
 
 def differences(ones: Sequence[Difference], tasks: Sequence[str], against: Sequence[str]) -> str:
-    """An SVG of the differences to each of ``against``: a panel for each of ``tasks`` that has any,
-    the mean over tasks last, a row for each arm.
+    """Return an SVG of the differences to each of ``against``: a panel for each of ``tasks`` that
+    has any, the mean over tasks last, a row for each arm.
     """
     ones = [one for one in ones if one.against in against]
     arms = list(dict.fromkeys(one.arm for one in ones))
@@ -72,8 +74,8 @@ def means(
     title: str,
     groups: Mapping[str, str],
 ) -> str:
-    """An SVG of fractions in per cent, a row each: its name, mean and interval, where there is one.
-    ``groups``: the beginning of a name, and what the rows in its colour are.
+    """Return an SVG of fractions in per cent, a row each: its name, mean and interval, if there is
+    one. ``groups``: the beginning of a name, and what the rows in its colour are.
     """
     inks = dict(zip(groups, svg.PALETTE["light"], strict=False))
 
@@ -102,7 +104,7 @@ def means(
 
 
 def bars(rows: Sequence[tuple[str, float]], title: str) -> str:
-    """An SVG of numbers, a bar each, its value beside it."""
+    """Return an SVG of numbers: a bar for each, with its value beside it."""
 
     def draw(canvas: Any) -> None:
         panel = canvas.subplots()
@@ -140,13 +142,13 @@ def _numbers(one: Difference) -> list[object]:
 
 
 def mark_of(numbers: Sequence[Sequence[object]]) -> str:
-    """What a picture carries of the numbers that it shows, to five digits."""
+    """Return the mark that a picture carries: a hash of its numbers, to five digits."""
     plain = [[round(n, 5) if isinstance(n, float) else n for n in one] for one in numbers]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
 
 
 def mark_in(picture: str) -> str:
-    """The mark that a picture carries."""
+    """Return the mark that a picture carries."""
     found = re.search(r"of the numbers ([0-9a-f]{16})", picture)
     return found[1] if found else ""
 

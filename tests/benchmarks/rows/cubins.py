@@ -3,7 +3,7 @@
     PYTHONPATH=.ns:tests/lib:tests/benchmarks newer/bin/python -m rows.cubins DIR    # needs no GPU
     python tests/benchmarks/kernels.py --shapes --cubins DIR                         # on sm_90
 
-The first needs Triton ≥ 3.8 and no torch; of k = 64 ids, bfloat16, forward KL beside labels.
+The first needs Triton ≥ 3.8 and no torch; for k = 64 ids, bfloat16, forward KL and labels.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ NUMBERS: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
 
 def build(folder: Path) -> None:
-    """A cubin of each shape with a cluster, and an index of what its launch needs."""
+    """Write a cubin of each shape with a cluster, and an index of what its launch needs."""
     from rows.candidates import candidates
 
     from testlib.kernels.compiled_rows import compiled
@@ -64,9 +64,10 @@ class _Launch(ctypes.Structure):
 def launchers(
     folder: Path, vocabulary: int, power: int, rows: int, values: dict[str, Any], stream: int
 ) -> dict[str, Callable[[], None]]:
-    """What launches each cubin of these rows once, by name; `values` are the kernel's arguments.
+    """Return functions, by name, that launch each cubin for these rows once; `values` are the
+    kernel's arguments.
 
-    Tensors among them are held for as long as what is returned.
+    Tensors among them are held for as long as the returned functions.
     """
     driver = ctypes.CDLL("libcuda.so.1")
 
@@ -83,7 +84,7 @@ def launchers(
             check(driver.cuFuncSetAttribute(function, 14, 1))
         arguments: list[Any] = []
         for name, kind in about["given"]:
-            if isinstance(kind, list):  # a tuple's entries are arguments of their own
+            if isinstance(kind, list):  # a tuple's entries are separate arguments
                 arguments += [NUMBERS[k](v) for k, v in zip(kind, values[name], strict=True)]
             elif kind.startswith("*"):
                 arguments.append(ctypes.c_void_p(values[name].data_ptr()))

@@ -1,4 +1,5 @@
-"""Times every shape in which the row kernel can take a row here, beside a copy of the same bytes.
+"""Times every shape in which the row kernel can take a row here, compared with a copy of the same
+bytes.
 
 Called by `kernels.py --shapes`. A shape first has to agree with float64.
 """
@@ -31,7 +32,7 @@ def measure(
     take_turns: Callable[[dict[str, Callable[[], Any]], str, int], dict[str, list[float]]],
     cubins: Path | None = None,
 ) -> list[tuple[str, str, float, str]]:
-    """Prints one table of logits [N,V]; returns (provider, metric, value, unit)."""
+    """Print one table of logits [N,V]; return (provider, metric, value, unit)."""
     rows, vocabulary = logits.shape
     settings = LossSettings(temperature=tau, ce_weight=0.5, kd_weight=0.5, reduction="sum")
     machine = machine_of(logits.device)
@@ -88,7 +89,7 @@ def _arguments(
     kernel: triton_rows.RowKernel,
     settings: LossSettings,
 ) -> dict[str, Any]:
-    """The row kernel's arguments by name, as `cubins` compiles it."""
+    """Return the row kernel's arguments by name, as `cubins` compiles it."""
     (rows, vocabulary), kept = logits.shape, targets.ids.shape[1]
     ones = torch.ones(max(rows, 2), device=logits.device)
     values = {"logits_ptr": logits, "grad_ptr": gradient, "ids_ptr": targets.ids}

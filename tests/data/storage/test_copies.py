@@ -60,7 +60,7 @@ def test_what_is_in_use_stays_and_then_there_is_no_room(few):
     for key in KEYS[:3]:
         assert few.take(key, SIZE, fill) is not None
     assert few.take(KEYS[3], SIZE, refuse) is None
-    assert "processes that run use" in few.problem
+    assert "running processes use" in few.problem
     assert there(few) == {*KEYS[:3]}
     few.take(KEYS[0], SIZE, refuse)
     few.release(KEYS[0])

@@ -310,7 +310,7 @@ def test_a_path_that_leaves_the_cache_is_refused(shards, path):
 def test_a_record_of_another_unit_is_refused(shards):
     shards.write("00000", SCHEMA, batches(3))
     record(shards, "00001").write_bytes(record(shards).read_bytes())
-    with pytest.raises(CacheFormatError, match="speaks of unit '00000'"):
+    with pytest.raises(CacheFormatError, match="names unit '00000'"):
         shards.committed()
 
 

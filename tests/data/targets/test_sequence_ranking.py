@@ -229,7 +229,9 @@ def test_hard_positions_of_another_replica(cache, targets):
 
 def test_an_expert_says_nothing_of_tokens(cache):
     for act in (cache.scores, cache.ranking, lambda name: list(cache.hard_positions(name))):
-        with pytest.raises(InputError, match=r"'expert' \(sequence_classification\) says nothing"):
+        with pytest.raises(
+            InputError, match=r"'expert' \(sequence_classification\) has no scalars"
+        ):
             act("expert")
 
 

@@ -11,7 +11,7 @@ from rekindle.data.views.registry import VIEWS, view_kind
 
 RECORDED = {
     "clean": {"masked_lm", "causal_lm"},
-    "text": {"sequence_classification", "regression", "token_classification"},
+    "text": {"sequence_classification", "regression", "token_classification", "embedding"},
     "masked-0123456789ab": {"masked_lm"},
     "pairs-same-document-0123456789ab": {"sequence_classification", "regression"},
 }

@@ -228,7 +228,7 @@ def test_the_shards_of_another_view_are_refused(corpus):
     body = json.loads((commits / "00000-r000.json").read_text())
     assert body["unit"] == "00000-r000"  # a record that is only renamed is refused as such
     (commits / "00000-r001.json").write_text(json.dumps(body))
-    with pytest.raises(CacheFormatError, match="speaks of unit"):
+    with pytest.raises(CacheFormatError, match="names unit"):
         ViewReader(corpus, theirs.name)
 
 

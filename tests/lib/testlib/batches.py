@@ -1,4 +1,4 @@
-"""Batches of made-up sequences and targets, by teachers whose first letter says their kind."""
+"""Batches of made-up sequences and targets; a teacher's first letter gives its kind."""
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def make_batch(lengths, masked, targets):
 
 
 def make_target(name, found, sequences):
-    """Whatever a target holds says which sequence and position it is of."""
+    """Make a target whose values encode their sequence and position."""
     info = info_of(name)
     if name[0] == "s":
         present = np.isin(np.arange(sequences), sorted(found))

@@ -1,4 +1,4 @@
-"""A cache read by others without our code, and targets written by strangers."""
+"""A cache read by other libraries without our code, and targets written by strangers."""
 
 import math
 
@@ -21,7 +21,7 @@ SMALL = NARROW | {"num_hidden_layers": 1}
 
 
 def committed_files(cache):
-    """(what, first sequence of its corpus shard, path) of every shard of the cache."""
+    """Yield (what, first sequence of its corpus shard, path) for every shard of the cache."""
     sets = {"corpus": cache.corpus.shards}
     sets |= {name: view.shards for name, view in cache.views.items()}
     sets |= {name: teacher.main.shards for name, teacher in cache.teachers.items()}
@@ -32,7 +32,7 @@ def committed_files(cache):
     ]
 
 
-# --- readers that know nothing of us --------------------------------------------------------------
+# --- readers that do not use our code -------------------------------------------------------------
 
 
 def with_pyarrow(path, scratch):
@@ -82,7 +82,7 @@ def with_duckdb(path, scratch):
 
 
 def plain(value):
-    """Nested Python lists of whatever a reader nests."""
+    """Turn whatever a reader returns into nested Python lists."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray | polars.Series):
@@ -100,7 +100,7 @@ READERS = [
 
 
 def decoded(row, teacher, temperature):
-    """Ids, log-probs and log tail of a row by data/targets/codec.py, in plain Python."""
+    """Decode a row's ids, log-probs and log tail as in data/targets/codec.py, in plain Python."""
     k, slot = teacher["k"], teacher["temperatures"].index(temperature)
     planes = max(0, (teacher["vocabulary_size"] - 1).bit_length() - 16)
     out = []
@@ -143,7 +143,7 @@ def check_tokens(target, row, teacher):
 
 
 def write_teacher(path, name="big", size=200_000, k=5, change=None):
-    """A top-k teacher of the clean view with random targets of a vocabulary of ``size``."""
+    """Write a top-k teacher of the clean view with random targets over a vocabulary of ``size``."""
     store = LocalStore(path)
     corpus = Cache.open(path).corpus
     info = TeacherInfo(

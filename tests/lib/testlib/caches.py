@@ -1,4 +1,4 @@
-"""What lies in a cache, and what is wrong with it."""
+"""Read a cache's content, and list its problems."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ def examples(cache: Cache) -> Iterator[Example]:
 
 
 def committed(path: Path, *folders: str) -> dict[str, bytes]:
-    """The bytes of every committed shard below ``folders``, by set and unit."""
+    """Return the bytes of every committed shard below ``folders``, by set and unit."""
     return {
         f"{shards.folder}/{unit}": (path / shards.folder / commit.path).read_bytes()
         for shards in shard_sets(open_store(path))
@@ -26,7 +26,7 @@ def committed(path: Path, *folders: str) -> dict[str, bytes]:
 
 
 def problems(path: Path) -> list[str]:
-    """What is wrong, told by the report or by the cache that cannot be opened."""
+    """Return the problems from the report, or the error if the cache cannot be opened."""
     try:
         return verify_cache(str(path)).problems
     except CacheError as error:

@@ -1,4 +1,4 @@
-"""Rows of logits, and what a codec of them is held against, in float64."""
+"""Rows of logits, and the float64 values a codec is compared with."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ def log_softmax(logits):
 
 
 def truth(logits, ids, temperature):
-    """Log-probabilities of ``ids`` and log tail mass at a temperature."""
+    """Return log-probabilities of ``ids`` and log tail mass at a temperature."""
     log_probs = log_softmax(np.asarray(logits, np.float64) / temperature)
     kept = np.take_along_axis(log_probs, ids, axis=1)
     np.put_along_axis(log_probs, ids, -np.inf, axis=1)
@@ -19,7 +19,7 @@ def truth(logits, ids, temperature):
 
 @st.composite
 def logit_rows(draw):
-    """(logits [7,V], k): any vocabulary and any k of it, flat rows and peaked ones."""
+    """Draw (logits [7,V], k): any vocabulary and any k, flat rows and peaked ones."""
     size = draw(st.integers(2, 400))
     seed = draw(st.integers(0, 2**32))
     scale = draw(st.sampled_from([0.0, 0.01, 1.0, 3.0]))

@@ -1,4 +1,6 @@
-"""The command line in this process: importing torch costs seconds. And Python in another one."""
+"""Run the command line in this process, because importing torch takes seconds; and Python in
+another.
+"""
 
 import io
 import os
@@ -10,7 +12,7 @@ from unittest import mock
 
 
 def run_main(*arguments: object) -> None:
-    """The console script's own function, as it is called by a shell."""
+    """Call the console script's own function, as a shell does."""
     from rekindle.pipeline.cli import main
 
     with mock.patch.object(sys, "argv", ["pipeline", *map(str, arguments)]):
@@ -18,7 +20,7 @@ def run_main(*arguments: object) -> None:
 
 
 def pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """What ``pipeline`` with these arguments says, and its exit code."""
+    """Return the output and the exit code of ``pipeline`` with these arguments."""
     out, errors, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(errors):
         try:
@@ -29,7 +31,7 @@ def pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def python(code: str, cwd: Path | None = None, **environment: str) -> str:
-    """What a new interpreter prints that runs ``code``."""
+    """Return what a new interpreter prints when it runs ``code``."""
     command, env = [sys.executable, "-c", code], os.environ | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The real corpora and tokenizers that some tests use where they are there."""
+"""Real corpora and tokenizers that some tests use if present."""
 
 import os
 from pathlib import Path

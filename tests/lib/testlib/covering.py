@@ -1,4 +1,4 @@
-"""Of a grid of cases the quick ones: every value of every argument stands in one of them."""
+"""Choose the quick cases of a grid so that every value of every argument occurs in one of them."""
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
@@ -10,10 +10,10 @@ Case = tuple[tuple[str, str], ...]  # an argument's name and value, as text
 
 
 def cover(cases: Sequence[Case], together: int = 1) -> list[int]:
-    """The numbers of cases, in order, that have every value of an argument among them, or every
-    combination of ``together`` arguments' values that there is.
+    """Return the numbers of cases, in order, that cover every value of every argument, or every
+    combination of ``together`` arguments' values.
 
-    Greedy: each time the first of those that bring the most that is new.
+    Greedy: each step takes the first case that adds the most.
     """
     found = [{*combinations(case, min(together, len(case)))} for case in cases]
     left, chosen = set[Any]().union(*found), list[int]()
@@ -25,7 +25,7 @@ def cover(cases: Sequence[Case], together: int = 1) -> list[int]:
 
 
 def leave_the_rest_slow(items: Iterable[pytest.Item]) -> None:
-    """Mark as slow those cases of tests marked ``covering`` that are not needed to cover the rest.
+    """Mark as slow those cases of ``covering`` tests that are not needed for coverage.
 
     A case that is slow anyway covers nothing.
     """

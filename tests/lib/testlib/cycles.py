@@ -1,4 +1,4 @@
-"""What the stages of a cycle leave, without running any: a folder that ``read_results`` reads."""
+"""Make what the stages of a cycle leave, without running any: a folder for ``read_results``."""
 
 import json
 import math
@@ -37,7 +37,7 @@ CONFIG = {
 
 
 def score(arm, task, seed, draw=0):
-    """Anything that is neither equal nor in order."""
+    """Return made-up scores, all different and in no order."""
     place = [*ARMS, *MORE_ARMS].index(arm)
     gain = 0.01 * place * (1 + list(TASKS).index(task))
     drawn = 0.013 * math.sin(7 * draw * (1 + place) + draw)
@@ -51,7 +51,7 @@ def scores_of(task, main):
 
 
 def metrics_of(out, arm, task, *, seeds=SEEDS, config=None, test=True, dev=None, draw=0):
-    """What `pipeline finetune` writes (FinetuneResult.as_dict), with the scores above."""
+    """Write what `pipeline finetune` writes (FinetuneResult.as_dict), with the scores above."""
     splits = ("train", "dev", "test") if test else ("train", "dev")
     dev = dev or [0.4 + 0.05 * ((3 * seed + 1) % 5) for seed in range(seeds)]
     per_seed = [
@@ -98,7 +98,7 @@ def finetuned(out, arm, task, **changes):
 
 
 def searched(out, arm, task, **changes):
-    """The middle one, which CONFIG has, is the best on dev."""
+    """Write a search in which the middle point, which CONFIG has, is best on dev."""
     for value, dev in zip(GRID["learning_rate"], (0.45, 0.55, 0.5), strict=True):
         metrics = metrics_of(
             out,
@@ -133,7 +133,7 @@ def cycle(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, draw=0, **setti
 
 
 def drawn(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, draws=3, **settings):
-    """A cycle with draws of the labels that have all come to their end."""
+    """Write a finished cycle with several draws of the labels."""
     write(out / "cycle.json", about(arms, tasks, search, seeds, label_draws=draws, **settings))
     for draw in range(draws):
         one = cycle(out / "draws" / str(draw), arms, tasks, search, seeds, draw, **settings)
@@ -142,7 +142,7 @@ def drawn(out, arms=ARMS, tasks=TASKS, search=GRID, seeds=SEEDS, draws=3, **sett
 
 
 def own_head_scored(out, arm, task, *, student=0, draw=0):
-    """What the score of a student's own head leaves: a tenth more than the first seed's."""
+    """Write the score of a student's own head: 0.1 above the first seed's."""
     metrics = metrics_of(out, arm, task, seeds=1, draw=draw)
     (one,) = metrics["per_seed"]
     one["seed"] = metrics["best_seed"] = student
@@ -166,13 +166,13 @@ def edit(path, change):
 
 
 def as_markdown(results: CycleResults) -> str:
-    """The tables and notes of a cycle in Markdown, as RESULTS.md has them."""
+    """Return the tables and notes of a cycle in Markdown, as in RESULTS.md."""
     notes = "\n".join(f"- {escaped(note)}" for note in results.notes)
     return "\n\n".join([*map(markdown_of, tables_of(results)), notes]) + "\n"
 
 
 def markdown_of(table: Table) -> str:
-    """The title in bold, and the table."""
+    """Return the title in bold, and the table."""
     dashes = "|".join("---" if column.words else "---:" for column in table.columns)
     head = [column.title for column in table.columns]
     lines = [_piped(head), f"|{dashes}|", *map(_piped, rows_of(table))]
@@ -184,10 +184,10 @@ def _piped(row: Sequence[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text without what Markdown would take for its own."""
+    """Escape text for Markdown."""
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")
 
 
 def rows_of(table: Table) -> list[tuple[str, ...]]:
-    """The cells, row by row."""
+    """Return the cells, row by row."""
     return list(zip(*(column.cells for column in table.columns), strict=True))

@@ -8,7 +8,9 @@ PROVENANCE = {"model": "made-up", "engine": "a test", "revision": 3}
 
 
 def distributions(cache: Cache, index: int) -> np.ndarray:
-    """Log-probabilities [P,V] in float64 of sequence ``index``, of each token but the first."""
+    """Return log-probabilities [P,V] in float64 of sequence ``index``, for each token but the
+    first.
+    """
     size = cache.corpus.info["tokenizer"]["size"]
     count = max(0, len(cache.example(index).input_ids) - 1)
     logits = np.random.default_rng(index).normal(0, 3, (count, size))
@@ -16,7 +18,9 @@ def distributions(cache: Cache, index: int) -> np.ndarray:
 
 
 def row_of(cache: Cache, index: int, k: int = 4, **more: object) -> dict:
-    """The row of a causal LM for sequence ``index``: its ``k`` likeliest tokens, in order."""
+    """Return the row of a causal LM for sequence ``index``: its ``k`` likeliest tokens, in
+    order.
+    """
     whole = distributions(cache, index)
     ids = np.argsort(-whole, axis=1)[:, :k]
     return {
@@ -28,12 +32,12 @@ def row_of(cache: Cache, index: int, k: int = 4, **more: object) -> dict:
 
 
 def rows_of(cache: Cache, k: int = 4) -> list[dict]:
-    """A row for each sequence."""
+    """Return a row for each sequence."""
     return [row_of(cache, index, k) for index in range(len(cache))]
 
 
 def with_gold(cache: Cache, row: dict) -> dict:
-    """The row with what the distributions say of the true tokens, and their entropies."""
+    """Add the true tokens' log-probabilities and ranks, and the entropies, to the row."""
     whole = distributions(cache, row["index"])
     gold = np.array(row["input_ids"][1:], int)
     values = whole[np.arange(len(gold)), gold]
@@ -45,7 +49,9 @@ def with_gold(cache: Cache, row: dict) -> dict:
 
 
 def as_prompt_logprobs(cache: Cache, row: dict) -> dict:
-    """The row as vLLM's server prints it: the likeliest tokens of each, and the prompt's own."""
+    """Return the row as vLLM's server prints it: the likeliest tokens of each position, and the
+    prompt's own.
+    """
     gold = with_gold(cache, row)
     entries: list[dict | None] = [None]
     for place, (ids, values) in enumerate(zip(row["ids"], row["log_probs"], strict=True)):
@@ -64,7 +70,7 @@ def as_prompt_logprobs(cache: Cache, row: dict) -> dict:
 
 
 def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Log-probabilities [P,V] at a temperature."""
+    """Return log-probabilities [P,V] at a temperature."""
     cold = logits / temperature
     return cold - np.logaddexp.reduce(cold, axis=1, keepdims=True)
 
@@ -72,8 +78,8 @@ def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 def tempered_row(
     cache: Cache, index: int, own: float, further: tuple[float, ...] = (), k: int = 4
 ) -> dict:
-    """The row of an engine that was run at temperature ``own``, and has the mass outside the
-    candidates at ``further`` ones, too.
+    """Return the row of an engine run at temperature ``own``, with the mass outside the candidates
+    at ``further`` temperatures, too.
     """
     whole = distributions(cache, index)
     ids = np.argsort(-whole, axis=1)[:, :k]

@@ -1,7 +1,7 @@
 """Every kind of vocabulary target and every codec, beside the model's own logits.
 
 The reference is transformers' own ``model(**inputs).logits`` of one sequence at a time and float64
-arithmetic; none of our helpers takes part in it.
+arithmetic, without any of our helpers.
 """
 
 import functools
@@ -25,7 +25,7 @@ CODECS = ["default", "precise", "compact"]
 TASKS = ["masked_lm", "causal_lm"]
 FAMILY = {"masked_lm": "bert", "causal_lm": "llama"}
 
-# What each kind of target is asked for as; those with a codec are cached with each of the three.
+# The configuration of each kind of target; those with a codec are cached with each of the three.
 TARGETS: dict[str, dict[str, Any]] = {
     "topk": {"kind": "topk", "k": K, "temperatures": list(TAUS)},
     "threshold": {"kind": "threshold", "k": K},
@@ -42,7 +42,7 @@ SAMPLES = {"threshold": 1.0, "threshold-2": 2.0, "random": 1.0, "random-2": 2.0}
 
 
 class World(NamedTuple):
-    """One teacher model's targets of every kind, a cache for each codec."""
+    """One teacher model's targets of every kind, in a cache for each codec."""
 
     task: str
     model: Path
@@ -61,7 +61,7 @@ def teachers_of(model: Path, task: str, names: list[str], codec: str = "default"
 
 @functools.cache
 def logits_once(directory: Path, auto: str, ids: tuple[int, ...]) -> np.ndarray:
-    """The model's own logits [S,V] of one sequence, in float64."""
+    """Return the model's own logits [S,V] of one sequence, in float64."""
     return logits_of(directory, auto, input_ids=ids).double().numpy()
 
 
@@ -73,7 +73,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def targets_of(
     cache: Cache, name: str, directory: Path, auto: str, size: int | None = None
 ) -> Iterator[tuple[TokenTargets, np.ndarray]]:
-    """Every cached target of a teacher, and the model's own logits [P,V] at its positions."""
+    """Yield every cached target of a teacher, with the model's own logits [P,V] at its
+    positions.
+    """
     for index in range(len(cache)):
         for target in cache.example(index).targets[name]:
             whole = logits_once(directory, auto, tuple(map(int, target.input_ids)))
@@ -85,7 +87,7 @@ def in_world(world: World, name: str, codec: str = "default") -> Iterator[Any]:
 
 
 def stated_precision(codec: str, relative: np.ndarray, tau: float) -> np.ndarray:
-    """What the codec promises [P,1] for candidates ``relative`` [P,K] below the best, at τ."""
+    """Return the codec's bound [P,1] for candidates ``relative`` [P,K] below the best, at τ."""
     if codec == "precise":
         return np.full((len(relative), 1), 1 / (2048 * tau) + 1 / 2048)
     span = np.minimum(-relative.min(axis=1, keepdims=True), 32)
@@ -100,7 +102,7 @@ def whole_batch(cache: Cache, name: str, replica: int = 0) -> TokenTargetBatch:
 
 
 def theta_of(probs: np.ndarray, k: int) -> float:
-    """θ with Σ min(1, t/θ) = k by its definition: the largest m with t_m ≥ rest/(k − m)."""
+    """Return θ with Σ min(1, t/θ) = k by its definition: the largest m with t_m ≥ rest/(k − m)."""
     ordered = np.sort(probs)[::-1]
     rest = ordered.sum() - np.concatenate([[0.0], np.cumsum(ordered)])
     kept = 0

@@ -19,14 +19,14 @@ ROWS, VOCABULARY, HIDDEN, TEACHER_HIDDEN = 7, 23, 5, 3
 
 
 def head(dtype: torch.dtype = torch.float64, seed: int = 0, rows: int = ROWS) -> list[Tensor]:
-    """Hidden states, weight and bias of a student."""
+    """Return hidden states, weight and bias of a student."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((rows, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,))
     return [torch.randn(s, generator=g, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
 
 
 def teacher(kind: str = "int16", seed: int = 1, rows: int = ROWS, **options: Any) -> HiddenTargets:
-    """States as a cache keeps them, in integers of 16 or 8 bits, or as floats."""
+    """Return states as in a cache, as integers of 16 or 8 bits, or as floats."""
     g = torch.Generator().manual_seed(seed)
     weight = 2 * torch.randn(VOCABULARY, TEACHER_HIDDEN, generator=g)
     bias = torch.randn(VOCABULARY, generator=g) if options.pop("bias", True) else None
@@ -53,7 +53,7 @@ def transformed(z: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def teacher_logits(targets: HiddenTargets | DenseTargets) -> Tensor:
-    """[N,V] in float64."""
+    """Return the logits [N,V] in float64."""
     if isinstance(targets, DenseTargets):
         return targets.log_probs.double()
     states = targets.states.double()
@@ -65,7 +65,7 @@ def teacher_logits(targets: HiddenTargets | DenseTargets) -> Tensor:
 
 
 def divergence(log_q: Tensor, log_p: Tensor, kind: str) -> Tensor:
-    """D [N] of finite log-probabilities [N,V]."""
+    """Return D [N] of finite log-probabilities [N,V]."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return F.kl_div(b, a, reduction="none", log_target=True).sum(1)
@@ -81,7 +81,7 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: str) -> Tensor:
 
 
 def truth(inputs: Any, targets: Any, **o: Any) -> KDLoss:
-    """The loss through dense float64 autograd: all logits, every row, plain formulas."""
+    """Compute the loss with dense float64 autograd: all logits, every row, plain formulas."""
     x, w, b = (None if t is None else t.double() for t in inputs)
     raw = x if w is None else F.linear(x, w, b)
     z = transformed(raw, o.get("logit_scale", 1.0), o.get("softcap"))
@@ -107,7 +107,7 @@ def truth(inputs: Any, targets: Any, **o: Any) -> KDLoss:
 
 
 def with_gradients(function: Any, inputs: list[Tensor], targets: Any, **o: Any) -> list[Tensor]:
-    """loss, ce, kd, and the gradients of inputs, weight and bias."""
+    """Return loss, ce, kd, and the gradients of inputs, weight and bias."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(leaves, targets, **o)
     upstream = torch.linspace(0.5, 2, out.loss.numel(), dtype=out.loss.dtype, device=DEVICE)
@@ -139,7 +139,7 @@ def budget(rows: int, buffers: int, size: int) -> int:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor, and the most bytes of blocks alive at once."""
+    """Records the most elements of any tensor, and the most bytes alive at once."""
 
     def __init__(self, block: tuple[int, int] | None = None) -> None:
         super().__init__()

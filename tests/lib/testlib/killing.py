@@ -1,7 +1,7 @@
-"""Stage 1 in children that are stopped at any step, and what must then be on the disk.
+"""Stage 1 in children that are stopped at any step, and the required content of the disk.
 
-Children are forked from the warm test process: importing torch costs seconds. What a child does to
-the file system is noted in a journal, so that it can be stopped at any one of these steps.
+Children are forked from the warm test process, because importing torch takes seconds. A child's
+file system operations are noted in a journal, so it can be stopped at any of them.
 """
 
 import builtins
@@ -38,7 +38,7 @@ TEMPORARY = re.compile(r"/\.(.*)\.[0-9a-f]{8}\.tmp")
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    """The bytes of every committed data file by unit, and of the files beside them."""
+    """Return the bytes of every committed data file by unit, and of the files beside them."""
     found = committed(cache)
     for name in names(cache):
         if not re.search(r"/data/|/commits/|(^|/)\..*\.tmp$", name):
@@ -47,17 +47,17 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 
 def names(cache: Path) -> list[str]:
-    """Every file there is, half-written ones included."""
+    """Return the names of all files, including half-written ones."""
     return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
 
 
 def roles(cache: Path) -> Counter[str]:
-    """The files by what they are, without what differs between two attempts."""
+    """Count the files by role, without what differs between two attempts."""
     return Counter(ATTEMPT.sub("", name) for name in names(cache))
 
 
 def units(cache: Path) -> set[str]:
-    """The committed units of teachers."""
+    """Return the committed units of teachers."""
     found = cache.glob("targets/**/commits/[0-9]*.json")
     return {str(p.relative_to(cache)) for p in found}
 
@@ -66,7 +66,7 @@ def units(cache: Path) -> set[str]:
 
 
 class Journal:
-    """Notes what a process does to a cache, and calls ``act`` at one of these steps."""
+    """Records a process's steps on a cache, and calls ``act`` at one of them."""
 
     def __init__(
         self, path: Path, cache: Path, at: int | str | None = None, act: Act = lambda: None
@@ -88,7 +88,7 @@ class Journal:
             self.act()
 
     def name(self, path: Any) -> str | None:
-        """What a path of the cache is, without what differs between two attempts."""
+        """Return the role of a path of the cache, without what differs between two attempts."""
         text = os.fspath(path)
         if not text.startswith(f"{self.cache}/"):
             return None
@@ -114,7 +114,7 @@ class Journal:
         return Halved(path, self, name)
 
     def follow(self) -> None:
-        """From here on in this process, for good."""
+        """Follow this process from now on, permanently."""
         os.link = self.around("link", os.link, lambda source, to: to)
         os.replace = self.around("replace", os.replace, lambda source, to: to)
         by_descriptor = lambda number: os.readlink(f"/proc/self/fd/{number}")  # noqa: E731
@@ -133,7 +133,7 @@ class Journal:
 
 
 class Halved:
-    """A new file, of which half is on the disk when the journal notes so."""
+    """A new file; half of it is on the disk when the journal records the step."""
 
     def __init__(self, path: Path, journal: Journal, name: str):
         self.file = builtins.open(path, "xb")  # noqa: SIM115
@@ -161,7 +161,7 @@ def die() -> None:
 
 
 def forked(config: Any, journal: Journal, **named: Any) -> Child:
-    """A process that makes the cache of ``config``, noting what it does."""
+    """Fork a process that makes the cache of ``config`` and records its steps."""
 
     def work() -> None:
         journal.follow()
@@ -171,7 +171,7 @@ def forked(config: Any, journal: Journal, **named: Any) -> Child:
 
 
 def assert_finished(cache: Path, config: Any, whole: Path, journal: Journal | None = None) -> None:
-    """The same command again makes the rest, and leaves the cache of an uninterrupted run."""
+    """Check that the same command makes the rest, and leaves the cache of an uninterrupted run."""
     there = units(cache)
     planned = len(units(whole))
     done = cache_teachers(config)
@@ -188,7 +188,7 @@ def assert_finished(cache: Path, config: Any, whole: Path, journal: Journal | No
 
 
 def collected(cache: Path, count: int) -> None:
-    """``pipeline gc`` removes so many files."""
+    """Check that ``pipeline gc`` removes ``count`` files."""
     before = set(names(cache))
     result = pipeline("gc", cache, "--older-than", 0, "--json")
     removed = set(json.loads(result.stdout)["removed"])
@@ -207,7 +207,9 @@ def killed_at(step: int | str, cache: Path, config: Any, folder: Path) -> Journa
 
 
 def assert_goes_on(step: int | str, config: Any, whole: Path, folder: Path) -> None:
-    """Killed at that step, nearly nothing is lost, and the same command makes the rest."""
+    """Kill it at that step; check that almost nothing is lost and the same command makes
+    the rest.
+    """
     cache = Path(config.cache.path)
     journal = killed_at(step, cache, config, folder)
     assert_little_lost(journal, cache)
@@ -215,7 +217,7 @@ def assert_goes_on(step: int | str, config: Any, whole: Path, folder: Path) -> N
 
 
 def assert_little_lost(journal: Journal, cache: Path, workers: int = 1) -> None:
-    """Of what was computed, all is committed but one unit at most of each worker."""
+    """Check that all computed units are committed, except at most one per worker."""
     computed = sum(line.startswith("computed") for line in journal.lines())
     assert computed - len(units(cache)) <= workers
 
@@ -224,7 +226,7 @@ def assert_little_lost(journal: Journal, cache: Path, workers: int = 1) -> None:
 
 
 def slow(journal: Journal, seconds: float) -> None:
-    """Computing a unit takes so long, so that others come in between."""
+    """Make each unit take ``seconds``, so that others run in between."""
     original = make_unit.run_unit
 
     def run(*arguments: Any, **named: Any) -> Any:
@@ -236,7 +238,7 @@ def slow(journal: Journal, seconds: float) -> None:
 
 
 def fork_workers() -> None:
-    """Worker processes as forks of this one: a server needs seconds for its imports."""
+    """Fork worker processes from this one, because a server needs seconds for its imports."""
     context = multiprocessing.get_context("fork")
     ours = vars(multiprocessing) | {"get_context": lambda method: context}
     worker.multiprocessing = SimpleNamespace(**ours)

@@ -1,4 +1,4 @@
-"""Short runs of stage 2, and what of two runs is compared."""
+"""Short runs of stage 2, and the comparison of two runs."""
 
 import threading
 
@@ -20,7 +20,7 @@ ALL = [
 
 
 def train_config(distill=(), **values):
-    """Ten short steps; ``hard`` goes into the objective."""
+    """Return ten short steps; ``hard`` goes into the objective."""
     steps = values.get("steps", 10)
     hard = {"hard": {"weight": values.pop("hard")}} if "hard" in values else {}
     quick = {
@@ -47,7 +47,7 @@ def run(world, out, config=None, **options):
 
 
 def sequences(result):
-    """How many sequences were trained with what."""
+    """Return how many sequences were trained with what."""
     return {n: result.coverage[f"sequences_{n}"] for n in ("with_kd", "ce_only", "neither")}
 
 
@@ -67,4 +67,4 @@ def refused(world, tmp_path, message, config=None, error=InputError, **options):
     out = tmp_path / "refused"
     with pytest.raises(error, match=message):
         run(world, out, config, **options)
-    assert not out.exists()  # the next try, with the mistake mended, finds a free directory
+    assert not out.exists()  # the next try, with the mistake fixed, finds a free directory

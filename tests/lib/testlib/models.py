@@ -1,4 +1,4 @@
-"""The class of transformers that each task is loaded with, and settings of tiny models."""
+"""The transformers class for each task, and settings of tiny models."""
 
 AUTO = {
     "masked_lm": "AutoModelForMaskedLM",

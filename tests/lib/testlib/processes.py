@@ -1,4 +1,4 @@
-"""Forked children, and the processes that /proc knows of."""
+"""Forked children, and processes found in /proc."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 class Child:
-    """A forked process that runs ``work``; what it says on stderr is kept."""
+    """A forked process that runs ``work``; its stderr is kept."""
 
     def __init__(self, work: Callable[[], object]):
-        # A pipe: it takes what a process says that may not write to files.
+        # A pipe, which works even if the process may not write to files.
         self._pipe, end = os.pipe()
         self._said = b""
         self.status: int | None = None
@@ -28,7 +28,7 @@ class Child:
         code = 1
         try:
             os.setpgid(0, 0)
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked
             sys.stderr = open(end, "w", buffering=1)  # noqa: SIM115
             try:
                 work()
@@ -48,7 +48,7 @@ class Child:
         return self._said.decode()
 
     def closed(self) -> bool:
-        """Whether nobody is left who could say anything."""
+        """Return whether nobody is left who could write to the pipe."""
         try:
             more = os.read(self._pipe, 1 << 16)
         except BlockingIOError:
@@ -63,7 +63,7 @@ class Child:
         return self.status is not None
 
     def wait(self, seconds: float = 300) -> int:
-        """Its exit code, or minus the signal that ended it."""
+        """Return its exit code, or minus the signal that ended it."""
         until(self.ended, seconds)
         if self.status is None:
             os.killpg(self.pid, signal.SIGKILL)
@@ -72,7 +72,7 @@ class Child:
 
 
 def until(condition: Callable[[], object], seconds: float = 300) -> bool:
-    """Whether it came true in time."""
+    """Return whether the condition became true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -82,7 +82,7 @@ def until(condition: Callable[[], object], seconds: float = 300) -> bool:
 
 
 def stat_of(pid: int) -> list[str]:
-    """State, parent, group, … of a process; [] when there is none."""
+    """Return state, parent, group, … of a process; [] if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -103,7 +103,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def before_call(owner, name, number, act, put=setattr):
-    """Before the ``number``-th call of ``owner.name``, ``act``: for good (in a child), or for as
+    """Call ``act`` before the ``number``-th call of ``owner.name``: permanently (in a child), or as
     long as ``put`` says (``monkeypatch.setattr``).
     """
     real, calls = getattr(owner, name), []

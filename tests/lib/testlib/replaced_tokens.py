@@ -1,4 +1,4 @@
-"""Replaced-token detection: its configuration, and the method alone."""
+"""Replaced-token detection: its configuration, and the method by itself."""
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def rtd_student(model, **values):
 
 
 def method_of(path, teacher="topk", seed=0, **values):
-    """The method alone, for the only masks of a cache."""
+    """Return the method by itself, for the only masks of a cache."""
     cache = Cache.open(path)
     config = config_of([RTD | {"teacher": teacher} | values], seed=seed)
     view = cache.masked_view().name
@@ -44,7 +44,7 @@ def gather(cache, method, index=None, epoch=0):
 
 
 def replacements(method, batch):
-    """{(example, position): token} at every masked position."""
+    """Return {(example, position): token} at every masked position."""
     text = method.corrupted(batch, CPU)
     ids = text.inputs["input_ids"].numpy()
     target = batch.targets[method.teacher]

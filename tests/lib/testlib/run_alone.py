@@ -1,4 +1,4 @@
-"""The model itself, run alone, and one cached position held against it.
+"""Run the model itself, and compare one cached position with it.
 
 The reference is transformers' own ``model(**inputs).logits`` in float32 on one sequence at a time,
 without padding, and ``torch.log_softmax``; none of our helpers takes part in it.
@@ -15,7 +15,7 @@ import transformers
 from rekindle.data.example import TokenTargets
 
 TEMPERATURES = [1.0, 2.0, 4.0, 0.5]
-# float32 noise between a padded batch and a sequence alone, in nats, at logits of about ±30.
+# float32 noise between a padded batch and a single sequence, in nats, at logits of about ±30.
 NOISE = 2e-4
 
 
@@ -27,24 +27,26 @@ def model_of(directory: Path, auto: str) -> Any:
 
 @torch.no_grad()
 def logits_of(directory: Path, auto: str, **inputs: Any) -> torch.Tensor:
-    """The model's own logits of one sequence, alone: [S,V], [S,C] or [C]."""
+    """Return the model's own logits of one sequence: [S,V], [S,C] or [C]."""
     tensors = {name: torch.tensor([list(map(int, row))]) for name, row in inputs.items()}
     return model_of(directory, auto)(**tensors).logits[0].float()
 
 
 def stated_precision(exact: np.ndarray, tau: float) -> float:
-    """What the codec promises for candidates within 32 nats of the best, at temperature ``tau``."""
+    """Return the codec's bound for candidates within 32 nats of the best, at temperature
+    ``tau``.
+    """
     span = min(exact.max() - exact.min(), 32)
     return 2 * (span / 510 + 1 / 1024) / tau + 1 / 2048
 
 
 def check_distribution(found: TokenTargets, row: int, logits: torch.Tensor, gold: int) -> None:
-    """One cached position against the model's logits [V] there, to the codec's precision."""
+    """Compare one cached position with the model's logits [V], to the codec's precision."""
     exact = torch.log_softmax(logits, -1).double().numpy()
     ids, log_probs = found.ids[row], found.log_probs[row].astype(np.float64)
     assert len(set(ids.tolist())) == len(ids)
     outside = np.setdiff1d(np.arange(len(exact)), ids)
-    # The kept ids are the likeliest, by falling probability (equal ones may change places).
+    # The kept ids are the likeliest, by falling probability (equal ones may swap places).
     assert exact[ids].min() >= exact[outside].max(initial=-np.inf) - NOISE
     assert (np.diff(exact[ids]) < NOISE).all()
     near = exact[ids] > exact[ids].max() - 32

@@ -1,4 +1,4 @@
-"""What a model finds hard and says, run alone, and one step of a student beside it.
+"""What a model finds hard, run by itself, and one step of a student beside it.
 
 The reference is transformers' own ``model(**inputs).logits`` on one sequence at a time, without
 padding; none of our helpers takes part in it.
@@ -28,23 +28,25 @@ STEP = 1 / 1024  # nats: losses are stored to the nearest multiple of it
 
 
 def log_probs_of(directory: Path, ids: Any) -> torch.Tensor:
-    """The model's own log-probabilities [S,V] of one sequence that it sees as it is."""
+    """Return the model's own log-probabilities [S,V] of one unmasked sequence."""
     return torch.log_softmax(logits_of(directory, AUTO["masked_lm"], input_ids=ids).double(), -1)
 
 
 def losses_of(directory: Path, ids: Any) -> np.ndarray:
-    """−log p [S] of every token of a sequence."""
+    """Return −log p [S] of every token of a sequence."""
     places = torch.arange(len(ids))
     return -log_probs_of(directory, ids)[places, torch.tensor(list(map(int, ids)))].numpy()
 
 
 def content_of(ids: np.ndarray) -> np.ndarray:
-    """Positions of real tokens: [PAD], [UNK], [CLS], [SEP], [MASK] are the tokens 0 to 4."""
+    """Return the positions of real tokens: [PAD], [UNK], [CLS], [SEP], [MASK] are the tokens 0 to
+    4.
+    """
     return np.flatnonzero((ids > 4) | (ids == 1))
 
 
 def masked_rows(cache: Cache, name: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(masked positions, ids there) of every sequence, by the reader that students use."""
+    """Return (masked positions, ids there) of every sequence, read as students read them."""
     batch = cache.gather(np.arange(len(cache)), [], masked_view=cache.masked_view(name).name)
     masked = batch.masked
     out = []
@@ -60,7 +62,7 @@ def examples(path: Path) -> list[Any]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """The bytes of every committed shard of views and targets."""
+    """Return the bytes of every committed shard of views and targets."""
     return caches.committed(path, "views", "targets")
 
 
@@ -93,7 +95,7 @@ class Step:
         self.student = build_student(StudentConfig(model=str(student)), {}, size, 0).eval()
 
     def run(self, index: np.ndarray, view: str | None = None, micro: int = 99):
-        """(loss, terms, gradients) over the sequences ``index``."""
+        """Return (loss, terms, gradients) over the sequences ``index``."""
         name = self.cache.masked_view(view).name
         names = self.objective.plan(0).teachers
         batch = self.objective.select(
@@ -104,7 +106,7 @@ class Step:
         loss, terms = 0.0, {}
         for part in split_batch(batch, micro):
             result = self.objective.loss(self.student, part, counts, self.objective.plan(0), CPU)
-            result.total.backward()  # also of a micro-batch in which nothing is masked
+            result.total.backward()  # also for a micro-batch in which nothing is masked
             loss += float(result.total.detach())
             for key, value in result.terms.items():
                 terms[key] = terms.get(key, 0.0) + float(value)
@@ -114,7 +116,9 @@ class Step:
         return gradients(self.student)
 
     def masked_logits(self, index: np.ndarray, view: str | None = None):
-        """Per sequence: the student's logits [P,V] where something is masked, labels, positions."""
+        """Yield per sequence the student's logits [P,V] at masked positions, labels and
+        positions.
+        """
         rows = masked_rows(self.cache, view)
         size = self.cache.corpus.info["tokenizer"]["size"]
         for number in index.tolist():

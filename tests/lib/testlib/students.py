@@ -1,4 +1,4 @@
-"""What a run leaves behind, and gradients, held against others."""
+"""Compare the results of runs, and gradients."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ TIMES = ("tokens_per_second", "data_wait", "seconds")
 
 
 def weights(out):
-    """The tensors that a run left behind, by name."""
+    """Return the tensors that a run left, by name."""
     found = {k: v for file in out.glob("model*.safetensors") for k, v in load_file(file).items()}
     found |= {f"heads.{k}": v for k, v in load_file(out / "heads.safetensors").items()}
     if (prompts := out / "prompts.safetensors").is_file():
@@ -24,7 +24,7 @@ def same_weights(a, b):
 
 
 def metrics(out):
-    """Every record without what depends on the clock."""
+    """Return every record without what depends on the clock."""
     return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
 
 
@@ -33,7 +33,7 @@ def gradients(student):
 
 
 def same_gradients(found, expected, tolerance=2e-5, least=1e-3):
-    """To a share of the largest one; a gradient that is not there is 0."""
+    """Compare gradients relative to the largest one; a missing gradient is 0."""
     scale = max(float(g.abs().max()) for g in expected.values())
     assert scale > least
     zero = torch.zeros(())
@@ -43,7 +43,7 @@ def same_gradients(found, expected, tolerance=2e-5, least=1e-3):
 
 
 def assert_same_run(found, expected):
-    """Equal but for the order in which numbers are added."""
+    """Compare two runs, allowing another order of summation."""
     ours, theirs = read_metrics(found), read_metrics(expected)
     assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -54,8 +54,10 @@ def assert_same_run(found, expected):
 
 
 def assert_same_weights(found, expected):
-    """But for the attention's key biases: their gradient is 0 but for rounding (a softmax does not
-    see what is added to all its inputs), and Adam makes whole steps of that.
+    """Compare weights, except the attention's key biases.
+
+    Their gradient is 0 except for rounding (a softmax ignores a constant added to all its inputs),
+    and Adam turns that into whole steps.
     """
     assert found.keys() == expected.keys()
     for name in found:

@@ -4,14 +4,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from rekindle.data.source.python_docs import PythonDoc
 from rekindle.pipeline.builtin.sections import (
+    FAR,
     NEAR,
     OWN,
     SectionSizes,
     candidates,
+    midst_of,
     sections_of,
     write_sections,
 )
@@ -26,8 +26,9 @@ def page(number, text, kind="function", module=None):
     return PythonDoc(f"m{number}:f", text, kind, module or f"m{number % 30}.sub", "text")
 
 
+WAYS = "It is done in {} ways, " + "each of them as good as the others, " * 3 + "told of {}."
 PAGES = [
-    page(n, f"Do the thing number {n}.\n\nIt is done in {n} ways, all of which are described here.")
+    page(n, f"Do number {n}.\n\n{WAYS.format(n, 'here')}\n\n{WAYS.format(n, 'there')}")
     for n in range(300)
 ]
 
@@ -53,15 +54,17 @@ def test_a_section_is_a_title_and_the_first_passage_under_it():
 
 
 def test_a_title_has_its_own_passage_some_near_and_others_far():
-    sections = sections_of(PAGES)
-    for section in sections[:40]:
-        found = candidates(section, sections)
-        assert len({one.passage for one, _ in found}) == len(found) == 8
-        assert Counter(label for _, label in found) == {OWN: 1, NEAR: 2, 0: 5}
-        for one, label in found:
-            assert (label == OWN) == (one == section)
-            assert (one.module == section.module) == (label != 0)
-    places = {[label for _, label in candidates(one, sections)].index(OWN) for one in sections}
+    sections, midst = sections_of(PAGES), midst_of(PAGES)
+    module_of = {one.passage: one.module for one in sections} | {p: m for m, p in midst}
+    places = set()
+    for section in sections:
+        found = candidates(section, sections, midst)
+        assert len({passage for passage, _ in found}) == len(found) == 8
+        assert Counter(label for _, label in found) == {OWN: 1, NEAR: 2, FAR: 5}
+        for passage, label in found:
+            assert (label == OWN) == (passage == section.passage)
+            assert (module_of[passage] == section.module) == (label != FAR)
+        places.add([label for _, label in found].index(OWN))
     assert places == set(range(8))  # where the own one stands says nothing
 
 
@@ -74,19 +77,9 @@ def test_the_files_share_no_passage_and_the_text_has_no_labels(tmp_path):
     assert {name: len(own) for name, own in titles.items()} == {
         "train": 12, "dev": 4, "test": 20, "text": 30,
     }  # fmt: skip
-    passages = [{row["sentence2"] for row in own} for own in rows.values()]
+    passages = [{row["document"] for row in own} for own in rows.values()]
     assert len(set().union(*passages)) == sum(map(len, passages))
     assert all("label" not in row for row in rows["text"])
     for name in ("train", "dev", "test"):
-        assert {split_of(row["document"]) for row in rows[name]} == {name}
+        assert {split_of(row["page"]) for row in rows[name]} == {name}
         assert {row["label"] for row in rows[name]} <= {0, NEAR, OWN}
-
-
-@pytest.mark.parametrize("again", [True, False])
-def test_the_files_are_the_same_whatever_the_order_of_the_documents(tmp_path, again):
-    sizes = SectionSizes(train=12, dev=4, test=20, text=30)
-    for folder, pages in (("a", PAGES), ("b", PAGES if again else PAGES[::-1])):
-        write_sections(pages, sizes, tmp_path / folder)
-    for path in (tmp_path / "a").rglob("*.jsonl"):
-        other = tmp_path / "b" / path.relative_to(tmp_path / "a")
-        assert path.read_bytes() == other.read_bytes()

@@ -142,7 +142,7 @@ def test_teachers_that_cannot_read_pairs_are_refused():
     pairs = {"pair_field": "b"}
     refused({"pairs": "adjacent"}, pairs, "pairs is adjacent.*the records are the pairs; leave")
     refused({"task": "token_classification"}, pairs, "tags the words of single texts")
-    refused({"pairs": "record"}, {}, "corpus.pair_field.*is not given")
+    refused({"pairs": "record"}, {}, "corpus.pair_field.*is missing")
 
 
 def test_an_expert_on_single_texts_is_refused(tmp_path, configure, source, teachers):

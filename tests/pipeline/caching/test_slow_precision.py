@@ -39,7 +39,7 @@ def test_it_is_planned_and_said_before_a_teacher_runs_and_not_after(
     next((tmp_path / "targets" / "lm" / "commits").iterdir()).unlink()
     (line,) = said(configure(tmp_path, [other, teacher]))  # auto is as the cache has it
     assert line.startswith("teachers.lm.precision: bf16: ")
-    assert line.endswith("or cache it anew under another name in fp32")
+    assert line.endswith("or cache it again under another name in fp32")
 
     (line,) = said(asked, lambda config: audit_cache(str(tmp_path), config, 1))
     assert line.startswith("teacher 'lm': bf16: ")

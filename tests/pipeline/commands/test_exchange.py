@@ -173,7 +173,7 @@ def test_damage_of_imported_targets_is_told_and_imported_again(run, cache, rows)
         "there: imported, so there is no model to run; `pipeline import-targets`" in result.stderr
     )
     result = pipeline("cache-teachers", run, "--set", f"cache.path={cache}")
-    assert "it was imported, so there is no model to run for it" in result.stderr
+    assert "it was imported, so no model can be run for it" in result.stderr
     done("import-targets", cache, "there", rows, *FROM)
     assert committed(cache, "targets") == whole
     assert problems(cache) == []

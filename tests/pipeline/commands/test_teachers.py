@@ -146,7 +146,7 @@ def test_what_was_killed_is_finished_or_given_up_before_anything_is_added(run, c
     ("options", "words"),
     [
         (["--remove", "clm", "--rename", "clm", "b"], "--remove and --rename: give one of them"),
-        (["--yes"], "--yes is of --remove"),
+        (["--yes"], "--yes is for --remove"),
         (["--rename", "clm", "CON/1"], "a name becomes a folder"),
         (["--transcode", "x", "compact"], "has no teacher 'x' (it has: clm)"),
     ],
@@ -181,5 +181,5 @@ def test_an_audit_says_whom_it_leaves_out(run, cache):
     told = done(*audit).stderr
     assert "teacher big is not audited: the configuration has no teacher of that name" in told
     assert "teacher clm of the configuration is not in the cache. Teacher 'clm' was renamed" in told
-    assert "--config is of --audit N" in refused("verify", cache, "--config", run)
+    assert "--config is for --audit" in refused("verify", cache, "--config", run)
     assert "cannot read the configuration" in refused(*audit[:-1], "none.yaml")

@@ -252,7 +252,7 @@ def test_one_command_says_which_run_is_best(students, test_file):
     assert done.returncode == 0, done.stderr
     assert done.stdout.lstrip().startswith("a is best on trec by 0.")
     wrong = pipeline("compare", *students, "--metric", "f1")
-    assert (wrong.returncode, "--metric is that of --test" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "--metric belongs to --test" in wrong.stderr) == (2, True)
 
 
 def test_a_file_with_other_columns_is_read_as_the_advice_says(students, test_file):
@@ -295,6 +295,28 @@ def test_all_rows_together_score_what_the_model_scores(kind):
         assert (by_row is None) == ("accuracy" not in metric or kind == "tags")
         if by_row is not None:
             assert by_row.mean() == pytest.approx(value)
+
+
+def test_rankers_stand_with_intervals_over_the_groups(write, make_model, wordpiece, tmp_path):
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
+    score = HeadConfig(kind="sequence", num_labels=1, problem="regression")
+    runs = [write(name, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    for seed, run in enumerate(runs, start=1):
+        saved_student(run, model, {"search": score}, seed)
+    random = np.random.default_rng(4)
+    rows = [
+        {"query": f"river {n % 40}", "document": " ".join(random.choice(WORDS, 4)), "group": n % 40}
+        | {"label": n // 40 if n % 40 else 1}
+        for n in range(160)
+    ]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (one,) = with_heads(compare_runs(runs), [f"search={path}"], None, SILENT).standings
+    assert (one.scores.metric, one.rows, one.unit) == ("ndcg@10", 39, "group")
+    for name, run in zip("ab", runs, strict=True):
+        own = evaluate_file(str(run), str(path), head="search")
+        assert one.scores.scores[name] == [pytest.approx(own.value)]
+    assert one.differences[0].low < one.differences[0].mean < one.differences[0].high
 
 
 def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, monkeypatch):

@@ -116,8 +116,8 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("tasks.a.finetune={epochs: auto}", "finetune of task 'a'.*valid integer"),
         ("finetune.lr=1e-4", "it is called 'learning_rate' here"),
         ("search.text_columns=[a]", "says what the files mean"),
-        ("student.from_scratch=true", "the comparison would be of models"),
-        ("student.grow={layers: 3}", "the comparison would be of models"),
+        ("student.from_scratch=true", "the comparison would be between models"),
+        ("student.grow={layers: 3}", "the comparison would be between models"),
         ("student.task=causal_lm", "masked_lm students"),
         ("student.domain_prompts=true", "fine-tuning does not have"),
         ("student.lora={r: 2}", "trains other weights than the fine-tunings"),
@@ -152,7 +152,7 @@ def test_a_tasks_own_settings_are_over_the_files():
         ("test_texts=drop", "test_texts: Input should be 'remove' or 'keep'"),
         (
             "corpus={source: [a], tokenizer: m, without: [b], without_fields: [q]}",
-            "the tasks' test files, too.*test_texts: keep",
+            "the tasks' test files, which have their own fields.*test_texts: keep",
         ),
         ("label_draws=0", "label_draws"),
         ("tasks.b.name=a.1", "cannot be called 'a.1' beside 'a'"),
@@ -269,7 +269,7 @@ def test_every_task_may_have_a_text_of_its_own():
     assert [config.cache_of(name).path for name in texts] == ["/a", "/b"]
     with pytest.raises(InputError, match=r"corpus of task 'a'.*did you mean 'source'"):
         config_of("tasks.a.corpus={sorce: [a.txt]}", "tasks.b.corpus={source: [b.txt]}")
-    with pytest.raises(InputError, match=r"students read with that of student\.model"):
+    with pytest.raises(InputError, match=r"students always use that of student\.model"):
         config_of("tasks.a.corpus={tokenizer: x}", "tasks.b.corpus={source: [b.txt]}")
 
 

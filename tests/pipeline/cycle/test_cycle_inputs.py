@@ -153,7 +153,7 @@ def test_files_of_other_rows_are_written_anew_unless_something_was_made_of_them(
     files = [f"tasks/t/{name}.jsonl" for name in ("train", "dev", "test")]
     for file in files:
         assert (tmp_path / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
-    told = "task t: {}.jsonl is written anew"
+    told = "task t: {}.jsonl is written again"
     assert [told.format(n) in caplog.text for n in ("train", "dev", "test")] == [True, True, False]
     for place in ("experts/t", "experts/.t.seeds", "search/mlm/t", "fine-tuned/mlm/.t.seeds"):
         made = tmp_path / place
@@ -187,7 +187,7 @@ RARE = [{"text": "x", "label": ["b"] if n == 29 else ["a"]} for n in range(30)]
         (numbered(30), {"metric": "pearson"}, "does not fit"),
         ([{"text": "x", "label": 0}] * 20, {}, "at least two classes"),
         (RARE, {"train_examples": 1}, "the label 'b'"),
-        ([{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 20, {}, "a cycle is of texts. Make"),
+        ([{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 20, {}, "a cycle needs texts. Make"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, train, values, words):

@@ -167,7 +167,7 @@ def test_a_setting_outside_the_search_is_refused(out):
         out, "both", "cola", seeds=2, test=False, dev=[0.5, 0.4], config={"learning_rate": 1e-3}
     )
     write(out / "search/both/cola/0.001/metrics.json", metrics)
-    with pytest.raises(CheckpointError, match="not of this search"):
+    with pytest.raises(CheckpointError, match="does not belong to this search"):
         read_results(out)
 
 
@@ -196,17 +196,17 @@ def test_damaged_json_is_named(out, name, content):
 
 
 def test_what_is_no_cycle_is_the_users_mistake(tmp_path):
-    with pytest.raises(InputError, match="no directory of"):
+    with pytest.raises(InputError, match="not a directory of"):
         read_results(tmp_path / "nowhere")
     write(tmp_path / "cycle.json", {"written_by": "another"})
-    with pytest.raises(InputError, match="no directory of"):
+    with pytest.raises(InputError, match="not a directory of"):
         read_results(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../cola", "a/b", "", "..", MEAN])
 def test_names_stay_in_the_cycles_directory(tmp_path, name):
     write(tmp_path / "cycle.json", about() | {"tasks": {name: TASKS["cola"]}})
-    with pytest.raises(CheckpointError, match="is no name"):
+    with pytest.raises(CheckpointError, match="is not a valid name"):
         read_results(tmp_path)
 
 

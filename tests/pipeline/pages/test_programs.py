@@ -64,7 +64,7 @@ def missing_lines(printed: str, said: str) -> list[str]:
 
 def _plain(line: str) -> str:
     """A line without its numbers, their units and the widths of its columns."""
-    return re.sub(r"[\d,.:−-]*\d\d*[\w,.]*|\s+", " ", line.strip()).replace("  ", " ")
+    return " ".join(re.sub(r"[\d,.:−-]*\d[\w,.]*|─+", " ", line).split())
 
 
 @pytest.mark.parametrize("page", programs())

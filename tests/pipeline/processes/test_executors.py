@@ -83,7 +83,7 @@ def test_the_command_says_what_it_lacks(tmp_path, configure, one, monkeypatch):
     run = tmp_path / "run.json"
     run.write_text(configure(tmp_path / "cache", one).model_dump_json(exclude_unset=True))
     done = pipeline("cache-teachers", run, "--address", "10.0.0.1:6379")
-    assert (done.returncode, "say --executor ray as well" in done.stderr) == (2, True)
+    assert (done.returncode, "give --executor ray, too" in done.stderr) == (2, True)
     monkeypatch.setitem(sys.modules, "ray", None)
     done = pipeline("cache-teachers", run, "--executor", "ray")
     assert (done.returncode, "pip install -e '.[ray]'" in done.stderr) == (2, True)

@@ -49,12 +49,12 @@ def test_what_may_change_when_work_goes_on():
     [
         ({"targets": {"kind": "threshold"}}, "targets.kind topk, not threshold"),
         ({"targets": {"kind": "dense"}}, "targets.kind topk, not dense"),
-        ({"targets": {"temperatures": [1, 2]}}, "temperature 1 alone"),
-        ({"targets": {"temperatures": [2.0]}}, "temperature 1 alone"),
+        ({"targets": {"temperatures": [1, 2]}}, "only at temperature 1"),
+        ({"targets": {"temperatures": [2.0]}}, "only at temperature 1"),
         ({"task": "masked_lm"}, "causal_lm"),
         ({"model": "elsewhere"}, "leave model out"),
-        ({"precision": "bf16"}, "precision is the server's matter"),
-        ({"device_map": "auto"}, "device_map is the server's matter"),
+        ({"precision": "bf16"}, "precision is up to the server"),
+        ({"device_map": "auto"}, "device_map is up to the server"),
         ({"served": SERVED | {"url": "host:8000"}}, "http://host:8000/v1"),
         ({"served": SERVED | {"url": "http://me:secret@host/v1"}}, "api_key_env"),
         ({"served": SERVED | {"modle": "x"}}, "did you mean 'model'"),
@@ -105,7 +105,7 @@ def test_another_tokenizer(tmp_path, configure, teacher, double, bytelevel):
 
 WRONG = {
     "count": "it read 25 tokens where 24 were sent",
-    "tokens": "it read other tokens than were sent",
+    "tokens": "it read other tokens than those sent",
     "short": "one entry for each of the sequence's 24 tokens",
     "shifted": "lacks the prompt's own token",
     "above": "above 0",
@@ -147,14 +147,14 @@ def test_a_changed_model_under_the_same_name(
     ShardSet(open_store(cache), "targets/big").forget("00001")
     config = configure(cache, [teacher()])
     double.serve(other)
-    with pytest.raises(CacheMismatchError, match="stands behind the name 'tiny' now"):
+    with pytest.raises(CacheMismatchError, match="is now behind the name 'tiny'"):
         cache_teachers(config, check=False)
-    with pytest.raises(CacheMismatchError, match="stands behind the name 'tiny' now"):
+    with pytest.raises(CacheMismatchError, match="is now behind the name 'tiny'"):
         audit_cache(str(cache), config, 2)
     double.serve(Path(local["model"]))
     double.other = other
     double.faults += ["", "", "", "", "swap"]  # while a unit is made: nothing is kept of it
-    with pytest.raises(CacheMismatchError, match="stands behind the name 'tiny' now"):
+    with pytest.raises(CacheMismatchError, match="is now behind the name 'tiny'"):
         cache_teachers(config, check=False)
     assert "00001" not in ShardSet(open_store(cache), "targets/big").committed()
     double.serve(Path(local["model"]))
@@ -174,7 +174,7 @@ def test_a_server_that_is_gone_is_needed_for_what_is_missing_alone(
     config = configure(cache, [teacher(url=NOWHERE)])
     with caplog.at_level("WARNING", logger="rekindle"):
         assert cache_teachers(config).units_present == 3
-    assert "It is taken to be as before" in caplog.text
+    assert "It is assumed to be unchanged" in caplog.text
     ShardSet(open_store(cache), "targets/big").forget("00001")
     with pytest.raises(InputError, match="Is it running"):
         cache_teachers(config, check=False)
@@ -189,7 +189,7 @@ def test_a_local_teacher_and_a_served_one_are_two(tmp_path, configure, whole, lo
 def test_patience_ends(tmp_path, configure, teacher, double, monkeypatch):
     double.faults += ["", "", "", *["503"] * 200]
     monkeypatch.setattr(patience, "LONGEST_DELAY", 0.02)
-    with pytest.raises(InputError, match=r"not answered for 0.2 s \(HTTP 503: later\).*goes on"):
+    with pytest.raises(InputError, match=r"not answered for 0.2 s \(HTTP 503: later\).*continues"):
         cache_teachers(configure(tmp_path, [teacher(patience_s=0.2, max_concurrency=1)]))
 
 

@@ -166,7 +166,7 @@ def test_a_kill_leaves_no_half_of_it_and_twice_is_the_same(cache, tmp_path, monk
 def test_other_content_is_not_written_over(cache, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("mine\n")
-    with pytest.raises(InputError, match="is there with other content"):
+    with pytest.raises(InputError, match="exists with other content"):
         write_prompts(cache, "classes", path)
     assert path.read_text() == "mine\n"
     assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
@@ -182,8 +182,12 @@ def test_other_content_is_not_written_over(cache, tmp_path):
         ("classes", {"template": "about {label}"}, r"has no \{text\}"),
         ("classes", {"template": "{text} {label} {mask}"}, r"has \{mask\}"),
         ("classes", {"template": "{text} {}{label}"}, r"has \{\}"),
-        ("classes", {"words": WORDS | {"fire": "red"}}, "'fire' is no label.*water, city, paper"),
-        ("classes", {"words": {"water": "river"}}, "none for the label 'city'"),
+        (
+            "classes",
+            {"words": WORDS | {"fire": "red"}},
+            "'fire' is not a label.*water, city, paper",
+        ),
+        ("classes", {"words": {"water": "river"}}, "none is given for the label 'city'"),
         ("classes", {"words": WORDS | {"city": "Ω"}}, "no tokens for 'Ω'"),
         ("classes", {"words": WORDS | {"city": " "}}, "no tokens for ' '"),
         ("classes", {"confidence": 1.0}, "no line to write.*12 sequences below"),
@@ -289,7 +293,7 @@ def test_caching_alone_writes_the_lines_too(run_file, tmp_path):
         ({}, {"cache": "elsewhere"}, r"which nothing puts into elsewhere"),
         ({"corpus.source": ["python-docs"]}, {}, "the stage does not read"),
         ({"cache.path": None}, {}, "stage 'prompted': cache.path"),
-        ({}, {"words": {"water": "a"}}, "stage 'prompted': words: there is none for .* 'city'"),
+        ({}, {"words": {"water": "a"}}, "stage 'prompted': words: none is given for .* 'city'"),
         ({}, {"words": WORDS | {"city": "Ω"}}, "stage 'prompted': words: .*'Ω'"),
         ({}, {"template": "{label}"}, r"stages.1.write_prompts.template: .*no \{text\}"),
     ],
@@ -305,5 +309,5 @@ def test_a_bad_stage_is_refused_before_the_first_runs(
 
 def test_prompts_do_not_go_into_the_cache_they_are_made_from(run_file, tmp_path):
     path = run_file({"cache.path": str(tmp_path / "cache")})
-    with pytest.raises(InputError, match="into which the prompts would be cached"):
+    with pytest.raises(InputError, match="the prompts would be cached there as well"):
         run_stages(load_config(path), tmp_path / "out")

@@ -301,7 +301,7 @@ def test_a_stage_may_be_added_to_finished_ones(whole, chain, tmp_path):
     config = load_config(tmp_path / "more.yaml")
     ran = run_stages(config, tmp_path / "out", resume=True)
     assert [result.directory.name for result in ran] == ["fourth"]
-    with pytest.raises(CheckpointError, match="a stage 'fourth', which the file has not"):
+    with pytest.raises(CheckpointError, match="a stage 'fourth', which is not in the file"):
         run_stages(load_config(chain(whole)), tmp_path / "out", resume=True)
 
 
@@ -337,7 +337,10 @@ def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
         ({"set": {"train.stepz": 1}}, r"stage 'late': unknown key 'train.stepz'.*'steps'"),
         ({"set": {"train.steps": 0}}, r"stage 'late': train.steps: .*greater than 0"),
         ({"set": {"trian.steps": 2}}, r"stage 'late': unknown key 'trian'.*'train'"),
-        ({"set": {"teachers.4.model": "x"}}, r"stage 'late': set teachers.4.model: '4' is no item"),
+        (
+            {"set": {"teachers.4.model": "x"}},
+            r"stage 'late': set teachers.4.model: '4' is not an item",
+        ),
         ({"set": {"teachers.lmm.model": "x"}}, r"stage 'late'.*did you mean 'lm'"),
         ({"set": {"student.model": "{frist}"}}, r"stage 'late': '{frist}'.*mean '{first}'"),
         ({"set": {"student.model": "{late}"}}, r"stage 'late': '{late}' is no earlier stage"),
@@ -358,8 +361,8 @@ def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
             {"set": {"corpus.source": ["python-docs"]}},
             r"'late' share.*but corpus.source is ",
         ),
-        ({"set": {"teachers.0.model": "{first}"}}, r"'late' share.*one name is one teacher"),
-        ({"set": {"teachers.lm.domains": ["x"]}}, r"'late' share.*one name is one teacher"),
+        ({"set": {"teachers.0.model": "{first}"}}, r"'late' share.*a name stands for one teacher"),
+        ({"set": {"teachers.lm.domains": ["x"]}}, r"'late' share.*a name stands for one teacher"),
         ({"set": {"teachers.lm.view": "clean"}}, r"'late' share.*the view of 'lm' is 'masked'"),
         ({"set": {"cache.seed": 1}}, r"'late' share.*the masks of 'lm' is {'seed': 0"),
         ({"set": {"cache.mask.probability": 0.2}}, r"'late' share.*the masks of 'lm'"),
@@ -463,7 +466,7 @@ def test_a_plan_counts_what_is_known_once(chain, tmp_path):
 def test_what_is_about_one_run_says_what_to_do(chain, whole, tmp_path):
     path = chain(tmp_path)
     config = load_config(path)
-    with pytest.raises(InputError, match="has stages, which are not swept"):
+    with pytest.raises(InputError, match="has stages, which cannot be swept"):
         plan_sweep(path, ["train.seed=1,2"])
     for call in (
         lambda: cache_teachers(config),
@@ -529,7 +532,7 @@ def test_the_commands(chain, tmp_path, command):
     assert "run.yaml" in err
     code, _, err = command("train-student", path, "--sweep", "train.seed=1,2")
     assert code == 2
-    assert "not swept" in err
+    assert "cannot be swept" in err
 
 
 def test_a_student_of_a_time_without_lineages(whole, tmp_path):

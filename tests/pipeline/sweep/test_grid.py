@@ -79,9 +79,9 @@ def test_every_value_is_read_as_set_reads_it(values):
         ("=1,2", ("key.path=value,value",)),
         ("train.seed=", ("train.seed", "no value")),
         ("train.seed=1,[2", ("train.seed", "'1,[2'")),
-        ("train.seed=1,,2", ("train.seed", "no list of YAML values")),
-        ("train.seed=1]", ("train.seed", "no list of YAML values")),
-        ("train.seed=1] #", ("train.seed", "no list of YAML values")),
+        ("train.seed=1,,2", ("train.seed", "not a list of YAML values")),
+        ("train.seed=1]", ("train.seed", "not a list of YAML values")),
+        ("train.seed=1] #", ("train.seed", "not a list of YAML values")),
     ],
 )
 def test_what_is_no_sweep_is_named(run_file, text, words):
@@ -142,7 +142,7 @@ def test_names_have_the_parts_that_tell_the_keys_apart(run_file):
         (["train.seed=1,2", "train.schedule=linear,no"], ("at train.seed=1, train.schedule=no:",)),
         (["train.sed=1"], ("train.sed", "'seed'")),
         (["training.seed=1"], ("training", "'train'")),
-        ([f"{TEMPERATURE.replace('0', '5')}=1"], ("'5' is no item",)),
+        ([f"{TEMPERATURE.replace('0', '5')}=1"], ("'5' is not an item",)),
         (["student=null"], ("no `student` section",)),
     ],
 )

@@ -85,7 +85,7 @@ def test_what_an_encoder_cannot_be_asked_is_refused(tmp_path, encoder, make_mode
         evaluate_file(encoder, str(single))
     plain = str(make_model("bert", "AutoModel", wordpiece))
     asked = AskConfig(pooling="mean")
-    with pytest.raises(InputError, match=r"State pooling .* and normalise"):
+    with pytest.raises(InputError, match=r"Set pooling .* and normalise"):
         predict_file(plain, str(single), str(tmp_path / "x.jsonl"), config=asked)
     with pytest.raises(InputError, match="modules say pooling: mean, not cls"):
         predict_file(

@@ -138,7 +138,7 @@ def test_scores_and_classes_are_told_apart(tmp_path, experts, make_model, wordpi
     scores = write(
         tmp_path / "s.jsonl", [{"text": t, "label": 0.5 + n} for n, t in enumerate(TEXTS)]
     )
-    with pytest.raises(InputError, match="row 1: label 'cat' is no number"):
+    with pytest.raises(InputError, match="row 1: label 'cat' is not a number"):
         evaluate_file(scorer, classes)
     with pytest.raises(InputError, match=r"'0\.5', '1\.5'.* knows none of the file's labels"):
         evaluate_file(experts[0], scores)

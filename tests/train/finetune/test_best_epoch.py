@@ -60,7 +60,7 @@ def test_the_first_best_epoch_is_kept_with_its_weights_scores_and_logits(found, 
         ((3, 3, 3, DONE, True), "epoch 3 of 3, best on dev"),
         (
             (2, 5, 9, PATIENCE, True),
-            "epoch 2 of 9, best on dev; ended after 5: 3 in a row no better",
+            "epoch 2 of 9, best on dev; ended after 5: 3 in a row were no better",
         ),
         ((4, 4, 9, MAX_STEPS, False), "epoch 4 of 9, the last; ended in 4 by max_steps"),
     ],

@@ -216,7 +216,7 @@ def test_the_last_epoch_is_kept_unless_patience_is_set(tmp_path, bert, monkeypat
         0.5, 0.9, 0.8, 0.7,
     ]  # fmt: skip
     assert result.mean == 0.9
-    assert result.kept == "epoch 2 of 9, best on dev; ended after 4: 2 in a row no better"
+    assert result.kept == "epoch 2 of 9, best on dev; ended after 4: 2 in a row were no better"
     assert (result.kept_epoch, result.per_seed[0].stopped) == (2, "patience")
     assert len(kept) == 4  # what was scored once is not scored again
     saved = load_file(tmp_path / "out" / "model.safetensors")

@@ -114,7 +114,7 @@ OTHER = ROW | {"document": "a new engine", "label": 0}
         ([ROW, OTHER, {**ROW, "label": -1}], "row 3: label -1 is negative"),
         ([ROW, OTHER, {**ROW, "label": float("nan")}], "row 3: label is missing (given: nan)"),
         ([ROW, OTHER, {**ROW, "label": "good"}], "row 3: label 'good' is a word, and row 1 has 1"),
-        ([ROW, OTHER, {**ROW, "label": True}], "row 3: label True is a boolean, and row 1 has 1"),
+        ([ROW, OTHER, {**ROW, "label": True}], "row 3: label True is a boolean, but row 1 has 1"),
         ([ROW, OTHER, {**ROW, "group": None}], "row 3: group must be the id of the row's query"),
         ([ROW, OTHER, {**ROW, "group": [1]}], "given: [1], a list"),
         ([ROW, OTHER, {**ROW, "document": None}], "row 3: document must be a string"),
@@ -132,7 +132,7 @@ def test_what_is_no_ranking_is_refused(tmp_path, rows, told):
 def test_a_group_in_two_splits_is_refused_and_ids_used_again_are_not(tmp_path):
     train = write(tmp_path / "train.jsonl", [ROW, OTHER])
     dev = write(tmp_path / "dev.jsonl", [OTHER, ROW | {"document": "another"}])
-    with pytest.raises(InputError, match=r"row 1: the group 'x' with its query stands in .*train"):
+    with pytest.raises(InputError, match=r"row 1: the group 'x' with its query is also in .*train"):
         read_task(train, dev)
     again = [row | {"query": "an engine"} for row in (ROW, OTHER)]
     assert len(read_task(train, write(tmp_path / "dev.jsonl", again))) == 2
@@ -143,7 +143,7 @@ def test_a_group_in_two_splits_is_refused_and_ids_used_again_are_not(tmp_path):
     [
         ({"group_field": "qid"}, "has no column 'qid'"),
         ({"problem": "ranking", "text_field": "query"}, "has one text a row, query"),
-        ({"positive": 1}, "positive is of classes"),
+        ({"positive": 1}, "positive is for classes"),
     ],
 )
 def test_settings_that_do_not_fit_a_ranking_are_refused(tmp_path, settings, told):

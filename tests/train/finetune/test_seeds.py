@@ -224,7 +224,7 @@ def test_fewer_seeds_take_what_is_planned_and_leave_the_others(tmp_path, caplog)
     left(out, {"rate": 1}, 5, KEPT, stop)
     assert left(out, {"rate": 1}, 1, {}, stop) == [0]
     assert "2 seeds (1, 2) finished before, not asked for now" in caplog.text
-    assert "1 seed (0) finished before, done again for the model" in caplog.text
+    assert "1 seed (0) finished before, repeated for the model" in caplog.text
     left(out, {"rate": 1}, 1, {0: 0.5}, stop)
     assert left(out, {"rate": 1}, 1, {}, stop) == []
     assert left(out, {"rate": 1}, 5, {}, stop) == [3, 4]

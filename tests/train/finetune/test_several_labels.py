@@ -131,15 +131,15 @@ def test_the_settings_decide_what_lists_mean(tmp_path, labels, settings, names, 
         ([["a"], ["b", 0.5]], {}, ["row 2", "0.5 is no label"]),
         ([["a"], ["b", ""]], {}, ["row 2", "a label in it is empty"]),
         ([["a"], ["b", None]], {}, ["row 2", "None in a list"]),
-        ([["a"], "b"], {}, ["row 2", "'b' is no list of labels", '["b"]', "label_separator"]),
+        ([["a"], "b"], {}, ["row 2", "'b' is not a list of labels", '["b"]', "label_separator"]),
         (["a", ["b"]], {}, ["row 1: label 'a' is no list of labels, as that of row 2 is"]),
         ([["a"], None], {}, ["row 2", "missing", "empty list", "drop_labels=[null]"]),
-        ([["a"], ["b", "b"]], {}, ["row 2", "'b' stands twice"]),
+        ([["a"], ["b", "b"]], {}, ["row 2", "'b' is twice"]),
         ([["a"], ["A"]], {}, ["row 2", "blanks or case", f"problem={SEVERAL}"]),
         ([["a"], ["b", "-"]], {}, ["row 2", "'-' (1 row)", "drop_labels", f"problem={SEVERAL}"]),
         ([[], []], {}, ["no row has a label"]),
         ([["a"], ["b\ud800"]], {}, ["row 2", "half of a surrogate pair"]),
-        ([[0], [3]], {"label_names": ["x", "y"]}, ["row 2", "3 is the number of no label"]),
+        ([[0], [3]], {"label_names": ["x", "y"]}, ["row 2", "3 is not the number of a label"]),
         ([["a"], ["b"]], {"positive": "a"}, ["positive is 'a'", "leave it out"]),
         (
             ["a;b", "c"],
@@ -192,7 +192,7 @@ def test_paths_in_a_tree_are_classes_and_what_may_be_lists_is_asked_with_both_se
 def test_numbers_of_single_labels_may_have_names_too(tmp_path):
     data = read(labelled(tmp_path / "a.jsonl", 1, 0, 1), label_names=["no", "yes"])
     assert (data.label_names, data.labels.tolist()) == (("no", "yes"), [1, 0, 1])
-    with pytest.raises(InputError, match="row 2: label -1 is the number of no label"):
+    with pytest.raises(InputError, match="row 2: label -1 is not the number of a label"):
         read(labelled(tmp_path / "b.jsonl", 1, -1, 0), label_names=["no", "yes"])
 
 

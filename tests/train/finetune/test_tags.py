@@ -93,7 +93,7 @@ def test_tags_that_are_numbers_have_names_or_are_said_to_be_labels(tmp_path):
 @pytest.mark.parametrize(
     ("row", "settings", "parts"),
     [
-        ({"tokens": ["a", "b"], "tags": ["O"]}, {}, ["row 2", "2 tokens and 1 tags"]),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, {}, ["row 2", "2 tokens, but 1 tags"]),
         ({"tokens": ["a"], "tags": None}, {}, ["row 2", "missing", "drop_labels=[null]"]),
         ({"tokens": None, "tags": ["O"]}, {}, ["row 2", "tokens must be a list", "missing"]),
         ({"tokens": [1], "tags": ["O"]}, {}, ["row 2", "tokens must be a list", "1, a int"]),
@@ -121,7 +121,7 @@ def test_splits_are_all_of_tokens_and_dev_may_go_on_where_train_only_begins(tmp_
     dev = write(tmp_path / "d.jsonl", [{"tokens": ["a", "b"], "tags": ["B-PER", "I-PER"]}])
     assert read_task(train, dev)[1].labels.tolist() == [1, 3]
     other = write(tmp_path / "o.jsonl", [{"text": "a", "label": "x"}])
-    with pytest.raises(InputError, match=r"t.jsonl has tokens and .*o.jsonl has texts"):
+    with pytest.raises(InputError, match=r"t.jsonl has tokens but .*o.jsonl has texts"):
         read_task(train, other)
     alone = write(tmp_path / "a.jsonl", [{"tokens": ["a"], "tags": ["O"]}])
     with pytest.raises(InputError, match="every tag is 'O'"):

@@ -485,7 +485,7 @@ def test_splits_must_agree_on_pairs_and_on_the_kind_of_label(tmp_path):
     for files in ((single, pairs), (pairs, single)):
         assert "pairs.jsonl has sentence2" in refused(*files)
     scores = labelled(tmp_path / "scores.jsonl", [0.5, 1.5])
-    assert "is no number" in refused(scores, labelled(tmp_path / "names.jsonl", ["a"]))
+    assert "is not a number" in refused(scores, labelled(tmp_path / "names.jsonl", ["a"]))
 
 
 def test_the_glue_files_read_as_glue_describes_them(shared):

@@ -11,12 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
+from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.config import TrainConfig
+from rekindle.train.export.folder import export_head
 from rekindle.train.order.held_out import group_numbers, split_corpus
 from rekindle.train.order.sequences import choose_sequences
+from rekindle.train.ranking.scores import ranking_scores
 from testlib.loop import run, stop_at, train_config
 from testlib.models import NARROW, STILL
 from testlib.objective.cases import alone, term
@@ -132,6 +137,33 @@ def test_two_processes_train_the_student_of_one(world, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole.directory)
 
 
+def test_the_students_head_ranks_a_labelled_file_also_when_it_is_exported(whole, tmp_path):
+    """NDCG@10, MRR and MAP by its own scores, asked of transformers alone."""
+    grades = [n % 3 for n in range(len(records(SIZES)))]
+    rows = [
+        {"group": one["group"], "query": one["query"], "document": one["passage"], "label": grade}
+        for one, grade in zip(records(SIZES), grades, strict=True)
+    ]
+    test, out = tmp_path / "test.jsonl", tmp_path / "exported"
+    test.write_text("\n".join(map(json.dumps, rows)))
+    export_head(str(whole.directory), str(out), "score")
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.num_labels == 1
+    pairs = [(row["query"], row["document"]) for row in rows]
+    with torch.no_grad():
+        logits = model(**tokenizer(pairs, padding=True, return_tensors="pt")).logits
+    assert logits.shape == (len(rows), 1)
+    groups = np.unique([row["group"] for row in rows], return_inverse=True)[1]
+    expected = ranking_scores(logits[:, 0].numpy(), np.array(grades, float), groups)
+    for found in (
+        evaluate_file(str(whole.directory), str(test), head="score"),
+        evaluate_file(str(out), str(test)),
+    ):
+        assert found.metric == "ndcg@10"
+        assert found.scores == pytest.approx(expected, abs=1e-6)
+
+
 # --- what is held out ---
 
 
@@ -163,7 +195,7 @@ REFUSED = [
     ({"batch_sequences": 4}, "'q5' has 5 sequences, more than train.batch_sequences 4"),
     (
         {"objective": {"distill": [term("sense", ranking={"group": "group"})]}},
-        "whose score is an order, and 'sense' is a single_label_classification",
+        "whose score is an order, but 'sense' is a single_label_classification",
     ),
 ]
 
@@ -180,7 +212,7 @@ def test_a_corpus_without_groups_or_with_one_sequence_in_each_is_refused(world_o
     plain = world_of(records([1] * 9))
     for values, key in (({}, "train.objective.distill.0.ranking.group"),
                         ({"objective": {}}, "train.batching")):  # fmt: skip
-        with pytest.raises(InputError, match=f"{key} is of groups, .* set corpus.group_field"):
+        with pytest.raises(InputError, match=f"{key} needs groups, .* set corpus.group_field"):
             run(plain, tmp_path / "run", ranked(**values))
     lone = world_of(records([1] * 9), group_field="group")
     for batching in ("groups", "shuffled"):

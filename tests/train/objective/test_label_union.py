@@ -130,7 +130,7 @@ def test_labels_kept_apart_fill_all_places_in_order(sets):
         (
             [A, expert("C", "LABEL_0", "LABEL_1")],
             "merge",
-            r"the classes of teacher 'C' have no names \(LABEL_0 …\), and equal names would become "
+            r"the classes of teacher 'C' have no names \(LABEL_0 …\), but equal names would become "
             r"one label\. Name them \(id2label in its config\.json\), or use labels: apart",
         ),
         (

@@ -70,7 +70,7 @@ REFUSED = [
     (term("big", "gpt"), "big, gpt saw different views; use a term each"),
     (
         term("sense", entropy_fraction=0.5),
-        "entropy_fraction is for vocabulary teachers; sense are none",
+        "entropy_fraction is for vocabulary teachers, which sense are not",
     ),
     (term("pair", view="masked"), "view: masked, but pairs are shown clean; use clean"),
     (term("sense", positions="masked"), "positions: masked, but sense judge whole sequences"),
@@ -78,7 +78,7 @@ REFUSED = [
         term("sense", "tags", combine="route"),
         "sense, tags judge sequences and tokens, which share no mean; use a term each",
     ),
-    (term("sense", k=2), "k is for vocabulary teachers; of sense all logits are kept"),
+    (term("sense", k=2), "k is for vocabulary teachers; all logits of sense are kept"),
     (
         term("sense", "alone", **WEIGH),
         "combine: uncertainty, but 'alone' has one class and is always certain",
@@ -92,7 +92,7 @@ REFUSED = [
     ),
     (
         term("big", "odd", **MIX),
-        "a mixture needs all its teachers at the same positions, and big, odd are for different "
+        "a mixture needs all its teachers at the same positions, and big, odd have different "
         "domains; use combine: route",
     ),
     (
@@ -107,16 +107,16 @@ REFUSED = [
     # scores and their order
     (
         term("sense", ranking={}),
-        "ranking is for regression experts, whose score is an order, and 'sense' is a "
+        "ranking is for regression experts, whose score is an order, but 'sense' is a "
         "single_label_classification expert; leave ranking out",
     ),
     (
         term("scores", ranking={}),
-        "ranking is by one score, and 'scores' gives 2 for each sequence; leave ranking out",
+        "ranking uses one score, but 'scores' gives 2 for each sequence; leave ranking out",
     ),
     (
         term("big", ranking={}),
-        "ranking is for regression experts, whose score is an order, and 'big' is a masked_lm "
+        "ranking is for regression experts, whose score is an order, but 'big' is a masked_lm "
         "expert; leave ranking out",
     ),
     (
@@ -130,21 +130,21 @@ REFUSED = [
     ),
     (
         term("score", ranking={"pairwise": 0, "pairs": "best"}),
-        "ranking.pairs: best is of pairwise, which is 0; leave pairs out",
+        "ranking.pairs: best belongs to pairwise, which is 0; leave pairs out",
     ),
     (
         term("score", ranking={}, divergence="jsd"),
-        "ranking has losses of its own; leave divergence: jsd out",
+        "ranking has its own losses; leave divergence: jsd out",
     ),
     # skewed distributions
     (
         term("sense", "score", divergence="skew_kl"),
-        "skew_kl compares distributions over tokens or classes, and 'score' is a regression "
+        "skew_kl compares distributions over tokens or classes, but 'score' is a regression "
         "expert; leave divergence out",
     ),
     (
         term("topics", divergence="skew_kl"),
-        "skew_kl compares distributions over tokens or classes, and 'topics' is a "
+        "skew_kl compares distributions over tokens or classes, but 'topics' is a "
         "multi_label_classification expert; leave divergence out",
     ),
     # classes as labels
@@ -154,16 +154,16 @@ REFUSED = [
     ),
     (
         term("score", divergence="pseudo_label"),
-        "pseudo_label is for classifiers, and 'score' is a regression expert; use mse or "
+        "pseudo_label is for classifiers, but 'score' is a regression expert; use mse or "
         "forward_kl",
     ),
     (
         term("big", divergence="pseudo_label"),
-        "pseudo_label is for classifiers, and 'big' is a masked_lm expert; use mse or forward_kl",
+        "pseudo_label is for classifiers, but 'big' is a masked_lm expert; use mse or forward_kl",
     ),
     (
         term("sense", "mood", divergence="pseudo_label", **MIX),
-        "pseudo_label takes one expert's word for a class; combine: mixture makes a distribution "
+        "pseudo_label takes a class from one expert; combine: mixture makes a distribution "
         "of several. Use separate, or route: the first that is sure",
     ),
     (
@@ -203,7 +203,7 @@ REFUSED = [
     ),
     (
         term("sense", "unnamed", **WEIGH),
-        "the classes of teacher 'unnamed' have no names (LABEL_0 …), and equal names would become "
+        "the classes of teacher 'unnamed' have no names (LABEL_0 …), but equal names would become "
         "one label. Name them (id2label in its config.json), or use labels: apart",
     ),
     (
@@ -218,14 +218,14 @@ REFUSED = [
     ),
     (
         term("odd.sense", "even.sense", **MIX),
-        "a mixture teaches where all its experts know the text, and odd.sense, even.sense have no "
+        "a mixture teaches where all its experts know the text, but odd.sense, even.sense have no "
         "domain in common; use combine: route",
     ),
     # a vocabulary teacher by itself
     (
         term("gpt"),
         "teacher 'gpt' is a causal_lm; a masked_lm student has no loss at its positions: "
-        "take it out of the term, or train a causal_lm student",
+        "remove it from the term, or train a causal_lm student",
     ),
     (
         term("big", temperature=3.0),
@@ -264,7 +264,7 @@ def test_impossible_terms_are_refused(given, message):
         (
             term("big"),
             "teacher 'big' is a masked_lm; a causal_lm student has no loss at its positions: "
-            "take it out of the term, or train a masked_lm student",
+            "remove it from the term, or train a masked_lm student",
         ),
     ],
 )
@@ -281,7 +281,7 @@ def test_impossible_terms_of_a_causal_student_are_refused(given, message):
     ],
 )
 def test_a_teacher_in_two_places_is_refused(terms):
-    message = "teacher 'big' stands in two distill terms; use one term per teacher"
+    message = "teacher 'big' is in two distill terms; use one term per teacher"
     assert refusal_of(terms) == message
 
 

@@ -26,7 +26,7 @@ def head(*names, problem=SINGLE, kind="sequence"):
 
 
 def saved_student(folder, model, heads, seed=1):
-    """A student of a masked LM whose heads say by their ``seed`` what texts are, in ``folder``."""
+    """Save a student of a masked LM into ``folder``; ``seed`` decides its heads' answers."""
     student = build_student(StudentConfig(model=str(model)), heads, 100, 0)
     with torch.no_grad():
         for parameter in student.heads.parameters():
@@ -37,7 +37,7 @@ def saved_student(folder, model, heads, seed=1):
 
 
 def write(path, rows):
-    """Rows as jsonl; the path as text."""
+    """Write rows as jsonl; return the path as text."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 

@@ -41,7 +41,7 @@ def _renamed(place: Place) -> None:
 
 
 def _unfinished(*spoils):
-    """A run that was killed, and what is wrong with its checkpoints."""
+    """Return a killed run and the damage to its checkpoints."""
 
     def spoil(place: Place) -> None:
         for name in ("summary.json", "run.yaml", "model.safetensors"):
@@ -123,11 +123,12 @@ CACHES = (
     Bad("a teacher that the cache has not to remove", "teachers cache --remove lmm --yes",
         "no teacher 'lmm'", "it has: expert, lm", "did you mean 'lm'?"),
     Bad("a teacher removed without a word", "teachers cache --remove lm",
-        "--remove lm takes 4 units", "nothing was removed", "Say --yes as well"),
+        "--remove lm takes 4 units", "nothing was removed", "Add --yes"),
     Bad("two changes at once", "teachers cache --remove lm --rename expert e",
         "--remove and --rename", "give one of them"),
-    Bad("a name that is taken", "teachers cache --rename lm expert", "'expert' already",
-        "give another name", "`pipeline teachers cache --remove expert`"),
+    Bad("a name that is taken", "teachers cache --rename lm expert",
+        "already has a teacher 'expert'", "give another name",
+        "`pipeline teachers cache --remove expert`"),
     Bad("a name that is no folder's", "teachers cache --rename lm a/b",
         "--rename lm a/b: to: a name becomes a folder", "the first of them a letter or a digit"),
     Bad("a codec of nothing known", "teachers cache --transcode lm zstd", "--transcode lm zstd",
@@ -142,6 +143,19 @@ CACHES = (
         "call it 'big' in the run file or command", _renamed),
     Bad("a teacher to learn from that was renamed", TRAIN, "no teacher 'lm'",
         "Teacher 'lm' was renamed to 'big'", "`pipeline teachers cache --rename big lm`", _renamed),
+    Bad("a teacher that the cache has not to send", "push cache me/x --teacher lmm",
+        "no teacher 'lmm'", "it has: expert, lm", "did you mean 'lm'?"),
+    Bad("a teacher to send that tells a private text", "push cache me/x --teacher lm",
+        "lm (masked_lm", "the text can be read", "Send them with --with-readable-targets"),
+    Bad("a cache to send that lacks a unit", "push cache me/x", "cache is not finished: expert",
+        "nothing was sent", "`pipeline cache-teachers` goes on",
+        _gone("cache/targets/expert/commits/00001.json")),
+    Bad("a cache to make on a hub", f"{MAKE} --set cache.path=hf://datasets/me/x",
+        "hf://datasets/me/x", "can be read, not written to", "`pipeline push DIR OWNER/NAME`"),
+    Bad("an address that is no repository", "inspect hf://datasets/x", "'hf://datasets/x'",
+        "is no place on a hub", "give hf://datasets/OWNER/NAME"),
+    Bad("a cache on a hub without a network", "inspect hf://datasets/me/x", "hf://datasets/me/x",
+        "HF_HUB_OFFLINE is set", "`hf download`"),
     Bad("a teacher of another codec", f"{MAKE} --set teachers.0.targets.codec=compact",
         "a teacher 'lm' that differs from this one", "codec: 'default' there, 'compact' here",
         "`pipeline teachers cache --transcode lm compact`", code=3),

@@ -14,7 +14,7 @@ TRAIN = "train-student run.yaml --out new"
 TUNE = "finetune lm --train train.jsonl --dev dev.jsonl --set epochs=1"
 ASK = "evaluate expert --test dev.jsonl"
 ANOTHER = "give another place"
-FILE = "a file of that name stands where a folder is needed"
+FILE = "a file of that name exists where a folder is needed"
 
 OUTPUTS = (
     Bad("a student below a file", "train-student run.yaml --out run.yaml/new", "run.yaml/new",
@@ -22,7 +22,7 @@ OUTPUTS = (
     Bad("a student in place of a file", "train-student run.yaml --out run.yaml", "run.yaml",
         "is not empty and holds no run", "give another --out"),
     Bad("a cache below a file", "cache-teachers run.yaml --set cache.path=text.jsonl/new",
-        "text.jsonl/new", "a file stands where a folder is needed", ANOTHER),
+        "text.jsonl/new", "a file exists where a folder is needed", ANOTHER),
     Bad("rows below a file", "predict expert --text text.jsonl --out run.yaml/new.jsonl",
         "run.yaml", FILE, ANOTHER),
     Bad("an export below a file", "export student --out run.yaml/new", "run.yaml", FILE, ANOTHER),
@@ -30,9 +30,9 @@ OUTPUTS = (
     Bad("a run file that is there", "init uegp --out run.yaml", "run.yaml",
         "exists and is left as it is", "give another --out"),
     Bad("a page in place of a folder", "compare student --out tokens", "tokens",
-        "a folder stands where a file is needed", "give the path of a file"),
+        "a folder exists where a file is needed", "give the path of a file"),
     Bad("rows that are there", "predict expert --text text.jsonl --out dev.jsonl", "'dev.jsonl'",
-        "is there already", "--force"),
+        "already exists", "--force"),
     Bad("rows in place of a folder", "predict expert --text text.jsonl --out lm", "'lm'",
         "is a folder", "give the path of a file"),
     Bad("an expert in place of a student", f"{TUNE} --out student", "'student'",
@@ -50,7 +50,7 @@ OUTPUTS = (
 
 
 def _full(place: Place) -> None:
-    """A disk without room: it shows as what was written is to reach it."""
+    """Simulate a full disk: the error comes when data is flushed."""
 
     plain = os.fsync
 
@@ -95,11 +95,11 @@ def _without(package: str):
 
 
 def _held(place: Place) -> None:
-    """A folder that another process works in."""
+    """A folder that another process has locked."""
     (place / "new").mkdir()
     place.write("new/.lock", "process 1 on another")
     held = os.open(place / "new/.lock", os.O_RDWR)
-    fcntl.flock(held, fcntl.LOCK_EX)  # for as long as the descriptor is open: to the end
+    fcntl.flock(held, fcntl.LOCK_EX)  # held until the descriptor is closed, at the end
 
 
 def _variables(**values: str):
@@ -145,7 +145,7 @@ MACHINES = (
         "this process was not started by torchrun", "`unset WORLD_SIZE`",
         _variables(WORLD_SIZE="2")),
     Bad("a folder that another process holds", TRAIN, "process 1 on another",
-        "another process works on new", "wait for it, or give another --out", _held),
+        "another process works in new", "wait for it, or give another --out", _held),
     Bad("Ray that is not installed", f"{MAKE} --executor ray", "ray", "is not installed",
         "pip install", _without("ray")),
     Bad("peft that is not installed", f"{TRAIN} --set student.lora.r=4", "peft",
@@ -153,7 +153,7 @@ MACHINES = (
     Bad("a store whose package is missing", "inspect s3://bucket/cache", "'s3://bucket/cache'",
         "Install s3fs", "pip install", _without("s3fs")),
     Bad("a student that may not be written", TRAIN, "new", "Read-only file system",
-        "give a place that may be written", _no_folders(errno.EROFS)),
+        "give a place that can be written", _no_folders(errno.EROFS)),
     Bad("an expert that may not be written", f"{TUNE} --out new", "new", "Permission denied",
         "change its permissions", _no_folders(errno.EACCES)),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bad labels, of fine-tuning and of scoring."""
+"""Bad labels, for fine-tuning and for scoring."""
 
 from testlib.bad_input.row import Bad
 
@@ -8,7 +8,7 @@ DROP = "drop_labels"
 
 
 def _labels(*labels: object, name: str = "train.jsonl"):
-    """A file with these labels; no label for ..."""
+    """Return a function that writes a file with these labels; ``...`` means no label."""
     rows = [{"text": "a river", "label": one} for one in labels]
     kept = [{k: v for k, v in row.items() if v is not ...} for row in rows]
     return lambda place: place.rows(name, *kept)
@@ -45,15 +45,15 @@ ROWS = (
     Bad("an infinite score", TUNE, "train.jsonl, row 2", "a number must be finite", "drop the row",
         _labels(0.5, float("inf"))),
     Bad("a negative grade", TUNE, "train.jsonl, row 3", "label -1 is negative",
-        "what makes the least of them 0", _ranked(label=-1)),
+        "add a number that makes the least 0", _ranked(label=-1)),
     Bad("a grade that is NaN", TUNE, "train.jsonl, row 3", "label is missing (given: nan)", DROP,
         _ranked(label=float("nan"))),
-    Bad("grades and clicks", TUNE, "label True is a boolean, and row 1 has 1",
+    Bad("grades and clicks", TUNE, "label True is a boolean, but row 1 has 1",
         "one kind throughout", "", _ranked(label=True)),
     Bad("a document without a group", TUNE, "train.jsonl, row 3",
         "group must be the id of the row's query", "documents of one query have the same",
         _ranked(group=None)),
-    Bad("a group in two splits", TUNE, "dev.jsonl, row 1", "the group '7' with its query stands in",
+    Bad("a group in two splits", TUNE, "dev.jsonl, row 1", "the group '7' with its query is",
         "Put them into one file", _ranked()),
     Bad("no field of groups", f"{TUNE} --set group_field=qid", "train.jsonl",
         "has no column 'qid' (it has: query, document, label, group)", "group_field=",
@@ -72,9 +72,9 @@ ROWS = (
     Bad("an object as label", TUNE, "train.jsonl, row 1",
         "must be a class name, a number or a list of numbers", "given: {'x': 1}",
         _labels({"x": 1}, {"x": 2})),
-    Bad("-1 beside classes", TUNE, "label '-1'", "may be a class, or say that there is no label",
+    Bad("-1 beside classes", TUNE, "label '-1'", "may be a class, or mean that there is no label",
         "drop_labels=[-1]", _labels(0, 1, -1)),
-    Bad("one word in two cases", TUNE, "label 'Good'", "differ in blanks or case alone",
+    Bad("one word in two cases", TUNE, "label 'Good'", "differ only in blanks or case",
         "write both alike", _labels("good", "Good", "bad")),
     Bad("scores in train, classes in dev", TUNE, "dev.jsonl, row 1: label 'good'",
         "the train labels are scores", "give numbers here", _labels(0.5, 0.7)),
@@ -85,7 +85,7 @@ ROWS = (
     Bad("labelled rows that are all blank", TUNE, "train.jsonl", "has no text in any of its rows",
         "--text-field", lambda place: place.rows(
             "train.jsonl", {"text": "", "label": "good"}, {"text": " ", "label": "bad"})),
-    Bad("words in train, texts in dev", TUNE, "train.jsonl has tokens and dev.jsonl has texts",
+    Bad("words in train, texts in dev", TUNE, "train.jsonl has tokens but dev.jsonl has texts",
         "all of one kind", "name their fields",
         lambda place: place.rows("train.jsonl", {"tokens": ["a", "b"], "tags": ["O", "O"]})),
     Bad("a metric of another task", f"{TUNE} --metric pearson", "'pearson'", "does not fit",
@@ -108,7 +108,7 @@ ROWS = (
         "without a trained head", "`pipeline finetune lm --train"),
     Bad("no such head", "evaluate student --head xx --test dev.jsonl", "not 'xx'",
         "has the task heads expert", "fine-tune it"),
-    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' is none",
+    Bad("a head of an expert", "evaluate expert --head xx --test dev.jsonl", "'expert' has none",
         "--head is for students with task heads", "leave it out"),
     Bad("a head of a language model", f"{TUNE} --head expert", "'lm' has no task heads",
         "not 'expert'", "leave head out"),

@@ -63,6 +63,19 @@ FOLDERS = (
         _gone("lm/config.json")),
     Bad("a folder that is no model", "generate tokens --prompts text.jsonl --out new", "tokens",
         "it has no config.json", SAVED),
+    Bad("a folder that is nothing to send", "push tokens me/x", "tokens", "it is no cache",
+        "give a cache, or the folder"),
+    Bad("no such folder to send", "push nowhere me/x", "'nowhere'", "no such folder",
+        "give that of a cache or a model"),
+    Bad("a repository without an owner", "push expert x", "'x'", "is no repository",
+        "give OWNER/NAME"),
+    Bad("an option of caches for a model", "push expert me/x --with-text", "--with-text",
+        "of a cache, and expert is none"),
+    Bad("something to send without a network", "push expert me/x", "HF_HUB_OFFLINE is set",
+        "nothing can be sent", "Unset it"),
+    Bad("a model on a hub without a network",
+        "generate hf://me/x --prompts text.jsonl --out new", "hf://me/x",
+        "HF_HUB_OFFLINE is set", "Unset it"),
     Bad("a config.json that is cut", ASK, "expert/config.json", "is not JSON", SAVED,
         _written("expert/config.json", "{")),
     Bad("a config.json that is a list", ASK, "expert/config.json", "holds list, not an object",
@@ -145,7 +158,7 @@ def _without_mask(place: Place) -> None:
 
 
 def _of_bytes(place: Place) -> None:
-    """A tokenizer of another kind, with some of the corpus's tokens."""
+    """Make a tokenizer of another kind that shares some of the corpus's tokens."""
     values = json.loads((place / "tokens/tokenizer.json").read_text())
     vocabulary = values["model"]["vocab"]
     swapped = {"the": vocabulary["water"], "water": vocabulary["the"]}

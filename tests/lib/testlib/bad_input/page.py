@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md, made of the table of bad input."""
+"""Generate docs/troubleshooting.md from the table of bad input."""
 
 from collections.abc import Iterable, Iterator
 
@@ -35,7 +35,7 @@ model, or the same in another precision.
 
 
 def page(themes: dict[str, tuple[Bad, ...]]) -> str:
-    """The page, with a table for each exit code and theme."""
+    """Return the page, with a table for each exit code and theme."""
     return HEAD + "".join(_sections(themes))
 
 
@@ -56,7 +56,7 @@ def _table(rows: Iterable[Bad]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    """Text as it stands, whatever Markdown would take it for."""
+    """Escape text for a Markdown cell."""
     fence = "``" if "`" in text else "`"
     inside = f" {text} " if "`" in text else text
     return f"{fence}{inside.replace('|', chr(92) + '|')}{fence}"

@@ -1,4 +1,4 @@
-"""A row of the table of bad input, and the folder in which it is typed."""
+"""A row of the table of bad input, and the folder in which its command runs."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Place:
-    """The folder of one row: run.yaml, text, labels, models, a cache and a run, to be spoilt."""
+    """The folder of one row: run.yaml, text, labels, models, a cache and a run, to be damaged."""
 
     root: Path
     patch: pytest.MonkeyPatch
@@ -22,7 +22,7 @@ class Place:
         return self.root / name
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file whole, with its folder."""
+        """Write a whole file, with its folder."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -32,7 +32,7 @@ class Place:
         self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def change(self, name: str, **values: Any) -> None:
-        """Change keys of a file that is a JSON or YAML mapping; a key whose value is ... goes."""
+        """Change keys of a JSON or YAML mapping file; a value of ... removes the key."""
         path = self.root / name
         read = json.loads if path.suffix == ".json" else yaml.safe_load
         found = read(path.read_text()) | values
@@ -45,7 +45,7 @@ class Place:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def cut(self, pattern: str, share: float = 0.5) -> None:
-        """Leave the first ``share`` of the one file of a pattern (or of the first of several)."""
+        """Keep the first ``share`` of the file that matches a pattern (of several, the first)."""
         path = min(self.root.glob(pattern))
         content = path.read_bytes()
         path.write_bytes(content[: int(len(content) * share)])
@@ -53,12 +53,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Bad:
-    """One bad input: what was ``done``, the line that is ``typed``, and what is told of it.
+    """One bad input: what was ``done``, the command line ``typed``, and the expected message.
 
-    ``thing``, ``rule`` and ``way`` out are parts of the one message: what is wrong, what holds,
-    what to do; no ``way`` where the rule says what may be given. ``spoil`` makes it so, and is told
-    of by ``done``. ``kept``: what may be written all the same, as work that a later run goes on
-    with. ``loads``: of a model, whether its weights must be read to see it.
+    ``thing``, ``rule`` and ``way`` out are parts of the message: what is wrong, the rule, what to
+    do (no ``way`` if the rule says what is allowed). ``spoil`` does what ``done`` describes.
+    ``kept``: what may be written all the same, as work that a later run continues. ``loads``:
+    whether the weights of a model must be read to notice.
     """
 
     done: str
@@ -72,5 +72,5 @@ class Bad:
     loads: bool = False
 
     def keeps(self, name: str) -> bool:
-        """Whether what is called ``name`` below the test's folder may have been written."""
+        """Return whether the path ``name`` below the test's folder may have been written."""
         return bool(self.kept) and f"{name}/".startswith(f"here/{self.kept}/")

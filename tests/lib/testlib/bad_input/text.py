@@ -1,4 +1,4 @@
-"""Bad text: of a corpus, and of rows that a model is asked about."""
+"""Bad text: in a corpus, and in rows that a model is asked about."""
 
 import os
 
@@ -64,7 +64,7 @@ CORPUS = (
     Bad("an Arrow file that is cut", _of("a.arrow"), "a.arrow", "cannot be read as arrow",
         "copy it again", _raw("a.arrow", b"ARROW1")),
     Bad("a row of too many cells", _of("a.csv"), "a.csv, row 1",
-        "has 4 fields, and the first line names 2", "quote the text",
+        "has 4 fields, but the first line names 2", "quote the text",
         _raw("a.csv", "text,label\na,b,c,d\n")),
     Bad("a table without the column", _of("a.csv"), "a.csv, row 1", "no field 'text'",
         "the first line names its columns: one river", _raw("a.csv", "one river\ntwo\n")),

@@ -1,4 +1,4 @@
-"""Built-in models made in this process, in two steps each: they can be run, and know nothing."""
+"""Make built-in models in this process with two training steps each: they run but know nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ _HASTY = SETTINGS.model_copy(
 
 
 def make_hastily(names: Sequence[str]) -> None:
-    """As ``make_builtin.make``, in the folder of the real ones, by whose settings it is called."""
+    """Do as ``make_builtin.make``, into the folder of the real ones, with tiny settings."""
     patched = {"SETTINGS": _HASTY, "warm_up": lambda: None, "run_jobs": _run_here}
     with mock.patch.multiple(make_builtin, **patched):
         make_builtin.make(names, Progress())

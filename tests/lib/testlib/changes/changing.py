@@ -1,4 +1,4 @@
-"""Changes of a cache's teachers, and what is compared of the caches before and after."""
+"""Change a cache's teachers, and compare the caches before and after."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from testlib.caches import examples
 from testlib.killing import ATTEMPT
 from testlib.processes import Child
 
-Asked = tuple[str, ...]  # action, teacher, what to
+Asked = tuple[str, ...]  # action, teacher, argument
 WRITES = ("create", "replace", "finish", "discard", "remove_folder")
 
 
@@ -25,7 +25,7 @@ def change(cache: Path | str, asked: Asked) -> bool:
 
 
 def said(cache: Path | str) -> dict[str, list[Any]]:
-    """All that each teacher says of every sequence."""
+    """Return all targets of each teacher, for every sequence."""
     found: dict[str, list[Any]] = {}
     for example in examples(Cache.open(cache)):
         for name, targets in example.targets.items():
@@ -34,22 +34,22 @@ def said(cache: Path | str) -> dict[str, list[Any]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two of them are equal to the last bit."""
+    """Return whether both are equal to the last bit."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(same, one, other))
     numbers = getattr(one, "dtype", None) is not None and one.dtype.kind == "f"
-    return bool(np.array_equal(one, other, equal_nan=numbers))  # NaN: a scalar that is not known
+    return bool(np.array_equal(one, other, equal_nan=numbers))  # NaN: an unknown scalar
 
 
 def listed(cache: Path) -> list[str]:
-    """All files and folders there are, hidden ones too, without what differs between attempts."""
+    """List all files and folders, including hidden ones, without what differs between attempts."""
     return sorted(ATTEMPT.sub(".arrow", str(p.relative_to(cache))) for p in cache.rglob("*"))
 
 
 def _counted(at: int | None, kind: type = LocalStore) -> list[str]:
-    """From here on in this process, note each write to the disk; die before number ``at``."""
+    """Record each write to the disk in this process from now on; die before number ``at``."""
     done: list[str] = []
 
     def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ def _counted(at: int | None, kind: type = LocalStore) -> list[str]:
 
 
 def killed_before(cache: Path | str, asked: Asked, at: int, kind: type = LocalStore) -> None:
-    """Change it in a process that is killed before its write number ``at``."""
+    """Change the cache in a process that is killed before write number ``at``."""
 
     def work() -> None:
         _counted(at, kind)
@@ -78,7 +78,7 @@ def killed_before(cache: Path | str, asked: Asked, at: int, kind: type = LocalSt
 
 
 def writes_of(cache: Path, asked: Asked, folder: Path) -> list[str]:
-    """The writes of an uninterrupted change, in their order, made on a copy."""
+    """Return the writes of an uninterrupted change in order, made on a copy."""
     shutil.copytree(cache, folder / "counted")
     notes = folder / "writes"
 

@@ -1,4 +1,4 @@
-"""A table of the benchmarks, and the folder of a cycle that its rows are recorded from."""
+"""A benchmark table, and the folder of a cycle from which its rows are recorded."""
 
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ DRAWS, SEEDS = 3, 2
 
 
 def table_in(folder: Path, name: str, own_texts: bool) -> Path:
-    """A table of two tasks and three draws, of which nothing is recorded."""
+    """Return a table of two tasks and three draws without recorded rows."""
     made = folder / name
     made.mkdir()
     texts = [{"corpus": {"source": task}} if own_texts else {} for task in TASKS]
@@ -36,7 +36,7 @@ def table_in(folder: Path, name: str, own_texts: bool) -> Path:
 
 
 def run_in(out: Path, own_texts: bool) -> Path:
-    """All of it, as `pipeline rekindle` leaves it."""
+    """Make the whole folder, as `pipeline rekindle` leaves it."""
     drawn(out, ARMS, TASKS, GRID if own_texts else {}, seeds=SEEDS, draws=DRAWS, primary=PRIMARY)
     for draw, task in product(range(DRAWS), TASKS):
         home = out / "draws" / str(draw)

@@ -1,4 +1,4 @@
-"""What runs leave, as far as ``pipeline compare`` reads it, and the tables that it prints."""
+"""Make what runs leave behind, as far as ``pipeline compare`` reads it, and parse its tables."""
 
 import re
 
@@ -9,7 +9,7 @@ LM = {"teachers": ["lm"], "temperature": 2.0}
 
 
 def about(corpus="c1", view="masked-1", lm="f1", student=None, **train):
-    """What ``run.json`` says of a run."""
+    """Return the content of ``run.json``."""
     values = {"steps": 4, "objective": {"distill": [LM]}} | train
     model = parse_settings(StudentConfig, {"model": "m"} | (student or {}))
     return {
@@ -21,7 +21,7 @@ def about(corpus="c1", view="masked-1", lm="f1", student=None, **train):
 
 
 def rows_of(text):
-    """The text's table: title -> cells, stars kept."""
+    """Parse a table from text: title -> cells, keeping stars."""
     lines = text.splitlines()
     rule = next(i for i, line in enumerate(lines) if set(line.strip()) == {"─"})
     table = [re.split(r"\s{2,}", line.strip()) for line in (lines[rule - 1], *lines[rule + 1 :])]

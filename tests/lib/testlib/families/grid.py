@@ -1,4 +1,4 @@
-"""Models of the families in the grid, and caches of what they say, made once."""
+"""Models of the families in the grid, and caches of their targets, made once."""
 
 import json
 import random
@@ -19,7 +19,7 @@ TARGETS: Targets = {
     "dense": {"kind": "dense"},
     "hidden": {"kind": "hidden"},
 }
-LENGTHS = (3, 20, 9, 1, 15, 30, 5, 12)  # words of the texts: of the fourth nothing is predicted
+LENGTHS = (3, 20, 9, 1, 15, 30, 5, 12)  # words of the texts; the fourth has nothing to predict
 
 
 class Grid:
@@ -37,18 +37,18 @@ class Grid:
         }
 
     def model(self, family: Family, role: str) -> Path:
-        """A model of ``family`` for a role: that of teachers is the students', too, and the one
-        that is refused as an expert.
+        """Return a model of ``family`` for a role. Teachers, students and refused experts share
+        one.
         """
         role = TEACHER if role == STUDENT or role in family.refused else role
         folder = self.folder / f"{name_of(family)}-{role}"
         return folder if folder.exists() else family.save(folder, role)
 
     def cache(self, family: Family, role: str) -> Cache:
-        """The cache with the family's targets; InputError of those that are refused.
+        """Return the cache with the family's targets; InputError for those that are refused.
 
-        Those of the quick cases are made together, all others by themselves: an example is read
-        with the targets of every teacher in its cache.
+        The quick cases are made together, all others separately, because an example is read with
+        the targets of every teacher in its cache.
         """
         if (family.title, role) not in self.cached:
             together = [f for f in FAMILIES if f.quick and f.task == family.task]
@@ -62,9 +62,9 @@ class Grid:
         return Cache.open(self.cached[family.title, role])
 
     def config(self, asked: list[tuple[Family, str]], path: Path) -> RunConfig:
-        """A run file of the teachers and experts that are ``asked`` for, of one task."""
+        """Return a run file for the ``asked`` teachers and experts of one task."""
         task, cache = asked[0][0].task, dict[str, Any](path=str(path))
-        if task == "masked_lm":  # the two replicas mask every token once between them
+        if task == "masked_lm":  # the two replicas together mask every token once
             cache |= {"replicas": 2, "mask": {"policy": "cover"}}
         corpus = {
             "source": [str(self.folder / "text.jsonl")],
@@ -75,7 +75,7 @@ class Grid:
         return parse_settings(RunConfig, {"corpus": corpus, "cache": cache, "teachers": teachers})
 
     def teachers(self, family: Family, role: str) -> list[dict[str, Any]]:
-        """Its parts of a run file; two kinds of targets are taken in the same passes."""
+        """Return its entries of a run file; two kinds of targets share the same passes."""
         about = {"model": str(self.model(family, role)), "task": family.task}
         about |= {"precision": self.precision}
         if role == EXPERT:
@@ -87,5 +87,5 @@ class Grid:
 
 
 def name_of(family: Family) -> str:
-    """A name that may be a folder's and a teacher's."""
+    """Return a name usable for a folder and a teacher."""
     return "".join(letter if letter.isalnum() else "-" for letter in family.title).lower()

@@ -1,5 +1,5 @@
-"""Tiny models of the families that people have: two layers, six rows of the embedding that are no
-tokens, random weights away from their initial values, no dropout. Their tokenizers know letters.
+"""Tiny models of common families: two layers, six embedding rows without tokens, random weights
+away from their initial values, no dropout. Their tokenizers know single letters.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ WORDS = [*ascii_letters]
 TOKENS = len(SPECIAL) + 1 + 2 * len(WORDS)  # a space; each word, and each after a space
 ROWS = 116
 LABELS = 3
-LEFT_OUT = object()  # a setting that a family has not
+LEFT_OUT = object()  # a setting that a family lacks
 COMMON = {
     "vocab_size": ROWS,
     "hidden_size": 16,
@@ -43,28 +43,28 @@ TEACHER, STUDENT, EXPERT = ROLES = ("teacher", "student", "expert")
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the grid: a family as its users have it, and what becomes of it in each role."""
+    """A row of the grid: a family as its users have it, and the result in each role."""
 
     name: str
     kind: str  # transformers' model_type
     task: str  # masked_lm or causal_lm
     own: Mapping[str, Any] = field(default_factory=dict)  # settings of its own
-    saved_as: str = ""  # the Auto class it is saved by, where that is not the task's
-    refused: Mapping[str, str] = field(default_factory=dict)  # role -> what the error says
+    saved_as: str = ""  # the Auto class it is saved with, if not the task's
+    refused: Mapping[str, str] = field(default_factory=dict)  # role -> the expected error
     moved_by_padding: bool = False
-    fresh_head: bool = False  # as a student it begins with one
+    fresh_head: bool = False  # whether it starts as a student with a fresh head
     quick: bool = False
-    note: str = ""  # which of its models, where it has several rows
+    note: str = ""  # which of its models, if it has several rows
 
     @property
     def title(self) -> str:
-        """What its row is called."""
+        """The title of its row."""
         return f"{self.name} ({self.note})" if self.note else self.name
 
     def config(self, **more: Any) -> transformers.PretrainedConfig:
-        """Its configuration, without dropout and noise."""
+        """Return its configuration, without dropout and noise."""
         values = {**COMMON, **IDS[self.task], **self.own}
-        if "text_config" in self.own:  # a model of pictures and texts
+        if "text_config" in self.own:  # a model for images and text
             values = {**self.own, "text_config": {**COMMON, **self.own["text_config"]}}
         given = {k: v for k, v in (values | more).items() if v is not LEFT_OUT}
         config = transformers.AutoConfig.for_model(self.kind, **given)
@@ -75,7 +75,7 @@ class Family:
         return config
 
     def build(self, auto: str = "", **more: Any) -> transformers.PreTrainedModel:
-        """A model of the class it is saved by, or of ``auto``; biases and norms are random too."""
+        """Return a model of its saved class, or of ``auto``; biases and norms are random, too."""
         made = getattr(transformers, auto or self.saved_as or AUTO[self.task])
         torch.manual_seed(0)
         model = made.from_config(self.config(**more), dtype=torch.float32)
@@ -93,9 +93,10 @@ class Family:
 
 
 def save_tokenizer(folder: Path, task: str) -> Path:
-    """Write one of single letters, which encoders put between two tokens; that of decoders has no
-    padding token, and ends texts with one that Qwen2's class would add. It is of bytes, which that
-    class makes of any.
+    """Write a tokenizer of single letters.
+
+    Encoders put a token between two letters. For decoders it has no padding token, and ends texts
+    with a token that Qwen2's class would add; it works on bytes, as that class requires.
     """
     end = "</s>" if task == "masked_lm" else "<|endoftext|>"
     names = [end if token == "</s>" else token for token in SPECIAL]

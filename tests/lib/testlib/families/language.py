@@ -1,4 +1,4 @@
-"""Language models of the grid by transformers' name of their family."""
+"""Language models of the grid, by transformers' name of their family."""
 
 import transformers
 
@@ -10,7 +10,9 @@ CAUSAL |= {family.title for family in FAMILIES if family.task == "causal_lm"}
 
 
 def language_model(name: str) -> transformers.PreTrainedModel:
-    """That of its first row, or of the row with that title. "bert causal" is of the decoders."""
+    """Return the model of its first row, or of the row with that title. "bert causal" is a
+    decoder.
+    """
     kind, _, causal = name.partition(" ")
     task = ("causal_lm",) if causal else ("masked_lm", "causal_lm")
     found = (f for f in FAMILIES if name == f.title or (f.kind == kind and f.task in task))

@@ -1,4 +1,4 @@
-"""The page of the grid, docs/families.md, as its rows say it."""
+"""Generate the page of the grid, docs/families.md, from its rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from testlib.families.kinds import EXPERT, ROLES, STUDENT, TEACHER, Family
 PRECISION = 1e-5
 STATED = "1e-5"
 DOCS = Path(__file__).parents[4] / "docs/families.md"
-# What is tested together, whatever is installed.
+# Features tested together, whatever is installed.
 PINNED = dict(
     line.split("==")
     for line in (DOCS.parents[1] / "constraints.txt").read_text().splitlines()
@@ -41,7 +41,7 @@ NOTES = {"one": "equal, sequences of one length together", "fresh": "equal, with
 
 
 def page(families: Sequence[Family]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [HEAD]
     for task, title in KINDS.items():
         parts.append(

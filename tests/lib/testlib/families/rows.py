@@ -1,4 +1,4 @@
-"""The grid's rows: each family with the settings that its models are known by, small."""
+"""The grid's rows: each family with its characteristic settings, in small."""
 
 from typing import Any
 

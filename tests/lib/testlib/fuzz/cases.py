@@ -1,6 +1,7 @@
 """The cases by name, and running them in forked children.
 
-A crash, a hang or a memory bomb is a failure with the name of its case, not the end of the tests.
+A crash, a hang or a memory bomb becomes a failure with the name of its case, and does not end the
+tests.
 """
 
 import json
@@ -41,9 +42,9 @@ from testlib.fuzz.strangers import (
 )
 
 CASES_PER_CHILD = 300
-SECONDS = 30  # of one case: it takes hundredths
-ADDRESS_SPACE = 3 << 30  # bytes a child may map beyond what it begins with
-RESIDENT = 256 << 20  # bytes by which one case may raise the peak: the caches hold some 100 kB
+SECONDS = 30  # for one case, which takes hundredths of a second
+ADDRESS_SPACE = 3 << 30  # bytes a child may map beyond its initial size
+RESIDENT = 256 << 20  # bytes by which one case may raise the peak; the caches hold about 100 kB
 
 
 LEVEL_A = {
@@ -74,7 +75,7 @@ LEVEL_B = {
     "b-head": head,
 }
 MUTATORS = LEVEL_A | LEVEL_B
-# How often each is drawn: what reaches deep is tried more often.
+# How often each is drawn: those that reach deep code are tried more often.
 WEIGHTS = {"b-words": 6, "b-values": 5, "b-offsets": 3, "b-agreed": 5, "b-description": 5}
 WEIGHTS |= {"b-record": 4, "b-columns": 3, "a-flipped": 3, "b-flipped": 2}
 
@@ -83,7 +84,7 @@ WEIGHTS |= {"b-record": 4, "b-columns": 3, "a-flipped": 3, "b-flipped": 2}
 
 
 def run_case(case, stranger, sound):
-    """None, or what went wrong with one case."""
+    """Return None, or what went wrong with one case."""
     template, mutator, seed = case
     stranger.draw = random.Random(f"{template} {mutator} {seed}")
     try:
@@ -102,7 +103,7 @@ def run_case(case, stranger, sound):
     if mutator in LEVEL_A:
         for step, digest in found.items():
             if mutator == "a-records" and step.endswith(" facts"):
-                continue  # sizes and counts are the records' own word, until a shard is opened
+                continue  # sizes and counts come from the records until a shard is opened
             if not isinstance(digest, RekindleError) and digest != sound.get(step):
                 return "other data than was written", step
     return None
@@ -113,7 +114,7 @@ def peak():
 
 
 def child(cases, first, templates, folder, place, out):
-    """Run the cases from ``first`` on, telling where it is; never returns."""
+    """Run the cases from ``first`` on, reporting progress; never returns."""
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE,) * 2)
@@ -145,7 +146,7 @@ def child(cases, first, templates, folder, place, out):
 
 
 def run_cases(cases, templates, folder):
-    """(case, what went wrong) of those that failed. Each few hundred in a child of their own."""
+    """Return (case, what went wrong) of the failures. A few hundred cases run in one child."""
     failed = []
     for start in range(0, len(cases), CASES_PER_CHILD):
         part = cases[start : start + CASES_PER_CHILD]
@@ -185,7 +186,7 @@ def run_child(cases, first, templates, folder):
 
 
 def cases_of(templates, count, first=0):
-    """``count`` cases over all caches and mutators, the same every time."""
+    """Return ``count`` cases over all caches and mutators, the same every time."""
     draw = random.Random(f"cases {first}")
     cases = []
     while len(cases) < count:
@@ -196,7 +197,7 @@ def cases_of(templates, count, first=0):
 
 
 def explained(failed):
-    """The failures by what went wrong, with a case of each to run again."""
+    """Group the failures by what went wrong, with a case of each to rerun."""
     kinds = Counter(wrong for _, wrong, _ in failed)
     first = {wrong: (case, about) for case, wrong, about in reversed(failed)}
     lines = [f"{len(failed)} cases failed, in {len(kinds)} ways:"]

@@ -1,4 +1,4 @@
-"""Level B, descriptions: records, headers and the output matrix say something else."""
+"""Level B, descriptions: records, headers and the output matrix are changed."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ ODD += [[], {}, [[]], [None], {"a": 1}, [1, 2, 3], {"shards": 3, "sequences": 9}
 
 
 def inner_paths(value, path=()):
-    """The place of everything in nested JSON, outer things first."""
+    """Yield the path of everything in nested JSON, outer things first."""
     yield path
     items = value.items() if isinstance(value, dict) else ()
     for key, item in enumerate(value) if isinstance(value, list) else items:
@@ -31,7 +31,7 @@ def inner_paths(value, path=()):
 
 
 def json_changed(draw, value):
-    """Nested JSON with one to three places changed."""
+    """Return nested JSON with one to three places changed."""
     value = json.loads(json.dumps(value))
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         places = [p for p in inner_paths(value) if p]
@@ -63,13 +63,15 @@ def json_changed(draw, value):
 
 
 def as_file(content):
-    """JSON that is nested a hundred thousand deep cannot be made, but it can be written."""
+    """Write JSON that is nested a hundred thousand levels deep, which cannot be built as a
+    value.
+    """
     deep = b"[" * 100_000 + b"]" * 100_000
     return content.replace(json.dumps(DEEP).encode(), deep)
 
 
 def record(stranger):
-    """A commit record that says something else, with a right checksum."""
+    """Change a commit record, and give it a right checksum."""
     path = stranger.record_of(stranger.draw.choice(stranger.data))
     body = json.loads(path.read_bytes())
     body.pop(SEAL)
@@ -90,7 +92,7 @@ def descriptions(stranger):
 
 
 def description(stranger):
-    """A description that says something else, with a right seal."""
+    """Change a description, and give it a right seal."""
     path = stranger.draw.choice(descriptions(stranger))
     before = json.loads(path.read_bytes())
     body = {k: v for k, v in before.items() if k not in (SEAL, VERSION)}
@@ -101,7 +103,7 @@ def description(stranger):
 
 
 def agreed(stranger):
-    """A description and all its shards that say the same other thing."""
+    """Change a description and all its shards in the same way."""
     draw = stranger.draw
     names = ("teacher.json", "corpus.json", "view.json")
     path = draw.choice([p for p in descriptions(stranger) if p.name in names])
@@ -111,7 +113,7 @@ def agreed(stranger):
     if not isinstance(changed, dict) or json.dumps(DEEP) in json.dumps(changed):
         return description(stranger)
     stranger.write(path, describe_as(before, changed))
-    chance = draw.random() < 0.3  # the columns change with what is said of them
+    chance = draw.random() < 0.3  # the columns change with the description
     for file in sorted((path.parent / "data").glob("*.arrow")):
         batches, schema = batches_of(file)
         about = json.loads(schema.metadata[b"rekindle"])
@@ -130,7 +132,9 @@ def agreed(stranger):
 
 
 def announced(described, schema, batches):
-    """Null or zero columns of the types that a changed description asks for, where it can be."""
+    """Return null or zero columns of the types that a changed description announces, if
+    possible.
+    """
     try:
         wanted = kind_of(TeacherInfo(**described)).schema({})
     except Exception:
@@ -156,7 +160,7 @@ def width_of(dtype):
 
 
 def head(stranger):
-    """Another output matrix, or none at all, with its own sha256."""
+    """Write another output matrix, or none, with its own sha256."""
     draw = stranger.draw
     path = draw.choice(list(stranger.root.glob("targets/*/head.safetensors")))
     from safetensors.numpy import load, save

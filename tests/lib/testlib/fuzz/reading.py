@@ -1,4 +1,4 @@
-"""Reading everything that a cache holds, and what sound data is."""
+"""Read everything in a cache, and define what sound data is."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from rekindle.train.order.held_out import split_corpus
 
 
 class Wrong(Exception):
-    """Data that no reader should have given."""
+    """Data that no reader should have returned."""
 
 
 def hold(truth, told):
@@ -24,7 +24,9 @@ def hold(truth, told):
 
 
 def steps_of(path):
-    """Name -> what reads a part of the cache; the first ones make what the later ones need."""
+    """Return name -> function that reads a part of the cache; first ones make what later
+    ones need.
+    """
 
     def verify():
         report = verify_cache(str(path))
@@ -66,8 +68,9 @@ def steps_of_teacher(cache, name, everything):
                 cache, cache.gather(everything, [name], epoch=epoch, masked_view=view)
             ),
         )
-    if teacher.info.is_vocabulary and not teacher.info.lacks:  # it is asked for all scalars or none
-        # They are read past the checksums of whole record batches, so with an unread cache.
+    # a request is for all scalars or none
+    if teacher.info.is_vocabulary and not teacher.info.lacks:
+        # They are read past the checksums of whole record batches, so use a freshly opened cache.
         yield f"{name} scalars", lambda: scalars_of(Cache.open(cache.store.root), name)
         yield f"{name} scores", lambda: cache.scores(name)
 
@@ -112,7 +115,7 @@ def probabilities(*parts):
 
 
 def checked(cache, batch):
-    """The batch, its invariants checked, with its targets decoded."""
+    """Return the batch with its invariants checked and its targets decoded."""
     size = cache.corpus.info["tokenizer"]["size"]
     within(batch.input_ids[batch.attention_mask], size, "the corpus's ids")
     if batch.masked is not None:
@@ -149,7 +152,7 @@ def checked_targets(batch, found):
 
 
 def fold(state, value):
-    """Hash whatever readers return, exactly."""
+    """Hash exactly what readers return."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if hasattr(value, "model_dump_json"):
@@ -170,7 +173,7 @@ def fold(state, value):
 
 
 def read_everything(path):
-    """Step -> its digest, or the typed error it raised. Anything else it raises is a failure."""
+    """Return step -> its digest, or the typed error it raised. Any other error is a failure."""
     found = {}
     for name, step in steps_of(path):
         try:

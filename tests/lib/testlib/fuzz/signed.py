@@ -1,4 +1,4 @@
-"""Level B, shards: a stranger changes bytes, values and columns, and signs what he wrote."""
+"""Level B, shards: a stranger changes bytes, values and columns, and signs the result."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def footer_of(content):
 
 
 def metadata_of(content, regions):
-    """Where the file describes itself: the schema, each record batch's head, the footer."""
+    """Return the places where the file describes itself: schema, record batch heads, footer."""
     places = [footer_of(content)]
     starts = [8, *(offset for offset, _, _ in regions[1:-1])]
     (length,) = struct.unpack("<i", content[12:16])
@@ -31,7 +31,7 @@ def metadata_of(content, regions):
 
 
 def words(stranger):
-    """Words of the metadata (mostly) become others: lengths, offsets, counts, types."""
+    """Change words, mostly of the metadata: lengths, offsets, counts, types."""
     draw, path = stranger.draw, stranger.draw.choice(stranger.data)
     content = bytearray(path.read_bytes())
     regions = json.loads(stranger.record_of(path).read_bytes())["regions"]
@@ -50,7 +50,7 @@ def words(stranger):
 
 
 def signed(change):
-    """A change of level A to a shard, with a record that agrees."""
+    """Apply a change of level A to a shard, with a record that agrees."""
 
     def changed(stranger):
         path = stranger.draw.choice(stranger.data)
@@ -69,7 +69,9 @@ def signed(change):
 
 
 def exchanged_and_signed(stranger):
-    """Another unit's bytes, truly described: of another shard, replica, view or teacher."""
+    """Use another unit's bytes, truthfully described: of another shard, replica, view or
+    teacher.
+    """
     first, second = stranger.draw.sample(stranger.data, 2)
     theirs = json.loads(stranger.record_of(second).read_bytes())
     cuts = [o + n for o, n, _ in theirs["regions"]]
@@ -80,7 +82,7 @@ def exchanged_and_signed(stranger):
 
 
 def offsets(stranger):
-    """A word of a list's or a text's offsets lies; nothing else does."""
+    """Make one word of a list's or text's offsets wrong, and nothing else."""
     draw, path = stranger.draw, stranger.draw.choice(stranger.data)
     content = path.read_bytes()
     reader = pa.ipc.open_file(pa.py_buffer(content))
@@ -108,7 +110,7 @@ def batches_of(path):
 
 
 def rewrite(stranger, path, schema, batches, compression=None, **options):
-    """Write a shard anew, as Arrow writes it, with a true record."""
+    """Rewrite a shard as Arrow writes it, with a true record."""
     sink = pa.BufferOutputStream()
     cuts = []
     settings = pa.ipc.IpcWriteOptions(compression=compression, **options)
@@ -141,7 +143,7 @@ def leaf(draw, dtype, size):
 
 
 def other_value(draw, value, dtype, size):
-    """``value`` of an Arrow type with something in it changed."""
+    """Return ``value`` of an Arrow type with something in it changed."""
     if not hasattr(dtype, "value_type"):
         return leaf(draw, dtype, size)
     if value is None:
@@ -165,7 +167,7 @@ def other_value(draw, value, dtype, size):
 
 
 def values(stranger):
-    """Cells become others: extremes, nulls, NaN, longer and shorter lists."""
+    """Change cells: extremes, nulls, NaN, longer and shorter lists."""
     draw, path = stranger.draw, stranger.draw.choice(stranger.data)
     batches, schema = batches_of(path)
     number = draw.randrange(len(batches))
@@ -183,7 +185,7 @@ def values(stranger):
 
 
 def same_lengths(draw, columns, schema):
-    """One row's lists all become shorter or longer together."""
+    """Make all lists of one row shorter or longer together."""
     lists = [field.name for field in schema if pa.types.is_list(field.type)]
     row = draw.randrange(len(next(iter(columns.values()))))
     more = draw.random() < 0.5
@@ -194,7 +196,7 @@ def same_lengths(draw, columns, schema):
 
 
 def retyped(draw, array):
-    """The same values as another type, as far as they have one."""
+    """Return the same values as another type, as far as possible."""
     kinds = [
         pa.large_string(),
         pa.string_view(),
@@ -228,7 +230,7 @@ def retyped(draw, array):
 
 
 def columns_changed(stranger):
-    """Other columns than announced: fewer, twice, in another order, of another type or name."""
+    """Change the columns: fewer, doubled, in another order, of another type or name."""
     draw, path = stranger.draw, stranger.draw.choice(stranger.data)
     batches, schema = batches_of(path)
     names = list(schema.names)
@@ -265,7 +267,9 @@ def columns_changed(stranger):
 
 
 def batches_changed(stranger):
-    """Record batches twice, left out, cut, joined, in another order, compressed, of old format."""
+    """Change record batches: doubled, left out, cut, joined, reordered, compressed, of an old
+    format.
+    """
     draw, path = stranger.draw, stranger.draw.choice(stranger.data)
     batches, schema = batches_of(path)
     what = draw.choice(

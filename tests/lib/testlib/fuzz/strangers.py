@@ -13,14 +13,14 @@ from rekindle.data.targets.scalars import ScalarSums
 
 
 class Stranger:
-    """A cache to change: remembers what stood there, to put it back. Files are never changed in
-    place: what the last case mapped must stay.
+    """A cache to change. Remembers the old content, to restore it. Files are never changed in
+    place, because the last case may still map them.
     """
 
     def __init__(self, root, draw=None):
         self.root, self.draw = root, draw or random.Random(0)
         self.files = sorted(p for p in root.rglob("*") if p.is_file())
-        # Not the roll-ups of records, which no record speaks of.
+        # Not the roll-ups of records, which no record mentions.
         self.data = [p for p in self.files if p.suffix == ".arrow" and p.parent.name == "data"]
         self.sealed = [
             p for p in self.files if p.suffix == ".json" and b'"record"' in p.read_bytes()
@@ -41,12 +41,12 @@ class Stranger:
         self._before = {}
 
     def record_of(self, path):
-        """The commit record of a data file."""
+        """Return the path of a data file's commit record."""
         unit = path.name.rsplit("-", 1)[0]
         return path.parents[1] / "commits" / f"{unit}.json"
 
     def commit(self, path, content, cuts=None, **changes):
-        """Write a data file and a record that speaks the truth about it."""
+        """Write a data file and a truthful record."""
         record = self.record_of(path)
         body = json.loads(record.read_bytes())
         body.pop(SEAL)
@@ -67,21 +67,21 @@ class Stranger:
             self.roll_up({})
 
     def roll_up(self, body):
-        """cache.json, which says of the corpus what its shards are."""
+        """Update what cache.json says of the corpus to match its shards."""
         manifest = self.root / "cache.json"
         self.write(manifest, describe_as(json.loads(manifest.read_bytes()), body))
 
 
 def recut(cuts, size):
-    """The regions' ends, in a file of another size."""
+    """Return the regions' ends for a file of another size."""
     cuts = [c for c in cuts[:-1] if 0 < c < size]
     return [*cuts, size]
 
 
 def sums_of(content):
-    """The checksum of the scalar columns, where they can be read; what crashes is for the reader.
+    """Return the checksum of the scalar columns if they can be read; crashes are for the reader.
 
-    Only of files that a writer of ours could read: never of lying offsets.
+    Only for files that one of our writers could read: never with wrong offsets.
     """
     try:
         reader = pa.ipc.open_file(pa.py_buffer(content))
@@ -100,7 +100,7 @@ def sealed_record(body):
 
 
 def describe_as(before, body):
-    """A description as its format has it: sealed, or of format 1 without a seal."""
+    """Return a description in its format: sealed, or of format 1 without a seal."""
     if SEAL in before:
         return seal(body)
     return json.dumps(body | ({VERSION: before[VERSION]} if VERSION in before else {})).encode()
@@ -108,9 +108,9 @@ def describe_as(before, body):
 
 # Level A: bytes under an intact record ------------------------------------------------------------
 def any_file(stranger):
-    """A file whose bytes something vouches for."""
+    """Return a file whose bytes are protected by something."""
     vouched = [*stranger.data, *stranger.sealed, *stranger.root.glob("targets/*/*.safetensors")]
-    # Half of the time a shard: there are more small files than these.
+    # Prefer shards, because there are more small files.
     return stranger.draw.choice(stranger.data if stranger.draw.random() < 0.6 else vouched)
 
 
@@ -171,7 +171,7 @@ def exchanged(stranger):
 
 
 def exchanged_with_records(stranger):
-    """Two units of one set, each with its own record: the records name the units they are of."""
+    """Swap two units of one set, each with its own record; the records name their units."""
     first, second = stranger.draw.sample(stranger.data, 2)
     for a, b in ((first, second), (stranger.record_of(first), stranger.record_of(second))):
         ours, theirs = a.read_bytes(), b.read_bytes()

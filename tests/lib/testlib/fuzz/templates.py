@@ -1,4 +1,4 @@
-"""Small caches of every kind, filled with random targets as the pipeline writes them."""
+"""Small caches of every kind, with random targets written like the pipeline's."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +39,7 @@ def corpus_at(path, source, tokenizer, domain="domain", *, length, limit, per_sh
 
 
 def predicted(corpus, view, shard, replica):
-    """Row and position of every target of a vocabulary teacher in one unit."""
+    """Return row and position of every target of a vocabulary teacher in one unit."""
     parts = []
     for index in range(corpus.shard(shard).batch_count):
         if view is None:
@@ -53,7 +53,7 @@ def predicted(corpus, view, shard, replica):
 
 
 def drawn(draw, info, count):
-    """Columns of ``random`` targets: K draws, some ids twice."""
+    """Return columns of ``random`` targets: K draws, some ids twice."""
     ids = np.full((count, info.k), -1, np.int64)
     counts = np.zeros((count, info.k), np.uint8)
     for row in range(count):
@@ -76,7 +76,7 @@ def candidates(draw, info, count):
 
 
 def position_columns_of(draw, info, count):
-    """Random targets of ``count`` positions, as a writer of ours could have made them."""
+    """Return random targets of ``count`` positions that one of our writers could have made."""
     if info.kind == "tails":
         shape = (count, len(info.temperatures))
         return {"tail_log_odds": draw.integers(-9000, 9000, shape).astype(np.int16)}
@@ -127,7 +127,7 @@ def write_unit(corpus, info, view, shard, replica, draw):
 
 
 def write_teacher(corpus, shown, replicas=2, seed=0, **described):
-    """A teacher with random targets, written as the pipeline writes them."""
+    """Write a teacher with random targets, as the pipeline writes them."""
     named = {"view": "clean" if shown is None else shown.name}
     info = TeacherInfo(**(named | described))
     draw = np.random.default_rng(seed)

@@ -1,10 +1,10 @@
-"""Compiles variants of the row kernel for a GPU that need not be there, and says what came out.
+"""Compile variants of the row kernel for a GPU that need not be present, and print the result.
 
-    python compiled_rows.py '[[90, "bf16", true, 30528, 64, {"POWER": 1}], ...]'
+  python compiled_rows.py '[[90, "bf16", true, 30528, 64, {"POWER": 1}], ...]'
 
-Prints a JSON object per variant: (architecture, logits, rows aligned, V, K, options), of the shape
-that the table gives such a machine. It needs Triton, but no torch: with `.ns` on the path it runs
-in an environment that has a newer one.
+Prints a JSON object per variant (architecture, logits, rows aligned, V, K, options), with the shape
+the table gives for such a machine. Needs Triton but not torch: with `.ns` on the path it runs in an
+environment with a newer Triton.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import tempfile
 import types
 from typing import Any
 
-if importlib.util.find_spec("torch") is None:  # names in signatures are all that is asked of it
+if importlib.util.find_spec("torch") is None:  # signatures only need the names
     stand_in: Any = types.ModuleType("torch")
     stand_in.Tensor, stand_in.device, stand_in.dtype = (type(n, (), {}) for n in "abc")
     sys.modules["torch"] = stand_in
@@ -45,7 +45,7 @@ SIXTEEN = [["tt.divisibility", 16]]
 def compiled(
     arch: int, dtype: str, aligned: bool, vocabulary: int, kept: int, options: dict[str, Any]
 ) -> tuple[Any, Shape, Any]:
-    """The kernel as the compiler left it, its shape, and its source."""
+    """Return the compiled kernel, its shape, and its source."""
     options = dict(options)
     bias, given = options.pop("bias", None), options.pop("shape", None)
     constants = {"DIVERGENCE": 0, "TAIL": 0, "POWER": 1, "ENCODED": False, "PLANES": 0}
@@ -53,7 +53,7 @@ def compiled(
     constants |= options | {"BLOCK_K": 1 << (kept - 1).bit_length()}
     floats = 1 + (constants["POWER"] == 0) + constants["SOFTCAP"]
     size = 4 if dtype == "fp32" else 2
-    # an H100's and an A100's processors and L2
+    # processors and L2 of an H100 and an A100
     machine = Machine(arch >= 90 and TRITON >= (3, 8), 132 if arch >= 90 else 108, 50 * 2**20)
     shape = shape_of(vocabulary, size, constants["BLOCK_K"], floats, machine)
     shape = Shape(*given) if given else shape
@@ -83,7 +83,9 @@ def compiled(
 
 
 def described(kernel: Any, shape: Shape) -> dict[str, Any]:
-    """Registers and bytes of stack of a thread, instructions on memory, what a cluster shares."""
+    """Return registers and stack bytes per thread, memory instructions, and what a cluster
+    shares.
+    """
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
@@ -112,7 +114,7 @@ def described(kernel: Any, shape: Shape) -> dict[str, Any]:
         "narrow_stores": count(f"st{plain}\\.b16"),
         "fused": count(r"\bfma\.rn\."),
         "cluster_barriers": count(r"barrier\.cluster\.arrive"),
-        # whether programs of a cluster differ in the first dimension of all tensors, and there only
+        # whether programs of a cluster differ only in the first dimension of all tensors
         "apart": all(not any(basis[1:]) and basis[0] for basis in bases),
     }
 

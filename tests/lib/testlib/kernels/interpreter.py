@@ -1,7 +1,7 @@
-"""Triton's interpreter, which does the same work again and again, made to do it once.
+"""Speed up Triton's interpreter by caching repeated work.
 
-For each launch, and for each call of one kernel by another, it looks through all members of
-triton.language for those it puts its own in place of: half of the time of a small launch.
+For each launch, and for each call between kernels, it searches all members of triton.language for
+those it replaces, which takes half of a small launch.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import pytest
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """What is found in triton.language is remembered; within a launch all of it is replaced."""
+    """Cache the members found in triton.language; within a launch, replace all of them."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if not hasattr(interpreter, "_LangPatchScope"):  # another version
         yield
@@ -23,7 +23,7 @@ def quick_interpreter() -> Iterator[None]:
     replace, found = interpreter._patch_lang, dict[int, list[tuple[str, Any]]]()
 
     def replaced(fn: Any) -> Any:
-        # Only what was replaced prints by Python's own; the launch puts back what was there.
+        # Only replaced members print with Python's own print; the launch restores them.
         modules = [m for m in fn.__globals__.values() if m is language or m is language.core]
         return scope() if all(m.static_print is print for m in modules) else replace(fn)
 

@@ -1,4 +1,4 @@
-"""Memory that nobody wrote holds NaN here: whether reading it is seen is no matter of luck."""
+"""Fill uninitialised memory with NaN, so that reading it is always noticed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ import torch
 
 @contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """Let torch.empty and its like, in C++ too, return NaN; of integers the largest.
+    """Make torch.empty and the like, in C++ too, return NaN; for integers the largest value.
 
-    PyTorch does so in its deterministic mode only, which is taken here in its mildest form:
-    nothing is refused, and what is compiled is not asked to be deterministic too, as it would be by
-    `use_deterministic_algorithms`. On a CPU no operator of ours takes another way by it.
+    PyTorch only does so in its deterministic mode, used here in its mildest form: nothing is
+    refused, and compiled code need not be deterministic, unlike with
+    `use_deterministic_algorithms`. None of our operators changes its path on a CPU.
     """
     before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory

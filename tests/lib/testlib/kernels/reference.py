@@ -1,7 +1,7 @@
-"""The loss as plain differentiable PyTorch: the definition every faster path is judged by.
+"""The loss as plain differentiable PyTorch: the definition by which faster paths are judged.
 
-It is meant to be read and believed, not to be fast: it may hold several [N,V] tensors, and it
-must not share arithmetic with the closed forms it judges. Gradients come from autograd.
+Written to be read and trusted, not to be fast: it may hold several [N,V] tensors, and must not
+share arithmetic with the closed forms it judges. Gradients come from autograd.
 """
 
 import math
@@ -23,10 +23,10 @@ from rekindle.kernels.targets import (
 def reference_losses(
     logits: Tensor, targets: SparseTargets, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd): scalars, or [N] each for reduction "none"; `loss` carries the gradient.
+    """Return (loss, ce, kd): scalars, or [N] each for reduction "none"; `loss` has the gradient.
 
     logits [N,V] in float64 are computed in float64, everything else in float32. Rows of weight 0
-    are left out before any arithmetic, so that whatever they hold (NaN too) has a gradient of
+    are left out before any arithmetic, so whatever they contain (NaN, too) has a gradient of
     exactly zero.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -52,7 +52,7 @@ def _transformed(z: Tensor, settings: LossSettings) -> Tensor:
     if settings.logit_scale != 1.0:
         z = z * settings.logit_scale
     if settings.softcap is not None:
-        # an id that is ruled out stays ruled out
+        # an excluded id stays excluded
         capped = settings.softcap * torch.tanh(z / settings.softcap)
         z = torch.where(z == -math.inf, z, capped)
     return z
@@ -72,8 +72,7 @@ def _divergence(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Te
     assert has_target is not None
     q, q_rest = q[:, :-1], q[:, -1]
     log_p, log_p_rest = _student(z / settings.temperature, targets.ids)
-    # An empty rest (every possible id is listed) is no outcome: whatever mass the target has
-    # there is rounding.
+    # If every possible id is listed, the rest is no outcome: any target mass there is rounding.
     q_rest = torch.where(log_p_rest == -math.inf, 0.0, q_rest)
     q = torch.cat([q, q_rest[:, None]], 1)
     log_p = torch.cat([log_p, log_p_rest[:, None]], 1)
@@ -87,7 +86,7 @@ def _divergence(z: Tensor, targets: SparseTargets, settings: LossSettings) -> Te
 
 
 def _student(scaled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log p of the listed ids [N,K] (-inf at padding) and of all the others together [N]."""
+    """Return log p of the listed ids [N,K] (-inf at padding) and of all others together [N]."""
     columns = torch.where(ids >= 0, ids, scaled.shape[1]).long()
     padded = F.pad(scaled, (0, 1), value=-math.inf)
     log_p = F.log_softmax(padded, 1).gather(1, columns)
@@ -99,7 +98,7 @@ def _student(scaled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_infinity(log_p: Tensor) -> Tensor:
-    """An impossible outcome has a constant log-probability, hence no gradient."""
+    """Replace −inf by a constant: an impossible outcome has no gradient."""
     return torch.where(log_p == -math.inf, LOG_OF_ZERO, log_p)
 
 
@@ -116,7 +115,7 @@ def _reverse_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _jensen_shannon(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
-    # log of the midpoint without the midpoint: q + p underflows where both logarithms are still
+    # log of the midpoint without the midpoint: q + p underflows while both logarithms are still
     # exact
     log_m = torch.logaddexp(log_q, log_p) - math.log(2.0)
     return 0.5 * (q * (log_q - log_m) + p * (log_p - log_m))

@@ -1,4 +1,4 @@
-"""Objectives of every kind, by the world whose teachers they name."""
+"""Objectives of every kind, by the world with the teachers they name."""
 
 
 def term(*teachers, **values):
@@ -99,7 +99,7 @@ OBJECTIVES = {
 }
 
 
-KINDS = ("animals", "pets", "weather")  # animals and pets share two labels of three
+KINDS = ("animals", "pets", "weather")  # animals and pets share two of three labels
 MUKI = {"combine": "uncertainty", "weight": 20.0}
 MERGED = {
     "route, experts": alone(term("odd.plants", "animals", combine="route", temperature=2.0)),
@@ -177,8 +177,8 @@ CAUSAL = {
 }
 WORLDS = {"masked_world": OBJECTIVES, "experts_world": MERGED, "causal_world": CAUSAL}
 CASES = [(world, name) for world, objectives in WORLDS.items() for name in objectives]
-# These differ from another case by a divergence, a temperature, or how experts are weighed, within
-# a row: their rows, means and passes, which is all that splitting a step can change, are its.
+# Variants of other cases: only a divergence, a temperature, or the weighing of experts within a row
+# differs. Splitting a step can only change rows, means and passes, and these are the same.
 _WITHIN_A_ROW = {
     *("classifier, logits", "pseudo-labels of all", "entropy, all", "ranking, points alone"),
     *("mixture, reverse", "mixture, jsd", "mixture, skewed", "mixture, tvd"),

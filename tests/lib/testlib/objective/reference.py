@@ -1,7 +1,7 @@
 """The loss of a step, in plain PyTorch on the model's full logits.
 
-The reference knows nothing of batches: it walks over decoded examples one by one, asks the whole
-model for all its logits, and writes the losses down as the papers do.
+The reference knows nothing of batches: it goes through decoded examples one by one, computes all
+logits of the model, and writes the losses as in the papers.
 """
 
 import functools
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from rekindle.data.example import SequenceTargets, TokenLabelTargets
 
 EPOCH = 1
-LOG_OF_ZERO = -126 * math.log(2)  # of a probability of 0, where reverse KL needs it
+LOG_OF_ZERO = -126 * math.log(2)  # for a probability of 0, where reverse KL needs it
 
 
 def inputs_of(ids, types=None):
-    """One sequence, without any padding."""
+    """Return the inputs of one sequence, without padding."""
     inputs = {"input_ids": torch.as_tensor(ids).long()[None]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if types is not None:
@@ -28,19 +28,19 @@ def inputs_of(ids, types=None):
 
 
 def ask(setting, ids):
-    """The logits [S,V] of one sequence."""
+    """Return the logits [S,V] of one sequence."""
     return setting.student.model(**inputs_of(ids)).logits[0][:, : setting.vocabulary]
 
 
 def final_states(setting, ids, types=None):
-    """The final states [S,H] of one sequence."""
+    """Return the final states [S,H] of one sequence."""
     body = setting.student.model.base_model
     return body(**inputs_of(ids, types)).last_hidden_state[0]
 
 
 @functools.lru_cache(1000)
 def example_of(cache, index):
-    """Decoded once: every objective of a world asks for the same ones."""
+    """Decode once: every objective of a world uses the same examples."""
     return cache.example(index)
 
 
@@ -49,14 +49,14 @@ def head(setting, name, state):
 
 
 def targets_of(setting, example, name):
-    """The one entry of the step's replica, or None."""
+    """Return the entry of the step's replica, or None."""
     found = example.targets[name]
     masked = [t for t in found if getattr(t, "replica", None) is not None]
     return next((t for t in masked or found if not masked or t.replica == EPOCH), None)
 
 
 def who_teaches(setting, example, term):
-    """(name of the loss, teachers that make one target) for each loss of an example."""
+    """Yield (name of the loss, teachers of one target) for each loss of an example."""
     have = [name for name in term.teachers if has_targets(setting, example, name, term)]
     joint = "kd/" + "+".join(term.teachers)
     if term.combine == "separate":
@@ -76,7 +76,7 @@ def has_targets(setting, example, name, term):
 
 
 def is_sure(logits, info, term):
-    """Whether an expert's answer reaches the confidence of pseudo-labels."""
+    """Return whether an expert's answer reaches the confidence of pseudo-labels."""
     if term.divergence != "pseudo_label":
         return True
     least = 0.9 if term.confidence is None else term.confidence
@@ -88,7 +88,7 @@ def is_sure(logits, info, term):
 
 
 def kept_positions(setting, example, target, term):
-    """Which of the target's entries are used."""
+    """Return which of the target's entries are used."""
     if isinstance(target, TokenLabelTargets):
         info = setting.objective.teachers[term.teachers[0]]
         sure = [i for i, z in enumerate(target.logits) if is_sure(z, info, term)]
@@ -103,20 +103,20 @@ def kept_positions(setting, example, target, term):
 
 
 def all_names(term):
-    """The names of the losses of a term."""
+    """Return the names of a term's losses."""
     if term.combine == "separate":
         return [f"kd/{name}" for name in term.teachers]
     return ["kd/" + "+".join(term.teachers)]
 
 
 def masked_example(setting, index):
-    """(input ids, masked positions) of replica 1, from the view itself."""
+    """Return (input ids, masked positions) of replica 1, from the view itself."""
     batch = setting.cache.gather(np.array([index]), [], epoch=EPOCH, masked_view=setting.view)
     return batch.masked.input_ids[0], batch.masked.positions
 
 
 def language_example(setting, index):
-    """(inputs, positions with an LM loss, their labels)."""
+    """Return (inputs, positions with an LM loss, their labels)."""
     clean = example_of(setting.cache, index).input_ids
     if setting.task == "causal_lm":
         return clean, np.arange(len(clean) - 1), clean[1:]
@@ -125,14 +125,14 @@ def language_example(setting, index):
 
 
 def tempered(target, tau):
-    """Probabilities [P,K] and tail [P] at τ: the candidates share what the tail leaves."""
+    """Return probabilities [P,K] and tail [P] at τ: the candidates share what the tail leaves."""
     tail = torch.as_tensor(target.log_tail[tau]).double().exp()
     kept = torch.softmax(torch.as_tensor(target.log_probs).double() / tau, dim=1)
     return (kept * (1 - tail)[:, None]).float(), tail.float()
 
 
 def bucket_kl(logits, ids, probs, tail, tau):
-    """Σ_K q log(q/p) + tail log(tail/rest), one row at a time."""
+    """Return Σ_K q log(q/p) + tail log(tail/rest), one row at a time."""
     out = []
     for z, i, q, t in zip(logits, ids, probs, tail, strict=True):
         p = torch.softmax(z / tau, dim=0)
@@ -143,7 +143,7 @@ def bucket_kl(logits, ids, probs, tail, tau):
 
 
 class Sums:
-    """Of one loss: Σ τ²·D, Σ D as it is shown, and the number of rows."""
+    """Sums of one loss: Σ τ²·D, Σ D as reported, and the number of rows."""
 
     def __init__(self):
         self.loss, self.shown, self.rows = 0.0, 0.0, 0
@@ -153,7 +153,7 @@ class Sums:
 
 
 def language_sums(setting, terms, sums):
-    """CE and KL over all examples."""
+    """Add CE and KL over all examples."""
     for index in setting.index.tolist():
         seen, positions, labels = language_example(setting, index)
         logits = ask(setting, seen)
@@ -173,7 +173,7 @@ def language_sums(setting, terms, sums):
 
 
 def least_certain(logits, fraction):
-    """The rows with the highest entropy: the fraction of them, rounded up."""
+    """Return the rows with the highest entropy: that fraction of them, rounded up."""
     p = torch.softmax(logits.detach().double(), dim=1)
     entropies = (-(p * p.log()).sum(1)).tolist()
     wanted = math.ceil(Fraction(str(fraction)) * len(entropies))
@@ -181,7 +181,7 @@ def least_certain(logits, fraction):
 
 
 def mixture(found, term):
-    """The mean of the teachers' sparse targets, by dictionary; one teacher is itself."""
+    """Return the mean of the teachers' sparse targets, by dictionary; one teacher is itself."""
     if term.k is not None:
         return prefix(found[0], term.k)
     parts = [tempered(t, term.temperature) for t in found]
@@ -204,7 +204,7 @@ def prefix(target, k):
 
 
 def task_sums(setting, terms, sums):
-    """What the heads are taught, over all examples."""
+    """Add the losses of the heads over all examples."""
     for term in terms:
         if term.ranking is not None:
             ranking_sums(setting, term, sums)
@@ -221,8 +221,8 @@ def task_sums(setting, terms, sums):
 
 
 def ranking_sums(setting, term, sums):
-    """Mean error of the scores, of the differences of two scores of a group, and the divergence
-    over a group.
+    """Add the mean error of the scores, of the differences of two scores of a group, and the
+    divergence over a group.
     """
     ranking, tau = term.ranking, term.temperature
     for name in term.teachers:
@@ -258,7 +258,7 @@ def ranking_sums(setting, term, sums):
 
 
 def states_of(setting, example, info, term):
-    """The student's final states [S,H] of what it is shown."""
+    """Return the student's final states [S,H] for what it is shown."""
     ids, types = example.input_ids, None
     if term.view == "masked":
         ids = masked_example(setting, example.index)[0]
@@ -273,7 +273,7 @@ def pooled(setting, states):
 
 
 def task_rows(setting, example, info, term):
-    """(student logits [C], teacher logits [C]) for each target of one example."""
+    """Yield (student logits [C], teacher logits [C]) for each target of one example."""
     target = targets_of(setting, example, info.name)
     states = states_of(setting, example, info, term)
     if isinstance(target, SequenceTargets):
@@ -286,7 +286,7 @@ def task_rows(setting, example, info, term):
 
 
 def task_row(logits, wanted, info, term):
-    """(loss with its τ², what is shown) of one row."""
+    """Return (loss with its τ², reported value) of one row."""
     if term.divergence == "mse" or info.problem == "regression":
         error = (logits - wanted).square().mean()
         return error, error.detach()
@@ -304,7 +304,7 @@ def task_row(logits, wanted, info, term):
 
 
 def pseudo_label_row(logits, wanted, info, term):
-    """−log p of the expert's class; of its answers, yes or no, that it is sure of."""
+    """Return −log p of the expert's class; for yes/no answers, of those it is sure of."""
     if info.problem != "multi_label_classification":
         return -torch.log_softmax(logits, 0)[int(wanted.argmax())]
     losses = []
@@ -315,7 +315,7 @@ def pseudo_label_row(logits, wanted, info, term):
 
 
 def divergence(q, p, term):
-    """D of two vectors of probabilities; 0·log 0 = 0."""
+    """Return D of two vectors of probabilities, with 0·log 0 = 0."""
     m, skew = (q + p) / 2, term.skew or 0.1
     return {
         "forward_kl": torch.special.xlogy(q, q) - torch.special.xlogy(q, p),
@@ -327,19 +327,19 @@ def divergence(q, p, term):
 
 
 def labels_of(setting, teacher, term):
-    """An expert's labels: equal names are one label, or each expert has its own."""
+    """Return an expert's labels: equal names are one label, or each expert has its own."""
     names = setting.objective.teachers[teacher].label_names
     return [(teacher, name) if term.labels == "apart" else name for name in names]
 
 
 def union_of(setting, term):
-    """All labels, in the order in which the experts bring them."""
+    """Return all labels in the order in which the experts introduce them."""
     every = [label for teacher in term.teachers for label in labels_of(setting, teacher, term)]
     return list(dict.fromkeys(every))
 
 
 def mixed_row(setting, example, term):
-    """(v·τ²·D(q ‖ p), v·D) of one example, as MUKI's paper writes it."""
+    """Return (v·τ²·D(q ‖ p), v·D) of one example, as in MUKI's paper."""
     tau = term.temperature
     found = {teacher: targets_of(setting, example, teacher) for teacher in term.teachers}
     weights, v = dict.fromkeys(found, 1 / len(found)), 1.0
@@ -361,7 +361,7 @@ def mixed_row(setting, example, term):
 
 
 def muki_weights(means, term):
-    """w by expert, and v, of the Monte-Carlo means by expert."""
+    """Return w by expert, and v, from the Monte-Carlo means by expert."""
     s = {
         n: 1 + sum(p * math.log(p) for p in mean if p > 0) / math.log(len(mean))
         for n, mean in means.items()
@@ -375,7 +375,7 @@ def muki_weights(means, term):
 
 
 def reference(setting, step):
-    """(loss, shown terms): hard·CE + Σ weight·τ²·D, each a mean over the rows it has."""
+    """Return (loss, reported terms): hard·CE + Σ weight·τ²·D, each a mean over its rows."""
     objective = setting.objective
     active = objective.plan(step).terms
     weights = {name: weight for term, weight in active for name in all_names(term)}

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @functools.lru_cache(64)
 def built(model, task, heads, vocabulary):
-    """A student and its weights: it is built and checked once, for all settings that have it."""
+    """Return a student and its weights, built and checked once for all settings that use it."""
     config = StudentConfig(model=model, task=task)
     student = build_student(config, dict(heads), vocabulary, 0)
     draw = torch.Generator().manual_seed(5)
@@ -37,7 +37,7 @@ def built(model, task, heads, vocabulary):
 
 @functools.lru_cache(8)
 def opened(path):
-    """The cache there, opened once: nothing writes into a world's."""
+    """Return the cache at a path, opened once: nothing writes into a world's cache."""
     return Cache.open(path)
 
 
@@ -71,7 +71,7 @@ class Setting:
         return self.objective.select(found, self.objective.plan(step))
 
     def run(self, step=0, micro=None):
-        """(loss, terms, gradients by parameter) of a step, in micro-batches."""
+        """Return (loss, terms, gradients by parameter) of a step, in micro-batches."""
         batch = self.batch(step)
         counts = self.objective.counts(batch, self.objective.plan(step))
         parts = split_batch(batch, micro or len(batch.index))
@@ -86,7 +86,9 @@ class Setting:
         return with_vectors(counts, self.task, *of_step)
 
     def run_apart(self, processes, step=0):
-        """The same of a step of which each process reads, selects and counts its own part."""
+        """Return the same for a step in which each process reads, selects and counts its
+        own part.
+        """
         index = self.index
         parts, counted = [], []
         for rank in range(processes):
@@ -107,7 +109,7 @@ class Setting:
         return self._sum(parts, found[0], step)
 
     def passes(self, batch, step=0):
-        """Which forward passes a micro-batch takes, and which parameters get a gradient."""
+        """Return the forward passes of a micro-batch, and the parameters that get a gradient."""
         seen = []
         forward = self.student.forward
 
@@ -142,7 +144,7 @@ class Setting:
         return float(loss.detach()), terms, gradients(self.student)
 
     def check(self, step=0):
-        """Loss, shown terms and gradients are the reference's; returns the terms."""
+        """Check loss, reported terms and gradients against the reference; return the terms."""
         loss, terms, found = self.run(step)
         expected_loss, expected_terms, expected = self.reference(step)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -154,7 +156,7 @@ class Setting:
 
 
 class Threads(World):
-    """Processes that are threads of one."""
+    """Processes as threads of one."""
 
     meeting, table = None, None
 
@@ -170,7 +172,7 @@ class Threads(World):
 
 
 def at_once(processes, work):
-    """What ``work(world, rank)`` returns in each of some processes."""
+    """Return the results of ``work(world, rank)`` in each of some processes."""
     meeting, table = threading.Barrier(processes), [None] * processes
     found = [None] * processes
 

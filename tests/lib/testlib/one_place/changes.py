@@ -1,6 +1,6 @@
-"""One place of a nested value is changed at random: each operator is one way in which files go bad.
+"""Change one place of a nested value at random; each operator is one way in which files go bad.
 
-``change`` draws a place and an operator; what was drawn can be said in a line.
+``change`` draws a place and an operator, which fit into a line of description.
 """
 
 import copy
@@ -18,7 +18,7 @@ LETTERS = ["ünï-文字-🙂", "a\x00b", "line\nbreak", "\u202eright", " ", "..
 
 
 class Change(NamedTuple):
-    """What was changed: the new whole, the place, and the operator's name."""
+    """A change: the new value, the place, and the operator's name."""
 
     value: Any
     place: Path
@@ -30,7 +30,7 @@ class Change(NamedTuple):
         return [part for part in self.place if isinstance(part, str)]
 
     def now(self) -> Any:
-        """What stands at the place; KeyError or IndexError where nothing does any more."""
+        """Return the value at the place; KeyError or IndexError if it is gone."""
         return at(self.value, self.place)
 
 
@@ -44,7 +44,7 @@ def at(value: Any, place: Path) -> Any:
 
 
 class Unfit(Exception):
-    """The operator has nothing to do with such a value."""
+    """The operator does not apply to such a value."""
 
 
 def dropped(draw: random.Random, holder: Any, key: Any, whole: Any) -> None:
@@ -132,7 +132,7 @@ OPERATORS: list[Callable[..., None]] = [
 
 
 def change(draw: random.Random, value: Any) -> Change:
-    """Change one place of ``value``, which stays as it is; every depth is as likely as another."""
+    """Change one place of a copy of ``value``; every depth is equally likely."""
     places = [place for place in inner_paths(value) if place]
     while True:
         depth = draw.choice(sorted({len(place) for place in places}))
@@ -148,5 +148,5 @@ def change(draw: random.Random, value: Any) -> Change:
 
 
 def _text(value: Any) -> str:
-    """NaN is equal to itself here; the order of keys counts."""
+    """Return JSON, in which NaN equals itself and the order of keys counts."""
     return json.dumps(value)

@@ -1,4 +1,4 @@
-"""The commands that read the world's files: what is typed, and what comes out, to be compared."""
+"""The commands that read the world's files: what is typed, and the result to compare."""
 
 import json
 import math
@@ -19,8 +19,8 @@ Result = Callable[[Path, str], Any]
 
 @dataclass(frozen=True)
 class Command:
-    """``typed``: words, in which {root} is the world. ``result``: what came out, from the world and
-    what the command printed. ``again``: words more when it goes on.
+    """``typed``: words, where {root} is the world. ``result``: computes the result from the world
+    and the printed output. ``again``: additional words when resuming.
     """
 
     typed: str
@@ -32,7 +32,7 @@ class Command:
 
 
 def printed(root: Path, said: str) -> Any:
-    """JSON on stdout, but for times and rates."""
+    """Return the JSON on stdout, without times and rates."""
     return timeless(json.loads(said))
 
 
@@ -62,7 +62,7 @@ def weights(name: str) -> Result:
 
 
 def targets(name: str) -> Result:
-    """Every column of every unit of a cache, by set, unit and column."""
+    """Return every column of every unit of a cache, by set, unit and column."""
 
     def read(root: Path, said: str) -> Any:
         found = {}
@@ -77,7 +77,7 @@ def targets(name: str) -> Result:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """Every number in a result."""
+    """Yield every number in a result."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""How a file of each format is read as nested values, and written again with one place changed."""
+"""Read a file of each format as nested values, and write it with one place changed."""
 
 import json
 import random
@@ -11,17 +11,17 @@ from rekindle.data.storage.seal import SEAL, VERSION
 from testlib.fuzz.strangers import describe_as, sealed_record
 from testlib.one_place.changes import Change, change
 
-Changed = tuple[bytes, Change, str]  # the new content, the change, and the line it is in, if any
+Changed = tuple[bytes, Change, str]  # the new content, the change, and its line, if any
 
 
 def whole(draw: random.Random, content: bytes) -> Changed:
-    """A JSON file."""
+    """Change a JSON file."""
     made = change(draw, json.loads(content))
     return json.dumps(made.value, indent=1).encode(), made, ""
 
 
 def signed(draw: random.Random, content: bytes) -> Changed:
-    """A sealed JSON file, by somebody who seals it again."""
+    """Change a sealed JSON file, and seal it again."""
     before = json.loads(content)
     made = change(draw, {k: v for k, v in before.items() if k not in (SEAL, VERSION)})
     if VERSION in before:
@@ -30,14 +30,14 @@ def signed(draw: random.Random, content: bytes) -> Changed:
 
 
 def settings(draw: random.Random, content: bytes) -> Changed:
-    """A YAML file."""
+    """Change a YAML file."""
     made = change(draw, yaml.safe_load(content))
     text = yaml.safe_dump(made.value, sort_keys=False, allow_unicode=False)
     return text.encode(), made, ""
 
 
 def line(draw: random.Random, content: bytes) -> Changed:
-    """A file of JSON lines, of which one changes."""
+    """Change one line of a file of JSON lines."""
     rows = content.splitlines()
     number = draw.randrange(len(rows))
     made = change(draw, json.loads(rows[number]))
@@ -46,7 +46,7 @@ def line(draw: random.Random, content: bytes) -> Changed:
 
 
 def header(draw: random.Random, content: bytes) -> Changed:
-    """A safetensors file, whose header changes."""
+    """Change the header of a safetensors file."""
     end = 8 + int.from_bytes(content[:8], "little")
     made = change(draw, json.loads(content[8:end]))
     said = json.dumps(made.value).encode()

@@ -1,4 +1,4 @@
-"""A case: one file changed, one command run, and what is wrong with how that ended."""
+"""A case: change one file, run one command, and judge the outcome."""
 
 import random
 import re
@@ -25,7 +25,7 @@ SECONDS = 30
 
 @dataclass(frozen=True)
 class Case:
-    """Number ``number`` of a subject: which file, which command and which change follow from it."""
+    """Case ``number`` of a subject, which determines the file, the command and the change."""
 
     subject: str
     number: int
@@ -42,8 +42,8 @@ class Made(NamedTuple):
     command: str
     change: Change
     line: str
-    signed: bool  # by somebody who can: that the place is no longer trusted is told enough
-    folder: Path  # what it is in: a cache, a run, a model
+    signed: bool  # by somebody who can, so an error that distrusts the place is enough
+    folder: Path  # what it belongs to: a cache, a run, a model
 
     def told(self) -> str:
         try:
@@ -91,14 +91,14 @@ def make(case: Case, world: World) -> Made:
 
 
 class Begun(RekindleError):
-    """A cycle has taken its file, and would do its jobs now."""
+    """A cycle has accepted its file, and would now run its jobs."""
 
     exit_code = 0
 
 
 @contextmanager
 def without_jobs() -> Iterator[None]:
-    """A cycle ends where its jobs would begin."""
+    """End a cycle where its jobs would begin."""
 
     def begun(*_: object) -> None:
         raise Begun
@@ -109,8 +109,8 @@ def without_jobs() -> Iterator[None]:
 
 
 class Judge:
-    """Judges cases in a world; ``right``: of a subject and a command, what is wrong with a result
-    that differs from that of the unchanged file.
+    """Judges cases in a world. ``right``: for a subject and a command, says what is wrong with a
+    result that differs from the unchanged file's.
     """
 
     def __init__(self, world: World, right: Callable[[World, Made, Any, Any], str]):
@@ -118,7 +118,7 @@ class Judge:
         self.sound: dict[str, Any] = {}
 
     def expected(self, name: str) -> Any:
-        """What the command gives in the world as it was made."""
+        """Return the command's result in the original world."""
         if name not in self.sound:
             changed = {one: self.world.files().get(one) for one in self.world.changed()}
             self.world.restore()
@@ -133,7 +133,7 @@ class Judge:
         return self.sound[name]
 
     def judge(self, case: Case) -> tuple[str, str, str]:
-        """What is wrong ("" where nothing is), with what was changed, and what was said."""
+        """Return what is wrong ("" if nothing), what was changed, and the message."""
         made = make(case, self.world)
         try:
             wrong, said = self._judged(made)
@@ -188,7 +188,7 @@ class Judge:
 
 
 def names_the_value(made: Made, message: str) -> bool:
-    """Whether what stands at the place now is told."""
+    """Return whether the message contains the new value."""
     try:
         now = made.change.now()
     except (KeyError, IndexError, TypeError):
@@ -196,16 +196,16 @@ def names_the_value(made: Made, message: str) -> bool:
     return isinstance(now, str) and len(now) > 1 and repr(now)[1:40] in message
 
 
-# Where one key of a model's settings decides another's meaning, what does not fit is said instead.
+# If one key of a model's settings decides another's meaning, the message names the mismatch.
 CONSEQUENCES = ("config.json", "not finite", "has no weights", "lacks weights", "was saved as")
 CONSEQUENCES += ("sees only one side",)
 DAMAGE = ("checksum", "is damaged", "roll-up", "another version of this file")
 
 
 def names_the_place(made: Made, message: str) -> str:
-    """ "" where the message has the file, or the folder that is a model, and in it the key."""
+    """Return "" if the message names the file, or the folder of a model, and the key."""
     file = Path(made.file)
-    told = (str(made.folder), f"data/{file.stem}-")  # the second: what a commit record is of
+    told = (str(made.folder), f"data/{file.stem}-")  # the second: the file of a commit record
     if names_the_value(made, message) or (made.signed and any(one in message for one in told)):
         return ""
     if file.name not in message and str(file.parent) not in message:

@@ -1,4 +1,4 @@
-"""What transformers and json alone make of the changed files: the other reading of them."""
+"""The other reading of the changed files: by transformers and json alone."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def records(path: Path) -> list[Any]:
 
 
 def probabilities(folder: Path, texts: list[str]) -> np.ndarray:
-    """Of each text, by the classifier in ``folder``, one at a time."""
+    """Return the probabilities of each text by the classifier in ``folder``, one at a time."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -27,7 +27,7 @@ def probabilities(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def pieces(folder: Path, text: str) -> list[int]:
-    """The ids of a text, without special tokens."""
+    """Return the ids of a text, without special tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))

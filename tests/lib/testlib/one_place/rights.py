@@ -1,5 +1,5 @@
-"""What is right where a command takes a changed file and gives something else than before: what a
-plain reading of the file says. Everything else must be as it was.
+"""Judge a command that accepts a changed file and gives another result: a plain reading of the file
+must say the same. Everything else must be unchanged.
 """
 
 import json
@@ -20,7 +20,7 @@ from testlib.one_place.world import World
 
 
 def right(world: World, made: Made, found: Any, expected: Any) -> str:
-    """ "" or what is wrong with a result."""
+    """Return "" or what is wrong with a result."""
     if same(found, expected):
         return ""
     kind = next(kind for ends, kind in KINDS.items() if made.file.endswith(ends))
@@ -28,14 +28,14 @@ def right(world: World, made: Made, found: Any, expected: Any) -> str:
 
 
 def of_run_file(world: World, made: Made, found: Any, expected: Any) -> str:
-    """The run, or the cache, is what the changed key says."""
+    """Check that the run, or the cache, follows the changed key."""
     if made.command == "plan":
         return ""
     if made.command == "cache":
         return sound(world, "cache")
     about = json.loads((world.root / "new/run.json").read_text())
     section = made.change.place[0]
-    if section == "teachers":  # as many candidates are read as the file says
+    if section == "teachers":  # the number of candidates read follows the file
         k = yaml.safe_load((world.root / "run.yaml").read_text())["teachers"][0]["targets"]["k"]
         return "" if about["cache"]["targets"]["lm"]["k"] == k else f"not {k} candidates"
     if section not in ("student", "train"):
@@ -43,7 +43,7 @@ def of_run_file(world: World, made: Made, found: Any, expected: Any) -> str:
     try:
         said, kept = made.change.now(), at(about, made.change.place)
     except (KeyError, IndexError, TypeError):
-        return ""  # it is gone: the default holds
+        return ""  # it is gone, so the default holds
     return "" if covers(kept, said) else f"run.json has {kept!r}"
 
 
@@ -56,12 +56,12 @@ def of_cycle_file(world: World, made: Made, found: Any, expected: Any) -> str:
 
 
 def of_sweep(world: World, made: Made, found: Any, expected: Any) -> str:
-    """What compare tells of a planned student may be another; weights may not."""
+    """Allow ``compare`` to show another planned student, but no other weights."""
     return "" if made.command == "compare sweep" else "other weights"
 
 
 def covers(kept: Any, said: Any) -> bool:
-    """Whether what was kept has all that was said; more may be defaults."""
+    """Return whether the kept values contain everything said; others may be defaults."""
     if isinstance(said, dict) and isinstance(kept, dict):
         return all(covers(kept.get(key), value) for key, value in said.items())
     if isinstance(said, list) and isinstance(kept, list):
@@ -96,9 +96,7 @@ ENDS = {2, 3}  # [CLS] and [SEP]
 
 
 def holds(world: World, name: str, wanted: list[list[int]]) -> str:
-    """Whether a cache has these tokens, and is sound; of documents their special tokens are no
-    matter.
-    """
+    """Check that a sound cache has these tokens; the special tokens of documents do not matter."""
     cache = Cache.open(world.root / name)
     given = [int(n) for e in map(cache.example, range(len(cache))) for n in e.input_ids]
     said = [number for ids in wanted for number in ids if number not in ENDS]
@@ -155,7 +153,7 @@ def of_tokens(world: World, made: Made, found: Any, expected: Any) -> str:
 
 
 def of_model(world: World, made: Made, found: Any, expected: Any) -> str:
-    """Of an expert, what transformers alone says with the changed folder."""
+    """Compare an expert with transformers alone, on the changed folder."""
     if made.file.startswith("expert/") and made.command == "predict":
         texts = [row["text"] for row in plain.records(world.root / "docs.jsonl")]
         return judged_plainly(world, texts, found, expected)
@@ -165,8 +163,8 @@ def of_model(world: World, made: Made, found: Any, expected: Any) -> str:
 
 
 def judged_plainly(world: World, texts: list[str], found: Any, expected: Any) -> str:
-    """Whether transformers alone says the same; where it loads no model, for lack of label names,
-    whether all but these is as it was.
+    """Check that transformers alone gives the same; if it loads no model because label names are
+    missing, that everything else is unchanged.
     """
     given = values_of(found)
     try:
@@ -183,17 +181,19 @@ def values_of(rows: Any) -> np.ndarray:
 
 
 def of_expert(world: World, made: Made, found: Any, expected: Any) -> str:
-    """It is asked as it was fine-tuned, by what is left of that (older results say less)."""
+    """Allow an expert to be asked by what remains of its fine-tuning record, as in older
+    results.
+    """
     return "" if made.change.keys[:1] == ["config"] and len(made.change.place) > 1 else "other"
 
 
 def never(world: World, made: Made, found: Any, expected: Any) -> str:
-    """No change of such a file may give something else; ``plan`` may count by a forged one."""
+    """Refuse any other result; only ``plan`` may count by a forged file."""
     return "" if made.signed and made.command == "plan" else "other result"
 
 
 def of_comparison(world: World, made: Made, found: Any, expected: Any) -> str:
-    """``compare`` shows what the folders say."""
+    """Allow ``compare`` to show what the folders say."""
     return "" if made.command == "compare" else "other result"
 
 

@@ -1,11 +1,11 @@
-"""What is changed, and which commands read it."""
+"""The files to change, and the commands that read them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Subject:
-    """``files`` are globs below the world. ``share``: how many of 2,000 cases."""
+    """``files``: globs below the world. ``share``: number of cases out of 2,000."""
 
     files: tuple[str, ...]
     format: str

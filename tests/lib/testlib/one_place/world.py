@@ -1,5 +1,5 @@
-"""A small world on disk: texts, labels, models, a run file, its cache, a finished run and one that
-was interrupted. A case changes one of its files; afterwards everything is put back.
+"""A small world on disk: texts, labels, models, a run file, its cache, a finished run and an
+interrupted one. A case changes one of its files; afterwards everything is restored.
 """
 
 import json
@@ -36,24 +36,22 @@ class World:
         self.made: dict[str, bytes] = {}
 
     def remember(self) -> None:
-        """All that is there is put back by ``restore``."""
+        """Remember everything for ``restore``."""
         self.made = self.files()
 
     def files(self) -> dict[str, bytes]:
-        """The bytes of every file, by its place."""
+        """Return the bytes of every file, by its place."""
         found = (path for path in self.root.rglob("*") if path.is_file())
         return {str(path.relative_to(self.root)): path.read_bytes() for path in found}
 
     def changed(self) -> list[str]:
-        """The files that are not as they were made, or were not there, or are gone; a lock is
-        none.
-        """
+        """Return the files that were changed, added or removed, without locks."""
         now = self.files()
         names = [name for name in {*now, *self.made} if now.get(name) != self.made.get(name)]
         return sorted(name for name in names if not name.endswith(".lock"))
 
     def restore(self) -> None:
-        """Put every file back."""
+        """Restore every file."""
         for name in self.changed():
             (self.root / name).unlink(missing_ok=True)
             if name in self.made:
@@ -63,7 +61,7 @@ class World:
                 os.rmdir(folder)
 
     def write(self, name: str, content: bytes) -> None:
-        """Never in place: what was mapped must stay."""
+        """Write a file, but never in place, because it may be mapped."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(".new").write_bytes(content)
@@ -123,7 +121,7 @@ def write_models(root: Path) -> None:
 
 
 def run_values(root: Path) -> dict[str, Any]:
-    """The run file of the world."""
+    """Return the run file of the world."""
     lm = {"name": "lm", "model": str(root / "lm"), "task": "masked_lm"}
     expert = {"name": "expert", "model": str(root / "expert"), "task": "sequence_classification"}
     return {
@@ -152,7 +150,7 @@ def run_values(root: Path) -> dict[str, Any]:
 
 
 def write_cycle(root: Path, values: Mapping[str, Any]) -> None:
-    """The file of a cycle, with the labels in two splits."""
+    """Write the file of a cycle, with the labels in two splits."""
     rows = (root / "labels.jsonl").read_text().splitlines()
     for name, part in (("train", rows[:28]), ("test", rows[28:])):
         (root / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in part))
@@ -176,14 +174,14 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def done(*arguments: object) -> None:
-    """Run a command that must go well."""
+    """Run a command that must succeed."""
     found = pipeline(*arguments)
     assert found.returncode == 0, found.stderr
 
 
 def make_world(root: Path, subjects: Collection[str]) -> World:
-    """Write it all, run its commands, and remember the files; what takes long for those of the
-    ``subjects`` alone that are it.
+    """Write everything, run its commands, and remember the files. What takes long is made only for
+    the ``subjects`` that need it.
     """
     write_texts(root)
     write_models(root)
@@ -216,7 +214,7 @@ def make_world(root: Path, subjects: Collection[str]) -> World:
 
 
 def interrupt(run: Path) -> None:
-    """Leave a finished run of two steps as a kill after its first checkpoint would have."""
+    """Turn a finished run of two steps into one killed after its first checkpoint."""
     kept = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     for path in [*run.iterdir()]:
         if path.is_file() and path.name not in ("run.json",):

@@ -1,4 +1,4 @@
-"""Sets of many units that have commit records, and no data beside them; a store that counts."""
+"""Sets of many units with commit records but no data; a store that counts accesses."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ ROWS = 8
 
 
 def simulated_commit(unit: str, seed: str = "", **facts: object) -> Commit:
-    """A record as a writer would leave it, of a file that need not be there."""
+    """Return a record as a writer would leave it, for a file that need not exist."""
     digest = hashlib.sha256(f"{unit} {seed}".encode()).hexdigest()
     shard, replica = place_of(unit) or (0, None)
     size = 4_000 + shard % 97
@@ -25,7 +25,7 @@ def simulated_commit(unit: str, seed: str = "", **facts: object) -> Commit:
 
 
 def write_records(folder: Path, commits: Iterable[Commit]) -> None:
-    """The records of ``commits`` in a set's folder, quickly: none is brought to the disk."""
+    """Write the records of ``commits`` to a set's folder, quickly, without syncing."""
     (folder / "commits").mkdir(parents=True, exist_ok=True)
     for commit in commits:
         descriptor = os.open(
@@ -36,7 +36,7 @@ def write_records(folder: Path, commits: Iterable[Commit]) -> None:
 
 
 class CountingStore(LocalStore):
-    """Counts what is asked of it: listings, and objects that are read."""
+    """Counts listings, and objects that are read."""
 
     def __init__(self, root: Path):
         super().__init__(root)
@@ -60,7 +60,9 @@ class CountingStore(LocalStore):
 
 
 class CountingBucket(CountingStore):
-    """As an object store has it: a listing tells each object's version, a folder has no state."""
+    """Behaves like an object store: a listing gives each object's version, a folder has no
+    state.
+    """
 
     def listing(self, folder: str) -> dict[str, str]:
         return {

@@ -1,4 +1,4 @@
-"""An S3 server that is at fault: a proxy before the real one, and a client that asks through it."""
+"""A faulty S3 server: a proxy before the real one, and a client that uses it."""
 
 import http.client
 import os
@@ -20,9 +20,9 @@ SLOW_DOWN = (
 
 
 class Faulty(ThreadingHTTPServer):
-    """Passes requests on to the S3 server, but for as many as ``faults`` has: they have a fault."""
+    """Passes requests to the S3 server, but the next ones fail, one for each of ``faults``."""
 
-    back_at = 0.0  # until then it is away
+    back_at = 0.0  # it is away until then
 
     daemon_threads = True
 
@@ -34,7 +34,7 @@ class Faulty(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def away(self, seconds: float) -> None:
-        """Answer nobody for so long, from now on."""
+        """Answer nobody for ``seconds`` from now on."""
         self.back_at = time.monotonic() + seconds
 
     @property
@@ -42,7 +42,7 @@ class Faulty(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address) -> None:
-        """A client that leaves is none."""
+        """Ignore clients that leave."""
 
 
 class Passing(BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ class Passing(BaseHTTPRequestHandler):
         upstream.request(self.command, self.path, body, dict(self.headers.items()))
         found = upstream.getresponse()
         content = found.read()
-        if fault == "unheard":  # it was done, and nobody is told
+        if fault == "unheard":  # it was done, but nobody is told
             return
         self.answer(found.status, dict(found.getheaders()), content, fault)
 
@@ -91,11 +91,11 @@ class Passing(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def forget_clients() -> None:
-    """Let the next request go to the server that the environment names by then."""
+    """Let the next request go to the server the environment names then."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
@@ -105,12 +105,12 @@ def forget_clients() -> None:
 
 @contextmanager
 def faulty_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
-    """Put one before the server that the environment names."""
+    """Put a proxy before the server the environment names."""
     import s3fs
 
     server = Faulty(os.environ["AWS_ENDPOINT_URL"])
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own attempts hide ours
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own retries would hide ours
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(patience, "FIRST_DELAY", 0.01)
     forget_clients()

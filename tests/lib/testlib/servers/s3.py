@@ -1,4 +1,4 @@
-"""A real S3 server, moto's, in a process of its own."""
+"""A real S3 server (moto's) in its own process."""
 
 import os
 import socket
@@ -12,8 +12,8 @@ IN_TURN = Path(__file__).with_name("moto_in_turn.py")
 
 
 class S3Server:
-    """It holds its objects in memory: killed, it has none, unless it keeps a ``recording`` of what
-    it was asked, from which the next one makes them again.
+    """Keeps its objects in memory. After a kill it has none, unless it keeps a ``recording`` of its
+    requests, from which the next one recreates them.
     """
 
     def __init__(self, recording: Path | None = None):
@@ -47,18 +47,18 @@ class S3Server:
         raise AssertionError("the moto server did not answer")
 
     def forget(self) -> None:
-        """Hold nothing any more."""
+        """Remove all objects."""
         asked = urllib.request.Request(f"{self.url}/moto-api/reset", method="POST")
         urllib.request.urlopen(asked, timeout=60).close()
 
     def kill(self) -> None:
-        """As by -9, or a machine that goes off."""
+        """Kill it, as by -9 or a power failure."""
         self.process.kill()
         self.process.wait()
 
 
 def credentials(url: str) -> dict[str, str]:
-    """The environment of a user of the server."""
+    """Return the environment of a user of the server."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",

@@ -1,9 +1,10 @@
-"""A server that speaks vLLM's HTTP protocol over a tiny model: a double of the wire's format, made
-from its documentation, which can be at fault.
+"""A test double of vLLM's HTTP protocol over a tiny model, made from its documentation; it can
+misbehave.
 
-Of /v1/completions it does what served teachers ask: token ids in, ``prompt_logprobs`` out. The
-first entry of a prompt is null; each other one is an object of the k likeliest ids and the prompt's
-own, each with its log-probability (float32), its rank in the vocabulary from 1, and its text.
+It implements the part of /v1/completions that served teachers use: token ids in,
+``prompt_logprobs`` out. The first entry of a prompt is null; each other one is an object with the k
+likeliest ids and the prompt's own, each with its log-probability (float32), its rank in the
+vocabulary from 1, and its text.
 """
 
 import json
@@ -23,27 +24,27 @@ SLOW = 0.6  # seconds that a slow answer takes
 
 
 class Double(ThreadingHTTPServer):
-    """Serves the causal LM in ``folder`` as ``name``. As many requests for completions as
-    ``faults`` has, have a fault; ``asked`` are the bodies of all that there were.
+    """Serves the causal LM in ``folder`` as ``name``. The next completion requests fail, one for
+    each of ``faults``; ``asked`` has the bodies of all requests.
     """
 
     daemon_threads = True
     max_logprobs, max_model_len = 20, 64
     api_key: str | None = None
     retry_after = "0.02"
-    other: Path  # which a swap puts behind the name
+    other: Path  # swapped in behind the name
 
     def __init__(self, folder: Path, name: str = "tiny"):
         super().__init__(("127.0.0.1", 0), Answering)
         self.name, self.faults, self.asked = name, list[str](), list[dict[str, Any]]()
         self.keys = set[str | None]()
-        self.hung, self.let_go = threading.Event(), threading.Event()  # of requests that hang
+        self.hung, self.let_go = threading.Event(), threading.Event()  # for requests that hang
         self.lock = threading.Lock()
         self.serve(folder)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def serve(self, folder: Path) -> None:
-        """Put the model in ``folder`` behind the name from now on."""
+        """Serve the model in ``folder`` under the name from now on."""
         self.folder = folder
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -53,7 +54,7 @@ class Double(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that leaves is none."""
+        """Ignore clients that leave."""
 
     def said_of(self, prompt: list[int], k: int) -> list[dict[str, Any] | None]:
         with self.lock, torch.inference_mode():
@@ -77,7 +78,7 @@ class Double(ThreadingHTTPServer):
 
 
 class Refused(Exception):
-    """With the HTTP status and what the body says."""
+    """An error with its HTTP status and body."""
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -178,7 +179,7 @@ class Answering(BaseHTTPRequestHandler):
         self.close_connection = cut
 
     def log_message(self, *arguments: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _error(status: int, message: str) -> dict[str, Any]:
 
 
 def spoil(answer: dict[str, Any], fault: str) -> None:
-    """Make the answer wrong in one way, or put it into another order."""
+    """Make the answer wrong in one way, or reorder it."""
     choices = answer["choices"]
     entries = choices[0]["prompt_logprobs"]
     value = next(iter(entries[2].values())) if len(entries) > 2 else {}
@@ -226,7 +227,7 @@ def spoil(answer: dict[str, Any], fault: str) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[Double]:
-    """One over the model in ``folder``."""
+    """Serve the model in ``folder``."""
     double = Double(folder)
     try:
         yield double

@@ -1,4 +1,4 @@
-"""The processes of one world, as torchrun starts them, but forked: their imports cost seconds."""
+"""The processes of one world as torchrun starts them, but forked, because imports take seconds."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ PROCESSES = 2
 
 
 def forked_world(work: Callable[[], object], processes: int = PROCESSES) -> list[Child]:
-    """Processes that run ``work``, each with what torchrun would say in its environment.
+    """Fork processes that run ``work``, each with the environment torchrun would give.
 
-    This process is to have one thread: OpenMP's others do not come along.
+    This process must have a single thread: OpenMP's others are not forked.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

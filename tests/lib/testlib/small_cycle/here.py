@@ -1,4 +1,4 @@
-"""A cycle of tiny models whose jobs are done in the process of the test."""
+"""A cycle of tiny models whose jobs run in the test's own process."""
 
 import json
 import random
@@ -12,8 +12,8 @@ WORDS = ["river", "mountain", "city", "engine", "paper", "light"]
 
 
 class Here:
-    """What ``run_counted`` does, without processes; ``done``: the outputs of what was done, in
-    order. Before job number ``ends`` it is interrupted.
+    """Does what ``run_counted`` does, without processes. ``done``: the outputs, in order. It is
+    interrupted before job number ``ends``.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Here:
 
 
 def task_files(folder: Path, name: str, labels: tuple = ("red", "green")) -> dict:
-    """The section of a task, with files of random words."""
+    """Return the section of a task, with files of random words."""
     draw, files = random.Random(name), {}
     counts = {"train": 40, "dev": 8, "test": 10}
     for split, count in counts.items():
@@ -48,7 +48,7 @@ def task_files(folder: Path, name: str, labels: tuple = ("red", "green")) -> dic
 
 
 def sections(corpus: Path, student: Path, tasks: list[dict]) -> dict:
-    """A cycle's file of the smallest size."""
+    """Return a cycle's file of the smallest size."""
     return {
         "corpus": {
             "source": [str(corpus)],

@@ -1,4 +1,4 @@
-"""What a grown cache is held to: what was there is kept, and targets are the model's own."""
+"""Requirements of a grown cache: old files are kept, and targets are the model's own."""
 
 import itertools
 import shutil
@@ -28,13 +28,13 @@ Make = Callable[..., Any]
 
 
 def files_of(path: Path) -> Files:
-    """Every file but the roll-up: its inode and its bytes."""
+    """Return inode and bytes of every file except the roll-up."""
     found = [p for p in path.rglob("*") if p.is_file() and p.name != "cache.json"]
     return {p: (p.stat().st_ino, p.read_bytes()) for p in found}
 
 
 def assert_kept(before: Files, path: Path) -> None:
-    """Whatever was there has its name, its bytes, and was not even written anew."""
+    """Check that every old file has its name, its bytes and its inode."""
     after = files_of(path)
     assert {p: after.get(p) for p in before} == before
 
@@ -53,7 +53,9 @@ def rows(cache: Cache) -> list[int]:
 
 
 def assert_same_targets(grown: Cache, whole: Cache, name: str = "lm") -> None:
-    """Example by example: ids equal, values within the codec's bound (batches round otherwise)."""
+    """Compare example by example: ids equal, values within the codec's bound (batches round
+    differently).
+    """
     info, other = grown.teachers[name].info, whole.teachers[name].info
     assert (info.k, set(info.temperatures)) == (other.k, set(other.temperatures))
     assert grown.teachers[name].coverage == whole.teachers[name].coverage == 1
@@ -82,13 +84,13 @@ def assert_sound(path: Path) -> None:
 
 
 def logits_at(target: TokenTargets, directory: Path, task: str) -> np.ndarray:
-    """The model's own logits [P,V] where a target is, in float64."""
+    """Return the model's own logits [P,V] at the target's positions, in float64."""
     logits = logits_of(directory, AUTO[task], input_ids=target.input_ids)
     return logits.double().numpy()[target.positions]
 
 
 def assert_tails_are_the_models(cache: Cache, directory: Path, task: str, taus: set[float]) -> None:
-    """The mass outside the ids that are stored, at every temperature, in float64."""
+    """Check the mass outside the stored ids at every temperature, in float64."""
     compared = 0
     for example in examples(cache):
         for target in example.targets["lm"]:
@@ -124,7 +126,7 @@ def grow_folder(folder: Path, texts: Path, names: str) -> Path:
 
 @contextmanager
 def stopped(monkeypatch, count: int) -> Iterator[None]:
-    """A run that is killed before it computes unit number ``count``."""
+    """Kill a run before it computes unit number ``count``."""
     original, calls = make_unit.run_unit, []
 
     def failing(*arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A rehearsal of stage 1 that went well is not held again for the same configuration and files."""
+"""Skip a rehearsal of stage 1 that has already passed with the same configuration and files."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _PASSED = set[str]()  # in this process
 
 @contextmanager
 def rehearsed_once() -> Iterator[None]:
-    """Of a small cache the rehearsal is a fourth of the work, and most tests have the same one."""
+    """Rehearse once: for a small cache it is a fourth of the work, and most tests repeat it."""
     real = module.rehearse
 
     def rehearse(config: Any, teachers: Sequence[Any], store: Any) -> None:
@@ -32,6 +32,6 @@ def rehearsed_once() -> Iterator[None]:
 
 
 def _state(path: Path) -> list[tuple[str, int, int]]:
-    """Every file there, as it is now."""
+    """Return the current state of every file at a path."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
     return [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]

@@ -1,4 +1,4 @@
-"""The same steps by our loop and by a Trainer of Hugging Face's: what both are told, and see."""
+"""The same steps with our loop and with a Hugging Face Trainer: their settings and results."""
 
 import json
 
@@ -53,7 +53,9 @@ def teaching(cache, weights=WEIGHTS, **more):
 
 
 def trainer_of(kind, config, model, distillation, out, *, batch=BATCH, each=1, **more):
-    """A trainer of that class, with our loop's optimiser; ``each``: micro-batches a step."""
+    """Return a trainer of that class with our loop's optimiser; ``each``: micro-batches
+    per step.
+    """
     data = more.pop("train_dataset", None) or CacheDataset(distillation.cache, seed=SEED)
     arguments = {
         "output_dir": str(out),
@@ -91,7 +93,7 @@ def trained(trainer):
 
 
 def in_two_processes(make, out, asked=trained):
-    """What the first of two processes has ``asked`` of its trainer: the losses that it logs."""
+    """Return what the first of two processes ``asked`` of its trainer: the logged losses."""
 
     def work():
         from accelerate.state import AcceleratorState

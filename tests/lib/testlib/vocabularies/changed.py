@@ -1,4 +1,4 @@
-"""Tokenizer directories made of another: with gaps in their ids, or with more tokens."""
+"""Tokenizer directories made from another: with gaps in their ids, or with more tokens."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 def renumbered(source: Path, target: Path, ids: Mapping[str, int]) -> Path:
-    """The tokenizer in ``source`` with other ids for some tokens."""
+    """Copy the tokenizer in ``source`` with other ids for some tokens."""
     tokenizer = AutoTokenizer.from_pretrained(str(source))
     tokenizer.save_pretrained(target)
     file = target / "tokenizer.json"
@@ -21,13 +21,15 @@ def renumbered(source: Path, target: Path, ids: Mapping[str, int]) -> Path:
 
 
 def with_gaps(source: Path, target: Path, lifted: Sequence[str], by: int = 20) -> Path:
-    """The tokens ``lifted`` have ids that are larger by the vocabulary's size and ``by``."""
+    """Copy a tokenizer with the ids of the tokens ``lifted`` raised by the vocabulary's size plus
+    ``by``.
+    """
     vocabulary = AutoTokenizer.from_pretrained(str(source)).get_vocab()
     return renumbered(source, target, {t: vocabulary[t] + len(vocabulary) + by for t in lifted})
 
 
 def with_more(source: Path, target: Path, tokens: Sequence[str]) -> Path:
-    """Further special tokens above, as chat models have them."""
+    """Copy a tokenizer with more special tokens at the end, like chat models."""
     tokenizer = AutoTokenizer.from_pretrained(str(source))
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokens]})
     tokenizer.save_pretrained(target)
@@ -35,7 +37,9 @@ def with_more(source: Path, target: Path, tokens: Sequence[str]) -> Path:
 
 
 def that_begins_only(source: Path, target: Path) -> Path:
-    """A byte-level tokenizer that puts <s> before a text and nothing after it, as Llama's does."""
+    """Copy a byte-level tokenizer that puts <s> before a text and nothing after it, like
+    Llama's.
+    """
     backend = Backend.from_file(str(source / "tokenizer.json"))
     backend.add_special_tokens(["<s>"])
     backend.post_processor = processors.TemplateProcessing(

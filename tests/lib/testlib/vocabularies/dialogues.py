@@ -8,7 +8,7 @@ from testlib.vocabularies.changed import with_more
 
 ROLES = ("<|im_start|>", "<|im_end|>")
 HEAD = "{{ '<|im_start|>' + m['role'] + '\n' }}"
-# It marks what the assistant generates.
+# A template that marks what the assistant generates.
 MARKED = (
     "{% if tools %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}" + HEAD + "{% if m['role'] == 'assistant' %}"
@@ -16,12 +16,12 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# It does not: what an assistant says is all between the prompt for it and the next message.
+# One that does not: the assistant's text is what lies between its prompt and the next message.
 PLAIN = (
     "{% for m in messages %}" + HEAD + "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# What was said before the last message is cut short.
+# One that shortens everything before the last message.
 REWRITING = (
     "{% for m in messages %}" + HEAD + "{{ m['content'] if loop.last else m['content'][:3] }}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
@@ -35,7 +35,7 @@ TOOL = {"type": "function", "function": {"name": "river", "parameters": {"city":
 
 
 def said(*turns):
-    """Messages, the roles by their first letters: ``said("u: hello", "a: the river")``."""
+    """Return messages from short forms: ``said("u: hello", "a: the river")``."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     cut = (turn.split(": ", 1) for turn in turns)
     return [{"role": roles[letter], "content": content} for letter, content in cut]
@@ -53,7 +53,7 @@ DIALOGUES = [
 
 
 def chat_tokenizer(source, target, template):
-    """The tokenizer in ``source`` with tokens for roles, and a chat template."""
+    """Copy the tokenizer in ``source`` with role tokens and a chat template."""
     with_more(source, target, ROLES)
     tokenizer = AutoTokenizer.from_pretrained(str(target))
     tokenizer.chat_template = template
@@ -62,6 +62,6 @@ def chat_tokenizer(source, target, template):
 
 
 def write_rows(path, rows):
-    """Rows as lines of JSON; where they are."""
+    """Write rows as JSON lines; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,4 +1,4 @@
-"""A tokenizer as Llama's are: pieces with "▁" for a space, and a token for each byte."""
+"""A tokenizer like Llama's: pieces with "▁" for a space, and a token for each byte."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def save_pieces(folder: Path, texts: Iterable[str], size: int) -> Path:
-    """Train one of at most ``size`` tokens on ``texts``; BOS comes before a text."""
+    """Train a tokenizer of at most ``size`` tokens on ``texts``; BOS comes before a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -23,7 +23,7 @@ def save_pieces(folder: Path, texts: Iterable[str], size: int) -> Path:
         ]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    # Without a pre-tokenizer a text is one word; of single words the trainer makes pieces.
+    # Without a pre-tokenizer a text is one word; from single words the trainer makes pieces.
     words = [f" {word}" for text in texts for word in text.split(" ")]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
     made.train_from_iterator((word[1:] for word in words), trainer)

@@ -1,4 +1,4 @@
-"""A tokenizer that joins pairs as RoBERTa's does: ``<s> a </s></s> b </s>``, all one segment."""
+"""A tokenizer that joins pairs like RoBERTa's: ``<s> a </s></s> b </s>``, all one segment."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def save_roberta(folder: Path) -> None:
-    """Write one of bytes and a few words into ``folder``."""
+    """Write a tokenizer of bytes and a few words into ``folder``."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

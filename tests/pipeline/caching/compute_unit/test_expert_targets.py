@@ -128,7 +128,7 @@ def test_an_expert_whose_tokenizer_makes_nothing_of_the_texts_is_refused(
     ).save_pretrained(model)
     teacher = {"name": "deaf", "model": str(model), "task": "sequence_classification"}
     with pytest.raises(
-        InputError, match=r"'deaf': its tokenizer makes no token of any of \d+ texts"
+        InputError, match=r"'deaf': its tokenizer gives no token for any of \d+ texts"
     ):
         cache_teachers(configure(tmp_path / "cache", [teacher]))
 

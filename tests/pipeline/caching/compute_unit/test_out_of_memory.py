@@ -111,7 +111,7 @@ def test_a_sequence_that_alone_does_not_fit_is_named(
 ):
     teacher = teachers_of_all_kinds(make_model, wordpiece)[0]
     small_memory(10, OUT_OF_MEMORY["cuda"])
-    with pytest.raises(InputError, match=r"'masked_lm': one sequence of 24 tokens alone does not"):
+    with pytest.raises(InputError, match=r"'masked_lm': a single sequence of 24 tokens does not"):
         cache_teachers(configure(tmp_path, [teacher]))
 
 

@@ -22,7 +22,7 @@ from rekindle.data.errors import InputError
         ),
         (
             {"kind": "random", "k": 256},
-            "teachers.0.targets: random targets are of at most 255 draws, not 256",
+            "teachers.0.targets: random targets have at most 255 draws, not 256",
         ),
         (
             {"kind": "dense", "codec": "compact"},

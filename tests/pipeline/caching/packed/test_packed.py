@@ -174,7 +174,7 @@ def test_what_packed_rows_are_is_said_and_older_versions_do_not_read_them(caches
 def test_what_reads_texts_is_refused(tmp_path, configure, make_teacher, source):
     corpus = {"packing": "packed", "domain_field": None, "source": source}
     expert = make_teacher("sense", "sequence_classification")
-    with pytest.raises(InputError, match="which have no judgement in common"):
+    with pytest.raises(InputError, match="which have no common label"):
         cache_teachers(configure(tmp_path, [expert], corpus))
 
 

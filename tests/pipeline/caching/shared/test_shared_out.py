@@ -91,7 +91,7 @@ def test_a_family_without_a_plan_is_refused(configure, tmp_path, make_teacher, m
     monkeypatch.setattr(shared_out, "find_spec", lambda name: name)
     config = configure(tmp_path, [make_teacher("bert", "masked_lm", tp_plan="auto")]).teachers[0]
     with pytest.raises(
-        InputError, match=r"no tensor-parallel plan of BertForMaskedLM. .* device_ma"
+        InputError, match=r"no tensor-parallel plan for BertForMaskedLM. .* device_ma"
     ):
         loading(config, Path(config.model), AUTO_CLASSES["masked_lm"])
 
