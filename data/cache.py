@@ -40,6 +40,7 @@ from rekindle.data.marks import read_marks, read_trained
 from rekindle.data.permutation import epoch_batch, sequence_numbers
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
 from rekindle.data.settings import parse_settings
+from rekindle.data.sharing.card import write_card
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import RowTexts, cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
@@ -394,4 +395,5 @@ def write_manifest(store: Store) -> None:
     cache = Cache(store)
     needed = (teacher.info.format_version for teacher in cache.teachers.values())
     version = max([version, version_of(cache.corpus.info["config"]), *needed])
+    write_card(store, cache.corpus, cache.teachers, version)  # before what says that all is done
     store.replace(MANIFEST, seal(cache.rolled_up | kept, version))

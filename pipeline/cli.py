@@ -36,6 +36,7 @@ from rekindle.pipeline.commands.options import (
     Sweeps,
     TextField,
 )
+from rekindle.pipeline.commands.sharing import push
 from rekindle.pipeline.commands.teachers import teachers
 from rekindle.pipeline.console import say, terminal
 from rekindle.pipeline.exits import (
@@ -223,7 +224,7 @@ def rekindle(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Knowledge rekindling, whole: experts, cache, guided students, experts again, comparison.
+    """Run the whole cycle: experts, cache, guided students, experts again, comparison.
 
     Resumes by itself: finished parts are left alone.
     """
@@ -362,6 +363,7 @@ for command in (
         gc,
     ),
     *(verify, inspect_, teachers, import_targets, export_targets, train_student, rekindle, compare),
+    push,
     doctor,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"), cls=Command)(command)

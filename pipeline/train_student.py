@@ -8,6 +8,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.remarks import asked_otherwise
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
+from rekindle.data.storage.manifest import refuse_without_text
 from rekindle.data.targets.reading.extent import Extent, Kept
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
@@ -43,6 +44,7 @@ def train_from_config(
     config.check_single()
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
+    refuse_without_text(cache.store)
     if told := asked_otherwise(config.corpus, cache.corpus):
         log.warning("%s", told)
     make_missing(student)  # in every process: another machine has its own home

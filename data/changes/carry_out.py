@@ -30,6 +30,7 @@ from rekindle.data.journal import (
 )
 from rekindle.data.roll_up import ROLLED_UP
 from rekindle.data.settings import Settings, parse_settings
+from rekindle.data.sharing.card import write_card
 from rekindle.data.storage.base import NEXT, Seen, Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
@@ -322,9 +323,13 @@ def _finish(store: Store, change: Change) -> None:
     """Write ``cache.json`` without the change, at once."""
     before = read_manifest(store)
     rolled = {key: before[key] for key in ROLLED_UP if key in before}
+    cache = None
     with suppress(CacheError):  # about another teacher, which `verify` names
-        rolled = Cache(store).rolled_up
+        cache = Cache(store)
+        rolled = cache.rolled_up
     journal = journal_in(before, store).model_copy(update={"change": None})
+    if cache is not None:
+        write_card(store, cache.corpus, cache.teachers, change.version)
     store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
     store.seen = Seen()
 

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
+from rekindle.data.hub.places import hub_folder, is_hub
 from rekindle.data.text_files import refuse_pointer
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def read_tokenizer_files(path_or_id: str) -> "PreTrainedTokenizerFast":
     """Return the tokenizer of a local directory or of a Hugging Face id, as ``load_tokenizer``
     says.
     """
+    if is_hub(path_or_id):
+        path_or_id = str(hub_folder(path_or_id))
     directory = Path(path_or_id).expanduser()
     if directory.is_dir():
         return _load_directory(directory)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from rekindle.data.errors import InputError, first_words
+from rekindle.data.hub.places import is_hub, pinned, refuse_offline
 from rekindle.data.storage.patience import Patience
 
 if TYPE_CHECKING:
@@ -40,12 +41,16 @@ class Client:
 
     Raise InputError if it cannot be reached (credentials, endpoint, network), and for an address
     that contains a credential: addresses are logged and kept.
+
+    ``address``: the same place; on a hub at the commit that it was opened at, which stays as it is.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, pin: bool = False):
         refuse_credentials(url)
         self.location = url.rstrip("/")
-        self._fs, self.root = _opened(self.location)
+        self.fixed = pin and is_hub(url)
+        self.address = pinned(self.location) if self.fixed else self.location
+        self._fs, self.root = _opened(self.address)
         self._process = os.getpid()
         self.patience = Patience(self.location)
 
@@ -53,7 +58,7 @@ class Client:
     def fs(self) -> "FileSystem":
         """The client of this process; one made before a fork must not be used after it."""
         if self._process != os.getpid():
-            self._fs, self._process = _opened(self.location)[0], os.getpid()
+            self._fs, self._process = _opened(self.address)[0], os.getpid()
         return self._fs
 
     @contextmanager
@@ -114,7 +119,8 @@ class Client:
         """
 
         def ask() -> dict[str, Any]:
-            self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # others write there, too
+            if not self.fixed:
+                self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # others write there, too
             found: dict[str, Any] = self.fs.info(path)
             return found
 
@@ -124,6 +130,8 @@ class Client:
     def bucket_missing(self) -> str | None:
         """The name of its bucket, if no such bucket is visible; else None."""
         bucket = self.root.partition("/")[0]
+        if self.fixed:  # it was asked for when it was opened
+            return None
 
         def ask() -> bool:
             if not bucket or self.fs.exists(bucket):
@@ -150,6 +158,8 @@ def refuse_credentials(url: str) -> None:
 def _opened(url: str) -> "tuple[FileSystem, str]":
     import fsspec
 
+    if is_hub(url):
+        refuse_offline(url)
     try:
         limit = _LIMITS.get(url.partition("://")[0], {})
         found: tuple[FileSystem, str] = fsspec.core.url_to_fs(url, **limit)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from rekindle.data.errors import InputError
+from rekindle.data.hub.places import hub_folder, is_hub
 from rekindle.data.storage.addresses import (
     fetch_object,
     find_objects,
@@ -23,8 +24,11 @@ def folder_copy(address: str) -> Path:
     """Return the local copy of a model's folder, kept until this process ends. For a run's
     checkpoint ``…/checkpoints/step-00000200``, the record beside it says where its files are.
 
-    Raise InputError if there is no such folder, or no room for a copy.
+    For one on a hub it is that of huggingface_hub's own cache. Raise InputError if there is no
+    such folder, or no room for a copy.
     """
+    if is_hub(address):
+        return hub_folder(address)
     files = find_objects(f"{address}/") or _of_checkpoint(address)
     if not files:
         raise InputError(f"model {address!r}: there is no such folder, or nothing in it")

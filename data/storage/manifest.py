@@ -49,6 +49,7 @@ from rekindle.data.storage.seal import (
 log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
+WITHOUT_TEXT = "corpus/without_text.json"  # in a cache that was passed on so; until it is whole
 NEWEST = WITH_GROUPS  # of the versions that can be read
 
 
@@ -90,6 +91,25 @@ def _is_roll_up(body: Mapping[str, object]) -> bool:
         return False
     stated = not corpus or (type(corpus.get("sequences")) is int and "fingerprint" in corpus)
     return stated and all(isinstance(teacher, dict) for teacher in teachers.values())
+
+
+def told_missing(store: Store, name: str) -> str:
+    """What is said of a committed shard that is not there."""
+    if name.startswith("corpus/") and store.exists(WITHOUT_TEXT):
+        return f"{store.location}/{name} is not there: {_NO_TEXT}"
+    return f"{store.location}/{name} is missing although it was committed"
+
+
+def refuse_without_text(store: Store) -> None:
+    """Raise CacheFormatError for a cache that was passed on so, where its text is needed."""
+    if store.exists(WITHOUT_TEXT):
+        raise CacheFormatError(f"{store.location}: {_NO_TEXT}")
+
+
+_NO_TEXT = (
+    "the cache was passed on without its text. Its README.md and docs/sharing.md say how the same "
+    "text makes it whole again"
+)
 
 
 def begin_manifest(store: Store) -> None:

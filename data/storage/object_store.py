@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.base import Seen, Store, safe_name
+from rekindle.data.hub.places import is_hub
+from rekindle.data.storage.base import Store, safe_name
 from rekindle.data.storage.client import Client, changed_at
 from rekindle.data.storage.copies import copies, key_of
 from rekindle.data.storage.patience import is_passing
@@ -32,6 +33,11 @@ CONFLICT_DELAYS = (0.1, 0.2, 0.4, 0.8)  # seconds, when two conditional puts col
 
 def refuse_unconditional(address: str) -> None:
     """Raise InputError for a kind of store that cannot be written to."""
+    if is_hub(address):
+        raise InputError(
+            f"{address} can be read, not written to: a hub takes whole things. Write to a local "
+            "folder (or s3://, gs://), and send what is finished: `pipeline push DIR OWNER/NAME`"
+        )
     if (kind := address.partition("://")[0]) not in CONDITIONAL:
         raise InputError(
             f"{address} can be read, not written to: no conditional put is known for {kind}://, "
@@ -50,14 +56,14 @@ class ObjectStore(Store):
     """
 
     def __init__(self, url: str):
-        self._client = Client(url)
+        self._client = Client(url, pin=True)
         self.root, self.location = self._client.root, self._client.location
         self._scratch = upload_folder(self)
         self._tried = False  # whether exclusive creation was tested on its server
 
-    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str], dict[str, Seen]]:
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str], dict[str, object]]:
         """Reopen in another process, with its own client and temporary folder."""
-        return ObjectStore, (self.location,), {"seen": self.seen}
+        return ObjectStore, (self._client.address,), {"seen": self.seen, "location": self.location}
 
     @property
     def fs(self) -> "FileSystem":
@@ -100,13 +106,15 @@ class ObjectStore(Store):
     def _listed(self, folder: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and description of each entry of that kind."""
         path = self._path(folder) if folder else self.root
+        fixed = self._client.fixed
         try:
-            listed = partial(self.fs.ls, path, detail=True, refresh=True)
+            listed = partial(self.fs.ls, path, detail=True, refresh=not fixed)
             where = f"{self.location}/{folder}"
             entries = self._client.asked(where, listed, FileNotFoundError)
         except FileNotFoundError:
             return
-        self.fs.invalidate_cache(path)  # a million descriptions that are not needed again
+        if not fixed:
+            self.fs.invalidate_cache(path)  # a million descriptions that are not needed again
         for entry in entries:
             name = entry["name"].rstrip("/").removeprefix(path)
             # Consoles make "folders" as empty objects with the folder's name; these are not
@@ -143,11 +151,17 @@ class ObjectStore(Store):
                     time.sleep(delay)
         raise AssertionError  # the last conflict is raised
 
+    @property
+    def writable(self) -> bool:  # noqa: D102
+        return self.location.partition("://")[0] in CONDITIONAL
+
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self._asked(name, lambda path: self.fs.pipe_file(path, content))
 
     def upload(self, file: Path, name: str) -> None:
         """Write a local file over whatever exists."""
+        refuse_unconditional(self.location)
         self._asked(name, lambda path: self.fs.put_file(str(file), path))
 
     def download(self, name: str, into: Path) -> None:
@@ -160,15 +174,18 @@ class ObjectStore(Store):
         return self._scratch / safe_name(name)
 
     def finish(self, name: str) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self._asked(name, lambda path: self.fs.put_file(str(self._local(name)), path))
         self._local(name).unlink()  # a whole teacher may exceed the local disk
 
     def discard(self, name: str) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self._local(name).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             self._asked(name, self.fs.rm_file, FileNotFoundError)
 
     def remove_folder(self, folder: str) -> None:  # noqa: D102
+        refuse_unconditional(self.location)
         self.fs.invalidate_cache()  # others write there, too
         with suppress(FileNotFoundError):
             self._asked(folder, partial(self.fs.rm, recursive=True), FileNotFoundError)

@@ -26,6 +26,8 @@ _PASSING = {
     "ClientConnectorError",
     "ClientOSError",
     "ClientPayloadError",
+    "ConnectError",
+    "ConnectTimeout",
     "ConnectTimeoutError",
     "ConnectionClosedError",
     "ContentLengthError",
@@ -33,7 +35,10 @@ _PASSING = {
     "HTTPClientError",
     "IncompleteRead",
     "IncompleteReadError",
+    "ReadError",
+    "ReadTimeout",
     "ReadTimeoutError",
+    "RemoteProtocolError",
     "ResponseStreamingError",
     "ServerDisconnectedError",
     "ServerTimeoutError",
@@ -108,6 +113,7 @@ def is_passing(error: BaseException) -> bool:
             return status >= 500 or status == 429 or code in _PASSING_CODES or "Thrott" in code
         # gcsfs's, aiohttp's
         status = getattr(cause, "code", None) or getattr(cause, "status", None)
+        status = status or getattr(response, "status_code", None)  # httpx's, of a hub
         if isinstance(status, int) and (status >= 500 or status in (408, 429)):
             return True
         cause = cause.__cause__ or cause.__context__

@@ -25,6 +25,7 @@ from rekindle.data.storage.arrow_sizes import unpacked_bytes
 from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Commits
+from rekindle.data.storage.manifest import told_missing
 from rekindle.data.storage.records import Records
 from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shard_bytes import Region, ShardBytes
@@ -103,7 +104,7 @@ class ShardSet:
         try:
             with self.store.writing(name):
                 local = self.store.begin(name)
-                written = _write_file(local, schema, batches, write_options)
+                written = write_shard(local, schema, batches, write_options)
                 about = dict(facts or {}) | dict(late_facts())
                 commit = Commit(unit, path, *written, about, rows_per_batch)
                 self.store.finish(name)
@@ -127,12 +128,9 @@ class ShardSet:
             return  # it would cost a request per unit
         for commit in (commits[unit] for unit in units):
             name = f"{self.folder}/{commit.path}"
-            with unusable(self._missing(name), FileNotFoundError, advice=f". {REPAIR}"):
+            with unusable(told_missing(self.store, name), FileNotFoundError, advice=f". {REPAIR}"):
                 size, _ = self.store.state(name)
             check_size(f"{self.store.location}/{name}", size, commit)
-
-    def _missing(self, name: str) -> str:
-        return f"{self.store.location}/{name} is missing although it was committed"
 
     def check(self, commit: Commit) -> None:
         """Compare every byte of a unit with its checksums; raise CacheFormatError on a
@@ -156,10 +154,11 @@ class ShardSet:
         record batch read; it raises if the owner cannot use the batch.
         """
         name = f"{self.folder}/{commit.path}"
-        with unusable(self._missing(name), FileNotFoundError, advice=f". {REPAIR}"):
-            source = self.store.open_bytes(
-                name, commit.bytes, commit.sha256, commit.regions, direct
-            )
+        facts = commit.bytes, commit.sha256, commit.regions
+        try:
+            source = self.store.open_bytes(name, *facts, direct)
+        except FileNotFoundError:
+            raise CacheFormatError(f"{told_missing(self.store, name)}. {REPAIR}") from None
         shard = Shard(source, commit, hold)
         described = shard.metadata
         different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
@@ -217,7 +216,7 @@ class _HashingFile:
         self._file.flush()
 
 
-def _write_file(
+def write_shard(
     path: Path,
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch],

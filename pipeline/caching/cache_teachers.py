@@ -25,10 +25,12 @@ from rekindle.data.corpus.source_sample import about_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
+from rekindle.data.hub.places import is_hub
 from rekindle.data.inventory import roll_up_records
 from rekindle.data.journal import adding, refuse_changing, refuse_renamed
 from rekindle.data.storage.base import Store
-from rekindle.data.storage.manifest import begin_manifest
+from rekindle.data.storage.manifest import WITHOUT_TEXT, begin_manifest
+from rekindle.data.storage.object_store import refuse_unconditional
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import LocalStore, open_store
@@ -105,6 +107,8 @@ def cache_teachers(
     """
     config.check_single()
     config.check_samples()
+    if is_hub(config.cache.path):
+        refuse_unconditional(config.cache.path)
     chosen = config.teachers_named(only)
     check_files(chosen, config.student)
     make_missing(config)
@@ -124,6 +128,8 @@ def cache_teachers(
         if alone is not False:  # nobody takes records back meanwhile
             roll_up_records(store)
         corpus = _build(store, config, executor or OnThisMachine(), progress, made)
+        if store.exists(WITHOUT_TEXT):  # it was passed on so, and is whole now
+            store.discard(WITHOUT_TEXT)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)

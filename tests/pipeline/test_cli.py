@@ -219,6 +219,10 @@ def test_the_command_line_is_frozen():
             *("--expert", "--json", "--label-field", "--metric", "--out", "--set", "--test"),
             "--text-field",
         ],
+        "push": [
+            *("--dry-run", "--json", "--message", "--private", "--revision", "--teacher"),
+            *("--with-readable-targets", "--with-text"),
+        ],
         "doctor": ["--set"],
     }
 

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from rekindle.train.export.provenance import LICENCE, metadata, shown
+from rekindle.data.sharing.names import LICENCE, shown
+from rekindle.train.export.provenance import metadata
 from rekindle.train.export.result import PIPELINES
 
 SHOWN = 20  # labels that a card lists

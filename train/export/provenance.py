@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -10,26 +9,14 @@ from huggingface_hub import ModelCardData
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
+from rekindle.data.sharing.names import LICENCE, TAGS, is_ours, shown
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.step_config import recorded_steps
-
-TAGS = ["rekindle", "knowledge-distillation"]
-LICENCE = (
-    "Nobody has yet stated the licence under which this may be used: it follows from the "
-    "licences of {}. Put `license: …` into the block above before you share it."
-)
-
-
-def shown(model: str) -> str:
-    """Return a model's name for a card: a hub id, or the last part of a local folder."""
-    path = Path(model)
-    local = path.is_absolute() or path.exists() or model.startswith((".", "~")) or "://" in model
-    return path.name if local else model
 
 
 def metadata(task: str, model: str, library: str = "transformers") -> str:
     """Return the block that the hub reads: which pipeline runs the model, and its base model."""
-    base = model if model and shown(model) == model else None
+    base = shown(model) if model and not is_ours(model) else None
     block = ModelCardData(library_name=library, pipeline_tag=task, tags=[*TAGS], base_model=base)
     return f"---\n{block.to_yaml()}\n---\n\n"
 

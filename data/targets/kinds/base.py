@@ -53,6 +53,7 @@ class TargetKind(ABC):
     extends: ClassVar[bool] = False  # whether it is a further part of another kind's targets
     per_sequence: ClassVar[bool] = False  # one target per row, none at positions
     largest_k: ClassVar[int | None] = None  # independent of the vocabulary
+    tells_text: ClassVar[bool] = True  # whether much of the text can be read from it, or guessed
 
     def __init__(self, info: TeacherInfo):
         self.info = info

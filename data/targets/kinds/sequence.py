@@ -26,6 +26,7 @@ class SequenceLogits(TaskKind):
     copied = True
     bytes_per_position = 0  # there are no positions
     per_sequence = True
+    tells_text = False
 
     def used_columns(self) -> Widths:
         """Return the columns as they are used."""

@@ -1,0 +1,1 @@
+"""What lies on a model hub, by its address: read alone."""

@@ -1,0 +1,274 @@
+"""The card (README.md) of a cache: what is in it, from which teachers and text, how to read it.
+
+It stands beside what it tells of, and is no part of it: no checksum is over it, nothing reads it
+but people and hubs. What somebody has added (a licence in the block, words outside of the marks)
+stays.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import yaml
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.counted import counted, shown_bytes
+from rekindle.data.errors import CacheError, InputError
+from rekindle.data.sharing.names import LICENCE, TAGS, last_part, shown
+from rekindle.data.storage.base import Store
+from rekindle.data.targets.reading.reader import TeacherReader
+
+CARD = "README.md"
+BEGIN = "<!-- begin: written by Rekindle, and again whenever the cache has changed -->"
+END = "<!-- end -->"
+TASKS = {
+    "masked_lm": "fill-mask",
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+    "regression": "text-classification",
+    "token_classification": "token-classification",
+    "embedding": "sentence-similarity",
+}
+KEPT = ("license", "license_name", "license_link", "language", "pretty_name")  # what people set
+SOURCES = 5  # that a card names
+_SIZES = {10 ** (3 + 3 * n + m): f"{10**m}{unit}" for n, unit in enumerate("KMB") for m in range(3)}
+_SIZES[10**12] = "1T"
+_BLOCK = re.compile(r"---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+
+
+def write_card(
+    store: Store, corpus: Corpus, teachers: Mapping[str, TeacherReader], version: int
+) -> None:
+    """Write the card of a cache that is complete, where it is not there as it should be.
+
+    A cache that cannot be written to is left as it is.
+    """
+    if not (store.writable and corpus.complete and (teachers or store.exists(CARD))):
+        return
+    if any(one.coverage < 1 for one in teachers.values() if one.info.imported is None):
+        return
+    before = ""
+    with suppress(FileNotFoundError, UnicodeDecodeError):
+        before = store.read_bytes(CARD).decode()
+    card = cache_card(corpus, teachers, version, before=before)
+    if card != before:
+        with suppress(InputError):  # of a full disk: what it tells of is whole
+            store.replace(CARD, card.encode())
+
+
+def cache_card(
+    corpus: Corpus,
+    teachers: Mapping[str, TeacherReader],
+    version: int,
+    *,
+    address: str | None = None,
+    with_text: bool = True,
+    before: str = "",
+) -> str:
+    """The card. ``address``: where others find the cache (None: in the card's own folder);
+    ``with_text``: whether its text is there, too; ``before``: the card as it is, of which some
+    stays.
+    """
+    block, around = _taken_apart(before)
+    body = [
+        BEGIN,
+        "",
+        f"# What {counted(len(teachers), 'teacher')} said of {counted(len(corpus), 'sequence')} of "
+        "text",
+        "",
+        "A cache of Rekindle: the teachers were run once over the text, and students are trained "
+        "from what they said, without them.",
+        *_of_teachers(teachers.values()),
+        *_of_text(corpus),
+        *_how_to_read(corpus, teachers, address, with_text),
+        "",
+        f"Cache format {version}. "
+        + ("" if block.get("license") else LICENCE.format("the text, and of the teachers"))
+        + "",
+        END,
+    ]
+    values = _metadata(corpus, teachers, block, with_text)
+    text = "\n".join(line.rstrip() for line in body)
+    return f"---\n{values}---\n{around[0]}{text}{around[1]}"
+
+
+def _metadata(
+    corpus: Corpus,
+    teachers: Mapping[str, TeacherReader],
+    before: Mapping[str, Any],
+    with_text: bool,
+) -> str:
+    """The block that hubs read, as YAML."""
+    kept: dict[str, Any] = {key: before[key] for key in KEPT if before.get(key)}
+    tasks = [TASKS[one.info.task] for one in teachers.values() if one.info.task in TASKS]
+    values: dict[str, Any] = kept | {
+        "tags": [*TAGS, *(tag for tag in _listed(before.get("tags")) if tag not in TAGS)],
+        "size_categories": [_size_of(len(corpus))],
+    }
+    values |= {"task_categories": sorted({*tasks})} if tasks else {}
+    parts = {"corpus": "corpus"} if with_text else {}
+    parts |= {name: one.folder for name, one in teachers.items() if name != "corpus"}
+    values["configs"] = [
+        {"config_name": name, "data_files": f"{folder}/data/*.arrow"}
+        for name, folder in parts.items()
+    ]
+    found: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    return found
+
+
+def _size_of(rows: int) -> str:
+    """The hub's word for so many rows."""
+    before = None
+    for most, word in _SIZES.items():
+        if rows < most:
+            return f"n<{word}" if before is None else f"{before}<n<{word}"
+        before = word
+    return f"n>{before}"
+
+
+def _listed(value: object) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list) else []
+
+
+def _taken_apart(card: str) -> tuple[dict[str, Any], tuple[str, str]]:
+    """The values of a card's block, and what stands before and after our own words."""
+    values: dict[str, Any] = {}
+    found = _BLOCK.match(card)
+    if found:
+        with suppress(yaml.YAMLError):
+            read = yaml.safe_load(found[1])
+            values = read if isinstance(read, dict) else {}
+        card = card[found.end() :]
+    first, ours, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return values, (first, after) if ours and end else ("\n", "\n")
+
+
+def licence_of(card: str) -> str | None:
+    """The licence that a card's block names, if it does."""
+    found = _taken_apart(card)[0].get("license")
+    return None if found is None else str(found)
+
+
+def _of_teachers(teachers: Iterable[TeacherReader]) -> Iterator[str]:
+    yield from ("", "| teacher | model | task | kept | shown | bytes | run on | weights |")
+    yield "|---|---|---|---|---|---:|---:|---|"
+    lines: list[str] = []
+    for one in teachers:
+        info, kept = one.info, one.kind.sentence
+        weights = f"`{one.fingerprint[:12]}`" if one.fingerprint else "not known"
+        kept += f", {info.codec}" if info.codec != "default" else ""
+        yield (
+            f"| {info.name} | `{shown(info.model)}` | {info.task} | {kept} | {info.shown.kind} | "
+            f"{shown_bytes(one.bytes_on_disk)} | {one.coverage:.1%} | {weights} |"
+        )
+        lines += _origin(one)
+    if lines:
+        yield from ("", *lines)
+
+
+def _origin(teacher: TeacherReader) -> Iterator[str]:
+    """How a teacher came to be, where it was not run as it is."""
+    info = teacher.info
+    if info.imported:
+        yield f"- {info.name} was imported, not run: {info.imported.told()}."
+    if info.served:
+        yield f"- {info.name} was run by a server, and is known by its answers to probes."
+    if info.mapped:
+        yield f"- {info.name} has a tokenizer of its own; its tokens are mapped to the corpus's."
+    for run in info.lineage:
+        taught = ", ".join(f"{name} `{sha[:12]}`" for name, sha in run.teachers.items()) or "nobody"
+        yield (
+            f"- {info.name} is a student: of `{shown(run.student)}`, "
+            f"{counted(run.steps, 'step')} on the corpus `{run.corpus[:12]}`, taught by {taught}."
+        )
+
+
+def _of_text(corpus: Corpus) -> Iterator[str]:
+    config, facts = corpus.info["config"], corpus.info["tokenizer"]
+    names = [f"`{last_part(str(place))}`" for place in config["source"]]
+    more = f" and {len(names) - SOURCES} more" if names[SOURCES:] else ""
+    yield from ("", "## The text", "")
+    yield (
+        f"{counted(len(corpus), 'sequence')} of at most {config['sequence_length']} tokens, "
+        f"{counted(corpus.tokens, 'token')}, of {', '.join(names[:SOURCES])}{more} (corpus "
+        f"`{corpus.fingerprint[:12]}`). Tokenizer: {facts['size']:,} ids, digest "
+        f"`{facts['digest'][:12]}`; it lies in `corpus/tokenizer`."
+    )
+    with suppress(CacheError):
+        if domains := corpus.domains:
+            told = ", ".join(f"{name} {count:,}" for name, count in [*domains.items()][:SOURCES])
+            yield f"Domains, by sequences: {told}{', …' if len(domains) > SOURCES else ''}."
+
+
+def run_file(corpus: Corpus, path: str) -> list[str]:
+    """The lines of a run file with which the same corpus is made of the same text, for a cache in
+    ``path``. The last one says that no teacher is run.
+    """
+    config: Mapping[str, Any] = corpus.info["config"]
+    names = [last_part(str(place)) for place in config["source"]]
+    contents = config.get("contents") or ["text"] * len(names)
+    source = [
+        name if content == "text" else {"path": name, "format": content}
+        for name, content in zip(names, contents, strict=True)
+    ]
+    values: dict[str, Any] = {"source": source, "tokenizer": f"{path}/corpus/tokenizer"}
+    usual = {"text_field": "text", "domain_field": None, "limit_sequences": None}
+    keys = ("text_field", "domain_field", "pair_field", "group_field", "special_tokens")
+    for key in (*keys, "attention", "limit_sequences"):
+        if key in config and config[key] != usual.get(key):
+            values[key] = config[key]
+    if without := config.get("without"):
+        values["without"] = [last_part(str(name)) for name in without["files"]]
+    values |= {key: config[key] for key in ("sequence_length", "packing")}
+    shards = {"path": path, "sequences_per_shard": config["sequences_per_shard"]}
+    lines = [f"corpus: {_flow(values)}", f"cache: {_flow(shards)}"]
+    return [*lines, "teachers: []"]
+
+
+def _flow(values: Mapping[str, Any]) -> str:
+    found: str = yaml.safe_dump(
+        dict(values), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
+    )
+    return found.strip()
+
+
+def _how_to_read(
+    corpus: Corpus, teachers: Mapping[str, TeacherReader], address: str | None, with_text: bool
+) -> Iterator[str]:
+    yield from ("", "## How to use it", "")
+    if not with_text:
+        yield from _how_to_attach(corpus, address or "")
+        return
+    place = address or "the/path/of/this/folder"
+    first = next(iter(teachers), "NAME")
+    yield from ("```yaml", "# run.yaml, for `pipeline train-student run.yaml --out runs/a`")
+    yield from run_file(corpus, place)[:-1]
+    yield from ("student: {model: path/to/model}", "train:")
+    yield f"  objective: {{distill: [{{teachers: [{first}]}}]}}"
+    yield from ("```", "", "```python", "from rekindle.data.cache import Cache")
+    yield f'cache = Cache.open("{place}")'
+    yield from (f'batch = next(cache.batches(teachers=["{first}"], batch_sequences=8))', "```", "")
+    yield (
+        "It was made by `pipeline cache-teachers`; `pipeline verify` holds every byte against its "
+        "checksum. Its files are Arrow, which `datasets`, pyarrow, polars and DuckDB read."
+    )
+
+
+def _how_to_attach(corpus: Corpus, address: str) -> Iterator[str]:
+    """How who has the same text comes to the whole cache."""
+    repo = address.removeprefix("hf://datasets/")
+    yield (
+        "**The text is not here**: of the corpus there are the checksums, the tokenizer and how it "
+        "was cut. Whoever has the same files of text makes it again, and each target is held "
+        "against the digest of its sequence:"
+    )
+    yield from ("", "```sh", f"hf download {repo} --repo-type dataset --local-dir shared")
+    yield "pipeline cache-teachers rebuild.yaml   # reads the text, runs no teacher"
+    yield from ("pipeline verify shared", "```", "", "```yaml", "# rebuild.yaml")
+    yield from (*run_file(corpus, "shared"), "```", "")
+    yield (
+        "Files of text are known by their content, wherever they lie. `verify` says that all is "
+        "sound where every sequence is the same to the byte; other text is refused."
+    )

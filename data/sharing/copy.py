@@ -1,0 +1,253 @@
+"""A copy of a cache for others: the same rows, and nothing of this machine.
+
+Shards and descriptions say where models and files of text were; in the copy these are their last
+parts. A shard that says so is written once more, with the same rows; others are the files as they
+are. Nothing in it depends on when it is made: a copy that is made again is the same to the byte.
+
+Without the text, what tells it is left out: the shards of corpus and views, and the targets of
+teachers that are not named. Their records stay (of the corpus), or can be made again (of views).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from rekindle.data.corpus.corpus import Corpus
+from rekindle.data.corpus.stored_tokenizer import TOKENIZER, TOKENIZER_FILES
+from rekindle.data.errors import InputError
+from rekindle.data.inventory import shard_sets
+from rekindle.data.settings import parse_settings
+from rekindle.data.sharing.names import last_part, places_in, portable
+from rekindle.data.storage.base import Store
+from rekindle.data.storage.commits import Commit
+from rekindle.data.storage.manifest import WITHOUT_TEXT
+from rekindle.data.storage.records import ABOUT, RECORDS
+from rekindle.data.storage.seal import FORMAT_VERSION, SEAL, VERSION, seal, unseal
+from rekindle.data.storage.shards import Shard, write_shard
+from rekindle.data.storage.store import LocalStore
+from rekindle.data.targets.head import HEAD_FILES
+from rekindle.data.targets.kinds.registry import kind_of
+from rekindle.data.targets.reading.files import read_parts
+from rekindle.data.targets.schema import TeacherInfo
+from rekindle.data.writing import write_options
+
+CONFIG_FILE = "tokenizer_config.json"
+Done = Callable[[Commit], object]
+
+
+@dataclass
+class _Names:
+    """What the files of the text are called in the copy: their last parts, told apart by a number
+    where two of them are alike.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)
+
+    def add(self, place: str) -> None:
+        """Give a place its name."""
+        name = str(portable(place))
+        taken, number = {*self.found.values()}, 1
+        if place not in self.found:
+            while name in taken:
+                number += 1
+                name = f"{number}/{last_part(place)}"
+            self.found[place] = name
+
+    def in_corpus(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """A description of the corpus, or what a shard of it says of itself."""
+        told = dict(about)
+        if "config" in told:
+            config = dict(told["config"])
+            config["source"] = [self._name(place) for place in config["source"]]
+            if "without" in config:
+                config["without"] = portable(config["without"])
+            told["config"] = config
+        if "order" in told:
+            told["order"] = [self._name(place) for place in told["order"]]
+        for key in ("sources", "contents", "generated"):
+            if key in told:
+                told[key] = {self._name(place): of for place, of in told[key].items()}
+        if "generated" in told:
+            told["generated"] = portable(told["generated"])
+        return told
+
+    def _name(self, place: str) -> str:
+        return self.found.get(place) or str(portable(place))
+
+
+def _teacher(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of a teacher: names of labels and domains stay, whatever they look like."""
+    told = dict(about) | {"model": portable(about.get("model", ""))}
+    if "lineage" in told:
+        told["lineage"] = [
+            dict(run) | {"student": portable(run.get("student", ""))} for run in told["lineage"]
+        ]
+    return told
+
+
+def _of_others(folder: str, about: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+    """What a description in ``folder``, or a shard, says where others read it."""
+    kind = folder.partition("/")[0]
+    if kind == "corpus":
+        return names.in_corpus(about)
+    if kind == "targets":
+        if "teacher" in about:
+            return dict(about) | {"teacher": _teacher(about["teacher"])}
+        return _teacher(about) if "fingerprints" in about else dict(about)
+    return dict(about)
+
+
+def copy_for_others(
+    corpus: Corpus,
+    teachers: Collection[str],
+    into: Path,
+    with_text: bool,
+    done: Done = lambda commit: None,
+) -> LocalStore:
+    """Make the copy in the folder ``into``, with these teachers and, ``with_text``, the text.
+
+    The manifest is not written: it stands for what a reader finds, see ``Cache``. Every byte of
+    what is copied is held against its checksum. Raises CacheFormatError where one is damaged,
+    InputError for a provenance that names places of this machine.
+    """
+    store, made = corpus.store, LocalStore(into)
+    names = _names(corpus)
+    _check_provenance(store, teachers)
+    digests: dict[str, str] = {}  # of the corpus's shards in the copy, by those of the cache
+    for shards in shard_sets(store):
+        kind, _, rest = shards.folder.partition("/")
+        if kind == "targets" and rest.partition("/")[0] not in teachers:
+            continue
+        _describe(store, made, shards.folder, names)
+        if kind == "views" and not with_text:
+            continue
+        for unit, commit in shards.committed().items():
+            shard = shards.open(commit, direct=True)
+            shard.check()
+            copied = _copy(shard, shards.folder, made, names, digests)
+            if kind == "corpus":
+                digests[commit.sha256] = copied.sha256
+                if not with_text:
+                    made.discard(f"{shards.folder}/{copied.path}")
+            made.create(f"{shards.folder}/commits/{unit}.json", copied.to_bytes())
+            done(commit)
+    if not with_text:
+        made.create(WITHOUT_TEXT, seal({"shards": len(corpus.commits)}))
+    _copy_tokenizer(store, made)
+    return made
+
+
+def _names(corpus: Corpus) -> _Names:
+    names = _Names()
+    for addition in corpus.additions:
+        for place in (*addition.config["source"], *addition.order, *addition.sources):
+            names.add(place)
+    return names
+
+
+def _check_provenance(store: Store, teachers: Collection[str]) -> None:
+    """Raise InputError for imported teachers whose provenance, by which they are known, has places
+    of this machine.
+    """
+    for name in sorted(teachers):
+        imported = read_parts(store, name)[0].imported
+        if imported is not None and (places := places_in(imported.provenance)):
+            raise InputError(
+                f"the provenance of teacher {name!r} names a place of this machine ({places[0]}), "
+                "and is what the teacher is known by: import it again with another --provenance, "
+                "or name the teachers that are to be sent with --teacher"
+            )
+
+
+def _describe(store: Store, made: Store, folder: str, names: _Names) -> None:
+    """The sealed files beside the shards of a set; and an output matrix, as it is."""
+    for name in store.names(folder):
+        path = f"{folder}/{name}"
+        if path in (TOKENIZER_FILES, WITHOUT_TEXT) or name in (RECORDS, ABOUT):
+            continue
+        content = store.read_bytes(path)
+        if name.endswith(".json") and name not in HEAD_FILES:
+            values = store.parse_json(path, content)
+            body = unseal(values, f"{store.location}/{path}")
+            version = body.pop(VERSION, FORMAT_VERSION)
+            told = _of_others(folder, body, names)
+            if told != body or SEAL not in values:
+                content = seal(told, max(version, FORMAT_VERSION))
+        made.create(path, content)
+
+
+def _copy(
+    shard: Shard, folder: str, made: LocalStore, names: _Names, digests: Mapping[str, str]
+) -> Commit:
+    """The shard in the copy: the same file, or one that says nothing of this machine."""
+    commit = shard.commit
+    before = commit.facts.get("corpus_sha256")
+    facts = dict(commit.facts)
+    if isinstance(before, str):
+        facts["corpus_sha256"] = digests.get(before, before)
+    about = shard.metadata
+    told = _of_others(folder, about, names)
+    target = made.root / folder / commit.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if told == about:
+        source = Path(shard.name)
+        if source.is_file():
+            target.symlink_to(source.absolute())
+        else:
+            with open(target, "xb") as file:
+                for offset, length, _ in commit.regions:
+                    file.write(shard.source.region(offset, length))
+        return replace(commit, facts=facts)
+    schema = shard.schema.with_metadata({"rekindle": json.dumps(told, sort_keys=True)})
+    batches = (
+        pa.RecordBatch.from_arrays(shard.batch(number, keep=False).columns, schema=schema)
+        for number in range(shard.batch_count)
+    )
+    options = None
+    if about.get("kind") == "targets":
+        info = parse_settings(TeacherInfo, about.get("teacher"), shard.name)
+        options = write_options(kind_of(info))
+    written = write_shard(target, schema, batches, options)
+    return Commit(commit.unit, commit.path, *written, facts, commit.rows_per_batch)
+
+
+def _copy_tokenizer(store: Store, made: Store) -> None:
+    """The tokenizer's files, and their checksums."""
+    if not store.exists(TOKENIZER_FILES):  # of format 1
+        for name in store.names(TOKENIZER):
+            made.create(f"{TOKENIZER}/{name}", store.read_bytes(f"{TOKENIZER}/{name}"))
+        return
+    files = {}
+    for name in store.names(TOKENIZER):
+        content = store.read_bytes(f"{TOKENIZER}/{name}")
+        if name == CONFIG_FILE:
+            values = json.loads(content)
+            if (told := portable_config(values)) != values:
+                content = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+        made.create(f"{TOKENIZER}/{name}", content)
+        files[name] = hashlib.sha256(content).hexdigest()
+    made.create(TOKENIZER_FILES, seal(files))
+
+
+def portable_config(values: Any) -> Any:
+    """The settings of a model or tokenizer without the places that they name by keys of paths:
+    tokens and templates stay as they are, whatever they begin with.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: portable(one) if "path" in str(key) or str(key).endswith("_file") else one
+        for key, one in values.items()
+    }
+
+
+def files_of(made: LocalStore) -> dict[str, Path]:
+    """All files of a copy by their names in it, sorted."""
+    found = (path for path in made.root.rglob("*") if path.is_file())
+    names = {PurePosixPath(path.relative_to(made.root)).as_posix(): path for path in found}
+    return dict(sorted(names.items()))

@@ -1,0 +1,195 @@
+"""The hub that things are sent to, through huggingface_hub: who asks, what is there, what is sent.
+
+The token is huggingface_hub's business (HF_TOKEN, or its own login): it is never read into anything
+that is kept here, and no message repeats it.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rekindle.data.errors import InputError
+from rekindle.data.hub.places import OFFLINE, told_of_hub
+
+if TYPE_CHECKING:
+    pass
+
+# Of a commit: hubs take a few hundred files at a time well, and what is uploaded for one is lost
+# with it where it fails.
+MOST_FILES, MOST_BYTES = 200, 8 << 30
+
+
+@dataclass(frozen=True)
+class There:
+    """A repository as it is: whether it exists, is private, has the branch, what is in it."""
+
+    exists: bool = False
+    private: bool = False
+    branch: bool = False
+    head: str | None = None  # the commit of the branch
+    files: tuple[tuple[str, str], ...] = ()  # names, each with what tells its content
+
+
+class Hub:
+    """One repository, ``repo`` = OWNER/NAME, of that type; ``revision``: a branch."""
+
+    def __init__(self, repo: str, repo_type: str, revision: str | None):
+        from huggingface_hub import HfApi, constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(f"{OFFLINE}: nothing can be sent. Unset it")
+        self.repo, self.repo_type = repo, repo_type
+        self.revision = revision or constants.DEFAULT_REVISION
+        self._api: HfApi = HfApi(library_name="rekindle", library_version=version("rekindle-kd"))
+
+    @property
+    def url(self) -> str:
+        """Where people look at it."""
+        start = "datasets/" if self.repo_type == "dataset" else ""
+        return f"{self._api.endpoint}/{start}{self.repo}"
+
+    @property
+    def address(self) -> str:
+        """What Rekindle reads it by."""
+        start = "datasets/" if self.repo_type == "dataset" else ""
+        at = "" if self.revision == "main" else f"@{self.revision.replace('/', '%2F')}"
+        return f"hf://{start}{self.repo}{at}"
+
+    def check_login(self) -> str:
+        """The account's name; InputError without a token that the hub takes."""
+        with self._asking("your account"):
+            return str(self._api.whoami()["name"])
+
+    def look(self) -> There:
+        """The repository as it is now."""
+        about: dict[str, Any] = {"repo_type": self.repo_type}
+        with self._asking(self.repo):
+            try:
+                found: Any = self._api.repo_info(self.repo, **about)
+            except Exception as error:
+                if "RepositoryNotFound" not in type(error).__name__:
+                    raise
+                return There()
+            private = bool(found.private)
+            refs = self._api.list_repo_refs(self.repo, **about)
+            head = {ref.name: ref.target_commit for ref in refs.branches}.get(self.revision)
+            if head is None:
+                return There(True, private)
+            tree = self._api.list_repo_tree(self.repo, recursive=True, revision=head, **about)
+            files = tuple((one.path, _state_of(one)) for one in tree if hasattr(one, "size"))
+        return There(True, private, True, head, files)
+
+    def read(self, name: str, there: There) -> bytes:
+        """A small file that is there."""
+        with self._asking(f"{self.repo}/{name}"):
+            found = self._api.hf_hub_download(
+                self.repo, name, repo_type=self.repo_type, revision=there.head
+            )
+            return Path(found).read_bytes()
+
+    def make(self, there: There, private: bool) -> None:
+        """Make the repository and the branch, as far as they are not there."""
+        about: dict[str, Any] = {"repo_type": self.repo_type}
+        with self._asking(self.repo):
+            if not there.exists:
+                self._api.create_repo(self.repo, private=private, exist_ok=True, **about)
+            if not there.branch and self.revision != "main":
+                self._api.create_branch(self.repo, branch=self.revision, exist_ok=True, **about)
+
+    def commit(
+        self, files: Mapping[str, Path | bytes], gone: Collection[str], message: str
+    ) -> None:
+        """Send some files, and remove those that are ``gone``, in one commit."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        operations: list[Any] = [
+            CommitOperationAdd(name, one if isinstance(one, bytes) else str(one))
+            for name, one in files.items()
+        ]
+        operations += [CommitOperationDelete(name) for name in sorted(gone)]
+        with self._asking(self.repo):
+            self._api.create_commit(
+                self.repo,
+                operations,
+                commit_message=message,
+                repo_type=self.repo_type,
+                revision=self.revision,
+            )
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """Errors of the hub become one message, without the token; its own bars stay away."""
+        from huggingface_hub.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+
+        shown = not are_progress_bars_disabled()
+        if shown:
+            disable_progress_bars()
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # of the network, of rights, of what was sent: no common base
+            raise InputError(
+                f"{what}: {told_of_hub(error)}. What was sent before this stays, and the same "
+                "command goes on"
+            ) from None
+        finally:
+            if shown:
+                enable_progress_bars()
+
+
+def _state_of(entry: Any) -> str:
+    """What tells the content of a file that is there."""
+    lfs = getattr(entry, "lfs", None)
+    return f"sha256:{lfs.sha256}" if lfs is not None else f"git:{entry.blob_id}"
+
+
+def differing(files: Mapping[str, Path | bytes], there: There) -> list[str]:
+    """The names of those files that are not there as they are here, in order."""
+    known = dict(there.files)
+    return [name for name, one in files.items() if not _is_same(one, known.get(name, ""))]
+
+
+def _is_same(one: Path | bytes, state: str) -> bool:
+    kind, _, told = state.partition(":")
+    if kind not in ("sha256", "git"):
+        return False
+    content = one if isinstance(one, bytes) else None
+    size = len(content) if content is not None else Path(str(one)).stat().st_size
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(f"blob {size}\0".encode())
+    if content is not None:
+        digest.update(content)
+    else:
+        with open(str(one), "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() == told
+
+
+def batches(
+    names: Sequence[str], size: Callable[[str], int], is_last: Callable[[str], bool]
+) -> list[list[str]]:
+    """The files of each commit: of bounded number and bytes; those that are small and say what
+    there is all in the last one, which makes the rest count.
+    """
+    found: list[list[str]] = [[]]
+    taken = 0
+    for name in (one for one in names if not is_last(one)):
+        if found[-1] and (len(found[-1]) >= MOST_FILES or taken + size(name) > MOST_BYTES):
+            found.append([])
+            taken = 0
+        found[-1].append(name)
+        taken += size(name)
+    last = [name for name in names if is_last(name)]
+    if len(found[-1]) + len(last) > 2 * MOST_FILES:
+        found.append([])
+    found[-1] += last
+    return [one for one in found if one]

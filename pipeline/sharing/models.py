@@ -1,0 +1,145 @@
+"""The files of a model that are sent: what it needs, its card, and how it was made; nothing else.
+
+Checkpoints, logs, and answers to single texts (``predictions.jsonl``) stay here. What is sent says
+nothing of this machine.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rekindle.data.errors import InputError
+from rekindle.data.sharing.card import licence_of
+from rekindle.data.sharing.copy import portable_config
+from rekindle.data.sharing.names import is_place, last_part, portable
+from rekindle.pipeline.yaml_text import parse_yaml
+from rekindle.train.export.card import CARD_FILE
+from rekindle.train.model.folder import ABOUT_FILE, ADAPTER_FILE, SETTINGS_FILE, own_files
+
+MODULES = "modules.json"  # of sentence-transformers: the folders of its parts
+# As save_pretrained writes them: settings, whose keys of paths are made portable.
+_SETTINGS = (SETTINGS_FILE, "generation_config.json", "tokenizer_config.json", ADAPTER_FILE)
+_AS_THEY_ARE = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"),
+    *(MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("model.safetensors.index.json", "metrics.jsonl"),
+)
+_MODELS = ("*.model",)  # of sentencepiece
+_RECORDS = (ABOUT_FILE, "metrics.json", "summary.json", "export.json")  # of ours
+
+
+def model_files(
+    folder: Path, place: str, repo: str
+) -> tuple[str, dict[str, Path | bytes], list[str]]:
+    """What the model in ``folder`` is (student, expert, model), the files that are sent by their
+    names, and what is said of it. ``place``: as it was given; ``repo``: where it goes.
+    """
+    files: dict[str, Path | bytes] = {}
+    told: list[str] = []
+    for path in own_files(folder) if (folder / SETTINGS_FILE).is_file() or _adapter(folder) else ():
+        files[path.name] = path
+    for path in _parts(folder):
+        files[path.relative_to(folder).as_posix()] = path
+    for name in _AS_THEY_ARE:
+        if (folder / name).is_file():
+            files[name] = folder / name
+    for pattern in _MODELS:
+        files |= {path.name: path for path in folder.glob(pattern)}
+    for name in (*_SETTINGS, *_RECORDS):
+        if (folder / name).is_file():
+            files[name] = _portable_json(folder / name, whole=name in _RECORDS)
+    if (run := folder / "run.yaml").is_file():
+        files[run.name] = _portable_yaml(run)
+    card = _card(folder, place, repo)
+    files[CARD_FILE] = card.encode()
+    if licence_of(card) is None:
+        told.append(
+            f"its card names no licence: put `license: …` into the block at the top of "
+            f"{place}/{CARD_FILE}, and send it again"
+        )
+    told += _told_of_base(folder)
+    return _kind(folder), dict(sorted(files.items())), told
+
+
+def _adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_FILE).is_file()
+
+
+def _kind(folder: Path) -> str:
+    if (folder / ABOUT_FILE).is_file():
+        return "student"
+    metrics = folder / "metrics.json"
+    return "expert" if metrics.is_file() and b"finetune" in metrics.read_bytes() else "model"
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    """The files of the parts of a sentence encoder, in folders of their own."""
+    if not (folder / MODULES).is_file():
+        return
+    for module in json.loads((folder / MODULES).read_bytes()):
+        name = str(module.get("path", ""))
+        if not name or ".." in name or name.startswith("/"):
+            continue
+        for pattern in ("*.json", "*.safetensors", "*.txt", "*.model"):
+            yield from sorted((folder / name).glob(pattern))
+
+
+def _portable_json(path: Path, whole: bool) -> Path | bytes:
+    """A file of settings without the places in it: of our records all, of others' those of keys
+    that are paths. The file itself where it names none.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError:
+        raise InputError(f"{path} is not JSON: it is damaged. Nothing was sent") from None
+    found = portable_record(values) if whole else portable_config(values)
+    if found == values:
+        return path
+    return (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+_WORDS = ("label_names", "labels", "domains", "class_counts", "dropped", "heads", "positive")
+
+
+def portable_record(value: Any) -> Any:
+    """As ``portable``, but that names of labels and domains stay, whatever they look like."""
+    if isinstance(value, dict):
+        return {
+            str(portable(key)): one if key in _WORDS else portable_record(one)
+            for key, one in value.items()
+        }
+    return [portable_record(one) for one in value] if isinstance(value, list) else portable(value)
+
+
+def _portable_yaml(path: Path) -> bytes:
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    text: str = yaml.safe_dump(portable_record(values), sort_keys=False, allow_unicode=True)
+    return text.encode()
+
+
+def _card(folder: Path, place: str, repo: str) -> str:
+    """The card that lies there, in which the folder has the name of the repository."""
+    path = folder / CARD_FILE
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {last_part(repo)}\n"
+    own = {str(folder), str(folder.absolute()), str(folder.resolve()), place, place.rstrip("/")}
+    for name in sorted(own, key=len, reverse=True):
+        if is_place(name) or "/" in name:
+            card = card.replace(name, repo)
+    return card
+
+
+def _told_of_base(folder: Path) -> Iterator[str]:
+    """Of an adapter whose base is a folder of ours."""
+    if not _adapter(folder):
+        return
+    base = json.loads((folder / ADAPTER_FILE).read_bytes()).get("base_model_name_or_path")
+    if isinstance(base, str) and (is_place(base) or Path(base).exists()):
+        yield (
+            f"it is an adapter, and its base is a folder of this machine ({last_part(base)}): "
+            "others need it, too. Send it, and put its id into base_model_name_or_path in "
+            f"{ADAPTER_FILE}; or send what `pipeline merge-adapter` makes"
+        )
