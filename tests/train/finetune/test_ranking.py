@@ -96,7 +96,7 @@ def test_clicks_are_0_and_1_and_what_says_nothing_is_left_out_and_said(tmp_path)
     ]
     data = read_task(write(tmp_path / "t.jsonl", rows))[0]
     assert data.labels.tolist() == [1, 0, 0, 0, 0, 0, 0]
-    told = "7 rows in 3 groups of 1 to 3, grades 0 to 1; 2 of the groups have one document"
+    told = "7 rows in 3 groups of 1 to 3, grades 0 to 1; 2 groups of one document"
     assert told in data.described()
     (tmp_path / "t.csv").write_text(
         "query,document,label\nq,a,True\nq,b,false\nq,c,TRUE\n", encoding="utf-8"
@@ -113,7 +113,7 @@ OTHER = ROW | {"document": "a new engine", "label": 0}
     [
         ([ROW, OTHER, {**ROW, "label": -1}], "row 3: label -1 is negative"),
         ([ROW, OTHER, {**ROW, "label": float("nan")}], "row 3: label is missing (given: nan)"),
-        ([ROW, OTHER, {**ROW, "label": "good"}], "row 3: label 'good' is a word, and row 1 has 1"),
+        ([ROW, OTHER, {**ROW, "label": "good"}], "row 3: label 'good' is a word, but row 1 has 1"),
         ([ROW, OTHER, {**ROW, "label": True}], "row 3: label True is a boolean, but row 1 has 1"),
         ([ROW, OTHER, {**ROW, "group": None}], "row 3: group must be the id of the row's query"),
         ([ROW, OTHER, {**ROW, "group": [1]}], "given: [1], a list"),
