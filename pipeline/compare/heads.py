@@ -22,11 +22,13 @@ from rekindle.pipeline.compare.standing import Draws, OnRows, Right, Standing, d
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.train.answers.config import AskConfig
+from rekindle.train.answers.encoder import open_asked
 from rekindle.train.answers.evaluate import check_pairs
-from rekindle.train.answers.judge import open_judge
+from rekindle.train.answers.judge import Judge, open_judge
 from rekindle.train.answers.labelled import as_asked, read_labelled
 from rekindle.train.answers.recorded import Recorded, as_its_own, recorded
 from rekindle.train.answers.score import judged_scores
+from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import (
@@ -197,8 +199,9 @@ def _standing(
     scores: dict[str, list[float]] = {one.name: [] for one in (*students, *experts)}
     draws: dict[str, Draws] = {}
     rights: dict[str, Right] = {}
+    vectors = saved_heads(Path(students[0].place))[head].pooling  # None: no vectors
     for one in (*experts, *students):
-        judge, before = open_judge(one.place, one.head), one.before
+        judge, before = _opened(one, vectors, config), one.before
         asked = as_its_own(config, before, one.name)
         data = read_labelled(file, judge, asked)
         check_pairs(before, data.pairs is not None, one.place, file)
@@ -220,6 +223,19 @@ def _standing(
     standing = standing_of(task_scores, OnRows(size, draws, rights, unit))
     assert standing is not None  # at least one has the head
     return standing
+
+
+def _opened(one: _Entrant, vectors: str | None, config: AskConfig) -> Judge:
+    """Load what is asked. Of a head that gives ``vectors`` (pooled so) these are its student's
+    folder, sentence encoders, and plain ones, which are pooled as the student is.
+    """
+    if vectors is None:
+        return open_judge(one.place, one.head)
+    plain = not is_encoder_folder(resolve_model(one.place, check_encoder_folder))
+    asked = config.model_copy(update={"pooling": (config.pooling or vectors) if plain else None})
+    if plain:
+        log.info("%s is no sentence encoder: its states are pooled by %s", one.name, asked.pooling)
+    return open_asked(one.place, None, asked, pairs=True)
 
 
 def _mean_of(each: NDArray[np.float64]) -> Score:

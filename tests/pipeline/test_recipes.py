@@ -80,7 +80,8 @@ def variations(text: str) -> list[tuple[list[str], list[str]]]:
     found = []
     for line in text.splitlines():
         comment = line.partition("#")[2]
-        if "pipeline generate" in comment:  # whose settings are no keys of a run
+        # whose settings are no keys of a run
+        if "pipeline generate" in comment or "pipeline compare" in comment:
             continue
         if start := re.search(r"--(set|sweep) ", comment):
             options = list(pairwise(shlex.split(comment[start.start() :])))
@@ -181,7 +182,7 @@ def run(run_stages, hasty_home):
 
 
 # Those that the tests of what single recipes promise run anyway.
-RUN_BELOW = {"uegp", "ki-domain", "muki"}
+RUN_BELOW = {"uegp", "ki-domain", "muki", "embed"}
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {*CYCLES} - RUN_BELOW))
@@ -196,6 +197,20 @@ def test_it_runs_as_it_is(name, run_stages, built_in_home):
 
 
 # --- what single recipes promise ------------------------------------------------------------------
+
+
+def test_a_student_of_vectors_stands_beside_its_teacher_and_an_untaught_one(run, command):
+    run("embed")
+    (line,) = [one for one in commands(read_recipe("embed"), Path("run.yaml")) if "compare" in one]
+    code, said, errors = command(*shlex.split(line)[1:])
+    assert code == 0, errors
+    rows = [one.split() for one in said.splitlines() if "0." in one]
+    assert {"student", "expert"} <= {row[0] for row in rows}
+    assert "ndcg@10" in said
+    assert "expert bert is no sentence encoder: its states are pooled by mean" in errors
+    code, said, errors = command(*shlex.split(line)[1:-2], "--metric", "spearman", "--json")
+    assert code == 0, errors
+    assert '"spearman"' in said
 
 
 @pytest.mark.parametrize("name", ["ki-mlm", "ki-clm", "ki-domain"])
