@@ -141,7 +141,11 @@ def to_device(
             target = target.interpolating(temperature_between == "interpolate")
             targets[name] = _device_targets(batch, target, rows, at, ks.get(name), device)
             continue
-        assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
+        if not isinstance(target, SequenceTargetBatch | TokenLabelBatch):
+            raise InputError(
+                f"teacher {name!r} ({target.info.task}) gives vectors, which need no decoding: "
+                f"take batch.targets[{name!r}].rows and .vectors, and read the others alone"
+            )
         view = target.info.view if target.info.shown.paired else ""
         if view not in shown:
             shown[view] = inputs_of(batch, target.info.view, device)
