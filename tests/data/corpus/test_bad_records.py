@@ -30,7 +30,7 @@ BAD = [
         "a key twice",
         "the key 'x' appears twice",
     ),
-    (b'{"text": "a", "text": "b"}', "a key twice", "the key 'text' stands twice"),
+    (b'{"text": "a", "text": "b"}', "a key twice", "the key 'text' appears twice"),
     (b"[1]", "no object", "each line must be one JSON object"),
     (b'{"text": "\xff", "domain": "d"}', "not UTF-8", "not UTF-8"),
     (b'{"domain": "d"}', "no text", "no field 'text'"),
