@@ -156,7 +156,12 @@ def test_two_processes_train_the_student_of_one(world, still, tmp_path):
     run(world, tmp_path / "alone", train, model=still)
     shared = {**train.model_dump(mode="json"), "micro_batch_sequences": 2}
     jobs = [
-        {"student": {"model": str(still)}, "train": shared, "out": str(tmp_path / "two")},
+        {
+            "student": {"model": str(still)},
+            "train": shared | {"parallel": parallel},
+            "out": str(tmp_path / parallel),
+        }
+        for parallel in ("ddp", "fsdp")
     ]
     given = tmp_path / "jobs.json"
     given.write_text(json.dumps({"cache": str(world.path), "jobs": jobs}))
@@ -166,7 +171,9 @@ def test_two_processes_train_the_student_of_one(world, still, tmp_path):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
     end_well(forked_world(work))
-    assert_same_run(tmp_path / "two", tmp_path / "alone")
+    for parallel in ("ddp", "fsdp"):
+        assert_same_run(tmp_path / parallel, tmp_path / "alone")
+        assert (tmp_path / parallel / "1_Pooling" / "config.json").is_file()
 
 
 def test_a_loop_of_ones_own_has_the_vectors(world):
