@@ -290,9 +290,13 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
         if example.trained is None:  # all of it is trained
             del shown["trained"]
+        if example.group is None:
+            del shown["group"]
         shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
         return json.dumps(for_json(shown)) + "\n"
     lines = [f"example {index} · {example.digest} · document {example.document}"]
+    if example.group is not None:
+        lines[0] += f" · group {in_line(example.group)}"
     lines.append(example.text or cache.texts[index])
     if example.trained is not None:
         lines.append(_trained_line(example, cache.corpus.tokenizer))

@@ -297,6 +297,28 @@ def test_all_rows_together_score_what_the_model_scores(kind):
             assert by_row.mean() == pytest.approx(value)
 
 
+def test_rankers_stand_with_intervals_over_the_groups(write, make_model, wordpiece, tmp_path):
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
+    score = HeadConfig(kind="sequence", num_labels=1, problem="regression")
+    runs = [write(name, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    for seed, run in enumerate(runs, start=1):
+        saved_student(run, model, {"search": score}, seed)
+    random = np.random.default_rng(4)
+    rows = [
+        {"query": f"river {n % 40}", "document": " ".join(random.choice(WORDS, 4)), "group": n % 40}
+        | {"label": n // 40 if n % 40 else 1}
+        for n in range(160)
+    ]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (one,) = with_heads(compare_runs(runs), [f"search={path}"], None, SILENT).standings
+    assert (one.scores.metric, one.rows, one.unit) == ("ndcg@10", 39, "group")
+    for name, run in zip("ab", runs, strict=True):
+        own = evaluate_file(str(run), str(path), head="search")
+        assert one.scores.scores[name] == [pytest.approx(own.value)]
+    assert one.differences[0].low < one.differences[0].mean < one.differences[0].high
+
+
 def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, monkeypatch):
     """Its draws, or the texts of its tasks."""
     monkeypatch.chdir(tmp_path)
