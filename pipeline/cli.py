@@ -224,7 +224,7 @@ def rekindle(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Knowledge rekindling, whole: experts, cache, guided students, experts again, comparison.
+    """Run the whole cycle: experts, cache, guided students, experts again, comparison.
 
     Resumes by itself: finished parts are left alone.
     """

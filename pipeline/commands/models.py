@@ -200,9 +200,7 @@ def predict(
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Write the predictions of an expert, or of a student's head, for each row: labels and
-    probabilities.
-    """
+    """Predict each row with an expert, or a student's head: labels and probabilities."""
     if as_json and out == "-":
         raise InputError("--json and --out - would both write to stdout; give a file with --out")
     from rekindle.pipeline.commands import asking

@@ -142,7 +142,7 @@ def test_a_curriculum_of_less_than_a_batch_is_refused(causal_world):
     ("values", "line"),
     [
         ({"steps": 60}, "train.warmup_steps is not given: 6 of 60 steps, a tenth"),
-        ({"batch_sequences": 5000}, r"batch_sequences is 5000, and only \d+ sequences of"),
+        ({"batch_sequences": 5000}, r"batch_sequences is 5000, but only \d+ sequences of"),
         (
             {"objective": {"hard": {"weight": FALLING | {"to": 0.5}}}, "steps": 50},
             r"hard.weight is 1 for one step and 0.5 from then on: over 0.01 of 50 steps is less",

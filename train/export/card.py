@@ -81,7 +81,7 @@ def student_card(
 
 
 def _vectors(where: str, student: Student, encoder: Encoder | None) -> list[str]:
-    """How to use a student as a sentence encoder, or why it is none yet."""
+    """Return how to use a student as a sentence encoder, or why it cannot be used as one."""
     names = [name for name, head in student.head_configs.items() if head.kind == "embedding"]
     if not names:
         return []

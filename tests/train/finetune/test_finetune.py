@@ -541,7 +541,7 @@ def test_a_token_that_the_model_has_no_row_for_is_named(wordpiece, bert):
     data = TaskData(["the river"], None, np.zeros(1, np.int64), ("x", "y"))
     largest = max(encode(tokenizer.hf, config, data, 11).input_ids[0])
     config.vocab_size = largest
-    told = rf"gives id {largest} \('\S+'\), and the model's embedding has {largest} rows"
+    told = rf"gives id {largest} \('\S+'\), but the model's embedding has {largest} rows"
     with pytest.raises(InputError, match=told):
         encode(tokenizer.hf, config, data, 11)
     config.vocab_size = largest + 1

@@ -103,7 +103,7 @@ def test_a_metric_must_fit_its_problem(problem):
 
 def test_f1_of_two_classes_needs_a_positive_one():
     two = TaskData(["a"], None, np.zeros(1, np.int64), ("ham", "spam"))
-    with pytest.raises(InputError, match=r"f1 is that of one .* positive=spam"):
+    with pytest.raises(InputError, match=r"f1 needs one .* positive=spam"):
         chosen_metric("f1", two)
     assert chosen_metric("f1", replace(two, positive="ham")) == "f1"
     guess, truth = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])

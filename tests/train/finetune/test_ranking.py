@@ -113,7 +113,7 @@ OTHER = ROW | {"document": "a new engine", "label": 0}
     [
         ([ROW, OTHER, {**ROW, "label": -1}], "row 3: label -1 is negative"),
         ([ROW, OTHER, {**ROW, "label": float("nan")}], "row 3: label is missing (given: nan)"),
-        ([ROW, OTHER, {**ROW, "label": "good"}], "row 3: label 'good' is a word, and row 1 has 1"),
+        ([ROW, OTHER, {**ROW, "label": "good"}], "row 3: label 'good' is a word, but row 1 has 1"),
         ([ROW, OTHER, {**ROW, "label": True}], "row 3: label True is a boolean, but row 1 has 1"),
         ([ROW, OTHER, {**ROW, "group": None}], "row 3: group must be the id of the row's query"),
         ([ROW, OTHER, {**ROW, "group": [1]}], "given: [1], a list"),

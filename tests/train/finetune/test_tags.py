@@ -97,14 +97,14 @@ def test_tags_that_are_numbers_have_names_or_are_said_to_be_labels(tmp_path):
         ({"tokens": ["a"], "tags": None}, {}, ["row 2", "missing", "drop_labels=[null]"]),
         ({"tokens": None, "tags": ["O"]}, {}, ["row 2", "tokens must be a list", "missing"]),
         ({"tokens": [1], "tags": ["O"]}, {}, ["row 2", "tokens must be a list", "1, a int"]),
-        ({"tokens": ["a"], "tags": [None]}, {}, ["row 2", "None in a list is no label"]),
+        ({"tokens": ["a"], "tags": [None]}, {}, ["row 2", "None in a list is not a label"]),
         ({"tokens": ["\ud800"], "tags": ["O"]}, {}, ["row 2", "half of a surrogate pair"]),
         ({"tokens": ["a"], "tags": ["b-ORG"]}, {}, ["row 2", "'b-ORG'", "blanks or case"]),
         ({"tokens": ["a"], "tags": ["O"]}, {"positive": "O"}, ["positive is 'O'"]),
         (
             {"tokens": ["a"], "tags": ["O"]},
             {"text_field": ["tokens", "tags"]},
-            ["tokens and tags are two fields", "no pairs", "the one column"],
+            ["tokens and tags are two fields", "not pairs", "the one column"],
         ),
     ],
 )

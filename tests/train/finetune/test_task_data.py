@@ -250,7 +250,7 @@ def test_what_is_left_out_is_a_label_of_the_files(tmp_path):
     assert left(sections, ["1.10"], problem="classification") == (("1.1", "1.2"), {"1.10": 1})
     assert left(["a", "b"], [None]) == (("a", "b"), {})
     for labels, drop, told in (
-        (["a", "b", "unknown"], "unkown", r"no label of .*jsonl .*did you mean 'unknown'\?"),
+        (["a", "b", "unknown"], "unkown", r"not a label of .*jsonl .*did you mean 'unknown'\?"),
         (["09", "10", "11"], 9, 'write "09"'),
         (sections, [1.2, "1.3"], "'1.3'"),
     ):

@@ -184,7 +184,7 @@ def test_outputs_that_do_not_fit_are_refused(causal_world):
     refused("sent with 'lm' at temperature 1, but it is taught at 2", targets=cold)
     with pytest.raises(InputError, match="but the batch has 3 sequences of"):
         teaching.hidden_loss(logits[:, 1:], torch.zeros(size, size), targets, labels)
-    with pytest.raises(InputError, match="masked_view is 'm', and a causal_lm student is shown no"):
+    with pytest.raises(InputError, match="masked_view is 'm', but a causal_lm student is shown no"):
         Distillation(cache, ["lm"], masked_view="m")
 
 

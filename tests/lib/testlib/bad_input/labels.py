@@ -29,7 +29,7 @@ ROWS = (
     Bad("no such labels", "finetune lm --train none.jsonl --dev dev.jsonl --out new",
         "'none.jsonl'", "no such file", "give a jsonl, csv, tsv or parquet file"),
     Bad("a folder of labels", "finetune lm --train tokens --dev dev.jsonl --out new", "'tokens'",
-        "is no file", "give a jsonl, csv, tsv or parquet file"),
+        "is not a file", "give a jsonl, csv, tsv or parquet file"),
     Bad("labels of an unknown ending", "finetune lm --train run.yaml --dev dev.jsonl --out new",
         "run.yaml", "unknown type of file", "rename or convert it"),
     Bad("an empty file of labels", TUNE, "dev.jsonl", "has no rows", "at least one labelled",

@@ -21,6 +21,7 @@ from rekindle.pipeline.checks.audit import audit_cache
 from rekindle.pipeline.checks.inspect import inspect_cache
 from rekindle.pipeline.checks.judge import judge_vectors
 from rekindle.pipeline.checks.verify import verify_cache
+from rekindle.train.to_device import to_device
 from testlib.caches import examples
 from testlib.encoders import encoder_folder
 from testlib.run_alone import model_of
@@ -100,6 +101,8 @@ def test_a_batch_has_them_as_float32(cache):
         assert target.rows.tolist() == rows
         for row, vector in zip(rows, target.vectors, strict=True):
             assert np.array_equal(vector, cache.example(row).targets[name][0].vector)
+    with pytest.raises(InputError, match=r"batch\.targets\['whole'\]\.rows"):
+        to_device(batch, "cpu")
     target = batch.targets["some"]
     part = target.take(slice(1, len(index) - 1))
     inside = (target.rows >= 1) & (target.rows < len(index) - 1)
