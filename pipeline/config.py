@@ -36,7 +36,9 @@ _PLACEHOLDERS = ("text", "label")
 class CacheConfig(Settings):
     """Where the cache is and how examples are shown."""
 
-    path: Free[Place] = Field(description="local path, s3://…, gs://…")
+    path: Free[Place] = Field(
+        description="local path, s3://…, gs://…; hf://datasets/OWNER/NAME to read one from a hub"
+    )
     sequences_per_shard: Annotated[int | None, Formerly(MOST)] = Field(
         None,
         gt=0,

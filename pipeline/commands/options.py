@@ -93,7 +93,7 @@ def _without_scheme(place: str | Path) -> str:
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]
 CachePath = Annotated[
-    str, typer.Argument(metavar="CACHE", help="a cache: local path, s3://…, gs://…")
+    str, typer.Argument(metavar="CACHE", help="a cache: local path, s3://…, hf://datasets/…")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print machine-readable results")]
 Overrides = Annotated[
@@ -115,7 +115,9 @@ Students = Annotated[
     ),
 ]
 
-ModelPlace = Annotated[str, typer.Argument(metavar="MODEL", help="a model directory or hub id")]
+ModelPlace = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a model directory, hub id, s3://… or hf://…")
+]
 Metric = Annotated[
     str | None, typer.Option(help="the main score: accuracy, f1, matthews, pearson, …")
 ]
