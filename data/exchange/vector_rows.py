@@ -19,11 +19,11 @@ FIELDS = ("vector",)
 
 @dataclass
 class VectorRows:
-    """Reads the rows of one sentence encoder: a ``vector`` each, all as long as the first."""
+    """Reads the rows of one sentence encoder: a ``vector`` each, all of the first one's length."""
 
     corpus: Corpus
     info: TeacherInfo
-    errors: list[float] = field(default_factory=list, init=False)  # 1 − cosine, of each row
+    errors: list[float] = field(default_factory=list, init=False)  # 1 − cosine, for each row
 
     @classmethod
     def begin(cls, corpus: Corpus, config: ImportConfig, view: str, row: Row) -> "VectorRows":

@@ -1,8 +1,8 @@
-"""What ``hf://`` addresses name: a repository of a model hub, at a revision. It is only read here.
+"""Addresses ``hf://``: a repository of a model hub at a revision. Hubs are only read here.
 
-``hf://datasets/OWNER/NAME[@REVISION][/PATH]`` is a repository of data, where caches are;
-``hf://OWNER/NAME[@REVISION][/PATH]`` one of a model. Who asks, and with which token, is the
-business of huggingface_hub.
+``hf://datasets/OWNER/NAME[@REVISION][/PATH]`` is a data repository, for caches;
+``hf://OWNER/NAME[@REVISION][/PATH]`` one of a model. huggingface_hub decides which account and
+token are used.
 """
 
 import re
@@ -25,7 +25,7 @@ OFFLINE = "HF_HUB_OFFLINE is set, so that the hub is not asked"
 
 @dataclass(frozen=True)
 class HubPlace:
-    """A place in a repository: of which kind, of whom, at which revision, and where in it."""
+    """A place in a repository: its kind, owner and name, its revision, and the path in it."""
 
     kind: str  # dataset or model, as huggingface_hub calls them
     repo: str  # OWNER/NAME
@@ -33,7 +33,7 @@ class HubPlace:
     path: str
 
     def at(self, revision: str) -> str:
-        """Its address at a revision."""
+        """Return its address at a revision."""
         start = f"{DATASETS}/" if self.kind == "dataset" else ""
         # A branch may have a slash in its name.
         shown = revision if revision.startswith("refs/") else revision.replace("/", "%2F")
@@ -41,12 +41,12 @@ class HubPlace:
 
 
 def is_hub(place: object) -> bool:
-    """Whether ``place`` is an address on a hub."""
+    """Return whether ``place`` is an address on a hub."""
     return isinstance(place, str) and place.startswith(HUB)
 
 
 def hub_place(address: str) -> HubPlace:
-    """What an address names; InputError where it is none of a repository."""
+    """Return the place of an address; raise InputError if it is not that of a repository."""
     found = _ADDRESS.fullmatch(address.rstrip("/"))
     if found is None or found["repo"].startswith((f"{DATASETS}/", "spaces/", "buckets/")):
         raise InputError(f"{address!r} is no place on a hub; give {_FORMS}")
@@ -56,7 +56,7 @@ def hub_place(address: str) -> HubPlace:
 
 
 def refuse_offline(address: str) -> None:
-    """Raise InputError where huggingface_hub has been told to ask no hub."""
+    """Raise InputError if huggingface_hub is set to ask no hub."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -67,9 +67,9 @@ def refuse_offline(address: str) -> None:
 
 
 def pinned(address: str) -> str:
-    """The same address at the commit that its revision is now: what is read is of one state.
+    """Return the address at the commit that its revision is now: all reads see one state.
 
-    Raises InputError where there is no such repository or revision, or it cannot be reached.
+    Raises InputError if there is no such repository or revision, or it cannot be reached.
     """
     place = hub_place(address)
     refuse_offline(address)
@@ -83,8 +83,8 @@ def pinned(address: str) -> str:
 
 
 def hub_folder(address: str) -> Path:
-    """The local folder of a model on a hub, in the cache of huggingface_hub: downloaded, or,
-    without a network, as it was downloaded before. Raises InputError where there is none.
+    """Return the local folder of a model on a hub, in huggingface_hub's cache: downloaded, or,
+    without a network, as downloaded before. Raises InputError if there is none.
     """
     from huggingface_hub import snapshot_download
 
@@ -108,7 +108,7 @@ def hub_folder(address: str) -> Path:
 
 
 def told_of_hub(error: BaseException) -> str:
-    """What a hub, or its client, says against a request, with the way out; no token is in it."""
+    """Return why a hub, or its client, failed, with the way out; without any token."""
     name = type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if name in ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "IncompleteSnapshotError"):
@@ -134,7 +134,7 @@ def told_of_hub(error: BaseException) -> str:
 
 
 def without_token(text: str) -> str:
-    """``text`` without the token that is used here, and without what looks like one."""
+    """Return ``text`` without the token used here, and without anything that looks like one."""
     from huggingface_hub import get_token
 
     own = get_token()

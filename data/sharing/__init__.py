@@ -1,1 +1,1 @@
-"""What of a cache others may see: its card, and a copy that says nothing of this machine."""
+"""Share a cache: its card, and a copy that reveals nothing of this machine."""

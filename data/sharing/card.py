@@ -1,8 +1,7 @@
-"""The card (README.md) of a cache: what is in it, from which teachers and text, how to read it.
+"""The card (README.md) of a cache: its content, its teachers and text, and how to read it.
 
-It stands beside what it tells of, and is no part of it: no checksum is over it, nothing reads it
-but people and hubs. What somebody has added (a licence in the block, words outside of the marks)
-stays.
+It is beside the cache and not part of it: no checksum covers it, and only people and hubs read it.
+What somebody has added (a licence in the block, words outside the marks) stays.
 """
 
 import re
@@ -31,7 +30,7 @@ TASKS = {
     "embedding": "sentence-similarity",
 }
 KEPT = ("license", "license_name", "license_link", "language", "pretty_name")  # what people set
-SOURCES = 5  # that a card names
+SOURCES = 5  # that a card lists
 _SIZES = {10 ** (3 + 3 * n + m): f"{10**m}{unit}" for n, unit in enumerate("KMB") for m in range(3)}
 _SIZES[10**12] = "1T"
 _BLOCK = re.compile(r"---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
@@ -40,7 +39,7 @@ _BLOCK = re.compile(r"---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 def write_card(
     store: Store, corpus: Corpus, teachers: Mapping[str, TeacherReader], version: int
 ) -> None:
-    """Write the card of a cache that is complete, where it is not there as it should be.
+    """Write the card of a complete cache, unless it is up to date.
 
     A cache that cannot be written to is left as it is.
     """
@@ -66,9 +65,9 @@ def cache_card(
     with_text: bool = True,
     before: str = "",
 ) -> str:
-    """The card. ``address``: where others find the cache (None: in the card's own folder);
-    ``with_text``: whether its text is there, too; ``before``: the card as it is, of which some
-    stays.
+    """Return the card. ``address``: where others find the cache (None: in the card's own folder);
+    ``with_text``: whether its text is there too; ``before``: the current card, of which some parts
+    stay.
     """
     block, around = _taken_apart(before)
     body = [
@@ -99,7 +98,7 @@ def _metadata(
     before: Mapping[str, Any],
     with_text: bool,
 ) -> str:
-    """The block that hubs read, as YAML."""
+    """Return the block that hubs read, as YAML."""
     kept: dict[str, Any] = {key: before[key] for key in KEPT if before.get(key)}
     tasks = [TASKS[one.info.task] for one in teachers.values() if one.info.task in TASKS]
     values: dict[str, Any] = kept | {
@@ -118,7 +117,7 @@ def _metadata(
 
 
 def _size_of(rows: int) -> str:
-    """The hub's word for so many rows."""
+    """Return the hub's category for so many rows."""
     before = None
     for most, word in _SIZES.items():
         if rows < most:
@@ -132,7 +131,7 @@ def _listed(value: object) -> list[str]:
 
 
 def _taken_apart(card: str) -> tuple[dict[str, Any], tuple[str, str]]:
-    """The values of a card's block, and what stands before and after our own words."""
+    """Return the values of a card's block, and the text before and after our own words."""
     values: dict[str, Any] = {}
     found = _BLOCK.match(card)
     if found:
@@ -146,7 +145,7 @@ def _taken_apart(card: str) -> tuple[dict[str, Any], tuple[str, str]]:
 
 
 def licence_of(card: str) -> str | None:
-    """The licence that a card's block names, if it does."""
+    """Return the licence in a card's block, if there is one."""
     found = _taken_apart(card)[0].get("license")
     return None if found is None else str(found)
 
@@ -169,7 +168,7 @@ def _of_teachers(teachers: Iterable[TeacherReader]) -> Iterator[str]:
 
 
 def _origin(teacher: TeacherReader) -> Iterator[str]:
-    """How a teacher came to be, where it was not run as it is."""
+    """Yield how a teacher came to be, if it was not run as it is."""
     info = teacher.info
     if info.imported:
         yield f"- {info.name} was imported, not run: {info.imported.told()}."
@@ -203,7 +202,7 @@ def _of_text(corpus: Corpus) -> Iterator[str]:
 
 
 def run_file(corpus: Corpus, path: str) -> list[str]:
-    """The lines of a run file with which the same corpus is made of the same text, for a cache in
+    """Return the lines of a run file that makes the same corpus from the same text, for a cache in
     ``path``. The last one says that no teacher is run.
     """
     config: Mapping[str, Any] = corpus.info["config"]
@@ -257,7 +256,7 @@ def _how_to_read(
 
 
 def _how_to_attach(corpus: Corpus, address: str) -> Iterator[str]:
-    """How who has the same text comes to the whole cache."""
+    """Yield how somebody with the same text gets the whole cache."""
     repo = address.removeprefix("hf://datasets/")
     yield (
         "**The text is not here**: of the corpus there are the checksums, the tokenizer and how it "

@@ -1,10 +1,10 @@
 """A copy of a cache for others: the same rows, and nothing of this machine.
 
-Shards and descriptions say where models and files of text were; in the copy these are their last
-parts. A shard that says so is written once more, with the same rows; others are the files as they
-are. Nothing in it depends on when it is made: a copy that is made again is the same to the byte.
+Shards and descriptions record where models and text files were; in the copy these are the last
+parts of the paths. A shard with such a record is written anew with the same rows; others are the
+same files. Nothing depends on the time: making a copy again gives the same bytes.
 
-Without the text, what tells it is left out: the shards of corpus and views, and the targets of
+Without the text, what reveals it is left out: the shards of corpus and views, and the targets of
 teachers that are not named. Their records stay (of the corpus), or can be made again (of views).
 """
 
@@ -42,8 +42,8 @@ Done = Callable[[Commit], object]
 
 @dataclass
 class _Names:
-    """What the files of the text are called in the copy: their last parts, told apart by a number
-    where two of them are alike.
+    """The names of the text's files in the copy: the last parts of their paths, with a number if
+    two are equal.
     """
 
     found: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Names:
             self.found[place] = name
 
     def in_corpus(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """A description of the corpus, or what a shard of it says of itself."""
+        """Return a description of the corpus, or of a shard of it, with these names."""
         told = dict(about)
         if "config" in told:
             config = dict(told["config"])
@@ -81,7 +81,7 @@ class _Names:
 
 
 def _teacher(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of a teacher: names of labels and domains stay, whatever they look like."""
+    """Return a teacher's description; names of labels and domains stay, whatever they look like."""
     told = dict(about) | {"model": portable(about.get("model", ""))}
     if "lineage" in told:
         told["lineage"] = [
@@ -91,7 +91,7 @@ def _teacher(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_others(folder: str, about: Mapping[str, Any], names: _Names) -> dict[str, Any]:
-    """What a description in ``folder``, or a shard, says where others read it."""
+    """Return a description in ``folder``, or that of a shard, as others read it."""
     kind = folder.partition("/")[0]
     if kind == "corpus":
         return names.in_corpus(about)
@@ -109,11 +109,11 @@ def copy_for_others(
     with_text: bool,
     done: Done = lambda commit: None,
 ) -> LocalStore:
-    """Make the copy in the folder ``into``, with these teachers and, ``with_text``, the text.
+    """Make the copy in the folder ``into``, with these teachers and, if ``with_text``, the text.
 
-    The manifest is not written: it stands for what a reader finds, see ``Cache``. Every byte of
-    what is copied is held against its checksum. Raises CacheFormatError where one is damaged,
-    InputError for a provenance that names places of this machine.
+    The manifest is not written: it is derived from what a reader finds, see ``Cache``. Every byte
+    copied is checked against its checksum. Raises CacheFormatError if one is damaged, InputError
+    for a provenance with places of this machine.
     """
     store, made = corpus.store, LocalStore(into)
     names = _names(corpus)
@@ -151,8 +151,8 @@ def _names(corpus: Corpus) -> _Names:
 
 
 def _check_provenance(store: Store, teachers: Collection[str]) -> None:
-    """Raise InputError for imported teachers whose provenance, by which they are known, has places
-    of this machine.
+    """Raise InputError for imported teachers whose provenance, which identifies them, has places of
+    this machine.
     """
     for name in sorted(teachers):
         imported = read_parts(store, name)[0].imported
@@ -165,7 +165,7 @@ def _check_provenance(store: Store, teachers: Collection[str]) -> None:
 
 
 def _describe(store: Store, made: Store, folder: str, names: _Names) -> None:
-    """The sealed files beside the shards of a set; and an output matrix, as it is."""
+    """Copy the sealed files beside the shards of a set, and an output matrix unchanged."""
     for name in store.names(folder):
         path = f"{folder}/{name}"
         if path in (TOKENIZER_FILES, WITHOUT_TEXT) or name in (RECORDS, ABOUT):
@@ -184,7 +184,7 @@ def _describe(store: Store, made: Store, folder: str, names: _Names) -> None:
 def _copy(
     shard: Shard, folder: str, made: LocalStore, names: _Names, digests: Mapping[str, str]
 ) -> Commit:
-    """The shard in the copy: the same file, or one that says nothing of this machine."""
+    """Copy a shard: the same file, or one that reveals nothing of this machine."""
     commit = shard.commit
     before = commit.facts.get("corpus_sha256")
     facts = dict(commit.facts)
@@ -217,7 +217,7 @@ def _copy(
 
 
 def _copy_tokenizer(store: Store, made: Store) -> None:
-    """The tokenizer's files, and their checksums."""
+    """Copy the tokenizer's files, and their checksums."""
     if not store.exists(TOKENIZER_FILES):  # of format 1
         for name in store.names(TOKENIZER):
             made.create(f"{TOKENIZER}/{name}", store.read_bytes(f"{TOKENIZER}/{name}"))
@@ -235,8 +235,8 @@ def _copy_tokenizer(store: Store, made: Store) -> None:
 
 
 def portable_config(values: Any) -> Any:
-    """The settings of a model or tokenizer without the places that they name by keys of paths:
-    tokens and templates stay as they are, whatever they begin with.
+    """Return the settings of a model or tokenizer without the places under path keys: tokens and
+    templates stay as they are, whatever they begin with.
     """
     if not isinstance(values, Mapping):
         return values
@@ -247,7 +247,7 @@ def portable_config(values: Any) -> Any:
 
 
 def files_of(made: LocalStore) -> dict[str, Path]:
-    """All files of a copy by their names in it, sorted."""
+    """Return all files of a copy by their names in it, sorted."""
     found = (path for path in made.root.rglob("*") if path.is_file())
     names = {PurePosixPath(path.relative_to(made.root)).as_posix(): path for path in found}
     return dict(sorted(names.items()))

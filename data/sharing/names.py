@@ -1,4 +1,4 @@
-"""What models, files and records are called where others read it: nothing of this machine."""
+"""Names of models, files and records for other readers: nothing of this machine."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _PLACE = re.compile(r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:\\|[a-z][a-z0-9+.-]+:/{1,3
 
 
 def is_place(text: str) -> bool:
-    """Whether ``text`` is a path that only this machine has, or an address; hub's aside."""
+    """Return whether ``text`` is a path that only this machine has, or an address not on a hub."""
     return bool(_PLACE.fullmatch(text)) and not is_hub(text)
 
 
@@ -29,18 +29,18 @@ def shown(model: str) -> str:
 
 
 def is_ours(model: str) -> bool:
-    """Whether a model is a folder that only we have."""
+    """Return whether a model is a local folder."""
     return is_place(model) or Path(model).exists()
 
 
 def last_part(place: str) -> str:
-    """The last part of a path or an address."""
+    """Return the last part of a path or an address."""
     return re.split(r"[/\\]", place.rstrip("/\\"))[-1]
 
 
 def portable(value: Any) -> Any:
-    """A value of JSON in which paths and addresses are their last parts alone: all that begin with
-    ``/``, ``~``, ``./``, a drive or a scheme. Keys of objects, too.
+    """Return a JSON value with paths and addresses shortened to their last parts: all that begin
+    with ``/``, ``~``, ``./``, a drive or a scheme. Includes the keys of objects.
     """
     if isinstance(value, str):
         return last_part(value) if is_place(value) else value
@@ -52,7 +52,7 @@ def portable(value: Any) -> Any:
 
 
 def places_in(value: Any) -> list[str]:
-    """All paths and addresses in a value of JSON."""
+    """Return all paths and addresses in a JSON value."""
     if isinstance(value, str):
         return [value] if is_place(value) else []
     parts: list[Any] = []

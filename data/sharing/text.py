@@ -1,9 +1,8 @@
-"""What of a cache tells its text, besides the text itself.
+"""Which parts of a cache reveal its text, besides the text itself.
 
-Token ids are the text. So are, for most of it, the targets of a language model: beside the
-candidates of a position they hold the rank of the token that stands there. Masked views hold some
-of the ids, and vectors of a whole text can be turned back into it. What an expert says of its
-classes does not tell it.
+Token ids are the text. So are most targets of a language model: beside a position's candidates they
+hold the rank of the true token. Masked views hold some of the ids, and vectors of a whole text can
+be turned back into it. An expert's answers about its classes do not reveal it.
 """
 
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -12,13 +11,13 @@ SAMPLE_UNITS = 4
 
 
 def tells_text(teacher: TeacherReader) -> bool:
-    """Whether the text, or much of it, can be read from a teacher's targets."""
+    """Return whether the text, or much of it, can be read from a teacher's targets."""
     return teacher.kind.tells_text
 
 
 def readable_share(teacher: TeacherReader) -> float | None:
-    """The share of a language model's positions at which the token that stands there is named: its
-    rank is stored, and it is among the candidates. None where no rank is stored. Of some units.
+    """Return the share of a language model's positions at which the true token can be read: its
+    rank is stored, and it is among the candidates. None if no rank is stored. From some units.
     """
     if not teacher.info.is_vocabulary or "gold_rank" in teacher.info.lacks:
         return None

@@ -94,7 +94,7 @@ def _is_roll_up(body: Mapping[str, object]) -> bool:
 
 
 def told_missing(store: Store, name: str) -> str:
-    """What is said of a committed shard that is not there."""
+    """Return the message about a committed shard that is missing."""
     if name.startswith("corpus/") and store.exists(WITHOUT_TEXT):
         return f"{store.location}/{name} is not there: {_NO_TEXT}"
     return f"{store.location}/{name} is missing although it was committed"

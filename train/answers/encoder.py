@@ -1,4 +1,4 @@
-"""A sentence encoder that is asked: how near two texts are, or the vectors of single ones."""
+"""Asking a sentence encoder: how similar two texts are, or the vectors of single ones."""
 
 import logging
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ from rekindle.train.student import ABOUT_FILE, saved_heads
 
 log = logging.getLogger("rekindle")
 
-# The prompts of a search, by the names that sentence-transformers looks for.
+# The prompts of a search, by sentence-transformers' names.
 QUERY, DOCUMENT = ("query",), ("document", "passage", "corpus")
 
 
 def open_asked(
     model: str, head: str | None, settings: AskConfig, pairs: bool, scored: str | None = None
 ) -> Judge:
-    """Load what is asked about texts, or ``pairs`` of them: a sentence encoder, or as
-    ``open_judge`` does. ``scored``: the file with the right answers, if there are any.
+    """Load what answers about texts, or ``pairs`` of them: a sentence encoder, or else what
+    ``open_judge`` loads. ``scored``: the file with the right answers, if there is one.
 
-    Raises InputError, before the model is loaded, for an encoder that is scored on single texts.
+    Raises InputError, before the model is loaded, for an encoder to be scored on single texts.
     """
     if head is None and gives_vectors(resolve_model(model, check_encoder_folder), settings):
         if scored is not None and not pairs:
@@ -47,7 +47,7 @@ def open_asked(
 
 def gives_vectors(directory: Path, settings: AskConfig) -> bool:
     """Return whether a model is asked for vectors: a folder of sentence-transformers, or a plain
-    encoder of which pooling is said. A student with task heads is asked for one of them.
+    encoder with a pooling setting. A student with task heads is asked for one of those.
     """
     if (directory / ABOUT_FILE).is_file():
         heads = saved_heads(directory).values()
@@ -58,7 +58,7 @@ def gives_vectors(directory: Path, settings: AskConfig) -> bool:
 
 @dataclass(frozen=True)
 class EncodedSides(EncodedTexts):
-    """The different texts of some rows, and which of them each row has: [N], or [N,2] of pairs.
+    """The distinct texts of some rows, and which of them each row has: [N], or [N,2] for pairs.
 
     ``skipped``: tokens of each text that pooling leaves out.
     """
@@ -73,16 +73,16 @@ class VectorAnswers(Answers):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a line that it fills."""
+        """Return the columns of a line that it fills."""
         return ("vector",)
 
     def of(self, logits: np.ndarray) -> Answer:
-        """One row's vector [D], in the fewest digits that say a float32."""
+        """Return one row's vector [D], with the fewest digits that identify a float32."""
         return {"vector": [float(str(value)) for value in logits.astype(np.float32)]}
 
 
 class EncoderJudge(Judge):
-    """Gives the cosine between the two texts of a row, a score; of single texts their vectors."""
+    """Gives the cosine of a row's two texts as a score; for single texts their vectors."""
 
     head = None
     says_problem = True
@@ -91,7 +91,7 @@ class EncoderJudge(Judge):
 
     def __init__(self, model: str, settings: AskConfig, pairs: bool):
         self.who = f"the sentence encoder {model!r}"
-        # The length of vectors is no matter to a cosine.
+        # A cosine does not depend on the vectors' lengths.
         normalise = bool(settings.normalise) if pairs and settings.pooling else settings.normalise
         about = describe_encoder(model, settings.pooling, normalise, settings.prompt)
         with quiet_transformers():
@@ -104,12 +104,12 @@ class EncoderJudge(Judge):
             log.info("%s: %s", model, told)
 
     def check_task(self, data: TaskData) -> None:
-        """Raise InputError for labels that are no scores."""
+        """Raise InputError for labels that are not scores."""
         super().check_task(data)
         self.searches = data.problem == RANKING
 
     def read(self, data: TaskData, max_length: int | None) -> EncodedSides:
-        """Return each different text once."""
+        """Return each distinct text once."""
         encoder, sides = self.encoder, [data.texts, *([data.pairs] if data.pairs else [])]
         known: dict[tuple[str, str], int] = {}
         prompts = self._prompts
@@ -133,7 +133,7 @@ class EncoderJudge(Judge):
 
     @property
     def _prompts(self) -> tuple[str, str]:
-        """What stands before the first texts and the second: of a search, its own prompts."""
+        """Return the prompts of the first texts and of the second: for a search its own prompts."""
         about = self.encoder.about
         if self.asked is not None or not self.searches:
             return about.prompt, about.prompt

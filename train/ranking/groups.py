@@ -134,8 +134,8 @@ def told_groups(groups: Ints, grades: NDArray[np.floating]) -> str:
     if not silent:
         return told
     return (
-        f"{told}; {silent:,} of the groups have one document, or one grade throughout: they are "
-        "left out of the scores and of losses that compare"
+        f"{told}; {counted(silent, 'group')} of one document, or of one grade throughout: left out "
+        "of the scores and of losses that compare"
     )
 
 

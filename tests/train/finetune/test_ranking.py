@@ -96,7 +96,7 @@ def test_clicks_are_0_and_1_and_what_says_nothing_is_left_out_and_said(tmp_path)
     ]
     data = read_task(write(tmp_path / "t.jsonl", rows))[0]
     assert data.labels.tolist() == [1, 0, 0, 0, 0, 0, 0]
-    told = "7 rows in 3 groups of 1 to 3, grades 0 to 1; 2 of the groups have one document"
+    told = "7 rows in 3 groups of 1 to 3, grades 0 to 1; 2 groups of one document"
     assert told in data.described()
     (tmp_path / "t.csv").write_text(
         "query,document,label\nq,a,True\nq,b,false\nq,c,TRUE\n", encoding="utf-8"

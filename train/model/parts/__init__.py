@@ -1,1 +1,1 @@
-"""Parts of a student beside its language model: the prompts of domains, and what makes vectors."""
+"""Parts of a student beside its language model: domain prompts, and what makes vectors."""

@@ -1,6 +1,6 @@
-"""What a task head of a student is: which expert it imitates, and what comes out of it.
+"""The configuration of a student's task head: the expert that it imitates, and its outputs.
 
-Torch is not imported here.
+Does not import torch.
 """
 
 from typing import Any, Literal
@@ -10,29 +10,31 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from rekindle.data.settings import Settings
 from rekindle.data.targets.schema import TeacherInfo
 
-# As sentence-transformers calls them.
+# The names of sentence-transformers.
 Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 
 
 class HeadConfig(Settings):
-    """A task head: which expert it imitates and what comes out of it."""
+    """A task head: the expert that it imitates, and its outputs."""
 
     kind: Literal["sequence", "token", "embedding"]
-    num_labels: int = Field(gt=0)  # of an embedding: the numbers of its vector
+    num_labels: int = Field(gt=0)  # for an embedding: the numbers of its vector
     label_names: tuple[str, ...] = ()
     problem: str | None = None
     form: Literal["ours", "family"] = "ours"  # ``TaskHead``, or ``FamilyHead``
-    padding: int | None = None  # of a family's head: the id, where the model names none
-    pooling: Pooling | None = None  # of an embedding, as what follows
+    padding: int | None = None  # for a family's head: the padding id, if the model names none
+    pooling: Pooling | None = None  # for an embedding, as the next fields
     normalise: bool | None = None
-    projection: bool | None = None  # None: not yet known, as long as the student's size is not
-    as_long: bool = Field(False, exclude=True)  # whether it must be as long as the teacher's
+    projection: bool | None = None  # None: not yet known, like the student's size
+    as_long: bool = Field(False, exclude=True)  # whether it must have the teacher's length
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_others(
         self, rest: SerializerFunctionWrapHandler
     ) -> dict[str, object]:
-        """Earlier versions refuse keys that they do not know: they read students of our heads."""
+        """Leave unused newer keys out, which earlier versions refuse: they can read students with
+        our heads.
+        """
         values: dict[str, object] = rest(self)
         if self.form == "ours":
             del values["form"], values["padding"]
@@ -44,8 +46,8 @@ class HeadConfig(Settings):
     def of(
         cls, info: TeacherInfo, projection: bool | None = None, as_long: bool = False
     ) -> "HeadConfig":
-        """Return the head that fits a cached expert; of a sentence encoder still without what the
-        student decides. ``projection``, ``as_long``: what is asked of its vectors.
+        """Return the head that fits a cached expert; for a sentence encoder without what the
+        student decides. ``projection``, ``as_long``: the settings for its vectors.
         """
         if info.kind != "embedding":
             return cls.model_validate(info, from_attributes=True)
@@ -67,7 +69,7 @@ class HeadConfig(Settings):
 
 
 def width_of(config: Any) -> int:
-    """Return how many numbers the body's final states have."""
+    """Return the width of the body's final states."""
     text = config.get_text_config()
     # OPT-350m's states are narrower after its last layer.
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)

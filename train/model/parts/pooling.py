@@ -1,4 +1,4 @@
-"""Pooling: the states of a text's tokens become one vector, in each way sentence-transformers has.
+"""Pooling: the states of a text's tokens become one vector, in each way of sentence-transformers.
 
 Shapes: B texts, S tokens, H hidden; D values of a vector, H for each mode.
 """
@@ -12,14 +12,14 @@ from rekindle.train.model.parts.head_config import Pooling
 
 
 def pooled(states: Tensor, mask: Tensor, modes: Sequence[Pooling], skipped: int = 0) -> Tensor:
-    """Return fp32 vectors [B,D] of ``states`` [B,S,H]; ``mask`` [B,S] says which are tokens.
+    """Return fp32 vectors [B,D] of ``states`` [B,S,H]; ``mask`` [B,S] marks the tokens.
 
-    The modes' vectors stand one after another. Padding may lie at either end. The first ``skipped``
-    tokens of each text (a prompt) are left out of all modes.
+    The modes' vectors are concatenated. Padding may be at either end. All modes leave out the first
+    ``skipped`` tokens of each text (a prompt).
 
     mean: their mean. cls: the first. lasttoken: the last. max: the largest of each value.
-    mean_sqrt_len_tokens: their sum by the root of their number. weightedmean: their mean, the first
-    with weight 1, the next with 2, … (SGPT, arXiv:2202.08904).
+    mean_sqrt_len_tokens: their sum divided by the root of their number. weightedmean: their mean,
+    the first with weight 1, the next with 2, … (SGPT, arXiv:2202.08904).
     """
     states, real = states.float(), mask.bool()
     numbers = real.long().cumsum(dim=1)  # 1, 2, …; padding before the text has 0

@@ -1,4 +1,4 @@
-"""Domain prompts: a learned vector for each domain of the corpus, put into every sequence."""
+"""Domain prompts: a learned vector for each domain of the corpus, inserted into every sequence."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +10,15 @@ from rekindle.data.errors import InputError
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
 SEGMENTS = "token_type_ids"
-PLACE = 1  # of a domain's prompt in what the model reads
+PLACE = 1  # of a domain's prompt in the model's input
 
 
 class DomainPrompts(nn.Module):
     """Domain prompts (ELLE, ACL 2022): a learned vector [H] per domain after a sequence's first
-    token; number 0 is for text of no domain, or of one that is not known.
+    token; number 0 is for text without a domain, or with an unknown one.
 
-    Positions keep their meaning: whoever names a position means that of the text without the
-    prompt. The prompt stands at place 1 of what the model reads; its own hidden state is left out
-    again.
+    Positions keep their meaning: they always count the text without the prompt. The prompt is at
+    place 1 of the model's input; its own hidden state is removed again.
     """
 
     def __init__(self, model: Any, domains: Sequence[str]):
@@ -36,15 +35,16 @@ class DomainPrompts(nn.Module):
         nn.init.normal_(self.vectors.weight, std=std)
 
     def numbers(self, domains: Sequence[str | None]) -> list[int]:
-        """The rows of ``domains`` [B] in the table."""
+        """Return the rows of ``domains`` [B] in the table."""
         known = {name: number for number, name in enumerate(self.domains, 1)}
         return [0 if name is None else known.get(name, 0) for name in domains]
 
     def insert(self, inputs: Mapping[str, Tensor], words: nn.Module) -> dict[str, Tensor]:
-        """``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) as wide.
+        """Return ``inputs`` of width S as embeddings [B,S+1,H], with a mask (and segments) of that
+        width.
 
         ``inputs[DOMAINS]`` [B], domain number 0 if absent; ``words``: the model's input embeddings.
-        The model numbers its positions itself, the prompt's included.
+        The model numbers its positions itself, including the prompt's.
         """
         ids = inputs["input_ids"]
         numbers = inputs.get(DOMAINS)
@@ -72,11 +72,13 @@ def _inserted(values: Tensor, one: Tensor) -> Tensor:
 
 
 def with_prompt(flat: Tensor, width: int) -> Tensor:
-    """Flat indices into [B·(S+1)], prompts inserted, of flat indices into [B·S]; S is ``width``."""
+    """Return flat indices into [B·(S+1)], with prompts, from flat indices into [B·S]; S is
+    ``width``.
+    """
     row, position = flat // width, flat % width
     return row * (width + 1) + position + (position >= PLACE)
 
 
 def without_prompt(states: Tensor) -> Tensor:
-    """Hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
+    """Return hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
     return torch.cat([states[:, :PLACE], states[:, PLACE + 1 :]], dim=1)

@@ -1,6 +1,6 @@
-"""What makes one vector of a text: pooling of the states, a projection, and length 1.
+"""Make one vector of a text: pooling of the states, a projection, and scaling to length 1.
 
-The same numbers as sentence-transformers' modules Pooling, Dense and Normalize give. B texts, S
+The numbers equal those of sentence-transformers' modules Pooling, Dense and Normalize. B texts, S
 tokens, H numbers of a state, D of a vector.
 """
 
@@ -14,7 +14,7 @@ from rekindle.train.model.parts.pooling import pooled
 
 
 class VectorHead(nn.Module):
-    """Vectors [B,D] of the body's states: ``size`` D where they are projected, else H."""
+    """Vectors [B,D] of the body's states: D is ``size`` if they are projected, else H."""
 
     def __init__(self, width: int, size: int | None, pooling: Pooling, normalise: bool):
         super().__init__()

@@ -1,1 +1,1 @@
-"""How a student's vectors are held against a teacher's: each loss is a file of ``losses/``."""
+"""Losses between a student's vectors and a teacher's: each is a file of ``losses/``."""

@@ -1,6 +1,6 @@
-"""What a term says of vectors: a key for each file of ``losses/``, and the projection.
+"""The settings of a term for vectors: a key for each file of ``losses/``, and the projection.
 
-The keys are found, not written down: a new file is a new key. Torch is not imported here.
+The keys are found, not listed: a new file is a new key. Does not import torch.
 """
 
 import pkgutil
@@ -20,7 +20,7 @@ DEFAULT = "cosine"  # the loss of a term that names none
 
 @cache
 def vector_losses() -> Mapping[str, type[VectorLoss]]:
-    """Return the losses by name, that of their file."""
+    """Return the losses by name, which is that of their file."""
     found: dict[str, type[VectorLoss]] = {}
     for module in sorted(pkgutil.iter_modules(home.__path__), key=lambda one: one.name):
         where = f"{home.__name__}.{module.name}"
@@ -36,7 +36,7 @@ def _is_defined_in(value: object, where: str) -> bool:
 
 
 def with_weight(value: object) -> object:
-    """A number alone is the weight."""
+    """Read a single number as the weight."""
     if isinstance(value, bool):
         raise ValueError("must be a weight or a section, not true or false")
     return {"weight": value} if isinstance(value, int | float) else value
@@ -61,7 +61,7 @@ class VectorTerm(Settings):
 
     @property
     def losses(self) -> dict[str, VectorLoss]:
-        """Return the losses whose weight is above 0, by name."""
+        """Return the losses with a weight above 0, by name."""
         kinds = vector_losses()
         given = {name: getattr(self, name) for name in kinds}
         if all(one is None for one in given.values()):
@@ -74,17 +74,17 @@ class VectorTerm(Settings):
 
     @property
     def compares_rows(self) -> bool:
-        """Whether a row's loss depends on the other rows of its step."""
+        """Return whether a row's loss depends on the other rows of its step."""
         return any(loss.compares_rows for loss in self.losses.values())
 
     @property
     def needs_equal_sizes(self) -> bool:
-        """Whether the student's vectors must be as long as the teacher's."""
+        """Return whether the student's vectors must have the length of the teacher's."""
         return any(loss.needs_equal_sizes for loss in self.losses.values())
 
 
 def _keys() -> dict[str, Any]:
-    """A key for each loss: its settings, or its weight alone."""
+    """Return a key for each loss: its settings, or only its weight."""
     return {
         name: (
             Annotated[

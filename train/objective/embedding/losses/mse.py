@@ -1,8 +1,8 @@
 """Mean squared error between the student's vector and the teacher's.
 
-The mean over the numbers of a vector, as sentence-transformers' MSELoss has it (Reimers and
-Gurevych, "Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation", EMNLP
-2020): of vectors of length 1 it is at most 4/D.
+The mean over the numbers of a vector, as in sentence-transformers' MSELoss (Reimers and Gurevych,
+"Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation", EMNLP 2020): for
+vectors of length 1 it is at most 4/D.
 """
 
 from typing import TYPE_CHECKING

@@ -1,10 +1,10 @@
-"""Similarity: each text is as near to the other texts of its step as the teacher has it.
+"""Similarity: each text is as near to the other texts of its step as for the teacher.
 
 Row i of a step is a distribution over its other rows j: softmax over j ≠ i of cos(vᵢ, vⱼ)/τ. The
-loss of the row is KL(teacher's ‖ student's). Vectors of any two lengths can be compared so: the
-student's need not be as long as the teacher's. Source: relational distillation by the similarity
-of the examples of a batch (Passalis and Tefas, "Learning Deep Representations with Probabilistic
-Knowledge Transfer", ECCV 2018), with a temperature as contrastive losses have it.
+loss of the row is KL(teacher's ‖ student's). The student's vectors need not have the teacher's
+length. Source: relational distillation by the similarity of the examples of a batch (Passalis and
+Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018), with a
+temperature as in contrastive losses.
 """
 
 from typing import TYPE_CHECKING, ClassVar, cast
