@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rekindle.data.batch import Batch, SequenceTargetBatch, TokenLabelBatch, TokenTargetBatch
+from rekindle.data.batch import (
+    Batch,
+    EmbeddingBatch,
+    SequenceTargetBatch,
+    TokenLabelBatch,
+    TokenTargetBatch,
+)
 from rekindle.data.errors import InputError
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.checks import LossTargets
@@ -71,6 +77,16 @@ class DeviceLogits:
 
 
 @dataclass(frozen=True)
+class DeviceVectors:
+    """A sentence encoder's vectors on a device: one for each of R of the student's rows."""
+
+    info: TeacherInfo
+    vectors: Tensor  # [R,D] float32
+    select: Tensor  # [R] sequences of [B]
+    inputs: Inputs  # what the student sees
+
+
+@dataclass(frozen=True)
 class DeviceBatch(LanguageRows):
     """A batch on a device: ``inputs`` of the language model, its rows, and every teacher's targets.
 
@@ -79,7 +95,7 @@ class DeviceBatch(LanguageRows):
     rows are among them, where it has a target.
     """
 
-    targets: Mapping[str, DeviceTargets | DeviceLogits]  # by teacher
+    targets: Mapping[str, DeviceTargets | DeviceLogits | DeviceVectors]  # by teacher
 
 
 def to_device(
@@ -133,7 +149,7 @@ def to_device(
     rows = _rows(batch, task, device)
     masked = batch.masked is not None and task == "masked_lm"
     shown: dict[str, Inputs] = {} if masked else {"": rows.inputs}  # by view of pairs; "": the text
-    targets: dict[str, DeviceTargets | DeviceLogits] = {}
+    targets: dict[str, DeviceTargets | DeviceLogits | DeviceVectors] = {}
     for name, target in batch.targets.items():
         if isinstance(target, TokenTargetBatch):
             at = temperatures.get(name, target.kind.read_at)
@@ -141,14 +157,14 @@ def to_device(
             target = target.interpolating(temperature_between == "interpolate")
             targets[name] = _device_targets(batch, target, rows, at, ks.get(name), device)
             continue
-        if not isinstance(target, SequenceTargetBatch | TokenLabelBatch):
-            raise InputError(
-                f"teacher {name!r} ({target.info.task}) gives vectors, which need no decoding: "
-                f"take batch.targets[{name!r}].rows and .vectors, and read the others alone"
-            )
+        assert isinstance(target, SequenceTargetBatch | TokenLabelBatch | EmbeddingBatch)
         view = target.info.view if target.info.shown.paired else ""
         if view not in shown:
             shown[view] = inputs_of(batch, target.info.view, device)
+        if isinstance(target, EmbeddingBatch):
+            vectors, select = send(target.vectors, device), send(target.rows, device)
+            targets[name] = DeviceVectors(target.info, vectors, select, shown[view])
+            continue
         targets[name] = _device_logits(target, batch.input_ids.shape[1], shown[view], device)
     return DeviceBatch(rows.inputs, rows.select, rows.labels, rows.keys, targets)
 

@@ -158,7 +158,7 @@ def test_what_no_language_model_of_the_batch_is_for_is_refused(masked_world):
         to_device(batch, "cpu", task="bert")
     with pytest.raises(ValueError, match="temperature_between is 'guess'"):
         to_device(batch, "cpu", temperature_between="guess")
-    with pytest.raises(InputError, match="is a multi_label_classification expert: its logits"):
+    with pytest.raises(InputError, match="a multi_label_classification expert: kd_loss compares"):
         _ = to_device(batch, "cpu").targets["topics"].targets
     experts = cache.gather(np.arange(3), ["sense"])
     with pytest.raises(InputError, match=r"temperature is 2.0; the batch has the"):

@@ -172,7 +172,9 @@ def _create(store: ObjectStore, name: str, content: bytes) -> None:
 
 
 def _upload_files(run: Path, store: ObjectStore, but: Collection[str]) -> None:
-    for file in sorted([*run.iterdir(), *run.glob("tensorboard/*"), *run.glob("wandb/*/**/*")]):
+    # "[1-9]_*": the modules of a sentence encoder
+    inside = ("*", "tensorboard/*", "wandb/*/**/*", "[1-9]_*/*")
+    for file in sorted(file for pattern in inside for file in run.glob(pattern)):
         if (
             file.is_file()
             and not file.is_symlink()

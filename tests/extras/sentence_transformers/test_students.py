@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.errors import InputError
 from rekindle.train.config import StudentConfig
+from rekindle.train.export.card import student_card
 from rekindle.train.export.folder import export_head, longest_text
 from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.model.network import HeadConfig
@@ -116,6 +117,20 @@ def test_which_vectors_a_folder_gives_is_a_setting(saved, place):
     named, folder = saved(HEADS, output="same", normalise=False)
     expected = own_vectors(named, folder, "same")
     torch.testing.assert_close(loaded_vectors(folder)[0], expected, rtol=0, atol=2e-6)
+
+
+def test_a_card_says_how_the_vectors_are_used(saved, place):
+    """Its code runs as it stands."""
+    _, folder = saved({"wide": HEADS["wide"]})
+    student = Student.from_pretrained(folder)
+    export_head(str(folder), str(place / "carded"))
+    for card in (student_card(student, folder), (place / "carded" / "README.md").read_text()):
+        assert "library_name: sentence-transformers" in card
+        assert "pipeline_tag: sentence-similarity" in card
+        code = card.split("```python\n")[1].split("```")[0]
+        found = {}
+        exec(code, found)
+        assert found["vectors"].shape == (2, 20)
 
 
 def test_a_causal_students_last_token(saved, place):

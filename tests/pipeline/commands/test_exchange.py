@@ -210,4 +210,4 @@ def test_the_text_alone_is_exported_for_an_engine(cache, tmp_path):
     assert rows[0]["digest"] == opened.example(0).digest
     result = pipeline("export-targets", cache, "--out", out)
     assert result.returncode == 2
-    assert "is there already" in result.stderr
+    assert "already exists" in result.stderr

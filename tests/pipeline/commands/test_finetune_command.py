@@ -49,7 +49,7 @@ def test_fields_are_options_the_kept_epoch_is_told_and_a_result_is_replaced_by_f
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--set", "label_field=gold"], "--label-field and --set label_field=… say the same"),
+        (["--set", "label_field=gold"], "--label-field and --set label_field=… set the same value"),
         (["--set", "label_column=gold"], "unknown key 'label_column'; it is called 'label_field'"),
         (["--text-field", "third"], "text_field"),
         (["--set", "epochs=0", "--seeds", "2"], "with epochs=0 nothing is trained: leave --seeds"),

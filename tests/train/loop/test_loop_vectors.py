@@ -19,6 +19,7 @@ from rekindle.train.objective.embedding.config import VectorConfig
 from rekindle.train.objective.vector_loss import vector_loss
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student
+from rekindle.train.to_device import to_device
 from testlib.loop import refused, run, stop_at, train_config
 from testlib.models import NARROW, STILL
 from testlib.several.forked import end_well, forked_world
@@ -155,7 +156,12 @@ def test_two_processes_train_the_student_of_one(world, still, tmp_path):
     run(world, tmp_path / "alone", train, model=still)
     shared = {**train.model_dump(mode="json"), "micro_batch_sequences": 2}
     jobs = [
-        {"student": {"model": str(still)}, "train": shared, "out": str(tmp_path / "two")},
+        {
+            "student": {"model": str(still)},
+            "train": shared | {"parallel": parallel},
+            "out": str(tmp_path / parallel),
+        }
+        for parallel in ("ddp", "fsdp")
     ]
     given = tmp_path / "jobs.json"
     given.write_text(json.dumps({"cache": str(world.path), "jobs": jobs}))
@@ -165,7 +171,20 @@ def test_two_processes_train_the_student_of_one(world, still, tmp_path):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
     end_well(forked_world(work))
-    assert_same_run(tmp_path / "two", tmp_path / "alone")
+    for parallel in ("ddp", "fsdp"):
+        assert_same_run(tmp_path / parallel, tmp_path / "alone")
+        assert (tmp_path / parallel / "1_Pooling" / "config.json").is_file()
+
+
+def test_a_loop_of_ones_own_has_the_vectors(world):
+    cache = Cache.open(world.path)
+    batch = cache.gather(np.arange(6), ["far"], masked_view=cache.masked_view().name)
+    found = to_device(batch, "cpu", task="masked_lm").targets["far"]
+    assert 0 < len(found.select) < 6  # it knows one domain alone
+    for row, vector in zip(found.select.tolist(), found.vectors, strict=True):
+        assert np.array_equal(vector.numpy(), cache.example(row).targets["far"][0].vector)
+    clean = {name: values.tolist() for name, values in found.inputs.items()}
+    assert clean["input_ids"] == batch.input_ids.tolist()
 
 
 def test_a_student_that_grows_has_longer_vectors_of_its_own(world, tmp_path):

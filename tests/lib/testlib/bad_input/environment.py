@@ -145,7 +145,7 @@ MACHINES = (
         "this process was not started by torchrun", "`unset WORLD_SIZE`",
         _variables(WORLD_SIZE="2")),
     Bad("a folder that another process holds", TRAIN, "process 1 on another",
-        "another process works in new", "wait for it, or give another --out", _held),
+        "another process works on new", "wait for it, or give another --out", _held),
     Bad("Ray that is not installed", f"{MAKE} --executor ray", "ray", "is not installed",
         "pip install", _without("ray")),
     Bad("peft that is not installed", f"{TRAIN} --set student.lora.r=4", "peft",
