@@ -57,7 +57,7 @@ def test_a_former_default_goes_on_where_the_key_is_not_given(caplog):
     recorded = {"place": "x", "part": {"length": 128, "keep": 4}, "seed": 3}
     begun = as_begun(Whole(place="x"), recorded)
     assert begun == Whole(place="x", part=Part(length=128))
-    assert "part.length is not given: 128, as it was begun (now None)" in caplog.text
+    assert "part.length is not given: 128 is used, as when it was begun (now None)" in caplog.text
     for given in (Whole(place="x", part=Part(length=None)), Whole(place="x", part=Part(length=5))):
         assert as_begun(given, recorded) is given
     assert as_begun(Whole(place="x"), {"part": {"length": 64}}) == Whole(place="x")
