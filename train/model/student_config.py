@@ -17,7 +17,6 @@ from rekindle.train.schedules import Amount, Count, Positive, Seed
 
 ALL_LINEAR = "all-linear"
 OWN = "own"  # vectors of the student's own size
-OWN = "own"  # vectors of the student's own size
 
 
 class GrowConfig(Settings):

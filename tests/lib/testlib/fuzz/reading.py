@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 
-from rekindle.data.batch import SequenceTargetBatch, TokenTargetBatch
+from rekindle.data.batch import EmbeddingBatch, SequenceTargetBatch, TokenTargetBatch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheError, RekindleError
 from rekindle.data.storage.cuts import RowTexts
@@ -132,6 +132,10 @@ def checked_targets(batch, found):
     if isinstance(found, SequenceTargetBatch):
         hold(np.isfinite(found.logits), "logits that are no numbers")
         hold(found.mc_probs is None or np.isfinite(found.mc_probs), "mc_probs of no numbers")
+        return None
+    if isinstance(found, EmbeddingBatch):
+        hold(np.isfinite(found.vectors), "vectors that are no numbers")
+        hold(np.diff(found.rows) > 0, "rows that do not ascend")
         return None
     info = found.info
     hold(np.diff(found.rows) >= 0, "rows that fall")
