@@ -46,8 +46,9 @@ UNITS = {"lm": 6, "mc": 3, "words": 3, "pairs": 3}
 
 
 def files(path: Path) -> dict[Path, tuple[int, int]]:
-    """Every file but the manifest: its inode and when it was written."""
-    found = {p: p.stat() for p in path.rglob("*") if p.is_file() and p.name != "cache.json"}
+    """Every file but the manifest and the card: its inode and when it was written."""
+    told = ("cache.json", "README.md")
+    found = {p: p.stat() for p in path.rglob("*") if p.is_file() and p.name not in told}
     return {p: (s.st_ino, s.st_mtime_ns) for p, s in found.items()}
 
 

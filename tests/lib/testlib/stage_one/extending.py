@@ -28,8 +28,9 @@ Make = Callable[..., Any]
 
 
 def files_of(path: Path) -> Files:
-    """Return inode and bytes of every file except the roll-up."""
-    found = [p for p in path.rglob("*") if p.is_file() and p.name != "cache.json"]
+    """Return inode and bytes of every file except the roll-up and the card."""
+    told = ("cache.json", "README.md")
+    found = [p for p in path.rglob("*") if p.is_file() and p.name not in told]
     return {p: (p.stat().st_ino, p.read_bytes()) for p in found}
 
 
