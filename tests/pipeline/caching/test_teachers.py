@@ -78,9 +78,8 @@ def test_damaged_safetensors(tmp_path, configure, bert):
     path = copy_of(bert, tmp_path / "model")
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    refused(
-        configure, tmp_path / "c", masked(path), str(path), "cut off", "no whole safetensors header"
-    )
+    said = ("damaged or truncated", "no whole safetensors header")
+    refused(configure, tmp_path / "c", masked(path), str(path), *said)
 
 
 def test_a_configuration_that_is_no_model_type(tmp_path, configure, bert):
