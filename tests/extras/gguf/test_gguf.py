@@ -156,7 +156,7 @@ def test_both_stages_with_the_file_as_teacher_and_student(file, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"PK..", "does not begin with GGUF"), (None, "cannot be read: .*cut off")],
+    [(b"PK..", "does not begin with GGUF"), (None, "cannot be read: .*is it truncated")],
 )
 def test_what_is_no_model(file, tmp_path, content, told):
     """Nothing is left where a model would be looked for."""

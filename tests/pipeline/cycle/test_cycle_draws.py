@@ -340,7 +340,7 @@ def test_own_heads_stand_behind_their_arms_and_are_not_tested(results, made):
 def test_more_seeds_of_the_experts_alone(tmp_path):
     """By those in common: the others have no more."""
     out = cycle(tmp_path, ["expert", "mlm"], ["cola"], {}, seeds=2, experts={"seeds": 3})
-    with pytest.raises(CheckpointError, match=r"2 seeds, and cycle\.json says 3"):
+    with pytest.raises(CheckpointError, match=r"2 seeds, but cycle\.json says 3"):
         read_results(out)
     finetuned(out, "expert", "cola", seeds=3)
     results = read_results(out)

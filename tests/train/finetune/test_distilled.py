@@ -144,9 +144,9 @@ def test_a_score_head_goes_on_too(student, tmp_path):
     [
         ("sense", ("cat", "dog"), "it alone knows sun"),
         ("sense", ("cat", "dog", "sun", "rain"), "the task alone has rain"),
-        ("sense", (0.5, 1.5), "is for single_label_classification, and the task is regression"),
-        ("score", ("cat", "dog"), "is for regression, and the task is single_label"),
-        ("tags", ("cat", "dog", "sun"), "is for token_classification, and the task is single"),
+        ("sense", (0.5, 1.5), "is for single_label_classification, but the task is regression"),
+        ("score", ("cat", "dog"), "is for regression, but the task is single_label"),
+        ("tags", ("cat", "dog", "sun"), "is for token_classification, but the task is single"),
         ("sens", ("cat", "dog", "sun"), "has the task heads .*sense.*, not 'sens'"),
     ],
 )

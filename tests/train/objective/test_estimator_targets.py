@@ -447,7 +447,7 @@ def test_the_held_out_kl_of_a_sample_is_an_estimate_of_that_to_the_teacher(world
 def test_agreement_is_over_the_positions_where_a_sample_tells_the_likeliest_id(world, cache):
     found = held_out(cache, world, "dense", "random", "threshold-precise")
     assert "agreement/random" not in found
-    with pytest.raises(InputError, match=r"keep_best is 'agreement/random'; of this run"):
+    with pytest.raises(InputError, match=r"keep_best is 'agreement/random'; this run measures"):
         train(world, Path("unused"), "random", keep_best="agreement/random")
     batch = gathered(cache, ["dense", "threshold-precise"])
     exact = batch.targets["dense"].columns["log_probs"]
