@@ -22,9 +22,9 @@ from rekindle.kernels.targets import (
 
 LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # targets that carry all a loss needs
 
-# How far above 1 a row's probabilities may sum: sixty of them rounded to bfloat16 stay within it.
+# A row's probabilities may sum to 1 + SPARE: rounding sixty of them to bfloat16 adds less.
 SPARE = 0.01
-ROUNDING = 1e-5  # a tail closer to 0 is what float32 leaves of 1 less a sum that is 1
+ROUNDING = 1e-5  # a tail between -ROUNDING and 0 comes of rounding 1 - sum in float32
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FEW = 1024  # up to this many numbers are checked as Python lists
 
@@ -153,8 +153,8 @@ def _check_integers(name: str, integers: Tensor | None) -> None:
 
 
 def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
-    """Raise ValueError, naming the row, for whole distributions that are not distributions, among
-    the rows [N] that are ``active``. Checks CPU tensors only.
+    """Raise ValueError, naming the row, if an ``active`` row [N] of ``targets`` is not a
+    distribution. Checks CPU tensors only.
     """
     real = targets.states if isinstance(targets, HiddenTargets) else targets.log_probs
     if real.device.type != "cpu" or torch.compiler.is_compiling():
@@ -194,8 +194,8 @@ def check_sums(targets: SparseTargets) -> None:
         (mass < 1 - SPARE) & listed.any(1) & targets.active(),
         lambda row: (
             f"target_probs and tail_prob sum to {float(mass[row]):g} in row {row}; they must sum "
-            "to 1. Leave tail_prob out and the rest is the tail; give a mixture in which some "
-            "teacher has no target as the DecodedTargets that merge_targets returns"
+            "to 1. Leave tail_prob out, and the rest counts as the tail. For a mixture in which "
+            "some teacher has no target, pass the DecodedTargets that merge_targets returns"
         ),
     )
 
@@ -306,8 +306,8 @@ def _are_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -
 
 
 def _right_at_a_glance(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """Return whether the extremes over all rows are valid. If not, the rows that count must be
-    looked at.
+    """Return whether the largest and smallest values of all rows are valid. If not, check only
+    the rows that count: an invalid value may lie in another.
     """
     ids, probs, tail, labels = targets[:4]
     if ids.numel() == 0:
@@ -342,8 +342,8 @@ def _check_masses(
 ) -> None:
     """Check that tails are probabilities, and that ids and tail bucket together sum to at most 1.
 
-    A sum below 1 is valid: a row of a mixture has it where a teacher has no target. With ``none``
-    the probabilities may be weights of a sample; only their mean sums to 1.
+    A sum below 1 is valid: a mixture has one where a teacher has no target. With tail='none' the
+    probabilities may be weights of a sample, which sum to 1 only on average.
     """
     mass = probs.sum(1, dtype=torch.float64)
     if (tail := targets.tail) is not None:

@@ -3,12 +3,14 @@
 ``corpus/corpus.json`` describes what a corpus was begun with. A longer corpus (a larger
 ``limit_sequences``, further source files after those that were read) is an addition to it,
 ``corpus/growth-001.json``: its sequences come after all existing ones, which do not change.
-``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there are then.
+``corpus/complete.json`` and ``corpus/complete-001.json`` say how many shards there were
+when each was complete.
 
 A description has the size and a checksum of samples of every source file, by its path at the time
 (``sources``), the ``order`` in which they and other sources were read, and the ``contents`` of
 those whose records are not texts. An end has the number of ``bad_records`` that were left out, by
-kind, and of records that ``held`` a text of a test. What older ones lack is assumed as it was then.
+kind, and of records that ``held`` a text of a test. What a file of an
+older version lacks is taken to be what that version did.
 """
 
 import logging
@@ -55,8 +57,8 @@ log = logging.getLogger("rekindle")
 class Addition:
     """One span of a corpus: what it was begun with, or what it was then extended by.
 
-    ``sources`` and ``order``: the files and everything that it and those before it read, in reading
-    order; ``origins``: where these are now, and what is new, once they were looked for.
+    ``sources``: the files that it and those before it read; ``order``: everything they read, in
+    reading order; ``origins``: where these are now, and what is new (empty until looked for).
     ``bad_records``: how many were left out of it and those before it, by kind; ``held``: how many
     because they hold a text of a test. ``contents``: the kinds of content that are not text, by
     place; ``generated``: for those that a model generated, which model, and how.
@@ -115,7 +117,7 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
                 _check_tokenizer(body["tokenizer"])
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
             if not all(isinstance(one, list) for one in sources.values()):
-                raise TypeError("sources says of a file what is no list of its bytes and checksum")
+                raise TypeError("sources has, for some file, no list of its size and checksum")
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             if not all(order):
                 raise ValueError("order has a file without a name")
@@ -170,8 +172,8 @@ def claim_addition(
 ) -> Addition:
     """Return the addition that ``config`` belongs to: the last one, or a new one that extends it.
 
-    A new one is returned without a record; ``describe_addition`` writes it. ``grown()`` returns the
-    existing shards and sequences, after which a new one begins; CacheMismatchError if it cannot.
+    A new one is returned without a record; ``describe_addition`` writes it. ``grown()`` counts the
+    shards and sequences there are, after which the new one begins, or raises CacheMismatchError.
     Raises CacheMismatchError if the cache holds a corpus of another configuration or the source was
     changed.
     """
@@ -285,8 +287,8 @@ def counted_before_end(
 
 
 def last_document(commits: Commits, ends_at: int | None) -> int | None:
-    """Return the index of the last document of a corpus with that many sequences (text is read
-    beyond its end); None if it ends with the source, -1 if before the first document.
+    """Return the index of the last document in a corpus that is cut after ``ends_at`` sequences
+    (reading goes beyond the cut); None if the source ends first, -1 if no document is in it.
     """
     if ends_at is None or commits.rows.sum() < ends_at:
         return None
@@ -333,8 +335,8 @@ def _present_or_none(source: Sequence[str | Entry], last: Addition) -> list[Pres
             raise
         if not same_place([Entry.of(one).place for one in source], recorded):
             raise InputError(
-                f"{error}. Or, because the corpus in the cache is complete, give corpus.source as "
-                f"it was: [{', '.join(recorded)}], whether or not that exists"
+                f"{error}. Or, as the corpus in the cache is complete, leave corpus.source as it "
+                f"was: [{', '.join(recorded)}], even if that no longer exists"
             ) from None
         log.info("the corpus source no longer exists; continuing with the corpus in the cache")
         return None

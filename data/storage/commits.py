@@ -1,7 +1,7 @@
 """Commit records: the small files whose existence is the only proof that a unit is done.
 
-The records of a set are one object, ``Commits``: their counts are columns, and each record is read
-when it is asked for.
+``Commits`` holds the records of a set of units. It keeps their counts as columns, and reads a whole
+record when you ask for it.
 """
 
 import builtins
@@ -89,7 +89,7 @@ class Commit:
             _check_regions(commit.regions, commit.bytes)
             if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
-            # Rows are expanded below, so first check that the regions can hold them.
+            # Readers expand the row count later, so first check that the regions can hold it.
             batches = -(-commit.rows // commit.rows_per_batch)
             if commit.rows < 0 or len(commit.regions) - 1 - batches not in (0, 1):
                 raise ValueError(f"{commit.rows} rows in {len(commit.regions)} regions")
@@ -161,14 +161,14 @@ def _kind_of(value: object) -> str | None:
 
 # --- those of a set -------------------------------------------------------------------------------
 
-KEPT = 4096  # records read one by one that are not read again
+KEPT = 4096  # how many records, read one by one, are kept so as not to read them again
 AT_ONCE = 1024  # records read together if all are wanted
 
 Read = Callable[[Sequence[str]], list[Commit]]  # the records of those units
 
 
 def no_records(units: Sequence[str]) -> list[Commit]:
-    """Return nothing: if all records are held, no other is asked for."""
+    """Return no records: the reader of a set that holds all its records in memory."""
     assert not units
     return []
 
@@ -214,9 +214,9 @@ class Commits(Mapping[str, Commit]):
         assert self._rest is not None
         if problem := difference(self._rest, row, commit):
             raise CacheFormatError(
-                f"the commit record of {commit.path} has other {problem} than the roll-up of these "
-                "records. The record counts: `pipeline cache-teachers --check` makes the roll-up "
-                "anew"
+                f"the commit record of {commit.path} and the roll-up of these records differ in "
+                f"{problem}. The record is the one to trust: `pipeline cache-teachers --check` "
+                "writes the roll-up anew"
             )
 
     def __contains__(self, unit: object) -> bool:
@@ -320,7 +320,7 @@ class Commits(Mapping[str, Commit]):
 
     @property
     def contiguous(self) -> int:
-        """The number of first shards without a gap, i.e. the number of the first missing one."""
+        """How many shards there are, from shard 0 on, before the first one that is missing."""
         shards = shards_among(self.keys_in_order)
         wrong = np.flatnonzero(shards != np.arange(len(shards)))
         return int(wrong[0]) if len(wrong) else len(shards)
@@ -351,7 +351,7 @@ class Commits(Mapping[str, Commit]):
         return self._only(mask)
 
     def of_first(self, shards: int, replicas: int) -> "Commits":
-        """Return the units of the first ``shards`` and the first ``replicas``."""
+        """Return the first ``replicas`` masked replicas of each of the first ``shards`` shards."""
         keys = self.keys_in_order
         inside = keys < key_of(unit_of(shards))
         replica = replicas_among(keys)

@@ -51,7 +51,7 @@ class UnitResult:
     beside: tuple["UnitResult", ...] = ()  # of teachers that share the passes
 
     def of(self, number: int) -> "UnitResult":
-        """Return the result of one of several teachers: the columns named with its number."""
+        """Return one teacher's result: the columns whose names begin with its number."""
         lead, shared = f"{number} ", {k: v for k, v in self.columns.items() if k == "positions"}
         own = {k.removeprefix(lead): v for k, v in self.columns.items() if k.startswith(lead)}
         return replace(self, columns=own | shared)
@@ -84,8 +84,9 @@ def run_unit(
     """Return all targets of ``teacher`` on one unit, or on its rows ``only``, together with those
     of the teachers ``beside`` it, from the forward passes that they share (``shared_pass.py``).
 
-    ``kept`` reads the ids for which tails at further temperatures are computed. ``audited``: the
-    means of Monte-Carlo passes come with their standard errors, ``mc_errors``.
+    ``kept``, if given, reads ids that are cached already: only their tails, at further
+    temperatures, are computed. ``audited``: means of Monte-Carlo passes come with their standard
+    errors, ``mc_errors``, and vectors are exact.
     """
     steps = begin_unit(teacher, unit, only, kept, audited, beside)
     while True:
@@ -182,7 +183,7 @@ class UnitRun:
         return replace(own, beside=tuple(others))
 
     def _with_mass(self, made: UnitResult) -> UnitResult:
-        """Return the result, with the mass of the tokens in both vocabularies in its record."""
+        """Move the mass of the tokens in both vocabularies from the columns to the facts."""
         columns = dict(made.columns)
         mass = [columns.pop(name) for name in made.columns if name.endswith(f" {MAPPED_MASS}")]
         if not mass:

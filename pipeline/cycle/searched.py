@@ -1,8 +1,8 @@
 """The search over fine-tuning settings: what each arm tried on dev, and whether all were alike.
 
 The points are planned in ``config.search_points``, run as jobs of ``jobs``, and the best on dev is
-used by ``job_functions.fine_tune``. The search of the first of several draws of the labels is also
-in OUT/search.json, so that a folder on another machine can use it.
+used by ``job_functions.fine_tune``. If labels are drawn several times, the first draw's search is
+also written to OUT/search.json, so that a folder on another machine can use it.
 """
 
 import json
@@ -217,8 +217,8 @@ def read_search_file(file: Path) -> dict[str, Any]:
 def to_take_over(
     file: Path, home: Path, config: CycleConfig, about: Mapping[str, Any], only: str
 ) -> dict[Path, dict[str, Any]]:
-    """Return the files to write so that the first draw, in ``home``, has the search of the same
-    cycle made elsewhere, from ``file``: for the task ``only``, or for all it has.
+    """Return the files to write into ``home``, the first draw's folder, to take over the search in
+    ``file``, which the same cycle made elsewhere: that of the task ``only``, or of all its tasks.
 
     ``config`` and ``about`` belong to the first draw here. Raise InputError for a file that is
     damaged or of another cycle, for arms that it lacks, and if the first draw has searched here and
@@ -226,7 +226,7 @@ def to_take_over(
     """
     record = read_search_file(file)
     if len(config.search_points()) < 2:
-        raise InputError(f"--searched {file}: nothing is searched here (search)")
+        raise InputError(f"--searched {file}: nothing is searched here: `search` has no two points")
     tasks = [t.name for t in config.tasks if t.name in record["search"] and only in ("", t.name)]
     if not tasks:
         has = ", ".join(record["search"])

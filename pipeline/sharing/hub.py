@@ -1,4 +1,4 @@
-"""The hub that things are sent to, through huggingface_hub: who asks, what is there, what is sent.
+"""Send files to a hub through huggingface_hub: check the login, list what is there, commit.
 
 The token is huggingface_hub's business (HF_TOKEN, or its own login): it is never read into anything
 that is kept here, and no message repeats it.
@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rekindle.data.errors import InputError
 from rekindle.data.hub.places import OFFLINE, told_of_hub
 
-if TYPE_CHECKING:
-    pass
-
-# Of a commit: hubs take a few hundred files at a time well, and what is uploaded for one is lost
-# with it where it fails.
+# Limits of one commit: hubs handle a few hundred files at a time well, and if a commit fails, what
+# was uploaded for it is lost.
 MOST_FILES, MOST_BYTES = 200, 8 << 30
 
 
@@ -31,7 +28,7 @@ class There:
     private: bool = False
     branch: bool = False
     head: str | None = None  # the commit of the branch
-    files: tuple[tuple[str, str], ...] = ()  # names, each with what tells its content
+    files: tuple[tuple[str, str], ...] = ()  # (name, "sha256:…" or "git:…" of its content)
 
 
 class Hub:
@@ -60,7 +57,7 @@ class Hub:
         return f"hf://{start}{self.repo}{at}"
 
     def check_login(self) -> str:
-        """The account's name; InputError without a token that the hub takes."""
+        """Return the account's name; raise InputError if there is no token that the hub takes."""
         with self._asking("your account"):
             return str(self._api.whoami()["name"])
 
@@ -122,7 +119,7 @@ class Hub:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        """Errors of the hub become one message, without the token; its own bars stay away."""
+        """Turn an error of the hub into one message, without the token; hide its progress bars."""
         from huggingface_hub.utils import (
             are_progress_bars_disabled,
             disable_progress_bars,
@@ -138,8 +135,8 @@ class Hub:
             raise
         except Exception as error:  # of the network, of rights, of what was sent: no common base
             raise InputError(
-                f"{what}: {told_of_hub(error)}. What was sent before this stays, and the same "
-                "command goes on"
+                f"{what}: {told_of_hub(error)}. What was sent before this stays: run the "
+                "same command again, and it goes on"
             ) from None
         finally:
             if shown:
@@ -153,7 +150,7 @@ def _state_of(entry: Any) -> str:
 
 
 def differing(files: Mapping[str, Path | bytes], there: There) -> list[str]:
-    """The names of those files that are not there as they are here, in order."""
+    """Return the names of the files that the hub lacks, or has with other content, in order."""
     known = dict(there.files)
     return [name for name, one in files.items() if not _is_same(one, known.get(name, ""))]
 
@@ -177,8 +174,8 @@ def _is_same(one: Path | bytes, state: str) -> bool:
 def batches(
     names: Sequence[str], size: Callable[[str], int], is_last: Callable[[str], bool]
 ) -> list[list[str]]:
-    """The files of each commit: of bounded number and bytes; those that are small and say what
-    there is all in the last one, which makes the rest count.
+    """Split the files into commits of bounded number and bytes. Small files that say what there is
+    all go into the last commit, because only they make the rest valid.
     """
     found: list[list[str]] = [[]]
     taken = 0

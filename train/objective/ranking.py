@@ -1,25 +1,26 @@
-"""Regression experts whose scores are an order: losses of scores, of their differences, of groups.
+"""Losses for experts whose scores rank sequences: on scores, on their differences, on groups.
 
-With the error e = s − t of each row, the error of a difference of two scores is eᵢ − eⱼ. A step's
-loss has three parts, each with a weight:
+A row has the student's score s, the expert's score t and the error e = s − t; the difference of two
+rows' scores has the error eᵢ − eⱼ. A step's loss has three parts, each with a weight:
 
 - pointwise: the mean over rows of e²;
 - pairwise: the mean over pairs of rows of a group of (eᵢ − eⱼ)² (MarginMSE, Hofstätter et al. 2020;
-  UEGP, Findings of NAACL 2024), over all pairs, or over those of the row that the expert scores
-  best with each other one;
+  UEGP, Findings of NAACL 2024), over all pairs, or only over those of
+  the row that the expert scores best with each other row of its group;
 - listwise: τ² times the mean over groups of KL(q ‖ p), with q = softmax(t/τ) and p = softmax(s/τ)
   over a group's rows (ListNet's top-one probabilities, Cao et al. 2007).
 
-A group may lie in several micro-batches and processes. A row needs only a few numbers of its whole
-group: the count n, the mean error ē, the best row's error e_b, and both log Σ exp(·/τ). With them
-each row's share of the loss and its gradient are those of the whole step:
+A group may lie in several micro-batches and processes. To compute a row's part of the whole step's
+loss, and its exact gradient, a few numbers of its group are enough: the count n, the mean error ē,
+the best row's error e_b, and log Σ exp(·/τ) of s and of t:
 
   Σ_{i<j} (eᵢ − eⱼ)² = n · Σᵢ (eᵢ − ē)², whose gradient treats ē as a constant;
   Σ_{j≠b} (e_b − eⱼ)² has the gradient 2 (eⱼ − e_b) at j, and 2 n (e_b − ē) at b;
   τ² KL(q ‖ p) has the gradient τ (pᵢ − qᵢ) at i.
 
-A step of one micro-batch on one process finds the student's numbers on the way. Any other costs one
-more forward pass of the student, without gradient, for the ranking experts only. R rows, G groups.
+A step of one micro-batch on one process takes the student's numbers from its own forward pass. Any
+other step runs the student once more, without gradient, for the ranking experts only. R is the
+number of rows, G of groups.
 """
 
 from collections.abc import Callable, Sequence
@@ -209,8 +210,8 @@ def with_groups(
 ) -> Counts:
     """Return ``counts`` with the groups of every ranking teacher of the step.
 
-    ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` where the
-    student's weights are whole; every process makes the same passes.
+    ``parts``: this process's micro-batches. ``run(work, …)`` calls ``work(student, …)`` while the
+    student's weights are whole (not sharded); every process must make the same passes.
     """
     found: dict[str, Groups] = {}
     for term in plan.distilled:

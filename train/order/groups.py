@@ -1,8 +1,8 @@
 """``train.batching: groups``: a step reads whole groups, such as all documents of a query.
 
-An epoch is a permutation of the groups, one after another: places 0 to N − 1 of its N sequences.
-Step t owns the places t·B to (t+1)·B − 1 of the endless stream of epochs, and reads the groups that
-begin there, each of them whole. So every group is read once per epoch; steps have
+An epoch lays its groups one after another, in an order of its own: its N sequences take N places.
+Epochs follow each other in one endless stream of places. Step t owns the places t·B to (t+1)·B − 1
+and reads every group that begins there, whole. So every group is read once per epoch; steps have
 ``train.batch_sequences`` B on average, and between B − L + 1 and B + L − 1, where L is the size of
 the largest group. The sequences of a step follow from (seed, step), whatever the number of
 processes. Memory is a few numbers per sequence.
@@ -25,7 +25,7 @@ from rekindle.train.ranking.config import without_groups
 
 log = logging.getLogger("rekindle")
 
-KEPT = 3  # epochs that are kept: reading threads may be on both sides of an epoch's end
+KEPT = 3  # epochs whose order is kept: some threads may read one epoch, others the next
 
 
 class WholeGroups:
@@ -68,8 +68,8 @@ class WholeGroups:
 
 
 def spread_groups(cache: Cache, held_out: Ranges, count: int) -> Ints:
-    """Return at most about ``count`` of the held-out sequences, evenly over all of them, ascending;
-    in a corpus with groups whole groups (the last may go beyond).
+    """Return ``count`` of the held-out sequences, spread evenly, ascending; all if there are
+    fewer. If the corpus has groups, return whole groups, about ``count`` sequences in all.
     """
     if not cache.corpus.has_groups or count >= len(held_out):
         return held_out.spread(count)
@@ -84,8 +84,8 @@ def spread_groups(cache: Cache, held_out: Ranges, count: int) -> Ints:
 def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeGroups | None:
     """Return the groups of the training sequences if batches consist of whole ones.
 
-    Raises InputError if the run needs groups and the corpus has none, or one sequence in each; for
-    a group larger than a batch; and for settings that would split groups.
+    Raise InputError if the run needs groups and the corpus has none, or one sequence in each; and
+    if a group is larger than a batch. Warn if batches split groups, and return None.
     """
     key = config.key_of_groups
     if key is None or not len(sequences):

@@ -84,9 +84,9 @@ def _sequences_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
 
 
 def _positions_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
-    """Count positions with KD. Of positions chosen by the student's entropy only the number is
-    known here. In a sequence all teachers choose from the same positions, so a larger choice
-    contains a smaller one.
+    """Count positions with KD. Where the student's entropy chooses positions, only their number is
+    known here. All teachers choose among the same positions of a sequence, so the largest choice
+    contains the others, and its number is counted.
     """
     width = batch.input_ids.shape[1]
     keys = [np.zeros(0, np.int64)]

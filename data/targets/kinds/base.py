@@ -37,7 +37,7 @@ class TargetKind(ABC):
     """
 
     name: ClassVar[str]
-    told: ClassVar[str] = ""  # what is kept of each target, with fields of ``info``
+    told: ClassVar[str] = ""  # a template of ``sentence``: {k} and the like are fields of ``info``
     tasks: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that determine the columns' widths
     codecs: ClassVar[tuple[str, ...]] = ("default",)
@@ -48,9 +48,9 @@ class TargetKind(ABC):
     whole: ClassVar[bool] = False  # whether every probability is known, at any temperature
     has_tail: ClassVar[bool] = False  # whether the mass outside its ids is stored
     has_head: ClassVar[bool] = False  # whether the teacher's output matrix is stored beside it
-    # whether a larger k and more temperatures can be cached beside it
+    # whether a larger k and more temperatures can be added later, beside it
     grows: ClassVar[bool] = False
-    extends: ClassVar[bool] = False  # whether it is a further part of another kind's targets
+    extends: ClassVar[bool] = False  # whether it adds to targets of another kind (as tails do)
     per_sequence: ClassVar[bool] = False  # one target per row, none at positions
     largest_k: ClassVar[int | None] = None  # independent of the vocabulary
     tells_text: ClassVar[bool] = True  # whether much of the text can be read from it, or guessed
@@ -70,8 +70,8 @@ class TargetKind(ABC):
 
     @property
     def read_at(self) -> float:
-        """A temperature at which it can be read: 1, or that of a sample, or the first of imported
-        targets that exclude 1.
+        """A temperature at which it can be read: 1 if possible, else the first that is stored
+        (samples and imported targets may lack 1).
         """
         stored = self.info.temperatures
         return stored[0] if stored and 1.0 not in stored and not self.whole else 1.0
@@ -133,7 +133,7 @@ class TargetKind(ABC):
         return self.codec.stored(POSITIONS | self.used_columns(), self.info.vocabulary_size or 0)
 
     def entry_columns(self) -> dict[str, pa.DataType]:
-        """Return the columns on disk with ``distinct`` entries per position."""
+        """Return the columns on disk with as many entries per position as ``distinct`` says."""
         return {}
 
     def _fields(self) -> list[pa.Field]:
@@ -142,7 +142,7 @@ class TargetKind(ABC):
 
     @property
     def bytes_per_position(self) -> int:
-        """Bytes of one position in all columns, at most: uncompressed, and if all draws differ."""
+        """The most bytes a position can take: all columns, uncompressed, all draws different."""
         columns = [*self.stored_columns().values()]
         columns += [(dtype, self.info.k) for dtype in self.entry_columns().values()]
         return sum(dtype.bit_width // 8 * (1 if w is None else w) for dtype, w in columns)
@@ -312,8 +312,8 @@ class VocabularyKind(TargetKind):
         """
 
     def interpolates(self, temperature: float) -> bool:
-        """Return whether it is not stored but lies between three or more temperatures with a tail
-        each.
+        """Return whether ``temperature``, not stored itself, can be interpolated: it lies among
+        three or more stored ones, each with a tail.
         """
         return self.has_tail and knots(temperature, self.info.temperatures) != ()
 
@@ -366,7 +366,7 @@ class VocabularyKind(TargetKind):
             )
         last = "or train at a stored one"
         if between and self.has_tail:
-            last += ". Interpolated is what lies between the least and the largest of three or more"
+            last += ". Only between the least and the largest of three or more can one interpolate"
         elif self.interpolates(temperature):
             last = "train at a stored one, or have the distillation term interpolate it "
             last += "(temperature_between: interpolate)"

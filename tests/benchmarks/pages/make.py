@@ -109,8 +109,8 @@ def readme() -> Made:
     shown = [(words, times[name]) for name, words in STEPS.items()]
     _, one, two, live = (f"{time:.2f}" for _, time in shown)
     told = (
-        f"**Why**: a step with cached targets takes {one} (τ = 1) to {two} (τ = 2) of the time "
-        f"of a step without any; with the teacher running beside it, {live}\n"
+        f"**Why**: a step with cached targets takes {one} times (τ = 1) to {two} times (τ = 2) as "
+        f"long as a step without any; with the teacher run in every step, {live} times\n"
         f"({last[-1]['device']}; BERT-mini, taught by MiniLM-L12; `tests/benchmarks/train.py`).\n\n"
         "![time of a training step, over that without a teacher](docs/results/step_time.svg)"
     )

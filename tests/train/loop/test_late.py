@@ -202,7 +202,9 @@ def test_batches_that_were_sent_ahead_teach_the_same(masked_world, whole, tmp_pa
 
     monkeypatch.setattr(SentArray, "there", there)
     monkeypatch.setattr(
-        prepare, "MakeReady", lambda objective, size, _: MakeReady(objective, size, copies)
+        prepare,
+        "MakeReady",
+        lambda objective, size, _, count: MakeReady(objective, size, copies, count),
     )
     out = run(masked_world, tmp_path / "run", train_config(ALL)).directory
     assert same_weights(out, whole.directory)
