@@ -222,7 +222,7 @@ def test_what_cannot_teach_is_refused_before_training(taught, cache, new_student
     refused("define another loss", label_smoothing_factor=0.1)
     other = new_student()
     other.resize_token_embeddings(50)
-    with pytest.raises(InputError, match="another vocabulary than the targets: 50 rows"):
+    with pytest.raises(InputError, match="another vocabulary than the targets: it has 50 rows"):
         made(lambda: other, cache, tmp_path)
 
 

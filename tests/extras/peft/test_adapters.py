@@ -197,7 +197,7 @@ def test_a_base_of_another_size_or_a_quantised_one_is_told_before_the_corpus(
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"base_model_name_or_path": str(larger)}))
     told = (
-        r"query\.weight by a matrix \[32, 32\], and that of its base .* is \[64, 64\].*base_model"
+        r"query\.weight by a matrix \[32, 32\], but that of its base .* is \[64, 64\].*base_model"
     )
     with pytest.raises(InputError, match=told):
         check_teacher_files(folder, "masked_lm", "teacher 'x'")
