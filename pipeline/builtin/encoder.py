@@ -66,7 +66,7 @@ def train_encoder(
     with quiet_transformers():
         body = AutoModel.from_pretrained(model, add_pooling_layer=False).train()
     tokenizer = load_tokenizer(str(model))
-    encoder = Encoder("encoder", "mean", True, None)
+    encoder = Encoder.own("encoder", body.config.hidden_size, "mean", normalise=True)
     rate, steps = settings["learning_rate"], settings["steps"]
     optimizer = torch.optim.AdamW(body.parameters(), lr=rate)
 

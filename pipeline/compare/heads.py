@@ -23,7 +23,7 @@ from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.encoder import open_asked
-from rekindle.train.answers.evaluate import check_pairs
+from rekindle.train.answers.evaluate import check_pairs, metric_of
 from rekindle.train.answers.judge import Judge, open_judge
 from rekindle.train.answers.labelled import as_asked, read_labelled
 from rekindle.train.answers.recorded import Recorded, as_its_own, recorded
@@ -32,7 +32,6 @@ from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_fol
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import (
-    chosen_metric,
     named,
     predictions_of,
     printed_name,
@@ -201,11 +200,11 @@ def _standing(
     rights: dict[str, Right] = {}
     vectors = saved_heads(Path(students[0].place))[head].pooling  # None: no vectors
     for one in (*experts, *students):
-        judge, before = _opened(one, vectors, config), one.before
+        judge, before = _opened(one, vectors, config, file), one.before
         asked = as_its_own(config, before, one.name)
         data = read_labelled(file, judge, asked)
         check_pairs(before, data.pairs is not None, one.place, file)
-        metric = chosen_metric(metric, data)
+        metric = metric_of(metric, judge.metric, data)
         found, logits, _ = judged_scores(judge, data, asked, name=file)
         scores[one.name] = [found[metric]]
         unit, size = "row", len(data)
@@ -225,9 +224,10 @@ def _standing(
     return standing
 
 
-def _opened(one: _Entrant, vectors: str | None, config: AskConfig) -> Judge:
+def _opened(one: _Entrant, vectors: str | None, config: AskConfig, file: str) -> Judge:
     """Load what is asked. Of a head that gives ``vectors`` (pooled so) these are its student's
-    folder, sentence encoders, and plain ones, which are pooled as the student is.
+    folder, sentence encoders, and plain ones, which are pooled as the student is; ``file`` must
+    have pairs for them.
     """
     if vectors is None:
         return open_judge(one.place, one.head)
@@ -235,7 +235,8 @@ def _opened(one: _Entrant, vectors: str | None, config: AskConfig) -> Judge:
     asked = config.model_copy(update={"pooling": (config.pooling or vectors) if plain else None})
     if plain:
         log.info("%s is no sentence encoder: its states are pooled by %s", one.name, asked.pooling)
-    return open_asked(one.place, None, asked, pairs=True)
+    pairs = read_file(file, as_asked(config, "")).pairs is not None
+    return open_asked(one.place, None, asked, pairs, scored=file)
 
 
 def _mean_of(each: NDArray[np.float64]) -> Score:

@@ -1,6 +1,7 @@
 """The jobs of a cycle and their dependencies. Runs nothing and opens no file."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 from rekindle.pipeline import job_functions as functions
@@ -14,7 +15,7 @@ from rekindle.pipeline.cycle.searched import search_home
 from rekindle.pipeline.cycle.sections import Point, point_name
 from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
 from rekindle.pipeline.processes.jobs import Job
-from rekindle.train.finetune.config import FinetuneConfig
+from rekindle.train.finetune.config import FinetuneConfig, check_loss
 from rekindle.train.finetune.result import RESULT_FILE, seed_folder
 
 START_FOLDER = "start"  # the start model as students, and therefore experts, start from it
@@ -103,6 +104,15 @@ def _costs(home: Path, text: str) -> Path:
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def check_fine_tuning(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
+    """Raise InputError for a ranking's settings, of any arm and any point of the search, that
+    nothing would read.
+    """
+    for one, point, arm in product(tasks, config.search_points(), config.arms):
+        ranks = one.splits["train"].groups is not None
+        check_loss(config.finetune_of(one.task, point, arm), one.task.train, ranks)
 
 
 def searched_files(

@@ -56,7 +56,7 @@ from rekindle.pipeline.cycle.inputs import (
     read_tasks,
     write_tasks,
 )
-from rekindle.pipeline.cycle.jobs import plan_jobs, searched_files
+from rekindle.pipeline.cycle.jobs import check_fine_tuning, plan_jobs, searched_files
 from rekindle.pipeline.cycle.page import cycle_html
 from rekindle.pipeline.cycle.results import RESULTS_FILE, read_results
 from rekindle.pipeline.cycle.run_files import configs
@@ -122,6 +122,7 @@ def run_cycle(
     make_missing(config)
     tasks = read_draws(config)
     check_taught(config, tasks)
+    check_fine_tuning(config, tasks)
     about = about_cycle(config, tasks, check_start(config))
     about["draws_at_first"] = draws_at_first(home, config)
     first, of_first = home / DRAWS_FOLDER / str(FIRST_DRAW), config.of_draw(FIRST_DRAW)
@@ -161,6 +162,7 @@ def _run_one(
     make_missing(config)
     tasks = read_tasks(config)
     check_taught(config, tasks)
+    check_fine_tuning(config, tasks)
     _check_searched(config, home, how.only)
     runs = configs(home, config, tasks)
     about = about_cycle(config, tasks, check_start(config))

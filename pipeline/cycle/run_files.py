@@ -77,8 +77,12 @@ def _objective(
 
 
 def _in_groups(config: CycleConfig, one: TaskFiles, student: Student) -> CycleTask:
-    """The task; a ranker on a text of groups compares what is of one group, unless told."""
+    """The task; a ranker on a text of groups compares what is of one group, unless told. Then no
+    list is compared, so a temperature for all tasks is one for the others.
+    """
     grouped = config.text_of(student.text).group_field is not None
-    if one.splits["train"].groups is None or not grouped or "ranking" in config.distill:
+    told = "ranking" in {*config.distill, *one.task.distill}
+    if one.splits["train"].groups is None or not grouped or told:
         return one.task
-    return one.task.model_copy(update={"distill": IN_GROUPS | one.task.distill})
+    unheated = {"temperature": 1.0} if "temperature" in config.distill else {}
+    return one.task.model_copy(update={"distill": IN_GROUPS | unheated | one.task.distill})

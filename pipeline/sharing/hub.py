@@ -22,7 +22,7 @@ MOST_FILES, MOST_BYTES = 200, 8 << 30
 
 @dataclass(frozen=True)
 class There:
-    """A repository as it is: whether it exists, is private, has the branch, what is in it."""
+    """Hold a repository as it is: whether it exists, is private, has the branch, what is in it."""
 
     exists: bool = False
     private: bool = False
@@ -32,7 +32,7 @@ class There:
 
 
 class Hub:
-    """One repository, ``repo`` = OWNER/NAME, of that type; ``revision``: a branch."""
+    """Ask and change a repository, ``repo`` = OWNER/NAME, of that type; ``revision``: a branch."""
 
     def __init__(self, repo: str, repo_type: str, revision: str | None):
         from huggingface_hub import HfApi, constants
@@ -45,13 +45,13 @@ class Hub:
 
     @property
     def url(self) -> str:
-        """Where people look at it."""
+        """Return where people look at it."""
         start = "datasets/" if self.repo_type == "dataset" else ""
         return f"{self._api.endpoint}/{start}{self.repo}"
 
     @property
     def address(self) -> str:
-        """What Rekindle reads it by."""
+        """Return what Rekindle reads it by."""
         start = "datasets/" if self.repo_type == "dataset" else ""
         at = "" if self.revision == "main" else f"@{self.revision.replace('/', '%2F')}"
         return f"hf://{start}{self.repo}{at}"
@@ -62,7 +62,7 @@ class Hub:
             return str(self._api.whoami()["name"])
 
     def look(self) -> There:
-        """The repository as it is now."""
+        """Return the repository as it is now."""
         about: dict[str, Any] = {"repo_type": self.repo_type}
         with self._asking(self.repo):
             try:
@@ -81,7 +81,7 @@ class Hub:
         return There(True, private, True, head, files)
 
     def read(self, name: str, there: There) -> bytes:
-        """A small file that is there."""
+        """Return the content of a small file that is there."""
         with self._asking(f"{self.repo}/{name}"):
             found = self._api.hf_hub_download(
                 self.repo, name, repo_type=self.repo_type, revision=there.head
@@ -89,7 +89,9 @@ class Hub:
             return Path(found).read_bytes()
 
     def make(self, there: There, private: bool) -> None:
-        """Make the repository and the branch, as far as they are not there."""
+        """Make the repository and the branch, as far as they are not there. A new branch begins as
+        the main one: with its files.
+        """
         about: dict[str, Any] = {"repo_type": self.repo_type}
         with self._asking(self.repo):
             if not there.exists:
@@ -144,7 +146,7 @@ class Hub:
 
 
 def _state_of(entry: Any) -> str:
-    """What tells the content of a file that is there."""
+    """Return what tells the content of a file that is there."""
     lfs = getattr(entry, "lfs", None)
     return f"sha256:{lfs.sha256}" if lfs is not None else f"git:{entry.blob_id}"
 

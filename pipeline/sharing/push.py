@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 
 from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.errors import InputError
@@ -10,10 +12,26 @@ from rekindle.data.storage.manifest import MANIFEST
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.sharing.contents import Asked, Contents, contents_of
 from rekindle.pipeline.sharing.hub import Hub, There, batches, differing
+from rekindle.pipeline.sharing.models import MODULES
+from rekindle.train.model.folder import ABOUT_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS, SETTINGS_FILE
 
 # Folders of a cache; what else is in a repository is its owner's.
 _OURS = ("corpus/", "views/", "targets/")
 _DATA = (".arrow", ".safetensors", ".bin", ".gguf", ".model")
+# Files of a model that ``model_files`` sends. One that is left of another kind of model would be
+# loaded with this one, or in its place. A licence, which people add on the hub, is not among them.
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", ADAPTER_WEIGHTS)
+_OF_MODELS = (
+    *(*_WEIGHTS, "heads.safetensors", "prompts.safetensors"),
+    *(SETTINGS_FILE, ADAPTER_FILE, "generation_config.json"),
+    *(ABOUT_FILE, "metrics.json", "metrics.jsonl", "summary.json", "export.json", "run.yaml"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
+    *(MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"),
+)
+_OF_PARTS = ("*.json", "*.safetensors", "*.txt", "*.model")  # in the folders that MODULES lists
+_SHOWN = 20  # names of removed files in a line
 
 
 @dataclass(frozen=True)
@@ -33,11 +51,11 @@ class Pushed:
     told: list[str] = field(default_factory=list)
 
     def as_json(self) -> str:
-        """For --json."""
+        """Return it for --json."""
         return json.dumps(asdict(self))
 
     def as_text(self) -> str:
-        """For people: of a dry run every file."""
+        """Return it for people: of a dry run every file."""
         sent = sum(self.files[name] for name in self.sent)
         lines = []
         if self.dry_run:
@@ -47,7 +65,16 @@ class Pushed:
                 f"{name:{width}}  {shown_bytes(size)}{'  (is there)' * (name in there)}"
                 for name, size in self.files.items()
             ]
-            lines += [f"{name}  is removed" for name in self.removed]
+            lines.append(
+                "what an earlier push has left there, and is no part of it any more, would be "
+                "removed, too; which files these are is seen when the hub is asked"
+            )
+        if self.removed:
+            more = len(self.removed) - _SHOWN
+            lines.append(
+                f"removed, for they are no part of it any more: {', '.join(self.removed[:_SHOWN])}"
+                + (f" and {counted(more, 'more file')}" if more > 0 else "")
+            )
         done = "would be sent" if self.dry_run else "sent"
         new = f" ({'private' if self.private else 'public'}{', new' if self.made else ''})"
         before = len(self.files) - len(self.sent)
@@ -88,13 +115,19 @@ def push(
 
     with contents_of(asked, progress, ready) as found:
         hub, there = hubs[0] if hubs else None, seen[0]
+        new_branch = there.exists and not there.branch
+        begun = there
         if hub is not None:
             _check_cache(hub, there, found)
-        names = differing(found.files, there)
-        gone = _gone(there, found)
-        if hub is not None:
             hub.make(there, private)
-            _send(hub, found, names, gone, message or f"{found.kind} by rekindle", progress)
+            if new_branch:  # it begins with what main has
+                begun = hub.look()
+        names = differing(found.files, begun)
+        gone = _gone(hub, begun, found)
+        if hub is not None:
+            title = message or f"{found.kind} by rekindle"
+            left = _clear(hub, begun, names, gone, title) if new_branch else gone
+            _send(hub, found, names, left, title, progress)
         shown = _Shown(asked, found) if hub is None else hub
         return Pushed(
             kind=found.kind,
@@ -153,16 +186,44 @@ def _check_cache(hub: Hub, there: There, found: Contents) -> None:
         )
 
 
-def _gone(there: There, found: Contents) -> list[str]:
-    """What an earlier push has left there and is no part of it any more."""
-    names = [name for name, _ in there.files if name not in found.files]
+def _gone(hub: Hub | None, there: There, found: Contents) -> list[str]:
+    """Return what an earlier push has left there and is no part of it any more."""
+    names = sorted({name for name, _ in there.files} - {*found.files})
     if found.kind == "cache":
         return [name for name in names if name.startswith(_OURS)]
-    # Weights in other files than before: transformers would load the older ones.
-    return [n for n in names if "/" not in n and n.startswith("model") and n.endswith(_WEIGHTS)]
+    folders = _part_folders(hub, there)
+    return [name for name in names if _is_of_model(name, folders)]
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+def _is_of_model(name: str, folders: Collection[str]) -> bool:
+    """Return whether a push of a model sends such a file; ``folders``: those of its parts."""
+    folder, _, last = name.rpartition("/")
+    patterns = _OF_PARTS if folder in folders else () if folder else _OF_MODELS
+    return any(fnmatchcase(last, pattern) for pattern in patterns)
+
+
+def _part_folders(hub: Hub | None, there: There) -> set[str]:
+    """Return the folders of the parts of the sentence encoder that is there, if there is one."""
+    if hub is None or MODULES not in dict(there.files):
+        return set()
+    with suppress(ValueError, AttributeError, TypeError):  # a file of somebody else's
+        listed = json.loads(hub.read(MODULES, there))
+        return {str(one.get("path", "")).strip("/") for one in listed} - {""}
+    return set()
+
+
+def _clear(
+    hub: Hub, there: There, names: Collection[str], gone: Collection[str], title: str
+) -> Collection[str]:
+    """Remove the other cache that a new branch begins with, before any of this one is sent; return
+    what is still to be removed.
+
+    If sending is interrupted, the same command goes on: what it finds then is no other cache.
+    """
+    if MANIFEST not in names or MANIFEST not in dict(there.files):
+        return gone
+    hub.commit({}, {*gone, MANIFEST}, f"{title}: without the cache of the main branch")
+    return ()
 
 
 def _send(

@@ -97,7 +97,7 @@ def evaluate_file(
     check_pairs(before, texts.pairs is not None, model, test)
     judge = open_asked(model, head, settings, texts.pairs is not None, test)
     data = read_labelled(test, judge, settings, texts)
-    metric = _metric(metric, judge.metric or before.metric, data)
+    metric = metric_of(metric, judge.metric or before.metric, data)
     answers = replace(judge.answers, threshold=settings.threshold)
     log.info("%s: %s", test, data.described())
     tell_undefined(test, data)
@@ -125,7 +125,7 @@ def evaluate_file(
     )
 
 
-def _metric(wanted: str | None, usual: str | None, data: TaskData) -> str:
+def metric_of(wanted: str | None, usual: str | None, data: TaskData) -> str:
     """Return the metric that is asked for, or the model's ``usual`` one if it fits the data."""
     usual = usual if usual in METRICS[data.problem] else None
     if usual == "f1" and len(data.label_names) == 2 and data.positive is None:

@@ -27,7 +27,6 @@ from rekindle.train.embedding.folder import (
 from rekindle.train.model.family_head import difference, sample_inputs
 from rekindle.train.model.network import HeadConfig, StudentNetwork, head_key
 from rekindle.train.model.parts.head_config import Pooling, width_of
-from rekindle.train.model.parts.pooling import pooled
 from rekindle.train.model.parts.vectors import VectorHead
 from rekindle.train.model.sight import evaluating
 from rekindle.train.model.student_config import OWN
@@ -42,10 +41,30 @@ class Encoder:
     """A student as a sentence encoder: how the states of a text become its vector."""
 
     name: str  # of the head, or ``own``
-    pooling: Pooling
-    normalise: bool
-    projection: nn.Linear | None  # to the size of the head's teacher; None: the student's own size
+    head: VectorHead
     drops: bool = False  # whether there is a projection that is left out
+
+    @classmethod
+    def own(
+        cls, name: str, width: int, pooling: Pooling, normalise: bool, drops: bool = False
+    ) -> "Encoder":
+        """Return an encoder without a projection, of states with ``width`` numbers."""
+        return cls(name, VectorHead(width, None, pooling, normalise), drops)
+
+    @property
+    def pooling(self) -> Pooling:
+        """Return how the states of a text become one."""
+        return self.head.pooling
+
+    @property
+    def normalise(self) -> bool:
+        """Return whether vectors have length 1."""
+        return self.head.normalise
+
+    @property
+    def projection(self) -> nn.Linear | None:
+        """Return the map to the size of the head's teacher; None: the student's own size."""
+        return self.head.projection
 
     def size(self, width: int) -> int:
         """Return the size of a vector, for states with ``width``."""
@@ -53,9 +72,8 @@ class Encoder:
 
     def vectors(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the vectors [B,D] of a student's ``states`` [B,S,H]."""
-        found = pooled(states, attention_mask, (self.pooling,))
-        found = found if self.projection is None else self.projection(found)
-        return nn.functional.normalize(found, dim=1) if self.normalise else found
+        found: Tensor = self.head(states, {"attention_mask": attention_mask})
+        return found
 
     @property
     def told(self) -> str:
@@ -80,11 +98,10 @@ def encoder_of(student: StudentNetwork, asked: str | None) -> Encoder | None:
     if asked in configs:
         module = student.heads[head_key(asked)]
         assert isinstance(module, VectorHead)
-        return Encoder(asked, head.pooling, module.normalise, module.projection)
+        return Encoder(asked, module)
     normalise = all(one.normalise for one in configs.values())
-    return Encoder(
-        OWN, head.pooling, normalise, None, any(one.projection for one in configs.values())
-    )
+    drops = any(one.projection for one in configs.values())
+    return Encoder.own(OWN, width_of(student.model.config), head.pooling, normalise, drops)
 
 
 def not_an_encoder(student: Student) -> str | None:

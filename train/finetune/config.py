@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator
 
+from rekindle.data.errors import InputError
 from rekindle.data.former import Formerly
 from rekindle.data.settings import Place, Settings
 from rekindle.data.settings_schema import one_or_many
@@ -204,6 +205,29 @@ _ONCE_FIXED |= {"group_field": None, "loss": "listwise", "grade_temperature": 1.
 def with_once_fixed(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings, with an older version's fixed values for keys that it lacked."""
     return _ONCE_FIXED | dict(recorded)
+
+
+def check_loss(settings: TaskSettings, path: str, ranks: bool) -> None:
+    """Raise InputError for settings of a ranking's loss that nothing would read; ``ranks``: whether
+    the train file at ``path`` has documents in groups.
+    """
+    if not isinstance(settings, FinetuneConfig):
+        return
+    usual = FinetuneConfig.model_fields
+    for key in ("loss", "grade_temperature"):
+        given = getattr(settings, key)
+        if not ranks and given != usual[key].default:
+            raise InputError(
+                f"{key} is for documents in groups, and {path} is not read as a ranking: leave "
+                f"{key}: {given} out (in a cycle: give it in the finetune of a task that ranks), "
+                "or say problem: ranking"
+            )
+    tau = settings.grade_temperature
+    if settings.loss != "listwise" and tau != usual["grade_temperature"].default:
+        raise InputError(
+            f"grade_temperature belongs to loss: listwise, but loss is {settings.loss}; leave "
+            f"grade_temperature: {tau} out"
+        )
 
 
 class FixedBudget(FinetuneConfig):

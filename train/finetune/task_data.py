@@ -14,7 +14,7 @@ import numpy as np
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.train.finetune.config import TaskSettings
+from rekindle.train.finetune.config import TaskSettings, check_loss
 from rekindle.train.finetune.entities import complete, tags_entities
 from rekindle.train.finetune.label_lists import (
     SEVERAL,
@@ -219,6 +219,7 @@ def read_task(
     check_settings(settings)
     files = [read_file(path, settings) for path in (train_path, *others)]
     _check_pairs(files)
+    check_loss(settings, train_path, ranks=files[0].groups is not None)
     if files[0].groups is not None:
         return _read_ranked(files, settings)
     if files[0].words is not None or are_several(train_path, files[0].labels, settings):

@@ -210,6 +210,11 @@ def _ranking_problems(term: DistillTerm, infos: Sequence[TeacherInfo]) -> Iterat
         yield (
             f"ranking.pairs: {term.ranking.pairs} belongs to pairwise, which is 0; leave pairs out"
         )
+    if term.temperature != 1 and term.ranking.listwise == 0:
+        yield (
+            "temperature belongs to ranking.listwise, which is 0; leave temperature: "
+            f"{term.temperature} out"
+        )
     if term.divergence not in ("forward_kl", "mse"):
         yield f"ranking has its own losses; leave divergence: {term.divergence} out"
 

@@ -77,6 +77,9 @@ class Order:
     def micro_batches(self, step: int, size: int, processes: int) -> int:
         """Return how many micro-batches of at most ``size`` sequences each process makes of its
         share of ``step``: the same number in all, though whole groups cannot be divided evenly.
+
+        None is empty: if ``size`` is 1 and some share has one sequence more than another, a
+        micro-batch has 2.
         """
         if self.groups is None:
             return -(-(self.batch_sequences // processes) // size)

@@ -68,8 +68,8 @@ def numbered(names: Sequence[str]) -> Ints:
 
 def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> NDArray[np.float32]:
     """Return the grades [N] of labels in the rows ``numbers``: numbers as they are, clicks as 0 and
-    1. Raises InputError, naming the row, for other labels, for a mixture of both, and for a
-    negative one.
+    1. Raises InputError, naming the row, for other labels, for a mixture of both, and for a grade
+    that is negative or too large.
     """
     for label, row in zip(labels, numbers, strict=True):
         if label.kind not in ("a boolean", "a number") or label.kind != labels[0].kind:
@@ -78,7 +78,13 @@ def grades_of(path: str, labels: Sequence[Graded], numbers: Sequence[int]) -> ND
                 f"{path}, row {row}: label {label.raw!r} is {label.kind}{beside}; a ranking has "
                 "grades (numbers from 0 on) or clicks (true, false), one kind throughout"
             )
-    grades = np.array([label.value for label in labels], np.float32)
+    with np.errstate(over="ignore"):  # refused below
+        grades = np.array([label.value for label in labels], np.float32)
+    for place in np.flatnonzero(~np.isfinite(grades))[:1].tolist():
+        raise InputError(
+            f"{path}, row {numbers[place]}: label {labels[place].raw!r} is too large; a grade is a "
+            f"number from 0 to {np.finfo(np.float32).max:.1e}: divide all of them, or drop the row"
+        )
     for place in np.flatnonzero(grades < 0)[:1].tolist():
         raise InputError(
             f"{path}, row {numbers[place]}: label {labels[place].raw!r} is negative; a grade "

@@ -235,7 +235,7 @@ def test_a_conflict_of_two_puts_is_asked_again(memory, monkeypatch):
 
 def test_a_store_without_conditional_puts_is_only_read(tmp_path, memory, monkeypatch):
     """By its kind, and by what its server does: some take no notice of the condition."""
-    store = ObjectStore(f"local://{tmp_path}")
+    store = ObjectStore("memory://bucket/shared")
     (tmp_path / "a").write_bytes(b"1")
     assert store.read_bytes("a") == b"1"
     with pytest.raises(InputError, match=r"can be read, not written to.*s3:// or gs://"):
@@ -298,9 +298,9 @@ def test_the_local_copies_go_with_the_store():
     assert not scratch.exists()
 
 
-def test_another_process_has_a_client_and_copies_of_its_own(tmp_path):
+def test_another_process_has_a_client_and_copies_of_its_own():
     """A fork that is done with the store leaves the copies to the process that made them."""
-    store = ObjectStore(f"local://{tmp_path}")
+    store = ObjectStore("memory://bucket/shared")
     store.replace("a", b"1")
     mine = store.begin("data/mine")
     mine.write_bytes(b"2")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.builtin.names import resolve_name
@@ -21,11 +22,14 @@ from rekindle.train.answers.config import AskConfig
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.answers.judge import judged, open_judge
 from rekindle.train.answers.labelled import read_labelled
+from rekindle.train.embedding.texts import TextEncoder, describe_encoder
+from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.finetune.metrics import scores_of
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.model.network import HeadConfig
 from testlib.answers.judges import classifier, saved_student
 from testlib.command import pipeline
+from testlib.encoders import encoder_folder
 
 NAMES = ("desc", "enty", "num")
 WORDS = ["river", "city", "engine", "light", "paper", "the", "old", "water"]
@@ -317,6 +321,41 @@ def test_rankers_stand_with_intervals_over_the_groups(write, make_model, wordpie
         own = evaluate_file(str(run), str(path), head="search")
         assert one.scores.scores[name] == [pytest.approx(own.value)]
     assert one.differences[0].low < one.differences[0].mean < one.differences[0].high
+
+
+def test_encoders_stand_by_the_rank_correlation_of_their_cosines(
+    write, make_model, wordpiece, tmp_path
+):
+    """Without any setting, on a file whose columns have the usual names."""
+    model = make_model("bert", "AutoModelForMaskedLM", wordpiece, 5, hidden_size=16)
+    body = make_model("bert", "AutoModel", wordpiece, 6, hidden_size=16)
+    teacher = encoder_folder(tmp_path / "teacher", body, {"pooling_mode": "mean"})
+    run = write("a")
+    vectors = HeadConfig(kind="embedding", num_labels=16, pooling="mean", normalise=True)
+    student = saved_student(run, model, {"teacher": vectors})
+    write_beside(student, 32, run)
+    random = np.random.default_rng(4)
+    first, second = ([" ".join(random.choice(WORDS, 4)) for _ in range(20)] for _ in range(2))
+    rows = [
+        {"sentence1": a, "sentence2": b, "label": n / 4}
+        for n, (a, b) in enumerate(zip(first, second, strict=True))
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    typed = ("compare", run, "--expert", teacher, "--test", path)
+    alone = pipeline(*typed, "--text-field", "sentence1")
+    told = " ".join(alone.stderr.split())
+    assert (alone.returncode, "name the two columns with --text-field" in told) == (2, True)
+    done = pipeline(*typed, "--json")
+    assert done.returncode == 0, done.stderr
+    (task,) = json.loads(done.stdout)["tasks"]
+    assert task["metric"] == "spearman"
+    for name, place in (("a", run), ("expert teacher", teacher)):
+        encoder = TextEncoder.of(describe_encoder(str(place)))
+        a, b = (encoder.vectors(texts).astype(np.float64) for texts in (first, second))
+        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        wanted = spearmanr(cosines, np.arange(20)).statistic
+        assert task["scores"][name] == [pytest.approx(wanted)]
 
 
 def test_of_a_cycle_of_several_corpora_it_is_said_what_to_type(write, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import _read, read_tasks, write_tasks
@@ -101,8 +102,22 @@ def test_students_learn_the_order_within_groups_unless_they_are_told_otherwise(v
     assert (term.divergence, term.ranking.group, term.ranking.pairwise) == ("mse", "group", 1)
     ((term),) = terms(distill={"ranking": {"group": "batch", "pairwise": 0}})
     assert (term.ranking.group, term.ranking.pairwise) == ("batch", 0)
+    ((term),) = terms(distill={"temperature": 2.0})  # for tasks of classes: no list is compared
+    assert (term.temperature, term.ranking.group) == (1.0, "group")
+    ((term),) = terms(distill={"temperature": 2.0, "ranking": {"listwise": 1}})
+    assert (term.temperature, term.ranking.group) == (2.0, "batch")
     ((term),) = terms(corpus=values["corpus"] | {"group_field": None}, train={"steps": 2})
     assert term.ranking is None
+
+
+def test_a_point_of_the_search_that_would_do_nothing_is_refused_before_anything_runs(
+    values, tmp_path
+):
+    search = {"loss": ["listwise", "pairwise"], "grade_temperature": [1.0, 3.0]}
+    config = parse_settings(CycleConfig, values | {"search": search})
+    with pytest.raises(InputError, match="grade_temperature belongs to loss: listwise, but loss"):
+        run_cycle(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cycle_of_a_ranker_says_how_well_each_arm_ranks(values, tmp_path, monkeypatch):

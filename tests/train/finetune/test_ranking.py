@@ -112,6 +112,7 @@ OTHER = ROW | {"document": "a new engine", "label": 0}
     ("rows", "told"),
     [
         ([ROW, OTHER, {**ROW, "label": -1}], "row 3: label -1 is negative"),
+        ([ROW, OTHER, {**ROW, "label": 1e300}], "row 3: label 1e+300 is too large; a grade is a"),
         ([ROW, OTHER, {**ROW, "label": float("nan")}], "row 3: label is missing (given: nan)"),
         ([ROW, OTHER, {**ROW, "label": "good"}], "row 3: label 'good' is a word, but row 1 has 1"),
         ([ROW, OTHER, {**ROW, "label": True}], "row 3: label True is a boolean, but row 1 has 1"),
@@ -150,6 +151,31 @@ def test_settings_that_do_not_fit_a_ranking_are_refused(tmp_path, settings, told
     path = write(tmp_path / "t.jsonl", [ROW, OTHER])
     with pytest.raises(InputError, match=told):
         read_task(path, settings=parse_settings(FinetuneConfig, settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"loss": "pairwise", "problem": "classification"}, "loss is for documents in groups"),
+        ({"loss": "pairwise", "text_field": "query"}, "leave loss: pairwise out"),
+        (
+            {"grade_temperature": 3, "problem": "regression"},
+            "grade_temperature is for documents in groups",
+        ),
+        (
+            {"grade_temperature": 3, "loss": "pointwise"},
+            "grade_temperature belongs to loss: listwise, but loss is pointwise",
+        ),
+    ],
+)
+def test_settings_of_a_ranking_that_nothing_reads_are_refused_before_a_model(
+    tmp_path, settings, told
+):
+    path = write(tmp_path / "t.jsonl", [ROW, OTHER])
+    config = parse_settings(FinetuneConfig, settings)
+    with pytest.raises(InputError, match=told):
+        finetune("no/such/model", path, path, str(tmp_path / "out"), config=config)
+    read_task(path, settings=FinetuneConfig(loss="listwise", problem="regression"))  # what is usual
 
 
 # --- what is trained and scored -------------------------------------------------------------------

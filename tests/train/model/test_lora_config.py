@@ -44,7 +44,7 @@ def test_its_keys_are_checked():
         configured({"lora": {"rank": 4}})
     found = configured({"lora": {"r": 4, "alpha": 12, "target_modules": "query"}}).student.lora
     assert (found.r, found.alpha, found.target_modules) == (4, 12, ("query",))
-    with pytest.raises(InputError, match="all-linear stands alone"):
+    with pytest.raises(InputError, match="all-linear must stand alone"):
         configured({"lora": {"target_modules": ["all-linear", "query"]}})
 
 

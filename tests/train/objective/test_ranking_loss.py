@@ -206,7 +206,7 @@ def test_groups_are_the_batch_its_domains_its_documents_or_the_corpuss_own():
 
 @pytest.mark.parametrize("group", ["document", "group"])
 def test_a_batch_that_does_not_know_its_groups_is_refused(group):
-    with pytest.raises(ValueError, match=f"which {group}"):
+    with pytest.raises(ValueError, match=f"does not give the {group} of its"):
         group_keys(batch_of(["a", "b"]), "expert", group)
 
 

@@ -133,6 +133,10 @@ REFUSED = [
         "ranking.pairs: best belongs to pairwise, which is 0; leave pairs out",
     ),
     (
+        term("score", ranking={}, temperature=4.0),
+        "temperature belongs to ranking.listwise, which is 0; leave temperature: 4.0 out",
+    ),
+    (
         term("score", ranking={}, divergence="jsd"),
         "ranking has its own losses; leave divergence: jsd out",
     ),
@@ -300,7 +304,8 @@ def test_a_teacher_in_two_places_is_refused(terms):
         term("unnamed", "mood", labels="apart", **MIX),
         term("unnamed", **MIX),
         term("even.sense", "odd.sense", combine="route"),
-        term("score", ranking={"group": "document"}, divergence="mse"),
+        term("score", ranking={"group": "document"}, divergence="mse", temperature=1.0),
+        term("score", ranking={"listwise": 1}, temperature=4.0),
         term("big", "odd", divergence="skew_kl", skew=0.5),
         term("sense", "tags", divergence="skew_kl"),
         term("sense", "mood", combine="concatenate"),

@@ -57,7 +57,7 @@ FILES = (
 
 VALUES = (
     Bad("steps of groups that there are not", f"{MAKE} --set train.batching=groups",
-        "train.batching", "is of groups, and the sequences of the corpus have none",
+        "train.batching", "needs groups, but the sequences of the corpus have none",
         "set corpus.group_field"),
     Bad("an unknown section", f"{MAKE} --set trian.steps=3", "'trian'", "unknown key",
         "did you mean 'train'?"),

@@ -1,9 +1,13 @@
 """Pooling is what its words say, one text at a time, wherever the padding lies."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from rekindle.train.embedding.pooling import POOLINGS, pooled
+from rekindle.train.embedding.folder import POOLINGS
+from rekindle.train.model.parts.head_config import Pooling
+from rekindle.train.model.parts.pooling import pooled
 
 DIRECT = {
     "mean": lambda own, at: own.mean(0),
@@ -35,3 +39,7 @@ def test_several_modes_stand_one_after_another():
     states, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
     parts = [pooled(states, mask, [mode]) for mode in ("max", "cls")]
     assert torch.equal(pooled(states, mask, ["max", "cls"]), torch.cat(parts, 1))
+
+
+def test_teachers_and_students_know_the_same_modes():
+    assert get_args(Pooling) == POOLINGS
