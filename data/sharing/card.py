@@ -5,6 +5,7 @@ What somebody has added (a licence in the block, words outside the marks) stays.
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.errors import CacheError, InputError
+from rekindle.data.hub.places import hub_place, is_hub
 from rekindle.data.sharing.names import LICENCE, TAGS, last_part, shown
 from rekindle.data.storage.base import Store
 from rekindle.data.targets.reading.reader import TeacherReader
@@ -257,13 +259,15 @@ def _how_to_read(
 
 def _how_to_attach(corpus: Corpus, address: str) -> Iterator[str]:
     """Yield how somebody with the same text gets the whole cache."""
-    repo = address.removeprefix("hf://datasets/")
+    place = hub_place(address) if is_hub(address) else None
+    repo = "OWNER/NAME" if place is None else place.repo
+    at = f" --revision {shlex.quote(place.revision)}" if place and place.revision else ""
     yield (
         "**The text is not here**: of the corpus there are the checksums, the tokenizer and how it "
         "was cut. Whoever has the same files of text makes it again, and each target is held "
         "against the digest of its sequence:"
     )
-    yield from ("", "```sh", f"hf download {repo} --repo-type dataset --local-dir shared")
+    yield from ("", "```sh", f"hf download {repo} --repo-type dataset{at} --local-dir shared")
     yield "pipeline cache-teachers rebuild.yaml   # reads the text, runs no teacher"
     yield from ("pipeline verify shared", "```", "", "```yaml", "# rebuild.yaml")
     yield from (*run_file(corpus, "shared"), "```", "")

@@ -113,11 +113,11 @@ def copy_for_others(
 
     The manifest is not written: it is derived from what a reader finds, see ``Cache``. Every byte
     copied is checked against its checksum. Raises CacheFormatError if one is damaged, InputError
-    for a provenance with places of this machine.
+    for a teacher that is known by a place of this machine.
     """
     store, made = corpus.store, LocalStore(into)
     names = _names(corpus)
-    _check_provenance(store, teachers)
+    _check_identities(store, teachers)
     digests: dict[str, str] = {}  # of the corpus's shards in the copy, by those of the cache
     for shards in shard_sets(store):
         kind, _, rest = shards.folder.partition("/")
@@ -150,17 +150,24 @@ def _names(corpus: Corpus) -> _Names:
     return names
 
 
-def _check_provenance(store: Store, teachers: Collection[str]) -> None:
-    """Raise InputError for imported teachers whose provenance, which identifies them, has places of
-    this machine.
+def _check_identities(store: Store, teachers: Collection[str]) -> None:
+    """Raise InputError for teachers that are known by a place of this machine: imported ones whose
+    provenance has one, and those of a server that calls its model by one.
     """
     for name in sorted(teachers):
-        imported = read_parts(store, name)[0].imported
-        if imported is not None and (places := places_in(imported.provenance)):
+        info = read_parts(store, name)[0]
+        if info.imported is not None and (places := places_in(info.imported.provenance)):
             raise InputError(
                 f"the provenance of teacher {name!r} names a place of this machine ({places[0]}), "
                 "and is what the teacher is known by: import it again with another --provenance, "
                 "or name the teachers that are to be sent with --teacher"
+            )
+        if info.served is not None and (places := places_in(info.served.model)):
+            raise InputError(
+                f"the server of teacher {name!r} calls its model by a place of that machine "
+                f"({places[0]}), and this is what the teacher is known by: start the server with "
+                "another name for it (vLLM: --served-model-name) and cache the teacher again, or "
+                "name the teachers that are to be sent with --teacher"
             )
 
 
@@ -235,13 +242,15 @@ def _copy_tokenizer(store: Store, made: Store) -> None:
 
 
 def portable_config(values: Any) -> Any:
-    """Return the settings of a model or tokenizer without the places under path keys: tokens and
-    templates stay as they are, whatever they begin with.
+    """Return the settings of a model or tokenizer without the places under path keys, also those of
+    its parts (``text_config``): tokens and templates stay as they are, whatever they begin with.
     """
     if not isinstance(values, Mapping):
         return values
     return {
-        key: portable(one) if "path" in str(key) or str(key).endswith("_file") else one
+        key: portable(one)
+        if "path" in str(key) or str(key).endswith("_file")
+        else portable_config(one)
         for key, one in values.items()
     }
 

@@ -12,8 +12,9 @@ LICENCE = (
     "Nobody has yet stated the licence under which this may be used: it follows from the "
     "licences of {}. Put `license: …` into the block above before you share it."
 )
-# A path of this machine (/home/me/x, ~/x, ./x, ../x, C:\\x), or an address (s3://…, http://…).
-_PLACE = re.compile(r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:\\|[a-z][a-z0-9+.-]+:/{1,3})[^\n]+")
+# A path of this machine (/home/me/x, ~/x, ./x, ../x, C:\\x, C:/x, \\\\server\\x), or an address
+# (s3://…, http://…).
+_PLACE = re.compile(r"(?:~[\w-]*/|\.{1,2}/|/|[A-Za-z]:[\\/]|\\\\|[a-z][a-z0-9+.-]+:/{1,3})[^\n]+")
 
 
 def is_place(text: str) -> bool:

@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rekindle.data.errors import InputError
+from rekindle.data.hub.places import HubPlace
 from rekindle.data.storage.client import is_remote
 from rekindle.data.storage.manifest import MANIFEST
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.sharing.caches import cache_files
-from rekindle.pipeline.sharing.models import MODULES, model_files
+from rekindle.pipeline.sharing.models import model_files
+from rekindle.train.embedding.folder import (
+    MODULES_FILE,
+    check_encoder_folder,
+    is_encoder_folder,
+    read_encoder_folder,
+)
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
 from rekindle.train.model.unfinished import unfinished
 
@@ -65,7 +72,7 @@ def contents_of(
     if is_cache(asked.place):
         with cache_files(
             asked.place,
-            f"hf://datasets/{asked.repo}" + (f"@{asked.revision}" if asked.revision else ""),
+            _address(asked),
             asked.teachers,
             with_text=asked.with_text,
             readable=asked.readable or asked.with_text,
@@ -80,6 +87,13 @@ def contents_of(
     kind, files, told = model_files(folder, asked.place, asked.repo)
     ready("model")
     yield Contents(kind, "model", files, told)
+
+
+def _address(asked: Asked) -> str:
+    """What the cache is read by once it is sent."""
+    if asked.revision:
+        return HubPlace("dataset", asked.repo, None, "").at(asked.revision)
+    return f"hf://datasets/{asked.repo}"
 
 
 def is_cache(place: str) -> bool:
@@ -97,7 +111,7 @@ def _of_caches(asked: Asked) -> list[str]:
 
 
 def model_place(place: str) -> Path:
-    """The local folder of a model; InputError for what is none, or not finished."""
+    """The local folder of a model; InputError for what is none, not finished, or damaged."""
     from rekindle.train.model.folder import check_headers, resolve_model, weight_files
 
     if not is_remote(place):
@@ -105,14 +119,14 @@ def model_place(place: str) -> Path:
         if told := unfinished(folder):
             raise InputError(f"{told}. Nothing was sent")
         if not any(
-            (folder / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE, "modules.json")
+            (folder / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE, MODULES_FILE)
         ):
             raise InputError(f"{place}: {_told_of_none(folder)}. Nothing was sent")
-        if (folder / MODULES).is_file() and not (folder / SETTINGS_FILE).is_file():
-            return folder
-    found = resolve_model(place if is_remote(place) else str(Path(place).absolute()))
-    weight_files(found)
-    check_headers(found)
+        place = str(folder.absolute())
+    found = resolve_model(place, check_encoder_folder)
+    model = read_encoder_folder(found).transformer if is_encoder_folder(found) else found
+    weight_files(model)
+    check_headers(model)
     return found
 
 
