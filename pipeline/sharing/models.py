@@ -34,7 +34,6 @@ from rekindle.train.model.folder import (
     read_object,
 )
 
-MODULES = MODULES_FILE  # by this name push.py takes it
 # As save_pretrained writes them: settings, whose keys of paths are made portable.
 _SETTINGS = (SETTINGS_FILE, "generation_config.json", "tokenizer_config.json", ADAPTER_FILE)
 _AS_THEY_ARE = (

@@ -12,7 +12,7 @@ from rekindle.data.storage.manifest import MANIFEST
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.pipeline.sharing.contents import Asked, Contents, contents_of
 from rekindle.pipeline.sharing.hub import Hub, There, batches, differing
-from rekindle.pipeline.sharing.models import MODULES
+from rekindle.train.embedding.folder import ABOUT_ENCODER, MODULES_FILE, TRANSFORMER_FILES
 from rekindle.train.model.folder import ABOUT_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS, SETTINGS_FILE
 
 # Folders of a cache; what else is in a repository is its owner's.
@@ -28,9 +28,9 @@ _OF_MODELS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
-    *(MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *(MODULES_FILE, ABOUT_ENCODER, *TRANSFORMER_FILES),
 )
-_OF_PARTS = ("*.json", "*.safetensors", "*.txt", "*.model")  # in the folders that MODULES lists
+_OF_PARTS = ("*.json", "*.safetensors", "*.txt", "*.model")  # of the parts that it lists
 _SHOWN = 20  # names of removed files in a line
 
 
@@ -204,10 +204,10 @@ def _is_of_model(name: str, folders: Collection[str]) -> bool:
 
 def _part_folders(hub: Hub | None, there: There) -> set[str]:
     """Return the folders of the parts of the sentence encoder that is there, if there is one."""
-    if hub is None or MODULES not in dict(there.files):
+    if hub is None or MODULES_FILE not in dict(there.files):
         return set()
     with suppress(ValueError, AttributeError, TypeError):  # a file of somebody else's
-        listed = json.loads(hub.read(MODULES, there))
+        listed = json.loads(hub.read(MODULES_FILE, there))
         return {str(one.get("path", "")).strip("/") for one in listed} - {""}
     return set()
 

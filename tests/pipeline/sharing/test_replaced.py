@@ -150,5 +150,4 @@ def test_every_file_that_is_sent_of_a_model_is_known_as_one():
     names |= {"model.safetensors", "model-00001-of-00002.safetensors"}
     left = {name for name in names if not _is_of_model(name, ())}
     licences = {"LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"}
-    # Not right: push.py knows the first of these seven names only, so that the others are left.
-    assert left == licences | {*TRANSFORMER_FILES[1:]}
+    assert left == licences
