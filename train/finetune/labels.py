@@ -24,13 +24,10 @@ Value = bool | float | str | tuple[float, ...] | None  # numbers are floats; Non
 
 SHOWN = 20  # classes that a message lists
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*|(0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.)(e[+-]?\d+)?")
-_MISSING = (
-    "",
-    "nan",
-    "<na>",
-)  # how files, and pandas, write that there is no label
+_MISSING = ("", "nan", "<na>")  # how files, and pandas, write that there is no label
 _DOUBTFUL = ("-1", "-", "null")  # how data sets write "no agreement": a class if two are left
 _LARGEST = sys.float_info.max
+_LARGEST_SCORE = 3.4e38  # what float32, in which models compute, can hold
 # if most rows have a label of their own and there are so many, they are not classes
 _FEWEST_IDS = 10
 _AS_WRITTEN = "--set problem={} (every label is a class as it is written)"
@@ -260,13 +257,17 @@ def _as_scores(train: Rows) -> Meaning:
 def check_scores(split: Rows, outputs: int) -> None:
     """Raise InputError, naming the row, for a label that is not ``outputs`` numbers."""
     for place, label in enumerate(split.labels):
-        many = len(_numbers(label.value))
+        values = _numbers(label.value)
+        many = len(values)
         if label.kind not in _OF_NUMBERS:
             split.refuse(
                 place,
-                f"label {label.raw!r} is not a number, but the train labels are scores; give "
-                "numbers "
+                f"label {label.raw!r} is not a number, but the train labels are scores; give numbers "
                 "here, or class names in every split, or leave such rows out with drop_labels",
+            )
+        if any(abs(value) > _LARGEST_SCORE for value in values):
+            split.refuse(
+                place, f"label {label.raw!r} is too large; a score is at most {_LARGEST_SCORE:.1e}"
             )
         if many != outputs:
             split.refuse(place, f"label {label.raw!r} has {many} numbers; the first has {outputs}")

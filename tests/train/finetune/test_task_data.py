@@ -421,6 +421,7 @@ def test_many_known_labels_are_not_all_listed(tmp_path):
         ([{"text": "a", "label": float("inf")}], ["row 1", "finite"]),
         ([{"text": "a", "label": 10**400}], ["row 1", "finite"]),
         ([{"text": "a", "label": [0.5, 10**400]}], ["row 1", "finite"]),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": -1e39}], ["row 2", "too large"]),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, rows, parts):
