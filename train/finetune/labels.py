@@ -262,8 +262,8 @@ def check_scores(split: Rows, outputs: int) -> None:
         if label.kind not in _OF_NUMBERS:
             split.refuse(
                 place,
-                f"label {label.raw!r} is not a number, but the train labels are scores; give numbers "
-                "here, or class names in every split, or leave such rows out with drop_labels",
+                f"label {label.raw!r} is not a number, but the train labels are scores; give "
+                "numbers here, class names in every split, or leave such rows out with drop_labels",
             )
         if any(abs(value) > _LARGEST_SCORE for value in values):
             split.refuse(
