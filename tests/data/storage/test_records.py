@@ -212,7 +212,7 @@ def test_whoever_opens_a_unit_reads_its_record(rolled, tmp_path):
     if isinstance(rolled.store, CountingBucket):  # where it can
         assert found["00070-r001"] == again
         return
-    with pytest.raises(CacheFormatError, match=r"has other sha256 .* --check"):
+    with pytest.raises(CacheFormatError, match=r"differ in sha256.* --check"):
         found["00070-r001"]
     sound, damaged = rolled.survey(lambda commit: None)
     assert not damaged

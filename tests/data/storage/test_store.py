@@ -235,7 +235,7 @@ def test_a_conflict_of_two_puts_is_asked_again(memory, monkeypatch):
 
 def test_a_store_without_conditional_puts_is_only_read(tmp_path, memory, monkeypatch):
     """By its kind, and by what its server does: some take no notice of the condition."""
-    store = ObjectStore("memory://bucket/shared")
+    store = ObjectStore(f"local://{tmp_path}")
     (tmp_path / "a").write_bytes(b"1")
     assert store.read_bytes("a") == b"1"
     with pytest.raises(InputError, match=r"can be read, not written to.*s3:// or gs://"):

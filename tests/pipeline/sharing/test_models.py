@@ -1,7 +1,6 @@
 """What is sent of a model: all that it needs, and nothing of where it was made."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,38 +53,6 @@ def apart(bert: Path, out: Path) -> Path:
     modules[0]["path"] = "0_Transformer"
     (out / "modules.json").write_text(json.dumps(modules))
     return out
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_the_card_of_an_adapter_does_not_say_where_it_or_its_base_lies(bert, tmp_path, moved):
-    from rekindle.train.export.card import student_card
-    from rekindle.train.model.parts.head_config import HeadConfig
-    from rekindle.train.model.student_config import StudentConfig
-    from rekindle.train.student import build_student
-
-    base, folder = tmp_path / "somebody" / "a-base", tmp_path / "somebody" / "a"
-    shutil.copytree(bert, base)
-    config = StudentConfig(model=str(base), lora={"r": 2})
-    heads = {"tone": HeadConfig(kind="sequence", num_labels=2)}
-    size = json.loads((bert / "config.json").read_text())["vocab_size"]
-    student = build_student(config, heads, size, 0)
-    student.save_pretrained(folder)
-    (folder / "README.md").write_text(student_card(student, folder))
-    assert str(base) in (folder / "README.md").read_text()
-    if moved:
-        folder = folder.rename(tmp_path / "b")
-    files = sent(folder)
-    for name, of in files.items():
-        assert b"somebody" not in of, name
-        assert str(tmp_path).encode() not in of, name
-    card = files["README.md"].decode()
-    assert 'from_pretrained("a-base")' in card
-    assert "of `a-base`" in card
-    assert "x-base" not in card
-    if not moved:
-        assert 'from_pretrained(base, "me/x")' in card
-        assert "pipeline merge-adapter me/x --out me/x-merged" in card
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "a-base"
 
 
 def test_only_the_folders_own_path_is_called_otherwise():
