@@ -4,11 +4,11 @@ The token is huggingface_hub's business (HF_TOKEN, or its own login): it is neve
 that is kept here, and no message repeats it.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +158,16 @@ def differing(files: Mapping[str, Path | bytes], there: There) -> list[str]:
 
 
 def _is_same(one: Path | bytes, state: str) -> bool:
+    """Return whether the content is that of a file on the hub, as ``_state_of`` tells it."""
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
     kind, _, told = state.partition(":")
-    if kind not in ("sha256", "git"):
+    if kind == "git":  # small: large files are told by sha256
+        return git_hash(one if isinstance(one, bytes) else one.read_bytes()) == told
+    if kind != "sha256":
         return False
-    content = one if isinstance(one, bytes) else None
-    size = len(content) if content is not None else Path(str(one)).stat().st_size
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(f"blob {size}\0".encode())
-    if content is not None:
-        digest.update(content)
-    else:
-        with open(str(one), "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() == told
+    with BytesIO(one) if isinstance(one, bytes) else one.open("rb") as file:
+        return sha_fileobj(file).hex() == told
 
 
 def batches(
