@@ -32,12 +32,14 @@ class HubPlace:
     revision: str | None  # a branch, a tag or a commit; None: the main branch
     path: str
 
-    def at(self, revision: str) -> str:
-        """Return its address at a revision."""
+    def at(self, revision: str | None) -> str:
+        """Return its address at a revision; None: on the main branch."""
         start = f"{DATASETS}/" if self.kind == "dataset" else ""
         # A branch may have a slash in its name.
-        shown = revision if revision.startswith("refs/") else revision.replace("/", "%2F")
-        return f"{HUB}{start}{self.repo}@{shown}{f'/{self.path}' if self.path else ''}"
+        named = revision or ""
+        shown = named if named.startswith("refs/") else named.replace("/", "%2F")
+        at = f"@{shown}" if shown else ""
+        return f"{HUB}{start}{self.repo}{at}{f'/{self.path}' if self.path else ''}"
 
 
 def is_hub(place: object) -> bool:

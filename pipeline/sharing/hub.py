@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError
-from rekindle.data.hub.places import OFFLINE, told_of_hub
+from rekindle.data.hub.places import OFFLINE, HubPlace, told_of_hub
 
 # Limits of one commit: hubs handle a few hundred files at a time well, and if a commit fails, what
 # was uploaded for it is lost.
@@ -52,9 +52,8 @@ class Hub:
     @property
     def address(self) -> str:
         """Return what Rekindle reads it by."""
-        start = "datasets/" if self.repo_type == "dataset" else ""
-        at = "" if self.revision == "main" else f"@{self.revision.replace('/', '%2F')}"
-        return f"hf://{start}{self.repo}{at}"
+        branch = None if self.revision == "main" else self.revision
+        return HubPlace(self.repo_type, self.repo, branch, "").at(branch)
 
     def check_login(self) -> str:
         """Return the account's name; raise InputError if there is no token that the hub takes."""
