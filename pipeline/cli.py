@@ -289,10 +289,10 @@ def compare(
         if value and not test:
             raise InputError(f"{option} belongs to --test: say which file to score")
     from rekindle.pipeline.compare.runs import compare_runs
-    from rekindle.pipeline.compare.stored import fetched
+    from rekindle.pipeline.compare.stored import local_copies
     from rekindle.pipeline.cycle.page import check_one_corpus, compare_cycle
 
-    with fetched(runs, models=bool(test)) as (folders, named):
+    with local_copies(runs, models=bool(test)) as (folders, named):
         if test:
             given = {"--test": test, "--expert": expert, "--metric": [metric] if metric else None}
             given |= {"--text-field": text_field, "--set": set_}

@@ -47,10 +47,10 @@ def push(
     Log in with `hf auth login`, or set HF_TOKEN. docs/sharing.md says what is sent.
     """
     with resumable() as progress:
-        from rekindle.pipeline.sharing.contents import Asked, check_repo
+        from rekindle.pipeline.sharing.contents import PushRequest, check_repo
         from rekindle.pipeline.sharing.push import push as send
 
-        asked = Asked(
+        request = PushRequest(
             cache,
             check_repo(repo),
             revision,
@@ -58,7 +58,7 @@ def push(
             with_readable_targets,
             tuple(teacher or ()),
         )
-        done = send(asked, private=private, message=message, dry_run=dry_run, progress=progress)
-    for line in done.told:
+        pushed = send(request, private=private, message=message, dry_run=dry_run, progress=progress)
+    for line in pushed.told:
         say(f"{cache}: {line}")
-    typer.echo(done.as_json() if as_json else done.as_text())
+    typer.echo(pushed.as_json() if as_json else pushed.as_text())

@@ -1,7 +1,7 @@
 """Held-out losses of several runs at equal steps, and at equal total cost. Pure arithmetic.
 
-Distillation looks better than it is if reading teachers costs nothing: at equal steps, a taught
-student has had its teachers' passes for free. The total cost of a run at a step is therefore
+Distillation looks better than it is if running the teachers costs nothing: at equal steps, a
+student with teachers had their passes for free. The total cost of a run at a step is therefore
 
   seconds of the run so far + seconds of stage 1 for every teacher that it uses, in full,
 
@@ -36,7 +36,7 @@ class Curve:
         return self.teacher_seconds + point.seconds
 
     @property
-    def known(self) -> bool:
+    def has_known_cost(self) -> bool:
         """Whether there are evaluations, each with a known cost."""
         return bool(self.points) and None not in [self.cost(point) for point in self.points]
 
@@ -70,20 +70,20 @@ def match_cost(curves: Sequence[Curve]) -> list[Match]:
     """Match at the total cost of every evaluation of the run whose last evaluation cost least,
     where another run has been evaluated by then.
     """
-    known = [curve for curve in curves if curve.known]
+    known = [curve for curve in curves if curve.has_known_cost]
     if len(known) < 2:
         return []
-    ends = [curve.cost(curve.points[-1]) or 0.0 for curve in known]
-    cheapest = known[ends.index(min(ends))]
+    total_costs = [curve.cost(curve.points[-1]) or 0.0 for curve in known]
+    cheapest = known[total_costs.index(min(total_costs))]
     costs = [cheapest.cost(point) or 0.0 for point in cheapest.points]
-    found = [
-        Match(cost, [curve.within(cost) if curve.known else None for curve in curves])
+    matches = [
+        Match(cost, [curve.within(cost) if curve.has_known_cost else None for curve in curves])
         for cost in costs
     ]
-    return [match for match in found if sum(point is not None for point in match.points) > 1]
+    return [match for match in matches if sum(point is not None for point in match.points) > 1]
 
 
-def thinned(matches: Sequence[Match], most: int) -> list[Match]:
+def thin_out(matches: Sequence[Match], most: int) -> list[Match]:
     """Return at most ``most`` of the matches, evenly spaced, including the last."""
     count = min(most, len(matches))
     return [matches[(n + 1) * len(matches) // count - 1] for n in range(count)]

@@ -31,16 +31,16 @@ from rekindle.pipeline.report.cost import ESTIMATED, Cost, StudentCost, cost_sec
 from rekindle.pipeline.report.losses import curves_of, losses_section
 from rekindle.pipeline.report.page import Note, Page, Section, as_html
 from rekindle.pipeline.report.scores import scores_section
-from rekindle.pipeline.report.table import Column, Table, stacked
+from rekindle.pipeline.report.table import Column, Table, stack_column
 from rekindle.train.config import TrainConfig
 
-MARKED = (
+UNLIKE_NOTE = (
     "≠ marks a value that differs from the most common one of its line (of several equally "
     "common ones, the first). Settings not listed here are the same in all runs."
 )
 HELD_OUT = (
-    f"{ABOUT_RUNS[:1].upper()}{ABOUT_RUNS[1:]}. What is measured is of the last "
-    "evaluation, of one run each: whether a difference is more than chance, it does not say."
+    f"{ABOUT_RUNS[:1].upper()}{ABOUT_RUNS[1:]}. The values are those of the last "
+    "evaluation of a single run each: they do not show whether a difference is more than chance."
 )
 
 
@@ -62,23 +62,23 @@ def comparison_page(
     records = {name: one.records for name, one in zip(names, comparison.folders, strict=True)}
     curves = [curves_of(name, records.get(name, [])) for name in lines]
     caches = _caches(comparison.folders)
-    once, students = _costs(comparison, caches)
-    cost, note = typical_cost(once, students)
+    teacher_seconds, students = _costs(comparison, caches)
+    cost, note = typical_cost(teacher_seconds, students)
     notes = [note, ESTIMATED] if cost is not None else [note]
     differing = {
         key: [setting_words(key, run.settings[key]) for run in comparison.runs]
         for key in comparison.runs[0].settings
     }
     columns = [Column("run", names), *result_columns(comparison)]
-    scores = scores or _own_scores(comparison)
+    scores = scores or _standings_section(comparison)
     warnings = [note[:1].upper() + note[1:] for note in comparison.notes]
     more = [*step_tables(comparison), *domain_tables(comparison.domains)]
     finished = sum(run.finished for run in comparison.runs)
-    done = "finished" if finished == len(names) else f"of which {finished} finished"
-    lead = f"{counted(len(names), 'run')}, {done}. The corpus has the fingerprint "
+    state = "finished" if finished == len(names) else f"of which {finished} finished"
+    lead = f"{counted(len(names), 'run')}, {state}. The corpus has the fingerprint "
     lead += f"{comparison.corpus[:12]}."
-    unknown = way_to_scores(comparison)
-    lead += f" {unknown[:1].upper()}{unknown[1:]}." * bool(unknown)
+    if advice := way_to_scores(comparison):
+        lead += f" {advice[:1].upper()}{advice[1:]}."
     return Page(
         title="Students of one corpus",
         lead=lead,
@@ -88,32 +88,32 @@ def comparison_page(
             Section("Runs", [Table("", columns, HELD_OUT, samples)]),
             settings_section(names, differing),
             losses_section(curves, more, warnings, comparison.compared),
-            cost_section(once, students, cost, notes, cost_tables(comparison), samples),
+            cost_section(teacher_seconds, students, cost, notes, cost_tables(comparison), samples),
             cache_section(list(caches.values())),
         ],
     )
 
 
-def _own_scores(comparison: Comparison) -> Section:
+def _standings_section(comparison: Comparison) -> Section:
     """Return the runs' standings at their tasks; empty if no run has a score."""
-    ones, names = comparison.standings, [run.name for run in comparison.runs]
-    best = {one.scores.title: one.best for one in ones if one.is_best}
-    of_seeds = [one.scores for one in ones if one.rows is None]
-    found = scores_section(names, of_seeds, best=best)
-    if not ones:
-        return found
+    standings, names = comparison.standings, [run.name for run in comparison.runs]
+    best = {one.scores.title: one.best for one in standings if one.is_best}
+    over_seeds = [one.scores for one in standings if one.rows is None]
+    section = scores_section(names, over_seeds, best=best)
+    if not standings:
+        return section
     return Section(
-        found.title,
+        section.title,
         [
-            *(stacked(table, INTERVAL) for table in score_tables(comparison)),
+            *(stack_column(table, INTERVAL) for table in score_tables(comparison)),
             Note(f"{INTERVALS[:1].upper()}{INTERVALS[1:]}."),
-            *found.blocks,
+            *section.blocks,
         ],
     )
 
 
 def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]]) -> Section:
-    """Return a row for each key of ``differing``, with its value in words for every run."""
+    """Return the section with a row for each key of ``differing``: its value for every run."""
     if len(names) < 2 or not differing:
         same = [Note("All settings of the runs are the same.")] if len(names) > 1 else []
         return Section("Configuration", same)
@@ -123,7 +123,7 @@ def settings_section(names: Sequence[str], differing: Mapping[str, Sequence[str]
         cells = [values[number] for values in differing.values()]
         unlike = {row for row, cell in enumerate(cells) if cell != usual[row]}
         columns.append(Column(name, cells, words=True, unlike=frozenset(unlike)))
-    return Section("Configuration", [Table("", columns), Note(MARKED)])
+    return Section("Configuration", [Table("", columns), Note(UNLIKE_NOTE)])
 
 
 # --- caches and costs -----------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def _caches(runs: Sequence[RunFolder]) -> dict[str, KnownCache]:
 
 
 def cache_and_cost(comparison: Comparison) -> tuple[CacheFacts | None, Cost | None]:
-    """Return what the runs' only cache holds, and what a student costs with it and without it; None
-    if unknown.
+    """Return the content of the runs' cache, if they have only one, and the cost of a student with
+    it and without it; None if unknown.
     """
     caches = _caches(comparison.folders)
     known = [cache.facts for cache in caches.values()]
@@ -154,23 +154,23 @@ def _costs(
     comparison: Comparison, caches: Mapping[str, KnownCache]
 ) -> tuple[dict[str, float | None], list[StudentCost]]:
     """Return each teacher's seconds, and each student's."""
-    once: dict[str, float | None] = {}
+    teacher_seconds: dict[str, float | None] = {}
     students = []
     for run, one in zip(comparison.runs, comparison.folders, strict=True):
         seconds = one.cache.get("teacher_seconds") or {}
         # With several caches, a teacher's name includes its cache's name.
-        where = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
-        labels = {name: f"{name}{where}" for name in one.taught_by}
-        once |= {label: seconds.get(name) for name, label in labels.items()}
+        suffix = f" ({Path(one.cache.get('path', '')).name})" if len(caches) > 1 else ""
+        labels = {name: f"{name}{suffix}" for name in one.teachers}
+        teacher_seconds |= {label: seconds.get(name) for name, label in labels.items()}
         live = _live_seconds(one, caches)
         students.append(StudentCost(run.name, run.seconds, tuple(labels.values()), live))
-    return once, students
+    return teacher_seconds, students
 
 
 def _live_seconds(run: RunFolder, caches: Mapping[str, KnownCache]) -> float | None:
-    """Estimate the seconds of the run's teachers live beside it; None if unknown."""
+    """Estimate the seconds of the run's teachers if they ran beside it; None if unknown."""
     cache = caches.get(run.cache.get("path", ""))
-    names = run.taught_by
+    names = run.teachers
     if not names:
         return 0.0
     if cache is None or cache.facts is None:

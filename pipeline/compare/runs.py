@@ -1,6 +1,6 @@
-"""Compare runs of ``pipeline train-student``: what sets them apart, and how well they did.
+"""Compare runs of ``pipeline train-student``: how they differ, and how well they did.
 
-Reads what runs leave in their directories, finished or not; opens no cache and no model.
+Reads the files in the runs' directories, finished or not; opens no cache and no model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from rekindle.train.step_config import LENGTH, recorded_steps
 
 Facts = dict[str, Any]  # a JSON object as a run wrote it
 LOSS = "loss"
-OWN_NOTE = (
+OBJECTIVES_NOTE = (
     "loss is the objective of each run, and these objectives differ: not ranked; {instead} can "
     "be compared"
 )
@@ -79,7 +79,7 @@ class RunFolder:
     measure: int = MEASURE  # the rule by which its held-out values are measured
 
     @property
-    def taught_by(self) -> list[str]:
+    def teachers(self) -> list[str]:
         """The teachers whose targets the run used and pays for: not those of weight 0."""
         recorded = self.cache.get("teacher_seconds")
         return list(self.cache["teachers"] if recorded is None else recorded)
@@ -128,52 +128,57 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
     Raise InputError for other directories and for runs from different corpora; CheckpointError for
     damaged ones.
     """
-    found = _find(directories)
-    corpus = _one_corpus(found)
-    names = shortest_tails([one.directory.resolve().parts for one in found], "/")
-    differing = differences([one.settings for one in found], items=True) | _read_otherwise(found)
-    compared = _compared(found)
+    folders = _find_runs(directories)
+    corpus = _common_corpus(folders)
+    names = shortest_tails([one.directory.resolve().parts for one in folders], "/")
+    differing = differences([one.settings for one in folders], items=True)
+    differing |= _cache_differences(folders)
+    compared = _comparable_value(folders)
     runs = [
         _read_run(one, name, {key: values[number] for key, values in differing.items()}, compared)
-        for number, (one, name) in enumerate(zip(found, names, strict=True))
+        for number, (one, name) in enumerate(zip(folders, names, strict=True))
     ]
-    positions, teachers = list(_position_notes(found, differing)), list(_teacher_notes(found))
-    otherwise = _measured_otherwise(found)
-    measured = [MEASURED_NOTE.format(names=", ".join(otherwise))] if otherwise else []
-    own = [] if compared == LOSS or not _have(found, LOSS) else [own_note(compared)]
-    curves = [] if positions or compared is None else [run.curve for run in runs]
+    position_notes = list(_position_notes(folders, differing))
+    teacher_notes = list(_teacher_notes(folders))
+    other_notes = []
+    if differently_measured := _differently_measured(folders):
+        other_notes.append(MEASURED_NOTE.format(names=", ".join(differently_measured)))
+    own_losses = compared != LOSS and _several_evaluated(folders, LOSS)
+    if own_losses:
+        other_notes.append(objectives_note(compared))
+    curves = [] if position_notes or compared is None else [run.curve for run in runs]
     by_domain = [
         (run.name, run.evaluation, one.settings["train"].get("domains") or [])
-        for run, one in zip(runs, found, strict=True)
+        for run, one in zip(runs, folders, strict=True)
     ]
-    where = {name: one.directory for name, one in zip(names, found, strict=True)}
+    directory_of = {name: one.directory for name, one in zip(names, folders, strict=True)}
     return Comparison(
         corpus,
         runs,
-        [one for task in read_scores(where) if (one := standing_of(task)) is not None],
-        _best(runs, not positions + teachers, otherwise, own != []),
-        positions + teachers + measured + own,
+        [one for task in read_scores(directory_of) if (one := standing_of(task)) is not None],
+        _best(runs, not position_notes + teacher_notes, differently_measured, own_losses),
+        position_notes + teacher_notes + other_notes,
         compared,
         match_steps(curves),
         match_cost(curves),
         matrix_of(by_domain),
-        found,
+        folders,
     )
 
 
-def _find(directories: Sequence[Path]) -> list[RunFolder]:
-    found: dict[Path, RunFolder] = {}
-    strangers = []
+def _find_runs(directories: Sequence[Path]) -> list[RunFolder]:
+    folders: dict[Path, RunFolder] = {}
+    without_runs = []
     for directory in directories:
-        begun = {one.directory.resolve(): one for one in _runs_in(directory) if one is not None}
-        strangers += [] if begun else [str(directory)]
-        found |= begun
-    if strangers:
+        runs = {one.directory.resolve(): one for one in _runs_in(directory) if one is not None}
+        without_runs += [] if runs else [str(directory)]
+        folders |= runs
+    if without_runs:
         raise InputError(
-            f"no run and no sweep of `pipeline train-student`: {', '.join(strangers)} (there is no "
-            "run.json and no sweep.json). Give directories that its --out named"
+            f"no run and no sweep of `pipeline train-student`: {', '.join(without_runs)} (there is "
+            "no run.json and no sweep.json). Give directories that its --out named"
         )
-    return list(found.values())
+    return list(folders.values())
 
 
 def _runs_in(directory: Path) -> list[RunFolder | None]:
@@ -201,8 +206,8 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         return None
     with reading(directory / "run.json"):
         recorded = {section: dict(about[section]) for section in SECTIONS}
-        whole = with_defaults(RunConfig, recorded)  # an older run lacks keys of this version
-        settings = {section: dict(whole[section]) for section in SECTIONS}
+        complete = with_defaults(RunConfig, recorded)  # an older run lacks keys of this version
+        settings = {section: dict(complete[section]) for section in SECTIONS}
         cache = {"corpus": about["cache"]["corpus"], "teachers": {}} | about["cache"]
         for name, seconds in (cache.get("teacher_seconds") or {}).items():
             if type(seconds) not in (int, float, NoneType):
@@ -220,26 +225,26 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
 
 def by_corpus(directories: Sequence[Path]) -> list[list[Path]]:
     """Group the directories for ``compare_runs``: runs of one corpus together, in their order."""
-    return list(_groups(_find(directories)).values())
+    return list(_groups(_find_runs(directories)).values())
 
 
-def _groups(found: Sequence[RunFolder]) -> dict[str, list[Path]]:
+def _groups(runs: Sequence[RunFolder]) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
-    for one in found:
+    for one in runs:
         groups.setdefault(one.cache["corpus"], []).append(one.directory)
     return groups
 
 
-def _one_corpus(found: Sequence[RunFolder]) -> str:
-    groups = _groups(found)
+def _common_corpus(runs: Sequence[RunFolder]) -> str:
+    groups = _groups(runs)
     if len(groups) > 1:
-        told = "; ".join(
+        listed = "; ".join(
             f"{', '.join(map(str, folders))} (corpus {corpus[:12]})"
             for corpus, folders in groups.items()
         )
         raise InputError(
             f"these runs are from caches of different corpora, so their values {UNSEEN} refer to "
-            f"different texts: {told}. Compare runs of one corpus at a time"
+            f"different texts: {listed}. Compare runs of one corpus at a time"
         )
     return next(iter(groups))
 
@@ -252,7 +257,7 @@ def _read_run(
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
     with reading(one.directory / METRICS_FILE):
-        spent = sum(r["tokens"] / s for r in steps if (s := r["tokens_per_second"]) > 0)
+        step_seconds = sum(r["tokens"] / s for r in steps if (s := r["tokens_per_second"]) > 0)
     return RunFacts(
         name=name,
         directory=str(one.directory),
@@ -260,7 +265,7 @@ def _read_run(
         steps=summary.get("steps") or (steps[-1]["step"] if steps else 0),
         planned_steps=one.settings["train"]["steps"],
         seconds=summary.get("seconds"),
-        tokens_per_second=sum(r["tokens"] for r in steps) / spent if spent else None,
+        tokens_per_second=sum(r["tokens"] for r in steps) / step_seconds if step_seconds else None,
         data_wait=steps[-1].get("data_wait") if steps else None,
         evaluation=true_names(summary.get("evaluation", {}), one.measure) if summary else last,
         coverage=summary.get("coverage", {}),
@@ -271,28 +276,29 @@ def _read_run(
     )
 
 
-def _compared(found: Sequence[RunFolder]) -> str | None:
+def _comparable_value(runs: Sequence[RunFolder]) -> str | None:
     """Return the held-out value that means the same in all evaluated runs."""
-    each = [_evaluated(one) for one in found]
-    shared = set.intersection(*[names for names in each if names] or [set()])
-    objectives = differences([one.settings["train"]["objective"] for one in found], items=True)
-    known = ([] if objectives else [LOSS]) + ["ce", *sorted(shared - {LOSS})]
-    return next((name for name in known if name in shared and not is_better_upwards(name)), None)
+    by_run = [_evaluated_names(one) for one in runs]
+    shared = set.intersection(*[names for names in by_run if names] or [set()])
+    objectives = differences([one.settings["train"]["objective"] for one in runs], items=True)
+    preferred = ([] if objectives else [LOSS]) + ["ce", *sorted(shared - {LOSS})]
+    names = (name for name in preferred if name in shared and not is_better_upwards(name))
+    return next(names, None)
 
 
-def _evaluated(one: RunFolder) -> set[str]:
+def _evaluated_names(one: RunFolder) -> set[str]:
     """Return the names of a run's evaluated values."""
     return {name for r in one.records if r["kind"] == "evaluate" for name in r} - {"kind", "step"}
 
 
-def _have(found: Sequence[RunFolder], name: str) -> bool:
+def _several_evaluated(runs: Sequence[RunFolder], name: str) -> bool:
     """Return whether several runs have evaluated a value."""
-    return sum(name in _evaluated(one) for one in found) > 1
+    return sum(name in _evaluated_names(one) for one in runs) > 1
 
 
-def own_note(compared: str | None) -> str:
-    """Say that the runs' losses have different objectives, and which value can be compared."""
-    return OWN_NOTE.format(instead=compared or "task scores")
+def objectives_note(compared: str | None) -> str:
+    """Return that the runs have different objectives, and which value can be compared instead."""
+    return OBJECTIVES_NOTE.format(instead=compared or "task scores")
 
 
 def _curve(
@@ -305,68 +311,74 @@ def _curve(
         for record in evaluations
         if compared in record
     ]
-    costs = [(one.cache.get("teacher_seconds") or {}).get(name) for name in one.taught_by]
+    costs = [(one.cache.get("teacher_seconds") or {}).get(name) for name in one.teachers]
     known = [cost for cost in costs if cost is not None]
     return Curve(sum(known, 0.0) if len(known) == len(costs) else None, points)
 
 
-def _read_otherwise(found: Sequence[RunFolder]) -> dict[str, list[object]]:
+def _cache_differences(runs: Sequence[RunFolder]) -> dict[str, list[object]]:
     """Return what runs have read of the cache, where runs that read it differ."""
-    each: dict[str, list[object]] = {"cache.replicas": [one.cache.get("replicas") for one in found]}
-    kept = [one.cache.get("targets") or {} for one in found]
-    for name in dict.fromkeys(name for one in kept for name in one):
-        each[f"cache.targets.{name}.k"] = [one.get(name, {}).get("k") for one in kept]
-    known = {key: {value for value in values if value is not None} for key, values in each.items()}
-    return {key: values for key, values in each.items() if len(known[key]) > 1}
+    replicas: list[object] = [one.cache.get("replicas") for one in runs]
+    facts = {"cache.replicas": replicas}
+    targets = [one.cache.get("targets") or {} for one in runs]
+    for name in dict.fromkeys(name for of_run in targets for name in of_run):
+        facts[f"cache.targets.{name}.k"] = [of_run.get(name, {}).get("k") for of_run in targets]
+    known = {key: {value for value in values if value is not None} for key, values in facts.items()}
+    return {key: values for key, values in facts.items() if len(known[key]) > 1}
 
 
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def _position_notes(found: Sequence[RunFolder], differing: Mapping[str, object]) -> Iterator[str]:
+def _position_notes(runs: Sequence[RunFolder], differing: Mapping[str, object]) -> Iterator[str]:
     """Yield reasons why held-out losses of these runs are not comparable, if any."""
-    causal = {one.settings["student"].get("task") == "causal_lm" for one in found}
+    causal = {one.settings["student"].get("task") == "causal_lm" for one in runs}
     keys = ["student.task"] if len(causal) > 1 else []
-    below = [f"{key}." for key in differing]
-    keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in below)]
+    prefixes = [f"{key}." for key in differing]
+    keys += [key for key in EVALUATION_KEYS if any(one.startswith(f"{key}.") for one in prefixes)]
     if keys:
         yield f"{', '.join(keys)} differ: values {UNSEEN} are not for the same tokens"
-    if len({one.cache.get("masked_view", ...) for one in found if "path" in one.cache}) > 1:
+    if len({one.cache.get("masked_view", ...) for one in runs if "path" in one.cache}) > 1:
         yield f"the runs see different masks: values {UNSEEN} are not for the same tokens"
 
 
-def _teacher_notes(found: Sequence[RunFolder]) -> Iterator[str]:
-    """Say if one name stands for several teachers."""
-    prints: dict[str, set[str]] = {}
-    for one in found:
+def _teacher_notes(runs: Sequence[RunFolder]) -> Iterator[str]:
+    """Yield a note if one name stands for several teachers."""
+    fingerprints: dict[str, set[str]] = {}
+    for one in runs:
         for name, fingerprint in one.cache["teachers"].items():
-            prints.setdefault(name, set()).add(str(fingerprint))
-    if changed := ", ".join(name for name, known in prints.items() if len(known) > 1):
+            fingerprints.setdefault(name, set()).add(str(fingerprint))
+    if changed := ", ".join(name for name, known in fingerprints.items() if len(known) > 1):
         yield f"not the same teacher in all runs: {changed}"
 
 
-def _measured_otherwise(found: Sequence[RunFolder]) -> list[str]:
+def _differently_measured(runs: Sequence[RunFolder]) -> list[str]:
     """Return the teachers whose held-out values follow different rules in different runs."""
     rules: dict[str, set[object]] = {}
-    for one in found:
+    for one in runs:
         for name in one.cache["teachers"]:
             rules.setdefault(name, set()).add(one.cache.get("measured", {}).get(name))
     return [name for name, known in rules.items() if len(known) > 1]
 
 
 def _best(
-    runs: Sequence[RunFacts], evaluations: bool, otherwise: Sequence[str], own: bool
+    runs: Sequence[RunFacts],
+    comparable: bool,
+    differently_measured: Sequence[str],
+    own_losses: bool,
 ) -> dict[str, list[str]]:
     """Return, for each held-out value that several finished runs have and that differs, the runs
     with the best: the highest for agreement and for values that methods declare, else the lowest.
 
-    Leaves out teachers that some runs measured ``otherwise``, and losses that are each run's
-    ``own``.
+    Empty unless the values are ``comparable``. Teachers that are ``differently_measured`` are left
+    out, and so is the loss if the runs have ``own_losses``, of different objectives.
     """
     finished = [run for run in runs if run.finished]
-    left_out = set() if evaluations else {name for run in runs for name in run.evaluation}
-    left_out |= {f"{what}/{name}" for name in otherwise for what in ("kl", "agreement")}
-    left_out |= {LOSS} if own else set()
+    left_out = set() if comparable else {name for run in runs for name in run.evaluation}
+    left_out |= {
+        f"{prefix}/{name}" for name in differently_measured for prefix in ("kl", "agreement")
+    }
+    left_out |= {LOSS} if own_losses else set()
     best = {}
     for name in dict.fromkeys(name for run in finished for name in run.evaluation):
         values = [run.evaluation.get(name) for run in finished]

@@ -1,4 +1,4 @@
-"""Read the task scores below the runs: what ``pipeline finetune`` left in folders there."""
+"""Read the task scores that ``pipeline finetune`` left in folders below the runs."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,45 +12,46 @@ from rekindle.train.record.run_folder import read_record, reading
 
 ABOUT_FILE = "rekindle_student.json"  # a student's record of itself, including its heads
 Facts = dict[str, Any]
-_Of = tuple[tuple[str, ...], str, str]  # folder, metric, split
-_What = tuple[tuple[str, ...], str, str, str]  # and the metric as printed
+_SourceKey = tuple[tuple[str, ...], str, str]  # folder, metric, split
+_TaskKey = tuple[tuple[str, ...], str, str, str]  # and the metric as printed
 
 
 def read_scores(runs: Mapping[str, Path]) -> list[TaskScores]:
     """Return the fine-tuning scores in folders below the runs, by run name. For each seed it is the
     score on test if all seeds have one, else on dev. A task is named after its folder.
     """
-    each = [
-        (run, (folder, metric, split), _printed(metric, metrics), scores, own, metrics)
+    results = [
+        (run, (folder, metric, split), _printed(metric, metrics), scores, run_seeds, metrics)
         for run, directory in runs.items()
         for folder, metrics in fine_tuned(directory)
-        for metric, split, scores, own in _seeds(metrics)
+        for metric, split, scores, run_seeds in _seeds(metrics)
     ]
-    told: dict[_Of, set[str]] = {}
-    for _, of, printed, *_ in each:
-        told.setdefault(of, set()).update([printed] if printed else [])
-    found: dict[_What, dict[str, list[float]]] = {}
-    seeds: dict[_What, dict[str, list[int]]] = {}
-    selected: set[_What] = set()
-    for run, of, printed, scores, own, metrics in each:
+    printed_names: dict[_SourceKey, set[str]] = {}
+    for _, source, printed, *_ in results:
+        printed_names.setdefault(source, set()).update([printed] if printed else [])
+    by_task: dict[_TaskKey, dict[str, list[float]]] = {}
+    seeds: dict[_TaskKey, dict[str, list[int]]] = {}
+    selected: set[_TaskKey] = set()
+    for run, source, printed, scores, run_seeds, metrics in results:
         # A result that does not say which labels its F1 covers is compared with all that do, if
         # these agree.
-        what = (*of, printed or (min(told[of]) if len(told[of]) == 1 else of[1]))
-        found.setdefault(what, {})[run] = scores
-        seeds.setdefault(what, {})[run] = own
-        if of[2] == "dev" and _chose_epochs(metrics):
-            selected.add(what)
-    folders = sorted({what[0] for what in found})
+        names = printed_names[source]
+        task = (*source, printed or (min(names) if len(names) == 1 else source[1]))
+        by_task.setdefault(task, {})[run] = scores
+        seeds.setdefault(task, {})[run] = run_seeds
+        if source[2] == "dev" and _chose_epochs(metrics):
+            selected.add(task)
+    folders = sorted({task[0] for task in by_task})
     tails = dict(zip(folders, shortest_tails(folders, "/"), strict=True))
     return [
         TaskScores(
-            *(tails[folder], metric, split, scores),
-            seeds=seeds[what],
+            *(tails[folder], metric, split, by_run),
+            seeds=seeds[task],
             measured=measured,
-            selected=what in selected,
+            selected=task in selected,
         )
-        for what, scores in sorted(found.items())
-        for folder, metric, split, measured in [what]
+        for task, by_run in sorted(by_task.items())
+        for folder, metric, split, measured in [task]
     ]
 
 

@@ -28,7 +28,7 @@ DRAWS = 2000  # of the test rows
 LEAST_ROWS = 30  # with fewer, chance is left open
 
 Draws = NDArray[np.float64]
-Right = NDArray[np.bool_]  # which rows a run gets right
+RightRows = NDArray[np.bool_]  # which rows a run gets right
 Interval = tuple[float, float]
 
 
@@ -46,42 +46,46 @@ class Standing:
     unit: str = "row"  # what is counted: documents are scored group by group
 
     @property
-    def beaten(self) -> list[Difference]:
+    def significant(self) -> list[Difference]:
         """The differences that are more than chance."""
         return [one for one in self.differences if one.low is not None and one.low > 0]
 
     @property
     def is_best(self) -> bool:
         """Whether the best run beats all others by more than chance."""
-        return bool(self.differences) and len(self.beaten) == len(self.differences)
+        return bool(self.differences) and len(self.significant) == len(self.differences)
 
     @property
     def verdict(self) -> str:
         """The standing as a sentence, without its full stop."""
         task, value = self.scores, self.mean(self.best)
-        what = f"{task.measured} {value:.4f} on {task.scored_on}"
+        score = f"{task.measured} {value:.4f} on {task.scored_on}"
         if not self.differences:
-            return f"only {self.best} has a score on {task.task}: {what}"
-        near = [one for one in self.differences if one not in self.beaten]
-        if self.beaten:
-            first, *others = self.beaten
-            if not near:
-                told = f"{self.best} is best on {task.task} by {_by(first)}"
-                return f"{told} over {first.against} ({what})"
-            told = f"{self.best} is better on {task.task} than {first.against} by {_by(first)}"
+            return f"only {self.best} has a score on {task.task}: {score}"
+        undecided = [one for one in self.differences if one not in self.significant]
+        if self.significant:
+            first, *others = self.significant
+            margin = f"{_margin(first)}"
+            if not undecided:
+                return (
+                    f"{self.best} is best on {task.task} by {margin} over {first.against} ({score})"
+                )
             more = f", and than {_names(others)}" if others else ""
-            return f"{told}{more} ({what}); not told apart from {_names(near)}"
-        if near[0].low is None:
-            told = f"{self.best} has the highest score on {task.task} ({what}), by {_by(near[0])}"
-            told += f" over {near[0].against}; whether that is chance is unknown"
             return (
-                told if self.rows is None else f"{told} with fewer than {LEAST_ROWS} {self.unit}s"
+                f"{self.best} is better on {task.task} than {first.against} by {margin}{more} "
+                f"({score}); not told apart from {_names(undecided)}"
             )
-        first, *others = near
+        first, *others = undecided
+        if first.low is None:
+            few = "" if self.rows is None else f" with fewer than {LEAST_ROWS} {self.unit}s"
+            return (
+                f"{self.best} has the highest score on {task.task} ({score}), by {_margin(first)} "
+                f"over {first.against}; whether that is chance is unknown{few}"
+            )
         more = f", {_names(others)}" if others else ""
         return (
-            f"No run is shown to be best on {task.task}: {self.best} has the highest score ({what})"
-            f", not told apart from {first.against} (more by {_by(first)}){more}"
+            f"No run is shown to be best on {task.task}: {self.best} has the highest score "
+            f"({score}), not told apart from {first.against} (more by {_margin(first)}){more}"
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -103,18 +107,18 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class OnRows:
+class RowScores:
     """Scores of runs on the same ``rows``: for each run its scores on ``draws`` of them and, if
     every row is right or wrong, the rows it gets ``right``.
     """
 
     rows: int
     draws: Mapping[str, Draws]
-    right: Mapping[str, Right]
+    right: Mapping[str, RightRows]
     unit: str = "row"
 
 
-def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing | None:
+def standing_of(scores: TaskScores, on_rows: RowScores | None = None) -> Standing | None:
     """Rank the runs of ``scores``; None if no run has a score.
 
     ``on_rows``: for heads scored on test rows; without it, the scores are over seeds.
@@ -132,8 +136,8 @@ def standing_of(scores: TaskScores, on_rows: OnRows | None = None) -> Standing |
     if others and on_rows.rows >= LEAST_ROWS:
         bounds = _intervals(ranked, means, on_rows)[: len(others)]
     differences = [
-        Difference(best, other, scores.task, means[best] - means[other], *between, None, None, 1)
-        for other, between in zip(others, bounds, strict=True)
+        Difference(best, other, scores.task, means[best] - means[other], *interval, None, None, 1)
+        for other, interval in zip(others, bounds, strict=True)
     ]
     return Standing(scores, best, differences, on_rows.rows, on_rows.unit)
 
@@ -144,25 +148,28 @@ def _over_seeds(scores: TaskScores, best: str, other: str, pairs: int) -> Differ
     first, second = scores.by_seed(other), scores.by_seed(best)
     if not first or first.keys() != second.keys():
         return unpaired(scores.of(other), scores.of(best), level, names)
-    found = paired([*first.values()], [second[seed] for seed in first], level, names)
-    return replace(found, low=None, high=None) if found.p is None else found
+    difference = paired([*first.values()], [second[seed] for seed in first], level, names)
+    return replace(difference, low=None, high=None) if difference.p is None else difference
 
 
-def _intervals(runs: Sequence[str], means: Mapping[str, float], on: OnRows) -> list[Interval]:
+def _intervals(
+    runs: Sequence[str], means: Mapping[str, float], on_rows: RowScores
+) -> list[Interval]:
     """Return the intervals of all pairs of runs together: first − second, first − third, …"""
     first, second = np.triu_indices(len(runs), 1)
-    values = np.array([on.draws[run] for run in runs])
-    mean = np.array([means[run] for run in runs])
-    apart, mean = values[first] - values[second], mean[first] - mean[second]
-    spread = apart.std(axis=1)
-    in_spreads = np.abs(apart - mean[:, None]) / np.where(spread > 0, spread, 1.0)[:, None]
-    half = spread * np.quantile(in_spreads.max(axis=0), LEVEL)
+    scores = np.array([on_rows.draws[run] for run in runs])
+    run_means = np.array([means[run] for run in runs])
+    differences, mean = scores[first] - scores[second], run_means[first] - run_means[second]
+    spread = differences.std(axis=1)
+    deviations = np.abs(differences - mean[:, None]) / np.where(spread > 0, spread, 1.0)[:, None]
+    half = spread * np.quantile(deviations.max(axis=0), LEVEL)
     low, high = mean - half, mean + half
-    if on.right:
-        right = np.array([on.right[run] for run in runs])
-        ahead = (right[first] & ~right[second]).sum(axis=1)
-        behind = (right[second] & ~right[first]).sum(axis=1)
-        p = 2 * stats.binom.cdf(np.minimum(ahead, behind), ahead + behind, 0.5)
+    if on_rows.right:
+        right = np.array([on_rows.right[run] for run in runs])
+        first_only = (right[first] & ~right[second]).sum(axis=1)
+        second_only = (right[second] & ~right[first]).sum(axis=1)
+        fewer = np.minimum(first_only, second_only)
+        p = 2 * stats.binom.cdf(fewer, first_only + second_only, 0.5)
         unsure = np.array(holm(np.minimum(p, 1.0).tolist()), float) > 1 - LEVEL
         low = np.where(unsure, np.minimum(low, 0.0), low)
     return [*zip(low.tolist(), high.tolist(), strict=True)]
@@ -176,7 +183,7 @@ def draw(score: Callable[[NDArray[np.int64]], float], rows: int, draws: int = DR
     return np.array([score(generator.integers(0, rows, rows)) for _ in range(draws)])
 
 
-def _by(one: Difference) -> str:
+def _margin(one: Difference) -> str:
     bounds = "" if one.low is None else f" [{one.low:.3f}, {one.high or 0.0:.3f}]"
     return f"{one.mean:.3f}{bounds}"
 

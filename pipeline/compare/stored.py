@@ -10,11 +10,11 @@ from rekindle.train.record.working_copy import speaking_of
 
 # Records of runs, experts and cycles; and large files that say nothing about a run.
 _RECORDS = (".json", ".jsonl", ".yaml", ".csv")
-_OTHERS = ("tokenizer.json", "vocab.json", "predictions.jsonl")
+_NOT_NEEDED = ("tokenizer.json", "vocab.json", "predictions.jsonl")
 
 
 @contextmanager
-def fetched(
+def local_copies(
     directories: Sequence[Path], models: bool
 ) -> Iterator[tuple[list[Path], Callable[[str], str]]]:
     """Yield the directories, and a function that puts their addresses back into a text.
@@ -22,26 +22,26 @@ def fetched(
     Directories in a store are replaced by local copies of their records and, with ``models``, of
     their models.
     """
-    places: dict[Path, str] = {}
-    found: list[Path] = []
+    addresses: dict[Path, str] = {}
+    folders: list[Path] = []
 
-    def wanted(name: str) -> bool:
-        *folders, file = name.split("/")
-        if CHECKPOINTS in folders or "tensorboard" in folders:
+    def is_needed(name: str) -> bool:
+        *parents, file = name.split("/")
+        if CHECKPOINTS in parents or "tensorboard" in parents:
             return False
-        return models or (file.endswith(_RECORDS) and file not in _OTHERS)
+        return models or (file.endswith(_RECORDS) and file not in _NOT_NEEDED)
 
-    with ExitStack() as spoken:
+    with ExitStack() as renamed:
         for directory in directories:
             if address := address_of(directory):
-                directory = tree_copy(address, wanted)
-                places[directory] = address
-                spoken.enter_context(speaking_of(address, directory))
-            found.append(directory)
+                directory = tree_copy(address, is_needed)
+                addresses[directory] = address
+                renamed.enter_context(speaking_of(address, directory))
+            folders.append(directory)
 
-        def named(text: str) -> str:
-            for directory, address in places.items():
+        def with_addresses(text: str) -> str:
+            for directory, address in addresses.items():
                 text = text.replace(str(directory), address)
             return text
 
-        yield found, named
+        yield folders, with_addresses

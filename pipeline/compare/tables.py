@@ -9,7 +9,7 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.compare.domains import PREFIX, DomainMatrix
-from rekindle.pipeline.compare.matching import Match, thinned
+from rekindle.pipeline.compare.matching import Match, thin_out
 from rekindle.pipeline.compare.runs import (
     Comparison,
     RunFacts,
@@ -63,17 +63,17 @@ def result_columns(comparison: Comparison) -> Iterator[Column]:
     for name in dict.fromkeys(name for run in runs for name in run.evaluation):
         if not name.startswith(PREFIX):  # domains have their own table
             yield Column(name, [formatted(run.evaluation.get(name), "{:.4f}") for run in runs])
-    for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
-        cells = [formatted(_share_with_kd(run, what), "{:.1%}") for run in runs]
-        yield Column(f"KD {shown}", cells)
+    for unit, title in (("sequences", "KD sequences"), ("positions", "KD tokens")):
+        cells = [formatted(_share_with_kd(run, unit), "{:.1%}") for run in runs]
+        yield Column(title, cells)
 
 
 def step_tables(comparison: Comparison) -> Iterator[Table]:
-    """Yield the compared value at equal steps, unless the last evaluations are all there is."""
+    """Yield the compared value at equal steps, unless only the last evaluations match."""
     last = {run.curve.points[-1].step for run in comparison.runs if run.curve.points}
     if any(last != {match.at} for match in comparison.matched_steps):  # else it is shown above
-        every = range(len(comparison.runs))
-        columns = _matched(comparison, every, comparison.matched_steps, "steps", "{:,.0f}")
+        numbers = range(len(comparison.runs))
+        columns = _matched(comparison, numbers, comparison.matched_steps, "steps", "{:,.0f}")
         yield Table(f"{comparison.compared} {UNSEEN}, at equal steps", columns)
 
 
@@ -84,20 +84,23 @@ def cost_tables(comparison: Comparison) -> Iterator[Table]:
     title = f"{comparison.compared} {UNSEEN}, at equal total cost"
     matches, runs = comparison.matched_cost, comparison.runs
     evaluated = [run for run in runs if run.curve.points]
-    unknown = ", ".join(run.name for run in evaluated if not run.curve.known)
-    known = [run for run in evaluated if run.curve.known]
-    there = [n for n in range(len(runs)) if any(match.points[n] for match in matches)]
-    later = ", ".join(run.name for run in known if matches and runs.index(run) not in there)
+    unknown = ", ".join(run.name for run in evaluated if not run.curve.has_known_cost)
+    known = [run for run in evaluated if run.curve.has_known_cost]
+    matched = [n for n in range(len(runs)) if any(match.points[n] for match in matches)]
+    later = ", ".join(run.name for run in known if matches and runs.index(run) not in matched)
     if matches:
-        notes = [COST, f"unknown for {unknown}" * bool(unknown)]
-        notes.append(f"already cost more than all of this at their first evaluation: {later}")
-        columns = _matched(comparison, there, matches, "seconds", "{:,.1f}", True)
-        yield Table(title, columns, "; ".join(filter(None, notes[: 2 + bool(later)])))
+        notes = [COST]
+        if unknown:
+            notes.append(f"unknown for {unknown}")
+        if later:
+            notes.append(f"already cost more than all of this at their first evaluation: {later}")
+        columns = _matched(comparison, matched, matches, "seconds", "{:,.1f}", True)
+        yield Table(title, columns, "; ".join(notes))
     elif unknown and known and comparison.matched_steps:
         note = "not compared: the cost was not recorded (by older versions) for "
         yield Table(title, [], note + unknown)
     elif len(known) > 1 and comparison.matched_steps:
-        note = "no run was evaluated before another had cost more in all: nothing to compare"
+        note = "nothing to compare: no run was evaluated before another had already cost more"
         yield Table(title, [], note)
 
 
@@ -109,10 +112,10 @@ def _matched(
     form: str,
     steps: bool = False,
 ) -> list[Column]:
-    shown = thinned(matches, _MOST_MATCHES)
-    columns = [Column(title, [form.format(match.at) for match in shown])]
+    rows = thin_out(matches, _MOST_MATCHES)
+    columns = [Column(title, [form.format(match.at) for match in rows])]
     for number in numbers:
-        points = [match.points[number] for match in shown]
+        points = [match.points[number] for match in rows]
         cells = [
             NOTHING if p is None else f"{p.loss:.4f}" + (f" ({p.step:,})" if steps else "")
             for p in points
@@ -157,19 +160,21 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 
 def way_to_scores(comparison: Comparison) -> str:
-    """Say how to find out which run is best at a task; empty if it is known."""
-    heads = [run for run in comparison.runs if run.heads]
-    cycle = any(is_cycle(one.directory.parent.parent) for one in comparison.folders)
-    if comparison.standings or cycle or len(comparison.runs) < 2:
+    """Return how to find out which run is best at a task; empty if it is known."""
+    with_heads = [run for run in comparison.runs if run.heads]
+    is_of_cycle = any(is_cycle(one.directory.parent.parent) for one in comparison.folders)
+    if comparison.standings or is_of_cycle or len(comparison.runs) < 2:
         return ""
-    if len(heads) < 2:
-        how = "`pipeline finetune RUN … --out RUN/TASK` for each run leaves its score here"
+    if len(with_heads) < 2:
+        way = "`pipeline finetune RUN … --out RUN/TASK` for each run leaves its score here"
     else:
-        shared = [name for name in heads[0].heads if all(name in run.heads for run in heads)]
-        names = ", ".join(dict.fromkeys(name for run in heads for name in run.heads))
-        which = f"{shared[0]}=" if shared else ""
-        how = f"`--test {which}FILE` scores the runs' heads ({names}) on a labelled file"
-    return f"which run is best at a task is unknown: {how}"
+        names = list(dict.fromkeys(name for run in with_heads for name in run.heads))
+        shared = [n for n in with_heads[0].heads if all(n in run.heads for run in with_heads)]
+        prefix = f"{shared[0]}=" if shared else ""
+        way = (
+            f"`--test {prefix}FILE` scores the runs' heads ({', '.join(names)}) on a labelled file"
+        )
+    return f"which run is best at a task is unknown: {way}"
 
 
 def domain_tables(matrix: DomainMatrix) -> Iterator[Table]:
@@ -196,7 +201,7 @@ def domain_matrix(runs: Sequence[Path]) -> str:
 
 def _settings(runs: list[RunFacts]) -> Iterator[Column]:
     keys = [key for key in runs[0].settings if key != "train.steps"]  # it has its own column
-    # A weight means nothing without the term it weighs; "train" alone means nothing.
+    # "weight" alone would not say of which term, so at least two parts are kept.
     tails = shortest_tails([key.removeprefix("train.").split(".") for key in keys], least=2)
     for key, tail in zip(keys, tails, strict=True):
         values = [run.settings[key] for run in runs]
@@ -226,15 +231,15 @@ def _without_defaults(term: object) -> object:
 def _steps(run: RunFacts) -> str:
     if run.finished:
         return f"{run.steps:,}"
-    of = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
-    return f"unfinished at {run.steps:,}{of}"
+    planned = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
+    return f"unfinished at {run.steps:,}{planned}"
 
 
-def _share_with_kd(run: RunFacts, what: str) -> float | None:
-    """Return the share of sequences, or of positions with an LM loss, that a teacher taught."""
-    counts = {name: n for name, n in run.coverage.items() if name.startswith(what)}
+def _share_with_kd(run: RunFacts, unit: str) -> float | None:
+    """Return the share of sequences, or of positions with an LM loss, that had a teacher."""
+    counts = {name: n for name, n in run.coverage.items() if name.startswith(unit)}
     total = sum(counts.values())
-    return counts.get(f"{what}_with_kd", 0) / total if total else None
+    return counts.get(f"{unit}_with_kd", 0) / total if total else None
 
 
 def as_text(comparison: Comparison, width: int | None = None) -> str:
@@ -244,7 +249,7 @@ def as_text(comparison: Comparison, width: int | None = None) -> str:
     Each run is a row; a table that does not fit is folded or split (``report.text``).
     """
     width = width or terminal_width()
-    lines = [line for told in verdicts(comparison) for line in wrapped(told, width)]
+    lines = [line for verdict in verdicts(comparison) for line in wrapped(verdict, width)]
     scores = list(score_tables(comparison))
     lines += [line for table in scores for line in ("", *text_lines(table, width))]
     if any(column.best for table in scores for column in table.columns):

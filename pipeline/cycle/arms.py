@@ -5,8 +5,8 @@ from typing import Literal
 
 Arm = Literal["expert", "start", "longer", "mlm", "pseudo", "kd", "both", "committee", "mixture"]
 ARMS: dict[Arm, str] = {
-    "expert": "the start model, fine-tuned: what teaches, and what is to be beaten",
-    "start": "the model that students begin as, fine-tuned, where experts are of another one",
+    "expert": "the start model, fine-tuned: the teacher, and the arm to beat",
+    "start": "the model that students start from, fine-tuned, if experts are of another one",
     "longer": "the start model, fine-tuned for twice the epochs",
     "mlm": "pre-trained further on the text with masked LM alone, fine-tuned",
     "pseudo": "on the same text with the class that the expert finds most likely, as a label",
@@ -16,7 +16,7 @@ ARMS: dict[Arm, str] = {
     "mixture": "with masked LM and the experts of all tasks (MoEGP), fine-tuned",
 }
 USUAL: tuple[Arm, ...] = ("expert", "longer", "mlm", "kd", "both", "mixture")
-# Arms that may coincide with another one: which, and why they are left out then.
+# Arms that may coincide with another one, with that one and the reason to leave them out then.
 TWINS: Mapping[Arm, tuple[Arm, str]] = {
     "mixture": ("both", "with one task it is the same student as both"),
     "start": ("expert", "experts are of the same model, so that it is expert again"),

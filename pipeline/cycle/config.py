@@ -30,7 +30,7 @@ from rekindle.pipeline.cycle.sections import (
     Search,
     SomeOfTerm,
     check_names,
-    checked_search,
+    parse_search,
 )
 from rekindle.train.config import DistillTerm, StudentConfig, TrainConfig
 from rekindle.train.finetune.config import FORMER_FIELDS, FixedBudget, TaskSettings
@@ -129,19 +129,19 @@ class CycleConfig(Settings):
     def _with_experts(cls, value: tuple[Arm, ...], info: ValidationInfo) -> tuple[Arm, ...]:
         experts, student = info.data.get("experts"), info.data.get("student")
         always = {"expert"}
-        if experts and student and _is_other(experts.model, student.model):
+        if experts and student and _is_other_model(experts.model, student.model):
             always.add("start")
         return tuple(arm for arm in ARMS if arm in always or arm in value)
 
     @field_validator("search")
     @classmethod
     def _searched(cls, value: Search) -> Search:
-        return checked_search(value)
+        return parse_search(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CycleConfig":
         check_names([task.name for task in self.tasks])
-        _refuse_set(self, _NOT_OF_A_CYCLE)
+        _refuse_keys(self, _NOT_OF_A_CYCLE)
         if self.student.task != "masked_lm":
             raise ValueError(f"the cycle is for masked_lm students, not {self.student.task}")
         if self.train.keep_best not in ("loss", None):
@@ -162,7 +162,7 @@ class CycleConfig(Settings):
         for task, arm in itertools.product(self.tasks, self.arms):
             for point in self.search_points():
                 config = self.finetune_of(task, point, arm)
-                _refuse_set(config, _NOT_OF_ITS_FINE_TUNING, "finetune.")
+                _refuse_keys(config, _NOT_OF_ITS_FINE_TUNING, "finetune.")
                 if config.epochs == 0:
                     raise ValueError("finetune.epochs is 0: nothing would be fine-tuned")
         if self.primary is not None:
@@ -217,9 +217,9 @@ class CycleConfig(Settings):
         return self
 
     def _check_primary(self, primary: PrimaryConfig) -> None:
-        there = {*self.arms} | {arm for arm, twin in self.twins.items() if twin in self.arms}
+        known = {*self.arms} | {arm for arm, twin in self.twins.items() if twin in self.arms}
         for arm in (primary.arm, *primary.against):
-            if arm not in there:
+            if arm not in known:
                 raise ValueError(
                     f"primary names {arm}, which is not among the arms ({', '.join(self.arms)}); "
                     "add it to them"
@@ -235,7 +235,7 @@ class CycleConfig(Settings):
     @property
     def has_other_experts(self) -> bool:
         """Whether experts are fine-tuned from another model than students start from."""
-        return _is_other(self.experts.model, self.student.model)
+        return _is_other_model(self.experts.model, self.student.model)
 
     @property
     def all_teach(self) -> bool:
@@ -287,11 +287,11 @@ class CycleConfig(Settings):
         """Return the text of that name (see ``texts``)."""
         common = self.corpus.model_dump(mode="json", exclude_unset=True)
         own = next((task.corpus for task in self.tasks if task.name == name), {})
-        where = f"corpus of task {name!r}" if own else "corpus"
-        found = parse_settings(CorpusConfig, common | own, where)
-        if found.contents != {"text"}:
-            raise InputError(f"{where}: a cycle is of texts; its source has dialogues or tokens")
-        return found
+        label = f"corpus of task {name!r}" if own else "corpus"
+        corpus = parse_settings(CorpusConfig, common | own, label)
+        if corpus.contents != {"text"}:
+            raise InputError(f"{label}: a cycle reads texts; its source has dialogues or tokens")
+        return corpus
 
     def with_cache_in(self, home: Path) -> "CycleConfig":
         """Return the same with its cache in the cycle's folder, if it has no path yet."""
@@ -304,8 +304,8 @@ class CycleConfig(Settings):
         """Return one draw of the labels as a cycle of its own."""
         path = self.cache.path and f"{self.cache.path}/draw-{draw}"
         cache = self.cache.model_copy(update={"path": path})
-        drawn = {"seed": self.seed + draw, "label_draws": 1, "cache": cache}
-        return self.model_copy(update=drawn)
+        changed = {"seed": self.seed + draw, "label_draws": 1, "cache": cache}
+        return self.model_copy(update=changed)
 
     def cache_of(self, name: str) -> CacheConfig:
         """Return the cache of the text of that name."""
@@ -315,12 +315,12 @@ class CycleConfig(Settings):
     # --- fine-tuning ------------------------------------------------------------------------------
 
     @property
-    def unused(self) -> list[str]:
+    def unused_settings(self) -> list[str]:
         """The settings of tasks and experts that are searched, and so would not be used."""
-        given = {f"tasks.{task.name}.finetune": task.finetune for task in self.tasks}
-        given["experts.finetune"] = self.experts.finetune
+        sections = {f"tasks.{task.name}.finetune": task.finetune for task in self.tasks}
+        sections["experts.finetune"] = self.experts.finetune
         return [
-            f"{where}.{key}" for where, own in given.items() for key in own if key in self.search
+            f"{name}.{key}" for name, keys in sections.items() for key in keys if key in self.search
         ]
 
     @property
@@ -338,12 +338,12 @@ class CycleConfig(Settings):
         """Return how ``arm``'s model is fine-tuned on ``task``; ``longer``: twice the epochs."""
         config = self.finetune
         experts = self.experts.finetune if arm == "expert" else {}
-        for given, where in (
+        for values, label in (
             (task.finetune | point, f"finetune of task {task.name!r}"),
             (experts | point if experts else {}, "experts.finetune"),
         ):
-            own = parse_settings(FixedBudget, given, where)
-            changed: dict[str, object] = {key: getattr(own, key) for key in own.model_fields_set}
+            parsed = parse_settings(FixedBudget, values, label)
+            changed = {key: getattr(parsed, key) for key in parsed.model_fields_set}
             config = config.model_copy(update=changed)
         if arm != "longer":
             return config
@@ -356,21 +356,21 @@ class CycleConfig(Settings):
         """Return the cached names of an arm's teachers: the best expert on ``task`` by dev, or
         every seed of it.
         """
-        every = arm == "committee" or (self.all_teach and arm != "pseudo")
-        return [seed_name(task, seed) for seed in range(self.expert_seeds)] if every else [task]
+        all_seeds = arm == "committee" or (self.all_teach and arm != "pseudo")
+        return [seed_name(task, seed) for seed in range(self.expert_seeds)] if all_seeds else [task]
 
     def term_of(self, task: CycleTask, regression: bool, arm: str) -> DistillTerm:
         """Return the distillation term for the expert on ``task`` in an arm."""
-        usual = {"divergence": "mse"} if regression else {}
-        values = usual | self.distill | task.distill
-        where = f"distill of task {task.name!r}"
+        default = {"divergence": "mse"} if regression else {}
+        values = default | self.distill | task.distill
+        label = f"distill of task {task.name!r}"
         if arm == "pseudo":
             values = {key: values[key] for key in ("weight", "view") if key in values}
             values |= {"divergence": "pseudo_label", "confidence": 0.0} | self.pseudo
-            where = "pseudo"
+            label = "pseudo"
         teachers = self.teachers_of(task.name, arm)
-        together = {"combine": "mixture"} if len(teachers) > 1 else {}
-        return parse_settings(DistillTerm, values | together | {"teachers": teachers}, where)
+        combine = {"combine": "mixture"} if len(teachers) > 1 else {}
+        return parse_settings(DistillTerm, values | combine | {"teachers": teachers}, label)
 
 
 def seed_name(task: str, seed: int) -> str:
@@ -378,15 +378,15 @@ def seed_name(task: str, seed: int) -> str:
     return f"{task}.{seed}"
 
 
-def _is_other(model: str | None, student: str) -> bool:
+def _is_other_model(model: str | None, student: str) -> bool:
     return model is not None and not same_place(model, student)
 
 
-def _refuse_set(section: Settings, keys: Mapping[str, str], where: str = "") -> None:
+def _refuse_keys(section: Settings, keys: Mapping[str, str], prefix: str = "") -> None:
     """Raise ValueError, with the reason, if one of these ``keys`` is set."""
-    for key, why in keys.items():
+    for key, reason in keys.items():
         if attrgetter(key)(section):
-            raise ValueError(f"{where}{key} {why}; leave it out")
+            raise ValueError(f"{prefix}{key} {reason}; leave it out")
 
 
 def load_cycle(path: str | Path, overrides: list[str] | None = None) -> CycleConfig:

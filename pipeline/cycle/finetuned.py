@@ -1,6 +1,6 @@
 """Read what `pipeline finetune` left for the arms of a cycle, and check that it is comparable.
 
-Two arms have the same budget if all settings are equal, except those searched on dev; the arm
+Two arms have the same budget if all settings except those searched on dev are equal; the arm
 ``longer`` has twice the epochs, and twice the steps if these are limited. A search is part of the
 budget: every arm must have tried the same settings with the same seeds.
 """
@@ -27,10 +27,10 @@ START = "start"  # the students' model, fine-tuned, if experts are of another mo
 LONGER = "longer"  # the students' model, fine-tuned with twice the epochs
 MLM = "mlm"  # a student of the text alone
 PSEUDO = "pseudo"  # a student of the expert's most likely classes
-_AGAIN = "restore it, or remove what its stage has left and resume the cycle"
-_DOUBLED = ("epochs", "max_steps")
-_SECOND = {"pearson": "spearman", "spearman": "pearson"}
-_SECOND |= {"ndcg@10": "mrr", "mrr": "ndcg@10", "map": "ndcg@10"}
+_WAY_OUT = "restore it, or remove the output of its stage and resume the cycle"
+_DOUBLED_KEYS = ("epochs", "max_steps")
+_SECOND_METRIC = {"pearson": "spearman", "spearman": "pearson"}
+_SECOND_METRIC |= {"ndcg@10": "mrr", "mrr": "ndcg@10", "map": "ndcg@10"}
 
 Grid = Mapping[str, Sequence[object]]  # setting -> the values to try
 
@@ -63,16 +63,16 @@ class FineTuned(FinetuneResult):
     @property
     def test(self) -> list[dict[str, float]]:
         """Scores on test by metric; empty unless all seeds have them."""
-        found = [one.test_scores for one in self.per_seed if one.test_scores is not None]
-        return found if len(found) == len(self.per_seed) else []
+        scores = [one.test_scores for one in self.per_seed if one.test_scores is not None]
+        return scores if len(scores) == len(self.per_seed) else []
 
     @property
-    def shown(self) -> list[str]:
+    def shown_metrics(self) -> list[str]:
         """The main metric, then the second one that GLUE reports for such a task, or that rankings
         are compared by.
         """
         if self.problem in ("regression", RANKING):
-            return [self.metric, _SECOND[self.metric]]
+            return [self.metric, _SECOND_METRIC[self.metric]]
         two_classes = len(self.label_names) == 2
         return [self.metric, *(["accuracy"] if self.metric == "f1" and two_classes else [])]
 
@@ -86,11 +86,11 @@ class FineTuned(FinetuneResult):
         config = with_once_fixed(self.config)
         if self.arm != LONGER:
             return config
-        halved = {key: config.get(key) for key in _DOUBLED}
+        halved = {key: config.get(key) for key in _DOUBLED_KEYS}
         return config | {k: v / 2 for k, v in halved.items() if isinstance(v, int)}
 
 
-Terms = Callable[[FineTuned], Mapping[str, object]]  # what is compared of a result
+ComparedFacts = Callable[[FineTuned], Mapping[str, object]]  # the facts of a result to compare
 
 
 def folder_of(arm: str, task: str) -> str:
@@ -108,7 +108,7 @@ def own_head_folder(arm: str, task: str) -> str:
     return f"distilled/{arm}/{task}"
 
 
-def student_part(folder: str, number: int, students: int) -> str:
+def student_folder(folder: str, number: int, students: int) -> str:
     """Return the part of an arm's folder for the student of that number, if there are several
     ``students``; else the folder.
     """
@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file; None without a file. Raise CheckpointError for anything
     else.
     """
-    return read_record(path, _AGAIN, _refuse)
+    return read_record(path, _WAY_OUT, _refuse)
 
 
 def _refuse(constant: str) -> None:
@@ -133,23 +133,23 @@ def read_finetuned(out: Path, folder: str, arm: str, task: str) -> FineTuned | N
     if values is None:
         return None
     try:
-        return finetuned_of(values, folder, arm, task)
+        return parse_finetuned(values, folder, arm, task)
     except ValueError as error:
-        raise CheckpointError(f"{path} {error}; {_AGAIN}") from None
+        raise CheckpointError(f"{path} {error}; {_WAY_OUT}") from None
 
 
-def finetuned_of(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
+def parse_finetuned(values: Mapping[str, Any], folder: str, arm: str, task: str) -> FineTuned:
     """Return the result in a metrics.json. Raise ValueError for anything `pipeline finetune` does
     not write.
     """
     try:
         if values["written_by"] != WRITER:
             raise ValueError(f"written by {values['written_by']!r}")
-        whole = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
-        return _checked(_reader().validate_json(whole, strict=True))
+        text = json.dumps({**values, "folder": folder, "arm": arm, "task": task})
+        return _checked(_reader().validate_json(text, strict=True))
     except (KeyError, TypeError, ValueError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"is not what `pipeline finetune` writes ({told})") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"is not what `pipeline finetune` writes ({reason})") from None
 
 
 @cache
@@ -163,20 +163,20 @@ def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> 
 
     None if one is missing. Raise CheckpointError if something is damaged, or differs.
     """
-    one = read_finetuned(out, folder, arm, task)
-    if one is not None or students == 1:
-        return one
-    read = (
-        read_finetuned(out, student_part(folder, number, students), arm, task)
+    single = read_finetuned(out, folder, arm, task)
+    if single is not None or students == 1:
+        return single
+    results = (
+        read_finetuned(out, student_folder(folder, number, students), arm, task)
         for number in range(students)
     )
-    parts = [one for one in read if one is not None]
+    parts = [one for one in results if one is not None]
     if len(parts) < students:
         return None
     check_alike(out, parts, lambda one: budget_of(one) | {"seeds": None})
     per_seed = sorted((seed for one in parts for seed in one.per_seed), key=lambda one: one.seed)
     best = best_of(per_seed, parts[0].metric)
-    together = replace(
+    joined = replace(
         parts[0],
         folder=folder,
         per_seed=tuple(per_seed),
@@ -184,11 +184,11 @@ def read_arm(out: Path, folder: str, arm: str, task: str, students: int = 1) -> 
         kept_epoch=best.kept_epoch,
         seconds=sum(one.seconds for one in parts),
     )
-    tests = [scores[together.metric] for scores in together.test]
+    tests = [scores[joined.metric] for scores in joined.test]
     return replace(
-        together,
-        mean=fmean(together.dev),
-        std=stdev(together.dev) if len(per_seed) > 1 else None,
+        joined,
+        mean=fmean(joined.dev),
+        std=stdev(joined.dev) if len(per_seed) > 1 else None,
         test_mean=fmean(tests) if tests else None,
     )
 
@@ -198,7 +198,7 @@ def _checked(one: FineTuned) -> FineTuned:
     if not one.seeds or len(set(one.seeds)) != len(one.seeds):
         raise ValueError(f"seeds {one.seeds}")
     for scores in [*(seed.scores for seed in one.per_seed), *one.test]:
-        for metric in one.shown:
+        for metric in one.shown_metrics:
             if not math.isfinite(scores[metric]):
                 raise ValueError(f"{metric} is {scores[metric]}")
     dev = dict(zip(one.seeds, one.dev, strict=True))
@@ -207,19 +207,17 @@ def _checked(one: FineTuned) -> FineTuned:
     return one
 
 
-def check_alike(out: Path, found: Sequence[FineTuned], terms: Terms) -> None:
-    """Raise CheckpointError, naming two results, if their ``terms``, which must be equal,
-    differ.
-    """
-    for other in found[1:]:
-        first, second = terms(found[0]), terms(other)
+def check_alike(out: Path, results: Sequence[FineTuned], facts_of: ComparedFacts) -> None:
+    """Raise CheckpointError, naming two results and a fact, unless ``facts_of`` all are equal."""
+    for other in results[1:]:
+        first, second = facts_of(results[0]), facts_of(other)
         for key in {**second, **first}:
             if first.get(key) == second.get(key, ...):
                 continue
-            halved = LONGER in (found[0].arm, other.arm) and key in _DOUBLED
+            is_halved = LONGER in (results[0].arm, other.arm) and key in _DOUBLED_KEYS
             raise CheckpointError(
-                f"{out / found[0].folder} and {out / other.folder} cannot be compared: {key}"
-                f"{' (longer: halved)' if halved else ''} is {first.get(key)!r} in the first, "
+                f"{out / results[0].folder} and {out / other.folder} cannot be compared: {key}"
+                f"{' (longer: halved)' if is_halved else ''} is {first.get(key)!r} in the first, "
                 f"{second.get(key)!r} in the second. All arms of a task need the same data, seeds "
                 "and budget: remove the one that is wrong and resume"
             )
@@ -230,18 +228,18 @@ def budget_of(one: FineTuned, searched: Collection[str] = ()) -> dict[str, objec
     ``searched``.
     """
     names = ("problem", "label_names", "metric", "seeds")
-    # The meaning of the files is compared by its effect; older results do not set it.
+    # How the files were read shows in what was read; older results do not have these settings.
     left_out = {*searched, *TaskSettings.model_fields, *FORMER_FIELDS}
     settings = {key: value for key, value in one.budget.items() if key not in left_out}
     # The setting may be "auto"; if it was searched, arms may have chosen differently.
     precision = {} if "precision" in searched else {"precision in use": one.precision}
-    own = {name: getattr(one, name) for name in names} | {"files": one.splits}
+    facts = {name: getattr(one, name) for name in names} | {"files": one.splits}
     if one.metric == "f1":
-        own["positive"] = _positive(one)
-    return own | precision | settings
+        facts["positive"] = _positive_class(one)
+    return facts | precision | settings
 
 
-def _positive(one: FineTuned) -> str | None:
+def _positive_class(one: FineTuned) -> str | None:
     """Return the class whose F1 counts; in older versions it was the second of two."""
     if "positive" in one.config or len(one.label_names) != 2:
         return one.positive

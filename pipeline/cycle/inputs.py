@@ -1,4 +1,4 @@
-"""The inputs of a cycle: its tasks, and the model that experts and students start from.
+"""The inputs of a cycle: its tasks, and the models that experts and students start from.
 
   OUT/tasks/TASK/{train,dev,test}.jsonl
 
@@ -36,14 +36,14 @@ from rekindle.train.ranking.groups import groups_in_order, whole_until
 TASKS_FOLDER = "tasks"
 logger = logging.getLogger("rekindle")
 
-_AS_IT_IS = TaskSettings()
-_MOST_DEV = 5  # dev is at most this part of train: 1/5
+_DEFAULT_SETTINGS = TaskSettings()
+_DEV_DIVISOR = 5  # dev is at most a fifth of train
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """A task as it is used: the rows of its files that train, select and are scored; of documents
-    in groups whole groups.
+    """A task with the rows of its files that are trained on, select, and are scored. Documents in
+    groups are taken as whole groups.
     """
 
     task: CycleTask
@@ -53,7 +53,7 @@ class TaskFiles:
     splits: dict[str, TaskData]
     rows: dict[str, np.ndarray]  # of each split, ascending
     digests: dict[str, str]  # sha256 of its source files
-    held: dict[str, int]  # rows of the train and dev files that are a row of test
+    held: dict[str, int]  # by split, the rows of train and dev that are also rows of test
 
     @property
     def chance(self) -> float | None:
@@ -70,8 +70,10 @@ class TaskFiles:
         chosen.
         """
         data = self.splits["train"]
-        own = {"positive": data.positive, "threshold": data.threshold}
-        return config.model_copy(update=TaskSettings(problem=data.problem, **own).model_dump())
+        settings = TaskSettings(
+            problem=data.problem, positive=data.positive, threshold=data.threshold
+        )
+        return config.model_copy(update=settings.model_dump())
 
     def texts_of(self, split: str) -> list[tuple[str, str | None]]:
         """Return the texts of a split's rows, each with the second one of its pair."""
@@ -85,8 +87,8 @@ class TaskFiles:
     def facts(self) -> dict[str, object]:
         """The task's entry in ``cycle.json``."""
         counts = {name: len(rows) for name, rows in self.rows.items()}
-        seen = set(self.texts_of("train"))
-        shared = sum(one in seen for one in self.texts_of("test"))
+        train_texts = set(self.texts_of("train"))
+        shared = sum(text in train_texts for text in self.texts_of("test"))
         return {
             "metric": self.metric,
             "regression": self.regression,
@@ -99,20 +101,20 @@ class TaskFiles:
         }
 
 
-def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
-    """Read and split the files of every task, and ``tell`` what was read. Raise InputError for
-    anything wrong with them.
+def read_tasks(config: CycleConfig, verbose: bool = True) -> list[TaskFiles]:
+    """Read and split the files of every task; if ``verbose``, log what was read. Raise InputError
+    for anything wrong with them.
     """
     remove = config.test_texts == "remove"
-    found = [
-        _read(task, config.seed, config.finetune_of(task, {}, "start"), remove, tell)
+    tasks = [
+        _read(task, config.seed, config.finetune_of(task, {}, "start"), remove, verbose)
         for task in config.tasks
     ]
-    for one in found if tell else ():
+    for one in tasks if verbose else ():
         for name, split in one.splits.items():
-            if name != "dev" or one.task.dev:  # else it is part of train
+            if name != "dev" or one.task.dev:  # without a dev file, dev is part of train
                 logger.info("task %s, %s: %s", one.task.name, name, split.described())
-    return found
+    return tasks
 
 
 def read_draws(config: CycleConfig) -> list[TaskFiles]:
@@ -122,7 +124,7 @@ def read_draws(config: CycleConfig) -> list[TaskFiles]:
     draws = []
     for number in range(config.label_draws):
         with naming(f"draw {number} of the labels"):
-            draws.append(read_tasks(config.of_draw(number), tell=False))
+            draws.append(read_tasks(config.of_draw(number), verbose=False))
     _check_draws_differ(draws)
     return draws[0]
 
@@ -130,14 +132,14 @@ def read_draws(config: CycleConfig) -> list[TaskFiles]:
 def _read(
     task: CycleTask,
     seed: int,
-    settings: TaskSettings = _AS_IT_IS,
+    settings: TaskSettings = _DEFAULT_SETTINGS,
     remove: bool = False,
-    tell: bool = True,
+    verbose: bool = True,
 ) -> TaskFiles:
-    """Read one task; ``remove``: without the rows of train and dev that are a row of test."""
+    """Read one task; ``remove``: without the rows of train and dev that are also rows of test."""
     paths = {"train": task.train, "test": task.test} | ({"dev": task.dev} if task.dev else {})
-    found = _as_they_are(tuple((path, state_of(path)) for path in paths.values()), settings)
-    splits = dict(zip(paths, found, strict=True))
+    states = tuple((path, state_of(path)) for path in paths.values())
+    splits = dict(zip(paths, _read_files(states, settings), strict=True))
     train = splits["train"]
     if train.words is not None:
         raise InputError(
@@ -158,17 +160,17 @@ def _read(
     }
     if remove:
         order = order[~held["train"][order]]
-        rows |= {name: rows[name][~of_test] for name, of_test in held.items()}
+        rows |= {name: rows[name][~is_held] for name, is_held in held.items()}
         for name in [name for name in held if not len(rows[name])]:
-            leave = "leave it out, " if name == "dev" else ""
+            without_dev = "leave it out, " if name == "dev" else ""
             raise InputError(
                 f"task {task.name!r}: all {counted(len(held[name]), 'row')} of {name} "
                 f"({paths[name]}) are rows of test, which are removed: give another {name}, "
-                f"{leave}or give test_texts: keep"
+                f"{without_dev}or give test_texts: keep"
             )
     if task.dev is None:
-        count = min(task.dev_examples, len(order) // _MOST_DEV)
-        if count and train.groups is not None:  # a group is in one split
+        count = min(task.dev_examples, len(order) // _DEV_DIVISOR)
+        if count and train.groups is not None:  # a group must not be split
             count = whole_until(train.groups[order], count) % len(order)
         if count == 0:
             raise InputError(
@@ -176,11 +178,11 @@ def _read(
                 "few to take any for dev; give a dev file"
             )
         splits["dev"], rows["dev"], order = train, np.sort(order[:count]), order[count:]
-    order = _of_each_class(task, train, order, tell)
-    taken = task.train_examples
-    if taken and train.groups is not None:
-        taken = whole_until(train.groups[order], taken)
-    rows["train"] = np.sort(order[:taken])
+    order = _limit_per_class(task, train, order, verbose)
+    limit = task.train_examples
+    if limit and train.groups is not None:
+        limit = whole_until(train.groups[order], limit)
+    rows["train"] = np.sort(order[:limit])
     metric = chosen_metric(task.metric, train)
     if task.pairs and train.pairs is None:
         raise InputError(
@@ -190,24 +192,24 @@ def _read(
     pairs = (task.pairs or "adjacent") if train.pairs is not None else None
     # The remaining training rows must contain every class.
     labels = train.labels[rows["train"]]
-    there = labels.nonzero()[1] if train.problem == SEVERAL else labels
-    missing = set(range(len(train.label_names))) - set(there.tolist())
+    classes = labels.nonzero()[1] if train.problem == SEVERAL else labels
+    missing = set(range(len(train.label_names))) - set(classes.tolist())
     if missing:
-        how = ["raise train_examples"] * (task.train_examples is not None)
-        how += ["lower dev_examples", "give a dev file"] * (task.dev is None)
-        how += ["give test_texts: keep"] * bool(remove and held["train"].any())
+        ways = ["raise train_examples"] if task.train_examples is not None else []
+        ways += ["lower dev_examples", "give a dev file"] if task.dev is None else []
+        ways += ["give test_texts: keep"] if remove and held["train"].any() else []
         raise InputError(
             f"task {task.name!r}: none of the {len(rows['train'])} examples that are left to train "
-            f"on has the label {train.label_names[min(missing)]!r}; {', or '.join(how)}"
+            f"on has the label {train.label_names[min(missing)]!r}; {', or '.join(ways)}"
         )
     digests = {path: _digest(path, state_of(path)) for path in paths.values()}
-    counts = {name: int(of_test.sum()) for name, of_test in held.items()}
+    counts = {name: int(is_held.sum()) for name, is_held in held.items()}
     return TaskFiles(task, not train.label_names, metric, pairs, splits, rows, digests, counts)
 
 
 # All draws of the labels use the same files; each is read once.
 @lru_cache(maxsize=64)
-def _as_they_are(
+def _read_files(
     files: tuple[tuple[str, FileState], ...], settings: TaskSettings
 ) -> tuple[TaskData, ...]:
     return tuple(read_task(*(path for path, _ in files), settings=settings))
@@ -218,22 +220,22 @@ def _digest(path: str, state: FileState) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray, tell: bool) -> np.ndarray:
-    """Return the first ``train_per_class`` rows of each class in ``order``; all if it is
-    not given.
-    """
+def _limit_per_class(
+    task: CycleTask, train: TaskData, order: np.ndarray, verbose: bool
+) -> np.ndarray:
+    """Return the first ``train_per_class`` rows of each class in ``order``; all if it is null."""
     if task.train_per_class is None:
         return order
     if not train.label_names or train.problem == SEVERAL:
-        what = "lists of labels" if train.label_names else "scores"
+        labels = "lists of labels" if train.label_names else "scores"
         raise InputError(
             f"task {task.name!r}: train_per_class is for rows of one class each, and "
-            f"{task.train} has {what}; give train_examples"
+            f"{task.train} has {labels}; give train_examples"
         )
     chosen = []
     for number, name in enumerate(train.label_names):
         of_class = order[train.labels[order] == number][: task.train_per_class]
-        if tell and len(of_class) < task.train_per_class:
+        if verbose and len(of_class) < task.train_per_class:
             logger.info(
                 "task %s: %s of class %s are trained on, and train_per_class is %d: there are no "
                 "more",
@@ -246,8 +248,8 @@ def _of_each_class(task: CycleTask, train: TaskData, order: np.ndarray, tell: bo
 def _check_draws_differ(draws: Sequence[Sequence[TaskFiles]]) -> None:
     """Raise InputError for a task with the same rows in every draw of the labels."""
     for one, *others in zip(*draws, strict=True):
-        both = itertools.product(others, ("train", "dev"))
-        if all(np.array_equal(one.rows[name], other.rows[name]) for other, name in both):
+        pairs = itertools.product(others, ("train", "dev"))
+        if all(np.array_equal(one.rows[name], other.rows[name]) for other, name in pairs):
             raise InputError(
                 f"task {one.task.name!r}: label_draws asks for several draws, and all would be the "
                 f"same rows: dev is a file, and all {len(one.rows['train']):,} rows of train are "
@@ -261,8 +263,8 @@ def _examples(data: TaskData, rows: Sequence[int] | np.ndarray) -> list[tuple[st
 
 
 def _normalised(example: tuple[str, str | None]) -> tuple[str, ...]:
-    """Return the normalised texts; a pair counts in either order, as the question is the same."""
-    # Nothing is left of "?!", but that does not make it equal to "...".
+    """Return the normalised texts, sorted, so that a pair is the same in either order."""
+    # Normalisation leaves nothing of "?!", but that does not make it equal to "...".
     return tuple(sorted(normalised(text) or text for text in example if text is not None))
 
 
@@ -326,21 +328,21 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     from rekindle.train.model.folder import tokenizer_folder
 
     directory = _check_model(config.student.model, "student.model")
-    own = load_tokenizer(str(tokenizer_folder(directory)))
-    theirs = load_tokenizer(config.corpus.tokenizer)
-    other = differing_ids(theirs, own)
-    if len(other):
+    student_tokenizer = load_tokenizer(str(tokenizer_folder(directory)))
+    corpus_tokenizer = load_tokenizer(config.corpus.tokenizer)
+    ids = differing_ids(corpus_tokenizer, student_tokenizer)
+    if len(ids):
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
-            f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would "
-            "read other words: name the model's own"
+            f"{config.corpus.tokenizer!r}: {described(corpus_tokenizer, student_tokenizer, ids)}. "
+            "The student would read other words: name the model's own"
         )
-    found = {"weights": weights_fingerprint(directory)}
+    fingerprints = {"weights": weights_fingerprint(directory)}
     if config.has_other_experts:
         expert = _check_model(str(config.experts.model), "experts.model")
         load_tokenizer(str(tokenizer_folder(expert)))
-        found["expert_weights"] = weights_fingerprint(expert)
-    return found
+        fingerprints["expert_weights"] = weights_fingerprint(expert)
+    return fingerprints
 
 
 def _check_model(model: str, key: str) -> Path:
@@ -355,26 +357,26 @@ def _check_model(model: str, key: str) -> Path:
     return directory
 
 
-def check_taught(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
+def check_teaching(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
     """Raise InputError for a task whose expert cannot teach an arm as the arm requires."""
     for text in config.texts:
         _check_pairs(config, text, tasks)
     for one in tasks:
-        where, kind = f"task {one.task.name!r} is", one.splits["train"].problem
+        task, problem = f"task {one.task.name!r} is", one.splits["train"].problem
         if "pseudo" in config.arms and one.regression:
             raise InputError(
-                f"{where} a regression, whose expert has no most likely class; the arm pseudo "
+                f"{task} a regression, whose expert has no most likely class; the arm pseudo "
                 "would be kd: leave it out of arms"
             )
-        taught = [arm for arm in config.arms if arm in WITH_TEACHERS]
-        together = [arm for arm in taught if len(config.teachers_of(one.task.name, arm)) > 1]
-        if together and (one.regression or kind == SEVERAL):
-            what = "a regression" if one.regression else "of lists of labels"
-            alone = together == ["committee"]
-            how = "leave it out of arms" if alone else "give experts.teacher: best"
+        arms = [arm for arm in config.arms if arm in WITH_TEACHERS]
+        committees = [arm for arm in arms if len(config.teachers_of(one.task.name, arm)) > 1]
+        if committees and (one.regression or problem == SEVERAL):
+            kind = "a regression" if one.regression else "of lists of labels"
+            is_only_arm = committees == ["committee"]
+            advice = "leave it out of arms" if is_only_arm else "give experts.teacher: best"
             raise InputError(
-                f"{where} {what}, and only classifiers of one label teach together (the arm "
-                f"{together[0]}, with all seeds of the expert): {how}"
+                f"{task} {kind}, and only classifiers of one label teach together (the arm "
+                f"{committees[0]}, with all seeds of the expert): {advice}"
             )
 
 
@@ -382,17 +384,17 @@ def _check_pairs(config: CycleConfig, text: str, tasks: Sequence[TaskFiles]) -> 
     """Raise InputError for an expert that cannot read a text of paired records."""
     if config.text_of(text).pair_field is None:
         return
-    taught = {task for _, task, _ in teachers_on(config, text)}
-    where = f"the text of task {text!r}" if text else "the text"
-    for one in [one for one in tasks if one.task.name in taught]:
+    experts = {task for _, task, _ in teachers_on(config, text)}
+    label = f"the text of task {text!r}" if text else "the text"
+    for one in [one for one in tasks if one.task.name in experts]:
         if one.pairs is None:
             raise InputError(
-                f"{where} has pairs (corpus.pair_field), but the expert on {one.task.name} reads "
+                f"{label} has pairs (corpus.pair_field), but the expert on {one.task.name} reads "
                 "single texts: give that task a corpus of its own without pair_field, and leave "
                 "the arm mixture out"
             )
         if one.task.pairs is not None:
             raise InputError(
-                f"task {one.task.name!r}: pairs is {one.task.pairs}, but {where} already has "
+                f"task {one.task.name!r}: pairs is {one.task.pairs}, but {label} already has "
                 "pairs (corpus.pair_field): leave tasks.….pairs out"
             )

@@ -7,11 +7,11 @@ from pathlib import Path
 from rekindle.pipeline import job_functions as functions
 from rekindle.pipeline.cycle.arms import ORDER, UNTAUGHT, WITH_TEACHERS, Arm
 from rekindle.pipeline.cycle.config import CycleConfig
-from rekindle.pipeline.cycle.finetuned import folder_of, own_head_folder, student_part
+from rekindle.pipeline.cycle.finetuned import folder_of, own_head_folder, student_folder
 from rekindle.pipeline.cycle.inputs import TASKS_FOLDER, TaskFiles, test_files
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, CORPUS_FILE, of_text
 from rekindle.pipeline.cycle.scores import HELD_FILE
-from rekindle.pipeline.cycle.searched import search_home
+from rekindle.pipeline.cycle.search import search_home
 from rekindle.pipeline.cycle.sections import Point, point_name
 from rekindle.pipeline.cycle.students import student_of, students_of, teachers_on
 from rekindle.pipeline.processes.jobs import Job
@@ -30,8 +30,8 @@ def start_folder(config: CycleConfig, arm: str) -> str:
 def plan_jobs(
     home: Path, config: CycleConfig, tasks: Sequence[TaskFiles], only: str = ""
 ) -> Iterator[Job]:
-    """Yield every job; of those that can start, the first does. ``only``: the jobs for one task, of
-    tasks that have texts of their own.
+    """Yield every job; the first one that can start is started. ``only``: only the jobs of this
+    task, if the tasks have their own texts.
     """
     models = {START_FOLDER: config.student.model}
     if config.has_other_experts:
@@ -40,14 +40,13 @@ def plan_jobs(
         yield Job(name, functions.save_start, (model, home / name), output=home / name)
     texts = [text for text in config.texts if only in ("", text)]
     for text in texts:
-        done = _costs(home, text) / "corpus" / "done.json"
-        arguments = (home / of_text(CORPUS_FILE, text), (), done)
-        yield Job(_corpus(text), functions.cache, arguments, output=done)
-        held = done.parent / HELD_FILE
-        tests = test_files(home, config)
-        counted = (arguments[0], tests, held)
+        run_file = home / of_text(CORPUS_FILE, text)
+        cost = _costs(home, text) / "corpus" / "done.json"
+        yield Job(_corpus(text), functions.cache, (run_file, (), cost), output=cost)
+        held = cost.parent / HELD_FILE
+        arguments = (run_file, test_files(home, config), held)
         name = f"test texts in {_corpus(text)}"
-        yield Job(name, functions.count_held, counted, output=held, after=(_corpus(text),))
+        yield Job(name, functions.count_held, arguments, output=held, after=(_corpus(text),))
     teachers = {task for text in texts for _, task, _ in teachers_on(config, text)}
     for one in tasks:
         if one.task.name in teachers:
@@ -57,13 +56,13 @@ def plan_jobs(
         if student.text not in texts:
             continue
         run, file = home / "students" / student.name, home / "students" / f"{student.name}.yaml"
-        taught = [name for task in student.tasks for name in config.teachers_of(task, student.arm)]
+        teacher_names = [n for task in student.tasks for n in config.teachers_of(task, student.arm)]
         yield Job(
             f"student {student.name}",
             functions.train,
             (file, run),
             output=run / "run.yaml",
-            after=(_corpus(student.text), *(_cache(name, student.text) for name in taught)),
+            after=(_corpus(student.text), *(_cache(name, student.text) for name in teacher_names)),
             steps=config.train.steps or None,
         )
     for arm in [arm for arm in ORDER if arm in config.arms]:
@@ -76,7 +75,7 @@ def plan_jobs(
 
 
 def _caching(home: Path, config: CycleConfig, texts: Sequence[str]) -> Iterator[Job]:
-    """Cache one teacher after another, so that each one's time is its own."""
+    """Yield a job for each teacher, one after another, so that its time is measured alone."""
     before: tuple[str, ...] = tuple(map(_corpus, texts))
     for text in texts:
         for name, task, _ in teachers_on(config, text):
@@ -107,18 +106,18 @@ def _costs(home: Path, text: str) -> Path:
 
 
 def check_fine_tuning(config: CycleConfig, tasks: Sequence[TaskFiles]) -> None:
-    """Raise InputError for a ranking's settings, of any arm and any point of the search, that
-    nothing would read.
+    """Raise InputError for settings of a ranking loss, of any arm and any point of the search, that
+    would not be used.
     """
     for one, point, arm in product(tasks, config.search_points(), config.arms):
-        ranks = one.splits["train"].groups is not None
-        check_loss(config.finetune_of(one.task, point, arm), one.task.train, ranks)
+        is_ranking = one.splits["train"].groups is not None
+        check_loss(config.finetune_of(one.task, point, arm), one.task.train, is_ranking)
 
 
-def searched_files(
-    home: Path, config: CycleConfig, arm: Arm, task: str
-) -> list[tuple[Point, Path]]:
-    """Return what an arm tries on a task, and the files of its scores; empty without a search."""
+def search_files(home: Path, config: CycleConfig, arm: Arm, task: str) -> list[tuple[Point, Path]]:
+    """Return the points that an arm tries on a task, each with the file of its scores; empty
+    without a search.
+    """
     points, folder = config.search_points(), search_home(home) / "search" / arm / task
     if len(points) == 1:
         return []
@@ -128,53 +127,54 @@ def searched_files(
 def _fine_tuning(home: Path, config: CycleConfig, one: TaskFiles, arm: Arm) -> Iterator[Job]:
     """Yield the search, and the compared fine-tunings with the chosen settings."""
     name, files = one.task.name, home / TASKS_FOLDER / one.task.name
-    tried: list[tuple[FinetuneConfig, Path]] = []
-    searched = []
-    start, after = _begins(home, config, arm, name)
-    for point, done in searched_files(home, config, arm, name):
+    points: list[tuple[FinetuneConfig, Path]] = []
+    search_jobs = []
+    start, after = _start_of(home, config, arm, name)
+    for point, result in search_files(home, config, arm, name):
         values = one.own_settings(config.finetune_of(one.task, point, arm))
-        tried.append((values, done))
+        points.append((values, result))
         if search_home(home) == home:
-            what = functions.FineTuning(
-                start, files, done.parent, config.seeds_of_search, one.metric
+            tuning = functions.FineTuning(
+                start, files, result.parent, config.seeds_of_search, one.metric
             )
-            searched.append(f"search {point_name(point)} {arm} on {name}")
-            yield Job(searched[-1], functions.search, (what, values), output=done, after=after)
-    usual = one.own_settings(config.finetune_of(one.task, config.search_points()[0], arm))
-    tried = tried or [(usual, home)]
+            job = f"search {point_name(point)} {arm} on {name}"
+            yield Job(job, functions.search, (tuning, values), output=result, after=after)
+            search_jobs.append(job)
+    first_point = one.own_settings(config.finetune_of(one.task, config.search_points()[0], arm))
+    points = points or [(first_point, home)]
     students = 1 if arm in UNTAUGHT else config.students
     for number in range(students):
-        start, after = _begins(home, config, arm, name, number)
-        out = home / student_part(folder_of(arm, name), number, students)
+        start, after = _start_of(home, config, arm, name, number)
+        out = home / student_folder(folder_of(arm, name), number, students)
         seeds = range(number, config.expert_seeds if arm == "expert" else config.seeds, students)
-        every = arm == "expert" and config.needs_every_seed
-        what = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=every)
-        whose = f"{arm}, student {number}," if students > 1 else arm
+        keep_every = arm == "expert" and config.needs_every_seed
+        tuning = functions.FineTuning(start, files, out, seeds, one.metric, keep_every=keep_every)
+        subject = f"{arm}, student {number}," if students > 1 else arm
         yield Job(
-            f"{whose} on {name}",
+            f"{subject} on {name}",
             functions.fine_tune,
-            (what, tried),
-            output=seed_folder(out, seeds[-1]) if every else out / RESULT_FILE,
-            after=(*after, *searched),
+            (tuning, points),
+            output=seed_folder(out, seeds[-1]) if keep_every else out / RESULT_FILE,
+            after=(*after, *search_jobs),
         )
         if arm in WITH_TEACHERS:
-            out = home / student_part(own_head_folder(arm, name), number, students)
-            itself = range(number, number + 1)
-            what = functions.FineTuning(start, files, out, itself, one.metric)
+            out = home / student_folder(own_head_folder(arm, name), number, students)
+            tuning = functions.FineTuning(start, files, out, range(number, number + 1), one.metric)
             yield Job(
-                f"own head of {whose} on {name}",
+                f"own head of {subject} on {name}",
                 functions.score_head,
-                (what, usual),
+                (tuning, first_point),
                 output=out / RESULT_FILE,
                 after=after,
             )
 
 
-def _begins(
+def _start_of(
     home: Path, config: CycleConfig, arm: Arm, task: str, number: int = 0
 ) -> tuple[Path, tuple[str, ...]]:
     """Return the model that a fine-tuning starts from, and the job that makes it."""
     student = student_of(config, arm, task, number)
     start = start_folder(config, arm)
-    made = (home / "students" / student, f"student {student}") if student else (home / start, start)
-    return made[0], (made[1],)
+    if student:
+        return home / "students" / student, (f"student {student}",)
+    return home / start, (start,)

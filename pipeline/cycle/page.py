@@ -22,9 +22,15 @@ from rekindle.pipeline.cycle.notes import UNFINISHED, UNHELPFUL, UNLEARNED, is_g
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.run_files import CACHE_FILE, of_text
 from rekindle.pipeline.cycle.scores import CycleResults, TaskFacts
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW
+from rekindle.pipeline.cycle.search import DRAWS_FOLDER, FIRST_DRAW
 from rekindle.pipeline.cycle.students import student_of, students_of
-from rekindle.pipeline.cycle.tables import arms_told, as_text, own_tables, primary_tables, secondary
+from rekindle.pipeline.cycle.tables import (
+    arm_descriptions,
+    as_text,
+    own_tables,
+    primary_tables,
+    secondary,
+)
 from rekindle.pipeline.cycle.verdict import facts_of_results
 from rekindle.pipeline.report.page import (
     Block,
@@ -37,13 +43,17 @@ from rekindle.pipeline.report.page import (
     as_html,
 )
 from rekindle.pipeline.report.scores import INTERVAL, TaskScores, difference_picture, scores_section
-from rekindle.pipeline.report.table import stacked
+from rekindle.pipeline.report.table import stack_column
 from rekindle.pipeline.report.text import terminal_width, wrapped
 from rekindle.train.finetune.config import FinetuneConfig
 
 TITLE = "Knowledge rekindle: experts, and students that they guided"
 Used = Mapping[tuple[str, str], Mapping[str, object]]  # settings of fine-tuning, by arm and task
-_FIRST = (UNFINISHED, UNLEARNED, UNHELPFUL)  # beginnings of the notes shown above all others
+_SHOWN_FIRST = (
+    UNFINISHED,
+    UNLEARNED,
+    UNHELPFUL,
+)  # beginnings of the notes shown above all others
 
 
 def report_html(directories: Sequence[Path], comparison: Comparison) -> str:
@@ -69,9 +79,9 @@ def compare_cycle(
     home = directories[0]
     if len(directories) > 1 or not is_cycle(home):
         return None
-    drawn = (home / DRAWS_FOLDER).is_dir()
-    groups = [] if drawn else by_corpus([home])
-    if len(groups) < 2 and not drawn:
+    has_draws = (home / DRAWS_FOLDER).is_dir()
+    groups = [] if has_draws else by_corpus([home])
+    if len(groups) < 2 and not has_draws:
         return None
     results = read_results(home)
     if out is not None:
@@ -90,39 +100,40 @@ def check_one_corpus(directories: Sequence[Path], options: Sequence[tuple[str, s
     if len(directories) > 1 or not is_cycle(home):
         return
     draws = sorted((home / DRAWS_FOLDER).glob("*/"), key=lambda folder: folder.name.zfill(9))
-    begun = [one for one in draws or [home] if any(one.glob("students/*/run.json"))]
-    groups = [(one, by_corpus([one])) for one in begun]
-    if not draws and sum(len(of_one) for _, of_one in groups) < 2:
+    folders = [one for one in draws or [home] if any(one.glob("students/*/run.json"))]
+    groups = [(folder, by_corpus([folder])) for folder in folders]
+    if not draws and sum(len(corpora) for _, corpora in groups) < 2:
         return
     lines = []
-    for folder, of_one in groups:
-        for runs in of_one:
-            there = {head for run in runs for head in heads_of(run)}
-            own = [
+    for folder, corpora in groups:
+        for runs in corpora:
+            heads = {head for run in runs for head in heads_of(run)}
+            usable = [
                 (name, value)
                 for name, value in options
-                if name not in ("--test", "--expert") or head_and_place(value)[0] in ("", *there)
+                if name not in ("--test", "--expert") or head_and_place(value)[0] in ("", *heads)
             ]
-            places = [folder] if len(of_one) == 1 else runs
-            if any(name == "--test" for name, _ in own):
-                typed = [shown(place.absolute()) for place in places]
-                lines.append(shlex.join(["pipeline", "compare", *typed, *chain(*own)]))
-    what = "of several draws of the labels" if draws else "whose tasks have texts of their own"
-    told = "no student of it has such a head yet"
+            if any(name == "--test" for name, _ in usable):
+                paths = [
+                    shown_path(p.absolute()) for p in ([folder] if len(corpora) == 1 else runs)
+                ]
+                lines.append(shlex.join(["pipeline", "compare", *paths, *chain(*usable)]))
+    kind = "of several draws of the labels" if draws else "whose tasks have texts of their own"
+    advice = "no student of it has such a head yet"
     if lines:
-        told = f"score each by itself: {'; '.join(f'`{line}`' for line in lines)}"
+        advice = f"score each by itself: {'; '.join(f'`{line}`' for line in lines)}"
     raise InputError(
-        f"{home} is a cycle {what}: its students are of caches of different corpora, and --test "
-        f"stands runs of one beside each other; {told}"
+        f"{home} is a cycle {kind}: its students read caches of different corpora, but --test "
+        f"compares runs of one corpus; {advice}"
     )
 
 
 def verdict_above(directories: Sequence[Path]) -> str:
-    """Return the first words of `pipeline compare` about a single cycle; else ""."""
+    """Return the verdict that `pipeline compare` prints first for a single cycle; else ""."""
     if len(directories) != 1 or not is_cycle(directories[0]):
         return ""
-    told = _sentence(read_results(directories[0]).verdict)
-    return "\n".join([*wrapped(told, terminal_width()), "", ""])
+    verdict = _sentence(read_results(directories[0]).verdict)
+    return "\n".join([*wrapped(verdict, terminal_width()), "", ""])
 
 
 def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResults) -> str:
@@ -131,8 +142,8 @@ def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResu
     """
     scores = cycle_section(results)
     about = results.settings.get("settings", {}).get("about") or (
-        "Experts are fine-tuned from one model and run once over unlabelled text; students begin "
-        "as that model, are guided on that text, and are fine-tuned again with the same budget."
+        "Experts are fine-tuned from one model and run once over unlabelled text; students start "
+        "from that model, are guided on that text, and are fine-tuned again with the same budget."
     )
     lead = f"{about} {counted(len(results.tasks), 'task')}, {counted(len(results.arms), 'arm')}"
     short = Section("In short", [Facts([*facts_of_results(results)])])
@@ -143,12 +154,12 @@ def cycle_html(home: Path, comparisons: Sequence[Comparison], results: CycleResu
         names = [run.name for run in comparison.runs]
         page = comparison_page(comparison, scores, list(dict.fromkeys([*results.arms, *names])))
         # The cycle's topic comes first, how the students were trained comes last.
-        own = f" on the text of {_text_of(comparison)}" if len(comparisons) > 1 else ""
+        suffix = f" on the text of {_text_of(comparison)}" if len(comparisons) > 1 else ""
         others = [one for one in page.sections if one is not scores]
-        sections += [replace(section, title=f"{section.title}{own}") for section in others]
+        sections += [replace(section, title=f"{section.title}{suffix}") for section in others]
         pages.append(page)
     lead += f"; {pages[0].lead}" if len(pages) == 1 else "."
-    sections += _by_hand(home, results)
+    sections += _run_sections(home, results)
     return as_html(Page(TITLE, lead, sections, _sentence(results.verdict)))
 
 
@@ -161,41 +172,40 @@ def primary_section(results: CycleResults) -> Iterator[Section]:
     """Yield the comparison named before anything ran, if there is one."""
     if (primary := results.primary) is None:
         return
-    blocks: list[Block] = [stacked(table, INTERVAL) for table in primary_tables(results)]
+    blocks: list[Block] = [stack_column(table, INTERVAL) for table in primary_tables(results)]
     if ones := primary.differences:
-        told = f"{primary.arm}: difference on the primary comparison"
-        figure = difference_picture(told, ones, [f"to {one.against}" for one in ones])
+        title = f"{primary.arm}: difference on the primary comparison"
+        figure = difference_picture(title, ones, [f"to {one.against}" for one in ones])
         blocks.append(Figures([figure], small=True))
     yield Section("Primary comparison", blocks)
 
 
 def cycle_section(results: CycleResults) -> Section:
     """Return scores on test by arm and task, differences, and the notes."""
-    first = [note for note in results.notes if note.startswith(_FIRST)]
+    first = [note for note in results.notes if note.startswith(_SHOWN_FIRST)]
     tasks = [_task_scores(results, task) for task in results.tasks]
     best = {one.title: arm for one in tasks if (arm := _best_arm(results, one)) is not None}
     warnings = [*map(_sentence, first)]
-    how = (results.unit, secondary(results))
-    ones = results.differences
-    # a picture of every other comparison would be a page of its own
+    wording = (results.unit, secondary(results))
+    pictured = results.differences
+    # a picture of every other comparison would fill a page
     if results.primary is not None:
-        ones = [one for one in ones if one.task == results.where]
+        pictured = [one for one in pictured if one.task == results.judged_on]
     section = scores_section(
-        results.arms, tasks, results.differences, warnings, best, *how, pictured=ones
+        results.arms, tasks, results.differences, warnings, best, *wording, pictured=pictured
     )
-    arms = Facts(arms_told(results), quiet=True)
-    told = [Note(_sentence(note)) for note in results.notes if note not in first]
+    arms = Facts(arm_descriptions(results), quiet=True)
+    notes = [Note(_sentence(note)) for note in results.notes if note not in first]
     title = f"{section.title} (secondary)" if results.primary is not None else section.title
-    return Section(title, [arms, *section.blocks, *told, *own_tables(results)])
+    return Section(title, [arms, *section.blocks, *notes, *own_tables(results)])
 
 
 def _best_arm(results: CycleResults, task: TaskScores) -> str | None:
     """Return the arm with the highest mean, if it beats the base by more than chance."""
     base = (task.task, results.base)
-    ones = [one for one in results.differences if (one.task, one.against) == base]
-    gained = [one for one in ones if is_gain(one)]
-    best = max(ones, key=lambda one: one.mean, default=None)
-    return best.arm if best is not None and best in gained else None
+    differences = [one for one in results.differences if (one.task, one.against) == base]
+    best = max(differences, key=lambda one: one.mean, default=None)
+    return best.arm if best is not None and is_gain(best) else None
 
 
 def _sentence(note: str) -> str:
@@ -212,14 +222,14 @@ def _task_scores(results: CycleResults, task: TaskFacts) -> TaskScores:
 # --- what was run ---------------------------------------------------------------------------------
 
 
-def shown(path: str | Path) -> str:
-    """Return a path as one would type it here."""
+def shown_path(path: str | Path) -> str:
+    """Return a path as one would type it in the current directory."""
     here = Path.cwd()
     inside = Path(path).is_relative_to(here)
     return str(Path(path).relative_to(here) if inside else path)
 
 
-def _by_hand(home: Path, results: CycleResults) -> list[Section]:
+def _run_sections(home: Path, results: CycleResults) -> list[Section]:
     """Return what was run, and the commands that repeat each kind of stage."""
     try:
         config = parse_settings(CycleConfig, results.settings.get("settings"), "cycle.json")
@@ -233,16 +243,16 @@ def _by_hand(home: Path, results: CycleResults) -> list[Section]:
 
 
 def settings_used(home: Path, config: CycleConfig) -> Used:
-    """Return how every arm was fine-tuned on every task, as recorded; where it is missing, as it
-    will be, if nothing is left to choose.
+    """Return the recorded settings with which every arm was fine-tuned on every task; without a
+    record, the planned ones, unless a search still has to choose them.
     """
     points = config.search_points()
     used: dict[tuple[str, str], Mapping[str, object]] = {}
     for task in config.tasks:
         for arm in config.arms:
-            found = read_arm(home, folder_of(arm, task.name), arm, task.name, config.students)
-            if found is not None:
-                used[arm, task.name] = found.config
+            result = read_arm(home, folder_of(arm, task.name), arm, task.name, config.students)
+            if result is not None:
+                used[arm, task.name] = result.config
             elif len(points) == 1:
                 planned = config.finetune_of(task, points[0], arm)
                 used[arm, task.name] = planned.model_dump(mode="json")
@@ -251,16 +261,20 @@ def settings_used(home: Path, config: CycleConfig) -> Used:
 
 def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Return text, start model and budgets, as pairs of label and value."""
-    train, own = config.train, config.experts.model
+    train, expert_model = config.train, config.experts.model
     sources = [one for text in config.texts for one in config.text_of(text).places]
     more = f" (of experts {config.expert_seeds})" * (config.expert_seeds != config.seeds)
-    who = "the experts that teach are the best on dev"
+    teachers = "the experts that teach are the best on dev"
     if config.all_teach:
-        who = "all seeds of an expert teach together"
+        teachers = "all seeds of an expert teach together"
     return [
-        ("text", ", ".join(map(shown, sources))),
-        ("start model", shown(config.student.model)),
-        *([("model of the experts", shown(str(own)))] if config.has_other_experts else []),
+        ("text", ", ".join(map(shown_path, sources))),
+        ("start model", shown_path(config.student.model)),
+        *(
+            [("model of the experts", shown_path(str(expert_model)))]
+            if config.has_other_experts
+            else []
+        ),
         (
             "students",
             f"{train.length} of {counted(train.batch_sequences, 'sequence')}, all "
@@ -268,7 +282,7 @@ def facts_of(config: CycleConfig, used: Used) -> list[tuple[str, str]]:
         ),
         (
             "fine-tuning",
-            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}{more}; {who}",
+            f"{'; '.join(_budget(config, used))}; seeds: {config.seeds}{more}; {teachers}",
         ),
     ]
 
@@ -285,7 +299,7 @@ def _budget(config: CycleConfig, used: Used) -> Iterator[str]:
         name, values = key.replace("_", " "), [_value(one) for one in cells]
         if len(values) > 1:
             values = [
-                f"{value} ({_whose(ones, used)})"
+                f"{value} ({_name_cells(ones, used)})"
                 for value, ones in zip(values, cells.values(), strict=True)
             ]
         chosen = ", chosen on dev" if len(config.search.get(key, ())) > 1 else ""
@@ -296,24 +310,24 @@ def _value(one: object) -> str:
     return f"{one:g}" if isinstance(one, float) else str(one)
 
 
-def _whose(cells: Sequence[tuple[str, str]], used: Used) -> str:
+def _name_cells(cells: Sequence[tuple[str, str]], used: Used) -> str:
     """Return the tasks, with the arms unless these are all."""
-    told = []
+    names = []
     for task in dict.fromkeys(task for _, task in cells):
         arms = [arm for arm, name in cells if name == task]
         others = {arm for arm, name in used if name == task} - {*arms, LONGER}
-        told.append(f"{', '.join(arms)} on {task}" if others else task)
-    return "; ".join(told)
+        names.append(f"{', '.join(arms)} on {task}" if others else task)
+    return "; ".join(names)
 
 
 def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, str]]:
     """Return commands for every kind of stage, each into its own directory, as pairs of purpose and
     line.
     """
-    where, task, text = shown(home), config.tasks[0], config.texts[0]
+    root, task, text = shown_path(home), config.tasks[0], config.texts[0]
     config = config.with_cache_in(home)
     stage = of_text(CACHE_FILE, text)
-    files = f"{where}/{TASKS_FOLDER}/{task.name}"
+    files = f"{root}/{TASKS_FOLDER}/{task.name}"
     metric = [f"--metric {task.metric}"] if task.metric else []
 
     def finetune(arm: str, start: str, name: str) -> str:
@@ -323,22 +337,22 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
         )
         seeds = config.expert_seeds if arm == EXPERT else config.seeds
         options = " ".join([*splits, f"--seeds {seeds}", *metric, *_changed(settings)])
-        return f"pipeline finetune {where}/{start} {options} --out {where}/by-hand/{name}"
+        return f"pipeline finetune {root}/{start} {options} --out {root}/by-hand/{name}"
 
-    evaluate = f"pipeline evaluate {where}/by-hand/{{}} --test {files}/test.jsonl"
+    evaluate = f"pipeline evaluate {root}/by-hand/{{}} --test {files}/test.jsonl"
     commands = [
         (f"The expert on {task.name}", finetune(EXPERT, start_folder(config, EXPERT), task.name)),
         ("Its score on test", evaluate.format(task.name)),
-        ("The experts into the cache (stage 1)", f"pipeline cache-teachers {where}/{stage}"),
-        ("What is in it", f"pipeline inspect {shown(config.cache_of(text).path)}"),
+        ("The experts into the cache (stage 1)", f"pipeline cache-teachers {root}/{stage}"),
+        ("What is in it", f"pipeline inspect {shown_path(config.cache_of(text).path)}"),
     ]
     for student in list(students_of(config))[:1]:
         run, name = f"students/{student}", f"{student}-{task.name}"
         arm = next(arm for arm in config.arms if student_of(config, arm, task.name) == student)
-        line = f"pipeline train-student {where}/{run}.yaml --out {where}/by-hand/{student}"
+        line = f"pipeline train-student {root}/{run}.yaml --out {root}/by-hand/{student}"
         commands += [
             (f"The student {student} from it (stage 2)", line),
-            ("It on the task again", finetune(arm, run, name)),
+            ("The student fine-tuned on the task", finetune(arm, run, name)),
             ("Its score on test", evaluate.format(name)),
         ]
     return commands
@@ -346,34 +360,34 @@ def commands_of(home: Path, config: CycleConfig, used: Used) -> list[tuple[str, 
 
 def _changed(settings: Mapping[str, object]) -> Iterator[str]:
     """Yield the options that give `pipeline finetune` these settings."""
-    usual = FinetuneConfig().model_dump(mode="json")
+    defaults = FinetuneConfig().model_dump(mode="json")
     for key, value in settings.items():
-        if key in usual and value != usual[key]:
-            told = value if isinstance(value, str) else json.dumps(value)
-            yield f"--set {shlex.quote(f'{key}={told}')}"
+        if key in defaults and value != defaults[key]:
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield f"--set {shlex.quote(f'{key}={text}')}"
 
 
-def _short(results: CycleResults) -> Iterator[str]:
-    """Yield the verdict, and what it refers to."""
+def _summary(results: CycleResults) -> Iterator[str]:
+    """Yield the verdict, and the inputs and experts behind it."""
     yield _sentence(results.verdict)
-    for what, words in facts_of_results(results):
-        yield f"{what}: {words}"
+    for label, words in facts_of_results(results):
+        yield f"{label}: {words}"
 
 
 def printed(home: Path, results: CycleResults) -> str:
-    """Return the command's output: the verdict, tables and notes, and where everything is."""
-    where, task = shown(home.absolute()), results.tasks[0].name
+    """Return the command's output: the verdict, tables and notes, and the paths of everything."""
+    root, task = shown_path(home.absolute()), results.tasks[0].name
     first = (results.file.get("tasks") or [{}])[0]
     stage = of_text(CACHE_FILE, task if first.get("corpus") else "")
-    places = {"report": "report.html", "results": "results.json"}
+    paths = {"report": "report.html", "results": "results.json"}
     if results.draws is None:
-        places["experts"] = f"{folder_of('expert', task)}, …"
-        places["students"] = "students/"
-        places["configuration"] = f"run.yaml; of each stage: {stage}, students/*.yaml"
+        paths["experts"] = f"{folder_of('expert', task)}, …"
+        paths["students"] = "students/"
+        paths["configuration"] = f"run.yaml; of each stage: {stage}, students/*.yaml"
     else:
-        places["draws"] = f"{DRAWS_FOLDER}/{FIRST_DRAW}/, …, each a cycle with a report of its own"
-        places["configuration"] = "run.yaml"
-    lines = (f"{what + ':':15}{where}/{path}" for what, path in places.items())
+        paths["draws"] = f"{DRAWS_FOLDER}/{FIRST_DRAW}/, …, each a cycle with its own report"
+        paths["configuration"] = "run.yaml"
+    path_lines = (f"{label + ':':15}{root}/{path}" for label, path in paths.items())
     width = terminal_width()
-    short = [wrapped(line, width) for line in (*_short(results),)]
-    return "\n".join([*(one for line in short for one in line), "", as_text(results), "", *lines])
+    summary = [line for text in _summary(results) for line in wrapped(text, width)]
+    return "\n".join([*summary, "", as_text(results), "", *path_lines])

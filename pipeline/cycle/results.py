@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
-from rekindle.pipeline.cycle.begun import check_read_same_text
 from rekindle.pipeline.cycle.cells import Cells, check_draws, read_cells
 from rekindle.pipeline.cycle.costs import arm_costs, mean_costs, stage_costs
 from rekindle.pipeline.cycle.finetuned import EXPERT, FineTuned, Grid, read_json
 from rekindle.pipeline.cycle.notes import UNFINISHED, notes_of
+from rekindle.pipeline.cycle.record import check_read_same_text
 from rekindle.pipeline.cycle.scores import (
     HELD_FILE,
     MEAN,
@@ -27,10 +27,10 @@ from rekindle.pipeline.cycle.scores import (
     TaskFacts,
     TextFacts,
     differences_of,
-    over_draws,
+    join_draws,
     scores_of,
 )
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW, searched_of, taken_from
+from rekindle.pipeline.cycle.search import DRAWS_FOLDER, FIRST_DRAW, search_result, search_sources
 from rekindle.pipeline.cycle.verdict import verdict_of
 
 RESULTS_FILE = "results.json"  # exists once a cycle, or a draw of it, has finished
@@ -48,27 +48,33 @@ def read_results(out: Path) -> CycleResults:
     if planned == 1:
         cells = read_cells(out, plan, grid)
         seeds = plan.settings.get("seeds")
-        shared = isinstance(seeds, int) and 1 < plan.students < seeds
-        plan = replace(plan, texts=read_texts(out), by_student=shared)
+        by_student = isinstance(seeds, int) and 1 < plan.students < seeds
+        plan = replace(plan, texts=read_texts(out), by_student=by_student)
         return _results(plan, grid, {0: cells}, _scores(plan, cells), [])
     folders = {draw: out / DRAWS_FOLDER / str(draw) for draw in range(planned)}
-    ended = {draw: one for draw, one in folders.items() if (one / RESULTS_FILE).is_file()}
-    check_read_same_text(out, ended)
-    draws = {draw: read_cells(one, plan, grid) for draw, one in ended.items()}
-    draws = {draw: _of_draw(cells, draw) for draw, cells in draws.items()}
-    check_draws(out, [cells.found for cells in draws.values()])
-    scores, lacking = over_draws({draw: _scores(plan, one) for draw, one in draws.items()})
-    texts = read_texts(next(iter(ended.values()), out))  # all have the same
+    finished = {
+        draw: folder for draw, folder in folders.items() if (folder / RESULTS_FILE).is_file()
+    }
+    check_read_same_text(out, finished)
+    draws = {
+        draw: _below_draw(read_cells(folder, plan, grid), draw) for draw, folder in finished.items()
+    }
+    check_draws(out, [cells.fine_tuned for cells in draws.values()])
+    scores, missing_draws = join_draws({draw: _scores(plan, one) for draw, one in draws.items()})
+    texts = read_texts(next(iter(finished.values()), out))  # all have the same
     plan = replace(plan, draws=[*draws], texts=texts)
-    said = list(_left_out([draw for draw in folders if draw not in ended], planned, lacking))
-    said += _taken(folders[FIRST_DRAW])
-    return _results(plan, grid, draws, scores, said)
+    unfinished = [draw for draw in folders if draw not in finished]
+    notes = list(_incomplete_notes(unfinished, planned, missing_draws))
+    notes += _takeover_notes(folders[FIRST_DRAW])
+    return _results(plan, grid, draws, scores, notes)
 
 
 def _scores(plan: CycleResults, cells: Cells) -> list[ArmScores]:
     selected = plan.file.get("experts", {}).get("teacher") != "all"
     students = plan.students if plan.by_student else 1
-    return scores_of(plan.arms, list(plan.metrics), cells.found, cells.heads, selected, students)
+    return scores_of(
+        *(plan.arms, list(plan.metrics), cells.fine_tuned, cells.own_heads), selected, students
+    )
 
 
 def _results(
@@ -76,18 +82,18 @@ def _results(
     grid: Grid,
     draws: Mapping[int, Cells],
     scores: list[ArmScores],
-    said: list[str],
+    notes: list[str],
 ) -> CycleResults:
-    """Return everything derived from the scores; ``draws`` by number, a single one without
-    draws.
+    """Return everything derived from the scores. ``draws``: by number; a single one if the labels
+    are not drawn again. ``notes``: what is said first.
     """
     first = next(iter(draws.values()), Cells({}, {}, {}, {}))
     searched = [
-        searched_of(*cell, grid, ones, first.found.get(cell))
-        for cell, ones in first.tried.items()
-        if ones
+        search_result(*cell, grid, points, first.fine_tuned.get(cell))
+        for cell, points in first.searches.items()
+        if points
     ]
-    experts = [one for cells in draws.values() for one in _kept(plan, cells)]
+    experts = [one for cells in draws.values() for one in _kept_experts(plan, cells)]
     costs = {stage: s for cells in draws.values() for stage, s in stage_costs(cells).items()}
     by_draw = [arm_costs(plan.arms, list(plan.metrics), cells) for cells in draws.values()]
     results = replace(
@@ -99,16 +105,16 @@ def _results(
         experts=experts,
         arm_costs=mean_costs(by_draw),
     )
-    primary = Primary.of(plan.file.get("primary"), results.main, results.where)
+    primary = Primary.of(plan.file.get("primary"), results.main, results.judged_on)
     results = replace(results, primary=primary)
-    notes = notes_of(results, {draw: cells.found for draw, cells in draws.items()}, said)
+    notes = notes_of(results, {draw: cells.fine_tuned for draw, cells in draws.items()}, notes)
     return replace(results, notes=notes, verdict=verdict_of(results))
 
 
-def _kept(plan: CycleResults, cells: Cells) -> Iterator[KeptExpert]:
+def _kept_experts(plan: CycleResults, cells: Cells) -> Iterator[KeptExpert]:
     """Yield the best expert on dev for every task."""
     for task in plan.metrics:
-        if (one := cells.found.get((EXPERT, task))) is not None:
+        if (one := cells.fine_tuned.get((EXPERT, task))) is not None:
             dev = one.dev[one.seeds.index(one.best_seed)]
             yield KeptExpert(task, one.folder, one.best_seed, len(one.seeds), one.metric, dev)
 
@@ -116,53 +122,53 @@ def _kept(plan: CycleResults, cells: Cells) -> Iterator[KeptExpert]:
 # --- several draws of the labels ------------------------------------------------------------------
 
 
-def _of_draw(cells: Cells, draw: int) -> Cells:
-    """Return the same with folders relative to the whole cycle's."""
-    where = f"{DRAWS_FOLDER}/{draw}"
+def _below_draw(cells: Cells, draw: int) -> Cells:
+    """Return the cells of a draw with folders relative to the whole cycle's."""
+    parent = f"{DRAWS_FOLDER}/{draw}"
 
-    def moved(one: FineTuned, where: str = where) -> FineTuned:
-        return replace(one, folder=f"{where}/{one.folder}")
+    def below(one: FineTuned, parent: str = parent) -> FineTuned:
+        return replace(one, folder=f"{parent}/{one.folder}")
 
     first = f"{DRAWS_FOLDER}/{FIRST_DRAW}"  # its search serves all draws
     return Cells(
-        {cell: moved(one) for cell, one in cells.found.items()},
-        {cell: moved(one) for cell, one in cells.heads.items()},
-        {cell: [moved(one, first) for one in ones] for cell, ones in cells.tried.items()},
-        {name: one.moved(where) for name, one in cells.students.items()},
+        {cell: below(one) for cell, one in cells.fine_tuned.items()},
+        {cell: below(one) for cell, one in cells.own_heads.items()},
+        {cell: [below(one, first) for one in points] for cell, points in cells.searches.items()},
+        {name: one.below(parent) for name, one in cells.students.items()},
     )
 
 
-def _left_out(
-    draws: Sequence[int], planned: int, lacking: Mapping[tuple[str, str], Sequence[int]]
+def _incomplete_notes(
+    draws: Sequence[int], planned: int, missing_draws: Mapping[tuple[str, str], Sequence[int]]
 ) -> Iterator[str]:
     """Yield sentences about unfinished draws, and about arms that some draws lack."""
     if draws:
         yield (
             f"{UNFINISHED}, not there yet: draw {_listed(draws)} of the {planned} draws of the "
-            "labels (from 0): nothing here is of them"
+            "labels (from 0); the results do not cover them"
         )
-    told = [
+    incomplete = [
         f"{arm} on {task} (draw {_listed(missing)})"
-        for (arm, task), missing in lacking.items()
+        for (arm, task), missing in missing_draws.items()
         if task != MEAN
     ]
-    if told:
+    if incomplete:
         yield (
-            f"{UNFINISHED}, and left out, for they are not there in every draw: {'; '.join(told)}. "
-            "The mean of fewer draws would be of other labels than the other arms have"
+            f"{UNFINISHED}, and left out, because some draws lack them: {'; '.join(incomplete)}. "
+            "A mean over fewer draws would be over other labels than those of the other arms"
         )
-    if means := [arm for arm, task in lacking if task == MEAN]:
+    if means := [arm for arm, task in missing_draws if task == MEAN]:
         arms = ", ".join(means)
         yield f"{UNFINISHED}, without a mean over tasks, which not every draw has: {arms}"
 
 
-def _taken(first: Path) -> Iterator[str]:
-    """Yield a sentence if the search was not made here."""
-    if taken := taken_from(first):
-        told = ", ".join(f"{task} (of {file})" for task, file in taken.items())
+def _takeover_notes(first: Path) -> Iterator[str]:
+    """Yield a sentence if the search was made in another folder."""
+    if sources := search_sources(first):
+        tasks = ", ".join(f"{task} (from {file})" for task, file in sources.items())
         yield (
-            f"the search was made in another folder, and taken over for {told}: its scores and its "
-            "seconds are of there"
+            f"the search was made in another folder, and taken over for {tasks}: its scores and "
+            "its seconds come from there"
         )
 
 
@@ -175,15 +181,15 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def read_texts(out: Path) -> list[TextFacts]:
     """Return the counts of test texts in the unlabelled text, or in that of each task."""
-    found = []
+    texts = []
     for file in sorted(out.glob(f"costs/**/corpus/{HELD_FILE}")):
-        of_task = file.parents[1] != out / "costs"
-        values = {**(read_json(file) or {}), "task": file.parents[1].name if of_task else ""}
+        is_of_task = file.parents[1] != out / "costs"
+        values = {**(read_json(file) or {}), "task": file.parents[1].name if is_of_task else ""}
         try:
-            found.append(TypeAdapter(TextFacts).validate_python(values))
+            texts.append(TypeAdapter(TextFacts).validate_python(values))
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged ({error}); remove it and resume") from None
-    return found
+    return texts
 
 
 def _read_plan(out: Path) -> tuple[CycleResults, Grid]:
@@ -202,7 +208,7 @@ def _read_plan(out: Path) -> tuple[CycleResults, Grid]:
             for name, task in values["tasks"].items()
         ]
         arms = [_name(arm) for arm in values["arms"]]
-        grid = {key: list(tries) for key, tries in (values.get("search") or {}).items()}
+        grid = {key: list(points) for key, points in (values.get("search") or {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{out / CYCLE_FILE} is damaged ({error!r})") from None
     settings = {k: v for k, v in values.items() if k not in ("written_by", "arms", "tasks")}

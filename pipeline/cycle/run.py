@@ -38,37 +38,37 @@ from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.compare.page import cache_and_cost
 from rekindle.pipeline.compare.runs import CYCLE_FILE, Comparison, by_corpus, compare_runs
 from rekindle.pipeline.config import dump_config
-from rekindle.pipeline.cycle.begun import (
-    about_cycle,
-    as_it_was_begun,
-    check_read_same_text,
-    check_same_text,
-    draws_at_first,
-    look,
-    remove_other_rows,
-)
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.finetuned import EXPERT, folder_of
 from rekindle.pipeline.cycle.inputs import (
     check_start,
-    check_taught,
+    check_teaching,
     read_draws,
     read_tasks,
     write_tasks,
 )
-from rekindle.pipeline.cycle.jobs import check_fine_tuning, plan_jobs, searched_files
+from rekindle.pipeline.cycle.jobs import check_fine_tuning, plan_jobs, search_files
 from rekindle.pipeline.cycle.page import cycle_html
+from rekindle.pipeline.cycle.record import (
+    check_folder,
+    check_read_same_text,
+    check_same_text,
+    cycle_record,
+    initial_draws,
+    remove_outdated_splits,
+    resumed_config,
+)
 from rekindle.pipeline.cycle.results import RESULTS_FILE, read_results
 from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.cycle.scores import CycleResults
-from rekindle.pipeline.cycle.searched import (
+from rekindle.pipeline.cycle.search import (
     DRAWS_FOLDER,
     FIRST_DRAW,
     SEARCH_FILE,
-    packed,
+    export_searches,
     search_home,
-    taken_from,
-    to_take_over,
+    search_sources,
+    takeover_files,
 )
 from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
 from rekindle.pipeline.processes.worker import Place, places_for, visible_devices, warm_up
@@ -80,8 +80,8 @@ log = logging.getLogger("rekindle")
 
 
 @dataclass(frozen=True)
-class _How:
-    """How the jobs of a cycle are run; ``only``: those of one task (see ``plan_jobs``)."""
+class _Execution:
+    """How the jobs of a cycle run; ``only``: the jobs of one task (see ``plan_jobs``)."""
 
     places: Sequence[Place]
     progress: Progress
@@ -113,40 +113,40 @@ def run_cycle(
     home = Path(os.path.abspath(out))
     _check_part(config, draw, task)
     places = places or places_for(workers or len(visible_devices()) or min(cores(), MOST_WORKERS))
-    how = _How(places, progress, task or "")
+    execution = _Execution(places, progress, task or "")
     if config.label_draws == 1:
         if searched is not None:
             raise InputError(f"--searched {searched} is for a cycle of several draws (label_draws)")
-        return _run_one(config, home, how, beside)
-    config = as_it_was_begun(home, config)
+        return _run_one(config, home, execution, beside)
+    config = resumed_config(home, config)
     make_missing(config)
     tasks = read_draws(config)
-    check_taught(config, tasks)
+    check_teaching(config, tasks)
     check_fine_tuning(config, tasks)
-    about = about_cycle(config, tasks, check_start(config))
-    about["draws_at_first"] = draws_at_first(home, config)
-    first, of_first = home / DRAWS_FOLDER / str(FIRST_DRAW), config.of_draw(FIRST_DRAW)
+    about = cycle_record(config, tasks, check_start(config))
+    about["draws_at_first"] = initial_draws(home, config)
+    first, first_config = home / DRAWS_FOLDER / str(FIRST_DRAW), config.of_draw(FIRST_DRAW)
 
-    def look_at_all() -> dict[Path, dict[str, Any]]:
-        look(home, config, about, beside)
+    def check_and_plan() -> dict[Path, dict[str, Any]]:
+        check_folder(home, config, about, beside)
         if searched is None:
             return {}
-        own = about_cycle(of_first, tasks, about["start"])
-        return to_take_over(searched, first, of_first, own, how.only)
+        about_first = cycle_record(first_config, tasks, about["start"])
+        return takeover_files(searched, first, first_config, about_first, execution.only)
 
-    with open_folder(home, look_at_all) as taken:
+    with open_folder(home, check_and_plan) as search_results:
         write_json(home / CYCLE_FILE, about)
         write_text(home / "run.yaml", dump_config(config))
-        for path, values in taken.items():
+        for path, values in search_results.items():
             write_json(path, values)
     check_read_same_text(home, range(config.label_draws))
     for number in range(config.label_draws) if draw is None else [draw]:
         log.info("draw %d of the labels (0 to %d)", number, config.label_draws - 1)
         check_same_text(config, home, number)
-        beside = ("search",) if number == FIRST_DRAW and taken_from(first) else ()
-        _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how, beside)
+        beside = ("search",) if number == FIRST_DRAW and search_sources(first) else ()
+        _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), execution, beside)
     with alone_in(home, wait=True):  # another process may have worked on another draw
-        if (search := packed(first)) is not None:
+        if (search := export_searches(first)) is not None:
             write_json(home / SEARCH_FILE, search)
         results = read_results(home)
         write_json(home / RESULTS_FILE, results.as_dict())
@@ -155,19 +155,19 @@ def run_cycle(
 
 
 def _run_one(
-    config: CycleConfig, home: Path, how: _How, beside: Collection[str] = ()
+    config: CycleConfig, home: Path, execution: _Execution, beside: Collection[str] = ()
 ) -> CycleResults:
     """Run one draw of the labels as ``run_cycle`` does."""
-    config = as_it_was_begun(home, config.with_cache_in(home))
+    config = resumed_config(home, config.with_cache_in(home))
     make_missing(config)
     tasks = read_tasks(config)
-    check_taught(config, tasks)
+    check_teaching(config, tasks)
     check_fine_tuning(config, tasks)
-    _check_searched(config, home, how.only)
+    _check_first_search(config, home, execution.only)
     runs = configs(home, config, tasks)
-    about = about_cycle(config, tasks, check_start(config))
-    with open_folder(home, lambda: look(home, config, about, beside)):
-        remove_other_rows(tasks, home)
+    about = cycle_record(config, tasks, check_start(config))
+    with open_folder(home, lambda: check_folder(home, config, about, beside)):
+        remove_outdated_splits(tasks, home)
         write_json(home / CYCLE_FILE, about)
         cache = Path(config.cache.path)  # others may write there at the same time
         for folder in home.glob("**/"):
@@ -177,12 +177,12 @@ def _run_one(
         write_text(home / "run.yaml", dump_config(config))
         for name, run in runs.items():
             write_text(home / name, dump_config(run))
-        if how.places[0].device is None:  # nothing may look at a device before a fork
+        if execution.places[0].device is None:  # nothing may look at a device before a fork
             warm_up()
-        jobs = list(plan_jobs(home, config, tasks, how.only))
-        _tell_again(home, config, jobs)
-        _tell_slow(config, how.places[0])
-        run_counted(jobs, home / "cycle.log", how.progress, how.places)
+        jobs = list(plan_jobs(home, config, tasks, execution.only))
+        _log_repeated_experts(home, config, jobs)
+        _log_slow_precisions(config, execution.places[0])
+        run_counted(jobs, home / "cycle.log", execution.progress, execution.places)
         return _write_results(home)
 
 
@@ -207,14 +207,14 @@ def _check_part(config: CycleConfig, draw: int | None, task: str | None) -> None
         )
 
 
-def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
+def _check_first_search(config: CycleConfig, home: Path, only: str) -> None:
     """Raise InputError if the draw in ``home`` needs a search that is not finished."""
     if search_home(home) == home:
         return
     for arm, task in itertools.product(config.arms, config.tasks):
-        teaches = arm == "expert" and "mixture" in config.arms
-        if only in ("", task.name) or teaches:
-            for _, file in searched_files(home, config, arm, task.name):
+        is_in_mixture = arm == "expert" and "mixture" in config.arms
+        if only in ("", task.name) or is_in_mixture:
+            for _, file in search_files(home, config, arm, task.name):
                 if not file.exists():
                     raise InputError(
                         f"draw {home.name} of the labels uses the search of draw 0, but its "
@@ -223,34 +223,35 @@ def _check_searched(config: CycleConfig, home: Path, only: str) -> None:
                     )
 
 
-def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
-    """Log which finished experts are fine-tuned again, because an added arm needs all seeds' models
-    and only the best was kept.
+def _log_repeated_experts(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
+    """Log which finished experts are fine-tuned again, because an added arm needs the models of all
+    seeds and only the best one was kept.
     """
-    waiting = {job.name for job in jobs if job.output and not job.output.exists()}
-    names = [task.name for task in config.tasks if f"expert on {task.name}" in waiting]
-    if again := [one for one in names if (home / folder_of(EXPERT, one) / RESULT_FILE).exists()]:
+    planned = {job.name for job in jobs if job.output and not job.output.exists()}
+    names = [task.name for task in config.tasks if f"expert on {task.name}" in planned]
+    if finished := [n for n in names if (home / folder_of(EXPERT, n) / RESULT_FILE).exists()]:
         log.info(
             "the experts on %s are fine-tuned again: every seed of them has to teach "
             "(committee), but only the best was kept",
-            ", ".join(again),
+            ", ".join(finished),
         )
 
 
-def _tell_slow(config: CycleConfig, place: Place) -> None:
-    """Log, for all jobs, requested precisions that the CPU has no instructions for."""
+def _log_slow_precisions(config: CycleConfig, place: Place) -> None:
+    """Log the requested precisions for which the CPU has no instructions, once for all jobs."""
     from rekindle.train.precision import tell_slow
 
-    asked: dict[str, str] = {"train.precision: {}": config.train.precision}
+    requested: dict[str, str] = {"train.precision: {}": config.train.precision}
     if "precision" in config.search:
-        asked["search.precision: [{}]"] = str(max(config.search["precision"], key="bf16".__eq__))
+        slowest = max(config.search["precision"], key="bf16".__eq__)
+        requested["search.precision: [{}]"] = str(slowest)
     else:
-        own = {f"tasks.{task.name}.finetune": task.finetune for task in config.tasks}
-        own |= {"finetune": {"precision": config.finetune.precision}}
-        own |= {"experts.finetune": config.experts.finetune}
-        for where, settings in own.items():
-            asked[f"{where}.precision: {{}}"] = str(settings.get("precision"))
-    tell_slow(asked, "cpu" if place.device is None else "cuda")
+        sections = {f"tasks.{task.name}.finetune": task.finetune for task in config.tasks}
+        sections |= {"finetune": {"precision": config.finetune.precision}}
+        sections |= {"experts.finetune": config.experts.finetune}
+        for section, settings in sections.items():
+            requested[f"{section}.precision: {{}}"] = str(settings.get("precision"))
+    tell_slow(requested, "cpu" if place.device is None else "cuda")
 
 
 def _write_results(home: Path) -> CycleResults:

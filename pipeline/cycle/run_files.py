@@ -8,7 +8,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles, test_files
-from rekindle.pipeline.cycle.sections import IN_GROUPS, CycleTask
+from rekindle.pipeline.cycle.sections import GROUPED_RANKING, CycleTask
 from rekindle.pipeline.cycle.students import Student, students_of, teachers_on
 from rekindle.train.finetune.result import seed_folder
 
@@ -23,9 +23,9 @@ def of_text(file: str, text: str) -> str:
 
 
 def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict[str, RunConfig]:
-    """Return the run of every stage by the name of its file."""
+    """Return the run file of every stage by its name."""
     settings = config.model_dump(mode="json", by_alias=True)
-    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Any]] = {}
     corpora = {}
     for text in config.texts:
         corpus = config.text_of(text)
@@ -43,13 +43,13 @@ def configs(home: Path, config: CycleConfig, tasks: Sequence[TaskFiles]) -> dict
             | ({"pairs": None} if corpus.pair_field else {})
             for name, task, seed in teachers_on(config, text)
         ]
-        found[of_text(CORPUS_FILE, text)] = corpora[text]
-        found[of_text(CACHE_FILE, text)] = shared | {"teachers": teachers}
+        runs[of_text(CORPUS_FILE, text)] = corpora[text]
+        runs[of_text(CACHE_FILE, text)] = shared | {"teachers": teachers}
     for name, student in students_of(config).items():
         train = settings["train"] | {"seed": config.train.seed + student.number}
         train["objective"] = _objective(config, tasks, student)
-        found[f"students/{name}.yaml"] = corpora[student.text] | {"train": train}
-    return {name: parse_settings(RunConfig, values, name) for name, values in found.items()}
+        runs[f"students/{name}.yaml"] = corpora[student.text] | {"train": train}
+    return {name: parse_settings(RunConfig, values, name) for name, values in runs.items()}
 
 
 def _teacher(home: Path, name: str, one: TaskFiles, seed: int | None) -> dict[str, object]:
@@ -73,16 +73,17 @@ def _objective(
         if one.task.name in student.tasks
     ]
     hard = config.train.objective.hard.model_dump(mode="json", by_alias=True)
-    return {"hard": hard if student.masked else {"weight": 0.0}, "distill": terms}
+    hard = hard if student.learns_masked_lm else {"weight": 0.0}
+    return {"hard": hard, "distill": terms}
 
 
 def _in_groups(config: CycleConfig, one: TaskFiles, student: Student) -> CycleTask:
-    """The task; a ranker on a text of groups compares what is of one group, unless told. Then no
-    list is compared, so a temperature for all tasks is one for the others.
+    """Return the task. A ranker on a text of groups gets a ranking term within groups, unless the
+    file sets ``ranking``; the common temperature does not apply to such a term.
     """
-    grouped = config.text_of(student.text).group_field is not None
-    told = "ranking" in {*config.distill, *one.task.distill}
-    if one.splits["train"].groups is None or not grouped or told:
+    has_groups = config.text_of(student.text).group_field is not None
+    sets_ranking = "ranking" in {*config.distill, *one.task.distill}
+    if one.splits["train"].groups is None or not has_groups or sets_ranking:
         return one.task
-    unheated = {"temperature": 1.0} if "temperature" in config.distill else {}
-    return one.task.model_copy(update={"distill": IN_GROUPS | unheated | one.task.distill})
+    temperature = {"temperature": 1.0} if "temperature" in config.distill else {}
+    return one.task.model_copy(update={"distill": GROUPED_RANKING | temperature | one.task.distill})

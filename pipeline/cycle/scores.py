@@ -20,7 +20,7 @@ from rekindle.pipeline.cycle.finetuned import (
     FineTuned,
     own_head,
 )
-from rekindle.pipeline.cycle.searched import Searched
+from rekindle.pipeline.cycle.search import SearchResult
 from rekindle.pipeline.report.cache import CacheFacts
 from rekindle.pipeline.report.cost import Cost
 from rekindle.pipeline.report.significance import Difference, holm, mean_interval, paired
@@ -73,8 +73,8 @@ class ArmScores:
 def scores_of(
     arms: Sequence[str],
     tasks: Sequence[str],
-    found: Mapping[tuple[str, str], FineTuned],
-    heads: Mapping[tuple[str, str], FineTuned] = {},
+    fine_tuned: Mapping[tuple[str, str], FineTuned],
+    own_heads: Mapping[tuple[str, str], FineTuned] = {},
     selected: bool = True,
     students: int = 1,
 ) -> list[ArmScores]:
@@ -82,39 +82,39 @@ def scores_of(
 
     There is a mean if there are several tasks and the arm has them all. The expert that teaches
     follows the arm ``expert``, if one is ``selected``, and each arm is followed by its students
-    with their own heads. ``found``, ``heads``: by arm and task; an arm has the same seeds in all
-    tasks. If ``students`` share the seeds, the scores of every arm are means over the seeds of one
-    student, also for arms without students, so that the pairs match.
+    with their own heads. ``fine_tuned``, ``own_heads``: by arm and task; an arm has the same seeds
+    in all tasks. If ``students`` share the seeds, the scores of every arm are means over the seeds
+    of one student, also for arms without students, so that the pairs match.
     """
     scores: list[ArmScores] = []
     for arm in arms:
-        ones = [found[arm, task] for task in tasks if (arm, task) in found]
-        whole = len(ones) == len(tasks) > 1
-        scores += _of_arm(arm, [(one, one.seeds) for one in ones], whole, students)
+        results = [fine_tuned[arm, task] for task in tasks if (arm, task) in fine_tuned]
+        with_mean = len(results) == len(tasks) > 1
+        scores += _arm_scores(arm, [(one, one.seeds) for one in results], with_mean, students)
         if arm == EXPERT and selected:
-            scores += _of_arm(SELECTED, [(one, [one.best_seed]) for one in ones], whole)
-        own = [heads[arm, task] for task in tasks if (arm, task) in heads]
-        whole = len(own) == len(tasks) > 1
-        scores += _of_arm(own_head(arm), [(one, one.seeds) for one in own], whole)
+            scores += _arm_scores(SELECTED, [(one, [one.best_seed]) for one in results], with_mean)
+        results = [own_heads[arm, task] for task in tasks if (arm, task) in own_heads]
+        with_mean = len(results) == len(tasks) > 1
+        scores += _arm_scores(own_head(arm), [(one, one.seeds) for one in results], with_mean)
     return scores
 
 
-def _of_arm(
-    arm: str, ones: Sequence[tuple[FineTuned, list[int]]], whole: bool, students: int = 1
+def _arm_scores(
+    arm: str, results: Sequence[tuple[FineTuned, list[int]]], with_mean: bool, students: int = 1
 ) -> Iterator[ArmScores]:
-    """Yield the scores of each task with these seeds, and their mean if the tasks are ``whole``."""
+    """Yield the scores of each task with these seeds, and if ``with_mean`` their mean."""
     main: list[list[float]] = []
-    for one, seeds in ones:
+    for one, seeds in results:
         tests = {seed: one.test[one.seeds.index(seed)] for seed in seeds}
-        numbers, together = seeds, [[seed] for seed in seeds]
+        numbers, groups = seeds, [[seed] for seed in seeds]
         if students > 1:  # number j has been fine-tuned with the seeds j, j + students, …
             numbers = sorted({seed % students for seed in seeds})
-            together = [[s for s in seeds if s % students == number] for number in numbers]
-        for metric in one.shown:
-            scores = [fmean(tests[seed][metric] for seed in own) for own in together]
+            groups = [[s for s in seeds if s % students == number] for number in numbers]
+        for metric in one.shown_metrics:
+            scores = [fmean(tests[seed][metric] for seed in group) for group in groups]
             main += [scores] if metric == one.metric else []
             yield ArmScores.of(arm, one.task, metric, numbers, scores)
-    if whole:
+    if with_mean:
         numbers = [] if arm == SELECTED else numbers
         yield ArmScores.of(arm, MEAN, MEAN, numbers, [fmean(s) for s in zip(*main, strict=True)])
 
@@ -129,38 +129,38 @@ def main_scores(
     return {(one.arm, one.task): one for one in scores if main[one.task] == one.metric}
 
 
-def over_draws(
+def join_draws(
     draws: Mapping[int, Sequence[ArmScores]],
 ) -> tuple[list[ArmScores], dict[tuple[str, str], list[int]]]:
-    """Join the scores of several draws of the labels: by draw, each the mean over its seeds.
+    """Return the scores over several draws of the labels: one for each draw, the mean over its
+    seeds. Also return, by arm and task, the draws that are missing.
 
-    An arm that a draw lacks on a task, while other arms have it, is left out on that task, because
-    means over other draws cannot be compared. Also returns, by arm and task, the draws that lack
-    it.
+    If a draw lacks an arm on a task for which it has other arms, the arm is left out on that task,
+    because means over different draws cannot be compared.
     """
     by_cell: dict[tuple[str, str, str], dict[int, float]] = {}
     for draw, scores in draws.items():
         for one in scores:
             by_cell.setdefault((one.arm, one.task, one.metric), {})[draw] = one.mean
-    have = {
+    draws_with = {
         name: {d for (_, t, _), v in by_cell.items() if t == name for d in v}
         for name in {task for _, task, _ in by_cell}
     }
-    if MEAN in have:
-        have[MEAN] = {draw for those in have.values() for draw in those}
-    found, lacking = [], {}
+    if MEAN in draws_with:
+        draws_with[MEAN] = {draw for of_task in draws_with.values() for draw in of_task}
+    joined, missing_draws = [], {}
     for (arm, task, metric), values in by_cell.items():
-        if missing := sorted(have[task] - values.keys()):
-            lacking[arm, task] = missing
+        if missing := sorted(draws_with[task] - values.keys()):
+            missing_draws[arm, task] = missing
         else:
             numbers = sorted(values)
-            found.append(ArmScores.of(arm, task, metric, numbers, [values[n] for n in numbers]))
-    return found, lacking
+            joined.append(ArmScores.of(arm, task, metric, numbers, [values[n] for n in numbers]))
+    return joined, missing_draws
 
 
-# Compared with these, in this order: all arms with the first two, students of experts with the
-# others.
-_BASES = (EXPERT, START, MLM, LONGER, PSEUDO)
+# The arms that others are compared with, in this order: all arms with the first two, and students
+# of experts with the others.
+_COMPARED_WITH = (EXPERT, START, MLM, LONGER, PSEUDO)
 
 
 def differences_of(
@@ -181,14 +181,14 @@ def planned_tests(
     arms: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, list[tuple[str, str, str]]]:
     """Return all comparisons (arm, other arm, task) of a complete cycle, by the other arm."""
-    found: dict[str, list[tuple[str, str, str]]] = {}
-    for against in [one for one in _BASES if one in arms]:
+    tests: dict[str, list[tuple[str, str, str]]] = {}
+    for against in [one for one in _COMPARED_WITH if one in arms]:
         others = [arm for arm in arms if arm != against and (against == EXPERT or arm in GUIDED)]
         if against == START:  # the reverse is listed under the expert
             others = [arm for arm in arms if arm not in (EXPERT, START)]
-        where = [*tasks, MEAN] if len(tasks) > 1 else tasks
-        found[against] = [(arm, against, task) for arm in others for task in where]
-    return found
+        all_tasks = [*tasks, MEAN] if len(tasks) > 1 else tasks
+        tests[against] = [(arm, against, task) for arm in others for task in all_tasks]
+    return tests
 
 
 def _family(
@@ -223,14 +223,14 @@ class Primary:
 
     @classmethod
     def of(
-        cls, named: Mapping[str, Any] | None, main: Mapping[tuple[str, str], ArmScores], where: str
+        cls, primary: Mapping[str, Any] | None, main: Mapping[tuple[str, str], ArmScores], task: str
     ) -> "Primary | None":
-        """Return the comparison ``named`` in the cycle's file, on the task (or MEAN) ``where``."""
-        if not named:
+        """Return the comparison ``primary`` of the cycle's file, on a ``task`` or MEAN."""
+        if not primary:
             return None
-        arm, against = named["arm"], list(named["against"])
-        differences = _family([(arm, one, where) for one in against], main)
-        return cls(arm, against, named.get("about") or "", differences)
+        arm, against = primary["arm"], list(primary["against"])
+        differences = _family([(arm, one, task) for one in against], main)
+        return cls(arm, against, primary.get("about") or "", differences)
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class CycleResults:
     tasks: list[TaskFacts]
     scores: list[ArmScores]
     differences: list[Difference]
-    searched: list[Searched]
+    searched: list[SearchResult]
     costs: dict[str, float]
     notes: list[str]
     settings: dict[str, Any]
@@ -348,8 +348,8 @@ class CycleResults:
         return START if START in self.arms else EXPERT
 
     @property
-    def where(self) -> str:
-        """Where arms are judged: the mean over tasks, or the only task."""
+    def judged_on(self) -> str:
+        """The task that arms are judged on: the mean over tasks, or the only one."""
         return MEAN if len(self.tasks) > 1 else self.tasks[0].name
 
     @property

@@ -23,7 +23,7 @@ Search = Annotated[dict[str, tuple[Setting, ...]], KeysOf(FixedBudget, lists=Tru
 SomeOfFineTuning = Annotated[dict[str, object], KeysOf(FixedBudget)]
 SomeOfTerm = Annotated[dict[str, object], KeysOf(DistillTerm)]
 # Keys a search may not change: the budget is the same for all.
-_BUDGET = ("epochs", "max_steps", "patience", "head", "merge")
+_BUDGET_KEYS = ("epochs", "max_steps", "patience", "head", "merge")
 Metric = Literal[
     "accuracy",
     "f1",
@@ -37,7 +37,8 @@ Metric = Literal[
     "mrr",
     "map",
 ]
-IN_GROUPS: dict[str, object] = {"ranking": {"group": "group"}}  # of a ranker's term, unless told
+# Settings of a ranker's term on a text of groups, unless the file sets `ranking`.
+GROUPED_RANKING: dict[str, object] = {"ranking": {"group": "group"}}
 
 
 class CycleCacheConfig(CacheConfig):
@@ -143,9 +144,9 @@ class CycleTask(Settings):
 
 def check_names(names: Sequence[str]) -> None:
     """Raise ValueError for task names with another meaning."""
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"two tasks are called {doubled[0]!r}; give each its own name")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"two tasks are called {repeated[0]!r}; give each its own name")
     if "mean" in names:
         raise ValueError("a task cannot be called 'mean': that is the mean over the tasks")
     for name in names:
@@ -160,22 +161,22 @@ def check_names(names: Sequence[str]) -> None:
 # --- the search -----------------------------------------------------------------------------------
 
 
-def checked_search(value: Search) -> Search:
+def parse_search(value: Search) -> Search:
     """Return the values to try, parsed. Raise ValueError for what cannot be searched."""
-    found: Search = {}
+    parsed: Search = {}
     for key, values in value.items():
-        if key in _BUDGET:
+        if key in _BUDGET_KEYS:
             raise ValueError(f"{key} is the budget, which is the same for every arm")
         if key in (*TaskSettings.model_fields, *FORMER_FIELDS):
             raise ValueError(f"{key} says what the files mean, which is not searched for")
         if not values:
             raise ValueError(f"{key} has no values")
-        # As they are used: 1 may stand for a rate of 1.0, and results are found by value.
-        read = [parse_settings(FixedBudget, {key: one}) for one in values]
-        found[key] = tuple(getattr(one, key) for one in read)
-        if len(set(found[key])) < len(values):
+        # Parsed as they are used: 1 may stand for a rate of 1.0, and results are found by value.
+        parsed_values = [parse_settings(FixedBudget, {key: one}) for one in values]
+        parsed[key] = tuple(getattr(one, key) for one in parsed_values)
+        if len(set(parsed[key])) < len(values):
             raise ValueError(f"{key} has a value twice; every arm tries each of them once")
-    return found
+    return parsed
 
 
 def point_name(point: Point) -> str:

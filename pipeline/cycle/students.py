@@ -16,8 +16,8 @@ from rekindle.pipeline.cycle.config import CycleConfig, seed_name
 
 @dataclass(frozen=True)
 class Student:
-    """One student: ``students/NAME``. ``tasks``: those whose experts teach it; ``text``: what it
-    reads (see ``CycleConfig.texts``); ``number`` j is trained with the seed train.seed + j.
+    """One student: ``students/NAME``. ``tasks``: the tasks whose experts teach it; ``text``: the
+    text it reads (see ``CycleConfig.texts``); number j is trained with the seed train.seed + j.
     """
 
     name: str
@@ -27,20 +27,20 @@ class Student:
     number: int = 0
 
     @property
-    def masked(self) -> bool:
+    def learns_masked_lm(self) -> bool:
         """Whether it learns masked LM."""
         return self.arm in MASKED
 
 
 def students_of(config: CycleConfig) -> dict[str, Student]:
-    """Return every student by name, those first that wait longest for their teachers."""
-    found = {}
+    """Return every student by name; those that wait longest for their teachers come first."""
+    students = {}
     for arm in [arm for arm in ORDER if arm in config.arms and arm not in UNTAUGHT]:
         for task in config.tasks:
             for number in range(config.students):
                 one = _student(config, arm, task.name, number)
-                found[one.name] = one
-    return found
+                students[one.name] = one
+    return students
 
 
 def student_of(config: CycleConfig, arm: Arm, task: str, number: int = 0) -> str:

@@ -11,7 +11,7 @@ from rekindle.pipeline.cycle.arms import ARMS
 from rekindle.pipeline.cycle.costs import KINDS, SHARED_KINDS
 from rekindle.pipeline.cycle.finetuned import EXPERT, START, own_head
 from rekindle.pipeline.cycle.scores import MEAN, ArmCost, CycleResults
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, Searched, Tried
+from rekindle.pipeline.cycle.search import DRAWS_FOLDER, SearchResult, TriedPoint
 from rekindle.pipeline.report.cache import NOTE, teacher_table
 from rekindle.pipeline.report.cost import cost_lines
 from rekindle.pipeline.report.scores import (
@@ -25,10 +25,10 @@ from rekindle.pipeline.report.table import NOTHING, Column, Table, formatted, ta
 from rekindle.pipeline.report.text import terminal_width, text_lines, wrapped
 
 _OWN_HEADS = (
-    "A student with its own head is that of its arm, and counted again: it needs no search and no "
-    "fine-tuning of its own."
+    "A student with its own head is the student of its arm, counted again: it needs no search and "
+    "no fine-tuning."
 )
-_BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose parts are listed separately
+_LISTED_BY_ARM = ("fine-tuned", "students", "distilled")  # folders whose subfolders are listed
 
 
 def tables_of(results: CycleResults) -> list[Table]:
@@ -41,7 +41,7 @@ def tables_of(results: CycleResults) -> list[Table]:
 
 
 def own_tables(results: CycleResults) -> list[Table]:
-    """Return the tables of ``tables_of`` that no other page has."""
+    """Return those of ``tables_of`` that only a cycle has: all but the comparisons."""
     tables = [_scores(results), *_searches(results), _tasks(results)]
     tables += [*_arm_costs(results), _costs(results)]
     return [table for table in tables if table.columns[0].cells]
@@ -53,19 +53,19 @@ def secondary(results: CycleResults) -> str:
 
 
 def primary_tables(results: CycleResults) -> Iterator[Table]:
-    """Yield the comparison named before anything ran, if there is one."""
+    """Yield the table of the comparison named before anything ran, if there is one."""
     if (primary := results.primary) is None:
         return
-    ones = {one.against: one for one in primary.differences}
-    rows = [[arm, *difference_cells(ones.get(arm))] for arm in primary.against]
+    by_arm = {one.against: one for one in primary.differences}
+    rows = [[arm, *difference_cells(by_arm.get(arm))] for arm in primary.against]
     head = [f"{primary.arm} against", *difference_head(results.unit)]
-    where = "the mean over tasks" if results.where == MEAN else results.where
-    title = f"primary comparison, named before anything ran: on {where}, in points of 100"
+    task = "the mean over tasks" if results.judged_on == MEAN else results.judged_on
+    title = f"primary comparison, named before anything ran: on {task}, in points of 100"
     yield table_of(title, head, rows, words=1, note=primary.about)
 
 
 def saved_tables(results: CycleResults) -> Iterator[Table]:
-    """Yield what is in the cache, and what it has saved, if known."""
+    """Yield the tables of what the cache holds and what it has saved, if known."""
     if (cache := results.cache) is not None:
         title = (
             f"the cache: {counted(cache.sequences, 'sequence')}, {counted(cache.tokens, 'token')}"
@@ -76,7 +76,7 @@ def saved_tables(results: CycleResults) -> Iterator[Table]:
 
 
 def _scores(results: CycleResults) -> Table:
-    """Return the scores, including the tasks' second metrics and the expert that teaches."""
+    """Return the table of scores, with the tasks' second metrics and the expert that teaches."""
     by_column: dict[tuple[str, str], dict[str, list[float]]] = {}
     for one in results.scores:
         metric = "" if one.task == MEAN else one.metric
@@ -96,27 +96,27 @@ def _scores(results: CycleResults) -> Table:
 
 
 def _searches(results: CycleResults) -> Iterator[Table]:
-    searched = results.searched
-    if not searched:
+    searches = results.searched
+    if not searches:
         return
-    names = list(dict.fromkeys(_point(point) for one in searched for point in one.tried))
+    names = list(dict.fromkeys(_point_name(point) for one in searches for point in one.tried))
     rows = []
-    for one in searched:
-        tried = {_point(point): point for point in one.tried}
-        rows.append([one.arm, one.task, *(_tried(one, tried.get(name)) for name in names)])
-    seeds = len(searched[0].tried[0].seeds)
-    keys = ", ".join(searched[0].tried[0].settings)
+    for one in searches:
+        points = {_point_name(point): point for point in one.tried}
+        rows.append([one.arm, one.task, *(_point_cell(one, points.get(name)) for name in names)])
+    seeds = len(searches[0].tried[0].seeds)
+    keys = ", ".join(searches[0].tried[0].settings)
     over = f"mean over {seeds} seeds" if seeds > 1 else "one seed"
     title = f"search over {keys}: main metric on dev in %, {over}; * chosen"
     yield table_of(title, ["arm", "task", *names], rows, words=2)
 
 
-def _point(point: Tried) -> str:
+def _point_name(point: TriedPoint) -> str:
     values = point.settings.values()
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
-def _tried(one: Searched, point: Tried | None) -> str:
+def _point_cell(one: SearchResult, point: TriedPoint | None) -> str:
     if point is None:
         return NOTHING
     return f"{100 * point.mean:.2f}" + ("*" if point.settings == one.chosen else " ")
@@ -137,7 +137,7 @@ def _tasks(results: CycleResults) -> Table:
 
 
 def _arm_costs(results: CycleResults) -> Iterator[Table]:
-    """Yield what each arm needs; some of it serves several arms."""
+    """Yield the table of the seconds that each arm needs; some stages serve several arms."""
     costs = results.arm_costs
     kinds = [kind for kind in KINDS if any(kind in one.by_kind for one in costs)]
     if not kinds:
@@ -149,51 +149,51 @@ def _arm_costs(results: CycleResults) -> Iterator[Table]:
     draws = results.draws
     mean = f", mean of {counted(len(draws), 'draw')} of the labels" if draws else ""
     title = f"seconds of all that an arm needs, from labels and text to its scores{mean}"
-    heads = any(one.arm == own_head(arm.arm) for one in costs for arm in costs)
-    own = [_OWN_HEADS] * heads
-    note = " ".join([*_shared(costs), *own, *_unrecorded(costs)])
+    has_own_heads = any(one.arm == own_head(arm.arm) for one in costs for arm in costs)
+    own_heads = [_OWN_HEADS] if has_own_heads else []
+    note = " ".join([*_shared_kinds(costs), *own_heads, *_unrecorded(costs)])
     yield table_of(title, ["arm", *kinds, "seconds"], rows, words=1, note=note)
 
 
-def _shared(costs: Sequence[ArmCost]) -> Iterator[str]:
-    """Yield which kinds of stages serve several arms, and are counted for each."""
-    told = []
+def _shared_kinds(costs: Sequence[ArmCost]) -> Iterator[str]:
+    """Yield a sentence with the kinds of stages that serve several arms and count for each."""
+    shared = []
     for kind in SHARED_KINDS:
         if len(arms := [one.arm for one in costs if kind in one.by_kind]) > 1:
-            told.append(f"{kind} ({', '.join(arms)})")
-    if told:
+            shared.append(f"{kind} ({', '.join(arms)})")
+    if shared:
         yield (
-            f"Shared, and counted for every arm that needs them: {'; '.join(told)}. So the arms' "
+            f"Shared, and counted for every arm that needs them: {'; '.join(shared)}. So the arms' "
             "sum is more than the cycle took."
         )
 
 
 def _unrecorded(costs: Sequence[ArmCost]) -> Iterator[str]:
-    if told := [f"{one.arm}: {', '.join(one.unknown)}" for one in costs if one.unknown]:
-        yield f"Not recorded, and in no sum: {'; '.join(told)}."
+    if unknown := [f"{one.arm}: {', '.join(one.unknown)}" for one in costs if one.unknown]:
+        yield f"Not recorded, and in no sum: {'; '.join(unknown)}."
 
 
 def _costs(results: CycleResults) -> Table:
-    """Return the costs by kind of stage or by arm; the JSON has the single folders."""
+    """Return the costs by kind of stage or by arm; results.json has those of each folder."""
     sums: dict[str, list[float]] = {}
     for folder, seconds in results.costs.items():
         kind, *rest = folder.split("/")
         if kind == DRAWS_FOLDER:
             _, kind, *rest = rest
-        name = f"{kind}/{rest[0]}" if kind in _BY_ARM else kind
+        name = f"{kind}/{rest[0]}" if kind in _LISTED_BY_ARM else kind
         sums.setdefault(name, []).append(seconds)
     rows = [[name, str(len(s)), f"{sum(s):,.1f}"] for name, s in sums.items()]
     return table_of("seconds, as recorded", ["stage", "parts", "seconds"], rows, words=1)
 
 
-def arms_told(results: CycleResults) -> list[tuple[str, str]]:
+def arm_descriptions(results: CycleResults) -> list[tuple[str, str]]:
     """Return each arm with its description, and the experts' model if it is another one."""
-    told: dict[str, str] = {arm: words for arm, words in ARMS.items() if arm in results.arms}
+    by_arm: dict[str, str] = {arm: words for arm, words in ARMS.items() if arm in results.arms}
     if results.base == START:
         model = results.file.get("experts", {}).get("model") or "another model"
-        told |= {EXPERT: f"{model}, fine-tuned: what teaches"}
-        told |= {START: "the model that students begin as, fine-tuned: what is to be beaten"}
-    return list(told.items())
+        by_arm |= {EXPERT: f"{model}, fine-tuned: the teacher"}
+        by_arm |= {START: "the model that students start from, fine-tuned: the arm to beat"}
+    return list(by_arm.items())
 
 
 def as_text(results: CycleResults, width: int | None = None) -> str:
@@ -203,14 +203,16 @@ def as_text(results: CycleResults, width: int | None = None) -> str:
     A table that does not fit is transposed if that is narrower. Nothing is ever cut. If there is a
     primary comparison, the others are shown only on the mean over tasks.
     """
-    shown, note = results, []
+    shown, extra_notes = results, []
     if results.primary is not None and any(o.task == MEAN for o in results.differences):
         means = [one for one in results.differences if one.task == MEAN]
         shown = replace(results, differences=means)
-        note = ["differences on each task are in the report and in results.json"]
+        extra_notes = ["differences on each task are in the report and in results.json"]
     tables = [*tables_of(shown), *saved_tables(results)]
     width = width or terminal_width()
     lines = [(*text_lines(table, width), "") for table in tables]
-    lines += [tuple(wrapped(f"arm {arm}: {what}", width)) for arm, what in arms_told(results)]
-    lines += [tuple(wrapped(f"note: {one}", width)) for one in (*note, *results.notes)]
+    lines += [
+        tuple(wrapped(f"arm {arm}: {words}", width)) for arm, words in arm_descriptions(results)
+    ]
+    lines += [tuple(wrapped(f"note: {one}", width)) for one in (*extra_notes, *results.notes)]
     return "\n".join(line for block in lines for line in block)

@@ -1,4 +1,4 @@
-"""What the report page says of caches: their content, their size, and whether they can be read."""
+"""The report page's section on caches: their content, their size, and whether they can be read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,24 +47,24 @@ def _facts_of(cache: Cache) -> CacheFacts:
     tokens, teachers = cache.corpus.tokens, []
     for name, reader in sorted(cache.teachers.items()):
         masked = reader.masked and reader.kind.has_tail
-        kept = reader.kind.sentence + (f", {counted(reader.replicas, 'masking')}" if masked else "")
+        maskings = f", {counted(reader.replicas, 'masking')}" if masked else ""
         rows = int(reader.commits.rows.sum())
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
-        facts = TeacherFacts(name, kept, reader.positions, reader.bytes_on_disk, tokens, seconds)
-        teachers.append(facts)
-    size, documents = cache.corpus.info["tokenizer"]["size"], cache.corpus.documents
-    return CacheFacts(len(cache), tokens, size, teachers, documents)
+        targets = reader.kind.sentence + maskings
+        size = reader.bytes_on_disk
+        teachers.append(TeacherFacts(name, targets, reader.positions, size, tokens, seconds))
+    vocabulary, documents = cache.corpus.info["tokenizer"]["size"], cache.corpus.documents
+    return CacheFacts(len(cache), tokens, vocabulary, teachers, documents)
 
 
-# --- caches that runs refer to
-# ---------------------------------------------------------------------
+# --- caches that runs refer to --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class KnownCache:
-    """The cache at a path that runs name: its facts, or the ``problem`` that hides them.
+    """The cache at a path that runs name: its facts, or the ``problem`` with reading it.
 
-    ``changed`` lists what differs from the time the runs read it.
+    ``changed`` lists what has changed since the runs read it.
     """
 
     path: str
@@ -100,8 +100,8 @@ def cache_section(caches: Sequence[KnownCache]) -> Section:
 
 def _blocks(cache: KnownCache) -> Iterator[Block]:
     if (facts := cache.facts) is None:
-        told = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
-        yield Note(told, warns=True)
+        text = f"{cache.path} cannot be read any more ({cache.problem}): its facts are unknown."
+        yield Note(text, warns=True)
         return
     about = {
         "at": cache.path,
@@ -111,11 +111,11 @@ def _blocks(cache: KnownCache) -> Iterator[Block]:
     }
     yield Facts(list(about.items()))
     if changed := ", ".join(cache.changed):
-        told = (
+        text = (
             f"Changed since the runs read it: {changed}. The following describes the cache as "
             "it is now."
         )
-        yield Note(told, warns=True)
+        yield Note(text, warns=True)
     if facts.teachers:
         yield teacher_table(facts.teachers, note=NOTE)
 

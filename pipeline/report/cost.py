@@ -30,8 +30,8 @@ _UNITS = (("hours", 3600.0, 3.0), ("minutes", 60.0, 10.0), ("seconds", 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: each teacher over the corpus once; the teachers in use live in one run; the run
-    itself.
+    """Seconds of each teacher's one pass over the corpus, of the teachers beside one run if they
+    were live, and of the run itself.
 
     ``used`` names the teachers the run learns from; only they are compared.
     """
@@ -80,14 +80,14 @@ def typical_cost(
     """Return the average cost of the students that have a teacher and recorded timings, and a
     sentence naming those included and left out. The cost is None if there are no such students.
     """
-    taught = [one for one in students if one.teachers]
-    if not taught:
+    with_teachers = [one for one in students if one.teachers]
+    if not with_teachers:
         return None, "No run learns from a teacher: there is nothing that a cache could save."
-    used = list(dict.fromkeys(name for one in taught for name in one.teachers))
+    used = list(dict.fromkeys(name for one in with_teachers for name in one.teachers))
     if missing := [name for name in used if teachers.get(name) is None]:
         return None, f"Unknown: what caching {', '.join(missing)} took is not recorded."
-    known = [one for one in taught if one.seconds is not None and one.live is not None]
-    unknown = ", ".join(one.name for one in taught if one not in known)
+    known = [one for one in with_teachers if one.seconds is not None and one.live is not None]
+    unknown = ", ".join(one.name for one in with_teachers if one not in known)
     if not known:
         return None, f"Unknown: the time of {unknown} (not finished), or of its teachers live."
     used = list(dict.fromkeys(name for one in known for name in one.teachers))
@@ -97,9 +97,10 @@ def typical_cost(
         live=mean(one.live or 0.0 for one in known),
         run=mean(one.seconds or 0.0 for one in known),
     )
-    like = f"A student run is like {', '.join(one.name for one in known)}"
-    like += ", on average." if len(known) > 1 else "."
-    return cost, like + (f" Left out, of unknown cost: {unknown}." if unknown else "")
+    sentence = f"A student run is like {', '.join(one.name for one in known)}"
+    sentence += ", on average." if len(known) > 1 else "."
+    sentence += f" Left out, of unknown cost: {unknown}." if unknown else ""
+    return cost, sentence
 
 
 # --- the section ----------------------------------------------------------------------------------
@@ -123,8 +124,8 @@ def cost_section(
         cells = [[name, formatted(value, "{:,.1f}", UNKNOWN)] for name, value in teachers.items()]
         note = "Seconds of one process, without loading. Unknown: older versions did not record it."
         head = ["teacher", "seconds, once"]
-        shown = note if None in teachers.values() else ""
-        blocks.append(table_of("Each teacher, run over the corpus", head, cells, 1, shown))
+        note = note if None in teachers.values() else ""
+        blocks.append(table_of("Each teacher, run over the corpus", head, cells, 1, note))
     rows = [
         [
             *(one.name, ", ".join(one.teachers) or "no teacher"),
@@ -143,12 +144,12 @@ def cost_section(
 def cost_lines(cost: Cost) -> list[tuple[str, str]]:
     """Return the cost in words, for both text and page."""
     runs = cost.pays_after
-    paid = "never" if runs is None else f"after {counted(runs, 'student run')}"
+    break_even = "never" if runs is None else f"after {counted(runs, 'student run')}"
     return [
         (f"{', '.join(cost.used)} once, into the cache", f"{cost.once:.1f} s"),
         ("the same live, beside each student", f"{cost.live:.1f} s a run"),
         ("a student run itself", f"{cost.run:.1f} s"),
-        ("the cache has paid for itself", paid),
+        ("the cache has paid for itself", break_even),
     ]
 
 

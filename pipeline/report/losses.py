@@ -1,5 +1,5 @@
-"""The page's loss curves, training and held out, of any number of runs. Other held-out values are
-shown as small pictures.
+"""The report page's loss curves of any number of runs, in training and held out. Other held-out
+values are shown as small pictures.
 """
 
 import math
@@ -19,17 +19,18 @@ MOST_PALE = 4  # runs whose single points can be shown behind their means
 LOSS, CROSS_ENTROPY = "loss", "ce"
 SMOOTH = " Lines are running means over a twentieth of the steps."
 # Descriptions of held-out values; other values are shown under their names alone.
-MEANINGS = {
+PREFIX_CAPTIONS = {
     "kl/": "KL divergence from teacher {} to the student, in nats",
     "agreement/": "share of targets where the student's first choice is that of {}",
     "ce/": "cross-entropy on domain {}, in nats",
     "loss/": "the objective on domain {}",
 }
-WHOLE = {
+CAPTIONS = {
     LOSS: f"The objective {UNSEEN}, at the weights of the last step: lower is better.",
     CROSS_ENTROPY: f"Cross-entropy {UNSEEN}, in nats for each token: lower is better.",
 }
-# How strongly terms pull, by the key in a step's record; the first key present is drawn.
+# Captions of how strongly terms pull, by the key in a step's record; the first key present is drawn
+# alone.
 PULLS = {
     RATIO: "Gradient of {}, over the cross-entropy's: far below 1 it has hardly any effect.",
     PULL: "Norm of the weighted gradient of {}, at the input of the heads.",
@@ -62,10 +63,10 @@ def curves_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunCurves:
     )
     return RunCurves(
         name,
-        thinned(_points(steps, LOSS)),
-        thinned(_points(steps, CROSS_ENTROPY)),
+        thin_out(_points(steps, LOSS)),
+        thin_out(_points(steps, CROSS_ENTROPY)),
         held_out,
-        {key: thinned(_points(steps, key)) for key in measured},
+        {key: thin_out(_points(steps, key)) for key in measured},
     )
 
 
@@ -77,7 +78,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+def thin_out(points: Points, most: int = MOST_POINTS) -> Points:
     """Return at most ``most`` points: means of equally many neighbours, at the last step
     of each.
     """
@@ -114,7 +115,7 @@ def losses_section(
     blocks.append(Figures(list(_large(runs, compared))))
     curves = (name for run in runs for name, points in run.held_out.items() if len(points) > 1)
     names = sorted({name for name in curves if name != compared})
-    if small := [_picture(_meaning(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
+    if small := [_picture(_caption_of(name), runs, name, SMALL) for name in names[:MOST_SMALL]]:
         blocks.append(Figures(small, small=True))
     if pulls := list(_pulls(runs)):
         blocks.append(Figures(pulls[:MOST_SMALL], small=True))
@@ -126,15 +127,15 @@ def losses_section(
 
 def _large(runs: Sequence[RunCurves], compared: str | None) -> Iterator[Figure]:
     if compared is not None and any(compared in run.held_out for run in runs):
-        yield _picture(WHOLE.get(compared, _meaning(compared)), runs, compared)
+        yield _picture(CAPTIONS.get(compared, _caption_of(compared)), runs, compared)
     training = {"the whole objective, in nats. Other terms have other sums.": "objective"}
     # If every run's objective is the cross-entropy alone, it has been drawn already.
-    if any(run.cross_entropy and not _equal(run) for run in runs):
+    if any(run.cross_entropy and not _is_cross_entropy_alone(run) for run in runs):
         training["the cross-entropy on the text alone, in nats."] = "cross_entropy"
-    for what, curve in training.items():
+    for caption, curve in training.items():
         lines = [(number, getattr(run, curve)) for number, run in enumerate(runs)]
         if any(points for _, points in lines):
-            yield Figure(f"Training: {what}{SMOOTH}", partial(_training_lines, lines))
+            yield Figure(f"Training: {caption}{SMOOTH}", partial(_training_lines, lines))
 
 
 def _pulls(runs: Sequence[RunCurves]) -> Iterator[Figure]:
@@ -148,17 +149,17 @@ def _pulls(runs: Sequence[RunCurves]) -> Iterator[Figure]:
         )
 
 
-def _equal(run: RunCurves) -> bool:
+def _is_cross_entropy_alone(run: RunCurves) -> bool:
     pairs = zip(run.objective, run.cross_entropy, strict=False)
     return len(run.objective) == len(run.cross_entropy) and all(
         math.isclose(a[1], b[1], rel_tol=1e-5) for a, b in pairs
     )
 
 
-def _meaning(name: str) -> str:
-    if name in WHOLE:
-        return f"{name}: {WHOLE[name][:1].lower()}{WHOLE[name][1:].removesuffix('.')}"
-    for prefix, words in MEANINGS.items():
+def _caption_of(name: str) -> str:
+    if name in CAPTIONS:
+        return f"{name}: {CAPTIONS[name][:1].lower()}{CAPTIONS[name][1:].removesuffix('.')}"
+    for prefix, words in PREFIX_CAPTIONS.items():
         if name.startswith(prefix):
             return f"{name}: {words.format(name.removeprefix(prefix))}"
     return f"{name}, {UNSEEN}"
@@ -194,13 +195,11 @@ def _lines(axes: Any, lines: Sequence[tuple[int, Points]]) -> None:
             continue
         steps = [step for step, _ in points]
         values = plottable(value for _, value in points)
-        every = max(1, math.ceil(len(points) / 8))
-        # Not all at the same steps, because runs may lie on each other.
-        first = number % every
-        many = len(lines) > 12
-        axes.plot(
-            steps, values, markevery=(first, every), lw=1.1 if many else 1.6, **line_style(number)
-        )
+        spacing = max(1, math.ceil(len(points) / 8))
+        # The markers of runs start at different steps, because their lines may cover each other.
+        markers = number % spacing, spacing
+        width = 1.1 if len(lines) > 12 else 1.6
+        axes.plot(steps, values, markevery=markers, lw=width, **line_style(number))
     axes.set_xlabel("steps")
     few_ticks(axes.xaxis, 5, whole=True)
     few_ticks(axes.yaxis, 6)

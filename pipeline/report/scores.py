@@ -9,11 +9,11 @@ from typing import Any
 
 from rekindle.pipeline.report.page import Block, Facts, Figure, Figures, Note, Section
 from rekindle.pipeline.report.significance import Difference, mean_interval, p_words
-from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shown
-from rekindle.pipeline.report.table import NOTHING, Column, Table, stacked, table_of
+from rekindle.pipeline.report.svg import INK, colour, few_ticks, line_style, plottable, shorten_name
+from rekindle.pipeline.report.table import NOTHING, Column, Table, stack_column, table_of
 
 INTERVAL = "95 % interval"  # shown below its difference on the page
-_OVER = {  # what the scores of one model differ in
+_REPEATED_OVER = {  # what the scores of one model differ in
     "seed": "seeds of fine-tuning",
     "draw": "draws of the labels",
     "student": "students, each the mean of its fine-tunings,",
@@ -80,14 +80,14 @@ def scores_section(
     notes: Sequence[str] = (),
     best: Mapping[str, str] = {},
     unit: str = "seed",
-    before: str = "",
+    title_prefix: str = "",
     pictured: Sequence[Difference] | None = None,
 ) -> Section:
     """Return tables and pictures. ``models`` are in the order of their lines elsewhere.
 
     ``best``: by task title, the model that is the best by more than chance, if any. ``unit``: what
-    a model's scores differ in. ``before``: the start of the titles of differences. ``pictured``:
-    the differences to draw, if not all.
+    a model's scores differ in. ``title_prefix``: the start of the titles of differences.
+    ``pictured``: the differences to draw, if not all.
     """
     blocks: list[Block] = [Note(note, warns=True) for note in notes]
     if tasks:
@@ -96,15 +96,15 @@ def scores_section(
         mean_of_tasks = [TaskScores("mean of tasks", "", "", means)] if means else []
         table = score_table("model", scored, [*tasks, *mean_of_tasks], best=best, unit=unit)
         samples = [models.index(name) for name in scored]
-        about = ABOUT.format(over=_OVER[unit], unit=unit)
+        about = ABOUT.format(over=_REPEATED_OVER[unit], unit=unit)
         blocks += [replace(table, samples=samples), Note(about)]
-        if told := [(task.task, task.about) for task in tasks if task.about]:
-            blocks.append(Facts(told, quiet=True))
+        if questions := [(task.task, task.about) for task in tasks if task.about]:
+            blocks.append(Facts(questions, quiet=True))
         blocks.append(Figures([_picture(models, task, unit) for task in tasks], small=True))
     if differences:
-        found = difference_tables(differences, unit, before)
-        tables = [stacked(table, INTERVAL) for table in found]
-        blocks += [*tables, _difference_pictures(differences if pictured is None else pictured)]
+        tables = difference_tables(differences, unit, title_prefix)
+        blocks += [stack_column(table, INTERVAL) for table in tables]
+        blocks.append(_difference_pictures(differences if pictured is None else pictured))
     return Section("Scores", blocks)
 
 
@@ -122,15 +122,14 @@ def score_table(
     """Return a row per model and a column per task; the last row is the score of guessing, where
     known. The ``best`` model of a task is highlighted.
     """
-    guessed = ["chance"] if any(task.chance is not None for task in tasks) else []
-    columns = [Column(head, [*models, *guessed], words=True)]
+    chance_row = ["chance"] if any(task.chance is not None for task in tasks) else []
+    columns = [Column(head, [*models, *chance_row], words=True)]
     for task in tasks:
-        every = [task.of(name) for name in models]
-        marked = frozenset(n for n, name in enumerate(models) if name == best.get(task.title))
-        every += [[] if task.chance is None else [task.chance] for _ in guessed]
-        known = every[: len(models)]
-        below = [interval_words(values, unit) for values in known] + ["" for _ in guessed]
-        columns.append(Column(task.title, [*map(percent, every)], marked, below=below))
+        scores = [task.of(name) for name in models]
+        best_rows = frozenset(n for n, name in enumerate(models) if name == best.get(task.title))
+        below = [interval_words(values, unit) for values in scores] + ["" for _ in chance_row]
+        scores += [[] if task.chance is None else [task.chance] for _ in chance_row]
+        columns.append(Column(task.title, [*map(percent, scores)], best_rows, below=below))
     return Table(title, columns)
 
 
@@ -159,10 +158,10 @@ def percent(values: Sequence[float]) -> str:
 
 def interval_words(values: Sequence[float], unit: str = "seed") -> str:
     """Format the interval of the mean × 100, and the number of seeds or draws."""
-    found = mean_interval(values)
-    if found is None:
+    interval = mean_interval(values)
+    if interval is None:
         return f"1 {unit}" if values else ""
-    return f"{100 * found[0]:.2f} … {100 * found[1]:.2f}, n={len(values)}"
+    return f"{100 * interval[0]:.2f} … {100 * interval[1]:.2f}, n={len(values)}"
 
 
 def difference_head(unit: str) -> list[str]:
@@ -181,16 +180,16 @@ def difference_cells(one: Difference | None) -> list[str]:
 
 
 def difference_tables(
-    differences: Sequence[Difference], unit: str = "seed", before: str = ""
+    differences: Sequence[Difference], unit: str = "seed", title_prefix: str = ""
 ) -> Iterator[Table]:
     """Yield a table for each arm that others are compared with, without columns that are all
-    unknown (one seed has no interval). ``before``: the start of the titles.
+    unknown (one seed has no interval). ``title_prefix``: the start of the titles.
     """
     head = ["arm", "task", *difference_head(unit)]
     for against in dict.fromkeys(one.against for one in differences):
         ones = [one for one in differences if one.against == against]
         rows = [[one.arm, one.task, *difference_cells(one)] for one in ones]
-        title = f"{before}differences to {against} on test, main metrics, in points of 100"
+        title = f"{title_prefix}differences to {against} on test, main metrics, in points of 100"
         table = table_of(title, head, rows, words=2)
         yield replace(table, columns=[c for c in table.columns if {*c.cells} != {NOTHING}])
 
@@ -229,28 +228,28 @@ def _difference_pictures(differences: Sequence[Difference]) -> Figures:
         groups.setdefault((one.task, one.against), []).append(one)
     figures = []
     for (task, against), ones in groups.items():
-        told = f"{task}: difference to {against}"
-        figures.append(difference_picture(told, ones, [one.arm for one in ones]))
+        title = f"{task}: difference to {against}"
+        figures.append(difference_picture(title, ones, [one.arm for one in ones]))
     return Figures(figures, small=True)
 
 
-def difference_picture(told: str, ones: Sequence[Difference], names: Sequence[str]) -> Figure:
+def difference_picture(title: str, ones: Sequence[Difference], names: Sequence[str]) -> Figure:
     """Return a picture of the differences, labelled with ``names``."""
-    caption = f"{told}, × 100, with its interval; right is better."
+    caption = f"{title}, × 100, with its interval; right is better."
     return Figure(caption, partial(_draw_differences, ones, names), _size(len(ones)))
 
 
 def _draw_differences(ones: Sequence[Difference], names: Sequence[str], axes: Any) -> None:
     """Draw differences below each other, with intervals, around a line at zero."""
-    seen = [0.0]
+    values = [0.0]
     for place, one in enumerate(ones):
         known = [value for value in (one.mean, one.low, one.high) if value is not None]
         middle, *bounds = plottable(100 * value for value in known)
-        seen += [middle, *bounds]
+        values += [middle, *bounds]
         axes.plot([middle], [place], "o", ms=5, mew=0, color=colour(0))
         if len(bounds) == 2:
             axes.hlines(place, *bounds, color=colour(0), lw=1.4)
-    _score_axis(axes, seen, names)
+    _score_axis(axes, values, names)
     axes.axvline(0, color=INK, lw=0.8)
 
 
@@ -260,11 +259,11 @@ def _size(rows: int) -> tuple[float, float]:
 
 def _score_axis(axes: Any, values: Sequence[float], names: Sequence[str]) -> tuple[float, float]:
     """Set up axes: names downwards, ``values`` sideways with a margin. Return the limits."""
-    there = [value for value in values if value == value] or [0.0]
-    reach = max(max(there) - min(there), 1.0)
-    low, high = min(there) - 0.6 * reach, max(there) + 0.6 * reach
+    numbers = [value for value in values if not math.isnan(value)] or [0.0]
+    reach = max(max(numbers) - min(numbers), 1.0)
+    low, high = min(numbers) - 0.6 * reach, max(numbers) + 0.6 * reach
     axes.set_xlim(low, high)
-    axes.set_yticks(range(len(names)), [shown(name) for name in names])
+    axes.set_yticks(range(len(names)), [shorten_name(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)

@@ -26,8 +26,8 @@ class Difference:
 
     ``low`` and ``high`` are None for a single pair. ``p`` is None if no test can be made: for a
     single pair, and if all differences are equal but not 0 (t would be infinite, which says that
-    nothing varied, not how sure the difference is). ``p_adjusted``: Holm's, over all tests with the
-    same ``against`` (every arm on every task, and on the mean over tasks); None until it is
+    nothing varied, not how certain the difference is). ``p_adjusted``: Holm's, over all tests with
+    the same ``against`` (every arm on every task, and on the mean over tasks); None until it is
     computed. ``higher``: the number of pairs in which ``arm`` scores more; None if nothing is
     paired.
     """
@@ -89,9 +89,9 @@ def paired(
     if n == 1:
         return Difference(*names, mean, None, None, None, None, n, higher)
     if max(differences) - min(differences) <= rounding:
-        nothing = abs(mean) <= rounding
-        mean = 0.0 if nothing else mean
-        return Difference(*names, mean, mean, mean, 1.0 if nothing else None, None, n, higher)
+        is_zero = abs(mean) <= rounding
+        mean = 0.0 if is_zero else mean
+        return Difference(*names, mean, mean, mean, 1.0 if is_zero else None, None, n, higher)
     half = _half_width(differences, level)
     t = mean / (stdev(differences) / math.sqrt(n))
     p = float(2 * stats.t.sf(abs(t), n - 1))
@@ -116,9 +116,9 @@ def unpaired(
     rounding = _ROUNDING * max(map(abs, [*first, *second]))
     if n == 1 or max(max(one) - min(one) for one in (first, second)) <= rounding:
         return Difference(*names, mean, None, None, None, None, n)
-    found = stats.ttest_ind(second, first, equal_var=False)
-    low, high = map(float, found.confidence_interval(level))
-    return Difference(*names, mean, low, high, float(found.pvalue), None, n)
+    test = stats.ttest_ind(second, first, equal_var=False)
+    low, high = map(float, test.confidence_interval(level))
+    return Difference(*names, mean, low, high, float(test.pvalue), None, n)
 
 
 def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | None]:
@@ -128,7 +128,7 @@ def holm(p_values: Sequence[float | None], missing: int = 0) -> list[float | Non
     The i-th smallest of m is multiplied by m − i + 1, is at least as large as the one before it,
     and at most 1. None, for a test that could not be made, stays None but counts among the m; so do
     ``missing`` tests that are planned but not run yet, because unknown results must not make the
-    others look surer.
+    others look more certain.
 
     Raise ValueError for values outside [0, 1].
     """

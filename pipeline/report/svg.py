@@ -58,14 +58,14 @@ class LineStyle(TypedDict):
 
 def line_style(run: int) -> LineStyle:
     """Return the style of the line of run number ``run``."""
-    round_, place = divmod(run, _COLOURS)
+    dash, number = divmod(run, _COLOURS)
     # beyond 30 runs, colours are combined with other markers
-    turn = run // (_COLOURS * len(DASHES))
-    marker = MARKERS[(place + turn) % len(MARKERS)]
+    shift = run // (_COLOURS * len(DASHES))
+    marker = MARKERS[(number + shift) % len(MARKERS)]
     return {
         "color": colour(run),
         "marker": marker,
-        "linestyle": DASHES[round_ % len(DASHES)],
+        "linestyle": DASHES[dash % len(DASHES)],
         "markeredgewidth": 0,
     }
 
@@ -78,7 +78,7 @@ def sample(run: int) -> Markup:
         axes.set_axis_off()
         axes.set(xlim=(-0.05, 2.05), ylim=(-1, 1))
 
-    svg = _drawn(draw, (0.42, 0.16), layout=None)
+    svg = _draw_svg(draw, (0.42, 0.16), layout=None)
     return Markup(svg.replace("<svg", '<svg class="sample" aria-hidden="true"', 1))
 
 
@@ -86,11 +86,11 @@ def picture(draw: Callable[..., None], size: tuple[float, float]) -> Markup:
     """Return the SVG of what ``draw`` draws; ``size`` in inches. Equal drawings give equal
     bytes.
     """
-    svg = _drawn(draw, size, layout="constrained")
+    svg = _draw_svg(draw, size, layout="constrained")
     return Markup(svg.replace("<svg", '<svg role="img"', 1))
 
 
-def _drawn(
+def _draw_svg(
     draw: Callable[..., None],
     size: tuple[float, float],
     layout: Literal["constrained"] | None,
@@ -120,7 +120,7 @@ def plottable(values: Iterable[float]) -> list[float]:
     return [v if math.isfinite(v) and abs(v) < _FARTHEST else math.nan for v in values]
 
 
-def shown(name: str) -> str:
+def shorten_name(name: str) -> str:
     """Shorten a name to fit a picture: printable, with the middle of a long name left out."""
     name = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
     if len(name) <= _LONGEST:
@@ -138,15 +138,17 @@ def inline(svg: str) -> str:
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     tags = re.findall(r"<[^>]*>", svg)
     used = {name for tag in tags for name in re.findall(r'(?:"|\()#([^")]+)["|)]', tag)}
-    return re.sub(r"<[^>]*>", lambda tag: _own_inks(_bare(tag.group(), used)), svg).strip()
+    return re.sub(
+        r"<[^>]*>", lambda tag: _page_colours(_without_attributes(tag.group(), used)), svg
+    ).strip()
 
 
-def _bare(tag: str, used: set[str]) -> str:
+def _without_attributes(tag: str, used: set[str]) -> str:
     tag = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", tag)
     tag = re.sub(r' (width|height)="[^"]*pt"', "", tag)
     return re.sub(r' id="([^"]*)"', lambda found: found.group() if found[1] in used else "", tag)
 
 
-def _own_inks(tag: str) -> str:
+def _page_colours(tag: str) -> str:
     tag = tag.replace(INK, "currentColor").replace(PANEL, "var(--panel)")
     return re.sub(r"#0a0b([0-9a-f]{2})", lambda found: f"var(--run-{int(found[1], 16)})", tag)

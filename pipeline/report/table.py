@@ -46,18 +46,19 @@ def table_of(title: str, head: Words, rows: Sequence[Words], words: int, note: s
     return Table(title, columns, note)
 
 
-def stacked(table: Table, title: str) -> Table:
+def stack_column(table: Table, title: str) -> Table:
     """Move the column ``title``, if present, below the one before it, so that there is less to
     scroll.
     """
     titles = [column.title for column in table.columns]
     if title not in titles:
         return table
-    at = titles.index(title)
-    below = ["" if cell == NOTHING else cell for cell in table.columns[at].cells]
-    before = table.columns[at - 1]
-    both = replace(before, title=f"{before.title}, {title}", below=below)
-    return replace(table, columns=[*table.columns[: at - 1], both, *table.columns[at + 1 :]])
+    number = titles.index(title)
+    below = ["" if cell == NOTHING else cell for cell in table.columns[number].cells]
+    previous = table.columns[number - 1]
+    joined = replace(previous, title=f"{previous.title}, {title}", below=below)
+    columns = [*table.columns[: number - 1], joined, *table.columns[number + 1 :]]
+    return replace(table, columns=columns)
 
 
 def best_rows(

@@ -37,7 +37,7 @@ def terminal_width() -> int:
 def text_lines(table: Table, width: int) -> list[str]:
     """Return the title, the table and its note, with lines of at most ``width`` characters."""
     lines = wrapped(table.title, width) if table.title else []
-    lines += _fitting([*map(_written, table.columns)], width) if table.columns else []
+    lines += _fit([*map(_as_printed, table.columns)], width) if table.columns else []
     return lines + (wrapped(table.note, width) if table.note else [])
 
 
@@ -53,10 +53,10 @@ def wrapped(sentence: str, width: int) -> list[str]:
     )
 
 
-# --- what fits ------------------------------------------------------------------------------------
+# --- fitting --------------------------------------------------------------------------------------
 
 
-def _written(column: Column) -> Column:
+def _as_printed(column: Column) -> Column:
     """Return the column with its words as the console will show them, so that alignment
     survives.
     """
@@ -64,44 +64,44 @@ def _written(column: Column) -> Column:
     return replace(column, title=title, cells=cells)
 
 
-def _fitting(columns: Sequence[Column], width: int) -> list[str]:
-    whole = _drawn(_rich(columns))
-    if _width(whole) <= width:
-        return whole
-    both = [_parts([*map(_narrow, one)], width) for one in (columns, _laid_down(columns))]
-    parts = min(both, key=lambda parts: (len(parts), sum(map(len, parts))))
+def _fit(columns: Sequence[Column], width: int) -> list[str]:
+    unchanged = _draw(_rich(columns))
+    if _width(unchanged) <= width:
+        return unchanged
+    layouts = [_parts([*map(_fold_column, one)], width) for one in (columns, _transposed(columns))]
+    parts = min(layouts, key=lambda parts: (len(parts), sum(map(len, parts))))
     return [line for number, part in enumerate(parts) for line in ([""] * (number > 0) + part)]
 
 
 def _parts(columns: Sequence[Column], width: int) -> list[list[str]]:
     """Split into tables of the first column and as many others as fit, at least one."""
-    first, parts, taken = columns[0], [], [columns[0]]
+    first, parts, current = columns[0], [], [columns[0]]
     for column in columns[1:]:
-        if len(taken) > 1 and _width(_drawn(_rich([*taken, column]))) > width:
-            parts.append(_drawn(_rich(taken)))
-            taken = [first]
-        taken.append(column)
-    return [*parts, _drawn(_rich(taken))]
+        if len(current) > 1 and _width(_draw(_rich([*current, column]))) > width:
+            parts.append(_draw(_rich(current)))
+            current = [first]
+        current.append(column)
+    return [*parts, _draw(_rich(current))]
 
 
-def _laid_down(columns: Sequence[Column]) -> list[Column]:
+def _transposed(columns: Sequence[Column]) -> list[Column]:
     """Transpose the table: the first column holds the headings."""
     names, *others = columns
-    found = [Column(names.title, [column.title for column in others], words=True)]
+    rows = [Column(names.title, [column.title for column in others], words=True)]
     for row, name in enumerate(names.cells):
         best = frozenset(n for n, column in enumerate(others) if row in column.best)
-        found.append(Column(name, [column.cells[row] for column in others], best))
-    return found
+        rows.append(Column(name, [column.cells[row] for column in others], best))
+    return rows
 
 
-def _narrow(column: Column) -> Column:
-    cells = [_folded(cell, _WIDEST_CELL) for cell in column.cells]
+def _fold_column(column: Column) -> Column:
+    cells = [_fold(cell, _WIDEST_CELL) for cell in column.cells]
     widest = max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
-    title = _folded(column.title, max(widest, _WIDEST_HEAD))
+    title = _fold(column.title, max(widest, _WIDEST_HEAD))
     return replace(column, title=title, cells=cells)
 
 
-def _folded(text: str, most: int) -> str:
+def _fold(text: str, most: int) -> str:
     """Wrap a text to ``most`` characters, breaking at its joints if it has some."""
     lines = [""]
     for piece in _JOINT.split(text):
@@ -132,7 +132,7 @@ def _cell(column: Column, row: int) -> Text:
     return Text(column.cells[row] + star)
 
 
-def _drawn(table: rich.table.Table, width: int = WIDEST) -> list[str]:
+def _draw(table: rich.table.Table, width: int = WIDEST) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]

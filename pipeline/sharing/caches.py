@@ -1,4 +1,4 @@
-"""The files of a cache that are sent: a copy that says nothing of this machine, with its card."""
+"""Make the files of a cache that are sent: a copy without paths of this machine, and its card."""
 
 import shutil
 import tempfile
@@ -26,66 +26,71 @@ from rekindle.data.storage.seal import VERSION, damage, seal
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.pipeline.progress import Progress
 
-WITH_TEXT, READABLE, ONE = "--with-text", "--with-readable-targets", "--teacher"
+WITH_TEXT, WITH_READABLE, ONLY_TEACHER = (
+    "--with-text",
+    "--with-readable-targets",
+    "--teacher",
+)
 
 
 @dataclass(frozen=True)
 class CacheFiles:
-    """The files by their names in the repository, what is said of them, whose text it is."""
+    """The files by their names in the repository, and messages for the user."""
 
     files: dict[str, Path | bytes]
-    fingerprints: frozenset[str]  # that the corpus has, and had before it grew
-    told: list[str] = field(default_factory=list)
+    fingerprints: frozenset[str]  # of the corpus, now and before it grew
+    messages: list[str] = field(default_factory=list)
 
 
 @contextmanager
 def cache_files(
     place: str,
     address: str,
-    only: Sequence[str],
+    requested: Sequence[str],
     *,
     with_text: bool,
-    readable: bool,
+    with_readable_targets: bool,
     progress: Progress,
-    ready: Callable[[], object],
+    connect: Callable[[], object],
 ) -> Iterator[CacheFiles]:
-    """The files of the cache at ``place``, for ``address``, as long as they are needed.
+    """Yield the files of the cache at ``place``, as they are sent to ``address``; they are removed
+    afterwards.
 
-    ``only``: the teachers that are sent (none: all that may be); ``readable``: also those from
-    whose targets the text can be read; ``ready`` is called before the copy, which takes long.
-    Raises InputError for a cache that is not finished, and where there is nothing to send;
-    CacheError for a damaged one.
+    ``requested``: the teachers to send (empty: all that may be sent); ``with_readable_targets``:
+    also teachers from whose targets the text can be read; ``connect`` is called before the copy,
+    which takes long. Raise InputError for an unfinished cache and if there is nothing to send;
+    CacheError for a damaged cache.
     """
     cache = Cache.open(place)
     refuse_changing(cache.store)
     _refuse_damaged(cache)
-    chosen, told = _chosen(cache, only, with_text, readable)
+    chosen, messages = _choose_teachers(cache, requested, with_text, with_readable_targets)
     _refuse_unfinished(cache, chosen, place)
-    ready()
+    connect()
     with cache.store.reading(), tempfile.TemporaryDirectory(prefix="rekindle-push-") as folder:
         _check_room(cache, chosen, with_text, Path(folder))
         with progress.task("copy", unit="shards") as task:
-            made = copy_for_others(
+            copy = copy_for_others(
                 *(cache.corpus, chosen, Path(folder), with_text),
                 lambda commit: task.advance(1, bytes=commit.bytes),
             )
-        begin_manifest(made)
-        roll_up_records(made)
-        version = max(cache.manifest[VERSION], read_manifest(made)[VERSION])
-        copied = Cache(made)
-        made.replace(MANIFEST, seal(copied.rolled_up, version))
-        before = _card_before(cache)
+        begin_manifest(copy)
+        roll_up_records(copy)
+        version = max(cache.manifest[VERSION], read_manifest(copy)[VERSION])
+        copied_cache = Cache(copy)
+        copy.replace(MANIFEST, seal(copied_cache.rolled_up, version))
+        corpus = copied_cache.corpus
         card = cache_card(
-            *(copied.corpus, copied.teachers, version),
+            *(corpus, copied_cache.teachers, version),
             address=address,
             with_text=with_text,
-            before=before,
+            before=_card_before(cache),
         )
         if licence_of(card) is None:
-            told.append(_no_licence(place))
-        files: dict[str, Path | bytes] = {**files_of(made), CARD: card.encode()}
-        had = frozenset([copied.corpus.fingerprint, *copied.corpus.fingerprints_before])
-        yield CacheFiles(files, had, told)
+            messages.append(_no_licence(place))
+        files: dict[str, Path | bytes] = {**files_of(copy), CARD: card.encode()}
+        fingerprints = frozenset([corpus.fingerprint, *corpus.fingerprints_before])
+        yield CacheFiles(files, fingerprints, messages)
 
 
 def _no_licence(place: str) -> str:
@@ -103,13 +108,15 @@ def _card_before(cache: Cache) -> str:
 
 
 def _refuse_damaged(cache: Cache) -> None:
-    """Of the small files; those of the shards' bytes are found when they are copied."""
-    wrong = damaged_descriptions(cache.store) | lost_descriptions(cache.store)
-    if wrong:
-        first = damage(next(iter(wrong.values()))).rstrip(".")
+    """Raise CacheFormatError for a damaged or missing small file; shards are checked as they are
+    copied.
+    """
+    faults = damaged_descriptions(cache.store) | lost_descriptions(cache.store)
+    if faults:
+        first = damage(next(iter(faults.values()))).rstrip(".")
         raise CacheFormatError(
-            f"{first}. Nothing was sent: `pipeline verify` names all that is damaged, `pipeline "
-            "cache-teachers` makes it anew"
+            f"{first}. Nothing was sent: `pipeline verify` names all damaged files, and `pipeline "
+            "cache-teachers` makes them again"
         )
 
 
@@ -126,47 +133,59 @@ def _refuse_unfinished(cache: Cache, chosen: Sequence[str], place: str) -> None:
             f"{place} was passed on without its text. Make it whole first (its README.md says "
             "how); nothing was sent"
         )
-    left = {one.name for one in teachers_of(cache) if one.units < one.units_planned}
-    if missing := sorted(left & {*chosen}):
-        told = ", ".join(f"{name} ({cache.teachers[name].coverage:.1%})" for name in missing)
+    teachers = {one.name for one in teachers_of(cache) if one.units < one.units_planned}
+    if unfinished := sorted(teachers & {*chosen}):
+        shares = ", ".join(f"{name} ({cache.teachers[name].coverage:.1%})" for name in unfinished)
         raise InputError(
-            f"{place} is not finished: {told}. `pipeline cache-teachers` goes on, or name those "
-            f"that are to be sent with {ONE}; nothing was sent"
+            f"{place} is not finished: {shares}. `pipeline cache-teachers` goes on, or name the "
+            f"teachers to send with {ONLY_TEACHER}; nothing was sent"
         )
 
 
-def _chosen(
-    cache: Cache, only: Sequence[str], with_text: bool, readable: bool
+def _choose_teachers(
+    cache: Cache, requested: Sequence[str], with_text: bool, with_readable_targets: bool
 ) -> tuple[list[str], list[str]]:
-    """The teachers that are sent, and what is said of the others."""
-    place, told = cache.store.location, list[str]()
-    for name in only:
+    """Return the teachers that are sent, and messages about the others and the text."""
+    place, messages = cache.store.location, list[str]()
+    for name in requested:
         if name not in cache.teachers:
             known = ", ".join(cache.teachers)
             raise InputError(
                 f"{place} has no teacher {name!r} (it has: {known})"
                 f"{did_you_mean(name, cache.teachers)}"
             )
-    wanted = [name for name in cache.teachers if not only or name in only]
-    if not wanted:
+    readers = {
+        name: teacher
+        for name, teacher in cache.teachers.items()
+        if not requested or name in requested
+    }
+    if not readers:
         raise InputError(f"{place} has no teachers: there is nothing to send")
-    given = {name: cache.teachers[name] for name in wanted}
-    telling = {name: one for name, one in given.items() if tells_text(one) and not readable}
-    chosen = [name for name in wanted if name not in telling]
-    if telling:
-        why = "; ".join(_why(name, teacher) for name, teacher in telling.items())
-        ways = f"Send them with {READABLE}, or the text itself with {WITH_TEXT} (docs/sharing.md)"
-        if not chosen or {*only} & {*telling}:
-            raise InputError(f"{place}: nothing was sent, for the text can be read: {why}. {ways}")
-        told.append(f"left out, for the text can be read from them: {why}. {ways}")
-    if not with_text:
-        told.append(
-            "the text is not sent: its card says how who has the same text makes the cache whole"
+    readable = [
+        name
+        for name, teacher in readers.items()
+        if tells_text(teacher) and not with_readable_targets
+    ]
+    chosen = [name for name in readers if name not in readable]
+    if readable:
+        reasons = "; ".join(_describe_readable(name, readers[name]) for name in readable)
+        ways = (
+            f"Send them with {WITH_READABLE}, or the text itself with {WITH_TEXT} (docs/sharing.md)"
         )
-    return chosen, told
+        if not chosen or {*requested} & {*readable}:
+            raise InputError(
+                f"{place}: nothing was sent, for the text can be read from {reasons}. {ways}"
+            )
+        messages.append(f"left out, for the text can be read from them: {reasons}. {ways}")
+    if not with_text:
+        messages.append(
+            "the text is not sent: the card says how somebody with the same text makes the cache "
+            "whole"
+        )
+    return chosen, messages
 
 
-def _why(name: str, teacher: TeacherReader) -> str:
+def _describe_readable(name: str, teacher: TeacherReader) -> str:
     share = readable_share(teacher)
     if share is None:
         return f"{name} ({teacher.info.task}: its values tell it)"
@@ -174,14 +193,14 @@ def _why(name: str, teacher: TeacherReader) -> str:
 
 
 def _check_room(cache: Cache, chosen: Sequence[str], with_text: bool, folder: Path) -> None:
-    """InputError where the copy has no room."""
+    """Raise InputError if the disk has no room for the copy."""
     needed = sum(cache.teachers[name].bytes_on_disk for name in chosen)
     needed += cache.corpus.units.bytes
     needed += sum(view.commits.bytes for view in cache.views.values()) if with_text else 0
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"a copy that says nothing of this machine takes {shown_bytes(needed)} in "
-            f"{folder.parent}, which has {shown_bytes(free)} free; name a folder on another disk "
-            f"with TMPDIR ({counted(len(chosen), 'teacher')}). Nothing was sent"
+            f"the copy without paths of this machine ({counted(len(chosen), 'teacher')}) takes "
+            f"{shown_bytes(needed)} in {folder.parent}, which has {shown_bytes(free)} free; name a "
+            "folder on another disk with TMPDIR. Nothing was sent"
         )

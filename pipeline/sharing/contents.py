@@ -1,4 +1,4 @@
-"""What a folder is that is to be sent, and what of it: looked at before anything is sent."""
+"""Find out, before anything is sent, what a folder is and which of its files are sent."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -23,121 +23,131 @@ from rekindle.train.embedding.folder import (
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
 from rekindle.train.model.unfinished import unfinished
 
-_SEVERAL = {"stages.json": "stages", "sweep.json": "students of a sweep", "cycle.yaml": "a cycle"}
+_COLLECTIONS = {
+    "stages.json": "stages",
+    "sweep.json": "students of a sweep",
+    "cycle.yaml": "a cycle",
+}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be sent, as it was asked for."""
+class PushRequest:
+    """What ``pipeline push`` is to send, and where."""
 
     place: str
     repo: str  # OWNER/NAME
     revision: str | None = None
     with_text: bool = False
-    readable: bool = False  # targets, too, from which text can be read
-    teachers: tuple[str, ...] = ()  # of a cache; none: all
+    with_readable_targets: bool = False  # also targets from which text can be read
+    teachers: tuple[str, ...] = ()  # of a cache; empty: all
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is sent: of which kind, by their names the files, and what is said of it."""
+    """What is sent: its kind, its files by name, and messages for the user."""
 
     kind: str  # cache, student, expert, model
-    repo_type: str  # as a hub has it
+    repo_type: str  # the hub's word: dataset, model
     files: dict[str, Path | bytes]
-    told: list[str] = field(default_factory=list)
-    fingerprints: frozenset[str] = frozenset()  # that a cache's corpus has, or had once
+    messages: list[str] = field(default_factory=list)
+    fingerprints: frozenset[str] = frozenset()  # of a cache's corpus, now and before it grew
 
     def size(self, name: str) -> int:
-        """The bytes of a file."""
-        found = self.files[name]
-        return len(found) if isinstance(found, bytes) else found.stat().st_size
+        """Return the bytes of a file."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
 
     @property
     def bytes(self) -> int:
-        """Those of all."""
+        """Return the bytes of all files."""
         return sum(map(self.size, self.files))
 
 
 @contextmanager
 def contents_of(
-    asked: Asked, progress: Progress, ready: Callable[[str], object]
+    request: PushRequest, progress: Progress, connect: Callable[[str], object]
 ) -> Iterator[Contents]:
-    """What of a place is sent, as long as it is needed: copies are removed after that.
+    """Yield what is sent; copies made for it are removed afterwards.
 
-    ``ready`` is called with the type of the repository once it is known that there is something to
-    send, before dear work. Raises InputError for what is no cache and no model, or not finished;
-    CacheError for a cache that is damaged.
+    ``connect`` is called with the type of the repository as soon as there is known to be something
+    to send, before any long work. Raise InputError for a place that is neither cache nor model, or
+    is not finished; CacheError for a damaged cache.
     """
-    if is_cache(asked.place):
+    if is_cache(request.place):
         with cache_files(
-            asked.place,
-            _address(asked),
-            asked.teachers,
-            with_text=asked.with_text,
-            readable=asked.readable or asked.with_text,
+            request.place,
+            _address(request),
+            request.teachers,
+            with_text=request.with_text,
+            with_readable_targets=request.with_readable_targets or request.with_text,
             progress=progress,
-            ready=lambda: ready("dataset"),
-        ) as found:
-            yield Contents("cache", "dataset", found.files, found.told, found.fingerprints)
+            connect=lambda: connect("dataset"),
+        ) as sent:
+            yield Contents("cache", "dataset", sent.files, sent.messages, sent.fingerprints)
         return
-    if given := _of_caches(asked):
-        raise InputError(f"{' and '.join(given)}: of a cache, and {asked.place} is none")
-    folder = model_place(asked.place)
-    kind, files, told = model_files(folder, asked.place, asked.repo)
-    ready("model")
-    yield Contents(kind, "model", files, told)
+    if options := _cache_options(request):
+        raise InputError(
+            f"{' and '.join(options)}: only for a cache, and {request.place} is none. Leave it out"
+        )
+    folder = model_folder(request.place)
+    kind, files, messages = model_files(folder, request.place, request.repo)
+    connect("model")
+    yield Contents(kind, "model", files, messages)
 
 
-def _address(asked: Asked) -> str:
-    """What the cache is read by once it is sent."""
-    if asked.revision:
-        return HubPlace("dataset", asked.repo, None, "").at(asked.revision)
-    return f"hf://datasets/{asked.repo}"
+def _address(request: PushRequest) -> str:
+    """Return the address by which the cache is read once it is sent."""
+    if request.revision:
+        return HubPlace("dataset", request.repo, None, "").at(request.revision)
+    return f"hf://datasets/{request.repo}"
 
 
 def is_cache(place: str) -> bool:
-    """Whether there is a cache."""
+    """Return whether there is a cache; raise InputError if there is no such folder."""
     if not is_remote(place) and not Path(place).is_dir():
         raise InputError(f"{place!r}: there is no such folder; give that of a cache or a model")
     return open_store(place).exists(MANIFEST)
 
 
-def _of_caches(asked: Asked) -> list[str]:
-    given = {"--with-text": asked.with_text, "--with-readable-targets": asked.readable}
-    return [
-        option for option, said in (given | {"--teacher": bool(asked.teachers)}).items() if said
-    ]
+def _cache_options(request: PushRequest) -> list[str]:
+    """Return the requested options that only a cache has."""
+    options = {
+        "--with-text": request.with_text,
+        "--with-readable-targets": request.with_readable_targets,
+        "--teacher": bool(request.teachers),
+    }
+    return [option for option, is_set in options.items() if is_set]
 
 
-def model_place(place: str) -> Path:
-    """The local folder of a model; InputError for what is none, not finished, or damaged."""
+def model_folder(place: str) -> Path:
+    """Return a model's local folder; raise InputError if it is none, not finished or damaged."""
     from rekindle.train.model.folder import check_headers, resolve_model, weight_files
 
     if not is_remote(place):
         folder = Path(place)
-        if told := unfinished(folder):
-            raise InputError(f"{told}. Nothing was sent")
+        if reason := unfinished(folder):
+            raise InputError(f"{reason}. Nothing was sent")
         if not any(
             (folder / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE, MODULES_FILE)
         ):
-            raise InputError(f"{place}: {_told_of_none(folder)}. Nothing was sent")
+            raise InputError(f"{place}: {_describe_folder(folder)}. Nothing was sent")
         place = str(folder.absolute())
-    found = resolve_model(place, check_encoder_folder)
-    model = read_encoder_folder(found).transformer if is_encoder_folder(found) else found
+    folder = resolve_model(place, check_encoder_folder)
+    model = read_encoder_folder(folder).transformer if is_encoder_folder(folder) else folder
     weight_files(model)
     check_headers(model)
-    return found
+    return folder
 
 
-def _told_of_none(folder: Path) -> str:
-    for name, what in _SEVERAL.items():
+def _describe_folder(folder: Path) -> str:
+    """Return what a folder is that is neither cache nor model, and what to give instead."""
+    for name, contents in _COLLECTIONS.items():
         if (folder / name).is_file():
-            return f"it holds {what}; give the folder of one of them"
+            return f"it holds {contents}; give the folder of one of them"
     models = sorted(path.parent.name for path in folder.glob(f"*/{SETTINGS_FILE}"))
     caches = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
-    if found := [*models, *caches][:5]:
-        return f"it is no cache and no model; it holds some ({', '.join(found)}): give one of them"
+    if inside := [*models, *caches][:5]:
+        return f"it is no cache and no model; it holds some ({', '.join(inside)}): give one of them"
     return (
         f"it is no cache (it has no {MANIFEST}) and no model (no {SETTINGS_FILE}); give a cache, "
         "or the folder that train-student, finetune, export or merge-adapter wrote"
@@ -145,7 +155,7 @@ def _told_of_none(folder: Path) -> str:
 
 
 def check_repo(repo: str) -> str:
-    """OWNER/NAME as it is meant; InputError for what a hub does not take."""
+    """Return OWNER/NAME without hf:// and the type; raise InputError if no hub would accept it."""
     plain = re.sub(r"^(hf://)?(datasets/|models/)?", "", repo.strip("/"))
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", plain, re.ASCII):
         shown = "it" if plain.startswith("hf_") else repr(repo)  # a token, given by mistake

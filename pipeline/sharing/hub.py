@@ -1,7 +1,7 @@
-"""Send files to a hub through huggingface_hub: check the login, list what is there, commit.
+"""Send files to a hub through huggingface_hub: check the login, list the repository, commit.
 
-The token is huggingface_hub's business (HF_TOKEN, or its own login): it is never read into anything
-that is kept here, and no message repeats it.
+huggingface_hub finds the token (HF_TOKEN, or its own login). Rekindle never stores it, and no
+message repeats it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,18 +21,21 @@ MOST_FILES, MOST_BYTES = 200, 8 << 30
 
 
 @dataclass(frozen=True)
-class There:
-    """Hold a repository as it is: whether it exists, is private, has the branch, what is in it."""
+class RemoteState:
+    """The state of a repository on the hub, and of the files in the branch."""
 
     exists: bool = False
     private: bool = False
-    branch: bool = False
+    has_branch: bool = False
     head: str | None = None  # the commit of the branch
     files: tuple[tuple[str, str], ...] = ()  # (name, "sha256:…" or "git:…" of its content)
 
 
 class Hub:
-    """Ask and change a repository, ``repo`` = OWNER/NAME, of that type; ``revision``: a branch."""
+    """Read and change one branch of a repository on a hub.
+
+    ``repo``: OWNER/NAME; ``repo_type``: dataset or model; ``revision``: the branch.
+    """
 
     def __init__(self, repo: str, repo_type: str, revision: str | None):
         from huggingface_hub import HfApi, constants
@@ -45,71 +48,71 @@ class Hub:
 
     @property
     def url(self) -> str:
-        """Return where people look at it."""
+        """Return the address of the repository's page."""
         start = "datasets/" if self.repo_type == "dataset" else ""
         return f"{self._api.endpoint}/{start}{self.repo}"
 
     @property
     def address(self) -> str:
-        """Return what Rekindle reads it by."""
+        """Return the hf:// address that Rekindle reads."""
         branch = None if self.revision == "main" else self.revision
         return HubPlace(self.repo_type, self.repo, branch, "").at(branch)
 
     def check_login(self) -> str:
-        """Return the account's name; raise InputError if there is no token that the hub takes."""
-        with self._asking("your account"):
+        """Return the account's name; raise InputError if there is no token that the hub accepts."""
+        with self._errors_about("your account"):
             return str(self._api.whoami()["name"])
 
-    def look(self) -> There:
+    def read_state(self) -> RemoteState:
         """Return the repository as it is now."""
         about: dict[str, Any] = {"repo_type": self.repo_type}
-        with self._asking(self.repo):
+        with self._errors_about(self.repo):
             try:
-                found: Any = self._api.repo_info(self.repo, **about)
+                info: Any = self._api.repo_info(self.repo, **about)
             except Exception as error:
                 if "RepositoryNotFound" not in type(error).__name__:
                     raise
-                return There()
-            private = bool(found.private)
+                return RemoteState()
+            private = bool(info.private)
             refs = self._api.list_repo_refs(self.repo, **about)
             head = {ref.name: ref.target_commit for ref in refs.branches}.get(self.revision)
             if head is None:
-                return There(True, private)
+                return RemoteState(True, private)
             tree = self._api.list_repo_tree(self.repo, recursive=True, revision=head, **about)
-            files = tuple((one.path, _state_of(one)) for one in tree if hasattr(one, "size"))
-        return There(True, private, True, head, files)
+            files = tuple((one.path, _content_id(one)) for one in tree if hasattr(one, "size"))
+        return RemoteState(True, private, True, head, files)
 
-    def read(self, name: str, there: There) -> bytes:
-        """Return the content of a small file that is there."""
-        with self._asking(f"{self.repo}/{name}"):
-            found = self._api.hf_hub_download(
-                self.repo, name, repo_type=self.repo_type, revision=there.head
+    def read_file(self, name: str, remote: RemoteState) -> bytes:
+        """Return the content of a small file in the repository."""
+        with self._errors_about(f"{self.repo}/{name}"):
+            path = self._api.hf_hub_download(
+                self.repo, name, repo_type=self.repo_type, revision=remote.head
             )
-            return Path(found).read_bytes()
+            return Path(path).read_bytes()
 
-    def make(self, there: There, private: bool) -> None:
-        """Make the repository and the branch, as far as they are not there. A new branch begins as
-        the main one: with its files.
+    def create_missing(self, remote: RemoteState, private: bool) -> None:
+        """Create the repository and the branch where they are missing. A new branch starts with the
+        files of the main branch.
         """
         about: dict[str, Any] = {"repo_type": self.repo_type}
-        with self._asking(self.repo):
-            if not there.exists:
+        with self._errors_about(self.repo):
+            if not remote.exists:
                 self._api.create_repo(self.repo, private=private, exist_ok=True, **about)
-            if not there.branch and self.revision != "main":
+            if not remote.has_branch and self.revision != "main":
                 self._api.create_branch(self.repo, branch=self.revision, exist_ok=True, **about)
 
     def commit(
-        self, files: Mapping[str, Path | bytes], gone: Collection[str], message: str
+        self, files: Mapping[str, Path | bytes], removed: Collection[str], message: str
     ) -> None:
-        """Send some files, and remove those that are ``gone``, in one commit."""
+        """Send ``files`` and delete the files named in ``removed``, in one commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         operations: list[Any] = [
-            CommitOperationAdd(name, one if isinstance(one, bytes) else str(one))
-            for name, one in files.items()
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
         ]
-        operations += [CommitOperationDelete(name) for name in sorted(gone)]
-        with self._asking(self.repo):
+        operations += [CommitOperationDelete(name) for name in sorted(removed)]
+        with self._errors_about(self.repo):
             self._api.create_commit(
                 self.repo,
                 operations,
@@ -119,72 +122,77 @@ class Hub:
             )
 
     @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Turn an error of the hub into one message, without the token; hide its progress bars."""
+    def _errors_about(self, subject: str) -> Iterator[None]:
+        """Turn an error of the hub into one message without the token; hide the client's progress
+        bars.
+        """
         from huggingface_hub.utils import (
             are_progress_bars_disabled,
             disable_progress_bars,
             enable_progress_bars,
         )
 
-        shown = not are_progress_bars_disabled()
-        if shown:
+        had_progress_bars = not are_progress_bars_disabled()
+        if had_progress_bars:
             disable_progress_bars()
         try:
             yield
         except InputError:
             raise
-        except Exception as error:  # of the network, of rights, of what was sent: no common base
+        except Exception as error:  # errors of network, access and content share no base class
             raise InputError(
-                f"{what}: {told_of_hub(error)}. What was sent before this stays: run the "
+                f"{subject}: {told_of_hub(error)}. What was already sent stays there: run the "
                 "same command again, and it goes on"
             ) from None
         finally:
-            if shown:
+            if had_progress_bars:
                 enable_progress_bars()
 
 
-def _state_of(entry: Any) -> str:
-    """Return what tells the content of a file that is there."""
+def _content_id(entry: Any) -> str:
+    """Return the hash by which the hub knows the content of a file."""
     lfs = getattr(entry, "lfs", None)
     return f"sha256:{lfs.sha256}" if lfs is not None else f"git:{entry.blob_id}"
 
 
-def differing(files: Mapping[str, Path | bytes], there: There) -> list[str]:
-    """Return the names of the files that the hub lacks, or has with other content, in order."""
-    known = dict(there.files)
-    return [name for name, one in files.items() if not _is_same(one, known.get(name, ""))]
+def changed_files(files: Mapping[str, Path | bytes], remote: RemoteState) -> list[str]:
+    """Return the names of the files that the hub lacks or has with other content, in order."""
+    ids = dict(remote.files)
+    return [name for name, file in files.items() if not _has_content_id(file, ids.get(name, ""))]
 
 
-def _is_same(one: Path | bytes, state: str) -> bool:
-    """Return whether the content is that of a file on the hub, as ``_state_of`` tells it."""
+def _has_content_id(content: Path | bytes, content_id: str) -> bool:
+    """Return whether the content has this ``_content_id``."""
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-    kind, _, told = state.partition(":")
-    if kind == "git":  # small: large files are told by sha256
-        return git_hash(one if isinstance(one, bytes) else one.read_bytes()) == told
-    if kind != "sha256":
+    algorithm, _, digest = content_id.partition(":")
+    if algorithm == "git":  # a small file; the hub hashes large ones with sha256
+        return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == digest
+    if algorithm != "sha256":
         return False
-    with BytesIO(one) if isinstance(one, bytes) else one.open("rb") as file:
-        return sha_fileobj(file).hex() == told
+    with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        return sha_fileobj(file).hex() == digest
 
 
-def batches(
+def split_into_commits(
     names: Sequence[str], size: Callable[[str], int], is_last: Callable[[str], bool]
 ) -> list[list[str]]:
-    """Split the files into commits of bounded number and bytes. Small files that say what there is
-    all go into the last commit, because only they make the rest valid.
+    """Split the files into commits of a limited number of files and bytes.
+
+    The files for which ``is_last`` is true, small ones that describe the others, all go into the
+    last commit, so that nothing counts before all of it is there.
     """
-    found: list[list[str]] = [[]]
-    taken = 0
+    commits: list[list[str]] = [[]]
+    commit_bytes = 0
     for name in (one for one in names if not is_last(one)):
-        if found[-1] and (len(found[-1]) >= MOST_FILES or taken + size(name) > MOST_BYTES):
-            found.append([])
-            taken = 0
-        found[-1].append(name)
-        taken += size(name)
+        is_full = len(commits[-1]) >= MOST_FILES or commit_bytes + size(name) > MOST_BYTES
+        if commits[-1] and is_full:
+            commits.append([])
+            commit_bytes = 0
+        commits[-1].append(name)
+        commit_bytes += size(name)
     last = [name for name in names if is_last(name)]
-    if len(found[-1]) + len(last) > 2 * MOST_FILES:
-        found.append([])
-    found[-1] += last
-    return [one for one in found if one]
+    if len(commits[-1]) + len(last) > 2 * MOST_FILES:
+        commits.append([])
+    commits[-1] += last
+    return [names for names in commits if names]

@@ -1,7 +1,7 @@
-"""The files of a model that are sent: what it needs, its card, and how it was made; nothing else.
+"""Choose the files of a model that are sent: what it needs, its card, and how it was made.
 
-Checkpoints, logs, and answers to single texts (``predictions.jsonl``) stay here. What is sent says
-nothing of this machine.
+Checkpoints, logs and answers to single texts (``predictions.jsonl``) are not sent. The sent files
+name no path of this machine.
 """
 
 import json
@@ -34,108 +34,110 @@ from rekindle.train.model.folder import (
     read_object,
 )
 
-# As save_pretrained writes them: settings, whose keys of paths are made portable.
+# Settings that save_pretrained writes; only their keys that hold paths are made portable.
 _SETTINGS = (SETTINGS_FILE, "generation_config.json", "tokenizer_config.json", ADAPTER_FILE)
-_AS_THEY_ARE = (
+_UNCHANGED = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"),
     *(MODULES_FILE, ABOUT_ENCODER, *TRANSFORMER_FILES),  # of sentence-transformers
     *("model.safetensors.index.json", "metrics.jsonl"),
 )
-_MODELS = ("*.model",)  # of sentencepiece
-_OF_PARTS = ("*.json", "*.safetensors", "*.txt", *_MODELS)
-_RECORDS = (ABOUT_FILE, "metrics.json", "summary.json", "export.json")  # of ours
+_TOKENIZER_MODELS = ("*.model",)  # of sentencepiece
+_MODULE_PATTERNS = ("*.json", "*.safetensors", "*.txt", *_TOKENIZER_MODELS)
+_RECORDS = (ABOUT_FILE, "metrics.json", "summary.json", "export.json")  # written by Rekindle
 
 
 def model_files(
     folder: Path, place: str, repo: str
 ) -> tuple[str, dict[str, Path | bytes], list[str]]:
-    """What the model in ``folder`` is (student, expert, model), the files that are sent by their
-    names, and what is said of it. ``place``: as it was given; ``repo``: where it goes.
+    """Return the kind of the model in ``folder`` (student, expert, model), the files that are sent,
+    by name, and messages for the user.
+
+    ``place``: the folder as the user gave it; ``repo``: the repository it is sent to.
     """
     files: dict[str, Path | bytes] = {}
-    told: list[str] = []
-    for path in own_files(folder) if (folder / SETTINGS_FILE).is_file() or _adapter(folder) else ():
-        files[path.name] = path
-    for name, path in _parts(folder):
-        files[name] = path if _is_as_it_is(path) else _portable_json(path, whole=False)
-    for name in _AS_THEY_ARE:
+    messages: list[str] = []
+    if (folder / SETTINGS_FILE).is_file() or _is_adapter(folder):
+        files |= {path.name: path for path in own_files(folder)}
+    for name, path in _module_files(folder):
+        files[name] = path if _is_sent_unchanged(path) else _portable_json(path, is_record=False)
+    for name in _UNCHANGED:
         if (folder / name).is_file():
             files[name] = folder / name
-    for pattern in _MODELS:
+    for pattern in _TOKENIZER_MODELS:
         files |= {path.name: path for path in folder.glob(pattern)}
     for name in (*_SETTINGS, *_RECORDS):
         if (folder / name).is_file():
-            files[name] = _portable_json(folder / name, whole=name in _RECORDS)
+            files[name] = _portable_json(folder / name, is_record=name in _RECORDS)
     if (run := folder / "run.yaml").is_file():
         files[run.name] = _portable_yaml(run)
     card = _card(folder, place, repo)
     files[CARD_FILE] = card.encode()
     if licence_of(card) is None:
-        told.append(
+        messages.append(
             f"its card names no licence: put `license: …` into the block at the top of "
             f"{place}/{CARD_FILE}, and send it again"
         )
-    told += _told_of_base(folder)
-    return _kind(folder), dict(sorted(files.items())), told
+    messages += _base_messages(folder)
+    return _model_kind(folder), dict(sorted(files.items())), messages
 
 
-def _adapter(folder: Path) -> bool:
+def _is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_FILE).is_file()
 
 
-def _kind(folder: Path) -> str:
+def _model_kind(folder: Path) -> str:
     if (folder / ABOUT_FILE).is_file():
         return "student"
     metrics = folder / "metrics.json"
     return "expert" if metrics.is_file() and b"finetune" in metrics.read_bytes() else "model"
 
 
-def _parts(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files of the parts of a sentence encoder, in folders of their own, with their names."""
+def _module_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files in the module folders of a sentence encoder, with their names."""
     if not is_encoder_folder(folder):
         return
-    read_encoder_folder(folder)  # refuses what is no list of modules, and places outside
+    read_encoder_folder(folder)  # refuses a bad list of modules, and paths outside the folder
     for module in json.loads((folder / MODULES_FILE).read_bytes()):
         name = Path(os.path.normpath(module["path"]))
-        for pattern in _OF_PARTS if name.parts else ():  # the folder itself has none: Path(".")
+        for pattern in _MODULE_PATTERNS if name.parts else ():  # no parts: the folder itself
             for path in sorted((folder / name).glob(pattern)):
                 yield (name / path.name).as_posix(), path
 
 
-def _is_as_it_is(path: Path) -> bool:
-    return path.suffix != ".json" or path.name in _AS_THEY_ARE
+def _is_sent_unchanged(path: Path) -> bool:
+    return path.suffix != ".json" or path.name in _UNCHANGED
 
 
-def _portable_json(path: Path, whole: bool) -> Path | bytes:
-    """A file of settings without the places in it: of our records all, of others' those of keys
-    that are paths. The file itself where it names none.
+def _portable_json(path: Path, is_record: bool) -> Path | bytes:
+    """Return a JSON file without the paths in it: all paths of our own records, and of other
+    files those under keys that hold paths. Return the file itself if it has none.
     """
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise InputError(
-            f"{path} is not JSON: it is damaged. Copy it again, or mend it. Nothing was sent"
+            f"{path} is not JSON: it is damaged. Copy it again, or repair it. Nothing was sent"
         ) from None
-    found = portable_record(values) if whole else portable_config(values)
-    if found == values:
+    without_paths = portable_record(values) if is_record else portable_config(values)
+    if without_paths == values:
         return path
-    return (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(without_paths, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-_WORDS = (
+_KEPT_KEYS = (
     *("label_names", "labels", "domains", "class_counts", "dropped", "heads", "positive"),
     "prompt",
 )
 
 
 def portable_record(value: Any) -> Any:
-    """As ``portable``, but that names of labels and domains, and what is put before a text, stay,
-    whatever they look like.
+    """Return ``value`` as ``portable`` does, but leave the names of labels and domains and the
+    prompts as they are, even if they look like paths.
     """
     if isinstance(value, dict):
         return {
-            str(portable(key)): one if key in _WORDS else portable_record(one)
+            str(portable(key)): one if key in _KEPT_KEYS else portable_record(one)
             for key, one in value.items()
         }
     return [portable_record(one) for one in value] if isinstance(value, list) else portable(value)
@@ -158,39 +160,39 @@ def _text(path: Path) -> str:
 
 
 def _card(folder: Path, place: str, repo: str) -> str:
-    """The card that lies there, in which the folder has the name of the repository, its merged copy
-    and its exports likewise, and other places are their last parts.
+    """Return the card in the folder with the name of the repository in place of the folder's path,
+    its merged copy's and its exports', and with only the last part of all other paths.
     """
     path = folder / CARD_FILE
     card = _text(path) if path.is_file() else f"# {last_part(repo)}\n"
-    own = {str(folder), str(folder.absolute()), str(folder.resolve()), place, place.rstrip("/")}
-    # Cards of other trainers name the base in their sentences, too.
-    names = {base: portable_name(base) for base in _bases(folder) if is_place(base)}
-    names |= {name: repo for name in own if is_place(name) or "/" in name}
+    paths = {str(folder), str(folder.absolute()), str(folder.resolve()), place, place.rstrip("/")}
+    # Cards of other trainers name the base model in their sentences, too.
+    names = {base: portable_name(base) for base in _base_models(folder) if is_place(base)}
+    names |= {path: repo for path in paths if is_place(path) or "/" in path}
     about = read_object(folder / ABOUT_FILE) if (folder / ABOUT_FILE).is_file() else {}
     heads = about.get("heads")
     exports = [f"-{file_name(head)}" for head in heads] if isinstance(heads, dict) else []
     return without_places(called(card, names, ["-merged", *exports]))
 
 
-def _bases(folder: Path) -> Iterator[str]:
-    """The models that the settings of this one name."""
+def _base_models(folder: Path) -> Iterator[str]:
+    """Yield the models that this one's settings name, and the resolved paths of local ones."""
     for name, key in ((ADAPTER_FILE, "base_model_name_or_path"), (SETTINGS_FILE, "_name_or_path")):
-        found = read_object(folder / name).get(key) if (folder / name).is_file() else None
-        if isinstance(found, str):
-            yield found
-            if is_place(found):
-                yield str(Path(found).expanduser().resolve())
+        base = read_object(folder / name).get(key) if (folder / name).is_file() else None
+        if isinstance(base, str):
+            yield base
+            if is_place(base):
+                yield str(Path(base).expanduser().resolve())
 
 
-def _told_of_base(folder: Path) -> Iterator[str]:
-    """Of an adapter whose base is a folder of ours."""
-    if not _adapter(folder):
+def _base_messages(folder: Path) -> Iterator[str]:
+    """Yield a message about an adapter whose base is a local folder."""
+    if not _is_adapter(folder):
         return
     base = read_object(folder / ADAPTER_FILE).get("base_model_name_or_path")
     if isinstance(base, str) and (is_place(base) or Path(base).exists()):
         yield (
-            f"it is an adapter, and its base is a folder of this machine ({last_part(base)}): "
-            "others need it, too. Send it, and put its id into base_model_name_or_path in "
-            f"{ADAPTER_FILE}; or send what `pipeline merge-adapter` makes"
+            f"it is an adapter, and its base is a folder of this machine ({last_part(base)}), "
+            "which others need, too. Send the base, and put its id into base_model_name_or_path "
+            f"in {ADAPTER_FILE}; or send what `pipeline merge-adapter` makes"
         )

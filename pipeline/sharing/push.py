@@ -1,4 +1,4 @@
-"""``pipeline push``: look at what is there and at what is to be sent, then send what differs."""
+"""``pipeline push``: compare a repository with what is to be sent, then send what differs."""
 
 import json
 from collections.abc import Collection
@@ -10,18 +10,18 @@ from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.errors import InputError
 from rekindle.data.storage.manifest import MANIFEST
 from rekindle.pipeline.progress import SILENT, Progress
-from rekindle.pipeline.sharing.contents import Asked, Contents, contents_of
-from rekindle.pipeline.sharing.hub import Hub, There, batches, differing
+from rekindle.pipeline.sharing.contents import Contents, PushRequest, contents_of
+from rekindle.pipeline.sharing.hub import Hub, RemoteState, changed_files, split_into_commits
 from rekindle.train.embedding.folder import ABOUT_ENCODER, MODULES_FILE, TRANSFORMER_FILES
 from rekindle.train.model.folder import ABOUT_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS, SETTINGS_FILE
 
-# Folders of a cache; what else is in a repository is its owner's.
-_OURS = ("corpus/", "views/", "targets/")
+# The folders of a cache: push removes nothing outside them.
+_CACHE_FOLDERS = ("corpus/", "views/", "targets/")
 _DATA = (".arrow", ".safetensors", ".bin", ".gguf", ".model")
-# Files of a model that ``model_files`` sends. One that is left of another kind of model would be
-# loaded with this one, or in its place. A licence, which people add on the hub, is not among them.
+# Files that ``model_files`` sends. One left over from another kind of model would be loaded with
+# the new one, or instead of it. Licences are not listed, because people add them on the hub.
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", ADAPTER_WEIGHTS)
-_OF_MODELS = (
+_MODEL_PATTERNS = (
     *(*_WEIGHTS, "heads.safetensors", "prompts.safetensors"),
     *(SETTINGS_FILE, ADAPTER_FILE, "generation_config.json"),
     *(ABOUT_FILE, "metrics.json", "metrics.jsonl", "summary.json", "export.json", "run.yaml"),
@@ -30,20 +30,21 @@ _OF_MODELS = (
     *("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
     *(MODULES_FILE, ABOUT_ENCODER, *TRANSFORMER_FILES),
 )
-_OF_PARTS = ("*.json", "*.safetensors", "*.txt", "*.model")  # of the parts that it lists
-_SHOWN = 20  # names of removed files in a line
+# In the folders of a sentence encoder's modules.
+_MODULE_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+_MOST_SHOWN = 20  # names of removed files in one line
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was sent, or, of a dry run, would be."""
+    """What was sent, or would be sent by a dry run."""
 
     kind: str
     repo: str
     url: str
     address: str
-    files: dict[str, int]  # all that belongs to it, with bytes
-    sent: list[str]  # of those, what was not there
+    files: dict[str, int]  # bytes of every file that belongs to it
+    sent: list[str]  # those of them that the repository lacked
     removed: list[str]
     made: bool  # whether the repository is new
     private: bool
@@ -55,33 +56,33 @@ class Pushed:
         return json.dumps(asdict(self))
 
     def as_text(self) -> str:
-        """Return it for people: of a dry run every file."""
-        sent = sum(self.files[name] for name in self.sent)
+        """Return it for people; a dry run lists every file."""
+        sent_bytes = sum(self.files[name] for name in self.sent)
         lines = []
         if self.dry_run:
             width = max(map(len, self.files), default=0)
-            there = {*self.files} - {*self.sent}
+            present = {*self.files} - {*self.sent}
             lines += [
-                f"{name:{width}}  {shown_bytes(size)}{'  (is there)' * (name in there)}"
+                f"{name:{width}}  {shown_bytes(size)}{'  (is there)' * (name in present)}"
                 for name, size in self.files.items()
             ]
             lines.append(
-                "what an earlier push has left there, and is no part of it any more, would be "
-                "removed, too; which files these are is seen when the hub is asked"
+                "files that an earlier push has left there and that no longer belong to it would "
+                "be removed, too; a dry run does not ask the hub which these are"
             )
         if self.removed:
-            more = len(self.removed) - _SHOWN
+            names, more = self.removed[:_MOST_SHOWN], len(self.removed) - _MOST_SHOWN
             lines.append(
-                f"removed, for they are no part of it any more: {', '.join(self.removed[:_SHOWN])}"
+                f"removed, because they no longer belong to it: {', '.join(names)}"
                 + (f" and {counted(more, 'more file')}" if more > 0 else "")
             )
         done = "would be sent" if self.dry_run else "sent"
-        new = f" ({'private' if self.private else 'public'}{', new' if self.made else ''})"
+        visibility = f" ({'private' if self.private else 'public'}{', new' if self.made else ''})"
         before = len(self.files) - len(self.sent)
         lines.append(
-            f"{self.kind} {self.url}{'' if self.dry_run else new}: "
-            f"{counted(len(self.sent), 'file')}, {shown_bytes(sent)} {done}, {before} were there"
-            + (f", {len(self.removed)} removed" if self.removed else "")
+            f"{self.kind} {self.url}{'' if self.dry_run else visibility}: "
+            f"{counted(len(self.sent), 'file')}, {shown_bytes(sent_bytes)} {done}, "
+            f"{before} were there" + (f", {len(self.removed)} removed" if self.removed else "")
         )
         if not self.dry_run:
             lines.append(f"to use it: {self.address}")
@@ -89,157 +90,159 @@ class Pushed:
 
 
 def push(
-    asked: Asked,
+    request: PushRequest,
     *,
     private: bool = False,
     message: str | None = None,
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> Pushed:
-    """Send what is at ``asked.place`` to its repository; of a dry run only say what that would be,
-    without a question to the hub.
+    """Send the cache or model at ``request.place`` to its repository. A dry run only reports what
+    would be sent, and does not ask the hub.
 
-    Raises InputError and CacheError, before anything is sent, for what is no cache and no model,
-    not finished or damaged, for a token that the hub does not take, a repository that holds
-    something else.
+    Raise InputError or CacheError, before anything is sent, for a place that is neither cache nor
+    model, not finished or damaged, for a token that the hub does not accept, and for a repository
+    that holds something else.
     """
-    hubs: list[Hub] = []
-    seen = [There()]
+    hubs, states = list[Hub](), [RemoteState()]
 
-    def ready(repo_type: str) -> None:
+    def connect(repo_type: str) -> None:
         if not dry_run:
-            hubs.append(Hub(asked.repo, repo_type, asked.revision))
+            hubs.append(Hub(request.repo, repo_type, request.revision))
             hubs[0].check_login()
-            seen[0] = hubs[0].look()
-            _check_visibility(hubs[0], seen[0], private)
+            states[0] = hubs[0].read_state()
+            _check_visibility(hubs[0], states[0], private)
 
-    with contents_of(asked, progress, ready) as found:
-        hub, there = hubs[0] if hubs else None, seen[0]
-        new_branch = there.exists and not there.branch
-        begun = there
+    with contents_of(request, progress, connect) as contents:
+        hub, remote = hubs[0] if hubs else None, states[0]
+        is_new_branch = remote.exists and not remote.has_branch
+        start = remote
         if hub is not None:
-            _check_cache(hub, there, found)
-            hub.make(there, private)
-            if new_branch:  # it begins with what main has
-                begun = hub.look()
-        names = differing(found.files, begun)
-        gone = _gone(hub, begun, found)
+            _check_cache(hub, remote, contents)
+            hub.create_missing(remote, private)
+            if is_new_branch:  # it starts with the files of main
+                start = hub.read_state()
+        changed = changed_files(contents.files, start)
+        obsolete = _obsolete_files(hub, start, contents)
         if hub is not None:
-            title = message or f"{found.kind} by rekindle"
-            left = _clear(hub, begun, names, gone, title) if new_branch else gone
-            _send(hub, found, names, left, title, progress)
-        shown = _Shown(asked, found) if hub is None else hub
+            title = message or f"{contents.kind} by rekindle"
+            removed: Collection[str] = obsolete
+            if is_new_branch:
+                removed = _remove_other_cache(hub, start, changed, obsolete, title)
+            _send(hub, contents, changed, removed, title, progress)
+        target = hub or _DryRunHub(request, contents)
         return Pushed(
-            kind=found.kind,
-            repo=asked.repo,
-            url=shown.url,
-            address=shown.address,
-            files={name: found.size(name) for name in found.files},
-            sent=names,
-            removed=gone,
-            made=not there.exists,
-            private=there.private if there.exists else private,
+            kind=contents.kind,
+            repo=request.repo,
+            url=target.url,
+            address=target.address,
+            files={name: contents.size(name) for name in contents.files},
+            sent=changed,
+            removed=obsolete,
+            made=not remote.exists,
+            private=remote.private if remote.exists else private,
             dry_run=dry_run,
-            told=found.told,
+            told=contents.messages,
         )
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """What stands for a hub that is not asked."""
+class _DryRunHub:
+    """Stands for the hub in a dry run, which asks none."""
 
-    asked: Asked
-    found: Contents
+    request: PushRequest
+    contents: Contents
 
     @property
     def url(self) -> str:
-        start = "datasets/" if self.found.repo_type == "dataset" else ""
-        return f"{start}{self.asked.repo}"
+        start = "datasets/" if self.contents.repo_type == "dataset" else ""
+        return f"{start}{self.request.repo}"
 
     @property
     def address(self) -> str:
         return f"hf://{self.url}"
 
 
-def _check_visibility(hub: Hub, there: There, private: bool) -> None:
-    """Raise InputError where a private repository is asked for, and there is a public one."""
-    if there.exists and private and not there.private:
+def _check_visibility(hub: Hub, remote: RemoteState, private: bool) -> None:
+    """Raise InputError if ``private`` is requested, but the repository exists and is public."""
+    if remote.exists and private and not remote.private:
         raise InputError(
-            f"{hub.url} is there, and everybody can see it; --private is of one that is made. Make "
-            "it private in its settings on the hub, or give another name. Nothing was sent"
+            f"{hub.url} exists, and everybody can see it; --private is only for a new repository. "
+            "Make it private in its settings on the hub, or give another name. Nothing was sent"
         )
 
 
-def _check_cache(hub: Hub, there: There, found: Contents) -> None:
-    """Raise InputError where a cache is sent to where there is one of another text."""
-    if found.kind != "cache" or MANIFEST not in dict(there.files):
+def _check_cache(hub: Hub, remote: RemoteState, contents: Contents) -> None:
+    """Raise InputError if the repository holds a cache of another text."""
+    if contents.kind != "cache" or MANIFEST not in dict(remote.files):
         return
     try:
-        body = json.loads(hub.read(MANIFEST, there))
-        stated = (body.get("corpus") or {}).get("fingerprint")
+        manifest = json.loads(hub.read_file(MANIFEST, remote))
+        fingerprint = (manifest.get("corpus") or {}).get("fingerprint")
     except (ValueError, AttributeError):
-        stated = None
-    if stated is not None and stated not in found.fingerprints:
+        fingerprint = None
+    if fingerprint is not None and fingerprint not in contents.fingerprints:
         raise InputError(
             f"{hub.url} holds a cache of another text. Give another repository, or a branch of it "
             "with --revision. Nothing was sent"
         )
 
 
-def _gone(hub: Hub | None, there: There, found: Contents) -> list[str]:
-    """Return what an earlier push has left there and is no part of it any more."""
-    names = sorted({name for name, _ in there.files} - {*found.files})
-    if found.kind == "cache":
-        return [name for name in names if name.startswith(_OURS)]
-    folders = _part_folders(hub, there)
-    return [name for name in names if _is_of_model(name, folders)]
+def _obsolete_files(hub: Hub | None, remote: RemoteState, contents: Contents) -> list[str]:
+    """Return the files left by an earlier push that no longer belong to it."""
+    names = sorted({name for name, _ in remote.files} - {*contents.files})
+    if contents.kind == "cache":
+        return [name for name in names if name.startswith(_CACHE_FOLDERS)]
+    folders = _module_folders(hub, remote)
+    return [name for name in names if _is_model_file(name, folders)]
 
 
-def _is_of_model(name: str, folders: Collection[str]) -> bool:
-    """Return whether a push of a model sends such a file; ``folders``: those of its parts."""
+def _is_model_file(name: str, folders: Collection[str]) -> bool:
+    """Return whether a push of a model sends such a file; ``folders``: those of its modules."""
     folder, _, last = name.rpartition("/")
-    patterns = _OF_PARTS if folder in folders else () if folder else _OF_MODELS
+    patterns = _MODULE_PATTERNS if folder in folders else () if folder else _MODEL_PATTERNS
     return any(fnmatchcase(last, pattern) for pattern in patterns)
 
 
-def _part_folders(hub: Hub | None, there: There) -> set[str]:
-    """Return the folders of the parts of the sentence encoder that is there, if there is one."""
-    if hub is None or MODULES_FILE not in dict(there.files):
+def _module_folders(hub: Hub | None, remote: RemoteState) -> set[str]:
+    """Return the module folders of the sentence encoder in the repository, if it is one."""
+    if hub is None or MODULES_FILE not in dict(remote.files):
         return set()
-    with suppress(ValueError, AttributeError, TypeError):  # a file of somebody else's
-        listed = json.loads(hub.read(MODULES_FILE, there))
-        return {str(one.get("path", "")).strip("/") for one in listed} - {""}
+    with suppress(ValueError, AttributeError, TypeError):  # not one that push has sent
+        modules = json.loads(hub.read_file(MODULES_FILE, remote))
+        return {str(module.get("path", "")).strip("/") for module in modules} - {""}
     return set()
 
 
-def _clear(
-    hub: Hub, there: There, names: Collection[str], gone: Collection[str], title: str
+def _remove_other_cache(
+    hub: Hub, remote: RemoteState, names: Collection[str], removed: Collection[str], title: str
 ) -> Collection[str]:
-    """Remove the other cache that a new branch begins with, before any of this one is sent; return
-    what is still to be removed.
+    """Remove the other cache that a new branch starts with, before this one is sent; return the
+    files that are still to be removed.
 
-    If sending is interrupted, the same command goes on: what it finds then is no other cache.
+    So the same command can go on after an interruption: it no longer finds another cache there.
     """
-    if MANIFEST not in names or MANIFEST not in dict(there.files):
-        return gone
-    hub.commit({}, {*gone, MANIFEST}, f"{title}: without the cache of the main branch")
+    if MANIFEST not in names or MANIFEST not in dict(remote.files):
+        return removed
+    hub.commit({}, {*removed, MANIFEST}, f"{title}: without the cache of the main branch")
     return ()
 
 
 def _send(
     hub: Hub,
-    found: Contents,
+    contents: Contents,
     names: Collection[str],
-    gone: Collection[str],
+    removed: Collection[str],
     message: str,
     progress: Progress,
 ) -> None:
-    parts = batches([*names], found.size, lambda name: not name.endswith(_DATA))
-    if not parts and gone:
-        parts = [[]]
+    commits = split_into_commits([*names], contents.size, lambda name: not name.endswith(_DATA))
+    if not commits and removed:
+        commits = [[]]
     with progress.task("push", unit="files", total=len(names)) as task:
-        for number, part in enumerate(parts):
-            told = message if len(parts) == 1 else f"{message} ({number + 1} of {len(parts)})"
-            last = number == len(parts) - 1
-            hub.commit({name: found.files[name] for name in part}, gone if last else (), told)
-            task.advance(len(part), bytes=sum(map(found.size, part)))
+        for number, part in enumerate(commits, start=1):
+            is_last = number == len(commits)
+            title = message if len(commits) == 1 else f"{message} ({number} of {len(commits)})"
+            files = {name: contents.files[name] for name in part}
+            hub.commit(files, removed if is_last else (), title)
+            task.advance(len(part), bytes=sum(map(contents.size, part)))

@@ -1,7 +1,7 @@
 """Turn cached predictions into text (prompted continued pre-training, NeurIPS 2023).
 
-Each sequence that an expert judged gives a line: the text put into the template, with the word of
-the most probable label. Reads the cache shard by shard; the expert itself is not needed.
+Each sequence that an expert judged becomes a line: the template filled with the text and the word
+of the most probable label. Reads the cache shard by shard; the expert itself is not needed.
 """
 
 import filecmp
@@ -69,20 +69,20 @@ def write_prompts(
         raise ValueError(f"a confidence is a probability between 0 and 1, not {confidence}")
     _check(cache, teacher, template)
     names = cache.teacher(teacher).info.label_names
-    chosen = words_of(names, words, tokenizer or cache.corpus.tokenizer)
+    word_of = words_of(names, words, tokenizer or cache.corpus.tokenizer)
     target, counts = Path(path), PromptCounts()
     remove_leftovers(target.parent, target.name)
 
     def lines() -> Iterator[dict[str, str | None]]:
-        for row, judged, label, sure in _judged(cache, cache.teacher(teacher)):
+        for row, judged, label, probability in _judged(cache, cache.teacher(teacher)):
             if not judged:
                 counts.not_judged += 1
-            elif sure < confidence:
+            elif probability < confidence:
                 counts.below_confidence += 1
             else:
                 counts.written += 1
                 counts.labels[names[label]] += 1
-                text = fill_template(template, row["text"], chosen[names[label]])
+                text = fill_template(template, row["text"], word_of[names[label]])
                 yield {"id": row["document"], "text": text, "domain": row["domain"]}
 
     write_lines(target, lines(), publish=lambda written, _: _publish(written, target, counts))
@@ -96,8 +96,8 @@ def _judged(cache: Cache, reader: TeacherReader) -> Iterator[tuple[dict, bool, i
     for shard, commit in enumerate(cache.corpus.commits):
         for first in range(0, commit.rows, ROWS_PER_BATCH):
             batch = cache.corpus.rows(shard, first, ROWS_PER_BATCH)
-            where = [(shard, first + row) for row in range(batch.num_rows)]
-            target = read_targets(reader, where, None)
+            places = [(shard, first + row) for row in range(batch.num_rows)]
+            target = read_targets(reader, places, None)
             assert isinstance(target, SequenceTargetBatch)
             rows = batch.select(["document", "text", "domain"]).to_pylist()
             yield from zip(rows, target.present, *most_probable(target.logits), strict=True)
@@ -119,21 +119,21 @@ def words_of(
     """Return the word of each label. Raise InputError for a word that is missing, unknown, or not
     in the vocabulary.
     """
-    chosen = {name: name for name in names} if words is None else dict(words)
+    word_of = {name: name for name in names} if words is None else dict(words)
     labels = ", ".join(names)
-    if unknown := [name for name in chosen if name not in names]:
+    if unknown := [name for name in word_of if name not in names]:
         raise InputError(f"words: {unknown[0]!r} is not a label of the teacher (it has: {labels})")
-    if missing := [name for name in names if name not in chosen]:
+    if missing := [name for name in names if name not in word_of]:
         raise InputError(f"words: none is given for the label {missing[0]!r}; give each label one")
     unknown_id = tokenizer.hf.unk_token_id
-    for name, word in chosen.items():
+    for name, word in word_of.items():
         ids = tokenizer.hf(word, add_special_tokens=False)["input_ids"]
         if not ids or (unknown_id is not None and unknown_id in ids):
             raise InputError(
                 f"words: the tokenizer has no tokens for {word!r}, the word of the label "
                 f"{name!r}, so a model could not learn it. Give another word"
             )
-    return chosen
+    return word_of
 
 
 def _check(cache: Cache, teacher: str, template: str) -> None:
@@ -142,17 +142,17 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
     reader = cache.teacher(teacher)
-    info, where = reader.info, f"teacher {teacher!r} of {cache.store.location}"
+    info, subject = reader.info, f"teacher {teacher!r} of {cache.store.location}"
     if info.problem != "single_label_classification":
-        what = info.problem or info.task
-        raise InputError(f"{where} is of {what}: prompts need a classifier with one label a text")
+        kind = info.problem or info.task
+        raise InputError(f"{subject} is of {kind}: prompts need a classifier with one label a text")
     if reader.info.shown.paired:
         raise InputError(
-            f"{where} judged pairs of texts; prompts need one that judges the sequence"
+            f"{subject} judged pairs of texts; prompts need one that judges the sequence"
         )
     if reader.coverage < 1:
         raise InputError(
-            f"{where} has judged {reader.coverage:.1%} of the corpus; finish it with `pipeline "
+            f"{subject} has judged {reader.coverage:.1%} of the corpus; finish it with `pipeline "
             "cache-teachers`"
         )
 

@@ -28,7 +28,7 @@ from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.objective.estimates import check_estimates
 from rekindle.train.record.working_copy import place_of
 
-_OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that identify a teacher
+_TEACHER_KEYS = ("model", "task", "domains", "pairs")  # keys that identify a teacher
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class Stage:
     prompts: PromptsConfig | None  # with directories, and a cache
 
     @property
-    def text_waits(self) -> list[str]:
+    def text_waits_for(self) -> list[str]:
         """Earlier stages that must be finished before this stage's corpus and views can be made."""
         config, prompts = self.written, self.definition.write_prompts
         places = prompts.places if prompts else []
         return references([config.corpus.model_dump(mode="json"), config.cache.path, places])
 
     @property
-    def teachers_wait(self) -> dict[str, list[str]]:
+    def teachers_wait_for(self) -> dict[str, list[str]]:
         """Teachers that must wait for other stages to finish: name -> stages."""
-        found = {t.name: references(t.model_dump(mode="json")) for t in self.written.teachers}
-        return {name: stages for name, stages in found.items() if stages}
+        waits = {t.name: references(t.model_dump(mode="json")) for t in self.written.teachers}
+        return {name: stages for name, stages in waits.items() if stages}
 
     @property
     def uses(self) -> list[str]:
         """Every earlier stage whose directory this stage names."""
-        return list(dict.fromkeys([*references(self.definition.set), *self.text_waits]))
+        return list(dict.fromkeys([*references(self.definition.set), *self.text_waits_for]))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -83,11 +83,11 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
         if (prompts := stage.write_prompts) is not None:
             values = {"cache": prompts.cache or config.cache.path, "to": prompts.to}
             prompts = prompts.model_copy(update=with_directories(values, directories))
-        whole, written = (configure_stage(config, stage, known) for known in (directories, {}))
-        stages.append(Stage(stage.name, out / stage.name, stage, whole, written, prompts))
+        resolved, written = (configure_stage(config, stage, known) for known in (directories, {}))
+        stages.append(Stage(stage.name, out / stage.name, stage, resolved, written, prompts))
     for number, planned in enumerate(stages):
         with naming(f"stage {planned.name!r}"):
-            _check_replaced(planned, directories)
+            _check_references(planned, directories)
             _check_stage(planned, stages[:number])
     for one, other in itertools.combinations(stages, 2):
         if one.config.cache.path == other.config.cache.path:
@@ -95,24 +95,24 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     return stages
 
 
-def _check_replaced(stage: Stage, directories: Mapping[str, str]) -> None:
+def _check_references(stage: Stage, directories: Mapping[str, str]) -> None:
     """Raise InputError for a reference outside a stage's ``set``, where it means nothing."""
     values = stage.config.model_dump(mode="json", exclude={"stages": True})
-    if left := [name for name in references(values) if name in directories]:
+    if unresolved := [name for name in references(values) if name in directories]:
         raise InputError(
-            f"'{{{left[0]}}}' stands for a directory only in the `set` of a stage, not in the "
-            "shared file. Move the key that holds it into `set`"
+            f"'{{{unresolved[0]}}}' stands for a directory only in the `set` of a stage, not in "
+            "the shared file. Move the key that holds it into `set`"
         )
 
 
 def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
     if stage.config.needed_student().lora is not None:
-        _check_adapted(stage, earlier)
+        _check_adapter(stage, earlier)
     if stage.prompts is not None:
         _check_prompts(stage, stage.prompts)
     for key, name, cache in _teachers_read(stage):
-        inside = [s for s in (*earlier, stage) if s.config.cache.path == cache]
-        cached = sorted({teacher.name for s in inside for teacher in s.config.teachers})
+        sharing = [s for s in (*earlier, stage) if s.config.cache.path == cache]
+        cached = sorted({teacher.name for s in sharing for teacher in s.config.teachers})
         if name not in cached and not is_described(open_store(cache), name):
             raise InputError(
                 f"{key} names the teacher {name!r}, which nothing puts into {cache} (its "
@@ -121,7 +121,7 @@ def _check_stage(stage: Stage, earlier: Sequence[Stage]) -> None:
     check_estimates(stage.config.train.objective.distill, _kinds_read(stage, earlier))
 
 
-def _check_adapted(stage: Stage, earlier: Sequence[Stage]) -> None:
+def _check_adapter(stage: Stage, earlier: Sequence[Stage]) -> None:
     """Raise InputError if a stage puts an adapter on the adapter of an earlier one."""
     names = references(stage.written.needed_student().model)
     for one in (one for one in earlier if one.name in names):
@@ -134,10 +134,10 @@ def _check_adapted(stage: Stage, earlier: Sequence[Stage]) -> None:
 
 
 def _kinds_read(stage: Stage, earlier: Sequence[Stage]) -> dict[str, VocabularyKind]:
-    """Return the kinds of its vocabulary teachers' targets, from a stage or from the cache."""
+    """Return the kind of targets of each vocabulary teacher, from a stage or from the cache."""
     path, kinds = stage.config.cache.path, dict[str, VocabularyKind]()
-    inside = [s for s in (*earlier, stage) if s.config.cache.path == path]
-    configured = {t.name: t.described_kind for s in inside for t in s.config.teachers}
+    sharing = [s for s in (*earlier, stage) if s.config.cache.path == path]
+    configured = {t.name: t.described_kind for s in sharing for t in s.config.teachers}
     for name in dict.fromkeys(n for t in stage.config.train.objective.distill for n in t.teachers):
         kind = configured.get(name)
         if name not in configured and (info := read_teacher(open_store(path), name)).is_vocabulary:
@@ -192,34 +192,34 @@ def _check_shared_cache(one: Stage, other: Stage) -> None:
     second["limit_sequences"] = first["limit_sequences"]
     corpus = {f"corpus.{key}": (first[key], second[key]) for key in first}
     size = one.config.cache.sequences_per_shard
-    own = other.config.cache.sequences_per_shard  # null: whatever the cache has by then
-    corpus["cache.sequences_per_shard"] = (size, size if own is None else own)
+    other_size = other.config.cache.sequences_per_shard  # null: whatever the cache has by then
+    corpus["cache.sequences_per_shard"] = (size, size if other_size is None else other_size)
     teachers: dict[str, tuple[object, object]] = {}
     known = {t.name: t for t in one.config.teachers}
     for teacher in other.config.teachers:
         if teacher.name in known:
-            ours, theirs = _identity(one, known[teacher.name]), _identity(other, teacher)
-            teachers |= {f"the {k} of {teacher.name!r}": (ours[k], theirs.get(k)) for k in ours}
-    renamed = "In a cache, a name stands for one teacher: rename it, or: "
-    for pairs, advice in ((corpus, ""), (teachers, renamed)):
-        for what, (before, now) in pairs.items():
-            if before != now:
+            before, after = _identity(one, known[teacher.name]), _identity(other, teacher)
+            teachers |= {f"the {k} of {teacher.name!r}": (before[k], after.get(k)) for k in before}
+    rename = "In a cache, a name stands for one teacher: rename it, or: "
+    for pairs, advice in ((corpus, ""), (teachers, rename)):
+        for subject, (value, other_value) in pairs.items():
+            if value != other_value:
                 raise InputError(
                     f"stages {one.name!r} and {other.name!r} share the cache "
-                    f"{one.config.cache.path}, but {what} is {before!r}, then {now!r}. "
+                    f"{one.config.cache.path}, but {subject} is {value!r}, then {other_value!r}. "
                     f"{advice}Give stage {other.name!r} a separate cache.path"
                 )
 
 
 def _identity(stage: Stage, teacher: TeacherConfig) -> dict[str, object]:
     """Return what decides a teacher's targets, including its masks."""
-    found = {key: getattr(teacher, key) for key in _OF_A_TEACHER}
+    identity = {key: getattr(teacher, key) for key in _TEACHER_KEYS}
     if not teacher.sees_masks:
-        return found | {"view": "clean"}
+        return identity | {"view": "clean"}
     cache = stage.config.cache
     masks = {"seed": cache.seed, "teacher": cache.mask.teacher} | cache.mask.identity()
     masks |= {"replicas": cache.replicas} if cache.mask.policy == "cover" else {}
-    return found | {"view": "masked", "masks": masks}
+    return identity | {"view": "masked", "masks": masks}
 
 
 def check_models(stages: Sequence[Stage], students: bool = True) -> None:
@@ -243,7 +243,7 @@ def check_models(stages: Sequence[Stage], students: bool = True) -> None:
         for t in s.written.teachers
     }
     for stage in stages:
-        if stage.prompts is not None and not stage.text_waits:
+        if stage.prompts is not None and not stage.text_waits_for:
             directory = teachers.get((stage.prompts.cache or "", stage.prompts.teacher))
             with naming(f"stage {stage.name!r}"):
                 _check_words(stage, stage.prompts, directory)
@@ -266,12 +266,11 @@ class Ready:
     """The part of a stage that can be cached before any student is trained."""
 
     stage: Stage
-    # with the teachers that are ready; None: not even its text or masks are
-    config: RunConfig | None
+    config: RunConfig | None  # with the ready teachers; None if its text or masks are not ready
     waiting: dict[str, list[str]]  # teacher ("" for the text) -> the stages it waits for
 
     def waiting_text(self) -> list[str]:
-        """Return a line for each thing that waits."""
+        """Return a line for the text or each teacher that waits."""
         return [
             f"stage {self.stage.name}: {f'teacher {teacher}' if teacher else 'its text'} waits "
             f"for stage {', '.join(stages)}; `pipeline train-student` caches it in its turn"
@@ -281,22 +280,23 @@ class Ready:
 
 def ready_parts(stages: Sequence[Stage]) -> list[Ready]:
     """Return, for each stage, what can be cached now and what waits for which stages."""
-    found = []
+    parts = []
     blocked: dict[tuple[str, str], list[str]] = {}  # cache, teacher -> stages
     for stage in stages:
-        text, teachers = stage.text_waits, stage.teachers_wait
+        text, teachers = stage.text_waits_for, stage.teachers_wait_for
         if stage.prompts is not None:
             text = text or blocked.get((stage.prompts.cache or "", stage.prompts.teacher), [])
         cache = stage.written.cache
         blocked |= {(cache.path, name): waits for name, waits in teachers.items()}
-        hard = cache.mask.teacher  # without it nothing is masked
-        masks = [] if hard is None else blocked.get((cache.path, hard), [])
+        mask_teacher = cache.mask.teacher  # without its targets nothing is masked
+        masks = [] if mask_teacher is None else blocked.get((cache.path, mask_teacher), [])
         if text or masks:
-            every = {t.name: text or masks for t in stage.written.teachers}
-            blocked |= {(cache.path, name): waits for name, waits in every.items()}
-            found.append(Ready(stage, None, {"": text} if text else {hard or "": masks} | every))
+            all_teachers = {t.name: text or masks for t in stage.written.teachers}
+            blocked |= {(cache.path, name): waits for name, waits in all_teachers.items()}
+            waiting = {"": text} if text else {mask_teacher or "": masks} | all_teachers
+            parts.append(Ready(stage, None, waiting))
             continue
         chosen = tuple(t for t in stage.written.teachers if t.name not in teachers)
         config = stage.written.model_copy(update={"teachers": chosen})
-        found.append(Ready(stage, config, teachers))
-    return found
+        parts.append(Ready(stage, config, teachers))
+    return parts

@@ -49,10 +49,10 @@ def run_stages(
     stages of another configuration.
     """
     results = []
-    with join_world() as world, ExitStack() as held:  # the main process locks the folder
-        stages = world.agree(lambda: _planned(config, out, resume))
-        folder = open_folder(out, lambda: _look(out, stages, resume))
-        missing = world.decide(lambda: held.enter_context(folder), patient=True)
+    with join_world() as world, ExitStack() as lock:  # the main process locks the folder
+        stages = world.agree(lambda: _plan(config, out, resume))
+        folder = open_folder(out, lambda: _check_folder(out, stages, resume))
+        missing = world.decide(lambda: lock.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
         world.decide(lambda: write_json(out / STAGES_FILE, record))
         world.decide(lambda: write_definition(out / STAGES_FILE, resume))
@@ -61,7 +61,7 @@ def run_stages(
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
                 continue
             log.info("stage %s (%d of %d)", stage.name, stages.index(stage) + 1, len(stages))
-            with _naming(stage, stages):
+            with _naming_stage(stage, stages):
                 world.decide(functools.partial(_cache, stage, progress), patient=True)
                 results.append(
                     train_from_config(stage.config, stage.directory, resume=True, progress=progress)
@@ -70,15 +70,15 @@ def run_stages(
 
 
 @contextmanager
-def _naming(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
+def _naming_stage(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
     """Add to an interrupt the ``stage`` it hit, and how many stages are finished."""
     try:
         yield
     except Interrupted as error:
-        done = sum(is_finished(one.directory) for one in stages)
-        told = f"; {done} of {counted(len(stages), 'stage')} are finished"
-        told += f"; stage {stage.name}: interrupted{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        finished = sum(is_finished(one.directory) for one in stages)
+        message = f"; {finished} of {counted(len(stages), 'stage')} are finished"
+        message += f"; stage {stage.name}: interrupted{error.told}"
+        raise Interrupted(message, kept=error.kept or finished > 0) from None
 
 
 def _cache(stage: Stage, progress: Progress) -> None:
@@ -90,14 +90,14 @@ def _write_text(stage: Stage) -> None:
     """Write the stage's corpus of prompts, if it has one."""
     if (prompts := stage.prompts) is not None:
         assert prompts.cache is not None
-        how = prompts.model_dump(include={"template", "words", "confidence"})
+        options = prompts.model_dump(include={"template", "words", "confidence"})
         tokenizer, cache = load_tokenizer(stage.config.corpus.tokenizer), Cache.open(prompts.cache)
-        counts = write_prompts(cache, prompts.teacher, prompts.to, tokenizer=tokenizer, **how)
+        counts = write_prompts(cache, prompts.teacher, prompts.to, tokenizer=tokenizer, **options)
         log.info("stage %s: %s: %s", stage.name, prompts.to, counts.as_text())
 
 
-def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
-    """Return the stages, with the former defaults they were begun with."""
+def _plan(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
+    """Return the stages, with the defaults of the version that began them."""
     recorded = (resume and read_runs(out, STAGES_FILE)) or {}
     stages = []
     for stage in plan_stages(config, out):
@@ -110,34 +110,34 @@ def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
 # --- the directory --------------------------------------------------------------------------------
 
 
-def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
+def _check_folder(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
     """Return the names of the stages that are not finished in ``out``.
 
     Stages that were not begun may have changed.
     """
     if goes_on(out, STAGES_FILE, "run of stages", resume):
         recorded = read_runs(out, STAGES_FILE) or {}
-        begun = {name: _whole(old) for name, old in recorded.items() if (out / name).exists()}
-        now = {stage.name: _whole(stage.record) for stage in stages}
-        stranger = "has a stage {name!r}, which is not in the file"
+        begun = {name: _full_config(old) for name, old in recorded.items() if (out / name).exists()}
+        now = {stage.name: _full_config(stage.record) for stage in stages}
+        unknown_stage = "has a stage {name!r}, which is not in the file"
         rule = "Resume it with its own configuration, or give another --out"
         configs = {stage.name: stage.config for stage in stages}
-        check_same_runs(out, begun, now, stranger, rule, configs)
+        check_same_runs(out, begun, now, unknown_stage, rule, configs)
     missing = [stage.name for stage in stages if not is_finished(stage.directory)]
     _check_order(stages, missing)
-    left = [stage for stage in stages if stage.name in missing]
-    make_missing(*(stage.config for stage in left))
-    check_models(left)
+    unfinished = [stage for stage in stages if stage.name in missing]
+    make_missing(*(stage.config for stage in unfinished))
+    check_models(unfinished)
     return missing
 
 
-def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
+def _full_config(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's configuration with its prompts."""
     return {**record.get("config", {}), "write_prompts": record.get("write_prompts")}
 
 
 def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:
-    """Check that what a stage took from an earlier one is still there."""
+    """Raise CheckpointError if a begun stage uses the output of an earlier one that is gone."""
     for stage in stages:
         gone = [name for name in stage.uses if name in missing]
         if gone and stage.directory.exists():
@@ -153,7 +153,7 @@ def _check_order(stages: Sequence[Stage], missing: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class CachedStage:
-    """What was cached of one stage, and what waits for which stages."""
+    """What was cached of one stage, and which parts wait for which stages."""
 
     ready: Ready
     done: StageOne | None  # None: nothing, because its text waits or others were asked for
@@ -174,7 +174,7 @@ def cache_stages(
     progress: Progress = SILENT,
     check: bool | None = None,
 ) -> list[CachedStage]:
-    """Run ``cache_teachers`` for every stage, as far as no student has to be trained first.
+    """Run ``cache_teachers`` for every stage, except for parts that wait for a student's training.
 
     ``only`` limits the work to teachers of those names, and to the stages with them.
     """
@@ -186,12 +186,12 @@ def cache_stages(
         )
     make_missing(config)
     check_models(stages, students=False)
-    done = []
+    cached = []
     for ready in ready_parts(stages):
-        made, part = None, ready.config
-        chosen = [t.name for t in part.teachers if t.name in only] if part else []
-        if part and (chosen or not only):
+        result, config = None, ready.config
+        chosen = [t.name for t in config.teachers if t.name in only] if config else []
+        if config and (chosen or not only):
             _write_text(ready.stage)
-            made = cache_teachers(part, chosen, executor, progress, check)
-        done.append(CachedStage(ready, made))
-    return done
+            result = cache_teachers(config, chosen, executor, progress, check)
+        cached.append(CachedStage(ready, result))
+    return cached

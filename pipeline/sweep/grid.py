@@ -72,18 +72,20 @@ def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
     key, separator, values = text.partition("=")
     if not separator or not key.strip():
         raise InputError(f"--sweep takes key.path=value,value,…, got {text!r}")
-    inside = f"[{values}]"
+    sequence = f"[{values}]"
     try:
-        node = yaml.compose(inside, Loader)
+        node = yaml.compose(sequence, Loader)
     except yaml.YAMLError as error:
-        told = told_of(error, inside)
-        raise InputError(f"--sweep {key}: {values!r} is not a list of YAML values{told}") from None
-    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(inside):
+        reason = told_of(error, sequence)
+        raise InputError(
+            f"--sweep {key}: {values!r} is not a list of YAML values{reason}"
+        ) from None
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(sequence):
         raise InputError(f"--sweep {key}: {values!r} is not a list of YAML values")
     if not node.value:
         raise InputError(f"--sweep {key}= names no value; give key.path=value,value,…")
-    # As written: each is then read exactly as `--set` reads it.
-    texts = [inside[item.start_mark.index : item.end_mark.index] for item in node.value]
+    # The texts as written, so that each is read exactly as `--set` reads it.
+    texts = [sequence[item.start_mark.index : item.end_mark.index] for item in node.value]
     return key.strip(), tuple(texts)
 
 
@@ -115,15 +117,15 @@ def _configure(run: str | Path, values: Mapping[str, str], overrides: Sequence[s
 
 
 def shortest_tails(paths: Sequence[Sequence[str]], joint: str = ".", least: int = 1) -> list[str]:
-    """Shorten each path to its last parts, joined: as few as distinguish it from the others, and at
-    least ``least`` besides numbers.
+    """Shorten each path to its last parts, joined: as few as distinguish it from the others, of
+    which at least ``least`` are not numbers.
     """
 
     def tail(path: Sequence[str]) -> str:
         for length in range(1, len(path)):
             end = path[-length:]
-            alone = sum(other[-length:] == end for other in paths) == 1
-            if alone and sum(not part.isdecimal() for part in end) >= least:
+            is_unique = sum(other[-length:] == end for other in paths) == 1
+            if is_unique and sum(not part.isdecimal() for part in end) >= least:
                 return joint.join(end)
         return joint.join(path)
 
@@ -135,16 +137,16 @@ def unique_names(runs: Sequence[Iterable[tuple[str, str]]]) -> list[str]:
     distinct even if upper and lower case count as equal.
     """
     names: list[str] = []
-    taken: set[str] = set()
+    used: set[str] = set()
     for pairs in runs:
-        plain = ",".join(f"{_plain(key)}={_plain(value)}" for key, value in pairs)
-        plain = plain[:_LONGEST_NAME].rstrip(".")
-        tries = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
-        name = next(found for found in tries if found.casefold() not in taken)
-        taken.add(name.casefold())
+        base = ",".join(f"{_safe_name(key)}={_safe_name(value)}" for key, value in pairs)
+        base = base[:_LONGEST_NAME].rstrip(".")
+        candidates = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        name = next(one for one in candidates if one.casefold() not in used)
+        used.add(name.casefold())
         names.append(name)
     return names
 
 
-def _plain(text: str) -> str:
+def _safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+_-]+", " ", text).strip().replace(" ", "-") or "empty"

@@ -44,22 +44,22 @@ class SweepError(RekindleError):
     """
 
     def __init__(self, failures: Mapping[str, Exception], count: int):
-        told = [f"{name}: {str(error).rstrip('.')}" for name, error in failures.items()]
-        killed = any(isinstance(error, WorkerKilled) for error in failures.values())
+        messages = [f"{name}: {str(error).rstrip('.')}" for name, error in failures.items()]
+        was_killed = any(isinstance(error, WorkerKilled) for error in failures.values())
         super().__init__(
-            f"{len(failures)} of {count} students failed. {'; '.join(told)}. The others are "
+            f"{len(failures)} of {count} students failed. {'; '.join(messages)}. The others are "
             "finished; --resume tries the failed ones again"
-            + (" (if memory is short, give fewer --workers)" if killed else "")
+            + (" (if memory is short, give fewer --workers)" if was_killed else "")
         )
         first = next(iter(failures.values()))
-        usual = InputError.exit_code if isinstance(first, OSError) else RekindleError.exit_code
-        self.exit_code = getattr(first, "exit_code", usual)
+        default = InputError.exit_code if isinstance(first, OSError) else RekindleError.exit_code
+        self.exit_code = getattr(first, "exit_code", default)
 
 
 # --- the directory --------------------------------------------------------------------------------
 
 
-def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
+def _check_folder(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> None:
     """Check that ``out`` is free, or holds the sweep to continue, perhaps with added students.
 
     Raise InputError if the directory is in use, CheckpointError if it holds another sweep.
@@ -72,8 +72,8 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
         raise CheckpointError(f"{out} is a sweep over the corpus of another cache. {rule}")
     sections = set(SECTIONS)
     now = {r.name: r.config.model_dump(mode="json", by_alias=True, include=sections) for r in runs}
-    stranger = f"is another sweep: its student {{name}} is not in this one ({', '.join(now)})"
-    check_same_runs(out, recorded, now, stranger, rule, {run.name: run.config for run in runs})
+    unknown = f"is another sweep: its student {{name}} is not in this one ({', '.join(now)})"
+    check_same_runs(out, recorded, now, unknown, rule, {run.name: run.config for run in runs})
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -100,10 +100,10 @@ def run_sweep(
             "--workers for several students at a time"
         )
     if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
-        others = next(iter(begun.values()), {})  # new students are compared with those begun
-        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, others))) for r in runs]
+        first = next(iter(begun.values()), {})  # new students get the defaults of those begun
+        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, first))) for r in runs]
     corpus = _check_cache(runs, out)
-    with open_folder(out, lambda: _look(out, runs, corpus, resume)):
+    with open_folder(out, lambda: _check_folder(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
         write_definition(out / SWEEP_FILE, resume)
         return _train_missing(runs, out, workers, progress)
@@ -116,13 +116,13 @@ def _train_missing(
     if len(missing) < len(runs):
         log.info("%s: %d of %d students are finished", out, len(runs) - len(missing), len(runs))
     workers = min(workers or max(1, len(visible_devices())), len(missing))
-    ended: Mapping[str, object]
-    with _counting(runs, out):
+    results: Mapping[str, object]
+    with _counting_finished(runs, out):
         if workers <= 1:
-            ended = {run.name: _train_here(run, out, progress) for run in missing}
+            results = {run.name: _train_here(run, out, progress) for run in missing}
         else:
-            ended = _train_side_by_side(missing, out, workers, progress)
-    return {name: error for name, error in ended.items() if isinstance(error, Exception)}
+            results = _train_side_by_side(missing, out, workers, progress)
+    return {name: error for name, error in results.items() if isinstance(error, Exception)}
 
 
 def _train_here(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
@@ -144,14 +144,14 @@ def _train_side_by_side(
 
 
 @contextmanager
-def _counting(runs: Sequence[SweepRun], out: Path) -> Iterator[None]:
+def _counting_finished(runs: Sequence[SweepRun], out: Path) -> Iterator[None]:
     """Add to an interrupt how many students are finished."""
     try:
         yield
     except Interrupted as error:
-        done = sum(is_finished(out / run.name, model=False) for run in runs)
-        told = f"; {done} of {len(runs)} students are finished{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        finished = sum(is_finished(out / run.name, model=False) for run in runs)
+        message = f"; {finished} of {len(runs)} students are finished{error.told}"
+        raise Interrupted(message, kept=error.kept or finished > 0) from None
 
 
 def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:
@@ -159,14 +159,14 @@ def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:
     return train_one(run, out, StepReports(report))
 
 
-def extent_of_others(out: Path) -> Extent:
+def common_extent(out: Path) -> Extent:
     """Return how much of the cache the begun students read; all of them read the same amount."""
     from rekindle.train.record.identity import recorded_extent
 
-    read = Extent()
+    extent = Extent()
     for path in sorted(out.glob(f"*/{RUN_FILE}")):
-        read = read.over(recorded_extent(path.parent))
-    return read
+        extent = extent.over(recorded_extent(path.parent))
+    return extent
 
 
 def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
@@ -175,14 +175,14 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
     """
     from rekindle.pipeline.train_student import train_from_config
 
-    where = out / run.name
+    folder = out / run.name
     try:
-        began = extent_of_others(out)
-        train_from_config(run.config, where, resume=True, progress=progress, began=began)
+        began = common_extent(out)
+        train_from_config(run.config, folder, resume=True, progress=progress, began=began)
     except Exception as error:
-        bug = not isinstance(error, RekindleError | OSError)
-        log.warning("%s failed; its message comes at the end", out / run.name, exc_info=bug)
-        return RekindleError(f"{type(error).__name__}: {error}") if bug else error
+        is_bug = not isinstance(error, RekindleError | OSError)
+        log.warning("%s failed; its message comes at the end", folder, exc_info=is_bug)
+        return RekindleError(f"{type(error).__name__}: {error}") if is_bug else error
     return None
 
 
@@ -197,13 +197,14 @@ def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     for run in runs:
         with naming(f"student {run.name}"):
             view = student_view(cache, run.config)
-            asked = asked_extent(run.config).over(extent_of_others(out))
+            requested = asked_extent(run.config).over(common_extent(out))
             masks = None if view is None else cache.masked_view(view)
-            read = cache.within(settle_extent(asked, cache.teachers.values(), masks, Extent()))
-            prepare_objective(read, students[run.name], run.config.train, view)
+            extent = settle_extent(requested, cache.teachers.values(), masks, Extent())
+            part = cache.within(extent)
+            prepare_objective(part, students[run.name], run.config.train, view)
     make_missing(*students.values())
-    sections = {s.model_dump_json(): name for name, s in reversed(students.items())}
-    for name in sections.values():  # one of each: most are the same
+    unique = {s.model_dump_json(): name for name, s in reversed(students.items())}
+    for name in unique.values():  # most students have the same section: each is checked once
         with naming(f"student {name}"):
             check_student(students[name])
             check_tokenizer(cache.corpus, students[name])

@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent / "pages"))
 from record import CELLS, Origin, plan_of, read_rows, record  # noqa: E402
 
 from rekindle.data.errors import RekindleError  # noqa: E402
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER  # noqa: E402
+from rekindle.pipeline.cycle.search import DRAWS_FOLDER  # noqa: E402
 
 MOST_BYTES = 60_000_000  # for all inputs
 TEXT_BYTES = 12_000_000  # of the unlabelled text before it is packed: some 41,000 sequences of 64

@@ -5,7 +5,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from of_rows import draws_of, results_of, whole_draws
+from of_rows import complete_draws, measured_draws, results_of
 from record import OWN_SEARCH, Cell
 
 from rekindle.data.counted import counted
@@ -24,14 +24,13 @@ from rekindle.pipeline.report.significance import Difference
 from rekindle.pipeline.report.table import NOTHING, Table, table_of
 from testlib.cycles import escaped, markdown_of
 
-_TOLD = {
+_ARM_WORDS = {
     "expert": "the start model, fine-tuned",
     "start": "the start model, fine-tuned",
     "longer": "the start model, fine-tuned for twice the epochs",
     "mlm": "masked LM alone on the same text",
     "pseudo": "the expert's classes as labels on the same text",
 }
-_ALL = "all tasks"  # label of the seconds if all tasks have one text
 
 
 def table(one: Table) -> str:
@@ -44,20 +43,20 @@ def folded(summary: str, *blocks: str) -> str:
     return "\n\n".join([f"<details><summary>{summary}</summary>", *blocks, "</details>"])
 
 
-def picture(name: str, told: str) -> str:
-    """Return a picture beside the page."""
-    return f"![{told}]({name}.svg)"
+def picture(name: str, description: str) -> str:
+    """Return the Markdown of a picture beside the page."""
+    return f"![{description}]({name}.svg)"
 
 
 def differences(results: CycleResults) -> Iterator[str]:
     """Yield a folded table for each arm that others are compared with."""
     for one in difference_tables(results.differences, results.unit):
-        against = next(a for a in _TOLD if f"differences to {a} on test" in one.title)
-        told = _TOLD[against]
+        against = next(a for a in _ARM_WORDS if f"differences to {a} on test" in one.title)
+        words = _ARM_WORDS[against]
         if against == "expert" and "start" in results.arms:
-            told = "the experts, which are of another model"
+            words = "the experts, which are of another model"
         tests = len(one.columns[0].cells)
-        yield folded(f"against {against}: {told} ({counted(tests, 'comparison')})", table(one))
+        yield folded(f"against {against}: {words} ({counted(tests, 'comparison')})", table(one))
 
 
 def scores(results: CycleResults) -> str:
@@ -68,8 +67,8 @@ def scores(results: CycleResults) -> str:
 def caption(unit: str) -> str:
     """Return the caption of a picture of differences."""
     return (
-        f"Differences in points (right is better), paired by {unit}, with 95 % intervals (no line: "
-        f"one {unit}); filled where p after Holm is below 0.05."
+        f"Differences in points (right is better), paired by {unit}, with 95 % intervals (none for "
+        f"a single {unit}). A mark is filled if p, adjusted by Holm's method, is below 0.05."
     )
 
 
@@ -79,38 +78,36 @@ def caption(unit: str) -> str:
 def measured(name: str, config: CycleConfig, rows: Sequence[Cell]) -> str:
     """Return everything made of the ``rows`` of a table whose picture is called ``name``."""
     cells = config.label_draws * len(config.tasks)
-    first = f"**{len(rows)} of {cells} cells are measured** (a cell: one task in one draw)"
+    state = f"**{len(rows)} of {cells} cells are measured** (a cell: one task in one draw)"
     if not rows:
-        return f"{first}: nothing is known yet."
+        return f"{state}: nothing is known yet."
     results = results_of(config, rows)
-    shown = picture(name, f"differences of the arms on each task: {name}")
     return "\n\n".join(
         [
-            f"{first}.",
-            _done(config, rows),
+            f"{state}.",
+            _measured_cells(config, rows),
             *_primary(config, rows, results),
-            shown,
+            picture(name, f"differences of the arms on each task: {name}"),
             caption("draw"),
             "### Scores",
-            "Test scores in %: mean ± sample deviation over the draws, as many as are told.",
+            "Test scores in %: mean ± sample deviation over the draws, counted in the head.",
             table(_scores(results)),
             "### All differences",
             *differences(results),
             "### What it cost",
             *_costs(config, rows),
-            "### What it was made of",
-            *_made_of(config, rows),
+            "### What went in",
+            *_inputs(config, rows),
         ]
     )
 
 
-def _done(config: CycleConfig, rows: Sequence[Cell]) -> str:
-    there = draws_of(rows)
-    head = ["task", *(f"draw {draw}" for draw in range(config.label_draws))]
-    names = [task.name for task in config.tasks]
+def _measured_cells(config: CycleConfig, rows: Sequence[Cell]) -> str:
+    draws, measured = range(config.label_draws), measured_draws(rows)
+    head = ["task", *(f"draw {draw}" for draw in draws)]
     lines = [
-        [name, *("yes" if d in there.get(name, ()) else NOTHING for d in range(config.label_draws))]
-        for name in names
+        [task.name, *("yes" if d in measured.get(task.name, ()) else NOTHING for d in draws)]
+        for task in config.tasks
     ]
     return table(table_of("", head, lines, words=len(head)))
 
@@ -119,40 +116,43 @@ def _primary(config: CycleConfig, rows: Sequence[Cell], results: CycleResults) -
     if (primary := results.primary) is None:
         return
     yield "### The primary comparison"
-    whole = whole_draws(config, rows)
+    complete = complete_draws(config, rows)
     verdict = verdict_of(results)
     yield f"{verdict[0].upper()}{verdict[1:]}."
-    same = " `expert` is the start model fine-tuned, which the file calls `start`."
-    same = "" if "start" in results.arms or "expert" not in primary.against else same
+    explanation = " `expert` is the start model fine-tuned, which the file calls `start`."
+    if "start" in results.arms or "expert" not in primary.against:
+        explanation = ""
     if len(results.tasks) > 1:
-        if len(whole) < config.label_draws:
-            told = ", ".join(map(str, whole)) or "none so far"
+        if len(complete) < config.label_draws:
+            draws = ", ".join(map(str, complete)) or "none so far"
             yield (
                 "**It is not complete**: the mean over tasks is over the draws that have all "
-                f"{len(results.tasks)} tasks ({told}; {config.label_draws} are planned).{same}"
+                f"{len(results.tasks)} tasks ({draws}; {config.label_draws} are planned)."
+                f"{explanation}"
             )
-        elif same:
-            yield same.strip()
+        elif explanation:
+            yield explanation.strip()
     (one,) = primary_tables(results)
     yield table(one)
     if len(results.tasks) > 1:
-        found = {(o.arm, o.against, o.task): o for o in results.differences}
+        by_names = {(o.arm, o.against, o.task): o for o in results.differences}
         yield (
-            "The same on each task, over the draws that are measured of it (secondary: these say "
-            "what to look at next, and prove nothing; Holm over all tests against the same arm)."
+            "The same comparison on each task, over the draws measured for it. It is secondary: it "
+            "says what to look at next, and proves nothing. Holm's adjustment is over all tests "
+            "against the same arm."
         )
-        yield table(_by_task(primary.arm, primary.against, results, found))
+        yield table(_by_task(primary.arm, primary.against, results, by_names))
 
 
 def _by_task(
     arm: str,
     against: Sequence[str],
     results: CycleResults,
-    found: Mapping[tuple[str, str, str], Difference],
+    differences: Mapping[tuple[str, str, str], Difference],
 ) -> Table:
     head = ["task", f"{arm} against", *difference_head(results.unit)]
     lines = [
-        [task, base, *difference_cells(found.get((arm, base, task)))]
+        [task, base, *difference_cells(differences.get((arm, base, task)))]
         for task in results.metrics
         for base in against
     ]
@@ -160,7 +160,7 @@ def _by_task(
 
 
 def _scores(results: CycleResults) -> Table:
-    """Return the cycle's scores, but each task with its own number of draws."""
+    """Return the table of scores, with the number of draws of each task."""
     by_column: dict[tuple[str, str], dict[str, Sequence[float]]] = {}
     for one in results.scores:
         by_column.setdefault((one.task, one.metric), {})[one.arm] = one.scores
@@ -170,15 +170,15 @@ def _scores(results: CycleResults) -> Table:
         column = TaskScores(task, "" if task == MEAN else metric, "", by_column[task, metric])
         columns.append(column)
     arms = list(dict.fromkeys(one.arm for one in results.scores))
-    made = score_table("arm", arms, columns)
+    scores = score_table("arm", arms, columns)
     counts = ["", *(max(len(one.of(arm)) for arm in arms) for one in columns)]
-    named = [
+    with_counts = [
         replace(column, title=f"{column.title} ({counted(int(count), 'draw')})")
         if count
         else column
-        for column, count in zip(made.columns, counts, strict=True)
+        for column, count in zip(scores.columns, counts, strict=True)
     ]
-    return replace(made, columns=named)
+    return replace(scores, columns=with_counts)
 
 
 def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
@@ -186,16 +186,16 @@ def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
     columns: dict[str, dict[str, list[dict[str, float]]]] = {}
     seen: set[tuple[str, int]] = set()
     for one in rows:
-        whose = one["seconds_of"]
-        if (whose, one["draw"]) in seen:  # of all tasks: the same in each
+        label = one["seconds_of"]
+        if (label, one["draw"]) in seen:  # of all tasks: the same in each
             continue
-        seen.add((whose, one["draw"]))
+        seen.add((label, one["draw"]))
         for arm, kinds in one["seconds"].items():
-            columns.setdefault(whose, {}).setdefault(arm, []).append(kinds)
+            columns.setdefault(label, {}).setdefault(arm, []).append(kinds)
     yield (
-        "Seconds of all that an arm needs, from labels and text to its scores, mean over draws: "
-        "experts and their passes over the text are counted for every arm that they teach, the "
-        "search, which draw 0 makes for all, in every draw."
+        "Seconds of all that an arm needs, from labels and text to its scores; mean over draws. "
+        "Experts and their passes over the text count for every arm that they teach. Draw 0 makes "
+        "the search for all draws, and it counts in each of them."
     )
     head = ["arm", *columns]
     lines = []
@@ -207,13 +207,13 @@ def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
         dict.fromkeys(k for c in columns.values() for a in c.values() for s in a for k in s)
     )
     parts = []
-    for whose, arms in columns.items():
+    for label, arms in columns.items():
         lines = [
             [arm, *(_mean_of(kind, arms[arm]) for kind in kinds)]
             for arm in config.arms
             if arm in arms
         ]
-        parts += [f"**{escaped(whose)}**", table(table_of("", ["arm", *kinds], lines, words=1))]
+        parts += [f"**{escaped(label)}**", table(table_of("", ["arm", *kinds], lines, words=1))]
     yield folded("by kind of stage", *parts)
     if any(one["unrecorded"] for one in rows):
         unknown = sorted({s for one in rows for u in one["unrecorded"].values() for s in u})
@@ -221,40 +221,40 @@ def _costs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
 
 
 def _mean_of(kind: str, draws: Sequence[Mapping[str, float]]) -> str:
-    found = [one[kind] for one in draws if kind in one]
-    return f"{fmean(found):,.0f}" if found else NOTHING
+    seconds = [one[kind] for one in draws if kind in one]
+    return f"{fmean(seconds):,.0f}" if seconds else NOTHING
 
 
-def _made_of(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
+def _inputs(config: CycleConfig, rows: Sequence[Cell]) -> Iterator[str]:
     lines = []
     for task in config.tasks:
-        if ones := [one for one in rows if one["task"] == task.name]:
-            facts, text = [one["facts"] for one in ones], ones[0]["text"]
+        if cells := [one for one in rows if one["task"] == task.name]:
+            facts, text = [one["facts"] for one in cells], cells[0]["text"]
             numbers = [_range([f[key] for f in facts]) for key in ("train", "dev", "test")]
             held = [sum(f["held"].values()) for f in facts]
-            left = "removed" if text["removed"] else "kept"
-            found = (
+            fate = "removed" if text["removed"] else "kept"
+            records = (
                 NOTHING
                 if text["exact"] is None
-                else f"{text['exact']:,} + {text['near']:,}, {left}"
+                else f"{text['exact']:,} + {text['near']:,}, {fate}"
             )
-            lines.append([task.name, facts[0]["metric"], *numbers, found, _range(held)])
+            lines.append([task.name, facts[0]["metric"], *numbers, records, _range(held)])
     head = ["task", "metric", "train", "dev", "test"]
     head += ["records of the text that hold a test text (as it stands + nearly)"]
-    head += ["rows of train and dev that are a row of test, left out"]
+    head += ["rows of train and dev that are also rows of test, left out"]
     yield table(table_of("", head, lines, words=2))
     if config.search:
-        yield "What was chosen on dev in draw 0, by arm, and taken over in the others:"
+        yield "Settings chosen on dev in draw 0 for each arm, and used in all draws:"
         yield table(_chosen(config, rows))
         elsewhere = [
             f"{r['task']} {r['draw']}" for r in rows if r.get("search_of", OWN_SEARCH) != OWN_SEARCH
         ]
         if elsewhere:
             yield (
-                "Run in another folder than draw 0, with its search taken over from search.json "
+                "Run in another folder than draw 0, whose search was taken over from search.json "
                 f"(`--searched`): {', '.join(elsewhere)}."
             )
-    yield _with(rows)
+    yield _origins(rows)
 
 
 def _range(values: Sequence[int]) -> str:
@@ -273,20 +273,20 @@ def _point(chosen: Mapping[str, Any]) -> str:
     return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in chosen.values())
 
 
-def _with(rows: Sequence[Cell]) -> str:
+def _origins(rows: Sequence[Cell]) -> str:
     """Return devices, days, versions and commits; if they differ, the cells of each."""
 
-    def told(one: Cell) -> str:
+    def describe(one: Cell) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
         return f"{one['device']}; {one['precision']}; {versions}; commit {one['commit']}"
 
-    found: dict[str, list[Cell]] = {}
+    by_origin: dict[str, list[Cell]] = {}
     for one in rows:
-        found.setdefault(told(one), []).append(one)
+        by_origin.setdefault(describe(one), []).append(one)
     lines = []
-    for words, ones in found.items():
+    for origin, ones in by_origin.items():
         days = sorted({one["date"] for one in ones})
-        when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
         cells = ", ".join(f"{one['task']} {one['draw']}" for one in ones)
-        lines.append(f"- {when}: {words}" + (f" ({cells})" if len(found) > 1 else ""))
-    return "\n".join(["Measured (the day it was recorded):", *lines])
+        lines.append(f"- {period}: {origin}" + (f" ({cells})" if len(by_origin) > 1 else ""))
+    return "\n".join(["Measured, by the day of recording:", *lines])

@@ -1,4 +1,4 @@
-"""Writes the tables and pictures of the result pages from the recorded rows.
+"""Write the tables and pictures of the result pages from the recorded rows.
 
     python tests/benchmarks/pages/make.py                # all
     python tests/benchmarks/pages/make.py few_labels     # one
@@ -34,99 +34,100 @@ PAGES = ROOT / "docs" / "results"
 
 
 @dataclass(frozen=True)
-class Made:
+class Generated:
     """The generated parts of a page: its regions by name, and its pictures by file name."""
 
     regions: Mapping[str, str]
     pictures: Mapping[str, str] = field(default_factory=dict)
 
 
-def glue() -> Made:
+def glue() -> Generated:
     """Knowledge rekindle on GLUE, at the size of two cores."""
     file = BENCHMARKS / "glue" / "glue_two_cores_results.json"
     results = CycleResults.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    shown = cycle_page.picture(
+    picture = cycle_page.picture(
         "glue", "differences of the arms on GLUE's four tasks and their mean"
     )
     regions = {
-        "picture": f"{shown}\n\n{cycle_page.caption('seed')}",
+        "picture": f"{picture}\n\n{cycle_page.caption('seed')}",
         "scores": cycle_page.scores(results),
         "differences": "\n\n".join(cycle_page.differences(results)),
     }
     on_gpu = of_cells("glue", "glue_gpu")
     regions["gpu"] = on_gpu.regions["measured"]
-    return Made(regions, {"glue.svg": _differences(results), **on_gpu.pictures})
+    return Generated(regions, {"glue.svg": _differences(results), **on_gpu.pictures})
 
 
-def muki_clinc150() -> Made:
+def muki_clinc150() -> Generated:
     """MUKI on CLINC150: its tables are written by hand, and a test compares them with the rows."""
     rows = []
-    for name, kind, found in muki_rows():
-        low, high = None, None
-        if "sd" in found:
-            n = int(found["seeds"])
-            low, high = stats.t.interval(0.95, n - 1, found["accuracy"], found["sd"] / n**0.5)
+    for name, kind, values in muki_rows():
+        low, high, accuracy = None, None, values["accuracy"]
+        if "sd" in values:
+            n = int(values["seeds"])
+            low, high = stats.t.interval(0.95, n - 1, accuracy, values["sd"] / n**0.5)
             low, high = float(low), float(high)
-        rows.append((f"{kind}: {name.removeprefix('oracle, ')}", found["accuracy"], low, high))
+        rows.append((f"{kind}: {name.removeprefix('oracle, ')}", accuracy, low, high))
     groups = {"experts": "", "student": "", "oracle": ""}
-    title = "right answers among 150 intents, %; a line: 95 % interval over three seeds"
-    return Made({}, {"muki_clinc150.svg": pictures.means(rows, title, groups)})
+    title = "right answers among 150 intents, in %; the lines are 95 % intervals over three seeds"
+    return Generated({}, {"muki_clinc150.svg": pictures.means(rows, title, groups)})
 
 
 def muki_rows() -> list[tuple[str, str, dict[str, float]]]:
     """Return the name, kind and values recorded for every row of the table."""
     kinds = {"cpu, experts": "experts", "cpu, student": "student", "cpu, oracle": "oracle"}
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    by_row: dict[tuple[str, str], dict[str, float]] = {}
     with open(BENCHMARKS / "results.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row["benchmark"] == "muki-clinc" and row["case"] in kinds:
-                cell = found.setdefault((row["provider"], kinds[row["case"]]), {})
-                cell[row["metric"]] = float(row["value"])
-    return [(name, kind, values) for (name, kind), values in found.items()]
+                values = by_row.setdefault((row["provider"], kinds[row["case"]]), {})
+                values[row["metric"]] = float(row["value"])
+    return [(name, kind, values) for (name, kind), values in by_row.items()]
 
 
-def real_model() -> Made:
+def real_model() -> Generated:
     """A real chat model through every command."""
-    return Made(of_real_model.regions())
+    return Generated(of_real_model.regions())
 
 
-# Steps whose time README shows, as train.py calls them, and in words.
+# The steps whose time README shows: train.py's name of each, and its label.
 STEPS = {
     "ours, plain": "no teacher",
     "ours, cached KD τ=1": "cached targets, τ = 1",
     "ours, cached KD τ=2": "cached targets, τ = 2",
-    "by hand, live teacher, top 64": "the teacher beside it",
+    "by hand, live teacher, top 64": "live teacher",
 }
 
 
-def readme() -> Made:
+def readme() -> Generated:
     """Return the cost of a step with cached targets and with a live teacher."""
     with open(BENCHMARKS / "results.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["benchmark"] == "train"]
-    last = [row for row in rows if row["metric"] == "time of a step"]
-    last = [row for row in last if row["date"] == last[-1]["date"]]
-    times = {row["provider"]: float(row["value"]) for row in last}
-    shown = [(words, times[name]) for name, words in STEPS.items()]
-    _, one, two, live = (f"{time:.2f}" for _, time in shown)
-    told = (
-        f"**Why**: a step with cached targets takes {one} times (τ = 1) to {two} times (τ = 2) as "
-        f"long as a step without any; with the teacher run in every step, {live} times\n"
-        f"({last[-1]['device']}; BERT-mini, taught by MiniLM-L12; `tests/benchmarks/train.py`).\n\n"
-        "![time of a training step, over that without a teacher](docs/results/step_time.svg)"
+    rows = [row for row in rows if row["metric"] == "time of a step"]
+    newest = [row for row in rows if row["date"] == rows[-1]["date"]]
+    times = {row["provider"]: float(row["value"]) for row in newest}
+    bars = [(label, times[name]) for name, label in STEPS.items()]
+    _, tau_1, tau_2, live = (f"{time:.2f}" for _, time in bars)
+    title = "time of a training step, relative to a step without a teacher"
+    text = (
+        f"**Why**: a step with cached targets takes {tau_1} times (τ = 1) to {tau_2} times (τ = 2) "
+        f"as long as a step without a teacher; a step that runs the teacher takes {live} times as "
+        "long\n"
+        f"({newest[-1]['device']}; BERT-mini, taught by MiniLM-L12; `tests/benchmarks/train.py`)."
+        f"\n\n![{title}](docs/results/step_time.svg)"
     )
-    title = "time of a training step, over that without a teacher"
-    return Made({"why": told}, {"step_time.svg": pictures.bars(shown, title)})
+    return Generated({"why": text}, {"step_time.svg": pictures.bars(bars, title)})
 
 
-def of_cells(table: str, picture: str = "") -> Made:
+def of_cells(table: str, picture: str = "") -> Generated:
     """Return a page of a table with cells recorded one by one; ``picture`` is the picture's name,
     else the table's.
     """
     picture = picture or table
     folder = BENCHMARKS / table
     config, rows = plan_of(folder), read_rows(folder)
-    drawn = {f"{picture}.svg": _differences(results_of(config, rows))} if rows else {}
-    return Made({"measured": cycle_page.measured(picture, config, rows)}, drawn)
+    svgs = {f"{picture}.svg": _differences(results_of(config, rows))} if rows else {}
+    return Generated({"measured": cycle_page.measured(picture, config, rows)}, svgs)
 
 
 def _differences(results: CycleResults) -> str:
@@ -135,12 +136,12 @@ def _differences(results: CycleResults) -> str:
     )
 
 
-def state() -> Made:
-    """Return the table of RESULTS.md: what each result measures."""
+def state() -> Generated:
+    """Return the table of RESULTS.md, with what each result measures."""
     lines = ["| result | what is measured |", "|---|---|"]
     for name, (title, about) in TITLES.items():
         lines.append(f"| [{title}](docs/results/{name}.md) | {about or _cells(name)} |")
-    return Made({"state": "\n".join(lines)})
+    return Generated({"state": "\n".join(lines)})
 
 
 def _cells(table: str) -> str:
@@ -161,7 +162,7 @@ TITLES = {
     "few_labels": ("few labels, the task's own text", ""),
     "small_expert": ("small experts", ""),
 }
-MAKERS: dict[str, Callable[[], Made]] = {
+MAKERS: dict[str, Callable[[], Generated]] = {
     "glue": glue,
     "muki_clinc150": muki_clinc150,
     "real_model": real_model,
@@ -172,10 +173,8 @@ MAKERS: dict[str, Callable[[], Made]] = {
 }
 
 
-def written(page: str, regions: Mapping[str, str]) -> str:
-    """Return the text of a page with these regions replaced. Raises ValueError for one that it
-    lacks.
-    """
+def replace_regions(page: str, regions: Mapping[str, str]) -> str:
+    """Return a page with these regions replaced. Raise ValueError for a region that it lacks."""
     for name, text in regions.items():
         pattern = re.compile(rf"(<!-- begin {name}\b[^>]*-->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if len(pattern.findall(page)) != 1:
@@ -189,15 +188,16 @@ def page_of(name: str) -> Path:
     return ROOT / f"{name}.md" if name in ("README", "RESULTS") else PAGES / f"{name}.md"
 
 
-def make(names: Sequence[str]) -> None:
+def make_pages(names: Sequence[str]) -> None:
     """Write these pages and their pictures, and the table in RESULTS.md."""
     for name in dict.fromkeys([*names, "RESULTS"]):
-        made, path = MAKERS[name](), page_of(name)
-        path.write_text(written(path.read_text(encoding="utf-8"), made.regions), encoding="utf-8")
-        for file, picture in made.pictures.items():
+        generated, path = MAKERS[name](), page_of(name)
+        page = replace_regions(path.read_text(encoding="utf-8"), generated.regions)
+        path.write_text(page, encoding="utf-8")
+        for file, picture in generated.pictures.items():
             assert len(picture) < pictures.MOST_BYTES, f"{file} has {len(picture)} bytes"
             (PAGES / file).write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    make(sys.argv[1:] or list(MAKERS))
+    make_pages(sys.argv[1:] or list(MAKERS))

@@ -11,13 +11,13 @@ KIND = {"bytes": ".1f", "kept mass": ".3f", "KL": ".1e", "best token": ".3f"}
 
 def regions() -> dict[str, str]:
     """Return the page's regions by name."""
-    found = json.loads(ROWS.read_text(encoding="utf-8"))
-    kept = found["map"]
-    kinds = [[f"`{name}`", *_cells(one)] for name, one in found["kinds"].items()]
-    trained = [[str(s["step"]), f"{s['ce']:.3f}", f"{s['KL']:.3f}"] for s in found["trained"]]
-    shares = [f"{kept['tokens']:,}", f"{kept['positions']:.1%}", f"{kept['probability']:.1%}"]
+    rows = json.loads(ROWS.read_text(encoding="utf-8"))
+    mapped = rows["map"]
+    kinds = [[f"`{name}`", *_cells(one)] for name, one in rows["kinds"].items()]
+    trained = [[str(s["step"]), f"{s['ce']:.3f}", f"{s['KL']:.3f}"] for s in rows["trained"]]
+    shares = [f"{mapped['tokens']:,}", f"{mapped['positions']:.1%}", f"{mapped['probability']:.1%}"]
     return {
-        "run": _run(found),
+        "run": _run(rows),
         "kinds": _table(
             ["targets", "bytes a position", "kept mass", "KL, nats", "best token kept"], kinds
         ),
@@ -31,15 +31,15 @@ def regions() -> dict[str, str]:
     }
 
 
-def _run(found: Mapping[str, Any]) -> str:
+def _run(rows: Mapping[str, Any]) -> str:
     generated, cached, trained = (
-        found[f"{what} seconds"] for what in ("generate", "cache", "train")
+        rows[f"{stage} seconds"] for stage in ("generate", "cache", "train")
     )
     return (
-        f"{found['sequences']} dialogues, {found['tokens']:,} tokens, of which "
-        f"{found['trained share']:.1%} are trained. Generating took {generated:.0f} s, caching all "
-        f"kinds in one pass {cached:.0f} s, {found['steps']} steps of the student {trained:.0f} s "
-        f"({found['machine']})."
+        f"{rows['sequences']} dialogues, {rows['tokens']:,} tokens, of which "
+        f"{rows['trained share']:.1%} are trained. Generating took {generated:.0f} s, caching all "
+        f"kinds in one pass {cached:.0f} s, {rows['steps']} steps of the student {trained:.0f} s "
+        f"({rows['machine']})."
     )
 
 

@@ -18,8 +18,8 @@ from rekindle.pipeline.cycle.scores import (
     TaskFacts,
     TextFacts,
     differences_of,
+    join_draws,
     main_scores,
-    over_draws,
 )
 
 
@@ -31,9 +31,9 @@ def results_of(config: CycleConfig, rows: Sequence[Cell]) -> CycleResults:
         for task in config.tasks
     ]
     metrics = {task.name: task.metric for task in tasks}
-    draws = {draw: _of_draw(rows, draw) for draw in sorted({one["draw"] for one in rows})}
-    scores, _ = over_draws(draws)
-    scores += over_draws({d: _means(draws[d], metrics) for d in whole_draws(config, rows)})[0]
+    draws = {draw: _draw_scores(rows, draw) for draw in sorted({one["draw"] for one in rows})}
+    scores, _ = join_draws(draws)
+    scores += join_draws({d: _means(draws[d], metrics) for d in complete_draws(config, rows)})[0]
     scores = [one for arm in _arms(scores) for one in scores if one.arm == arm]
     file = config.model_dump(mode="json")
     results = CycleResults(
@@ -48,24 +48,24 @@ def results_of(config: CycleConfig, rows: Sequence[Cell]) -> CycleResults:
         draws=[*draws],
         texts=[TextFacts(**one["text"]) for one in _first_of_task(rows)],
     )
-    primary = Primary.of(file["primary"], main_scores(scores, metrics), results.where)
+    primary = Primary.of(file["primary"], main_scores(scores, metrics), results.judged_on)
     return CycleResults(**(vars(results) | {"primary": primary}))
 
 
-def whole_draws(config: CycleConfig, rows: Sequence[Cell]) -> list[int]:
+def complete_draws(config: CycleConfig, rows: Sequence[Cell]) -> list[int]:
     """Return the draws that have all tasks."""
     names = {task.name for task in config.tasks}
-    there = draws_of(rows)
-    draws = {draw for found in there.values() for draw in found}
-    return sorted(d for d in draws if all(d in there.get(name, ()) for name in names))
+    measured = measured_draws(rows)
+    draws = {draw for of_task in measured.values() for draw in of_task}
+    return sorted(d for d in draws if all(d in measured.get(name, ()) for name in names))
 
 
-def draws_of(rows: Sequence[Cell]) -> dict[str, list[int]]:
+def measured_draws(rows: Sequence[Cell]) -> dict[str, list[int]]:
     """Return the recorded draws of each task."""
-    found: dict[str, list[int]] = {}
+    draws: dict[str, list[int]] = {}
     for one in rows:
-        found.setdefault(one["task"], []).append(one["draw"])
-    return found
+        draws.setdefault(one["task"], []).append(one["draw"])
+    return draws
 
 
 def _first_of_task(rows: Sequence[Cell]) -> list[Cell]:
@@ -73,7 +73,7 @@ def _first_of_task(rows: Sequence[Cell]) -> list[Cell]:
     return list({one["task"]: one for one in reversed(rows)}.values())[::-1]
 
 
-def _of_draw(rows: Sequence[Cell], draw: int) -> list[ArmScores]:
+def _draw_scores(rows: Sequence[Cell], draw: int) -> list[ArmScores]:
     return [
         ArmScores.of(one["arm"], cell["task"], one["metric"], one["seeds"], one["test"])
         for cell in rows
@@ -87,13 +87,13 @@ def _means(scores: Sequence[ArmScores], metrics: Mapping[str, str]) -> list[ArmS
     if len(metrics) == 1:
         return []
     main = main_scores(scores, metrics)
-    found = []
+    means = []
     for arm in _arms(scores):
         ones = [main[arm, task] for task in metrics if (arm, task) in main]
         if len(ones) == len(metrics):
-            means = [fmean(seed) for seed in zip(*(one.scores for one in ones), strict=True)]
-            found.append(ArmScores.of(arm, MEAN, MEAN, [], means))
-    return found
+            by_seed = [fmean(seed) for seed in zip(*(one.scores for one in ones), strict=True)]
+            means.append(ArmScores.of(arm, MEAN, MEAN, [], by_seed))
+    return means
 
 
 def _arms(scores: Sequence[ArmScores]) -> list[str]:

@@ -17,8 +17,8 @@ from rekindle.pipeline.report.significance import Difference
 MOST_BYTES = 100_000
 SURE = 0.05
 _STYLE = Path(svg.__file__).with_name("picture.mplstyle")
-# By the baseline: the page's blue, orange and green in a light page's inks, and a shape.
-_LOOKS = {
+# The colour and the marker of the differences to each baseline; colours of the page's light mode.
+_STYLES = {
     "start": (svg.PALETTE["light"][0], "o"),
     "expert": (svg.PALETTE["light"][0], "o"),
     "mlm": (svg.PALETTE["light"][1], "s"),
@@ -29,8 +29,8 @@ _QUIET = "#8a8f98"
 
 
 def differences(ones: Sequence[Difference], tasks: Sequence[str], against: Sequence[str]) -> str:
-    """Return an SVG of the differences to each of ``against``: a panel for each of ``tasks`` that
-    has any, the mean over tasks last, a row for each arm.
+    """Return an SVG of the differences to each of ``against``: a row for each arm, a panel for each
+    of the ``tasks`` with differences, and the mean over tasks last.
     """
     ones = [one for one in ones if one.against in against]
     arms = list(dict.fromkeys(one.arm for one in ones))
@@ -45,28 +45,28 @@ def differences(ones: Sequence[Difference], tasks: Sequence[str], against: Seque
             for one in ones:
                 if one.task != task:
                     continue
-                own = [b for b in bases if any((o.arm, o.against) == (one.arm, b) for o in ones)]
-                middle = (len(own) - 1) / 2
-                place = arms.index(one.arm) + step * (own.index(one.against) - middle)
-                ink, shape = _LOOKS[one.against]
+                beside = [b for b in bases if any((o.arm, o.against) == (one.arm, b) for o in ones)]
+                offset = beside.index(one.against) - (len(beside) - 1) / 2
+                position = arms.index(one.arm) + step * offset
+                ink, shape = _STYLES[one.against]
                 if one.low is not None and one.high is not None:
-                    panel.hlines(place, 100 * one.low, 100 * one.high, color=ink, lw=1.3)
+                    panel.hlines(position, 100 * one.low, 100 * one.high, color=ink, lw=1.3)
                 sure = one.p_adjusted is not None and one.p_adjusted < SURE
                 face = ink if sure else "white"
-                panel.plot([100 * one.mean], [place], shape, ms=5, mfc=face, mec=ink, mew=1.2)
+                panel.plot([100 * one.mean], [position], shape, ms=5, mfc=face, mec=ink, mew=1.2)
             panel.margins(x=0.08)
             panel.set_title("mean over tasks" if task == MEAN else task, fontsize=9, loc="left")
             _axes(panel, arms)
         axes[0].set_yticks(range(len(arms)), arms)
         marks = []
         for base in bases:
-            ink, shape = _LOOKS[base]
+            ink, shape = _STYLES[base]
             look = {"color": ink, "mec": ink, "mfc": "white", "ms": 5, "lw": 1.3}
             marks += axes[0].plot([], [], f"{shape}-", label=f"against {base}", **look)
         canvas.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8.5)
 
     size = 1.0 + 1.75 * len(panels), 1.05 + (0.28 + 0.14 * len(bases)) * len(arms)
-    return _drawn(draw, size, [_numbers(one) for one in ones])
+    return _draw_svg(draw, size, [_numbers(one) for one in ones])
 
 
 def means(
@@ -74,21 +74,21 @@ def means(
     title: str,
     groups: Mapping[str, str],
 ) -> str:
-    """Return an SVG of fractions in per cent, a row each: its name, mean and interval, if there is
-    one. ``groups``: the beginning of a name, and what the rows in its colour are.
+    """Return an SVG of fractions in per cent, with a row for each: its name, mean and interval, if
+    there is one. ``groups``: the beginnings of names; each has its own colour.
     """
     inks = dict(zip(groups, svg.PALETTE["light"], strict=False))
 
     def draw(canvas: Any) -> None:
         panel = canvas.subplots()
-        for place, (name, mean, low, high) in enumerate(rows):
+        for position, (name, mean, low, high) in enumerate(rows):
             ink = next(ink for start, ink in inks.items() if name.startswith(start))
             if low is not None and high is not None:
-                panel.hlines(place, 100 * low, 100 * high, color=ink, lw=1.3)
-            panel.plot([100 * mean], [place], "o", ms=5, color=ink, mew=0)
+                panel.hlines(position, 100 * low, 100 * high, color=ink, lw=1.3)
+            panel.plot([100 * mean], [position], "o", ms=5, color=ink, mew=0)
             panel.annotate(
                 f"{100 * mean:.1f}",
-                (100 * (high or mean), place),
+                (100 * (high or mean), position),
                 (7, 0),
                 fontsize=8,
                 textcoords="offset points",
@@ -100,7 +100,7 @@ def means(
         panel.set_xlim(0, 100)
         panel.set_title(title, fontsize=9, loc="left")
 
-    return _drawn(draw, (8.2, 0.7 + 0.24 * len(rows)), [list(row) for row in rows])
+    return _draw_svg(draw, (8.2, 0.7 + 0.24 * len(rows)), [list(row) for row in rows])
 
 
 def bars(rows: Sequence[tuple[str, float]], title: str) -> str:
@@ -108,11 +108,11 @@ def bars(rows: Sequence[tuple[str, float]], title: str) -> str:
 
     def draw(canvas: Any) -> None:
         panel = canvas.subplots()
-        for place, (_, value) in enumerate(rows):
-            panel.barh(place, value, height=0.6, color=svg.PALETTE["light"][0])
+        for position, (_, value) in enumerate(rows):
+            panel.barh(position, value, height=0.6, color=svg.PALETTE["light"][0])
             panel.annotate(
                 f"{value:.2f}",
-                (value, place),
+                (value, position),
                 (5, 0),
                 fontsize=10.5,
                 textcoords="offset points",
@@ -125,7 +125,7 @@ def bars(rows: Sequence[tuple[str, float]], title: str) -> str:
         panel.set_title(title, fontsize=10.5, loc="left", x=-0.4)
 
     # Narrow, so that it is read on a phone.
-    return _drawn(draw, (5.2, 0.8 + 0.32 * len(rows)), [list(row) for row in rows])
+    return _draw_svg(draw, (5.2, 0.8 + 0.32 * len(rows)), [list(row) for row in rows])
 
 
 def _axes(panel: Any, names: Sequence[str]) -> None:
@@ -142,18 +142,18 @@ def _numbers(one: Difference) -> list[object]:
 
 
 def mark_of(numbers: Sequence[Sequence[object]]) -> str:
-    """Return the mark that a picture carries: a hash of its numbers, to five digits."""
+    """Return the mark of a picture: a hash of its numbers, rounded to five digits."""
     plain = [[round(n, 5) if isinstance(n, float) else n for n in one] for one in numbers]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
 
 
 def mark_in(picture: str) -> str:
-    """Return the mark that a picture carries."""
-    found = re.search(r"of the numbers ([0-9a-f]{16})", picture)
-    return found[1] if found else ""
+    """Return the mark in a picture; empty if it has none."""
+    match = re.search(r"of the numbers ([0-9a-f]{16})", picture)
+    return match[1] if match else ""
 
 
-def _drawn(
+def _draw_svg(
     draw: Callable[[Any], None], size: tuple[float, float], numbers: list[list[object]]
 ) -> str:
     from matplotlib import rc_context  # takes a second to import
@@ -163,6 +163,6 @@ def _drawn(
         canvas = Figure(figsize=size, layout="constrained", facecolor="white")
         draw(canvas)
         stream = io.StringIO()
-        told = {"Date": None, "Description": f"of the numbers {mark_of(numbers)}"}
-        canvas.savefig(stream, format="svg", metadata=told)
+        metadata = {"Date": None, "Description": f"of the numbers {mark_of(numbers)}"}
+        canvas.savefig(stream, format="svg", metadata=metadata)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

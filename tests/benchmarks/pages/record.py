@@ -32,16 +32,16 @@ from rekindle.pipeline.cycle.costs import arm_costs
 from rekindle.pipeline.cycle.finetuned import own_head, read_json
 from rekindle.pipeline.cycle.results import read_results
 from rekindle.pipeline.cycle.scores import CycleResults, scores_of
-from rekindle.pipeline.cycle.searched import (
+from rekindle.pipeline.cycle.search import (
     DRAWS_FOLDER,
     FIRST_DRAW,
     SEARCH_FILE,
-    check_of_one_cycle,
-    decisive,
-    packed,
+    check_same_cycle,
+    decisive_settings,
+    export_searches,
     read_search_file,
     search_home,
-    taken_from,
+    search_sources,
     without_cache,
 )
 from rekindle.train.record.run_folder import differences
@@ -56,7 +56,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where, and with what code, cells were measured."""
+    """The machine and the commit that measured cells, and the day."""
 
     device: str
     commit: str
@@ -90,64 +90,65 @@ def plan_of(table: Path) -> CycleConfig:
     return load_cycle(table / f"{table.name}.yaml").without_twins()
 
 
-# --- what a cycle's folder has --------------------------------------------------------------------
+# --- the cells in a cycle's folder ----------------------------------------------------------------
 
 
-def cells_in(run: Path, told: list[str], origin: Origin) -> Iterator[Cell]:
-    """Yield the finished cells in a cycle's folder ``run``; what other cells lack is added to
-    ``told``.
+def cells_in(run: Path, messages: list[str], origin: Origin) -> Iterator[Cell]:
+    """Yield the finished cells in a cycle's folder ``run``; for the others, add a line with their
+    missing parts to ``messages``.
     """
-    drawn = {int(one.name): one for one in (run / DRAWS_FOLDER).glob("*/")}
-    if not drawn and read_results(run).draws is None:
-        drawn = {0: run}
-    for draw, home in sorted(drawn.items()):
+    draws = {int(one.name): one for one in (run / DRAWS_FOLDER).glob("*/")}
+    if not draws and read_results(run).draws is None:
+        draws = {0: run}
+    for draw, home in sorted(draws.items()):
         try:
-            found = read_results(home)
+            results = read_results(home)
         except InputError:  # nothing of this draw exists except its folder
             continue
-        cells = read_cells(home, found, found.settings.get("search") or {})
-        for task in found.metrics:
+        cells = read_cells(home, results, results.settings.get("search") or {})
+        for task in results.metrics:
             # If all tasks have one text, a student's cost is for all of them.
-            tasks = [task] if any(one.task for one in found.texts) else found.metrics
-            if lacking := [what for one in tasks for what in _lacking(found, cells, one)]:
-                missing = ", ".join(dict.fromkeys(lacking))
-                told.append(f"draw {draw}, {task}: not finished ({missing})")
+            tasks = [task] if any(one.task for one in results.texts) else results.metrics
+            parts = [part for one in tasks for part in _missing_parts(results, cells, one)]
+            if parts:
+                missing = ", ".join(dict.fromkeys(parts))
+                messages.append(f"draw {draw}, {task}: not finished ({missing})")
             else:
-                yield _cell(draw, task, found, cells, origin) | _depends_on(home, task)
+                yield _cell(draw, task, results, cells, origin) | _depends_on(home, task)
 
 
-def _lacking(found: CycleResults, cells: Cells, task: str) -> Iterator[str]:
-    for arm in found.arms:
-        if (arm, task) not in cells.found:
+def _missing_parts(results: CycleResults, cells: Cells, task: str) -> Iterator[str]:
+    for arm in results.arms:
+        if (arm, task) not in cells.fine_tuned:
             yield arm
-        elif arm in WITH_TEACHERS and (arm, task) not in cells.heads:
+        elif arm in WITH_TEACHERS and (arm, task) not in cells.own_heads:
             yield own_head(arm)
-    if not any(one.task in ("", task) for one in found.texts):
+    if not any(one.task in ("", task) for one in results.texts):
         yield "test texts in its text"
 
 
-def _cell(draw: int, task: str, found: CycleResults, cells: Cells, origin: Origin) -> Cell:
+def _cell(draw: int, task: str, results: CycleResults, cells: Cells, origin: Origin) -> Cell:
     """Return everything that is recorded of one task in one draw."""
-    ones = {arm: cells.found[arm, task] for arm in found.arms}
-    selected = found.file.get("experts", {}).get("teacher") != "all"
-    scores = scores_of(found.arms, [task], cells.found, cells.heads, selected)
-    own_text = any(one.task == task for one in found.texts)
-    tasks = [task] if own_text else list(found.metrics)
-    costs = arm_costs(found.arms, tasks, _of_task(cells, task) if own_text else cells)
-    text = next(one for one in found.texts if one.task in ("", task))
-    expert = next(iter(ones.values()))
-    searched = found.settings.get("search") or {}
+    by_arm = {arm: cells.fine_tuned[arm, task] for arm in results.arms}
+    selected = results.file.get("experts", {}).get("teacher") != "all"
+    scores = scores_of(results.arms, [task], cells.fine_tuned, cells.own_heads, selected)
+    own_text = any(one.task == task for one in results.texts)
+    tasks = [task] if own_text else list(results.metrics)
+    costs = arm_costs(results.arms, tasks, _of_task(cells, task) if own_text else cells)
+    text = next(one for one in results.texts if one.task in ("", task))
+    expert = next(iter(by_arm.values()))
+    grid = results.settings.get("search") or {}
     return {
         "draw": draw,
         "task": task,
-        "facts": asdict(next(one for one in found.tasks if one.name == task)),
-        "primary": found.file.get("primary"),
+        "facts": asdict(next(one for one in results.tasks if one.name == task)),
+        "primary": results.file.get("primary"),
         "scores": [
             {"arm": one.arm, "metric": one.metric, "seeds": one.seeds, "test": one.scores}
             for one in scores
         ],
-        "dev": {arm: dict(zip(one.seeds, one.dev, strict=True)) for arm, one in ones.items()},
-        "chosen": {arm: {key: one.config[key] for key in searched} for arm, one in ones.items()},
+        "dev": {arm: dict(zip(one.seeds, one.dev, strict=True)) for arm, one in by_arm.items()},
+        "chosen": {arm: {key: one.config[key] for key in grid} for arm, one in by_arm.items()},
         "seconds": {
             one.arm: {kind: round(seconds, 1) for kind, seconds in one.by_kind.items()}
             for one in costs
@@ -169,15 +170,15 @@ def _depends_on(home: Path, task: str) -> dict[str, Any]:
         "settings": without_cache(about.get("settings") or {}),
         "start": about.get("start"),
         "files": sorted(files.values()),
-        "search_of": taken_from(search_home(home)).get(task, OWN_SEARCH),
+        "search_of": search_sources(search_home(home)).get(task, OWN_SEARCH),
     }
 
 
 def _of_task(cells: Cells, task: str) -> Cells:
     """Return the cells with only the students of one task, if each task has its own text."""
     name = re.compile(rf"\w+-{re.escape(task)}(\.\d+)?")
-    kept = {one: cost for one, cost in cells.students.items() if name.fullmatch(one)}
-    return replace(cells, students=kept)
+    students = {one: cost for one, cost in cells.students.items() if name.fullmatch(one)}
+    return replace(cells, students=students)
 
 
 # --- the file of rows -----------------------------------------------------------------------------
@@ -210,31 +211,33 @@ def check_of_table(cell: Mapping[str, Any], config: CycleConfig) -> None:
     """
     primary = config.primary and config.primary.model_dump(mode="json")
     metrics = {task.name: task.metric or cell["facts"]["metric"] for task in config.tasks}
-    for what, here, there in (
+    for subject, here, planned in (
         ("primary comparison", cell["primary"], primary),
         ("arms", sorted(cell["dev"]), sorted(config.arms)),
         ("metric", cell["facts"]["metric"], metrics.get(cell["task"])),
         ("draws", cell["draw"] in range(config.label_draws), True),
     ):
-        if here != there:
+        if here != planned:
             raise InputError(
-                f"draw {cell['draw']}, {cell['task']}: {what} {here!r}, and the table's file says "
-                f"{there!r}. Rows of one table are of one file: give the folder of that cycle"
+                f"draw {cell['draw']}, {cell['task']}: {subject} {here!r}, and the table's file "
+                f"says {planned!r}. Rows of one table are of one file: give the folder of that "
+                "cycle"
             )
-    if "train" not in cell.get("settings", {}):  # of a row older than this
+    if "train" not in cell.get("settings", {}):  # older rows have no settings
         return
-    planned = config.of_draw(cell["draw"]).model_dump(mode="json", by_alias=True)
-    both = [decisive(one, config.texts) for one in (cell["settings"], planned)]
-    for key, (here, there) in differences(both, items=True).items():
+    settings = config.of_draw(cell["draw"]).model_dump(mode="json", by_alias=True)
+    both = [decisive_settings(one, config.texts) for one in (cell["settings"], settings)]
+    for key, (here, planned) in differences(both, items=True).items():
         raise InputError(
             f"draw {cell['draw']}, {cell['task']}: it was run with {key} {here!r}, and the table's "
-            f"file says {there!r}. Rows of one table are of one file: give the folder of that cycle"
+            f"file says {planned!r}. Rows of one table are of one file: give the folder of that "
+            "cycle"
         )
 
 
 def check_alike(rows: list[Cell]) -> None:
-    """Raise InputError if rows of one task had other data, another start model or, among the
-    settings that the search of draw 0 chose for all, other ones.
+    """Raise InputError if rows of one task differ in their data, their start model, or the settings
+    that the search of draw 0 chose for all.
     """
     first: dict[tuple[str, str], Cell] = {}
     for one in rows:
@@ -262,34 +265,38 @@ def record_search(table: Path, run: Path, rows: list[Cell]) -> None:
     existing entries stay. Raises InputError if it belongs to another cycle.
     """
     home, path = run / DRAWS_FOLDER / str(FIRST_DRAW), table / SEARCH_FILE
-    if (new := packed(home)) is None:
+    if (new := export_searches(home)) is None:
         return
-    whole = read_search_file(path) if path.exists() else new | {"search": {}, "texts": {}}
+    merged_search = read_search_file(path) if path.exists() else new | {"search": {}, "texts": {}}
     if path.exists():
-        check_of_one_cycle(str(path), whole, new)
-    there = {one["task"] for one in rows if one["draw"] == FIRST_DRAW}
-    for task in [task for task in new["search"] if task in there and task not in whole["search"]]:
+        check_same_cycle(str(path), merged_search, new)
+    recorded = {one["task"] for one in rows if one["draw"] == FIRST_DRAW}
+    tasks = [task for task in new["search"] if task in recorded]
+    for task in [task for task in tasks if task not in merged_search["search"]]:
         text = task if task in new["texts"] else ""
-        whole["search"][task], whole["texts"][text] = new["search"][task], new["texts"][text]
-    if whole["search"]:
-        path.write_text(json.dumps(whole, ensure_ascii=False) + "\n", encoding="utf-8")
+        merged_search["search"][task], merged_search["texts"][text] = (
+            new["search"][task],
+            new["texts"][text],
+        )
+    if merged_search["search"]:
+        path.write_text(json.dumps(merged_search, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def record(table: Path, run: Path, origin: Origin) -> list[str]:
     """Add the finished cells of ``run`` to the ``table``'s rows; return sentences about what was
     done.
     """
-    config, rows, told = plan_of(table), read_rows(table), list[str]()
-    there = {(one["draw"], one["task"]) for one in rows}
-    found = merged(rows, cells_in(run, told, origin), config)
-    new = [one for one in found if (one["draw"], one["task"]) not in there]
-    check_alike(found)
-    record_search(table, run, found)
+    config, rows, messages = plan_of(table), read_rows(table), list[str]()
+    recorded = {(one["draw"], one["task"]) for one in rows}
+    all_rows = merged(rows, cells_in(run, messages, origin), config)
+    new = [one for one in all_rows if (one["draw"], one["task"]) not in recorded]
+    check_alike(all_rows)
+    record_search(table, run, all_rows)
     if new:
-        write_rows(table, found)
+        write_rows(table, all_rows)
     added = [f"added: draw {one['draw']}, {one['task']}" for one in new]
     cells = config.label_draws * len(config.tasks)
-    return [*told, *added, f"{len(found)} of {cells} cells are recorded in {table / CELLS}"]
+    return [*messages, *added, f"{len(all_rows)} of {cells} cells are recorded in {table / CELLS}"]
 
 
 def main() -> None:
@@ -299,19 +306,19 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the --out of pipeline rekindle")
     parser.add_argument("--device", help="the device it ran on, if not this machine")
     parser.add_argument("--commit", help="the commit of the code that ran, if not this one")
-    given = parser.parse_args()
+    options = parser.parse_args()
     origin = Origin.here()
     origin = replace(
-        origin, device=given.device or origin.device, commit=given.commit or origin.commit
+        origin, device=options.device or origin.device, commit=options.commit or origin.commit
     )
-    table = BENCHMARKS / given.table
+    table = BENCHMARKS / options.table
     try:
-        print("\n".join(record(table, given.run, origin)))
+        print("\n".join(record(table, options.run, origin)))
     except RekindleError as error:
         sys.exit(f"error: {error}")
-    from make import make  # the page is made of all existing rows
+    from make import make_pages  # the page shows all existing rows
 
-    make([given.table])
+    make_pages([options.table])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MakeTable = MakeRun = Callable[..., Path]
 def test_a_page_and_its_pictures_are_those_of_the_rows(pages: ModuleType, name: str) -> None:
     made, page = pages.MAKERS[name](), pages.page_of(name).read_text()
     again = "python tests/benchmarks/pages/make.py writes it anew"
-    assert pages.written(page, made.regions) == page, again
+    assert pages.replace_regions(page, made.regions) == page, again
     for file, drawing in made.pictures.items():
         there = (pages.PAGES / file).read_text()
         assert f"{file})" in page
@@ -257,7 +257,7 @@ def test_what_draw_0_has_searched_is_kept_beside_the_rows(
         "texts": {"cola": [], "mrpc": []},
         "search": {"cola": {"kd": ["first"]}, "mrpc": {"kd": ["first"]}},
     }
-    monkeypatch.setattr(record, "packed", lambda home: json.loads(json.dumps(made)))
+    monkeypatch.setattr(record, "export_searches", lambda home: json.loads(json.dumps(made)))
     shutil.move(run / "draws/0/experts/mrpc", run / "aside")
     recorded(record, table, run)
     file = table / "search.json"

@@ -62,7 +62,7 @@ def test_where_no_two_runs_meet_at_a_cost_there_is_no_table_but_a_sentence(curve
     ]
     comparison = compare_runs(runs)
     assert comparison.matched_cost == []
-    assert "no run was evaluated before another had cost more" in as_text(comparison, 999)
+    assert "no run was evaluated before another had already cost more" in as_text(comparison, 999)
     cheap = curve("third", {2: 4.1, 4: 3.5}, taught=False, seed=2)
     table = rows_of(
         (text := as_text(compare_runs([*runs, cheap]), 999))[text.index("at equal total") :]

@@ -161,12 +161,12 @@ def test_a_place_may_have_an_equals_sign_with_a_heads_name_and_without(
     for given in ("trec=~/lr=1/t.jsonl", "~/lr=1/t.jsonl", "trec=$HOME/lr=1/t.jsonl", str(own)):
         (place,) = asking._found([given])
         assert place == ("trec=" if given.startswith("trec") else "") + str(own)
-        assert heads._asked(place, found.runs) == ("trec", str(own))
+        assert heads._parse_test(place, found.runs) == ("trec", str(own))
     monkeypatch.chdir(tmp_path)
     assert asking._found(["lr=1/t.jsonl"]) == ["lr=1/t.jsonl"]
-    assert heads._asked("lr=1/t.jsonl", found.runs) == ("trec", "lr=1/t.jsonl")
+    assert heads._parse_test("lr=1/t.jsonl", found.runs) == ("trec", "lr=1/t.jsonl")
     with pytest.raises(InputError, match="there is no file /no/lr=1"):
-        heads._asked("/no/lr=1", found.runs)
+        heads._parse_test("/no/lr=1", found.runs)
 
 
 def test_an_expert_that_is_given_twice_is_scored_once(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rekindle.pipeline.compare.standing import LEAST_ROWS, OnRows, draw, standing_of
+from rekindle.pipeline.compare.standing import LEAST_ROWS, RowScores, draw, standing_of
 from rekindle.pipeline.report.scores import TaskScores
 
 ROWS = 400
@@ -19,7 +19,7 @@ def standing(**right):
     scores = {run: [float(own.mean())] for run, own in right.items()}
     count = len(next(iter(right.values())))
     draws = {run: draw(lambda rows, own=own: own[rows].mean(), count) for run, own in right.items()}
-    on_rows = OnRows(count, draws, right)
+    on_rows = RowScores(count, draws, right)
     return standing_of(TaskScores("trec", "accuracy", "test.jsonl", scores), on_rows)
 
 
@@ -117,7 +117,7 @@ def test_of_equal_runs_one_is_rarely_better():
     for again in range(40):
         seed = np.random.Generator(np.random.Philox(key=[7, again])).random((12, 300))
         runs = {f"r{n}": own < 0.8 for n, own in enumerate(seed)}
-        wrong += bool(with_weights(runs).beaten)
+        wrong += bool(with_weights(runs).significant)
     assert wrong <= 5
 
 
@@ -126,7 +126,7 @@ def with_weights(runs):
     right = {run: own.astype(float) for run, own in runs.items()}
     draws = {run: WEIGHTS @ own / 300 for run, own in right.items()}
     scores = {run: [float(own.mean())] for run, own in right.items()}
-    return standing_of(TaskScores("t", "accuracy", "x", scores), OnRows(300, draws, runs))
+    return standing_of(TaskScores("t", "accuracy", "x", scores), RowScores(300, draws, runs))
 
 
 WEIGHTS = np.random.Generator(np.random.Philox(5)).multinomial(300, [1 / 300] * 300, 500) * 1.0
@@ -134,7 +134,7 @@ WEIGHTS = np.random.Generator(np.random.Philox(5)).multinomial(300, [1 / 300] * 
 
 def test_of_few_rows_no_more_is_said_than_the_exact_test_says():
     one = standing(a=np.array([True]), b=np.array([False]))
-    assert not one.beaten
+    assert not one.significant
     assert one.verdict.endswith(f"is unknown with fewer than {LEAST_ROWS} rows")
     base = np.arange(ROWS) < 300
     for more, told in ((5, False), (6, True)):  # 2 / 2^5 > 0.05 > 2 / 2^6

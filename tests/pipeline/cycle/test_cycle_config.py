@@ -12,9 +12,9 @@ from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cli import app
 from rekindle.pipeline.config import dump_config, load_config
 from rekindle.pipeline.cycle.arms import USUAL
-from rekindle.pipeline.cycle.begun import as_it_was_begun
 from rekindle.pipeline.cycle.config import CycleConfig, load_cycle
 from rekindle.pipeline.cycle.page import commands_of
+from rekindle.pipeline.cycle.record import resumed_config
 from rekindle.pipeline.cycle.sections import point_name
 from rekindle.pipeline.overrides import set_value
 
@@ -219,13 +219,13 @@ def test_experts_of_another_model_are_beside_the_students_own_model():
 def test_what_is_searched_is_not_given_beside_it(where, tmp_path):
     """What an older version began with both goes on."""
     given = [f"{where}.finetune.learning_rate=1e-3", "experts.model=other"]
-    assert as_it_was_begun(tmp_path, config_of(*given)).unused == []
+    assert resumed_config(tmp_path, config_of(*given)).unused_settings == []
     both = config_of(*given, "search.learning_rate=[1e-5,2e-5]")
     with pytest.raises(InputError, match=rf"{where}\.finetune\.learning_rate is searched"):
-        as_it_was_begun(tmp_path, both)
+        resumed_config(tmp_path, both)
     begun = {"settings": both.model_dump(mode="json", by_alias=True)}
     (tmp_path / "cycle.json").write_text(json.dumps(begun))
-    assert as_it_was_begun(tmp_path, both).search == both.search
+    assert resumed_config(tmp_path, both).search == both.search
 
 
 def test_experts_may_have_seeds_of_their_own():
@@ -237,7 +237,7 @@ def test_experts_may_have_seeds_of_their_own():
     assert config_of("experts.seeds=1").twins["committee"] == "kd"
     lines = dict(commands_of(Path("home"), config, {}))
     assert "--seeds 3 " in lines["The expert on a"]
-    assert "--seeds 1 " in lines["It on the task again"]
+    assert "--seeds 1 " in lines["The student fine-tuned on the task"]
 
 
 @pytest.mark.parametrize(

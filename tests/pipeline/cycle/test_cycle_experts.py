@@ -15,9 +15,9 @@ from rekindle.pipeline.config import load_config
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import read_tasks
 from rekindle.pipeline.cycle.jobs import plan_jobs
-from rekindle.pipeline.cycle.run import _tell_again, run_cycle
+from rekindle.pipeline.cycle.run import _log_repeated_experts, run_cycle
 from rekindle.pipeline.cycle.run_files import configs
-from rekindle.pipeline.cycle.searched import read_search
+from rekindle.pipeline.cycle.search import read_search
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.pipeline.processes.worker import Place
 from testlib.small_cycle.here import TINY, WORDS, Here, sections, task_files
@@ -197,7 +197,7 @@ def test_another_folder_takes_the_search_over(whole, values, tmp_path, here):
         (known,) = [s for s in whole[1].scores if (s.arm, s.metric) == (one.arm, one.metric)]
         assert one.scores == known.scores[1:]
     assert [one.tried for one in results.searched] == [one.tried for one in whole[1].searched]
-    told = f"taken over for colour (of {file}): its scores and its seconds are of there"
+    told = f"taken over for colour (from {file}): its scores and its seconds come from there"
     assert any(told in note for note in results.notes)
     # Its own first draw goes by it as well, and then has it for others.
     count = len(here.done)
@@ -288,7 +288,7 @@ def test_experts_that_are_made_again_for_a_committee_are_named(values, tmp_path,
         if finished:
             made.touch()
         config = config_of(values, arms=arms)
-        _tell_again(tmp_path, config, list(planned(tmp_path, config).values()))
+        _log_repeated_experts(tmp_path, config, list(planned(tmp_path, config).values()))
         assert (words in caplog.text) == told
 
 
@@ -410,7 +410,7 @@ def test_a_folder_that_takes_a_search_over_has_all_of_it(whole, values, tmp_path
             (one.config, one.dev, one.seeds) for one in there
         ]
     assert json.loads((own / "search/taken.json").read_text()) == {"colour": str(file)}
-    told = f"taken over for colour (of {file}): its scores and its seconds are of there"
+    told = f"taken over for colour (from {file}): its scores and its seconds come from there"
     assert any(told in note for note in results.notes)
     run_cycle(config, tmp_path, draw=0)  # which goes by it as well
     assert (own / "cycle.json").exists()

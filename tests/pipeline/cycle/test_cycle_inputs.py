@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.cycle import inputs
-from rekindle.pipeline.cycle.begun import remove_other_rows
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import (
     _read,
@@ -18,6 +17,7 @@ from rekindle.pipeline.cycle.inputs import (
     read_tasks,
     write_tasks,
 )
+from rekindle.pipeline.cycle.record import remove_outdated_splits
 from rekindle.pipeline.cycle.sections import CycleTask
 from rekindle.train.finetune.config import FinetuneConfig, FixedBudget, TaskSettings
 from rekindle.train.finetune.task_data import read_task
@@ -148,7 +148,7 @@ def test_files_of_other_rows_are_written_anew_unless_something_was_made_of_them(
     older, now = _read(task, 1), _read(task, 0)
     write_tasks([now], tmp_path / "new")
     write_tasks([older], tmp_path)
-    remove_other_rows([now], tmp_path)
+    remove_outdated_splits([now], tmp_path)
     write_tasks([now], tmp_path)
     files = [f"tasks/t/{name}.jsonl" for name in ("train", "dev", "test")]
     for file in files:
@@ -159,13 +159,13 @@ def test_files_of_other_rows_are_written_anew_unless_something_was_made_of_them(
         made = tmp_path / place
         made.mkdir(parents=True)
         with pytest.raises(CheckpointError, match=rf"train\.jsonl has other rows .*{place} was"):
-            remove_other_rows([older], tmp_path)
+            remove_outdated_splits([older], tmp_path)
         made.rmdir()
-    remove_other_rows([now], tmp_path)  # these very rows
+    remove_outdated_splits([now], tmp_path)  # these very rows
     assert (tmp_path / files[0]).exists()
     (tmp_path / files[0]).write_text("{")
     with pytest.raises(CheckpointError, match=r"train\.jsonl is damaged .*remove it"):
-        remove_other_rows([now], tmp_path)
+        remove_outdated_splits([now], tmp_path)
 
 
 def test_test_examples_that_train_has_are_counted(tmp_path):

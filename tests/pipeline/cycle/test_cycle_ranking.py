@@ -95,7 +95,7 @@ def values(folder, make_model, wordpiece):
 def test_students_learn_the_order_within_groups_unless_they_are_told_otherwise(values, tmp_path):
     def terms(**changes):
         config = parse_settings(CycleConfig, values | changes).with_cache_in(tmp_path)
-        made = configs(tmp_path, config, read_tasks(config, tell=False))
+        made = configs(tmp_path, config, read_tasks(config, verbose=False))
         return made["students/kd-search.yaml"].train.objective.distill
 
     ((term),) = terms()

@@ -23,7 +23,7 @@ from rekindle.pipeline.report.page import (
 )
 from rekindle.pipeline.report.scores import TaskScores, scores_section
 from rekindle.pipeline.report.significance import Difference
-from rekindle.pipeline.report.svg import shown
+from rekindle.pipeline.report.svg import shorten_name
 from rekindle.pipeline.report.table import Column, Table
 
 HOSTILE = '<script>alert("$x$ & \'y\' --></svg>")</script> http://evil #010203 id="a" xmlns="b"'
@@ -138,7 +138,7 @@ names = st.one_of(
 @given(names)
 def test_any_name_is_shown_and_breaks_nothing(name: str) -> None:
     def draw(axes: object) -> None:
-        axes.set_xticks([0], [shown(name)])  # type: ignore[attr-defined]
+        axes.set_xticks([0], [shorten_name(name)])  # type: ignore[attr-defined]
 
     column = Column(name, [name], below=[name])
     blocks = [Table(name, [column]), Legend([name], [0]), Figures([Figure(name, draw)])]

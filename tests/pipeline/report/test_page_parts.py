@@ -16,7 +16,7 @@ from rekindle.pipeline.report.losses import (
     curves_of,
     losses_section,
     running_means,
-    thinned,
+    thin_out,
 )
 from rekindle.pipeline.report.page import Figures, Legend, Note
 from rekindle.pipeline.report.scores import (
@@ -60,7 +60,7 @@ LOSSES = st.floats(-1e300, 1e300) | st.sampled_from([math.nan, math.inf, -math.i
 @given(st.lists(LOSSES, max_size=50), st.integers(1, 20))
 def test_thinned_curves_are_means_of_all_that_are_numbers(values, most):
     points = list(enumerate(values, 1))
-    found = thinned(points, most)
+    found = thin_out(points, most)
     assert len(found) == min(most, len(points))
     steps = [step for step, _ in found]
     assert steps == sorted(set(steps))

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rekindle.pipeline.report.page import TEMPLATE
-from rekindle.pipeline.report.svg import PALETTE, inline, line_style, plottable, sample, shown
+from rekindle.pipeline.report.svg import PALETTE, inline, line_style, plottable, sample, shorten_name
 
 
 def luminance(colour: str) -> float:
@@ -76,12 +76,12 @@ def test_inlining_leaves_words_alone() -> None:
 
 
 def test_long_names_keep_their_ends() -> None:
-    assert shown("short") == "short"
-    long = shown("learning_rate=0.001,temperature=2,seed=1")
+    assert shorten_name("short") == "short"
+    long = shorten_name("learning_rate=0.001,temperature=2,seed=1")
     assert len(long) <= 24
     assert long.startswith("learning_ra")
     assert long.endswith("e=2,seed=1")
-    assert shown("a\nb\x00") == "a\ufffdb\ufffd"
+    assert shorten_name("a\nb\x00") == "a\ufffdb\ufffd"
 
 
 def test_what_no_axis_can_show_is_a_gap() -> None:

@@ -13,7 +13,7 @@ from rekindle.data.sharing.names import is_place, last_part
 from rekindle.data.sharing.places_in_text import called, portable_name, without_places
 from rekindle.data.targets.served import Served
 from rekindle.pipeline.progress import SILENT
-from rekindle.pipeline.sharing.contents import Asked, contents_of, model_place
+from rekindle.pipeline.sharing.contents import PushRequest, contents_of, model_folder
 from rekindle.pipeline.sharing.models import model_files, portable_record
 from rekindle.train.embedding.folder import TRANSFORMER_FILES
 from testlib.encoders import encoder_folder
@@ -33,7 +33,7 @@ def content(files: dict[str, Path | bytes], name: str) -> bytes:
 
 
 def sent(folder: Path, place: str = "") -> dict[str, bytes]:
-    found = model_place(str(folder))
+    found = model_folder(str(folder))
     _, files, _ = model_files(found, place or str(folder), "me/x")
     return {name: content(files, name) for name in files}
 
@@ -167,7 +167,7 @@ def cache(make_cache, make_teacher, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("branch", ["feature/a", "refs/pr/2"])
 def test_the_card_of_a_branch_has_addresses_that_are_read_as_that_branch(cache, branch):
     def card(with_text: bool) -> str:
-        asked = Asked(str(cache), "me/x", branch, with_text=with_text)
+        asked = PushRequest(str(cache), "me/x", branch, with_text=with_text)
         with contents_of(asked, SILENT, lambda kind: None) as found:
             return content(found.files, "README.md").decode()
 

@@ -208,21 +208,14 @@ def test_a_cache_that_cannot_be_written_stays_as_it_is(cache, monkeypatch):
 
 def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, cache, monkeypatch):
     monkeypatch.setattr("rekindle.pipeline.sharing.hub.MOST_FILES", 4)
-    stores = 0
-
-    def refuse(method: str, path: str) -> int:
-        nonlocal stores
-        stores += method == "PUT"
-        return 403 if method == "PUT" and stores > 9 else 0
-
-    hub.refuse = refuse
+    hub.refuse_uploads_after(9)
     assert "goes on" in refused(cache, "me/a", "--with-text")
     assert "cache.json" not in hub.files(NAME)  # what makes it count comes last
     with pytest.raises(Exception, match="not a Rekindle cache"):
         Cache.open("hf://datasets/me/a")
     first = list(hub.stored)
     assert len(first) == 9
-    hub.refuse = lambda method, path: 0
+    hub.refuse_nothing()
     sent(cache, "me/a", "--with-text")
     assert len(hub.stored) == len({*hub.stored})  # nothing was sent twice
     assert problems("hf://datasets/me/a") == []
@@ -250,8 +243,7 @@ def test_the_token_is_in_nothing_that_is_said_sent_or_kept(
 ):
     hub.refuse = lambda method, path: 418 if path.endswith("/refs") else 0  # repeats the token
     done = [pipeline("push", cache, "me/a", "--with-text")]
-    sent_ok = hub.refuse = lambda method, path: 0
-    assert sent_ok
+    hub.refuse_nothing()
     done += [pipeline("push", cache, "me/a", "--with-text", "--json")]
     asked = ("--set", "cache.path=hf://datasets/me/a", "--set", "train.report_to=[]")
     done += [pipeline("train-student", run, "--out", tmp_path / "run", *asked)]
@@ -337,7 +329,7 @@ def test_what_cannot_be_sent_is_refused_before_anything_is(hub, cache, tmp_path,
 
 def test_a_dry_run_lists_what_would_be_sent_and_asks_nobody(hub, cache):
     told = sent(cache, "me/a", "--dry-run", "--with-text")
-    assert hub.asked == []
+    assert hub.requests == []
     sizes = {name: len(content) for name, content in _files_after(hub, cache).items()}
     for name, size in sizes.items():
         (line,) = [line for line in told.splitlines() if line.split("  ")[0] == name]
@@ -368,7 +360,7 @@ def test_offline_and_writing_to_a_hub_are_one_message(hub, cache, run, tmp_path,
         done = pipeline(*arguments)
         assert done.returncode == 2
         assert "HF_HUB_OFFLINE is set" in done.stderr
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_a_copy_that_is_made_again_is_the_same_to_the_byte(hub, cache):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from rekindle.data.cache import Cache
 from rekindle.data.sharing.card import END
 from rekindle.pipeline.sharing import models
-from rekindle.pipeline.sharing.push import _is_of_model
+from rekindle.pipeline.sharing.push import _is_model_file
 from rekindle.train.embedding.folder import TRANSFORMER_FILES
 from testlib.caches import problems
 from testlib.command import pipeline
@@ -49,19 +49,12 @@ def test_a_new_branch_holds_the_cache_that_is_sent_there_and_nothing_of_the_main
 
     # Interrupted after the branch was made, the same command goes on.
     monkeypatch.setattr("rekindle.pipeline.sharing.hub.MOST_FILES", 1)
-    stores = 0
-
-    def refuse(method: str, path: str) -> int:
-        nonlocal stores
-        stores += method == "PUT"
-        return 403 if method == "PUT" and stores > 1 else 0
-
-    hub.refuse = refuse
+    uploads = hub.refuse_uploads_after(1)
     asked = (second, "me/a", "--with-text", "--revision", "b")
     assert "goes on" in pipeline("push", *asked).stderr
-    assert stores == 2
+    assert len(uploads) == 2
     assert "cache.json" not in hub.files("datasets/me/a", "b")
-    hub.refuse = lambda method, path: 0
+    hub.refuse_nothing()
     assert "hf://datasets/me/a@b" in sent(*asked)
 
     sent(second, "me/b", "--with-text")
@@ -86,7 +79,7 @@ def _adapter(folder: Path, whole: Path) -> Path:
     for name in (
         *models._SETTINGS,
         *models._RECORDS,
-        *models._AS_THEY_ARE,
+        *models._UNCHANGED,
         "1_Pooling/config.json",
     ):
         if name.startswith(("LICENSE", "NOTICE", "config.json", "model.", *TRANSFORMER_FILES[1:])):
@@ -146,8 +139,8 @@ def test_a_model_over_another_kind_leaves_none_of_its_files(hub, make_teacher, t
 
 def test_every_file_that_is_sent_of_a_model_is_known_as_one():
     """Except for licences: people add them on the hub."""
-    names = {*models._SETTINGS, *models._RECORDS, *models._AS_THEY_ARE, "run.yaml"}
+    names = {*models._SETTINGS, *models._RECORDS, *models._UNCHANGED, "run.yaml"}
     names |= {"model.safetensors", "model-00001-of-00002.safetensors"}
-    left = {name for name in names if not _is_of_model(name, ())}
+    left = {name for name in names if not _is_model_file(name, ())}
     licences = {"LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"}
     assert left == licences

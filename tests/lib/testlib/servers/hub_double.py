@@ -1,7 +1,7 @@
 """A model hub, as far as huggingface_hub's own client asks it: repositories, commits, large files.
 
-Commits stay as they were made; a revision is a branch or the id of a commit. Everything that is
-asked is kept in ``asked``, with the headers; what is stored as a large file, in ``stored``.
+A commit never changes; a revision is a branch or the id of a commit. ``requests`` lists every
+request, ``stored`` every large file that was uploaded.
 """
 
 import base64
@@ -38,8 +38,8 @@ class Repository:
 
 
 class HubDouble:
-    """``url`` to ask it at. ``refuse``: says of a method and path whether to answer with that
-    status; ``tokens``: those that it takes, with what they may do.
+    """A hub at ``url``. ``refuse``: returns the status with which to refuse a method and path, or
+    0; ``tokens``: the tokens that it accepts, with what they allow.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class HubDouble:
         self.repositories: dict[str, Repository] = {}  # datasets/me/a, models/me/b
         self.contents: dict[str, bytes] = {}
         self.stored: list[str] = []  # sha256 of each large file that was sent, in order
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []  # method and path of each
         self.refuse: Callable[[str, str], int] = lambda method, path: 0
         self._lock = threading.Lock()
         double = self
@@ -64,8 +64,26 @@ class HubDouble:
         self._server.shutdown()
         self._server.server_close()
 
+    def refuse_uploads_after(self, number: int) -> list[str]:
+        """Refuse every upload of a large file after the first ``number``; return the list of the
+        paths of all uploads, which grows as they come.
+        """
+        uploads: list[str] = []
+
+        def refuse(method: str, path: str) -> int:
+            if method == "PUT":
+                uploads.append(path)
+            return 403 if method == "PUT" and len(uploads) > number else 0
+
+        self.refuse = refuse
+        return uploads
+
+    def refuse_nothing(self) -> None:
+        """End the refusals."""
+        self.refuse = lambda method, path: 0
+
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
-        """What a repository holds."""
+        """Return the files of a repository, by name."""
         found = self.repositories[repository]
         sha = found.at(revision)
         assert sha is not None
@@ -83,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
-    # --- what an answer is ------------------------------------------------------------------------
+    # --- answers ----------------------------------------------------------------------------------
 
     def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -99,14 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.dumps(values).encode()
         self._send(status, body, Content_Type="application/json", **headers)
 
-    def _error(self, status: int, code: str, told: str = "") -> None:
-        self._json({"error": told or code}, status, X_Error_Code=code)
+    def _error(self, status: int, code: str, message: str = "") -> None:
+        self._json({"error": message or code}, status, X_Error_Code=code)
 
     @property
-    def _right(self) -> str | None:
-        """What the token of the request may do: write, read, or None without one."""
-        given = self.headers.get("Authorization", "")
-        return self.hub.tokens.get(given.removeprefix("Bearer "), "wrong") if given else None
+    def _permission(self) -> str | None:
+        """Return what the request's token allows (write, read), "wrong", or None without one."""
+        token = self.headers.get("Authorization", "")
+        return self.hub.tokens.get(token.removeprefix("Bearer "), "wrong") if token else None
 
     def _answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -115,10 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.query = parse_qs(urlsplit(self.path).query)
         with self.hub._lock:
-            self.hub.asked.append((self.command, path))
+            self.hub.requests.append((self.command, path))
             if status := self.hub.refuse(self.command, path):
                 return self._error(status, "Refused", f"no: {self.headers.get('Authorization')}")
-            if self._right == "wrong":
+            if self._permission == "wrong":
                 return self._error(401, "", "Invalid username or password.")
             for pattern, answer in _ROUTES:
                 if found := re.fullmatch(pattern, path):
@@ -133,10 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return found
 
-    # --- what is asked ----------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------
 
     def _whoami(self) -> None:
-        if self._right is None:
+        if self._permission is None:
             return self._error(401, "", "no token")
         return self._json({"type": "user", "name": "me", "auth": {}, "orgs": []})
 
@@ -144,22 +162,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": [], "warnings": []})
 
     def _create(self) -> None:
-        if self._right != "write":
+        if self._permission != "write":
             return self._error(403, "", "this token may not write")
-        asked = json.loads(self.body)
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        key = f"{asked.get('type') or 'model'}s/{name}"
+        requested = json.loads(self.body)
+        name = f"{requested.get('organization') or 'me'}/{requested['name']}"
+        key = f"{requested.get('type') or 'model'}s/{name}"
         if key in self.hub.repositories:
             return self._error(409, "", "You already created this repo")
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        private = requested.get("visibility") == "private" or bool(requested.get("private"))
         self.hub.repositories[key] = Repository(private)
         return self._json({"url": f"{self.hub.url}/{key.removeprefix('models/')}", "name": name})
 
     def _repository(self, key: str) -> Repository | None:
-        """The one that is asked for, where it may be seen; else the answer is given."""
+        """Return the repository if the request may see it; otherwise answer with an error."""
         found = self.hub.repositories.get(key)
-        if found is None or (found.private and self._right is None):
-            self._error(401 if self._right is None else 404, "RepoNotFound", "not found")
+        if found is None or (found.private and self._permission is None):
+            self._error(401 if self._permission is None else 404, "RepoNotFound", "not found")
             return None
         return found
 
@@ -188,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"branches": branches, "converts": [], "tags": []})
 
     def _branch(self, key: str, name: str) -> None:
-        if self._right != "write":
+        if self._permission != "write":
             return self._error(403, "", "this token may not write")
         if (found := self._repository(key)) is None:
             return None
@@ -214,14 +232,14 @@ class _Handler(BaseHTTPRequestHandler):
         below = {name: file for name, file in files.items() if name.startswith(start)}
         if folder and not below:
             return self._error(404, "EntryNotFound", f"{folder} is not there")
-        whole = self.query.get("recursive", ["false"])[0].lower() == "true"
+        recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
         entries, folders = [], set[str]()
         for name, file in below.items():
-            rest = name.removeprefix(start)
-            parts = rest.split("/")[:-1]
-            for depth in range(1, (len(parts) if whole else min(1, len(parts))) + 1):
+            below_folder = name.removeprefix(start)
+            parts = below_folder.split("/")[:-1]
+            for depth in range(1, (len(parts) if recursive else min(1, len(parts))) + 1):
                 folders.add(start + "/".join(parts[:depth]))
-            if whole or not parts:
+            if recursive or not parts:
                 entries.append(self._entry(name, file))
         shown = [
             {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
@@ -232,12 +250,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _paths(self, key: str, revision: str) -> None:
         if found := self._at(key, revision):
             form = self.body.decode()
-            asked = json.loads(form)["paths"] if form.startswith("{") else parse_qs(form)["paths"]
+            names = json.loads(form)["paths"] if form.startswith("{") else parse_qs(form)["paths"]
             files = found[0].commits[found[1]]
-            self._json([self._entry(name, files[name]) for name in asked if name in files])
+            self._json([self._entry(name, files[name]) for name in names if name in files])
 
     def _preupload(self, key: str, revision: str) -> None:
-        if self._right != "write":
+        if self._permission != "write":
             return self._error(403, "", "this token may not write")
         if (found := self._at(key, revision)) is None:
             return None
@@ -254,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"files": answers})
 
     def _batch(self, key: str) -> None:
-        if self._right != "write":
+        if self._permission != "write":
             return self._error(403, "", "this token may not write")
         objects = []
         for one in json.loads(self.body)["objects"]:
@@ -272,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200)
 
     def _commit(self, key: str, revision: str) -> None:
-        if self._right != "write":
+        if self._permission != "write":
             return self._error(403, "", "this token may not write")
         if (found := self._at(key, revision)) is None:
             return None
@@ -306,10 +324,10 @@ class _Handler(BaseHTTPRequestHandler):
         content, entry = self.hub.contents[file[1]], self._entry(name, file)
         etag = entry.get("lfs", entry)["oid"]
         about = {"ETag": f'"{etag}"', "X_Repo_Commit": found[1], "Accept_Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None:
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if requested is None:
             return self._send(200, content, Content_Length=str(len(content)), **about)
-        begin, end = int(asked[1]), int(asked[2] or len(content) - 1)
+        begin, end = int(requested[1]), int(requested[2] or len(content) - 1)
         part = content[begin : end + 1]
         about["Content_Range"] = f"bytes {begin}-{begin + len(part) - 1}/{len(content)}"
         return self._send(206, part, **about)

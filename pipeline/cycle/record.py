@@ -1,4 +1,4 @@
-"""The record ``cycle.json``, and whether a folder holds this very cycle, to be continued."""
+"""The record ``cycle.json``, and the check that a folder holds the same cycle, to be continued."""
 
 import json
 import logging
@@ -18,47 +18,47 @@ from rekindle.pipeline.compare.runs import CYCLE_FILE, CYCLE_WRITER
 from rekindle.pipeline.cycle.arms import TWINS
 from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles
-from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW
+from rekindle.pipeline.cycle.search import DRAWS_FOLDER, FIRST_DRAW
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
 
 log = logging.getLogger("rekindle")
 
-ELSEWHERE = "give another --out"
-_BEFORE = {"test_texts": "keep"}  # the meaning of older records without such a key
-_MADE = {"student": "models", "experts": "experts"}  # what starts from a model named in the file
-_FINE_TUNED = ("experts", "search/*", "fine-tuned/*")  # folders with results of a task
-_SAY = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
+GIVE_OTHER_OUT = "give another --out"
+_FORMER_DEFAULTS = {"test_texts": "keep"}  # what older records without such a key mean
+_STARTED_FROM = {"student": "models", "experts": "experts"}  # by section of the file
+_RESULT_FOLDERS = ("experts", "search/*", "fine-tuned/*")  # folders with results of a task
+_READING_ADVICE = "say what they mean (finetune.problem, label_field, drop_labels, positive, …)"
 
 
-def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
+def resumed_config(home: Path, config: CycleConfig) -> CycleConfig:
     """Return ``config`` with the defaults of the version that began the cycle in ``home``, and
     without arms that coincide with another one. A cycle begun with such an arm keeps it.
     """
-    begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
-    if not begun:  # older versions did not check: what they began continues
-        for key in config.unused:
+    record = read_record(home / CYCLE_FILE, GIVE_OTHER_OUT) or {}
+    if not record:  # older versions did not check: their cycles continue
+        for key in config.unused_settings:
             raise InputError(
                 f"{key} is searched (search.{key.rpartition('.')[2]}), so this value would "
                 "not be used: leave out one of them"
             )
     else:
-        with reading(home / CYCLE_FILE, ELSEWHERE):
-            was = as_begun(config, _BEFORE | begun["settings"])
-        if was is not config:
-            with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
-                config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
-    arms = begun.get("arms")
+        with reading(home / CYCLE_FILE, GIVE_OTHER_OUT):
+            begun = as_begun(config, _FORMER_DEFAULTS | record["settings"])
+        if begun is not config:
+            with naming(f"{home} cannot go on as an older version began it; {GIVE_OTHER_OUT}"):
+                config = parse_settings(CycleConfig, begun.model_dump(mode="json", by_alias=True))
+    arms = record.get("arms")
     arms = arms if isinstance(arms, list) else []
     for arm in [arm for arm in config.twins if arm in config.arms and arm not in arms]:
         log.info("arm %s: left out, because %s", arm, TWINS[arm][1])
     return config.without_twins(arms)
 
 
-def about_cycle(
+def cycle_record(
     config: CycleConfig, tasks: Sequence[TaskFiles], start: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What ``cycle.json`` says."""
+    """Return the content of ``cycle.json``."""
     settings = config.model_dump(mode="json", by_alias=True)
     return {
         "written_by": CYCLE_WRITER,
@@ -72,65 +72,66 @@ def about_cycle(
     }
 
 
-def look(
+def check_folder(
     home: Path, config: CycleConfig, about: Mapping[str, Any], beside: Collection[str]
 ) -> None:
-    """Check that the directory is free, or holds this very cycle."""
+    """Check that the directory is free, or holds the same cycle."""
     if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
-        for text in config.texts:  # later it may be gone, but then it is in the cache
+        for text in config.texts:  # later the files may be gone, but then the cache has the text
             source_files(config.text_of(text).places)
         return
-    found = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
-    with reading(home / CYCLE_FILE, ELSEWHERE):
-        if found["written_by"] != CYCLE_WRITER:
+    record = read_record(home / CYCLE_FILE, GIVE_OTHER_OUT) or {}
+    with reading(home / CYCLE_FILE, GIVE_OTHER_OUT):
+        if record["written_by"] != CYCLE_WRITER:
             raise ValueError("it does not belong to a cycle")
-        older = "problem" not in found["settings"]["finetune"]
-        found["settings"] = with_defaults(CycleConfig, _BEFORE | found["settings"])
-        before, now = ({**one["settings"], "tasks": _tasks_of(one)} for one in (found, about))
+        is_older = "problem" not in record["settings"]["finetune"]
+        record["settings"] = with_defaults(CycleConfig, _FORMER_DEFAULTS | record["settings"])
+        before, now = ({**one["settings"], "tasks": _task_settings(one)} for one in (record, about))
         before = {key: before.get(key) for key in now}
     rule = "Go on with its own (run.yaml in it), or give another --out"
     # Arms may be added; the other keys only describe, and older versions did not record them.
     facts = ("about", "chance", "held")
-    described = [f"tasks.{name}.{key}" for name in now["tasks"] for key in facts]
-    if "start" in found:  # says more than the path
-        described += ["student.model", "experts.model", "corpus.tokenizer"]
-    described += _same_sources(home, config, before, now)
-    if older:  # Older versions recorded no settings for its files; compare what was made of them.
-        rule = f"If labels or columns are read otherwise than they were, {_SAY}. {rule}"
-        places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
-        described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
-    described += _draws_added(home, before.get("label_draws") or 1, now["label_draws"])
-    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
-    start = found.get("start", about["start"])  # not recorded by older versions
-    for key, whose in (("weights", "student"), ("expert_weights", "experts")):
+    free_keys = [f"tasks.{name}.{key}" for name in now["tasks"] for key in facts]
+    if "start" in record:  # the fingerprint of the weights says more than the path
+        free_keys += ["student.model", "experts.model", "corpus.tokenizer"]
+    free_keys += _equivalent_source_keys(home, config, before, now)
+    if is_older:  # It recorded no settings for the task files; compare what was read with them.
+        rule = f"If labels or columns are read otherwise than they were, {_READING_ADVICE}. {rule}"
+        sections = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
+        keys = TaskSettings.model_fields
+        free_keys += [f"{section}.{key}" for section in sections for key in keys]
+    free_keys += _key_of_added_draws(home, before.get("label_draws") or 1, now["label_draws"])
+    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *free_keys))
+    start = record.get("start", about["start"])  # not recorded by older versions
+    for key, section in (("weights", "student"), ("expert_weights", "experts")):
         if start.get(key) != about["start"].get(key):
-            model = about["settings"][whose]["model"]
+            model = about["settings"][section]["model"]
             raise CheckpointError(
                 f"{home} was begun with other weights of {model}, so not all of its "
-                f"{_MADE[whose]} would start from the same model. Restore the weights, or give "
-                "another --out"
+                f"{_STARTED_FROM[section]} would start from the same model. Restore the weights, "
+                "or give another --out"
             )
-    gone = [arm for arm in found["arms"] if arm not in about["arms"]]
-    if gone:
+    removed = [arm for arm in record["arms"] if arm not in about["arms"]]
+    if removed:
         raise CheckpointError(
-            f"{home} has the arm {gone[0]!r}, which is missing now. Arms may be added, not "
+            f"{home} has the arm {removed[0]!r}, which is missing now. Arms may be added, not "
             "removed: name it again, or give another --out"
         )
 
 
-def remove_other_rows(tasks: Sequence[TaskFiles], home: Path) -> None:
-    """Remove split files with other texts than these, such as an older version wrote.
+def remove_outdated_splits(tasks: Sequence[TaskFiles], home: Path) -> None:
+    """Remove split files whose texts differ from these; an older version may have written them.
 
     Raise CheckpointError if something was fine-tuned on them.
     """
     for one in tasks:
         for split, file in one.files_in(home).items():
-            if file.exists() and _texts_in(file) != one.texts_of(split):
+            if file.exists() and _split_texts(file) != one.texts_of(split):
                 _check_unused(one.task.name, file, home)
                 file.unlink()
 
 
-def _texts_in(file: Path) -> list[tuple[str, str | None]]:
+def _split_texts(file: Path) -> list[tuple[str, str | None]]:
     with reading(file, "remove it and run the cycle again"):
         ones = map(json.loads, file.read_bytes().splitlines())
         return [(one.get("sentence1", one.get("text")), one.get("sentence2")) for one in ones]
@@ -138,25 +139,26 @@ def _texts_in(file: Path) -> list[tuple[str, str | None]]:
 
 def _check_unused(task: str, file: Path, home: Path) -> None:
     """Raise CheckpointError if anything was fine-tuned on a task, finished or not."""
-    places = (f"{of}/{name}" for of in _FINE_TUNED for name in (task, f".{task}.seeds"))
-    if used := next((found for place in places for found in home.glob(place)), None):
+    names = (task, f".{task}.seeds")
+    patterns = (f"{folder}/{name}" for folder in _RESULT_FOLDERS for name in names)
+    if result := next((path for pattern in patterns for path in home.glob(pattern)), None):
         raise CheckpointError(
-            f"{file} has other rows than this version takes, and {used} was made from them. "
-            f"Continue with the version that began it, or {ELSEWHERE}"
+            f"{file} has other rows than this version takes, and {result} was made from them. "
+            f"Continue with the version that began it, or {GIVE_OTHER_OUT}"
         )
     log.info("task %s: %s is written again, because this version takes other rows", task, file.name)
 
 
-def _same_sources(
+def _equivalent_source_keys(
     home: Path, config: CycleConfig, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield the keys of sources that are written differently but match the cached text."""
+    """Yield the keys of sources that are spelled differently but name the cached text."""
     if config.label_draws > 1:  # all draws have this text
         config = config.of_draw(0).with_cache_in(home / DRAWS_FOLDER / str(FIRST_DRAW))
     for text in config.texts:
-        there, here = (one["tasks"].get(text, one).get("corpus") for one in (before, now))
+        was, now_is = (one["tasks"].get(text, one).get("corpus") for one in (before, now))
         source = config.text_of(text).entries
-        if there != here and is_same_source(open_store(config.cache_of(text).path), source):
+        if was != now_is and is_same_source(open_store(config.cache_of(text).path), source):
             yield f"tasks.{text}.corpus.source" if text else "corpus.source"
 
 
@@ -170,13 +172,13 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
     ]
     for text in config.texts:
         stores = [open_store(draw.cache_of(text).path) for draw in draws]
-        begun = [draw for draw, store in enumerate(stores) if is_begun(store)]
-        if number in begun:  # it continues with its own text
-            for one in begun:
-                if _have_same_text(stores[number], stores[one]) is False:
-                    raise _other_texts(home, (one, number), text)
+        started = [draw for draw, store in enumerate(stores) if is_begun(store)]
+        if number in started:  # it continues with its own text
+            for draw in started:
+                if _have_same_text(stores[number], stores[draw]) is False:
+                    raise _different_texts_error(home, (draw, number), text)
             continue
-        other = next(iter(begun), None)
+        other = next(iter(started), None)
         text_config = config.text_of(text)
         if other is not None and not is_same_source(stores[other], text_config.entries):
             raise CheckpointError(
@@ -198,16 +200,17 @@ def check_read_same_text(home: Path, draws: Iterable[int]) -> None:
     for draw in draws:
         folder = home / DRAWS_FOLDER / str(draw)
         for file in sorted(folder.glob("students/*/run.json")):
-            cache = (read_record(file, ELSEWHERE) or {}).get("cache", {})
+            cache = (read_record(file, GIVE_OTHER_OUT) or {}).get("cache", {})
             if not (corpus := cache.get("corpus")):
                 continue
-            text = Path(place := str(cache.get("path", ""))).name
+            text = Path(path := str(cache.get("path", ""))).name
             text = text if (folder / "costs" / "texts" / text).is_dir() else ""
-            if not ("://" in place or Path(place).is_dir()):  # the cycle may have been moved
-                place = str(folder / "cache" / text)
-            before, known, there = first.setdefault(text, (draw, corpus, place))
-            if corpus != known and not _have_same_text(open_store(place), open_store(there)):
-                raise _other_texts(home, (before, draw), text)
+            if not ("://" in path or Path(path).is_dir()):  # the cycle may have been moved
+                path = str(folder / "cache" / text)
+            first_draw, first_corpus, first_path = first.setdefault(text, (draw, corpus, path))
+            stores = open_store(path), open_store(first_path)
+            if corpus != first_corpus and not _have_same_text(*stores):
+                raise _different_texts_error(home, (first_draw, draw), text)
 
 
 def _have_same_text(one: Store, other: Store) -> bool | None:
@@ -223,7 +226,7 @@ def _have_same_text(one: Store, other: Store) -> bool | None:
     return True if files[0] else None
 
 
-def _other_texts(home: Path, draws: tuple[int, int], text: str) -> CheckpointError:
+def _different_texts_error(home: Path, draws: tuple[int, int], text: str) -> CheckpointError:
     first, second = draws
     return CheckpointError(
         f"draws {first} and {second} of the labels in {home} have read different "
@@ -233,7 +236,7 @@ def _other_texts(home: Path, draws: tuple[int, int], text: str) -> CheckpointErr
     )
 
 
-def _draws_added(home: Path, before: int, now: int) -> list[str]:
+def _key_of_added_draws(home: Path, before: int, now: int) -> list[str]:
     """Return the key of the label draws if some were added. Raise CheckpointError if there are
     fewer now, or if one becomes several.
     """
@@ -253,16 +256,16 @@ def _draws_added(home: Path, before: int, now: int) -> list[str]:
     return ["label_draws"]
 
 
-def draws_at_first(home: Path, config: CycleConfig) -> int:
+def initial_draws(home: Path, config: CycleConfig) -> int:
     """Return the number of label draws with which the cycle in ``home`` was begun; the current
     number if it is new.
     """
-    begun = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
-    first = begun.get("draws_at_first") or begun.get("settings", {}).get("label_draws")
+    record = read_record(home / CYCLE_FILE, GIVE_OTHER_OUT) or {}
+    first = record.get("draws_at_first") or record.get("settings", {}).get("label_draws")
     return int(first or config.label_draws)
 
 
-def _tasks_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tasks as settings, with what was read of their files."""
+def _task_settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of every task, with the facts about its files."""
     settings = {task["name"]: task for task in about["settings"]["tasks"]}
     return {name: settings.get(name, {}) | facts for name, facts in about["tasks"].items()}
