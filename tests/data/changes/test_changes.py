@@ -194,8 +194,8 @@ def test_caches_of_all_versions_are_changed_or_refused(version, tmp_path):
 
 
 def test_rolled_up_records_are_those_of_the_changed_teacher(plain, cache, monkeypatch):
-    monkeypatch.setattr(records_module, "UNITS", 2)
-    monkeypatch.setattr(records_module, "SETTLED", 0.01)
+    monkeypatch.setattr(records_module, "MIN_UNITS", 2)
+    monkeypatch.setattr(records_module, "SETTLE_SECONDS", 0.01)
     roll_up_records(open_store(cache))
     for asked in (
         ("transcode", "a", "compact"),
