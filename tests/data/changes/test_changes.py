@@ -202,7 +202,7 @@ def test_rolled_up_records_are_those_of_the_changed_teacher(plain, cache, monkey
         ("rename", "a", "b"),
         ("transcode", "b", "default"),
     ):
-        assert (cache / "targets" / asked[1] / records_module.RECORDS).exists()
+        assert (cache / "targets" / asked[1] / records_module.ROLL_UP_TABLE).exists()
         change(cache, asked)
         assert problems(cache) == []
     assert same(said(cache)["b"], said(plain)["a"])
