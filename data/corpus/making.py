@@ -23,7 +23,7 @@ from rekindle.data.corpus.rows import EncodedDocuments, Rows, pack, rows_of_pair
 from rekindle.data.corpus.special_names import Holders, holders_of
 from rekindle.data.errors import InputError
 from rekindle.data.forms.marks import Marks
-from rekindle.data.source.documents import Document, tell_empty
+from rekindle.data.source.documents import Document, warn_empty
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.parts import Part, Reader, cut_parts
 from rekindle.data.source.sources import Origin
@@ -58,7 +58,7 @@ class Maker:
     def __call__(self, part: Part) -> Made:
         """Return the part read, tokenised, and packed as far as no other part is needed."""
         found = self.reader(part)
-        documents = found.kept
+        documents = found.documents
         texts = [text for document in documents for text in document.texts]
         made: Rows | EncodedDocuments
         if self.reader.fields.pair is not None:
@@ -103,7 +103,7 @@ class _Counter:
     def __call__(self, part: Part) -> Made:
         found = self.reader(part)
         more = found.with_text, found.reached, found.error
-        return Made(len(found.kept), found.left_out, *more)
+        return Made(len(found.documents), found.left_out, *more)
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Making:
         """Log which of the origins before that number have no text."""
         for passed in range(self._told, number):
             if passed not in self._with_text:
-                tell_empty(self.origins[passed])
+                warn_empty(self.origins[passed])
         self._told = max(self._told, number)
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from rekindle.data.errors import did_you_mean
 from rekindle.data.forms.template import Template, UnfitDialogue
 from rekindle.data.source.given import Dialogue, Span
-from rekindle.data.source.record import Bad, shown
+from rekindle.data.source.record import BadRecord, show_value
 
 _FIELDS = ("messages", "tools")
 _ABOUT = ("role", "name")  # says who speaks, not what is said
@@ -55,17 +55,17 @@ class Dialogues:
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, Dialogue] | Bad:
+    ) -> tuple[str, Dialogue] | BadRecord:
         """Return the dialogue of a record, as its template writes it."""
         try:
             found, spans = self.template.render(*self._shown(values, columns))
         except UnfitDialogue as error:
-            return Bad(error.kind, f"{where}: {error.told}")
+            return BadRecord(error.kind, f"{where}: {error.told}")
         return self._document(found, spans, where)
 
     def prompt(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, Dialogue] | Bad:
+    ) -> tuple[str, Dialogue] | BadRecord:
         """Return the same up to the assistant's turn, without a last answer of the assistant."""
         try:
             messages, tools = self._shown(values, columns)
@@ -73,7 +73,7 @@ class Dialogues:
                 messages.pop()
             found = self.template.prompt(messages, tools)
         except UnfitDialogue as error:
-            return Bad(error.kind, f"{where}: {error.told}")
+            return BadRecord(error.kind, f"{where}: {error.told}")
         return self._document(found, (), where)
 
     def _shown(
@@ -86,9 +86,11 @@ class Dialogues:
 
     def _document(
         self, found: str, spans: tuple[Span, ...], where: str
-    ) -> tuple[str, Dialogue] | Bad:
+    ) -> tuple[str, Dialogue] | BadRecord:
         if not found or found.isspace():
-            return Bad("nothing written", f"{where}: the template writes nothing for the dialogue")
+            return BadRecord(
+                "nothing written", f"{where}: the template writes nothing for the dialogue"
+            )
         return self._back(found), Dialogue(self._back(self._mean(found)), spans)
 
     # --- names of special tokens ---
@@ -139,10 +141,10 @@ def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, obj
         raise UnfitDialogue("no messages", f"no field 'messages'; it has: {has}{near}")
     messages = _parsed(given, "messages")
     if not isinstance(messages, list) or not messages:
-        raise UnfitDialogue("no messages", f"messages must be a list, but is {shown(given)}")
+        raise UnfitDialogue("no messages", f"messages must be a list, but is {show_value(given)}")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            told = f"message {number} is {shown(message)}; each has a role (and a content)"
+            told = f"message {number} is {show_value(message)}; each has a role (and a content)"
             raise UnfitDialogue("no message", told)
         if told := _lacks(message):
             raise UnfitDialogue("no message", f"message {number} {told}")
@@ -161,7 +163,7 @@ def _lacks(message: Mapping[object, object]) -> str:
     """
     content = message.get("content")
     if isinstance(content, int | float):
-        return f"has {shown(content)} as its content, which must be text"
+        return f"has {show_value(content)} as its content, which must be text"
     if content is not None:
         return ""
     others = [str(key) for key, one in message.items() if one is not None and key not in _ABOUT]
@@ -177,7 +179,7 @@ def _tools(values: Mapping[str, object], columns: bool) -> list[object] | None:
         return None
     found = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [None]
     if not all(isinstance(tool, Mapping) for tool in found):
-        told = f"tools must be a list of their JSON schemas, but is {shown(tools)}"
+        told = f"tools must be a list of their JSON schemas, but is {show_value(tools)}"
         raise UnfitDialogue("wrong tools", told)
     return [_filled(tool, columns) for tool in found]
 

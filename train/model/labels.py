@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.text_files import surrogate_problem
 from rekindle.train.model.folder import StoredTensor
 from rekindle.train.model.meta import shape_only
 
@@ -110,7 +110,7 @@ def check_label_names(names: Sequence[str], whose: str) -> None:
     name that cannot be written.
     """
     for number, name in enumerate(names):
-        if told := half_a_pair(f"name of output {number}", name):
+        if told := surrogate_problem(f"name of output {number}", name):
             raise InputError(f"{whose}: {told} (id2label in its config.json)")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

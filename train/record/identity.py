@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.former import as_begun, with_defaults, with_every_key
+from rekindle.data.former import with_defaults, with_every_key, with_former_defaults
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
@@ -129,7 +129,7 @@ def as_run_began(config: S, run: Path) -> S:
     """Return ``config`` with the former defaults that the run in ``run`` was begun with."""
     found = _read(run) or {}
     with reading(run / RUN_FILE, START_AGAIN):
-        return as_begun(config, found)
+        return with_former_defaults(config, found)
 
 
 def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ()) -> bool:
