@@ -32,7 +32,7 @@ class HubPlace:
     revision: str | None  # a branch, a tag or a commit; None: the main branch
     path: str
 
-    def suffix(self, revision: str | None) -> str:
+    def at(self, revision: str | None) -> str:
         """Return its address at a revision; None: on the main branch."""
         start = f"{DATASETS}/" if self.kind == "dataset" else ""
         # A branch may have a slash in its name.
