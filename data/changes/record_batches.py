@@ -14,7 +14,7 @@ def rows_of_codec(corpus: Corpus, info: TeacherInfo, codec: str) -> int:
     if not CODECS[codec].compressed:
         return ROWS_PER_BATCH
     share = 1.0
-    if info.shown.masked:
+    if info.view_class.masked:
         told = f"{corpus.store.location}/views/{info.view} does not say how much is masked"
         with unusable(told, KeyError, TypeError, ValueError, AttributeError):
             masks = ViewReader(corpus, info.view).identity["mask"]

@@ -92,14 +92,14 @@ class Export:
         if not isinstance(kind, VocabularyKind):
             if self.k is not None:
                 raise InputError(f"k is for language models; {name!r} is a {teacher.info.task}")
-        elif kind.whole and self.k is None:
+        elif kind.has_all_probabilities and self.k is None:
             raise InputError(
                 f"teacher {name!r} keeps whole distributions, {kind.size:,} values per position; "
                 "give how many of the likeliest you want (k, --k)"
             )
         elif self.k is not None and not 1 <= self.k <= kind.k:
             raise InputError(f"k is {self.k}, but teacher {name!r} has 1 to {kind.k} candidates")
-        elif self.k is not None and kind.sampled:
+        elif self.k is not None and kind.is_sample:
             raise InputError(
                 f"teacher {name!r} keeps samples, part of which is meaningless. Leave k out"
             )
@@ -117,10 +117,10 @@ class Export:
         if not isinstance(kind, VocabularyKind):
             words = [] if kind.per_sequence else ["positions"]
             return [*found, *words, "label", "labels", "logits", "probabilities"]
-        kept = ["temperature"] if kind.read_at != 1 else []
+        kept = ["temperature"] if kind.readable_temperature != 1 else []
         kept += ["ids", "candidates", "log_probs", "log_tail"]
         kept += ["log_tails"] if self._further else []
-        if kind.sampled:
+        if kind.is_sample:
             kept = ["sampled_ids", "candidates", "sampled_log_probs"]
         lacks = info.lacks
         gold = [] if "gold_rank" in lacks else ["gold_log_probs", "gold_ranks"]
@@ -137,7 +137,11 @@ class Export:
         """Return the temperatures of further tails."""
         if self.teacher is None or not isinstance(kind := self.teacher.kind, VocabularyKind):
             return []
-        return [at for at in self.teacher.info.temperatures if kind.has_tail and at != kind.read_at]
+        return [
+            at
+            for at in self.teacher.info.temperatures
+            if kind.has_tail and at != kind.readable_temperature
+        ]
 
     @property
     def schema(self) -> pa.Schema:
@@ -221,15 +225,15 @@ class Export:
         """Return a language model's values at its positions."""
         assert self.teacher is not None
         columns, kind = target.columns, target.kind
-        kept, log_probs, log_tail = target.decode(kind.read_at, self.k)
+        kept, log_probs, log_tail = target.decode(kind.readable_temperature, self.k)
         gold = ids[target.positions + (target.info.task == "causal_lm")]
-        lead = "sampled_" if kind.sampled else ""
+        lead = "sampled_" if kind.is_sample else ""
         values: Values = {
             "positions": target.positions.astype(np.int32),
             f"{lead}ids": [*kept.astype(np.int32)],
             "candidates": [self._texts.of(row) for row in kept],
             f"{lead}log_probs": [*log_probs.astype(np.float32)],
-            "temperature": kind.read_at,
+            "temperature": kind.readable_temperature,
             "log_tail": _masses(log_tail),
             "log_tails": {_name(at): _masses(target.decode(at, self.k)[2]) for at in self._further},
             "gold_tokens": self._texts.of(gold),

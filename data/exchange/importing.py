@@ -65,7 +65,7 @@ class ImportResult:
         """Return a summary for people."""
         info = self.info
         lines = [
-            f"teacher {info.name}: {kind_of(info).sentence}; {counted(self.rows, 'row')}, "
+            f"teacher {info.name}: {kind_of(info).description}; {counted(self.rows, 'row')}, "
             f"{counted(self.positions, 'target')}; {counted(self.units_done, 'unit')} made, "
             f"{self.units_present} already there (unit: a teacher's file)"
         ]

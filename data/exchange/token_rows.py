@@ -230,7 +230,7 @@ class TokenRows:
             rule += ", where t stands for the token after t: the last token predicts none"
             if self.corpus.has_trained:
                 rule += ", and only of tokens that the corpus trains"
-        elif self.info.shown.masked:
+        elif self.info.view_class.masked:
             rule = "it is not masked in this replica; those that are: "
             rule += f"{expected[:8].tolist()}{' …' if len(expected) > 8 else ''}"
         else:

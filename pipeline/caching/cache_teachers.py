@@ -37,7 +37,7 @@ from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
-from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.reading.reader import FINISHED_FILE
 from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
@@ -178,7 +178,7 @@ def cache_teachers(
                 if not part.config.vocabulary:
                     _tell_kept(corpus, part.info)
                 if part.info.part:
-                    store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+                    store.create(f"{part.info.folder}/{FINISHED_FILE}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
         if alone is not False:

@@ -152,7 +152,7 @@ class UnitRun:
                 where = [(unit.shard, int(row)) for row in rows]
                 _, columns = kept.gather(where, unit.replica, scalars=False)
                 return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
-            if not kind_of(info).sampled:
+            if not kind_of(info).is_sample:
                 return None
             names = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])

@@ -118,7 +118,7 @@ def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
     """Count the positions of a sample shard that get a target, averaged over replicas."""
     if info.is_vocabulary:
-        each = info.shown.numbers(view.replicas if view else 1)
+        each = info.view_class.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
         return sum(len(positions) for rows in found for positions in rows) / len(found)
     if view is not None:

@@ -474,13 +474,13 @@ def test_gradients_only_where_needed_and_none_under_no_grad(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[bool, ...]] = []
-    original = ops._evaluated
+    original = ops._compute
 
     def spy(*args: Any) -> Any:
-        asked.append(tuple(args[0].computation.wanted))
+        asked.append(tuple(args[0].computation.needs_grad))
         return original(*args)
 
-    monkeypatch.setattr(ops, "_evaluated", spy)
+    monkeypatch.setattr(ops, "_compute", spy)
     case = make()
     x, w, b = head(case)
     args = (case["ids"], case["probs"])

@@ -8,8 +8,8 @@ import torch
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.errors import InputError
-from rekindle.data.targets.between import expected_error, knots, parabola
 from rekindle.data.targets.codec_registry import CODECS
+from rekindle.data.targets.interpolation import expected_error, knots, parabola
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import DistillTerm
