@@ -32,7 +32,7 @@ from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.exchange.config import ImportConfig, ImportSettings
 from rekindle.data.exchange.exporting import Export
-from rekindle.data.exchange.files import held_dataset, mapped_dataset
+from rekindle.data.exchange.files import in_memory_dataset, mapped_dataset
 from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
 from rekindle.data.exchange.rows import Row
 from rekindle.data.journal import KEPT, read_seen, tell_changing, what_became
@@ -342,7 +342,7 @@ class Cache:
         for name in self.teachers if teachers is None else teachers:
             export = Export(self.corpus, self.teacher(name), k=k)
             if folder is None:
-                found[name] = held_dataset(export)
+                found[name] = in_memory_dataset(export)
             else:
                 found[name] = mapped_dataset(export, Path(folder) / f"{name}.arrow")
         return found

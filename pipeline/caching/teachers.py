@@ -147,7 +147,7 @@ def plan_teacher(
         else:
             tokens = _count_shared(corpus, tokenizer, settings, config, views)
         info |= configured(config, views, size, width, tokens)
-        if CODECS[config.targets.codec].compressed:
+        if CODECS[config.targets.codec].is_compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
