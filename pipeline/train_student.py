@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.remarks import asked_otherwise
+from rekindle.data.corpus.remarks import describe_text_difference
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
 from rekindle.data.storage.manifest import refuse_without_text
@@ -45,7 +45,7 @@ def train_from_config(
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
     refuse_without_text(cache.store)
-    if told := asked_otherwise(config.corpus, cache.corpus):
+    if told := describe_text_difference(config.corpus, cache.corpus):
         log.warning("%s", told)
     make_missing(student)  # in every process: another machine has its own home
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps

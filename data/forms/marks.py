@@ -23,7 +23,7 @@ class Marks(NamedTuple):
         nothing = np.zeros(tokens, np.bool_), np.ones(documents, np.bool_)
         return cls(np.ones(tokens, np.bool_), *nothing, np.zeros(documents, np.int64))
 
-    def then(self, other: "Marks") -> "Marks":
+    def followed_by(self, other: "Marks") -> "Marks":
         """Return these, followed by those of others."""
         return Marks(
             np.concatenate([self.trained, other.trained]),

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import learnt_content
+from rekindle.data.corpus.columns import trained_content
 from rekindle.data.corpus.config import content_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import (
@@ -74,7 +74,7 @@ class MaskedView(StoredView):
         """Yield the positions to mask in each row of a corpus shard, ascending."""
         for batch in self.corpus.shard(number).batches():
             words = split_lists([batch], "word_starts")
-            rows = zip(learnt_content(batch), words, batch["digest"].to_pylist(), strict=True)
+            rows = zip(trained_content(batch), words, batch["digest"].to_pylist(), strict=True)
             for content, starts, digest in rows:
                 yield self.masker.positions(content, starts, digest, replica)
 

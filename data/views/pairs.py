@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.encoder import NEWEST_CUT
+from rekindle.data.corpus.encoder import LATEST_CUT_RULE
 from rekindle.data.source.sentences import split_sentences
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.columns import Lists, list_type, list_views
@@ -59,7 +59,7 @@ class PairView(StoredView):
     )
     beside = "token_types"
 
-    def __init__(self, corpus: Corpus, pairs: PairKind, seed: int, cut: int = NEWEST_CUT):
+    def __init__(self, corpus: Corpus, pairs: PairKind, seed: int, cut: int = LATEST_CUT_RULE):
         """``cut``: how pairs that are too long are shortened, see ``Tokenizer.encode_pair``."""
         self.pairs, self.cut = pairs, cut
         decides = {"pairs": pairs} | ({CUT: cut} if cut > 1 else {})

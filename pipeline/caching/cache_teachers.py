@@ -19,9 +19,9 @@ from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.additions import recorded_shard_size
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.packing import usual_shard_size
+from rekindle.data.corpus.packing import default_shard_size
 from rekindle.data.corpus.remarks import remarks
-from rekindle.data.corpus.source_sample import about_sequences
+from rekindle.data.corpus.source_sample import estimate_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
@@ -214,7 +214,7 @@ def _build(
             made["corpus"] += 1
             task.advance(rows, tokens=tokens)
 
-        size = asked or usual_shard_size(total)
+        size = asked or default_shard_size(total)
         if not asked:
             log.info(
                 "corpus: %s per shard, a file (cache.sequences_per_shard)",
@@ -241,7 +241,7 @@ def _about_sequences(config: CorpusConfig) -> int | None:
     raised when it is read.
     """
     with suppress(InputError):
-        return about_sequences(config, load_tokenizer(config.tokenizer))
+        return estimate_sequences(config, load_tokenizer(config.tokenizer))
     return None
 
 

@@ -156,7 +156,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
         ]
         pairs = second and [second[row] for row in rows]
         texts = plan.read_as([first[row] for row in rows])
-        found.append(tokenizer.whole_lengths(texts, pairs))
+        found.append(tokenizer.uncut_lengths(texts, pairs))
     one = Counts.of(np.concatenate(found), limit)
     shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))
     return shares if one.cut else None, limit

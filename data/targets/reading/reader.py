@@ -14,7 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import learnt_content, next_token_places
+from rekindle.data.corpus.columns import next_token_places, trained_content
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.base import Store
@@ -394,6 +394,6 @@ def target_positions(
         return [row.astype(np.int64) for row in masked]
     batches = [*corpus.shard(shard).batches()]
     if info.sees_clean_text:
-        return [np.flatnonzero(row) for batch in batches for row in learnt_content(batch)]
+        return [np.flatnonzero(row) for batch in batches for row in trained_content(batch)]
     packed = corpus.is_packed
     return [places for batch in batches for places in next_token_places(batch, packed)]
