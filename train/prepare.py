@@ -20,7 +20,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.pairs import PairView, rows_of, told_of_few_pairs
+from rekindle.data.views.pairs import PairView, count_sequences, few_pairs_warning
 from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.deferred.recording import Recording, recording, try_when_filled
@@ -208,9 +208,9 @@ def _told_of_pairs(teacher: TeacherReader) -> str | None:
     if not issubclass(teacher.info.view_class, PairView):
         return None
     shards = teacher.commits.shard_numbers()  # those that exist so far
-    could = rows_of(teacher.corpus, teacher.info.domains, shards)
+    could = count_sequences(teacher.corpus, teacher.info.domains, shards)
     kind = PairView.pairs_of(teacher.info.view)
-    return told_of_few_pairs(teacher.info.name, kind, teacher.positions, could)
+    return few_pairs_warning(teacher.info.name, kind, teacher.positions, could)
 
 
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure: int) -> None:

@@ -17,7 +17,7 @@ from rekindle.data.corpus.encoded import (
     lengths_of,
 )
 from rekindle.data.errors import InputError, first_words
-from rekindle.data.forms.dialogue import MOST_NAMES, meant_as_token
+from rekindle.data.forms.dialogue import MAX_NAMES, write_as_token
 from rekindle.data.forms.marks import Marks
 from rekindle.data.forms.spans import tokens_in
 from rekindle.data.source.documents import Document
@@ -105,7 +105,7 @@ def special_tokens(backend: "Backend") -> "dict[int, AddedToken]":
 
 @dataclass(frozen=True, eq=False)
 class DialogueEncoder:
-    """Encodes dialogues in which special tokens are written as ``meant_as_token`` says, and their
+    """Encodes dialogues in which special tokens are written as ``write_as_token`` says, and their
     names are text. ``token_of`` [its own ids]: the token that each stands for.
     """
 
@@ -120,14 +120,14 @@ class DialogueEncoder:
         from tokenizers import AddedToken
 
         special = special_tokens(backend)
-        if len(special) > MOST_NAMES:
+        if len(special) > MAX_NAMES:
             raise InputError(f"the tokenizer has {len(special):,} special tokens, too many")
         extended = deepcopy(backend)
         extended.encode_special_tokens = True
         size = 1 + max(extended.get_vocab(with_added_tokens=True).values())
         token_of = np.arange(size + len(special), dtype=np.int32)
         for number, (id, token) in enumerate(special.items()):
-            written = meant_as_token(number, token.content)
+            written = write_as_token(number, token.content)
             # Not special, so that it is recognised where names of special tokens are text.
             sides = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
             extended.add_tokens([AddedToken(written, normalized=False, **sides)])

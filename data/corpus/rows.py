@@ -49,7 +49,7 @@ class EncodedDocuments:
         """Return these from a document on."""
         before = int(self.lengths[:first].sum())
         tokens = self.tokens.part(slice(before, None))
-        marks = self.marks and self.marks.rest(first, before)
+        marks = self.marks and self.marks.without_first(first, before)
         return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:], marks)
 
 
@@ -251,7 +251,8 @@ def rows_of_texts(
         char_starts[special_places], word_starts[special_places] = -1, False
         lost = marks.lost[leading]
         # What stands beside a document is trained if its own text is.
-        trained, document_trained = np.zeros(row_starts[-1], np.bool_), marks.after[document]
+        trained = np.zeros(row_starts[-1], np.bool_)
+        document_trained = marks.trained_beside[document]
         trained[targets] = marks.trained[source]
         for place in range(len(packing.prefix)):
             trained[row_starts[:-1] + place] = document_trained[firsts[:-1]]

@@ -123,9 +123,9 @@ class TeacherReader(RowReader):
 
     def _commits_to_read(self, part: Part) -> Commits:
         """Return the commits of a part, without replicas that are not to be read."""
-        if self.view is None or self.view.most is None or not self.masked:
+        if self.view is None or self.view.max_replicas is None or not self.masked:
             return part.commits
-        return part.commits.of_first(len(self.corpus.commits), self.view.most)
+        return part.commits.of_first(len(self.corpus.commits), self.view.max_replicas)
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
