@@ -17,8 +17,8 @@ EXPERT = ("classes", "sequence_classification")
 @pytest.fixture
 def run_of(tmp_path, configure, make_teacher, monkeypatch):
     """run_of(sequences, per_shard): a run with an expert; None: without a limit, or the key."""
-    monkeypatch.setattr(packing, "LEAST", 2)
-    monkeypatch.setattr(packing, "SHARDS", 4)
+    monkeypatch.setattr(packing, "MIN_SHARD_SIZE", 2)
+    monkeypatch.setattr(packing, "MIN_SHARDS", 4)
     teacher = make_teacher(*EXPERT)
 
     def make(sequences, per_shard=None):
