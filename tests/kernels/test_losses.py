@@ -530,7 +530,7 @@ def test_float64_in_float64_out() -> None:
 
 
 def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
-    choice._say_once.cache_clear()
+    choice._log_once.cache_clear()
     case = make()
     with caplog.at_level(logging.INFO, logger="rekindle"):
         for _ in range(3):
