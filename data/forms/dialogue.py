@@ -173,8 +173,9 @@ def _content_problem(message: Mapping[object, object]) -> str:
         return f"has {shown(content)} as its content, which must be text"
     if content is not None:
         return ""
-    used = {str(key) for key, value in message.items() if value is not None}
-    others = [key for key in map(str, message) if key in used and key not in _SPEAKER_KEYS]
+    others = [
+        str(key) for key, value in message.items() if value is not None and key not in _SPEAKER_KEYS
+    ]
     hint = did_you_mean("content", (key for key in others if abs(len(key) - len("content")) < 2))
     if others and not hint:
         return ""
