@@ -85,7 +85,7 @@ class StoredView(View):
         description = self.identity | ({"replicas": self.replicas} if self.masked else {})
         self.corpus.store.create(f"{self.shards.folder}/view.json", seal(description))
         numbers = self.numbers(self.replicas)
-        missing = self.shards.committed().lacking(len(self.corpus.commits), numbers)
+        missing = self.shards.committed().missing_units(len(self.corpus.commits), numbers)
         for shard, replica in sorted(missing, key=lambda place: place[0]):
             metadata = unit_metadata(self.name, shard, replica) | self.identity
             schema = describe(list(self.fields), metadata)

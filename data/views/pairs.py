@@ -197,7 +197,7 @@ def count_sequences(
     if domains is None:
         return int(corpus.units.rows[numbers].sum())
     chosen = compress(
-        corpus.units.named("domains"), np.isin(np.arange(len(corpus.commits)), numbers)
+        corpus.units.counts_by_name("domains"), np.isin(np.arange(len(corpus.commits)), numbers)
     )
     return sum((counts or {}).get(name, 0) for counts in chosen for name in {*domains})
 

@@ -50,9 +50,9 @@ class ViewReader(RowReader):
         """Return how many replicas every corpus shard has; at most those to be read."""
         # Recently added text may have no masks yet; the rest has.
         shards, count = len(self.corpus.commits), 0
-        uncovered = self.commits.lacking(shards, [0])
+        uncovered = self.commits.missing_units(shards, [0])
         while count != self.max_replicas and len(uncovered) < shards:
-            if len(self.commits.lacking(shards, [count])) > len(uncovered):
+            if len(self.commits.missing_units(shards, [count])) > len(uncovered):
                 break
             count += 1
         return count

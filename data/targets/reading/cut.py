@@ -61,14 +61,14 @@ def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
 
     Units without a record count with the corpus's tokens.
     """
-    if not commits.says(FACT):
+    if not commits.has_fact(FACT):
         return None
     texts_per_unit = commits.numbers("positions") if kind_of(info).per_sequence else commits.rows
     sizes = (texts_per_unit, commits.numbers("tokens"))
     uncut = [np.nan_to_num(numbers).astype(int).tolist() for numbers in sizes]
     units = [
         Counts(texts, 0, tokens, 0) if counts is None else Counts(**counts)
-        for counts, texts, tokens in zip(commits.named(FACT), *uncut, strict=True)
+        for counts, texts, tokens in zip(commits.counts_by_name(FACT), *uncut, strict=True)
     ]
     texts, cut = sum(unit.texts for unit in units), sum(unit.cut for unit in units)
     tokens, lost = sum(unit.tokens for unit in units), sum(unit.lost for unit in units)

@@ -117,5 +117,5 @@ def _finished(teacher: TeacherReader, replicas: int | None) -> list[TeacherInfo]
     numbers = teacher.info.view_class.numbers(replicas or 1)
     shards = len(teacher.corpus.commits)
     parts = [p for p in teacher.parts if p is teacher.parts[0] or kind_of(p.info).can_grow]
-    finished = [p.info for p in parts if not p.commits.lacking(shards, numbers)]
+    finished = [p.info for p in parts if not p.commits.missing_units(shards, numbers)]
     return finished or [teacher.parts[0].info]
