@@ -37,7 +37,7 @@ def test_what_is_stored_has_columns_beside_the_digests(view):
     assert view.stored == issubclass(view, StoredView) == bool(names)
     if view.stored:
         assert names[0] == "digest"
-        assert {"input_ids", view.beside} <= set(names)
+        assert {"input_ids", view.list_column} <= set(names)
     assert not (view.masked and view.paired)
 
 
