@@ -132,12 +132,12 @@ def train_student(
     given = out or Path("runs") / run.stem
     from rekindle.pipeline.several_runs import DEFINITIONS, begun_in, check_begun, check_room
     from rekindle.train.record.stored_run import local_runs
-    from rekindle.train.record.working_copy import local_place, place_of
+    from rekindle.train.record.working_copy import local_folder, shown_folder
 
     launched()
     ended: Exception | None = None
     with (
-        resumable(lambda: begun_in(local_place(given)) is not None) as progress,
+        resumable(lambda: begun_in(local_folder(given)) is not None) as progress,
         local_runs(given, resume, DEFINITIONS) as target,
     ):
         if resume:
@@ -149,7 +149,7 @@ def train_student(
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
-        place, told = place_of(target), list[str]()
+        place, told = shown_folder(target), list[str]()
         if sweep:
             students = plan_sweep(run, sweep, set_)
             from rekindle.pipeline.compare.runs import compare_runs

@@ -32,32 +32,32 @@ from rekindle.train.precision import autocast, tell_slow
 from rekindle.train.prepare import prepare, student_masks
 from rekindle.train.record.checkpoint import (
     checkpoint_folder,
-    kept_of,
-    left_by_interrupt,
+    describe_kept,
+    describe_left,
     restore,
     save_checkpoint,
 )
+from rekindle.train.record.checkpoint_schedule import CheckpointSchedule
 from rekindle.train.record.coverage import Coverage
+from rekindle.train.record.disk_room import DiskRoom, folder_size
 from rekindle.train.record.identity import (
     SECTIONS,
     STUDENT_FILES,
     begin_record,
+    check_corpus_not_grown,
     check_run,
     is_finished,
     keys_that_may_change,
     measure_of_run,
     recorded_extent,
-    refuse_grown,
     steps_of_run,
     student_files,
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
-from rekindle.train.record.occasions import Occasions
-from rekindle.train.record.room import Room, size_of
-from rekindle.train.record.run_folder import open_folder, reading
+from rekindle.train.record.run_folder import open_folder, reading_record
 from rekindle.train.record.run_log import RunLog, read_metrics
-from rekindle.train.record.sharded import refuse_unshared
-from rekindle.train.record.stored_run import write_begun
+from rekindle.train.record.sharded import check_shared_folder
+from rekindle.train.record.stored_run import upload_new_run
 from rekindle.train.record.summary import read_summary
 from rekindle.train.record.trackers import check_trackers
 from rekindle.train.record.watch import recent_losses
@@ -107,7 +107,7 @@ class TrainResult:
     def of(cls, run: Path) -> "TrainResult":
         """Return the result recorded by the finished run in ``run``."""
         found = read_summary(run, "remove it and resume: it is made again")
-        with reading(run / SUMMARY_FILE):
+        with reading_record(run / SUMMARY_FILE):
             known = {name: found[name] for name in ("steps", "seconds", "evaluation", "coverage")}
         return cls(run, **known, best=found.get("best"), was_finished=True)
 
@@ -137,12 +137,12 @@ def train_student(
     """
     world = world or World.alone()
     begun = world.decide(lambda: steps_of_run(out) if resume else None)
-    world.decide(lambda: refuse_grown(out, cache.corpus) if resume else None)
+    world.decide(lambda: check_corpus_not_grown(out, cache.corpus) if resume else None)
     config = world.agree(lambda: in_steps(cache, config, begun))
     advice, settings = less_memory(config, world.size, world.device.type)
     with (
-        telling(lambda: left_by_interrupt(out)),
-        running_out(out, lambda: kept_of(out), advice, settings),
+        telling(lambda: describe_left(out)),
+        running_out(out, lambda: describe_kept(out), advice, settings),
     ):
         cache = _within(cache, student_config, masked_view, asked, out if resume else None, world)
         return _begin(cache, student_config, config, out, masked_view, resume, report, world)
@@ -184,11 +184,11 @@ def _begin(
     with ExitStack() as held:  # the main process holds the folder until the run is finished
         if balanced:  # advice for other students would lead to a refusal
             advice, settings = less_memory(config, world.size, world.device.type, balanced)
-            held.enter_context(running_out(out, lambda: kept_of(out), advice, settings))
+            held.enter_context(running_out(out, lambda: describe_kept(out), advice, settings))
         resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
         copied = world.decide(lambda: store_of(out) is not None)  # to each node, to continue from
         if config.parallel == "fsdp" or (resuming and not copied):
-            refuse_unshared(out, world)
+            check_shared_folder(out, world)
         if world.main:
             tell_slow({"train.precision: {}": config.precision}, world.device.type)
         # Measured before sharding and training; done again if an earlier process died before that.
@@ -200,7 +200,7 @@ def _begin(
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
         world.decide(lambda: begin_record(out, prepared.about))
         world.decide(lambda: save_growth(out, growth))
-        world.decide(lambda: write_begun(out, resuming))
+        world.decide(lambda: upload_new_run(out, resuming))
         state = restore(out, student, optimizer, config.keep_checkpoints) if resuming else {}
         return _train(training, state, started, report)
 
@@ -267,8 +267,8 @@ def _train(
                     report(at, values)
 
         began, waited_before = time.monotonic(), 0.0
-        occasions = Occasions(config.checkpoint_every, world, stop)
-        room = Room(out, "checkpoint")
+        schedule = CheckpointSchedule(config.checkpoint_every, world, stop)
+        room = DiskRoom(out, "checkpoint")
         for step, ready in steps:
             if step == first:  # reading before the first step cannot overlap with anything
                 began, waited_before = time.monotonic(), stream.waited
@@ -289,21 +289,27 @@ def _train(
                 run_log.write("evaluate", done, evaluation)
                 best = best_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
-            due, ending = occasions.after(done)
+            due, ending = schedule.after(done)
             if last or due or is_best or ending:
                 tell(judge.known(everything=True))  # nothing is saved of a step that may not count
                 run_log.sync()
                 spent = {"seconds": earlier + time.monotonic() - started}
-                _save(training, done, spent | {"coverage": coverage.over(world.sum), "best": best})
-                occasions.saved()
+                _save(
+                    training,
+                    done,
+                    spent | {"coverage": coverage.sum_over_processes(world.sum), "best": best},
+                )
+                schedule.saved()
                 if world.main and not last:
-                    room.after(size_of(checkpoint_folder(out, done)))
-            if ending or (last and occasions.after(done)[1]):  # the signal came during that write
+                    room.after(folder_size(checkpoint_folder(out, done)))
+            if ending or (last and schedule.after(done)[1]):  # the signal came during that write
                 raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
     seconds = earlier + time.monotonic() - started
-    result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum), best)
+    result = TrainResult(
+        out, config.steps, seconds, evaluation, coverage.sum_over_processes(world.sum), best
+    )
     left_out = ("directory", "was_finished")
     summary = {name: value for name, value in vars(result).items() if name not in left_out}
     about = {"made_by": prepared.about, LINEAGE: training.lineage}

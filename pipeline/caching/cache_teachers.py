@@ -57,7 +57,7 @@ from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
 from rekindle.train.order.sequences import told_of_few
-from rekindle.train.record.room import Room
+from rekindle.train.record.disk_room import DiskRoom
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
@@ -150,7 +150,7 @@ def cache_teachers(
         _tell_slow(parts, corpus, config.cache.masked_replicas)
         missed = present = 0
         here = isinstance(store, LocalStore)
-        room = Room(Path(store.location) if here else None, "unit")
+        room = DiskRoom(Path(store.location) if here else None, "unit")
         for group in (*passes(before), *passes(after)):
             if hard and group[0] in after:
                 build_hard_masks(hard, True, progress)
@@ -277,7 +277,7 @@ def _run(
     executor: Executor,
     progress: Progress,
     made: Counter[str],
-    room: Room,
+    room: DiskRoom,
 ) -> None:
     """Make the missing ``units``, in that order, of teachers that share their passes."""
     group = tuple(part for part, _ in left)
@@ -292,7 +292,7 @@ def _run(
             log.info("teacher %s: precision auto is %s, by this machine", *decided)
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
-    room.left = len(units)
+    room.remaining = len(units)
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:

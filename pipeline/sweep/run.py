@@ -32,8 +32,8 @@ from rekindle.pipeline.several_runs import (
 from rekindle.pipeline.sweep.grid import SweepRun
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.launch import launched
-from rekindle.train.record.run_folder import goes_on, open_folder
-from rekindle.train.record.stored_run import write_definition
+from rekindle.train.record.run_folder import is_continued, open_folder
+from rekindle.train.record.stored_run import upload_definition
 
 log = logging.getLogger("rekindle")
 
@@ -64,7 +64,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
 
     Raise InputError if the directory is in use, CheckpointError if it holds another sweep.
     """
-    if not goes_on(out, SWEEP_FILE, "sweep", resume):
+    if not is_continued(out, SWEEP_FILE, "sweep", resume):
         return
     recorded = read_runs(out, SWEEP_FILE) or {}
     rule = "Resume it with its own definition (more values may be added), or give another --out"
@@ -105,7 +105,7 @@ def run_sweep(
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
-        write_definition(out / SWEEP_FILE, resume)
+        upload_definition(out / SWEEP_FILE, resume)
         return _train_missing(runs, out, workers, progress)
 
 

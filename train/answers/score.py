@@ -27,7 +27,7 @@ from rekindle.train.model.files import place
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import bf16_saves
-from rekindle.train.record.stored_result import write_whole
+from rekindle.train.record.stored_result import upload_result
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE
 
@@ -85,7 +85,7 @@ def score_model(
     result = FinetuneResult.of(model, files, data, metric, [only], *about, cut=cut)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
-    write_whole(Path(out), force)
+    upload_result(Path(out), force)
     return result
 
 

@@ -14,7 +14,7 @@ from rekindle.train.export.provenance import Provenance
 from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.model.unfinished import SUMMARY_FILE
 from rekindle.train.record.sharded import write_student
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.working_copy import shown_folder
 
 log = logging.getLogger("rekindle")
 
@@ -46,7 +46,7 @@ def make_model_directory(
             tokenizer.save(str(staged))
             if told := write_beside(own, longest_text(own), staged):
                 log.info("%s", told)
-            card = student_card(own, run, best_elsewhere, made).replace(str(run), place_of(run))
+            card = student_card(own, run, best_elsewhere, made).replace(str(run), shown_folder(run))
             (staged / CARD_FILE).write_text(card, encoding="utf-8")
             held.close()
             write_json(run / SUMMARY_FILE, summary)

@@ -39,8 +39,8 @@ from rekindle.train.model.parts.head_config import width_of
 from rekindle.train.model.student_config import OWN
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
-from rekindle.train.record.stored_result import write_whole
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.stored_result import upload_result
+from rekindle.train.record.working_copy import shown_folder
 from rekindle.train.running_out import running_out
 from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
@@ -76,7 +76,7 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
         with new_folder(Path(out).resolve()) as staged:
             made.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            place = place_of(Path(out))
+            place = shown_folder(Path(out))
             if encoder is None:
                 found = _described(student, name, made, staged, model, place, limit)
             else:
@@ -87,7 +87,7 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
             text = json.dumps(content, indent=1) + "\n"
             (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
             (staged / CARD_FILE).write_text(export_card(found), encoding="utf-8")
-        write_whole(Path(out), force)
+        upload_result(Path(out), force)
     return found
 
 

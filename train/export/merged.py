@@ -22,8 +22,8 @@ from rekindle.train.model.folder import (
     resolve_model,
 )
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
-from rekindle.train.record.stored_result import write_whole
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.stored_result import upload_result
+from rekindle.train.record.working_copy import shown_folder
 from rekindle.train.running_out import running_out
 from rekindle.train.student import Student
 
@@ -73,7 +73,7 @@ def merge_student(model: str, out: str, *, force: bool = False) -> Merged:
             "Rekindle accepts it unmerged wherever it accepts a model folder"
         )
     named = str(read_object(directory / ADAPTER_FILE)["base_model_name_or_path"])
-    tokenizer, place = tokenizer_of(directory), place_of(Path(out))
+    tokenizer, place = tokenizer_of(directory), shown_folder(Path(out))
     with running_out(Path(out), lambda: f"{out} is left as it was", "Free some"):
         student = Student.from_pretrained(directory)
         _check_finite(student, model)
@@ -89,7 +89,7 @@ def merge_student(model: str, out: str, *, force: bool = False) -> Merged:
             (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
             card = student_card(student, Path(out)).replace(out, place)
             (staged / CARD_FILE).write_text(card, encoding="utf-8")
-        write_whole(Path(out), force)
+        upload_result(Path(out), force)
     return found
 
 

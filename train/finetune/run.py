@@ -48,7 +48,7 @@ from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, tell_slow
 from rekindle.train.ranking.groups import batches_of_groups, taught_rows, tell_large
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.working_copy import shown_folder
 from rekindle.train.running_out import running_out
 
 CLIP_NORM = 1.0
@@ -169,7 +169,7 @@ def finetune(
             whole = len(ones) == len(seeds_done.results)
             where = Path(out) if whole else seed_folder(Path(out), ones[0].seed)
             about = (model, found.problem, found.label_names, found.told_scores())
-            card = expert_card(place_of(where), *about)
+            card = expert_card(shown_folder(where), *about)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
         seeds_done.publish(home, describe, force)

@@ -18,7 +18,7 @@ from torch import nn
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
-from rekindle.train.deferred.recording import active
+from rekindle.train.deferred.recording import active_recording
 from rekindle.train.model.adapter import (
     adapter_fingerprints,
     complete_config,
@@ -187,7 +187,7 @@ def load_weights(
     check_headers(directory)
     check_quantisation(directory, read_settings(directory), stored_tensors(directory), whole)
     load: Any = getattr(transformers, auto_class).from_pretrained
-    if active() is not None:
+    if active_recording() is not None:
         load = partial(load_later, auto_class)
     with refusing(what, advice):
         model, info = load(
@@ -203,7 +203,7 @@ def load_weights(
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
     unset = sorted({*info["missing_keys"], *shapes})
     say_unused(directory, model, info["unexpected_keys"])
-    if active() is None:
+    if active_recording() is None:
         refuse_nan(directory, model)
     return Loaded(model, *split_names(model, unset), shapes)
 

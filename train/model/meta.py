@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rekindle.data.errors import InputError
-from rekindle.train.deferred.recording import active
+from rekindle.train.deferred.recording import active_recording
 from rekindle.train.model.causes import refusing
 from rekindle.train.model.folder import StoredTensor, read_header, weight_files
 
@@ -147,13 +147,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises InputError for a damaged one.
     """
-    header, recorded = read_header(file), active()
+    header, recorded = read_header(file), active_recording()
     if recorded is None:
         return load_file(file)
     strange = sorted({one.dtype for one in header.values()} - _TYPES.keys())
     if strange:
         recorded.refuse(f"{file.name} holds {strange[0]}")
-    return {k: recorded.tensor(file, k, _TYPES[one.dtype], one.shape) for k, one in header.items()}
+    return {
+        k: recorded.file_tensor(file, k, _TYPES[one.dtype], one.shape) for k, one in header.items()
+    }
 
 
 def load_later(auto_class: str, directory: str, config: "PretrainedConfig", **more: Any) -> Any:

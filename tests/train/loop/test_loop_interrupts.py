@@ -8,7 +8,7 @@ import pytest
 
 from rekindle.train import loop as module
 from rekindle.train.interrupts import SAME, Interrupted
-from rekindle.train.record import occasions
+from rekindle.train.record import checkpoint_schedule
 from rekindle.train.record.checkpoint import latest_checkpoint
 from testlib.loop import ALL, no_reader_left, run, train_config
 from testlib.processes import before_call
@@ -96,7 +96,7 @@ def test_a_handler_of_the_caller_stays(masked_world, tmp_path, monkeypatch):
 def test_checkpoints_by_time(masked_world, whole, tmp_path, monkeypatch):
     """By the clock on the wall, from the end of the one before; the bits stay."""
     clock = [0.0]
-    monkeypatch.setattr(occasions.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint_schedule.time, "monotonic", lambda: clock[0])
     written = []
     real = module.save_checkpoint
 
