@@ -136,7 +136,7 @@ def describe_result(result: TrainResult) -> str:
                 f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
                 f"cross-entropy alone{rest}"
             )
-    lines.append(result.told_of_best())
+    lines.append(result.describe_best())
     return "\n".join(lines).replace(str(result.directory), shown_folder(result.directory))
 
 

@@ -239,7 +239,7 @@ def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
 
 def _tell_slow(config: CycleConfig, place: Place) -> None:
     """Log, for all jobs, requested precisions that the CPU has no instructions for."""
-    from rekindle.train.precision import tell_slow
+    from rekindle.train.precision import warn_of_slow_precision
 
     asked: dict[str, str] = {"train.precision: {}": config.train.precision}
     if "precision" in config.search:
@@ -250,7 +250,7 @@ def _tell_slow(config: CycleConfig, place: Place) -> None:
         own |= {"experts.finetune": config.experts.finetune}
         for where, settings in own.items():
             asked[f"{where}.precision: {{}}"] = str(settings.get("precision"))
-    tell_slow(asked, "cpu" if place.device is None else "cuda")
+    warn_of_slow_precision(asked, "cpu" if place.device is None else "cuda")
 
 
 def _write_results(home: Path) -> CycleResults:

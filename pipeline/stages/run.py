@@ -77,8 +77,8 @@ def _naming(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
     except Interrupted as error:
         done = sum(is_finished(one.directory) for one in stages)
         told = f"; {done} of {counted(len(stages), 'stage')} are finished"
-        told += f"; stage {stage.name}: interrupted{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        told += f"; stage {stage.name}: interrupted{error.message}"
+        raise Interrupted(told, is_saved=error.is_saved or done > 0) from None
 
 
 def _cache(stage: Stage, progress: Progress) -> None:

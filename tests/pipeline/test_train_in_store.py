@@ -165,7 +165,7 @@ def test_two_nodes_share_a_run_in_a_store(s3, run_file, tmp_path):
         if not launch:  # as if both had been killed in the last checkpoint
             whole = load_file(resolve_model(address) / "model.safetensors")
             for name in (
-                *stored_run.LAST,
+                *stored_run.MARKS_FINISHED,
                 "model.safetensors",
                 f"checkpoints/step-{STEPS:08d}.json",
             ):

@@ -32,7 +32,7 @@ from rekindle.data.storage.atomic import (
 from rekindle.train.finetune.classifier import padded_tokenizer
 from rekindle.train.finetune.config import with_once_fixed
 from rekindle.train.finetune.result import SeedResult, best_of, seed_folder
-from rekindle.train.interrupts import telling
+from rekindle.train.interrupts import reporting_interrupts
 from rekindle.train.model.files import Placement, config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record.run_folder import (
@@ -73,7 +73,7 @@ class FinishedSeeds:
         with locked_folder(self.folder):
             self._read(about)
             try:
-                with telling(self.told):
+                with reporting_interrupts(self.told):
                     yield
             except BaseException as error:
                 if not self.found and not self.others:

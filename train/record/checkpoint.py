@@ -43,7 +43,7 @@ from rekindle.train.record.sharded import (
     write_student,
 )
 from rekindle.train.record.stored_run import remove_other_checkpoints, upload_checkpoint
-from rekindle.train.student import Saved, Student, saved_tensors
+from rekindle.train.student import SavedTensor, Student, saved_tensors
 
 log = logging.getLogger("rekindle")
 
@@ -259,7 +259,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     try:
         stored = saved_tensors(path)
         files = [file for pattern in MOMENTS for file in sorted(path.glob(pattern))]
-        moments = {key: place for file in files for key, place in Saved.all_in(file).items()}
+        moments = {key: place for file in files for key, place in SavedTensor.all_in(file).items()}
         if not files:
             raise InputError(f"it has no {OPTIMIZER_FILE}")
         tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
@@ -275,7 +275,7 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
 
 
 def _optimizer_tensors(
-    moments: Mapping[str, Saved], student: Student, optimizer: torch.optim.Optimizer
+    moments: Mapping[str, SavedTensor], student: Student, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Make room in the optimiser for its stored state: like the parameter, and sharded if it is
     (AdamW's ``step`` is one number).

@@ -28,7 +28,7 @@ class CheckpointSchedule:
         if self.by_time and self.world.main:
             due = time.monotonic() - self._since >= self.every
         # If one process was told to end, or the main one's time is up, it holds for all.
-        votes = self.world.sum([float(due and self.world.main), float(self.stop.asked)])
+        votes = self.world.sum([float(due and self.world.main), float(self.stop.is_requested)])
         return votes[0] > 0, votes[1] > 0
 
     def saved(self) -> None:

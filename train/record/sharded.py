@@ -23,10 +23,10 @@ from torch import Tensor
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import sync
-from rekindle.train.distributed import ParallelStudent, World, blocks, local_rows, whole
+from rekindle.train.distributed import ParallelStudent, World, blocks, full_tensor, local_rows
 from rekindle.train.model.folder import INDEX_FILE, WEIGHTS_FILE, read_header
 from rekindle.train.record.run_folder import LOCK_FILE
-from rekindle.train.student import Saved
+from rekindle.train.student import SavedTensor
 
 LARGEST = 2 << 30  # bytes of a file, unless a block of the model or a tensor has more
 LEAST = 64 << 20  # bytes of a checkpoint's file: smaller ones are not worthwhile
@@ -72,7 +72,7 @@ def write_student(
     file_of = {key: name for of_process in world.gather(places) for key, name in of_process.items()}
     state = wrapped.state_dict(keep_vars=True)
     other_weights = {
-        k: whole(v.detach()).cpu() for k, v in state.items() if not k.startswith("model.")
+        k: full_tensor(v.detach()).cpu() for k, v in state.items() if not k.startswith("model.")
     }
     if world.main:
         wrapped.save_beside(folder, other_weights, about)
@@ -165,7 +165,7 @@ def _gather_unit(unit: Unit, is_own: bool) -> dict[str, Tensor]:
 
 
 def _gather_tensor(tensor: Tensor, is_own: bool) -> Tensor | None:
-    full = whole(tensor.detach())
+    full = full_tensor(tensor.detach())
     return full.cpu().contiguous() if is_own else None
 
 
@@ -173,7 +173,7 @@ def _gather_tensor(tensor: Tensor, is_own: bool) -> Tensor | None:
 
 
 @torch.no_grad()
-def read_rows(saved: Mapping[str, Saved], destinations: Mapping[str, Tensor]) -> None:
+def read_rows(saved: Mapping[str, SavedTensor], destinations: Mapping[str, Tensor]) -> None:
     """Read into each of the ``destinations`` the rows that it holds of the tensor of its name."""
     for file in dict.fromkeys(tensor.file for tensor in saved.values()):
         with safe_open(file, "pt") as stored:

@@ -20,7 +20,7 @@ from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import new_attempt, remove
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.data.storage.seal import read_sealed, seal
-from rekindle.train.launch import launched
+from rekindle.train.launch import current_launch
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.record.working_copy import in_use_error, store_of, working_copy
 
@@ -56,7 +56,7 @@ def local_runs(
                 _download_run(folder / name, run_store, run_store.names(""), unneeded_endings)
 
     with working_copy(out, fill) as folder:
-        if folder != out and launched().rank == 0:
+        if folder != out and current_launch().rank == 0:
             told = "worked on in %s, and uploaded at checkpoints"
             log.info(f"%s: {told}", address_of(out), folder.parent)
         yield folder

@@ -21,7 +21,7 @@ from rekindle.data.storage.atomic import new_attempt, remove, write_text
 from rekindle.data.storage.copies import copies, key_of
 from rekindle.data.storage.object_store import ObjectStore, refuse_unconditional
 from rekindle.train.interrupts import Interrupted
-from rekindle.train.launch import launched, one_of_many
+from rekindle.train.launch import current_launch, is_one_of_many
 
 log = logging.getLogger("rekindle")
 
@@ -62,7 +62,7 @@ def working_copy(out: Path, fill: Fill) -> Iterator[Path]:
                 write_text(mark, own_mark)
             fcntl.flock(used, fcntl.LOCK_SH)
         yield folder
-        if launched().local_rank == 0:
+        if current_launch().local_rank == 0:
             remove(mark)
             remove(folder)
 
@@ -110,7 +110,7 @@ def _existing_store(address: str) -> ObjectStore:
 
 def _launch_id() -> str:
     """Return what the processes of one launch on a node have in common."""
-    if not one_of_many():
+    if not is_one_of_many():
         return new_attempt()
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     return " ".join([str(os.getppid()), *(os.environ.get(name, "") for name in names)])
@@ -147,7 +147,7 @@ def naming_address(address: str, folder: Path) -> Iterator[None]:
         )
         raise
     except Interrupted as error:
-        error.told = with_address(error.told)
+        error.message = with_address(error.message)
         raise
     finally:
         log.removeFilter(rename)

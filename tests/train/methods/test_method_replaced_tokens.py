@@ -313,7 +313,7 @@ def test_an_electra_student_is_an_electra_discriminator(kinds, electra, tmp_path
     trained = Student.from_pretrained(out).eval()
     with torch.no_grad():
         _, ours, _ = method._judge(trained, batch, CPU)
-        theirs = model.eval()(**text.inputs).logits.flatten()[text.judged]
+        theirs = model.eval()(**text.inputs).logits.flatten()[text.classified]
     torch.testing.assert_close(ours, theirs)
     # And a discriminator's head is taken over as it is.
     model.save_pretrained(tmp_path / "discriminator")
@@ -331,8 +331,8 @@ def test_only_trained_tokens_are_judged(kinds):
     cache, method = method_of(kinds, "topk")
     batch = gather(cache, method, [1, 4, 5])
     trained = np.random.default_rng(0).random(batch.input_ids.shape) < 0.5
-    every = method.corrupted(batch, CPU).judged.numpy()
-    found = method.corrupted(replace(batch, trained=trained), CPU).judged.numpy()
+    every = method.corrupted(batch, CPU).classified.numpy()
+    found = method.corrupted(replace(batch, trained=trained), CPU).classified.numpy()
     assert found.tolist() == [place for place in every if trained.flat[place]]
     assert 0 < len(found) < len(every)
 

@@ -244,9 +244,9 @@ def test_counts_over_processes_are_their_sums(values):
     ]
     sent = []
     for counts in each:
-        counts.sum_over_processes(lambda v: sent.append(list(v)) or v)
+        counts.over(lambda v: sent.append(list(v)) or v)
     total = [float(sum(column)) for column in zip(*sent, strict=True)]
-    found = [counts.sum_over_processes(lambda v: total) for counts in each]
+    found = [counts.over(lambda v: total) for counts in each]
     expected = Counts(
         sum(own[0] for own in values),
         {name: sum(own[1 + i] for own in values) for i, name in enumerate(names)},

@@ -143,10 +143,12 @@ def test_a_resumed_run_goes_on_counting():
     batch = make_batch([3, 4], [(0, 1)], {"va": [(0, 1)]})
     first = count(batch, [term("va")])
     resumed = Coverage(first)
-    assert resumed.over(list) == first
+    assert resumed.sum_over_processes(list) == first
     resumed.count(batch, "masked_lm", plan_of([term("va")]))
-    assert resumed.over(list) == {name: 2 * value for name, value in first.items()}
-    both = resumed.over(lambda values: [2 * v for v in values])  # another process like this one
+    assert resumed.sum_over_processes(list) == {name: 2 * value for name, value in first.items()}
+    both = resumed.sum_over_processes(
+        lambda values: [2 * v for v in values]
+    )  # another process like this one
     assert both == {name: 3 * value for name, value in first.items()}
 
 

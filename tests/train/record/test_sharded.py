@@ -129,7 +129,7 @@ class Watched:
         sharded.LEAST = sharded.LARGEST = SMALL
         self.held = self.peak = 0
         self.read = Counter()
-        whole, fill = sharded.whole, sharded._fill
+        whole, fill = sharded.full_tensor, sharded._fill_rows
 
         def counted_whole(tensor):
             found = whole(tensor)
@@ -142,7 +142,7 @@ class Watched:
         def counted_fill(home, stored, key):
             fill(home, Slices(stored, self.read), key)
 
-        sharded.whole, sharded._fill = counted_whole, counted_fill
+        sharded.full_tensor, sharded._fill_rows = counted_whole, counted_fill
 
     def let_go(self, size):
         self.held -= size
