@@ -333,10 +333,10 @@ def _save(training: Training, done: int, state: dict[str, object]) -> None:
     """Write the checkpoint after ``done`` steps; every process takes part."""
     description, replay = training.prepared.about, training.prepared.stream.order.replay
     replay_state = replay.state(training.student.world.sum)
-    state = description | state | {"order": replay_state, LINEAGE: training.lineage}
+    whole_state = description | state | {"order": replay_state, LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
     tokenizer = training.prepared.tokenizer
-    save_checkpoint(training.out, done, student, training.optimizer, state, keep, tokenizer)
+    save_checkpoint(training.out, done, student, training.optimizer, whole_state, keep, tokenizer)
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:

@@ -162,8 +162,8 @@ class FamilyHead(nn.Module):
             yield
         finally:
             setattr(frame, frame.base_model_prefix, fixed)
-            for name, pooler in own_poolers.items():
-                setattr(body, name, pooler)
+            for name, own in own_poolers.items():
+                setattr(body, name, own)
 
 
 class _FixedStates(nn.Module):
