@@ -54,7 +54,7 @@ def _each(section: type[Settings], value: object) -> object:
     return with_defaults(section, value) if isinstance(value, Mapping) else value
 
 
-def with_former_defaults(
+def with_recorded_defaults(
     config: S, recorded: Mapping[str, Any], prefix: str = "", log_changes: bool = True
 ) -> S:
     """Return ``config`` with the former default of every key that it does not give, if that default
@@ -66,7 +66,7 @@ def with_former_defaults(
         key, value = field.alias or name, getattr(config, name)
         path, recorded_value = f"{prefix}{key}", recorded.get(key)
         if isinstance(value, Settings) and isinstance(recorded_value, Mapping):
-            section = with_former_defaults(value, recorded_value, f"{path}.", log_changes)
+            section = with_recorded_defaults(value, recorded_value, f"{path}.", log_changes)
             changed |= {} if section is value else {name: section}
         is_given = name in config.model_fields_set
         for mark in [] if is_given else field.metadata:
