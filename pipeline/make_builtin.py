@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rekindle.data.corpus.packing import MOST
+from rekindle.data.corpus.packing import MAX_SHARD_SIZE
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import publish_folder
@@ -38,7 +38,7 @@ from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.finetune.config import FixedBudget
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
 _BEGUN = ".begun-"  # prefix of the folders of unfinished work
@@ -51,7 +51,7 @@ def make(names: Sequence[str], progress: Progress) -> None:
     where = folder()
     own = [name.removeprefix(PREFIX) for name in names]
     models = with_what_they_need([name for name in own if name in MODELS])
-    with alone_in(where, wait=True) as alone:
+    with locked_folder(where, wait=True) as alone:
         for left in where.glob(f"{_BEGUN}*") if alone else ():  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         # Without the lock, two processes do the same work, harmlessly.
@@ -184,7 +184,7 @@ def pretrain(
         },
         "cache": {
             "path": str(out.with_name(f"{out.name}-cache")),
-            "sequences_per_shard": MOST,  # temporary, so one shard will do
+            "sequences_per_shard": MAX_SHARD_SIZE,  # temporary, so one shard will do
             "replicas": settings.replicas,
             "seed": settings.seed,
         },

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.remarks import asked_otherwise
+from rekindle.data.corpus.remarks import describe_text_difference
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
 from rekindle.data.storage.manifest import refuse_without_text
-from rekindle.data.targets.reading.extent import Extent, Kept
+from rekindle.data.targets.reading.extent import Extent, TeacherExtent
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
@@ -20,9 +20,9 @@ from rekindle.train.loop import EVERYTHING, TrainResult, train_student
 from rekindle.train.measures import PULL, RATIO
 from rekindle.train.objective.pulls import told_pulls
 from rekindle.train.order.length import in_steps
-from rekindle.train.record.identity import as_run_began, recorded_extent, steps_of_run
-from rekindle.train.record.stored_run import write_finished
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.identity import recorded_extent, steps_of_run, with_former_defaults
+from rekindle.train.record.stored_run import upload_finished
+from rekindle.train.record.working_copy import shown_folder
 
 log = logging.getLogger("rekindle")
 
@@ -45,14 +45,14 @@ def train_from_config(
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
     refuse_without_text(cache.store)
-    if told := asked_otherwise(config.corpus, cache.corpus):
+    if told := describe_text_difference(config.corpus, cache.corpus):
         log.warning("%s", told)
     make_missing(student)  # in every process: another machine has its own home
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (
         cache.store.reading(),
         join_world() as world,
-        progress.task(place_of(out), unit="steps", total=total) as task,
+        progress.task(shown_folder(out), unit="steps", total=total) as task,
     ):
         pulls = ""  # as last measured
 
@@ -72,21 +72,21 @@ def train_from_config(
 
         if resume:
             begun = config
-            config = world.decide(lambda: as_run_began(begun, out))
+            config = world.decide(lambda: with_former_defaults(begun, out))
         result = train_student(
             cache,
             config.needed_student(),
             config.train,
             out,
             masked_view=student_view(cache, config),
-            asked=asked_extent(config).over(began),
+            asked=asked_extent(config).with_defaults(began),
             resume=resume,
             report=report,
             world=world,
         )
         if world.main and not (result.was_finished and (out / RUN_YAML).is_file()):
             write_text(out / RUN_YAML, dump_config(_settled(config, recorded_extent(out))))
-            write_finished(out)
+            upload_finished(out)
     return result
 
 
@@ -112,7 +112,7 @@ def asked_extent(config: RunConfig) -> Extent:
     masks, targets = config.cache, {}
     for teacher in config.teachers:
         if teacher.vocabulary and "k" in teacher.targets.model_fields_set:
-            targets[teacher.name] = Kept(k=teacher.targets.k)
+            targets[teacher.name] = TeacherExtent(k=teacher.targets.k)
     written = "replicas" in masks.model_fields_set
     return Extent(replicas=masks.masked_replicas if written else None, targets=targets)
 
@@ -136,8 +136,8 @@ def describe_result(result: TrainResult) -> str:
                 f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
                 f"cross-entropy alone{rest}"
             )
-    lines.append(result.told_of_best())
-    return "\n".join(lines).replace(str(result.directory), place_of(result.directory))
+    lines.append(result.describe_best())
+    return "\n".join(lines).replace(str(result.directory), shown_folder(result.directory))
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:

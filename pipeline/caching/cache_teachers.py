@@ -19,9 +19,9 @@ from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.additions import recorded_shard_size
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.packing import usual_shard_size
+from rekindle.data.corpus.packing import default_shard_size
 from rekindle.data.corpus.remarks import remarks
-from rekindle.data.corpus.source_sample import about_sequences
+from rekindle.data.corpus.source_sample import estimate_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
@@ -37,7 +37,7 @@ from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
-from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.reading.reader import FINISHED_FILE
 from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
@@ -54,11 +54,11 @@ from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
-from rekindle.train.interrupts import telling
+from rekindle.train.interrupts import reporting_interrupts
 from rekindle.train.order.domains import check_domains
 from rekindle.train.order.sequences import told_of_few
-from rekindle.train.record.room import Room
-from rekindle.train.running_out import running_out
+from rekindle.train.record.disk_room import DiskRoom
+from rekindle.train.running_out import report_shortage
 
 log = logging.getLogger("rekindle")
 
@@ -115,9 +115,9 @@ def cache_teachers(
     store = open_store(config.cache.path)
     refuse_changing(store)
     made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
-    with telling(lambda: _kept(made, store)):
+    with reporting_interrupts(lambda: _kept(made, store)):
         rehearse(config, chosen, store)
-    with telling(lambda: _kept(made, store)), adding(store) as alone:
+    with reporting_interrupts(lambda: _kept(made, store)), adding(store) as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
@@ -150,7 +150,7 @@ def cache_teachers(
         _tell_slow(parts, corpus, config.cache.masked_replicas)
         missed = present = 0
         here = isinstance(store, LocalStore)
-        room = Room(Path(store.location) if here else None, "unit")
+        room = DiskRoom(Path(store.location) if here else None, "unit")
         for group in (*passes(before), *passes(after)):
             if hard and group[0] in after:
                 build_hard_masks(hard, True, progress)
@@ -167,7 +167,7 @@ def cache_teachers(
                 units = list(dict.fromkeys(unit for _, missing in left for unit in missing))
                 if not alone:  # in step with another process, both would make every unit
                     random.shuffle(units)
-                enough = running_out(
+                enough = report_shortage(
                     Path(store.location),
                     lambda: f"This call: {_kept(made, store)[0]}",
                     _less_memory(group[0]),
@@ -178,7 +178,7 @@ def cache_teachers(
                 if not part.config.vocabulary:
                     _tell_kept(corpus, part.info)
                 if part.info.part:
-                    store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+                    store.create(f"{part.info.folder}/{FINISHED_FILE}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
         if alone is not False:
@@ -214,7 +214,7 @@ def _build(
             made["corpus"] += 1
             task.advance(rows, tokens=tokens)
 
-        size = asked or usual_shard_size(total)
+        size = asked or default_shard_size(total)
         if not asked:
             log.info(
                 "corpus: %s per shard, a file (cache.sequences_per_shard)",
@@ -241,7 +241,7 @@ def _about_sequences(config: CorpusConfig) -> int | None:
     raised when it is read.
     """
     with suppress(InputError):
-        return about_sequences(config, load_tokenizer(config.tokenizer))
+        return estimate_sequences(config, load_tokenizer(config.tokenizer))
     return None
 
 
@@ -266,7 +266,7 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
     """
     each, shards = view_kind(view).numbers(replicas), len(corpus.commits)
     done = ShardSet(corpus.store, folder).committed()
-    missing = [Unit(*place) for place in done.lacking(shards, each)]
+    missing = [Unit(*place) for place in done.missing_units(shards, each)]
     return missing, len(each) * shards - len(missing)
 
 
@@ -277,7 +277,7 @@ def _run(
     executor: Executor,
     progress: Progress,
     made: Counter[str],
-    room: Room,
+    room: DiskRoom,
 ) -> None:
     """Make the missing ``units``, in that order, of teachers that share their passes."""
     group = tuple(part for part, _ in left)
@@ -292,7 +292,7 @@ def _run(
             log.info("teacher %s: precision auto is %s, by this machine", *decided)
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
-    room.left = len(units)
+    room.remaining = len(units)
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.corpus.columns import DOCUMENTS, TYPES, document_numbers, word_characters
+from rekindle.data.corpus.columns import DOCUMENTS, TOKEN_TYPES, document_numbers, word_characters
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.errors import InputError
 from rekindle.data.padding import pad
@@ -33,7 +33,7 @@ from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import scored_blocks
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.embedding.encoder import SentenceEncoder
-from rekindle.train.model.causes import running
+from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.passes import with_known_padding
 
 Rows = NDArray[np.int64]
@@ -152,7 +152,7 @@ class UnitRun:
                 where = [(unit.shard, int(row)) for row in rows]
                 _, columns = kept.gather(where, unit.replica, scalars=False)
                 return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
-            if not kind_of(info).sampled:
+            if not kind_of(info).is_sample:
                 return None
             names = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])
@@ -175,7 +175,7 @@ class UnitRun:
 
             return read
 
-        types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
+        types = split_lists(self.batches, TOKEN_TYPES) if teacher.corpus.has_pairs else None
         joint = yield from self._run(seen, forward, positions, types, self._documents())
         if teacher.map is not None:
             joint = self._with_mass(joint)
@@ -237,7 +237,7 @@ class UnitRun:
         seen, _ = self._wrapped(self.teacher.tokenizer.encode([*texts]))
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
-            with running(f"teacher {self.info.name!r} ({self.info.model})"):
+            with explaining_run_errors(f"teacher {self.info.name!r} ({self.info.model})"):
                 found = encoder(with_known_padding(inputs), self.teacher.skipped)
             return self.teacher.way.fetch({"vectors": found}, dict)
 
@@ -250,7 +250,7 @@ class UnitRun:
 
     def _logits(self, inputs: Inputs) -> Tensor:
         """Return an expert's logits in fp32; raise InputError if its own code fails."""
-        with running(f"teacher {self.info.name!r} ({self.info.model})"):
+        with explaining_run_errors(f"teacher {self.info.name!r} ({self.info.model})"):
             logits: Tensor = self.teacher.model(**with_known_padding(inputs)).logits.float()
         return logits
 
@@ -272,7 +272,7 @@ class UnitRun:
         whole = np.array([len(row) for row in ids], np.int64)
         full = np.flatnonzero(whole == longest)  # those that may have been cut
         if len(full):
-            whole[full] = tokenizer.whole_lengths(*zip(*(pairs[row] for row in full), strict=True))
+            whole[full] = tokenizer.uncut_lengths(*zip(*(pairs[row] for row in full), strict=True))
         self._tell_cut(whole)
         return ids, types
 

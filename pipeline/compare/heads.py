@@ -47,7 +47,7 @@ from rekindle.train.finetune.metrics import (
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
 from rekindle.train.model.folder import resolve_model
-from rekindle.train.model.unfinished import unfinished, usable_checkpoint
+from rekindle.train.model.unfinished import describe_unfinished, usable_checkpoint
 from rekindle.train.ranking.scores import scores_by_group
 from rekindle.train.student import ABOUT_FILE, saved_heads
 
@@ -137,7 +137,7 @@ def _parse_test(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
 def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]) -> None:
     """Raise InputError if runs have no head because they have not ended."""
     folders = [Path(run.directory) for run in runs]
-    reasons = [reason for folder in folders if (reason := unfinished(folder)) is not None]
+    reasons = [reason for folder in folders if (reason := describe_unfinished(folder)) is not None]
     if not reasons:
         return
     advice = ""

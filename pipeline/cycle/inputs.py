@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rekindle.data.corpus.shared_ids import described, differing_ids
+from rekindle.data.corpus.shared_ids import describe_difference, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
@@ -332,10 +332,11 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     corpus_tokenizer = load_tokenizer(config.corpus.tokenizer)
     ids = differing_ids(corpus_tokenizer, student_tokenizer)
     if len(ids):
+        difference = describe_difference(corpus_tokenizer, student_tokenizer, ids)
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
-            f"{config.corpus.tokenizer!r}: {described(corpus_tokenizer, student_tokenizer, ids)}. "
-            "The student would read other words: name the model's own"
+            f"{config.corpus.tokenizer!r}: {difference}. The student would read other words: name "
+            "the model's own"
         )
     fingerprints = {"weights": weights_fingerprint(directory)}
     if config.has_other_experts:

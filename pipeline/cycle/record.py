@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.additions import is_begun, is_same_source, read_additions
+from rekindle.data.corpus.additions import has_corpus, is_same_source, read_additions
 from rekindle.data.corpus.config import differing_keys
 from rekindle.data.errors import CheckpointError, InputError, naming
-from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.former import with_defaults, with_recorded_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.source.sources import source_files
 from rekindle.data.storage.base import Store
@@ -20,7 +20,12 @@ from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles
 from rekindle.pipeline.cycle.search import DRAWS_FOLDER, FIRST_DRAW
 from rekindle.train.finetune.config import TaskSettings
-from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
+from rekindle.train.record.run_folder import (
+    check_same_settings,
+    is_continued,
+    read_record,
+    reading_record,
+)
 
 log = logging.getLogger("rekindle")
 
@@ -43,8 +48,8 @@ def resumed_config(home: Path, config: CycleConfig) -> CycleConfig:
                 "not be used: leave out one of them"
             )
     else:
-        with reading(home / CYCLE_FILE, GIVE_OTHER_OUT):
-            begun = as_begun(config, _FORMER_DEFAULTS | record["settings"])
+        with reading_record(home / CYCLE_FILE, GIVE_OTHER_OUT):
+            begun = with_recorded_defaults(config, _FORMER_DEFAULTS | record["settings"])
         if begun is not config:
             with naming(f"{home} cannot go on as an older version began it; {GIVE_OTHER_OUT}"):
                 config = parse_settings(CycleConfig, begun.model_dump(mode="json", by_alias=True))
@@ -76,12 +81,12 @@ def check_folder(
     home: Path, config: CycleConfig, about: Mapping[str, Any], beside: Collection[str]
 ) -> None:
     """Check that the directory is free, or holds the same cycle."""
-    if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
+    if not is_continued(home, CYCLE_FILE, "cycle", resume=True, other_files=beside):
         for text in config.texts:  # later the files may be gone, but then the cache has the text
             source_files(config.text_of(text).places)
         return
     record = read_record(home / CYCLE_FILE, GIVE_OTHER_OUT) or {}
-    with reading(home / CYCLE_FILE, GIVE_OTHER_OUT):
+    with reading_record(home / CYCLE_FILE, GIVE_OTHER_OUT):
         if record["written_by"] != CYCLE_WRITER:
             raise ValueError("it does not belong to a cycle")
         is_older = "problem" not in record["settings"]["finetune"]
@@ -101,7 +106,9 @@ def check_folder(
         keys = TaskSettings.model_fields
         free_keys += [f"{section}.{key}" for section in sections for key in keys]
     free_keys += _key_of_added_draws(home, before.get("label_draws") or 1, now["label_draws"])
-    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *free_keys))
+    check_same_settings(
+        home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *free_keys)
+    )
     start = record.get("start", about["start"])  # not recorded by older versions
     for key, section in (("weights", "student"), ("expert_weights", "experts")):
         if start.get(key) != about["start"].get(key):
@@ -132,7 +139,7 @@ def remove_outdated_splits(tasks: Sequence[TaskFiles], home: Path) -> None:
 
 
 def _split_texts(file: Path) -> list[tuple[str, str | None]]:
-    with reading(file, "remove it and run the cycle again"):
+    with reading_record(file, "remove it and run the cycle again"):
         ones = map(json.loads, file.read_bytes().splitlines())
         return [(one.get("sentence1", one.get("text")), one.get("sentence2")) for one in ones]
 
@@ -172,7 +179,7 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
     ]
     for text in config.texts:
         stores = [open_store(draw.cache_of(text).path) for draw in draws]
-        started = [draw for draw, store in enumerate(stores) if is_begun(store)]
+        started = [draw for draw, store in enumerate(stores) if has_corpus(store)]
         if number in started:  # it continues with its own text
             for draw in started:
                 if _have_same_text(stores[number], stores[draw]) is False:

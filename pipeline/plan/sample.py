@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rekindle.data.corpus.additions import (
-    about_shard,
-    begun_addition,
     claim_addition,
     complete_addition,
     describe_addition,
     last_document,
+    new_addition,
     recorded_shard_size,
+    shard_metadata,
 )
-from rekindle.data.corpus.columns import LEARNT, TRAINED, fields_of
+from rekindle.data.corpus.columns import TRAINED, TRAINED_FACTS, fields_of
 from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
-from rekindle.data.corpus.packing import usual_shard_size
+from rekindle.data.corpus.packing import default_shard_size
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -34,8 +34,8 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.forms.written import content_of, row_of
 from rekindle.data.permutation import permute
-from rekindle.data.source.held_texts import Found
-from rekindle.data.source.left_out import told_of_held
+from rekindle.data.source.held_texts import HeldCounts
+from rekindle.data.source.left_out import describe_held
 from rekindle.data.source.sources import Content
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.base import Store
@@ -73,7 +73,7 @@ class CorpusSurvey:
     def shard_size(self) -> int:
         """Sequences per shard if the configuration does not set it."""
         found = None if self.present is None else recorded_shard_size(self.present.store)
-        return found or usual_shard_size(self.sequences)
+        return found or default_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
@@ -97,7 +97,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
     if present is not None and whole:
         reference, basis, estimated = present, "the corpus is in the cache", False
         if without := present.info["config"].get("without"):
-            basis += f"; {told_of_held(present.held, without['files'])}"
+            basis += f"; {describe_held(present.held, without['files'])}"
         sequences, tokens = len(present), present.tokens
     else:
         corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
@@ -112,7 +112,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
             few = " (few: the figures are rough)" if read < FEW else ""
             basis = f"scaled from {counted(read, 'text')} of the source{few}"
-        if told := sample.left_out.told(last_document(reference.units, corpus.limit_sequences)):
+        if told := sample.left_out.describe(last_document(reference.units, corpus.limit_sequences)):
             basis += f"; {'up to there, ' * estimated}{told}"
     if present is not None and not present.commits:
         present = None  # begun, but killed before anything was written
@@ -206,7 +206,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         [corpus.shard(s).batch(b).replace_schema_metadata(None) for s, b in sorted(batches)]
     )
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
-    addition, tokenizer = begun_addition(corpus.info["config"], []), corpus.info["tokenizer"]
+    addition, tokenizer = new_addition(corpus.info["config"], []), corpus.info["tokenizer"]
     fields = fields_of(addition.config)
     describe_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
@@ -217,11 +217,11 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         part = rows.slice(start, size)
         if not len(part):
             break
-        schema = describe(fields, about_shard(count, addition, tokenizer))
+        schema = describe(fields, shard_metadata(count, addition, tokenizer))
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
-    complete_addition(store, addition, count, {}, Found())
+    complete_addition(store, addition, count, {}, HeldCounts())
     return Corpus(store)
 
 
@@ -231,5 +231,5 @@ def _facts(rows: pa.Table) -> dict[str, object]:
     facts: dict[str, object] = {"tokens": tokens, "next": [0, 0], "domains": dict(domains)}
     if TRAINED in rows.schema.names:
         trained = pc.sum(pc.list_flatten(rows[TRAINED])).as_py()
-        facts |= dict.fromkeys(LEARNT, 0) | {LEARNT[0]: trained}
+        facts |= dict.fromkeys(TRAINED_FACTS, 0) | {TRAINED_FACTS[0]: trained}
     return facts

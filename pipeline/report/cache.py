@@ -50,7 +50,7 @@ def _facts_of(cache: Cache) -> CacheFacts:
         maskings = f", {counted(reader.replicas, 'masking')}" if masked else ""
         rows = int(reader.commits.rows.sum())
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
-        targets = reader.kind.sentence + maskings
+        targets = reader.kind.description + maskings
         size = reader.bytes_on_disk
         teachers.append(TeacherFacts(name, targets, reader.positions, size, tokens, seconds))
     vocabulary, documents = cache.corpus.info["tokenizer"]["size"], cache.corpus.documents

@@ -15,14 +15,14 @@ from rekindle.data.inventory import damaged_descriptions, lost_descriptions, rol
 from rekindle.data.journal import refuse_changing
 from rekindle.data.sharing.card import CARD, cache_card, licence_of
 from rekindle.data.sharing.copy import copy_for_others, files_of
-from rekindle.data.sharing.text import readable_share, tells_text
+from rekindle.data.sharing.text import readable_share, reveals_text
 from rekindle.data.storage.manifest import (
     MANIFEST,
     WITHOUT_TEXT,
     begin_manifest,
     read_manifest,
 )
-from rekindle.data.storage.seal import VERSION, damage, seal
+from rekindle.data.storage.seal import VERSION, describe_damage, seal
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.pipeline.progress import Progress
 
@@ -67,7 +67,10 @@ def cache_files(
     chosen, messages = _choose_teachers(cache, requested, with_text, with_readable_targets)
     _refuse_unfinished(cache, chosen, place)
     connect()
-    with cache.store.reading(), tempfile.TemporaryDirectory(prefix="rekindle-push-") as folder:
+    with (
+        cache.store.reading_record(),
+        tempfile.TemporaryDirectory(prefix="rekindle-push-") as folder,
+    ):
         _check_room(cache, chosen, with_text, Path(folder))
         with progress.task("copy", unit="shards") as task:
             copy = copy_for_others(
@@ -113,7 +116,7 @@ def _refuse_damaged(cache: Cache) -> None:
     """
     faults = damaged_descriptions(cache.store) | lost_descriptions(cache.store)
     if faults:
-        first = damage(next(iter(faults.values()))).rstrip(".")
+        first = describe_damage(next(iter(faults.values()))).rstrip(".")
         raise CacheFormatError(
             f"{first}. Nothing was sent: `pipeline verify` names all damaged files, and `pipeline "
             "cache-teachers` makes them again"
@@ -164,7 +167,7 @@ def _choose_teachers(
     readable = [
         name
         for name, teacher in readers.items()
-        if tells_text(teacher) and not with_readable_targets
+        if reveals_text(teacher) and not with_readable_targets
     ]
     chosen = [name for name in readers if name not in readable]
     if readable:

@@ -21,7 +21,7 @@ from rekindle.train.embedding.folder import (
     read_encoder_folder,
 )
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
-from rekindle.train.model.unfinished import unfinished
+from rekindle.train.model.unfinished import describe_unfinished
 
 _COLLECTIONS = {
     "stages.json": "stages",
@@ -125,7 +125,7 @@ def model_folder(place: str) -> Path:
 
     if not is_remote(place):
         folder = Path(place)
-        if reason := unfinished(folder):
+        if reason := describe_unfinished(folder):
             raise InputError(f"{reason}. Nothing was sent")
         if not any(
             (folder / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE, MODULES_FILE)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError
-from rekindle.data.hub.places import OFFLINE, HubPlace, told_of_hub
+from rekindle.data.hub.places import OFFLINE, HubPlace, describe_hub_error
 
 # Limits of one commit: hubs handle a few hundred files at a time well, and if a commit fails, what
 # was uploaded for it is lost.
@@ -141,8 +141,8 @@ class Hub:
             raise
         except Exception as error:  # errors of network, access and content share no base class
             raise InputError(
-                f"{subject}: {told_of_hub(error)}. What was already sent stays there: run the "
-                "same command again, and it goes on"
+                f"{subject}: {describe_hub_error(error)}. What was already sent stays there: run "
+                "the same command again, and it goes on"
             ) from None
         finally:
             if had_progress_bars:

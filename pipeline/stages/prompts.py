@@ -146,7 +146,7 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
     if info.problem != "single_label_classification":
         kind = info.problem or info.task
         raise InputError(f"{subject} is of {kind}: prompts need a classifier with one label a text")
-    if reader.info.shown.paired:
+    if reader.info.view_class.paired:
         raise InputError(
             f"{subject} judged pairs of texts; prompts need one that judges the sequence"
         )

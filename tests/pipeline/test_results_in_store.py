@@ -16,12 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.copies import FOLDER, copies
+from rekindle.data.storage.copies import FOLDER_VARIABLE, copies
 from rekindle.data.storage.folders import UNFINISHED
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.finetune import run as finetuning
 from rekindle.train.model.folder import base_of, resolve_model
-from rekindle.train.record.working_copy import local_place
+from rekindle.train.record.working_copy import local_folder
 from testlib.command import pipeline
 
 STEPS = 2
@@ -53,7 +53,7 @@ def stored() -> Iterator[str]:
 @pytest.fixture
 def other_machine(tmp_path, monkeypatch) -> Callable[[], None]:
     """Call it, and no local copy is known any more."""
-    return lambda: monkeypatch.setenv(FOLDER, str(tmp_path / "another-machine"))
+    return lambda: monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "another-machine"))
 
 
 def ending_at(monkeypatch: pytest.MonkeyPatch, call: str, place: str) -> pytest.MonkeyPatch:
@@ -76,7 +76,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def nothing_is_left(address: str) -> bool:
-    place = local_place(Path(address))
+    place = local_folder(Path(address))
     return not [*place.parent.glob(f"{place.name}*"), *place.parent.glob(f".{place.name}.s*")]
 
 

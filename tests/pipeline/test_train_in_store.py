@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from rekindle.data.errors import InputError
 from rekindle.data.places import address_of
-from rekindle.data.storage.copies import FOLDER, GIGABYTES
+from rekindle.data.storage.copies import FOLDER_VARIABLE, GIGABYTES_VARIABLE
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record import stored_run
-from rekindle.train.record.working_copy import local_place
+from rekindle.train.record.working_copy import local_folder
 from rekindle.train.student import Student
 from testlib.command import pipeline
 from testlib.servers.faulty_s3 import faulty_server
@@ -79,7 +79,7 @@ def test_a_run_in_a_store_leaves_what_a_local_one_does(s3, run_file, local, corp
     assert len(store.folders("checkpoints")) == 2
     assert store.names("tensorboard")
     assert address in done.stdout
-    place = local_place(Path(address))
+    place = local_folder(Path(address))
     assert str(place.parent) not in done.stdout + store.read_bytes("README.md").decode()
     assert not place.exists()
 
@@ -132,14 +132,14 @@ def test_an_upload_that_was_killed_never_counts(s3, run_file, local, corpus_file
 
 def test_two_processes_do_not_mix_their_checkpoints(s3, run_file, monkeypatch):
     address = f"{s3}/runs/two"
-    store, write = ObjectStore(address), stored_run.write_checkpoint
+    store, write = ObjectStore(address), stored_run.upload_checkpoint
 
     def after_another(checkpoint: Path, files: dict[str, str]) -> None:
         name = f"checkpoints/{checkpoint.name}.json"
         store.create(name, stored_run.seal({"folder": "checkpoints/theirs", "files": {}}))
         write(checkpoint, files)
 
-    monkeypatch.setattr("rekindle.train.record.checkpoint.write_checkpoint", after_another)
+    monkeypatch.setattr("rekindle.train.record.checkpoint.upload_checkpoint", after_another)
     done = pipeline("train-student", run_file, "--out", address)
     assert done.returncode == 2
     assert f"another process works on {address}" in done.stderr
@@ -165,7 +165,7 @@ def test_two_nodes_share_a_run_in_a_store(s3, run_file, tmp_path):
         if not launch:  # as if both had been killed in the last checkpoint
             whole = load_file(resolve_model(address) / "model.safetensors")
             for name in (
-                *stored_run.LAST,
+                *stored_run.MARKS_FINISHED,
                 "model.safetensors",
                 f"checkpoints/step-{STEPS:08d}.json",
             ):
@@ -191,7 +191,9 @@ def nodes(
     running = [
         subprocess.Popen(
             [*command, "--out", address, *more],
-            env=os.environ | ones | {"RANK": f"{rank}", FOLDER: str(copies_of / f"node-{rank}")},
+            env=os.environ
+            | ones
+            | {"RANK": f"{rank}", FOLDER_VARIABLE: str(copies_of / f"node-{rank}")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -224,7 +226,7 @@ def test_a_disk_that_is_full_in_mid_training_costs_nothing(
     """
     address = f"{s3}/runs/full"
     settings = ["--set", f"cache.path={stored_cache(address, run_file)}"]
-    monkeypatch.setenv(FOLDER, str(tmp_path / "disk"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "disk"))
     fetch, save, fetched = ObjectStore._fetch, Student.save_pretrained, list[str]()
 
     def full_from_the_second(self: ObjectStore, name: str, *given: Any) -> None:
@@ -303,11 +305,11 @@ def test_a_model_that_is_not_there_and_one_there_is_no_room_for(s3, corpus_file,
     assert done.returncode == 2
     assert f"model '{s3}/no-model': there is no such folder" in done.stderr
     ObjectStore(f"{s3}/model").replace("config.json", b"{}" * 100)
-    monkeypatch.setenv(GIGABYTES, "0")
+    monkeypatch.setenv(GIGABYTES_VARIABLE, "0")
     done = pipeline("evaluate", f"{s3}/model", "--text", corpus_file)
     assert done.returncode == 2
     assert f"no room for a local copy of {s3}/model" in done.stderr
-    assert FOLDER in done.stderr
+    assert FOLDER_VARIABLE in done.stderr
 
 
 def test_an_address_of_this_machine_is_a_path(tmp_path):

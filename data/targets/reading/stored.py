@@ -17,7 +17,7 @@ class StoredError:
     largest: float
 
     def as_text(self, info: TeacherInfo) -> str:
-        """A sentence."""
+        """Return a sentence about the error of one teacher's vectors."""
         return (
             f"teacher {info.name}: vectors of {info.dimensions:,} values in {info.vectors}, which "
             f"turns them by 1 − cosine {self.mean:.1e} on average, {self.largest:.1e} at most"
@@ -26,7 +26,7 @@ class StoredError:
 
 def stored_error(commits: Commits) -> StoredError | None:
     """Return the error over all units; None if their records lack it."""
-    if not commits.says(MEAN_ERROR):
+    if not commits.has_fact(MEAN_ERROR):
         return None
     mean, largest = (commits.numbers(name) for name in (MEAN_ERROR, LARGEST_ERROR))
     known, rows = ~np.isnan(mean), commits.counts("positions")

@@ -5,13 +5,13 @@ import random
 import pyarrow as pa
 import pytest
 
-from rekindle.data.corpus.additions import counted_before_end
+from rekindle.data.corpus.additions import count_left_out
 from rekindle.data.source.left_out import LeftOut
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.storage.commits import Commit, Commits
 from rekindle.data.storage.shards import ShardSet, describe
 from rekindle.data.storage.store import LocalStore
-from rekindle.data.storage.units import array_of, order_of, place_of, unit_of
+from rekindle.data.storage.units import arrow_array, place_of, sort_key, unit_of
 
 SHARDS = [0, 1, 9, 10, 99_998, 99_999, 100_000, 100_001, 999_999, 1_000_000, 12_345_678]
 
@@ -30,7 +30,7 @@ def test_units_are_sorted_by_number_and_strangers_come_last():
     expected += ["000001", "notes"]
     for seed in range(5):
         shuffled = random.Random(seed).sample(expected, len(expected))
-        assert sorted(shuffled, key=order_of) == expected
+        assert sorted(shuffled, key=sort_key) == expected
 
 
 def test_a_set_lists_its_units_in_that_order(tmp_path):
@@ -48,18 +48,18 @@ def test_what_is_left_out_is_counted_up_to_the_last_shard(last):
     left_out = LeftOut()
     for document in (3, 8):
         left_out.documents = document
-        left_out.add(Bad("not JSON", "line"))
+        left_out.add(BadRecord("not JSON", "line"))
     ends = {last - 1: [5, 0], last: [9, 2]}  # the document, and its token, that comes next
     committed = {
         unit_of(shard): Commit(unit_of(shard), "data/x", 1, 1, "", (), {"next": following})
         for shard, following in ends.items()
     }
-    assert counted_before_end(left_out, Commits(committed), ends_at=2)[0] == {"not JSON": 2}
+    assert count_left_out(left_out, Commits(committed), ends_at=2)[0] == {"not JSON": 2}
 
 
 def test_texts_of_a_table_are_as_they_were():
     """Lengths are of bytes, not of characters; what is no text is escaped."""
     texts = ["é00", "", "a", "日本"]
-    made = array_of([*texts, None, "\udcff"], pa.string())
+    made = arrow_array([*texts, None, "\udcff"], pa.string())
     made.validate(full=True)
     assert made.to_pylist() == [*texts, None, "\\udcff"]

@@ -6,7 +6,14 @@ import re
 import pytest
 
 from rekindle.pipeline.report.page import TEMPLATE
-from rekindle.pipeline.report.svg import PALETTE, inline, line_style, plottable, sample, shorten_name
+from rekindle.pipeline.report.svg import (
+    PALETTE,
+    inline,
+    line_style,
+    plottable,
+    sample,
+    shorten_name,
+)
 
 
 def luminance(colour: str) -> float:
