@@ -68,7 +68,7 @@ def cache_files(
     _refuse_unfinished(cache, chosen, place)
     connect()
     with (
-        cache.store.reading_record(),
+        cache.store.reading(),
         tempfile.TemporaryDirectory(prefix="rekindle-push-") as folder,
     ):
         _check_room(cache, chosen, with_text, Path(folder))

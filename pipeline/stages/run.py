@@ -190,10 +190,10 @@ def cache_stages(
     check_models(stages, students=False)
     cached = []
     for ready in ready_parts(stages):
-        result, config = None, ready.config
-        chosen = [t.name for t in config.teachers if t.name in only] if config else []
-        if config and (chosen or not only):
+        result, part = None, ready.config
+        chosen = [t.name for t in part.teachers if t.name in only] if part else []
+        if part and (chosen or not only):
             _write_text(ready.stage)
-            result = cache_teachers(config, chosen, executor, progress, check)
+            result = cache_teachers(part, chosen, executor, progress, check)
         cached.append(CachedStage(ready, result))
     return cached
