@@ -123,8 +123,7 @@ def further_odds(
 
 
 def convert_to_one(log_probs: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
-    """Return ``log_probs`` [P,K] at ``temperature``, by falling probability, converted
-    to 1.
+    """Return ``log_probs`` [P,K] at ``temperature``, by falling probability, converted to 1.
 
     ``odds`` [P]: log(kept mass / tail) at 1; if None, unknown, and the result is over the
     candidates alone. Raises InputError for candidates further apart than a codec can store.
