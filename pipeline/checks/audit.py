@@ -50,7 +50,7 @@ from rekindle.train.model.files import (
     config_fingerprint,
     weights_fingerprint,
 )
-from rekindle.train.precision import tell_slow
+from rekindle.train.precision import warn_of_slow_precision
 
 log = logging.getLogger("rekindle")
 
@@ -193,7 +193,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     teacher = Teacher(TeacherPlan(config, directory, whole, encoder), cache.corpus)
     precision = {f"teacher {config.name!r}: {{}}": info.precision}
     device = teacher.placement.device.partition(":")[0]
-    tell_slow(precision, device, "An audit computes as the targets were made")
+    warn_of_slow_precision(precision, device, "An audit computes as the targets were made")
     check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
     teacher.stores_tails = kind_of(info).has_tail  # its own tokens' mass lies in the tail
     return teacher
