@@ -227,7 +227,7 @@ class _Audit:
         return TeacherAudit(values, ordered)
 
     def _compare(self, shard: int, rows: NDArray[np.int64]) -> None:
-        live = run_unit(self.teacher, Unit(shard, self.replica), only=rows, audited=True)
+        live = run_unit(self.teacher, Unit(shard, self.replica), only_rows=rows, for_audit=True)
         places = [(shard, int(row)) for row in rows]
         counts, cached = self.reader.gather(places, self.replica)
         owners = np.repeat(rows, counts)

@@ -50,7 +50,7 @@ def audit_served(
         task.advance(len(rows))
         if not reader.has(shard, None):
             continue
-        live = teacher.unit(Unit(shard), only=rows)
+        live = teacher.unit(Unit(shard), only_rows=rows)
         counts, cached = reader.gather([(shard, int(row)) for row in rows], None)
         owners = np.repeat(rows, counts)
         order = np.argsort(owners, kind="stable")

@@ -36,7 +36,7 @@ from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.head import StoredHead
 from rekindle.data.targets.kinds.embedding import Embedding
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.pipeline.caching.scoring import NOTHING
+from rekindle.pipeline.caching.scoring import NO_TOKEN
 
 Values = NDArray[np.float64]
 # For fp32: kernels and the order of sums. bf16 keeps 8 bits through all layers, fp16 keeps 11: in
@@ -45,7 +45,7 @@ Values = NDArray[np.float64]
 ROUNDING = {"fp32": 1e-3, "fp16": 0.08, "bf16": 0.3}
 DEVIATIONS = 6.0
 FEW = 8  # passes; a deviation cannot be measured from so few
-LOWEST = NOTHING / 2
+LOWEST = NO_TOKEN / 2
 FAR = RANGE - 1  # nats below the best; beyond RANGE, candidates are stored as if they were at it
 LARGEST_ODDS = (NO_TAIL - 2) / STEP
 
@@ -158,7 +158,7 @@ def judge_dense(
     if head is not None:
         reach = np.abs(head.weight).sum(axis=1).max() * abs(head.scale)
         stated = cached["hidden_scale"].astype(np.float64)[:, None] * reach
-    # An id without a token has a log-probability of about NOTHING, however it is stored.
+    # An id without a token has a log-probability of about NO_TOKEN, however it is stored.
     error = np.abs(np.maximum(log_probs, LOWEST) - np.maximum(live.log_probs, LOWEST))
     yield worst("a log-probability", error, stated, rounding(live.info, live.log_probs))
 

@@ -44,7 +44,7 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
         replace(plan, info=plan.info.model_copy(update={"domains": None})) for plan in plans
     ]
     teacher = Teacher(everything[0], steps)
-    beside = [teacher.beside(plan) for plan in everything[1:]]
+    beside = [teacher.with_plan(plan) for plan in everything[1:]]
     began = time.perf_counter()
     # The first pass warms up; it is the only measurement of a teacher too slow for more.
     unit, result, rate = _run(teacher, steps, 0, beside)
@@ -61,7 +61,7 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     found = []
-    for plan, one in zip(everything, (result, *result.beside), strict=True):
+    for plan, one in zip(everything, (result, *result.others), strict=True):
         written = write_unit(plan.info, steps, unit, one)
         own = written.bytes - bytes_without_positions(plan.info, written.rows)
         positions = written.facts["positions"]
@@ -87,6 +87,6 @@ def _run(
     """Run one shard (one replica if there are several) and return its seconds per token."""
     unit = Unit(shard, teacher.info.shown.numbers(1)[0])
     began = time.perf_counter()
-    result = run_unit(teacher, unit, beside=beside)
+    result = run_unit(teacher, unit, others=beside)
     seconds = time.perf_counter() - began
     return unit, result, seconds / steps.commits[shard].facts["tokens"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.pipeline.caching.shared_pass import Group, passes
+from rekindle.pipeline.caching.shared_pass import Group, group_by_pass
 from rekindle.pipeline.caching.teachers import TeacherPlan
 from rekindle.pipeline.plan.probe import Probe, probe_teachers
 from rekindle.pipeline.plan.work import FolderWork
@@ -61,7 +61,7 @@ def shared_passes(plans: Iterable[tuple[TeacherPlan | None, Sequence[Part]]]) ->
             to_make.append(plan)
             tokens[plan.info.name] = work.tokens
     found: dict[str, Pass] = {}
-    for group in passes(to_make):
+    for group in group_by_pass(to_make):
         names = [plan.info.name for plan in group]
         one = Pass(group, {name: tokens[name] for name in names})
         found |= dict.fromkeys(names, one)

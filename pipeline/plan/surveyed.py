@@ -19,8 +19,8 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
 from rekindle.pipeline.caching.first_checks import check_files
 from rekindle.pipeline.caching.hard_view import mask_teacher
-from rekindle.pipeline.caching.teachers import TeacherPlan, told_of_slow_pass
-from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
+from rekindle.pipeline.caching.teachers import TeacherPlan, slow_pass_warning
+from rekindle.pipeline.caching.views import Views, build_views, few_pairs_warnings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.describing.encoders import check_of
 from rekindle.pipeline.plan.figures import CorpusPlan, Padding, TeacherWork, ViewPlan
@@ -97,7 +97,7 @@ def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
 
 def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     """Return the warnings that will appear when the corpus is made and trained on."""
-    told = told_of_pairs(survey.steps, views, config.teachers)
+    told = few_pairs_warnings(survey.steps, views, config.teachers)
     told += _told_of_fresh_head(config, survey)
     if config.student is not None and not survey.estimated:
         told += told_of_few(config.train, survey.sequences)
@@ -118,7 +118,7 @@ def _told_of_slow(
             asked = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
             told.append(told_of_slow(asked, device))
         elif work.units_to_make:
-            told.append(told_of_slow_pass(plan, survey.present or survey.reference))
+            told.append(slow_pass_warning(plan, survey.present or survey.reference))
     if config.student is not None:
         told.append(told_of_slow({"train.precision: {}": config.train.precision}, device))
     return [one for one in told if one is not None]

@@ -16,7 +16,7 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.extensions import plan_parts
-from rekindle.pipeline.caching.teachers import TeacherPlan, configured, plan_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, configured_fields, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.describing.encoders import check_of
@@ -227,4 +227,6 @@ def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> Teac
         width = width or (known.hidden_size or known.dimensions or known.num_labels)
     facts = survey.reference.info["tokenizer"]
     tokens = facts["size"] - len(hole_ids(facts))
-    return TeacherInfo.model_validate(configured(teacher, views, facts["size"], width, tokens))
+    return TeacherInfo.model_validate(
+        configured_fields(teacher, views, facts["size"], width, tokens)
+    )

@@ -19,7 +19,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
-from rekindle.pipeline.caching.teachers import TeacherPlan, reading_of
+from rekindle.pipeline.caching.teachers import TeacherPlan, tokenizer_and_limit
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 
@@ -136,7 +136,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
     """Return the shares cut from the texts of ``corpus``, and the limit in tokens. The view of
     pairs must exist.
     """
-    tokenizer, limit = reading_of(plan, corpus)
+    tokenizer, limit = tokenizer_and_limit(plan, corpus)
     view, chosen = shown_view(corpus, plan.info.view), plan.info.domains
     found = [np.zeros(0, np.int64)]
     for number in range(len(corpus.commits)):
@@ -155,7 +155,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
             if text is not None and (chosen is None or domains[row] in chosen)
         ]
         pairs = second and [second[row] for row in rows]
-        texts = plan.read_as([first[row] for row in rows])
+        texts = plan.with_prompt([first[row] for row in rows])
         found.append(tokenizer.whole_lengths(texts, pairs))
     one = Counts.of(np.concatenate(found), limit)
     shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))

@@ -44,10 +44,10 @@ Load = Callable[[], Callable[[Unit], Result]]
 
 
 @runtime_checkable
-class Several(Protocol):
+class Overlapping(Protocol):
     """A function of units that may begin one before the last is finished."""
 
-    def several(self, units: Iterable[Any]) -> Iterator[Any]:
+    def run_many(self, units: Iterable[Any]) -> Iterator[Any]:
         """Do units and yield their results in order. At most BEGUN units are taken before a result
         is given.
         """
@@ -245,8 +245,8 @@ def _held(place: Place) -> int:
 
 
 def _each(do: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
-    """Do units one after another, or as ``Several`` does."""
-    return do.several(units) if isinstance(do, Several) else map(do, units)
+    """Do units one after another, or as ``Overlapping`` does."""
+    return do.run_many(units) if isinstance(do, Overlapping) else map(do, units)
 
 
 def _do_each(load: Load[Unit, Result], parent: Connection) -> None:

@@ -40,7 +40,7 @@ class Ahead:
     def __call__(self, number):
         raise AssertionError("one at a time")
 
-    def several(self, units):
+    def run_many(self, units):
         due = []
         for number in units:
             due.append((number, os.getpid()))

@@ -266,7 +266,7 @@ def test_real_text_with_the_tokenizer_of_gpt2(tmp_path, shared, configure):
     kept = whole = 0
     for shard in range(len(corpus.commits)):
         table = corpus.shard(shard).table()
-        rows = found.of_rows(table, 2048)
+        rows = found.map_rows(table, 2048)
         ids = table["input_ids"].to_pylist()
         for row, text in enumerate(table["text"].to_pylist()):
             shown = rows.seen[row].tolist()
