@@ -304,10 +304,10 @@ def compare(
             return
         found = compare_runs(folders)
         if test:
-            from rekindle.pipeline.commands.asking import compared
+            from rekindle.pipeline.commands.asking import score_heads
 
             fields = (text_field, label_field)
-            found = compared(found, test, metric, fields, set_, expert or [])
+            found = score_heads(found, test, metric, fields, set_, expert or [])
         from rekindle.pipeline.compare.tables import as_text
         from rekindle.pipeline.cycle.page import report_html, verdict_above
 

@@ -111,12 +111,12 @@ class ResourcesConfig(Settings):
         "elsewhere; null: no limit",
     )
 
-    def within(self) -> dict[str, float]:
+    def time_limits(self) -> dict[str, float]:
         """Return the limits in seconds, as ``Work`` has them."""
         minutes = {"load": self.load_minutes, "unit": self.unit_minutes}
         return {key: 60 * value for key, value in minutes.items() if value is not None}
 
-    def of_ray(self) -> dict[str, float]:
+    def ray_resources(self) -> dict[str, float]:
         """Return the resources under Ray's names."""
         found = {"num_cpus": self.num_cpus, **self.custom}
         if self.num_gpus is not None:

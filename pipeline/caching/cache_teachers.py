@@ -303,7 +303,7 @@ def _run_group(
     if sum(map(bool, (missing for _, missing in to_make))) > 1:
         log.info("%s", describe_shared_pass(group))
     for part in group:
-        if executor.elsewhere and part.config.precision == "auto" and not part.info.served:
+        if executor.on_other_machines and part.config.precision == "auto" and not part.info.served:
             log.info(
                 "teacher %s: precision auto is %s, by this machine",
                 part.info.name,
@@ -316,7 +316,7 @@ def _run_group(
 
         def report(commits: dict[str, Commit]) -> None:
             for teacher, commit in commits.items():
-                if executor.elsewhere:
+                if executor.on_other_machines:
                     _check_arrived(corpus.store, folders[teacher], commit.unit)
                 made_counts[teacher] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
@@ -325,7 +325,7 @@ def _run_group(
         folders = {part.info.name: part.info.folder for part in group}
         names = " and ".join(f"teacher {name!r}" for name in folders)
         executor.run(Work(names, Loader(group, corpus), units, *_resources_of(group)), report)
-    if executor.elsewhere:  # including what a node found already made
+    if executor.on_other_machines:  # including what a node found already made
         for part, missing in to_make:
             committed = {*corpus.store.names(f"{part.info.folder}/commits")}
             for unit in (unit.name for unit in missing if f"{unit.name}.json" not in committed):
@@ -354,7 +354,10 @@ def _resources_of(group: Group) -> tuple[dict[str, float], dict[str, float]]:
     needs, time_limits = dict[str, float](), dict[str, float]()
     for part in group:
         resources = part.config.resources
-        for largest, values in ((needs, resources.of_ray()), (time_limits, resources.within())):
+        for largest, values in (
+            (needs, resources.ray_resources()),
+            (time_limits, resources.time_limits()),
+        ):
             for name, amount in values.items():
                 largest[name] = max(amount, largest.get(name, 0))
     return needs, time_limits

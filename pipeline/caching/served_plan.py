@@ -27,7 +27,7 @@ from rekindle.pipeline.served.probes import (
     probe_prompts,
     probes_of,
 )
-from rekindle.pipeline.served.server import GENERATED, Server
+from rekindle.pipeline.served.server import GENERATED_TOKENS, Server
 from rekindle.pipeline.teacher_config import TeacherConfig
 
 log = logging.getLogger("rekindle")
@@ -155,12 +155,13 @@ def check_same_answers(cached: Served, answers: ProbeAnswers, config: TeacherCon
 
 
 def _check_length(server: Server, corpus: Corpus) -> None:
-    length, longest = corpus.info["config"]["sequence_length"], server.model.longest
-    if longest is not None and length + GENERATED > longest:
+    length, max_length = corpus.info["config"]["sequence_length"], server.model.max_length
+    if max_length is not None and length + GENERATED_TOKENS > max_length:
         raise InputError(
-            f"the server takes at most {longest} tokens, including {GENERATED} that it generates; "
-            f"corpus.sequence_length is {length}. Serve the model with --max-model-len "
-            f"{length + GENERATED}, or use corpus.sequence_length {longest - GENERATED}"
+            f"the server takes at most {max_length} tokens, including {GENERATED_TOKENS} that it "
+            f"generates; corpus.sequence_length is {length}. Serve the model with --max-model-len "
+            f"{length + GENERATED_TOKENS}, or use corpus.sequence_length "
+            f"{max_length - GENERATED_TOKENS}"
         )
 
 

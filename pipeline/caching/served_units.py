@@ -18,7 +18,7 @@ from rekindle.pipeline.caching.batching import joined_columns
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
 from rekindle.pipeline.caching.served_plan import Source, check_same_answers
 from rekindle.pipeline.caching.teachers import TeacherPlan
-from rekindle.pipeline.served.answers import Answers
+from rekindle.pipeline.served.answer_reader import AnswerReader
 from rekindle.pipeline.served.in_threads import ask_in_order
 from rekindle.pipeline.served.probes import ask, probes_of
 
@@ -31,7 +31,7 @@ class ServedTeacher:
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.source = Source.of(plan.config)
-        self.answers = Answers(corpus, plan.info)
+        self.answer_reader = AnswerReader(corpus, plan.info)
         self.check_same()
 
     def check_same(self) -> str:
@@ -97,7 +97,7 @@ class ServedTeacher:
             columns = []
             for row, entries in zip(rows, answers, strict=True):
                 with self.source.naming(f"sequence {first + row}: "):
-                    columns.append(self.answers.columns(entries, tokens[row], positions[row]))
+                    columns.append(self.answer_reader.columns(entries, tokens[row], positions[row]))
             return columns
 
         served = self.config.served

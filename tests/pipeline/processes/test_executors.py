@@ -49,7 +49,7 @@ def test_a_machine_that_writes_elsewhere_is_found_out(tmp_path, configure, one, 
     cache_teachers(configure(tmp_path / "there", one))
     there = ShardSet(open_store(tmp_path / "there"), "targets/lm").committed()
     executor = Doing(lambda report: report({"lm": next(iter(there.values()))}))
-    executor.elsewhere = True  # type: ignore[misc]
+    executor.on_other_machines = True  # type: ignore[misc]
     with pytest.raises(InputError, match="is not shared with the node"):
         cache_teachers(configure(tmp_path / "here", one), executor=executor)
 
@@ -76,7 +76,7 @@ def test_what_teachers_need_of_a_cluster_is_the_most_of_those_that_share_a_pass(
     cache_teachers(configure(tmp_path, [gpu, hidden]), executor=executor)
     asked = {"num_cpus": 2.0, "num_gpus": 0.5, "memory": 3e9, "big": 1.0}
     assert executor.work.needs == asked
-    assert executor.work.within == {"unit": 120.0}
+    assert executor.work.time_limits == {"unit": 120.0}
 
 
 def test_the_command_says_what_it_lacks(tmp_path, configure, one, monkeypatch):
