@@ -208,5 +208,5 @@ def _kept_work(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
 
 def _do(job: Job, parent: Connection) -> object:
     """Do a job in its own process."""
-    log_to_stderr(logging.INFO, lead=f"{job.name}: ")
+    log_to_stderr(logging.INFO, prefix=f"{job.name}: ")
     return job.function(*job.arguments, Report(parent.send))

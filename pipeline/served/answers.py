@@ -63,8 +63,8 @@ class AnswerReader:
                 foreign = next(i for i in ids if i >= self.size or i in self.holes)
                 raise InputError(
                     f"prompt_logprobs: entry {positions[place] + 1}: {foreign} is no token of the "
-                    f"cache's vocabulary of {self.size:,}. Without it {len(in_vocabulary)} candidates "
-                    f"are left, and {self.info.k} are kept. Take corpus.tokenizer from the served "
+                    f"cache's vocabulary of {self.size:,}. Without it {len(in_vocabulary)} "
+                    f"candidates are left, and {self.info.k} are kept. Take corpus.tokenizer from the served "
                     "model, or a smaller targets.k"
                 )
             fields["ids"][place] = [ids[n] for n in in_vocabulary]
