@@ -1,7 +1,5 @@
 """Runs one teacher over one unit (a corpus shard, or one masked replica of it) and returns its
-columns.
-
-No files are written here.
+columns. Writes no files.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -52,11 +50,9 @@ class UnitResult:
 
     def of_teacher(self, number: int) -> "UnitResult":
         """Return one teacher's result: the columns whose names begin with its number."""
-        prefix, shared = f"{number} ", {k: v for k, v in self.columns.items() if k == "positions"}
-        columns = {
-            k.removeprefix(prefix): v for k, v in self.columns.items() if k.startswith(prefix)
-        }
-        return replace(self, columns=columns | shared)
+        lead, columns = f"{number} ", self.columns.items()
+        own = {name.removeprefix(lead): v for name, v in columns if name.startswith(lead)}
+        return replace(self, columns=own | {n: v for n, v in columns if n == "positions"})
 
 
 Steps = Generator[bool, None, UnitResult]
@@ -83,12 +79,11 @@ def run_unit(
     for_audit: bool = False,
     others: Sequence[Teacher] = (),
 ) -> UnitResult:
-    """Return all targets of ``teacher`` on one unit, or on its rows ``only_rows``, together with
-    those of the ``others`` that share its forward passes (``shared_pass.py``).
+    """Return all targets of ``teacher`` on one unit (or on its rows ``only_rows``) and of the
+    ``others`` that share its forward passes (``shared_pass.py``).
 
-    ``stored``, if given, reads ids that are cached already: only their tails, at further
-    temperatures, are computed. ``for_audit``: means of Monte-Carlo passes come with their standard
-    errors, ``mc_errors``, and vectors are exact.
+    ``stored`` reads cached ids: only their tails, at further temperatures, are then computed.
+    ``for_audit``: means of Monte-Carlo passes come with standard errors, and vectors are exact.
     """
     steps = begin_unit(teacher, unit, only_rows, stored, for_audit, others)
     while True:
@@ -107,9 +102,9 @@ def begin_unit(
     for_audit: bool = False,
     others: Sequence[Teacher] = (),
 ) -> Steps:
-    """Run ``run_unit`` in steps; yield for each batch on the device whether it is the last."""
+    """Do as ``run_unit`` in steps; yield for each batch on the device whether it is the last."""
     run = UnitRun(teacher, unit, only_rows, for_audit)
-    if teacher.config.run_vocabulary:
+    if teacher.config.vocabulary:
         return run.run_vocabulary(stored, others)
     if teacher.encoder is not None:
         return run.run_vectors(teacher.encoder)
@@ -119,9 +114,7 @@ def begin_unit(
 class UnitRun:
     """A teacher and the rows of one unit."""
 
-    def __init__(
-        self, teacher: Teacher, unit: Unit, only_rows: Rows | None, for_audit: bool = False
-    ):
+    def __init__(self, teacher: Teacher, unit: Unit, only_rows: Rows | None, for_audit: bool):
         self.for_audit = for_audit
         self.teacher, self.unit, self.view, self.info = teacher, unit, teacher.view, teacher.info
         self.table = teacher.corpus.shard(unit.shard).table()
@@ -137,20 +130,16 @@ class UnitRun:
         teacher, info, unit = self.teacher, self.info, self.unit
         shown_ids = corpus_ids = split_lists(self.batches, "input_ids")
         positions = target_positions(teacher.corpus, info, self.view, unit.shard, unit.replica)
-        offset, source_positions = info.task == "causal_lm", positions
-        gold_ids = [
-            row[row_positions + offset]
-            for row, row_positions in zip(shown_ids, positions, strict=True)
-        ]
+        offset, sources = info.task == "causal_lm", positions
+        gold_ids = [row[at + offset] for row, at in zip(shown_ids, positions, strict=True)]
         if self.view is not None:
             masked_ids = split_lists(self.view.batches(unit.shard, unit.replica), "input_ids")
             shown_ids = [row.copy() for row in shown_ids]
-            for row, row_positions, ids in zip(shown_ids, positions, masked_ids, strict=True):
-                row[row_positions] = ids
+            for row, at, ids in zip(shown_ids, positions, masked_ids, strict=True):
+                row[at] = ids
         if teacher.map is not None:
-            shown_ids, source_positions, positions, expected = teacher.map.map_rows(
-                self.table, teacher.max_length
-            )
+            mapped_rows = teacher.map.map_rows(self.table, teacher.max_length)
+            shown_ids, sources, positions, expected = mapped_rows
             self.facts = {MAPPABLE: int(expected[self.included].sum())}
             gold_ids = [row[at + 1] for row, at in zip(corpus_ids, positions, strict=True)]
         digests = self.table["digest"].to_pylist()
@@ -158,46 +147,37 @@ class UnitRun:
         def extra(info: TeacherInfo, rows: Rows) -> Tensor | None:
             """Return the stored ids that the tails belong to, or the keys to draw with."""
             if stored is not None:
-                places = [(unit.shard, int(row)) for row in rows]
-                _, columns = stored.gather(places, unit.replica, scalars=False)
+                shard_rows = [(unit.shard, int(row)) for row in rows]
+                _, columns = stored.gather(shard_rows, unit.replica, scalars=False)
                 return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
             if not kind_of(info).sampled:
                 return None
             row_digests = [digests[r] for r in rows for _ in positions[r]]
-            row_positions = np.concatenate([positions[r] for r in rows])
-            return teacher.tensor(sample_keys(info, row_digests, unit.replica, row_positions))
+            places = np.concatenate([positions[r] for r in rows])
+            return teacher.tensor(sample_keys(info, row_digests, unit.replica, places))
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             truth = teacher.tensor(np.concatenate([gold_ids[r] for r in rows]))
-            model = teacher.language_model
-            flat_indices = self._flat_indices(inputs, rows, source_positions)
-            hidden, _ = model.hidden(with_known_padding(inputs), flat_indices)
-            pending_blocks: list[list[Pending]] = []
+            model, chosen = teacher.language_model, self._flat_indices(inputs, rows, sources)
+            hidden, _ = model.hidden(with_known_padding(inputs), chosen)
+            pending: list[list[Pending]] = []
             for sharer in (teacher, *others):
-                extra_values, token_columns = extra(sharer.info, rows), sharer.token_columns
-                scored = scored_blocks(
-                    hidden, model.head, truth, sharer.info, extra_values, token_columns
-                )
-                pending_blocks.append(
-                    [teacher.transfer.fetch(scores, scorer.encode) for scorer, scores in scored]
-                )
+                more, columns = extra(sharer.info, rows), sharer.token_columns
+                blocks = scored_blocks(hidden, model.head, truth, sharer.info, more, columns)
+                pending.append([teacher.transfer.fetch(s, scorer.encode) for scorer, s in blocks])
 
             def read_columns() -> Columns:
-                by_teacher = (
-                    joined_columns([block() for block in blocks]) for blocks in pending_blocks
-                )
-                return {
-                    f"{n} {name}": v
-                    for n, columns in enumerate(by_teacher)
-                    for name, v in columns.items()
-                }
+                joined = {}
+                for number, blocks in enumerate(pending):
+                    for name, values in joined_columns([block() for block in blocks]).items():
+                        joined[f"{number} {name}"] = values
+                return joined
 
             return read_columns
 
         segment_ids = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
-        combined = yield from self._run_batches(
-            shown_ids, forward, positions, segment_ids, self._document_numbers()
-        )
+        inputs = (shown_ids, forward, positions, segment_ids, self._document_numbers())
+        combined = yield from self._run_batches(*inputs)
         if teacher.map is not None:
             combined = self._mass_as_fact(combined)
         first, *rest = (combined.of_teacher(number) for number in range(1 + len(others)))
@@ -227,17 +207,17 @@ class UnitRun:
         encoded = teacher.tokenizer.encode(texts)
         shown_ids, token_limit = self._with_special_tokens(encoded)
         lists = [split_lists(self.batches, name) for name in ("char_starts", "word_starts")]
-        positions, source_positions = [], []
+        positions, sources = [], []
         for text, tokens, starts, word_starts in zip(texts, encoded, *lists, strict=True):
             word_positions, characters = word_characters(text, starts, word_starts)
             token_indices = tokens.tokens_at(characters, token_limit)
             covered = token_indices >= 0
             positions.append(word_positions[covered])
-            source_positions.append(token_indices[covered] + len(teacher.tokenizer.prefix))
+            sources.append(token_indices[covered] + len(teacher.tokenizer.prefix))
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             logits = self._logits(inputs).flatten(0, 1)
-            return self._fetch_logits(logits[self._flat_indices(inputs, rows, source_positions)])
+            return self._fetch_logits(logits[self._flat_indices(inputs, rows, sources)])
 
         return (yield from self._run_batches(shown_ids, forward, positions))
 
@@ -247,10 +227,9 @@ class UnitRun:
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             logits = self._logits(inputs)
-            passes = self.info.monte_carlo_passes
-            return self._fetch_logits(
-                logits, self._monte_carlo(inputs, rows, logits) if passes else {}
-            )
+            if not self.info.monte_carlo_passes:
+                return self._fetch_logits(logits, {})
+            return self._fetch_logits(logits, self._monte_carlo(inputs, rows, logits))
 
         return (yield from self._run_batches(shown_ids, forward, segment_ids=segment_ids))
 
@@ -281,9 +260,8 @@ class UnitRun:
         """Encode each row's text or pair with the expert's tokenizer; empty without a pair."""
         tokenizer, longest = self.teacher.tokenizer, self.teacher.max_length
         if not self.teacher.config.pair_expert:
-            return self._with_special_tokens(tokenizer.encode(self.table["text"].to_pylist()))[
-                0
-            ], None
+            encoded_texts = tokenizer.encode(self.table["text"].to_pylist())
+            return self._with_special_tokens(encoded_texts)[0], None
         assert self.view is not None
         cut_rule = PairView.cut_of(self.view.identity)
         batches = self.view.batches(self.unit.shard)
@@ -297,9 +275,8 @@ class UnitRun:
         full_lengths = np.array([len(row) for row in ids], np.int64)
         at_limit = np.flatnonzero(full_lengths == longest)  # those that may have been cut
         if len(at_limit):
-            full_lengths[at_limit] = tokenizer.whole_lengths(
-                *zip(*(pairs[row] for row in at_limit), strict=True)
-            )
+            at_limit_texts = zip(*(pairs[row] for row in at_limit), strict=True)
+            full_lengths[at_limit] = tokenizer.whole_lengths(*at_limit_texts)
         self._count_cut(full_lengths)
         return ids, segment_ids
 
@@ -309,10 +286,8 @@ class UnitRun:
         ``logits`` are those of the pass without dropout. Logits are compared, not probabilities:
         those of a very confident expert may be 0 and 1 whatever dropout does.
         """
-        model, seed_text = (
-            self.teacher.model,
-            f"{self.info.seed}\0{self.unit.name}\0{rows.tolist()}",
-        )
+        seed_text = f"{self.info.seed}\0{self.unit.name}\0{rows.tolist()}"
+        model = self.teacher.model
         torch.manual_seed(xxhash.xxh3_64_intdigest(seed_text.encode()) >> 1)
         model.train()  # dropout on; text models have no batch statistics that this would change
         try:
@@ -332,9 +307,7 @@ class UnitRun:
         """Return each text's ids between special tokens, and how many ids of a text fit."""
         prefix, suffix = self.teacher.tokenizer.prefix, self.teacher.tokenizer.suffix
         token_limit = self.teacher.max_length - len(prefix) - len(suffix)
-        full_lengths = (
-            np.array([len(text.ids) for text in texts], np.int64) + len(prefix) + len(suffix)
-        )
+        full_lengths = np.array([len(text.ids) for text in texts]) + len(prefix) + len(suffix)
         if len(full_lengths) > 1 and not full_lengths.any():
             raise InputError(
                 f"teacher {self.info.name!r}: its tokenizer gives no token for any of "
@@ -354,8 +327,8 @@ class UnitRun:
     def _flat_indices(self, inputs: Inputs, rows: Rows, places: list[Rows]) -> Tensor:
         """Return where the ``places`` of some rows lie in a batch of them, flattened."""
         width = inputs["input_ids"].shape[1]
-        flat = np.concatenate([i * width + places[r] for i, r in enumerate(rows)])
-        return self.teacher.tensor(flat)
+        flat = [i * width + places[r] for i, r in enumerate(rows)]
+        return self.teacher.tensor(np.concatenate(flat))
 
     def _fetch_logits(self, logits: Tensor, extra: Mapping[str, Tensor] | None = None) -> Pending:
         """Fetch an expert's logits, and ``extra`` from ``_monte_carlo``."""
@@ -424,5 +397,5 @@ class UnitRun:
             columns["positions"] = np.concatenate([positions[r] for r in rows]).astype(np.uint16)
             rows = np.repeat(rows, [len(positions[r]) for r in rows])
         order = np.argsort(rows, kind="stable")
-        ordered = {name: values[order] for name, values in columns.items()}
-        return UnitResult(rows[order], ordered, self.facts)
+        columns = {name: values[order] for name, values in columns.items()}
+        return UnitResult(rows[order], columns, self.facts)

@@ -64,8 +64,8 @@ class AnswerReader:
                 raise InputError(
                     f"prompt_logprobs: entry {positions[place] + 1}: {foreign} is no token of the "
                     f"cache's vocabulary of {self.size:,}. Without it {len(in_vocabulary)} "
-                    f"candidates are left, and {self.info.k} are kept. Take corpus.tokenizer from the served "
-                    "model, or a smaller targets.k"
+                    f"candidates are left, and {self.info.k} are kept. Take corpus.tokenizer from "
+                    "the served model, or a smaller targets.k"
                 )
             fields["ids"][place] = [ids[n] for n in in_vocabulary]
             fields["log_probs"][place] = [log_probs[n] for n in in_vocabulary]
