@@ -203,8 +203,8 @@ class UnitRun:
 
     def run_token_labels(self) -> Steps:
         """Compute the logits of each word's first token, at its corpus position."""
-        teacher, texts = self.teacher, self.table["text"].to_pylist()
-        encoded = teacher.tokenizer.encode(texts)
+        texts = self.table["text"].to_pylist()
+        encoded = self.teacher.tokenizer.encode(texts)
         shown_ids, token_limit = self._with_special_tokens(encoded)
         lists = [split_lists(self.batches, name) for name in ("char_starts", "word_starts")]
         positions, sources = [], []
@@ -213,7 +213,7 @@ class UnitRun:
             token_indices = tokens.tokens_at(characters, token_limit)
             covered = token_indices >= 0
             positions.append(word_positions[covered])
-            sources.append(token_indices[covered] + len(teacher.tokenizer.prefix))
+            sources.append(token_indices[covered] + len(self.teacher.tokenizer.prefix))
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
             logits = self._logits(inputs).flatten(0, 1)
@@ -287,11 +287,10 @@ class UnitRun:
         those of a very confident expert may be 0 and 1 whatever dropout does.
         """
         seed_text = f"{self.info.seed}\0{self.unit.name}\0{rows.tolist()}"
-        model = self.teacher.model
+        model, count = self.teacher.model, self.info.monte_carlo_passes
         torch.manual_seed(xxhash.xxh3_64_intdigest(seed_text.encode()) >> 1)
         model.train()  # dropout on; text models have no batch statistics that this would change
         try:
-            count = self.info.monte_carlo_passes
             passes = torch.stack([self._logits(inputs) for _ in range(count)])
         finally:
             model.eval()
