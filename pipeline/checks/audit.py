@@ -211,7 +211,6 @@ class _Audit:
         self.cache, self.teacher = cache, teacher
         self.reader: TeacherReader = cache.teacher(teacher.info.name)
         self.replica = 0 if self.reader.masked else None
-        self.found = TeacherAudit()
         self.sums: dict[str, list[float]] = {}
         self.beyond: list[tuple[float, str]] = []
         self.largest_share, self.rows = 0.0, 0

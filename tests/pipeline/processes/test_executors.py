@@ -60,7 +60,7 @@ def test_a_machine_that_finds_its_units_made_elsewhere_is_found_out(
     """In a copy of the cache of its own: it has nothing to report, and nothing arrives here."""
     monkeypatch.setattr(stage_one, "ARRIVES_WITHIN", 0.0)
     executor = Doing(lambda report: None)
-    monkeypatch.setattr(executor, "elsewhere", True)
+    monkeypatch.setattr(executor, "on_other_machines", True)
     monkeypatch.setattr(executor, "run", lambda work, report: None)
     with pytest.raises(InputError, match="a node has made unit 00000 of targets/lm, or found it"):
         cache_teachers(configure(tmp_path, one), executor=executor)

@@ -121,7 +121,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def handing_out_of(cluster: Cluster, found: list[int], units: int, **within: float) -> Any:
     work = Work("numbers", lambda: lambda unit: unit, range(units), time_limits=within)
     report, clock = (lambda _, unit: found.append(unit)), (lambda: cluster.now)
-    return HandingOut(cluster, cluster, work, report, most=12, clock=clock)
+    return HandingOut(cluster, cluster, work, report, max_actors=12, clock=clock)
 
 
 def done_by(cluster: Cluster, **within: float) -> list[int]:
