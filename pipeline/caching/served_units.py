@@ -18,7 +18,7 @@ from rekindle.pipeline.caching.batching import joined_columns
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
 from rekindle.pipeline.caching.served_plan import Source, check_same_answers
 from rekindle.pipeline.caching.teachers import TeacherPlan
-from rekindle.pipeline.served.answer_reader import AnswerReader
+from rekindle.pipeline.served.answers import AnswerReader
 from rekindle.pipeline.served.in_threads import ask_in_order
 from rekindle.pipeline.served.probes import ask, probes_of
 
