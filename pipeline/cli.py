@@ -347,7 +347,7 @@ def doctor(
     if set_ and run is None:
         raise InputError("--set needs a run file, as in `pipeline doctor RUN.yaml`")
     config = None if run is None else load_config(run, set_)
-    from rekindle.pipeline.checks.ahead import refuse_problems
+    from rekindle.pipeline.checks.machine import refuse_problems
     from rekindle.pipeline.doctor import diagnose
 
     facts = diagnose(config)

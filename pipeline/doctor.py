@@ -9,7 +9,7 @@ import torch
 from rekindle.data.cores import cores
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.choice import TRITON_INSTALLED
-from rekindle.pipeline.checks.ahead import check_disk, check_locks, check_memory, check_step
+from rekindle.pipeline.checks.machine import check_disk, check_locks, check_memory, check_step
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
 from rekindle.train.record.room import free_near

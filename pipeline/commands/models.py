@@ -114,7 +114,7 @@ def finetune(
         typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {place}" if config.epochs else f"scores: {place}")
     if config.epochs:
-        from rekindle.pipeline.commands.following import next_commands
+        from rekindle.pipeline.commands.next_commands import next_commands
 
         say("Next, with a FILE of yours:")
         for line in next_commands(place, result):

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.commands.following import next_commands
+from rekindle.pipeline.commands.next_commands import next_commands
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.constant import weak_beside

@@ -9,7 +9,7 @@ import typer
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.cli import app
-from rekindle.pipeline.commands.following import next_commands
+from rekindle.pipeline.commands.next_commands import next_commands
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.yaml_text import parse_yaml
 
