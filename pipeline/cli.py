@@ -292,7 +292,7 @@ def compare(
     from rekindle.pipeline.compare.stored import fetched
     from rekindle.pipeline.cycle.page import check_one_corpus, compare_cycle
 
-    with fetched(runs, models=bool(test)) as (folders, named):
+    with fetched(runs, models=bool(test)) as (folders, with_given_places):
         if test:
             option_values = {
                 "--test": test,
@@ -307,8 +307,8 @@ def compare(
                 for value in values_of_option or ()
             ]
             check_one_corpus(folders, typed_options)
-        elif (printed_text := compare_cycle(folders, out, as_json, named)) is not None:
-            typer.echo(named(printed_text))
+        elif (printed_text := compare_cycle(folders, out, as_json, with_given_places)) is not None:
+            typer.echo(with_given_places(printed_text))
             return
         comparison = compare_runs(folders)
         if test:
@@ -322,12 +322,12 @@ def compare(
         if out is not None:
             from rekindle.data.storage.atomic import write_text
 
-            write_text(out, named(report_html(folders, comparison)))
+            write_text(out, with_given_places(report_html(folders, comparison)))
         values = comparison.as_dict()
         printed_text = (
             json.dumps(values) if as_json else verdict_above(folders) + as_text(comparison)
         )
-    typer.echo(named(printed_text))
+    typer.echo(with_given_places(printed_text))
 
 
 def doctor(

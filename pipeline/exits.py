@@ -52,16 +52,18 @@ def tidy_up() -> None:
         remove_uploads()
 
 
-def by_itself() -> None:
-    """Say nothing yet: a command that resumes without --resume has not looked."""
+def resumption_unknown() -> None:
+    """Return None: a command that resumes without --resume has not looked yet for anything to
+    continue.
+    """
 
 
 @contextmanager
-def resumable(resumed: Callable[[], bool | None] = by_itself) -> Iterator["Progress"]:
+def resumable(resumed: Callable[[], bool | None] = resumption_unknown) -> Iterator["Progress"]:
     """Show progress. On an interrupt, or lack of space, say what is kept and which line continues.
 
     ``resumed``: whether that line needs --resume because there is something to continue, or
-    ``by_itself``. Print results after the block: until then the bars own the terminal.
+    ``resumption_unknown``. Print results after the block: until then the bars own the terminal.
     """
     from rekindle.pipeline.progress import Progress
 

@@ -50,22 +50,22 @@ def read_runs(directory: Path, file: str) -> Recorded | None:
 
 def check_same_runs(
     out: Path,
-    before: Recorded,
-    now: Recorded,
-    stranger: str,
+    recorded_runs: Recorded,
+    requested_runs: Recorded,
+    unknown_run: str,
     rule: str,
     configs: Mapping[str, RunConfig],
 ) -> None:
-    """Raise CheckpointError unless the runs ``now`` are those begun ``before``, possibly with more.
+    """Raise CheckpointError unless ``requested_runs`` are the ``recorded_runs``, perhaps with more.
 
-    ``stranger`` describes a run ``{name}`` that is not among them; ``rule`` says what to do.
-    ``configs``: the full configurations of the runs ``now``.
+    ``unknown_run`` describes a run ``{name}`` that is not among them; ``rule`` says what to do.
+    ``configs``: the full configurations of ``requested_runs``.
     """
-    for name, recorded in before.items():
-        if name not in now:
-            raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
+    for name, recorded in recorded_runs.items():
+        if name not in requested_runs:
+            raise CheckpointError(f"{out} {unknown_run.format(name=name)}. {rule}")
         changeable = _changeable_keys(out / name, recorded, configs[name])
-        requested = _with_every_key(now[name])
+        requested = _with_every_key(requested_runs[name])
         recorded_values = _without_old_keys(
             _with_every_key(with_defaults(RunConfig, recorded)), requested
         )
@@ -81,10 +81,10 @@ def _with_every_key(settings: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
-def _without_old_keys(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def _without_old_keys(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recorded sections without keys that only an older version has."""
-    kept = {key: recorded.get(key) for key in now}
-    for key, section in now.items():
+    kept = {key: recorded.get(key) for key in requested}
+    for key, section in requested.items():
         if isinstance(section, Mapping) and isinstance(recorded_section := kept[key], Mapping):
             kept[key] = {name: recorded_section.get(name) for name in section}
     return kept

@@ -90,16 +90,16 @@ def train_from_config(
     return result
 
 
-def _with_extent(config: RunConfig, read: Extent) -> RunConfig:
+def _with_extent(config: RunConfig, read_extent: Extent) -> RunConfig:
     """Return ``config`` with defaults replaced by how much was read of the cache, so that the file
     reads the same again.
     """
     cache_config = config.cache
-    if read.replicas is not None:
-        cache_config = cache_config.model_copy(update={"replicas": read.replicas})
+    if read_extent.replicas is not None:
+        cache_config = cache_config.model_copy(update={"replicas": read_extent.replicas})
     teachers = []
     for teacher in config.teachers:
-        read_targets = read.targets.get(teacher.name)
+        read_targets = read_extent.targets.get(teacher.name)
         if read_targets is not None and read_targets.k is not None:
             targets = teacher.targets.model_copy(update={"k": read_targets.k})
             teacher = teacher.model_copy(update={"targets": targets})

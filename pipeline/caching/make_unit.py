@@ -69,7 +69,7 @@ class UnitRunner:
         Skips a teacher for which another process has made the unit meanwhile: two processes started
         on one cache share the work.
         """
-        teachers = self._lacking(unit)
+        teachers = self._teachers_without(unit)
         if not teachers:
             return {}
         start_time = time.perf_counter()
@@ -103,7 +103,7 @@ class UnitRunner:
 
     def _passes_of(self, unit: Unit) -> "_Passes":
         """Return the passes that a unit needs; none if all teachers have it."""
-        teachers = self._lacking(unit)
+        teachers = self._teachers_without(unit)
         if not teachers:
             return _Passes(unit, teachers, iter(()), _EMPTY)
         return _Passes(
@@ -112,7 +112,7 @@ class UnitRunner:
             begin_unit(teachers[0], unit, stored=self.id_reader, others=teachers[1:]),
         )
 
-    def _lacking(self, unit: Unit) -> list[Teacher]:
+    def _teachers_without(self, unit: Unit) -> list[Teacher]:
         """Return the teachers that lack this unit."""
         store = self.corpus.store
         return [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]

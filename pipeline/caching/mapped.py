@@ -30,13 +30,13 @@ Ids = NDArray[np.int64]
 
 
 class MappedRows(NamedTuple):
-    """What a teacher is shown of some sequences, and where the two tokenizations meet: at the
-    corpus's ``positions`` [P] of a row, each the one before a token, and at the ``places`` [P] of
-    ``seen``, which predict the token that begins at the same byte.
+    """What a teacher is shown of some sequences, and where tokens of both tokenizers begin at the
+    same byte: ``positions`` [P] of the corpus's row (each the one before such a token), and
+    ``token_indices`` [P] of ``shown_ids``, which predict it.
     """
 
-    seen: list[Ids]
-    places: list[Ids]
+    shown_ids: list[Ids]
+    token_indices: list[Ids]
     positions: list[Ids]
     expected: Ids  # [rows] how many positions there are in all
 
@@ -75,21 +75,21 @@ class VocabularyMap:
         prefix = np.array(self.tokenizer.prefix, np.int64)
         column_names = ("input_ids", "char_starts", "document_starts")
         lists = zip(*(split_lists(table.to_batches(), name) for name in column_names), strict=True)
-        seen, places, positions, expected = [], [], [], []
+        all_shown, token_indices, positions, expected = [], [], [], []
         for text, encoded, (ids, chars, documents) in zip(
             texts, self.tokenizer.encode(texts), lists, strict=True
         ):
             shown_ids = encoded.ids[: longest - len(prefix)].astype(np.int64)
-            seen.append(np.concatenate([prefix, shown_ids]))
+            all_shown.append(np.concatenate([prefix, shown_ids]))
             expected.append(max(0, len(ids) - 1))
             corpus_tokens, teacher_tokens = self._common_starts(
                 text, ids, chars, documents, encoded.ids, len(prefix) > 0
             )
             teacher_tokens += len(prefix) - 1  # what predicts the token
-            fits = teacher_tokens < len(seen[-1])
-            places.append(teacher_tokens[fits])
+            fits = teacher_tokens < len(all_shown[-1])
+            token_indices.append(teacher_tokens[fits])
             positions.append(corpus_tokens[fits] - 1)
-        return MappedRows(seen, places, positions, np.array(expected, np.int64))
+        return MappedRows(all_shown, token_indices, positions, np.array(expected, np.int64))
 
     def _common_starts(
         self,
@@ -156,7 +156,7 @@ def check_positions(mapping: VocabularyMap, corpus: Corpus, name: str, min_share
     summary = (
         f"{mapping.count:,} of {len(mapping.rows):,} tokens of the corpus's vocabulary are in "
         f"its own; tokens of both begin together at {share:.1%} of the positions of the first "
-        f"{len(rows.seen)} sequences"
+        f"{len(rows.shown_ids)} sequences"
     )
     if share < min_share:
         raise InputError(

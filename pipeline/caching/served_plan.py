@@ -22,7 +22,7 @@ from rekindle.pipeline.served.client import ServerAwayError
 from rekindle.pipeline.served.config import ServedConfig
 from rekindle.pipeline.served.probes import (
     ProbeAnswers,
-    ask,
+    ask_probes,
     check_spelling,
     probe_prompts,
     probes_of,
@@ -128,7 +128,7 @@ def _identify(
     _check_tokenizer(config.served, corpus)
     cached = None if base is None else base.served
     prompts = probe_prompts(corpus) if cached is None else [[*p.input_ids] for p in cached.probes]
-    answers, answered_entries = ask(server, prompts, k)
+    answers, answered_entries = ask_probes(server, prompts, k)
     if config.served.tokenizer is None:
         check_spelling(answered_entries, corpus.tokenizer)
     if cached is None:

@@ -20,7 +20,7 @@ from rekindle.pipeline.caching.served_plan import Source, check_same_answers
 from rekindle.pipeline.caching.teachers import TeacherPlan
 from rekindle.pipeline.served.answers import AnswerReader
 from rekindle.pipeline.served.in_threads import ask_in_order
-from rekindle.pipeline.served.probes import ask, probes_of
+from rekindle.pipeline.served.probes import ask_probes, probes_of
 
 Rows = Sequence[NDArray]
 
@@ -43,7 +43,7 @@ class ServedTeacher:
         assert k is not None
         prompts = [[*probe.input_ids] for probe in served.probes]
         with self.source.naming():
-            answers, _ = ask(self.source.server, prompts, k)
+            answers, _ = ask_probes(self.source.server, prompts, k)
         check_same_answers(served, answers, self.config)
         return digest_of(probes_of(prompts, answers, k))
 

@@ -137,13 +137,13 @@ def audit_cache(
 
 def _warn_of_left_out(cache: Cache, config: RunConfig) -> None:
     """Warn about teachers that only the file or only the cache has, and so are not audited."""
-    named = [teacher.name for teacher in config.teachers]
+    configured_names = [teacher.name for teacher in config.teachers]
     for name in cache.teachers:
-        if name not in named:
+        if name not in configured_names:
             log.warning(
                 ("teacher %s is not audited: the configuration has no teacher of that name"), name
             )
-    for name in named:
+    for name in configured_names:
         if name not in cache.teachers:
             became = what_became(cache.manifest, cache.store, name, cache.teachers)
             log.warning("teacher %s of the configuration is not in the cache.%s", name, became)

@@ -23,7 +23,7 @@ from rekindle.pipeline.commands.options import (
     TextField,
 )
 from rekindle.pipeline.console import say
-from rekindle.pipeline.exits import by_itself, interruptible, line_with
+from rekindle.pipeline.exits import interruptible, line_with, resumption_unknown
 
 if TYPE_CHECKING:
     from rekindle.train.export.merged import Merged
@@ -87,7 +87,7 @@ def finetune(
 
     place = address_of(out) or str(out)
     try:
-        with interruptible(by_itself), local_result(out, force) as target:
+        with interruptible(resumption_unknown), local_result(out, force) as target:
             files = (model, train_file, dev_file, str(target))
             if config.epochs:
                 result = run.finetune(

@@ -184,7 +184,7 @@ def _passing_interrupts_on(
                     STOP_WITHIN,
                 )
             for worker in names:
-                worker.tell_to_end()
+                worker.request_end()
             notes = [error.told] if isinstance(error, Interrupted) else []
             notes += [f"; {name}: {kept}" for name, kept in _kept_work(names) if kept]
             raise Interrupted("".join(notes), kept=bool(notes)) from None

@@ -172,7 +172,7 @@ def run_units(
                 try:
                     message = worker.receive()
                 except (Interrupted, WorkerKilled) as error:
-                    raise _ended(name, error) from None
+                    raise _end_error(name, error) from None
                 if isinstance(message, Returned):
                     workers.remove(worker)
                     continue
@@ -180,7 +180,7 @@ def run_units(
                 worker.send(waiting.popleft() if waiting else None)
 
 
-def _ended(name: str, error: Interrupted | WorkerKilled) -> BaseException:
+def _end_error(name: str, error: Interrupted | WorkerKilled) -> BaseException:
     """Return the error for a process that was told to end, or was killed."""
     if isinstance(error, Interrupted):  # the caller reports what was made
         return KeyboardInterrupt()
@@ -203,7 +203,7 @@ def units_in_order(
             with queued.in_turn(unit):
                 return cast(Result, queued.worker.receive())
         except (Interrupted, WorkerKilled) as error:
-            raise _ended(name, error) from None
+            raise _end_error(name, error) from None
         finally:
             free_workers.put(queued)
 

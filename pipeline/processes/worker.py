@@ -117,7 +117,7 @@ class Worker:
             raise message
         return message
 
-    def tell_to_end(self) -> None:
+    def request_end(self) -> None:
         """Have the work end as soon as its results are saved; ``receive`` then says so."""
         self._process.terminate()
 

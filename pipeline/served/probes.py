@@ -27,7 +27,9 @@ def probe_prompts(corpus: Corpus) -> list[list[int]]:
     return beginnings[::step][:SEQUENCES] or [[0, 0]]
 
 
-def ask(server: Server, prompts: Sequence[Sequence[int]], k: int) -> tuple[ProbeAnswers, list[Any]]:
+def ask_probes(
+    server: Server, prompts: Sequence[Sequence[int]], k: int
+) -> tuple[ProbeAnswers, list[Any]]:
     """Return the server's parsed answers for ``prompts``, and the raw ones. Raise InputError for
     wrong answers.
     """
