@@ -17,7 +17,7 @@ from testlib.command import pipeline
 class Doing:
     """An executor that first does something else."""
 
-    elsewhere: ClassVar[bool] = False
+    on_other_machines: ClassVar[bool] = False
 
     def __init__(self, act):
         self.act = act
