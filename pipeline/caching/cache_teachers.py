@@ -282,7 +282,7 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
     """
     replica_numbers, shards = view_kind(view).numbers(replicas), len(corpus.commits)
     commits = ShardSet(corpus.store, folder).committed()
-    missing = [Unit(*place) for place in commits.lacking(shards, replica_numbers)]
+    missing = [Unit(*place) for place in commits.missing_units(shards, replica_numbers)]
     return missing, len(replica_numbers) * shards - len(missing)
 
 

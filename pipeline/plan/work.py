@@ -95,7 +95,7 @@ def _missing_shards(
     rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
     taught_tokens = tokens
     if domains is not None:
-        counted = enumerate(corpus.units.named("domains"))
+        counted = enumerate(corpus.units.counts_by_name("domains"))
         shares = [share_of(domains, counts or {}, int(rows[shard])) for shard, counts in counted]
         taught_tokens = tokens * shares
     shard_numbers = np.array(numbers, np.int64)

@@ -22,7 +22,7 @@ from urllib3.exceptions import (
 )
 
 from rekindle.data.errors import InputError, first_words
-from rekindle.data.storage.patience import AT_FIRST, delays
+from rekindle.data.storage.patience import FIRST_PATIENCE, delays
 from rekindle.pipeline.served.config import ServedConfig
 
 log = logging.getLogger("rekindle")
@@ -130,7 +130,9 @@ class Client:
 
     def _check_patience(self, problem: str, seconds_spent: float) -> None:
         patience = (
-            self.config.patience_s if self._has_answered else min(AT_FIRST, self.config.patience_s)
+            self.config.patience_s
+            if self._has_answered
+            else min(FIRST_PATIENCE, self.config.patience_s)
         )
         if seconds_spent > patience:
             advice = (
