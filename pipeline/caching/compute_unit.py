@@ -11,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.corpus.columns import DOCUMENTS, TYPES, document_numbers, word_characters
+from rekindle.data.corpus.columns import DOCUMENTS, TOKEN_TYPES, document_numbers, word_characters
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.errors import InputError
 from rekindle.data.padding import pad
@@ -150,7 +150,7 @@ class UnitRun:
                 shard_rows = [(unit.shard, int(row)) for row in rows]
                 _, columns = stored.gather(shard_rows, unit.replica, scalars=False)
                 return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
-            if not kind_of(info).sampled:
+            if not kind_of(info).is_sample:
                 return None
             row_digests = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])
@@ -175,7 +175,7 @@ class UnitRun:
 
             return read_columns
 
-        segment_ids = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
+        segment_ids = split_lists(self.batches, TOKEN_TYPES) if teacher.corpus.has_pairs else None
         inputs = (shown_ids, forward, positions, segment_ids, self._document_numbers())
         combined = yield from self._run_batches(*inputs)
         if teacher.map is not None:
@@ -276,7 +276,7 @@ class UnitRun:
         at_limit = np.flatnonzero(full_lengths == longest)  # those that may have been cut
         if len(at_limit):
             at_limit_texts = zip(*(pairs[row] for row in at_limit), strict=True)
-            full_lengths[at_limit] = tokenizer.whole_lengths(*at_limit_texts)
+            full_lengths[at_limit] = tokenizer.uncut_lengths(*at_limit_texts)
         self._count_cut(full_lengths)
         return ids, segment_ids
 

@@ -28,7 +28,7 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
         return [plan]
     infos = read_parts(corpus.store, requested.name)
     base = infos[0]
-    if not (kind_of(base).grows and kind_of(requested).grows):
+    if not (kind_of(base).can_grow and kind_of(requested).can_grow):
         check_same(corpus, base, requested)
         return [replace(plan, info=base)]
     cached_settings = {key: getattr(base, key) for key in ("k", "temperatures", "estimator")}
@@ -44,7 +44,7 @@ def _main_part(corpus: Corpus, infos: list[TeacherInfo], requested: TeacherInfo)
     current = TeacherReader(corpus, infos).main.info
     if (current.k or 0) >= requested.k:
         return current
-    large_enough = [i for i in infos if kind_of(i).grows and (i.k or 0) >= requested.k]
+    large_enough = [i for i in infos if kind_of(i).can_grow and (i.k or 0) >= requested.k]
     if large_enough:
         return min(large_enough, key=lambda info: info.k or 0)
     temperatures = {t for info in infos for t in info.temperatures} | {*requested.temperatures}

@@ -97,7 +97,7 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
             "model": served.model,
             "versions": versions,
         }
-    if CODECS[targets.codec].compressed:
+    if CODECS[targets.codec].is_compressed:
         fields["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"])
     return TeacherInfo.model_validate(settings | fields)
 

@@ -154,8 +154,8 @@ def _load_live(cache: Cache, config: TeacherConfig) -> Teacher:
     info = cache.teachers[config.name].info
     if info.imported is not None:
         raise InputError(
-            f"teacher {config.name!r} was imported ({info.imported.told()}): there is no model to "
-            "audit it with. Take it out of `teachers` of the configuration"
+            f"teacher {config.name!r} was imported ({info.imported.summary()}): there is no model "
+            "to audit it with. Take it out of `teachers` of the configuration"
         )
     if info.served is not None:
         raise InputError(
@@ -173,8 +173,8 @@ def _load_live(cache: Cache, config: TeacherConfig) -> Teacher:
             )
 
     settings_match = {
-        "task": config.task == info.task and config.pair_expert == info.shown.paired,
-        "view": config.sees_masks == info.shown.masked,
+        "task": config.task == info.task and config.pair_expert == info.view_class.paired,
+        "view": config.sees_masks == info.view_class.masked,
         "kind of pairs": not config.pair_expert or PairView.pairs_of(info.view) == config.pairs,
     }
     files_match = {
@@ -298,7 +298,7 @@ class _Audit:
             yield from judge_logits(info, cached, live)
             return
         uniform_draws = None
-        if kind.sampled:
+        if kind.is_sample:
             digests = self.cache.corpus.shard(shard).table()["digest"].to_pylist()
             row_digests = [digests[row] for row in owners]
             keys = sample_keys(
@@ -311,17 +311,17 @@ class _Audit:
         scalars = (live["gold_log_prob"], live["entropy"])
         distributions = Distributions(info, exact, *scalars, uniform_draws, has_foreign)
         head = self.reader.head if kind.has_head else None
-        ids, log_probs, log_tail = kind.decode(cached, head, kind.read_at, None)
+        ids, log_probs, log_tail = kind.decode(cached, head, kind.readable_temperature, None)
         cached_log_probs = log_probs.astype(np.float64)
         yield from judge_scalars(distributions, cached)
-        if kind.sampled:
+        if kind.is_sample:
             self._add(total_variation=_variation(distributions, ids, cached_log_probs))
         else:
             outside = distributions.foreign_mass
             self._add(
                 **_divergence(exact, ids, cached_log_probs, log_tail.astype(np.float64), outside)
             )
-        if kind.whole:
+        if kind.has_all_probabilities:
             yield from judge_dense(distributions, cached, cached_log_probs, head)
         elif info.kind == "random":
             yield from judge_random(distributions, ids, cached["counts"])

@@ -18,7 +18,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.kinds.base import VocabularyKind
-from rekindle.data.targets.served import MISSING
+from rekindle.data.targets.served import MISSING_NATS
 from rekindle.pipeline.caching.compute_unit import Unit
 from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.served_units import ServedTeacher
@@ -95,7 +95,7 @@ def _errors(kind: VocabularyKind, cached: Columns, live: Columns) -> dict[str, F
     live_ids, live_log_probs, _ = kind.decode(live, None, 1.0, None)
     is_same_id = ids[:, :, None] == live_ids[:, None, :]
     live_values = (is_same_id * live_log_probs[:, None, :].astype(np.float64)).sum(axis=2)
-    error = np.where(is_same_id.any(axis=2), np.abs(cached_log_probs - live_values), MISSING)
+    error = np.where(is_same_id.any(axis=2), np.abs(cached_log_probs - live_values), MISSING_NATS)
     probs = np.exp(cached_log_probs.astype(np.float64))
     span = (cached_log_probs.max(axis=1) - cached_log_probs.min(axis=1)).astype(np.float64)
     return {

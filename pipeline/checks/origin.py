@@ -36,7 +36,9 @@ def _imported_line(teacher: TeacherReader) -> str:
         "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
     )
     missing_note = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
-    return in_line(f"{teacher.info.name} was imported: {imported.told()}{tail_note}{missing_note}")
+    return in_line(
+        f"{teacher.info.name} was imported: {imported.summary()}{tail_note}{missing_note}"
+    )
 
 
 def _served_line(teacher: TeacherReader) -> str:

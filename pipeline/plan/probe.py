@@ -91,7 +91,7 @@ def _run(
     teacher: Teacher, steps: Corpus, shard: int, others: Sequence[Teacher]
 ) -> tuple[Unit, UnitResult, float]:
     """Run one shard (one replica if there are several) and return its seconds per token."""
-    unit = Unit(shard, teacher.info.shown.numbers(1)[0])
+    unit = Unit(shard, teacher.info.view_class.numbers(1)[0])
     start_time = time.perf_counter()
     result = run_unit(teacher, unit, others=others)
     seconds = time.perf_counter() - start_time

@@ -118,7 +118,7 @@ def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
     """Count the positions of a sample shard that get a target, averaged over replicas."""
     if info.is_vocabulary:
-        replicas = info.shown.numbers(view.replicas if view else 1)
+        replicas = info.view_class.numbers(view.replicas if view else 1)
         positions_of_replicas = [
             target_positions(corpus, info, view, shard, replica) for replica in replicas
         ]
@@ -160,7 +160,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
         ]
         pairs = texts_b and [texts_b[row] for row in rows]
         texts = plan.with_prompt([texts_a[row] for row in rows])
-        lengths.append(tokenizer.whole_lengths(texts, pairs))
+        lengths.append(tokenizer.uncut_lengths(texts, pairs))
     counts = Counts.of(np.concatenate(lengths), limit)
     shares = Cut(counts.cut / max(counts.texts, 1), counts.lost / max(counts.tokens, 1))
     return shares if counts.cut else None, limit

@@ -119,7 +119,7 @@ class EncoderJudge(Judge):
         ]
         longest = min(max_length or encoder.max_length, encoder.max_length)
         ids = [encoder.ids([text], prompt, longest)[0] for prompt, text in known]
-        whole = encoder.tokenizer.whole_lengths([prompt + text for prompt, text in known])
+        whole = encoder.tokenizer.uncut_lengths([prompt + text for prompt, text in known])
         skipped = {prompt: encoder.skipped(prompt) for prompt in prompts}
         limits = (longest, encoder.max_length, int((whole > longest).sum()), int(max(whole)))
         return EncodedSides(

@@ -206,7 +206,7 @@ class StudentHead(Judge):
         most = int(min(max_length or self.student.longest_text, takes))
         if data.words is not None:
             return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
-        whole = tokenizer.whole_lengths(data.texts, data.pairs)
+        whole = tokenizer.uncut_lengths(data.texts, data.pairs)
         limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
         if data.pairs is not None:
             pairs = zip(data.texts, data.pairs, strict=True)

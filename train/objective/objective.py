@@ -296,7 +296,7 @@ class Objective:
         found = _Passes([], [], {})
         for term, weight in plan.terms:
             teacher = self.teachers[term.teachers[0]]
-            paired = teacher.shown.paired
+            paired = teacher.view_class.paired
             if teacher.is_vocabulary:
                 found.language.append((term, weight))
             elif not paired and (term.view == "masked" or self.task == "causal_lm"):
