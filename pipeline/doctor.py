@@ -12,7 +12,7 @@ from rekindle.kernels.choice import TRITON_INSTALLED
 from rekindle.pipeline.checks.machine import check_disk, check_locks, check_memory, check_step
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
-from rekindle.train.record.room import free_near
+from rekindle.train.record.disk_room import free_bytes_near
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, str]:
@@ -31,7 +31,7 @@ def diagnose(config: RunConfig | None = None) -> dict[str, str]:
     facts["kd loss"] = kernel_choice()
     facts["step"] = check_step()
     folder = Path() if config is None or is_remote(config.cache.path) else Path(config.cache.path)
-    facts["locks"] = check_locks(free_near(folder)[0])
+    facts["locks"] = check_locks(free_bytes_near(folder)[0])
     if config is not None:
         facts["disk"] = check_disk(config)
         facts |= {f"memory, {name}": summary for name, summary in check_memory(config)}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rekindle.data.errors import InputError, RekindleError, ResumableError
 from rekindle.pipeline.console import say
 from rekindle.train.interrupts import Interrupted, obey_sigterm
-from rekindle.train.launch import launched, one_of_many
+from rekindle.train.launch import current_launch, is_one_of_many
 
 if TYPE_CHECKING:
     from rekindle.pipeline.progress import Progress
@@ -30,7 +30,7 @@ INTERRUPTED = 130  # exit code
 
 def is_main() -> bool:
     """Return whether this is the only process, or torchrun's first."""
-    return not one_of_many() or launched().rank == 0
+    return not is_one_of_many() or current_launch().rank == 0
 
 
 def leave(code: int) -> NoReturn:
@@ -88,7 +88,7 @@ def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterato
             message, is_resumed = "", resumed()
             is_kept = is_resumed
             if isinstance(error, Interrupted):
-                message, is_kept = error.told, error.kept
+                message, is_kept = error.message, error.is_saved
             lead = {True: "To go on", False: "To begin again", None: "To run it again"}[is_kept]
             say(f"\ninterrupted{message}. {lead}: {line_again(bool(is_resumed))}")
         import multiprocessing
@@ -104,7 +104,7 @@ def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
     options = ["--resume"] if resumed and "--resume" not in typed else []
     options += [part for setting in settings for part in ("--set", setting)]
     torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    prefix = [*torchrun, "--no-python"] if one_of_many() else []
+    prefix = [*torchrun, "--no-python"] if is_one_of_many() else []
     return shlex.join([*prefix, "pipeline", *typed, *options])
 
 
@@ -155,7 +155,7 @@ def errors_as_exit_codes() -> Iterator[None]:
     SIGTERM, which schedulers send, counts as Ctrl-C. Not under torchrun, which ends processes that
     way after one has failed: they may wait for it for ever.
     """
-    is_main_thread = threading.current_thread() is threading.main_thread() and not one_of_many()
+    is_main_thread = threading.current_thread() is threading.main_thread() and not is_one_of_many()
     former_handler = signal.getsignal(signal.SIGTERM)
     if is_main_thread:
         obey_sigterm()
@@ -182,7 +182,7 @@ def errors_as_exit_codes() -> Iterator[None]:
 
 
 def _fail(code: int) -> NoReturn:
-    if one_of_many():
+    if is_one_of_many():
         leave(code)
     sys.exit(code)
 
@@ -193,4 +193,4 @@ def _reports_errors() -> bool:
     """
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_initialized()
-    return joined or not one_of_many() or launched().local_rank == 0
+    return joined or not is_one_of_many() or current_launch().local_rank == 0

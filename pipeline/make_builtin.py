@@ -38,7 +38,7 @@ from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.finetune.config import FixedBudget
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
 _WORK_PREFIX = ".begun-"  # prefix of the folders of unfinished work
@@ -51,7 +51,7 @@ def make(names: Sequence[str], progress: Progress) -> None:
     root = folder()
     short_names = [name.removeprefix(PREFIX) for name in names]
     models = with_prerequisites([name for name in short_names if name in MODELS])
-    with alone_in(root, wait=True) as has_lock:
+    with locked_folder(root, wait=True) as has_lock:
         if has_lock:
             for leftover in root.glob(f"{_WORK_PREFIX}*"):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)

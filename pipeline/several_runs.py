@@ -17,9 +17,9 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.train.record.run_folder import (
     LOCK_FILE,
     check_new,
-    check_same,
+    check_same_settings,
     read_record,
-    reading,
+    reading_record,
 )
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
@@ -38,7 +38,7 @@ def read_runs(directory: Path, file: str) -> Recorded | None:
     path, advice = directory / file, "start again in another --out"
     if (definition := read_record(path, advice)) is None:
         return None
-    with reading(path, advice):
+    with reading_record(path, advice):
         if file == STAGES_FILE:
             return {str(stage["name"]): dict(stage) for stage in definition["stages"]}
         corpus, runs = definition["corpus"], definition["runs"]
@@ -69,7 +69,7 @@ def check_same_runs(
         recorded_values = _without_old_keys(
             _with_every_key(with_defaults(RunConfig, recorded)), requested
         )
-        check_same(out / name, recorded_values, requested, rule, changeable)
+        check_same_settings(out / name, recorded_values, requested, rule, changeable)
 
 
 def _with_every_key(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +100,9 @@ def _changeable_keys(run: Path, recorded: Mapping[str, Any], config: RunConfig) 
         keys += ["corpus.source"] * is_same
     if student is None or (recorded.get("student") or {}).get("model") == student.model:
         return keys
-    from rekindle.train.record.identity import began_with
+    from rekindle.train.record.identity import began_with_student
 
-    return [*keys, "student.model"] if began_with(run, student) else keys
+    return [*keys, "student.model"] if began_with_student(run, student) else keys
 
 
 def begun_in(out: Path) -> str | None:

@@ -54,11 +54,11 @@ from rekindle.pipeline.caching.views import build_views, few_pairs_warnings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
-from rekindle.train.interrupts import telling
+from rekindle.train.interrupts import reporting_interrupts
 from rekindle.train.order.domains import check_domains
 from rekindle.train.order.sequences import told_of_few
-from rekindle.train.record.room import Room
-from rekindle.train.running_out import running_out
+from rekindle.train.record.disk_room import DiskRoom
+from rekindle.train.running_out import report_shortage
 
 log = logging.getLogger("rekindle")
 
@@ -115,9 +115,12 @@ def cache_teachers(
     store = open_store(config.cache.path)
     refuse_changing(store)
     made_counts: Counter[str] = Counter()  # shards of the corpus, and units by teacher
-    with telling(lambda: _describe_work(made_counts, store)):
+    with reporting_interrupts(lambda: _describe_work(made_counts, store)):
         rehearse(config, chosen, store)
-    with telling(lambda: _describe_work(made_counts, store)), adding(store) as is_alone:
+    with (
+        reporting_interrupts(lambda: _describe_work(made_counts, store)),
+        adding(store) as is_alone,
+    ):
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if is_alone is False:
@@ -150,7 +153,7 @@ def cache_teachers(
         _warn_of_slow(parts, corpus, config.cache.masked_replicas)
         missing_total = present_total = 0
         is_local = isinstance(store, LocalStore)
-        disk_room = Room(Path(store.location) if is_local else None, "unit")
+        disk_room = DiskRoom(Path(store.location) if is_local else None, "unit")
         for group in (*group_by_pass(before_masks), *group_by_pass(after_masks)):
             if hard_masks and group[0] in after_masks:
                 build_hard_masks(hard_masks, True, progress)
@@ -167,7 +170,7 @@ def cache_teachers(
                 units = list(dict.fromkeys(unit for _, missing in to_make for unit in missing))
                 if not is_alone:  # in step with another process, both would make every unit
                     random.shuffle(units)
-                memory_guard = running_out(
+                memory_guard = report_shortage(
                     Path(store.location),
                     lambda: f"This call: {_describe_work(made_counts, store)[0]}",
                     _memory_advice(group[0]),
@@ -293,7 +296,7 @@ def _run_group(
     executor: Executor,
     progress: Progress,
     made_counts: Counter[str],
-    disk_room: Room,
+    disk_room: DiskRoom,
 ) -> None:
     """Make the missing ``units``, in that order, of teachers that share their passes."""
     group = tuple(part for part, _ in to_make)
@@ -311,7 +314,7 @@ def _run_group(
             )
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
-    disk_room.left = len(units)
+    disk_room.remaining = len(units)
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:

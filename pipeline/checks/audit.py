@@ -50,7 +50,7 @@ from rekindle.train.model.files import (
     config_fingerprint,
     weights_fingerprint,
 )
-from rekindle.train.precision import tell_slow
+from rekindle.train.precision import warn_of_slow_precision
 
 log = logging.getLogger("rekindle")
 
@@ -196,7 +196,7 @@ def _load_live(cache: Cache, config: TeacherConfig) -> Teacher:
     teacher = Teacher(TeacherPlan(config, directory, full_info, encoder), cache.corpus)
     precision = {f"teacher {config.name!r}: {{}}": info.precision}
     device = teacher.placement.device.partition(":")[0]
-    tell_slow(precision, device, "An audit computes as the targets were made")
+    warn_of_slow_precision(precision, device, "An audit computes as the targets were made")
     check(
         {"tokenizer": teacher.tokenizer.digest == fingerprints.get("tokenizer")}, CacheMismatchError
     )

@@ -23,7 +23,7 @@ from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.staged import plan_staged_run
 from rekindle.train.model.files import place
 from rekindle.train.model.folder import stored_tensors
-from rekindle.train.record.room import free_near
+from rekindle.train.record.disk_room import free_bytes_near
 
 PROBLEM = "PROBLEM: "
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per weight, by precision
@@ -38,7 +38,7 @@ def check_disk(config: RunConfig) -> str:
         return f"{config.cache.path} is in an object store: its free space is unknown here"
     plans = _plans(config)
     sizes = [plan.totals.bytes for plan in plans]
-    nearest_folder, free = free_near(Path(config.cache.path))
+    nearest_folder, free = free_bytes_near(Path(config.cache.path))
     known_bytes = sum(size for size in sizes if size is not None)
     unknown_note = "" if plans and None not in sizes else ", plus what is not known yet"
     summary = (

@@ -289,6 +289,6 @@ def _print_written(verb: str, result: "Exported | Merged", as_json: bool) -> Non
         return
     typer.echo(f"{verb}: {result.out}")
     copy_note = ", in a local copy of that folder" if is_remote(result.out) else ""
-    say(f"{result.told()}. With transformers alone{copy_note}:")
+    say(f"{result.describe()}. With transformers alone{copy_note}:")
     folder = result.out.rpartition("/")[2] if copy_note else result.out
     say(f"  transformers.{result.auto_class}.from_pretrained({json.dumps(folder)})")

@@ -36,10 +36,10 @@ from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
 from rekindle.train.model.headers import has_fresh_head
-from rekindle.train.model.heads import told_of_fresh_head
+from rekindle.train.model.heads import describe_fresh_head
 from rekindle.train.order.sequences import told_of_few
 from rekindle.train.order.similar_lengths import padded
-from rekindle.train.precision import told_of_slow
+from rekindle.train.precision import describe_slow_precision
 from rekindle.train.schedules import is_used
 
 
@@ -121,11 +121,13 @@ def _slow_precision_warnings(
     for teacher, plan, work in zip(config.teachers, plans, works, strict=True):
         if plan is None:
             settings = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
-            warnings.append(told_of_slow(settings, device))
+            warnings.append(describe_slow_precision(settings, device))
         elif work.units_to_make:
             warnings.append(slow_pass_warning(plan, survey.present or survey.reference))
     if config.student is not None:
-        warnings.append(told_of_slow({"train.precision: {}": config.train.precision}, device))
+        warnings.append(
+            describe_slow_precision({"train.precision: {}": config.train.precision}, device)
+        )
     return [warning for warning in warnings if warning is not None]
 
 
@@ -150,7 +152,7 @@ def _fresh_head_warnings(config: RunConfig, survey: CorpusSurvey) -> list[str]:
         return []
     taught_note = "" if has_hard_loss else ", from its teachers' words alone"
     return [
-        told_of_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught_note)
+        describe_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught_note)
     ]
 
 

@@ -128,7 +128,7 @@ def run_jobs(
                     message = worker.receive()
                 except Interrupted as error:  # only this job was told to end, so everything ends
                     del running[worker]
-                    raise Interrupted(f"; {job.name}: interrupted{error.told}") from None
+                    raise Interrupted(f"; {job.name}: interrupted{error.message}") from None
                 except Exception as error:
                     if keep_going:
                         results[job.name] = error
@@ -159,8 +159,8 @@ def run_counted(
         run_jobs(jobs, log_file, progress, places)
     except Interrupted as error:
         done = sum(job.output is not None and job.output.exists() for job in jobs)
-        message = f"; {done} of {counted(len(jobs), 'job')} are finished{error.told}"
-        raise Interrupted(message, kept=error.kept or done > 0) from None
+        message = f"; {done} of {counted(len(jobs), 'job')} are finished{error.message}"
+        raise Interrupted(message, is_saved=error.is_saved or done > 0) from None
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _passing_interrupts_on(
         try:
             yield
         except KeyboardInterrupt as error:
-            stop.told()  # a signal to all may have reached a job before this process
+            stop.note_request()  # a signal to all may have reached a job before this process
             names = {worker: job.name for worker, (job, *_) in running.items()}
             if names:
                 log.info(
@@ -185,9 +185,9 @@ def _passing_interrupts_on(
                 )
             for worker in names:
                 worker.request_end()
-            notes = [error.told] if isinstance(error, Interrupted) else []
-            notes += [f"; {name}: {kept}" for name, kept in _kept_work(names) if kept]
-            raise Interrupted("".join(notes), kept=bool(notes)) from None
+            notes = [error.message] if isinstance(error, Interrupted) else []
+            notes += [f"; {name}: {is_saved}" for name, is_saved in _kept_work(names) if is_saved]
+            raise Interrupted("".join(notes), is_saved=bool(notes)) from None
 
 
 def _kept_work(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
@@ -200,7 +200,7 @@ def _kept_work(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
                     continue  # a progress report
                 yield unfinished[worker], "finished"
             except Interrupted as error:
-                yield unfinished[worker], f"interrupted{error.told}" if error.kept else ""
+                yield unfinished[worker], f"interrupted{error.message}" if error.is_saved else ""
             except Exception as error:  # it failed, or its message was cut off
                 log.warning("%s: %s", unfinished[worker], error)
             del unfinished[worker]

@@ -106,7 +106,7 @@ class Worker:
         except (EOFError, OSError):
             self._process.join()
             if self._process.exitcode == -signal.SIGTERM:  # it was not listening yet
-                raise Interrupted("", kept=False) from None
+                raise Interrupted("", is_saved=False) from None
             raise WorkerKilled(
                 f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
             ) from None
@@ -176,7 +176,7 @@ def _run_child(
     except (RekindleError, OSError) as error:
         last_message = error
     except KeyboardInterrupt as error:
-        last_message = error if isinstance(error, Interrupted) else Interrupted("", kept=False)
+        last_message = error if isinstance(error, Interrupted) else Interrupted("", is_saved=False)
     except Exception:
         last_message = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending itself takes no time

@@ -32,8 +32,8 @@ from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.loop import TrainResult
-from rekindle.train.record.run_folder import goes_on, open_folder
-from rekindle.train.record.stored_run import write_definition
+from rekindle.train.record.run_folder import is_continued, open_folder
+from rekindle.train.record.stored_run import upload_definition
 
 log = logging.getLogger("rekindle")
 
@@ -55,7 +55,7 @@ def run_stages(
         missing = world.decide(lambda: held.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
         world.decide(lambda: write_json(out / STAGES_FILE, record))
-        world.decide(lambda: write_definition(out / STAGES_FILE, resume))
+        world.decide(lambda: upload_definition(out / STAGES_FILE, resume))
         for stage in stages:
             if stage.name not in missing:
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
@@ -77,8 +77,8 @@ def _naming(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
     except Interrupted as error:
         done = sum(is_finished(one.directory) for one in stages)
         told = f"; {done} of {counted(len(stages), 'stage')} are finished"
-        told += f"; stage {stage.name}: interrupted{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        told += f"; stage {stage.name}: interrupted{error.message}"
+        raise Interrupted(told, is_saved=error.is_saved or done > 0) from None
 
 
 def _cache(stage: Stage, progress: Progress) -> None:
@@ -115,7 +115,7 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
 
     Stages that were not begun may have changed.
     """
-    if goes_on(out, STAGES_FILE, "run of stages", resume):
+    if is_continued(out, STAGES_FILE, "run of stages", resume):
         recorded = read_runs(out, STAGES_FILE) or {}
         begun = {name: _whole(old) for name, old in recorded.items() if (out / name).exists()}
         now = {stage.name: _whole(stage.record) for stage in stages}

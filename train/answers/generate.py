@@ -37,14 +37,14 @@ from rekindle.train.answers.config import GenerateConfig
 from rekindle.train.answers.perplexity import open_language_model
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.model.causes import running
+from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.files import load_config, longest_input, weights_fingerprint
-from rekindle.train.model.fitting import task_said
+from rekindle.train.model.fitting import recorded_task
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import StudentNetwork
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.record.lineage import lineage_of_model
-from rekindle.train.running_out import running_out
+from rekindle.train.running_out import report_shortage
 from rekindle.train.student import ABOUT_FILE
 
 Ids = NDArray[np.int64]
@@ -144,7 +144,10 @@ def generate_file(
         "settings": config.model_dump(mode="json"),
         "lineage": [run.model_dump(mode="json") for run in lineage_of_model(directory)],
     }
-    with running_out(Path(out), lambda: "Nothing is written", advice), torch.inference_mode():
+    with (
+        report_shortage(Path(out), lambda: "Nothing is written", advice),
+        torch.inference_mode(),
+    ):
         answers = work.answers(fitting, watch)
         write_lines(Path(out), work.rows(fitting, answers), _with(about))
     return Generated(
@@ -179,7 +182,7 @@ def _check_causal(model: str) -> None:
     directory = resolve_model(model)
     said = None
     if not (directory / ABOUT_FILE).is_file():
-        said = task_said(load_config(directory))
+        said = recorded_task(load_config(directory))
     if said not in (None, "causal_lm"):
         raise _cannot(model, str(said))
 
@@ -255,7 +258,7 @@ class _Work:
         """Return the answers to each prompt."""
         lengths = np.array([len(one.ids) for one in prompts]) + self.config.max_new_tokens
         budget = max(1, self.config.batch_tokens // self.config.samples)
-        equal = moved_by_padding(self.network.model) > 0
+        equal = padding_influence(self.network.model) > 0
         found: list[list[Ids]] = [[] for _ in prompts]
         for rows in length_buckets(lengths, budget, equal):
             made = self._batch([prompts[row].ids for row in rows], int(rows.min()))
@@ -287,7 +290,7 @@ class _Work:
             **drawn,
         )
         torch.manual_seed(xxhash.xxh3_64_intdigest(f"generate {config.seed} {first}".encode()) >> 1)
-        with running(str(self.network.model.name_or_path)):
+        with explaining_run_errors(str(self.network.model.name_or_path)):
             told = self.network.model.generate(
                 input_ids=torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),

@@ -30,7 +30,7 @@ from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.padding import padding_of
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 
 UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 BATCH_TOKENS = 4096  # of a forward pass, padding included
@@ -143,7 +143,7 @@ class TextEncoder:
         encoder = load_encoder(about).to(where.device)
         tokenizer = own_tokenizer(about)
         longest = longest_text(about, tokenizer, encoder.config)
-        alone = moved_by_padding(encoder.model) > 0
+        alone = padding_influence(encoder.model) > 0
         return cls(about, encoder, tokenizer, longest, where.device, alone)
 
     def ids(

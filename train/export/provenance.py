@@ -44,7 +44,7 @@ class Provenance:
         )
         return cls(about["student"]["model"], teachers, text, recorded_steps(about) or 0, scores)
 
-    def told(self) -> list[str]:
+    def card_lines(self) -> list[str]:
         """Return the lines of a card."""
         return [
             "",
@@ -52,8 +52,8 @@ class Provenance:
             "",
             f"By `pipeline train-student` ({counted(self.steps, 'step')}, "
             f"from `{shown(self.model)}`) on {self.text}; `run.yaml` beside this has the settings.",
-            *_teachers(self.teachers),
-            *_scores(self.scores),
+            *_teacher_table(self.teachers),
+            *_score_table(self.scores),
             "",
             LICENCE.format("the model that it began as, of its teachers, and of the text"),
         ]
@@ -69,23 +69,23 @@ def _sources(corpus: Corpus) -> str:
 _SOURCES = 5
 
 
-def _teachers(teachers: Iterable[TeacherInfo]) -> list[str]:
+def _teacher_table(teachers: Iterable[TeacherInfo]) -> list[str]:
     rows = [
         f"| {one.name} | `{shown(one.model)}` | {one.task} | {one.kind}"
-        f"{f', k = {one.k}' * (one.k is not None)} | {_weights(one)} |"
+        f"{f', k = {one.k}' * (one.k is not None)} | {_short_fingerprint(one)} |"
         for one in teachers
     ]
     head = ["", "| teacher | model | task | targets | weights |", "|---|---|---|---|---|"]
     return [*head, *rows] if rows else ["", "It had no teachers."]
 
 
-def _weights(teacher: TeacherInfo) -> str:
+def _short_fingerprint(teacher: TeacherInfo) -> str:
     """Return the beginning of the fingerprint that identifies a teacher's weights."""
-    found = teacher.fingerprints.get("weights")
-    return f"`{found[:12]}`" if found else "not known"
+    fingerprint = teacher.fingerprints.get("weights")
+    return f"`{fingerprint[:12]}`" if fingerprint else "not known"
 
 
-def _scores(scores: Mapping[str, float]) -> list[str]:
+def _score_table(scores: Mapping[str, float]) -> list[str]:
     if not scores:
         return []
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(scores.items())]

@@ -43,13 +43,13 @@ from rekindle.train.finetune.seeds import FinishedSeeds, what_is_tuned
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.finetune.told import Report, SeedProgress
 from rekindle.train.model.files import place
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
-from rekindle.train.precision import autocast, bf16_saves, tell_slow
+from rekindle.train.precision import autocast, bf16_saves, warn_of_slow_precision
 from rekindle.train.ranking.groups import batches_of_groups, taught_rows, tell_large
-from rekindle.train.record.working_copy import place_of
-from rekindle.train.running_out import running_out
+from rekindle.train.record.working_copy import shown_folder
+from rekindle.train.running_out import report_shortage
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
@@ -147,7 +147,7 @@ def finetune(
     with quiet_transformers():
         about = what_is_tuned(model, files, settings, where)
     bf16 = bf16_saves(where.precision, where.device.partition(":")[0])
-    enough = running_out(Path(out), seeds_done.kept, less_memory(config, bf16))
+    enough = report_shortage(Path(out), seeds_done.kept, less_memory(config, bf16))
     with enough, seeds_done.held(about), quiet_transformers(), SeedProgress(report) as progress:
         started = time.perf_counter()
         job = _prepare(model, data, metric, config)
@@ -169,7 +169,7 @@ def finetune(
             whole = len(ones) == len(seeds_done.results)
             where = Path(out) if whole else seed_folder(Path(out), ones[0].seed)
             about = (model, found.problem, found.label_names, found.told_scores())
-            card = expert_card(place_of(where), *about)
+            card = expert_card(shown_folder(where), *about)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
         seeds_done.publish(home, describe, force)
@@ -179,7 +179,9 @@ def finetune(
 def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
-    tell_slow({"--set precision={}": config.precision}, torch.device(placement.device).type)
+    warn_of_slow_precision(
+        {"--set precision={}": config.precision}, torch.device(placement.device).type
+    )
     tokenizer = padded_tokenizer(model)
     limits = classifier_config(model, data["train"].problem)
     encoded = {
@@ -293,7 +295,7 @@ def _start(job: _Job) -> PreTrainedModel:
     if job.config.head is not None:
         return distilled_model(job.model, job.config.head, job.data["train"])
     network = load_classifier(job.model, job.tokenizer, job.data["train"])
-    if moved_by_padding(network):
+    if padding_influence(network):
         logger.info(
             "%s lets padding change its outputs: trained in padded batches, it is scored on "
             "texts of one length together",
