@@ -186,7 +186,7 @@ def _passing_interrupts_on(
             for worker in names:
                 worker.request_end()
             notes = [error.message] if isinstance(error, Interrupted) else []
-            notes += [f"; {name}: {is_saved}" for name, is_saved in _kept_work(names) if is_saved]
+            notes += [f"; {name}: {outcome}" for name, outcome in _kept_work(names) if outcome]
             raise Interrupted("".join(notes), is_saved=bool(notes)) from None
 
 
