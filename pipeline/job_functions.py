@@ -52,7 +52,7 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     """
     from rekindle.data.corpus.corpus import Corpus
     from rekindle.data.source.documents import read_documents
-    from rekindle.data.source.held_texts import Found, HeldTexts, find_held
+    from rekindle.data.source.held_texts import HeldCounts, HeldTexts, find_held
     from rekindle.data.source.left_out import LeftOut
     from rekindle.data.storage.store import open_store
 
@@ -63,14 +63,14 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     if not is_removed:
         tests_alone = {"without": tuple(map(str, tests)), "without_fields": ()}
         tests_held = text.model_copy(update=tests_alone).held_texts() or HeldTexts(())
-        left_out = LeftOut(held=text.held_texts())
+        left_out = LeftOut(held_texts=text.held_texts())
         arguments = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
             all_documents = read_documents(text.places, *arguments, group_field=text.group_field)
             documents = islice(all_documents, corpus.documents)
             counts = find_held(tests_held, (document.texts for document in documents))._asdict()
         except InputError:
-            counts = dict.fromkeys(Found._fields)
+            counts = dict.fromkeys(HeldCounts._fields)
     write_json(out, counts | {"removed": is_removed})
 
 
