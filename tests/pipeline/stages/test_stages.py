@@ -251,7 +251,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bits(
     else:
         with pytest.raises(Interrupted) as caught:
             run_stages(config, out, progress=Stopping(where, steps, interrupt))
-        assert caught.value.told == (
+        assert caught.value.message == (
             "; 1 of 3 stages are finished; stage second: interrupted at step 5; a checkpoint of it "
             "is written"
         )
