@@ -31,7 +31,7 @@ from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
 from rekindle.train.model.passes import Remembered
-from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, added, known_term
+from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, add_sums, known_term
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.selection import StepPlan, at_masked_positions
@@ -207,7 +207,7 @@ def _means(data: EvaluationData, device: torch.device, run: Run, world: World) -
         sums = run(_batch_sums, batch, device, data, kept, world)
         if counts:
             each.append({name: np.array(pair, np.float64) for name, pair in sums.items()})
-    totals = added(world.gather(added(each)))
+    totals = add_sums(world.gather(add_sums(each)))
     if loss is not None:
         loss.join(world)
     found = {name: float(total / count) for name, (total, count) in totals.items() if count}

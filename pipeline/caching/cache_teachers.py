@@ -56,7 +56,7 @@ from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.interrupts import telling
 from rekindle.train.order.domains import check_domains
-from rekindle.train.order.sequences import told_of_few
+from rekindle.train.order.sequences import describe_too_few
 from rekindle.train.record.room import Room
 from rekindle.train.running_out import running_out
 
@@ -136,7 +136,7 @@ def cache_teachers(
         for line in told_of_pairs(corpus, views, chosen):
             log.warning("%s", line)
         if config.student is not None:
-            for line in told_of_few(config.train, len(corpus)):
+            for line in describe_too_few(config.train, len(corpus)):
                 log.warning("%s", line)
         hard = hard_view(corpus, config)
         views = replace(views, masked=hard or views.masked)

@@ -32,8 +32,8 @@ from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
 from rekindle.train.model.headers import has_fresh_head
 from rekindle.train.model.heads import told_of_fresh_head
-from rekindle.train.order.sequences import told_of_few
-from rekindle.train.order.similar_lengths import padded
+from rekindle.train.order.sequences import describe_too_few
+from rekindle.train.order.similar_lengths import padding_ratios
 from rekindle.train.precision import told_of_slow
 from rekindle.train.schedules import is_used
 
@@ -92,7 +92,7 @@ def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
         steps.lengths(s, 0, min(c.rows, ROWS_PER_BATCH)) for s, c in enumerate(steps.commits)
     ]
     sizes = (train.batch_sequences, train.micro_batch_sequences)
-    return Padding(train.batching, **padded(np.concatenate(lengths), *sizes))
+    return Padding(train.batching, **padding_ratios(np.concatenate(lengths), *sizes))
 
 
 def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
@@ -100,7 +100,7 @@ def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     told = told_of_pairs(survey.steps, views, config.teachers)
     told += _told_of_fresh_head(config, survey)
     if config.student is not None and not survey.estimated:
-        told += told_of_few(config.train, survey.sequences)
+        told += describe_too_few(config.train, survey.sequences)
     return told
 
 

@@ -39,14 +39,14 @@ def merged_probabilities(
     }
     some = next(iter(logits.values()))
     equal = some.new_full((len(some), len(logits)), 1.0 / len(logits))
-    found["uniform mixture"] = union.mixed(logits, equal, 1.0)
-    found["concatenated logits"] = union.concatenated(logits, 1.0)
+    found["uniform mixture"] = union.mix(logits, equal, 1.0)
+    found["concatenated logits"] = union.concatenate(logits, 1.0)
     if mc_probs is not None:
         certainties = torch.stack([certainty(mc_probs[name]) for name in logits], dim=1)
         for selection in ("soft", "hard"):
             config = UncertaintyConfig(selection=selection, sharpness=sharpness)
             weights = expert_weights(certainties, config)
-            found[f"MUKI, {selection}"] = union.mixed(logits, weights, 1.0)
+            found[f"MUKI, {selection}"] = union.mix(logits, weights, 1.0)
     return found
 
 

@@ -47,7 +47,7 @@ from rekindle.train.model.sight import moved_by_padding
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import autocast, bf16_saves, tell_slow
-from rekindle.train.ranking.groups import batches_of_groups, taught_rows, tell_large
+from rekindle.train.ranking.groups import batches_of_groups, taught_rows, warn_large_groups
 from rekindle.train.record.working_copy import place_of
 from rekindle.train.running_out import running_out
 
@@ -190,7 +190,7 @@ def _prepare(model: str, data: dict[str, TaskData], metric: str, config: Finetun
     rows = None
     if train.groups is not None:
         rows = taught_rows(train.groups, train.labels, config.loss == "pointwise")
-        tell_large(train.groups[rows], config.batch_size)
+        warn_large_groups(train.groups[rows], config.batch_size)
     return _Job(model, config, tokenizer, data, encoded, cut, metric, device, precision, rows)
 
 

@@ -47,12 +47,12 @@ from rekindle.train.finetune.labels import (
 from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_files import TaskFile, read_file
 from rekindle.train.ranking.groups import (
-    Grouped,
+    GroupedFile,
+    check_groups_unsplit,
     check_order,
+    describe_groups,
     grades_of,
-    numbered,
-    refuse_split,
-    told_groups,
+    number_names,
 )
 from rekindle.train.ranking.kinds import RANKING
 
@@ -157,7 +157,7 @@ class TaskData:
         if empty := sum(not text.strip() for text in self._whole()):
             rows += f", {empty:,} of them without text"
         if self.groups is not None:
-            return f"ranking: {rows} {told_groups(self.groups, self.labels)}"
+            return f"ranking: {rows} {describe_groups(self.groups, self.labels)}"
         if not self.label_names:
             several = f"{self.outputs} scores each, " if self.outputs > 1 else ""
             span = f"{several}{self.labels.min():.4g} to {self.labels.max():.4g}"
@@ -256,13 +256,13 @@ def _read_ranked(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[Tas
         ranked(file, rows, gone, settings)
         for file, rows, (_, gone) in zip(files, splits, found, strict=True)
     ]
-    refuse_split([grouped for _, grouped in each])
+    check_groups_unsplit([grouped for _, grouped in each])
     return tuple(data for data, _ in each)
 
 
 def ranked(
     file: TaskFile, rows: Rows, gone: Counter[str], settings: TaskSettings
-) -> tuple[TaskData, Grouped]:
+) -> tuple[TaskData, GroupedFile]:
     """Return the documents of a file with their grades. Raises InputError, naming the row, for a
     label that is not a grade, and if all orders are equally good.
     """
@@ -275,10 +275,10 @@ def ranked(
     grades = grades_of(file.path, rows.labels, rows.numbers)
     names = [file.groups[number - 1] for number in rows.numbers]
     queries = [file.texts[number - 1] for number in rows.numbers]
-    grouped = Grouped(file.path, names, queries, rows.numbers, file.named)
+    grouped = GroupedFile(file.path, names, queries, rows.numbers, file.named)
     check_order(grouped, grades)
     data = split_of(file, rows.numbers, gone, grades, ())
-    return replace(data, groups=numbered(names), group_names=names), grouped
+    return replace(data, groups=number_names(names), group_names=names), grouped
 
 
 def _read_lists(files: Sequence[TaskFile], settings: TaskSettings) -> tuple[TaskData, ...]:

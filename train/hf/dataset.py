@@ -19,7 +19,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.permutation import permute, sequence_numbers
 from rekindle.train.config import Batching
 from rekindle.train.hf.given import check_cache
-from rekindle.train.order.similar_lengths import dealt, turns, window_of
+from rekindle.train.order.similar_lengths import batch_turns, deal_batches, window_of
 
 # A window of an epoch: its number, its steps, and the places that each step reads.
 _Window = tuple[int, range, list[NDArray[np.int64]]]
@@ -160,8 +160,8 @@ class Shares:
         if known != epoch or step not in window:
             window = window_of(step, 0, full)
             places = np.arange(window.start * batch, window.stop * batch, dtype=np.int64)
-            order, sizes = turns(window, self.seed, epoch), [batch] * len(window)
-            parts = dealt(lengths(self._numbers(places, epoch)), sizes, order)
+            order, sizes = batch_turns(window, self.seed, epoch), [batch] * len(window)
+            parts = deal_batches(lengths(self._numbers(places, epoch)), sizes, order)
             dealt_places = [places[part] for part in parts]
             self._window = epoch, window, dealt_places
         return int(dealt_places[step - window.start][within])

@@ -41,7 +41,7 @@ from rekindle.train.model.fitting import AUTO_CLASSES, SAID
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.language_loss import IGNORED, head_loss
 from rekindle.train.objective.selection import Counts
-from rekindle.train.objective.terms import check_terms, told_of_between
+from rekindle.train.objective.terms import check_terms, describe_interpolation
 from rekindle.train.record.coverage import check_covered
 from rekindle.train.to_device import DeviceBatch, DeviceTargets, by_name, to_device
 
@@ -136,7 +136,7 @@ class Distillation:
         terms = [parse_settings(DistillTerm, term) for term in given]
         check_terms(terms, self.infos, self.task, "teachers")
         self.terms = {term.teachers[0]: term for term in terms if weights[term.teachers[0]] > 0}
-        for line in told_of_between([*self.terms.values()], self.infos):
+        for line in describe_interpolation([*self.terms.values()], self.infos):
             log.info(line)
         self.temperature_between = terms[0].temperature_between
         self.weights = {name: float(weights[name]) for name in self.terms}

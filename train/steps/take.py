@@ -24,7 +24,7 @@ from rekindle.train.config import TrainConfig
 from rekindle.train.distributed import ParallelStudent
 from rekindle.train.objective.pulls import with_norms
 from rekindle.train.objective.ranking import with_groups
-from rekindle.train.objective.ready import Ready
+from rekindle.train.objective.ready import PreparedBatch
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.objective.vector_loss import with_vectors
 from rekindle.train.optimizer import set_learning_rate
@@ -146,7 +146,7 @@ class Judge:
         )
 
 
-def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
+def take_step(training: Training, ready: PreparedBatch, judge: Judge) -> Taken:
     """Take an optimiser step on this process's share of a batch.
 
     Gradients are averaged over the processes, so each share is multiplied by their number.
@@ -175,7 +175,7 @@ def take_step(training: Training, ready: Ready, judge: Judge) -> Taken:
         for name, value in shown.items():
             terms[name] = terms.get(name, nothing) + value
     norm = training.student.clip(config.max_grad_norm or math.inf).double()
-    names = objective.shown(counts, plan)
+    names = objective.loss_names(counts, plan)
     own = [loss, *(terms.get(name, nothing) for name in names)]
     here = torch.stack([value.float() for value in own]).double()
     tokens = here.new_full((1,), int(batch.lengths.sum()))

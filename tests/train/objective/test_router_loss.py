@@ -91,7 +91,7 @@ def test_it_is_of_the_text_that_the_language_loss_reads_alone(world, monkeypatch
         if apart:
             monkeypatch.setattr(setting.objective, "_by_pass", moved)
         plan = setting.objective.plan(0)
-        shown = setting.objective.shown(setting.objective.counts(setting.batch(0), plan), plan)
+        shown = setting.objective.loss_names(setting.objective.counts(setting.batch(0), plan), plan)
         found = setting.run()[1]
         assert ("router" in shown) == ("router" in found) == (hard > 0)
         each += [float(found["router"])] if hard else []
