@@ -110,8 +110,8 @@ def finetune(
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
     chosen = ", at their best epochs" if spread and config.patience else ""
     typer.echo(f"{result.shown_metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
-    if result.kept is not None:
-        typer.echo(f"kept: {result.kept}")
+    if result.kept_model is not None:
+        typer.echo(f"kept: {result.kept_model}")
     typer.echo(f"expert: {place}" if config.epochs else f"scores: {place}")
     if config.epochs:
         from rekindle.pipeline.commands.following import after_finetune

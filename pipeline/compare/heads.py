@@ -32,7 +32,7 @@ from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_fol
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import (
-    named,
+    as_file_labels,
     predictions_of,
     printed_name,
     score,
@@ -278,7 +278,10 @@ def _score_of_tags(data: TaskData, logits: np.ndarray, metric: str) -> Score:
     """Count by text: right tags among all, or right entities among those predicted and those
     present.
     """
-    said, true = named(data, predictions_of(TAGS, logits)), named(data, data.labels)
+    said, true = (
+        as_file_labels(data, predictions_of(TAGS, logits)),
+        as_file_labels(data, data.labels),
+    )
     right, both = np.zeros(len(data)), np.zeros(len(data))
     for row, (own, wanted) in enumerate(zip(said, true, strict=True)):
         assert isinstance(own, list)

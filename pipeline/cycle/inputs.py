@@ -111,7 +111,7 @@ def read_tasks(config: CycleConfig, tell: bool = True) -> list[TaskFiles]:
     for one in found if tell else ():
         for name, split in one.splits.items():
             if name != "dev" or one.task.dev:  # else it is part of train
-                logger.info("task %s, %s: %s", one.task.name, name, split.described())
+                logger.info("task %s, %s: %s", one.task.name, name, split.describe())
     return found
 
 

@@ -19,7 +19,12 @@ from rekindle.train.answers.score import judged_scores
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.label_lists import TAGS
-from rekindle.train.finetune.metrics import METRICS, chosen_metric, printed_name, tell_undefined
+from rekindle.train.finetune.metrics import (
+    METRICS,
+    chosen_metric,
+    log_undefined_scores,
+    printed_name,
+)
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
@@ -99,8 +104,8 @@ def evaluate_file(
     data = read_labelled(test, judge, settings, texts)
     metric = metric_of(metric, judge.metric or before.metric, data)
     answers = replace(judge.answers, threshold=settings.threshold)
-    log.info("%s: %s", test, data.described())
-    tell_undefined(test, data)
+    log.info("%s: %s", test, data.describe())
+    log_undefined_scores(test, data)
     watch.expect(len(data))
     with running_out(Path(out or test), lambda: "", less_memory(settings)):
         scores, logits, cut = judged_scores(judge, data, settings, watch, name=test)

@@ -15,8 +15,13 @@ from rekindle.train.answers.recorded import Recorded, recorded
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
 from rekindle.train.export.plain import problem_of
-from rekindle.train.finetune.classifier import by_length, load_trained, predict, to_fine_tune
-from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, of_words
+from rekindle.train.finetune.classifier import (
+    finetune_command,
+    load_trained,
+    predict,
+    run_by_length,
+)
+from rekindle.train.finetune.encoded import Cuts, EncodedTexts, encode, from_words
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.merge_baselines import bare_names
 from rekindle.train.finetune.metrics import check_finite
@@ -98,7 +103,7 @@ def judged(
         block = data.part(first, first + ROWS_AT_A_TIME)
         encoded = judge.read(block, settings.max_length)
         found.append(judge.logits(encoded, settings.batch_size))
-        cuts = cuts.and_of(encoded)
+        cuts = cuts.add(encoded)
         watch.advance(len(block))
     logits = np.concatenate(found)
     if data.words is None:
@@ -150,7 +155,7 @@ def no_head(model: str, kind: str) -> str:
     """Return the message for a language model that is asked for labels."""
     return (
         f"{model!r} is a {kind} language model without a trained head: it knows no labels. First "
-        f"make an expert from it: {to_fine_tune(model)}. To see how well it knows plain text: "
+        f"make an expert from it: {finetune_command(model)}. To see how well it knows plain text: "
         f"`pipeline evaluate {shlex.quote(model)} --text FILE`"
     )
 
@@ -205,7 +210,7 @@ class StudentHead(Judge):
         takes = (longest_input(config) or math.inf) - prompted
         most = int(min(max_length or self.student.longest_text, takes))
         if data.words is not None:
-            return of_words(encode_words(tokenizer, data.words, most), 0, most, takes)
+            return from_words(encode_words(tokenizer, data.words, most), 0, most, takes)
         whole = tokenizer.whole_lengths(data.texts, data.pairs)
         limits = (most, takes, int((whole > most).sum()), int(whole.max(initial=0)))
         if data.pairs is not None:
@@ -233,7 +238,7 @@ class StudentHead(Judge):
             logits: Tensor = found.logits[name]
             return logits
 
-        return by_length(encoded, batch_size, self.device, run)
+        return run_by_length(encoded, batch_size, self.device, run)
 
 
 def head_of(
@@ -262,6 +267,6 @@ def head_of(
             told = f"has no task head{does.get(kind, '')}"
         raise InputError(
             f"student {directory!r} {told}. A distill term with a task expert gives a student a "
-            f"head; or fine-tune it: {to_fine_tune(directory)}"
+            f"head; or fine-tune it: {finetune_command(directory)}"
         )
     return wanted, heads[wanted]

@@ -19,13 +19,13 @@ from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.label_lists import (
     SEVERAL,
     TAGS,
+    check_label_lists,
     check_settings,
-    check_several,
     check_tags,
-    named_rows,
+    parse_labels,
+    parse_words,
     read_lists,
-    several_in,
-    words_in,
+    resolve_numbers,
 )
 from rekindle.train.finetune.labels import (
     SHOWN,
@@ -34,8 +34,8 @@ from rekindle.train.finetune.labels import (
     check_dropped,
     check_scores,
     dropped_names,
-    kept_rows,
-    read_alike,
+    read_labels,
+    unify_labels,
 )
 from rekindle.train.finetune.positive import positive_class
 from rekindle.train.finetune.task_data import TaskData, ranked, split_of, split_of_lists
@@ -72,18 +72,18 @@ def read_labelled(
                 "ranker, or say --set problem=classification or problem=regression"
             )
         dropped = dropped_names(settings.drop_labels, as_written=False)
-        rows, gone = kept_rows(path, file.labels, dropped, as_written=False)
+        rows, gone = read_labels(path, file.labels, dropped, as_written=False)
         check_dropped(dropped, [(rows, gone)])
-        return ranked(file, read_alike([rows], as_written=False)[0], gone, settings)[0]
+        return ranked(file, unify_labels([rows], as_written=False)[0], gone, settings)[0]
     names = () if problem == "regression" else tuple(dict.fromkeys(judge.labels))
     if problem in (SEVERAL, TAGS):
         return _read_lists(file, problem, names, who, settings)
     dropped = dropped_names(settings.drop_labels, as_written=False)
-    rows, gone = kept_rows(path, file.labels, dropped, as_written=False)
+    rows, gone = read_labels(path, file.labels, dropped, as_written=False)
     check_dropped(dropped, [(rows, gone)])
     _check_rows(path, rows.numbers, gone)
     if settings.label_names:
-        rows = named_rows(rows, settings.label_names)
+        rows = resolve_numbers(rows, settings.label_names)
     if names:
         labels = np.array(_numbers(rows, names, who), dtype=np.int64)
     else:
@@ -103,13 +103,13 @@ def _read_lists(
 ) -> TaskData:
     """Read rows that have several labels, or tokens with tags."""
     dropped = dropped_names(settings.drop_labels, as_written=True)
-    split = partial(several_in, separator=settings.label_separator)
-    read = words_in if problem == TAGS else split
+    split = partial(parse_labels, separator=settings.label_separator)
+    read = parse_words if problem == TAGS else split
     lists, gone = read_lists(file.path, file.labels, read, dropped, settings.label_names)
     check_dropped(dropped, [(lists.each, gone)])
     _check_rows(file.path, lists.numbers, gone)
     if file.words is None:
-        check_several(lists, train=False)
+        check_label_lists(lists, train=False)
     else:
         check_tags(lists, file.words, as_asked(settings, problem))
     numbers = _numbers(lists.each, names, who)

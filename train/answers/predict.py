@@ -38,19 +38,19 @@ from rekindle.train.answers.recorded import as_recorded
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.config import TaskSettings
-from rekindle.train.finetune.encoded import Cuts, tell_cut
+from rekindle.train.finetune.encoded import Cuts, log_cut_texts
 from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.labels import SHOWN
 from rekindle.train.finetune.predictions import (
     GIVEN,
     Answer,
     Answers,
-    answered,
-    labels_in,
+    add_answers,
+    labels_of,
     write_rows,
 )
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.finetune.task_files import text_fields, words_of
+from rekindle.train.finetune.task_files import row_words, text_fields
 from rekindle.train.running_out import running_out
 
 log = logging.getLogger("rekindle")
@@ -137,7 +137,7 @@ def predict_file(
         label_names=judge.answers.names,
         rows=work.rows,
         said=dict(work.said.most_common()),
-        cut=tell_cut({text: work.cuts})[text],
+        cut=log_cut_texts({text: work.cuts})[text],
         renamed={name: GIVEN + name for name in judge.answers.columns if name in first},
         seconds=time.perf_counter() - started,
     )
@@ -180,7 +180,7 @@ class _Reader:
             return TaskData(*texts_of(block, first, self.columns, self.path), nothing, ())
         (name,) = self.columns
         each = enumerate(block, start=first)
-        words = [words_of(self.path, name, number, row.get(name)) for number, row in each]
+        words = [row_words(self.path, name, number, row.get(name)) for number, row in each]
         return TaskData([*map(" ".join, words)], None, nothing, (), words=words)
 
     def with_tokens(self, row: Row, words: list[str], answer: Answer) -> Answer:
@@ -195,7 +195,7 @@ def _check(reader: _Reader, answers: Answers) -> int:
     count, nothing = 0, dict.fromkeys(answers.columns)
     for block in blocks(read_rows(reader.path)):
         reader.data(block, count + 1)
-        for _ in answered(block, [nothing] * len(block), reader.path, count + 1):
+        for _ in add_answers(block, [nothing] * len(block), reader.path, count + 1):
             pass
         count += len(block)
     return count
@@ -224,17 +224,17 @@ class _Work:
         self.answers = replace(judge.answers, threshold=settings.threshold)
         self.rows, self.cuts, self.said = 0, Cuts(), Counter[str]()
 
-    def answered(self, block: Sequence[Row]) -> Iterator[Row]:
+    def add_answers(self, block: Sequence[Row]) -> Iterator[Row]:
         """Yield each row with its answer."""
         first = self.rows + 1
         data = self.reader.data(block, first)
         logits, cuts = judged(self.judge, data, self.settings)
         found = [self.answers.of(one) for one in data.per_row(logits)]
         self.rows += len(block)
-        self.cuts = self.cuts.and_of(cuts)
+        self.cuts = self.cuts.add(cuts)
         for answer in found:
-            self.said.update(labels_in(answer))
+            self.said.update(labels_of(answer))
         if data.words is not None:
             each = zip(block, data.words, found, strict=True)
             found = [self.reader.with_tokens(*one) for one in each]
-        return answered(block, found, self.reader.path, first)
+        return add_answers(block, found, self.reader.path, first)

@@ -18,9 +18,9 @@ from rekindle.train.answers.judge import Expert, Judge, judged, open_judge
 from rekindle.train.answers.watch import NOBODY, Watch
 from rekindle.train.finetune.classifier import predict
 from rekindle.train.finetune.config import NOTHING_KEPT, FinetuneConfig, less_memory
-from rekindle.train.finetune.encoded import tell_cut
+from rekindle.train.finetune.encoded import log_cut_texts
 from rekindle.train.finetune.merge_baselines import merge_scores, scores_by_name
-from rekindle.train.finetune.metrics import chosen_metric, scores_of, tell_undefined
+from rekindle.train.finetune.metrics import chosen_metric, log_undefined_scores, scores_of
 from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place
@@ -65,8 +65,8 @@ def score_model(
     data = dict(zip(scored, read, strict=True))
     metric = chosen_metric(metric, data["dev"])
     for name, split in data.items():
-        logger.info("%s: %s", scored[name], split.described())
-        tell_undefined(scored[name], split)
+        logger.info("%s: %s", scored[name], split.describe())
+        log_undefined_scores(scored[name], split)
     where = place(config.precision)
     bf16 = bf16_saves(where.precision, where.device.partition(":")[0])
     with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config, bf16)):
@@ -193,7 +193,7 @@ def judged_scores(
     """
     judge.check_task(data)
     logits, cuts = judged(judge, data, settings, watch)
-    cut = tell_cut({name: cuts})[name]
+    cut = log_cut_texts({name: cuts})[name]
     if not data.label_names:
         return scores_of(data, logits), logits, cut
     return scores_by_name(logits, judge.labels, data, judge.who), logits, cut
@@ -234,7 +234,7 @@ def expert_output(
         )
     with quiet_transformers():
         encoded = expert.read(data, max_length)
-        cut = tell_cut({name: encoded})[name]
+        cut = log_cut_texts({name: encoded})[name]
         logits = expert.logits(encoded, batch_size)
         means = None
         if passes:

@@ -67,7 +67,7 @@ class Family:
     # Settings that must have these values; others would need too many changes.
     required_settings: dict[str, object] = field(default_factory=dict)
 
-    def place(self, name: str) -> tuple[int | None, str]:
+    def split_name(self, name: str) -> tuple[int | None, str]:
         """Return the layer number of the parameter ``name``, if any, and its name within
         the layer.
         """

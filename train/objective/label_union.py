@@ -44,9 +44,8 @@ class LabelUnion:
             elif all(re.fullmatch(r"LABEL_\d+", name) for name in labels) and len(experts) > 1:
                 raise InputError(
                     f"the classes of teacher {expert.name!r} have no names ({labels[0]} …), but "
-                    "equal "
-                    "names would become one label. Name them (id2label in its config.json), or "
-                    "use labels: apart"
+                    "equal names would become one label. Name them (id2label in its config.json), "
+                    "or use labels: apart"
                 )
             places[expert.name] = tuple(names.setdefault(name, len(names)) for name in labels)
         return cls(tuple(names), places)

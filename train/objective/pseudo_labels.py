@@ -36,8 +36,8 @@ def sure_rows(
 ) -> NDArray[np.bool_]:
     """Return which rows [R] of logits [R,C] the expert is sure of."""
     if info.problem == "multi_label_classification":
-        is_sure: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
-        return is_sure
+        has_sure: NDArray[np.bool_] = np.any(np.abs(logits) >= _least_logit(confidence), axis=1)
+        return has_sure
     wide = logits.astype(np.float64)
     largest = 1 / np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
     is_sure: NDArray[np.bool_] = largest >= _or_default(confidence)

@@ -62,7 +62,7 @@ def _loss_in_step(
     """Return the sum of the losses of a part's rows, with the gradient of the whole step's loss
     with respect to them.
     """
-    places = send(places_of(keys, step.keys), student_vectors.device)
+    places = send(step_rows(keys, step.keys), student_vectors.device)
     students, teachers = (
         send(vectors, student_vectors.device).to(student_vectors.dtype)
         for vectors in (step.student, step.teacher)
@@ -72,7 +72,7 @@ def _loss_in_step(
     return total - total.detach() + row_losses.detach()[places].sum()
 
 
-def places_of(keys: Ints, known: Ints) -> Ints:
+def step_rows(keys: Ints, known: Ints) -> Ints:
     """Return the place in ``known`` [N], ascending, of each of ``keys`` [R]: among equal ones the
     first at the first place, and so on.
     """

@@ -165,8 +165,9 @@ def check_groups_unsplit(files: Sequence[GroupedFile]) -> None:
                 if key in known_rows:
                     raise InputError(
                         f"{other_file.path}, row {row}: the group {key[0]!r} with its query is "
-                        f"also in {file.path} (row {known_rows[key]}); all documents of a query belong into "
-                        "one split, or what was trained on is scored. Put them into one file"
+                        f"also in {file.path} (row {known_rows[key]}); all documents of a query "
+                        "belong into one split, or what was trained on is scored. Put them into "
+                        "one file"
                     )
 
 

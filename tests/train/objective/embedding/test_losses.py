@@ -10,7 +10,7 @@ import torch
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
 from rekindle.train.objective.embedding.config import VectorConfig, vector_losses
-from rekindle.train.objective.vector_loss import places_of, sort_vectors, vector_loss
+from rekindle.train.objective.vector_loss import sort_vectors, step_rows, vector_loss
 from testlib.command import python
 
 TAU = 0.3
@@ -95,7 +95,7 @@ def test_the_parts_of_a_step_add_up_to_it(keys, parts):
 
 def test_equal_keys_have_places_of_their_own():
     known = np.array([1, 1, 4, 4, 4, 9])
-    assert places_of(np.array([4, 9, 1, 4]), known).tolist() == [2, 5, 0, 3]
+    assert step_rows(np.array([4, 9, 1, 4]), known).tolist() == [2, 5, 0, 3]
 
 
 @pytest.mark.parametrize("rows", [0, 1])
