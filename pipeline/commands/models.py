@@ -174,14 +174,14 @@ def evaluate(
         from rekindle.pipeline.commands import asking
 
         measured = asking.perplexity(model, text, text_field, set_)
-        typer.echo(json.dumps(measured.as_dict()) if as_json else measured.told())
+        typer.echo(json.dumps(measured.as_dict()) if as_json else measured.summary())
         return
     from rekindle.pipeline.commands import asking
 
     where = None if out is None else str(out)
     fields = (text_field, label_field)
     found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
-    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.summary())
 
 
 def predict(
@@ -207,7 +207,7 @@ def predict(
 
     found = asking.predictions(model, text, out, head, force, text_field, set_)
     if out != "-":
-        typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+        typer.echo(json.dumps(found.as_dict()) if as_json else found.summary())
 
 
 def generate(
@@ -228,7 +228,7 @@ def generate(
     from rekindle.pipeline.commands import asking
 
     found = asking.generated(model, prompts, out, force, set_)
-    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+    typer.echo(json.dumps(found.as_dict()) if as_json else found.summary())
 
 
 def export(

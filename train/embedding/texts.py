@@ -84,7 +84,7 @@ def described(
     return found
 
 
-def told_of_prompts(about: EncoderFolder, asked: bool) -> str | None:
+def describe_prompts(about: EncoderFolder, asked: bool) -> str | None:
     """Return a line on an encoder's prompts; None if it has none."""
     if about.prompt:
         return f"each text is read after {about.prompt!r}"

@@ -108,7 +108,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
 
 
 def check_same_form(files: Sequence[TaskFile]) -> None:
-    """Raise InputError if some splits of a task have tokens, groups or pairs and others have not."""
+    """Raise InputError if only some splits of a task have tokens, groups or pairs."""
     train = files[0]
     for other in files[1:]:
         if (train.words is None) != (other.words is None):
