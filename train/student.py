@@ -24,7 +24,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
-from rekindle.train.embedding.student import check_asked, for_student, output_of
+from rekindle.train.embedding.student import (
+    check_student_embedding,
+    choose_vector_output,
+    fit_head_to_student,
+)
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.files import (
     base_fingerprints,
@@ -312,7 +316,7 @@ def build_student(
     (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
-    check_asked(config, heads)
+    check_student_embedding(config, heads)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     attention, fresh = config.chosen_attention, False
@@ -329,7 +333,7 @@ def build_student(
     asked = {name: _formed(name, head, config, model, tokenizer) for name, head in heads.items()}
     student = Student(model, task, asked, vocabulary_size, prompted)
     student.sequence_length = sequence_length or None
-    student.vectors = output_of(config, asked)
+    student.vectors = choose_vector_output(config, asked)
     if adapter is not None:
         place = directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
         student.adapter = adapter
@@ -351,7 +355,7 @@ def _formed(
     An embedding head also gets what the student's size decides.
     """
     if head.kind == "embedding":
-        return for_student(head, name, config, model.config)
+        return fit_head_to_student(head, name, config, model.config)
     padding = None
     if config.head == "family" and padding_of(model.config) is None and tokenizer is not None:
         known = (tokenizer.hf.pad_token_id, tokenizer.eos_id)

@@ -130,7 +130,7 @@ def plan_teacher(
     assert views.masked is not None or not config.sees_masks
     if encoder is not None:
         info |= configured(config, views, size, encoder.width(settings.hidden_size))
-        info |= {"pooling": encoder.told_pooling, "normalised": encoder.normalised}
+        info |= {"pooling": encoder.pooling_name, "normalised": encoder.normalised}
         info |= {"prompt": encoder.prompt or None}
         info["fingerprints"] = {**prints, "modules": encoder.fingerprint}
     elif config.vocabulary:

@@ -135,7 +135,7 @@ class EncoderJudge(Judge):
     @property
     def _prompts(self) -> tuple[str, str]:
         """Return the prompts of the first texts and of the second: for a search its own prompts."""
-        folder = self.encoder.about
+        folder = self.encoder.folder
         if self.prompt_setting is not None or not self.is_search:
             return folder.prompt, folder.prompt
         first, second = (

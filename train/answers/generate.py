@@ -329,7 +329,6 @@ def _ends(network: StudentNetwork, tokenizer: Tokenizer) -> list[int]:
     if any(type(one) not in (int, NoneType) for one in end_ids):
         raise InputError(
             f"{model.name_or_path}/generation_config.json: eos_token_id is {model_ends!r}; it is "
-            "the id "
-            "of a token, or a list of ids"
+            "the id of a token, or a list of ids"
         )
     return sorted({one for one in (*end_ids, tokenizer.eos_id) if one is not None})

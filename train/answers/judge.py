@@ -83,8 +83,8 @@ class Judge(ABC):
         if problem == SEVERAL != data.problem:
             raise InputError(
                 f"{subject} are labels of which several may hold, but the task is a "
-                f"{data.problem}: "
-                "only the largest would be counted. Give a task with lists of labels"
+                f"{data.problem}: only the largest would be counted. Give a task with lists of "
+                "labels"
             )
         if problem != data.problem and (TAGS in (problem, data.problem) or problem == "regression"):
             raise InputError(
@@ -277,7 +277,6 @@ def choose_head(
             problem_text = f"has no task head{purposes.get(kind, '')}"
         raise InputError(
             f"student {directory!r} {problem_text}. A distill term with a task expert gives a "
-            "student a "
-            f"head; or fine-tune it: {finetune_command(directory)}"
+            f"student a head; or fine-tune it: {finetune_command(directory)}"
         )
     return requested, heads[requested]

@@ -164,6 +164,6 @@ def _unknown(rows: Rows, wrong: Sequence[int], names: Sequence[str], subject: st
         advice = f"Correct them, or leave such rows out with --set {setting}"
     return (
         f"{rows.path}, row {numbers}{more}: {subject} does not know the "
-        f"label{'s' * (len(labels) > 1)} "
-        f"{shown_labels}; it knows {len(names)}: {shown_names}{suggestion or '.'} {advice}"
+        f"label{'s' * (len(labels) > 1)} {shown_labels}; it knows {len(names)}: "
+        f"{shown_names}{suggestion or '.'} {advice}"
     )

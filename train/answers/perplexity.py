@@ -301,20 +301,18 @@ class _WindowPlan:
             predicted_text = "every token" if self.tokenizer.prefix else "every token but the first"
             return (
                 f"perplexity: {predicted_text} of each text is predicted from those before it; "
-                "texts of "
-                f"more than {self.window:,} tokens in windows that advance by {self.stride:,}"
+                f"texts of more than {self.window:,} tokens in windows that advance by "
+                f"{self.stride:,}"
             )
         tokens_text = "every token"
         if self.masked_count is not None:
             tokens_text = (
                 f"at most {self.masked_count:,} tokens, drawn uniformly with seed {self.seed} "
-                "(every one: "
-                "--set tokens=all), each"
+                "(every one: --set tokens=all), each"
             )
         return (
             f"pseudo-perplexity: {tokens_text} masked alone, in a pass of its own, within its text "
-            "or "
-            f"{self.window:,} tokens of it"
+            f"or {self.window:,} tokens of it"
         )
 
     def windows(self, texts: Iterator[Ids]) -> tuple[int | None, Iterator[Window]]:

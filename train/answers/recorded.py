@@ -83,8 +83,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 def _damaged(path: Path, problem: str) -> InputError:
     return InputError(
         f"{path}, which says how the expert was fine-tuned, is damaged: {problem}. Restore it from "
-        "a "
-        "copy, or remove it and give all settings again"
+        "a copy, or remove it and give all settings again"
     )
 
 
