@@ -276,11 +276,9 @@ class _WindowPlan:
 
     @classmethod
     def of(cls, network: StudentNetwork, tokenizer: Tokenizer, config: PerplexityConfig) -> Self:
-        model_limit = longest_input(network.model.config) or math.inf
-        model_limit = min(
-            model_limit - (network.prompts is not None), tokenizer.hf.model_max_length
-        )
-        window = int(min(config.max_length or MOST_TOKENS, model_limit))
+        longest = (longest_input(network.model.config) or math.inf) - (network.prompts is not None)
+        limits = (config.max_length or MOST_TOKENS, longest, tokenizer.hf.model_max_length)
+        window = int(min(limits))
         special_count = len(tokenizer.prefix) + len(tokenizer.suffix)
         if window <= special_count + 1:
             raise InputError(f"max_length {window} leaves no room for a text: give more tokens")
@@ -291,18 +289,18 @@ class _WindowPlan:
                 "predictions in a window would have no context; give a smaller one"
             )
         masked_count = None if config.tokens == "all" else config.tokens
-        causal = network.task == "causal_lm"
-        return cls(tokenizer, causal, window, stride, masked_count, config.seed)
+        return cls(
+            tokenizer, network.task == "causal_lm", window, stride, masked_count, config.seed
+        )
 
     @property
     def rule(self) -> str:
         """Return what is measured, in one line."""
         if self.causal:
-            predicted_text = "every token" if self.tokenizer.prefix else "every token but the first"
+            predicted = "every token" if self.tokenizer.prefix else "every token but the first"
             return (
-                f"perplexity: {predicted_text} of each text is predicted from those before it; "
-                f"texts of more than {self.window:,} tokens in windows that advance by "
-                f"{self.stride:,}"
+                f"perplexity: {predicted} of each text is predicted from those before it; texts of "
+                f"more than {self.window:,} tokens in windows that advance by {self.stride:,}"
             )
         tokens_text = "every token"
         if self.masked_count is not None:

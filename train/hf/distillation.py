@@ -304,9 +304,7 @@ class Distillation:
             collator.is_used = True
         device = output.device
         sent = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, device)
-        row_labels = sent.labels
-        if labels is not None:
-            row_labels = self._row_labels(labels.to(device), sent.select)
+        row_labels = sent.labels if labels is None else self._at(labels.to(device), sent.select)
         counts = counts or self._count_rows(sent, row_labels)
         scale = self.ce_weight / max(counts.labels, 1)
         ce = total = output.new_zeros((), dtype=torch.float32)
@@ -346,7 +344,7 @@ class Distillation:
             total = total + 0.0 * output.flatten()[0].float()
         return StepShare(total, ce, kd)
 
-    def _row_labels(self, labels: Tensor, select: Tensor) -> Tensor:
+    def _at(self, labels: Tensor, select: Tensor) -> Tensor:
         """Return the labels [P] of the rows ``select``."""
         if self.task == "causal_lm":
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
