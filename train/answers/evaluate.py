@@ -146,14 +146,14 @@ def check_pairs(record: ExpertRecord, has_pairs: bool, model: str, path: str) ->
     """
     if record.pairs in (None, has_pairs):
         return
-    trained_on, found = ("pairs of texts", "single texts")[:: 1 if record.pairs else -1]
+    trained_on, given_texts = ("pairs of texts", "single texts")[:: 1 if record.pairs else -1]
     advice = f"name the {'two columns of the texts' if record.pairs else 'one column of the text'}"
     if path != STDIN and recorded_origin(path).format == "txt":
         advice = (
             "a txt has no columns; give a jsonl, csv, tsv or parquet file with two, and name them"
         )
     raise InputError(
-        f"{model!r} was fine-tuned on {trained_on}, but {path} has {found}: {advice} with "
+        f"{model!r} was fine-tuned on {trained_on}, but {path} has {given_texts}: {advice} with "
         "--text-field"
     )
 

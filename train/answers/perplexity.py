@@ -271,7 +271,7 @@ class _WindowPlan:
     causal: bool
     window: int
     stride: int
-    masked_count: int | None  # number of masked tokens; None: all
+    masked: int | None  # number of masked tokens; None: all
     seed: int
 
     @classmethod
@@ -288,10 +288,8 @@ class _WindowPlan:
                 f"stride {stride} is not less than the window of {window} tokens: the first "
                 "predictions in a window would have no context; give a smaller one"
             )
-        masked_count = None if config.tokens == "all" else config.tokens
-        return cls(
-            tokenizer, network.task == "causal_lm", window, stride, masked_count, config.seed
-        )
+        masked = None if config.tokens == "all" else config.tokens
+        return cls(tokenizer, network.task == "causal_lm", window, stride, masked, config.seed)
 
     @property
     def rule(self) -> str:
@@ -303,9 +301,9 @@ class _WindowPlan:
                 f"more than {self.window:,} tokens in windows that advance by {self.stride:,}"
             )
         tokens_text = "every token"
-        if self.masked_count is not None:
+        if self.masked is not None:
             tokens_text = (
-                f"at most {self.masked_count:,} tokens, drawn uniformly with seed {self.seed} "
+                f"at most {self.masked:,} tokens, drawn uniformly with seed {self.seed} "
                 "(every one: --set tokens=all), each"
             )
         return (
@@ -322,8 +320,8 @@ class _WindowPlan:
             return None, chain.from_iterable(windows)
         pieces: Iterable[Piece] = masked_pieces(texts, prefix, suffix, self.window)
         total = None
-        if self.masked_count is not None:
-            pieces = draw_places(pieces, self.masked_count, self.seed)
+        if self.masked is not None:
+            pieces = draw_places(pieces, self.masked, self.seed)
             total = sum(len(places) for _, places in pieces)
         return total, masked_windows(pieces, int(self.tokenizer.mask_id or 0))
 

@@ -244,13 +244,15 @@ def expert_output(
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 network = expert.network
-                each = [predict(network, encoded, batch_size, dropout=True) for _ in range(passes)]
-            if all(np.array_equal(one, logits) for one in each):
+                pass_logits = [
+                    predict(network, encoded, batch_size, dropout=True) for _ in range(passes)
+                ]
+            if all(np.array_equal(one, logits) for one in pass_logits):
                 raise InputError(
                     f"{model!r}: {passes} Monte-Carlo passes are identical, so the model has no "
                     "dropout to measure uncertainty with. Set merge.passes to 0 to leave MUKI out"
                 )
-            means = np.mean([softmax(one, axis=1) for one in each], axis=0)
+            means = np.mean([softmax(one, axis=1) for one in pass_logits], axis=0)
     about = {"task": "sequence_classification", "kind": "sequence", "view": "text"}
     labels = expert.labels
     info = TeacherInfo(name=name, num_labels=len(labels), label_names=labels, **about)

@@ -145,7 +145,7 @@ def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFo
             f"{directory}: its modules are {', '.join(kinds)}; supported are a Transformer, "
             f"Pooling, and any of {', '.join(AFTER)} after them, in this order"
         )
-    (_, transformer), (_, pooling), *after = modules
+    (_, transformer), (_, pooling), *later_modules = modules
     config = _optional(directory / ABOUT_ENCODER)
     if (model_type := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
         raise InputError(
@@ -154,7 +154,7 @@ def read_encoder_folder(directory: Path, prompt: str | None = None) -> EncoderFo
         )
     settings = _transformer_settings(transformer)
     modes, skips_prompt, pooled = _pooling(pooling)
-    steps = (_step(kind, folder) for kind, folder in after if kind != "Dropout")
+    steps = (_step(kind, folder) for kind, folder in later_modules if kind != "Dropout")
     prompts = {k: v for k, v in (config.get("prompts") or {}).items() if v}
     chosen_prompt = (
         prompts.get(config.get("default_prompt_name") or "", "") if prompt is None else prompt

@@ -155,14 +155,14 @@ def meaning_of(train: Rows, problem: str | None) -> Meaning:
     if problem is None:
         _refuse_mixed(train)
         kind, values = train.labels[0].kind, [label.value for label in train.labels]
-        whole = all(number.is_integer() for value in values for number in _numbers(value))
-        if kind == "a list of numbers" and whole:
+        all_integers = all(number.is_integer() for value in values for number in _numbers(value))
+        if kind == "a list of numbers" and all_integers:
             train.refuse(
                 0,
                 f"label {train.labels[0].raw!r}: lists of whole numbers may be scores, or classes "
                 f"that do not exclude each other; say {SAY_SCORES} or {SAY_SEVERAL}",
             )
-        if kind in _OF_NUMBERS and not whole:
+        if kind in _OF_NUMBERS and not all_integers:
             return _as_scores(train)
         refuse_doubtful(train)
     by_name = {label.name: label.value for label in train.labels}

@@ -82,7 +82,7 @@ class FinishedSeeds:
         remove_leftovers(self.folder)
         self._take_up_older()
         advice = f"remove it (`rm -r {quote(str(self.folder))}`), or give another --out"
-        left_results = self._kept(advice)
+        left_results = self._read_results(advice)
         recorded = read_record(self.folder / ABOUT_FILE, advice)
         if not left_results:
             for path in self.folder.iterdir():
@@ -129,7 +129,7 @@ class FinishedSeeds:
             else:
                 older.rename(model)
 
-    def _kept(self, advice: str) -> dict[int, SeedResult]:
+    def _read_results(self, advice: str) -> dict[int, SeedResult]:
         """Return every result that an earlier call left, planned now or not."""
         results = []
         for path in self.folder.glob("seed-*.json"):
@@ -169,14 +169,15 @@ class FinishedSeeds:
             write(best_model, self.results)
             publish_folder(best_model, out)
             return
-        whole = self.folder / "whole"
-        with new_folder(whole) as staged:  # made of copies: after a kill every seed is still here
+        result_folder = self.folder / "whole"
+        # made of copies: after a kill every seed is still here
+        with new_folder(result_folder) as staged:
             shutil.copytree(best_model, staged, dirs_exist_ok=True)
             write(staged, self.results)
             for one in self.results if self.keep_every else ():
                 shutil.copytree(self._model(one.seed), seed_folder(staged, one.seed))
                 write(seed_folder(staged, one.seed), [one])
-        publish_folder(whole, out)
+        publish_folder(result_folder, out)
         write_whole(out, force)
 
     def describe_interrupt(self) -> tuple[str, bool]:

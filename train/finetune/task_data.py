@@ -154,7 +154,7 @@ class TaskData:
         if self.dropped:
             dropped = (f"{number:,} of {name!r}" for name, number in self.dropped.items())
             rows += f" ({', '.join(dropped)} left out)"
-        if empty := sum(not text.strip() for text in self._whole()):
+        if empty := sum(not text.strip() for text in self._joined_texts()):
             rows += f", {empty:,} of them without text"
         if self.groups is not None:
             return f"ranking: {rows} {describe_groups(self.groups, self.labels)}"
@@ -187,7 +187,7 @@ class TaskData:
             summary += f", none in {counted(int((label_counts == 0).sum()), 'row')}"
         return f"{summary}; F1 is at probability {self.threshold}"
 
-    def _whole(self) -> Iterator[str]:
+    def _joined_texts(self) -> Iterator[str]:
         return map(" ".join, zip(self.texts, self.pairs or self.texts, strict=True))
 
     def check_known(self, names: Sequence[str], subject: str) -> None:

@@ -72,15 +72,15 @@ def _loss_in_step(
     return total - total.detach() + row_losses.detach()[places].sum()
 
 
-def step_rows(keys: Ints, known: Ints) -> Ints:
-    """Return the place in ``known`` [N], ascending, of each of ``keys`` [R]: among equal ones the
+def step_rows(keys: Ints, step_keys: Ints) -> Ints:
+    """Return the place in ``step_keys`` [N], ascending, of each of ``keys`` [R]: among equal ones the
     first at the first place, and so on.
     """
     order = np.argsort(keys, kind="stable")
     ascending = keys[order]
     earlier = np.arange(len(keys)) - np.searchsorted(ascending, ascending)  # of the same key
     places = np.empty(len(keys), np.int64)
-    places[order] = np.searchsorted(known, ascending) + earlier
+    places[order] = np.searchsorted(step_keys, ascending) + earlier
     return places
 
 

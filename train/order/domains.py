@@ -23,18 +23,18 @@ def check_domains(corpus: Corpus, names: Iterable[str], key: str) -> None:
     """Raise InputError for a domain, named in the configuration's ``key``, that the
     corpus lacks.
     """
-    known = corpus.domains
-    unknown = [name for name in names if name not in known]
+    counts = corpus.domains
+    unknown = [name for name in names if name not in counts]
     if not unknown:
         return
-    if not known:
+    if not counts:
         raise InputError(
             f"{key} names {unknown[0]!r}, but the sequences of {corpus.store.location} have no "
             "domains: set corpus.domain_field, and cache the corpus again"
         )
     raise InputError(
         f"{key}: there is no domain {unknown[0]!r} in {corpus.store.location}; it has "
-        f"{', '.join(f'{name} ({count:,} sequences)' for name, count in sorted(known.items()))}"
+        f"{', '.join(f'{name} ({count:,} sequences)' for name, count in sorted(counts.items()))}"
     )
 
 

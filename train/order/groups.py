@@ -94,8 +94,8 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
         raise InputError(missing_groups_message(key, cache.store.location))
     numbers = sequences.select(np.arange(len(sequences), dtype=np.int64))
     group_of = group_numbers(cache.corpus)[numbers]
-    whole = WholeGroups(numbers, group_of, config.seed)
-    largest = int(whole.sizes.max())
+    groups = WholeGroups(numbers, group_of, config.seed)
+    largest = int(groups.sizes.max())
     if largest == 1:
         raise InputError(
             f"{key}: groups, but each of the {counted(len(numbers), 'group')} to train on "
@@ -103,10 +103,10 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
             "(corpus.group_field names what they have in common), or leave the key out"
         )
     if config.batching != "groups":
-        _warn_split_groups(key, config, whole)
+        _warn_split_groups(key, config, groups)
         return None
     if largest > config.batch_sequences:
-        sequence = int(numbers[group_of == np.unique(group_of)[whole.sizes.argmax()]][0])
+        sequence = int(numbers[group_of == np.unique(group_of)[groups.sizes.argmax()]][0])
         group_name = cache.example(sequence).group
         raise InputError(
             f"train.batching: groups reads whole groups, and {group_name!r} has {largest:,} "
@@ -117,10 +117,10 @@ def whole_groups(cache: Cache, config: TrainConfig, sequences: Ranges) -> WholeG
     log.info(
         "train.batching: groups: %s of %d to %d sequences; a step reads whole ones, about %d "
         "sequences, at most %d",
-        *(counted(len(whole.sizes), "group"), whole.sizes.min(), largest),
+        *(counted(len(groups.sizes), "group"), groups.sizes.min(), largest),
         *(config.batch_sequences, config.batch_sequences + largest - 1),
     )
-    return whole
+    return groups
 
 
 def check_processes(batch: int, largest: int, processes: int) -> None:

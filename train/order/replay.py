@@ -86,7 +86,7 @@ class Replay:
         self._losses: list[list[float]] = []  # [k−1][d] after k intervals
         self._tokens: list[list[int]] = []  # [k−1][d] replayed in interval k, counted from 1
         # Tokens since then: of all processes before this one began, and of this one.
-        self._before, self._own = [0] * len(self.names), [0] * len(self.names)
+        self._tokens_before, self._own_tokens = [0] * len(self.names), [0] * len(self.names)
         self._starts: list[Ints] = [np.zeros(len(self.names), np.int64)]  # [i][D] see `_start`
         self._extend()
 
@@ -123,11 +123,11 @@ class Replay:
         equal = (1 / len(self.names),) * len(self.names)
         if self.every is None or interval < 3:
             return equal
-        later, before = self._losses[interval - 2], self._losses[interval - 3]
-        if not all(map(math.isfinite, [*later, *before])):
+        later, earlier = self._losses[interval - 2], self._losses[interval - 3]
+        if not all(map(math.isfinite, [*later, *earlier])):
             return equal
         second_half = self._steps is not None and 2 * interval * self.every >= self._steps
-        return weights_by_loss(before, later, self._tokens[interval - 2], second_half)
+        return weights_by_loss(earlier, later, self._tokens[interval - 2], second_half)
 
     def count(self, batch: Batch) -> None:
         """Add this process's share of a step to the replayed tokens of each domain."""
@@ -137,7 +137,7 @@ class Replay:
         rows = np.bincount(owners, minlength=len(batch.index))
         for domain, tokens in zip(batch.domains, rows.tolist(), strict=True):
             if domain in self.names:
-                self._own[self.names.index(domain)] += tokens
+                self._own_tokens[self.names.index(domain)] += tokens
 
     def learn(self, steps_done: int, values: Mapping[str, float], total: Total = list) -> None:
         """Note the evaluation after ``steps_done`` steps: each domain's ``ce/DOMAIN``, or
@@ -149,7 +149,7 @@ class Replay:
             return  # the one at the end of a run may fall within an interval
         # The losses come last: other threads call `knows`, which uses the result of `_extend`.
         self._tokens.append(self._since(total))
-        self._before, self._own = ([0] * len(self.names) for _ in range(2))
+        self._tokens_before, self._own_tokens = ([0] * len(self.names) for _ in range(2))
         losses = [values.get(f"ce/{name}", values.get(f"loss/{name}")) for name in self.names]
         self._losses.append([math.nan if one is None else one for one in losses])
         self._extend()
@@ -184,14 +184,16 @@ class Replay:
             losses = state["losses"]
             self._losses = [[math.nan if x is None else x for x in row] for row in losses]
             self._tokens = [list(row) for row in state["tokens"]]
-            self._before, self._own = list(state["since"]), [0] * len(self.names)
+            self._tokens_before, self._own_tokens = list(state["since"]), [0] * len(self.names)
         del self._starts[1:]
         self._extend()
 
     def _since(self, total: Total) -> list[int]:
         """Return each domain's tokens since the last interval's end, over all processes."""
-        counted = total(self._own)
-        return [before + round(now) for before, now in zip(self._before, counted, strict=True)]
+        counted = total(self._own_tokens)
+        return [
+            before + round(now) for before, now in zip(self._tokens_before, counted, strict=True)
+        ]
 
     def interval(self, step: int) -> int:
         """Return the evaluation interval of ``step``; replay is decided once per interval."""
@@ -220,14 +222,14 @@ class Replay:
 
 
 def weights_by_loss(
-    before: Sequence[float], later: Sequence[float], tokens: Sequence[int], second_half: bool
+    earlier: Sequence[float], later: Sequence[float], tokens: Sequence[int], second_half: bool
 ) -> tuple[float, ...]:
     """Return each domain's share of the replay: ELLE's rule, as in its authors' code.
 
     The decrease of its loss per replayed token; if it does not decrease, the largest of all, or 0
     in the second half; at least FLOOR; normalised.
     """
-    falls = [(a - b) / max(n, 1) for a, b, n in zip(before, later, tokens, strict=True)]
+    falls = [(a - b) / max(n, 1) for a, b, n in zip(earlier, later, tokens, strict=True)]
     largest = 0.0 if second_half else max(falls)
     weights = [max(fall if fall > 0 else largest, FLOOR) for fall in falls]
     return tuple(weight / sum(weights) for weight in weights)

@@ -227,19 +227,19 @@ def evaluated_domains(cache: Cache, config: TrainConfig) -> list[str]:
     return []
 
 
-def _check_curriculum(config: TrainConfig, kept: int, train: int) -> None:
+def _check_curriculum(config: TrainConfig, kept_count: int, train: int) -> None:
     """Refuse a curriculum that keeps less than a batch: the same few sequences would fill all
     batches.
     """
     assert config.curriculum is not None
     replayed = 0.0 if config.replay is None else config.replay.fraction
     needed = math.ceil(config.batch_sequences * (1 - replayed) - 1e-9)
-    if kept < needed:
+    if kept_count < needed:
         advice = f"Keep at least {needed / train:.2g}, use" if needed <= train else "Use"
         raise InputError(
-            f"train.curriculum.keep {config.curriculum.keep:g} of {train} sequences leaves {kept}, "
-            f"fewer than the {needed} that a step reads: each batch would repeat them. {advice} a "
-            "smaller train.batch_sequences, or a longer corpus"
+            f"train.curriculum.keep {config.curriculum.keep:g} of {train} sequences leaves "
+            f"{kept_count}, fewer than the {needed} that a step reads: each batch would repeat "
+            f"them. {advice} a smaller train.batch_sequences, or a longer corpus"
         )
 
 
@@ -335,8 +335,8 @@ def _held_out_of(
     cache: Cache, config: TrainConfig, split: Split, domain_ranges: Mapping[str, Ranges]
 ) -> dict[str, Ints]:
     """Return the held-out sequences of each domain: ``evaluate_sequences`` divided among them."""
-    found = {name: split.held_out.intersection(ranges) for name, ranges in domain_ranges.items()}
-    missing = [name for name, ranges in found.items() if not len(ranges)]
+    held_out = {name: split.held_out.intersection(ranges) for name, ranges in domain_ranges.items()}
+    missing = [name for name, ranges in held_out.items() if not len(ranges)]
     needed = set(config.replay.domains) if config.replay and config.replay.follows_loss else set()
     if needed & set(missing):
         raise InputError(
@@ -349,8 +349,8 @@ def _held_out_of(
             "nothing of %s is held out: no loss of it is reported; a larger train.held_out helps",
             ", ".join(missing),
         )
-    share = max(1, config.evaluate_sequences // max(1, len(found)))
-    return {n: spread_groups(cache, ranges, share) for n, ranges in found.items() if len(ranges)}
+    share = max(1, config.evaluate_sequences // max(1, len(held_out)))
+    return {n: spread_groups(cache, ranges, share) for n, ranges in held_out.items() if len(ranges)}
 
 
 def _union(parts: list[Ranges]) -> Ranges:

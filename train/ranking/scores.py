@@ -48,13 +48,13 @@ def scores_by_group(
     scores: NDArray[np.floating], grades: NDArray[np.floating], groups: Ints
 ) -> dict[str, Floats]:
     """Return each measure of each group that has an order, by ascending number of the group [G]."""
-    each = [
+    scores_of_groups = [
         group_scores(scores[rows], grades[rows])
         for rows in groups_with_order(grades, parts_of(groups))
     ]
-    if not each:
+    if not scores_of_groups:
         raise ValueError("no group has documents of different grades")
-    return dict(zip(NAMES, np.array(each).T, strict=True))
+    return dict(zip(NAMES, np.array(scores_of_groups).T, strict=True))
 
 
 def group_scores(
@@ -82,11 +82,11 @@ def _reciprocal(firsts: Ints, sizes: Ints, hits: Ints) -> float:
     with one.
     """
     tie = int(np.argmax(hits > 0))
-    before, size, relevant = int(firsts[tie]), int(sizes[tie]), int(hits[tie])
+    ranks_before, size, relevant = int(firsts[tie]), int(sizes[tie]), int(hits[tie])
     value, chance = 0.0, 1.0  # probability that no document before it in the tie is relevant
     for place in range(size - relevant + 1):
         probability = chance * relevant / (size - place)
-        value += probability / (before + place + 1)
+        value += probability / (ranks_before + place + 1)
         chance -= probability
     return value
 
