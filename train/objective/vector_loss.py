@@ -73,8 +73,8 @@ def _loss_in_step(
 
 
 def step_rows(keys: Ints, step_keys: Ints) -> Ints:
-    """Return the place in ``step_keys`` [N], ascending, of each of ``keys`` [R]: among equal ones the
-    first at the first place, and so on.
+    """Return the place in ``step_keys`` [N], ascending, of each of ``keys`` [R]: among equal ones
+    the first at the first place, and so on.
     """
     order = np.argsort(keys, kind="stable")
     ascending = keys[order]

@@ -82,7 +82,7 @@ def test_it_is_of_the_text_that_the_language_loss_reads_alone(world, monkeypatch
         setting = Setting(world, {"hard": {"weight": hard}, "distill": [{"teachers": ["sense"]}]})
         setting.objective.balance = 0.5
         setting.student.train()
-        split = setting.objective._by_pass
+        split = setting.objective._group_by_pass
 
         def moved(plan, split=split):  # an expert of pairs, as it were
             found = split(plan)
