@@ -89,7 +89,7 @@ def test_it_is_of_the_text_that_the_language_loss_reads_alone(world, monkeypatch
             return found._replace(joined=[], by_view={"": found.joined})
 
         if apart:
-            monkeypatch.setattr(setting.objective, "_by_pass", moved)
+            monkeypatch.setattr(setting.objective, "_group_by_pass", moved)
         plan = setting.objective.plan(0)
         shown = setting.objective.loss_names(setting.objective.counts(setting.batch(0), plan), plan)
         found = setting.run()[1]
