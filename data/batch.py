@@ -20,7 +20,7 @@ from rekindle.data.example import (
     TokenTargets,
     VectorTargets,
 )
-from rekindle.data.storage.cuts import Place, cut_lengths, joined, pad_cuts
+from rekindle.data.storage.cuts import Place, cut_lengths, join_cuts, pad_cuts
 from rekindle.data.targets.answers import entropies, probabilities
 from rekindle.data.targets.codec import STEP, Columns
 from rekindle.data.targets.head import StoredHead
@@ -286,7 +286,7 @@ def read_masked(
 ) -> MaskedInputs:
     """Read a masked ``replica`` of the sequences ``where`` [B], unmasked ``clean`` [B,S]."""
     cuts = [view.cut(place, replica) for place in where]
-    found = joined(cuts)
+    found = join_cuts(cuts)
     rows = np.repeat(np.arange(len(where)), cut_lengths(cuts))
     positions = found["positions"].astype(np.int64)
     seen = clean.copy()

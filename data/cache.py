@@ -35,7 +35,7 @@ from rekindle.data.exchange.exporting import Export
 from rekindle.data.exchange.files import held_dataset, mapped_dataset
 from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
 from rekindle.data.exchange.rows import Row
-from rekindle.data.journal import KEPT, read_seen, tell_changing, what_became
+from rekindle.data.journal import KEPT, read_with_overlay, tell_changing, what_became
 from rekindle.data.marks import read_marks, read_trained
 from rekindle.data.permutation import epoch_batch, sequence_numbers
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
@@ -77,7 +77,7 @@ class Cache:
 
     def __init__(self, store: Store):
         self.store = store
-        self.manifest = read_seen(store)
+        self.manifest = read_with_overlay(store)
         self.corpus = Corpus(store)
         check_roll_up(self.manifest, self.corpus)
         self.extent = Extent()  # everything in it

@@ -24,8 +24,8 @@ from pydantic import Field, model_validator
 
 from rekindle.data.errors import CacheError, InputError, unusable
 from rekindle.data.settings import Settings, parse_settings
-from rekindle.data.storage.base import Seen, Store
-from rekindle.data.storage.manifest import MANIFEST, NEWEST, read_manifest
+from rekindle.data.storage.base import Overlay, Store
+from rekindle.data.storage.manifest import MANIFEST, NEWEST_VERSION, read_manifest
 from rekindle.data.storage.seal import CHANGING, REPAIR, seal
 from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.schema import TeacherInfo, TeacherName
@@ -44,7 +44,9 @@ class Change(Settings):
     teacher: TeacherName
     to: TeacherName | None = Field(None, description="its new name, or codec")
     sets: tuple[str, ...] = Field((), description="the shard sets that are transcoded")
-    version: int = Field(ge=1, le=NEWEST, description="version of the cache without the change")
+    version: int = Field(
+        ge=1, le=NEWEST_VERSION, description="version of the cache without the change"
+    )
     phase: Literal["making", "placing", "clearing"] = "making"
 
     @model_validator(mode="after")
@@ -64,13 +66,13 @@ class Change(Settings):
         return self.action, self.teacher, self.to
 
     @property
-    def seen(self) -> Seen:
+    def overlay(self) -> Overlay:
         """Return what readers see of the cache meanwhile."""
         if self.phase == "placing":
-            return Seen(replaced=self.sets)
+            return Overlay(replaced=self.sets)
         if self.action == "transcode" or (self.phase, self.action) == ("making", "remove"):
-            return Seen()
-        return Seen(f"targets/{self.to if self.phase == 'making' else self.teacher}")
+            return Overlay()
+        return Overlay(f"targets/{self.to if self.phase == 'making' else self.teacher}")
 
     def command(self, location: str) -> str:
         """Return the command line that continues it."""
@@ -137,13 +139,13 @@ def note(store: Store, journal: Journal) -> None:
     store.replace(MANIFEST, seal(rest | journal.as_json(), version))
 
 
-def read_seen(store: Store) -> dict[str, Any]:
+def read_with_overlay(store: Store) -> dict[str, Any]:
     """Return ``cache.json``. From here on the store shows the cache as readers are to see it,
     whatever is being changed.
     """
     manifest = read_manifest(store)
     change = journal_in(manifest, store).change
-    store.seen = change.seen if change else Seen()
+    store.overlay = change.overlay if change else Overlay()
     return manifest
 
 

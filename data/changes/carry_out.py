@@ -31,7 +31,7 @@ from rekindle.data.journal import (
 from rekindle.data.roll_up import ROLLED_UP
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.sharing.card import write_card
-from rekindle.data.storage.base import NEXT, Seen, Store
+from rekindle.data.storage.base import NEXT_FOLDER, Overlay, Store
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
 from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
 from rekindle.data.storage.shards import ShardSet
@@ -239,7 +239,7 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
         note(store, read_journal(store).model_copy(update={"change": change}))
     for folder in change.sets:
         _remove_orphans(store, folder)
-        store.remove_folder(f"{folder}/{NEXT}")
+        store.remove_folder(f"{folder}/{NEXT_FOLDER}")
     if change.action != "transcode":
         store.remove_folder(f"targets/{change.teacher}")
     _finish(store, change)
@@ -266,7 +266,7 @@ def _changed(corpus: Corpus, change: Change, info: TeacherInfo) -> dict[str, obj
 def _made(store: Store, change: Change) -> Store:
     """Return the store as it is written to while the copy is made."""
     made = copy(store)
-    made.seen = Seen(replaced=change.sets)
+    made.overlay = Overlay(replaced=change.sets)
     return made
 
 
@@ -296,7 +296,7 @@ def _place(store: Store, change: Change, folder: str) -> None:
         name = f"{folder}/commits/{unit}.json"
         store.replace(name, made.read_bytes(name))
     name = f"{folder}/teacher.json"
-    told = f"{store.location}/{folder}/{NEXT}, from which it was read, no longer exists"
+    told = f"{store.location}/{folder}/{NEXT_FOLDER}, from which it was read, no longer exists"
     advice = f". `pipeline teachers {store.location} --remove {change.teacher} --yes` ends it"
     with unusable(told, FileNotFoundError, advice=advice):
         store.replace(name, made.read_bytes(name))
@@ -314,7 +314,7 @@ def _give_up(store: Store, change: Change) -> None:
     if change.action == "rename":
         store.remove_folder(f"targets/{change.to}")
     for folder in change.sets:
-        store.remove_folder(f"{folder}/{NEXT}")
+        store.remove_folder(f"{folder}/{NEXT_FOLDER}")
         _remove_orphans(store, folder)
     _finish(store, change)
 
@@ -331,7 +331,7 @@ def _finish(store: Store, change: Change) -> None:
     if cache is not None:
         write_card(store, cache.corpus, cache.teachers, change.version)
     store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
-    store.seen = Seen()
+    store.overlay = Overlay()
 
 
 def _check_room(store: Store, change: Change) -> None:

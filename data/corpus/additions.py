@@ -294,7 +294,7 @@ def last_document(commits: Commits, ends_at: int | None) -> int | None:
         return None
     if not commits:
         return -1
-    document, token = commits.newest.facts["next"]
+    document, token = commits.last_commit.facts["next"]
     return int(document) - (token == 0)
 
 

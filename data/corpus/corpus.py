@@ -75,7 +75,7 @@ from rekindle.data.storage.units import unit_of
 class Corpus(RowReader):
     """The sequences of a cache, by global number 0..len-1 in corpus order."""
 
-    remade = ("tokenizer",)
+    recomputed = ("tokenizer",)
 
     def __init__(self, store: Store):
         super().__init__()
@@ -130,7 +130,7 @@ class Corpus(RowReader):
     def domains(self) -> dict[str, int]:
         """Return the number of sequences per domain."""
         found: Counter[str] = Counter()
-        for shard, counts in enumerate(self.units.named("domains")):
+        for shard, counts in enumerate(self.units.counts_by_name("domains")):
             if counts is None or {type(n) for n in counts.values()} - {int}:
                 raise CacheFormatError(
                     f"the commit record of {self.commits[shard].path} does not count its domains. "

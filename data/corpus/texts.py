@@ -6,7 +6,7 @@ from typing import overload
 import numpy as np
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.storage.cuts import joined
+from rekindle.data.storage.cuts import join_cuts
 
 
 class CorpusTexts(Sequence[str]):
@@ -35,7 +35,7 @@ class CorpusTexts(Sequence[str]):
         place = int(shards[0]), int(rows[0])
         if text := self._corpus.text("text", place):
             return text
-        ids = joined([self._corpus.cut(place)])["input_ids"]
+        ids = join_cuts([self._corpus.cut(place)])["input_ids"]
         return str(self._corpus.tokenizer.hf.decode(ids.tolist(), skip_special_tokens=True))
 
     def __repr__(self) -> str:

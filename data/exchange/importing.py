@@ -27,7 +27,7 @@ from rekindle.data.exchange.vector_rows import VectorRows
 from rekindle.data.inventory import is_imported, roll_up_records, stated_by_shards
 from rekindle.data.journal import adding
 from rekindle.data.storage.manifest import raise_version
-from rekindle.data.storage.seal import WITH_IMPORTS, damage
+from rekindle.data.storage.seal import WITH_IMPORTS, describe_damage
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.storage.units import UnitPlace, unit_of
@@ -367,13 +367,13 @@ def _without_damage(corpus: Corpus, name: str) -> int:
         except CacheFormatError as error:
             if not is_imported(store, name):
                 raise
-            log.warning("%s: made again", damage(error).rstrip("."))
+            log.warning("%s: made again", describe_damage(error).rstrip("."))
             store.discard(f"{folder}/teacher.json")
             count += 1
     shards = ShardSet(store, folder)
     check = shards.check if isinstance(store, LocalStore) else None
     for unit, problem in shards.survey(check)[1].items():
-        log.warning("%s: made again", damage(problem).rstrip("."))
+        log.warning("%s: made again", describe_damage(problem).rstrip("."))
         shards.forget(unit)
         count += 1
     return count

@@ -26,7 +26,7 @@ from rekindle.data.sharing.names import last_part, places_in, portable
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import Commit
 from rekindle.data.storage.manifest import WITHOUT_TEXT
-from rekindle.data.storage.records import ABOUT, RECORDS
+from rekindle.data.storage.records import ROLL_UP_ABOUT, ROLL_UP_TABLE
 from rekindle.data.storage.seal import FORMAT_VERSION, SEAL, VERSION, seal, unseal
 from rekindle.data.storage.shards import Shard, write_shard
 from rekindle.data.storage.store import LocalStore
@@ -175,7 +175,7 @@ def _describe(store: Store, made: Store, folder: str, names: _Names) -> None:
     """Copy the sealed files beside the shards of a set, and an output matrix unchanged."""
     for name in store.names(folder):
         path = f"{folder}/{name}"
-        if path in (TOKENIZER_FILES, WITHOUT_TEXT) or name in (RECORDS, ABOUT):
+        if path in (TOKENIZER_FILES, WITHOUT_TEXT) or name in (ROLL_UP_TABLE, ROLL_UP_ABOUT):
             continue
         content = store.read_bytes(path)
         if name.endswith(".json") and name not in HEAD_FILES:

@@ -17,7 +17,7 @@ from rekindle.data.storage.client import Client, client_of, is_remote, refuse_cr
 if TYPE_CHECKING:
     from rekindle.data.storage.client import FileSystem
 
-BLOCK = 4 << 20  # bytes that a reader requests at a time
+BLOCK_BYTES = 4 << 20  # bytes that a reader requests at a time
 REQUESTS = 32  # at the same time
 
 Info = dict[str, Any]
@@ -40,7 +40,7 @@ def find_objects(place: str) -> list[str]:
     client, path = _client(place)
     fs = client.fs
 
-    def ask() -> list[str]:
+    def list_objects() -> list[str]:
         fs.invalidate_cache()
         if place.endswith("/"):
             entries = {entry["name"]: entry for entry in fs.ls(path, detail=True)}
@@ -54,16 +54,16 @@ def find_objects(place: str) -> list[str]:
         return sorted(n for n, e in entries.items() if e["type"] == "file" and n[-1:] != "/")
 
     try:
-        found = client.asked(place, ask, FileNotFoundError)
+        paths = client.request(place, list_objects, FileNotFoundError)
     except FileNotFoundError:
-        found = []
-    if not found and (bucket := client.bucket_missing):
+        paths = []
+    if not paths and (bucket := client.bucket_missing):
         raise InputError(
             f"there is no bucket {bucket!r} for {place} (or these credentials may not see it); "
             "correct the address"
         )
     # The client of memory:// has a slash before each path.
-    return [str(fs.unstrip_protocol(path)).replace(":///", "://") for path in found]
+    return [str(fs.unstrip_protocol(path)).replace(":///", "://") for path in paths]
 
 
 def _is_file(fs: "FileSystem", path: str) -> bool:
@@ -90,35 +90,37 @@ def states_below(place: str) -> dict[str, tuple[int, str]]:
     """Return bytes and tag of every object below a folder, by its name there; empty if none."""
     client, path = _client(place)
 
-    def ask() -> dict[str, Info]:
+    def list_below() -> dict[str, Info]:
         client.fs.invalidate_cache()
-        found: dict[str, Info] = client.fs.find(path, detail=True)
-        return found
+        infos: dict[str, Info] = client.fs.find(path, detail=True)
+        return infos
 
     try:
-        found = client.asked(place, ask, FileNotFoundError)
+        infos = client.request(place, list_below, FileNotFoundError)
     except FileNotFoundError:
         return {}
     start = f"{path.rstrip('/')}/"
     return {
         name.removeprefix(start): (int(info["size"]), tag_of(info))
-        for name, info in found.items()
+        for name, info in infos.items()
         if name.startswith(start) and name[-1] != "/"
     }
 
 
 def _states_in(folder: str, places: Sequence[str]) -> dict[str, tuple[int, str]]:
     client, path = _client(folder)
-    listed: dict[str, Info] = {}
+    infos: dict[str, Info] = {}
     if len(places) > 1:
-        ask = partial(client.fs.ls, path, detail=True, refresh=True)
-        listed = {entry["name"]: entry for entry in client.asked(folder, ask, FileNotFoundError)}
-    found = {}
+        list_folder = partial(client.fs.ls, path, detail=True, refresh=True)
+        infos = {
+            entry["name"]: entry for entry in client.request(folder, list_folder, FileNotFoundError)
+        }
+    states = {}
     for place in places:
-        inside = str(client.fs._strip_protocol(place))
-        info = listed.get(inside) or client.info(place, inside)
-        found[place] = int(info["size"]), tag_of(info)
-    return found
+        object_path = str(client.fs._strip_protocol(place))
+        info = infos.get(object_path) or client.info(place, object_path)
+        states[place] = int(info["size"]), tag_of(info)
+    return states
 
 
 def state_of_object(place: str) -> tuple[int, str] | None:
@@ -140,7 +142,7 @@ def open_binary(place: str) -> io.BufferedReader:
     """Open a local file, or an object read block by block. Raise OSError if it does not exist."""
     if not is_remote(place):
         return open(place, "rb")
-    return io.BufferedReader(_Object(place), BLOCK)
+    return io.BufferedReader(_Object(place), BLOCK_BYTES)
 
 
 def sha256_of(place: str | Path) -> str:
@@ -156,7 +158,7 @@ class _Object(io.RawIOBase):
         self._place = place
         self._client, self._path = _client(place)
         self._size = int(self._client.info(place, self._path)["size"])
-        self._at = 0
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -165,16 +167,16 @@ class _Object(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        end = min(self._at + len(buffer), self._size)
-        content = self._client.read(self._place, self._path, self._at, end)
+        end = min(self._position + len(buffer), self._size)
+        content = self._client.read(self._place, self._path, self._position, end)
         buffer[: len(content)] = content
-        self._at += len(content)
+        self._position += len(content)
         return len(content)

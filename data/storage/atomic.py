@@ -83,20 +83,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         publish_folder(staged, path)
 
 
-def publish_folder(made: Path, path: Path) -> None:
-    """Rename the folder ``made`` to ``path``, replacing what exists.
+def publish_folder(staged: Path, path: Path) -> None:
+    """Rename the folder ``staged`` to ``path``, replacing what exists.
 
     If that fails, the old content comes back. A process killed between two renames leaves both
     under their hidden names.
     """
-    for inside in sorted(made.rglob("*")):
-        sync(inside)
-    sync(made)
+    for entry in sorted(staged.rglob("*")):
+        sync(entry)
+    sync(staged)
     replaced = _temporary(path, ".old")
     if path.exists():
         os.rename(path, replaced)
     try:
-        os.rename(made, path)
+        os.rename(staged, path)
     except BaseException:
         if replaced.exists():
             os.rename(replaced, path)
@@ -114,9 +114,9 @@ def new_files(folder: Path) -> Iterator[Path]:
         for file in files:
             sync(file)
         for file in files:
-            place = folder / file.relative_to(staged)
-            place.parent.mkdir(exist_ok=True)
-            os.replace(file, place)
+            target = folder / file.relative_to(staged)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
         sync(folder)
 
 
@@ -155,8 +155,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     Only for a process that works there alone: another one may be about to publish its work.
     """
     for ending in _ENDINGS:
-        for left in folder.glob(f".{name}.{_ATTEMPT}{ending}"):
-            remove(left)
+        for leftover in folder.glob(f".{name}.{_ATTEMPT}{ending}"):
+            remove(leftover)
 
 
 def remove(path: Path) -> None:

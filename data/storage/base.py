@@ -24,34 +24,36 @@ def safe_name(name: str) -> str:
     from strangers.
     """
     parts = PurePosixPath(name).parts
-    outside = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
+    leaves = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
     # The operating system treats lone surrogates and long names as errors, each differently.
     sizes = [len(part.encode("utf-8", "replace")) for part in parts]
-    lone = any("\ud800" <= character <= "\udfff" for character in name)
-    if outside or lone or max(sizes) > LONGEST_PART or sum(sizes) > LONGEST_NAME:
+    has_surrogate = any("\ud800" <= character <= "\udfff" for character in name)
+    if leaves or has_surrogate or max(sizes) > LONGEST_PART or sum(sizes) > LONGEST_NAME:
         raise CacheFormatError(
             f"the name {name!r} in a cache record leaves the cache's folder; the record is not ours"
         )
     return name
 
 
-NEXT = ".next"  # a folder in a set of shards, with the files that will replace REPLACED
-REPLACED = ("commits", "teacher.json", "records.arrow", "records.json")
+NEXT_FOLDER = (
+    ".next"  # a folder in a set of shards, with the files that will replace REPLACED_FILES
+)
+REPLACED_FILES = ("commits", "teacher.json", "records.arrow", "records.json")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is seen differently in a store during a change."""
+class Overlay:
+    """What readers see differently in a store during a change."""
 
     hidden: str = ""  # a folder that is not listed
-    replaced: tuple[str, ...] = ()  # sets whose REPLACED files are those in their folder NEXT
+    replaced: tuple[str, ...] = ()  # sets whose REPLACED_FILES are those in their NEXT_FOLDER
 
     def place(self, name: str) -> str:
         """Return the location of the object called ``name``."""
         for folder in self.replaced:
-            rest = name.removeprefix(f"{folder}/")
-            if rest != name and rest.partition("/")[0] in REPLACED:
-                return f"{folder}/{NEXT}/{rest}"
+            inside = name.removeprefix(f"{folder}/")
+            if inside != name and inside.partition("/")[0] in REPLACED_FILES:
+                return f"{folder}/{NEXT_FOLDER}/{inside}"
         return name
 
 
@@ -59,7 +61,7 @@ class Store(ABC):
     """Named bytes below one root."""
 
     location: str
-    seen = Seen()
+    overlay = Overlay()
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
@@ -76,7 +78,7 @@ class Store(ABC):
     def folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in ``folder``, sorted."""
         names = self._entries(folder, folders=True)
-        return sorted(name for name in names if f"{folder}/{name}" != self.seen.hidden)
+        return sorted(name for name in names if f"{folder}/{name}" != self.overlay.hidden)
 
     def listing(self, folder: str) -> dict[str, str]:
         """Return the names of the objects directly in ``folder``, each with its state.
@@ -223,6 +225,6 @@ class Store(ABC):
         are not.
         """
         advice = ". Run `pipeline verify` on the cache; delete the file to have its part made again"
-        told = f"{self.location}/{name} is damaged: it is not valid JSON"
-        with unusable(told, ValueError, RecursionError, advice=advice):
+        message = f"{self.location}/{name} is damaged: it is not valid JSON"
+        with unusable(message, ValueError, RecursionError, advice=advice):
             return json.loads(content)

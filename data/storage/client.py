@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FILE_URL = "file://"
-BLOCK, AHEAD = 8 << 20, 4  # bytes per request of a download, and parallel requests
+# of a download: bytes per request, and parallel requests
+BLOCK_BYTES, PARALLEL_REQUESTS = 8 << 20, 4
 # What distinguishes an object from an earlier one, by the names that clients use; the last ones are
 # times.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id")
@@ -48,9 +49,9 @@ class Client:
     def __init__(self, url: str, pin: bool = False):
         refuse_credentials(url)
         self.location = url.rstrip("/")
-        self.fixed = pin and is_hub(url)
-        self.address = pinned(self.location) if self.fixed else self.location
-        self._fs, self.root = _opened(self.address)
+        self.is_pinned = pin and is_hub(url)
+        self.address = pinned(self.location) if self.is_pinned else self.location
+        self._fs, self.root = _open(self.address)
         self._process = os.getpid()
         self.patience = Patience(self.location)
 
@@ -58,82 +59,82 @@ class Client:
     def fs(self) -> "FileSystem":
         """The client of this process; one made before a fork must not be used after it."""
         if self._process != os.getpid():
-            self._fs, self._process = _opened(self.address)[0], os.getpid()
+            self._fs, self._process = _open(self.address)[0], os.getpid()
         return self._fs
 
     @contextmanager
-    def reaching(self, what: str, *passed: type[Exception]) -> Iterator[None]:
-        """Turn errors except those of type ``passed`` into one message about ``what``."""
+    def reaching(self, subject: str, *unwrapped: type[Exception]) -> Iterator[None]:
+        """Turn errors other than ``unwrapped`` into one message about ``subject``."""
         try:
             yield
         # the clients' errors share no base class: credentials, DNS, HTTP
         except Exception as error:
-            if isinstance(error, passed):
+            if isinstance(error, unwrapped):
                 raise
-            told = first_words(error) or type(error).__name__
+            reason = first_words(error) or type(error).__name__
             raise InputError(
-                f"cannot reach {what}: {told}. Check the address, the credentials "
+                f"cannot reach {subject}: {reason}. Check the address, the credentials "
                 "and the network; what is there already stays, and the same command goes on"
             ) from error
 
-    def asked(self, what: str, ask: Callable[[], T], *passed: type[Exception]) -> T:
-        """Return the result of ``ask``, with patience; errors as in ``reaching``."""
-        with self.reaching(what, *passed):
-            return self.patience.over(ask)
+    def request(self, subject: str, call: Callable[[], T], *unwrapped: type[Exception]) -> T:
+        """Return the result of ``call``, with patience; errors as in ``reaching``."""
+        with self.reaching(subject, *unwrapped):
+            return self.patience.retry(call)
 
-    def read(self, what: str, path: str, begin: int, end: int) -> bytes:
+    def read(self, subject: str, path: str, begin: int, end: int) -> bytes:
         """Return the bytes ``begin`` to ``end`` of an object; raise FileNotFoundError
         without one.
         """
 
-        def ask() -> bytes:
+        def read_range() -> bytes:
             content = bytes(self.fs.cat_file(path, start=begin, end=end))
             if len(content) != end - begin:
                 raise ConnectionError(f"{len(content)} of {end - begin} bytes were sent")
             return content
 
-        return self.asked(what, ask, FileNotFoundError) if end > begin else b""
+        return self.request(subject, read_range, FileNotFoundError) if end > begin else b""
 
-    def fetch(self, what: str, path: str, size: int, into: BinaryIO) -> str:
+    def fetch(self, subject: str, path: str, size: int, into: BinaryIO) -> str:
         """Write an object of ``size`` bytes into a file; return its sha256. Requests several blocks
         at a time.
         """
         digest = hashlib.sha256()
-        ahead: deque[Future[bytes]] = deque()
-        pool = ThreadPoolExecutor(AHEAD)
+        pending: deque[Future[bytes]] = deque()
+        pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
         try:
-            for begin in range(0, size, BLOCK):
-                end = min(begin + BLOCK, size)
-                ahead.append(pool.submit(self.read, what, path, begin, end))
-                while len(ahead) == AHEAD or (ahead and end == size):
-                    content = ahead.popleft().result()
+            for begin in range(0, size, BLOCK_BYTES):
+                end = min(begin + BLOCK_BYTES, size)
+                pending.append(pool.submit(self.read, subject, path, begin, end))
+                while len(pending) == PARALLEL_REQUESTS or (pending and end == size):
+                    content = pending.popleft().result()
                     digest.update(content)
                     into.write(content)
         finally:  # Ctrl-C does not wait for a server that is away
             pool.shutdown(wait=False, cancel_futures=True)
         return digest.hexdigest()
 
-    def info(self, what: str, path: str) -> dict[str, Any]:
+    def info(self, subject: str, path: str) -> dict[str, Any]:
         """Return the store's current information on an object; raise FileNotFoundError
         without one.
         """
 
-        def ask() -> dict[str, Any]:
-            if not self.fixed:
+        def read_info() -> dict[str, Any]:
+            if not self.is_pinned:
                 self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # others write there, too
-            found: dict[str, Any] = self.fs.info(path)
-            return found
+            info: dict[str, Any] = self.fs.info(path)
+            return info
 
-        return self.asked(what, ask, FileNotFoundError)
+        return self.request(subject, read_info, FileNotFoundError)
 
     @property
     def bucket_missing(self) -> str | None:
         """The name of its bucket, if no such bucket is visible; else None."""
         bucket = self.root.partition("/")[0]
-        if self.fixed:  # it was asked for when it was opened
+        if self.is_pinned:  # opening it has found it
             return None
 
-        def ask() -> bool:
+        def is_visible() -> bool:
             if not bucket or self.fs.exists(bucket):
                 return True
             with suppress(FileNotFoundError):  # a server that is away also counts as missing
@@ -141,7 +142,7 @@ class Client:
                 return True
             return False
 
-        return None if self.asked(f"{self.location}/bucket", ask) else bucket
+        return None if self.request(f"{self.location}/bucket", is_visible) else bucket
 
 
 def refuse_credentials(url: str) -> None:
@@ -155,20 +156,20 @@ def refuse_credentials(url: str) -> None:
         )
 
 
-def _opened(url: str) -> "tuple[FileSystem, str]":
+def _open(url: str) -> "tuple[FileSystem, str]":
     import fsspec
 
     if is_hub(url):
         refuse_offline(url)
     try:
         limit = _LIMITS.get(url.partition("://")[0], {})
-        found: tuple[FileSystem, str] = fsspec.core.url_to_fs(url, **limit)
+        opened: tuple[FileSystem, str] = fsspec.core.url_to_fs(url, **limit)
     except (ImportError, ValueError) as error:
         raise InputError(
             f"cannot open {url!r}: {error}. "
             "For s3:// install the extra, in Rekindle's checkout: pip install -e '.[s3]'"
         ) from None
-    return found
+    return opened
 
 
 @lru_cache(maxsize=64)
@@ -181,8 +182,8 @@ def tag_of(info: dict[str, Any]) -> str:
     """Return what distinguishes an object's content according to its ``info``: a checksum, or its
     modification time.
     """
-    found = next((info[key] for key in (*_TAGS, *_TIMES) if info.get(key)), "")
-    return str(found).strip('"')
+    tag = next((info[key] for key in (*_TAGS, *_TIMES) if info.get(key)), "")
+    return str(tag).strip('"')
 
 
 def changed_at(info: dict[str, Any]) -> float:

@@ -23,23 +23,23 @@ from rekindle.data.storage.base import safe_name
 from rekindle.data.storage.seal import REPAIR, SEAL, checksum
 from rekindle.data.storage.shard_bytes import Region
 from rekindle.data.storage.units import (
-    FRACTION,
-    LARGEST,
-    NAMED,
-    STRANGE,
-    WHOLE,
+    FLOAT,
+    INT,
+    INT64_LIMIT,
+    JSON,
+    NOT_A_UNIT,
     UnitPlace,
-    among,
-    array_of,
-    as_they_lie,
-    floats_in,
-    joined,
-    key_of,
-    keys_of,
-    numbers_in,
-    replicas_among,
+    arrow_array,
+    column_type,
+    float_values,
+    int_values,
+    is_in,
+    join_tables,
+    numpy_values,
+    replicas_of,
     shards_among,
-    type_of,
+    unit_key,
+    unit_keys,
     unit_of,
 )
 
@@ -69,23 +69,23 @@ class Commit:
 
     def count(self, fact: str) -> int:
         """Return a number from the facts; raise CacheFormatError without one."""
-        found = self.facts.get(fact)
-        if type(found) is not int or found < 0:
+        number = self.facts.get(fact)
+        if type(number) is not int or number < 0:
             raise CacheFormatError(
                 f"the commit record of {self.path} does not say how many {fact} it has. {REPAIR}"
             )
-        return found
+        return number
 
     @staticmethod
-    def from_json(body: Any, where: str) -> "Commit":
-        """Parse and check a record read from ``where``; raise CacheFormatError if it is damaged."""
-        told = f"the commit record {where} is damaged"
+    def from_json(body: Any, name: str) -> "Commit":
+        """Parse and check a record read from ``name``; raise CacheFormatError if it is damaged."""
+        message = f"the commit record {name} is damaged"
         wrong = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
-        with unusable(told, *wrong, advice=f". {REPAIR}"):
-            stated = body.pop(SEAL)
-            if stated != checksum(body):
+        with unusable(message, *wrong, advice=f". {REPAIR}"):
+            recorded = body.pop(SEAL)
+            if recorded != checksum(body):
                 raise ValueError("its checksum does not match")
-            commit = _parsed(body)
+            commit = _parse(body)
             _check_regions(commit.regions, commit.bytes)
             if commit.rows_per_batch <= 0 or ROWS_PER_BATCH % commit.rows_per_batch:
                 raise ValueError(f"{commit.rows_per_batch} rows a record batch")
@@ -99,7 +99,7 @@ class Commit:
 _PARSER = TypeAdapter(Commit)
 
 
-def _parsed(body: Any) -> Commit:
+def _parse(body: Any) -> Commit:
     """Parse ``body`` as a record; raise a one-line ValueError for an invalid field."""
     try:
         return _PARSER.validate_python(body)
@@ -114,28 +114,28 @@ def seconds_of(commit: Commit) -> float | None:
     Only the record has this fact; data and fingerprints do not depend on it, so two runs of one
     unit still give the same bytes of data.
     """
-    found: Any = commit.facts.get(SECONDS)
-    if type(found) in (int, float) and 0 <= found < math.inf:
-        return float(found)
+    seconds: Any = commit.facts.get(SECONDS)
+    if type(seconds) in (int, float) and 0 <= seconds < math.inf:
+        return float(seconds)
     return None
 
 
 def _check_regions(regions: tuple[Region, ...], size: int) -> None:
     """Raise ValueError unless the regions cover the file from first to last byte in order."""
-    at = 0
+    end = 0
     for offset, length, _ in regions:
-        if offset != at or length <= 0:
+        if offset != end or length <= 0:
             raise ValueError("its regions do not follow each other")
-        at += length
-    if at != size or not regions:
+        end += length
+    if end != size or not regions:
         raise ValueError("its regions do not cover the file")
 
 
 def columns_of(commits: Iterable[Commit], states: Mapping[str, str]) -> pa.Table:
     """Return the table of ``commits`` in their order; ``states`` by unit, "" where missing."""
     commits = list(commits)
-    keys = [key_of(commit.unit) for commit in commits]
-    found: dict[str, list[Any]] = {
+    keys = [unit_key(commit.unit) for commit in commits]
+    columns: dict[str, list[Any]] = {
         "key": keys,
         "unit": [commit.unit for commit in commits],
         "state": [states.get(commit.unit, "") for commit in commits],
@@ -145,26 +145,28 @@ def columns_of(commits: Iterable[Commit], states: Mapping[str, str]) -> pa.Table
     }
     for row, commit in enumerate(commits):
         for fact, value in commit.facts.items():
-            if (kind := _kind_of(value)) is not None and fact.isascii():
-                column = found.setdefault(f"{kind}{fact}", [None] * len(commits))
-                column[row] = json.dumps(value, sort_keys=True) if kind == NAMED else value
-    return pa.table({name: array_of(column, type_of(name)) for name, column in found.items()})
+            if (prefix := _column_prefix(value)) is not None and fact.isascii():
+                column = columns.setdefault(f"{prefix}{fact}", [None] * len(commits))
+                column[row] = json.dumps(value, sort_keys=True) if prefix == JSON else value
+    return pa.table(
+        {name: arrow_array(column, column_type(name)) for name, column in columns.items()}
+    )
 
 
-def _kind_of(value: object) -> str | None:
-    if type(value) is int and -LARGEST <= value < LARGEST:
-        return WHOLE
+def _column_prefix(value: object) -> str | None:
+    if type(value) is int and -INT64_LIMIT <= value < INT64_LIMIT:
+        return INT
     if type(value) is float:
-        return FRACTION
-    return NAMED if isinstance(value, dict) else None
+        return FLOAT
+    return JSON if isinstance(value, dict) else None
 
 
 # --- those of a set -------------------------------------------------------------------------------
 
-KEPT = 4096  # how many records, read one by one, are kept so as not to read them again
-AT_ONCE = 1024  # records read together if all are wanted
+MOST_CACHED = 4096  # how many records, read one by one, are kept so as not to read them again
+RECORDS_PER_READ = 1024  # records read together if all are wanted
 
-Read = Callable[[Sequence[str]], list[Commit]]  # the records of those units
+ReadRecords = Callable[[Sequence[str]], list[Commit]]  # the records of those units
 
 
 def no_records(units: Sequence[str]) -> list[Commit]:
@@ -182,37 +184,38 @@ class Commits(Mapping[str, Commit]):
 
     def __init__(
         self,
-        held: Mapping[str, Commit],
-        rest: pa.Table | None = None,
-        read: Read = no_records,
+        loaded: Mapping[str, Commit],
+        rolled_up: pa.Table | None = None,
+        read_records: ReadRecords = no_records,
     ):
-        self._held, self._rest, self._read_records = dict(held), rest, read
-        self._read: dict[str, Commit] = {}
-        self._keys = np.zeros(0, np.int64) if rest is None else numbers_in(rest, "key")
+        self._loaded, self._rolled_up = dict(loaded), rolled_up
+        self._read_records = read_records
+        self._cached: dict[str, Commit] = {}
+        self._keys = np.zeros(0, np.int64) if rolled_up is None else int_values(rolled_up, "key")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Commits, (self._held, self._rest, self._read_records)
+        return Commits, (self._loaded, self._rolled_up, self._read_records)
 
     def __getitem__(self, unit: str) -> Commit:
-        found = self._held.get(unit) or self._read.get(unit)
-        if found is None:
+        commit = self._loaded.get(unit) or self._cached.get(unit)
+        if commit is None:
             if (row := self._row(unit)) is None:
                 raise KeyError(unit)
-            (found,) = self._read_records([unit])
-            self._check(found, row)
-            if len(self._read) >= KEPT:
-                del self._read[next(iter(self._read))]
-            self._read[unit] = found
-        return found
+            (commit,) = self._read_records([unit])
+            self._check_rolled_up(commit, row)
+            if len(self._cached) >= MOST_CACHED:
+                del self._cached[next(iter(self._cached))]
+            self._cached[unit] = commit
+        return commit
 
     def _row(self, unit: str) -> int | None:
         """Return the unit's row in the table, if it has one."""
-        row = int(np.searchsorted(self._keys, key := key_of(unit)))
+        row = int(np.searchsorted(self._keys, key := unit_key(unit)))
         return row if row < len(self._keys) and self._keys[row] == key else None
 
-    def _check(self, commit: Commit, row: int) -> None:
-        assert self._rest is not None
-        if problem := difference(self._rest, row, commit):
+    def _check_rolled_up(self, commit: Commit, row: int) -> None:
+        assert self._rolled_up is not None
+        if problem := first_difference(self._rolled_up, row, commit):
             raise CacheFormatError(
                 f"the commit record of {commit.path} and the roll-up of these records differ in "
                 f"{problem}. The record is the one to trust: `pipeline cache-teachers --check` "
@@ -220,31 +223,31 @@ class Commits(Mapping[str, Commit]):
             )
 
     def __contains__(self, unit: object) -> bool:
-        return unit in self._held or (isinstance(unit, str) and self._row(unit) is not None)
+        return unit in self._loaded or (isinstance(unit, str) and self._row(unit) is not None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table["unit"].to_pylist())
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._keys)
+        return len(self._loaded) + len(self._keys)
 
     def records(self) -> Iterator[Commit]:
         """Yield all records in the order of units; for large sets none is kept."""
         units = list(self)
-        for first in range(0, len(units), AT_ONCE):
-            part = units[first : first + AT_ONCE]
-            later = iter(self._read_records([unit for unit in part if unit not in self._held]))
-            for unit in part:
-                yield self._held[unit] if unit in self._held else next(later)
+        for first in range(0, len(units), RECORDS_PER_READ):
+            chunk = units[first : first + RECORDS_PER_READ]
+            others = iter(self._read_records([unit for unit in chunk if unit not in self._loaded]))
+            for unit in chunk:
+                yield self._loaded[unit] if unit in self._loaded else next(others)
 
     @property
-    def newest(self) -> Commit:
+    def last_commit(self) -> Commit:
         """The record of the last unit."""
         return self[self.table["unit"][-1].as_py()]
 
     def add(self, commit: Commit) -> None:
         """Add one more finished unit."""
-        self._held[commit.unit] = commit
+        self._loaded[commit.unit] = commit
         vars(self).pop("table", None)
 
     # --- of all -----------------------------------------------------------------------------------
@@ -252,25 +255,25 @@ class Commits(Mapping[str, Commit]):
     @cached_property
     def table(self) -> pa.Table:
         """The counted fields of the units: ``columns_of``."""
-        if not self._held and self._rest is not None:
-            return self._rest
-        held = columns_of(self._held.values(), {})
-        return joined([held] if self._rest is None else [self._rest, held])
+        if not self._loaded and self._rolled_up is not None:
+            return self._rolled_up
+        loaded = columns_of(self._loaded.values(), {})
+        return join_tables([loaded] if self._rolled_up is None else [self._rolled_up, loaded])
 
     @property
     def keys_in_order(self) -> NDArray[np.int64]:
         """The keys of the units, ascending."""
-        return numbers_in(self.table, "key")
+        return int_values(self.table, "key")
 
     @property
     def rows(self) -> NDArray[np.int64]:
         """Rows of each unit."""
-        return numbers_in(self.table, "rows")
+        return int_values(self.table, "rows")
 
     @property
     def bytes(self) -> int:
         """Bytes of all units."""
-        return int(numbers_in(self.table, "bytes").sum())
+        return int(int_values(self.table, "bytes").sum())
 
     @property
     def sha256s(self) -> list[str]:
@@ -289,32 +292,32 @@ class Commits(Mapping[str, Commit]):
 
     def counts(self, fact: str) -> NDArray[np.int64]:
         """Return a number for each unit; raise CacheFormatError if one lacks it."""
-        column = self._column(WHOLE, fact)
-        wrong = np.flatnonzero(~(np.nan_to_num(floats_in(column), nan=-1) >= 0))
-        if len(wrong):
-            self[self.table["unit"][int(wrong[0])].as_py()].count(fact)
+        column = self._fact_column(INT, fact)
+        invalid = np.flatnonzero(~(np.nan_to_num(float_values(column), nan=-1) >= 0))
+        if len(invalid):
+            self[self.table["unit"][int(invalid[0])].as_py()].count(fact)
             raise CacheFormatError(f"the commit records do not say how many {fact} there are")
-        return as_they_lie(column, np.int64)
+        return numpy_values(column, np.int64)
 
-    def says(self, fact: str) -> bool:
+    def has_fact(self, fact: str) -> bool:
         """Return whether any unit has that fact."""
-        return any(f"{kind}{fact}" in self.table.column_names for kind in (WHOLE, FRACTION, NAMED))
+        return any(f"{kind}{fact}" in self.table.column_names for kind in (INT, FLOAT, JSON))
 
     def numbers(self, fact: str) -> NDArray[np.float64]:
         """Return a number for each unit; NaN where it is missing."""
-        whole, others = (floats_in(self._column(kind, fact)) for kind in (WHOLE, FRACTION))
-        return np.where(np.isnan(whole), others, whole)
+        integers, floats = (float_values(self._fact_column(kind, fact)) for kind in (INT, FLOAT))
+        return np.where(np.isnan(integers), floats, integers)
 
-    def named(self, fact: str) -> Iterator[dict[str, Any] | None]:
+    def counts_by_name(self, fact: str) -> Iterator[dict[str, Any] | None]:
         """Yield the counts by name of each unit; None where missing."""
-        for text in self._column(NAMED, fact):
+        for text in self._fact_column(JSON, fact):
             yield json.loads(text.as_py()) if text.is_valid else None
 
-    def _column(self, kind: str, fact: str) -> pa.Array:
+    def _fact_column(self, kind: str, fact: str) -> pa.Array:
         name = f"{kind}{fact}"
         if name in self.table.column_names:
             return self.table[name].combine_chunks()
-        return pa.nulls(len(self), pa.string() if kind == NAMED else pa.float64())
+        return pa.nulls(len(self), pa.string() if kind == JSON else pa.float64())
 
     # --- which there are --------------------------------------------------------------------------
 
@@ -322,52 +325,54 @@ class Commits(Mapping[str, Commit]):
     def contiguous(self) -> int:
         """How many shards there are, from shard 0 on, before the first one that is missing."""
         shards = shards_among(self.keys_in_order)
-        wrong = np.flatnonzero(shards != np.arange(len(shards)))
-        return int(wrong[0]) if len(wrong) else len(shards)
+        gaps = np.flatnonzero(shards != np.arange(len(shards)))
+        return int(gaps[0]) if len(gaps) else len(shards)
 
-    def lacking(self, shards: int, replicas: Iterable[int | None]) -> list[UnitPlace]:
+    def missing_units(self, shards: int, replicas: Iterable[int | None]) -> list[UnitPlace]:
         """Return the missing units of the first ``shards``, replica by replica."""
         keys, numbers = self.keys_in_order, np.arange(shards)
         missing = []
         for replica in replicas:
-            there = among(keys_of(numbers, replica), keys)
-            missing += [(shard, replica) for shard in np.flatnonzero(~there).tolist()]
+            is_present = is_in(unit_keys(numbers, replica), keys)
+            missing += [(shard, replica) for shard in np.flatnonzero(~is_present).tolist()]
         return missing
 
     def has_all(self, other: "Commits") -> bool:
         """Return whether every unit of ``other`` is here, too."""
         if other is self:
             return True
-        theirs = other.keys_in_order
-        ours = among(theirs[theirs < STRANGE], self.keys_in_order).all()
-        return bool(ours) and all(unit in self for unit in other._held if key_of(unit) == STRANGE)
+        other_keys = other.keys_in_order
+        all_present = is_in(other_keys[other_keys < NOT_A_UNIT], self.keys_in_order).all()
+        return bool(all_present) and all(
+            unit in self for unit in other._loaded if unit_key(unit) == NOT_A_UNIT
+        )
 
     def shared_with(self, others: Sequence["Commits"]) -> "Commits":
         """Return the units that all ``others`` have, too."""
         keys = self.keys_in_order
-        mask = keys < STRANGE
+        mask = keys < NOT_A_UNIT
         for other in others:
-            mask &= among(keys, other.keys_in_order)
-        return self._only(mask)
+            mask &= is_in(keys, other.keys_in_order)
+        return self._select(mask)
 
-    def of_first(self, shards: int, replicas: int) -> "Commits":
+    def select_first(self, shards: int, replicas: int) -> "Commits":
         """Return the first ``replicas`` masked replicas of each of the first ``shards`` shards."""
         keys = self.keys_in_order
-        inside = keys < key_of(unit_of(shards))
-        replica = replicas_among(keys)
-        return self._only(inside & (replica >= 0) & (replica < replicas))
+        inside = keys < unit_key(unit_of(shards))
+        replica = replicas_of(keys)
+        return self._select(inside & (replica >= 0) & (replica < replicas))
 
     def shard_numbers(self) -> NDArray[np.int64]:
         """Return the existing shards, of a set without replicas."""
         return shards_among(self.keys_in_order)
 
-    def _only(self, mask: NDArray[np.bool_]) -> "Commits":
+    def _select(self, mask: NDArray[np.bool_]) -> "Commits":
         if mask.all():
             return self
-        chosen = self.table.filter(array_of(mask, pa.bool_()))
-        if self._rest is None:
-            return Commits({unit: self._held[unit] for unit in chosen["unit"].to_pylist()})
-        return Commits({}, chosen, self._read_records)
+        selected = self.table.filter(arrow_array(mask, pa.bool_()))
+        if self._rolled_up is None:
+            return Commits({unit: self._loaded[unit] for unit in selected["unit"].to_pylist()})
+        return Commits({}, selected, self._read_records)
 
 
 class ShardCommits(Sequence[Commit]):
@@ -387,7 +392,7 @@ class ShardCommits(Sequence[Commit]):
         return self.units[unit_of(number)]
 
 
-def difference(table: pa.Table, row: int, commit: Commit) -> str | None:
+def first_difference(table: pa.Table, row: int, commit: Commit) -> str | None:
     """Return the first field in which a record differs from a row of the table, or None."""
-    said = {name: table[name][row].as_py() for name in ("unit", "rows", "bytes", "sha256")}
-    return next((name for name, value in said.items() if getattr(commit, name) != value), None)
+    rolled_up = {name: table[name][row].as_py() for name in ("unit", "rows", "bytes", "sha256")}
+    return next((name for name, value in rolled_up.items() if getattr(commit, name) != value), None)

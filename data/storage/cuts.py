@@ -39,7 +39,7 @@ class RowReader(ABC):
     """Cuts rows out of the record batches of a set of shards, each read when first needed."""
 
     rows_per_batch = ROWS_PER_BATCH
-    remade: ClassVar[tuple[str, ...]] = ()  # cached properties that another process computes again
+    recomputed: ClassVar[tuple[str, ...]] = ()  # cached properties that are not pickled
 
     def __init__(self) -> None:
         self._lists: dict[BatchKey, RowLists] = {}
@@ -48,7 +48,7 @@ class RowReader(ABC):
         """Pickle what it knows of its shards, without their bytes: another process opens
         the files.
         """
-        known = {name: value for name, value in vars(self).items() if name not in self.remade}
+        known = {name: value for name, value in vars(self).items() if name not in self.recomputed}
         return known | {"_lists": {}, "_open": {}}
 
     def cut(self, place: Place, replica: int | None = None) -> Cut:
@@ -74,12 +74,12 @@ class RowReader(ABC):
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat: ...
 
 
-def joined(cuts: Sequence[Cut], without: Collection[str] = ()) -> dict[str, NDArray]:
-    """Return the columns of one or more rows, except ``without``, concatenated and copied."""
+def join_cuts(cuts: Sequence[Cut], excluded: Collection[str] = ()) -> dict[str, NDArray]:
+    """Return the columns of one or more rows, except ``excluded``, concatenated and copied."""
     size = sum([last - first for _, first, last in cuts])
     out = {}
     for number, (name, column) in enumerate(cuts[0][0].columns.items()):
-        if name in without:
+        if name in excluded:
             continue
         content = bytearray().join([lists.views[number][a:b] for lists, a, b in cuts])
         out[name] = np.ndarray((size, *column.shape[1:]), column.dtype, content)
@@ -98,7 +98,7 @@ def pad_cuts(
     width = int(lengths.max(initial=1))
     if cuts and lengths.tolist() == [width] * len(cuts):
         others = cuts[0][0].columns.keys() - {name}
-        return joined(cuts, others)[name].reshape(-1, width).astype(np.int32, copy=False)
+        return join_cuts(cuts, others)[name].reshape(-1, width).astype(np.int32, copy=False)
     out = np.full((len(cuts), width), fill, dtype=np.int32)
     for row, (lists, first, last) in enumerate(cuts):
         out[row, : last - first] = lists.columns[name][first:last]

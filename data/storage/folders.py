@@ -13,7 +13,7 @@ from rekindle.data.storage.addresses import (
     states_below,
     states_of_objects,
 )
-from rekindle.data.storage.copies import FOLDER, copies, key_of
+from rekindle.data.storage.copies import FOLDER_VARIABLE, copies, copy_key
 
 State = tuple[int, str]  # bytes and tag of an object
 UNFINISHED = ".unfinished"  # in a folder during its upload
@@ -29,7 +29,7 @@ def folder_copy(address: str) -> Path:
     """
     if is_hub(address):
         return hub_folder(address)
-    files = find_objects(f"{address}/") or _of_checkpoint(address)
+    files = find_objects(f"{address}/") or _checkpoint_files(address)
     if not files:
         raise InputError(f"model {address!r}: there is no such folder, or nothing in it")
     if UNFINISHED in map(_name, files):
@@ -37,26 +37,26 @@ def folder_copy(address: str) -> Path:
             f"{address} is not complete: it is being uploaded, or its upload was killed. Wait, or "
             "run the command that writes it again"
         )
-    beside = find_objects(f"{address}/{CHECKPOINTS}/")
-    records = {f"{CHECKPOINTS}/{_name(file)}" for file in beside if file.endswith(".json")}
+    checkpoints = find_objects(f"{address}/{CHECKPOINTS}/")
+    records = {f"{CHECKPOINTS}/{_name(file)}" for file in checkpoints if file.endswith(".json")}
     states = states_of_objects(files)
-    return _taken(address, {_name(file): (file, states[file]) for file in files}, records)
+    return _local_copy(address, {_name(file): (file, states[file]) for file in files}, records)
 
 
-def tree_copy(address: str, wanted: Callable[[str], bool]) -> Path:
-    """Return the local copy of the files below a folder whose names are ``wanted``; else like
+def tree_copy(address: str, include: Callable[[str], bool]) -> Path:
+    """Return the local copy of the files below a folder whose names ``include`` accepts; else like
     ``folder_copy``.
     """
-    below = states_below(address)
-    if not below:
+    states = states_below(address)
+    if not states:
         raise InputError(f"{address}: there is no such folder, or nothing in it")
-    records = {name for name in below if _is_record(name)}
+    records = {name for name in states if _is_record(name)}
     files = {
         name: (f"{address}/{name}", state)
-        for name, state in below.items()
-        if wanted(name) and name not in records
+        for name, state in states.items()
+        if include(name) and name not in records
     }
-    return _taken(address, files, records)
+    return _local_copy(address, files, records)
 
 
 def _is_record(name: str) -> bool:
@@ -68,31 +68,33 @@ def _name(place: str) -> str:
     return place.rpartition("/")[2]
 
 
-def _taken(address: str, files: Mapping[str, tuple[str, State]], records: Collection[str]) -> Path:
+def _local_copy(
+    address: str, files: Mapping[str, tuple[str, State]], records: Collection[str]
+) -> Path:
     """Return the copy of ``files``, keyed by their names in it. Of checkpoints, only the presence
     of their ``records`` is copied.
     """
-    inside = address.replace("://", "/")  # runs are distinguished by their paths
+    path_in_copy = address.replace("://", "/")  # runs are distinguished by their paths
 
     def fetch(into: Path) -> None:
         for name, (place, (size, _)) in files.items():
-            (into / inside / name).parent.mkdir(parents=True, exist_ok=True)
-            fetch_object(place, size, into / inside / name)
+            (into / path_in_copy / name).parent.mkdir(parents=True, exist_ok=True)
+            fetch_object(place, size, into / path_in_copy / name)
         for record in records:
-            (into / inside / record.removesuffix(".json")).mkdir(parents=True, exist_ok=True)
+            (into / path_in_copy / record.removesuffix(".json")).mkdir(parents=True, exist_ok=True)
 
-    node = copies()
+    local_copies = copies()
     size = sum(size for _, (size, _) in files.values())
-    key = key_of(address, sorted(files.items()), sorted(records))
-    if (found := node.take(key, size, fetch)) is None:
+    key = copy_key(address, sorted(files.items()), sorted(records))
+    if (folder := local_copies.take(key, size, fetch)) is None:
         raise InputError(
-            f"no room for a local copy of {address} ({size / 1e9:.3g} GB): {node.problem}. Free "
-            f"some, or name a folder on another disk with {FOLDER}"
+            f"no room for a local copy of {address} ({size / 1e9:.3g} GB): {local_copies.problem}. "
+            f"Free some, or name a folder on another disk with {FOLDER_VARIABLE}"
         )
-    return found / inside
+    return folder / path_in_copy
 
 
-def _of_checkpoint(address: str) -> list[str]:
+def _checkpoint_files(address: str) -> list[str]:
     try:
         with open_binary(f"{address}.json") as file:
             folder = _name(json.loads(file.read())["folder"])

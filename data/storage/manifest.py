@@ -50,7 +50,7 @@ log = logging.getLogger("rekindle")
 
 MANIFEST = "cache.json"
 WITHOUT_TEXT = "corpus/without_text.json"  # in a cache that was passed on so; until it is whole
-NEWEST = WITH_GROUPS  # of the versions that can be read
+NEWEST_VERSION = WITH_GROUPS  # of the versions that can be read
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -67,21 +67,19 @@ def read_manifest(store: Store) -> dict[str, Any]:
             f"{store.location} is not a Rekindle cache: it has no {MANIFEST}. "
             "Give the folder that cache.path names, or make one with `pipeline cache-teachers`"
         ) from None
-    where = f"{store.location}/{MANIFEST}"
-    sealed = isinstance(values, dict) and SEAL in values
-    body = unseal(values, where) if sealed else values
+    name = f"{store.location}/{MANIFEST}"
+    is_sealed = isinstance(values, dict) and SEAL in values
+    body = unseal(values, name) if is_sealed else values
     version = body.get(VERSION) if isinstance(body, dict) else None
-    if type(version) is not int or not 1 <= version <= NEWEST:
+    if type(version) is not int or not 1 <= version <= NEWEST_VERSION:
         raise CacheVersionError(
             f"{store.location} has cache format {version!r}; this version of Rekindle reads "
-            f"formats 1 to {NEWEST}. Use the version of Rekindle that wrote it, or a "
+            f"formats 1 to {NEWEST_VERSION}. Use the version of Rekindle that wrote it, or a "
             "later one, or make the cache again"
         )
-    body = unseal(values, where)
+    body = unseal(values, name)
     if not _is_roll_up(body):
-        raise CacheFormatError(
-            f"{where} is damaged: it does not say what is in the cache. {REPAIR}"
-        )
+        raise CacheFormatError(f"{name} is damaged: it does not say what is in the cache. {REPAIR}")
     return body
 
 
@@ -89,11 +87,11 @@ def _is_roll_up(body: Mapping[str, object]) -> bool:
     corpus, teachers = (body.get(key) or {} for key in ("corpus", "teachers"))
     if not isinstance(corpus, dict) or not isinstance(teachers, dict):
         return False
-    stated = not corpus or (type(corpus.get("sequences")) is int and "fingerprint" in corpus)
-    return stated and all(isinstance(teacher, dict) for teacher in teachers.values())
+    states_corpus = not corpus or (type(corpus.get("sequences")) is int and "fingerprint" in corpus)
+    return states_corpus and all(isinstance(teacher, dict) for teacher in teachers.values())
 
 
-def told_missing(store: Store, name: str) -> str:
+def describe_missing(store: Store, name: str) -> str:
     """Return the message about a committed shard that is missing."""
     if name.startswith("corpus/") and store.exists(WITHOUT_TEXT):
         return f"{store.location}/{name} is not there: {_NO_TEXT}"

@@ -14,9 +14,9 @@ from rekindle.data.errors import InputError
 from rekindle.data.hub.places import is_hub
 from rekindle.data.storage.base import Store, safe_name
 from rekindle.data.storage.client import Client, changed_at
-from rekindle.data.storage.copies import copies, key_of
-from rekindle.data.storage.patience import is_passing
-from rekindle.data.storage.shard_bytes import Asked, Mapped, Region, ShardBytes
+from rekindle.data.storage.copies import copies, copy_key
+from rekindle.data.storage.patience import is_transient
+from rekindle.data.storage.shard_bytes import MappedBytes, Region, RequestedBytes, ShardBytes
 from rekindle.data.storage.uploads import upload_folder
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ class ObjectStore(Store):
         self._client = Client(url, pin=True)
         self.root, self.location = self._client.root, self._client.location
         self._scratch = upload_folder(self)
-        self._tried = False  # whether exclusive creation was tested on its server
+        self._create_tested = False  # whether exclusive creation was tested on its server
 
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str], dict[str, object]]:
         """Reopen in another process, with its own client and temporary folder."""
-        return ObjectStore, (self._client.address,), {"seen": self.seen, "location": self.location}
+        state = {"overlay": self.overlay, "location": self.location}
+        return ObjectStore, (self._client.address,), state
 
     @property
     def fs(self) -> "FileSystem":
@@ -71,21 +72,21 @@ class ObjectStore(Store):
         return self._client.fs
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{safe_name(self.seen.place(name))}"
+        return f"{self.root}/{safe_name(self.overlay.place(name))}"
 
-    def _asked(self, name: str, ask: Callable[[str], T], *passed: type[Exception]) -> T:
-        """Return the result of ``ask`` for the object's path, with patience. Errors except those of
-        type ``passed`` become one message.
+    def _request(self, name: str, call: Callable[[str], T], *unwrapped: type[Exception]) -> T:
+        """Return the result of ``call`` for the object's path, with patience. Errors other than
+        ``unwrapped`` become one message.
         """
         path = self._path(name)
-        return self._client.asked(f"{self.location}/{name}", lambda: ask(path), *passed)
+        return self._client.request(f"{self.location}/{name}", lambda: call(path), *unwrapped)
 
     @property
     def bucket_missing(self) -> str | None:  # noqa: D102
         return self._client.bucket_missing
 
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
-        return self._asked(name, lambda path: bytes(self.fs.cat_file(path)), FileNotFoundError)
+        return self._request(name, lambda path: bytes(self.fs.cat_file(path)), FileNotFoundError)
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:  # noqa: D102
         pool = ThreadPoolExecutor(REQUESTS)  # a request takes long but needs little work
@@ -97,23 +98,23 @@ class ObjectStore(Store):
     def listing(self, folder: str) -> dict[str, str]:  # noqa: D102
         return {
             name: str(entry.get("ETag") or (entry.get("size"), changed_at(entry)))
-            for name, entry in self._listed(folder, "file")
+            for name, entry in self._list_entries(folder, "file")
         }
 
     def _entries(self, folder: str, folders: bool) -> list[str]:
-        return [name for name, _ in self._listed(folder, "directory" if folders else "file")]
+        return [name for name, _ in self._list_entries(folder, "directory" if folders else "file")]
 
-    def _listed(self, folder: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _list_entries(self, folder: str, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield name and description of each entry of that kind."""
         path = self._path(folder) if folder else self.root
-        fixed = self._client.fixed
+        is_pinned = self._client.is_pinned
         try:
-            listed = partial(self.fs.ls, path, detail=True, refresh=not fixed)
-            where = f"{self.location}/{folder}"
-            entries = self._client.asked(where, listed, FileNotFoundError)
+            list_folder = partial(self.fs.ls, path, detail=True, refresh=not is_pinned)
+            address = f"{self.location}/{folder}"
+            entries = self._client.request(address, list_folder, FileNotFoundError)
         except FileNotFoundError:
             return
-        if not fixed:
+        if not is_pinned:
             self.fs.invalidate_cache(path)  # a million descriptions that are not needed again
         for entry in entries:
             name = entry["name"].rstrip("/").removeprefix(path)
@@ -124,16 +125,16 @@ class ObjectStore(Store):
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         refuse_unconditional(self.location)
-        made = self._put_new(name, content)
-        if made and not self._tried:  # some servers ignore the condition, and overwrite
+        created = self._put_new(name, content)
+        if created and not self._create_tested:  # some servers ignore the condition, and overwrite
             if self._put_new(name, content):
                 raise InputError(
                     f"the server of {self.location} overwrites objects that must not be "
                     "(If-None-Match: *): commits would not be safe there. Use a newer version of "
                     "it, or another store"
                 )
-            self._tried = True
-        return made
+            self._create_tested = True
+        return created
 
     def _put_new(self, name: str, content: bytes) -> bool:
         path = self._path(name)
@@ -141,12 +142,12 @@ class ObjectStore(Store):
             for delay in (*CONFLICT_DELAYS, None):
                 try:
                     put = partial(self.fs.pipe_file, path, content, mode="create")
-                    self._client.patience.over(put)
+                    self._client.patience.retry(put)
                     return True
                 except FileExistsError:
                     return False
                 except OSError as error:
-                    if delay is None or is_passing(error) or not _is_conflict(error):
+                    if delay is None or is_transient(error) or not _is_conflict(error):
                         raise
                     time.sleep(delay)
         raise AssertionError  # the last conflict is raised
@@ -157,12 +158,12 @@ class ObjectStore(Store):
 
     def replace(self, name: str, content: bytes) -> None:  # noqa: D102
         refuse_unconditional(self.location)
-        self._asked(name, lambda path: self.fs.pipe_file(path, content))
+        self._request(name, lambda path: self.fs.pipe_file(path, content))
 
     def upload(self, file: Path, name: str) -> None:
         """Write a local file over whatever exists."""
         refuse_unconditional(self.location)
-        self._asked(name, lambda path: self.fs.put_file(str(file), path))
+        self._request(name, lambda path: self.fs.put_file(str(file), path))
 
     def download(self, name: str, into: Path) -> None:
         """Write an object into a new local file."""
@@ -175,43 +176,45 @@ class ObjectStore(Store):
 
     def finish(self, name: str) -> None:  # noqa: D102
         refuse_unconditional(self.location)
-        self._asked(name, lambda path: self.fs.put_file(str(self._local(name)), path))
+        self._request(name, lambda path: self.fs.put_file(str(self._local(name)), path))
         self._local(name).unlink()  # a whole teacher may exceed the local disk
 
     def discard(self, name: str) -> None:  # noqa: D102
         refuse_unconditional(self.location)
         self._local(name).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            self._asked(name, self.fs.rm_file, FileNotFoundError)
+            self._request(name, self.fs.rm_file, FileNotFoundError)
 
     def remove_folder(self, folder: str) -> None:  # noqa: D102
         refuse_unconditional(self.location)
         self.fs.invalidate_cache()  # others write there, too
         with suppress(FileNotFoundError):
-            self._asked(folder, partial(self.fs.rm, recursive=True), FileNotFoundError)
+            self._request(folder, partial(self.fs.rm, recursive=True), FileNotFoundError)
         self.fs.invalidate_cache()
 
     def state(self, name: str) -> tuple[int, float]:  # noqa: D102
-        found = self._client.info(f"{self.location}/{name}", self._path(name))
-        return int(found["size"]), changed_at(found)
+        info = self._client.info(f"{self.location}/{name}", self._path(name))
+        return int(info["size"]), changed_at(info)
 
     def open_bytes(  # noqa: D102
         self, name: str, size: int, sha256: str, regions: Sequence[Region], direct: bool = False
     ) -> ShardBytes:
-        told = f"{self.location}/{name}"
+        address = f"{self.location}/{name}"
         if not direct:
-            node, key = copies(), key_of(told, size, sha256)
+            local_copies, key = copies(), copy_key(address, size, sha256)
             file = PurePosixPath(name).name
             with suppress(_NotAsCommitted):  # if it is damaged, its regions will show it
-                folder = node.take(
+                folder = local_copies.take(
                     key, size, lambda into: self._fetch(name, into / file, size, sha256)
                 )
                 if folder is not None:
-                    found = Mapped(folder / file, told)
-                    node.release_with(found, key)
-                    return found
-                _say_without(node.problem)
-        return Asked(told, self.state(name)[0], regions, partial(self._read, name), anew=direct)
+                    mapped = MappedBytes(folder / file, address)
+                    local_copies.release_with(mapped, key)
+                    return mapped
+                _warn_without_copies(local_copies.problem)
+        return RequestedBytes(
+            address, self.state(name)[0], regions, partial(self._read, name), own_cache=direct
+        )
 
     def _read(self, name: str, begin: int, end: int) -> bytes:
         return self._client.read(f"{self.location}/{name}", self._path(name), begin, end)
@@ -232,7 +235,7 @@ class _NotAsCommitted(Exception):
 
 
 @cache
-def _say_without(problem: str) -> None:
+def _warn_without_copies(problem: str) -> None:
     log.warning(
         "no room for local copies (%s): data is read from the store piece by piece, which is "
         "slower",
@@ -244,5 +247,5 @@ def _is_conflict(error: OSError) -> bool:
     """Return whether two conditional puts collided (S3's 409): this one did not win and
     must retry.
     """
-    told = repr(error.__cause__ or error)
-    return error.errno == errno.EBUSY or "ConditionalRequestConflict" in told
+    description = repr(error.__cause__ or error)
+    return error.errno == errno.EBUSY or "ConditionalRequestConflict" in description

@@ -17,12 +17,12 @@ log = logging.getLogger("rekindle")
 T = TypeVar("T")
 
 PATIENCE = 300.0  # seconds, for a server that has answered before
-AT_FIRST = 5.0  # for one that never has: its address may be wrong
+FIRST_PATIENCE = 5.0  # for one that never has: its address may be wrong
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds
 
-_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)
+_DEFINITE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError)
 # By name: the clients are optional packages, and their errors share no base class.
-_PASSING = {
+_TRANSIENT_ERRORS = {
     "ClientConnectorError",
     "ClientOSError",
     "ClientPayloadError",
@@ -44,7 +44,7 @@ _PASSING = {
     "ServerTimeoutError",
     "gaierror",
 }
-_PASSING_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+_TRANSIENT_CODES = {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 
 
 class Patience:
@@ -54,32 +54,32 @@ class Patience:
         self.location = location
         self.answered = False
 
-    def over(self, call: Callable[[], T]) -> T:
+    def retry(self, call: Callable[[], T]) -> T:
         """Return the result of ``call``, repeated for some minutes while the server is overloaded
         or unreachable. Repeating must be harmless if an earlier call succeeded and its answer was
         lost.
         """
-        began, told = time.monotonic(), False
+        began, is_reported = time.monotonic(), False
         for delay in delays():
             try:
-                found = call()
+                result = call()
             except Exception as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     self.answered = True
                     raise
-                longest = PATIENCE if self.answered else AT_FIRST
-                if time.monotonic() - began + delay > longest:
+                patience = PATIENCE if self.answered else FIRST_PATIENCE
+                if time.monotonic() - began + delay > patience:
                     raise
-                if not told and self.answered:
+                if not is_reported and self.answered:
                     log.warning(
                         "%s is overloaded or away (%s): asked again for %.0f s",
-                        *(self.location, first_words(error, 150), longest),
+                        *(self.location, first_words(error, 150), patience),
                     )
-                    told = True
+                    is_reported = True
                 time.sleep(delay)
             else:
                 self.answered = True
-                return found
+                return result
         raise AssertionError  # delays never end
 
 
@@ -93,7 +93,7 @@ def delays() -> Iterator[float]:
         longest = min(2 * longest, LONGEST_DELAY)
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether the same request may succeed later, because the server was unreachable,
     overloaded or failed. Definite answers (no such object, no right, wrong credentials) do not
     count.
@@ -102,15 +102,18 @@ def is_passing(error: BaseException) -> bool:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        if isinstance(cause, _ANSWERS):
+        if isinstance(cause, _DEFINITE_ERRORS):
             return False
-        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__name__ in _PASSING:
+        if (
+            isinstance(cause, ConnectionError | TimeoutError)
+            or type(cause).__name__ in _TRANSIENT_ERRORS
+        ):
             return True
         response: Any = getattr(cause, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = str(response.get("Error", {}).get("Code", ""))
-            return status >= 500 or status == 429 or code in _PASSING_CODES or "Thrott" in code
+            return status >= 500 or status == 429 or code in _TRANSIENT_CODES or "Thrott" in code
         # gcsfs's, aiohttp's
         status = getattr(cause, "code", None) or getattr(cause, "status", None)
         status = status or getattr(response, "status_code", None)  # httpx's, of a hub

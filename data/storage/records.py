@@ -1,9 +1,9 @@
 """The commit records of a set, and their roll-up for large sets.
 
-The records are the only proof that a unit is done. For a set of UNITS or more, ``records.arrow``
-repeats their counted fields (``columns_of``), so that a cache can be opened without reading a
-million records; ``records.json``, written after it, has its checksum. Both can be removed at any
-time.
+The records are the only proof that a unit is done. For a set of MIN_UNITS or more,
+``records.arrow`` repeats their counted fields (``columns_of``), so that a cache can be opened
+without reading a million records; ``records.json``, written after it, has its checksum. Both can be
+removed at any time.
 
 The roll-up is trusted about a unit if the commits folder is unchanged since it was written (local
 folders, by their modification time), or if a listing of the folder has the unit's record (in object
@@ -27,29 +27,29 @@ import xxhash
 from rekindle.data.counted import counted
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage.base import Store
-from rekindle.data.storage.commits import Commit, Commits, columns_of, difference
+from rekindle.data.storage.commits import Commit, Commits, columns_of, first_difference
 from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import REPAIR, WITH_ROLL_UPS, read_sealed, seal
 from rekindle.data.storage.units import (
     FIELDS,
-    STRANGE,
-    array_of,
-    joined,
-    key_of,
-    numbers_in,
-    order_of,
-    type_of,
+    NOT_A_UNIT,
+    arrow_array,
+    column_type,
+    int_values,
+    join_tables,
+    sort_key,
+    unit_key,
 )
 
 log = logging.getLogger("rekindle")
 
-UNITS = 1024  # smaller sets have no roll-up
-CHUNK = 8192  # records read before they become rows
-SAMPLED = 8  # records compared with a roll-up whenever it is read
+MIN_UNITS = 1024  # smaller sets have no roll-up
+RECORDS_PER_CHUNK = 8192  # records read before they become rows
+SAMPLE_COUNT = 8  # records compared with a roll-up whenever it is read
 # seconds after which a folder's time distinguishes a further change from the last one
-SETTLED = 2.0
+SETTLE_SECONDS = 2.0
 JSON = ".json"
-RECORDS, ABOUT = "records.arrow", "records.json"
+ROLL_UP_TABLE, ROLL_UP_ABOUT = "records.arrow", "records.json"
 
 Check = Callable[[Commit], object]
 Damaged = dict[str, CacheFormatError]
@@ -93,47 +93,51 @@ class Records:
         show every later change; a change within the same clock tick would not show.
         """
         state, began = self.store.folder_state(self.commits), time.time()
-        rolled = self._rolled_up() if check is None and state else None
-        if rolled and rolled.state == state and self._agrees(rolled.table):
-            return _Survey(Commits({}, rolled.table, self.read_many), {}, True, state)
-        listed = _table_of(self.store.listing(self.commits))
-        large = len(listed) >= UNITS
-        unsettled = SETTLED - (began - int(state) / 1e9) if state else 0.0
-        if settle and large and 0 < unsettled <= SETTLED:
+        existing = self._read_roll_up() if check is None and state else None
+        if existing and existing.state == state and self._matches_records(existing.table):
+            return _Survey(Commits({}, existing.table, self.read_many), {}, True, state)
+        listed = _listing_table(self.store.listing(self.commits))
+        is_large = len(listed) >= MIN_UNITS
+        unsettled = SETTLE_SECONDS - (began - int(state) / 1e9) if state else 0.0
+        if settle and is_large and 0 < unsettled <= SETTLE_SECONDS:
             time.sleep(unsettled)
             return self._survey(check)
-        if check is None and large and not state:
-            rolled = self._rolled_up()
-        believed = rolled.table.filter(_as_listed(rolled.table, listed)) if rolled else None
-        if believed is not None and not (len(believed) and self._agrees(believed)):
-            believed = None
-        fresh = listed
-        if believed is not None:
-            known = pc.index_in(listed["unit"], value_set=believed["unit"].combine_chunks())
-            fresh = listed.filter(pc.is_null(known))
-        states = dict(zip(fresh["unit"].to_pylist(), fresh["state"].to_pylist(), strict=True))
-        held, tables, damaged = self._read_all(sorted(states, key=order_of), states, check, large)
-        if believed is not None:
-            tables.append(believed)
-        same = rolled is not None and len(rolled.table) == len(believed or ()) == len(listed)
-        rest = joined(tables) if tables else None
-        told = state if unsettled <= 0 else ""
-        return _Survey(Commits(held, rest, self.read_many), damaged, same and not state, told)
+        if check is None and is_large and not state:
+            existing = self._read_roll_up()
+        trusted = None
+        if existing:
+            trusted = existing.table.filter(_matches_listing(existing.table, listed))
+        if trusted is not None and not (len(trusted) and self._matches_records(trusted)):
+            trusted = None
+        unread = listed
+        if trusted is not None:
+            trusted_rows = pc.index_in(listed["unit"], value_set=trusted["unit"].combine_chunks())
+            unread = listed.filter(pc.is_null(trusted_rows))
+        states = dict(zip(unread["unit"].to_pylist(), unread["state"].to_pylist(), strict=True))
+        loaded, tables, damaged = self._read_all(
+            sorted(states, key=sort_key), states, check, is_large
+        )
+        if trusted is not None:
+            tables.append(trusted)
+        sizes = {len(listed), len(trusted or ()), len(existing.table) if existing else -1}
+        is_current = len(sizes) == 1 and not state
+        commits = Commits(loaded, join_tables(tables) if tables else None, self.read_many)
+        return _Survey(commits, damaged, is_current, state if unsettled <= 0 else "")
 
     def _read_all(
-        self, units: Sequence[str], states: Mapping[str, str], check: Check | None, large: bool
+        self, units: Sequence[str], states: Mapping[str, str], check: Check | None, is_large: bool
     ) -> tuple[dict[str, Commit], list[pa.Table], Damaged]:
         """Read ``units``: return records that stay in memory, tables of the others, and the damaged
         ones.
         """
-        held: dict[str, Commit] = {}
+        loaded: dict[str, Commit] = {}
         tables: list[pa.Table] = []
         damaged: Damaged = {}
-        if len(units) >= UNITS:
+        if len(units) >= MIN_UNITS:
             log.info("%s: reading %s", self.commits, counted(len(units), "commit record"))
-        for first in range(0, len(units), CHUNK):
-            part, sound = units[first : first + CHUNK], []
-            for unit, content in zip(part, self._contents(part), strict=True):
+        for first in range(0, len(units), RECORDS_PER_CHUNK):
+            chunk, sound = units[first : first + RECORDS_PER_CHUNK], []
+            for unit, content in zip(chunk, self._contents(chunk), strict=True):
                 try:
                     commit = self._parse(unit, content)
                     if check is not None:
@@ -141,13 +145,13 @@ class Records:
                 except CacheFormatError as error:
                     damaged[unit] = error
                     continue
-                if large and key_of(unit) != STRANGE:
+                if is_large and unit_key(unit) != NOT_A_UNIT:
                     sound.append(commit)
                 else:
-                    held[unit] = commit
+                    loaded[unit] = commit
             if sound:
                 tables.append(columns_of(sound, states))
-        return held, tables, damaged
+        return loaded, tables, damaged
 
     # --- the roll-up ------------------------------------------------------------------------------
 
@@ -157,15 +161,15 @@ class Records:
         Skips a store that cannot be written to, a set with damaged records, and one with names that
         are not units' names, which would be missed.
         """
-        found = self._survey(None, settle=True)
-        commits = found.commits
-        strangers = commits.keys_in_order[-1:] == STRANGE
-        if found.damaged or len(commits) < UNITS or strangers.any():
+        survey = self._survey(None, settle=True)
+        commits = survey.commits
+        has_foreign = commits.keys_in_order[-1:] == NOT_A_UNIT
+        if survey.damaged or len(commits) < MIN_UNITS or has_foreign.any():
             return
         try:
             raise_version(self.store, WITH_ROLL_UPS)
-            if not found.same:
-                self._write(commits.table, found.state)
+            if not survey.is_current:
+                self._write(commits.table, survey.state)
         except InputError as error:
             log.info("the commit records of %s are not rolled up: %s", self.folder, error)
 
@@ -174,52 +178,53 @@ class Records:
         with pa.ipc.new_file(sink, table.schema) as file:
             file.write_table(table)
         content = sink.getvalue().to_pybytes()
-        about = {"folder": self.folder, "state": state, "xxh3": xxhash.xxh3_64_hexdigest(content)}
-        self.store.replace(f"{self.folder}/{RECORDS}", content)
-        self.store.replace(f"{self.folder}/{ABOUT}", seal(about, WITH_ROLL_UPS))
+        digest = xxhash.xxh3_64_hexdigest(content)
+        description = {"folder": self.folder, "state": state, "xxh3": digest}
+        self.store.replace(f"{self.folder}/{ROLL_UP_TABLE}", content)
+        self.store.replace(f"{self.folder}/{ROLL_UP_ABOUT}", seal(description, WITH_ROLL_UPS))
 
-    def _rolled_up(self) -> "_RollUp | None":
+    def _read_roll_up(self) -> "_RollUp | None":
         """Return the roll-up, a table of units in order, if there is one and it is whole."""
         with suppress(FileNotFoundError, CacheFormatError, pa.ArrowException):
-            about = read_sealed(self.store, f"{self.folder}/{ABOUT}")
-            content = pa.py_buffer(self.store.view(f"{self.folder}/{RECORDS}"))
-            if about.get("xxh3") != xxhash.xxh3_64_hexdigest(content):
+            description = read_sealed(self.store, f"{self.folder}/{ROLL_UP_ABOUT}")
+            content = pa.py_buffer(self.store.view(f"{self.folder}/{ROLL_UP_TABLE}"))
+            if description.get("xxh3") != xxhash.xxh3_64_hexdigest(content):
                 return None
             table = pa.ipc.open_file(content).read_all()
             table.validate(full=True)
-            if _is_of_units(table):
-                return _RollUp(table, str(about.get("state", "")))
+            if _is_valid_table(table):
+                return _RollUp(table, str(description.get("state", "")))
         return None
 
-    def _agrees(self, table: pa.Table) -> bool:
-        """Return whether SAMPLED of its units have matching records."""
-        rows = {*np.linspace(0, len(table) - 1, SAMPLED).astype(int).tolist()} if table else ()
+    def _matches_records(self, table: pa.Table) -> bool:
+        """Return whether SAMPLE_COUNT of its units have matching records."""
+        rows = {*np.linspace(0, len(table) - 1, SAMPLE_COUNT).astype(int).tolist()} if table else ()
         try:
             commits = self.read_many([table["unit"][row].as_py() for row in rows])
         except (FileNotFoundError, CacheFormatError):
             return False
-        return not any(map(difference, repeat(table), rows, commits))
+        return not any(map(first_difference, repeat(table), rows, commits))
 
-    def wrongly_rolled_up(self, sound: Commits) -> CacheFormatError | None:
+    def roll_up_error(self, sound: Commits) -> CacheFormatError | None:
         """Return what is wrong with a roll-up that would be trusted, given the ``sound``
         records.
         """
-        rolled = self._rolled_up()
-        if rolled is None:
+        existing = self._read_roll_up()
+        if existing is None:
             return None
-        believed = self._survey(None).commits.table
-        columns = [name for name in believed.column_names if name != "state"]
+        trusted = self._survey(None).commits.table
+        columns = [name for name in trusted.column_names if name != "state"]
         names = {*sound.table.column_names} - {"state"}
-        if names == {*columns} and believed.select(columns).equals(sound.table.select(columns)):
+        if names == {*columns} and trusted.select(columns).equals(sound.table.select(columns)):
             return None
         return CacheFormatError(
-            f"{self.store.location}/{self.folder}/{RECORDS} does not repeat the commit records. "
-            f"{REPAIR}"
+            f"{self.store.location}/{self.folder}/{ROLL_UP_TABLE} does not repeat the commit "
+            f"records. {REPAIR}"
         )
 
     def forget_roll_up(self) -> None:
         """Remove it, before a record is taken back or if it is wrong."""
-        for name in (ABOUT, RECORDS):
+        for name in (ROLL_UP_ABOUT, ROLL_UP_TABLE):
             self.store.discard(f"{self.folder}/{name}")
 
 
@@ -233,29 +238,29 @@ class _RollUp:
 class _Survey:
     commits: Commits
     damaged: Damaged
-    same: bool  # whether the roll-up exists already
+    is_current: bool  # whether the roll-up on disk says the same
     state: str  # of the commits folder before the listing, if it shows every change
 
 
-def _is_of_units(table: pa.Table) -> bool:
+def _is_valid_table(table: pa.Table) -> bool:
     types = {field.name: field.type for field in table.schema}
-    known = all(type_of(name) == dtype for name, dtype in types.items())
+    known = all(column_type(name) == dtype for name, dtype in types.items())
     if not known or not FIELDS.keys() <= types.keys():
         return False
-    keys = numbers_in(table, "key") if not table["key"].null_count else np.zeros(0)
-    ascend = len(keys) and keys[0] >= 0 and keys[-1] < STRANGE and (keys[1:] > keys[:-1]).all()
+    keys = int_values(table, "key") if not table["key"].null_count else np.zeros(0)
+    ascend = len(keys) and keys[0] >= 0 and keys[-1] < NOT_A_UNIT and (keys[1:] > keys[:-1]).all()
     return bool(ascend) and not any(table[name].null_count for name in FIELDS)
 
 
-def _table_of(listing: Mapping[str, str]) -> pa.Table:
+def _listing_table(listing: Mapping[str, str]) -> pa.Table:
     """Return the units whose records were listed, with the states of these records."""
-    found = {"unit": [*listing], "state": [*listing.values()]}
-    table = pa.table({name: array_of(of, pa.string()) for name, of in found.items()})
+    columns = {"unit": [*listing], "state": [*listing.values()]}
+    table = pa.table({name: arrow_array(of, pa.string()) for name, of in columns.items()})
     table = table.filter(pc.ends_with(table["unit"], JSON))
     return table.set_column(0, "unit", pc.utf8_slice_codeunits(table["unit"], 0, -len(JSON)))
 
 
-def _as_listed(table: pa.Table, listed: pa.Table) -> pa.Array:
+def _matches_listing(table: pa.Table, listed: pa.Table) -> pa.Array:
     """Return which units have a record in the state the roll-up knows."""
-    found = pc.index_in(table["unit"], value_set=listed["unit"].combine_chunks()).combine_chunks()
-    return pc.equal(listed["state"].take(found), table["state"])  # null if it has none
+    rows = pc.index_in(table["unit"], value_set=listed["unit"].combine_chunks()).combine_chunks()
+    return pc.equal(listed["state"].take(rows), table["state"])  # null if it has none

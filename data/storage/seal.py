@@ -39,24 +39,24 @@ def seal(body: Mapping[str, object], version: int = FORMAT_VERSION) -> bytes:
     return text.encode() + b"\n"
 
 
-def unseal(values: object, where: str) -> dict[str, Any]:
-    """Return what was sealed; raise CacheFormatError, naming ``where``, if it was altered.
+def unseal(values: object, name: str) -> dict[str, Any]:
+    """Return what was sealed; raise CacheFormatError, naming ``name``, if it was altered.
 
     Files of format version 1 have neither version nor checksum (except its manifest, which says 1);
     one of the two alone is damage.
     """
     if not isinstance(values, dict):
-        raise CacheFormatError(f"{where} is damaged: it is not a JSON object. {REPAIR}")
+        raise CacheFormatError(f"{name} is damaged: it is not a JSON object. {REPAIR}")
     body = dict(values)
-    stated = body.pop(SEAL, None)
-    if stated is None and body.get(VERSION, 1) == 1:
+    recorded = body.pop(SEAL, None)
+    if recorded is None and body.get(VERSION, 1) == 1:
         return body
-    if stated != checksum(body):
-        raise CacheFormatError(f"{where} is damaged: its checksum does not match. {REPAIR}")
+    if recorded != checksum(body):
+        raise CacheFormatError(f"{name} is damaged: its checksum does not match. {REPAIR}")
     return body
 
 
-def damage(error: CacheFormatError) -> str:
+def describe_damage(error: CacheFormatError) -> str:
     """Return what is damaged, without the advice, which is given once for a list."""
     return str(error).replace(REPAIR, "").strip()
 

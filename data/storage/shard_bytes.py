@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-KEPT_BYTES = 256 << 20  # of recently requested pieces, per process
+CACHE_BYTES = 256 << 20  # of recently requested pieces, per process
 
 Region = tuple[int, int, str]  # offset, length, xxh3_64
 Piece = tuple[str, int]  # a file, and the first byte in it
@@ -23,7 +23,7 @@ class ShardBytes(ABC):
 
     name: str
     size: int
-    kept = True  # whether regions take no memory of their own
+    is_mapped = True  # whether regions take no memory of their own
 
     @abstractmethod
     def region(self, offset: int, length: int) -> pa.Buffer:
@@ -34,7 +34,7 @@ class ShardBytes(ABC):
         """Return what Arrow can open."""
 
 
-class Mapped(ShardBytes):
+class MappedBytes(ShardBytes):
     """A local file, mapped and not held open: a process reads thousands of shards at a time."""
 
     def __init__(self, path: Path, name: str | None = None):
@@ -50,40 +50,40 @@ class Mapped(ShardBytes):
         return self._buffer
 
 
-class _Pieces:
+class _PieceCache:
     """Recently requested pieces."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Piece, bytes] = OrderedDict()
+        self._cached: OrderedDict[Piece, bytes] = OrderedDict()
         self._bytes = 0
         self._mutex = threading.Lock()
 
     def get(self, piece: Piece, read: Callable[[], bytes]) -> bytes:
         with self._mutex:
-            if (found := self._kept.get(piece)) is not None:
-                self._kept.move_to_end(piece)
-                return found
-        found = read()
+            if (content := self._cached.get(piece)) is not None:
+                self._cached.move_to_end(piece)
+                return content
+        content = read()
         with self._mutex:
-            if piece not in self._kept:
-                self._kept[piece] = found
-                self._bytes += len(found)
-            while self._bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._bytes -= len(self._kept.popitem(last=False)[1])
-        return found
+            if piece not in self._cached:
+                self._cached[piece] = content
+                self._bytes += len(content)
+            while self._bytes > CACHE_BYTES and len(self._cached) > 1:
+                self._bytes -= len(self._cached.popitem(last=False)[1])
+        return content
 
 
-_PIECES = _Pieces()
+_SHARED_CACHE = _PieceCache()
 
 
-class Asked(ShardBytes):
+class RequestedBytes(ShardBytes):
     """An object in a store; each region is requested when it is used.
 
     ``read(begin, end)`` returns bytes of it. Recent regions of all such files are kept, up to
-    KEPT_BYTES; ``anew``: this file uses none that was requested before.
+    CACHE_BYTES; ``own_cache``: this file uses none that was requested before.
     """
 
-    kept = False
+    is_mapped = False
 
     def __init__(
         self,
@@ -91,15 +91,15 @@ class Asked(ShardBytes):
         size: int,
         regions: Sequence[Region],
         read: Callable[[int, int], bytes],
-        anew: bool = False,
+        own_cache: bool = False,
     ):
         self.name, self.size = name, size
         self.regions, self._read = regions, read
-        self._pieces = _Pieces() if anew else _PIECES
+        self._cache = _PieceCache() if own_cache else _SHARED_CACHE
 
     def region(self, offset: int, length: int) -> pa.Buffer:  # noqa: D102
         return pa.py_buffer(
-            self._pieces.get((self.name, offset), lambda: self._read(offset, offset + length))
+            self._cache.get((self.name, offset), lambda: self._read(offset, offset + length))
         )
 
     def file(self) -> Any:  # noqa: D102
@@ -109,8 +109,8 @@ class Asked(ShardBytes):
 class _Regions(io.RawIOBase):
     """The regions one after another, as a file."""
 
-    def __init__(self, source: Asked):
-        self._source, self._at = source, 0
+    def __init__(self, source: RequestedBytes):
+        self._source, self._position = source, 0
 
     def readable(self) -> bool:
         return True
@@ -119,20 +119,20 @@ class _Regions(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence]
-        self._at = start + offset
-        return self._at
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.size}
+        self._position = starts[whence] + offset
+        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
         for offset, length, _ in self._source.regions:
-            if offset <= self._at < offset + length:
-                begin = self._at - offset
+            if offset <= self._position < offset + length:
+                begin = self._position - offset
                 region = memoryview(self._source.region(offset, length)).cast("B")
                 content = region[begin : begin + len(buffer)]
                 buffer[: len(content)] = content
-                self._at += len(content)
+                self._position += len(content)
                 return len(content)
         return 0

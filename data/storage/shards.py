@@ -25,13 +25,13 @@ from rekindle.data.storage.arrow_sizes import unpacked_bytes
 from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit, Commits
-from rekindle.data.storage.manifest import told_missing
+from rekindle.data.storage.manifest import describe_missing
 from rekindle.data.storage.records import Records
 from rekindle.data.storage.seal import REPAIR
 from rekindle.data.storage.shard_bytes import Region, ShardBytes
 from rekindle.data.storage.store import LocalStore
 
-MOST_UNPACKED = 1 << 28  # bytes of a compressed record batch; ours are about 10 MB
+MAX_UNPACKED = 1 << 28  # bytes of a compressed record batch; ours are about 10 MB
 
 MAGIC = b"ARROW1\0\0"  # the file's first bytes, before the schema
 
@@ -105,8 +105,8 @@ class ShardSet:
             with self.store.writing(name):
                 local = self.store.begin(name)
                 written = write_shard(local, schema, batches, write_options)
-                about = dict(facts or {}) | dict(late_facts())
-                commit = Commit(unit, path, *written, about, rows_per_batch)
+                all_facts = dict(facts or {}) | dict(late_facts())
+                commit = Commit(unit, path, *written, all_facts, rows_per_batch)
                 self.store.finish(name)
         except BaseException:
             with suppress(OSError, InputError):  # of a disk or a bucket; the first error counts
@@ -120,7 +120,7 @@ class ShardSet:
             self.store.discard(name)
         return winner
 
-    def look_at(self, units: Sequence[str], commits: Commits) -> None:
+    def check_sizes(self, units: Sequence[str], commits: Commits) -> None:
         """Raise CacheFormatError if a file of the local ``units`` does not have its committed size,
         so that the problem shows before expensive work.
         """
@@ -128,7 +128,9 @@ class ShardSet:
             return  # it would cost a request per unit
         for commit in (commits[unit] for unit in units):
             name = f"{self.folder}/{commit.path}"
-            with unusable(told_missing(self.store, name), FileNotFoundError, advice=f". {REPAIR}"):
+            with unusable(
+                describe_missing(self.store, name), FileNotFoundError, advice=f". {REPAIR}"
+            ):
                 size, _ = self.store.state(name)
             check_size(f"{self.store.location}/{name}", size, commit)
 
@@ -141,27 +143,27 @@ class ShardSet:
     def open(
         self,
         commit: Commit,
-        about: Mapping[str, object] | None = None,
+        description: Mapping[str, object] | None = None,
         fields: Sequence[pa.Field] | None = None,
-        hold: Callable[[int, pa.RecordBatch], None] | None = None,
+        check_batch: Callable[[int, pa.RecordBatch], None] | None = None,
         direct: bool = False,
     ) -> "Shard":
         """Return the committed shard, whose checksums are verified as its parts are used.
         ``direct``: read the store itself, not a local copy.
 
-        Raise CacheMismatchError if the shard's description differs from ``about``, CacheFormatError
-        if its columns are not ``fields``. ``hold`` is called with the number and content of every
-        record batch read; it raises if the owner cannot use the batch.
+        Raise CacheMismatchError if the shard's own description differs from ``description``,
+        CacheFormatError if its columns are not ``fields``. ``check_batch`` is called with the
+        number and content of every record batch read; it raises if the owner cannot use the batch.
         """
         name = f"{self.folder}/{commit.path}"
         facts = commit.bytes, commit.sha256, commit.regions
         try:
             source = self.store.open_bytes(name, *facts, direct)
         except FileNotFoundError:
-            raise CacheFormatError(f"{told_missing(self.store, name)}. {REPAIR}") from None
-        shard = Shard(source, commit, hold)
-        described = shard.metadata
-        different = sorted(k for k, v in (about or {}).items() if described.get(k) != v)
+            raise CacheFormatError(f"{describe_missing(self.store, name)}. {REPAIR}") from None
+        shard = Shard(source, commit, check_batch)
+        stored = shard.metadata
+        different = sorted(k for k, v in (description or {}).items() if stored.get(k) != v)
         if different:
             raise CacheMismatchError(
                 f"{shard.name} was not made for {self.folder} as it is now: its "
@@ -195,8 +197,8 @@ class _HashingFile:
     def write(self, data: bytes | memoryview) -> int:
         # Arrow writes the schema together with the first batch; the schema gets its own region.
         if self.position < self._schema_end < self.position + len(data):
-            cut = self._schema_end - self.position
-            return self.write(data[:cut]) + self.write(data[cut:])
+            end = self._schema_end - self.position
+            return self.write(data[:end]) + self.write(data[end:])
         self._file.write(data)
         self.sha256.update(data)
         self._region.update(data)
@@ -256,23 +258,23 @@ class Shard:
         self,
         source: ShardBytes,
         commit: Commit,
-        hold: Callable[[int, pa.RecordBatch], None] | None = None,
+        check_batch: Callable[[int, pa.RecordBatch], None] | None = None,
     ):
         self.name = source.name  # for messages
         self.commit = commit
         self.source = source
-        self._hold = hold
+        self._check_batch = check_batch
         self._checked: set[int] = set()
         self._batches: dict[int, pa.RecordBatch] = {}
-        self._reading = threading.RLock()  # all threads share the file's position
+        self._read_lock = threading.RLock()  # all threads share the file's position
         check_size(self.name, source.size, commit)
-        self._check(0)  # the schema
-        self._check(len(commit.regions) - 1)  # the footer
+        self._check_region(0)  # the schema
+        self._check_region(len(commit.regions) - 1)  # the footer
         self._reader = self._open()
-        self._rows = rows_in_batches(commit.rows, commit.rows_per_batch)
+        self._row_ranges = rows_in_batches(commit.rows, commit.rows_per_batch)
         # In format 1 the schema shared its region with the first batch.
         self._first_region = len(commit.regions) - 1 - self.batch_count
-        if self._first_region not in (0, 1) or len(self._rows) != self.batch_count:
+        if self._first_region not in (0, 1) or len(self._row_ranges) != self.batch_count:
             raise CacheFormatError(f"{self.name} has not the record batches that were committed")
 
     def _open(self, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
@@ -288,10 +290,10 @@ class Shard:
     def metadata(self) -> dict[str, Any]:
         """The description that the writer put into the schema."""
         raw = (self.schema.metadata or {}).get(b"rekindle", b"")
-        told = f"{self.name} does not describe itself: not a shard"
-        with unusable(told, ValueError, TypeError, RecursionError):
-            described: dict[str, Any] = dict(json.loads(raw))
-        return described
+        message = f"{self.name} does not describe itself: not a shard"
+        with unusable(message, ValueError, TypeError, RecursionError):
+            metadata: dict[str, Any] = dict(json.loads(raw))
+        return metadata
 
     @cached_property
     def batch_count(self) -> int:
@@ -305,42 +307,42 @@ class Shard:
         ``keep`` is for batches that are views of the mapped file; compressed ones would fill the
         memory.
         """
-        found = self._batches.get(index)
-        if found is None:
+        batch = self._batches.get(index)
+        if batch is None:
             if index >= self.batch_count:
                 raise CacheFormatError(f"{self.name} has no record batch {index}: it lacks rows")
             region = self._first_region + index
-            with self._reading:
-                self._check(region)
-                self._check_size(index, region)
-                found = self._get(self._reader, index)
-            if self._hold is not None:
-                self._hold(index, found)
-            if keep and self.source.kept:
-                self._batches[index] = found
-        return found
+            with self._read_lock:
+                self._check_region(region)
+                self._check_unpacked_size(index, region)
+                batch = self._read_batch(self._reader, index)
+            if self._check_batch is not None:
+                self._check_batch(index, batch)
+            if keep and self.source.is_mapped:
+                self._batches[index] = batch
+        return batch
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield all record batches, verified."""
         return map(self.batch, range(self.batch_count))
 
-    def _check_size(self, index: int, region: int) -> None:
+    def _check_unpacked_size(self, index: int, region: int) -> None:
         """Check a batch's unpacked size: committed bytes may still come from a stranger's
         writer.
         """
         offset, length, _ = self.commit.regions[region]
-        told = f"{self.name}: no record batch {index} where it must be"
-        with unusable(told, struct.error, IndexError, ValueError):
+        message = f"{self.name}: no record batch {index} where it must be"
+        with unusable(message, struct.error, IndexError, ValueError):
             content = self.source.region(offset, length)
             unpacked = unpacked_bytes(content, after_schema=region == 0)
-        if unpacked > MOST_UNPACKED:
+        if unpacked > MAX_UNPACKED:
             raise CacheFormatError(
                 f"{self.name}: record batch {index} would unpack to {unpacked:,} bytes, more than "
-                f"{MOST_UNPACKED:,}: it was not written by Rekindle"
+                f"{MAX_UNPACKED:,}: it was not written by Rekindle"
             )
 
-    def _get(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
-        start, stop = self._rows[index]
+    def _read_batch(self, reader: pa.RecordBatchFileReader, index: int) -> pa.RecordBatch:
+        start, stop = self._row_ranges[index]
         with unusable(f"{self.name}: record batch {index}", pa.ArrowException, OSError):
             batch = reader.get_batch(index)
             batch.validate(full=True)  # offsets that point outside would crash the process
@@ -357,7 +359,7 @@ class Shard:
         """
         included = [self.schema.get_field_index(name) for name in names]
         reader = self._open(pa.ipc.IpcReadOptions(included_fields=included))
-        return [self._get(reader, index).select(names) for index in range(self.batch_count)]
+        return [self._read_batch(reader, index).select(names) for index in range(self.batch_count)]
 
     def table(self) -> pa.Table:
         """Return the whole shard, verified."""
@@ -366,7 +368,7 @@ class Shard:
     def check(self) -> None:
         """Compare the whole file with its checksums."""
         for region in range(len(self.commit.regions)):
-            self._check(region)
+            self._check_region(region)
 
     def sha256(self) -> str:
         """Return the sha256 of the whole file as it is now."""
@@ -375,7 +377,7 @@ class Shard:
             digest.update(memoryview(self.source.region(offset, length)))
         return digest.hexdigest()
 
-    def _check(self, region: int) -> None:
+    def _check_region(self, region: int) -> None:
         if region in self._checked:
             return
         offset, length, expected = self.commit.regions[region]
@@ -384,7 +386,7 @@ class Shard:
                 f"{self.name}: bytes {offset:,}–{offset + length:,} are not what was committed "
                 f"(checksum mismatch). {REPAIR}"
             )
-        if self.source.kept:  # otherwise it is read again, and may differ
+        if self.source.is_mapped:  # otherwise it is read again, and may differ
             self._checked.add(region)
 
 

@@ -13,9 +13,9 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import sync, write_bytes
 from rekindle.data.storage.base import Store, safe_name
 from rekindle.data.storage.object_store import ObjectStore
-from rekindle.data.storage.shard_bytes import Mapped, Region, ShardBytes
+from rekindle.data.storage.shard_bytes import MappedBytes, Region, ShardBytes
 
-IN_USE = "corpus"  # a folder of every cache; processes that need its content hold its lock
+LOCK_FOLDER = "corpus"  # a folder of every cache; processes that need its content hold its lock
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -34,7 +34,7 @@ class LocalStore(Store):
         self.location = str(root)
 
     def _local(self, name: str) -> Path:
-        return self.root / safe_name(self.seen.place(name))
+        return self.root / safe_name(self.overlay.place(name))
 
     def read_bytes(self, name: str) -> bytes:  # noqa: D102
         return self._local(name).read_bytes()
@@ -58,8 +58,8 @@ class LocalStore(Store):
         if not path.is_dir():
             return []
         with os.scandir(path) as entries:
-            seen = (e for e in entries if e.name[0] != ".")
-            return [e.name for e in seen if (e.is_dir() if folders else e.is_file())]
+            visible = (e for e in entries if e.name[0] != ".")
+            return [e.name for e in visible if (e.is_dir() if folders else e.is_file())]
 
     def create(self, name: str, content: bytes) -> bool:  # noqa: D102
         path = self._local(name)
@@ -103,38 +103,38 @@ class LocalStore(Store):
                 shutil.rmtree(path)
 
     @contextmanager
-    def _locked(self, folder: Path, how: int) -> Iterator[bool | None]:
+    def _locked(self, folder: Path, mode: int) -> Iterator[bool | None]:
         """Hold a lock of a folder. Yield whether it was granted; None if locks are not
         supported.
         """
         try:
-            number = os.open(folder, os.O_RDONLY)
+            descriptor = os.open(folder, os.O_RDONLY)
         except OSError:  # an older process may be seen a moment after it began
             yield None
             return
         try:
             # A killed process releases the lock.
-            fcntl.flock(number, how | fcntl.LOCK_NB)
-            held: bool | None = True
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+            is_granted: bool | None = True
         except BlockingIOError:
-            held = False
+            is_granted = False
         except OSError:  # not supported on this file system
-            held = None
+            is_granted = None
         try:
-            yield held
+            yield is_granted
         finally:
-            os.close(number)
+            os.close(descriptor)
 
     @contextmanager
     def working(self) -> Iterator[bool | None]:  # noqa: D102
-        (self.root / IN_USE).mkdir(parents=True, exist_ok=True)
-        with self.reading(), self._locked(self.root, fcntl.LOCK_EX) as alone:
-            yield alone
+        (self.root / LOCK_FOLDER).mkdir(parents=True, exist_ok=True)
+        with self.reading(), self._locked(self.root, fcntl.LOCK_EX) as is_alone:
+            yield is_alone
 
     @contextmanager
     def reading(self) -> Iterator[None]:  # noqa: D102
-        with self._locked(self.root / IN_USE, fcntl.LOCK_SH) as held:
-            if held is False:
+        with self._locked(self.root / LOCK_FOLDER, fcntl.LOCK_SH) as is_granted:
+            if is_granted is False:
                 raise InputError(
                     f"`pipeline teachers` is changing {self.location} in another process; run the "
                     "same command again when that has ended"
@@ -144,13 +144,13 @@ class LocalStore(Store):
     @contextmanager
     def changing(self) -> Iterator[None]:  # noqa: D102
         with (
-            self._locked(self.root, fcntl.LOCK_EX) as alone,
-            self._locked(self.root / IN_USE, fcntl.LOCK_EX) as unused,
+            self._locked(self.root, fcntl.LOCK_EX) as is_alone,
+            self._locked(self.root / LOCK_FOLDER, fcntl.LOCK_EX) as is_unused,
         ):
-            if alone is False or unused is False:
-                who = "writes to" if alone is False else "reads"
+            if is_alone is False or is_unused is False:
+                activity = "writes to" if is_alone is False else "reads"
                 raise InputError(
-                    f"another process {who} {self.location} (cache-teachers, import-targets, "
+                    f"another process {activity} {self.location} (cache-teachers, import-targets, "
                     "train-student, verify, export-targets or teachers): nothing was changed; run "
                     "the same command again when that has ended"
                 )
@@ -170,8 +170,8 @@ class LocalStore(Store):
 
     def temporary(self, folder: str) -> list[str]:  # noqa: D102
         path = self._local(folder) if folder else self.root
-        left = path.glob(".*.tmp") if path.is_dir() else ()
-        return sorted(entry.relative_to(self.root).as_posix() for entry in left)
+        leftovers = path.glob(".*.tmp") if path.is_dir() else ()
+        return sorted(entry.relative_to(self.root).as_posix() for entry in leftovers)
 
     def open_bytes(  # noqa: D102
         self, name: str, size: int, sha256: str, regions: Sequence[Region], direct: bool = False
@@ -179,4 +179,4 @@ class LocalStore(Store):
         path = self._local(name)
         if path.is_dir():  # Arrow has no code for that error
             raise FileNotFoundError(name)
-        return Mapped(path)
+        return MappedBytes(path)

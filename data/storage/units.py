@@ -18,7 +18,7 @@ UnitPlace = tuple[int, int | None]  # corpus shard, replica
 
 _UNIT = re.compile(r"(\d{5,12})(?:-r(\d{3,6}))?", re.ASCII)
 _REPLICAS = 1 << 20  # keys per shard: one for the unmasked shard, then one for each replica
-STRANGE = 1 << 62  # above any unit's key; for names that are not ours
+NOT_A_UNIT = 1 << 62  # above any unit's key; for names that are not ours
 
 
 def unit_of(shard: int, replica: int | None = None) -> str:
@@ -28,119 +28,122 @@ def unit_of(shard: int, replica: int | None = None) -> str:
 
 def place_of(unit: str) -> UnitPlace | None:
     """Return the shard and replica of a unit's name; None for a name that is not ours."""
-    if (found := _UNIT.fullmatch(unit)) is None:
+    if (match := _UNIT.fullmatch(unit)) is None:
         return None
-    place = int(found[1]), None if found[2] is None else int(found[2])
+    place = int(match[1]), None if match[2] is None else int(match[2])
     return place if unit_of(*place) == unit else None
 
 
-def key_of(unit: str) -> int:
+def unit_key(unit: str) -> int:
     """Return the unit's name as a sortable number; STRANGE for a name that is not ours."""
     if (place := place_of(unit)) is None:
-        return STRANGE
+        return NOT_A_UNIT
     return place[0] * _REPLICAS + (0 if place[1] is None else place[1] + 1)
 
 
-def keys_of(shards: NDArray[np.int64], replica: int | None) -> NDArray[np.int64]:
+def unit_keys(shards: NDArray[np.int64], replica: int | None) -> NDArray[np.int64]:
     """Return the keys of one replica of each of those shards."""
     return shards * _REPLICAS + (0 if replica is None else replica + 1)
 
 
 def shards_among(keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the shards whose units, without replicas, are among those keys."""
-    return keys[(keys % _REPLICAS == 0) & (keys < STRANGE)] // _REPLICAS
+    return keys[(keys % _REPLICAS == 0) & (keys < NOT_A_UNIT)] // _REPLICAS
 
 
-def replicas_among(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+def replicas_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the replica of each key; −1 for none."""
     return keys % _REPLICAS - 1
 
 
-def order_of(unit: str) -> tuple[int, str]:
+def sort_key(unit: str) -> tuple[int, str]:
     """Return the sort key of a unit: shard, replica; names that are not ours come last."""
-    return key_of(unit), unit
+    return unit_key(unit), unit
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 FIELDS = {
-    "key": pa.int64(),  # of the unit, see `key_of`
+    "key": pa.int64(),  # of the unit, see `unit_key`
     "unit": pa.string(),
     "state": pa.string(),  # of the commit record, from a listing of the store
     "rows": pa.int64(),
     "bytes": pa.int64(),
     "sha256": pa.string(),
 }
-WHOLE, FRACTION, NAMED = "int:", "float:", "json:"  # prefixes of the columns of facts
-_TYPES = {WHOLE: pa.int64(), FRACTION: pa.float64(), NAMED: pa.string()}
+INT, FLOAT, JSON = "int:", "float:", "json:"  # prefixes of the columns of facts
+_TYPES = {INT: pa.int64(), FLOAT: pa.float64(), JSON: pa.string()}
 _NUMPY = {pa.int64(): np.int64, pa.float64(): np.float64, pa.bool_(): np.bool_}
-LARGEST = 1 << 63
+INT64_LIMIT = 1 << 63
 
 
-def type_of(column: str) -> pa.DataType | None:
+def column_type(column: str) -> pa.DataType | None:
     """Return the type of that column; None if there is no such column."""
     return FIELDS.get(column) or _TYPES.get(f"{column.partition(':')[0]}:")
 
 
-def array_of(values: Sequence[Any] | NDArray[Any], dtype: pa.DataType) -> pa.Array:
+def arrow_array(values: Sequence[Any] | NDArray[Any], dtype: pa.DataType) -> pa.Array:
     """Return ``values`` as an array, None as null. Avoids ``pa.array``, which spends a second on
     importing pandas.
     """
-    valid = None
+    validity = None
     if not isinstance(values, np.ndarray) and None in values:
-        there = np.array([value is not None for value in values], bool)
-        valid = pa.py_buffer(np.packbits(there, bitorder="little").tobytes())
+        is_valid = np.array([value is not None for value in values], bool)
+        validity = pa.py_buffer(np.packbits(is_valid, bitorder="little").tobytes())
     if dtype != pa.string():
-        filled: NDArray[Any] = np.array([value or 0 for value in values], _NUMPY[dtype])
-        content = [np.packbits(filled, bitorder="little") if dtype == pa.bool_() else filled]
+        numbers: NDArray[Any] = np.array([value or 0 for value in values], _NUMPY[dtype])
+        content = [np.packbits(numbers, bitorder="little") if dtype == pa.bool_() else numbers]
     else:
-        texts = values if valid is None else [value or "" for value in values]
-        if (whole := "".join(texts)).isascii():  # a million names, encoded at once
-            lengths, encoded = map(len, texts), whole.encode()
+        texts = values if validity is None else [value or "" for value in values]
+        if (joined := "".join(texts)).isascii():  # a million names, encoded at once
+            lengths, encoded = map(len, texts), joined.encode()
         else:
             # A file's name may contain a lone surrogate, which must not end the command.
             parts = [text.encode(errors="backslashreplace") for text in texts]
             lengths, encoded = map(len, parts), b"".join(parts)
-        ends = np.zeros(len(texts) + 1, np.int32)
-        np.cumsum(np.fromiter(lengths, np.int32, len(texts)), out=ends[1:])
-        content = [ends, np.frombuffer(encoded, np.uint8)]
-    buffers = [valid, *(pa.py_buffer(one.tobytes()) for one in content)]
+        offsets = np.zeros(len(texts) + 1, np.int32)
+        np.cumsum(np.fromiter(lengths, np.int32, len(texts)), out=offsets[1:])
+        content = [offsets, np.frombuffer(encoded, np.uint8)]
+    buffers = [validity, *(pa.py_buffer(one.tobytes()) for one in content)]
     return pa.Array.from_buffers(dtype, len(values), buffers)
 
 
-def joined(tables: Iterable[pa.Table]) -> pa.Table:
+def join_tables(tables: Iterable[pa.Table]) -> pa.Table:
     """Join several tables in the order of units; facts that a table lacks become null."""
-    empty = pa.table({name: array_of([], dtype) for name, dtype in FIELDS.items()})
-    whole = pa.concat_tables([empty, *tables], promote_options="default")
-    keys = numbers_in(whole, "key")
+    empty = pa.table({name: arrow_array([], dtype) for name, dtype in FIELDS.items()})
+    table = pa.concat_tables([empty, *tables], promote_options="default")
+    keys = int_values(table, "key")
     if (keys[1:] <= keys[:-1]).any():
-        whole = whole.take(array_of(np.argsort(keys, kind="stable"), pa.int64()))
-    return whole.combine_chunks()
+        table = table.take(arrow_array(np.argsort(keys, kind="stable"), pa.int64()))
+    return table.combine_chunks()
 
 
-def numbers_in(table: pa.Table, column: str) -> NDArray[np.int64]:
+def int_values(table: pa.Table, column: str) -> NDArray[np.int64]:
     """Return a column of integers without nulls as a view of its bytes."""
-    return as_they_lie(table[column].combine_chunks(), np.int64)
+    return numpy_values(table[column].combine_chunks(), np.int64)
 
 
-def as_they_lie(column: pa.Array, dtype: type[np.generic]) -> NDArray[Any]:
-    """Return the numbers of a column without nulls. Avoids ``to_numpy``: see ``array_of``."""
+def numpy_values(column: pa.Array, dtype: type[np.generic]) -> NDArray[Any]:
+    """Return the numbers of a column without nulls. Avoids ``to_numpy``: see ``arrow_array``."""
     if not len(column):
         return np.zeros(0, dtype)
     return np.frombuffer(column.buffers()[1], dtype)[column.offset :][: len(column)]
 
 
-def floats_in(column: pa.Array) -> NDArray[np.float64]:
+def float_values(column: pa.Array) -> NDArray[np.float64]:
     """Return the numbers of a column; NaN for null."""
-    numbers = as_they_lie(column.cast(pa.float64(), safe=False), np.float64)
+    numbers = numpy_values(column.cast(pa.float64(), safe=False), np.float64)
     if not column.null_count:
         return numbers
     bits = np.unpackbits(np.frombuffer(column.buffers()[0], np.uint8), bitorder="little")
     return np.where(bits[column.offset :][: len(column)], numbers, math.nan)
 
 
-def among(wanted: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which of the keys ``wanted`` are among the ascending ``keys``."""
-    if not len(keys):
-        return np.zeros(len(wanted), bool)
-    return keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
+def is_in(queries: NDArray[np.int64], sorted_keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which of the keys ``queries`` are among the ascending ``sorted_keys``."""
+    if not len(sorted_keys):
+        return np.zeros(len(queries), bool)
+    return (
+        sorted_keys[np.minimum(np.searchsorted(sorted_keys, queries), len(sorted_keys) - 1)]
+        == queries
+    )

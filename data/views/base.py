@@ -83,7 +83,7 @@ class StoredView(View):
         described = self.identity | ({"replicas": self.replicas} if self.masked else {})
         self.corpus.store.create(f"{self.shards.folder}/view.json", seal(described))
         numbers = self.numbers(self.replicas)
-        missing = self.shards.committed().lacking(len(self.corpus.commits), numbers)
+        missing = self.shards.committed().missing_units(len(self.corpus.commits), numbers)
         for shard, replica in sorted(missing, key=lambda place: place[0]):
             about = about_unit(self.name, shard, replica) | self.identity
             schema = describe(list(self.fields), about)

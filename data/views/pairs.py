@@ -197,7 +197,9 @@ def rows_of(
     among = np.arange(len(corpus.commits)) if shards is None else shards
     if domains is None:
         return int(corpus.units.rows[among].sum())
-    chosen = compress(corpus.units.named("domains"), np.isin(np.arange(len(corpus.commits)), among))
+    chosen = compress(
+        corpus.units.counts_by_name("domains"), np.isin(np.arange(len(corpus.commits)), among)
+    )
     return sum((counts or {}).get(name, 0) for counts in chosen for name in {*domains})
 
 

@@ -49,9 +49,9 @@ class ViewReader(RowReader):
         """Return how many replicas every corpus shard has; at most those to be read."""
         # Recently added text may have no masks yet; the rest has.
         every, count = len(self.corpus.commits), 0
-        without = self.commits.lacking(every, [0])
+        without = self.commits.missing_units(every, [0])
         while count != self.most and len(without) < every:
-            if len(self.commits.lacking(every, [count])) > len(without):
+            if len(self.commits.missing_units(every, [count])) > len(without):
                 break
             count += 1
         return count

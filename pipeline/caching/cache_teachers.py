@@ -266,7 +266,7 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
     """
     each, shards = view_kind(view).numbers(replicas), len(corpus.commits)
     done = ShardSet(corpus.store, folder).committed()
-    missing = [Unit(*place) for place in done.lacking(shards, each)]
+    missing = [Unit(*place) for place in done.missing_units(shards, each)]
     return missing, len(each) * shards - len(missing)
 
 

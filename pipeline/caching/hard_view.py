@@ -87,4 +87,4 @@ def _complete(corpus: Corpus, name: str) -> bool:
     if not is_described(corpus.store, name):
         return False
     reader = TeacherReader(corpus, read_parts(corpus.store, name))
-    return not reader.main.commits.lacking(len(corpus.commits), [None])
+    return not reader.main.commits.missing_units(len(corpus.commits), [None])

@@ -18,7 +18,7 @@ from rekindle.data.inventory import (
 )
 from rekindle.data.source.source_states import look_at
 from rekindle.data.storage.base import Store
-from rekindle.data.storage.seal import damage, seal
+from rekindle.data.storage.seal import describe_damage, seal
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.storage.units import unit_of
@@ -45,7 +45,7 @@ def repair_cache(
         if not _can_be_made(name, teachers):
             _tell_imported(name, error, imported)
             continue
-        log.warning("%s: made again", damage(error).rstrip("."))
+        log.warning("%s: made again", describe_damage(error).rstrip("."))
         store.discard(name)
         if name.endswith("head.safetensors"):
             store.discard(name.replace("head.safetensors", "head.json"))
@@ -63,12 +63,12 @@ def repair_cache(
                 shards.check(commit)
 
             sound, damaged = shards.survey(check_bytes if whole else None)
-            if whole and not damaged and (wrong := shards.records.wrongly_rolled_up(sound)):
-                log.warning("%s: made again", damage(wrong).rstrip("."))
+            if whole and not damaged and (wrong := shards.records.roll_up_error(sound)):
+                log.warning("%s: made again", describe_damage(wrong).rstrip("."))
                 shards.records.forget_roll_up()
                 removed += 1
             for unit, problem in damaged.items():
-                log.warning("%s: made again", damage(problem).rstrip("."))
+                log.warning("%s: made again", describe_damage(problem).rstrip("."))
                 shards.forget(unit)
             removed += len(damaged)
     _restore_additions(store)
@@ -84,7 +84,7 @@ def _tell_imported(name: str, error: CacheFormatError, imported: Collection[str]
         log.warning(
             "%s: it was imported, so no model can be run for it; `pipeline import-targets` "
             "with the original rows and provenance makes it again",
-            damage(error).rstrip("."),
+            describe_damage(error).rstrip("."),
         )
 
 
@@ -99,7 +99,7 @@ def _restore_additions(store: Store) -> None:
     commits = shards.survey()[0]
     if not commits:
         return
-    last = shards.open(commits.newest).metadata.get("stage", 0)
+    last = shards.open(commits.last_commit).metadata.get("stage", 0)
     if all(store.exists(info_name(number)) for number in range(last + 1)):
         return
     said = {int(one.unit): shards.open(one).metadata for one in commits.records()}

@@ -20,11 +20,11 @@ from rekindle.data.inventory import (
     orphans,
     shard_sets,
 )
-from rekindle.data.journal import read_seen
+from rekindle.data.journal import read_with_overlay
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.cuts import cut_lengths
 from rekindle.data.storage.manifest import MANIFEST, read_manifest
-from rekindle.data.storage.seal import REPAIR, damage
+from rekindle.data.storage.seal import REPAIR, describe_damage
 from rekindle.data.storage.shards import Commit, ShardSet
 from rekindle.data.storage.store import open_store
 from rekindle.data.storage.units import place_of, unit_of
@@ -83,12 +83,12 @@ def verify_cache(path: str, progress: Progress = SILENT) -> VerifyReport:
 
 def _check(path: str, store: Store, report: VerifyReport, progress: Progress) -> None:
     with suppress(CacheFormatError):  # reported below
-        read_seen(store)
+        read_with_overlay(store)
     report.imported = imported_teachers(store)
     wrong = damaged_descriptions(store)
     if MANIFEST not in wrong:
         wrong |= lost_descriptions(store)
-    report.problems += [damage(error) for error in wrong.values()]
+    report.problems += [describe_damage(error) for error in wrong.values()]
     with progress.task("checksums", unit="shards") as task:
         for shards in shard_sets(store):
             _check_files(shards, report, task)
@@ -99,11 +99,11 @@ def _check(path: str, store: Store, report: VerifyReport, progress: Progress) ->
 
 def _check_files(shards: ShardSet, report: VerifyReport, task: ProgressTask) -> None:
     sound, damaged = shards.survey(partial(_check_bytes, shards, task))
-    report.problems += [damage(error) for error in damaged.values()]
+    report.problems += [describe_damage(error) for error in damaged.values()]
     report.shards += len(sound)
     report.bytes += sound.bytes
-    if not damaged and (wrong := shards.records.wrongly_rolled_up(sound)):
-        report.problems.append(damage(wrong))
+    if not damaged and (wrong := shards.records.roll_up_error(sound)):
+        report.problems.append(describe_damage(wrong))
     with suppress(CacheFormatError):  # a damaged record, reported above
         report.orphans += len(orphans(shards))
 

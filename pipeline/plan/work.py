@@ -95,7 +95,7 @@ def _missing_shards(
     rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
     chosen = tokens
     if domains is not None:
-        counted = enumerate(corpus.units.named("domains"))
+        counted = enumerate(corpus.units.counts_by_name("domains"))
         shares = [share_of(domains, counts or {}, int(rows[shard])) for shard, counts in counted]
         chosen = tokens * shares
     among = np.array(numbers, np.int64)

@@ -22,7 +22,7 @@ from urllib3.exceptions import (
 )
 
 from rekindle.data.errors import InputError, first_words
-from rekindle.data.storage.patience import AT_FIRST, delays
+from rekindle.data.storage.patience import FIRST_PATIENCE, delays
 from rekindle.pipeline.served.config import ServedConfig
 
 log = logging.getLogger("rekindle")
@@ -124,7 +124,9 @@ class Client:
 
     def _check_patience(self, passing: str, spent: float) -> None:
         longest = (
-            self.config.patience_s if self._answered else min(AT_FIRST, self.config.patience_s)
+            self.config.patience_s
+            if self._answered
+            else min(FIRST_PATIENCE, self.config.patience_s)
         )
         if spent > longest:
             kept = (

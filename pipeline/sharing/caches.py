@@ -22,7 +22,7 @@ from rekindle.data.storage.manifest import (
     begin_manifest,
     read_manifest,
 )
-from rekindle.data.storage.seal import VERSION, damage, seal
+from rekindle.data.storage.seal import VERSION, describe_damage, seal
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.pipeline.progress import Progress
 
@@ -106,7 +106,7 @@ def _refuse_damaged(cache: Cache) -> None:
     """Of the small files; those of the shards' bytes are found when they are copied."""
     wrong = damaged_descriptions(cache.store) | lost_descriptions(cache.store)
     if wrong:
-        first = damage(next(iter(wrong.values()))).rstrip(".")
+        first = describe_damage(next(iter(wrong.values()))).rstrip(".")
         raise CacheFormatError(
             f"{first}. Nothing was sent: `pipeline verify` names all that is damaged, `pipeline "
             "cache-teachers` makes it anew"

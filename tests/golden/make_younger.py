@@ -3,7 +3,7 @@ for each; never for an old one.
 
     PYTHONPATH=tests/lib python tests/golden/make_younger.py tests/golden/cache-v9
 
-5: commit records that are rolled up (of a set as small as this one by `UNITS` alone). 6: a
+5: commit records that are rolled up (of a set as small as this one by `MIN_UNITS` alone). 6: a
 dialogue, tokens with labels, and text. 8: several documents in a row, for a masked and a causal LM.
 9: a teacher with a tokenizer of its own. 11: vectors of sentence encoders. 12: pairs in groups, and
 an expert that scores them.
@@ -47,7 +47,7 @@ def teacher(work: Path, tokenizer: Path, task: str, **more: object) -> dict:
 
 
 def rolled_up(work: Path) -> dict:
-    records.UNITS = UNITS
+    records.MIN_UNITS = UNITS
     (work / "docs.txt").write_text("\n\n".join(TEXTS) + "\n")
     folder = work / "tokenizer"
     train_tokenizer(folder)

@@ -64,7 +64,7 @@ def same(found: object, expected: object) -> bool:
 
 def test_there_is_one_per_format_version():
     """Of each that a cache stays in."""
-    versions = [n for n in range(1, manifest.NEWEST + 1) if n != CHANGING]
+    versions = [n for n in range(1, manifest.NEWEST_VERSION + 1) if n != CHANGING]
     assert [path.name for path in CACHES] == [f"cache-v{n}" for n in versions]
     for version, path in zip(versions, CACHES, strict=True):
         assert manifest.read_manifest(LocalStore(path))["format_version"] == version
@@ -133,7 +133,7 @@ def test_version_4_holds_imported_targets_and_their_rows_are_still_them(tmp_path
         done = cache.import_targets(name, given["rows"], provenance, **given["settings"])
         assert (done.units_done, done.units_present) == (0, 8 if name == "masked" else 4)
     assert files_of(copy) == before
-    monkeypatch.setattr(manifest, "NEWEST", 3)
+    monkeypatch.setattr(manifest, "NEWEST_VERSION", 3)
     with pytest.raises(CacheVersionError, match=r"cache format 4; this version.*formats 1 to 3"):
         Cache.open(copy)
 
@@ -234,7 +234,7 @@ def test_an_old_cache_is_extended_as_it_was_made_and_is_of_this_version_then(
     assert grown.manifest["format_version"] == 3
     assert {*grown.teachers} == {*old.teachers, "later"}
     assert grown.example(0).targets["later"][0].ids.shape[1] == 6
-    monkeypatch.setattr(manifest, "NEWEST", 2)
+    monkeypatch.setattr(manifest, "NEWEST_VERSION", 2)
     with pytest.raises(CacheVersionError, match=r"cache format 3; this version.*formats 1 to 2"):
         Cache.open(copy)
 

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.copies import FOLDER, copies
+from rekindle.data.storage.copies import FOLDER_VARIABLE, copies
 from rekindle.data.storage.folders import UNFINISHED
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.finetune import run as finetuning
@@ -53,7 +53,7 @@ def stored() -> Iterator[str]:
 @pytest.fixture
 def other_machine(tmp_path, monkeypatch) -> Callable[[], None]:
     """Call it, and no local copy is known any more."""
-    return lambda: monkeypatch.setenv(FOLDER, str(tmp_path / "another-machine"))
+    return lambda: monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "another-machine"))
 
 
 def ending_at(monkeypatch: pytest.MonkeyPatch, call: str, place: str) -> pytest.MonkeyPatch:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rekindle.data.errors import InputError
 from rekindle.data.places import address_of
-from rekindle.data.storage.copies import FOLDER, GIGABYTES
+from rekindle.data.storage.copies import FOLDER_VARIABLE, GIGABYTES_VARIABLE
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record import stored_run
@@ -191,7 +191,9 @@ def nodes(
     running = [
         subprocess.Popen(
             [*command, "--out", address, *more],
-            env=os.environ | ones | {"RANK": f"{rank}", FOLDER: str(copies_of / f"node-{rank}")},
+            env=os.environ
+            | ones
+            | {"RANK": f"{rank}", FOLDER_VARIABLE: str(copies_of / f"node-{rank}")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -224,7 +226,7 @@ def test_a_disk_that_is_full_in_mid_training_costs_nothing(
     """
     address = f"{s3}/runs/full"
     settings = ["--set", f"cache.path={stored_cache(address, run_file)}"]
-    monkeypatch.setenv(FOLDER, str(tmp_path / "disk"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "disk"))
     fetch, save, fetched = ObjectStore._fetch, Student.save_pretrained, list[str]()
 
     def full_from_the_second(self: ObjectStore, name: str, *given: Any) -> None:
@@ -303,11 +305,11 @@ def test_a_model_that_is_not_there_and_one_there_is_no_room_for(s3, corpus_file,
     assert done.returncode == 2
     assert f"model '{s3}/no-model': there is no such folder" in done.stderr
     ObjectStore(f"{s3}/model").replace("config.json", b"{}" * 100)
-    monkeypatch.setenv(GIGABYTES, "0")
+    monkeypatch.setenv(GIGABYTES_VARIABLE, "0")
     done = pipeline("evaluate", f"{s3}/model", "--text", corpus_file)
     assert done.returncode == 2
     assert f"no room for a local copy of {s3}/model" in done.stderr
-    assert FOLDER in done.stderr
+    assert FOLDER_VARIABLE in done.stderr
 
 
 def test_an_address_of_this_machine_is_a_path(tmp_path):

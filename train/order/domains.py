@@ -45,7 +45,7 @@ def domain_ranges(corpus: Corpus, names: Sequence[str]) -> dict[str, Ranges]:
     of sequences. Raises CacheFormatError for a shard without the domains that its record counts.
     """
     distinct = list(dict.fromkeys(names))
-    counted = enumerate(corpus.units.named("domains"))
+    counted = enumerate(corpus.units.counts_by_name("domains"))
     parts = [_shard_runs(corpus, shard, counts or {}, distinct) for shard, counts in counted]
     runs = np.concatenate([np.zeros((0, 3), np.int64), *parts])
     # A run may cross shards: ranges that touch are joined.

@@ -30,7 +30,7 @@ from rekindle.data.errors import CacheFormatError, CheckpointError, InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import new_folder, remove, remove_leftovers
-from rekindle.data.storage.seal import damage, seal, unseal
+from rekindle.data.storage.seal import describe_damage, seal, unseal
 from rekindle.train.distributed import ParallelStudent, World
 from rekindle.train.model.unfinished import SUMMARY_FILE, checkpoints_of
 from rekindle.train.record.identity import had_checkpoint, note_checkpoint
@@ -203,7 +203,7 @@ def _state_of(path: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, str(error) or type(error).__name__
     except CacheFormatError as error:
-        return {}, damage(error)
+        return {}, describe_damage(error)
     if version not in range(1, VERSION + 1):
         raise CheckpointError(
             f"checkpoint {path} has version {version!r}; this version of Rekindle reads up to "

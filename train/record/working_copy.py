@@ -18,7 +18,7 @@ from typing import BinaryIO
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.places import address_of
 from rekindle.data.storage.atomic import new_attempt, remove, write_text
-from rekindle.data.storage.copies import copies, key_of
+from rekindle.data.storage.copies import copies, copy_key
 from rekindle.data.storage.object_store import ObjectStore, refuse_unconditional
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.launch import launched, one_of_many
@@ -32,7 +32,7 @@ def local_place(out: Path) -> Path:
     """Return the local folder for ``out``."""
     if (address := address_of(out)) is None:
         return out
-    return copies().root / ".runs" / f"{address.rpartition('/')[2]}-{key_of(address)[:8]}"
+    return copies().root / ".runs" / f"{address.rpartition('/')[2]}-{copy_key(address)[:8]}"
 
 
 @contextmanager

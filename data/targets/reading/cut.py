@@ -61,13 +61,13 @@ def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
 
     Units without a record count with the corpus's tokens.
     """
-    if not commits.says(FACT):
+    if not commits.has_fact(FACT):
         return None
     each = commits.numbers("positions") if kind_of(info).per_sequence else commits.rows
     seen = [np.nan_to_num(one).astype(int).tolist() for one in (each, commits.numbers("tokens"))]
     found = [
         Counts(texts, 0, tokens, 0) if counts is None else Counts(**counts)
-        for counts, texts, tokens in zip(commits.named(FACT), *seen, strict=True)
+        for counts, texts, tokens in zip(commits.counts_by_name(FACT), *seen, strict=True)
     ]
     texts, cut = sum(one.texts for one in found), sum(one.cut for one in found)
     tokens, lost = sum(one.tokens for one in found), sum(one.lost for one in found)

@@ -112,5 +112,5 @@ def _finished(teacher: TeacherReader, replicas: int | None) -> list[TeacherInfo]
     each = teacher.info.shown.numbers(replicas or 1)
     shards = len(teacher.corpus.commits)
     parts = [p for p in teacher.parts if p is teacher.parts[0] or kind_of(p.info).grows]
-    whole = [p.info for p in parts if not p.commits.lacking(shards, each)]
+    whole = [p.info for p in parts if not p.commits.missing_units(shards, each)]
     return whole or [teacher.parts[0].info]

@@ -27,7 +27,7 @@ from rekindle.data.storage.cuts import (
     RowLists,
     RowReader,
     cut_lengths,
-    joined,
+    join_cuts,
 )
 from rekindle.data.storage.shards import Shard, ShardSet
 from rekindle.data.targets.codec import Columns
@@ -75,7 +75,7 @@ class TeacherReader(RowReader):
     than ``most_k`` candidates.
     """
 
-    remade = ("head", "_evicting")
+    recomputed = ("head", "_evicting")
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class TeacherReader(RowReader):
         """Return the commits of a part, without replicas that are not to be read."""
         if self.view is None or self.view.most is None or not self.masked:
             return part.commits
-        return part.commits.of_first(len(self.corpus.commits), self.view.most)
+        return part.commits.select_first(len(self.corpus.commits), self.view.most)
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
@@ -222,7 +222,7 @@ class TeacherReader(RowReader):
         """
         for part in (self.main, *self.tails):
             units = list(self._read_of(part))
-            part.shards.look_at(units[:: -(-len(units) // LOOKED_AT) or 1], part.commits)
+            part.shards.check_sizes(units[:: -(-len(units) // LOOKED_AT) or 1], part.commits)
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Return whether the unit is committed."""
@@ -246,7 +246,7 @@ class TeacherReader(RowReader):
         cuts = [self.cut(place, replica) for place in compress(where, there)]
         counts = np.zeros(len(where), np.int64)
         counts[there] = cut_lengths(cuts)
-        columns = joined(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.nothing()
+        columns = join_cuts(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.nothing()
         return counts, columns
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:

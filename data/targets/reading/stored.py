@@ -26,7 +26,7 @@ class StoredError:
 
 def stored_error(commits: Commits) -> StoredError | None:
     """Return the error over all units; None if their records lack it."""
-    if not commits.says(MEAN_ERROR):
+    if not commits.has_fact(MEAN_ERROR):
         return None
     mean, largest = (commits.numbers(name) for name in (MEAN_ERROR, LARGEST_ERROR))
     known, rows = ~np.isnan(mean), commits.counts("positions")

@@ -36,7 +36,7 @@ from rekindle.data.storage.manifest import raise_version
 from rekindle.data.storage.seal import WITH_ROLL_UPS, seal
 from rekindle.data.storage.shards import ShardSet, describe
 from rekindle.data.storage.store import LocalStore
-from rekindle.data.storage.units import joined, keys_of, unit_of
+from rekindle.data.storage.units import join_tables, unit_keys, unit_of
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.writing import write_targets
 
@@ -75,7 +75,7 @@ def hollow_columns(kind: str, shards: np.ndarray[Any, Any]) -> pa.Table:
     one = columns_of([simulated(kind, 0)], {})
     columns = {name: pa.repeat(one[name][0], len(shards)) for name in one.column_names}
     units = [unit_of(shard) for shard in shards.tolist()]
-    columns["key"] = pa.array(keys_of(shards, None))
+    columns["key"] = pa.array(unit_keys(shards, None))
     columns["unit"] = pa.array(units)
     columns["sha256"] = pa.array([digest_of(unit, kind) for unit in units])
     return pa.table(columns)
@@ -96,7 +96,7 @@ def make(folder: Path, units: int, full: bool) -> LocalStore:
         write_data(corpus, ours.info, shard)
     raise_version(store, WITH_ROLL_UPS)
     # compared with the records when the cache is opened
-    compared = np.linspace(0, units - 1, records.SAMPLED)
+    compared = np.linspace(0, units - 1, records.SAMPLE_COUNT)
     near = np.abs(compared[:, None] - np.arange(-2 * LOST, 2 * LOST + 1)).round().astype(int)
     filled = {*range(units)} if full else {*near[(near >= 0) & (near < units)].tolist()}
     for kind, name in (("corpus", "corpus"), ("targets", f"targets/{TEACHER}")):
@@ -108,8 +108,8 @@ def make(folder: Path, units: int, full: bool) -> LocalStore:
         hollow = np.setdiff1d(np.arange(units), sorted(filled | touched))
         for shard in hollow.tolist():
             os.close(os.open(f"{store.root}/{name}/commits/{unit_of(shard)}.json", NEW))
-        time.sleep(records.SETTLED)
-        table = joined([columns_of(commits, {}), hollow_columns(kind, hollow)])
+        time.sleep(records.SETTLE_SECONDS)
+        table = join_tables([columns_of(commits, {}), hollow_columns(kind, hollow)])
         shards.records._write(table, store.folder_state(shards.records.commits))
     write_manifest(store)
     return store

@@ -194,15 +194,15 @@ def test_caches_of_all_versions_are_changed_or_refused(version, tmp_path):
 
 
 def test_rolled_up_records_are_those_of_the_changed_teacher(plain, cache, monkeypatch):
-    monkeypatch.setattr(records_module, "UNITS", 2)
-    monkeypatch.setattr(records_module, "SETTLED", 0.01)
+    monkeypatch.setattr(records_module, "MIN_UNITS", 2)
+    monkeypatch.setattr(records_module, "SETTLE_SECONDS", 0.01)
     roll_up_records(open_store(cache))
     for asked in (
         ("transcode", "a", "compact"),
         ("rename", "a", "b"),
         ("transcode", "b", "default"),
     ):
-        assert (cache / "targets" / asked[1] / records_module.RECORDS).exists()
+        assert (cache / "targets" / asked[1] / records_module.ROLL_UP_TABLE).exists()
         change(cache, asked)
         assert problems(cache) == []
     assert same(said(cache)["b"], said(plain)["a"])

@@ -12,17 +12,23 @@ from pathlib import Path
 import pytest
 
 from rekindle.data.errors import InputError
-from rekindle.data.storage.copies import FOLDER, GIGABYTES, Copies, copies, key_of
+from rekindle.data.storage.copies import (
+    FOLDER_VARIABLE,
+    GIGABYTES_VARIABLE,
+    Copies,
+    copies,
+    copy_key,
+)
 
 SIZE = 1000
-KEYS = [key_of("object", number) for number in range(20)]
+KEYS = [copy_key("object", number) for number in range(20)]
 
 
 @pytest.fixture
 def few(tmp_path, monkeypatch) -> Copies:
     """Room for three copies."""
-    monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
-    monkeypatch.setenv(GIGABYTES, str(3.5 * SIZE / 1e9))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "copies"))
+    monkeypatch.setenv(GIGABYTES_VARIABLE, str(3.5 * SIZE / 1e9))
     return copies()
 
 
@@ -138,7 +144,7 @@ def test_a_full_disk_means_no_copy(few):
 
 def test_a_folder_that_cannot_be_made_means_no_copy(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(FOLDER, str(tmp_path / "file" / "copies"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "file" / "copies"))
     assert copies().take(KEYS[0], SIZE, refuse) is None
     assert "Not a directory" in copies().problem
 
@@ -151,7 +157,7 @@ def test_a_folder_of_another_user_is_refused(few, monkeypatch):
 
 
 def test_a_bound_that_is_no_number_is_refused(few, monkeypatch):
-    monkeypatch.setenv(GIGABYTES, "lots")
+    monkeypatch.setenv(GIGABYTES_VARIABLE, "lots")
     with pytest.raises(InputError, match="REKINDLE_COPIES_GB=lots"):
         few.take(KEYS[0], SIZE, refuse)
 
@@ -194,7 +200,7 @@ def test_a_fork_neither_holds_nor_lets_go_of_what_its_parent_does(few):
 OTHER = """
 import sys, time
 from pathlib import Path
-from rekindle.data.storage.copies import copies, key_of
+from rekindle.data.storage.copies import copies, copy_key
 wanted = sys.argv[1]
 def fetch(folder: Path) -> None:
     (folder / "a").write_bytes(b"x" * 500)
@@ -203,7 +209,7 @@ def fetch(folder: Path) -> None:
         time.sleep(60)
     (folder / "a").write_bytes(b"x" * 1000)
 for number in range(3):
-    copies().take(key_of("object", number), 1000, fetch)
+    copies().take(copy_key("object", number), 1000, fetch)
 print("taken", flush=True)
 time.sleep(60)
 """

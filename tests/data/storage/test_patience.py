@@ -11,7 +11,7 @@ import pytest
 from rekindle.data.errors import InputError
 from rekindle.data.storage import client, patience
 from rekindle.data.storage.client import Client
-from rekindle.data.storage.patience import Patience, is_passing
+from rekindle.data.storage.patience import Patience, is_transient
 from rekindle.data.storage.store import open_store
 from testlib.servers.faulty_s3 import Faulty, faulty_server
 
@@ -45,7 +45,7 @@ def test_reading_outlasts_faults(s3, faulty, tmp_path, fault):
 
 
 def test_a_download_of_many_blocks_is_whole_and_in_order(s3, faulty, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "BLOCK", 10_001)
+    monkeypatch.setattr(client, "BLOCK_BYTES", 10_001)
     store = open_store(f"{s3}/blocks")
     for length in (0, 1, 10_001, 4 * 10_001, len(CONTENT)):
         content = CONTENT[:length]
@@ -88,7 +88,7 @@ def test_a_server_that_is_away_is_waited_for_and_that_is_said_once(s3, faulty, c
 def test_patience_ends(s3, faulty, monkeypatch):
     store = open_store(f"{s3}/gone")
     faulty.faults = ["503"] * 10_000
-    monkeypatch.setattr(patience, "AT_FIRST", 0.2)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE", 0.2)
     with pytest.raises(InputError, match="cannot reach s3://bucket/gone/a"):
         store.read_bytes("a")
     faulty.faults = []
@@ -151,7 +151,7 @@ def test_delays_grow_and_are_of_random_length(monkeypatch: pytest.MonkeyPatch) -
             raise error
         return "there"
 
-    assert asked.over(call) == "there"
+    assert asked.retry(call) == "there"
     longest = [min(patience.FIRST_DELAY * 2**n, patience.LONGEST_DELAY) for n in range(10)]
     assert all(most / 2 <= delay <= most for delay, most in zip(slept, longest, strict=True))
     assert len({*slept}) == 10
@@ -182,10 +182,10 @@ class HttpError(Exception):
     ],
 )
 def test_what_passes_by_itself(error: Exception, passing: bool) -> None:
-    assert is_passing(error) is passing
+    assert is_transient(error) is passing
     outer = OSError("translated")
     outer.__cause__ = error
-    assert is_passing(outer) is passing
+    assert is_transient(outer) is passing
 
 
 def test_a_client_that_would_wait_for_ever_has_a_limit(monkeypatch):

@@ -19,11 +19,11 @@ from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.storage import records
 from rekindle.data.storage.manifest import MANIFEST, begin_manifest, read_manifest
 from rekindle.data.storage.object_store import ObjectStore
-from rekindle.data.storage.records import ABOUT, RECORDS, SAMPLED
+from rekindle.data.storage.records import ROLL_UP_ABOUT, ROLL_UP_TABLE, SAMPLE_COUNT
 from rekindle.data.storage.seal import seal
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.storage.store import open_store
-from rekindle.data.storage.units import order_of, unit_of
+from rekindle.data.storage.units import sort_key, unit_of
 from testlib.records.simulated import CountingBucket, CountingStore, simulated_commit, write_records
 
 SHARDS, REPLICAS = 150, 2
@@ -48,8 +48,8 @@ def commits():
 
 @pytest.fixture(autouse=True)
 def smaller_and_sooner(monkeypatch):
-    monkeypatch.setattr(records, "UNITS", UNITS)
-    monkeypatch.setattr(records, "SETTLED", 0.05)
+    monkeypatch.setattr(records, "MIN_UNITS", UNITS)
+    monkeypatch.setattr(records, "SETTLE_SECONDS", 0.05)
 
 
 @pytest.fixture(params=[CountingStore, CountingBucket])
@@ -61,7 +61,7 @@ def shards(tmp_path, commits, request):
 @pytest.fixture
 def rolled(shards):
     shards.records.roll_up()
-    assert {ABOUT, RECORDS} <= {*shards.store.names("set")}
+    assert {ROLL_UP_ABOUT, ROLL_UP_TABLE} <= {*shards.store.names("set")}
     return shards
 
 
@@ -75,15 +75,15 @@ def said(found):
         "fingerprint": found.fingerprint(len(found)),
         "tokens": found.counts("tokens").tolist(),
         "seconds": np.nan_to_num(found.numbers("seconds"), nan=-1).tolist(),
-        "domains": list(found.named("domains")),
-        "cut": list(found.named("cut")),
-        "lacking": found.lacking(SHARDS + 2, range(REPLICAS)),
+        "domains": list(found.counts_by_name("domains")),
+        "cut": list(found.counts_by_name("cut")),
+        "lacking": found.missing_units(SHARDS + 2, range(REPLICAS)),
     }
 
 
 def truth(commits):
     """The same by the records themselves."""
-    expected = [commits[unit] for unit in sorted(commits, key=order_of)]
+    expected = [commits[unit] for unit in sorted(commits, key=sort_key)]
     planned = [(s, r) for r in range(REPLICAS) for s in range(SHARDS + 2)]
     digests = "".join(one.sha256 for one in expected)
     return {
@@ -101,7 +101,7 @@ def truth(commits):
 
 
 def test_with_and_without_a_roll_up_the_same_is_said(shards, commits):
-    assert len(commits) > UNITS > SAMPLED
+    assert len(commits) > UNITS > SAMPLE_COUNT
     without = shards.committed()
     shards.records.roll_up()
     within = shards.committed()
@@ -117,7 +117,7 @@ def test_opening_takes_a_listing_and_a_few_reads(rolled, commits):
     found = rolled.committed()
     said(found)
     listings = 1 if isinstance(rolled.store, CountingBucket) else 0
-    assert rolled.store.asked == {"records": SAMPLED, "others": 2} | (
+    assert rolled.store.asked == {"records": SAMPLE_COUNT, "others": 2} | (
         {"listings": listings} if listings else {}
     )
     rolled.store.asked.clear()
@@ -131,14 +131,14 @@ def test_a_listing_says_what_is_new_and_only_that_is_read(rolled, commits, tmp_p
     write_records(tmp_path / "set", more.values())
     rolled.store.asked.clear()
     found = rolled.committed()
-    assert rolled.store.asked == {"records": SAMPLED + 3, "others": 2, "listings": 1}
+    assert rolled.store.asked == {"records": SAMPLE_COUNT + 3, "others": 2, "listings": 1}
     assert {*found} == {*commits, *more}
     (tmp_path / "set/commits/00002-r000.json").unlink()
     assert {*rolled.committed()} == {*commits, *more} - {"00002-r000"}
     rolled.records.roll_up()
     rolled.store.asked.clear()
     assert {*rolled.committed()} == {*commits, *more} - {"00002-r000"}
-    assert rolled.store.asked["records"] == SAMPLED
+    assert rolled.store.asked["records"] == SAMPLE_COUNT
 
 
 def test_small_sets_have_none(tmp_path, commits):
@@ -154,7 +154,7 @@ def test_small_sets_have_none(tmp_path, commits):
 def test_a_damaged_roll_up_is_not_believed(rolled, commits, tmp_path):
     """Byte after byte in its beginning and end, and here and there; cut anywhere; gone."""
     expected = list(commits.values())
-    for name in (RECORDS, ABOUT):
+    for name in (ROLL_UP_TABLE, ROLL_UP_ABOUT):
         path = tmp_path / "set" / name
         content = path.read_bytes()
         places = {*range(0, len(content), len(content) // 5), len(content) - 1}
@@ -177,18 +177,18 @@ def test_the_roll_up_of_another_set_is_not_believed(rolled, commits, tmp_path):
     write_records(tmp_path / "other", others)
     other = ShardSet(type(rolled.store)(tmp_path), "other")
     other.records.roll_up()
-    for name in (RECORDS, ABOUT):
+    for name in (ROLL_UP_TABLE, ROLL_UP_ABOUT):
         (tmp_path / "set" / name).write_bytes((tmp_path / "other" / name).read_bytes())
     assert said(rolled.committed()) == truth(commits)
 
 
 def test_the_checksum_of_another_roll_up_does_not_pass(rolled, commits, tmp_path):
     """A process that was killed between the two files leaves an old one beside a new one."""
-    old = (tmp_path / "set" / ABOUT).read_bytes()
+    old = (tmp_path / "set" / ROLL_UP_ABOUT).read_bytes()
     more = simulated_commit(unit_of(SHARDS, 0))
     write_records(tmp_path / "set", [more])
     rolled.records.roll_up()
-    (tmp_path / "set" / ABOUT).write_bytes(old)
+    (tmp_path / "set" / ROLL_UP_ABOUT).write_bytes(old)
     assert {*rolled.committed()} == {*commits, more.unit}
 
 
@@ -216,14 +216,14 @@ def test_whoever_opens_a_unit_reads_its_record(rolled, tmp_path):
         found["00070-r001"]
     sound, damaged = rolled.survey(lambda commit: None)
     assert not damaged
-    assert "does not repeat" in str(rolled.records.wrongly_rolled_up(sound))
+    assert "does not repeat" in str(rolled.records.roll_up_error(sound))
     rolled.records.forget_roll_up()
     assert rolled.committed()["00070-r001"] == again
 
 
 def test_a_damaged_record_is_named_and_not_rolled_up(rolled, tmp_path):
     (tmp_path / "set/commits/00149-r000.json").write_bytes(b"{}")
-    rolled.store.replace(f"set/{ABOUT}", seal({}))
+    rolled.store.replace(f"set/{ROLL_UP_ABOUT}", seal({}))
     with pytest.raises(CacheFormatError, match="00149-r000"):
         rolled.committed()
     rolled.records.roll_up()
@@ -276,8 +276,8 @@ def roll_up_for_ever(root, first):
 
 def test_a_process_may_be_killed_while_it_writes(tmp_path, monkeypatch):
     """Twenty times: what is said then is what the records say."""
-    monkeypatch.setattr(records, "UNITS", 8)
-    monkeypatch.setattr(records, "SETTLED", 0.0)
+    monkeypatch.setattr(records, "MIN_UNITS", 8)
+    monkeypatch.setattr(records, "SETTLE_SECONDS", 0.0)
     draw, shards = random.Random(0), ShardSet(CountingStore(tmp_path), "set")
     write_records(tmp_path / "set", [simulated_commit(unit_of(n)) for n in range(8)])
     for kill in range(20):
@@ -295,11 +295,11 @@ def test_a_process_may_be_killed_while_it_writes(tmp_path, monkeypatch):
 def test_opening_imports_no_pandas(rolled):
     """Which takes longer than reading a million rows: arrow's own ``to_numpy`` imports it."""
     code = "import sys; from rekindle.data.storage.shards import ShardSet; "
-    code += "from rekindle.data.storage import records; records.UNITS = 256; "
+    code += "from rekindle.data.storage import records; records.MIN_UNITS = 256; "
     code += "from rekindle.data.storage.store import open_store; "
     code += f"found = ShardSet(open_store({rolled.store.location!r}), 'set').committed(); "
-    code += "found.counts('tokens'), found.numbers('seconds'), found.lacking(9, [0]); "
-    code += "assert len(found) > 256 and not found._held; assert 'pandas' not in sys.modules"
+    code += "found.counts('tokens'), found.numbers('seconds'), found.missing_units(9, [0]); "
+    code += "assert len(found) > 256 and not found._loaded; assert 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -312,7 +312,7 @@ def test_in_a_bucket_one_listing_and_a_few_reads(s3, commits, tmp_path, monkeypa
     shards = ShardSet(store, "set")
     shards.records.roll_up()
     asked = Counter()
-    for name in ("read_bytes", "_listed", "state"):
+    for name in ("read_bytes", "_list_entries", "state"):
         real = getattr(ObjectStore, name)
 
         def counting(*args, real=real, name=name):
@@ -321,7 +321,7 @@ def test_in_a_bucket_one_listing_and_a_few_reads(s3, commits, tmp_path, monkeypa
 
         monkeypatch.setattr(ObjectStore, name, counting)
     assert said(shards.committed()) == truth(commits)
-    assert asked == {"_listed": 1, "read_bytes": SAMPLED + 2}
+    assert asked == {"_list_entries": 1, "read_bytes": SAMPLE_COUNT + 2}
     again = simulated_commit("00070-r001", "again", **facts_of(70, 1))
     store.replace("set/commits/00070-r001.json", again.to_bytes())
     assert said(shards.committed()) == truth(commits | {again.unit: again})

@@ -15,7 +15,7 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.data.storage import shards as shards_module
 from rekindle.data.storage.columns import list_array, list_type, offsets_of
 from rekindle.data.storage.seal import checksum
-from rekindle.data.storage.shard_bytes import Mapped
+from rekindle.data.storage.shard_bytes import MappedBytes
 from rekindle.data.storage.shards import (
     ROWS_PER_BATCH,
     Commit,
@@ -383,7 +383,7 @@ def test_a_file_that_is_no_arrow_file(shards):
     for content in (b"x" * 100, b"ARROW1\0\0" + b"\0" * 92, b"ARROW1"):
         path, commit = committed_as_it_is(shards, content, 0)
         with pytest.raises(CacheFormatError, match="not an Arrow IPC file"):
-            Shard(Mapped(path), commit)
+            Shard(MappedBytes(path), commit)
 
 
 def test_a_folder_in_place_of_a_file_is_told_and_made_again(shards):

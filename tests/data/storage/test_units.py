@@ -11,7 +11,7 @@ from rekindle.data.source.record import Bad
 from rekindle.data.storage.commits import Commit, Commits
 from rekindle.data.storage.shards import ShardSet, describe
 from rekindle.data.storage.store import LocalStore
-from rekindle.data.storage.units import array_of, order_of, place_of, unit_of
+from rekindle.data.storage.units import arrow_array, place_of, sort_key, unit_of
 
 SHARDS = [0, 1, 9, 10, 99_998, 99_999, 100_000, 100_001, 999_999, 1_000_000, 12_345_678]
 
@@ -30,7 +30,7 @@ def test_units_are_sorted_by_number_and_strangers_come_last():
     expected += ["000001", "notes"]
     for seed in range(5):
         shuffled = random.Random(seed).sample(expected, len(expected))
-        assert sorted(shuffled, key=order_of) == expected
+        assert sorted(shuffled, key=sort_key) == expected
 
 
 def test_a_set_lists_its_units_in_that_order(tmp_path):
@@ -60,6 +60,6 @@ def test_what_is_left_out_is_counted_up_to_the_last_shard(last):
 def test_texts_of_a_table_are_as_they_were():
     """Lengths are of bytes, not of characters; what is no text is escaped."""
     texts = ["é00", "", "a", "日本"]
-    made = array_of([*texts, None, "\udcff"], pa.string())
+    made = arrow_array([*texts, None, "\udcff"], pa.string())
     made.validate(full=True)
     assert made.to_pylist() == [*texts, None, "\\udcff"]

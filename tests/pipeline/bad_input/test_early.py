@@ -13,8 +13,8 @@ from testlib.command import pipeline, python
 
 # What a cache says is read by what imports torch, as are the settings of predict.
 LATER = [
-    *("a teacher that the cache has not", "a temperature that is not stored"),
-    *("a masked LM as teacher of a causal student", "an unknown key of predict"),
+    *("a term with a teacher that the cache lacks", "a temperature that is not stored"),
+    *("a masked LM as teacher of a causal student", "an unknown setting of predict"),
 ]
 WITHOUT_TORCH = """
 import importlib.abc, os, shlex, shutil, sys

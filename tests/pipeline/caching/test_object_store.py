@@ -10,9 +10,9 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.data.inventory import collect_garbage, shard_sets
 from rekindle.data.storage.base import Store
-from rekindle.data.storage.copies import FOLDER, GIGABYTES
+from rekindle.data.storage.copies import FOLDER_VARIABLE, GIGABYTES_VARIABLE
 from rekindle.data.storage.object_store import ObjectStore
-from rekindle.data.storage.shard_bytes import Asked, Mapped
+from rekindle.data.storage.shard_bytes import MappedBytes, RequestedBytes
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.verify import verify_cache
@@ -66,13 +66,13 @@ def test_a_cache_on_s3_is_made_extended_repaired_and_cleaned_as_a_local_one(
     assert contents(remote) == contents(local)
     here, there = Cache.open(tmp_path / "cache"), Cache.open(url)
     same_examples(here, there)
-    assert isinstance(there.corpus.shard(0).source, Mapped)
+    assert isinstance(there.corpus.shard(0).source, MappedBytes)
     with caplog.at_level(logging.WARNING, "rekindle"):
-        monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
-        monkeypatch.setenv(GIGABYTES, "0")  # no room for copies: read piece by piece
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "copies"))
+        monkeypatch.setenv(GIGABYTES_VARIABLE, "0")  # no room for copies: read piece by piece
         without = Cache.open(url)
         same_examples(here, without)
-    assert isinstance(without.corpus.shard(0).source, Asked)
+    assert isinstance(without.corpus.shard(0).source, RequestedBytes)
     assert any("no room for local copies" in text for text in caplog.messages)
     monkeypatch.undo()
 

@@ -34,7 +34,7 @@ def double(
 ) -> Iterator[Double]:
     """The server, without faults; it is asked again at once."""
     monkeypatch.setattr(patience, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(client, "AT_FIRST", 0.2)
+    monkeypatch.setattr(client, "FIRST_PATIENCE", 0.2)
     _double.asked.clear()
     yield _double
     _double.faults.clear()

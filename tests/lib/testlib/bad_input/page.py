@@ -12,24 +12,24 @@ HEAD = """# What went wrong?
 
 <!-- made by tests/pipeline/bad_input/test_bad_input.py, which types every line of it -->
 
-Every message is one line on stderr that begins with `error:`. It names what is wrong, the rule, and
-the way out. Nothing is half-written: an output is there whole or not at all, and work that is kept
-is said, with the line that goes on. Exit codes: 0 done; 1 a fault of Rekindle's own, with its
-traceback; 2 and 3 as below; 130 interrupted.
+Find an error message here, and what to do about it. Every message is one line on stderr that begins
+with `error:`. It names what is wrong, the rule, and the way out. No output is left half-written,
+and if finished work is kept, the message says so and gives the command that continues. Exit codes:
+0 done; 1 a bug in Rekindle, with its traceback; 2 and 3 as below; 130 interrupted.
 
-`pipeline doctor RUN.yaml` looks ahead: room on the disk for what `pipeline plan` says, memory for
-each teacher, locks where the cache is, one step of training. A run itself warns once when its disk
-will not take the units that are left, or the next checkpoint.
+`pipeline doctor RUN.yaml` checks a machine before a run: disk space for what `pipeline plan`
+predicts, memory for each teacher, file locks at the cache's place, one step of training. A run
+itself warns once when its disk cannot hold the remaining units or the next checkpoint.
 
-The tables name what can go wrong; a test types a line for each row, in a folder where all else is
-sound. A message has these parts, and says more.
+Each row is one mistake, with parts of the message that it gets; a test makes each mistake in a
+folder where everything else is right.
 """
 BELOW = {
     3: """
-Two more things end with 3, which need a model and so have no row here: `pipeline verify --audit`
-found a value further off than [its bound](audit.md), and a teacher behind a server answers
-otherwise than when its targets were begun ([served.md](served.md#what-is-checked)): it is another
-model, or the same in another precision.
+Two more cases need a model and so have no row here. `pipeline verify --audit` finds a value further
+off than [its bound](audit.md). Or a teacher on a server answers differently from when its targets
+were begun ([served.md](served.md#what-is-checked)): it is another model, or the same one in another
+precision.
 """
 }
 
@@ -48,10 +48,10 @@ def _sections(themes: dict[str, tuple[Bad, ...]]) -> Iterator[str]:
 
 
 def _table(rows: Iterable[Bad]) -> Iterator[str]:
-    yield "| what was done | command | what is told | the way out |\n|---|---|---|---|\n"
+    yield "| mistake | command | message | what to do |\n|---|---|---|---|\n"
     for row in rows:
         told = f"{_cell(row.thing)} … {_cell(row.rule)}"
-        way = _cell(row.way) if row.way else "what the rule says"
+        way = _cell(row.way) if row.way else "as the message says"
         yield f"| {row.done} | `{row.typed.split()[0]}` | {told} | {way} |\n"
 
 

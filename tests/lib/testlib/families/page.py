@@ -17,24 +17,26 @@ PINNED = dict(
 
 HEAD = f"""# Families of models
 
-What becomes of each family as a teacher, as a student and as an expert with a head, tried with
-tiny models of random weights under transformers {PINNED["transformers"]} on a CPU. The tests in
-`tests/pipeline/families` make this page and hold every cell of it.
+Which model families work as a teacher, as a student and as an expert with a head. Each cell was
+tried with tiny models of random weights under transformers {PINNED["transformers"]} on a CPU; the
+tests in `tests/pipeline/families` make this page and check every cell. *Equal* means:
 
-- **teacher**: what stage 1 keeps of a padded batch of sequences of different lengths equals, at
-  every masked position (encoders) or every next token (decoders), the log-probabilities of
-  transformers' own forward pass of each sequence alone: whole distributions to {STATED},
-  top-k ones to their codec's precision. In bfloat16 they are as near to float32 as transformers'
-  own; FNet and DeBERTa (not v2 and v3) do not run in it on a CPU.
+- **teacher**: what stage 1 keeps, from a padded batch of sequences of different lengths, equals the
+  log-probabilities of transformers' own forward pass of each sequence alone, at every masked
+  position (encoders) or every next token (decoders): whole distributions to {STATED}, top-k ones to
+  their codec's precision. In bfloat16 they are as near to float32 as transformers' own; FNet and
+  DeBERTa (not v2 and v3) do not run in bfloat16 on a CPU.
 - **student**: the loss of a step (KD and cross-entropy) and all its gradients equal those of
-  transformers and torch alone to {STATED}; saved after the step, it is loaded by
-  transformers with equal logits.
+  transformers and torch alone to {STATED}; after the step it is saved, and transformers loads it
+  with equal logits.
 - **expert**: the logits that stage 1 keeps of a classifier of texts, and those of
-  `pipeline predict`, equal transformers' own of each text alone to {STATED}.
+  `pipeline predict`, equal those of transformers for each text alone to {STATED}.
 
-Refused is what would be wrong: exit code 2 before dear work, with these words in the message. A
-family that is not here is tried when it is loaded, as these are: its logits against its states,
-what it sees of its input, what padding does to it.
+*Sequences of one length together*: padding changes this family's outputs, so only sequences of
+equal length share a batch. *Refused*: the result would be wrong, so the command ends with exit code
+2 before any costly work, and its message has these words. A family that is not listed is tried in
+the same way when it is loaded: its logits against its states, which tokens it sees, what padding
+changes.
 """
 KINDS = {"masked_lm": "Encoders", "causal_lm": "Decoders"}
 NOTES = {"one": "equal, sequences of one length together", "fresh": "equal, with a fresh LM head"}

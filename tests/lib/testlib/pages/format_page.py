@@ -16,7 +16,7 @@ import yaml
 
 from rekindle.data.corpus.columns import fields_of
 from rekindle.data.storage.commits import ROWS_PER_BATCH, Commit
-from rekindle.data.storage.manifest import NEWEST
+from rekindle.data.storage.manifest import NEWEST_VERSION
 from rekindle.data.storage.units import FIELDS
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.kinds.base import TargetKind
@@ -215,7 +215,7 @@ def versions_table() -> str:
         "| version | a cache has it | why older versions of Rekindle refuse it |",
         "|---|---|---|",
     ]
-    for version in range(1, NEWEST + 1):
+    for version in range(1, NEWEST_VERSION + 1):
         when, why = words.VERSIONS[version]
         lines.append(f"| {version} | {when} | {why} |")
     return "\n".join(lines)
@@ -226,7 +226,7 @@ def page() -> str:
     record = [field.name for field in dataclasses.fields(Commit)]
     roll_up = [Column(name, str(dtype)) for name, dtype in FIELDS.items()]
     parts = [
-        words.HEAD.format(newest=NEWEST),
+        words.HEAD.format(newest=NEWEST_VERSION),
         "## The files of a cache\n",
         files_list(words.FILES),
         words.AFTER_FILES,
