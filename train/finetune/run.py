@@ -80,7 +80,7 @@ class _Job:
     rows: np.ndarray | None = None  # for documents in groups: the train rows to teach
 
     @property
-    def taught(self) -> int:
+    def train_count(self) -> int:
         """Return how many rows an epoch trains on."""
         return len(self.data["train"]) if self.rows is None else len(self.rows)
 
