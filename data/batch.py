@@ -113,7 +113,7 @@ class TokenTargetBatch(TargetBatch):
     positions: Ints  # [P]
     columns: Columns  # flat [P,…], see data/targets/kinds/
     head: StoredHead | None = None  # of a teacher with stored hidden states
-    most_k: int | None = None  # candidates that the run uses; None: all that are stored
+    max_k: int | None = None  # candidates that the run uses; None: all that are stored
     between: bool = False  # whether temperatures between stored ones are interpolated
 
     @property
@@ -123,12 +123,12 @@ class TokenTargetBatch(TargetBatch):
 
     def used_k(self, k: int | None) -> int | None:
         """Return the number of candidates read if ``k`` is asked for; None: all that are stored."""
-        k = self.most_k if k is None else k
+        k = self.max_k if k is None else k
         return None if k == self.info.k else k
 
     def interpolating(self, allowed: bool = True) -> Self:
         """Return the same targets, also readable at temperatures between stored ones (``topk`` with
-        three or more: ``data/targets/between.py`` says how, and how accurately).
+        three or more: ``data/targets/interpolation.py`` says how, and how accurately).
         """
         return replace(self, between=allowed)
 
@@ -157,7 +157,7 @@ class TokenTargetBatch(TargetBatch):
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""
-        columns, first = self.columns, self.kind.read_at
+        columns, first = self.columns, self.kind.readable_temperature
         unknown = np.full(len(self.positions), np.nan, np.float32)  # for imported targets
 
         def nats(name: str) -> Floats:
@@ -329,7 +329,7 @@ def read_targets(
     if not teacher.info.is_vocabulary:
         return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
     head = teacher.head if teacher.kind.has_head else None
-    return TokenTargetBatch(teacher.info, rows, positions, columns, head, teacher.most_k)
+    return TokenTargetBatch(teacher.info, rows, positions, columns, head, teacher.max_k)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from rekindle.data.errors import CacheError, CacheMismatchError, InputError
 from rekindle.data.example import Example, Target
 from rekindle.data.exchange.config import ImportConfig, ImportSettings
 from rekindle.data.exchange.exporting import Export
-from rekindle.data.exchange.files import held_dataset, mapped_dataset
+from rekindle.data.exchange.files import in_memory_dataset, mapped_dataset
 from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
 from rekindle.data.exchange.rows import Row
 from rekindle.data.journal import KEPT, read_with_overlay, tell_changing, what_became
@@ -48,8 +48,8 @@ from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
 from rekindle.data.storage.shards import ROWS_PER_BATCH
 from rekindle.data.storage.store import open_store
 from rekindle.data.summary import summarise
-from rekindle.data.targets.reading.extent import Extent, Kept
-from rekindle.data.targets.reading.files import is_begun, read_parts
+from rekindle.data.targets.reading.extent import Extent, TeacherExtent
+from rekindle.data.targets.reading.files import has_files, read_parts
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.reading.sequence_ranking import (
     HARD,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXTS = ("text_a", "text_b")  # columns of a pair
-WHOLE = Kept()  # everything stored of a teacher
+ALL_TARGETS = TeacherExtent()  # everything stored of a teacher
 
 
 class Cache:
@@ -85,7 +85,7 @@ class Cache:
         self.teachers: dict[str, TeacherReader] = {
             name: self._teacher(name, self.views)
             for name in store.folders("targets")
-            if is_begun(store, name)
+            if has_files(store, name)
         }
 
     @classmethod
@@ -108,13 +108,13 @@ class Cache:
             for name, view in self.views.items()
         }
         limited.teachers = {
-            name: self._teacher(name, limited.views, extent.targets.get(name, WHOLE))
+            name: self._teacher(name, limited.views, extent.targets.get(name, ALL_TARGETS))
             for name in self.teachers
         }
         return limited
 
     def _teacher(
-        self, name: str, views: Mapping[str, ViewReader], kept: Kept = WHOLE
+        self, name: str, views: Mapping[str, ViewReader], kept: TeacherExtent = ALL_TARGETS
     ) -> TeacherReader:
         infos = read_parts(self.store, name)
         info = infos[0]
@@ -196,7 +196,7 @@ class Cache:
             )
         names = list(self.teachers) if teachers is None else list(teachers)
         infos = [self.teacher(name).info for name in names]
-        views = {info.view for info in infos if info.shown.masked}
+        views = {info.view for info in infos if info.view_class.masked}
         if len(views) > 1:
             raise InputError(f"teachers with different masks cannot share a batch: {sorted(views)}")
         view = views.pop() if views else None
@@ -228,7 +228,7 @@ class Cache:
         index = sequence_numbers(index)
         for name in teachers:
             info = self.teacher(name).info
-            if info.shown.masked and info.view != masked_view:
+            if info.view_class.masked and info.view != masked_view:
                 raise InputError(
                     f"teacher {name!r} saw {info.view}, but this batch has "
                     f"{masked_view or 'no masks'}: its targets belong to other inputs. Use the "
@@ -342,7 +342,7 @@ class Cache:
         for name in self.teachers if teachers is None else teachers:
             export = Export(self.corpus, self.teacher(name), k=k)
             if folder is None:
-                found[name] = held_dataset(export)
+                found[name] = in_memory_dataset(export)
             else:
                 found[name] = mapped_dataset(export, Path(folder) / f"{name}.arrow")
         return found
@@ -372,7 +372,7 @@ class Cache:
         self, teacher: TeacherReader, shard: int, row: int, ids: NDArray[np.int32]
     ) -> Iterator[Target]:
         where = [(shard, row)]
-        for replica in teacher.info.shown.numbers(teacher.replicas):
+        for replica in teacher.info.view_class.numbers(teacher.replicas):
             if not teacher.has(shard, replica):
                 continue
             seen = ids

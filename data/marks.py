@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import DOCUMENTS, TRAINED, TYPES
+from rekindle.data.corpus.columns import DOCUMENTS, TOKEN_TYPES, TRAINED
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.cuts import Place, cut_lengths, pad_cuts
 
@@ -23,7 +23,7 @@ def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
     if not corpus.has_pairs:
         return None
     cuts = [corpus.cut(place) for place in where]
-    return pad_cuts(cuts, cut_lengths(cuts), TYPES, 0)
+    return pad_cuts(cuts, cut_lengths(cuts), TOKEN_TYPES, 0)
 
 
 def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | None:

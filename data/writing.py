@@ -19,7 +19,7 @@ from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import TargetKind
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import read_teacher
-from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.scalars import ScalarChecksum
 from rekindle.data.targets.schema import TeacherInfo
 
 ZSTD_LEVEL = 1  # for the compact codec: higher levels cost time and gain nothing
@@ -56,21 +56,21 @@ def write_targets(
     # Only once there is something to write: a teacher that cannot be loaded, or gives NaN, leaves
     # its name free for the corrected configuration.
     claim_teacher(corpus, info)
-    sums = ScalarSums()
+    checksum = ScalarChecksum()
     return ShardSet(corpus.store, info.folder).write(
         unit_of(shard, replica),
         schema,
-        sums.over(batches),
+        checksum.pass_through(batches),
         about,
         write_options(kind),
         info.rows_per_batch,
-        lambda: sums.facts() | dict(late_facts()),
+        lambda: checksum.facts() | dict(late_facts()),
     )
 
 
 def write_options(kind: TargetKind) -> pa.ipc.IpcWriteOptions | None:
     """Return how shards of that kind are written."""
-    if not kind.codec.compressed:
+    if not kind.codec.is_compressed:
         return None
     return pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL))
 
@@ -103,7 +103,7 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
     already = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
     if present.imported and not info.imported:
         raise CacheMismatchError(
-            f"{already} was imported ({present.imported.told()}). Nothing has to be run for it: "
+            f"{already} was imported ({present.imported.summary()}). Nothing has to be run for it: "
             "remove it from `teachers` (train.objective may still name it), or give this one "
             "another name"
         )

@@ -28,24 +28,30 @@ def blockwise(call: Call, factors: Coefficients | None) -> tuple[BlockLosses, Gr
     dtypes of these; they need factors. The factors of matrix products are rounded to the call's
     `product_dtype`, if it has one. dW is summed in float32, or in float64 for float64 inputs.
     """
-    rows, kept = _rows_to_keep(call), call.targets
+    rows, kept_targets = _rows_to_keep(call), call.targets
     if rows is not None:
-        kept = kept.take(rows)
+        kept_targets = kept_targets.take(rows)
         factors = None if factors is None else factors.take(rows)
     head = _GivenLogits(call, rows) if call.student.weight is None else _LinearHead(call, rows)
-    losses = _block_losses(call, kept, rows)
-    idle = ~kept.active() if kept.weight is not None and not _drops_rows(call) else None
-    found = []
+    losses = _block_losses(call, kept_targets, rows)
+    ignored = (
+        ~kept_targets.active()
+        if kept_targets.weight is not None and not _drops_rows(call)
+        else None
+    )
+    block_losses = []
     for block in head.blocks:
         z = head.logits(block)
-        own = None if factors is None else factors.take(block)
-        of_block = losses(z, block, own)
-        if idle is not None:  # these rows may hold anything, and NaN · 0 is NaN
-            z.masked_fill_(idle[block, None], 0.0)
-            of_block = BlockLosses(*(v.t().masked_fill(idle[block], 0.0).t() for v in of_block))
-        found.append(of_block)
+        block_factors = None if factors is None else factors.take(block)
+        row_losses = losses(z, block, block_factors)
+        if ignored is not None:  # these rows may hold anything, and NaN · 0 is NaN
+            z.masked_fill_(ignored[block, None], 0.0)
+            row_losses = BlockLosses(
+                *(v.t().masked_fill(ignored[block], 0.0).t() for v in row_losses)
+            )
+        block_losses.append(row_losses)
         head.add(z, block)
-    return _of_all_rows(call, found, rows), head.gradients()
+    return _join_blocks(call, block_losses, rows), head.gradients()
 
 
 def fused_head(
@@ -58,8 +64,8 @@ def fused_head(
     """
     from rekindle.kernels.triton_rows import RowKernel
 
-    head, wanted = _LinearHead(call, None), any(call.computation.wanted)
-    kernel = RowKernel(call.targets, call.settings, wanted, upstream, head.lift)
+    head, needs_grad = _LinearHead(call, None), any(call.computation.needs_grad)
+    kernel = RowKernel(call.targets, call.settings, needs_grad, upstream, head.lift)
     for block in head.blocks:
         z = head.logits(block)
         kernel.run(z, z, block, head.bias)
@@ -67,45 +73,47 @@ def fused_head(
     return kernel.losses() if upstream is None else None, head.gradients()
 
 
-def _at_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
+def _scatter_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return zeros [count,…] with the values [R,…] placed at the given rows."""
     return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-def _of_all_rows(call: Call, found: list[BlockLosses], rows: Tensor | None) -> BlockLosses:
+def _join_blocks(call: Call, block_losses: list[BlockLosses], rows: Tensor | None) -> BlockLosses:
     """Join the losses of all blocks; rows that were left out get 0."""
     count, teachers = len(call.targets.ids), len(call.settings.shares)
-    if not found:
+    if not block_losses:
         zeros = call.student.inputs.new_zeros(count, teachers, dtype=call.student.compute_dtype)
         return BlockLosses(zeros[:, 0], zeros if teachers > 1 else zeros[:, 0])
-    losses = found[0]
-    if len(found) > 1:
-        losses = BlockLosses(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return losses if rows is None else BlockLosses(*(_at_rows(v, rows, count) for v in losses))
+    losses = block_losses[0]
+    if len(block_losses) > 1:
+        losses = BlockLosses(*(torch.cat(parts) for parts in zip(*block_losses, strict=True)))
+    return losses if rows is None else BlockLosses(*(_scatter_rows(v, rows, count) for v in losses))
 
 
 class _GivenLogits:
     """Logits [N,V] given by the caller; each block is a copy."""
 
     def __init__(self, call: Call, rows: Tensor | None):
-        self.rows, self.given, self.dtype = rows, call.student.inputs, call.student.compute_dtype
-        self.blocks = _torch_blocks(call, len(self.given) if rows is None else len(rows))
+        self.rows, self.inputs, self.dtype = rows, call.student.inputs, call.student.compute_dtype
+        self.blocks = _torch_blocks(call, len(self.inputs) if rows is None else len(rows))
         self.gradient: Tensor | None = None
-        self.wanted = any(call.computation.wanted)
-        if self.wanted and (rows is not None or len(self.blocks) != 1):
-            self.gradient = torch.zeros_like(self.given)
+        self.needs_grad = any(call.computation.needs_grad)
+        if self.needs_grad and (rows is not None or len(self.blocks) != 1):
+            self.gradient = torch.zeros_like(self.inputs)
 
     def logits(self, block: slice) -> Tensor:
         if self.rows is None:
-            return self.given[block].to(self.dtype, copy=True)
-        return self.given[self.rows[block]].to(self.dtype)  # indexing copies
+            return self.inputs[block].to(self.dtype, copy=True)
+        return self.inputs[self.rows[block]].to(self.dtype)  # indexing copies
 
     def add(self, z: Tensor, block: slice) -> None:
         """Store the gradient z [C,V] of a block's logits."""
         if self.gradient is not None:
-            self.gradient[block if self.rows is None else self.rows[block]] = z.to(self.given.dtype)
-        elif self.wanted:
-            self.gradient = z.to(self.given.dtype)
+            self.gradient[block if self.rows is None else self.rows[block]] = z.to(
+                self.inputs.dtype
+            )
+        elif self.needs_grad:
+            self.gradient = z.to(self.inputs.dtype)
 
     def gradients(self) -> Gradients:
         return self.gradient, None, None
@@ -120,7 +128,7 @@ class _LinearHead:
     """
 
     def __init__(self, call: Call, rows: Tensor | None):
-        (hidden, weight, bias), (impl, product_dtype, wanted) = call.student, call.computation
+        (hidden, weight, bias), (impl, product_dtype, needs_grad) = call.student, call.computation
         self.student, self.rows, self.fused = call.student, rows, impl == "triton"
         assert weight is not None
         dtype = call.student.compute_dtype
@@ -139,22 +147,27 @@ class _LinearHead:
             self.blocks = row_blocks(len(x), width, x.element_size(), x.device)
         else:
             self.blocks = _torch_blocks(call, len(x))
-        most = self.blocks[0].stop if self.blocks else 0
-        self.buffer = rows_apart(most, len(weight), width, logits_dtype, x.device)
+        largest_block = self.blocks[0].stop if self.blocks else 0
+        self.buffer = rows_apart(largest_block, len(weight), width, logits_dtype, x.device)
         # on a GPU a product sums in nothing else
         self.sums = torch.float32 if self.fused else dtype
         # With the row kernel, a product writes the final gradient directly where its rounding is
         # final: dX, and dW of a single block. A lifted dW could overflow in 16 bits, so it is not
         # written so.
-        direct = (torch.float32, product_dtype)
-        dx_dtype = hidden.dtype if self.fused and hidden.dtype in direct else product_dtype
-        once = self.fused and self.lift == 1.0 and len(self.blocks) == 1 and weight.dtype in direct
-        dw_dtype = weight.dtype if once else self.sums
-        self.dx = x.new_empty(x.shape, dtype=dx_dtype) if wanted[0] else None
+        output_dtypes = (torch.float32, product_dtype)
+        dx_dtype = hidden.dtype if self.fused and hidden.dtype in output_dtypes else product_dtype
+        writes_final_dw = (
+            self.fused
+            and self.lift == 1.0
+            and len(self.blocks) == 1
+            and weight.dtype in output_dtypes
+        )
+        dw_dtype = weight.dtype if writes_final_dw else self.sums
+        self.dx = x.new_empty(x.shape, dtype=dx_dtype) if needs_grad[0] else None
         # the first block overwrites dw, which saves a pass over [V,H]
-        fresh = torch.empty if len(x) else torch.zeros
-        self.dw = fresh(weight.shape, dtype=dw_dtype, device=x.device) if wanted[1] else None
-        self.db = fresh(len(weight), dtype=self.sums, device=x.device) if wanted[2] else None
+        allocate = torch.empty if len(x) else torch.zeros
+        self.dw = allocate(weight.shape, dtype=dw_dtype, device=x.device) if needs_grad[1] else None
+        self.db = allocate(len(weight), dtype=self.sums, device=x.device) if needs_grad[2] else None
 
     def logits(self, block: slice) -> Tensor:
         z = self.buffer[: block.stop - block.start]
@@ -177,31 +190,37 @@ class _LinearHead:
 
     def gradients(self) -> Gradients:
         """Return the sums in the dtypes of the tensors they belong to."""
-        found: list[Tensor | None] = []
-        for total, home in zip((self.dx, self.dw, self.db), self.student, strict=True):
+        cast: list[Tensor | None] = []
+        for total, tensor in zip((self.dx, self.dw, self.db), self.student, strict=True):
             if total is not None and self.lift != 1.0:
                 total.mul_(1.0 / self.lift)
-            found.append(None if total is None or home is None else total.to(home.dtype))
-        dx, dw, db = found
+            cast.append(None if total is None or tensor is None else total.to(tensor.dtype))
+        dx, dw, db = cast
         if dx is not None and self.rows is not None:
-            dx = _at_rows(dx, self.rows, len(self.student.inputs))
+            dx = _scatter_rows(dx, self.rows, len(self.student.inputs))
         return dx, dw, db
 
 
 def _block_losses(
-    call: Call, kept: SparseTargets, rows: Tensor | None
+    call: Call, kept_targets: SparseTargets, rows: Tensor | None
 ) -> Callable[[Tensor, slice, Coefficients | None], BlockLosses]:
     """Return a function that computes the losses of a block's raw logits z [C,V] and overwrites z
     with their gradient.
     """
     settings, tau = call.settings, call.settings.temperature
     if call.teacher.states is None:
-        return lambda z, block, own: loss_block(z, kept.take(block), settings, own)
+        return lambda z, block, block_factors: loss_block(
+            z, kept_targets.take(block), settings, block_factors
+        )
     dtype = call.student.compute_dtype
     teacher = TeacherBlocks(call.teacher, dtype, call.computation.product_dtype or dtype)
     assert rows is not None
-    return lambda z, block, own: whole_loss_block(
-        z, teacher.log_probs(rows[block], tau), kept.take(block).labels, settings, own
+    return lambda z, block, block_factors: whole_loss_block(
+        z,
+        teacher.log_probs(rows[block], tau),
+        kept_targets.take(block).labels,
+        settings,
+        block_factors,
     )
 
 
@@ -223,13 +242,13 @@ def _rows_to_keep(call: Call) -> Tensor | None:
         return torch.arange(len(targets.ids), device=targets.ids.device) if whole else None
     if call.teacher.states is not None:
         return targets.active().nonzero()[:, 0]
-    useful = targets.labelled(call.settings.ignore_index) if targets.labels is not None else None
-    if useful is None or not bool(useful.all()):
+    has_loss = targets.labelled(call.settings.ignore_index) if targets.labels is not None else None
+    if has_loss is None or not bool(has_loss.all()):
         listed = (targets.ids >= 0).any(1)
-        useful = listed if useful is None else useful | listed
+        has_loss = listed if has_loss is None else has_loss | listed
     if targets.weight is not None:
-        useful = useful & targets.active()
-    return None if bool(useful.all()) else useful.nonzero()[:, 0]
+        has_loss = has_loss & targets.active()
+    return None if bool(has_loss.all()) else has_loss.nonzero()[:, 0]
 
 
 def _torch_blocks(call: Call, rows: int) -> list[slice]:

@@ -10,7 +10,7 @@ from rekindle.kernels.blocks import compute_dtype, matrix_dtype
 from rekindle.kernels.hidden import WholeTeacher
 from rekindle.kernels.targets import LossSettings, SparseTargets
 
-Wanted = Sequence[bool]  # one flag each for the student's inputs, weight and bias
+GradientFlags = Sequence[bool]  # one flag each for the student's inputs, weight and bias
 
 
 class StudentLogits(NamedTuple):
@@ -43,7 +43,7 @@ class Computation(NamedTuple):
 
     impl: str  # triton | torch
     product_dtype: torch.dtype | None = None  # of a head's matrix products; None: compute_dtype
-    wanted: Wanted = (False, False, False)  # which gradients are wanted
+    needs_grad: GradientFlags = (False, False, False)  # which gradients to compute
 
 
 class Call(NamedTuple):
@@ -55,9 +55,9 @@ class Call(NamedTuple):
     settings: LossSettings
     computation: Computation
 
-    def wanting(self, wanted: Wanted) -> "Call":
-        """Return the same call with other gradients wanted."""
-        return self._replace(computation=self.computation._replace(wanted=wanted))
+    def with_needs_grad(self, needs_grad: GradientFlags) -> "Call":
+        """Return the same call with other gradients to compute."""
+        return self._replace(computation=self.computation._replace(needs_grad=needs_grad))
 
     def flat(self) -> list[object]:
         """Return the fields of all parts in the order of the schema."""
@@ -77,7 +77,7 @@ _TYPES: dict[object, str] = {
         float: "float",
         float | None: "float?",
         str: "str",
-        Wanted: "bool[]",
+        GradientFlags: "bool[]",
     },
     Sequence[float]: "float[]",
 }

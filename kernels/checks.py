@@ -22,11 +22,11 @@ from rekindle.kernels.targets import (
 
 LossTargets = EncodedTargets | DecodedTargets | WholeTargets  # targets that carry all a loss needs
 
-# A row's probabilities may sum to 1 + SPARE: rounding sixty of them to bfloat16 adds less.
-SPARE = 0.01
+# A row's probabilities may sum to 1 + SUM_TOLERANCE: rounding sixty of them to bfloat16 adds less.
+SUM_TOLERANCE = 0.01
 ROUNDING = 1e-5  # a tail between -ROUNDING and 0 comes of rounding 1 - sum in float32
 FLOAT32_MAX = torch.finfo(torch.float32).max
-FEW = 1024  # up to this many numbers are checked as Python lists
+MAX_LIST_SIZE = 1024  # up to this many numbers are checked as Python lists
 
 
 # the kinds that several teachers may have in one call
@@ -42,7 +42,7 @@ def check_kinds(teachers: Sequence[object], several: bool) -> None:
     for number, targets in enumerate(teachers):
         if several and not isinstance(targets, SparseKinds):
             raise ValueError(
-                f"target_ids[{number}] is a {_type(targets)}; a list holds EncodedTargets or "
+                f"target_ids[{number}] is a {_type_name(targets)}; a list holds EncodedTargets or "
                 "DecodedTargets, one for each teacher. Give other targets alone, in a call of "
                 "their own"
             )
@@ -54,10 +54,10 @@ def weights_of(kd_weight: float | Sequence[float], teachers: int, several: bool)
     if not isinstance(kd_weight, Sequence):
         return (kd_weight,) * teachers
     if not several or len(kd_weight) != teachers:
-        of = f"a list of {teachers} teachers" if several else "targets of one"
+        subject = f"a list of {teachers} teachers" if several else "targets of one"
         raise ValueError(
-            f"kd_weight is {list(kd_weight)} beside {of}; it must be a number, or a list with one "
-            "number for each teacher in a list"
+            f"kd_weight is {list(kd_weight)} beside {subject}; it must be a number, or a list "
+            "with one number for each teacher in a list"
         )
     return tuple(kd_weight)
 
@@ -72,8 +72,8 @@ def check_kind(targets: object) -> None:
     if isinstance(targets, tuple):
         advice = "target_ids, target_probs and tail_prob are three arguments, not a tuple"
     raise ValueError(
-        f"target_ids is a {_type(targets)}; it must be a torch tensor [N,K], or EncodedTargets, "
-        f"DecodedTargets, HiddenTargets or DenseTargets: {advice}"
+        f"target_ids is a {_type_name(targets)}; it must be a torch tensor [N,K], or "
+        f"EncodedTargets, DecodedTargets, HiddenTargets or DenseTargets: {advice}"
     )
 
 
@@ -83,16 +83,16 @@ def check_student(student: StudentLogits) -> None:
     matrices = {"logits": inputs} if weight is None else {"hidden": inputs, "weight": weight}
     for name, matrix in matrices.items():
         if not isinstance(matrix, Tensor):
-            raise ValueError(f"{name} is a {_type(matrix)}; it must be a torch tensor")
+            raise ValueError(f"{name} is a {_type_name(matrix)}; it must be a torch tensor")
         if matrix.dim() != 2 or not matrix.is_floating_point():
-            flat = " (one row per token: flatten(0, 1) joins all sequences)"
+            advice = " (one row per token: flatten(0, 1) joins all sequences)"
             raise ValueError(
                 f"{name} is {matrix.dtype} {tuple(matrix.shape)}; it must be a floating-point "
-                f"matrix{flat if matrix.dim() == 3 else ''}"
+                f"matrix{advice if matrix.dim() == 3 else ''}"
             )
-    why = "of hidden [N,H], weight [V,H] and bias [V]"
-    check_tensor("weight", weight, ("V", inputs.shape[1]), why, inputs.device)
-    check_tensor("bias", bias, (student.vocabulary,), why, inputs.device)
+    shapes = "of hidden [N,H], weight [V,H] and bias [V]"
+    check_tensor("weight", weight, ("V", inputs.shape[1]), shapes, inputs.device)
+    check_tensor("bias", bias, (student.vocabulary,), shapes, inputs.device)
 
 
 def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
@@ -110,40 +110,41 @@ def label_weight(labels: Tensor | None, ce_weight: float | None) -> float:
     return ce_weight or 0.0
 
 
-def checked(
+def prepare_targets(
     targets: SparseTargets, student: StudentLogits, settings: LossSettings, impl: str
 ) -> tuple[SparseTargets, bool]:
-    """Return the targets without gradient (with ids and labels as int64 for PyTorch), and whether
-    they are known to be full: every slot lists an id and every label counts.
+    """Check the targets, and return them without gradient (with ids and labels as int64 for
+    PyTorch), and whether they are known to be full: every slot lists an id and every label counts.
 
-    Raise ValueError for targets that do not match the student's N rows or its device.
+    Raise ValueError for targets that do not match the student's N rows or its device, and on a CPU
+    for invalid values.
     """
     rows, device, encoded = len(student.inputs), student.inputs.device, settings.kept > 0
     ids, probs, tail, labels, weight, high = targets
-    why = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
-    check_tensor("target_ids", ids, (rows, "K"), why, device)
-    check_tensor("target_probs", probs, tuple(ids.shape), why, device)
-    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), why, device)
-    check_tensor("labels", labels, (rows,), why, device)
-    check_tensor("row_weight", weight, (rows,), why, device)
-    check_tensor("ids_high", high, (rows, "Q"), why, device)
+    shapes = f"for target_ids and target_probs [N,K], all else [N], with N = {rows} rows"
+    check_tensor("target_ids", ids, (rows, "K"), shapes, device)
+    check_tensor("target_probs", probs, tuple(ids.shape), shapes, device)
+    check_tensor("tail_prob", tail, (rows, 3) if encoded else (rows,), shapes, device)
+    check_tensor("labels", labels, (rows,), shapes, device)
+    check_tensor("row_weight", weight, (rows,), shapes, device)
+    check_tensor("ids_high", high, (rows, "Q"), shapes, device)
     for name, integers in (("target_ids", ids), ("labels", labels)):
         _check_integers(name, integers)
     if any(t is not None and t.requires_grad for t in targets):
         targets = SparseTargets(*(None if t is None else t.detach() for t in targets))  # type: ignore[arg-type]
-    look = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
-    if look or impl == "torch":  # the kernel takes any integer dtype
+    reads_values = device.type == "cpu" and not encoded and not torch.compiler.is_compiling()
+    if reads_values or impl == "torch":  # the kernel takes any integer dtype
         if not encoded and ids.dtype != torch.int64:
             targets = targets._replace(ids=targets.ids.long())
         if labels is not None and labels.dtype != torch.int64:
             targets = targets._replace(labels=labels.long())
-    if look and weight is not None:
-        _refuse(
+    if reads_values and weight is not None:
+        _raise_for_first(
             ~torch.isfinite(weight),
             lambda row: f"row_weight holds {float(weight[row]):g} in row {row}; it must be finite",
         )
-    full = look and _check_values(targets, student.vocabulary, settings)
-    return targets, full
+    is_full = reads_values and _check_values(targets, student.vocabulary, settings)
+    return targets, is_full
 
 
 def _check_integers(name: str, integers: Tensor | None) -> None:
@@ -156,13 +157,13 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
     """Raise ValueError, naming the row, if an ``active`` row [N] of ``targets`` is not a
     distribution. Checks CPU tensors only.
     """
-    real = targets.states if isinstance(targets, HiddenTargets) else targets.log_probs
-    if real.device.type != "cpu" or torch.compiler.is_compiling():
+    values = targets.states if isinstance(targets, HiddenTargets) else targets.log_probs
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if isinstance(targets, HiddenTargets):
-        largest = real.float().abs().amax(1) if real.shape[1] else real.new_zeros(len(real))
+        largest = values.float().abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
         largest = largest if targets.scale is None else largest * targets.scale
-        _refuse(
+        _raise_for_first(
             ~torch.isfinite(largest) & active,
             lambda row: (
                 f"the teacher's states of row {row} hold NaN or inf, before or after they are "
@@ -170,10 +171,10 @@ def check_whole_values(targets: WholeTargets, active: Tensor) -> None:
             ),
         )
         return
-    best = real.amax(1) if real.shape[1] else real.new_zeros(len(real))
-    wrong = ~torch.isfinite(best) | real.isnan().any(1)
-    _refuse(
-        wrong & active,
+    best = values.amax(1) if values.shape[1] else values.new_zeros(len(values))
+    invalid = ~torch.isfinite(best) | values.isnan().any(1)
+    _raise_for_first(
+        invalid & active,
         lambda row: (
             f"the teacher's log_probs of row {row} hold NaN or +inf, or are all -inf: that is not "
             "a distribution"
@@ -190,8 +191,8 @@ def check_sums(targets: SparseTargets) -> None:
         return
     listed = targets.ids >= 0
     mass = torch.where(listed, targets.probs, 0.0).sum(1, dtype=torch.float64) + targets.tail
-    _refuse(
-        (mass < 1 - SPARE) & listed.any(1) & targets.active(),
+    _raise_for_first(
+        (mass < 1 - SUM_TOLERANCE) & listed.any(1) & targets.active(),
         lambda row: (
             f"target_probs and tail_prob sum to {float(mass[row]):g} in row {row}; they must sum "
             "to 1. Leave tail_prob out, and the rest counts as the tail. For a mixture in which "
@@ -213,24 +214,24 @@ def check_mixed(teachers: Sequence[SparseRow], weights: Tensor) -> None:
 def _check_mixed_values(
     number: int, ids: Tensor, probs: Tensor, tail: Tensor | None, active: Tensor
 ) -> None:
-    _refuse(
+    _raise_for_first(
         (ids < -1).any(1) & active,
         lambda row: f"teacher {number}'s ids hold a value below -1 (-1 is padding) in row {row}",
     )
-    wrong = (~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)).any(1)
-    _refuse(
-        wrong & active,
+    invalid = (~((probs >= 0) & torch.isfinite(probs)) & (ids >= 0)).any(1)
+    _raise_for_first(
+        invalid & active,
         lambda row: (
             f"teacher {number}'s probs hold a negative value, NaN or inf in row {row}; they are "
             "probabilities"
         ),
     )
     if tail is not None:
-        _refuse(
+        _raise_for_first(
             ~((tail >= 0) & torch.isfinite(tail)) & (ids >= 0).any(1) & active,
             lambda row: (
                 f"teacher {number}'s tail holds {float(tail[row]):g} in row {row}; it is a "
-                f"probability: not negative, and a number{_rounded(float(tail[row]))}"
+                f"probability: not negative, and a number{_clamp_advice(float(tail[row]))}"
             ),
         )
 
@@ -238,11 +239,11 @@ def _check_mixed_values(
 def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
     """Raise ValueError, naming the row, for wrong values in the rows that count.
 
-    Return the result of `_are_full`.
+    Return the result of `_is_valid_and_full`.
     """
-    if _are_full(targets, vocabulary, settings):
+    if _is_valid_and_full(targets, vocabulary, settings):
         return True
-    if _right_at_a_glance(targets, vocabulary, settings):
+    if _extremes_are_valid(targets, vocabulary, settings):
         return False
     active = targets.active()
     ids, listed = targets.ids, (targets.ids >= 0) & active[:, None]
@@ -251,7 +252,7 @@ def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSetting
         return ", ".join(f"{v:g}" for v in targets.probs[row][listed[row]][:6].tolist())
 
     outside = (ids < -1) | (ids >= vocabulary)
-    _refuse(
+    _raise_for_first(
         outside.any(1) & active,
         lambda row: (
             f"target_ids hold {int(ids[row][outside[row]][0])} in row {row}; they must lie in "
@@ -259,16 +260,16 @@ def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSetting
         ),
     )
     ordered = ids.sort(1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    _refuse(
-        twice.any(1) & active,
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    _raise_for_first(
+        repeated.any(1) & active,
         lambda row: (
-            f"target_ids hold {int(ordered[row, 1:][twice[row]][0])} twice in row {row}; ids must "
-            "be distinct within a row (merge_targets sums duplicates)"
+            f"target_ids hold {int(ordered[row, 1:][repeated[row]][0])} twice in row {row}; ids "
+            "must be distinct within a row (merge_targets sums duplicates)"
         ),
     )
     probs = torch.where(listed, targets.probs, 0.0)
-    _refuse(
+    _raise_for_first(
         ~((probs >= 0) & torch.isfinite(probs)).all(1),
         lambda row: (
             f"target_probs hold a negative value, NaN or inf in row {row} ({values(row)} …); they "
@@ -280,24 +281,24 @@ def _check_values(targets: SparseTargets, vocabulary: int, settings: LossSetting
     return False
 
 
-def _are_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """Return whether a small call's values are valid, every slot lists an id and every label
-    counts.
+def _is_valid_and_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
+    """Return whether the call is small, its values are valid, every slot lists an id and every
+    label counts.
 
     Uses Python lists: for few numbers they cost a tenth of tensor or array operations.
     """
     ids, probs, tail, labels = targets[:4]
-    if not 0 < ids.numel() <= FEW or torch._C._are_functorch_transforms_active():
+    if not 0 < ids.numel() <= MAX_LIST_SIZE or torch._C._are_functorch_transforms_active():
         return False
     if any(
         len({*row}) < len(row) or min(row) < 0 or max(row) >= vocabulary for row in ids.tolist()
     ):
         return False
-    most = 1 + SPARE if settings.tail == "bucket" else FLOAT32_MAX
+    largest_sum = 1 + SUM_TOLERANCE if settings.tail == "bucket" else FLOAT32_MAX
     tails = [0.0] * len(ids) if tail is None else tail.tolist()
-    for row, rest in zip(probs.tolist(), tails, strict=True):
+    for row, tail_mass in zip(probs.tolist(), tails, strict=True):
         # a sum with NaN fails the comparison, whatever `min` returns
-        if not (min(row) >= 0 and rest >= 0 and sum(row) + rest <= most):
+        if not (min(row) >= 0 and tail_mass >= 0 and sum(row) + tail_mass <= largest_sum):
             return False
     if labels is None:
         return True
@@ -305,25 +306,25 @@ def _are_full(targets: SparseTargets, vocabulary: int, settings: LossSettings) -
     return min(numbers) >= 0 and max(numbers) < vocabulary and settings.ignore_index not in numbers
 
 
-def _right_at_a_glance(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
-    """Return whether the largest and smallest values of all rows are valid. If not, check only
-    the rows that count: an invalid value may lie in another.
+def _extremes_are_valid(targets: SparseTargets, vocabulary: int, settings: LossSettings) -> bool:
+    """Return whether the smallest and largest values over all rows are valid. The targets may be
+    valid even if they are not: rows that do not count may hold anything.
     """
     ids, probs, tail, labels = targets[:4]
     if ids.numel() == 0:
         return False
     lowest, highest = (int(extreme) for extreme in ids.aminmax())
     ordered = ids.sort(1).values
-    twice = ordered[:, 1:] == ordered[:, :-1]
+    repeated = ordered[:, 1:] == ordered[:, :-1]
     if lowest < 0:
-        twice &= ordered[:, 1:] >= 0
+        repeated &= ordered[:, 1:] >= 0
         probs = torch.where(ids >= 0, probs, 0.0)
-    right = lowest >= -1 and highest < vocabulary and float(probs.amin()) >= 0
-    if not right or bool(twice.any()) or not (tail is None or float(tail.amin()) >= 0):
+    is_valid = lowest >= -1 and highest < vocabulary and float(probs.amin()) >= 0
+    if not is_valid or bool(repeated.any()) or not (tail is None or float(tail.amin()) >= 0):
         return False
     mass = probs.sum(1, dtype=torch.float64)
     mass = mass if tail is None else mass + tail
-    if not float(mass.amax()) <= (1 + SPARE if settings.tail == "bucket" else FLOAT32_MAX):
+    if not float(mass.amax()) <= (1 + SUM_TOLERANCE if settings.tail == "bucket" else FLOAT32_MAX):
         return False
     if labels is not None:
         lowest, highest = (int(extreme) for extreme in labels.aminmax())
@@ -347,20 +348,20 @@ def _check_masses(
     """
     mass = probs.sum(1, dtype=torch.float64)
     if (tail := targets.tail) is not None:
-        _refuse(
+        _raise_for_first(
             ~((tail >= 0) & torch.isfinite(tail)) & active,
             lambda row: (
                 f"tail_prob holds {float(tail[row]):g} in row {row}; it is a probability: it must "
-                f"be a number and not negative{_rounded(float(tail[row]))}"
+                f"be a number and not negative{_clamp_advice(float(tail[row]))}"
             ),
         )
         mass = mass + torch.where((targets.ids >= 0).any(1), tail, 0.0)
     if settings.tail == "bucket":
-        beside = "" if tail is None else " and tail_prob"
-        _refuse(
-            (mass > 1 + SPARE) & active,
+        with_tail = "" if tail is None else " and tail_prob"
+        _raise_for_first(
+            (mass > 1 + SUM_TOLERANCE) & active,
             lambda row: (
-                f"target_probs{beside} sum to {float(mass[row]):g} in row {row} ({values(row)} "
+                f"target_probs{with_tail} sum to {float(mass[row]):g} in row {row} ({values(row)} "
                 "…), which is no distribution: they must sum to 1 or less. Apply exp() to "
                 "log-probabilities and a softmax to logits; for weights to be scaled to 1, use "
                 "tail='renormalise'"
@@ -371,9 +372,9 @@ def _check_masses(
 def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) -> None:
     if (labels := targets.labels) is None:
         return
-    wrong = targets.labelled(ignore_index) & ((labels < 0) | (labels >= vocabulary))
-    _refuse(
-        wrong & targets.active(),
+    invalid = targets.labelled(ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    _raise_for_first(
+        invalid & targets.active(),
         lambda row: (
             f"labels hold {int(labels[row])} in row {row}; a label lies in [0, V) = "
             f"[0, {vocabulary}) or is ignore_index = {ignore_index}"
@@ -381,19 +382,19 @@ def _check_labels(targets: SparseTargets, vocabulary: int, ignore_index: int) ->
     )
 
 
-def _rounded(tail: float) -> str:
+def _clamp_advice(tail: float) -> str:
     """Return what to do about a tail that only rounding can have made negative."""
     if not -ROUNDING < tail < 0:
         return ""
     return ". One computed as 1 - probs.sum(1) is rounded: add .clamp(min=0)"
 
 
-def _refuse(wrong: Tensor, message: Callable[[int], str]) -> None:
+def _raise_for_first(invalid: Tensor, message: Callable[[int], str]) -> None:
     """Raise ValueError for the first wrong row, if any of the rows [N] is."""
-    if bool(wrong.any()):
-        raise ValueError(message(int(wrong.nonzero()[0])))
+    if bool(invalid.any()):
+        raise ValueError(message(int(invalid.nonzero()[0])))
 
 
-def _type(value: object) -> str:
+def _type_name(value: object) -> str:
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")

@@ -29,14 +29,14 @@ def choose(impl: str, student: StudentLogits, teachers: Sequence[Targets]) -> st
     if impl == "torch":
         return "torch"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # in tests
-    whole = isinstance(teachers[0], WholeTargets)
+    is_whole = isinstance(teachers[0], WholeTargets)
     device, dtype = student.inputs.device, student.fused_dtype
     obstacle = _obstacle(device, dtype, teachers, interpreted)
-    if impl == "triton" and obstacle and not whole:
+    if impl == "triton" and obstacle and not is_whole:
         raise ValueError(f"impl is 'triton', but {obstacle}; use 'auto' or 'torch'")
-    if (impl == "auto" or whole) and not torch.compiler.is_compiling():
+    if (impl == "auto" or is_whole) and not torch.compiler.is_compiling():
         chosen = f"torch ({obstacle})" if obstacle else f"triton ({device.type}, {dtype})"
-        _say_once(f"distillation loss: impl {impl} takes {chosen}")
+        _log_once(f"distillation loss: impl {impl} takes {chosen}")
     return "torch" if obstacle else "triton"
 
 
@@ -50,10 +50,10 @@ def _obstacle(
         return f"the tensors are on {device.type}"
     if dtype == torch.float64:
         return "the kernels compute in float32 and the student is float64"
-    sparse = (t if isinstance(t, Tensor | WholeTargets) else t.ids for t in teachers)
-    kept = sum(ids.shape[-1] for ids in sparse if isinstance(ids, Tensor))
-    if kept > MAX_KEPT:
-        return f"a row holds {kept} ids and the kernels take at most {MAX_KEPT}"
+    all_ids = (t if isinstance(t, Tensor | WholeTargets) else t.ids for t in teachers)
+    total_ids = sum(ids.shape[-1] for ids in all_ids if isinstance(ids, Tensor))
+    if total_ids > MAX_KEPT:
+        return f"a row holds {total_ids} ids and the kernels take at most {MAX_KEPT}"
     targets = teachers[0]  # several teachers' targets are decoded first
     if (
         len(teachers) == 1
@@ -67,5 +67,5 @@ def _obstacle(
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _log_once(line: str) -> None:
     logger.info(line)

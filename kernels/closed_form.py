@@ -56,8 +56,8 @@ def loss_block(
     with respect to the raw logits, without them by scratch values. ids and labels must lie in [0,
     V) where they count.
     """
-    wanted = coefficients is not None
-    slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=wanted)
+    needs_gradient = coefficients is not None
+    slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=needs_gradient)
     slots = _Slots.gather(z, targets.ids)
     label = _Label.gather(z, targets, settings.ignore_index)
     tau = settings.temperature
@@ -68,12 +68,12 @@ def loss_block(
     else:
         tempered = _softmax_(z / tau, slots, tau)
         at_one = _softmax_(z, slots, 1.0, tempered.finite)
-    scale = None if coefficients is None else _times(coefficients.kd, settings.logit_scale / tau)
+    scale = None if coefficients is None else _scaled(coefficients.kd, settings.logit_scale / tau)
     if targets.probs.dim() == 3:
-        kd, gradient = _several(targets, tempered.log_p, settings, scale)
+        kd, gradient = _several_teachers(targets, tempered.log_p, settings, scale)
     else:
-        whole = slots.listed is None
-        kd, gradient = _one(targets, tempered.log_p, settings, scale, whole)
+        is_full = slots.listed is None
+        kd, gradient = _one_teacher(targets, tempered.log_p, settings, scale, is_full)
     ce = torch.zeros_like(z[:, 0]) if label is None else label.cross_entropy(at_one)
     if coefficients is None:
         return BlockLosses(ce, kd)
@@ -84,7 +84,7 @@ def loss_block(
         a = coefficients.ce[:, None]
         if label.possible is not None:
             a = torch.where(label.possible, a, 0.0)
-        a = _times(a, settings.logit_scale)
+        a = _scaled(a, settings.logit_scale)
         at_one_gradient = a * at_one.log_p.exp()
         rest, gradient = gradient[:, -1:], gradient + at_one_gradient
         if tempered is at_one:
@@ -98,20 +98,24 @@ def loss_block(
     return BlockLosses(ce, kd)
 
 
-def _times(values: Tensor, factor: float) -> Tensor:
+def _scaled(values: Tensor, factor: float) -> Tensor:
     return values if factor == 1.0 else values * factor
 
 
-def _asks(values: Tensor) -> bool:
+def _may_read(values: Tensor) -> bool:
     """Return whether values may be read on the host: on a device that would mean waiting for it."""
     return values.device.type == "cpu"
 
 
-def _one(
-    targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None, whole: bool
+def _one_teacher(
+    targets: SparseTargets,
+    log_p: Tensor,
+    settings: LossSettings,
+    scale: Tensor | None,
+    is_full: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return D [C] and its gradient [C,K+1] as in `DivergenceParts`, times `scale` [C] if given."""
-    q, has_target = target_masses(targets, settings.tail, log_p.dtype, whole)
+    q, has_target = target_masses(targets, settings.tail, log_p.dtype, is_full)
     value, gradient = divergence_parts(q, log_p, settings)
     if has_target is not None:
         value = torch.where(has_target, value, 0.0)
@@ -119,7 +123,7 @@ def _one(
     return value, gradient if scale is None else scale[:, None] * gradient
 
 
-def _several(
+def _several_teachers(
     targets: SparseTargets, log_p: Tensor, settings: LossSettings, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return each teacher's D [C,T], and the sum of their gradients [C,K+1] by `scale` [C,T].
@@ -132,13 +136,17 @@ def _several(
     assert targets.tail is not None
     for t in range(targets.probs.shape[1]):
         probs = targets.probs[:, t]
-        own = SparseTargets(torch.where(probs >= 0, targets.ids, -1), probs, targets.tail[:, t])
-        listed = own.ids >= 0
+        own_targets = SparseTargets(
+            torch.where(probs >= 0, targets.ids, -1), probs, targets.tail[:, t]
+        )
+        listed = own_targets.ids >= 0
         log_rest_of = log_p.masked_fill(F.pad(listed, (0, 1)), -math.inf)
         log_rest = log_rest_of.logsumexp(1, keepdim=True)
         log_own = torch.where(listed, log_p[:, :-1], -math.inf)
         weight = None if scale is None else scale[:, t]
-        value, gradient = _one(own, torch.cat([log_own, log_rest], 1), settings, weight, False)
+        value, gradient = _one_teacher(
+            own_targets, torch.cat([log_own, log_rest], 1), settings, weight, False
+        )
         values.append(value)
         shares = (log_rest_of - log_rest.masked_fill(log_rest == -math.inf, 0.0)).exp_()
         total += F.pad(gradient[:, :-1], (0, 1)) + gradient[:, -1:] * shares
@@ -162,7 +170,7 @@ def divergence_parts(q: Tensor, log_p: Tensor, settings: LossSettings) -> Diverg
     cannot produce (their term is a constant) and for an empty rest (no outcome at all).
     """
     possible = None
-    if not (_asks(log_p) and float(log_p.amin()) > -math.inf):
+    if not (_may_read(log_p) and float(log_p.amin()) > -math.inf):
         possible = log_p != -math.inf
         q = torch.cat([q[:, :-1], torch.where(possible[:, -1:], q[:, -1:], 0.0)], 1)
     p = log_p.exp()
@@ -178,7 +186,7 @@ def parts_of(
     0.
     """
     log_q = q.log()
-    if not (_asks(q) and float(q.amin()) > 0):
+    if not (_may_read(q) and float(q.amin()) > 0):
         log_q = torch.where(q > 0, log_q, LOG_OF_ZERO)
     terms, p_phi = _TERMS[settings.divergence](q, log_q, p, log_p, **settings.of_divergence)
     if possible is not None:
@@ -250,7 +258,7 @@ class _Slots(NamedTuple):
     def gather(z: Tensor, ids: Tensor) -> "_Slots":
         if ids.shape[1] == 0:
             return _Slots(ids, z[:, :0], ids >= 0)
-        if _asks(ids) and int(ids.amin()) >= 0:
+        if _may_read(ids) and int(ids.amin()) >= 0:
             return _Slots(ids, z.gather(1, ids))
         listed = ids >= 0
         anchor = listed.int().argmax(1, keepdim=True)
@@ -287,7 +295,7 @@ def _softmax_(scaled: Tensor, slots: _Slots, temperature: float, finite: bool = 
     """
     slots.write_(scaled, -math.inf)  # removes them from the softmax
     peak = scaled.amax(1, keepdim=True)
-    finite = finite or (_asks(peak) and float(peak.amin()) > -math.inf)
+    finite = finite or (_may_read(peak) and float(peak.amin()) > -math.inf)
     if scaled.device.type == "cpu":
         torch.softmax(scaled, 1, out=scaled)  # reads each row before it writes it
     else:
@@ -328,7 +336,7 @@ class _Label(NamedTuple):
             return None
         ids = targets.labels[:, None]
         counts = ids != ignore_index
-        all_count = _asks(ids) and bool(counts.all())
+        all_count = _may_read(ids) and bool(counts.all())
         if not all_count:
             ids = torch.where(counts, ids, 0)
         logits = z.gather(1, ids)

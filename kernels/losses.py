@@ -17,8 +17,8 @@ from rekindle.kernels.checks import (
     check_student,
     check_sums,
     check_whole_values,
-    checked,
     label_weight,
+    prepare_targets,
     weights_of,
 )
 from rekindle.kernels.choice import Targets, choose
@@ -156,41 +156,47 @@ def kd_loss(
     if isinstance(target_ids, WholeTargets):
         check_whole(target_ids, len(student.inputs), student.vocabulary, student.inputs.device)
         teacher = WholeTeacher.of(target_ids)
-    for given in teachers:
-        if isinstance(given, EncodedTargets):
-            check_encoded(given, len(student.inputs))
-    chosen = choose(impl, student, teachers)
+    for teacher_targets in teachers:
+        if isinstance(teacher_targets, EncodedTargets):
+            check_encoded(teacher_targets, len(student.inputs))
+    implementation = choose(impl, student, teachers)
     if len(teachers) == 1:
-        targets, settings = _sparse(teachers[0], target_probs, tail_prob, settings, chosen)
+        targets, settings = _pack_or_decode(
+            teachers[0], target_probs, tail_prob, settings, implementation
+        )
         targets = targets._replace(labels=labels, weight=row_weight)
-        targets, full = checked(targets, student, settings, chosen)
+        targets, is_full = prepare_targets(targets, student, settings, implementation)
         if tail_prob is not None:
             check_sums(targets)
-        if full:
+        if is_full:
             settings = settings._replace(full=True)
     else:
-        each = []
-        for given in teachers:
-            own, settings = _sparse(given, target_probs, tail_prob, settings, "torch")
-            own = own._replace(labels=labels, weight=row_weight)
-            each.append(checked(own, student, settings, "torch")[0])
-        targets = union_rows(each)
-    whole = teacher.states is not None
+        all_sparse = []
+        for teacher_targets in teachers:
+            sparse, settings = _pack_or_decode(
+                teacher_targets, target_probs, tail_prob, settings, "torch"
+            )
+            sparse = sparse._replace(labels=labels, weight=row_weight)
+            all_sparse.append(prepare_targets(sparse, student, settings, "torch")[0])
+        targets = union_rows(all_sparse)
+    is_whole = teacher.states is not None
     if isinstance(target_ids, WholeTargets):
         check_whole_values(target_ids, targets.active())
     if student.weight is None:  # the gradient has the logits' layout
         if not _rows_are_dense(student.inputs):
             # contiguous() would keep a single row's stride as it is, however large
             student = StudentLogits(student.inputs.clone(memory_format=torch.contiguous_format))
-        elif whole:
+        elif is_whole:
             student = StudentLogits(student.inputs.contiguous())
-    rounded = None
-    if student.weight is not None and whole:
-        rounded = block_product_dtype(student.inputs, student.weight, exactly=impl == "torch")
-    elif student.weight is not None and chosen == "triton":
-        rounded = student.fused_dtype
-    found = losses(Call(student, targets, teacher, settings, Computation(chosen, rounded)))
-    loss = KDLoss(*found)
+    product_dtype = None
+    if student.weight is not None and is_whole:
+        product_dtype = block_product_dtype(student.inputs, student.weight, exactly=impl == "torch")
+    elif student.weight is not None and implementation == "triton":
+        product_dtype = student.fused_dtype
+    reduced = losses(
+        Call(student, targets, teacher, settings, Computation(implementation, product_dtype))
+    )
+    loss = KDLoss(*reduced)
     return loss._replace(kd=loss.kd[..., None]) if several and len(teachers) == 1 else loss
 
 
@@ -312,10 +318,10 @@ def merge_targets(
             )
     rows = len(teachers[0][0])
     for t, (ids, probs, tail) in enumerate(teachers):
-        why = f"for ids and probs [N,K] and tail [N] with N = {rows}"
-        check_tensor(f"teacher {t}'s ids", ids, (rows, "K"), why)
-        check_tensor(f"teacher {t}'s probs", probs, tuple(ids.shape), why)
-        check_tensor(f"teacher {t}'s tail", tail, (rows,), why)
+        shapes = f"for ids and probs [N,K] and tail [N] with N = {rows}"
+        check_tensor(f"teacher {t}'s ids", ids, (rows, "K"), shapes)
+        check_tensor(f"teacher {t}'s probs", probs, tuple(ids.shape), shapes)
+        check_tensor(f"teacher {t}'s tail", tail, (rows,), shapes)
     weights = torch.as_tensor(weights)
     if weights.shape not in ((len(teachers),), (rows, len(teachers))):
         raise ValueError(
@@ -333,8 +339,12 @@ def _rows_are_dense(logits: Tensor) -> bool:
     return logits.stride(1) == 1 and size <= logits.stride(0) <= 2 * size
 
 
-def _sparse(
-    ids: Targets, probs: Tensor | None, tail: Tensor | None, settings: LossSettings, chosen: str
+def _pack_or_decode(
+    ids: Targets,
+    probs: Tensor | None,
+    tail: Tensor | None,
+    settings: LossSettings,
+    implementation: str,
 ) -> tuple[SparseTargets, LossSettings]:
     """Return the targets packed for the Triton kernels or decoded for PyTorch; plain ones
     unchanged; without ids for whole distributions.
@@ -349,13 +359,14 @@ def _sparse(
             )
         return SparseTargets(ids, probs, tail), settings
     if probs is not None or tail is not None:
-        kind = type(ids).__name__
+        type_name = type(ids).__name__
         raise ValueError(
-            f"{kind} carry their own probabilities and tail; leave target_probs and tail_prob out"
+            f"{type_name} carry their own probabilities and tail; leave target_probs and tail_prob "
+            "out"
         )
     if isinstance(ids, WholeTargets):
-        none = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
-        return SparseTargets(none, none, None), settings
+        empty = ids[0].new_empty(len(ids[0]), 0, dtype=torch.int64)
+        return SparseTargets(empty, empty, None), settings
     if isinstance(ids, EncodedTargets) and ids.temperature not in (None, settings.temperature):
         raise ValueError(
             f"temperature is {settings.temperature}, but the targets are for {ids.temperature}: "
@@ -368,7 +379,7 @@ def _sparse(
             "targets are a sample: an id that was not drawn would count as impossible. Use "
             f"{', '.join(EVERY_LINEAR)}, or targets of another kind (topk, dense, hidden)"
         )
-    if isinstance(ids, EncodedTargets) and chosen == "triton":
+    if isinstance(ids, EncodedTargets) and implementation == "triton":
         low, values, scalars, high = ids.packed()
         packed = SparseTargets(low, values, scalars, high=high)
         return packed, settings._replace(kept=ids.kept, planes=ids.planes)

@@ -21,8 +21,8 @@ from rekindle.kernels.call import (
     TENSORS,
     Call,
     Computation,
+    GradientFlags,
     StudentLogits,
-    Wanted,
 )
 from rekindle.kernels.closed_form import BlockLosses, Coefficients
 from rekindle.kernels.small import is_small, small_losses
@@ -32,27 +32,29 @@ from rekindle.kernels.targets import TRITON_INSTALLED, LossSettings, loss_scales
 def losses(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, ce, kd): scalars, or [N] for "none"; only `loss` carries a gradient."""
     enabled = torch.is_grad_enabled()
-    call = call.wanting([enabled and t is not None and t.requires_grad for t in call.student])
-    if _traced(call):
+    call = call.with_needs_grad(
+        [enabled and t is not None and t.requires_grad for t in call.student]
+    )
+    if _is_traced(call):
         loss, ce, kd, *_ = _kd_loss(*call.flat())
         return loss, ce.detach(), kd.detach()
-    if not any(call.computation.wanted):
-        return _evaluated(call, None)[0]
+    if not any(call.computation.needs_grad):
+        return _compute(call, None)[0]
     loss, ce, kd = _Loss.apply(*call.student, call)
     return loss, ce, kd
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, float, int, type(None)}
+_EAGER_TYPES = {Tensor, torch.nn.Parameter, float, int, type(None)}
 
 
-def _traced(call: Call) -> bool:
+def _is_traced(call: Call) -> bool:
     """Return whether the call is traced or transformed: only then is the operator worth its cost.
 
     A call of thirty arguments through `torch.library` takes half a millisecond longer.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    return not {type(value) for part in call[:3] for value in part} <= _PLAIN
+    return not {type(value) for part in call[:3] for value in part} <= _EAGER_TYPES
 
 
 # ---- what it does -------------------------------------------------------------------------------
@@ -60,18 +62,18 @@ def _traced(call: Call) -> bool:
 Losses = tuple[Tensor, Tensor, Tensor]  # loss, ce, kd
 
 
-def _evaluated(call: Call, upstream: Tensor | None) -> tuple[Losses, Gradients]:
-    """Return the reduced losses and the wanted gradients; with an upstream, only the
-    latter matter.
+def _compute(call: Call, upstream: Tensor | None) -> tuple[Losses, Gradients]:
+    """Return the reduced losses and the gradients that are needed; with an upstream,
+    only the latter matter.
     """
     dtype = call.student.compute_dtype
     if call.computation.impl == "triton":
-        found, gradients = _fused(call, upstream)
-        if found is None:
+        reduced, gradients = _compute_fused(call, upstream)
+        if reduced is None:
             return (upstream, upstream, upstream), gradients  # type: ignore[return-value]
         if dtype != torch.float32:  # for float64 inputs under autocast
-            found = found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
-        return found, gradients
+            reduced = reduced[0].to(dtype), reduced[1].to(dtype), reduced[2].to(dtype)
+        return reduced, gradients
     if is_small(call):
         small = small_losses(call)
         if small is not None:
@@ -80,24 +82,24 @@ def _evaluated(call: Call, upstream: Tensor | None) -> tuple[Losses, Gradients]:
             return small
     scales = loss_scales(call.targets, call.settings, dtype)
     factors = None
-    if any(call.computation.wanted):
-        own = scales if upstream is None else (scales[0] * upstream, scales[1] * upstream)
-        factors = _coefficients(call.settings, *own)
+    if any(call.computation.needs_grad):
+        row_scales = scales if upstream is None else (scales[0] * upstream, scales[1] * upstream)
+        factors = _coefficients(call.settings, *row_scales)
     losses, gradients = blockwise(call, factors)
-    return _reduced(losses, scales, call), gradients
+    return _reduce(losses, scales, call), gradients
 
 
-def _fused(call: Call, upstream: Tensor | None) -> tuple[Losses | None, Gradients]:
+def _compute_fused(call: Call, upstream: Tensor | None) -> tuple[Losses | None, Gradients]:
     if call.student.weight is not None:
         return fused_head(call, upstream)
     from rekindle.kernels.triton_rows import RowKernel
 
-    inputs, wanted = call.student.inputs, any(call.computation.wanted)
-    gradient = _like(inputs)  # scratch if no gradient is wanted
-    kernel = RowKernel(call.targets, call.settings, wanted, upstream)
+    inputs, needs_grad = call.student.inputs, any(call.computation.needs_grad)
+    gradient = _like(inputs)  # scratch if no gradient is needed
+    kernel = RowKernel(call.targets, call.settings, needs_grad, upstream)
     kernel.run(inputs, gradient, slice(0, len(inputs)))
-    found = kernel.losses() if upstream is None else None
-    return found, (gradient if wanted else None, None, None)
+    reduced = kernel.losses() if upstream is None else None
+    return reduced, (gradient if needs_grad else None, None, None)
 
 
 def _coefficients(settings: LossSettings, ce: Tensor, kd: Tensor) -> Coefficients:
@@ -108,19 +110,19 @@ def _coefficients(settings: LossSettings, ce: Tensor, kd: Tensor) -> Coefficient
     return Coefficients(ce * settings.ce_weight, kds[0] if len(kds) == 1 else torch.stack(kds, 1))
 
 
-def _reduced(found: BlockLosses, scales: tuple[Tensor, Tensor], call: Call) -> Losses:
+def _reduce(row_losses: BlockLosses, scales: tuple[Tensor, Tensor], call: Call) -> Losses:
     """Return (loss, ce, kd) from the unweighted losses of N rows."""
     settings, labelled = call.settings, call.targets.labels is not None
-    (ce, kd), (ce_scale, kd_scale) = found, scales
+    (ce, kd), (ce_scale, kd_scale) = row_losses, scales
     several = kd.dim() == 2
     kd = kd * (kd_scale[:, None] if several else kd_scale)
     ce = ce * ce_scale if labelled else ce
     if settings.reduction != "none":
         ce, kd = ce.sum(), kd.sum(0) if several else kd.sum()
     factors = settings.kd_factors
-    each = kd.unbind(-1) if several else [kd]
-    loss = each[0] * factors[0]
-    for value, factor in zip(each[1:], factors[1:], strict=True):
+    kds_per_teacher = kd.unbind(-1) if several else [kd]
+    loss = kds_per_teacher[0] * factors[0]
+    for value, factor in zip(kds_per_teacher[1:], factors[1:], strict=True):
         loss = loss + value * factor
     return settings.ce_weight * ce + loss if labelled else loss, ce, kd
 
@@ -131,21 +133,23 @@ def _like(logits: Tensor) -> Tensor:
     return rows_apart(rows, size, logits.stride(0), logits.dtype, logits.device)
 
 
-def _at_once(call: Call) -> Wanted:
+def _grads_in_forward(call: Call) -> GradientFlags:
     """Return the gradients formed in the forward pass: none if each row has its own
     upstream value.
     """
-    return call.computation.wanted if call.settings.reduction != "none" else [False] * 3
+    return call.computation.needs_grad if call.settings.reduction != "none" else [False] * 3
 
 
-def _fake_gradients(student: StudentLogits, wanted: Wanted) -> tuple[Tensor, ...]:
-    """Return the gradients as the compiler sees them; empty where not wanted."""
+def _fake_gradients(student: StudentLogits, needs_grad: GradientFlags) -> tuple[Tensor, ...]:
+    """Return the gradients as the compiler sees them; empty where not needed."""
     inputs = student.inputs
     if student.weight is None:
-        return _like(inputs) if wanted[0] else inputs.new_empty(0), *map(inputs.new_empty, (0, 0))
+        return _like(inputs) if needs_grad[0] else inputs.new_empty(0), *map(
+            inputs.new_empty, (0, 0)
+        )
     return tuple(
         t.new_empty(t.shape) if w and t is not None else inputs.new_empty(0)
-        for t, w in zip(student, wanted, strict=True)
+        for t, w in zip(student, needs_grad, strict=True)
     )
 
 
@@ -154,8 +158,8 @@ def _fake_gradients(student: StudentLogits, wanted: Wanted) -> tuple[Tensor, ...
 _LOSSES, _GRADIENTS = "Tensor, Tensor, Tensor", "Tensor, Tensor, Tensor"
 
 
-def _dense(call: Call, gradients: Gradients) -> list[Tensor]:
-    """Return the gradients with empty tensors for unwanted ones: an operator must return
+def _without_none(call: Call, gradients: Gradients) -> list[Tensor]:
+    """Return the gradients with empty tensors for those not needed: an operator must return
     tensors.
     """
     return [call.student.inputs.new_empty(0) if g is None else g for g in gradients]
@@ -166,8 +170,8 @@ def _dense(call: Call, gradients: Gradients) -> list[Tensor]:
 )
 def _kd_loss(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    found, gradients = _evaluated(call.wanting(_at_once(call)), None)
-    return *found, *_dense(call, gradients)
+    reduced, gradients = _compute(call.with_needs_grad(_grads_in_forward(call)), None)
+    return *reduced, *_without_none(call, gradients)
 
 
 @_kd_loss.register_fake
@@ -175,9 +179,9 @@ def _(*flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
     inputs, dtype = call.student.inputs, call.student.compute_dtype
     shape = inputs.shape[:1] if call.settings.reduction == "none" else ()
-    of_kd = shape if len(call.settings.shares) == 1 else (*shape, len(call.settings.shares))
-    fakes = [inputs.new_empty(size, dtype=dtype) for size in (shape, shape, of_kd)]
-    return *fakes, *_fake_gradients(call.student, _at_once(call))
+    kd_shape = shape if len(call.settings.shares) == 1 else (*shape, len(call.settings.shares))
+    fakes = [inputs.new_empty(size, dtype=dtype) for size in (shape, shape, kd_shape)]
+    return *fakes, *_fake_gradients(call.student, _grads_in_forward(call))
 
 
 @torch.library.custom_op(
@@ -187,13 +191,13 @@ def _(*flat: object) -> tuple[Tensor, ...]:
 )
 def _kd_loss_backward(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    return tuple(_dense(call, _evaluated(call, upstream)[1]))
+    return tuple(_without_none(call, _compute(call, upstream)[1]))
 
 
 @_kd_loss_backward.register_fake
 def _(upstream: Tensor, *flat: object) -> tuple[Tensor, ...]:
     call = Call.of(flat)
-    return _fake_gradients(call.student, call.computation.wanted)
+    return _fake_gradients(call.student, call.computation.needs_grad)
 
 
 class _Context(Protocol):
@@ -201,34 +205,34 @@ class _Context(Protocol):
 
     saved_tensors: tuple[Tensor | None, ...]  # the tensors, which come first in the call
     rest: Sequence[object]  # the call's other arguments
-    wanted: Wanted
+    needs_grad: GradientFlags
     gradients: list[Tensor | None] | None  # formed in the forward pass and not handed over yet
 
     def save_for_backward(self, *tensors: object) -> None:
         """Keep tensors for the backward pass."""
 
 
-def _keep(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:TENSORS])
-    ctx.rest, ctx.wanted = inputs[TENSORS:], Computation._make(inputs[-3:]).wanted
-    formed = any(ctx.wanted) and output[0].dim() == 0  # the loss is a scalar, not one value per row
+    ctx.rest, ctx.needs_grad = inputs[TENSORS:], Computation._make(inputs[-3:]).needs_grad
+    is_scalar = any(ctx.needs_grad) and output[0].dim() == 0
     # detached: an output saved on its own graph node would keep that node alive
-    ctx.gradients = [g.detach() for g in output[3:]] if formed else None
+    ctx.gradients = [g.detach() for g in output[3:]] if is_scalar else None
 
 
 def _backward(context: _Context, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    gradients: Sequence[Tensor | None] | None = _formed(context, upstream)
+    gradients: Sequence[Tensor | None] | None = _take_formed(context, upstream)
     if gradients is None:
         flat = (*context.saved_tensors, *context.rest)
         if type(upstream) is Tensor:
-            gradients = _evaluated(Call.of(flat), upstream)[1]
+            gradients = _compute(Call.of(flat), upstream)[1]
         else:
             gradients = _kd_loss_backward(upstream, *flat)
-    kept = [g if w else None for g, w in zip(gradients, context.wanted, strict=True)]
-    return (*kept, *[None] * (len(ARGUMENTS) - len(kept)))
+    needed = [g if w else None for g, w in zip(gradients, context.needs_grad, strict=True)]
+    return (*needed, *[None] * (len(ARGUMENTS) - len(needed)))
 
 
-def _formed(context: _Context, upstream: Tensor) -> list[Tensor | None] | None:
+def _take_formed(context: _Context, upstream: Tensor) -> list[Tensor | None] | None:
     """Return the forward pass's gradients times `upstream`; None after the first call.
 
     They are handed over, not copied: autograd may make one a parameter's .grad and add to it in
@@ -250,14 +254,14 @@ def _scale_(values: list[Tensor], factor: Tensor) -> None:
     if factor.device.type != "cpu" and TRITON_INSTALLED:
         from rekindle.kernels.triton_rows import scale_unless_one
 
-        for each in values:
-            scale_unless_one(each, factor)
+        for value in values:
+            scale_unless_one(value, factor)
     elif factor.device.type != "cpu" or float(factor) != 1.0:
-        for each in values:
-            each.mul_(factor)
+        for value in values:
+            value.mul_(factor)
 
 
-_kd_loss.register_autograd(_backward, setup_context=_keep)
+_kd_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Loss(torch.autograd.Function):
@@ -267,17 +271,19 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
     ) -> Losses:
-        at_once = _at_once(call)
-        wanted = call.computation.wanted
-        found, gradients = _evaluated(call if at_once is wanted else call.wanting(at_once), None)
+        in_forward = _grads_in_forward(call)
+        needs_grad = call.computation.needs_grad
+        reduced, gradients = _compute(
+            call if in_forward is needs_grad else call.with_needs_grad(in_forward), None
+        )
         flat = call.flat()
         ctx.save_for_backward(*flat[:TENSORS])
-        ctx.rest, ctx.wanted = flat[TENSORS:], wanted
-        formed = call.settings.reduction != "none"  # then the loss is a scalar
-        ctx.gradients = list(gradients) if formed else None
-        ctx.mark_non_differentiable(*found[1:])
+        ctx.rest, ctx.needs_grad = flat[TENSORS:], needs_grad
+        is_scalar = call.settings.reduction != "none"
+        ctx.gradients = list(gradients) if is_scalar else None
+        ctx.mark_non_differentiable(*reduced[1:])
         ctx.set_materialize_grads(False)
-        return found
+        return reduced
 
     @staticmethod
     @once_differentiable

@@ -33,49 +33,51 @@ def max_of_row(x):
 
 
 @triton.jit
-def decoded(
+def decode_row(
     ids_ptr, values_ptr, side_ptr, high_ptr, row, lane, K, kept, inverse_tau,
     PLANES: tl.constexpr,
 ):  # fmt: skip
     """Return ids (-1 past `kept`), their probabilities and the tail mass: `encoded.decode` of one
     row.
     """
-    stored = lane < K
-    ids = tl.load(ids_ptr + row * K + lane, mask=stored, other=0).to(tl.int32) & 0xFFFF
+    is_stored = lane < K
+    ids = tl.load(ids_ptr + row * K + lane, mask=is_stored, other=0).to(tl.int32) & 0xFFFF
     for plane in tl.static_range(PLANES):
         bit = plane * K + lane
-        planes = tl.load(high_ptr + row * ((PLANES * K + 7) // 8) + bit // 8, mask=stored, other=0)
+        plane_bytes = high_ptr + row * ((PLANES * K + 7) // 8) + bit // 8
+        planes = tl.load(plane_bytes, mask=is_stored, other=0)
         ids |= ((planes.to(tl.int32) >> (bit % 8)) & 1) << (16 + plane)
     highest = tl.load(side_ptr + row * 3).to(tl.int32) & 0xFFFF
     lowest = tl.load(side_ptr + row * 3 + 1).to(tl.int32) & 0xFFFF
-    fixed = tl.load(side_ptr + row * 3 + 2).to(tl.int32)
+    log_odds = tl.load(side_ptr + row * 3 + 2).to(tl.int32)
     step = (lowest - highest).to(tl.float32) * (inverse_tau * _LOG2E / (255.0 * _STEP))
-    values = tl.load(values_ptr + row * K + lane, mask=stored, other=0).to(tl.float32)
-    share = tl.where(stored, tl.exp2(-values * step), 0.0)
-    odds = tl.exp(-tl.abs(fixed.to(tl.float32)) / _STEP)  # the smaller mass over the larger
+    values = tl.load(values_ptr + row * K + lane, mask=is_stored, other=0).to(tl.float32)
+    weights = tl.where(is_stored, tl.exp2(-values * step), 0.0)
+    odds = tl.exp(-tl.abs(log_odds.to(tl.float32)) / _STEP)  # the smaller mass over the larger
     small = odds / (1.0 + odds)
     large = 1.0 / (1.0 + odds)
-    whole = fixed == _NO_TAIL
-    mass = tl.where(whole, 1.0, tl.where(fixed >= 0, large, small))
-    tail = tl.where(whole, 0.0, tl.where(fixed >= 0, small, large))
-    q = share * (mass / sum_of_row(share))
+    has_no_tail = log_odds == _NO_TAIL
+    mass = tl.where(has_no_tail, 1.0, tl.where(log_odds >= 0, large, small))
+    tail = tl.where(has_no_tail, 0.0, tl.where(log_odds >= 0, small, large))
+    q = weights * (mass / sum_of_row(weights))
     tail += sum_of_row(tl.where(lane >= kept, q, 0.0))
-    listed = stored & (lane < kept)
+    listed = is_stored & (lane < kept)
     return tl.where(listed, ids, -1), tl.where(listed, q, 0.0), tail
 
 
 @triton.jit
 def target_of_teacher(
-    probs_ptr, tail_ptr, at, K, lane, listed, q, tail,
+    probs_ptr, tail_ptr, target_row, K, lane, listed, q, tail,
     TAIL: tl.constexpr, ENCODED: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """Return which ids the teacher lists, its target over the k + 1 outcomes, and whether it has
     one.
 
-    `at` is the index of its row; q and tail are already computed if the targets were encoded.
+    `target_row` is the index of its row; q and tail are already computed if the targets were
+    encoded.
     """
     if not ENCODED:
-        q = tl.load(probs_ptr + at * K + lane, mask=listed, other=-1.0).to(tl.float32)
+        q = tl.load(probs_ptr + target_row * K + lane, mask=listed, other=-1.0).to(tl.float32)
         if SEVERAL:
             listed = listed & (q >= 0)
         q = tl.where(listed, q, 0.0)
@@ -86,7 +88,7 @@ def target_of_teacher(
         if ENCODED:
             rest = tail
         elif tail_ptr is not None:
-            rest = tl.maximum(tl.load(tail_ptr + at).to(tl.float32), 0.0)
+            rest = tl.maximum(tl.load(tail_ptr + target_row).to(tl.float32), 0.0)
         else:
             rest = tl.maximum(1.0 - total, 0.0)
     if TAIL == 1:

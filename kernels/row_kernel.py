@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 
 from rekindle.kernels.row_divergence import (
-    decoded,
+    decode_row,
     divergence_of_row,
     max_of_row,
     rest_of_teacher,
@@ -45,14 +45,14 @@ from rekindle.kernels.row_divergence import (
 )
 from rekindle.kernels.row_sums import (
     exponentials,
-    finite,
+    finite_or_zero,
     held_row,
-    hide,
+    hide_listed,
     logits_at,
-    mixed,
     slope,
     streamed_sums,
     sums_of_others,
+    unlisted_gradient,
 )
 from rekindle.kernels.targets import LOG_OF_ZERO
 
@@ -62,7 +62,7 @@ _EDGE = tl.constexpr(16)  # lanes of the edge vector: eight before the middle, e
 
 
 @triton.jit
-def _put(pointer, value, cta, CTAS: tl.constexpr):
+def _store_once(pointer, value, cta, CTAS: tl.constexpr):
     """Store a value of the row once, by the first program of a cluster."""
     if CTAS > 1:
         tl.store(pointer + 0 * cta, value, mask=cta == 0)
@@ -140,11 +140,11 @@ def row_kernel(
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + row).to(tl.float32)
         if weight == 0:
-            _put(ce_ptr + row, 0.0, cta, CTAS)
+            _store_once(ce_ptr + row, 0.0, cta, CTAS)
             for t in tl.static_range(TEACHERS):
-                _put(kd_ptr + row * TEACHERS + t, 0.0, cta, CTAS)
+                _store_once(kd_ptr + row * TEACHERS + t, 0.0, cta, CTAS)
             if loss_ptr is not None:
-                _put(loss_ptr + row, 0.0, cta, CTAS)
+                _store_once(loss_ptr + row, 0.0, cta, CTAS)
             if GRADIENT:
                 tl.store(grad_base + edge, tl.zeros_like(edge_mask.to(out)), mask=edge_mask)
                 for i in range(0, blocks):
@@ -154,37 +154,37 @@ def row_kernel(
             q_stored = 0.0
             tail_stored = 0.0
             if ENCODED:
-                ids, q_stored, tail_stored = decoded(
+                ids, q_stored, tail_stored = decode_row(
                     ids_ptr, probs_ptr, tail_ptr, high_ptr, row, slot, K, kept, inverse_tau, PLANES
                 )
             else:
                 ids = tl.load(ids_ptr + row * K + slot, mask=slot < K, other=-1)
-            wrong = max_of_row(((ids < -1) | (ids >= V)).to(tl.int32)) > 0
+            is_invalid = max_of_row(((ids < -1) | (ids >= V)).to(tl.int32)) > 0
             listed = (ids >= 0) & (ids < V)
             ids = tl.where(listed, ids, -1).to(tl.int32)
-            mine = listed  # the listed ids in this program's part
+            in_part = listed  # the listed ids in this program's part
             if CTAS > 1:
-                place = ids - head
-                inside = (place >= 0) & (place < n_middle)
-                mine = listed & (tl.where(inside, place // (BLOCK // CTAS), 0) == cta)
+                offset = ids - head
+                inside = (offset >= 0) & (offset < n_middle)
+                in_part = listed & (tl.where(inside, offset // (BLOCK // CTAS), 0) == cta)
             z_k = logits_at(base, bias_ptr, ids, listed, scale, softcap, SOFTCAP)
             if labels_ptr is not None:
                 label = tl.load(labels_ptr + row).to(tl.int64)
                 labelled = label != ignore_index
-                wrong = wrong | (labelled & ((label < 0) | (label >= V)))
+                is_invalid = is_invalid | (labelled & ((label < 0) | (label >= V)))
                 label = tl.where(labelled & (label >= 0) & (label < V), label, 0)
                 z_y = logits_at(base, bias_ptr, label, label >= 0, scale, softcap, SOFTCAP)
 
             if HELD:
-                z_mine = tl.where(mine, z_k, float("-inf"))
-                peak, s_tau, top, s_one, x, u, e, x_edge, u_edge, e_edge, part = held_row(
-                    base, middle, bias_ptr, at, edge, edge_mask, head, n_middle, ids, z_mine, cta,
+                z_part = tl.where(in_part, z_k, float("-inf"))
+                peak, s_tau, top, s_one, x, u, e, x_edge, u_edge, e_edge, part_peak = held_row(
+                    base, middle, bias_ptr, at, edge, edge_mask, head, n_middle, ids, z_part, cta,
                     k, scale, softcap, resolution, SOFTCAP, POWER, BLOCK, CTAS,
                 )  # fmt: skip
             else:
                 if HIDE:
                     tl.debug_barrier()  # wait until every thread has its special logits
-                    hide(base, ids, listed)
+                    hide_listed(base, ids, listed)
                     tl.debug_barrier()
                 peak, s_tau, s_one = streamed_sums(
                     base, middle, bias_ptr, edge, edge_mask, n_middle, k, scale, softcap,
@@ -202,11 +202,11 @@ def row_kernel(
                             listed, k, scale, softcap, SOFTCAP, BLOCK, STAGES,
                         )  # fmt: skip
                     s_tau = others
-                part = peak
+                part_peak = peak
 
             # From here on peak and s_tau are over the ids that are not listed, and top is the row's
-            # maximum. part is the maximum of the program's own part, to which its exponentials are
-            # relative.
+            # maximum. part_peak is the maximum of the program's own part, to which its exponentials
+            # are relative.
             empty = peak == float("-inf")
             mass = tl.where(empty, 0.0, s_tau * tl.exp2((peak - top) * k))
             log_norm = tl.log(sum_of_row(tl.exp2((z_k - top) * k)) + mass)
@@ -223,29 +223,31 @@ def row_kernel(
             kd_outside = 0.0
             kd_listed = tl.zeros_like(z_k)
             for t in tl.static_range(TEACHERS):
-                own, q, q_rest, has_target = target_of_teacher(
+                listed_by_teacher, q, q_rest, has_target = target_of_teacher(
                     probs_ptr, tail_ptr, row * TEACHERS + t, K, slot, listed, q_stored, tail_stored,
                     TAIL, ENCODED, TEACHERS > 1,
                 )  # fmt: skip
-                log_own = log_p
+                log_teacher = log_p
                 log_rest = log_p_outside
                 if TEACHERS > 1:
-                    log_own = tl.where(own, log_p, float("-inf"))
+                    log_teacher = tl.where(listed_by_teacher, log_p, float("-inf"))
                     log_rest, share_outside, share_listed = rest_of_teacher(
-                        log_p, listed & (own == 0), log_p_outside
+                        log_p, listed & (listed_by_teacher == 0), log_p_outside
                     )
-                kd, kd_rest, kd_own = divergence_of_row(
-                    q, q_rest, log_own, log_rest, log_skew, logit_skew, DIVERGENCE
+                kd, kd_rest, kd_teacher = divergence_of_row(
+                    q, q_rest, log_teacher, log_rest, log_skew, logit_skew, DIVERGENCE
                 )
                 kd = tl.where(has_target, weight * kd, 0.0)
-                _put(kd_ptr + row * TEACHERS + t, tl.where(wrong, float("nan"), kd), cta, CTAS)
+                _store_once(
+                    kd_ptr + row * TEACHERS + t, tl.where(is_invalid, float("nan"), kd), cta, CTAS
+                )
                 loss += kd_weights[t] * kd
-                own_b = tl.where(has_target, b * kd_weights[t], 0.0)
+                teacher_b = tl.where(has_target, b * kd_weights[t], 0.0)
                 if TEACHERS > 1:
-                    kd_own += kd_rest * share_listed
+                    kd_teacher += kd_rest * share_listed
                     kd_rest *= share_outside
-                kd_listed += own_b * kd_own
-                kd_outside += own_b * kd_rest
+                kd_listed += teacher_b * kd_teacher
+                kd_outside += teacher_b * kd_rest
             ce = 0.0
             if labels_ptr is not None:
                 log_one = tl.log(s_one)
@@ -254,26 +256,26 @@ def row_kernel(
                 ce = tl.where(labelled, weight * ce, 0.0)
                 loss += ce_weight * ce
                 labelled = labelled & possible
-            _put(ce_ptr + row, tl.where(wrong, float("nan"), ce), cta, CTAS)
+            _store_once(ce_ptr + row, tl.where(is_invalid, float("nan"), ce), cta, CTAS)
             if loss_ptr is not None:
-                _put(loss_ptr + row, tl.where(wrong, float("nan"), loss), cta, CTAS)
+                _store_once(loss_ptr + row, tl.where(is_invalid, float("nan"), loss), cta, CTAS)
 
             if GRADIENT:
-                reference = finite(part)
+                reference = finite_or_zero(part_peak)
                 rest_weight = kd_outside / tl.where(empty, 1.0, s_tau)
                 one_weight = 0.0
                 if CTAS > 1:  # the exponentials are relative to the part's own maximum
-                    rest_weight *= tl.exp2((reference - finite(peak)) * k)
+                    rest_weight *= tl.exp2((reference - finite_or_zero(peak)) * k)
                 if labels_ptr is not None:
                     a = tl.where(labelled, factor * ce_weight, 0.0)
                     if counts_ptr is not None:
                         a *= tl.load(counts_ptr)
                     one_weight = a * tl.exp(reference - top - log_one)
                 # an empty part has no share whatever exp returned: infinity · 0 is NaN
-                rest_weight = tl.where(part == float("-inf"), 0.0, rest_weight)
-                one_weight = tl.where(part == float("-inf"), 0.0, one_weight)
+                rest_weight = tl.where(part_peak == float("-inf"), 0.0, rest_weight)
+                one_weight = tl.where(part_peak == float("-inf"), 0.0, one_weight)
                 if HELD:
-                    g = mixed(u, e, rest_weight, one_weight, POWER) * slope(
+                    g = unlisted_gradient(u, e, rest_weight, one_weight, POWER) * slope(
                         x, scale, softcap, SOFTCAP
                     )
                     tl.store(grad_middle + at, g.to(out), mask=at < n_middle)
@@ -293,10 +295,10 @@ def row_kernel(
                             "evict_first",
                         )
                         u, e = exponentials(x, reference, k, POWER)
-                        g = mixed(u, e, rest_weight, one_weight, POWER)
+                        g = unlisted_gradient(u, e, rest_weight, one_weight, POWER)
                         g *= slope(x, scale, softcap, SOFTCAP)
                         tl.store(grad_middle + o, g.to(out), mask=o < n_middle)
-                g = mixed(u_edge, e_edge, rest_weight, one_weight, POWER)
+                g = unlisted_gradient(u_edge, e_edge, rest_weight, one_weight, POWER)
                 g *= slope(x_edge, scale, softcap, SOFTCAP)
                 tl.store(grad_base + edge, g.to(out), mask=edge_mask)
                 tl.debug_barrier()  # the special entries are written last
@@ -304,15 +306,17 @@ def row_kernel(
                 if labels_ptr is not None:
                     g_k += a * tl.exp(z_k - top - log_one) - tl.where(ids == label, a, 0.0)
                     u, e = exponentials(z_y, reference, k, POWER)
-                    g_y = mixed(u, e, rest_weight, one_weight, POWER) - a
+                    g_y = unlisted_gradient(u, e, rest_weight, one_weight, POWER) - a
                     g_y *= slope(z_y, scale, softcap, SOFTCAP)
                     # labelled and not listed; compared as integers because Triton 3.9's interpreter
                     # cannot make a mask from a scalar bool and a tensor of bools
-                    alone = labelled.to(tl.int32) > max_of_row((ids == label).to(tl.int32))
+                    is_listed_label = max_of_row((ids == label).to(tl.int32))
+                    is_unlisted_label = labelled.to(tl.int32) > is_listed_label
                     if CTAS > 1:
-                        place = label - head
-                        inside = (place >= 0) & (place < n_middle)
-                        alone = alone & (tl.where(inside, place // (BLOCK // CTAS), 0) == cta)
-                    tl.store(grad_base + label + 0 * cta, g_y.to(out), mask=alone)
+                        offset = label - head
+                        inside = (offset >= 0) & (offset < n_middle)
+                        owner = tl.where(inside, offset // (BLOCK // CTAS), 0)
+                        is_unlisted_label = is_unlisted_label & (owner == cta)
+                    tl.store(grad_base + label + 0 * cta, g_y.to(out), mask=is_unlisted_label)
                 g_k *= slope(z_k, scale, softcap, SOFTCAP)
-                tl.store(grad_base + ids, g_k.to(out), mask=mine)
+                tl.store(grad_base + ids, g_k.to(out), mask=in_part)

@@ -60,9 +60,9 @@ def machine_of(device: torch.device) -> Machine:
     """
     if device.type != "cuda":  # interpreted: few programs, so that each takes several rows
         return Machine(False, 2, 2**20)
-    found = torch.cuda.get_device_properties(device)
-    clusters = found.major >= 9 and TRITON >= (3, 8)
-    return Machine(clusters, found.multi_processor_count, found.L2_cache_size)
+    properties = torch.cuda.get_device_properties(device)
+    clusters = properties.major >= 9 and TRITON >= (3, 8)
+    return Machine(clusters, properties.multi_processor_count, properties.L2_cache_size)
 
 
 # For held rows of at most so many entries: programs of a cluster, and warps of each. In a cluster a
@@ -79,7 +79,7 @@ _CLUSTERS = {
     262_144: ((16, 16),),
 }
 # One program holds at most 64 floats in each of 512 threads. With eight warps a second one fits.
-_ALONE = {
+_SINGLE_PROGRAM = {
     1_024: ((1, 1),),
     2_048: ((1, 2),),
     4_096: ((1, 4),),
@@ -101,11 +101,11 @@ def shape_of(vocabulary: int, size: int, ids: int, floats: int, machine: Machine
     """
     floats += size == 4
     block = max(256, 1 << (vocabulary - 1).bit_length())
-    table = _ALONE | _CLUSTERS if machine.clusters else _ALONE
-    fitting = next((table[most] for most in sorted(table) if block <= most), ())
-    for ctas, warps in fitting if ids <= _HELD_IDS else ():
-        held = block // (ctas * warps * 32) * floats
-        registers = next((r for most, r in _FLOATS.items() if held <= most), None)
+    table = _SINGLE_PROGRAM | _CLUSTERS if machine.clusters else _SINGLE_PROGRAM
+    layouts = next((table[limit] for limit in sorted(table) if block <= limit), ())
+    for ctas, warps in layouts if ids <= _HELD_IDS else ():
+        held_floats = block // (ctas * warps * 32) * floats
+        registers = next((r for limit, r in _FLOATS.items() if held_floats <= limit), None)
         if registers is not None:
             return Shape(True, ctas, block, warps, registers)
     return _streamed(vocabulary, size, ids, block, machine)
@@ -126,5 +126,5 @@ def _streamed(vocabulary: int, size: int, ids: int, block: int, machine: Machine
     if ids > 512:
         registers = 65_536 // (32 * warps) if warps > 8 else 255
     resident = machine.processors * max(1, 65_536 // (32 * warps * registers))
-    room = max(machine.processors // 2, machine.cache // max(1, vocabulary * size))
-    return Shape(False, 1, block, warps, registers, 3, min(resident, room))
+    rows_in_cache = max(machine.processors // 2, machine.cache // max(1, vocabulary * size))
+    return Shape(False, 1, block, warps, registers, 3, min(resident, rows_in_cache))

@@ -66,7 +66,7 @@ def exponentials(x, reference, k, POWER: tl.constexpr):
 
 
 @triton.jit
-def mixed(u, e, rest_weight, one_weight, POWER: tl.constexpr):
+def unlisted_gradient(u, e, rest_weight, one_weight, POWER: tl.constexpr):
     """Return the gradient of most entries: rest_weight · u + one_weight · e.
 
     A power is computed again by Horner's rule, so that only u is kept in registers.
@@ -85,7 +85,7 @@ def mixed(u, e, rest_weight, one_weight, POWER: tl.constexpr):
 
 
 @triton.jit
-def finite(peak):
+def finite_or_zero(peak):
     """Return the reference of the exponents: the peak, or 0 where there is nothing."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
@@ -94,12 +94,12 @@ def finite(peak):
 
 
 @triton.jit
-def _larger(a, b, c, d):
+def _maxima(a, b, c, d):
     return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
-def _plus(a, b, c, d):
+def _sums(a, b, c, d):
     return a + c, b + d
 
 
@@ -109,33 +109,33 @@ def _largest_in_cluster(peak, flag, CTAS: tl.constexpr):
     use them.
     """
     if CTAS > 1:
-        peak, flag = tl.reduce((tl.reshape(peak, [CTAS]), tl.reshape(flag, [CTAS])), 0, _larger)
+        peak, flag = tl.reduce((tl.reshape(peak, [CTAS]), tl.reshape(flag, [CTAS])), 0, _maxima)
     return peak, flag
 
 
 @triton.jit
-def _part(x, x_edge, k, POWER: tl.constexpr):
+def _part_sums(x, x_edge, k, POWER: tl.constexpr):
     """Return the maximum of a program's part of the row, both exponentials and their sums."""
     peak = tl.maximum(max_of_row(x), max_of_row(x_edge))
-    u, e = exponentials(x, finite(peak), k, POWER)
-    u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
+    u, e = exponentials(x, finite_or_zero(peak), k, POWER)
+    u_edge, e_edge = exponentials(x_edge, finite_or_zero(peak), k, POWER)
     s_tau = sum_of_row(u) + sum_of_row(u_edge)
     s_one = sum_of_row(e) + sum_of_row(e_edge)
     return peak, s_tau, s_one, u, e, u_edge, e_edge
 
 
 @triton.jit
-def _others(peak, s_tau, z_k, k, resolution):
+def _sum_of_others(peak, s_tau, z_k, k, resolution):
     """Return a part's sum without its entries z_k, and 1 if that is mostly rounding
     error, else 0.
     """
-    listed = sum_of_row(tl.exp2((z_k - finite(peak)) * k))
+    listed = sum_of_row(tl.exp2((z_k - finite_or_zero(peak)) * k))
     others = s_tau - listed
     return others, ((others < resolution * s_tau) & (listed > 0)).to(tl.int32)
 
 
 @triton.jit
-def _without_heaviest(
+def _sums_without_heaviest(
     base, middle, bias, edge, edge_mask, head, n_middle, ids, z_k, cta,
     k, scale, softcap, resolution,
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, CTAS: tl.constexpr,
@@ -154,32 +154,32 @@ def _without_heaviest(
     o = group + lane
     y = logits_at(middle, bias, o, o < n_middle, scale, softcap, SOFTCAP, "evict_last")
     y_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP, "evict_last")
-    left = z_k
+    remaining = z_k
     unresolved = 1
-    peak = max_of_row(left)
+    peak = max_of_row(remaining)
     others = peak
-    of_others = 0.0
+    others_peak = 0.0
     while unresolved > 0:
         for _ in range(_HEAVIEST):
-            heaviest = max_of_row(left)
-            here = (left == heaviest) & (left != float("-inf"))
-            gone = max_of_row(tl.where(here, ids, -1))
-            y_edge = tl.where(edge == gone, float("-inf"), y_edge)
-            left = tl.where(ids == gone, float("-inf"), left)
-            place = gone - head
+            heaviest = max_of_row(remaining)
+            is_heaviest = (remaining == heaviest) & (remaining != float("-inf"))
+            removed = max_of_row(tl.where(is_heaviest, ids, -1))
+            y_edge = tl.where(edge == removed, float("-inf"), y_edge)
+            remaining = tl.where(ids == removed, float("-inf"), remaining)
+            offset = removed - head
             if CTAS > 1:
-                place = place[:, :, None]
-            y = tl.where((group == place // 8 * 8) & (lane == place % 8), float("-inf"), y)
+                offset = offset[:, :, None]
+            y = tl.where((group == offset // 8 * 8) & (lane == offset % 8), float("-inf"), y)
         peak = tl.maximum(max_of_row(tl.max(y, len(y.shape) - 1)), max_of_row(y_edge))
-        reference = finite(peak)
+        reference = finite_or_zero(peak)
         u_edge = tl.exp2((y_edge - reference) * k)
         if CTAS > 1:
             reference = reference[:, :, None]
         u = tl.exp2((y - reference) * k)
         s_tau = sum_of_row(tl.sum(u, len(y.shape) - 1)) + sum_of_row(u_edge)
-        others, unresolved = _others(peak, s_tau, left, k, resolution)
-        of_others, unresolved = _largest_in_cluster(peak, unresolved, CTAS)
-    return peak, others, of_others
+        others, unresolved = _sum_of_others(peak, s_tau, remaining, k, resolution)
+        others_peak, unresolved = _largest_in_cluster(peak, unresolved, CTAS)
+    return peak, others, others_peak
 
 
 @triton.jit
@@ -201,28 +201,30 @@ def held_row(
     """
     x = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP)
     x_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP)
-    peak, s_tau, s_one, u, e, u_edge, e_edge = _part(x, x_edge, k, POWER)
-    of_all = finite(peak)
-    others, unresolved = _others(peak, s_tau, z_k, k, resolution)
+    peak, s_tau, s_one, u, e, u_edge, e_edge = _part_sums(x, x_edge, k, POWER)
+    first_reference = finite_or_zero(peak)
+    others, unresolved = _sum_of_others(peak, s_tau, z_k, k, resolution)
     top, unresolved = _largest_in_cluster(peak, unresolved, CTAS)
-    of_others = top
+    others_peak = top
     if unresolved > 0:
-        peak, others, of_others = _without_heaviest(
+        peak, others, others_peak = _sums_without_heaviest(
             base, middle, bias, edge, edge_mask, head, n_middle, ids, z_k, cta,
             k, scale, softcap, resolution, SOFTCAP, BLOCK, CTAS,
         )  # fmt: skip
         # listed entries may overflow: they are overwritten later
         y = logits_at(middle, bias, at, at < n_middle, scale, softcap, SOFTCAP, "evict_first")
-        u, e = exponentials(y, finite(peak), k, POWER)
-        u_edge, e_edge = exponentials(x_edge, finite(peak), k, POWER)
+        u, e = exponentials(y, finite_or_zero(peak), k, POWER)
+        u_edge, e_edge = exponentials(x_edge, finite_or_zero(peak), k, POWER)
         tl.debug_barrier()  # everything is read before anything is written
     s_tau = others
     if CTAS > 1:
         empty = peak == float("-inf")
-        s_tau *= tl.where(empty, 0.0, tl.exp2((finite(peak) - finite(of_others)) * k))
-        s_one *= tl.where(s_one > 0, tl.exp2((of_all - finite(top)) * _LOG2E), 0.0)
-        s_tau, s_one = tl.reduce((tl.reshape(s_tau, [CTAS]), tl.reshape(s_one, [CTAS])), 0, _plus)
-    return of_others, s_tau, top, s_one, x, u, e, x_edge, u_edge, e_edge, peak
+        s_tau *= tl.where(
+            empty, 0.0, tl.exp2((finite_or_zero(peak) - finite_or_zero(others_peak)) * k)
+        )
+        s_one *= tl.where(s_one > 0, tl.exp2((first_reference - finite_or_zero(top)) * _LOG2E), 0.0)
+        s_tau, s_one = tl.reduce((tl.reshape(s_tau, [CTAS]), tl.reshape(s_one, [CTAS])), 0, _sums)
+    return others_peak, s_tau, top, s_one, x, u, e, x_edge, u_edge, e_edge, peak
 
 
 # ---- streamed -----------------------------------------------------------------------------------
@@ -234,11 +236,11 @@ def _fold(peak, s_tau, s_one, x, k, POWER: tl.constexpr):
 
     The S logits are in one thread: it needs no other thread and rescales once per S entries.
     """
-    new = tl.maximum(peak, tl.max(x, 1))
-    reference = finite(new)
+    new_peak = tl.maximum(peak, tl.max(x, 1))
+    reference = finite_or_zero(new_peak)
     shrink_tau, shrink_one = exponentials(peak, reference, k, POWER)
     u, e = exponentials(x, reference[:, None], k, POWER)
-    return new, s_tau * shrink_tau + tl.sum(u, 1), s_one * shrink_one + tl.sum(e, 1)
+    return new_peak, s_tau * shrink_tau + tl.sum(u, 1), s_one * shrink_one + tl.sum(e, 1)
 
 
 @triton.jit
@@ -259,20 +261,20 @@ def streamed_sums(
         peaks, sums_tau, sums_one = _fold(peaks, sums_tau, sums_one, x, k, POWER)
     x_edge = logits_at(base, bias, edge, edge_mask, scale, softcap, SOFTCAP)
     peak = tl.maximum(tl.max(peaks, 0), tl.max(x_edge, 0))
-    of_tau, of_one = exponentials(peaks, finite(peak), k, POWER)
-    u, e = exponentials(x_edge, finite(peak), k, POWER)
+    factors_tau, factors_one = exponentials(peaks, finite_or_zero(peak), k, POWER)
+    u, e = exponentials(x_edge, finite_or_zero(peak), k, POWER)
     return (
         peak,
-        tl.sum(sums_tau * of_tau, 0) + tl.sum(u, 0),
-        tl.sum(sums_one * of_one, 0) + tl.sum(e, 0),
+        tl.sum(sums_tau * factors_tau, 0) + tl.sum(u, 0),
+        tl.sum(sums_one * factors_one, 0) + tl.sum(e, 0),
     )
 
 
 @triton.jit
-def hide(base, ids, listed):
+def hide_listed(base, ids, listed):
     """Set the listed ids of the row to -inf."""
-    nothing = tl.full(ids.shape, float("-inf"), tl.float32)
-    tl.store(base + ids, nothing.to(base.dtype.element_ty), mask=listed)
+    minus_infinity = tl.full(ids.shape, float("-inf"), tl.float32)
+    tl.store(base + ids, minus_infinity.to(base.dtype.element_ty), mask=listed)
 
 
 @triton.jit
@@ -286,7 +288,7 @@ def sums_of_others(
         o = i * BLOCK + tl.arange(0, BLOCK)
         tl.store(copy_middle + o, tl.load(middle + o, mask=o < n_middle), mask=o < n_middle)
     tl.debug_barrier()
-    hide(copy, ids, listed)
+    hide_listed(copy, ids, listed)
     tl.debug_barrier()
     peak, s_tau, _ = streamed_sums(
         copy, copy_middle, None, edge, edge_mask, n_middle, k, scale, softcap, SOFTCAP, -1, BLOCK,

@@ -19,9 +19,9 @@ from rekindle.kernels.call import Call
 from rekindle.kernels.closed_form import parts_of
 from rekindle.kernels.targets import LossSettings, SparseTargets, target_masses
 
-LARGEST = 4096  # N·V; above it passes over the logits cost more than the operations' overhead
+MAX_LOGITS = 4096  # N·V; above it passes over the logits cost more than the operations' overhead
 # The least probability whose logarithm and reciprocal are accurate to the last bits.
-LEAST = 1e-30
+MIN_PROBABILITY = 1e-30
 
 Losses = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +32,7 @@ def is_small(call: Call) -> bool:
     rows, kept = targets.ids.shape
     return (
         settings.full
-        and 0 < rows * student.vocabulary <= LARGEST
+        and 0 < rows * student.vocabulary <= MAX_LOGITS
         and kept > 0
         and targets.weight is None
         and targets.probs.dim() == 2
@@ -44,9 +44,9 @@ def is_small(call: Call) -> bool:
 
 
 def small_losses(call: Call) -> tuple[Losses, Gradients] | None:
-    """Return (loss, ce, kd) and the wanted gradients; None if a probability is too near zero."""
+    """Return (loss, ce, kd) and the needed gradients; None if a probability is too near zero."""
     student, targets, _, settings, computation = call
-    dtype, wanted = student.compute_dtype, computation.wanted
+    dtype, needs_grad = student.compute_dtype, computation.needs_grad
     x, w = student.inputs, student.weight
     if w is None:
         z = x if x.dtype == dtype else x.to(dtype)
@@ -56,43 +56,50 @@ def small_losses(call: Call) -> tuple[Losses, Gradients] | None:
         product_(z, x, w.t())
         if student.bias is not None:
             z.add_(student.bias)
-    found = _losses(z, targets, settings, any(wanted))
-    if found is None:
+    computed = _losses(z, targets, settings, any(needs_grad))
+    if computed is None:
         return None
-    losses, gradient = found.losses, found.gradient
+    losses, gradient = computed.losses, computed.gradient
     if gradient is None:
         return losses, (None, None, None)
     if w is None:
-        given = student.inputs
-        return losses, (gradient if given.dtype == dtype else gradient.to(given.dtype), None, None)
-    dx, dw = torch.empty_like(x) if wanted[0] else None, torch.empty_like(w) if wanted[1] else None
+        logits = student.inputs
+        return losses, (
+            gradient if logits.dtype == dtype else gradient.to(logits.dtype),
+            None,
+            None,
+        )
+    dx, dw = (
+        torch.empty_like(x) if needs_grad[0] else None,
+        torch.empty_like(w) if needs_grad[1] else None,
+    )
     if dx is not None:
         product_(dx, gradient, w)
     if dw is not None:
         product_(dw, gradient.t(), x)
-    sums = (dx, dw, gradient.sum(0) if wanted[2] else None)
+    sums = (dx, dw, gradient.sum(0) if needs_grad[2] else None)
     pairs = zip(sums, student, strict=True)
-    dx, dw, db = (t if t is None or own is None else t.to(own.dtype) for t, own in pairs)
+    dx, dw, db = (t if t is None or tensor is None else t.to(tensor.dtype) for t, tensor in pairs)
     return losses, (dx, dw, db)
 
 
-class _Found(NamedTuple):
+class _Computed(NamedTuple):
     losses: Losses
     gradient: Tensor | None  # [N,V]: of the loss with respect to the logits
 
 
 def _losses(
-    z: Tensor, targets: SparseTargets, settings: LossSettings, wanted: bool
-) -> _Found | None:
-    """Return the losses of logits [N,V], which are not changed, and the gradient if wanted."""
+    z: Tensor, targets: SparseTargets, settings: LossSettings, needs_grad: bool
+) -> _Computed | None:
+    """Return the losses of logits [N,V], which are not changed, and the gradient if needed."""
     tau, ids, labels = settings.temperature, targets.ids, targets.labels
     if targets.tail is not None and settings.tail == "bucket" and targets.probs.dtype == z.dtype:
         q = torch.cat([targets.probs, targets.tail[:, None]], 1)
     else:
-        q, has_target = target_masses(targets, settings.tail, z.dtype, whole=True)
+        q, has_target = target_masses(targets, settings.tail, z.dtype, is_full=True)
         if has_target is not None and not bool(has_target.all()):
             return None
-    reduced, scale = (
+    reduction, scale = (
         (torch.mean, 1.0 / len(z)) if settings.reduction == "mean" else (torch.sum, 1.0)
     )
     shares = torch.softmax(z if tau == 1.0 else z / tau, 1)
@@ -107,29 +114,31 @@ def _losses(
     rest = shares.sum(1, keepdim=True)
     parts.insert(1, rest)
     p = torch.cat(parts, 1)
-    if not float(p.amin()) > LEAST:  # also true for NaN
+    if not float(p.amin()) > MIN_PROBABILITY:  # also true for NaN
         return None
     log_p = p.log()
     if labels is not None:
-        ce = reduced(log_p[:, -1]).neg_()
+        ce = reduction(log_p[:, -1]).neg_()
         p, log_p = p[:, :-1], log_p[:, :-1]
     value, gradient = parts_of(q, p, log_p, settings)
-    kd = reduced(value)
+    kd = reduction(value)
     factor = settings.kd_factors[0]
     loss = kd * factor
     if labels is None:
         ce = torch.zeros_like(kd)
     else:
         loss = loss.add_(ce, alpha=settings.ce_weight)
-    if not wanted:
-        return _Found((loss, ce, kd), None)
+    if not needs_grad:
+        return _Computed((loss, ce, kd), None)
     gradient = gradient.mul_(factor * scale / tau)
-    listed, of_rest = gradient[:, :-1], gradient[:, -1:] / rest
+    listed, rest_factor = gradient[:, :-1], gradient[:, -1:] / rest
     if labels is None:
-        return _Found((loss, ce, kd), shares.mul_(of_rest).scatter_(1, ids, listed))
-    a = settings.ce_weight * scale
+        return _Computed((loss, ce, kd), shares.mul_(rest_factor).scatter_(1, ids, listed))
+    ce_factor = settings.ce_weight * scale
     if at_one is shares:
-        shares.mul_(of_rest.add_(a)).scatter_(1, ids, listed.add(inside, alpha=a))
+        shares.mul_(rest_factor.add_(ce_factor)).scatter_(
+            1, ids, listed.add(inside, alpha=ce_factor)
+        )
     else:
-        shares = at_one.mul_(a).addcmul_(shares, of_rest).scatter_add_(1, ids, listed)
-    return _Found((loss, ce, kd), shares.scatter_(1, label, -a, reduce="add"))
+        shares = at_one.mul_(ce_factor).addcmul_(shares, rest_factor).scatter_add_(1, ids, listed)
+    return _Computed((loss, ce, kd), shares.scatter_(1, label, -ce_factor, reduce="add"))

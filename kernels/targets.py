@@ -69,9 +69,11 @@ def check_tensor(
         return
     given = tuple(tensor.shape)
     sizes = zip(given, shape, strict=False)
-    if len(given) != len(shape) or any(n != want for n, want in sizes if isinstance(want, int)):
-        wanted = str(shape).replace("'", "")
-        raise ValueError(f"{name} is {given}; it must be {wanted}, {why}")
+    if len(given) != len(shape) or any(
+        actual != size for actual, size in sizes if isinstance(size, int)
+    ):
+        expected = str(shape).replace("'", "")
+        raise ValueError(f"{name} is {given}; it must be {expected}, {why}")
     if device is not None and tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device} and the student on {device}; all tensors of a call must "
@@ -169,23 +171,23 @@ class SparseTargets(NamedTuple):
 
 
 def target_masses(
-    targets: SparseTargets, tail: str, dtype: torch.dtype, whole: bool = False
+    targets: SparseTargets, tail: str, dtype: torch.dtype, is_full: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the target as probabilities over k + 1 outcomes: the listed ids and, last, the rest.
 
     Returns probs [N,K+1] (0 at padding; rest ≥ 0) and `has_target` [N]; None: every row has one. A
     row has a target if it lists an id and, under "renormalise", its ids have any mass. Without a
     tail ("renormalise", "none") the rest is 0: the target is the sparse one, zero elsewhere.
-    `whole` says that every slot lists an id.
+    `is_full` says that every slot lists an id.
     """
     probs, has_target = targets.probs.to(dtype), None
-    if not whole:
+    if not is_full:
         listed = targets.ids >= 0
         probs, has_target = torch.where(listed, probs, 0.0), listed.any(1)
     if tail == "renormalise":
         total = probs.sum(1, keepdim=True)
-        some = total[:, 0] > 0
-        has_target = some if has_target is None else has_target & some
+        has_mass = total[:, 0] > 0
+        has_target = has_mass if has_target is None else has_target & has_mass
         probs = probs / torch.where(total > 0, total, 1.0)
     if tail == "bucket":
         rest = 1.0 - probs.sum(1) if targets.tail is None else targets.tail.to(dtype)
@@ -254,18 +256,18 @@ def union_rows(teachers: Sequence[SparseTargets]) -> SparseTargets:
     rows, size = distinct.shape
     dtype = torch.promote_types(torch.float32, teachers[0].probs.dtype)
     probs = torch.cat([torch.where(t.ids >= 0, t.probs.to(dtype), -1.0) for t in teachers], 1)
-    owners = torch.cat([torch.full_like(t.ids, n) for n, t in enumerate(teachers)], 1)
-    said = probs.new_full((rows, len(teachers) * size), -1.0)
-    said.scatter_(1, owners.gather(1, order) * size + places, probs.gather(1, order))
+    owners = torch.cat([torch.full_like(t.ids, number) for number, t in enumerate(teachers)], 1)
+    probs_by_teacher = probs.new_full((rows, len(teachers) * size), -1.0)
+    probs_by_teacher.scatter_(1, owners.gather(1, order) * size + places, probs.gather(1, order))
     tails = [
         1.0 - torch.where(t.ids >= 0, t.probs.to(dtype), 0.0).sum(1)
         if t.tail is None
         else t.tail.to(dtype)
         for t in teachers
     ]
-    said = said.view(rows, len(teachers), size)
+    probs_by_teacher = probs_by_teacher.view(rows, len(teachers), size)
     labels, weight = teachers[0].labels, teachers[0].weight
-    return SparseTargets(distinct, said, torch.stack(tails, 1), labels, weight)
+    return SparseTargets(distinct, probs_by_teacher, torch.stack(tails, 1), labels, weight)
 
 
 def _distinct(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,7 +83,7 @@ class RowKernel:
             targets, ce, kd = targets.take(rows), ce[rows], kd[rows]
             loss = None if loss is None else loss[rows]
             upstream = upstream[rows] if upstream is not None and upstream.dim() else upstream
-        block_k = _power(self.kept)
+        block_k = _next_power_of_two(self.kept)
         tau, labelled = settings.temperature, targets.labels is not None
         # the smallest remaining share of a row for which total − listed is as precise as a stored
         # gradient
@@ -115,21 +115,21 @@ class RowKernel:
         if self.loss is not None:
             return self.loss, self.ce, self.kd
         new, shape = self.ce.new_empty, self.kd.shape[1:]
-        found = new(()), new(()), new(shape)
+        sums = new(()), new(()), new(shape)
         _launch(
-            *(_sum_kernel, 1, self.ce, self.kd, self.counts, *found),
+            *(_sum_kernel, 1, self.ce, self.kd, self.counts, *sums),
             *(self.rows, self.mean, float(self.settings.ce_weight), self.factors),
             TEACHERS=len(self.factors),
             BLOCK=_ROWS,
         )
-        return found
+        return sums
 
 
 _ROWS = 2048  # rows per step of the kernels that one program runs over all rows
 _POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # POWER by temperature
 
 
-def _power(count: int) -> int:
+def _next_power_of_two(count: int) -> int:
     """Return the next power of two."""
     return 1 << max(0, count - 1).bit_length()
 
@@ -179,10 +179,10 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros([BLOCK], tl.float32)
         for i in range(0, tl.cdiv(n, BLOCK)):
             o = i * BLOCK + tl.arange(0, BLOCK)
-            at = ce_ptr + o
+            source = ce_ptr + o
             if t < TEACHERS:
-                at = kd_ptr + o * TEACHERS + t
-            total += tl.load(at, mask=o < n, other=0.0)
+                source = kd_ptr + o * TEACHERS + t
+            total += tl.load(source, mask=o < n, other=0.0)
         value = tl.sum(total, 0) * mean
         if t < TEACHERS:
             if counts_ptr is not None:

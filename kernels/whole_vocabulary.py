@@ -38,8 +38,8 @@ def whole_loss_block(
     the gradient of Σ coefficients.ce·CE + coefficients.kd·D with respect to the raw logits. labels
     [C] must lie in [0, V) where they count.
     """
-    wanted = coefficients is not None
-    slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=wanted)
+    needs_gradient = coefficients is not None
+    slope = transform_(z, settings.logit_scale, settings.softcap, keep_slope=needs_gradient)
     ce, ce_gradient = torch.zeros_like(z[:, 0]), None
     tau = settings.temperature
     if labels is not None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rekindle.data.corpus.packing import MOST
+from rekindle.data.corpus.packing import MAX_SHARD_SIZE
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.data.settings import parse_settings
 from rekindle.data.storage.atomic import publish_folder
@@ -184,7 +184,7 @@ def pretrain(
         },
         "cache": {
             "path": str(out.with_name(f"{out.name}-cache")),
-            "sequences_per_shard": MOST,  # temporary, so one shard will do
+            "sequences_per_shard": MAX_SHARD_SIZE,  # temporary, so one shard will do
             "replicas": settings.replicas,
             "seed": settings.seed,
         },

@@ -10,11 +10,11 @@ from rekindle.data.targets.kinds.registry import VOCABULARY_KINDS, vocabulary_ki
 from rekindle.data.targets.schema import (
     VOCABULARY_TASKS,
     Codec,
-    Kept,
     Task,
     TeacherInfo,
     TeacherName,
     Vectors,
+    VocabularyKindName,
 )
 from rekindle.pipeline.served.config import ServedConfig
 
@@ -22,7 +22,7 @@ from rekindle.pipeline.served.config import ServedConfig
 class TargetsConfig(Settings):
     """What to keep of a teacher's output."""
 
-    kind: Kept | None = Field(
+    kind: VocabularyKindName | None = Field(
         None,
         description="threshold or random (samples of k, unbiased), topk, dense (for task heads; or "
         "the whole vocabulary), hidden (final hidden states). Default: dense for task heads; for "
@@ -53,7 +53,7 @@ class TargetsConfig(Settings):
     def _one_temperature_of_samples(self) -> "TargetsConfig":
         given = self.temperatures if "temperatures" in self.model_fields_set else None
         kind = None if self.kind is None else VOCABULARY_KINDS[self.kind]
-        if kind and kind.sampled and given is not None and len(given) != 1:
+        if kind and kind.is_sample and given is not None and len(given) != 1:
             raise ValueError(
                 f"{self.kind} targets are a sample of the distribution at one temperature; list one"
             )
@@ -61,7 +61,7 @@ class TargetsConfig(Settings):
             raise ValueError(
                 f"{self.kind} targets have at most {kind.largest_k} draws, not {self.k}"
             )
-        if kind.sampled if kind else given in (None, (), (1.0,)):
+        if kind.is_sample if kind else given in (None, (), (1.0,)):
             temperatures = given or (1.0,)
         else:
             temperatures = tuple(sorted({1.0, *self.temperatures}))
@@ -72,7 +72,7 @@ class TargetsConfig(Settings):
         return self
 
     @property
-    def vocabulary_kind(self) -> Kept:
+    def vocabulary_kind(self) -> VocabularyKindName:
         """What is kept of distributions over the vocabulary."""
         if self.kind is not None:
             return self.kind
@@ -259,7 +259,7 @@ class TeacherConfig(Settings):
         if "temperatures" in self.targets.model_fields_set and given != (1.0,):
             raise ValueError(
                 "a server gives probabilities only at temperature 1, and the mass outside its "
-                f"top {self.targets.k} at another one is unknown (targets.temperatures: "
+                f"top {self.targets.k} is unknown at any other (targets.temperatures: "
                 f"{list(given)}); leave targets.temperatures out"
             )
         theirs = ("precision", "batch_tokens", "device_map", "tp_plan", "pairs")

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rekindle.data.cache import Cache
-from rekindle.data.corpus.remarks import asked_otherwise
+from rekindle.data.corpus.remarks import describe_text_difference
 from rekindle.data.counted import counted
 from rekindle.data.storage.atomic import write_text
 from rekindle.data.storage.manifest import refuse_without_text
-from rekindle.data.targets.reading.extent import Extent, Kept
+from rekindle.data.targets.reading.extent import Extent, TeacherExtent
 from rekindle.data.targets.reading.hard_masks import HardMaskedView
 from rekindle.data.views.masked import MaskedView
 from rekindle.pipeline.builtin.missing import make_missing
@@ -45,7 +45,7 @@ def train_from_config(
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
     refuse_without_text(cache.store)
-    if told := asked_otherwise(config.corpus, cache.corpus):
+    if told := describe_text_difference(config.corpus, cache.corpus):
         log.warning("%s", told)
     make_missing(student)  # in every process: another machine has its own home
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
@@ -79,7 +79,7 @@ def train_from_config(
             config.train,
             out,
             masked_view=student_view(cache, config),
-            asked=asked_extent(config).over(began),
+            asked=asked_extent(config).with_defaults(began),
             resume=resume,
             report=report,
             world=world,
@@ -112,7 +112,7 @@ def asked_extent(config: RunConfig) -> Extent:
     masks, targets = config.cache, {}
     for teacher in config.teachers:
         if teacher.vocabulary and "k" in teacher.targets.model_fields_set:
-            targets[teacher.name] = Kept(k=teacher.targets.k)
+            targets[teacher.name] = TeacherExtent(k=teacher.targets.k)
     written = "replicas" in masks.model_fields_set
     return Extent(replicas=masks.masked_replicas if written else None, targets=targets)
 

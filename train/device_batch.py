@@ -24,15 +24,15 @@ from rekindle.data.batch import (
 )
 from rekindle.data.corpus.columns import DOCUMENTS
 from rekindle.data.errors import InputError
-from rekindle.data.targets.between import parabola
 from rekindle.data.targets.codec import high_planes
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.interpolation import parabola
 from rekindle.data.views.registry import view_kind
-from rekindle.kernels.between import odds_at
 from rekindle.kernels.blocks import row_blocks
 from rekindle.kernels.checks import LossTargets
 from rekindle.kernels.encoded import EncodedTargets, decode
 from rekindle.kernels.hidden import DenseTargets, HiddenTargets, TeacherBlocks, WholeTeacher
+from rekindle.kernels.interpolation import odds_at
 from rekindle.kernels.targets import DecodedTargets
 from rekindle.train.model.passes import note_padding
 from rekindle.train.model.split_model import OutputHead
@@ -160,7 +160,7 @@ def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
     lowest = sent.pop("log_prob_min", None)  # None for the precise codec's 16-bit values
     planes = high_planes(batch.kind.size)
-    drawn = batch.kind.sampled
+    drawn = batch.kind.is_sample
     targets = EncodedTargets(
         **sent, log_prob_min=lowest, planes=planes, k=k, temperature=tau, sampled=drawn
     )

@@ -140,7 +140,7 @@ def values_beside(info: TeacherInfo, terms: Sequence[DistillTerm]) -> list[str]:
     """Name what an evaluation measures beside a teacher of an objective with these ``terms``."""
     if info.kind == "embedding":
         return vector_values(terms, info.name)
-    if info.is_vocabulary and vocabulary_kind(info).sure_above >= 1:
+    if info.is_vocabulary and vocabulary_kind(info).certainty_threshold >= 1:
         return ["kl"]
     measured = {"regression": ["mse"], "multi_label_classification": ["agreement"]}
     return measured.get(info.problem or "", ["kl", "agreement"])
@@ -281,15 +281,17 @@ def _vocabulary_sums(
     """Return the values for a vocabulary teacher, and the sum of the loss that it teaches."""
     head, as_once = student.output_head, data.measure < TEACHERS_SINCE
     k = data.terms[name].k if name in data.terms and not as_once else None
-    temperature = target.kind.read_at
+    temperature = target.kind.readable_temperature
     targets = kd_targets(target, temperature, k, device)
     kd = trained = head_loss(hidden, head, targets, temperature=temperature).kd
-    sparse = sparse_targets(target, temperature, 1 if target.kind.whole else None, device)
-    if target.kind.sampled and temperature == 1.0 and not as_once:
+    sparse = sparse_targets(
+        target, temperature, 1 if target.kind.has_all_probabilities else None, device
+    )
+    if target.kind.is_sample and temperature == 1.0 and not as_once:
         kd = kd + torch.special.entr(sparse.probs.double()).sum() - _entropy(target)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
     best = sparse.probs.max(dim=1)
-    sure = best.values > (0.0 if as_once else target.kind.sure_above)
+    sure = best.values > (0.0 if as_once else target.kind.certainty_threshold)
     top = sparse.ids.gather(1, best.indices[:, None])[:, 0]
     agree = int(((torch.cat(blocks) == top) & sure).sum())
     values = {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}

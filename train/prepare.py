@@ -20,7 +20,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.kinds.registry import vocabulary_kind
 from rekindle.data.targets.reading.reader import TeacherReader
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.data.views.pairs import PairView, rows_of, told_of_few_pairs
+from rekindle.data.views.pairs import PairView, count_sequences, few_pairs_warning
 from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.deferred.recording import Recording, recording, try_when_filled
@@ -93,7 +93,7 @@ def prepare(
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
         if world.main and not goes_on and name in objective.taught_teachers:
-            cache.teacher(name).look()
+            cache.teacher(name).check_files()
         if told := _told_of_pairs(cache.teacher(name)):
             log.warning("%s", told)
     about = describe_run(cache, student_config, config, view, objective, measure)
@@ -182,7 +182,7 @@ def prepare_objective(
     for line in describe_interpolation(config.objective.distill, infos):
         log.info("%s", line)
     for name, info in infos.items():
-        if info.shown.masked and info.view != masked_view:
+        if info.view_class.masked and info.view != masked_view:
             raise InputError(
                 f"teacher {name!r} saw the masks {info.view}, but the student would see "
                 f"{masked_view}: its targets are for other inputs. Use the cache.mask and "
@@ -205,12 +205,12 @@ def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]
 
 def _told_of_pairs(teacher: TeacherReader) -> str | None:
     """Return a warning if an expert on pairs found too few of them in the cached part."""
-    if not issubclass(teacher.info.shown, PairView):
+    if not issubclass(teacher.info.view_class, PairView):
         return None
     shards = teacher.commits.shard_numbers()  # those that exist so far
-    could = rows_of(teacher.corpus, teacher.info.domains, shards)
+    could = count_sequences(teacher.corpus, teacher.info.domains, shards)
     kind = PairView.pairs_of(teacher.info.view)
-    return told_of_few_pairs(teacher.info.name, kind, teacher.positions, could)
+    return few_pairs_warning(teacher.info.name, kind, teacher.positions, could)
 
 
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure: int) -> None:
@@ -348,7 +348,7 @@ def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:
     return {
         name: TEACHERS_SINCE
         for name, info in sorted(objective.teachers.items())
-        if info.is_vocabulary and (name in with_k or vocabulary_kind(info).sampled)
+        if info.is_vocabulary and (name in with_k or vocabulary_kind(info).is_sample)
     }
 
 

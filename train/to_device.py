@@ -119,7 +119,8 @@ def to_device(
         temperature: of the language models' targets, for all or by teacher; None, or a teacher that
             is not named: 1, or the one that a sample was drawn at. It is kept with the targets.
         temperature_between: interpolate, for ``topk`` targets at a temperature between three or
-            more stored ones (``data/targets/between.py`` gives the accuracy); refuse: an error.
+            more stored ones (``data/targets/interpolation.py`` gives the accuracy); refuse: an
+            error.
         k: read only this many candidates, for all or by teacher; None: all that are stored.
 
     Raises: InputError for a temperature or a k that is not cached, for a name that is not a
@@ -152,13 +153,13 @@ def to_device(
     targets: dict[str, DeviceTargets | DeviceLogits | DeviceVectors] = {}
     for name, target in batch.targets.items():
         if isinstance(target, TokenTargetBatch):
-            at = temperatures.get(name, target.kind.read_at)
+            at = temperatures.get(name, target.kind.readable_temperature)
             _check_task(target.info, task)
             target = target.interpolating(temperature_between == "interpolate")
             targets[name] = _device_targets(batch, target, rows, at, ks.get(name), device)
             continue
         assert isinstance(target, SequenceTargetBatch | TokenLabelBatch | EmbeddingBatch)
-        view = target.info.view if target.info.shown.paired else ""
+        view = target.info.view if target.info.view_class.paired else ""
         if view not in shown:
             shown[view] = inputs_of(batch, target.info.view, device)
         if isinstance(target, EmbeddingBatch):

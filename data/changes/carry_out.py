@@ -37,8 +37,8 @@ from rekindle.data.storage.seal import FORMAT_VERSION, VERSION, seal
 from rekindle.data.storage.shards import ShardSet
 from rekindle.data.targets.head import HEAD_FILES, read_head
 from rekindle.data.targets.kinds.registry import KINDS, kind_of
-from rekindle.data.targets.reading.files import is_begun, read_parts
-from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.reading.files import has_files, read_parts
+from rekindle.data.targets.reading.reader import FINISHED_FILE
 from rekindle.data.targets.schema import TEACHER_NAME, TeacherInfo, TeacherName
 
 log = logging.getLogger("rekindle")
@@ -124,7 +124,7 @@ def settle(store: Store) -> None:
 def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Change | None:
     """Return the requested change of a cache of that version; None if it was done before."""
     action, teacher, to = asked
-    there = [name for name in store.folders("targets") if is_begun(store, name)]
+    there = [name for name in store.folders("targets") if has_files(store, name)]
     if teacher not in there:
         now = journal.name_now(teacher, there)
         removed = action == "remove" and teacher in journal.removed
@@ -174,7 +174,7 @@ def _check_name(store: Store, teacher: str, to: str, there: list[str]) -> None:
     with naming(f"--rename {teacher} {to}"):
         parse_settings(Name, {"to": to})
     # on file systems that ignore case, the list has only one of them
-    if to in there or is_begun(store, to):
+    if to in there or has_files(store, to):
         raise InputError(
             f"{store.location} already has a teacher {to!r}: give another name, or remove that "
             f"one first (`pipeline teachers {store.location} --remove {to}`)"
@@ -194,7 +194,7 @@ def to_transcode(parts: list[TeacherInfo], codec: str) -> list[TeacherInfo]:
     if not able:
         fit = " and ".join(kind for kind in KINDS if "compact" in KINDS[kind].codecs)
         raise InputError(
-            f"teacher {name!r} keeps {kind_of(parts[0]).sentence} ({parts[0].kind}): compact is "
+            f"teacher {name!r} keeps {kind_of(parts[0]).description} ({parts[0].kind}): compact is "
             f"only a codec for {fit}"
         )
     if any(part.codec not in SAME_INTEGERS for part in able):
@@ -278,7 +278,7 @@ def _copy(store: Store, change: Change, info: TeacherInfo, done: Done) -> None:
     made.create(f"{new.folder}/teacher.json", seal(new.model_dump(mode="json")))
     if change.action == "rename":
         names = store.names(info.folder)
-        for name in [*HEAD_FILES, FINISHED]:
+        for name in [*HEAD_FILES, FINISHED_FILE]:
             if name in names:
                 store.create(f"{new.folder}/{name}", store.read_bytes(f"{info.folder}/{name}"))
         if {*HEAD_FILES} <= {*names}:

@@ -18,7 +18,7 @@ from rekindle.data.targets.kinds.base import TargetKind
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.files import check_owner
 from rekindle.data.targets.reading.reader import TeacherReader
-from rekindle.data.targets.scalars import FACT, ScalarSums
+from rekindle.data.targets.scalars import FACT, ScalarChecksum
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import check_aligned
 from rekindle.data.writing import write_options
@@ -50,15 +50,15 @@ def copy_units(
             if "codec" in changed:
                 batches = _transcoded(reader, commit, place, kind, schema)
             facts = {fact: value for fact, value in commit.facts.items() if fact != FACT}
-            sums = ScalarSums()
+            checksum = ScalarChecksum()
             target.write(
                 unit,
                 schema,
-                sums.over(batches),
+                checksum.pass_through(batches),
                 facts,
                 write_options(kind),
                 kind.info.rows_per_batch,
-                sums.facts,
+                checksum.facts,
             )
         done(commit)
 

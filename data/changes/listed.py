@@ -52,14 +52,14 @@ def under_way(cache: Cache) -> str:
 
 def _listed(cache: Cache, teacher: TeacherReader, part: Part) -> Listed:
     info = part.info
-    planned = len(info.shown.numbers(teacher.replicas)) * len(cache.corpus.commits)
+    planned = len(info.view_class.numbers(teacher.replicas)) * len(cache.corpus.commits)
     head = 0 if info.part else teacher.bytes_on_disk - teacher.bytes
     return Listed(
         name=info.name,
         part=info.part,
         task=info.task,
         kind=info.kind,
-        kept=kind_of(info).sentence,
+        kept=kind_of(info).description,
         codec=info.codec,
         temperatures=info.temperatures,
         view=info.view,

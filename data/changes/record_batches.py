@@ -11,10 +11,10 @@ from rekindle.data.views.reader import ViewReader
 
 def rows_of_codec(corpus: Corpus, info: TeacherInfo, codec: str) -> int:
     """Return the rows that the writer of the targets would have used with that codec."""
-    if not CODECS[codec].compressed:
+    if not CODECS[codec].is_compressed:
         return ROWS_PER_BATCH
     share = 1.0
-    if info.shown.masked:
+    if info.view_class.masked:
         told = f"{corpus.store.location}/views/{info.view} does not say how much is masked"
         with unusable(told, KeyError, TypeError, ValueError, AttributeError):
             masks = ViewReader(corpus, info.view).identity["mask"]

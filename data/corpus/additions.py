@@ -26,8 +26,8 @@ from rekindle.data.corpus.config import (
     CorpusInfo,
     PackingFacts,
     TokenizerFacts,
-    as_begun,
     differing_keys,
+    with_recorded_rules,
 )
 from rekindle.data.corpus.stored_tokenizer import check_gaps
 from rekindle.data.counted import counted
@@ -110,29 +110,33 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             # If another one begins, an addition has ended, whether that was recorded or not.
             ended = [replace(one, shards=after.first_shard) for one, after in pairwise(additions)]
             return ended + additions[-1:], tokenizer
-        with _stated(store, name):
-            after = body["after"] if number else {"shards": 0, "sequences": 0}
+        with _checking_description(store, name):
+            start = body["after"] if number else {"shards": 0, "sequences": 0}
             if number == 0:
                 tokenizer = body["tokenizer"]
                 _check_tokenizer(body["tokenizer"])
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
-            if not all(isinstance(one, list) for one in sources.values()):
+            if not all(isinstance(state, list) for state in sources.values()):
                 raise TypeError("sources has, for some file, no list of its size and checksum")
             order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
             if not all(order):
                 raise ValueError("order has a file without a name")
-            shards, sequences = int(after["shards"]), int(after["sequences"])
+            shards, sequences = int(start["shards"]), int(start["sequences"])
             contents: dict[str, str] = dict(body.get("contents", {}))
             generated = {str(place): dict(of) for place, of in body.get("generated", {}).items()}
-        name, ends, bad, held = complete_name(number), None, {}, Found()
-        with suppress(FileNotFoundError), _stated(store, name):
+        name, ended_at, bad_records, held = complete_name(number), None, {}, Found()
+        with suppress(FileNotFoundError), _checking_description(store, name):
             end = read_sealed(store, name)
-            ends = int(end["shards"])
-            bad = {str(kind): int(count) for kind, count in end.get("bad_records", {}).items()}
+            ended_at = int(end["shards"])
+            bad_records = {
+                str(kind): int(count) for kind, count in end.get("bad_records", {}).items()
+            }
             held = Found(*(int(end.get("held", {}).get(kind, 0)) for kind in Found._fields))
-        one = Addition(number, config, sources, order, shards, sequences, ends, bad, held)
-        one = replace(one, contents=contents, generated=generated)
-        additions.append(one)
+        addition = Addition(
+            number, config, sources, order, shards, sequences, ended_at, bad_records, held
+        )
+        addition = replace(addition, contents=contents, generated=generated)
+        additions.append(addition)
     raise AssertionError  # count() does not end
 
 
@@ -142,11 +146,11 @@ def recorded_shard_size(store: Store) -> int | None:
     return additions[-1].config["sequences_per_shard"] if additions else None
 
 
-def _stated(store: Store, name: str) -> AbstractContextManager[None]:
+def _checking_description(store: Store, name: str) -> AbstractContextManager[None]:
     """Raise CacheFormatError if what is read within does not describe a corpus."""
-    told = f"{store.location}/{name} is damaged: it does not say what the corpus is made of"
-    wrong = (KeyError, TypeError, ValueError, OverflowError)
-    return unusable(told, *wrong, advice=f". {REPAIR}")
+    message = f"{store.location}/{name} is damaged: it does not say what the corpus is made of"
+    bad_content = (KeyError, TypeError, ValueError, OverflowError)
+    return unusable(message, *bad_content, advice=f". {REPAIR}")
 
 
 def _check_tokenizer(facts: TokenizerFacts) -> None:
@@ -168,7 +172,7 @@ def claim_addition(
     store: Store,
     info: CorpusInfo,
     config: CorpusConfig,
-    grown: Callable[[], tuple[int, int]],
+    count_existing: Callable[[], tuple[int, int]],
 ) -> Addition:
     """Return the addition that ``config`` belongs to: the last one, or a new one that extends it.
 
@@ -179,49 +183,52 @@ def claim_addition(
     """
     additions, tokenizer = read_additions(store)
     if not additions:
-        begun = begun_addition(info["config"], look_at(config.entries))
-        check_generated(begun.generated, info["tokenizer"]["digest"])
-        return begun
+        addition = new_addition(info["config"], look_at(config.entries))
+        check_generated(addition.generated, info["tokenizer"]["digest"])
+        return addition
     last = additions[-1]
     assert tokenizer is not None  # it is in the first description
     if tokenizer != info["tokenizer"]:
         check_gaps(store, tokenizer, info["tokenizer"])
         raise _made_differently(store, "another tokenizer")
-    new = as_begun(info["config"], last.config)
+    new = with_recorded_rules(info["config"], last.config)
     if new != info["config"]:
         log.info("corpus: it was begun without end-of-text tokens, and continues so")
     present = _present_or_none(config.entries, last)
-    unknown = sorted(last.sources.keys() - {*last.order})
-    order = (*last.order, *unknown)
-    read: list[Origin] = []
+    unordered = sorted(last.sources.keys() - {*last.order})
+    order = (*last.order, *unordered)
+    found_origins: list[Origin] = []
     added: list[Origin] = []
     if present is not None:
-        read, added = found_again(order, last.sources, present, last.contents)
-    last = replace(last, origins=(*read, *added))
-    changed = differing_keys(last.config, new)
-    if not changed and not added and not (unknown and last.shards is None):
+        found_origins, added = found_again(order, last.sources, present, last.contents)
+    last = replace(last, origins=(*found_origins, *added))
+    changed_keys = differing_keys(last.config, new)
+    if not changed_keys and not added and not (unordered and last.shards is None):
         return last
-    if set(changed) - ({"limit_sequences"} if _longer(last.config, new) else set()):
-        shown = (f"{k}: {told_of(last.config, k)} there, {told_of(new, k)} here" for k in changed)
-        raise _made_differently(store, "; ".join(shown))
-    if unknown:
+    if set(changed_keys) - ({"limit_sequences"} if _is_longer(last.config, new) else set()):
+        differences = (
+            f"{k}: {describe_value(last.config, k)} there, {describe_value(new, k)} here"
+            for k in changed_keys
+        )
+        raise _made_differently(store, "; ".join(differences))
+    if unordered:
         raise CacheMismatchError(
             f"{store.location} does not record the order in which its {len(order)} source files "
-            f"were read (an older version made it; where {unknown[0]} was in "
+            f"were read (an older version made it; where {unordered[0]} was in "
             f"{last.config['source']} cannot be known), so nothing can be added. Use another "
             "cache.path"
         )
-    shards, sequences = grown()
+    shards, sequences = count_existing()
     if present is None:
         present = look_at(config.entries)  # it reports what is missing
     sources, order = states_of(present), tuple(origin.place for origin in last.origins)
-    begun = Addition(last.number + 1, new, sources, order, shards, sequences)
-    begun = _described(begun, present, last.origins)
-    check_generated(begun.generated, info["tokenizer"]["digest"])
-    return begun
+    addition = Addition(last.number + 1, new, sources, order, shards, sequences)
+    addition = _with_contents(addition, present, last.origins)
+    check_generated(addition.generated, info["tokenizer"]["digest"])
+    return addition
 
 
-def begun_addition(
+def new_addition(
     config: PackingFacts,
     present: Sequence[Present],
     number: int = 0,
@@ -231,16 +238,16 @@ def begun_addition(
     """Return a corpus, or a part of one, made from what is ``present``."""
     origins = tuple(one.origin for one in present)
     order = tuple(origin.place for origin in origins)
-    begun = Addition(number, config, states_of(present), order, first_shard, first_sequence)
-    return _described(begun, present, origins)
+    addition = Addition(number, config, states_of(present), order, first_shard, first_sequence)
+    return _with_contents(addition, present, origins)
 
 
-def _described(
-    begun: Addition, present: Sequence[Present], origins: tuple[Origin, ...]
+def _with_contents(
+    addition: Addition, present: Sequence[Present], origins: tuple[Origin, ...]
 ) -> Addition:
     """Return it with what is known of the present origins."""
     known = {"contents": contents_of(present), "generated": generated_in(origins)}
-    return replace(begun, origins=origins, **known)  # type: ignore[arg-type]
+    return replace(addition, origins=origins, **known)  # type: ignore[arg-type]
 
 
 def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFacts) -> None:
@@ -276,7 +283,7 @@ def complete_addition(
     store.create(complete_name(addition.number), seal(body))
 
 
-def counted_before_end(
+def count_left_out(
     left_out: LeftOut, committed: Commits, ends_at: int | None
 ) -> tuple[dict[str, int], Found]:
     """Return how many records were left out before the corpus's end: bad ones, by kind, and those
@@ -298,12 +305,12 @@ def last_document(commits: Commits, ends_at: int | None) -> int | None:
     return int(document) - (token == 0)
 
 
-def _longer(old: PackingFacts, new: PackingFacts) -> bool:
+def _is_longer(old: PackingFacts, new: PackingFacts) -> bool:
     before, after = old["limit_sequences"], new["limit_sequences"]
     return before is not None and (after is None or after > before)
 
 
-def is_begun(store: Store) -> bool:
+def has_corpus(store: Store) -> bool:
     """Return whether there is a corpus in ``store``, complete or not."""
     return bool(read_additions(store)[0])
 
@@ -362,12 +369,12 @@ def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
     return InputError(
         f"the corpus is empty: no text in {', '.join(config.places)} (field "
         f"{config.text_field!r}) gives the tokenizer {config.tokenizer} a token; "
-        f"{advice}{f'; {told}' if (told := left_out.told()) else ''}"
+        f"{advice}{f'; {described}' if (described := left_out.told()) else ''}"
     )
 
 
 # Defaults of keys that are not recorded.
-UNSTATED: dict[str, object] = {
+UNRECORDED_DEFAULTS: dict[str, object] = {
     "special_tokens": "text",
     "without": "nothing",
     "pair_field": None,
@@ -375,18 +382,18 @@ UNSTATED: dict[str, object] = {
 }
 
 
-def told_of(config: PackingFacts, key: str) -> str:
+def describe_value(config: PackingFacts, key: str) -> str:
     """Return its value of a key, for a message."""
     if key == "without" and (without := config.get("without")):
         names = ", ".join(map(os.path.basename, without["files"]))
-        how = f"{without['digest'][:8]}, found by rule {without['rule']}"
-        return f"{counted(without['texts'], 'text')} of {names} ({how})"
-    value = (UNSTATED | config).get(key)
+        rule = f"{without['digest'][:8]}, found by rule {without['rule']}"
+        return f"{counted(without['texts'], 'text')} of {names} ({rule})"
+    value = (UNRECORDED_DEFAULTS | config).get(key)
     return str(value) if key == "without" else repr(value)
 
 
-def about_shard(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
+def shard_metadata(shard: int, addition: Addition, tokenizer: TokenizerFacts) -> dict[str, object]:
     """Return a corpus shard's metadata."""
-    about: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
-    about |= {"tokenizer": tokenizer}
-    return about | ({"stage": addition.number} if addition.number else {})
+    metadata: dict[str, object] = {"kind": "corpus", "shard": shard, "config": addition.config}
+    metadata |= {"tokenizer": tokenizer}
+    return metadata | ({"stage": addition.number} if addition.number else {})

@@ -18,15 +18,15 @@ from rekindle.data.storage.shards import rows_in_batches
 
 Places = NDArray[np.int64]
 
-TYPES = "token_types"
+TOKEN_TYPES = "token_types"
 TRAINED = "trained"
 GROUP = "group"
 STARTS = "document_starts"
 DOCUMENTS = "document_numbers"  # of each token; computed, not stored
-CUT = ("cut_pairs", "cut_tokens")  # facts in a shard's record, in a corpus of pairs
+CUT_FACTS = ("cut_pairs", "cut_tokens")  # facts in a shard's record, in a corpus of pairs
 # The same for a corpus with other content than texts: how many tokens are trained, how many
 # sequences were left out that had none; dialogues that were cut, and the tokens they lost.
-LEARNT = ("trained_tokens", "untrained_sequences", "cut_dialogues", "cut_tokens")
+TRAINED_FACTS = ("trained_tokens", "untrained_sequences", "cut_dialogues", "cut_tokens")
 COLUMNS: dict[str, pa.DataType] = {
     "digest": pa.string(),
     "input_ids": list_type(pa.int32()),
@@ -40,7 +40,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "text": pa.string(),
     "bucket": pa.uint16(),
 }
-PAIR_COLUMNS = COLUMNS | {TYPES: list_type(pa.uint8())}
+PAIR_COLUMNS = COLUMNS | {TOKEN_TYPES: list_type(pa.uint8())}
 
 
 def fields_of(config: PackingFacts) -> list[pa.Field]:
@@ -55,10 +55,10 @@ def fields_of(config: PackingFacts) -> list[pa.Field]:
     return [pa.field(name, dtype) for name, dtype in columns.items()]
 
 
-def required_of(config: PackingFacts) -> list[str]:
-    """Return those that, besides the lists, a sequence never lacks."""
-    always = ["digest", "document", "span_start", "span_end", "text", "bucket"]
-    return [*always, GROUP] if "group_field" in config else always
+def required_columns(config: PackingFacts) -> list[str]:
+    """Return the columns besides the lists that are never null."""
+    columns = ["digest", "document", "span_start", "span_end", "text", "bucket"]
+    return [*columns, GROUP] if "group_field" in config else columns
 
 
 def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
@@ -78,7 +78,7 @@ def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
         "bucket": pa.array(rows.buckets),
     }
     if rows.token_types is not None:
-        columns[TYPES] = list_array(tokens, rows.token_types.astype(np.uint8))
+        columns[TOKEN_TYPES] = list_array(tokens, rows.token_types.astype(np.uint8))
     if rows.trained is not None:
         columns[TRAINED] = list_array(tokens, rows.trained)
     if GROUP in schema.names:
@@ -92,31 +92,31 @@ def record_batches(rows: Rows, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         yield record_batch(rows.part(first, last), schema)
 
 
-def learnt_content(batch: pa.RecordBatch) -> list[NDArray[np.bool_]]:
+def trained_content(batch: pa.RecordBatch) -> list[NDArray[np.bool_]]:
     """Return which tokens [S] of each row of a corpus's record batch are trained and not special:
     those that may be masked.
     """
     offsets, starts = list_views(batch["char_starts"], "char_starts")
-    found = starts >= 0
+    is_content = starts >= 0
     if TRAINED in batch.schema.names:
-        found = found & list_views(batch[TRAINED], TRAINED)[1]
-    return [found[a:b] for a, b in pairwise(offsets)]
+        is_content = is_content & list_views(batch[TRAINED], TRAINED)[1]
+    return [is_content[a:b] for a, b in pairwise(offsets)]
 
 
-def facts_of(rows: Rows, named: int) -> dict[str, object]:
+def facts_of(rows: Rows, special_name_count: int) -> dict[str, object]:
     """Return the facts for a shard's record: its tokens, sequences of each domain, documents with
     names of special tokens, cut pairs and the tokens they lost; where the next shard begins.
     """
     domains = Counter(domain for domain in rows.domains if domain is not None)
     facts: dict[str, object] = {"tokens": len(rows.input_ids), "next": rows.ends[-1].tolist()}
     facts["domains"] = dict(sorted(domains.items()))
-    facts |= {"special_names": named} if named else {}
+    facts |= {"special_names": special_name_count} if special_name_count else {}
     cut = int(np.count_nonzero(rows.lost)), int(rows.lost.sum())
     if rows.token_types is not None:
-        facts |= dict(zip(CUT, cut, strict=True))
+        facts |= dict(zip(CUT_FACTS, cut, strict=True))
     if rows.trained is not None:
         left_out = 0 if rows.untrained is None else int(rows.untrained.sum())
-        facts |= dict(zip(LEARNT, (int(rows.trained.sum()), left_out, *cut), strict=True))
+        facts |= dict(zip(TRAINED_FACTS, (int(rows.trained.sum()), left_out, *cut), strict=True))
     return facts
 
 
@@ -128,15 +128,15 @@ def word_characters(
 
     Byte-level tokens start at the space before their word, where another tokenizer's token ends.
     """
-    blank = np.array([*map(str.isspace, text), False])
-    solid = np.where(blank, len(text), np.arange(len(text) + 1))
-    solid = np.minimum.accumulate(solid[::-1])[::-1]
+    is_blank = np.array([*map(str.isspace, text), False])
+    next_visible = np.where(is_blank, len(text), np.arange(len(text) + 1))
+    next_visible = np.minimum.accumulate(next_visible[::-1])[::-1]
     places = np.flatnonzero(words & (starts >= 0))
-    characters = solid[starts[places]]
+    characters = next_visible[starts[places]]
     following = np.append(starts[places], len(text))[1:]
     # otherwise it is all white space
-    inside = characters < np.maximum(following, starts[places] + 1)
-    return places[inside], characters[inside]
+    has_word = characters < np.maximum(following, starts[places] + 1)
+    return places[has_word], characters[has_word]
 
 
 # --- several documents in a row -------------------------------------------------------------------
@@ -155,9 +155,9 @@ def document_numbers(batch: pa.RecordBatch) -> NDArray[np.int32]:
     firsts = np.cumsum(counts) - counts
     row_of = np.repeat(np.arange(len(counts)), counts)
     lengths = np.diff(offsets)
-    rising = (np.diff(starts) > 0) | (np.diff(row_of) > 0)
-    inside = (starts < lengths[row_of]).all() and rising.all() and (starts >= 0).all()
-    if not ((counts > 0).all() and inside):
+    is_ascending = (np.diff(starts) > 0) | (np.diff(row_of) > 0)
+    is_inside = (starts < lengths[row_of]).all() and is_ascending.all() and (starts >= 0).all()
+    if not ((counts > 0).all() and is_inside):
         raise CacheFormatError("documents do not begin one after another within their sequences")
     starts[firsts] = 0
     begins = np.zeros(offsets[-1] - offsets[0], np.int32)
@@ -172,11 +172,11 @@ def next_token_places(batch: pa.RecordBatch, packed: bool) -> list[Places]:
     rows are ``packed``, is trained.
     """
     offsets, _ = list_views(batch["input_ids"], "input_ids")
-    learnt = np.ones(offsets[-1] - offsets[0], np.bool_)
+    is_trained = np.ones(offsets[-1] - offsets[0], np.bool_)
     if TRAINED in batch.schema.names:
-        learnt = list_views(batch[TRAINED], TRAINED)[1][offsets[0] : offsets[-1]]
-    if packed and len(learnt):
+        is_trained = list_views(batch[TRAINED], TRAINED)[1][offsets[0] : offsets[-1]]
+    if packed and len(is_trained):
         numbers = document_numbers(batch)
-        learnt = learnt & (np.diff(numbers, prepend=numbers[:1]) == 0)
+        is_trained = is_trained & (np.diff(numbers, prepend=numbers[:1]) == 0)
     rows = pairwise((offsets - offsets[0]).tolist())
-    return [np.flatnonzero(learnt[a + 1 : b]) for a, b in rows]
+    return [np.flatnonzero(is_trained[a + 1 : b]) for a, b in rows]

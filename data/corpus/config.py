@@ -131,18 +131,18 @@ class CorpusConfig(Settings):
 
     @model_validator(mode="after")
     def _of_the_format(self) -> "CorpusConfig":
-        other = sorted(self.contents - {"text"})
-        if other and self.pair_field is not None:
+        other_formats = sorted(self.contents - {"text"})
+        if other_formats and self.pair_field is not None:
             raise ValueError(
                 "pair_field is for records of two texts, but the source has some of the format "
-                f"{other[0]}; make a separate corpus of the pairs"
+                f"{other_formats[0]}; make a separate corpus of the pairs"
             )
-        if "tokens" in other and self.without:
+        if "tokens" in other_formats and self.without:
             raise ValueError(
                 "without looks for texts, but rows of the format tokens have none; leave out "
                 "what holds a test when making the tokens"
             )
-        if self.chat_template is not None and "chat" not in other:
+        if self.chat_template is not None and "chat" not in other_formats:
             raise ValueError(
                 "chat_template is for dialogues, but no part of the source is one; set format: chat"
             )
@@ -335,10 +335,10 @@ def forms_of(config: CorpusConfig, tokenizer: Tokenizer) -> dict[str, Form]:
 
 def given_encoder(tokenizer: Tokenizer, forms: Mapping[str, Form]) -> GivenEncoder:
     """Return the tokenizer of records that are not texts, for these ``forms``."""
-    dialogues = not forms.keys().isdisjoint(("chat", WRITTEN))
+    has_dialogues = not forms.keys().isdisjoint(("chat", WRITTEN))
     special = np.zeros(tokenizer.size, np.bool_)
     special[[*tokenizer.special_ids - {tokenizer.hf.unk_token_id}]] = True
-    return GivenEncoder(tokenizer.encoder.for_dialogues() if dialogues else None, special)
+    return GivenEncoder(tokenizer.encoder.for_dialogues() if has_dialogues else None, special)
 
 
 def recorded_entries(config: PackingFacts) -> list[Entry]:
@@ -347,13 +347,11 @@ def recorded_entries(config: PackingFacts) -> list[Entry]:
     return [*map(Entry, config["source"], contents)]
 
 
-def as_begun(new: PackingFacts, begun: PackingFacts) -> PackingFacts:
-    """Return ``new`` with the packing rules that a corpus was ``begun`` with: later rules are for
-    new corpora.
-    """
-    if "end_of_text" in begun:
+def with_recorded_rules(new: PackingFacts, recorded: PackingFacts) -> PackingFacts:
+    """Return ``new`` with a corpus's ``recorded`` packing rules: later ones are for new corpora."""
+    if "end_of_text" in recorded:
         return new
-    return cast("PackingFacts", {key: what for key, what in new.items() if key != "end_of_text"})
+    return cast("PackingFacts", {key: value for key, value in new.items() if key != "end_of_text"})
 
 
 def differing_keys(one: PackingFacts, other: PackingFacts) -> list[str]:
@@ -362,12 +360,12 @@ def differing_keys(one: PackingFacts, other: PackingFacts) -> list[str]:
     """
     facts: list[dict[str, object]] = []
     for config in (one, other):
-        found: dict[str, object] = {
-            key: what for key, what in config.items() if key not in ("source", "contents")
+        compared: dict[str, object] = {
+            key: value for key, value in config.items() if key not in ("source", "contents")
         }
         if without := config.get("without"):
-            found["without"] = (without["rule"], without["digest"])
-        facts.append(found)
+            compared["without"] = (without["rule"], without["digest"])
+        facts.append(compared)
     return sorted(k for k in facts[0].keys() | facts[1] if facts[0].get(k) != facts[1].get(k))
 
 
@@ -396,5 +394,5 @@ def are_tokens(ids: NDArray[np.int32], facts: TokenizerFacts) -> bool:
     """Return whether all of ``ids`` are ids of tokens."""
     if not len(ids):
         return True
-    inside = bool(ids.min() >= 0 and ids.max() < facts["size"])
-    return inside and not ("holes" in facts and np.isin(ids, hole_ids(facts)).any())
+    in_range = bool(ids.min() >= 0 and ids.max() < facts["size"])
+    return in_range and not ("holes" in facts and np.isin(ids, hole_ids(facts)).any())

@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 
 from rekindle.data.corpus.additions import (
     Addition,
-    about_shard,
     claim_addition,
     complete_addition,
-    counted_before_end,
+    count_left_out,
     describe_addition,
     empty_corpus,
     info_name,
     read_additions,
+    shard_metadata,
 )
 from rekindle.data.corpus.columns import (
     DOCUMENTS,
-    LEARNT,
+    TOKEN_TYPES,
     TRAINED,
-    TYPES,
+    TRAINED_FACTS,
     document_numbers,
     facts_of,
     fields_of,
     record_batches,
-    required_of,
+    required_columns,
 )
 from rekindle.data.corpus.config import (
     CorpusConfig,
@@ -51,7 +51,7 @@ from rekindle.data.corpus.config import (
 from rekindle.data.corpus.in_order import InOrder, in_threads
 from rekindle.data.corpus.making import Maker, Making
 from rekindle.data.corpus.packing import Position, packing_of
-from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, in_groups
+from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, in_chunks
 from rekindle.data.corpus.special_names import special_names
 from rekindle.data.corpus.stored_tokenizer import check_gaps, read_tokenizer, save_tokenizer
 from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -116,7 +116,7 @@ class Corpus(RowReader):
     @property
     def trained_tokens(self) -> int:
         """Return how many of them are trained."""
-        return int(self.units.counts(LEARNT[0]).sum()) if self.has_trained else self.tokens
+        return int(self.units.counts(TRAINED_FACTS[0]).sum()) if self.has_trained else self.tokens
 
     @property
     def documents(self) -> int:
@@ -129,15 +129,15 @@ class Corpus(RowReader):
     @cached_property
     def domains(self) -> dict[str, int]:
         """Return the number of sequences per domain."""
-        found: Counter[str] = Counter()
+        sequences: Counter[str] = Counter()
         for shard, counts in enumerate(self.units.counts_by_name("domains")):
             if counts is None or {type(n) for n in counts.values()} - {int}:
                 raise CacheFormatError(
                     f"the commit record of {self.commits[shard].path} does not count its domains. "
                     f"{REPAIR}"
                 )
-            found.update(counts)
-        return dict(found)
+            sequences.update(counts)
+        return dict(sequences)
 
     @property
     def bad_records(self) -> dict[str, int]:
@@ -172,22 +172,22 @@ class Corpus(RowReader):
         """Return corpus shard ``index``, memory-mapped."""
         if index not in self._open:
             addition = [s for s in self.additions if s.first_shard <= index][-1]
-            about = about_shard(index, addition, self.info["tokenizer"])
+            about = shard_metadata(index, addition, self.info["tokenizer"])
             commit, fields = self.commits[index], fields_of(self.info["config"])
             self._open[index] = self.shards.open(commit, about, fields, self._check_batch)
         return self._open[index]
 
     def _check_batch(self, index: int, batch: pa.RecordBatch) -> None:
         """Raise CacheFormatError for what our own code would not have written."""
-        names = ("input_ids", "char_starts", "word_starts", *self._more_lists)
+        names = ("input_ids", "char_starts", "word_starts", *self._extra_lists)
         lists = {name: list_views(batch[name], name) for name in names}
         offsets, ids = lists["input_ids"]
-        same = all(np.array_equal(offsets, there) for there, _ in lists.values())
-        inside = are_tokens(ids[offsets[0] : offsets[-1]], self.info["tokenizer"])
-        if not inside:
+        same_offsets = all(np.array_equal(offsets, others) for others, _ in lists.values())
+        are_valid = are_tokens(ids[offsets[0] : offsets[-1]], self.info["tokenizer"])
+        if not are_valid:
             check_gaps(self.store, self.info["tokenizer"], tokenizer_facts(self.tokenizer))
-        nulls = any(batch[name].null_count for name in required_of(self.info["config"]))
-        if nulls or not same or not inside:
+        has_nulls = any(batch[name].null_count for name in required_columns(self.info["config"]))
+        if has_nulls or not same_offsets or not are_valid:
             raise CacheFormatError(
                 f"{self.store.location}/corpus has rows with ids outside the vocabulary, nulls, or "
                 "columns of different lengths: it was not written by Rekindle"
@@ -200,14 +200,14 @@ class Corpus(RowReader):
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
         batch = self.shard(shard).batch(index)
-        offsets, columns = flat_lists(batch, ["input_ids", *self._more_lists])
+        offsets, columns = flat_lists(batch, ["input_ids", *self._extra_lists])
         return offsets, columns | ({DOCUMENTS: document_numbers(batch)} if self.is_packed else {})
 
     def text(self, name: str, place: Place) -> str | None:
         """Return the value of the text column ``name`` for a row."""
         index, local = divmod(place[1], ROWS_PER_BATCH)
-        found: str | None = self.shard(place[0]).batch(index)[name][local].as_py()
-        return found
+        value: str | None = self.shard(place[0]).batch(index)[name][local].as_py()
+        return value
 
     def lengths(self, shard: int, first: int, count: int) -> NDArray[np.int64]:
         """Return the number of tokens of each of those rows."""
@@ -223,8 +223,8 @@ class Corpus(RowReader):
 
     def shards_of(self, sequences: int) -> int | None:
         """Return how many of the first shards have that many sequences; None if no number does."""
-        found = np.flatnonzero(self._firsts == sequences)
-        return int(found[-1]) if len(found) else None
+        matching = np.flatnonzero(self._firsts == sequences)
+        return int(matching[-1]) if len(matching) else None
 
     def first(self, shard: int) -> int:
         """Return the global number of a shard's first row."""
@@ -257,8 +257,8 @@ class Corpus(RowReader):
         return self.tokens / places if self.is_packed and places else None
 
     @property
-    def _more_lists(self) -> list[str]:
-        return [*[TYPES] * self.has_pairs, *[TRAINED] * self.has_trained]
+    def _extra_lists(self) -> list[str]:
+        return [*[TOKEN_TYPES] * self.has_pairs, *[TRAINED] * self.has_trained]
 
     def pairs(self, batch: pa.RecordBatch) -> list[tuple[str, str]]:
         """Return the two texts of each row of a record batch, uncut, in a corpus of pairs."""
@@ -269,9 +269,9 @@ class Corpus(RowReader):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer stored in the cache, reading texts as the corpus was read."""
-        found = read_tokenizer(self.store, self.info["tokenizer"])
+        tokenizer = read_tokenizer(self.store, self.info["tokenizer"])
         as_tokens = self.info["config"].get("special_tokens") == "token"
-        return found.reading_special_tokens() if as_tokens else found
+        return tokenizer.reading_special_tokens() if as_tokens else tokenizer
 
 
 def build_corpus(
@@ -299,43 +299,43 @@ def build_corpus(
     info = describe_corpus(config, tokenizer, sequences_per_shard, held)
     shards = ShardSet(store, "corpus")
     committed = shards.committed()
-    last = claim_addition(store, info, config, lambda: _grown(store, committed))
+    last = claim_addition(store, info, config, lambda: _corpus_size(store, committed))
     raise_version(store, version_of(info["config"]))
     recorded = read_additions(store)[0]
     additions = [*recorded[: last.number], last]
     if committed:  # what a repair removed
         _describe(store, additions[: max(1, len(recorded))], tokenizer)
     # A new addition only once it has text: a mistake in the source must not claim the cache.
-    claim = cache(partial(_describe, store, additions, tokenizer))
+    claim_once = cache(partial(_describe, store, additions, tokenizer))
     for number, addition in enumerate(additions):
         count = max(committed.contiguous, addition.first_shard)
         if addition.shards is not None and count >= addition.shards:
             continue
-        following = additions[number + 1 :]
-        ends_at = addition.ends_at(following)
+        later_additions = additions[number + 1 :]
+        ends_at = addition.ends_at(later_additions)
         source = last.origins[: len(addition.order)] or config.entries
         left_out = LeftOut(config.on_bad_record == "skip", held)
         forms = forms_of(config, tokenizer)
-        made = _shards_after(
+        new_shards = _make_missing_shards(
             committed, tokenizer, addition, ends_at, source, forms, left_out, in_order
         )
-        for shard, rows, named in made:
+        for shard, rows, name_count in new_shards:
             count = shard + 1
             if unit_of(shard) in committed:
                 continue
-            claim()
-            about = about_shard(shard, addition, info["tokenizer"])
+            claim_once()
+            about = shard_metadata(shard, addition, info["tokenizer"])
             schema = describe(fields_of(addition.config), about)
             batches = record_batches(rows, schema)
-            commit = shards.write(unit_of(shard), schema, batches, facts_of(rows, named))
+            commit = shards.write(unit_of(shard), schema, batches, facts_of(rows, name_count))
             committed.add(commit)
             progress(len(rows), commit.count("tokens"))
-        if not count and not following:
+        if not count and not later_additions:
             raise empty_corpus(config, left_out)
-        claim()
+        claim_once()
         if tell:
             left_out.tell_first()
-        complete_addition(store, addition, count, *counted_before_end(left_out, committed, ends_at))
+        complete_addition(store, addition, count, *count_left_out(left_out, committed, ends_at))
     return Corpus(store)
 
 
@@ -346,7 +346,7 @@ def _describe(store: Store, additions: Sequence[Addition], tokenizer: Tokenizer)
     save_tokenizer(store, tokenizer)
 
 
-def _grown(store: Store, committed: Commits) -> tuple[int, int]:
+def _corpus_size(store: Store, committed: Commits) -> tuple[int, int]:
     """Return the shards and sequences after which a corpus may grow."""
     count = committed.contiguous
     if count < len(committed):
@@ -357,7 +357,7 @@ def _grown(store: Store, committed: Commits) -> tuple[int, int]:
     return count, int(committed.rows.sum())
 
 
-def _shards_after(
+def _make_missing_shards(
     committed: Commits,
     tokenizer: Tokenizer,
     addition: Addition,
@@ -375,8 +375,8 @@ def _shards_after(
     shard = max(committed.contiguous, addition.first_shard)
     start = Position(*committed[unit_of(shard - 1)].facts["next"]) if shard else Position(0, 0)
     config = addition.config
-    named = (config["text_field"], config["domain_field"], config.get("pair_field"))
-    fields = Fields(*named, forms, config.get("group_field"))
+    names = (config["text_field"], config["domain_field"], config.get("pair_field"))
+    fields = Fields(*names, forms, config.get("group_field"))
     length = config["sequence_length"]
     maker = Maker(
         Reader(fields, left_out.bad, left_out.texts),
@@ -394,7 +394,7 @@ def _shards_after(
             if left_out.bad or left_out.texts:
                 making.read_on()
             return
-    for rows in in_groups(making.rows(), config["sequences_per_shard"], remaining):
+    for rows in in_chunks(making.rows(), config["sequences_per_shard"], remaining):
         end = Position(*rows.ends[-1].tolist())
         yield shard, rows, making.holders.count(start, end)
         shard, start = shard + 1, end

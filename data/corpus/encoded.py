@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 _HIGHEST_SPACE = 0x3000  # no character above it is white space
-_NOWHERE = np.iinfo(np.int32).max  # past the last character of any text
-_BETWEEN = "|"  # not white space
+_PAST_END = np.iinfo(np.int32).max  # past the last character of any text
+_TEXT_SEPARATOR = "|"  # not white space
 
 
 class Encoded(NamedTuple):
@@ -33,22 +33,22 @@ class Encoded(NamedTuple):
     word_starts: NDArray[np.bool_]
 
     @staticmethod
-    def joined(parts: "Sequence[Encoded]") -> "Encoded":
+    def concatenate(parts: "Sequence[Encoded]") -> "Encoded":
         """Return those of several, concatenated."""
         return Encoded(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def part(self, where: slice | NDArray[np.bool_]) -> "Encoded":
+    def part(self, selection: slice | NDArray[np.bool_]) -> "Encoded":
         """Return some of the tokens."""
-        ids, starts, ends, words = self
-        return Encoded(ids[where], starts[where], ends[where], words[where])
+        ids, starts, ends, word_numbers = self
+        return Encoded(ids[selection], starts[selection], ends[selection], word_numbers[selection])
 
     def tokens_at(self, characters: NDArray[np.int64], room: int) -> NDArray[np.int64]:
         """Return the first token that stands for each of some characters of the text; -1 if none of
         the first ``room`` tokens does.
         """
         token = np.searchsorted(self.ends[:room], characters, side="right")
-        begins = np.append(self.starts[:room], _NOWHERE)  # no token covers what was cut off
-        return np.where(begins[token] <= characters, token, -1)
+        starts = np.append(self.starts[:room], _PAST_END)  # no token covers what was cut off
+        return np.where(starts[token] <= characters, token, -1)
 
 
 class EncodedTexts(NamedTuple):
@@ -60,20 +60,20 @@ class EncodedTexts(NamedTuple):
     def each(self) -> list[Encoded]:
         """Return the tokens of each text."""
         ends = accumulate(self.lengths.tolist(), initial=0)
-        return [self.tokens.part(where) for where in starmap(slice, pairwise(ends))]
+        return [self.tokens.part(selection) for selection in starmap(slice, pairwise(ends))]
 
 
 class EncodedPairs(NamedTuple):
     """Some pairs of texts as the tokenizer joins them, with special tokens.
 
-    ids, types (segments) [all of their tokens] int32; lengths [pairs]: tokens of each. of: 0 for a
-    token of the first text, 1 of the second, -1 for special tokens. texts: what is kept of their
-    texts, two per pair; lost [pairs]: how many tokens are not.
+    ids, types (segments) [all of their tokens] int32; lengths [pairs]: tokens of each. text_of: 0
+    for a token of the first text, 1 of the second, -1 for special tokens. texts: what is kept of
+    their texts, two per pair; lost [pairs]: how many tokens are not.
     """
 
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
-    of: NDArray[np.int32]
+    text_of: NDArray[np.int32]
     lengths: NDArray[np.int64]
     texts: EncodedTexts
     lost: NDArray[np.int64]
@@ -86,20 +86,22 @@ def encoded_texts(texts: Sequence[str], encodings: "Sequence[Encoding]") -> Enco
     ids = _flat((e.ids for e in encodings), firsts[-1])
     spans = _flat((chain.from_iterable(e.offsets) for e in encodings), 2 * firsts[-1])
     # Concatenate the texts so that no span crosses from one to the next.
-    begins = np.cumsum([0, *(len(text) + len(_BETWEEN) for text in texts)])
-    before = np.repeat(begins[:-1], np.diff(firsts))[:, None]
+    offsets = np.cumsum([0, *(len(text) + len(_TEXT_SEPARATOR) for text in texts)])
+    text_starts = np.repeat(offsets[:-1], np.diff(firsts))[:, None]
     # Tokenizers that trim white space from spans move some of them back (such as a lone "▁").
-    places = np.maximum.accumulate(spans.reshape(-1, 2) + before)
-    starts, ends = np.ascontiguousarray((places - before).T.astype(np.int32))
+    places = np.maximum.accumulate(spans.reshape(-1, 2) + text_starts)
+    starts, ends = np.ascontiguousarray((places - text_starts).T.astype(np.int32))
     word_ids = _flat((e.word_ids for e in encodings), firsts[-1])
-    words = _words(_BETWEEN.join(texts))[places[:, 0]]
-    return EncodedTexts(Encoded(ids, starts, ends, _word_starts(word_ids, words, firsts)), lengths)
+    word_at = _words(_TEXT_SEPARATOR.join(texts))[places[:, 0]]
+    return EncodedTexts(
+        Encoded(ids, starts, ends, _word_starts(word_ids, word_at, firsts)), lengths
+    )
 
 
 def encoded_pairs(
-    whole: EncodedTexts, kept: NDArray[np.int64], joined: "Sequence[Encoding]"
+    uncut: EncodedTexts, kept: NDArray[np.int64], joined: "Sequence[Encoding]"
 ) -> EncodedPairs:
-    """Return pairs of the texts in ``whole``, two by two; of each text that many tokens are
+    """Return pairs of the texts in ``uncut``, two by two; of each text that many tokens are
     ``kept`` in the encoding of its pair.
     """
     lengths = lengths_of(joined)
@@ -107,14 +109,14 @@ def encoded_pairs(
     ids = _flat((e.ids for e in joined), count)
     types = _flat((e.type_ids for e in joined), count)
     special = _flat((e.special_tokens_mask for e in joined), count)
-    of = np.full(count, -1, np.int32)
-    of[special == 0] = np.repeat(np.arange(len(kept), dtype=np.int32) % 2, kept)
-    firsts = np.cumsum(whole.lengths) - whole.lengths
-    at = np.arange(whole.lengths.sum()) - np.repeat(firsts, whole.lengths)
-    stays = at < np.repeat(kept, whole.lengths)
-    lost = (whole.lengths - kept).reshape(-1, 2).sum(axis=1)
-    texts = EncodedTexts(whole.tokens.part(stays), kept)
-    return EncodedPairs(ids, types, of, lengths, texts, lost)
+    text_of = np.full(count, -1, np.int32)
+    text_of[special == 0] = np.repeat(np.arange(len(kept), dtype=np.int32) % 2, kept)
+    firsts = np.cumsum(uncut.lengths) - uncut.lengths
+    token_numbers = np.arange(uncut.lengths.sum()) - np.repeat(firsts, uncut.lengths)
+    is_kept = token_numbers < np.repeat(kept, uncut.lengths)
+    lost = (uncut.lengths - kept).reshape(-1, 2).sum(axis=1)
+    texts = EncodedTexts(uncut.tokens.part(is_kept), kept)
+    return EncodedPairs(ids, types, text_of, lengths, texts, lost)
 
 
 def lengths_of(encodings: "Sequence[Encoding]") -> NDArray[np.int64]:
@@ -127,7 +129,7 @@ def _flat(parts: Iterable[Iterable[int | None]], count: int) -> NDArray[np.int32
 
 
 def _word_starts(
-    word_ids: NDArray[np.int32], words: NDArray[np.int32], firsts: NDArray[np.int64]
+    word_ids: NDArray[np.int32], word_numbers: NDArray[np.int32], firsts: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Return [L]: a text begins, the pre-tokenizer's word changes, or white space lies between.
 
@@ -135,7 +137,7 @@ def _word_starts(
     Metaspace), and it finds line breaks inside a word for those that split only at "▁".
     """
     starts = np.ones(len(word_ids) + 1, np.bool_)
-    starts[1:-1] = (word_ids[1:] != word_ids[:-1]) | (words[1:] != words[:-1])
+    starts[1:-1] = (word_ids[1:] != word_ids[:-1]) | (word_numbers[1:] != word_numbers[:-1])
     starts[firsts] = True
     return starts[:-1]
 
@@ -146,9 +148,9 @@ def _words(text: str) -> NDArray[np.int32]:
     """
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     space = _space_table()[np.minimum(codes, _HIGHEST_SPACE + 1)]
-    begins = np.zeros(len(codes) + 1, np.bool_)
-    begins[1:-1] = space[1:] & ~space[:-1]
-    return np.cumsum(begins, dtype=np.int32)
+    starts_word = np.zeros(len(codes) + 1, np.bool_)
+    starts_word[1:-1] = space[1:] & ~space[:-1]
+    return np.cumsum(starts_word, dtype=np.int32)
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from rekindle.data.corpus.encoded import (
     lengths_of,
 )
 from rekindle.data.errors import InputError, first_words
-from rekindle.data.forms.dialogue import MOST_NAMES, meant_as_token
+from rekindle.data.forms.dialogue import MAX_NAMES, write_as_token
 from rekindle.data.forms.marks import Marks
 from rekindle.data.forms.spans import tokens_in
 from rekindle.data.source.documents import Document
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding
     from tokenizers import Tokenizer as Backend
 
-NEWEST_CUT = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
+LATEST_CUT_RULE = 2  # how pairs that are too long are cut; 1: see ``_longest_first_once``
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +57,10 @@ class Encoder:
         ``joined``.
         """
         encodings = self.encodings(texts)
-        whole = encoded_texts(texts, encodings)
+        uncut = encoded_texts(texts, encodings)
         pairs = zip(encodings[0::2], encodings[1::2], strict=True)
-        joined = [self.joined(*pair, max_length, NEWEST_CUT) for pair in pairs]
-        return encoded_pairs(whole, lengths_of(encodings), joined)
+        joined = [self.joined(*pair, max_length, LATEST_CUT_RULE) for pair in pairs]
+        return encoded_pairs(uncut, lengths_of(encodings), joined)
 
     def joined(
         self, first: "Encoding", second: "Encoding", max_length: int, cut: int
@@ -105,12 +105,12 @@ def special_tokens(backend: "Backend") -> "dict[int, AddedToken]":
 
 @dataclass(frozen=True, eq=False)
 class DialogueEncoder:
-    """Encodes dialogues in which special tokens are written as ``meant_as_token`` says, and their
-    names are text. ``meant`` [its own ids]: the token that each stands for.
+    """Encodes dialogues in which special tokens are written as ``write_as_token`` says, and their
+    names are text. ``token_of`` [its own ids]: the token that each stands for.
     """
 
     backend: "Backend"
-    meant: NDArray[np.int32]
+    token_of: NDArray[np.int32]
 
     @classmethod
     def of(cls, backend: "Backend") -> "DialogueEncoder":
@@ -120,22 +120,22 @@ class DialogueEncoder:
         from tokenizers import AddedToken
 
         special = special_tokens(backend)
-        if len(special) > MOST_NAMES:
+        if len(special) > MAX_NAMES:
             raise InputError(f"the tokenizer has {len(special):,} special tokens, too many")
-        own = deepcopy(backend)
-        own.encode_special_tokens = True
-        size = 1 + max(own.get_vocab(with_added_tokens=True).values())
-        meant = np.arange(size + len(special), dtype=np.int32)
+        extended = deepcopy(backend)
+        extended.encode_special_tokens = True
+        size = 1 + max(extended.get_vocab(with_added_tokens=True).values())
+        token_of = np.arange(size + len(special), dtype=np.int32)
         for number, (id, token) in enumerate(special.items()):
-            written = meant_as_token(number, token.content)
+            written = write_as_token(number, token.content)
             # Not special, so that it is recognised where names of special tokens are text.
             sides = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
-            own.add_tokens([AddedToken(written, normalized=False, **sides)])
-            alias = int(own.token_to_id(written) or 0)
-            if alias >= len(meant):
-                meant = np.append(meant, np.arange(len(meant), alias + 1, dtype=np.int32))
-            meant[alias] = id
-        return cls(own, meant)
+            extended.add_tokens([AddedToken(written, normalized=False, **sides)])
+            alias = int(extended.token_to_id(written) or 0)
+            if alias >= len(token_of):
+                token_of = np.append(token_of, np.arange(len(token_of), alias + 1, dtype=np.int32))
+            token_of[alias] = id
+        return cls(extended, token_of)
 
     def texts(
         self, texts: Sequence[str], written: Sequence[str]
@@ -144,23 +144,23 @@ class DialogueEncoder:
         special.
         """
         encodings = self.backend.encode_batch(written, add_special_tokens=False)
-        found = encoded_texts(texts, encodings)
-        ids = self.meant[found.tokens.ids]
-        special = ids != found.tokens.ids
-        return found._replace(tokens=found.tokens._replace(ids=ids)), special
+        encoded = encoded_texts(texts, encodings)
+        ids = self.token_of[encoded.tokens.ids]
+        is_special = ids != encoded.tokens.ids
+        return encoded._replace(tokens=encoded.tokens._replace(ids=ids)), is_special
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _read_dialogues, (self.backend.to_str(), self.meant)
+        return _read_dialogues, (self.backend.to_str(), self.token_of)
 
 
 @dataclass(frozen=True, eq=False)
 class GivenEncoder:
-    """Tokenises documents that are not plain texts. ``special`` [size]: the ids without text.
+    """Tokenises documents that are not plain texts. ``is_special`` [size]: the ids without text.
     ``dialogues``: None if there are none.
     """
 
     dialogues: DialogueEncoder | None
-    special: NDArray[np.bool_]
+    is_special: NDArray[np.bool_]
 
     def cut(
         self, documents: Sequence[Document], length: int
@@ -168,75 +168,79 @@ class GivenEncoder:
         """Return the tokens of documents of one kind, each one's number of tokens, and their marks.
         Dialogues, and rows that mark what is trained, are cut to their first ``length`` tokens.
         """
-        tokens, lengths, trained, special = self._found(documents)
-        at = np.arange(len(trained)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        stays = (at < length) | ~np.repeat(_says_what_is_trained(documents), lengths)
-        kept = np.where(_says_what_is_trained(documents), np.minimum(lengths, length), lengths)
-        after = np.zeros(len(lengths), np.bool_)
-        marks = Marks(trained[stays], special[stays], after, lengths - kept)
-        return tokens.part(stays), kept, marks
+        tokens, lengths, trained, is_special = self._encode(documents)
+        index_in_document = np.arange(len(trained)) - np.repeat(
+            np.cumsum(lengths) - lengths, lengths
+        )
+        is_kept = (index_in_document < length) | ~np.repeat(_marks_trained(documents), lengths)
+        kept_lengths = np.where(_marks_trained(documents), np.minimum(lengths, length), lengths)
+        trained_after = np.zeros(len(lengths), np.bool_)
+        marks = Marks(trained[is_kept], is_special[is_kept], trained_after, lengths - kept_lengths)
+        return tokens.part(is_kept), kept_lengths, marks
 
-    def bare(
+    def cut_affixes(
         self, documents: Sequence[Document], begin: tuple[int, ...], end: tuple[int, ...]
     ) -> tuple[Encoded, NDArray[np.int64], Marks]:
         """Return the same uncut, without the tokens that packing puts before and after them."""
-        tokens, lengths, trained, special = self._found(documents)
-        stays = np.ones(len(trained), np.bool_)
-        after = ~_says_what_is_trained(documents)
+        tokens, lengths, trained, is_special = self._encode(documents)
+        is_kept = np.ones(len(trained), np.bool_)
+        trained_after = ~_marks_trained(documents)
         last = 0
         for number, count in enumerate(lengths.tolist()):
             first, last = last, last + count
             ids = tuple(tokens.ids[first:last].tolist())
             if begin and ids[: len(begin)] == begin:
-                stays[first : first + len(begin)] = False
+                is_kept[first : first + len(begin)] = False
             if end and ids[-len(end) :] == end:
-                stays[max(first, last - len(end)) : last] = False
-                after[number] = trained[last - 1]
-        of = np.repeat(np.arange(len(lengths)), lengths)[stays]
-        kept = np.bincount(of, minlength=len(lengths)).astype(np.int64)
-        marks = Marks(trained[stays], special[stays], after, np.zeros_like(kept))
-        return tokens.part(stays), kept, marks
+                is_kept[max(first, last - len(end)) : last] = False
+                trained_after[number] = trained[last - 1]
+        document_of = np.repeat(np.arange(len(lengths)), lengths)[is_kept]
+        kept_lengths = np.bincount(document_of, minlength=len(lengths)).astype(np.int64)
+        marks = Marks(
+            trained[is_kept], is_special[is_kept], trained_after, np.zeros_like(kept_lengths)
+        )
+        return tokens.part(is_kept), kept_lengths, marks
 
-    def _found(self, documents: Sequence[Document]) -> "_Found":
+    def _encode(self, documents: Sequence[Document]) -> "_EncodedGiven":
         if isinstance(documents[0].given, GivenTokens):
             return self._tokens([one.given for one in documents])
         return self._dialogues(documents)
 
-    def _dialogues(self, documents: Sequence[Document]) -> "_Found":
+    def _dialogues(self, documents: Sequence[Document]) -> "_EncodedGiven":
         assert self.dialogues is not None
         texts = [document.text for document in documents]
         given = [one.given for one in documents if isinstance(one.given, Dialogue)]
-        found, special = self.dialogues.texts(texts, [one.written for one in given])
-        tokens, lengths = found
+        encoded, is_special = self.dialogues.texts(texts, [one.written for one in given])
+        tokens, lengths = encoded
         spans = [one.trained for one in given]
         trained = tokens_in(spans, [*map(len, texts)], tokens.starts, tokens.ends, lengths)
-        return tokens, lengths, trained, special
+        return tokens, lengths, trained, is_special
 
-    def _tokens(self, given: Sequence[Given | None]) -> "_Found":
+    def _tokens(self, given: Sequence[Given | None]) -> "_EncodedGiven":
         rows = [one for one in given if isinstance(one, GivenTokens)]
         lengths = np.array([len(one.ids) for one in rows], np.int64)
         ids = np.concatenate([one.ids for one in rows])
-        whole = (np.ones(count, np.bool_) for count in lengths.tolist())
-        each = zip(rows, whole, strict=True)
+        all_trained = (np.ones(count, np.bool_) for count in lengths.tolist())
+        rows_and_masks = zip(rows, all_trained, strict=True)
         trained = np.concatenate(
-            [mask if row.trained is None else row.trained for row, mask in each]
+            [mask if row.trained is None else row.trained for row, mask in rows_and_masks]
         )
-        nowhere = np.zeros(len(ids), np.int32)  # there is no text
-        tokens = Encoded(ids, nowhere, nowhere, np.ones(len(ids), np.bool_))
-        return tokens, lengths, trained, self.special[ids]
+        no_text = np.zeros(len(ids), np.int32)  # there is no text
+        tokens = Encoded(ids, no_text, no_text, np.ones(len(ids), np.bool_))
+        return tokens, lengths, trained, self.is_special[ids]
 
 
-def _says_what_is_trained(documents: Sequence[Document]) -> NDArray[np.bool_]:
+def _marks_trained(documents: Sequence[Document]) -> NDArray[np.bool_]:
     """Return which are dialogues, or rows of tokens with labels or a mask."""
-    every = [one.given for one in documents]
-    return np.array([not isinstance(g, GivenTokens) or g.trained is not None for g in every], bool)
+    given = [one.given for one in documents]
+    return np.array([not isinstance(g, GivenTokens) or g.trained is not None for g in given], bool)
 
 
-_Found = tuple[Encoded, NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]
+_EncodedGiven = tuple[Encoded, NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]
 
 
-def _read_dialogues(content: str, meant: NDArray[np.int32]) -> DialogueEncoder:
-    return DialogueEncoder(_read(content, special_names_are_text=True).backend, meant)
+def _read_dialogues(content: str, token_of: NDArray[np.int32]) -> DialogueEncoder:
+    return DialogueEncoder(_read(content, special_names_are_text=True).backend, token_of)
 
 
 # --- pairs that are too long ----------------------------------------------------------------------
@@ -254,8 +258,8 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 def _longest_first_once(first: int, second: int, room: int) -> tuple[int, int]:
     """Return the same by the rule of older views: an odd token is the first text's."""
-    kept = min(second, max(room // 2, room - first))
-    return min(first, room - kept), kept
+    kept_second = min(second, max(room // 2, room - first))
+    return min(first, room - kept_second), kept_second
 
 
-_CUTS = {1: _longest_first_once, NEWEST_CUT: _longest_first}
+_CUTS = {1: _longest_first_once, LATEST_CUT_RULE: _longest_first}

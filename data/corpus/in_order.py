@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from rekindle.data.cores import cores
 
-AHEAD = 4
+BATCHES_AHEAD_PER_THREAD = 4
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -35,19 +35,19 @@ def in_threads(
 ) -> Generator[Result, None, None]:
     """An ``InOrder`` of this process with that many threads (None: one per core).
 
-    It first takes one batch ahead, then more and more, up to AHEAD per thread: whoever needs only
-    the first results does not wait for others, and no thread is idle while a result is written to
-    disk.
+    It first takes one batch ahead, then more and more, up to BATCHES_AHEAD_PER_THREAD. Whoever
+    needs only the first results does not wait for others, and no thread is idle while a result is
+    written to disk.
     """
-    do, threads = load(), threads or cores()
+    work, threads = load(), threads or cores()
     waiting = deque[Future[Result]]()
-    ahead = 1
+    batches_ahead = 1
     pool = ThreadPoolExecutor(threads)
     try:
         for batch in batches:
-            waiting.append(pool.submit(do, batch))
-            if len(waiting) > ahead:
-                ahead = min(2 * ahead, AHEAD * threads)
+            waiting.append(pool.submit(work, batch))
+            if len(waiting) > batches_ahead:
+                batches_ahead = min(2 * batches_ahead, BATCHES_AHEAD_PER_THREAD * threads)
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -12,50 +12,50 @@ import numpy as np
 import xxhash
 
 from rekindle.data.corpus.packing import Ints, next_fit
-from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, digests_of, joined_text, sums_before
+from rekindle.data.corpus.rows import PIECE_SEPARATOR, Rows, digests_of, join_texts, sums_before
 
 
-def joined_rows(parts: Iterable[Rows], room: int) -> Iterator[Rows]:
+def join_rows(parts: Iterable[Rows], room: int) -> Iterator[Rows]:
     """Yield rows of at most ``room`` tokens; ``parts`` are sequences of one document each, in
     order.
 
     document_starts are the positions where each document's tokens begin, its special tokens
     included. A row's document is its first one.
     """
-    left: Rows | None = None  # its last row may have room for more
+    pending: Rows | None = None  # its last row may have room for more
     for rows in parts:
         if not len(rows):
             continue
-        left = Rows.joined([left, rows]) if left is not None else rows
-        counts = next_fit(left.lengths.tolist(), room, left.domains)[:-1]
+        pending = Rows.concatenate([pending, rows]) if pending is not None else rows
+        counts = next_fit(pending.lengths.tolist(), room, pending.domains)[:-1]
         if counts:
-            done = sum(counts)
-            yield _joined(left.part(0, done), counts)
-            left = left.part(done, len(left))
-    if left is not None:
-        yield _joined(left, [len(left)])
+            complete = sum(counts)
+            yield _join(pending.part(0, complete), counts)
+            pending = pending.part(complete, len(pending))
+    if pending is not None:
+        yield _join(pending, [len(pending)])
 
 
-def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
+def _join(rows: Rows, counts: Sequence[int]) -> Rows:
     """Return rows with that many sequences each."""
     edges = sums_before(np.array(counts, np.int64))
     firsts, lasts = edges[:-1], edges[1:] - 1
-    begins = sums_before(rows.lengths)
+    token_starts = sums_before(rows.lengths)
     row_of = np.repeat(np.arange(len(counts)), counts)
-    starts = begins[:-1] - begins[firsts][row_of]
+    document_starts = token_starts[:-1] - token_starts[firsts][row_of]
     # Where each one's text begins in its row's text: sequences without text add nothing.
     sizes = np.array([len(text) + len(PIECE_SEPARATOR) for text in rows.texts], np.int64)
     characters = sums_before(sizes)
     shifts = characters[:-1] - characters[firsts][row_of]
     bounds = list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
-    texts = [joined_text(rows.texts[a:b]) for a, b in bounds]
+    texts = [join_texts(rows.texts[a:b]) for a, b in bounds]
     char_starts = rows.char_starts + np.repeat(shifts, rows.lengths).astype(np.int32)
     lengths = np.add.reduceat(rows.lengths, firsts)
     untrained = rows.untrained
     digests = digests_of(lengths, rows.input_ids, texts, rows.trained)
     for number, (a, b) in enumerate(bounds):
         if b > a + 1:  # where documents begin decides what each token sees
-            digests[number] = _with_starts(digests[number], starts[a:b])
+            digests[number] = _with_starts(digests[number], document_starts[a:b])
     return Rows(
         lengths=lengths,
         input_ids=rows.input_ids,
@@ -63,7 +63,7 @@ def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
         word_starts=rows.word_starts,
         token_types=rows.token_types,
         pieces=np.array(counts, np.int64),
-        document_starts=starts.astype(np.int32),
+        document_starts=document_starts.astype(np.int32),
         documents=[rows.documents[first] for first in firsts],
         domains=[rows.domains[first] for first in firsts],
         groups=[rows.groups[first] for first in firsts],
@@ -78,7 +78,7 @@ def _joined(rows: Rows, counts: Sequence[int]) -> Rows:
     )
 
 
-def _with_starts(digest: str, starts: Ints) -> str:
+def _with_starts(digest: str, document_starts: Ints) -> str:
     state = xxhash.xxh3_128(bytes.fromhex(digest))
-    state.update(starts.astype("<i8").tobytes())
+    state.update(document_starts.astype("<i8").tobytes())
     return state.hexdigest()

@@ -17,7 +17,7 @@ import numpy as np
 
 from rekindle.data.corpus.encoder import Encoder, GivenEncoder
 from rekindle.data.corpus.in_order import InOrder
-from rekindle.data.corpus.joining import joined_rows
+from rekindle.data.corpus.joining import join_rows
 from rekindle.data.corpus.packing import BEGINNING, Packing, Position
 from rekindle.data.corpus.rows import EncodedDocuments, Rows, pack, rows_of_pairs, rows_of_texts
 from rekindle.data.corpus.special_names import Holders, holders_of
@@ -41,40 +41,40 @@ class Made:
     reached: int
     error: InputError | None
     holders: list[int] = field(default_factory=list)
-    made: Rows | EncodedDocuments | None = None
+    result: Rows | EncodedDocuments | None = None
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes parts into sequences or tokens. ``how`` they are packed; ``length``: for pairs."""
+    """Makes parts into sequences or tokens. ``packing``: how; ``length``: of a pair."""
 
     reader: Reader
     encoder: Encoder
     names: re.Pattern[str] | None
-    how: Packing
+    packing: Packing
     length: int
     given: GivenEncoder | None = None
 
     def __call__(self, part: Part) -> Made:
         """Return the part read, tokenised, and packed as far as no other part is needed."""
-        found = self.reader(part)
-        documents = found.kept
+        read = self.reader(part)
+        documents = read.kept
         texts = [text for document in documents for text in document.texts]
         made: Rows | EncodedDocuments
         if self.reader.fields.pair is not None:
             made = rows_of_pairs(documents, self.encoder.pairs(texts, self.length))
         else:
-            made, how = self._encoded(part, documents, texts), self.how
-            if how.alone:
+            made, packing = self._encoded(part, documents, texts), self.packing
+            if packing.one_document:
                 if part.content != "text":  # given tokens are complete
-                    how = Packing(self.length, (), (), (), (), alone=True)
-                made = rows_of_texts(made, 0, how, last=True)[0]
+                    packing = Packing(self.length, (), (), (), (), one_document=True)
+                made = rows_of_texts(made, 0, packing, last=True)[0]
         return Made(
             len(documents),
-            found.left_out,
-            found.with_text,
-            found.reached,
-            found.error,
+            read.left_out,
+            read.with_text,
+            read.reached,
+            read.error,
             holders_of(self.names, documents),
             made,
         )
@@ -86,11 +86,11 @@ class Maker:
             tokens, lengths = self.encoder.texts(texts)
             marks = Marks.of_texts(len(documents), len(tokens.ids))
             return EncodedDocuments(documents, tokens, lengths, marks)
-        if self.how.alone:
+        if self.packing.one_document:
             tokens, lengths, marks = self.given.cut(documents, self.length)
         else:
-            end = self.how.end or self.how.suffix
-            tokens, lengths, marks = self.given.bare(documents, self.how.prefix, end)
+            end = self.packing.end or self.packing.suffix
+            tokens, lengths, marks = self.given.cut_affixes(documents, self.packing.prefix, end)
         return EncodedDocuments([d._replace(given=None) for d in documents], tokens, lengths, marks)
 
 
@@ -101,9 +101,9 @@ class _Counter:
     reader: Reader
 
     def __call__(self, part: Part) -> Made:
-        found = self.reader(part)
-        more = found.with_text, found.reached, found.error
-        return Made(len(found.kept), found.left_out, *more)
+        read = self.reader(part)
+        outcome = read.with_text, read.reached, read.error
+        return Made(len(read.kept), read.left_out, *outcome)
 
 
 @dataclass
@@ -118,113 +118,113 @@ class Making:
     in_order: InOrder
     start: Position = BEGINNING
     holders: Holders = field(default_factory=Holders)
-    _told: int = 0  # number of origins already checked for text
+    _checked_origins: int = 0  # number of origins already checked for text
     _with_text: set[int] = field(default_factory=set)
 
     def rows(self) -> Iterator[Rows]:
         """Yield the sequences in order, those of one part at a time."""
-        if self.maker.how.alone:
-            rows = with_trained(self._after_start())
-            return joined_rows(rows, self.maker.length) if self.maker.how.joined else rows
-        return with_trained(pack(self._tokens(), self.maker.how, self.start))
+        if self.maker.packing.one_document:
+            rows = drop_untrained(self._after_start())
+            return join_rows(rows, self.maker.length) if self.maker.packing.joins_rows else rows
+        return drop_untrained(pack(self._tokens(), self.maker.packing, self.start))
 
     def read_on(self) -> None:
         """Read up to the start and the next document, to count what is left out before it."""
-        with closing(self._made()) as made:
+        with closing(self._results()) as made:
             next(made, None)
 
     def _after_start(self) -> Iterator[Rows]:
-        for index, made in self._made():
+        for index, made in self._results():
             assert isinstance(made, Rows)
-            rows = made.moved(index)
+            rows = made.shifted_by(index)
             yield rows.after(self.start) if index <= self.start.document_index else rows
 
     def _tokens(self) -> Iterator[EncodedDocuments]:
-        for index, made in self._made():
+        for index, made in self._results():
             assert isinstance(made, EncodedDocuments)
-            yield made.rest(max(0, self.start.document_index - index))
+            yield made.from_document(max(0, self.start.document_index - index))
 
-    def _made(self) -> Generator[tuple[int, Rows | EncodedDocuments], None, None]:
+    def _results(self) -> Generator[tuple[int, Rows | EncodedDocuments], None, None]:
         """Yield the result of each part, and the index of its first document."""
         parts = cut_parts(self.origins, self.maker.reader.fields)
         if self.start.document_index:
             parts = self._from_start(parts)
-        with closing(self.in_order(partial(_itself, self.maker), parts)) as each:
-            for made in each:
+        with closing(self.in_order(partial(_identity, self.maker), parts)) as results:
+            for made in results:
                 index = self.left_out.documents
                 self.holders.extend(index + holder for holder in made.holders)
                 self._count(made)
-                assert made.made is not None
-                yield index, made.made
+                assert made.result is not None
+                yield index, made.result
                 if made.error:
                     raise made.error
-        self._tell_until(len(self.origins))
+        self._log_empty_until(len(self.origins))
 
     def _from_start(self, parts: Iterator[Part]) -> Iterator[Part]:
         """Return the parts from the one that contains the start; those before it are only
         counted.
         """
-        ahead = deque[Part]()
+        pending = deque[Part]()
 
-        def taken() -> Iterator[Part]:
+        def recorded_parts() -> Iterator[Part]:
             for part in parts:
-                ahead.append(part)
+                pending.append(part)
                 yield part
 
-        load = partial(_itself, _Counter(self.maker.reader))
-        with closing(self.in_order(load, taken())) as each:
-            for made in each:
+        load = partial(_identity, _Counter(self.maker.reader))
+        with closing(self.in_order(load, recorded_parts())) as results:
+            for made in results:
                 if self.left_out.documents + made.documents > self.start.document_index:
                     break
-                ahead.popleft()
+                pending.popleft()
                 self._count(made)
                 if made.error:
                     raise made.error
-        return chain(ahead, parts)
+        return chain(pending, parts)
 
     def _count(self, made: Made) -> None:
         self.left_out.extend(made.left_out)
         self._with_text |= made.with_text
-        self._tell_until(made.reached)
+        self._log_empty_until(made.reached)
 
-    def _tell_until(self, number: int) -> None:
+    def _log_empty_until(self, end: int) -> None:
         """Log which of the origins before that number have no text."""
-        for passed in range(self._told, number):
-            if passed not in self._with_text:
-                tell_empty(self.origins[passed])
-        self._told = max(self._told, number)
+        for number_of_origin in range(self._checked_origins, end):
+            if number_of_origin not in self._with_text:
+                tell_empty(self.origins[number_of_origin])
+        self._checked_origins = max(self._checked_origins, end)
 
 
-def _itself(do: Callable[[Part], Made]) -> Callable[[Part], Made]:
+def _identity(do: Callable[[Part], Made]) -> Callable[[Part], Made]:
     return do
 
 
 # --- what is learnt -------------------------------------------------------------------------------
 
 
-def with_trained(parts: Iterable[Rows]) -> Iterator[Rows]:
+def drop_untrained(parts: Iterable[Rows]) -> Iterator[Rows]:
     """Yield the sequences with a trained token; each has the number without one before it."""
-    held: Rows | None = None  # until it is known whether others follow
+    previous: Rows | None = None  # until it is known whether others follow
     count, end = 0, np.zeros(2, np.int64)
     for rows in parts:
         if rows.trained is None:
             yield rows
             continue
         row_of = np.repeat(np.arange(len(rows)), rows.lengths)
-        learnt = np.bincount(row_of, rows.trained, len(rows)) > 0
-        stays = np.flatnonzero(learnt)
-        if len(rows) and not len(stays):
+        has_trained = np.bincount(row_of, rows.trained, len(rows)) > 0
+        kept_rows = np.flatnonzero(has_trained)
+        if len(rows) and not len(kept_rows):
             count, end = count + len(rows), rows.ends[-1]
-        if not len(stays):
+        if not len(kept_rows):
             continue
-        if held is not None:
-            yield held
-        before = np.diff(stays, prepend=-1) - 1
-        before[0] += count
-        held = replace(rows.chosen(learnt), untrained=before)
-        count, end = len(rows) - 1 - int(stays[-1]), rows.ends[-1]
-    if held is not None and held.untrained is not None:
+        if previous is not None:
+            yield previous
+        skipped_before = np.diff(kept_rows, prepend=-1) - 1
+        skipped_before[0] += count
+        previous = replace(rows.select(has_trained), untrained=skipped_before)
+        count, end = len(rows) - 1 - int(kept_rows[-1]), rows.ends[-1]
+    if previous is not None and previous.untrained is not None:
         if count:
-            held.untrained[-1] += count
-            held.ends[-1] = end
-        yield held
+            previous.untrained[-1] += count
+            previous.ends[-1] = end
+        yield previous

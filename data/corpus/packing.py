@@ -18,8 +18,8 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 
 Ints = NDArray[np.int64]
 PackingName = Literal["document", "contiguous", "packed"]
-LEAST, MOST = 64, 4096  # sequences in a shard, if the configuration does not say
-SHARDS = 16  # least number for a corpus that is neither very small nor large
+MIN_SHARD_SIZE, MAX_SHARD_SIZE = 64, 4096  # sequences in a shard, if the configuration does not say
+MIN_SHARDS = 16  # least number for a corpus that is neither very small nor large
 
 
 class Position(NamedTuple):
@@ -36,8 +36,8 @@ BEGINNING = Position(0, 0)
 class Packing:
     """How sequences are formed: ``room`` for tokens of text and separators, within ``prefix`` and
     ``suffix``. ``between`` two documents of a sequence, and as the ``end`` of each, there is a
-    token or none. ``alone``: no sequence crosses a document. ``joined``: these then follow each
-    other in rows.
+    token or none. ``one_document``: no sequence crosses a document.
+    ``joins_rows``: these then follow each other in rows.
     """
 
     room: int
@@ -45,8 +45,8 @@ class Packing:
     suffix: tuple[int, ...]
     between: tuple[int, ...]
     end: tuple[int, ...]
-    alone: bool
-    joined: bool = False
+    one_document: bool
+    joins_rows: bool = False
 
 
 def packing_of(
@@ -78,13 +78,13 @@ def packing_of(
         )
     if packing not in get_args(PackingName):
         raise ValueError(f"packing must be one of {get_args(PackingName)}, not {packing!r}")
-    alone = packing != "contiguous"
+    one_document = packing != "contiguous"
     between, end = document_separators(tokenizer)
-    if alone:
+    if one_document:
         between, end = (), document_end(tokenizer, end_of_text)
     room = sequence_length - special
-    joined = packing == "packed"
-    return Packing(room, tokenizer.prefix, tokenizer.suffix, between, end, alone, joined)
+    joins_rows = packing == "packed"
+    return Packing(room, tokenizer.prefix, tokenizer.suffix, between, end, one_document, joins_rows)
 
 
 def document_end(tokenizer: Tokenizer, end_of_text: bool) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ class Plan(NamedTuple):
     ends: Ints
 
 
-def plan(lengths: Sequence[int], token: int, how: Packing, last: bool) -> Plan:
+def plan(lengths: Sequence[int], token: int, packing: Packing, last: bool) -> Plan:
     """Return the sequences of documents with that many tokens, from a token of the first one on.
 
     Unless these documents are the ``last`` ones, sequences with room left are not included.
@@ -131,61 +131,61 @@ def plan(lengths: Sequence[int], token: int, how: Packing, last: bool) -> Plan:
     places: list[tuple[int, int, bool, bool]] = []
     pieces: list[int] = []
     ends: list[tuple[int, int]] = []
-    between, end = len(how.between), len(how.end)
-    left, taken, position = how.room, 0, (0, 0)  # places in the open sequence, its pieces, its end
+    between, end = len(packing.between), len(packing.end)
+    room_left, piece_count, position = packing.room, 0, (0, 0)  # of the open sequence; its end
     for document, length in enumerate(lengths):
         while token < length:
-            before = between if taken else 0
-            if left <= before:  # no room for a separator and a token after it
-                pieces.append(taken)
+            before = between if piece_count else 0
+            if room_left <= before:  # no room for a separator and a token after it
+                pieces.append(piece_count)
                 ends.append((document, token))
-                left, taken, before = how.room, 0, 0
-            stop = min(token + left - before, length)
-            left -= before + stop - token
-            after = end if left else 0
-            left -= after
+                room_left, piece_count, before = packing.room, 0, 0
+            stop = min(token + room_left - before, length)
+            room_left -= before + stop - token
+            after = end if room_left else 0
+            room_left -= after
             places.append((document, stop - token, before > 0, after > 0))
-            taken, token = taken + 1, stop
+            piece_count, token = piece_count + 1, stop
             position = (document, token) if token < length else (document + 1, 0)
-            if not left or (how.alone and token == length):
-                pieces.append(taken)
+            if not room_left or (packing.one_document and token == length):
+                pieces.append(piece_count)
                 ends.append(position)
-                left, taken = how.room, 0
+                room_left, piece_count = packing.room, 0
         token = 0
-    if taken and last:
-        pieces.append(taken)
+    if piece_count and last:
+        pieces.append(piece_count)
         ends.append(position)
-    kept = np.array(places[: sum(pieces)], np.int64).reshape(-1, 4)
-    document_of, tokens, *marks = kept.T
+    planned = np.array(places[: sum(pieces)], np.int64).reshape(-1, 4)
+    document_of, tokens, *marks = planned.T
     before_of, after_of = (mark.astype(np.bool_) for mark in marks)
     counts, positions = np.array(pieces, np.int64), np.array(ends, np.int64).reshape(-1, 2)
     return Plan(document_of, tokens, before_of, after_of, counts, positions)
 
 
-def next_fit(lengths: Sequence[int], room: int, apart: Sequence[object]) -> list[int]:
+def next_fit(lengths: Sequence[int], room: int, keys: Sequence[object]) -> list[int]:
     """Return how many of the sequences of ``lengths`` are in each row of at most ``room`` tokens:
     each joins the row of the one before it if there is room and both have the same value in
-    ``apart``.
+    ``keys``.
     """
     counts: list[int] = []
-    left, of = -1, object()  # of no row
-    for length, value in zip(lengths, apart, strict=True):
-        if length > left or value != of:
+    room_left, key = -1, object()  # of no row
+    for length, own_key in zip(lengths, keys, strict=True):
+        if length > room_left or own_key != key:
             counts.append(0)
-            left, of = room, value
+            room_left, key = room, own_key
         counts[-1] += 1
-        left -= length
+        room_left -= length
     return counts
 
 
-def usual_shard_size(sequences: int | None) -> int:
+def default_shard_size(sequences: int | None) -> int:
     """Return how many sequences a shard has in a new corpus of about that many; MOST if unknown.
 
     A shard is the unit of work, and of what a kill loses: a small corpus has small shards.
     """
     if sequences is None:
-        return MOST
-    size = LEAST
-    while size < MOST and 2 * size * SHARDS <= sequences:
+        return MAX_SHARD_SIZE
+    size = MIN_SHARD_SIZE
+    while size < MAX_SHARD_SIZE and 2 * size * MIN_SHARDS <= sequences:
         size *= 2
     return size

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rekindle.data.corpus.columns import CUT, LEARNT
+from rekindle.data.corpus.columns import CUT_FACTS, TRAINED_FACTS
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
@@ -34,37 +34,41 @@ def special_names(corpus: Corpus) -> int:
     return int(np.nansum(corpus.units.numbers("special_names")))
 
 
-_ASKED = ("sequence_length", "packing", "text_field", "pair_field", "limit_sequences")
+_COMPARED_KEYS = ("sequence_length", "packing", "text_field", "pair_field", "limit_sequences")
 
 
-def asked_otherwise(config: CorpusConfig, corpus: Corpus) -> str | None:
+def describe_text_difference(config: CorpusConfig, corpus: Corpus) -> str | None:
     """Return what a run file asks of the text that this corpus does not have; None if they agree.
     For commands that only read it: the corpus is used as it is.
     """
-    asked, made = config.model_dump(mode="json"), dict(corpus.info["config"])
-    other = [
-        f"{key} {made.get(key)} (the run file says {asked[key]})"
-        for key in _ASKED
-        if key in config.model_fields_set and asked[key] != made.get(key)
+    requested, recorded = config.model_dump(mode="json"), dict(corpus.info["config"])
+    differences = [
+        f"{key} {recorded.get(key)} (the run file says {requested[key]})"
+        for key in _COMPARED_KEYS
+        if key in config.model_fields_set and requested[key] != recorded.get(key)
     ]
-    return f"the corpus of the cache has {', '.join(other)}: the cache's is used" if other else None
+    return (
+        f"the corpus of the cache has {', '.join(differences)}: the cache's is used"
+        if differences
+        else None
+    )
 
 
-def _of_pairs(corpus: Corpus) -> list[str]:
+def _pair_remarks(corpus: Corpus) -> list[str]:
     config = corpus.info["config"]
     if not corpus.has_pairs:
         return []
-    names = f"{config['text_field']} and {config['pair_field']}"
-    pairs, tokens = (int(corpus.units.counts(name).sum()) for name in CUT)
+    fields = f"{config['text_field']} and {config['pair_field']}"
+    pairs, tokens = (int(corpus.units.counts(name).sum()) for name in CUT_FACTS)
     cut = f"; {counted(pairs, 'pair')} cut, the longer text first: {counted(tokens, 'token')} lost"
-    return [f"each sequence is a pair of texts: {names}{cut if pairs else ''}"]
+    return [f"each sequence is a pair of texts: {fields}{cut if pairs else ''}"]
 
 
-def _of_training(corpus: Corpus) -> list[str]:
+def _training_remarks(corpus: Corpus) -> list[str]:
     """Return what of it is trained, if not everything."""
     if not corpus.has_trained:
         return []
-    trained, left_out, cut, lost = (int(corpus.units.counts(name).sum()) for name in LEARNT)
+    trained, left_out, cut, lost = (int(corpus.units.counts(name).sum()) for name in TRAINED_FACTS)
     share = trained / max(corpus.tokens, 1)
     lines = [f"trained: {counted(trained, 'token')}, {share:.1%} of all"]
     if left_out:
@@ -74,36 +78,36 @@ def _of_training(corpus: Corpus) -> list[str]:
             f"longer than sequence_length, the end cut: {counted(cut, 'dialogue')} (or rows of "
             f"tokens), {counted(lost, 'token')} lost"
         )
-    generated = {place: of for one in corpus.additions for place, of in one.generated.items()}
-    return [*lines, *(told_of(place, about) for place, about in generated.items())]
+    generated = {place: facts for one in corpus.additions for place, facts in one.generated.items()}
+    return [*lines, *(told_of(place, facts) for place, facts in generated.items())]
 
 
-def _of_rows(corpus: Corpus) -> list[str]:
+def _row_remarks(corpus: Corpus) -> list[str]:
     """Return how full rows of several documents are."""
     if corpus.full is None:
         return []
     length = corpus.info["config"]["sequence_length"]
-    each = f"{corpus.documents / len(corpus):.1f} documents in each, attention within them"
-    return [f"rows of {length:,} tokens are {corpus.full:.1%} full: {each}"]
+    per_row = f"{corpus.documents / len(corpus):.1f} documents in each, attention within them"
+    return [f"rows of {length:,} tokens are {corpus.full:.1%} full: {per_row}"]
 
 
 def remarks(corpus: Corpus) -> list[str]:
     """Return what a user should know about it, in lines."""
-    lines = [*_of_training(corpus), *_of_pairs(corpus), *_of_rows(corpus)]
+    lines = [*_training_remarks(corpus), *_pair_remarks(corpus), *_row_remarks(corpus)]
     number = end_of_text(corpus)
     if number is not None:
         token = corpus.tokenizer.hf.convert_ids_to_tokens(number)
         lines.append(f"{token} comes after each document: the tokenizer does not end a text itself")
     if count := special_names(corpus):
-        tokens = corpus.info["config"].get("special_tokens") == "token"
+        as_tokens = corpus.info["config"].get("special_tokens") == "token"
         lines.append(
             f"documents with names of special tokens in their text: {count:,}; they are read as "
-            f"{'these tokens' if tokens else 'text'} (corpus.special_tokens: text | token)"
+            f"{'these tokens' if as_tokens else 'text'} (corpus.special_tokens: text | token)"
         )
     if bad := told_of_bad(corpus.bad_records):
         lines.append(bad)
     if without := corpus.info["config"].get("without"):
-        later = f"records that hold texts of {', '.join(without['files'])} are left out: "
-        later += "counted when the corpus is finished"
-        lines.append(told_of_held(corpus.held, without["files"]) if corpus.complete else later)
+        note = f"records that hold texts of {', '.join(without['files'])} are left out: "
+        note += "counted when the corpus is finished"
+        lines.append(told_of_held(corpus.held, without["files"]) if corpus.complete else note)
     return lines

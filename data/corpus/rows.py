@@ -36,24 +36,24 @@ class EncodedDocuments:
         # Pickle by columns: an object for each of many short documents would take longer to pickle
         # than making their tokens into sequences.
         columns = [*zip(*self.documents, strict=True)]
-        return _of_columns, (columns, self.tokens, self.lengths, self.marks)
+        return _from_columns, (columns, self.tokens, self.lengths, self.marks)
 
-    def then(self, other: "EncodedDocuments") -> "EncodedDocuments":
+    def followed_by(self, other: "EncodedDocuments") -> "EncodedDocuments":
         """Return these, followed by others."""
-        tokens = Encoded.joined([self.tokens, other.tokens])
+        tokens = Encoded.concatenate([self.tokens, other.tokens])
         lengths = np.concatenate([self.lengths, other.lengths])
-        marks = self.marks.then(other.marks) if self.marks and other.marks else None
+        marks = self.marks.followed_by(other.marks) if self.marks and other.marks else None
         return EncodedDocuments(self.documents + other.documents, tokens, lengths, marks)
 
-    def rest(self, first: int) -> "EncodedDocuments":
+    def from_document(self, first: int) -> "EncodedDocuments":
         """Return these from a document on."""
         before = int(self.lengths[:first].sum())
         tokens = self.tokens.part(slice(before, None))
-        marks = self.marks and self.marks.rest(first, before)
+        marks = self.marks and self.marks.without_first(first, before)
         return EncodedDocuments(self.documents[first:], tokens, self.lengths[first:], marks)
 
 
-def _of_columns(
+def _from_columns(
     columns: Many[Many[str]], tokens: Encoded, lengths: Ints, marks: Marks | None
 ) -> EncodedDocuments:
     documents = [*map(Document._make, zip(*columns, strict=True))]
@@ -130,37 +130,37 @@ class Rows:
             untrained=None if self.untrained is None else self.untrained[row],
         )
 
-    def chosen(self, stays: NDArray[np.bool_]) -> "Rows":
+    def select(self, is_kept: NDArray[np.bool_]) -> "Rows":
         """Return the sequences [R] that stay."""
-        if stays.all():
+        if is_kept.all():
             return self.part(0, len(self))
-        edges = np.flatnonzero(np.diff(stays, prepend=False, append=False))
-        return Rows.joined([self.part(a, b) for a, b in edges.reshape(-1, 2).tolist()])
+        edges = np.flatnonzero(np.diff(is_kept, prepend=False, append=False))
+        return Rows.concatenate([self.part(a, b) for a, b in edges.reshape(-1, 2).tolist()])
 
     def after(self, start: Position) -> "Rows":
         """Return those after a position; ValueError if none ends at one inside a document."""
         ends = [Position(*end) for end in self.ends.tolist()]
         first = bisect_right(ends, start)
         if start.token and ends[first - 1 : first] != [start]:
-            raise _no_such(start)
+            raise _no_such_start(start)
         return self.part(first, len(self))
 
-    def moved(self, documents: int) -> "Rows":
+    def shifted_by(self, documents: int) -> "Rows":
         """Return the same after that many other documents."""
         return replace(self, ends=self.ends + np.array([documents, 0]))
 
     @staticmethod
-    def joined(parts: "Many[Rows]") -> "Rows":
+    def concatenate(parts: "Many[Rows]") -> "Rows":
         """Return those of several, concatenated."""
         if len(parts) == 1:
             return parts[0]
         columns: dict[str, object] = {}
         for name in Rows.__dataclass_fields__:
-            each = [getattr(part, name) for part in parts]
-            if isinstance(each[0], list):
-                columns[name] = [value for column in each for value in column]
+            arrays = [getattr(part, name) for part in parts]
+            if isinstance(arrays[0], list):
+                columns[name] = [value for column in arrays for value in column]
             else:
-                columns[name] = None if each[0] is None else np.concatenate(each)
+                columns[name] = None if arrays[0] is None else np.concatenate(arrays)
         return Rows(**columns)  # type: ignore[arg-type]
 
 
@@ -173,7 +173,7 @@ def sums_before(counts: Ints) -> Ints:
 
 
 def pack(
-    batches: Iterable[EncodedDocuments], how: Packing, start: Position = BEGINNING
+    batches: Iterable[EncodedDocuments], packing: Packing, start: Position = BEGINNING
 ) -> Iterator[Rows]:
     """Yield sequences that cross documents, wherever one batch ends and another begins.
 
@@ -181,19 +181,19 @@ def pack(
     inside a document that is not that long.
     """
     index, token = start
-    left: EncodedDocuments | None = None
+    pending: EncodedDocuments | None = None
     for batch in batches:
-        left = left.then(batch) if left else batch
-        if token and len(left.lengths) and token >= left.lengths[0]:
-            raise _no_such(start)
-        rows, (done, token) = rows_of_texts(left, token, how, last=False)
-        yield rows.moved(index)
-        index, left = index + done, left.rest(done)
-    if left and len(left.lengths):
-        yield rows_of_texts(left, token, how, last=True)[0].moved(index)
+        pending = pending.followed_by(batch) if pending else batch
+        if token and len(pending.lengths) and token >= pending.lengths[0]:
+            raise _no_such_start(start)
+        rows, (complete, token) = rows_of_texts(pending, token, packing, last=False)
+        yield rows.shifted_by(index)
+        index, pending = index + complete, pending.from_document(complete)
+    if pending and len(pending.lengths):
+        yield rows_of_texts(pending, token, packing, last=True)[0].shifted_by(index)
 
 
-def _no_such(start: Position) -> ValueError:
+def _no_such_start(start: Position) -> ValueError:
     return ValueError(
         f"packing cannot start at token {start.token} of document {start.document_index}, where no "
         "sequence ends: the corpus or the tokenizer was changed"
@@ -201,72 +201,75 @@ def _no_such(start: Position) -> ValueError:
 
 
 def rows_of_texts(
-    batch: EncodedDocuments, token: int, how: Packing, last: bool
+    batch: EncodedDocuments, token: int, packing: Packing, last: bool
 ) -> tuple[Rows, Position]:
     """Return the sequences of a batch from a token of its first document on, and the Position after
     them; unless it is the ``last`` batch, without those that have room left.
     """
-    planned = plan(batch.lengths.tolist(), token, how, last)
+    planned = plan(batch.lengths.tolist(), token, packing, last)
     document, tokens, before, after, pieces, ends = planned
     P, R, C = len(tokens), len(pieces), int(tokens.sum())
-    widths = tokens + len(how.between) * before + len(how.end) * after
-    affixes = len(how.prefix) + len(how.suffix)
+    widths = tokens + len(packing.between) * before + len(packing.end) * after
+    affixes = len(packing.prefix) + len(packing.suffix)
     row_of, firsts = np.repeat(np.arange(R), pieces), sums_before(pieces)
-    places = sums_before(widths)
-    begins = places[firsts] + affixes * np.arange(R + 1)  # [R+1] of each sequence
-    at = places[:-1] + affixes * row_of + len(how.prefix) + len(how.between) * before  # [P]
+    width_sums = sums_before(widths)
+    row_starts = width_sums[firsts] + affixes * np.arange(R + 1)  # [R+1] of each sequence
+    before_piece = len(packing.prefix) + len(packing.between) * before
+    piece_starts = width_sums[:-1] + affixes * row_of + before_piece  # [P]
     # Tokens are taken in order, so all that is needed is where each one goes.
-    taken = np.arange(C)
+    token_numbers = np.arange(C)
     source = slice(token, token + C)
-    where = taken + np.repeat(at - sums_before(tokens)[:-1], tokens)
-    ids, starts, stops, words = batch.tokens.part(source)
-    input_ids = np.empty(begins[-1], np.int32)
-    char_starts, word_starts = np.full(begins[-1], -1, np.int32), np.zeros(begins[-1], np.bool_)
-    input_ids[where], word_starts[where] = ids, words
-    for number, special in enumerate(how.prefix):
-        input_ids[begins[:-1] + number] = special
-    for number, special in enumerate(reversed(how.suffix), start=1):
-        input_ids[begins[1:] - number] = special
-    for special in how.between:
-        input_ids[at[before] - 1] = special
-    for special in how.end:
-        input_ids[(at + tokens)[after]] = special
+    targets = token_numbers + np.repeat(piece_starts - sums_before(tokens)[:-1], tokens)
+    ids, starts, text_ends, is_word_start = batch.tokens.part(source)
+    input_ids = np.empty(row_starts[-1], np.int32)
+    char_starts = np.full(row_starts[-1], -1, np.int32)
+    word_starts = np.zeros(row_starts[-1], np.bool_)
+    input_ids[targets], word_starts[targets] = ids, is_word_start
+    for number, special in enumerate(packing.prefix):
+        input_ids[row_starts[:-1] + number] = special
+    for number, special in enumerate(reversed(packing.suffix), start=1):
+        input_ids[row_starts[1:] - number] = special
+    for special in packing.between:
+        input_ids[piece_starts[before] - 1] = special
+    for special in packing.end:
+        input_ids[(piece_starts + tokens)[after]] = special
     first_token = sums_before(tokens)
     spans = np.zeros((P, 2), np.int64)
-    spans[:, 0], spans[:, 1] = starts[first_token[:-1]], stops[first_token[1:] - 1]
+    spans[:, 0], spans[:, 1] = starts[first_token[:-1]], text_ends[first_token[1:] - 1]
     characters = sums_before(spans[:, 1] - spans[:, 0] + len(PIECE_SEPARATOR))
     shifts = characters[:-1] - np.repeat(characters[firsts[:-1]], pieces) - spans[:, 0]
-    char_starts[where] = starts + np.repeat(shifts, tokens).astype(np.int32)
+    char_starts[targets] = starts + np.repeat(shifts, tokens).astype(np.int32)
     documents = batch.documents
     cuts = zip(document.tolist(), *spans.T.tolist(), strict=True)
     parts = [documents[number].text[begin:end] for number, begin, end in cuts]
     bounds = firsts.tolist()
-    texts = [parts[a] if b - a == 1 else joined_text(parts[a:b]) for a, b in pairwise(bounds)]
+    texts = [parts[a] if b - a == 1 else join_texts(parts[a:b]) for a, b in pairwise(bounds)]
     leading = document[firsts[:-1]].tolist()
     trained, lost = None, np.zeros(R, np.int64)
     if (marks := batch.marks) is not None:
-        unsaid = where[marks.special[source]]
-        char_starts[unsaid], word_starts[unsaid] = -1, False
+        special_places = targets[marks.special[source]]
+        char_starts[special_places], word_starts[special_places] = -1, False
         lost = marks.lost[leading]
         # What stands beside a document is trained if its own text is.
-        trained, beside = np.zeros(begins[-1], np.bool_), marks.after[document]
-        trained[where] = marks.trained[source]
-        for place in range(len(how.prefix)):
-            trained[begins[:-1] + place] = beside[firsts[:-1]]
-        for place in range(1, len(how.suffix) + 1):
-            trained[begins[1:] - place] = beside[firsts[1:] - 1]
-        for _ in how.between:
-            trained[at[before] - 1] = beside[np.flatnonzero(before) - 1]
-        for _ in how.end:
-            trained[(at + tokens)[after]] = beside[after]
-    rows = _finished(
-        lengths=np.diff(begins),
+        trained = np.zeros(row_starts[-1], np.bool_)
+        document_trained = marks.trained_beside[document]
+        trained[targets] = marks.trained[source]
+        for place in range(len(packing.prefix)):
+            trained[row_starts[:-1] + place] = document_trained[firsts[:-1]]
+        for place in range(1, len(packing.suffix) + 1):
+            trained[row_starts[1:] - place] = document_trained[firsts[1:] - 1]
+        for _ in packing.between:
+            trained[piece_starts[before] - 1] = document_trained[np.flatnonzero(before) - 1]
+        for _ in packing.end:
+            trained[(piece_starts + tokens)[after]] = document_trained[after]
+    rows = _make_rows(
+        lengths=np.diff(row_starts),
         input_ids=input_ids,
         char_starts=char_starts,
         word_starts=word_starts,
         token_types=None,
         pieces=pieces,
-        document_starts=(at - begins[row_of]).astype(np.int32),
+        document_starts=(piece_starts - row_starts[row_of]).astype(np.int32),
         documents=[documents[number] for number in leading],
         spans=spans[firsts[:-1]],
         texts=texts,
@@ -277,7 +280,7 @@ def rows_of_texts(
     return rows, Position(*ends[-1].tolist()) if R else Position(0, token)
 
 
-def joined_text(parts: Many[str]) -> str:
+def join_texts(parts: Many[str]) -> str:
     """Return the joined texts of pieces; "" if these are tokens without a text."""
     return PIECE_SEPARATOR.join(parts) if any(parts) else ""
 
@@ -289,70 +292,67 @@ def rows_of_pairs(documents: list[Document], encoded: EncodedPairs) -> Rows:
     """Return one sequence per pair, joined by the tokenizer; none for a pair without a token. What
     was cut of a pair is in no sequence.
     """
-    content = encoded.of >= 0
+    content = encoded.text_of >= 0
     row_of = np.repeat(np.arange(len(documents)), encoded.lengths)
     char_starts = np.full(len(content), -1, np.int32)
     word_starts = np.zeros(len(content), np.bool_)
-    tokens, kept = encoded.texts.tokens, encoded.texts.lengths
+    tokens, kept_lengths = encoded.texts.tokens, encoded.texts.lengths
     firsts = [len(document.text) + len(PIECE_SEPARATOR) for document in documents]
     shifts = np.array(firsts, np.int32).repeat(2)
     shifts[0::2] = 0
-    char_starts[content] = tokens.starts + np.repeat(shifts, kept)
+    char_starts[content] = tokens.starts + np.repeat(shifts, kept_lengths)
     word_starts[content] = tokens.word_starts
-    some = np.zeros(len(documents), np.bool_)
-    some[row_of[content]] = True
-    stays = some[row_of]
-    first_content = np.searchsorted(row_of[content], np.flatnonzero(some))
-    begins = sums_before(encoded.lengths)[:-1][some]
-    starts = np.flatnonzero(content)[first_content] - begins
-    held = [document for document, has in zip(documents, some.tolist(), strict=True) if has]
-    spans = [(0, len(document.text)) for document in held]
-    ends = np.flatnonzero(some) + 1
-    return _finished(
-        lengths=encoded.lengths[some],
-        input_ids=encoded.ids[stays],
-        char_starts=char_starts[stays],
-        word_starts=word_starts[stays],
-        token_types=encoded.types[stays],
-        pieces=np.ones(len(held), np.int64),
+    has_content = np.zeros(len(documents), np.bool_)
+    has_content[row_of[content]] = True
+    is_kept = has_content[row_of]
+    first_content = np.searchsorted(row_of[content], np.flatnonzero(has_content))
+    row_starts = sums_before(encoded.lengths)[:-1][has_content]
+    starts = np.flatnonzero(content)[first_content] - row_starts
+    kept = [document for document, has in zip(documents, has_content.tolist(), strict=True) if has]
+    spans = [(0, len(document.text)) for document in kept]
+    ends = np.flatnonzero(has_content) + 1
+    return _make_rows(
+        lengths=encoded.lengths[has_content],
+        input_ids=encoded.ids[is_kept],
+        char_starts=char_starts[is_kept],
+        word_starts=word_starts[is_kept],
+        token_types=encoded.types[is_kept],
+        pieces=np.ones(len(kept), np.int64),
         document_starts=starts.astype(np.int32),
-        documents=held,
+        documents=kept,
         spans=np.array(spans, np.int64).reshape(-1, 2),
-        texts=[PIECE_SEPARATOR.join(document.texts) for document in held],
-        lost=encoded.lost[some],
+        texts=[PIECE_SEPARATOR.join(document.texts) for document in kept],
+        lost=encoded.lost[has_content],
         ends=np.stack([ends, np.zeros_like(ends)], axis=1),
     )
 
 
-# --- groups ---------------------------------------------------------------------------------------
-
-
-def in_groups(parts: Iterable[Rows], size: int, limit: int | None = None) -> Iterator[Rows]:
-    """Yield the sequences in groups of ``size``, the last one smaller; at most ``limit`` of them,
+def in_chunks(parts: Iterable[Rows], size: int, limit: int | None = None) -> Iterator[Rows]:
+    """Yield the sequences in chunks of ``size``, the last one smaller; at most ``limit`` of them,
     taking no more parts than these need.
     """
-    taken: list[Rows] = []
+    chunk: list[Rows] = []
     count = 0
-    left = sys.maxsize if limit is None else limit
+    remaining = sys.maxsize if limit is None else limit
     for rows in parts:
         first = 0
-        while first < len(rows) and left:
-            last = min(first + min(size - count, left), len(rows))
-            taken.append(rows.part(first, last))
-            count, left, first = count + last - first, left - (last - first), last
+        while first < len(rows) and remaining:
+            last = min(first + min(size - count, remaining), len(rows))
+            chunk.append(rows.part(first, last))
+            count, remaining, first = count + last - first, remaining - (last - first), last
             if count == size:
-                yield Rows.joined(taken)
-                taken, count = [], 0
-        if not left:
+                yield Rows.concatenate(chunk)
+                chunk, count = [], 0
+        if not remaining:
             break
-    if taken:
-        yield Rows.joined(taken)
+    if chunk:
+        yield Rows.concatenate(chunk)
 
 
-# --- what is the same of both ---------------------------------------------------------------------
+# --- for texts and pairs --------------------------------------------------------------------------
 
 
-def _finished(
+def _make_rows(
     *,
     lengths: Ints,
     input_ids: NDArray[np.int32],
@@ -390,8 +390,8 @@ def digests_of(
     for (a, b), text in zip(bounds, texts, strict=True):
         state = xxhash.xxh3_128(content[a:b])
         state.update(text.encode("utf-8", "surrogatepass"))
-        if trained is not None and not (learnt := trained[a // 4 : b // 4]).all():
-            state.update(np.packbits(learnt).data)
+        if trained is not None and not (is_trained := trained[a // 4 : b // 4]).all():
+            state.update(np.packbits(is_trained).data)
         digests.append(state.hexdigest())
     return digests
 

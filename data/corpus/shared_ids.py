@@ -12,73 +12,84 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import list_views
 
-SHOWN = 3  # ids that a message names
+MAX_NAMED = 3  # ids that a message names
 Ids = NDArray[np.int64]
 
 
-def differing_ids(ours: Tokenizer, other: Tokenizer, rows: int | None = None) -> Ids:
-    """Return the ids of ``ours`` that are another token, or none, to ``other``; ascending.
+def differing_ids(tokenizer: Tokenizer, other: Tokenizer, rows: int | None = None) -> Ids:
+    """Return the ids of ``tokenizer`` that are another token, or none, to ``other``; ascending.
 
     ``rows``: of a model's embedding; ids past it are not tokens to it, whatever ``other`` says.
     """
     rows = other.size if rows is None else rows
-    if ours.digest == other.digest and rows >= ours.size:
+    if tokenizer.digest == other.digest and rows >= tokenizer.size:
         return np.zeros(0, np.int64)
-    mine = ours.tokens()
-    same = {id for id, _ in mine & other.tokens() if id < rows}
-    return np.array(sorted({id for id, _ in mine} - same), np.int64)
+    known = tokenizer.tokens()
+    shared = {id for id, _ in known & other.tokens() if id < rows}
+    return np.array(sorted({id for id, _ in known} - shared), np.int64)
 
 
 def unshared_ids(
-    corpus: Corpus, other: Tokenizer, beside: Ids, who: str, advice: str, rows: int | None = None
+    corpus: Corpus,
+    other: Tokenizer,
+    extra_ids: Ids,
+    subject: str,
+    advice: str,
+    rows: int | None = None,
 ) -> Ids:
     """Return the ids of the corpus's vocabulary that are another token, or none, to a model with
     the tokenizer ``other`` and that many ``rows`` in its embedding; ascending.
 
-    Raises InputError, with ``who`` and ``advice``, if one of them occurs in the corpus or among the
-    ids ``beside`` it, in its masks: it would be misread. Reads the ids of the whole corpus if there
-    are any.
+    Raises InputError, about ``subject`` and with ``advice``, if one of them occurs in the corpus or
+    among the ``extra_ids`` of its masks: it would be misread. Reads the ids of the whole corpus if
+    there are any.
     """
-    ours = corpus.tokenizer
-    found = differing_ids(ours, other, rows)
-    if not len(found):
-        return found
-    used = _occurring(corpus)
-    used[beside] = True
-    wrong = found[used[found]]
-    if len(wrong) and rows is not None and not np.isin(wrong, differing_ids(ours, other)).any():
+    tokenizer = corpus.tokenizer
+    differing = differing_ids(tokenizer, other, rows)
+    if not len(differing):
+        return differing
+    used = _used_ids(corpus)
+    used[extra_ids] = True
+    conflicting = differing[used[differing]]
+    if (
+        len(conflicting)
+        and rows is not None
+        and not np.isin(conflicting, differing_ids(tokenizer, other)).any()
+    ):
         raise InputError(
-            f"{who} has {rows:,} rows in its embedding, fewer than its tokenizer has ids "
-            f"({other.size:,}): the corpus has id {wrong[0]} "
-            f"({ours.hf.convert_ids_to_tokens(int(wrong[0]))!r}), which has no row. Make the "
-            "embedding larger (transformers' resize_token_embeddings) and train it, or use a "
-            f"tokenizer without the tokens that were added. {advice}"
+            f"{subject} has {rows:,} rows in its embedding, fewer than its tokenizer has ids "
+            f"({other.size:,}): the corpus has id {conflicting[0]} "
+            f"({tokenizer.hf.convert_ids_to_tokens(int(conflicting[0]))!r}), which has no row. "
+            "Make the embedding larger (transformers' resize_token_embeddings) and train it, or "
+            f"use a tokenizer without the tokens that were added. {advice}"
         )
-    if len(wrong):
-        told = described(ours, other, wrong, rows)
+    if len(conflicting):
+        difference = describe_difference(tokenizer, other, conflicting, rows)
         raise InputError(
-            f"{who} has another tokenizer than the corpus: {told}. It must have the same token "
-            f"under every id that the corpus has (more tokens do not matter). {advice}"
+            f"{subject} has another tokenizer than the corpus: {difference}. It must have the same "
+            f"token under every id that the corpus has (more tokens do not matter). {advice}"
         )
-    return found
+    return differing
 
 
-def described(ours: Tokenizer, other: Tokenizer, ids: Ids, rows: int | None = None) -> str:
+def describe_difference(
+    tokenizer: Tokenizer, other: Tokenizer, ids: Ids, rows: int | None = None
+) -> str:
     """Describe how many ids there are here and there, and what some of ``ids`` are."""
     size = other.size if rows is None else min(rows, other.size)
-    here, there = (one.hf.convert_ids_to_tokens for one in (ours, other))
+    token_here, token_there = (one.hf.convert_ids_to_tokens for one in (tokenizer, other))
 
-    def told(number: int) -> str:
-        meant = there(number) if number < size else None
-        is_there = "no token" if meant is None else repr(meant)
-        return f"id {number} is {here(number)!r} here, {is_there} there"
+    def describe_id(number: int) -> str:
+        token = token_there(number) if number < size else None
+        other_token = "no token" if token is None else repr(token)
+        return f"id {number} is {token_here(number)!r} here, {other_token} there"
 
-    shown = "; ".join(map(told, ids[:SHOWN].tolist()))
-    more = f"; and {len(ids) - SHOWN:,} more" if len(ids) > SHOWN else ""
-    return f"{ours.size:,} ids here, {size:,} there; {shown}{more}"
+    examples = "; ".join(map(describe_id, ids[:MAX_NAMED].tolist()))
+    more = f"; and {len(ids) - MAX_NAMED:,} more" if len(ids) > MAX_NAMED else ""
+    return f"{tokenizer.size:,} ids here, {size:,} there; {examples}{more}"
 
 
-def _occurring(corpus: Corpus) -> NDArray[np.bool_]:
+def _used_ids(corpus: Corpus) -> NDArray[np.bool_]:
     """Return which ids [size] occur in the sequences of the corpus."""
     used = np.zeros(corpus.info["tokenizer"]["size"], np.bool_)
     for shard in range(len(corpus.commits)):

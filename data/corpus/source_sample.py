@@ -55,41 +55,43 @@ def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> S
 
     Raises InputError as ``read_documents`` does, and for a source without text.
     """
-    taken = _Taken()
-    read = total = 0.0
+    sample = _Sample()
+    bytes_read = bytes_total = 0.0
     left_out = LeftOut(config.on_bad_record == "skip", config.held_texts())
     forms = {} if tokenizer is None else forms_of(config, tokenizer)
     fields = (config.text_field, config.domain_field, left_out, config.pair_field, forms)
     for origin, size in _sizes(config.entries):
         if size is not None:
-            total += size
-            if taken.full:
+            bytes_total += size
+            if sample.is_full:
                 continue
         stream = read_documents([origin], *fields, config.group_field)
-        before = left_out.total
-        here = taken.fill(stream)
+        left_out_before = left_out.total
+        new_documents = sample.take(stream)
         if origin.format == PYTHON_DOCS:  # not a file, and small
-            read += _text_bytes(here)
-            total += _text_bytes(here) + _text_bytes(stream)
+            bytes_read += _text_bytes(new_documents)
+            bytes_total += _text_bytes(new_documents) + _text_bytes(stream)
         elif size is None:
-            read += _text_bytes(here)
-            total += _text_bytes(here) if next(stream, None) is None else np.nan
+            bytes_read += _text_bytes(new_documents)
+            bytes_total += _text_bytes(new_documents) if next(stream, None) is None else np.nan
         elif next(stream, None) is None:
-            read += size
+            bytes_read += size
         else:
-            rows = len(here) + left_out.total - before
-            read += _bytes_read(origin.place, size, here, rows)
-    documents = taken.documents
+            rows = len(new_documents) + left_out.total - left_out_before
+            bytes_read += _bytes_read(origin.place, size, new_documents, rows)
+    documents = sample.documents
     if not documents:
         advice = left_out.advice("give a source with at least one non-blank document")
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.places)} (field "
             f"{config.text_field!r}); {advice}"
-            f"{f'; {told}' if (told := left_out.told()) else ''}"
+            f"{f'; {described}' if (described := left_out.told()) else ''}"
         )
-    if np.isnan(total):
+    if np.isnan(bytes_total):
         return SourceSample(documents, None, left_out)
-    return SourceSample(documents, read / total if 0 < read < total else 1.0, left_out)
+    return SourceSample(
+        documents, bytes_read / bytes_total if 0 < bytes_read < bytes_total else 1.0, left_out
+    )
 
 
 def _sizes(source: Iterable[Entry]) -> list[tuple[Origin, int | None]]:
@@ -104,24 +106,24 @@ def _sizes(source: Iterable[Entry]) -> list[tuple[Origin, int | None]]:
 
 
 @dataclass
-class _Taken:
+class _Sample:
     """The documents of the sample so far, and the bytes of their text."""
 
     documents: list[Document] = field(default_factory=list)
     bytes: int = 0
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Return whether the sample is large enough."""
         return len(self.documents) >= SAMPLE_DOCUMENTS or self.bytes >= SAMPLE_BYTES
 
-    def fill(self, stream: Iterator[Document]) -> list[Document]:
+    def take(self, stream: Iterator[Document]) -> list[Document]:
         """Take documents of ``stream`` until the sample is large enough; return them."""
-        before = len(self.documents)
-        while not self.full and (document := next(stream, None)) is not None:
+        count_before = len(self.documents)
+        while not self.is_full and (document := next(stream, None)) is not None:
             self.documents.append(document)
             self.bytes += _text_bytes([document])
-        return self.documents[before:]
+        return self.documents[count_before:]
 
 
 def _text_bytes(documents: Iterable[Document]) -> int:
@@ -134,8 +136,8 @@ def _bytes_of(document: Document) -> int:
     return sum(len(text.encode()) for text in document.texts)
 
 
-def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float:
-    """Return about how many bytes of a file its first ``rows`` are, with the text ``taken``."""
+def _bytes_read(path: str, size: int, sample: list[Document], rows: int) -> float:
+    """Return about how many bytes of a file its first ``rows`` are, with the text ``sample``."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1] == ".parquet":
         with open_binary(path) as file:
@@ -144,12 +146,12 @@ def _bytes_read(path: str, size: int, taken: list[Document], rows: int) -> float
         return size * min(1.0, rows / sum(batch.num_rows for batch in arrow_batches(path)))
     compression, table = compression_of(path), recorded_origin(path).format
     if ".txt" in suffixes:
-        plain = _text_bytes(taken) + 2 * len(taken)  # the blank line between two
+        text_bytes = _text_bytes(sample) + 2 * len(sample)  # the blank line between two
     elif table in TABLES:
-        plain = bytes_of_rows(path, table == "tsv", rows)
+        text_bytes = bytes_of_rows(path, table == "tsv", rows)
     else:
-        plain = _bytes_of_lines(path, rows)
-    return min(size, plain / (_density(path, compression) if compression else 1.0))
+        text_bytes = _bytes_of_lines(path, rows)
+    return min(size, text_bytes / (_density(path, compression) if compression else 1.0))
 
 
 def _bytes_of_lines(path: str, lines: int) -> int:
@@ -171,12 +173,12 @@ def _density(path: str, compression: str) -> float:
         return unpacked / raw.tell()
 
 
-def _about_tokens(document: Document) -> int:
+def _estimate_tokens(document: Document) -> int:
     given = document.given
     return len(given.ids) if isinstance(given, GivenTokens) else len(document.text) // 4
 
 
-def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
+def estimate_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
     """Return about how many sequences the corpus will have, in a second or so; None if the size of
     the source is unknown. Raise InputError as ``sample_source`` does.
     """
@@ -187,22 +189,22 @@ def about_sequences(config: CorpusConfig, tokenizer: Tokenizer) -> int | None:
         return config.limit_sequences
     texts = [document.text for document in sample.documents]
     if config.contents != {"text"}:
-        sequences = sum(_about_tokens(one) for one in sample.documents) // config.sequence_length
+        sequences = sum(_estimate_tokens(one) for one in sample.documents) // config.sequence_length
         if config.packing == "document":  # a dialogue is a sequence
             sequences = max(sequences, len(texts))
     elif config.pair_field is not None:
-        tokens = tokenizer.whole_lengths(texts, [str(one.pair) for one in sample.documents])
-        sequences = int(np.count_nonzero(tokens > tokenizer.whole_lengths([""], [""])))
+        tokens = tokenizer.uncut_lengths(texts, [str(one.pair) for one in sample.documents])
+        sequences = int(np.count_nonzero(tokens > tokenizer.uncut_lengths([""], [""])))
     else:
         end = config.packing != "contiguous" and lacks_end(tokenizer)
-        how = packing_of(tokenizer, config.sequence_length, config.packing, end)
+        packing = packing_of(tokenizer, config.sequence_length, config.packing, end)
         tokens = lengths_of(tokenizer.encoder.encodings(texts))
-        planned = plan(tokens.tolist(), 0, how, last=True)
+        planned = plan(tokens.tolist(), 0, packing, last=True)
         sequences = len(planned.pieces)
-        if how.joined:
-            special = len(how.prefix) + len(how.suffix)
-            lengths = planned.tokens + special + len(how.end) * planned.after
+        if packing.joins_rows:
+            affixes = len(packing.prefix) + len(packing.suffix)
+            lengths = planned.tokens + affixes + len(packing.end) * planned.after
             domains = [sample.documents[number].domain for number in planned.document]
             sequences = len(next_fit(lengths.tolist(), config.sequence_length, domains))
-    whole = max(1, round(sequences / sample.share))
-    return min(whole, config.limit_sequences or whole)
+    estimate = max(1, round(sequences / sample.share))
+    return min(estimate, config.limit_sequences or estimate)

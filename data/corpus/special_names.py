@@ -9,13 +9,13 @@ from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.source.documents import Document
 from rekindle.data.source.given import Dialogue
 
-SHORTEST = 3  # shorter names, and names that are words, may be ordinary text
+MIN_NAME_LENGTH = 3  # shorter names, and names that are words, may be ordinary text
 
 
 def special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Return a pattern that finds one in a text; None if there are none."""
     known = {tokenizer.hf.convert_ids_to_tokens(number) for number in tokenizer.special_ids}
-    names = sorted(n for n in known if len(n) >= SHORTEST and not n.isalnum())
+    names = sorted(n for n in known if len(n) >= MIN_NAME_LENGTH and not n.isalnum())
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
@@ -23,11 +23,11 @@ def holders_of(names: re.Pattern[str] | None, documents: Sequence[Document]) -> 
     """Return which of the documents hold some."""
     if names is None:
         return []
-    find = names.search
-    return [n for n, document in enumerate(documents) if any(map(find, _own(document)))]
+    search = names.search
+    return [n for n, document in enumerate(documents) if any(map(search, _user_texts(document)))]
 
 
-def _own(document: Document) -> tuple[str, ...]:
+def _user_texts(document: Document) -> tuple[str, ...]:
     """Return its texts; for a dialogue, without the special tokens that the template writes."""
     given = document.given
     return (given.written,) if isinstance(given, Dialogue) else document.texts

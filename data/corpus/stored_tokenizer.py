@@ -37,19 +37,19 @@ def damaged_tokenizer_files(store: Store) -> dict[str, CacheFormatError]:
     checksums.
     """
     try:
-        stated = read_sealed(store, TOKENIZER_FILES)
+        recorded = read_sealed(store, TOKENIZER_FILES)
     except FileNotFoundError:
         return {}
     except CacheFormatError as error:
         return {TOKENIZER_FILES: error}
     damaged = {}
-    for name, sha256 in stated.items():
+    for name, sha256 in recorded.items():
         path = f"{TOKENIZER}/{name}"
         try:
-            sound = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
+            is_intact = hashlib.sha256(store.read_bytes(path)).hexdigest() == sha256
         except (OSError, CacheFormatError):  # a folder, or an invalid name
-            sound = False
-        if not sound:
+            is_intact = False
+        if not is_intact:
             damaged[path] = CacheFormatError(f"{store.location}/{path} is damaged. {REPAIR}")
     return damaged
 
@@ -70,14 +70,14 @@ def save_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
         store.replace(TOKENIZER_FILES, content)  # another version of the library saves differently
 
 
-def check_gaps(store: Store, recorded: TokenizerFacts, known: TokenizerFacts) -> None:
+def check_gaps(store: Store, recorded: TokenizerFacts, current: TokenizerFacts) -> None:
     """Raise CacheMismatchError if the ``recorded`` facts come from a version that took the number
     of tokens for one past the largest id: text with larger ids is lost to it.
     """
-    if recorded["digest"] == known["digest"] and "holes" in known and "holes" not in recorded:
+    if recorded["digest"] == current["digest"] and "holes" in current and "holes" not in recorded:
         raise CacheMismatchError(
             f"{store.location} was made by an earlier version of Rekindle with a tokenizer that "
             f"has gaps in its ids: it took {recorded['size']:,} for one past the largest id, which "
-            f"is {known['size']:,}. What it holds of text with smaller ids is read as it was made; "
-            "it cannot be added to. Make the cache again under another cache.path"
+            f"is {current['size']:,}. What it holds of text with smaller ids is read as it was "
+            "made; it cannot be added to. Make the cache again under another cache.path"
         )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rekindle.data.corpus.encoded import Encoded
-from rekindle.data.corpus.encoder import NEWEST_CUT, Encoder
+from rekindle.data.corpus.encoder import LATEST_CUT_RULE, Encoder
 from rekindle.data.corpus.tokenizer_files import read_tokenizer_files
 from rekindle.data.errors import InputError, naming
 
@@ -63,7 +63,7 @@ class Tokenizer:
         return self.encoder.texts(texts).each()
 
     def encode_pair(
-        self, a: str, b: str, max_length: int, cut: int = NEWEST_CUT
+        self, a: str, b: str, max_length: int, cut: int = LATEST_CUT_RULE
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return two texts joined as a pair: (input_ids [L], token_type_ids [L]), both int32.
 
@@ -79,7 +79,7 @@ class Tokenizer:
         """Return every (id, token)."""
         return frozenset((id, token) for token, id in self.hf.get_vocab().items())
 
-    def whole_lengths(
+    def uncut_lengths(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
     ) -> NDArray[np.int64]:
         """Return the tokens of each text, or of each pair, special ones included, before anything
@@ -87,8 +87,8 @@ class Tokenizer:
         """
         added = self.encoder.backend.num_special_tokens_to_add(is_pair=pairs is not None)
         parts = (texts,) if pairs is None else (texts, pairs)
-        each = [[len(found) for found in self.encoder.encodings(part)] for part in parts]
-        return np.array(each, np.int64).reshape(len(parts), -1).sum(axis=0) + added
+        counts = [[len(encoding) for encoding in self.encoder.encodings(part)] for part in parts]
+        return np.array(counts, np.int64).reshape(len(parts), -1).sum(axis=0) + added
 
     def save(self, directory: str | Path) -> None:
         """Write it so that ``load_tokenizer(directory)`` and transformers can read it."""
@@ -115,8 +115,8 @@ def wrap_tokenizer(
     with naming(f"tokenizer {name!r}"):
         encoder.encodings(["a"])
     prefix, suffix = _affixes(backend)
-    known = hf.get_vocab()
-    vocabulary = sorted(zip(known.values(), known, strict=True))
+    ids_of_tokens = hf.get_vocab()
+    vocabulary = sorted(zip(ids_of_tokens.values(), ids_of_tokens, strict=True))
     if not vocabulary:
         raise InputError(f"tokenizer {name!r} has no tokens; give one that was trained")
     return Tokenizer(

@@ -35,11 +35,11 @@ def has_tokenizer_files(path: str | Path) -> bool:
     tokenizer.
     """
     directory = Path(path)
-    sets = [*((name,) for name in _AUTO_FILES), *_BARE_FILES]
-    return any(_all_there(directory, names) for names in sets)
+    file_sets = [*((name,) for name in _AUTO_FILES), *_BARE_FILES]
+    return any(_all_exist(directory, names) for names in file_sets)
 
 
-def _all_there(directory: Path, names: tuple[str, ...]) -> bool:
+def _all_exist(directory: Path, names: tuple[str, ...]) -> bool:
     return all((directory / name).is_file() for name in names)
 
 
@@ -77,7 +77,7 @@ def _load_directory(directory: Path) -> "PreTrainedTokenizerFast":
         _check_pieces(directory)
         _check_values(directory / "tokenizer_config.json")
         return _load_auto(str(directory))
-    names = next(names for names in _BARE_FILES if _all_there(directory, names))
+    names = next(names for names in _BARE_FILES if _all_exist(directory, names))
     return _BARE_FILES[names](*(directory / name for name in names))
 
 
@@ -89,17 +89,17 @@ def _check_values(file: Path) -> None:
     accepts unchecked, or fails on without naming them; invalid JSON is reported later.
     """
     try:
-        found = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return
-    for key, value in found.items() if isinstance(found, dict) else ():
+    for key, value in content.items() if isinstance(content, dict) else ():
         rule = ""
         if _FLAGS.fullmatch(key) and not isinstance(value, bool | NoneType):
             rule = "true or false"
         if key == "tokenizer_class" and not isinstance(value, str | NoneType):
             rule = "the name of a class"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "model_max_length" and value is not None and not (number and value >= 1):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "model_max_length" and value is not None and not (is_number and value >= 1):
             rule = "a number of tokens"
         if rule:
             raise InputError(f"{file}: {key} is {value!r:.200}; it must be {rule}")
@@ -126,10 +126,10 @@ def check_gguf(file: Path) -> None:
 def _load_auto(path_or_id: str, gguf_file: str | None = None) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
-    more = {} if gguf_file is None else {"gguf_file": gguf_file}
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         hf = AutoTokenizer.from_pretrained(
-            path_or_id, use_fast=True, trust_remote_code=False, **more
+            path_or_id, use_fast=True, trust_remote_code=False, **options
         )
     except Exception as error:  # the library's errors share no base; all mean: not to be had
         reason = " ".join(str(error).split())
@@ -138,7 +138,7 @@ def _load_auto(path_or_id: str, gguf_file: str | None = None) -> "PreTrainedToke
                 f"{path_or_id}/{gguf_file} cannot be read: {reason}; is it truncated, or part of "
                 "a split file? Otherwise give the folder that it was made from"
             ) from error
-        _blame_file(Path(path_or_id))
+        _raise_for_bad_file(Path(path_or_id))
         if find_spec("sentencepiece") is None and re.search("tiktoken|(?i:sentencepiece)", reason):
             raise InputError(f"tokenizer {path_or_id!r} {_NEEDS_PIECES}") from None
         raise InputError(
@@ -174,7 +174,7 @@ def _check_pieces(directory: Path) -> None:
                 raise InputError(f"tokenizer {path} {_NEEDS_PIECES}")
 
 
-def _blame_file(directory: Path) -> None:
+def _raise_for_bad_file(directory: Path) -> None:
     """Raise InputError, naming the file, if one of those that transformers reads is not a JSON
     object, tokenizer.json is not a tokenizer, or config.json not a configuration: the tokenizer
     needs it too.
@@ -184,22 +184,23 @@ def _blame_file(directory: Path) -> None:
 
     for path in filter(Path.is_file, (directory / name for name in _JSON_FILES)):
         try:
-            found = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except ValueError as error:  # also for bytes that are not UTF-8
             raise InputError(
                 f"{path} is not JSON ({error}); give the file as it was saved"
             ) from None
-        if not isinstance(found, dict):
+        if not isinstance(content, dict):
             raise InputError(
-                f"{path} holds {type(found).__name__}, not an object; give the file as it was saved"
+                f"{path} holds {type(content).__name__}, not an object; give the file as it was "
+                "saved"
             )
     if (file := directory / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(file))
         except Exception as error:  # it has no class of its own
-            told = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"{file} is not a tokenizer of the tokenizers library: {told}; give the file as "
+                f"{file} is not a tokenizer of the tokenizers library: {reason}; give the file as "
                 "it was saved"
             ) from None
     if (directory / "config.json").is_file():
@@ -224,8 +225,8 @@ def _load_wordpiece(path: Path) -> "PreTrainedTokenizerFast":
             "with tokenizer.json instead"
         )
     words = (token for token in tokens if not (token.startswith("[") and token.endswith("]")))
-    cased = bool(re.search("[A-Z]", "\n".join(words)))
-    return BertTokenizerFast(vocab=str(path), do_lower_case=not cased)
+    is_cased = bool(re.search("[A-Z]", "\n".join(words)))
+    return BertTokenizerFast(vocab=str(path), do_lower_case=not is_cased)
 
 
 def _load_byte_level(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast":

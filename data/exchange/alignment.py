@@ -7,18 +7,20 @@ from numpy.typing import NDArray
 
 from rekindle.data.errors import InputError
 
-ENOUGH = 100  # positions needed before anything is said
-SURELY = 5.0  # standard errors by which another place must be better, besides being twice as good
+MIN_POSITIONS = 100  # positions needed for a verdict
+MIN_STANDARD_ERRORS = (
+    5.0  # a neighbour must be better by this many standard errors, and twice as good
+)
 
-BESIDE = {-1: "the token before", 1: "the token after"}
+NEIGHBOURS = {-1: "the token before", 1: "the token after"}
 
 
 @dataclass
 class Alignment:
     """Counts how often a position's candidates hold its own token, and its neighbours.
 
-    Without ``gold_log_probs`` nothing else reveals rows that are a place off: the candidates of one
-    position are as good a distribution as those of the next.
+    Without ``gold_log_probs`` nothing else reveals rows that are one position off: the candidates
+    of one position are as good a distribution as those of the next.
     """
 
     positions: int = 0
@@ -33,21 +35,24 @@ class Alignment:
         inside = (gold > 0) & (gold + 1 < len(tokens))
         self.positions += int(inside.sum())
         for offset in self.hits:
-            truth = tokens[gold[inside] + offset][:, None]
-            self.hits[offset] += int((ids[inside] == truth).any(axis=1).sum())
+            tokens_there = tokens[gold[inside] + offset][:, None]
+            self.hits[offset] += int((ids[inside] == tokens_there).any(axis=1).sum())
 
     def check(self) -> None:
-        """Raise InputError if the candidates are a neighbour's, as far as that can be told."""
-        if self.positions < ENOUGH:
+        """Raise InputError if the candidates look like a neighbour's."""
+        if self.positions < MIN_POSITIONS:
             return
-        share = {offset: hits / self.positions for offset, hits in self.hits.items()}
-        best = max(BESIDE, key=lambda offset: share[offset])
-        mean = (share[best] + share[0]) / 2
-        error = (2 * mean * (1 - mean) / self.positions) ** 0.5
-        if share[best] > max(2 * share[0], share[0] + SURELY * error):
+        hit_shares = {offset: hits / self.positions for offset, hits in self.hits.items()}
+        best = max(NEIGHBOURS, key=lambda offset: hit_shares[offset])
+        mean = (hit_shares[best] + hit_shares[0]) / 2
+        standard_error = (2 * mean * (1 - mean) / self.positions) ** 0.5
+        if hit_shares[best] > max(
+            2 * hit_shares[0], hit_shares[0] + MIN_STANDARD_ERRORS * standard_error
+        ):
             raise InputError(
                 f"at {self.positions:,} positions the candidates hold their own token in "
-                f"{share[0]:.1%}, and {BESIDE[best]} it in {share[best]:.1%}: the rows look "
-                "shifted by one (for a causal LM, the numbers of position t belong to the token "
+                f"{hit_shares[0]:.1%}, and {NEIGHBOURS[best]} it in {hit_shares[best]:.1%}: the "
+                "rows look shifted by one (for a causal LM, the numbers of position t belong to "
+                "the token "
                 "after it). Shift them; if they are right, give gold_log_probs, which prove it"
             )

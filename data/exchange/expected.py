@@ -1,4 +1,4 @@
-"""Where targets may be: what rows are checked against, when an imported unit is complete, and which
+"""Find where targets may be, to check rows and to know when an imported unit is complete, and which
 view the model was shown.
 """
 
@@ -29,26 +29,26 @@ def expected_positions(
         return target_positions(corpus, info, view, *unit)
     batches = [*corpus.shard(unit[0]).batches()]
     texts = [text for batch in batches for text in batch["text"].to_pylist()]
-    lists = [split_lists(batches, name) for name in ("char_starts", "word_starts")]
-    return [word_characters(*row)[0] for row in zip(texts, *lists, strict=True)]
+    starts = [split_lists(batches, name) for name in ("char_starts", "word_starts")]
+    return [word_characters(*row)[0] for row in zip(texts, *starts, strict=True)]
 
 
-def of_trained(row: Row, tokens: int, expected: NDArray[np.int64]) -> Row:
+def keep_trained(row: Row, tokens: int, expected: NDArray[np.int64]) -> Row:
     """Return a causal LM's row reduced to the ``expected`` positions, if it has values for each of
     its sequence's ``tokens`` that has a next one, as an engine gives them.
     """
-    ids, whole = row.get("ids"), tokens - 1
-    lists = isinstance(ids, list | tuple | np.ndarray) and row.get("positions") is None
-    if not lists or len(ids) != whole or len(expected) == whole:  # type: ignore[arg-type]
+    ids, predictions = row.get("ids"), tokens - 1
+    is_one_list = isinstance(ids, list | tuple | np.ndarray) and row.get("positions") is None
+    if not is_one_list or len(ids) != predictions or len(expected) == predictions:  # type: ignore[arg-type]
         return row
 
-    def at(value: Any) -> Any:
+    def select(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: at(one) for key, one in value.items()}
-        several = isinstance(value, list | tuple | np.ndarray) and len(value) == whole
-        return [value[place] for place in expected.tolist()] if several else value
+            return {key: select(one) for key, one in value.items()}
+        is_per_position = isinstance(value, list | tuple | np.ndarray) and len(value) == predictions
+        return [value[index] for index in expected.tolist()] if is_per_position else value
 
-    return {name: value if name == "input_ids" else at(value) for name, value in row.items()}
+    return {name: value if name == "input_ids" else select(value) for name, value in row.items()}
 
 
 def may_have_targets(corpus: Corpus, view: ViewReader | None, shard: int) -> NDArray[np.bool_]:
@@ -57,30 +57,30 @@ def may_have_targets(corpus: Corpus, view: ViewReader | None, shard: int) -> NDA
     """
     if view is None or not view.kind.paired:
         return np.ones(corpus.commits[shard].rows, bool)
-    there = [batch["text_a"].is_valid() for batch in view.batches(shard)]
-    return np.concatenate([one.to_numpy(zero_copy_only=False) for one in there])
+    has_pair = [batch["text_a"].is_valid() for batch in view.batches(shard)]
+    return np.concatenate([one.to_numpy(zero_copy_only=False) for one in has_pair])
 
 
 def view_name(corpus: Corpus, config: ImportConfig) -> str:
     """Return the recorded name of the view that the model was shown."""
     kinds = ("masked", "pairs")
     stored = [name for name in corpus.store.folders("views") if view_kind(name).kind in kinds]
-    usual = {"causal_lm": "clean", "masked_lm": "masked"}.get(config.task, "text")
-    asked = config.view or usual
-    if asked == "masked":
+    default = {"causal_lm": "clean", "masked_lm": "masked"}.get(config.task, "text")
+    requested = config.view or default
+    if requested == "masked":
         masked = [name for name in stored if view_kind(name).masked]
         if len(masked) != 1:
             raise InputError(
                 f"the cache has the masked views {masked or 'none'}; name the one that the model "
                 "was shown (view), or `clean` if it saw the text unmasked"
             )
-        asked = masked[0]
-    fits = config.task in view_kind(asked).tasks
-    if not fits or (view_kind(asked).stored and asked not in stored):
+        requested = masked[0]
+    is_possible = config.task in view_kind(requested).tasks
+    if not is_possible or (view_kind(requested).stored and requested not in stored):
         known = ["clean", "text", *stored]
-        there = [name for name in known if config.task in view_kind(name).tasks]
+        possible = [name for name in known if config.task in view_kind(name).tasks]
         raise InputError(
-            f"view {asked!r} cannot be shown to a {config.task} of this cache (possible are: "
-            f"{', '.join(there)})"
+            f"view {requested!r} cannot be shown to a {config.task} of this cache (possible are: "
+            f"{', '.join(possible)})"
         )
-    return asked
+    return requested

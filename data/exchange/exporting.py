@@ -34,11 +34,11 @@ from rekindle.data.views.reader import ViewReader
 
 Values = dict[str, object]
 ROWS_AT_A_TIME = 32
-TEXT = ("digest", "document", "domain", "text")
+TEXT_FIELDS = ("digest", "document", "domain", "text")
 _TEXTS, _INTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
 TYPES = {
     "index": pa.int64(),
-    **dict.fromkeys((*TEXT, GROUP), pa.string()),
+    **dict.fromkeys((*TEXT_FIELDS, GROUP), pa.string()),
     "input_ids": _INTS,
     "tokens": _TEXTS,
     "replica": pa.int32(),
@@ -92,76 +92,80 @@ class Export:
         if not isinstance(kind, VocabularyKind):
             if self.k is not None:
                 raise InputError(f"k is for language models; {name!r} is a {teacher.info.task}")
-        elif kind.whole and self.k is None:
+        elif kind.has_all_probabilities and self.k is None:
             raise InputError(
                 f"teacher {name!r} keeps whole distributions, {kind.size:,} values per position; "
                 "give how many of the likeliest you want (k, --k)"
             )
         elif self.k is not None and not 1 <= self.k <= kind.k:
             raise InputError(f"k is {self.k}, but teacher {name!r} has 1 to {kind.k} candidates")
-        elif self.k is not None and kind.sampled:
+        elif self.k is not None and kind.is_sample:
             raise InputError(
                 f"teacher {name!r} keeps samples, part of which is meaningless. Leave k out"
             )
 
     def _names(self) -> list[str]:
-        found = ["index", *self._about, "input_ids", "tokens"]
+        fields = ["index", *self._text_fields, "input_ids", "tokens"]
         if self.view is not None and self.view.kind.masked:
-            found += ["replica", "shown_ids"]
-            found += [] if self.teacher else ["positions"]
+            fields += ["replica", "shown_ids"]
+            fields += [] if self.teacher else ["positions"]
         if self.teacher is None:
-            return found
+            return fields
         info, kind = self.teacher.info, self.teacher.kind
         if isinstance(kind, Embedding):
-            return [*found, "vector"]
+            return [*fields, "vector"]
         if not isinstance(kind, VocabularyKind):
-            words = [] if kind.per_sequence else ["positions"]
-            return [*found, *words, "label", "labels", "logits", "probabilities"]
-        kept = ["temperature"] if kind.read_at != 1 else []
-        kept += ["ids", "candidates", "log_probs", "log_tail"]
-        kept += ["log_tails"] if self._further else []
-        if kind.sampled:
-            kept = ["sampled_ids", "candidates", "sampled_log_probs"]
+            place_fields = [] if kind.per_sequence else ["positions"]
+            return [*fields, *place_fields, "label", "labels", "logits", "probabilities"]
+        value_fields = ["temperature"] if kind.readable_temperature != 1 else []
+        value_fields += ["ids", "candidates", "log_probs", "log_tail"]
+        value_fields += ["log_tails"] if self._further_temperatures else []
+        if kind.is_sample:
+            value_fields = ["sampled_ids", "candidates", "sampled_log_probs"]
         lacks = info.lacks
         gold = [] if "gold_rank" in lacks else ["gold_log_probs", "gold_ranks"]
         entropy = [] if "entropy" in lacks else ["entropy"]
-        return [*found, "positions", *kept, "gold_tokens", *gold, *entropy]
+        return [*fields, "positions", *value_fields, "gold_tokens", *gold, *entropy]
 
     @property
-    def _about(self) -> tuple[str, ...]:
+    def _text_fields(self) -> tuple[str, ...]:
         """Return the fields about a sequence's text."""
-        return (*TEXT, GROUP) if self.corpus.has_groups else TEXT
+        return (*TEXT_FIELDS, GROUP) if self.corpus.has_groups else TEXT_FIELDS
 
     @property
-    def _further(self) -> list[float]:
+    def _further_temperatures(self) -> list[float]:
         """Return the temperatures of further tails."""
         if self.teacher is None or not isinstance(kind := self.teacher.kind, VocabularyKind):
             return []
-        return [at for at in self.teacher.info.temperatures if kind.has_tail and at != kind.read_at]
+        return [
+            at
+            for at in self.teacher.info.temperatures
+            if kind.has_tail and at != kind.readable_temperature
+        ]
 
     @property
     def schema(self) -> pa.Schema:
         """Return the Arrow schema of the rows."""
-        words = self.teacher is not None and self.teacher.info.kind == "token"
-        types = TYPES | (WORD_TYPES if words else {})
-        further = [pa.field(_name(at), _FLOATS) for at in self._further]
-        types |= {"log_tails": pa.struct(further)}
+        is_per_word = self.teacher is not None and self.teacher.info.kind == "token"
+        types = TYPES | (WORD_TYPES if is_per_word else {})
+        further_fields = [pa.field(_name(at), _FLOATS) for at in self._further_temperatures]
+        types |= {"log_tails": pa.struct(further_fields)}
         return pa.schema([pa.field(name, types[name]) for name in self.names])
 
     def batches(
         self, progress: Callable[[int], None] = lambda rows: None
     ) -> Iterator[pa.RecordBatch]:
         """Yield the rows as record batches, a few at a time."""
-        schema, held = self.schema, []
+        schema, rows = self.schema, []
         for row in self.rows():
-            held.append(row)
-            if len(held) == ROWS_AT_A_TIME:
-                progress(len(held))
-                yield pa.RecordBatch.from_pylist(held, schema)
-                held = []
-        if held:
-            progress(len(held))
-            yield pa.RecordBatch.from_pylist(held, schema)
+            rows.append(row)
+            if len(rows) == ROWS_AT_A_TIME:
+                progress(len(rows))
+                yield pa.RecordBatch.from_pylist(rows, schema)
+                rows = []
+        if rows:
+            progress(len(rows))
+            yield pa.RecordBatch.from_pylist(rows, schema)
 
     def rows(self) -> Iterator[Values]:
         """Yield each row by its fields' names, in the order of the corpus, replica after replica.
@@ -169,8 +173,8 @@ class Export:
         Sequences without cached targets have no row.
         """
         masked = self.view is not None and self.view.kind.masked
-        each = [*range(self.view.replicas)] if masked and self.view else [None]
-        for replica in each:
+        replicas = [*range(self.view.replicas)] if masked and self.view else [None]
+        for replica in replicas:
             for index in range(min(len(self.corpus), self.limit or len(self.corpus))):
                 row = self._row(index, replica)
                 if row is not None:
@@ -179,8 +183,8 @@ class Export:
     @property
     def digest(self) -> str:
         """Return a fingerprint of what decides the rows: the bytes they are read from, and how."""
-        asked = (self.k, self.limit, self.view and self.view.name)
-        state = xxhash.xxh3_64(repr((self.corpus.fingerprint, *asked)).encode())
+        settings = (self.k, self.limit, self.view and self.view.name)
+        state = xxhash.xxh3_64(repr((self.corpus.fingerprint, *settings)).encode())
         for part in self.teacher.parts if self.teacher is not None else ():
             for unit, sha256 in sorted(zip(part.commits, part.commits.sha256s, strict=True)):
                 state.update(f"{part.info.folder} {unit} {sha256}".encode())
@@ -199,39 +203,42 @@ class Export:
         if self.teacher is not None and not self.teacher.has(place[0], replica):
             return None
         ids, _ = read_clean(self.corpus, [place])
-        found: Values = {"index": index, "input_ids": ids[0], "tokens": self._texts.of(ids[0])}
-        found |= {name: self.corpus.text(name, place) for name in self._about}
+        fields: Values = {"index": index, "input_ids": ids[0], "tokens": self._texts.of(ids[0])}
+        fields |= {name: self.corpus.text(name, place) for name in self._text_fields}
         if replica is not None and self.view is not None:
             masked = read_masked(self.view, [place], ids, replica)
-            found |= {"replica": replica, "shown_ids": masked.input_ids[0]}
-            found["positions"] = masked.positions.astype(np.int32)
+            fields |= {"replica": replica, "shown_ids": masked.input_ids[0]}
+            fields["positions"] = masked.positions.astype(np.int32)
         if self.teacher is None:
-            return found
+            return fields
         target = read_targets(self.teacher, [place], replica)
         if isinstance(target, TokenTargetBatch):
-            return found | self._tokens(target, ids[0])
+            return fields | self._tokens(target, ids[0])
         if isinstance(target, EmbeddingBatch):
-            return found | {"vector": target.vectors[0]} if len(target.rows) else None
+            return fields | {"vector": target.vectors[0]} if len(target.rows) else None
         assert isinstance(target, SequenceTargetBatch | TokenLabelBatch)
         if isinstance(target, SequenceTargetBatch) and not target.present[0]:
             return None
-        return found | _labels(target)
+        return fields | _labels(target)
 
     def _tokens(self, target: TokenTargetBatch, ids: NDArray[np.int32]) -> Values:
         """Return a language model's values at its positions."""
         assert self.teacher is not None
         columns, kind = target.columns, target.kind
-        kept, log_probs, log_tail = target.decode(kind.read_at, self.k)
+        candidate_ids, log_probs, log_tail = target.decode(kind.readable_temperature, self.k)
         gold = ids[target.positions + (target.info.task == "causal_lm")]
-        lead = "sampled_" if kind.sampled else ""
+        prefix = "sampled_" if kind.is_sample else ""
         values: Values = {
             "positions": target.positions.astype(np.int32),
-            f"{lead}ids": [*kept.astype(np.int32)],
-            "candidates": [self._texts.of(row) for row in kept],
-            f"{lead}log_probs": [*log_probs.astype(np.float32)],
-            "temperature": kind.read_at,
+            f"{prefix}ids": [*candidate_ids.astype(np.int32)],
+            "candidates": [self._texts.of(row) for row in candidate_ids],
+            f"{prefix}log_probs": [*log_probs.astype(np.float32)],
+            "temperature": kind.readable_temperature,
             "log_tail": _masses(log_tail),
-            "log_tails": {_name(at): _masses(target.decode(at, self.k)[2]) for at in self._further},
+            "log_tails": {
+                _name(at): _masses(target.decode(at, self.k)[2])
+                for at in self._further_temperatures
+            },
             "gold_tokens": self._texts.of(gold),
         }
         if "gold_rank" in columns:
@@ -259,12 +266,12 @@ class _Texts:
 
     def of(self, ids: NDArray[np.integer]) -> list[str]:
         """Return the texts of ``ids``; "" for −1, which pads samples with fewer ids."""
-        found = []
+        texts = []
         for one in ids.tolist():
             if one not in self._known:
                 self._known[one] = self._pieces[one]
-            found.append(self._known[one])
-        return found
+            texts.append(self._known[one])
+        return texts
 
 
 def _labels(target: SequenceTargetBatch | TokenLabelBatch) -> Values:
@@ -279,9 +286,14 @@ def _labels(target: SequenceTargetBatch | TokenLabelBatch) -> Values:
             "logits": [*target.logits],
             "probabilities": [*probs],
         }
-    said = None if target.info.problem == "regression" else best[0]
-    shown = None if target.info.problem == "regression" else probs[0]
-    return {"label": said, "labels": names, "logits": target.logits[0], "probabilities": shown}
+    label = None if target.info.problem == "regression" else best[0]
+    probabilities_shown = None if target.info.problem == "regression" else probs[0]
+    return {
+        "label": label,
+        "labels": names,
+        "logits": target.logits[0],
+        "probabilities": probabilities_shown,
+    }
 
 
 def probabilities(info: TeacherInfo, logits: Floats) -> Floats:

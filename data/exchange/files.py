@@ -42,25 +42,25 @@ def write_export(
     _check_target(out, force)
     count = 0
 
-    def counted(rows: int) -> None:
+    def report(rows: int) -> None:
         nonlocal count
         count += rows
         progress(rows)
 
     if not out.suffix:
         with new_folder(out) as folder:
-            _save_dataset(export, folder, counted)
+            _save_dataset(export, folder, report)
     elif out.suffix == ".jsonl":
         with new_file(out) as file:
             for row in export.rows():
                 file.write(json.dumps(plain(row), ensure_ascii=False).encode() + b"\n")
-                counted(1)
+                report(1)
     else:
         with new_file(out) as file:
-            parquet = out.suffix == ".parquet"
-            make: Any = pq.ParquetWriter if parquet else pa.ipc.new_file
-            with make(file, export.schema) as writer:
-                for batch in export.batches(counted):
+            is_parquet = out.suffix == ".parquet"
+            make_writer: Any = pq.ParquetWriter if is_parquet else pa.ipc.new_file
+            with make_writer(file, export.schema) as writer:
+                for batch in export.batches(report):
                     writer.write_batch(batch)
     return count
 
@@ -85,7 +85,7 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def _save_dataset(export: Export, folder: Path, progress: Advance) -> None:
-    """Write what ``Dataset.save_to_disk`` leaves, through one mapped file: in bounded memory."""
+    """Write what ``Dataset.save_to_disk`` would, through one mapped file, in bounded memory."""
     with tempfile.TemporaryDirectory(prefix=".", suffix=".new", dir=folder.parent) as rows:
         mapped_dataset(export, Path(rows) / "rows.arrow", progress).save_to_disk(folder)
 
@@ -100,7 +100,7 @@ def mapped_dataset(export: Export, path: Path, progress: Advance = lambda rows: 
     return Dataset.from_file(str(path))
 
 
-def held_dataset(export: Export) -> "Dataset":
+def in_memory_dataset(export: Export) -> "Dataset":
     """Return a dataset that is held in memory."""
     from datasets import Dataset
     from datasets.table import InMemoryTable

@@ -20,7 +20,7 @@ from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputErro
 from rekindle.data.exchange.config import ImportConfig
 from rekindle.data.exchange.expected import expected_positions, may_have_targets, view_name
 from rekindle.data.exchange.label_rows import LabelRows
-from rekindle.data.exchange.logprobs import expanded_row
+from rekindle.data.exchange.logprobs import expand_row
 from rekindle.data.exchange.rows import Place, Row, check_shown, place_of, tokens_of
 from rekindle.data.exchange.token_rows import TokenRows
 from rekindle.data.exchange.vector_rows import VectorRows
@@ -65,11 +65,11 @@ class ImportResult:
         """Return a summary for people."""
         info = self.info
         lines = [
-            f"teacher {info.name}: {kind_of(info).sentence}; {counted(self.rows, 'row')}, "
+            f"teacher {info.name}: {kind_of(info).description}; {counted(self.rows, 'row')}, "
             f"{counted(self.positions, 'target')}; {counted(self.units_done, 'unit')} made, "
             f"{self.units_present} already there (unit: a teacher's file)"
         ]
-        return "\n".join([*lines, *(f"  {told}" for told in self.noticed)])
+        return "\n".join([*lines, *(f"  {note}" for note in self.noticed)])
 
 
 def import_targets(
@@ -91,46 +91,46 @@ def import_targets(
             "(corpus.packing: packed), but targets that were made elsewhere saw a sequence as "
             "one text. Import them into a cache with packing: document"
         )
-    with adding(corpus.store) as alone:
-        job = _Import(corpus, config, alone is not False)
+    with adding(corpus.store) as is_alone:
+        job = _Import(corpus, config, is_alone is not False)
         for name, row in rows:
             with naming(name):
                 job.take(name, row)
             progress(1)
         done = job.finish()
-        if alone is not False:  # no other process removes records meanwhile
+        if is_alone is not False:  # no other process removes records meanwhile
             roll_up_records(corpus.store)
         return done
 
 
-def numbered(rows: Iterable[Row], where: str = "rows") -> Iterator[tuple[str, Row]]:
-    """Yield the rows of ``where``, each with its name there."""
+def numbered(rows: Iterable[Row], source: str = "rows") -> Iterator[tuple[str, Row]]:
+    """Yield the rows of ``source``, each with its name there."""
     for number, row in enumerate(rows, start=1):
-        yield f"{where}, row {number}", row
+        yield f"{source}, row {number}", row
 
 
 class _Import:
-    """An import under way."""
+    """An unfinished import: its rows so far, by unit."""
 
-    def __init__(self, corpus: Corpus, config: ImportConfig, alone: bool):
+    def __init__(self, corpus: Corpus, config: ImportConfig, is_alone: bool):
         self.corpus, self.config = corpus, config
         self.view_name = view_name(corpus, config)
         self.view: ViewReader | None = shown_view(corpus, self.view_name)
-        masked = view_kind(self.view_name).masked
-        self.replicas = self.view.replicas if masked and self.view else None
-        repaired = _without_damage(corpus, config.name) if alone else 0
+        is_masked = view_kind(self.view_name).masked
+        self.replicas = self.view.replicas if is_masked and self.view else None
+        repaired = _forget_damaged(corpus, config.name) if is_alone else 0
         if is_described(corpus.store, config.name):
-            self.present: TeacherInfo | None = read_teacher(corpus.store, config.name)
+            self.existing: TeacherInfo | None = read_teacher(corpus.store, config.name)
         else:  # its description may have been lost
-            self.present = stated_by_shards(corpus.store, config.name)
+            self.existing = stated_by_shards(corpus.store, config.name)
         self.reader: Reader | None = None
         self.waiting: list[tuple[str, Row]] = []  # rows before the first that has a position
         self.pending: dict[UnitPlace, dict[int, Columns]] = {}
-        self.seen: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have arrived
+        self.arrived: dict[UnitPlace, NDArray[np.bool_]] = {}  # the sequences that have arrived
         self.expected: OrderedDict[UnitPlace, list[NDArray[np.int64]]] = OrderedDict()
         self.stored: TeacherReader | None = None
-        self.done: set[str] = set()
-        self.result_facts = {"rows": 0, "positions": 0, "made": 0, "repaired": repaired}
+        self.done_units: set[str] = set()
+        self.counts = {"rows": 0, "positions": 0, "made": 0, "repaired": repaired}
         if config.task not in (*VOCABULARY_TASKS, "embedding"):
             self._begin(LabelRows.begin(corpus, config, self.view_name))
 
@@ -138,9 +138,9 @@ class _Import:
 
     def _begin(self, reader: Reader) -> None:
         self.reader = reader
-        self.done = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
-        check_name(self.corpus, self.present, reader.info)
-        if self.done:
+        self.done_units = {*ShardSet(self.corpus.store, reader.info.folder).committed()}
+        check_name(self.corpus, self.existing, reader.info)
+        if self.done_units:
             claim_teacher(self.corpus, reader.info)  # unless its description is there
             self.stored = self._reader_of(reader.info)
 
@@ -156,20 +156,20 @@ class _Import:
             self._begin(VectorRows.begin(self.corpus, self.config, self.view_name, row))
         if self.reader is None:
             place = place_of(row, self.corpus, self.replicas)
-            known = self.present.k if self.present else None
+            known = self.existing.k if self.existing else None
             tokens = tokens_of(self.corpus, (place.shard, place.row))
-            whole = expanded_row(row, tokens, self.config.task)
+            expanded = expand_row(row, tokens, self.config.task)
             k = self.config.k or known
-            view = (self.view_name, self._share)
-            begun = TokenRows.begin(self.corpus, self.config, view, k, whole)
-            if begun is None:
+            view = (self.view_name, self._target_share)
+            reader = TokenRows.begin(self.corpus, self.config, view, k, expanded)
+            if reader is None:
                 self.waiting.append((name, row))
                 return
-            self._begin(begun)
+            self._begin(reader)
             waiting, self.waiting = self.waiting, []
-            for earlier, one in waiting:
-                with naming(earlier):
-                    self._take(one)
+            for earlier_name, earlier_row in waiting:
+                with naming(earlier_name):
+                    self._take(earlier_row)
         self._take(row)
 
     # --- every row --------------------------------------------------------------------------------
@@ -178,38 +178,38 @@ class _Import:
         assert self.reader is not None
         place = place_of(row, self.corpus, self.replicas)
         unit = (place.shard, place.replica)
-        seen = self._come(unit)
-        if seen[place.row]:
-            self._refuse(place)
+        arrived = self._arrived(unit)
+        if arrived[place.row]:
+            self._raise_not_needed(place)
         tokens = tokens_of(self.corpus, (place.shard, place.row))
         if self.reader.info.is_vocabulary:
-            check_shown(row, self._shown(place, tokens), place)
-        whole = expanded_row(row, tokens, self.config.task)
-        columns = self.reader.columns(whole, tokens, self._expected(unit)[place.row])
-        seen[place.row] = True
-        self.result_facts["rows"] += 1
-        self.result_facts["positions"] += _length(columns)
-        if unit_of(*unit) in self.done:
+            check_shown(row, self._shown_ids(place, tokens), place)
+        expanded = expand_row(row, tokens, self.config.task)
+        columns = self.reader.columns(expanded, tokens, self._expected(unit)[place.row])
+        arrived[place.row] = True
+        self.counts["rows"] += 1
+        self.counts["positions"] += _length(columns)
+        if unit_of(*unit) in self.done_units:
             self._compare(place, columns)
             return
         pending = self.pending.setdefault(unit, {})
         pending[place.row] = columns
-        if seen.all():
+        if arrived.all():
             self._write(unit)
 
     @property
-    def _share(self) -> float:
+    def _target_share(self) -> float:
         """Return the approximate largest share of a sequence's tokens with a target."""
         masks = self.view.identity.get("mask", {}) if self.view else {}
         return float(masks.get("probability", 1.0))
 
-    def _come(self, unit: UnitPlace) -> NDArray[np.bool_]:
+    def _arrived(self, unit: UnitPlace) -> NDArray[np.bool_]:
         """Return which sequences of a unit have arrived, or cannot have a target."""
-        if unit not in self.seen:
-            self.seen[unit] = ~may_have_targets(self.corpus, self.view, unit[0])
-        return self.seen[unit]
+        if unit not in self.arrived:
+            self.arrived[unit] = ~may_have_targets(self.corpus, self.view, unit[0])
+        return self.arrived[unit]
 
-    def _refuse(self, place: Place) -> None:
+    def _raise_not_needed(self, place: Place) -> None:
         if may_have_targets(self.corpus, self.view, place.shard)[place.row]:
             raise InputError(f"sequence {place.index} already had a row; give only one of the two")
         raise InputError(
@@ -227,21 +227,21 @@ class _Import:
                 self.expected.popitem(last=False)
         return self.expected[unit]
 
-    def _shown(self, place: Place, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    def _shown_ids(self, place: Place, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the tokens of a sequence as the model saw them."""
         if place.replica is None or self.view is None:
             return tokens
-        where = [(place.shard, place.row)]
-        return read_masked(self.view, where, tokens[None], place.replica).input_ids[0]
+        places = [(place.shard, place.row)]
+        return read_masked(self.view, places, tokens[None], place.replica).input_ids[0]
 
     def _compare(self, place: Place, columns: Columns) -> None:
         """Compare a row's targets with those of a finished unit."""
         assert self.reader is not None
         if self.stored is None:  # written by this import, which takes one row per sequence
             return
-        lists, first, last = self.stored.cut((place.shard, place.row), place.replica)
+        lists, start, end = self.stored.cut((place.shard, place.row), place.replica)
         if any(
-            not np.array_equal(lists.columns[name][first:last], values)
+            not np.array_equal(lists.columns[name][start:end], values)
             for name, values in columns.items()
         ):
             raise CacheMismatchError(
@@ -256,11 +256,11 @@ class _Import:
         if isinstance(self.reader, TokenRows):
             self.reader.alignment.check()
         info, pending = self.reader.info, self.pending.pop(unit)
-        self.done.add(unit_of(*unit))
+        self.done_units.add(unit_of(*unit))
         if ShardSet(self.corpus.store, info.folder).has(unit_of(*unit)):  # another import was first
-            self.stored, first = self._reader_of(info), self.corpus.first(unit[0])
+            self.stored, first_index = self._reader_of(info), self.corpus.first(unit[0])
             for row, columns in pending.items():
-                self._compare(Place(first + row, unit[0], row, unit[1]), columns)
+                self._compare(Place(first_index + row, unit[0], row, unit[1]), columns)
             return
         ordered = sorted(pending)
         counts = np.array([_length(pending[row]) for row in ordered], np.int64)
@@ -270,37 +270,37 @@ class _Import:
         if kind_of(info).per_sequence:
             facts = {EXPECTED: int(may_have_targets(self.corpus, self.view, unit[0]).sum())}
         else:
-            facts = {EXPECTED: sum(len(one) for one in self._expected(unit))}
+            facts = {EXPECTED: sum(len(positions) for positions in self._expected(unit))}
         raise_version(self.corpus.store, WITH_IMPORTS)
         write_targets(info, self.corpus, unit, rows, columns, facts)
-        self.result_facts["made"] += 1
+        self.counts["made"] += 1
 
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> ImportResult:
         """Write units that may have holes; return what was done."""
-        if self.reader is None or not self.result_facts["rows"]:
+        if self.reader is None or not self.counts["rows"]:
             raise InputError(
                 "no row has a target, so there is nothing to import"
                 if self.waiting
                 else "there are no rows, so there is nothing to import"
             )
-        each = [None] if self.replicas is None else range(self.replicas)
-        planned = [(s, r) for r in each for s in range(len(self.corpus.commits))]
+        replicas = [None] if self.replicas is None else range(self.replicas)
+        planned = [(s, r) for r in replicas for s in range(len(self.corpus.commits))]
         missing: list[tuple[int, int | None]] = []  # sequence, replica
         for unit in planned:
-            if unit_of(*unit) not in self.done:
-                lacking = np.flatnonzero(~self._come(unit))
-                if not len(lacking):  # none of its sequences can have a target
+            if unit_of(*unit) not in self.done_units:
+                missing_rows = np.flatnonzero(~self._arrived(unit))
+                if not len(missing_rows):  # none of its sequences can have a target
                     self.pending[unit] = {}
-                first = self.corpus.first(unit[0])
-                missing += [(first + int(row), unit[1]) for row in lacking]
+                first_index = self.corpus.first(unit[0])
+                missing += [(first_index + int(row), unit[1]) for row in missing_rows]
         if missing and not self.config.allow_missing:
-            raise InputError(_told_of_missing(missing, self.done))
+            raise InputError(_describe_missing(missing, self.done_units))
         for unit in sorted(self.pending, key=lambda unit: (unit[1] or 0, unit[0])):
             self._write(unit)
-        facts, notes = self.result_facts, self._notes(len(missing))
-        present = len(self.done & {unit_of(*unit) for unit in planned}) - facts["made"]
+        facts, notes = self.counts, self._notes(len(missing))
+        present = len(self.done_units & {unit_of(*unit) for unit in planned}) - facts["made"]
         return ImportResult(
             self.reader.info,
             facts["rows"],
@@ -317,7 +317,7 @@ class _Import:
         if isinstance(self.reader, TokenRows):
             info = self.reader.info
             lacks = info.imported.lacks if info.imported else ()
-            notes += self.reader.noticed.told(self.reader.k)
+            notes += self.reader.noticed.sentences(self.reader.k)
             if info.estimator["tail"] == "derived":
                 notes.append("tails are 1 minus the candidates, in float64 (no log_tail given)")
             if info.temperatures != (1.0,):
@@ -336,11 +336,11 @@ class _Import:
         return notes
 
 
-def _told_of_missing(missing: list[tuple[int, int | None]], done: set[str]) -> str:
-    named = [f"{n}" + ("" if r is None else f" (replica {r})") for n, r in missing[:5]]
-    shown = ", ".join(named) + (", …" if len(missing) > 5 else "")
+def _describe_missing(missing: list[tuple[int, int | None]], done: set[str]) -> str:
+    sequences = [f"{n}" + ("" if r is None else f" (replica {r})") for n, r in missing[:5]]
+    listed = ", ".join(sequences) + (", …" if len(missing) > 5 else "")
     return (
-        f"{counted(len(missing), 'sequence')} of the cache without a row: {shown}. Complete units "
+        f"{counted(len(missing), 'sequence')} of the cache without a row: {listed}. Complete units "
         f"are kept ({counted(len(done), 'unit')}). Give the other rows too, with the same command "
         "or another one, or allow that they are missing (allow_missing, --allow-missing)"
     )
@@ -350,7 +350,7 @@ def _length(columns: Columns) -> int:
     return len(next(iter(columns.values())))
 
 
-def _without_damage(corpus: Corpus, name: str) -> int:
+def _forget_damaged(corpus: Corpus, name: str) -> int:
     """Forget the damaged files of the teacher, so that they are imported again; return how many."""
     store, folder = corpus.store, f"targets/{name}"
     described, count = is_described(store, name), 0

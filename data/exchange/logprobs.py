@@ -17,21 +17,21 @@ from rekindle.data.exchange.rows import Row
 from rekindle.data.exchange.tails import temperature_of
 
 FIELD = "prompt_logprobs"
-GOLD = ("gold_log_probs", "gold_ranks")
+GOLD_FIELDS = ("gold_log_probs", "gold_ranks")
 
 
-def expanded_row(row: Row, tokens: NDArray[np.int32], task: str) -> Row:
+def expand_row(row: Row, tokens: NDArray[np.int32], task: str) -> Row:
     """Return ``row`` with an engine's ``prompt_logprobs`` replaced by the fields they stand for."""
     if row.get(FIELD) is None:
         return row
     if task != "causal_lm":
         raise InputError(f"{FIELD} are for a causal_lm, but the task is {task}")
-    more = fields_of_prompt(row[FIELD], tokens)
+    fields = fields_of_prompt(row[FIELD], tokens)
     if temperature_of(row) != 1:  # values of the true token are stored at 1
-        more = {name: value for name, value in more.items() if name not in GOLD}
-    if doubled := [name for name in more if row.get(name) is not None]:
-        raise InputError(f"it has both {FIELD} and {doubled[0]}; leave one out")
-    return {name: value for name, value in row.items() if name != FIELD} | more
+        fields = {name: value for name, value in fields.items() if name not in GOLD_FIELDS}
+    if duplicates := [name for name in fields if row.get(name) is not None]:
+        raise InputError(f"it has both {FIELD} and {duplicates[0]}; leave one out")
+    return {name: value for name, value in row.items() if name != FIELD} | fields
 
 
 def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, object]:
@@ -40,36 +40,36 @@ def fields_of_prompt(values: Any, input_ids: NDArray[np.int32]) -> dict[str, obj
     """
     entries = [*values] if isinstance(values, Sequence | np.ndarray) else []
     if len(entries) != len(input_ids) or (entries and entries[0] is not None):
-        first = "" if not entries or entries[0] is None else ", the first of which is not null"
+        hint = "" if not entries or entries[0] is None else ", the first of which is not null"
         raise InputError(
             f"{FIELD} must be one entry for each of the sequence's {len(input_ids)} tokens, null "
-            f"for the first (given: {len(entries)} entries{first}). Give the engine the cache's "
+            f"for the first (given: {len(entries)} entries{hint}). Give the engine the cache's "
             "token ids, not the text, so that it adds nothing before or after them"
         )
-    found: dict[str, list[Any]] = {name: [] for name in ("ids", "log_probs", *GOLD)}
-    for place, entry in enumerate(entries[1:], start=1):
-        ids, log_probs, ranks = _parted(entry, place)
-        gold = int(input_ids[place])
+    fields: dict[str, list[Any]] = {name: [] for name in ("ids", "log_probs", *GOLD_FIELDS)}
+    for number, entry in enumerate(entries[1:], start=1):
+        ids, log_probs, ranks = _entry_values(entry, number)
+        gold = int(input_ids[number])
         if gold not in ids:
             raise InputError(
-                f"{FIELD}: entry {place} lacks the prompt's own token, which is {gold} in the "
+                f"{FIELD}: entry {number} lacks the prompt's own token, which is {gold} in the "
                 "cache: these belong to another prompt, or to another tokenizer"
             )
-        at = ids.index(gold)
-        found["ids"].append(ids)
-        found["log_probs"].append(log_probs)
-        found["gold_log_probs"].append(log_probs[at])
-        found["gold_ranks"].append(ranks[at])
-    if any(rank is None for rank in found["gold_ranks"]):
-        del found["gold_ranks"], found["gold_log_probs"]  # one is meaningless without the other
-    return dict(found)
+        slot = ids.index(gold)
+        fields["ids"].append(ids)
+        fields["log_probs"].append(log_probs)
+        fields["gold_log_probs"].append(log_probs[slot])
+        fields["gold_ranks"].append(ranks[slot])
+    if any(rank is None for rank in fields["gold_ranks"]):
+        del fields["gold_ranks"], fields["gold_log_probs"]  # one is meaningless without the other
+    return dict(fields)
 
 
-def _parted(entry: Any, place: int) -> tuple[list[int], list[float], list[int | None]]:
+def _entry_values(entry: Any, number: int) -> tuple[list[int], list[float], list[int | None]]:
     """Return the ids of an entry, their log-probabilities, and their ranks from 0."""
-    told = f"{FIELD}: entry {place} must be an object: token id -> {{logprob, rank}}"
+    message = f"{FIELD}: entry {number} must be an object: token id -> {{logprob, rank}}"
     if not isinstance(entry, Mapping):
-        raise InputError(told)
+        raise InputError(message)
     ids, log_probs, ranks = [], [], []
     # Arrow's and parquet's structs have every key of the file, null where an entry lacks it.
     for key, value in entry.items():
@@ -79,9 +79,9 @@ def _parted(entry: Any, place: int) -> tuple[list[int], list[float], list[int | 
         log_prob, rank = (
             (value, None) if isinstance(value, float) else (get("logprob"), get("rank"))
         )
-        whole = rank is None or (isinstance(rank, int) and not isinstance(rank, bool))
-        if not str(key).isdecimal() or log_prob is None or not whole:
-            raise InputError(f"{told} (given: {str(key)[:20]!r}: {str(value)[:40]})")
+        is_rank = rank is None or (isinstance(rank, int) and not isinstance(rank, bool))
+        if not str(key).isdecimal() or log_prob is None or not is_rank:
+            raise InputError(f"{message} (given: {str(key)[:20]!r}: {str(value)[:40]})")
         ids.append(int(key))
         log_probs.append(log_prob)
         ranks.append(None if rank is None else rank - 1)

@@ -11,18 +11,18 @@ class Noticed:
 
     sorted: int = 0
     cut: int = 0
-    over: int = 0  # masses that summed to slightly more than 1
-    untold: int = 0  # without a target, in sequences that have a row
+    above_one: int = 0  # masses that summed to slightly more than 1
+    missing: int = 0  # without a target, in sequences that have a row
 
-    def told(self, k: int) -> list[str]:
-        """Return a sentence for each."""
-        said = [
+    def sentences(self, k: int) -> list[str]:
+        """Return a sentence for each count that is not 0."""
+        templates = [
             (self.sorted, "candidates were sorted by probability at {}"),
             (
                 self.cut,
                 f"the {k} likeliest candidates are kept, the others' mass in the tail, at {{}}",
             ),
-            (self.over, "masses a little above 1 (rounding) were scaled to 1 at {}"),
-            (self.untold, "without a target, in sequences that have a row: {}"),
+            (self.above_one, "masses a little above 1 (rounding) were scaled to 1 at {}"),
+            (self.missing, "without a target, in sequences that have a row: {}"),
         ]
-        return [told.format(counted(count, "position")) for count, told in said if count]
+        return [text.format(counted(count, "position")) for count, text in templates if count]

@@ -19,15 +19,15 @@ Row = Mapping[str, object]
 Floats64 = NDArray[np.float64]
 
 # Written by `pipeline export-targets` for people; an import ignores them.
-ABOUT = (
+IGNORED_FIELDS = (
     *("text", "document", "domain", "group", "tokens"),
     *("candidates", "gold_tokens", "label"),
 )
 # Must match the cache if given. ``labels``: see label_rows.py.
-PROOFS = ("shown_ids", "labels")
+PROOF_FIELDS = ("shown_ids", "labels")
 # an export's fields, for a teacher that stores draws
-SAMPLES = ("sampled_ids", "sampled_log_probs")
-KEYS = ("index", "digest", "input_ids", "replica")
+SAMPLE_FIELDS = ("sampled_ids", "sampled_log_probs")
+KEY_FIELDS = ("index", "digest", "input_ids", "replica")
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,21 @@ def place_of(row: Row, corpus: Corpus, replicas: int | None) -> Place:
     return Place(index, *place, replica)
 
 
-def check_shown(row: Row, shown: NDArray[np.int32], place: Place) -> None:
+def check_shown(row: Row, expected_ids: NDArray[np.int32], place: Place) -> None:
     """Raise InputError if ``shown_ids`` are not the tokens [S] that the model was shown, or nothing
     proves which masks it saw.
     """
     if row.get("shown_ids") is not None:
         with naming("shown_ids"):
             given = whole_numbers(row["shown_ids"])
-            if not np.array_equal(given, shown):
-                which = f" with the masks of replica {place.replica}"
-                masks = which if place.replica is not None else ""
-                both = min(len(given), len(shown))
-                at = [*np.flatnonzero(given[:both] != shown[:both]), both][0]
+            if not np.array_equal(given, expected_ids):
+                replica_text = f" with the masks of replica {place.replica}"
+                masks = replica_text if place.replica is not None else ""
+                shared_length = min(len(given), len(expected_ids))
+                at = [
+                    *np.flatnonzero(given[:shared_length] != expected_ids[:shared_length]),
+                    shared_length,
+                ][0]
                 raise InputError(
                     f"they differ from those of sequence {place.index}{masks} from place {at} on: "
                     "its targets belong to other inputs"
@@ -102,36 +105,36 @@ def check_shown(row: Row, shown: NDArray[np.int32], place: Place) -> None:
 def tokens_of(corpus: Corpus, place: tuple[int, int]) -> NDArray[np.int32]:
     """Return the token ids [S] of a row of the corpus."""
     lists, first, last = corpus.cut(place)
-    found: NDArray[np.int32] = lists.columns["input_ids"][first:last]
-    return found
+    ids: NDArray[np.int32] = lists.columns["input_ids"][first:last]
+    return ids
 
 
 def _check_tokens(
-    given: NDArray[np.int64], ours: NDArray[np.int32], corpus: Corpus, index: int
+    given: NDArray[np.int64], expected: NDArray[np.int32], corpus: Corpus, index: int
 ) -> None:
-    if np.array_equal(given, ours):
+    if np.array_equal(given, expected):
         return
-    if len(given) != len(ours):
-        wrong = f"{len(given)} tokens, but sequence {index} has {len(ours)}"
+    if len(given) != len(expected):
+        difference = f"{len(given)} tokens, but sequence {index} has {len(expected)}"
     else:
-        at = int(np.flatnonzero(given != ours)[0])
+        at = int(np.flatnonzero(given != expected)[0])
         texts = PieceTexts(corpus.tokenizer.hf)
-        wrong = (
-            f"at place {at} token {int(given[at])}, but sequence {index} has {int(ours[at])} "
-            f"({texts[int(ours[at])]!r}) there"
+        difference = (
+            f"at place {at} token {int(given[at])}, but sequence {index} has {int(expected[at])} "
+            f"({texts[int(expected[at])]!r}) there"
         )
     raise InputError(
-        f"{wrong}: its targets belong to another text, or to another tokenizer. Show the model "
-        "the token ids of the cache (`pipeline export-targets` without --teacher writes them)"
+        f"{difference}: its targets belong to another text, or to another tokenizer. Show the "
+        "model the token ids of the cache (`pipeline export-targets` without --teacher writes them)"
     )
 
 
 def check_keys(row: Row, fields: Sequence[str]) -> None:
     """Raise InputError for an unknown key; null columns do not count."""
     for key, value in row.items():
-        if value is not None and key not in (*KEYS, *PROOFS, *ABOUT, *fields):
-            known = (*KEYS, *fields)
-            if key in SAMPLES:
+        if value is not None and key not in (*KEY_FIELDS, *PROOF_FIELDS, *IGNORED_FIELDS, *fields):
+            known = (*KEY_FIELDS, *fields)
+            if key in SAMPLE_FIELDS:
                 raise InputError(
                     f"it has {key}: its teacher keeps draws (targets.kind threshold or random), "
                     "which are not likeliest candidates. Cache that model with targets.kind "
@@ -143,13 +146,13 @@ def check_keys(row: Row, fields: Sequence[str]) -> None:
             )
 
 
-def _whole_number(row: Row, name: str, below: int, what: str) -> int:
+def _whole_number(row: Row, name: str, limit: int, meaning: str) -> int:
     value = row.get(name)
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         given = "missing" if value is None else f"{str(value)[:40]!r}"
-        raise InputError(f"{name} must be a whole number, {what} (given: {given})")
-    if not 0 <= value < below:
-        raise InputError(f"{name} is {value}, but the cache has 0 to {below - 1}")
+        raise InputError(f"{name} must be a whole number, {meaning} (given: {given})")
+    if not 0 <= value < limit:
+        raise InputError(f"{name} is {value}, but the cache has 0 to {limit - 1}")
     return int(value)
 
 
@@ -158,36 +161,36 @@ def _whole_number(row: Row, name: str, below: int, what: str) -> int:
 
 def whole_numbers(value: Any) -> NDArray[np.int64]:
     """Return a list of whole numbers [N]; raise InputError for anything else."""
-    found = _array(value)
-    if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
-        raise InputError(f"must be a list of whole numbers (given: {_shown(value)})")
-    return found.astype(np.int64)
+    array = _array(value)
+    if array is None or array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+        raise InputError(f"must be a list of whole numbers (given: {_preview(value)})")
+    return array.astype(np.int64)
 
 
-def numbers(value: Any, count: int, each: str) -> Floats64:
+def numbers(value: Any, count: int, item: str) -> Floats64:
     """Return a list of ``count`` finite numbers [N]; raise InputError for anything else."""
-    found = _array(value)
-    if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):
-        raise InputError(f"must be a list of numbers (given: {_shown(value)})")
-    if len(found) != count:
-        raise InputError(f"has {len(found)} numbers; there must be {count}, one for each {each}")
-    found = found.astype(np.float64)
-    if not np.isfinite(found).all():
-        at = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise InputError(f"entry {at} is {found[at]}; it must be finite")
-    return found
+    array = _array(value)
+    if array is None or array.ndim != 1 or (len(array) and array.dtype.kind not in "iuf"):
+        raise InputError(f"must be a list of numbers (given: {_preview(value)})")
+    if len(array) != count:
+        raise InputError(f"has {len(array)} numbers; there must be {count}, one for each {item}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        at = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise InputError(f"entry {at} is {array[at]}; it must be finite")
+    return array
 
 
 def log_masses(value: Any, count: int) -> Floats64:
     """Return logarithms of masses [P]; null is zero mass, −inf."""
     if isinstance(value, Sequence | np.ndarray):
         value = [-math.inf if one is None else one for one in value]
-    found = _array(value)
-    if found is None or found.ndim != 1 or (len(found) and found.dtype.kind not in "iuf"):
-        raise InputError(f"must be a list of numbers and nulls (given: {_shown(value)})")
-    if len(found) != count or np.isnan(found).any() or (found > 0).any():
-        raise InputError(f"must be {count} logarithms, none above 0 (given: {_shown(value)})")
-    return found.astype(np.float64)
+    array = _array(value)
+    if array is None or array.ndim != 1 or (len(array) and array.dtype.kind not in "iuf"):
+        raise InputError(f"must be a list of numbers and nulls (given: {_preview(value)})")
+    if len(array) != count or np.isnan(array).any() or (array > 0).any():
+        raise InputError(f"must be {count} logarithms, none above 0 (given: {_preview(value)})")
+    return array.astype(np.float64)
 
 
 def matrix(value: Any, kinds: str, fill: float) -> tuple[NDArray, NDArray[np.int64]]:
@@ -196,23 +199,25 @@ def matrix(value: Any, kinds: str, fill: float) -> tuple[NDArray, NDArray[np.int
 
     ``kinds``: NumPy's letters of the allowed types. Raises InputError for anything else.
     """
-    what = "whole numbers" if "f" not in kinds else "numbers"
-    told = f"must be a list of lists of {what}, one for each position (given: {_shown(value)})"
+    type_name = "whole numbers" if "f" not in kinds else "numbers"
+    message = (
+        f"must be a list of lists of {type_name}, one for each position (given: {_preview(value)})"
+    )
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
-        raise InputError(told)
-    found = _array(value)
-    if found is not None and found.ndim == 2 and (not found.size or found.dtype.kind in kinds):
-        return found, np.full(len(found), found.shape[1], np.int64)
-    each = [_array(one) for one in value]
-    if any(one is None or one.ndim != 1 for one in each):
-        raise InputError(told)
-    lists = [one for one in each if one is not None]
+        raise InputError(message)
+    array = _array(value)
+    if array is not None and array.ndim == 2 and (not array.size or array.dtype.kind in kinds):
+        return array, np.full(len(array), array.shape[1], np.int64)
+    arrays = [_array(one) for one in value]
+    if any(one is None or one.ndim != 1 for one in arrays):
+        raise InputError(message)
+    lists = [one for one in arrays if one is not None]
     if any(len(one) and one.dtype.kind not in kinds for one in lists):
-        raise InputError(told)
+        raise InputError(message)
     counts = np.array([len(one) for one in lists], np.int64)
     out = np.full((len(lists), int(counts.max(initial=0))), fill)
-    for to, one in zip(out, lists, strict=True):
-        to[: len(one)] = one
+    for target, one in zip(out, lists, strict=True):
+        target[: len(one)] = one
     return out, counts
 
 
@@ -221,12 +226,12 @@ def _array(value: Any) -> NDArray | None:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         return None
     try:
-        found = np.asarray(value)
+        array = np.asarray(value)
     except (ValueError, OverflowError):
         return None
-    return found if found.dtype.kind in "iuf" or not found.size else None
+    return array if array.dtype.kind in "iuf" or not array.size else None
 
 
-def _shown(value: object) -> str:
+def _preview(value: object) -> str:
     text = "nothing" if value is None else str(value)
     return f"{text[:40]}{'…' if len(text) > 40 else ''}"

@@ -17,9 +17,9 @@ from rekindle.data.errors import InputError, naming
 from rekindle.data.exchange.rows import Floats64, Row, log_masses
 from rekindle.data.targets.codec import RANGE
 
-TEMPERATURE, TAIL, FURTHER = "temperature", "log_tail", "log_tails"
-HOTTEST = 1000.0
-AGREE = 0.25  # nats between two statements of the same value: more than any codec's rounding
+TEMPERATURE, TAIL, FURTHER_TAILS = "temperature", "log_tail", "log_tails"
+MAX_TEMPERATURE = 1000.0
+TOLERANCE = 0.25  # nats between two statements of the same value: more than any codec's rounding
 
 
 def temperature_of(row: Row) -> float:
@@ -28,54 +28,56 @@ def temperature_of(row: Row) -> float:
     return 1.0 if value is None else _temperature(value, TEMPERATURE)
 
 
-def further_of(row: Row) -> dict[float, object]:
+def further_tails(row: Row) -> dict[float, object]:
     """Return ``log_tails`` by temperature, ascending; empty if the row has none."""
-    given = row.get(FURTHER)
+    given = row.get(FURTHER_TAILS)
     if given is None:
         return {}
     if not isinstance(given, Mapping):
         raise InputError(
-            f"{FURTHER} must be an object: temperature -> list of logarithms (given: "
+            f"{FURTHER_TAILS} must be an object: temperature -> list of logarithms (given: "
             f"{str(given)[:40]})"
         )
     if row.get(TAIL) is None:
-        raise InputError(f"{FURTHER} are given without {TAIL}, the mass that belongs to log_probs")
-    found: dict[float, object] = {}
+        raise InputError(
+            f"{FURTHER_TAILS} are given without {TAIL}, the mass that belongs to log_probs"
+        )
+    result: dict[float, object] = {}
     for key, values in given.items():
         if values is None:  # Arrow's structs have every key of the file
             continue
-        at = _temperature(key, FURTHER)
-        if at in found or at == temperature_of(row):
+        tau = _temperature(key, FURTHER_TAILS)
+        if tau in result or tau == temperature_of(row):
             raise InputError(
-                f"{FURTHER}: {at:g} is there twice ({TAIL} belongs to `{TEMPERATURE}`)"
+                f"{FURTHER_TAILS}: {tau:g} is there twice ({TAIL} belongs to `{TEMPERATURE}`)"
             )
-        found[at] = values
-    return dict(sorted(found.items()))
+        result[tau] = values
+    return dict(sorted(result.items()))
 
 
 def _temperature(value: object, name: str) -> float:
     try:
-        found = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
+        result = float(value) if not isinstance(value, bool) else 0.0  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        found = 0.0
-    if not 0 < found < HOTTEST:
+        result = 0.0
+    if not 0 < result < MAX_TEMPERATURE:
         raise InputError(
             f"{name}: {str(value)[:40]!r} is not a temperature: a number above 0 and below "
-            f"{HOTTEST:g}"
+            f"{MAX_TEMPERATURE:g}"
         )
-    return found
+    return result
 
 
 def check_same_tails(row: Row, temperature: float, further: Sequence[float]) -> None:
     """Raise InputError for a row whose temperatures differ from those before it."""
-    if (own := temperature_of(row)) != temperature:
+    if (row_temperature := temperature_of(row)) != temperature:
         raise InputError(
-            f"{TEMPERATURE} is {own:g}, but that of the first rows is {temperature:g}; all rows "
-            "must have the same. Import the others as another teacher"
+            f"{TEMPERATURE} is {row_temperature:g}, but that of the first rows is {temperature:g}; "
+            "all rows must have the same. Import the others as another teacher"
         )
-    if (own_further := [*further_of(row)]) != [*further]:
+    if (row_further := [*further_tails(row)]) != [*further]:
         raise InputError(
-            f"{FURTHER} have the temperatures {own_further}, but those of the first rows "
+            f"{FURTHER_TAILS} have the temperatures {row_further}, but those of the first rows "
             f"{[*further]}; every row must have the same"
         )
 
@@ -94,33 +96,33 @@ def further_odds(
     at the row's own temperature; ``tokens``: how many ids can have a probability. Raises InputError
     if no distribution has the candidates as its likeliest and these masses outside them.
     """
-    own, further = temperature_of(row), further_of(row)
-    relative = own * (log_probs - log_probs[:, :1])
-    tails = {own: log_tail}
-    for at, values in further.items():
-        with naming(f"{FURTHER}: {at:g}"):
-            tails[at] = log_masses(values, len(log_probs))
-            if (tails[at] > -1e-12).any():
+    row_temperature, further = temperature_of(row), further_tails(row)
+    relative = row_temperature * (log_probs - log_probs[:, :1])
+    tails = {row_temperature: log_tail}
+    for tau, values in further.items():
+        with naming(f"{FURTHER_TAILS}: {tau:g}"):
+            tails[tau] = log_masses(values, len(log_probs))
+            if (tails[tau] > -1e-12).any():
                 raise InputError("no mass is left for the candidates of a position")
-    outside = {at: _outside(relative, at, log_mass) for at, log_mass in tails.items()}
+    log_outside = {tau: _outside(relative, tau, log_mass) for tau, log_mass in tails.items()}
     others = tokens - np.isfinite(log_probs).sum(axis=1)
-    wrong = _contradictory(relative, outside, relative[:, k - 1], others)
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        masses = ", ".join(f"{np.exp(tails[tau][at]):.4g} at {tau:g}" for tau in sorted(tails))
+    contradicts = _contradicts(relative, log_outside, relative[:, k - 1], others)
+    if contradicts.any():
+        first = int(np.argmax(contradicts))
+        masses = ", ".join(f"{np.exp(tails[tau][first]):.4g} at {tau:g}" for tau in sorted(tails))
         raise InputError(
-            f"{FURTHER}: position {positions[at]}: masses of {masses} outside the candidates fit "
-            "no distribution with these as its likeliest tokens. Do they belong to these "
-            "temperatures, and to all tokens but these?"
+            f"{FURTHER_TAILS}: position {positions[first]}: masses of {masses} outside the "
+            "candidates fit no distribution with these as its likeliest tokens. Do they belong to "
+            "these temperatures, and to all tokens but these?"
         )
     odds = []
-    for at in further:
-        kept, dropped = (_sum(part / at) for part in (relative[:, :k], relative[:, k:]))
-        odds.append(kept - np.logaddexp(dropped, outside[at]))
+    for tau in further:
+        kept, dropped = (_sum(part / tau) for part in (relative[:, :k], relative[:, k:]))
+        odds.append(kept - np.logaddexp(dropped, log_outside[tau]))
     return np.stack(odds, axis=1)
 
 
-def at_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
+def convert_to_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
     """Return ``kept`` log-probabilities [P,K] at ``temperature``, by falling probability, converted
     to 1.
 
@@ -129,14 +131,14 @@ def at_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats6
     """
     relative = temperature * (kept - kept[:, :1])
     if (relative < -RANGE).any():
-        apart = float((kept[:, 0] - kept.min(axis=1)).max())
+        distance = float((kept[:, 0] - kept.min(axis=1)).max())
         raise InputError(
-            f"candidates lie {apart:.3g} nats apart at temperature {temperature:g}, but those of "
-            f"a position may be at most {RANGE / temperature:.3g} apart: give fewer of each (k)"
+            f"candidates lie {distance:.3g} nats apart at temperature {temperature:g}, but those "
+            f"of a position may be at most {RANGE / temperature:.3g} apart: give fewer of each (k)"
         )
-    whole = 0.0 if odds is None else -np.logaddexp(0.0, -odds)[:, None]
-    found: Floats64 = relative - _sum(relative)[:, None] + whole
-    return found
+    log_kept_mass = 0.0 if odds is None else -np.logaddexp(0.0, -odds)[:, None]
+    result: Floats64 = relative - _sum(relative)[:, None] + log_kept_mass
+    return result
 
 
 def _outside(relative: Floats64, temperature: float, log_tail: Floats64) -> Floats64:
@@ -145,13 +147,13 @@ def _outside(relative: Floats64, temperature: float, log_tail: Floats64) -> Floa
 
 
 def _sum(values: Floats64) -> Floats64:
-    found: Floats64 = np.logaddexp.reduce(values, axis=1)
-    return found
+    result: Floats64 = np.logaddexp.reduce(values, axis=1)
+    return result
 
 
-def _contradictory(
+def _contradicts(
     relative: Floats64,
-    outside: Mapping[float, Floats64],
+    log_outside: Mapping[float, Floats64],
     last: Floats64,
     others: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
@@ -161,18 +163,18 @@ def _contradictory(
     their number, at most ``others`` [P]; and because none of them is likelier than the ``last`` [P]
     kept, f falls by at least −last from β to β + 1. Values that a codec had to clip are not judged.
     """
-    order = sorted(outside, reverse=True)
-    at = np.array([0.0, *(1 / tau for tau in order)])
-    sums = np.stack([np.log(np.maximum(others, 1)), *(outside[tau] for tau in order)], axis=1)
-    told = np.isfinite(sums[:, 1:])
-    mixed = told.any(axis=1) & ~told.all(axis=1)
-    odds = np.stack([_sum(relative / tau) - outside[tau] for tau in order], axis=1)
-    judged = told.all(axis=1) & (np.abs(odds) < RANGE - 0.1).all(axis=1)
-    sums = np.where(judged[:, None], sums, 0.0)
-    steps = np.diff(at)
-    flat = (np.diff(sums, axis=1) > last[:, None] * steps + AGREE).any(axis=1)
-    share = steps[:-1] / (steps[:-1] + steps[1:])
-    chord = sums[:, :-2] + share * (sums[:, 2:] - sums[:, :-2])
-    bent = (sums[:, 1:-1] > chord + AGREE).any(axis=1)
-    found: NDArray[np.bool_] = mixed | (judged & (flat | bent))
-    return found
+    order = sorted(log_outside, reverse=True)
+    betas = np.array([0.0, *(1 / tau for tau in order)])
+    sums = np.stack([np.log(np.maximum(others, 1)), *(log_outside[tau] for tau in order)], axis=1)
+    is_finite = np.isfinite(sums[:, 1:])
+    is_partly_finite = is_finite.any(axis=1) & ~is_finite.all(axis=1)
+    odds = np.stack([_sum(relative / tau) - log_outside[tau] for tau in order], axis=1)
+    is_judged = is_finite.all(axis=1) & (np.abs(odds) < RANGE - 0.1).all(axis=1)
+    sums = np.where(is_judged[:, None], sums, 0.0)
+    step_sizes = np.diff(betas)
+    falls_too_little = (np.diff(sums, axis=1) > last[:, None] * step_sizes + TOLERANCE).any(axis=1)
+    fraction = step_sizes[:-1] / (step_sizes[:-1] + step_sizes[1:])
+    chord = sums[:, :-2] + fraction * (sums[:, 2:] - sums[:, :-2])
+    is_not_convex = (sums[:, 1:-1] > chord + TOLERANCE).any(axis=1)
+    result: NDArray[np.bool_] = is_partly_finite | (is_judged & (falls_too_little | is_not_convex))
+    return result

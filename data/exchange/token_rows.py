@@ -16,8 +16,8 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
 from rekindle.data.exchange.alignment import Alignment
 from rekindle.data.exchange.config import ImportConfig
-from rekindle.data.exchange.expected import of_trained
-from rekindle.data.exchange.logprobs import FIELD, GOLD
+from rekindle.data.exchange.expected import keep_trained
+from rekindle.data.exchange.logprobs import FIELD, GOLD_FIELDS
 from rekindle.data.exchange.noticed import Noticed
 from rekindle.data.exchange.rows import (
     Floats64,
@@ -29,14 +29,14 @@ from rekindle.data.exchange.rows import (
     whole_numbers,
 )
 from rekindle.data.exchange.tails import (
-    AGREE,
-    FURTHER,
+    FURTHER_TAILS,
     TAIL,
     TEMPERATURE,
-    at_one,
+    TOLERANCE,
     check_same_tails,
+    convert_to_one,
     further_odds,
-    further_of,
+    further_tails,
     temperature_of,
 )
 from rekindle.data.targets.codec import Columns, fixed_point
@@ -47,9 +47,9 @@ from rekindle.data.targets.kinds.topk import TopK
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 
 ROUNDING = 0.01  # a position's masses may sum to this much more than 1
-TOP = ("positions", "ids", "log_probs")
-OPTIONAL = (TAIL, *GOLD, "entropy")
-FIELDS = (*TOP, TEMPERATURE, *OPTIONAL, FURTHER, FIELD)
+CANDIDATE_FIELDS = ("positions", "ids", "log_probs")
+OPTIONAL_FIELDS = (TAIL, *GOLD_FIELDS, "entropy")
+FIELDS = (*CANDIDATE_FIELDS, TEMPERATURE, *OPTIONAL_FIELDS, FURTHER_TAILS, FIELD)
 SCALAR_OF: dict[Scalar, str] = {  # column -> field
     "gold_log_prob": "gold_log_probs",
     "gold_rank": "gold_ranks",
@@ -98,7 +98,7 @@ class TokenRows:
                 raise InputError("ids: a position has no candidates")
         facts, optional = corpus.info["tokenizer"], optional_of(row)
         tokens = facts["size"] - len(hole_ids(facts))
-        temperature, further = temperature_of(row), tuple(further_of(row))
+        temperature, further = temperature_of(row), tuple(further_tails(row))
         stored = tuple(sorted({temperature, *further}))
         kept = TopK.settings(k, stored, config.codec, facts["size"], None, tokens)
         kept["estimator"] = {
@@ -107,19 +107,19 @@ class TokenRows:
         }
         lacks = tuple(column for column, name in SCALAR_OF.items() if name not in optional)
         imported = Imported(provenance=config.provenance, lacks=lacks)
-        prints = {"provenance": imported.fingerprint, "tokenizer": facts["digest"]}
-        about: dict[str, object] = {"name": config.name, "task": config.task, "view": view[0]}
-        about |= {"imported": imported}
-        if (codec := CODECS[config.codec]).compressed:
+        fingerprints = {"provenance": imported.fingerprint, "tokenizer": facts["digest"]}
+        fields: dict[str, object] = {"name": config.name, "task": config.task, "view": view[0]}
+        fields |= {"imported": imported}
+        if (codec := CODECS[config.codec]).is_compressed:
             if facts["size"] > codec.largest_vocabulary:
                 raise InputError(
                     f"the compact codec takes vocabularies of up to {codec.largest_vocabulary:,} "
                     f"tokens, not {facts['size']:,}; use codec: default"
                 )
             positions = corpus.info["config"]["sequence_length"] * view[1]
-            about["rows_per_batch"] = compact_rows(positions)
-        about |= {"model": config.provenance["model"], "fingerprints": prints}
-        info = TeacherInfo.model_validate(about | kept)
+            fields["rows_per_batch"] = compact_rows(positions)
+        fields |= {"model": config.provenance["model"], "fingerprints": fingerprints}
+        info = TeacherInfo.model_validate(fields | kept)
         return cls(corpus, info, optional, config.allow_missing, temperature, further)
 
     @property
@@ -136,21 +136,22 @@ class TokenRows:
         """
         check_keys(row, FIELDS)
         if self.corpus.has_trained and self.info.task == "causal_lm":
-            row = of_trained(row, len(tokens), expected)
-        if (given := optional_of(row)) != self.optional:
-            odd = sorted({*given} ^ {*self.optional})
+            row = keep_trained(row, len(tokens), expected)
+        if (present := optional_of(row)) != self.optional:
+            different = sorted({*present} ^ {*self.optional})
             raise InputError(
-                f"{odd[0]}: {'the first rows have none' if odd[0] in given else 'missing'}; every "
+                f"{different[0]}: "
+                f"{'the first rows have none' if different[0] in present else 'missing'}; every "
                 "row must have the same fields"
             )
         check_same_tails(row, self.temperature, self.further)
         positions = self._positions(row, expected)
         count = len(positions)
         ids, log_probs = self._candidates(row, positions)
-        of = positions + (self.info.task == "causal_lm")
-        gold = tokens[of].astype(np.int64)
-        if GOLD[0] not in self.optional:
-            self.alignment.add(ids, tokens, of)
+        predicted = positions + (self.info.task == "causal_lm")
+        gold = tokens[predicted].astype(np.int64)
+        if GOLD_FIELDS[0] not in self.optional:
+            self.alignment.add(ids, tokens, predicted)
         scalars = self._scalars(row, ids, log_probs, gold)
         order = np.argsort(-log_probs, axis=1, kind="stable")
         self.noticed.sorted += int((order != np.arange(order.shape[1])).any(axis=1).sum())
@@ -161,11 +162,11 @@ class TokenRows:
         top = ids[:, : self.k].reshape(count, self.k)
         kept, odds = np.zeros((0, self.k)), np.zeros((0, len(self.info.temperatures)))
         if count:
-            kept, odds = self._kept(row, log_probs, positions)
+            kept, odds = self._candidates_and_odds(row, log_probs, positions)
         columns = encode(top, kept.astype(np.float32), odds.astype(np.float32), size)
         return {"positions": positions.astype(np.uint16)} | columns | scalars
 
-    def _kept(
+    def _candidates_and_odds(
         self, row: Row, log_probs: Floats64, positions: NDArray[np.int64]
     ) -> tuple[Floats64, Floats64]:
         """Return the K likeliest log-probabilities [P,K] at 1, and log(kept/tail) [P,T] at each
@@ -175,10 +176,10 @@ class TokenRows:
         if TAIL in self.optional:
             with naming(TAIL):
                 given_tail = log_masses(row[TAIL], len(positions))
-        kept, own = self._with_tail(log_probs, given_tail, positions)
+        kept, own_odds = self._with_tail(log_probs, given_tail, positions)
         if stored == (1.0,):
-            return kept, own
-        odds = {self.temperature: own[:, 0]}
+            return kept, own_odds
+        odds = {self.temperature: own_odds[:, 0]}
         if self.further:
             assert given_tail is not None
             facts = self.corpus.info["tokenizer"]
@@ -186,8 +187,8 @@ class TokenRows:
             found = further_odds(row, log_probs, given_tail, self.k, tokens, positions)
             odds |= dict(zip(self.further, found.T, strict=True))
         if self.temperature != 1.0:
-            kept = at_one(kept, self.temperature, odds.get(1.0))
-        return kept, np.stack([odds[at] for at in stored], axis=1)
+            kept = convert_to_one(kept, self.temperature, odds.get(1.0))
+        return kept, np.stack([odds[tau] for tau in stored], axis=1)
 
     def _positions(self, row: Row, expected: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions [P] that the row has targets for."""
@@ -196,46 +197,46 @@ class TokenRows:
             with naming("positions"):
                 found = whole_numbers(row["positions"])
                 self._check_positions(found, expected)
-        given = len(row["ids"]) if hasattr(row.get("ids"), "__len__") else None  # type: ignore[arg-type]
-        if given is not None and given != len(found):
-            what = "positions has" if row.get("positions") is not None else "its sequence has"
+        id_count = len(row["ids"]) if hasattr(row.get("ids"), "__len__") else None  # type: ignore[arg-type]
+        if id_count is not None and id_count != len(found):
+            subject = "positions has" if row.get("positions") is not None else "its sequence has"
             raise InputError(
-                f"ids has {counted(given, 'position')}, but {what} {len(found)}"
+                f"ids has {counted(id_count, 'position')}, but {subject} {len(found)}"
                 + ("" if row.get("positions") is not None else "; name those with `positions`")
             )
-        lacking = np.setdiff1d(expected, found)
-        if len(lacking) and not self.allow_missing:
+        missing = np.setdiff1d(expected, found)
+        if len(missing) and not self.allow_missing:
             raise InputError(
-                f"{len(lacking)} of its {counted(len(expected), 'position')} have no target (the "
-                f"first is {int(lacking[0])}). Give them all, or allow that some are missing "
+                f"{len(missing)} of its {counted(len(expected), 'position')} have no target (the "
+                f"first is {int(missing[0])}). Give them all, or allow that some are missing "
                 "(allow_missing, --allow-missing)"
             )
-        self.noticed.untold += len(lacking)
+        self.noticed.missing += len(missing)
         return found
 
     def _check_positions(self, found: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
         if (np.diff(found) <= 0).any():
-            at = int(np.flatnonzero(np.diff(found) <= 0)[0])
+            first = int(np.flatnonzero(np.diff(found) <= 0)[0])
             raise InputError(
-                f"{int(found[at + 1])} comes after {int(found[at])}; each must be "
+                f"{int(found[first + 1])} comes after {int(found[first])}; each must be "
                 "larger than the one before"
             )
-        strange = found[~np.isin(found, expected)]
-        if not len(strange):
+        unexpected = found[~np.isin(found, expected)]
+        if not len(unexpected):
             return
         if not len(expected):
-            raise InputError(f"{int(strange[0])} is given, but this sequence has no target")
+            raise InputError(f"{int(unexpected[0])} is given, but this sequence has no target")
         rule = f"its sequence has targets at {int(expected[0])} to {int(expected[-1])}"
         if self.info.task == "causal_lm":
             rule += ", where t stands for the token after t: the last token predicts none"
             if self.corpus.has_trained:
                 rule += ", and only of tokens that the corpus trains"
-        elif self.info.shown.masked:
+        elif self.info.view_class.masked:
             rule = "it is not masked in this replica; those that are: "
             rule += f"{expected[:8].tolist()}{' …' if len(expected) > 8 else ''}"
         else:
             rule += ", special tokens aside"
-        raise InputError(f"{int(strange[0])} has no target: {rule}")
+        raise InputError(f"{int(unexpected[0])} has no target: {rule}")
 
     def _candidates(
         self, row: Row, positions: NDArray[np.int64]
@@ -244,68 +245,68 @@ class TokenRows:
         with naming("ids"):
             ids, counts = matrix(row.get("ids"), "iu", -1)
         with naming("log_probs"):
-            log_probs, beside = matrix(row.get("log_probs"), "iuf", -np.inf)
-        if not np.array_equal(counts, beside):
+            log_probs, value_counts = matrix(row.get("log_probs"), "iuf", -np.inf)
+        if not np.array_equal(counts, value_counts):
             raise InputError(
-                f"log_probs must have a number for each of ids (given: {_sizes(beside)} beside "
-                f"{_sizes(counts)})"
+                f"log_probs must have a number for each of ids (given: {_sizes(value_counts)} "
+                f"beside {_sizes(counts)})"
             )
         ids, log_probs = ids.astype(np.int64), log_probs.astype(np.float64)
-        given = np.arange(ids.shape[1]) < counts[:, None]
-        at = _first(counts < self.k)
-        if at is not None:
+        is_given = np.arange(ids.shape[1]) < counts[:, None]
+        first = _first_true(counts < self.k)
+        if first is not None:
             raise InputError(
-                f"position {positions[at]} has {counted(int(counts[at]), 'candidate')}, but "
+                f"position {positions[first]} has {counted(int(counts[first]), 'candidate')}, but "
                 f"{self.k} are kept of each. Give as many, or set k: {int(counts.min())}"
             )
         facts = self.corpus.info["tokenizer"]
-        strange = (ids < 0) | (ids >= facts["size"]) | np.isin(ids, hole_ids(facts))
-        if (at := _first((strange & given).any(axis=1))) is not None:
-            wrong = int(ids[at][strange[at] & given[at]][0])
+        unexpected = (ids < 0) | (ids >= facts["size"]) | np.isin(ids, hole_ids(facts))
+        if (first := _first_true((unexpected & is_given).any(axis=1))) is not None:
+            wrong_id = int(ids[first][unexpected[first] & is_given[first]][0])
             raise InputError(
-                f"position {positions[at]}: {wrong} is not a token of the cache's vocabulary of "
-                f"{facts['size']:,}. Targets must use the ids of corpus.tokenizer; leave others "
+                f"position {positions[first]}: {wrong_id} is not a token of the cache's vocabulary "
+                f"of {facts['size']:,}. Targets must use the ids of corpus.tokenizer; leave others "
                 "out, and their mass joins the tail"
             )
         ordered = np.sort(ids, axis=1)
-        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-        if (at := _first(twice.any(axis=1))) is not None:
-            wrong = int(ordered[at, 1:][twice[at]][0])
+        is_repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if (first := _first_true(is_repeated.any(axis=1))) is not None:
+            wrong_id = int(ordered[first, 1:][is_repeated[first]][0])
             raise InputError(
-                f"position {positions[at]}: token {wrong} is there twice, so its mass would count "
-                "twice"
+                f"position {positions[first]}: token {wrong_id} is there twice, so its mass would "
+                "count twice"
             )
-        self._check_masses(log_probs, given, positions)
+        self._check_masses(log_probs, is_given, positions)
         return ids, log_probs
 
     @property
-    def _told(self) -> str:
+    def _temperature_text(self) -> str:
         return f"temperature {self.temperature:g}"
 
     def _check_masses(
-        self, log_probs: Floats64, given: NDArray[np.bool_], positions: NDArray[np.int64]
+        self, log_probs: Floats64, is_given: NDArray[np.bool_], positions: NDArray[np.int64]
     ) -> None:
-        advice = f"log_probs are natural logarithms of probabilities at {self._told}"
-        if (at := _first((given & ~np.isfinite(log_probs)).any(axis=1))) is not None:
-            wrong = log_probs[at][given[at] & ~np.isfinite(log_probs[at])][0]
+        advice = f"log_probs are natural logarithms of probabilities at {self._temperature_text}"
+        if (first := _first_true((is_given & ~np.isfinite(log_probs)).any(axis=1))) is not None:
+            value = log_probs[first][is_given[first] & ~np.isfinite(log_probs[first])][0]
             raise InputError(
-                f"position {positions[at]}: a log-probability is {wrong}; {advice}, which are "
+                f"position {positions[first]}: a log-probability is {value}; {advice}, which are "
                 "finite. Leave out candidates of zero probability"
             )
-        if (at := _first((log_probs > ROUNDING).any(axis=1))) is not None:
-            inside = np.where(given, log_probs, 0.0)
+        if (first := _first_true((log_probs > ROUNDING).any(axis=1))) is not None:
+            listed = np.where(is_given, log_probs, 0.0)
             hint = (
-                "; these look like probabilities" if 0 <= inside.min() <= inside.max() <= 1 else ""
+                "; these look like probabilities" if 0 <= listed.min() <= listed.max() <= 1 else ""
             )
             raise InputError(
-                f"position {positions[at]}: a log-probability is {log_probs[at].max():.6g}, above "
-                f"0; {advice}{hint}"
+                f"position {positions[first]}: a log-probability is {log_probs[first].max():.6g}, "
+                f"above 0; {advice}{hint}"
             )
         masses = np.exp(log_probs).sum(axis=1)
-        if (at := _first(masses > 1 + ROUNDING)) is not None:
+        if (first := _first_true(masses > 1 + ROUNDING)) is not None:
             raise InputError(
-                f"position {positions[at]}: the probabilities sum to {masses[at]:.6g}, more than "
-                f"1; {advice}"
+                f"position {positions[first]}: the probabilities sum to {masses[first]:.6g}, more "
+                f"than 1; {advice}"
             )
 
     def _with_tail(
@@ -316,28 +317,28 @@ class TokenRows:
         A missing tail is 1 minus the kept mass, computed in float64.
         """
         kept, dropped = log_probs[:, : self.k], log_probs[:, self.k :]
-        inside = np.exp(kept).sum(axis=1)
+        kept_mass = np.exp(kept).sum(axis=1)
         if log_tail is None:
-            rest = 1.0 - inside
+            tail_mass = 1.0 - kept_mass
         else:
-            rest = np.exp(log_tail) + np.exp(dropped).sum(axis=1)
-            if (at := _first(np.abs(inside + rest - 1) > ROUNDING)) is not None:
+            tail_mass = np.exp(log_tail) + np.exp(dropped).sum(axis=1)
+            if (first := _first_true(np.abs(kept_mass + tail_mass - 1) > ROUNDING)) is not None:
                 raise InputError(
-                    f"log_tail: position {positions[at]}: candidates and tail sum to "
-                    f"{inside[at] + rest[at]:.6g}, not to 1"
+                    f"log_tail: position {positions[first]}: candidates and tail sum to "
+                    f"{kept_mass[first] + tail_mass[first]:.6g}, not to 1"
                 )
         if self.info.estimator["bias"] == "exact":  # nothing is outside
-            if (at := _first(rest > ROUNDING)) is not None:
+            if (first := _first_true(tail_mass > ROUNDING)) is not None:
                 raise InputError(
-                    f"position {positions[at]}: all {self.k} tokens are given, but their "
-                    f"probabilities sum to {inside[at]:.6g}, not to 1"
+                    f"position {positions[first]}: all {self.k} tokens are given, but their "
+                    f"probabilities sum to {kept_mass[first]:.6g}, not to 1"
                 )
-            rest = np.zeros_like(rest)
-        self.noticed.over += int((inside > 1 + 1e-6).sum())
-        whole = np.where(inside > 1, inside, 1.0)
+            tail_mass = np.zeros_like(tail_mass)
+        self.noticed.above_one += int((kept_mass > 1 + 1e-6).sum())
+        scale = np.where(kept_mass > 1, kept_mass, 1.0)
         with np.errstate(divide="ignore"):
-            odds = np.log(inside) - np.log(np.maximum(rest, 0.0))
-        return kept - np.log(whole)[:, None], odds[:, None]
+            odds = np.log(kept_mass) - np.log(np.maximum(tail_mass, 0.0))
+        return kept - np.log(scale)[:, None], odds[:, None]
 
     def _scalars(
         self, row: Row, ids: NDArray[np.int64], log_probs: Floats64, gold: NDArray[np.int64]
@@ -361,14 +362,16 @@ class TokenRows:
                 )
         with naming("gold_log_probs"):
             values = numbers(row["gold_log_probs"], count, "position")
-            hit = ids == gold[:, None]
-            said = np.where(hit, log_probs, 0.0).sum(axis=1)
-            wrong = hit.any(axis=1) & (np.abs(said - values) > AGREE)
-            if (at := _first(wrong | (values > ROUNDING))) is not None:
-                beside = f"{said[at]:.4g} among the candidates" if wrong[at] else "above 0"
+            is_gold = ids == gold[:, None]
+            stated = np.where(is_gold, log_probs, 0.0).sum(axis=1)
+            contradicts = is_gold.any(axis=1) & (np.abs(stated - values) > TOLERANCE)
+            if (first := _first_true(contradicts | (values > ROUNDING))) is not None:
+                comparison = (
+                    f"{stated[first]:.4g} among the candidates" if contradicts[first] else "above 0"
+                )
                 raise InputError(
-                    f"entry {at} is {values[at]:.4g} for the true token {int(gold[at])}, "
-                    f"{beside}; do these belong to another position?"
+                    f"entry {first} is {values[first]:.4g} for the true token {int(gold[first])}, "
+                    f"{comparison}; do these belong to another position?"
                 )
         found["gold_log_prob"] = fixed_point(np.maximum(-values, 0.0).astype(np.float32))
         found["gold_rank"] = ranks.astype(rank_dtype(size))
@@ -377,19 +380,19 @@ class TokenRows:
 
 def optional_of(row: Row) -> tuple[str, ...]:
     """Return the OPTIONAL fields that a row has; raise InputError for half of a pair."""
-    found = tuple(name for name in OPTIONAL if row.get(name) is not None)
-    if (at := temperature_of(row)) != 1 and (odd := [name for name in found if name != TAIL]):
+    found = tuple(name for name in OPTIONAL_FIELDS if row.get(name) is not None)
+    if (tau := temperature_of(row)) != 1 and (others := [name for name in found if name != TAIL]):
         raise InputError(
-            f"{odd[0]}: it is stored at temperature 1, but the row's is {at:g}; leave it out"
+            f"{others[0]}: it is stored at temperature 1, but the row's is {tau:g}; leave it out"
         )
     if ("gold_ranks" in found) != ("gold_log_probs" in found):
         raise InputError("gold_log_probs and gold_ranks belong together; give both or neither")
     return found
 
 
-def _first(wrong: Any) -> int | None:
+def _first_true(is_wrong: Any) -> int | None:
     """Return the first place [P] that is wrong."""
-    return int(np.argmax(wrong)) if np.any(wrong) else None
+    return int(np.argmax(is_wrong)) if np.any(is_wrong) else None
 
 
 def _sizes(counts: Sequence[int] | NDArray[np.int64]) -> str:

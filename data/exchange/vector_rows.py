@@ -29,8 +29,8 @@ class VectorRows:
     def begin(cls, corpus: Corpus, config: ImportConfig, view: str, row: Row) -> "VectorRows":
         """Return a reader for the teacher of ``config``, whose first row is ``row``."""
         imported = Imported(provenance=config.provenance)
-        given = row.get("vector")
-        if not isinstance(given, list | tuple | np.ndarray) or not len(given):
+        vector = row.get("vector")
+        if not isinstance(vector, list | tuple | np.ndarray) or not len(vector):
             raise InputError("must have a vector: a list of numbers, as long in every row")
         info = TeacherInfo.model_validate(
             {
@@ -38,7 +38,7 @@ class VectorRows:
                 "task": config.task,
                 "kind": Embedding.name,
                 "view": view,
-                "dimensions": len(given),
+                "dimensions": len(vector),
                 "vectors": config.vectors or "fp16",
                 "estimator": {"kind": "dense", "bias": "exact"},
                 "fingerprints": {"provenance": imported.fingerprint},
@@ -62,7 +62,7 @@ class VectorRows:
         return columns
 
     def notes(self) -> list[str]:
-        """Return what to say once about all rows."""
+        """Return notes about all rows."""
         if not self.errors:
             return []
         return [

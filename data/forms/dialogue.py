@@ -16,19 +16,20 @@ from rekindle.data.source.given import Dialogue, Span
 from rekindle.data.source.record import Bad, shown
 
 _FIELDS = ("messages", "tools")
-_ABOUT = ("role", "name")  # says who speaks, not what is said
-_HIDDEN, _MEANT = 0x100000, 0xF0000  # private characters: for names that are text, and for tokens
-MOST_NAMES = 0xFFFE  # a plane of private characters
-_HIDDEN_RUN = re.compile(f"([{chr(_HIDDEN)}-{chr(_HIDDEN + MOST_NAMES)}])\\1*")
-_PLANES = "".join(f"{chr(a)}-{chr(a + MOST_NAMES)}" for a in (_MEANT, _HIDDEN))
+_SPEAKER_KEYS = ("role", "name")  # says who speaks, not what is said
+_TEXT_PLANE = 0x100000  # private characters for names that are text
+_TOKEN_PLANE = 0xF0000  # and for tokens
+MAX_NAMES = 0xFFFE  # a plane of private characters
+_HIDDEN_RUN = re.compile(f"([{chr(_TEXT_PLANE)}-{chr(_TEXT_PLANE + MAX_NAMES)}])\\1*")
+_PLANES = "".join(f"{chr(a)}-{chr(a + MAX_NAMES)}" for a in (_TOKEN_PLANE, _TEXT_PLANE))
 _PRIVATE = re.compile(f"[{_PLANES}]")
 
 
-def meant_as_token(number: int, name: str) -> str:
+def write_as_token(number: int, name: str) -> str:
     """Return how the special token of that ``number`` is written where it is meant as one: as long
     as its name, so that every character keeps its place.
     """
-    return chr(_MEANT + number) * len(name)
+    return chr(_TOKEN_PLANE + number) * len(name)
 
 
 class Dialogues:
@@ -49,7 +50,7 @@ class Dialogues:
         return {name: number for number, name in enumerate(self.names)}
 
     @cached_property
-    def _find(self) -> re.Pattern[str]:
+    def _name_pattern(self) -> re.Pattern[str]:
         longest_first = sorted(filter(None, self.names), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -58,38 +59,42 @@ class Dialogues:
     ) -> tuple[str, Dialogue] | Bad:
         """Return the dialogue of a record, as its template writes it."""
         try:
-            found, spans = self.template.render(*self._shown(values, columns))
+            written, spans = self.template.render(*self._render_input(values, columns))
         except UnfitDialogue as error:
-            return Bad(error.kind, f"{where}: {error.told}")
-        return self._document(found, spans, where)
+            return Bad(error.kind, f"{where}: {error.reason}")
+        return self._document(written, spans, where)
 
     def prompt(
         self, values: Mapping[str, object], columns: bool, where: str
     ) -> tuple[str, Dialogue] | Bad:
         """Return the same up to the assistant's turn, without a last answer of the assistant."""
         try:
-            messages, tools = self._shown(values, columns)
+            messages, tools = self._render_input(values, columns)
             while messages and messages[-1].get("role") == "assistant":
                 messages.pop()
-            found = self.template.prompt(messages, tools)
+            written = self.template.prompt(messages, tools)
         except UnfitDialogue as error:
-            return Bad(error.kind, f"{where}: {error.told}")
-        return self._document(found, (), where)
+            return Bad(error.kind, f"{where}: {error.reason}")
+        return self._document(written, (), where)
 
-    def _shown(
+    def _render_input(
         self, values: Mapping[str, object], columns: bool
     ) -> tuple[list[dict[str, object]], list[object] | None]:
         """Return what the template sees of a record."""
         messages, tools = _messages(values, columns), _tools(values, columns)
-        hidden = [{key: self._hidden(one) for key, one in each.items()} for each in messages]
-        return hidden, None if tools is None else [*map(self._hidden, tools)]
+        messages_hidden = [
+            {key: self._hide_in(item) for key, item in each.items()} for each in messages
+        ]
+        return messages_hidden, None if tools is None else [*map(self._hide_in, tools)]
 
     def _document(
-        self, found: str, spans: tuple[Span, ...], where: str
+        self, written: str, spans: tuple[Span, ...], where: str
     ) -> tuple[str, Dialogue] | Bad:
-        if not found or found.isspace():
+        if not written or written.isspace():
             return Bad("nothing written", f"{where}: the template writes nothing for the dialogue")
-        return self._back(found), Dialogue(self._back(self._mean(found)), spans)
+        return self._restore_names(written), Dialogue(
+            self._restore_names(self._mark_tokens(written)), spans
+        )
 
     # --- names of special tokens ---
 
@@ -102,27 +107,29 @@ class Dialogues:
             )
         if self.as_tokens:
             return text
-        return self._find.sub(lambda m: chr(_HIDDEN + self._numbers[m[0]]) * len(m[0]), text)
+        return self._name_pattern.sub(
+            lambda m: chr(_TEXT_PLANE + self._numbers[m[0]]) * len(m[0]), text
+        )
 
-    def _mean(self, text: str) -> str:
-        return self._find.sub(lambda m: meant_as_token(self._numbers[m[0]], m[0]), text)
+    def _mark_tokens(self, text: str) -> str:
+        return self._name_pattern.sub(lambda m: write_as_token(self._numbers[m[0]], m[0]), text)
 
-    def _back(self, text: str) -> str:
+    def _restore_names(self, text: str) -> str:
         if not _HIDDEN_RUN.search(text):
             return text
-        return _HIDDEN_RUN.sub(self._named, text)
+        return _HIDDEN_RUN.sub(self._restored_name, text)
 
-    def _named(self, run: re.Match[str]) -> str:
-        name, length = self.names[ord(run[0][0]) - _HIDDEN], len(run[0])
+    def _restored_name(self, run: re.Match[str]) -> str:
+        name, length = self.names[ord(run[0][0]) - _TEXT_PLANE], len(run[0])
         return (name * -(-length // len(name)))[:length]
 
-    def _hidden(self, value: object) -> object:
+    def _hide_in(self, value: object) -> object:
         if isinstance(value, str):
             return self._hide(value)
         if isinstance(value, Mapping):
-            return {key: self._hidden(one) for key, one in value.items()}
+            return {key: self._hide_in(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [*map(self._hidden, value)]
+            return [*map(self._hide_in, value)]
         return value
 
 
@@ -130,30 +137,32 @@ class Dialogues:
 
 
 def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, object]]:
-    given = values.get("messages")
-    if given is None:
-        has = ", ".join(map(str, values)) or "no fields"
-        near = did_you_mean("messages", map(str, values))
+    messages_given = values.get("messages")
+    if messages_given is None:
+        present = ", ".join(map(str, values)) or "no fields"
+        hint = did_you_mean("messages", map(str, values))
         if "conversations" in values:
-            near = "; rename conversations, with role and content for from and value"
-        raise UnfitDialogue("no messages", f"no field 'messages'; it has: {has}{near}")
-    messages = _parsed(given, "messages")
+            hint = "; rename conversations, with role and content for from and value"
+        raise UnfitDialogue("no messages", f"no field 'messages'; it has: {present}{hint}")
+    messages = _parsed(messages_given, "messages")
     if not isinstance(messages, list) or not messages:
-        raise UnfitDialogue("no messages", f"messages must be a list, but is {shown(given)}")
+        raise UnfitDialogue(
+            "no messages", f"messages must be a list, but is {shown(messages_given)}"
+        )
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            told = f"message {number} is {shown(message)}; each has a role (and a content)"
-            raise UnfitDialogue("no message", told)
-        if told := _lacks(message):
-            raise UnfitDialogue("no message", f"message {number} {told}")
+            problem = f"message {number} is {shown(message)}; each has a role (and a content)"
+            raise UnfitDialogue("no message", problem)
+        if problem := _content_problem(message):
+            raise UnfitDialogue("no message", f"message {number} {problem}")
     return [
         # Like transformers: templates write null as "None".
-        {key: _filled(value, columns) for key, value in message.items() if value is not None}
+        {key: _without_nulls(value, columns) for key, value in message.items() if value is not None}
         for message in messages
     ]
 
 
-def _lacks(message: Mapping[object, object]) -> str:
+def _content_problem(message: Mapping[object, object]) -> str:
     """Return what is wrong with a content that a template would still write (treating a missing one
     as empty); "" if nothing.
 
@@ -164,22 +173,24 @@ def _lacks(message: Mapping[object, object]) -> str:
         return f"has {shown(content)} as its content, which must be text"
     if content is not None:
         return ""
-    others = [str(key) for key, one in message.items() if one is not None and key not in _ABOUT]
-    near = did_you_mean("content", (one for one in others if abs(len(one) - len("content")) < 2))
-    if others and not near:
+    others = [
+        str(key) for key, value in message.items() if value is not None and key not in _SPEAKER_KEYS
+    ]
+    hint = did_you_mean("content", (key for key in others if abs(len(key) - len("content")) < 2))
+    if others and not hint:
         return ""
-    return f"of {message['role']!r} has no content{near}; write an empty one if it says nothing"
+    return f"of {message['role']!r} has no content{hint}; write an empty one if it says nothing"
 
 
 def _tools(values: Mapping[str, object], columns: bool) -> list[object] | None:
     tools = _parsed(values.get("tools"), "tools")
     if tools is None or tools == []:
         return None
-    found = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [None]
-    if not all(isinstance(tool, Mapping) for tool in found):
-        told = f"tools must be a list of their JSON schemas, but is {shown(tools)}"
-        raise UnfitDialogue("wrong tools", told)
-    return [_filled(tool, columns) for tool in found]
+    schemas = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [None]
+    if not all(isinstance(tool, Mapping) for tool in schemas):
+        problem = f"tools must be a list of their JSON schemas, but is {shown(tools)}"
+        raise UnfitDialogue("wrong tools", problem)
+    return [_without_nulls(tool, columns) for tool in schemas]
 
 
 def _parsed(value: object, field: str) -> object:
@@ -192,11 +203,11 @@ def _parsed(value: object, field: str) -> object:
         raise UnfitDialogue(f"wrong {field}", f"{field} is text but not JSON: {error}") from None
 
 
-def _filled(value: object, columns: bool) -> object:
+def _without_nulls(value: object, columns: bool) -> object:
     """Return the value without its nulls, if ``columns`` have nulls for keys of other rows."""
     if not columns:
         return value
     if isinstance(value, Mapping):
-        kept = {key: one for key, one in value.items() if one is not None}
-        return {key: _filled(one, columns) for key, one in kept.items()}
-    return [_filled(one, columns) for one in value] if isinstance(value, list) else value
+        present = {key: item for key, item in value.items() if item is not None}
+        return {key: _without_nulls(item, columns) for key, item in present.items()}
+    return [_without_nulls(item, columns) for item in value] if isinstance(value, list) else value

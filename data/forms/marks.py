@@ -8,31 +8,33 @@ from numpy.typing import NDArray
 
 class Marks(NamedTuple):
     """Which of some documents' tokens [L] are ``trained``, and which are ``special`` ones without
-    text. [documents]: ``after``, whether what is put beside each is trained; ``lost``, how many of
-    its tokens were cut.
+    text. [documents]: ``trained_beside``, whether what is put beside each is trained;
+    ``lost``, how many of its tokens were cut.
     """
 
     trained: NDArray[np.bool_]
     special: NDArray[np.bool_]
-    after: NDArray[np.bool_]
+    trained_beside: NDArray[np.bool_]
     lost: NDArray[np.int64]
 
     @classmethod
     def of_texts(cls, documents: int, tokens: int) -> "Marks":
         """Return the marks of plain texts: everything is trained."""
-        nothing = np.zeros(tokens, np.bool_), np.ones(documents, np.bool_)
-        return cls(np.ones(tokens, np.bool_), *nothing, np.zeros(documents, np.int64))
+        defaults = np.zeros(tokens, np.bool_), np.ones(documents, np.bool_)
+        return cls(np.ones(tokens, np.bool_), *defaults, np.zeros(documents, np.int64))
 
-    def then(self, other: "Marks") -> "Marks":
+    def followed_by(self, other: "Marks") -> "Marks":
         """Return these, followed by those of others."""
         return Marks(
             np.concatenate([self.trained, other.trained]),
             np.concatenate([self.special, other.special]),
-            np.concatenate([self.after, other.after]),
+            np.concatenate([self.trained_beside, other.trained_beside]),
             np.concatenate([self.lost, other.lost]),
         )
 
-    def rest(self, documents: int, tokens: int) -> "Marks":
+    def without_first(self, documents: int, tokens: int) -> "Marks":
         """Return these without the first documents and tokens."""
-        trained, special, after, lost = self
-        return Marks(trained[tokens:], special[tokens:], after[documents:], lost[documents:])
+        trained, special, trained_beside, lost = self
+        return Marks(
+            trained[tokens:], special[tokens:], trained_beside[documents:], lost[documents:]
+        )

@@ -24,14 +24,16 @@ def tokens_in(
     in it, as in transformers.
     """
     # Concatenate the texts, with one unused character between them.
-    begins = np.cumsum([0, *(count + 1 for count in characters)])
-    shifted = zip(begins[:-1], spans, strict=True)
-    flat = [(a + first, b + first) for first, each in shifted for a, b in each]
-    if not flat:
+    offsets = np.cumsum([0, *(count + 1 for count in characters)])
+    spans_by_text = zip(offsets[:-1], spans, strict=True)
+    shifted_spans = [
+        (a + first, b + first) for first, text_spans in spans_by_text for a, b in text_spans
+    ]
+    if not shifted_spans:
         return np.zeros(len(starts), np.bool_)
-    froms, tos = np.array(flat, np.int64).T
-    before = np.repeat(begins[:-1], lengths)
+    span_starts, span_ends = np.array(shifted_spans, np.int64).T
+    text_starts = np.repeat(offsets[:-1], lengths)
     # The first span that ends after the token begins.
-    span = np.searchsorted(tos, starts + before, side="right")
-    begin_of = np.append(froms, np.iinfo(np.int64).max)[span]
-    return np.asarray(begin_of < ends + before)
+    span = np.searchsorted(span_ends, starts + text_starts, side="right")
+    span_start = np.append(span_starts, np.iinfo(np.int64).max)[span]
+    return np.asarray(span_start < ends + text_starts)

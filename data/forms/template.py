@@ -27,9 +27,9 @@ Messages = Sequence[Mapping[str, object]]
 class UnfitDialogue(Exception):
     """What is wrong with a dialogue: the kind, for counting, and in words."""
 
-    def __init__(self, kind: str, told: str):
-        super().__init__(told)
-        self.kind, self.told = kind, told
+    def __init__(self, kind: str, reason: str):
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
 
 
 class Template:
@@ -41,8 +41,8 @@ class Template:
     @property
     def digest(self) -> str:
         """Return the identity of what it writes."""
-        said = f"{self.source}\0{sorted(self.special_tokens.items())}"
-        return hashlib.sha256(said.encode()).hexdigest()
+        content = f"{self.source}\0{sorted(self.special_tokens.items())}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def marks_generation(self) -> bool:
@@ -58,30 +58,30 @@ class Template:
         differs from its text for them within the whole.
         """
         if self.marks_generation:
-            text, spans = self._written(messages, tools, marked=True)
+            text, spans = self._render(messages, tools, mark_generation=True)
             return text, tuple((a, b) for a, b in spans if a < b)
-        text = self._written(messages, tools)[0]
+        text = self._render(messages, tools)[0]
         spans = []
         for number, message in enumerate(messages):
             if message.get("role") == "assistant":
-                before = self._written(messages[:number], tools, prompt=True)[0]
-                said = self._written(messages[: number + 1], tools)[0]
-                if not said.startswith(before) or not text.startswith(said):
-                    raise _rewritten(number)
-                spans.append((len(before), len(said)))
+                before = self._render(messages[:number], tools, prompt=True)[0]
+                content = self._render(messages[: number + 1], tools)[0]
+                if not content.startswith(before) or not text.startswith(content):
+                    raise _rewrite_error(number)
+                spans.append((len(before), len(content)))
         return text, tuple((a, b) for a, b in spans if a < b)
 
     def prompt(self, messages: Messages, tools: Sequence[object] | None) -> str:
         """Return the messages as text, up to the assistant's turn. Raise UnfitDialogue if the
         template raises.
         """
-        return self._written(messages, tools, prompt=True)[0]
+        return self._render(messages, tools, prompt=True)[0]
 
-    def _written(
+    def _render(
         self,
         messages: Messages,
         tools: Sequence[object] | None,
-        marked: bool = False,
+        mark_generation: bool = False,
         prompt: bool = False,
     ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -92,20 +92,22 @@ class Template:
                 [[*messages]],
                 tools=None if tools is None else [*tools],
                 chat_template=source,
-                return_assistant_tokens_mask=marked,
+                return_assistant_tokens_mask=mark_generation,
                 add_generation_prompt=prompt,
                 **self.special_tokens,
             )
         except Exception as error:  # any error on unexpected input
             count = len(messages)
-            part = f" (of the first {count} messages, with a prompt for the next)" if prompt else ""
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            told = f"the chat template raises{part}: {told}"
-            raise UnfitDialogue("the template raises", told) from None
-        return str(texts[0]), [*spans[0]] if marked else []
+            scope = (
+                f" (of the first {count} messages, with a prompt for the next)" if prompt else ""
+            )
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = f"the chat template raises{scope}: {reason}"
+            raise UnfitDialogue("the template raises", reason) from None
+        return str(texts[0]), [*spans[0]] if mark_generation else []
 
 
-def _rewritten(number: int) -> UnfitDialogue:
+def _rewrite_error(number: int) -> UnfitDialogue:
     return UnfitDialogue(
         "the template rewrites turns",
         f"what the template writes up to message {number + 1} differs from what it writes of it "
@@ -137,5 +139,5 @@ def _read(path: str) -> str:
         with open_binary(path) as file:
             return bytes(file.read()).decode()
     except (OSError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"corpus.chat_template: {path} cannot be read: {told}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"corpus.chat_template: {path} cannot be read: {reason}") from None

@@ -41,22 +41,22 @@ class TokenRows(NamedTuple):
 
     def _ids(self, values: Mapping[str, object], where: str) -> NDArray[np.int64] | Bad:
         if values.get("input_ids") is None:
-            has = ", ".join(map(str, values)) or "no fields"
-            near = did_you_mean("input_ids", map(str, values))
-            return Bad("no tokens", f"{where}: no field 'input_ids'; it has: {has}{near}")
+            present = ", ".join(map(str, values)) or "no fields"
+            hint = did_you_mean("input_ids", map(str, values))
+            return Bad("no tokens", f"{where}: no field 'input_ids'; it has: {present}{hint}")
         ids = _integers(values["input_ids"])
         if ids is None or not len(ids):
-            told = f"the field 'input_ids' holds {shown(values['input_ids'])}"
-            return Bad("no tokens", f"{where}: {told}; it must be a list of ids, one or more")
-        known = (ids >= 0) & (ids < self.size)
+            problem = f"the field 'input_ids' holds {shown(values['input_ids'])}"
+            return Bad("no tokens", f"{where}: {problem}; it must be a list of ids, one or more")
+        is_known = (ids >= 0) & (ids < self.size)
         for first, past in self.holes:
-            known &= (ids < first) | (ids >= past)
-        if not known.all():
-            at = int(np.flatnonzero(~known)[0])
+            is_known &= (ids < first) | (ids >= past)
+        if not is_known.all():
+            first = int(np.flatnonzero(~is_known)[0])
             return Bad(
                 "ids outside the vocabulary",
-                f"{where}: input_ids[{at}] is {ids[at]}, which is not a token of corpus.tokenizer "
-                f"({self.size:,} ids): the row was made with another tokenizer",
+                f"{where}: input_ids[{first}] is {ids[first]}, which is not a token of "
+                f"corpus.tokenizer ({self.size:,} ids): the row was made with another tokenizer",
             )
         return ids
 
@@ -68,45 +68,47 @@ def _integers(value: object) -> NDArray[np.int64] | None:
     if any(isinstance(one, bool | float | str) or one is None for one in value):
         return None
     try:
-        found = np.asarray(value, np.int64)
+        numbers = np.asarray(value, np.int64)
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if found.ndim == 1 else None
+    return numbers if numbers.ndim == 1 else None
 
 
 def _trained(
     values: Mapping[str, object], ids: NDArray[np.int64], where: str
 ) -> NDArray[np.bool_] | Bad | None:
     """Return which tokens are trained; None if the record does not say: all are."""
-    given = [name for name in _FIELDS[1:] if values.get(name) is not None]
-    if not given:
+    fields = [name for name in _FIELDS[1:] if values.get(name) is not None]
+    if not fields:
         return None
-    if len(given) > 1:
-        told = "it has labels and loss_mask, so it is unclear which says what is trained"
-        return Bad("labels and loss_mask", f"{where}: {told}: leave one out")
-    (name,) = given
+    if len(fields) > 1:
+        problem = "it has labels and loss_mask, so it is unclear which says what is trained"
+        return Bad("labels and loss_mask", f"{where}: {problem}: leave one out")
+    (name,) = fields
     value = values[name]
     if isinstance(value, list) and name == "loss_mask":
         value = [int(one) if isinstance(one, bool) else one for one in value]
-    found = _integers(value)
-    if found is None or len(found) != len(ids):
-        many = "not a list of whole numbers" if found is None else f"{len(found):,}"
-        told = f"{name} must have as many numbers as input_ids ({len(ids):,}), but has {many}"
-        return Bad(f"wrong {name}", f"{where}: {told}")
+    numbers = _integers(value)
+    if numbers is None or len(numbers) != len(ids):
+        actual = "not a list of whole numbers" if numbers is None else f"{len(numbers):,}"
+        problem = f"{name} must have as many numbers as input_ids ({len(ids):,}), but has {actual}"
+        return Bad(f"wrong {name}", f"{where}: {problem}")
     if name == "loss_mask":
-        if not np.isin(found, (0, 1)).all():
-            told = "loss_mask must be 1 (trained) or 0 at each token"
-            return Bad("wrong loss_mask", f"{where}: {told}; it has {found.min()}..{found.max()}")
-        return found == 1
-    trained = found != UNTRAINED
-    wrong = np.flatnonzero(trained & (found != ids))
-    if len(wrong):
-        at = int(wrong[0])
-        shifted = np.array_equal(found[:-1][trained[:-1]], ids[1:][trained[:-1]])
-        hint = ". They are shifted by one: transformers shifts labels itself" if shifted else ""
+        if not np.isin(numbers, (0, 1)).all():
+            problem = "loss_mask must be 1 (trained) or 0 at each token"
+            return Bad(
+                "wrong loss_mask", f"{where}: {problem}; it has {numbers.min()}..{numbers.max()}"
+            )
+        return numbers == 1
+    trained = numbers != UNTRAINED
+    differing = np.flatnonzero(trained & (numbers != ids))
+    if len(differing):
+        first = int(differing[0])
+        is_shifted = np.array_equal(numbers[:-1][trained[:-1]], ids[1:][trained[:-1]])
+        hint = ". They are shifted by one: transformers shifts labels itself" if is_shifted else ""
         return Bad(
             "wrong labels",
-            f"{where}: labels[{at}] is {found[at]} but input_ids[{at}] is {ids[at]}; a label is "
-            f"the token's own id, or {UNTRAINED} if it is not trained{hint}",
+            f"{where}: labels[{first}] is {numbers[first]} but input_ids[{first}] is {ids[first]}; "
+            f"a label is the token's own id, or {UNTRAINED} if it is not trained{hint}",
         )
     return trained

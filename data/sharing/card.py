@@ -157,12 +157,13 @@ def _of_teachers(teachers: Iterable[TeacherReader]) -> Iterator[str]:
     yield "|---|---|---|---|---|---:|---:|---|"
     lines: list[str] = []
     for one in teachers:
-        info, kept = one.info, one.kind.sentence
+        info, kept = one.info, one.kind.description
         weights = f"`{one.fingerprint[:12]}`" if one.fingerprint else "not known"
         kept += f", {info.codec}" if info.codec != "default" else ""
         yield (
-            f"| {info.name} | `{shown(info.model)}` | {info.task} | {kept} | {info.shown.kind} | "
-            f"{shown_bytes(one.bytes_on_disk)} | {one.coverage:.1%} | {weights} |"
+            f"| {info.name} | `{shown(info.model)}` | {info.task} | {kept} | "
+            f"{info.view_class.kind} | {shown_bytes(one.bytes_on_disk)} | {one.coverage:.1%} | "
+            f"{weights} |"
         )
         lines += _origin(one)
     if lines:
@@ -173,7 +174,7 @@ def _origin(teacher: TeacherReader) -> Iterator[str]:
     """Yield how a teacher came to be, if it was not run as it is."""
     info = teacher.info
     if info.imported:
-        yield f"- {info.name} was imported, not run: {info.imported.told()}."
+        yield f"- {info.name} was imported, not run: {info.imported.summary()}."
     if info.served:
         yield f"- {info.name} was run by a server, and is known by its answers to probes."
     if info.mapped:

@@ -12,7 +12,7 @@ SAMPLE_UNITS = 4
 
 def tells_text(teacher: TeacherReader) -> bool:
     """Return whether the text, or much of it, can be read from a teacher's targets."""
-    return teacher.kind.tells_text
+    return teacher.kind.reveals_text
 
 
 def readable_share(teacher: TeacherReader) -> float | None:

@@ -6,7 +6,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.targets.codec import Floats
 from rekindle.data.targets.schema import TeacherInfo
 
-SEVERAL = "multi_label_classification"
+MULTI_LABEL = "multi_label_classification"
 
 
 def probabilities(info: TeacherInfo, logits: Floats, temperature: float = 1.0) -> Floats:
@@ -19,24 +19,24 @@ def probabilities(info: TeacherInfo, logits: Floats, temperature: float = 1.0) -
             f"teacher {info.name!r} gives scores, which have no probabilities: they are its logits"
         )
     tempered = logits / np.float32(temperature)
-    if info.problem == SEVERAL:
+    if info.problem == MULTI_LABEL:
         return np.exp(-np.logaddexp(np.float32(0), -tempered))
     tempered = tempered - tempered.max(axis=1, keepdims=True)
     weights = np.exp(tempered)
-    found: Floats = weights / weights.sum(axis=1, keepdims=True)
-    return found
+    probs: Floats = weights / weights.sum(axis=1, keepdims=True)
+    return probs
 
 
 def entropies(info: TeacherInfo, probs: Floats) -> Floats:
     """Return the entropy [R] in nats of probabilities [R,C]; for independent labels, the sum of
     their entropies.
     """
-    each = _plogp(probs) + (_plogp(1 - probs) if info.problem == SEVERAL else 0)
-    found: Floats = -each.sum(axis=1)
-    return found
+    terms = _plogp(probs) + (_plogp(1 - probs) if info.problem == MULTI_LABEL else 0)
+    summed: Floats = -terms.sum(axis=1)
+    return summed
 
 
 def _plogp(probs: Floats) -> Floats:
     """Return p·log p with 0·log 0 = 0; NaN stays NaN."""
-    found: Floats = probs * np.log(np.where(probs == 0, np.float32(1), probs))
-    return found
+    products: Floats = probs * np.log(np.where(probs == 0, np.float32(1), probs))
+    return products

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 STEP = 1024.0  # fixed point: units per nat
 RANGE = 32.0  # nats between the best and the lowest representable candidate
-WHOLE = 1e-2  # steps: float32 rounding of a whole number of steps
+WHOLE_TOLERANCE = 1e-2  # steps: float32 rounding of a whole number of steps
 SATURATED = 65535  # 64 nats: log(1.6e-28)
 NO_TAIL = 32767
 
@@ -72,8 +72,8 @@ def encode(
     # A span of whole steps stays whole however the best candidate is rounded, so what is read from
     # a cache and written again is unchanged.
     steps = (span[:, 0] * STEP).astype(np.float64)
-    whole = np.minimum(highest + np.rint(steps), SATURATED).astype(np.uint16)
-    is_whole = np.abs(steps - np.rint(steps)) < WHOLE
+    whole_lowest = np.minimum(highest + np.rint(steps), SATURATED).astype(np.uint16)
+    is_whole = np.abs(steps - np.rint(steps)) < WHOLE_TOLERANCE
     planes = high_planes(vocabulary_size)
     columns: Columns = {"ids": (ids & 0xFFFF).astype(np.uint16)}
     if planes:
@@ -81,7 +81,9 @@ def encode(
     return columns | {
         "values": np.rint(relative * scale).astype(np.uint8),
         "log_prob_max": highest,
-        "log_prob_min": np.where(is_whole, whole, fixed_point(-log_probs[:, 0] + span[:, 0])),
+        "log_prob_min": np.where(
+            is_whole, whole_lowest, fixed_point(-log_probs[:, 0] + span[:, 0])
+        ),
         "tail_log_odds": encode_odds(tail_log_odds),
     }
 

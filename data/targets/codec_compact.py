@@ -51,16 +51,25 @@ from rekindle.data.targets.codec import (
 )
 from rekindle.data.targets.schema import SCALARS, rank_dtype
 
-HEAD = 8  # the first candidates' gaps are much wider; kept apart, they get their own code tables
+# The first candidates' gaps are much wider: they get a column, and so code tables, of their own.
+HEAD_SIZE = 8
 MANTISSA = 16  # classes per power of two; zstd gives each class a code by its frequency
 LARGEST_VOCABULARY = 2**19  # largest vocabulary whose classes fit a byte
 LARGEST_TABLE = 2**18
 POSITIONS_PER_BATCH = 4096
-OFTEN = 4  # a rarer id costs more in the table than written out
+MIN_COUNT = 4  # a rarer id costs more in the table than written out
 
 Bytes = NDArray[np.uint8]
 Widths = dict[str, tuple[pa.DataType, int | None]]  # name -> value type, width (None: a scalar)
-PLAIN = {*SCALARS, "ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds"}
+DEFAULT_COLUMNS = {
+    *SCALARS,
+    "ids",
+    "ids_high",
+    "values",
+    "log_prob_max",
+    "log_prob_min",
+    "tail_log_odds",
+}
 
 
 def compact_columns(columns: Widths, vocabulary_size: int) -> Widths:
@@ -71,7 +80,7 @@ def compact_columns(columns: Widths, vocabulary_size: int) -> Widths:
     assert k is not None
     assert temperatures is not None
     widths = _widths(k, temperatures, vocabulary_size)
-    others = {name: column for name, column in columns.items() if name not in PLAIN}
+    others = {name: column for name, column in columns.items() if name not in DEFAULT_COLUMNS}
     return {name: (pa.uint8(), width) for name, width in widths.items()} | others
 
 
@@ -80,11 +89,11 @@ def _widths(k: int, temperatures: int, vocabulary_size: int) -> dict[str, int]:
     if vocabulary_size > LARGEST_VOCABULARY:
         raise ValueError(f"compact ids need V ≤ {LARGEST_VOCABULARY:,}, not {vocabulary_size:,}")
     widths = {
-        "ids_table": 4 + -(-k // OFTEN) * _id_bytes(vocabulary_size),
+        "ids_table": 4 + -(-k // MIN_COUNT) * _id_bytes(vocabulary_size),
         "ids_class": k,
         "ids_rest": -(-k * _largest_shift(vocabulary_size) // 8),
-        "values_head": min(k, HEAD),
-        "values_rest": k - HEAD,
+        "values_head": min(k, HEAD_SIZE),
+        "values_rest": k - HEAD_SIZE,
         "scalars_low": 3 + temperatures,
         "scalars_high": 3,
         "tails_high": temperatures,
@@ -123,14 +132,14 @@ def to_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
     widths = _widths(ids.shape[1], columns["tail_log_odds"].shape[1], vocabulary_size)
     words, small = _scalars(columns)
     streams = _id_streams(ids, vocabulary_size) | {
-        "values_head": [gaps[:HEAD]],
-        "values_rest": [gaps[HEAD:]],
+        "values_head": [gaps[:HEAD_SIZE]],
+        "values_rest": [gaps[HEAD_SIZE:]],
         "scalars_low": [word[:, 0] for word in words],
         "scalars_high": [word[:, 1] for word in words[:3]],
         "tails_high": [word[:, 1] for word in words[3:]],
         "small": [planes.T for planes in small],
     }
-    others = {name: column for name, column in columns.items() if name not in PLAIN}
+    others = {name: column for name, column in columns.items() if name not in DEFAULT_COLUMNS}
     return {n: _column(streams[n], len(ids), width) for n, width in widths.items()} | others
 
 
@@ -145,12 +154,13 @@ def _column(streams: Sequence[Bytes], positions: int, width: int) -> Bytes:
 def _id_streams(ids: NDArray[np.int64], vocabulary_size: int) -> dict[str, list[Bytes]]:
     flat = ids.T.reshape(-1)
     counts = np.bincount(flat)
-    often = np.flatnonzero(counts >= OFTEN)
-    table = often[np.argsort(-np.frexp(counts[often])[1], kind="stable")]  # by bits of the count
+    frequent = np.flatnonzero(counts >= MIN_COUNT)
+    count_bits = np.frexp(counts[frequent])[1]
+    table = frequent[np.argsort(-count_bits, kind="stable")]
     table = table[:LARGEST_TABLE]
     steps = np.diff(table, prepend=0) % (1 << 16 + high_planes(vocabulary_size))
     size = np.full(min(len(ids), 1), len(table), "<u4").view(np.uint8)  # nowhere to go if P = 0
-    tabled = [size, *_byte_planes(steps, _id_bytes(vocabulary_size)).T]
+    table_streams = [size, *_byte_planes(steps, _id_bytes(vocabulary_size)).T]
     place_of = np.arange(len(counts)) + len(table)
     place_of[table] = np.arange(len(table))
     present = np.flatnonzero(counts)
@@ -162,7 +172,7 @@ def _id_streams(ids: NDArray[np.int64], vocabulary_size: int) -> dict[str, list[
     rest_of[present] = places & ((1 << shift) - 1)
     classes = class_of[flat]
     rests = _pack_rests(classes >> 4, rest_of[flat])
-    return {"ids_table": tabled, "ids_class": [classes], "ids_rest": [rests]}
+    return {"ids_table": table_streams, "ids_class": [classes], "ids_rest": [rests]}
 
 
 def _byte_planes(numbers: NDArray, count: int) -> Bytes:
@@ -220,17 +230,17 @@ def _forecast(
     return best + (value * (worst - best) * 2 + 255) // 510
 
 
-def with_unknown(columns: Columns, vocabulary_size: int) -> Columns:
+def fill_missing_scalars(columns: Columns, vocabulary_size: int) -> Columns:
     """Fill in scalars that imported targets may lack with values that compress to nothing; the
     reader drops them again.
     """
     count = len(columns["log_prob_max"])
-    unknown = {
+    placeholders = {
         "gold_rank": np.zeros(count, rank_dtype(vocabulary_size)),
         "gold_log_prob": columns["log_prob_max"],  # the forecast for rank 0
         "entropy": np.zeros(count, np.uint16),
     }
-    return unknown | columns
+    return placeholders | columns
 
 
 def from_compact(columns: Mapping[str, NDArray], vocabulary_size: int) -> Columns:
@@ -284,8 +294,8 @@ def _read_ids(
     ids = places - len(table)
     if ids.max(initial=0) >= 1 << 16 + high_planes(vocabulary_size):
         raise CacheFormatError("column 'ids_class' has places that its vocabulary cannot have")
-    tabled = ids < 0
-    ids[tabled] = table[places[tabled]]
+    in_table = ids < 0
+    ids[in_table] = table[places[in_table]]
     return ids.reshape(k, positions).T
 
 

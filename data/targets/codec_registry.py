@@ -35,13 +35,13 @@ class Codec:
     encode: Callable[[NDArray, Floats, Floats, int], Columns] = encode
     decode: Callable[[Columns, float, int, int | None], tuple[Floats, Floats]] = decode_log_probs
     value_type: pa.DataType = BYTE
-    spans: bool = True  # values are fractions of the row's span, so log_prob_min is stored
-    stored: Callable[[Widths, int], Widths] = _unchanged  # (columns as used, V) -> on disk
+    stores_span: bool = True  # values are fractions of the row's span, so log_prob_min is stored
+    stored_columns: Callable[[Widths, int], Widths] = _unchanged  # (columns as used, V) -> on disk
     pack: Callable[[Columns, int], Columns] = _unchanged
     unpack: Callable[[Columns, int], Columns] = _unchanged  # the inverse of `pack`
     per_position: str = "positions"  # a column with an entry for every position on disk
     # whether shards are compressed; record batches are then small and read as a whole
-    compressed: bool = False
+    is_compressed: bool = False
     largest_vocabulary: int = 2**31
 
     def error_bound(self, span: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
@@ -51,7 +51,9 @@ class Codec:
         ``span`` [P]: the difference between the candidates' largest and smallest log-probability at
         τ = 1.
         """
-        step = 2 * (span / 510 + 1 / STEP) if self.spans else np.full_like(span, 1 / VALUE_STEP)
+        step = (
+            2 * (span / 510 + 1 / STEP) if self.stores_span else np.full_like(span, 1 / VALUE_STEP)
+        )
         bound: NDArray[np.float64] = step / temperature + 0.5 / STEP
         return bound
 
@@ -61,19 +63,19 @@ class Codec:
         columns: Widths = {"ids": (pa.uint16(), k)}
         columns |= {"ids_high": (pa.uint8(), high)} if high else {}
         columns |= {"values": (self.value_type, k), "log_prob_max": (pa.uint16(), None)}
-        columns |= {"log_prob_min": (pa.uint16(), None)} if self.spans else {}
+        columns |= {"log_prob_min": (pa.uint16(), None)} if self.stores_span else {}
         return columns | {"tail_log_odds": (pa.int16(), temperatures)}
 
 
 CODECS = {
     "default": Codec(),
-    "precise": Codec(encode_precise, decode_precise, pa.uint16(), spans=False),
+    "precise": Codec(encode_precise, decode_precise, pa.uint16(), stores_span=False),
     "compact": Codec(
-        stored=codec_compact.compact_columns,
+        stored_columns=codec_compact.compact_columns,
         pack=codec_compact.to_compact,
         unpack=codec_compact.from_compact,
         per_position="ids_class",
-        compressed=True,
+        is_compressed=True,
         largest_vocabulary=codec_compact.LARGEST_VOCABULARY,
     ),
 }

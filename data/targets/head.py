@@ -39,7 +39,7 @@ class StoredHead:
         """Pickle batches without the matrix: each process reads it once."""
         if self.place is None:
             return StoredHead, tuple(getattr(self, field.name) for field in fields(self))
-        return _head_again, (*self.place, self.sha256)
+        return _reload_head, (*self.place, self.sha256)
 
     def log_probs(self, hidden: Floats) -> Floats:
         """Return log-probabilities [P,V] at τ = 1 of ``hidden`` [P,H]."""
@@ -77,18 +77,18 @@ def read_head(store: Store, folder: str) -> StoredHead:
     damaged.
     """
     name = f"{folder}/head.safetensors"
-    where = f"{store.location}/{name}"
-    told = f"{where} is missing or has no head.json beside it"
-    with unusable(told, FileNotFoundError, advice=f". {REPAIR}"):
-        about = read_sealed(store, f"{folder}/head.json")
+    path = f"{store.location}/{name}"
+    message = f"{path} is missing or has no head.json beside it"
+    with unusable(message, FileNotFoundError, advice=f". {REPAIR}"):
+        record = read_sealed(store, f"{folder}/head.json")
         content = store.read_bytes(name)
     sha256 = hashlib.sha256(content).hexdigest()
-    if sha256 != about.get("sha256"):
-        raise CacheFormatError(f"{where} is damaged. {REPAIR}")
-    wrong = (SafetensorError, KeyError, ValueError, TypeError, OverflowError)
-    with unusable(f"{where} is no output matrix", *wrong):
+    if sha256 != record.get("sha256"):
+        raise CacheFormatError(f"{path} is damaged. {REPAIR}")
+    bad_content = (SafetensorError, KeyError, ValueError, TypeError, OverflowError)
+    with unusable(f"{path} is no output matrix", *bad_content):
         tensors = load(content)
-        scale, softcap = float(about["scale"]), about["softcap"]
+        scale, softcap = float(record["scale"]), record["softcap"]
         place = (store.location, folder)
         head = StoredHead(tensors["weight"], tensors.get("bias"), scale, softcap, sha256, place)
         _check_head(head)
@@ -100,7 +100,7 @@ _heads: WeakValueDictionary[tuple[str, str, str], StoredHead] = WeakValueDiction
 
 
 @lru_cache(maxsize=8)  # teachers: their batches alternate
-def _head_again(location: str, folder: str, sha256: str) -> StoredHead:
+def _reload_head(location: str, folder: str, sha256: str) -> StoredHead:
     """Return the matrix another process has read, from this process's memory or from the file."""
     head = _heads.get((location, folder, sha256)) or read_head(open_store(location), folder)
     if head.sha256 != sha256:

@@ -30,7 +30,7 @@ class Imported(Settings):
         canonical = json.dumps(self.provenance, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Return the provenance as a line, the model first."""
         ordered = sorted(self.provenance, key=lambda key: (key != "model", key))
         return ", ".join(f"{key} {self.provenance[key]}" for key in ordered)

@@ -30,10 +30,10 @@ Lineage = tuple[Ancestor, ...]
 
 def joined_lineage(parts: Iterable[Iterable[Ancestor]]) -> Lineage:
     """Join several lineages, each run once."""
-    found: list[Ancestor] = []
+    runs: list[Ancestor] = []
     for part in parts:
-        found += [run for run in part if run not in found]
-    return tuple(found)
+        runs += [run for run in part if run not in runs]
+    return tuple(runs)
 
 
 def with_weights(lineage: Lineage, weights: str) -> Lineage:

@@ -38,15 +38,15 @@ class PositionScalars:
             yield self.positions[part], -self.gold_log_prob[part]
 
 
-class ScalarSums:
+class ScalarChecksum:
     """Compute the checksum of the scalar columns of the batches that pass through."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
-        self._seen = False
+        self._has_scalars = False
 
-    def over(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield the same batches."""
+    def pass_through(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the same batches, each included in the checksum."""
         for batch in batches:
             self.add(batch)
             yield batch
@@ -55,7 +55,7 @@ class ScalarSums:
         """Include a batch, if it has the columns."""
         if not {*SCALARS} <= {*batch.schema.names}:
             return
-        self._seen = True
+        self._has_scalars = True
         self._state.update("".join(batch["digest"].to_pylist()).encode())
         for name in SCALARS:
             offsets, flat = list_views(batch[name], name)
@@ -64,7 +64,7 @@ class ScalarSums:
 
     def facts(self) -> dict[str, str]:
         """Return the facts for the commit record; empty for units without scalars."""
-        return {FACT: self._state.hexdigest()} if self._seen else {}
+        return {FACT: self._state.hexdigest()} if self._has_scalars else {}
 
 
 def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
@@ -73,14 +73,14 @@ def read_scalars(shard: Shard) -> list[pa.RecordBatch]:
     For units without such a checksum (format 1, the compact codec) everything is read.
     """
     names = ["digest", *SCALARS]
-    stated = shard.commit.facts.get(FACT)
-    if stated is None:
+    recorded = shard.commit.facts.get(FACT)
+    if recorded is None:
         return [batch.select(names) for batch in shard.batches()]
     batches = shard.columns(names)
-    sums = ScalarSums()
+    checksum = ScalarChecksum()
     for batch in batches:
-        sums.add(batch)
-    if sums.facts().get(FACT) != stated:
+        checksum.add(batch)
+    if checksum.facts().get(FACT) != recorded:
         raise CacheFormatError(f"{shard.name}: its scalars are not those that were committed")
     return batches
 

@@ -35,7 +35,7 @@ from rekindle.data.views.registry import view_kind
 
 TEACHER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LONGEST_PART = 60
-PART_NAME = rf"^[a-z0-9.-]{{0,{LONGEST_PART}}}$"  # so does this
+PART_NAME = rf"^[a-z0-9.-]{{0,{LONGEST_PART}}}$"  # a part's name becomes a folder as well
 Task = Literal[
     "masked_lm",
     "causal_lm",
@@ -44,8 +44,10 @@ Task = Literal[
     "token_classification",
     "embedding",
 ]
-Kept = Literal["topk", "threshold", "random", "dense", "hidden"]  # of vocabulary teachers
-Kind = Literal[Kept, "tails", "sequence", "token", "embedding"]
+VocabularyKindName = Literal[
+    "topk", "threshold", "random", "dense", "hidden"
+]  # of vocabulary teachers
+Kind = Literal[VocabularyKindName, "tails", "sequence", "token", "embedding"]
 Vectors = Literal["fp16", "int8"]  # how vectors are stored
 Codec = Literal["default", "precise", "compact"]
 VOCABULARY_TASKS = ("masked_lm", "causal_lm")
@@ -56,7 +58,7 @@ MAPPABLE, MAPPED_MASS = "mappable", "mapped_mass"
 SCALARS = ("positions", "gold_log_prob", "gold_rank", "entropy")
 
 
-def _named(name: str) -> str:
+def _check_name(name: str) -> str:
     if not re.fullmatch(TEACHER_NAME, name):
         raise ValueError(
             "a name becomes a folder: give at most 100 of A-Z, a-z, 0-9, '.', '_' and '-', the "
@@ -66,7 +68,7 @@ def _named(name: str) -> str:
 
 
 TeacherName = Annotated[
-    str, AfterValidator(_named), Field(json_schema_extra={"pattern": TEACHER_NAME})
+    str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": TEACHER_NAME})
 ]
 
 
@@ -105,18 +107,20 @@ class TeacherInfo(Settings):
     model: str = ""  # where it was loaded from; informative
     lineage: tuple[Ancestor, ...] = ()  # of a student: the runs that made it; informative
     mapped: int | None = Field(None, gt=0)  # tokens that its own tokenizer has, by their bytes
-    imported: Imported | None = None  # of targets made elsewhere: whence, and what is not known
-    served: Served | None = None  # of a server's model: by what it is known again
+    imported: Imported | None = None  # of targets made elsewhere: their source, and what is unknown
+    served: Served | None = None  # of a server's model: what identifies it
 
     @model_serializer(mode="wrap")
-    def _without_what_is_empty(self, rest: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """As before there were lineages, imports, servers and vectors: earlier versions refuse a
+    def _without_unset_new_keys(
+        self, serialize: SerializerFunctionWrapHandler
+    ) -> dict[str, object]:
+        """Leave out the keys of newer versions where they are unset: earlier versions refuse a
         key that they do not know.
         """
-        values: dict[str, object] = rest(self)
-        younger = {"lineage", "imported", "served", "mapped"}
-        younger |= {"dimensions", "pooling", "normalised", "vectors", "prompt"}
-        return {key: value for key, value in values.items() if key not in younger or value}
+        values: dict[str, object] = serialize(self)
+        newer_keys = {"lineage", "imported", "served", "mapped"}
+        newer_keys |= {"dimensions", "pooling", "normalised", "vectors", "prompt"}
+        return {key: value for key, value in values.items() if key not in newer_keys or value}
 
     def identity(self) -> dict:
         """Return what must be equal for two runs to have the same teacher."""
@@ -126,9 +130,17 @@ class TeacherInfo(Settings):
         """Return what a teacher's extensions share with it: all except what is kept of its
         output.
         """
-        kept = {"kind", "k", "temperatures", "estimator", "part", "extends", "rows_per_batch"}
-        kept |= {"codec"}  # tails have none
-        return {key: value for key, value in self.identity().items() if key not in kept}
+        output_keys = {
+            "kind",
+            "k",
+            "temperatures",
+            "estimator",
+            "part",
+            "extends",
+            "rows_per_batch",
+        }
+        output_keys |= {"codec"}  # tails have none
+        return {key: value for key, value in self.identity().items() if key not in output_keys}
 
     @property
     def folder(self) -> str:
@@ -137,7 +149,7 @@ class TeacherInfo(Settings):
         return f"{base}/extensions/{self.part}" if self.part else base
 
     @property
-    def shown(self) -> type[View]:
+    def view_class(self) -> type[View]:
         """The kind of view it was shown."""
         return view_kind(self.view)
 
@@ -156,7 +168,7 @@ class TeacherInfo(Settings):
             WITH_MAPPED: self.mapped,
             WITH_VECTORS: self.vectors,
         }
-        return max([FORMAT_VERSION, *(version for version, told in needed.items() if told)])
+        return max([FORMAT_VERSION, *(version for version, value in needed.items() if value)])
 
     @property
     def made_by(self) -> str:
@@ -173,7 +185,7 @@ class TeacherInfo(Settings):
         """Whether it is a masked LM that was shown unmasked text. It then has a target for every
         content token, at the token itself (a causal LM's is at the token before).
         """
-        return self.task == "masked_lm" and not self.shown.masked
+        return self.task == "masked_lm" and not self.view_class.masked
 
 
 def rank_dtype(vocabulary_size: int) -> type:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from rekindle.data.settings import Settings
 
-MISSING = 1.0  # nats counted for an id that is no longer among the likeliest
+MISSING_NATS = 1.0  # nats counted for an id that is no longer among the likeliest
 
 
 class Probe(Settings):
@@ -48,16 +48,16 @@ def digest_of(probes: Sequence[Probe]) -> str:
     return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode()).hexdigest()
 
 
-def difference(then: Sequence[Probe], now: Sequence[Sequence[dict[int, float]]]) -> float:
-    """Return the mean difference in nats between the log-probabilities of the ids in ``then`` and
-    ``now``.
+def difference(recorded: Sequence[Probe], current: Sequence[Sequence[dict[int, float]]]) -> float:
+    """Return the mean difference in nats between the log-probabilities of the ids in ``recorded``
+    and ``current``.
 
-    ``now``: for each probe and each of its predictions, everything the server answers.
+    ``current``: for each probe and each of its predictions, everything the server answers.
     """
-    found = [
-        abs(value - said[number]) if number in said else MISSING
-        for probe, answers in zip(then, now, strict=True)
-        for ids, values, said in zip(probe.ids, probe.log_probs, answers, strict=True)
-        for number, value in zip(ids, values, strict=True)
+    differences = [
+        abs(value - answer[token]) if token in answer else MISSING_NATS
+        for probe, answers in zip(recorded, current, strict=True)
+        for ids, values, answer in zip(probe.ids, probe.log_probs, answers, strict=True)
+        for token, value in zip(ids, values, strict=True)
     ]
-    return sum(found) / max(len(found), 1)
+    return sum(differences) / max(len(differences), 1)

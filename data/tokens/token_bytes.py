@@ -25,12 +25,12 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
     Raises InputError for a tokenizer that changes texts, or whose tokens do not determine their
     bytes (WordPiece does both).
     """
-    described = json.loads(tokenizer.encoder.backend.to_str())
-    kinds = _kinds(described.get("decoder"))
+    description = json.loads(tokenizer.encoder.backend.to_str())
+    kinds = _kinds(description.get("decoder"))
     if "ByteLevel" in kinds:
-        read = _of_letters
+        decode = _from_letters
     elif "ByteFallback" in kinds or "Metaspace" in kinds or "Replace" in kinds:
-        read = _of_pieces
+        decode = _from_pieces
     else:
         raise InputError(
             f"the bytes of the tokens of {tokenizer.name} are not known (its decoder is "
@@ -38,13 +38,13 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
             "for a space"
         )
     added = tokenizer.hf.added_tokens_decoder
-    found: list[bytes | None] = [None] * tokenizer.size
+    result: list[bytes | None] = [None] * tokenizer.size
     for id, token in tokenizer.tokens():
         if id in added:  # stands for itself
-            found[id] = None if added[id].special else added[id].content.encode()
+            result[id] = None if added[id].special else added[id].content.encode()
         elif id not in tokenizer.special_ids:
-            found[id] = read(token)
-    return found
+            result[id] = decode(token)
+    return result
 
 
 def _kinds(part: object) -> list[str]:
@@ -65,58 +65,62 @@ def _letters() -> dict[str, int]:
     return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def _of_letters(token: str) -> bytes | None:
-    known = _letters()
-    return bytes(known[c] for c in token) if all(c in known for c in token) else None
+def _from_letters(token: str) -> bytes | None:
+    letters = _letters()
+    return bytes(letters[c] for c in token) if all(c in letters for c in token) else None
 
 
-def _of_pieces(token: str) -> bytes:
+def _from_pieces(token: str) -> bytes:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:5])
     return token.replace(_SPACE, " ").encode()
 
 
-def common_tokens(ours: Sequence[bytes | None], theirs: Sequence[bytes | None]) -> Ids:
-    """Return [ours]: the id among ``theirs`` that stands for the same bytes, −1 if there is none.
+def common_tokens(tokens: Sequence[bytes | None], others: Sequence[bytes | None]) -> Ids:
+    """Return [tokens]: the id among ``others`` that stands for the same bytes, −1 if there is none.
 
     If several ids of a vocabulary stand for the same bytes ("A" and "<0x41>"), the last one counts,
     because pieces come after the tokens for single bytes.
     """
-    by_bytes = {content: id for id, content in enumerate(theirs) if content}
-    last = {content: id for id, content in enumerate(ours) if content}
-    found = np.full(len(ours), -1, np.int64)
-    for content in by_bytes.keys() & last.keys():
-        found[last[content]] = by_bytes[content]
-    return found
+    by_bytes = {content: id for id, content in enumerate(others) if content}
+    own_by_bytes = {content: id for id, content in enumerate(tokens) if content}
+    result = np.full(len(tokens), -1, np.int64)
+    for content in by_bytes.keys() & own_by_bytes.keys():
+        result[own_by_bytes[content]] = by_bytes[content]
+    return result
 
 
 def starts_of_tokens(
-    ids: NDArray[np.integer], known: Sequence[bytes | None], text: bytes
+    ids: NDArray[np.integer], token_bytes: Sequence[bytes | None], text: bytes
 ) -> Starts | None:
     """Return where in ``text`` the bytes of each token begin, int64 [L]: −1 for a first token whose
     space is not in the text (Llama's tokenizers add it). None if the tokens are not the text's.
 
     A sequence may have been cut within a character that the text has whole.
     """
-    parts = [known[id] for id in ids.tolist()]
+    parts = [token_bytes[id] for id in ids.tolist()]
     if any(part is None for part in parts):
         return None
-    first = _first(b"".join(part for part in parts if part is not None), text)
+    first = _text_offset(b"".join(part for part in parts if part is not None), text)
     if first is None:
         return None
     lengths = np.array([len(part or b"") for part in parts], np.int64)
     return first + np.cumsum(lengths) - lengths
 
 
-def _first(written: bytes, text: bytes) -> int | None:
-    for first, whole in ((0, text), (-1, b" " + text)):
-        rest = whole[len(written) :]
-        if whole.startswith(written) and (not rest or _goes_on(rest)):
+def _text_offset(written: bytes, text: bytes) -> int | None:
+    for first, candidate in ((0, text), (-1, b" " + text)):
+        remainder = candidate[len(written) :]
+        if candidate.startswith(written) and (not remainder or _starts_inside_character(remainder)):
             return first
-    begin = len(text) - len(written)
-    return begin if begin > 0 and text.endswith(written) and _goes_on(text[begin:]) else None
+    offset = len(text) - len(written)
+    return (
+        offset
+        if offset > 0 and text.endswith(written) and _starts_inside_character(text[offset:])
+        else None
+    )
 
 
-def _goes_on(part: bytes) -> bool:
+def _starts_inside_character(part: bytes) -> bool:
     """Return whether it begins within a character of UTF-8."""
     return part[0] & 0xC0 == 0x80

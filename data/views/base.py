@@ -1,4 +1,4 @@
-"""What all kinds of views share, and the questions that other code may ask a view.
+"""What all kinds of views share, and what other code may ask a view.
 
 A view is how an example is shown to a model. Its recorded name begins with its kind: ``clean`` and
 ``text`` are the corpus itself; ``masked-<fingerprint>`` and ``pairs-<kind>-<fingerprint>`` are
@@ -35,7 +35,7 @@ class View:
     masked: ClassVar[bool] = False  # it shows replicas of a sequence with different masks
     paired: ClassVar[bool] = False  # it shows two texts, which not every sequence has
     fields: ClassVar[tuple[pa.Field, ...]] = ()  # its columns
-    beside: ClassVar[str] = ""  # the column whose lists are as long as those of ``input_ids``
+    list_column: ClassVar[str] = ""  # the column whose lists are as long as those of ``input_ids``
 
     @classmethod
     def numbers(cls, replicas: int) -> list[int | None]:
@@ -48,8 +48,8 @@ class View:
         return unit_of(shard, replica if cls.masked else None)
 
     @classmethod
-    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
-        """Return whether our own code can have written the batch, judged by more than its ids.
+    def is_valid_batch(cls, batch: pa.RecordBatch, lists: Lists, lengths: Lengths) -> bool:
+        """Return whether our own code can have written the batch, beyond its ids.
 
         ``lengths`` [R] are the numbers of tokens of the corpus's sequences.
         """
@@ -62,13 +62,15 @@ class StoredView(View):
     stored = True
     replicas = 1
 
-    def __init__(self, corpus: Corpus, seed: int, decides: Mapping[str, object], variant: str = ""):
+    def __init__(
+        self, corpus: Corpus, seed: int, identity_facts: Mapping[str, object], variant: str = ""
+    ):
         self.corpus, self.seed = corpus, seed
         self.identity = {
             "algorithm": ALGORITHM,
             "seed": seed,
             "tokenizer": corpus.info["tokenizer"]["digest"],
-            **decides,
+            **identity_facts,
         }
         # before holes were known, random tokens could be holes
         if "holes" in corpus.info["tokenizer"]:
@@ -80,15 +82,15 @@ class StoredView(View):
 
     def build(self) -> None:
         """Write what is missing of every replica of every corpus shard."""
-        described = self.identity | ({"replicas": self.replicas} if self.masked else {})
-        self.corpus.store.create(f"{self.shards.folder}/view.json", seal(described))
+        description = self.identity | ({"replicas": self.replicas} if self.masked else {})
+        self.corpus.store.create(f"{self.shards.folder}/view.json", seal(description))
         numbers = self.numbers(self.replicas)
         missing = self.shards.committed().missing_units(len(self.corpus.commits), numbers)
         for shard, replica in sorted(missing, key=lambda place: place[0]):
-            about = about_unit(self.name, shard, replica) | self.identity
-            schema = describe(list(self.fields), about)
+            metadata = unit_metadata(self.name, shard, replica) | self.identity
+            schema = describe(list(self.fields), metadata)
             columns = self._columns(shard, replica)
-            batches = (pa.record_batch(found, schema=schema) for found in columns)
+            batches = (pa.record_batch(arrays, schema=schema) for arrays in columns)
             self.shards.write(self.unit(shard, replica), schema, batches)
 
     @abstractmethod
@@ -96,7 +98,7 @@ class StoredView(View):
         """Yield the columns of each record batch of one unit."""
 
 
-def about_unit(name: str, shard: int, replica: int | None) -> dict[str, object]:
+def unit_metadata(name: str, shard: int, replica: int | None) -> dict[str, object]:
     """Return the metadata of a unit of the view ``name``."""
-    about: dict[str, object] = {"kind": "view", "view": name, "shard": shard}
-    return about if replica is None else about | {"replica": replica}
+    metadata: dict[str, object] = {"kind": "view", "view": name, "shard": shard}
+    return metadata if replica is None else metadata | {"replica": replica}

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import learnt_content
+from rekindle.data.corpus.columns import trained_content
 from rekindle.data.corpus.config import content_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.storage.columns import (
@@ -34,7 +34,7 @@ class MaskedView(StoredView):
         pa.field("positions", list_type(pa.uint16())),
         pa.field("input_ids", list_type(pa.int32())),
     )
-    beside = "positions"
+    list_column = "positions"
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class MaskedView(StoredView):
         config: MaskConfig,
         seed: int,
         replicas: int,
-        decides: Mapping[str, object] | None = None,
+        identity_facts: Mapping[str, object] | None = None,
     ):
         self.config, self.replicas = config, replicas
-        if decides is None:
+        if identity_facts is None:
             # Replicas of `random` are independent, so more can be added; `cover` divides tokens
             # among all.
-            decides = {"replicas": replicas if config.policy == "cover" else None}
-        super().__init__(corpus, seed, {"mask": config.identity(), **decides})
+            identity_facts = {"replicas": replicas if config.policy == "cover" else None}
+        super().__init__(corpus, seed, {"mask": config.identity(), **identity_facts})
         facts = corpus.info["tokenizer"]
         self.masker = Masker(config, seed, replicas, facts["mask_id"], content_ids(facts))
 
@@ -66,27 +66,31 @@ class MaskedView(StoredView):
         return self.config.probability
 
     @classmethod
-    def is_sound(cls, batch: pa.RecordBatch, beside: Lists, lengths: Lengths) -> bool:
+    def is_valid_batch(cls, batch: pa.RecordBatch, lists: Lists, lengths: Lengths) -> bool:
         """Return whether positions ascend within their sequences."""
-        return ascend_within(*beside, lengths)
+        return ascend_within(*lists, lengths)
 
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.intp]]:
         """Yield the positions to mask in each row of a corpus shard, ascending."""
         for batch in self.corpus.shard(number).batches():
             words = split_lists([batch], "word_starts")
-            rows = zip(learnt_content(batch), words, batch["digest"].to_pylist(), strict=True)
+            rows = zip(trained_content(batch), words, batch["digest"].to_pylist(), strict=True)
             for content, starts, digest in rows:
                 yield self.masker.positions(content, starts, digest, replica)
 
     def _columns(self, number: int, replica: int | None) -> Iterator[list[pa.Array]]:
-        which = replica or 0
-        positions = self.masked_positions(number, which)
+        replica_number = replica or 0
+        positions = self.masked_positions(number, replica_number)
         for batch in self.corpus.shard(number).batches():
             offsets, ids = list_views(batch["input_ids"], "input_ids")
             chosen = list(islice(positions, len(batch)))
             rows = zip(batch["digest"].to_pylist(), pairwise(offsets), chosen, strict=True)
-            seen = [
-                self.masker.replaced(ids[a:b], at, digest, which) for digest, (a, b), at in rows
+            shown = [
+                self.masker.replacements(ids[a:b], row_positions, digest, replica_number)
+                for digest, (a, b), row_positions in rows
             ]
-            places = pa.array([at.astype(np.uint16) for at in chosen], list_type(pa.uint16()))
-            yield [batch["digest"], places, pa.array(seen, list_type(pa.int32()))]
+            places = pa.array(
+                [row_positions.astype(np.uint16) for row_positions in chosen],
+                list_type(pa.uint16()),
+            )
+            yield [batch["digest"], places, pa.array(shown, list_type(pa.int32()))]

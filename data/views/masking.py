@@ -74,21 +74,23 @@ class MaskConfig(Settings):
 
     @model_validator(mode="after")
     def _of_the_policy(self) -> "MaskConfig":
-        hard = self.policy == "hard"
-        unused = ("unit", "probability") if hard else HARD_KEYS
+        is_hard = self.policy == "hard"
+        unused = ("unit", "probability") if is_hard else HARD_KEYS
         defaults = {key: MaskConfig.model_fields[key].default for key in unused}
-        given = [key for key in unused if getattr(self, key) != defaults[key]]
-        if given:
-            raise ValueError(f"{given[0]} has no meaning with policy {self.policy}; leave it out")
-        if hard and self.teacher is None:
+        set_keys = [key for key in unused if getattr(self, key) != defaults[key]]
+        if set_keys:
+            raise ValueError(
+                f"{set_keys[0]} has no meaning with policy {self.policy}; leave it out"
+            )
+        if is_hard and self.teacher is None:
             raise ValueError(
                 "policy hard needs teacher: the name of the masked_lm teacher with view: clean "
                 "whose losses decide which tokens are hard"
             )
         # Frozen, hence setattr: self-evolution hides every token that it masks.
-        if hard and "random_token" not in self.model_fields_set:
+        if is_hard and "random_token" not in self.model_fields_set:
             object.__setattr__(self, "random_token", 0.0)
-        if hard and "mask_token" not in self.model_fields_set:
+        if is_hard and "mask_token" not in self.model_fields_set:
             object.__setattr__(self, "mask_token", 1.0 - self.random_token)
         if self.mask_token + self.random_token > 1 + 1e-9:
             raise ValueError(
@@ -142,7 +144,7 @@ class Masker(NamedTuple):
         if config.policy == "cover":  # the same division for every replica
             random = generator(f"cover/{self.replicas}", self.seed, digest)
             units = _units(positions, word_starts, config.unit, random, longest=SPAN_MAX)
-            chosen = _dealt(units, random, self.replicas)[replica]
+            chosen = _deal_units(units, random, self.replicas)[replica]
         else:
             random = generator(f"mask/{replica}", self.seed, digest)
             budget = max(1, round(config.probability * len(positions)))
@@ -151,41 +153,41 @@ class Masker(NamedTuple):
             # A span of full length would hide most of a short sequence.
             longest = min(budget, SPAN_MAX)
             units = _units(positions, word_starts, config.unit, random, longest)
-            chosen = _within(units, random, budget)
+            chosen = _choose_units(units, random, budget)
         return np.sort(np.concatenate([positions[:0], *chosen]))
 
-    def replaced(
+    def replacements(
         self, input_ids: NDArray[np.int32], chosen: NDArray[np.intp], digest: str, replica: int
     ) -> NDArray[np.int32]:
         """Return the ids that replace those of one sequence [S] at the positions ``chosen``."""
         random = generator(f"replace/{replica}", self.seed, digest)
-        lot = random.random(len(chosen))
+        draws = random.random(len(chosen))
         assert self.mask_id is not None  # checked by the caller
-        replaced = input_ids[chosen].astype(np.int32)
-        masked = self.config.mask_token
-        replaced[lot < masked] = self.mask_id
-        swap = (lot >= masked) & (lot < masked + self.config.random_token)
-        replaced[swap] = random.choice(self.content_ids, size=int(swap.sum()))
-        return replaced
+        ids = input_ids[chosen].astype(np.int32)
+        mask_share = self.config.mask_token
+        ids[draws < mask_share] = self.mask_id
+        gets_random = (draws >= mask_share) & (draws < mask_share + self.config.random_token)
+        ids[gets_random] = random.choice(self.content_ids, size=int(gets_random.sum()))
+        return ids
 
 
 Units = list[NDArray[np.intp]]  # positions that are masked together
 
 
-def _within(units: Units, random: np.random.Generator, budget: int) -> Units:
+def _choose_units(units: Units, random: np.random.Generator, budget: int) -> Units:
     """Return units of at most ``budget`` tokens together, or the shortest one."""
     chosen: Units = []
-    taken = 0
+    token_count = 0
     for index in random.permutation(len(units)):
-        if taken + len(units[index]) <= budget:
+        if token_count + len(units[index]) <= budget:
             chosen.append(units[index])
-            taken += len(units[index])
-        if taken == budget:
+            token_count += len(units[index])
+        if token_count == budget:
             break
     return chosen or [min(units, key=len)]
 
 
-def _dealt(units: Units, random: np.random.Generator, replicas: int) -> list[Units]:
+def _deal_units(units: Units, random: np.random.Generator, replicas: int) -> list[Units]:
     """Divide units randomly: all replicas get equally many, give or take one."""
     owner = (random.permutation(len(units)) + int(random.integers(replicas))) % replicas
     return [[units[i] for i in np.flatnonzero(owner == replica)] for replica in range(replicas)]
@@ -201,11 +203,14 @@ def _units(
     """Cut the content positions into tokens, words, or runs of up to ``longest`` adjacent words."""
     if unit == "token":
         return list(positions.reshape(-1, 1))
-    special_between = np.diff(positions) > 1
-    begins = np.flatnonzero(word_starts[positions][1:] | special_between) + 1
-    words = np.split(positions, begins)
+    is_interrupted = np.diff(positions) > 1
+    word_begins = np.flatnonzero(word_starts[positions][1:] | is_interrupted) + 1
+    words = np.split(positions, word_begins)
     if unit == "word":
         return words
     ends = np.cumsum(np.minimum(random.geometric(SPAN_P, size=len(words)), longest))
-    cuts = {*ends[ends < len(words)].tolist(), *(np.flatnonzero(special_between[begins - 1]) + 1)}
+    cuts = {
+        *ends[ends < len(words)].tolist(),
+        *(np.flatnonzero(is_interrupted[word_begins - 1]) + 1),
+    }
     return [np.concatenate(words[a:b]) for a, b in pairwise([0, *sorted(cuts), len(words)])]

@@ -16,17 +16,18 @@ from rekindle.data.storage.cuts import Flat, RowReader
 from rekindle.data.storage.seal import REPAIR, read_sealed
 from rekindle.data.storage.shards import ROWS_PER_BATCH, Shard, ShardSet
 from rekindle.data.storage.units import unit_of
-from rekindle.data.views.base import about_unit
+from rekindle.data.views.base import unit_metadata
 from rekindle.data.views.registry import view_kind
 
 
 class ViewReader(RowReader):
     """Reads the rows of a view by corpus shard (and replica), checked against the corpus."""
 
-    def __init__(self, corpus: Corpus, name: str, most: int | None = None):
-        """``most``: read at most this many replicas, the first ones."""
+    def __init__(self, corpus: Corpus, name: str, max_replicas: int | None = None):
+        """``max_replicas``: read at most this many replicas, the first ones."""
         super().__init__()
-        self.corpus, self.name, self.kind, self.most = corpus, name, view_kind(name), most
+        self.corpus, self.name, self.kind = corpus, name, view_kind(name)
+        self.max_replicas = max_replicas
         self.shards = ShardSet(corpus.store, f"views/{name}")
         self.commits = self.shards.committed()
         self._open: dict[str, Shard] = {}
@@ -40,37 +41,39 @@ class ViewReader(RowReader):
     def identity(self) -> Mapping[str, Any]:
         """Return what decides its bytes, from ``view.json``."""
         path = f"{self.folder}/view.json"
-        where = f"{self.corpus.store.location}/{path}"
-        with unusable(f"{where} is missing", FileNotFoundError, advice=f". {REPAIR}"):
+        location = f"{self.corpus.store.location}/{path}"
+        with unusable(f"{location} is missing", FileNotFoundError, advice=f". {REPAIR}"):
             return read_sealed(self.corpus.store, path)
 
     @cached_property
     def replicas(self) -> int:
         """Return how many replicas every corpus shard has; at most those to be read."""
         # Recently added text may have no masks yet; the rest has.
-        every, count = len(self.corpus.commits), 0
-        without = self.commits.missing_units(every, [0])
-        while count != self.most and len(without) < every:
-            if len(self.commits.missing_units(every, [count])) > len(without):
+        shards, count = len(self.corpus.commits), 0
+        uncovered = self.commits.missing_units(shards, [0])
+        while count != self.max_replicas and len(uncovered) < shards:
+            if len(self.commits.missing_units(shards, [count])) > len(uncovered):
                 break
             count += 1
         return count
 
-    def count_pairs(self, domains: Sequence[str] | None, most: float) -> int:
+    def count_pairs(self, domains: Sequence[str] | None, limit: float) -> int:
         """Return how many sequences (of ``domains``; None: all) have a pair of texts, in a view of
-        pairs; stop at ``most``.
+        pairs; stop at ``limit``.
         """
-        found = 0
+        count = 0
         for number in range(len(self.corpus.commits)):
             for index, batch in enumerate(self.batches(number)):
-                there = batch["text_a"].is_valid()
+                has_pair = batch["text_a"].is_valid()
                 if domains is not None:
                     rows = self.corpus.rows(number, index * ROWS_PER_BATCH, ROWS_PER_BATCH)
-                    there = pc.and_(there, pc.is_in(rows["domain"], pa.array(domains, pa.string())))
-                found += there.true_count
-                if found >= most:
-                    return found
-        return found
+                    has_pair = pc.and_(
+                        has_pair, pc.is_in(rows["domain"], pa.array(domains, pa.string()))
+                    )
+                count += has_pair.true_count
+                if count >= limit:
+                    return count
+        return count
 
     def has(self, shard: int, replica: int | None = None) -> bool:
         """Return whether the unit is committed."""
@@ -86,7 +89,7 @@ class ViewReader(RowReader):
         return [self.batch(shard, index, replica) for index in range(count)]
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
-        return flat_lists(self.batch(shard, index, replica), ["input_ids", self.kind.beside])
+        return flat_lists(self.batch(shard, index, replica), ["input_ids", self.kind.list_column])
 
     def _shard(self, shard: int, replica: int | None) -> Shard:
         unit = unit_of(shard, replica)
@@ -95,22 +98,22 @@ class ViewReader(RowReader):
                 raise CacheFormatError(
                     f"view {self.name} has no unit {unit}; run `pipeline cache-teachers` to make it"
                 )
-            about = about_unit(self.name, shard, replica)
-            hold = partial(self._check_rows, unit, shard)
+            metadata = unit_metadata(self.name, shard, replica)
+            check = partial(self._check_rows, unit, shard)
             commit = self.commits[unit]
-            self._open[unit] = self.shards.open(commit, about, self.kind.fields, hold)
+            self._open[unit] = self.shards.open(commit, metadata, self.kind.fields, check)
         return self._open[unit]
 
     def _check_rows(self, unit: str, shard: int, index: int, batch: pa.RecordBatch) -> None:
         """Raise CacheFormatError for what our own code would not have written."""
         check_aligned(batch, self.corpus, shard, index, f"views/{self.name}/{unit}")
         offsets, ids = list_views(batch["input_ids"], "input_ids")
-        beside = list_views(batch[self.kind.beside], self.kind.beside)
+        lists = list_views(batch[self.kind.list_column], self.kind.list_column)
         ids = ids[offsets[0] : offsets[-1]]
-        known = are_tokens(ids, self.corpus.info["tokenizer"])
-        sound = known and np.array_equal(offsets, beside[0])
+        are_valid = are_tokens(ids, self.corpus.info["tokenizer"])
+        is_sound = are_valid and np.array_equal(offsets, lists[0])
         lengths = self.corpus.lengths(shard, index * ROWS_PER_BATCH, len(batch))
-        if not sound or not self.kind.is_sound(batch, beside, lengths):
+        if not is_sound or not self.kind.is_valid_batch(batch, lists, lengths):
             raise CacheFormatError(
                 f"views/{self.name}: record batch {index} of shard {shard} has ids outside the "
                 "vocabulary, positions outside its sequences or columns that do not agree"
@@ -127,16 +130,17 @@ def check_aligned(
     corpus: Corpus,
     shard: int,
     index: int,
-    what: str,
+    label: str,
     rows_per_batch: int = ROWS_PER_BATCH,
 ) -> None:
     """Raise CacheMismatchError unless the batch's digests are the corpus's, row by row."""
     expected = corpus.rows(shard, index * rows_per_batch, rows_per_batch)["digest"]
     if batch["digest"].equals(expected):
         return
-    theirs, ours = batch["digest"].to_pylist(), expected.to_pylist()
-    row = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
+    digests, corpus_digests = batch["digest"].to_pylist(), expected.to_pylist()
+    pairs = enumerate(zip(digests, corpus_digests, strict=False))
+    row = next((i for i, (a, b) in pairs if a != b), len(corpus_digests))
     raise CacheMismatchError(
-        f"{what}: row {row} of record batch {index} does not belong to the corpus row beside it "
+        f"{label}: row {row} of record batch {index} does not belong to the corpus row beside it "
         "(their digests differ); these targets were made from another corpus"
     )

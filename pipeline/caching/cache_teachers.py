@@ -19,9 +19,9 @@ from rekindle.data.cache import write_manifest
 from rekindle.data.corpus.additions import recorded_shard_size
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
-from rekindle.data.corpus.packing import usual_shard_size
+from rekindle.data.corpus.packing import default_shard_size
 from rekindle.data.corpus.remarks import remarks
-from rekindle.data.corpus.source_sample import about_sequences
+from rekindle.data.corpus.source_sample import estimate_sequences
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
@@ -37,7 +37,7 @@ from rekindle.data.storage.store import LocalStore, open_store
 from rekindle.data.targets.head import HEAD_FILES
 from rekindle.data.targets.kinds.registry import kind_of
 from rekindle.data.targets.reading.cut import cut_of
-from rekindle.data.targets.reading.reader import FINISHED
+from rekindle.data.targets.reading.reader import FINISHED_FILE
 from rekindle.data.targets.reading.stored import stored_error
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.registry import view_kind
@@ -178,7 +178,7 @@ def cache_teachers(
                 if not part.config.vocabulary:
                     _tell_kept(corpus, part.info)
                 if part.info.part:
-                    store.create(f"{part.info.folder}/{FINISHED}", seal({}))
+                    store.create(f"{part.info.folder}/{FINISHED_FILE}", seal({}))
         if hard:
             build_hard_masks(hard, False, progress)
         if alone is not False:
@@ -214,7 +214,7 @@ def _build(
             made["corpus"] += 1
             task.advance(rows, tokens=tokens)
 
-        size = asked or usual_shard_size(total)
+        size = asked or default_shard_size(total)
         if not asked:
             log.info(
                 "corpus: %s per shard, a file (cache.sequences_per_shard)",
@@ -241,7 +241,7 @@ def _about_sequences(config: CorpusConfig) -> int | None:
     raised when it is read.
     """
     with suppress(InputError):
-        return about_sequences(config, load_tokenizer(config.tokenizer))
+        return estimate_sequences(config, load_tokenizer(config.tokenizer))
     return None
 
 

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rekindle.data.corpus.columns import DOCUMENTS, TYPES, document_numbers, word_characters
+from rekindle.data.corpus.columns import DOCUMENTS, TOKEN_TYPES, document_numbers, word_characters
 from rekindle.data.corpus.encoded import Encoded
 from rekindle.data.errors import InputError
 from rekindle.data.padding import pad
@@ -152,7 +152,7 @@ class UnitRun:
                 where = [(unit.shard, int(row)) for row in rows]
                 _, columns = kept.gather(where, unit.replica, scalars=False)
                 return teacher.tensor(decode_ids(columns, info.vocabulary_size or 0))
-            if not kind_of(info).sampled:
+            if not kind_of(info).is_sample:
                 return None
             names = [digests[r] for r in rows for _ in positions[r]]
             places = np.concatenate([positions[r] for r in rows])
@@ -175,7 +175,7 @@ class UnitRun:
 
             return read
 
-        types = split_lists(self.batches, TYPES) if teacher.corpus.has_pairs else None
+        types = split_lists(self.batches, TOKEN_TYPES) if teacher.corpus.has_pairs else None
         joint = yield from self._run(seen, forward, positions, types, self._documents())
         if teacher.map is not None:
             joint = self._with_mass(joint)
@@ -272,7 +272,7 @@ class UnitRun:
         whole = np.array([len(row) for row in ids], np.int64)
         full = np.flatnonzero(whole == longest)  # those that may have been cut
         if len(full):
-            whole[full] = tokenizer.whole_lengths(*zip(*(pairs[row] for row in full), strict=True))
+            whole[full] = tokenizer.uncut_lengths(*zip(*(pairs[row] for row in full), strict=True))
         self._tell_cut(whole)
         return ids, types
 

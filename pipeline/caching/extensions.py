@@ -28,7 +28,7 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
         return [plan]
     infos = read_parts(corpus.store, wanted.name)
     base = infos[0]
-    if not (kind_of(base).grows and kind_of(wanted).grows):
+    if not (kind_of(base).can_grow and kind_of(wanted).can_grow):
         check_same(corpus, base, wanted)
         return [replace(plan, info=base)]
     as_begun = {key: getattr(base, key) for key in ("k", "temperatures", "estimator")}
@@ -44,7 +44,7 @@ def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) ->
     used = TeacherReader(corpus, infos).main.info
     if (used.k or 0) >= wanted.k:
         return used
-    enough = [i for i in infos if kind_of(i).grows and (i.k or 0) >= wanted.k]
+    enough = [i for i in infos if kind_of(i).can_grow and (i.k or 0) >= wanted.k]
     if enough:
         return min(enough, key=lambda info: info.k or 0)
     temperatures = {t for info in infos for t in info.temperatures} | {*wanted.temperatures}

@@ -7,7 +7,7 @@ removed. A teacher's description is restored from what each shard says of its te
 import logging
 from collections.abc import Collection
 
-from rekindle.data.corpus.additions import begun_addition, describe_addition, info_name
+from rekindle.data.corpus.additions import describe_addition, info_name, new_addition
 from rekindle.data.corpus.config import recorded_entries
 from rekindle.data.errors import CacheFormatError, naming
 from rekindle.data.inventory import (
@@ -118,7 +118,7 @@ def _restore_additions(store: Store) -> None:
         lost = f"{store.location}/{info_name(number)} is lost; to write it again, what was read "
         with naming(f"{lost}must be where it was"):
             present = look_at(recorded_entries(config))
-        addition = begun_addition(config, present, number, first, before)
+        addition = new_addition(config, present, number, first, before)
         describe_addition(store, addition, said[first]["tokenizer"])
 
 

@@ -91,7 +91,7 @@ def describe_served(config: TeacherConfig, corpus: Corpus, view: str) -> Teacher
             "model": served.model,
             "versions": versions,
         }
-    if CODECS[kept.codec].compressed:
+    if CODECS[kept.codec].is_compressed:
         about["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"])
     return TeacherInfo.model_validate(settings | about)
 

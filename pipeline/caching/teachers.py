@@ -147,7 +147,7 @@ def plan_teacher(
         else:
             tokens = _count_shared(corpus, tokenizer, settings, config, views)
         info |= configured(config, views, size, width, tokens)
-        if CODECS[config.targets.codec].compressed:
+        if CODECS[config.targets.codec].is_compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
@@ -158,7 +158,7 @@ def plan_teacher(
             )
         info |= configured(config, views, size, int(settings.num_labels))
         info |= head_info(config, settings)
-    if config.monte_carlo.passes or KINDS[str(info["kind"])].sampled:
+    if config.monte_carlo.passes or KINDS[str(info["kind"])].is_sample:
         info["seed"] = seed
     return TeacherPlan(config, directory, TeacherInfo.model_validate(info), encoder)
 
@@ -263,7 +263,7 @@ def _check_language_model(config: TeacherConfig, settings: Any, corpus: Corpus) 
 
 def _stores_tails(info: TeacherInfo) -> bool:
     kind = kind_of(info)
-    return kind.has_tail or kind.extends
+    return kind.has_tail or kind.is_extension
 
 
 class Teacher:

@@ -7,7 +7,7 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
 from rekindle.data.storage.store import open_store
 from rekindle.data.views.masked import MaskedView
-from rekindle.data.views.pairs import FEW_PAIRS, PairView, rows_of, told_of_few_pairs
+from rekindle.data.views.pairs import FEW_PAIRS, PairView, count_sequences, few_pairs_warning
 from rekindle.data.views.plain import Clean, Text
 from rekindle.data.views.reader import ViewReader
 from rekindle.pipeline.config import RunConfig
@@ -51,7 +51,7 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     kinds = sorted({t.pairs for t in config.teachers if t.pair_expert and t.pairs})
     # the corpus of a plan lies elsewhere
     store, seed = open_store(config.cache.path), config.cache.seed
-    pairs = {str(kind): PairView.as_begun(corpus, kind, seed, store) for kind in kinds}
+    pairs = {str(kind): PairView.as_stored(corpus, kind, seed, store) for kind in kinds}
     for view in pairs.values():
         with progress.task(f"pairs ({view.pairs})", unit="sequences"):
             view.build()
@@ -65,7 +65,7 @@ def told_of_pairs(corpus: Corpus, views: Views, teachers: Sequence[TeacherConfig
         view = views.pairs.get(teacher.pairs or "")
         if view is None or not teacher.pair_expert:
             continue
-        could = rows_of(corpus, teacher.domains)
+        could = count_sequences(corpus, teacher.domains)
         found = ViewReader(corpus, view.name).count_pairs(teacher.domains, FEW_PAIRS * could)
-        told.append(told_of_few_pairs(teacher.name, view.pairs, found, could))
+        told.append(few_pairs_warning(teacher.name, view.pairs, found, could))
     return [line for line in told if line]

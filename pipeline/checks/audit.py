@@ -154,8 +154,8 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     info = cache.teachers[config.name].info
     if info.imported is not None:
         raise InputError(
-            f"teacher {config.name!r} was imported ({info.imported.told()}): there is no model to "
-            "audit it with. Take it out of `teachers` of the configuration"
+            f"teacher {config.name!r} was imported ({info.imported.summary()}): there is no model "
+            "to audit it with. Take it out of `teachers` of the configuration"
         )
     if info.served is not None:
         raise InputError(
@@ -173,8 +173,8 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
             )
 
     asked = {
-        "task": config.task == info.task and config.pair_expert == info.shown.paired,
-        "view": config.sees_masks == info.shown.masked,
+        "task": config.task == info.task and config.pair_expert == info.view_class.paired,
+        "view": config.sees_masks == info.view_class.masked,
         "kind of pairs": not config.pair_expert or PairView.pairs_of(info.view) == config.pairs,
     }
     files = {
@@ -289,7 +289,7 @@ class _Audit:
             yield from judge_logits(info, cached, live)
             return
         drawn = None
-        if kind.sampled:
+        if kind.is_sample:
             digests = self.cache.corpus.shard(shard).table()["digest"].to_pylist()
             names = [digests[row] for row in owners]
             keys = sample_keys(info, names, self.replica, cached["positions"].astype(np.int64))
@@ -300,15 +300,15 @@ class _Audit:
         scalars = (live["gold_log_prob"], live["entropy"])
         both = Distributions(info, exact, *scalars, drawn, foreign)
         head = self.reader.head if kind.has_head else None
-        ids, log_probs, log_tail = kind.decode(cached, head, kind.read_at, None)
+        ids, log_probs, log_tail = kind.decode(cached, head, kind.readable_temperature, None)
         found = log_probs.astype(np.float64)
         yield from judge_scalars(both, cached)
-        if kind.sampled:
+        if kind.is_sample:
             self._add(total_variation=_variation(both, ids, found))
         else:
             outside = both.foreign_mass
             self._add(**_divergence(exact, ids, found, log_tail.astype(np.float64), outside))
-        if kind.whole:
+        if kind.has_all_probabilities:
             yield from judge_dense(both, cached, found, head)
         elif info.kind == "random":
             yield from judge_random(both, ids, cached["counts"])

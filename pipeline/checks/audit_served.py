@@ -18,7 +18,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.codec_registry import CODECS
 from rekindle.data.targets.kinds.base import VocabularyKind
-from rekindle.data.targets.served import MISSING
+from rekindle.data.targets.served import MISSING_NATS
 from rekindle.pipeline.caching.compute_unit import Unit
 from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.served_units import ServedTeacher
@@ -91,7 +91,7 @@ def _errors(kind: VocabularyKind, cached: Columns, live: Columns) -> dict[str, F
     again, said, _ = kind.decode(live, None, 1.0, None)
     same = ids[:, :, None] == again[:, None, :]
     theirs = (same * said[:, None, :].astype(np.float64)).sum(axis=2)
-    error = np.where(same.any(axis=2), np.abs(stored - theirs), MISSING)
+    error = np.where(same.any(axis=2), np.abs(stored - theirs), MISSING_NATS)
     probs = np.exp(stored.astype(np.float64))
     span = (stored.max(axis=1) - stored.min(axis=1)).astype(np.float64)
     return {

@@ -173,7 +173,7 @@ def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
         assert isinstance(batch, TokenTargetBatch)
         entropy.append(batch.columns.get("entropy", np.zeros(0)) / STEP)
         if teacher.kind.has_tail:
-            _, _, log_tail = batch.decode(teacher.kind.read_at)
+            _, _, log_tail = batch.decode(teacher.kind.readable_temperature)
             kept.append(-np.expm1(log_tail))
     highest = np.log(teacher.info.vocabulary_size or 2)
     spreads = {"entropy": _spread(np.concatenate(entropy), highest)}
@@ -262,7 +262,7 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
 
 def _kept(info: TeacherInfo) -> str:
     if info.vectors is not None:
-        return kind_of(info).kept
+        return kind_of(info).summary
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
 
 
@@ -352,7 +352,7 @@ def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) 
         gold = texts[int(target.gold_ids[row])]
         rank = str(target.gold_rank[row]) if target.gold_rank[row] >= 0 else "?"  # unknown
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
-    shown = "sampled predictions" if kind_of(info).sampled else "top predictions"
+    shown = "sampled predictions" if kind_of(info).is_sample else "top predictions"
     head = ("place", "true token", "rank", shown, "tail")
     title = f"{info.name}{where}: {counted(len(target.positions), 'token')} with targets"
     return table_of(title, head, rows, words=len(head))

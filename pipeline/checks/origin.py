@@ -34,7 +34,7 @@ def _imported_line(teacher: TeacherReader) -> str:
     imported, tail = teacher.info.imported, teacher.info.estimator.get("tail")
     tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
     lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
-    return in_line(f"{teacher.info.name} was imported: {imported.told()}{tails}{lacks}")
+    return in_line(f"{teacher.info.name} was imported: {imported.summary()}{tails}{lacks}")
 
 
 def _served_line(teacher: TeacherReader) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rekindle.data.corpus.additions import is_begun, is_same_source, read_additions
+from rekindle.data.corpus.additions import has_corpus, is_same_source, read_additions
 from rekindle.data.corpus.config import differing_keys
 from rekindle.data.errors import CheckpointError, InputError, naming
 from rekindle.data.former import as_begun, with_defaults
@@ -170,7 +170,7 @@ def check_same_text(config: CycleConfig, home: Path, number: int) -> None:
     ]
     for text in config.texts:
         stores = [open_store(draw.cache_of(text).path) for draw in draws]
-        begun = [draw for draw, store in enumerate(stores) if is_begun(store)]
+        begun = [draw for draw, store in enumerate(stores) if has_corpus(store)]
         if number in begun:  # it continues with its own text
             for one in begun:
                 if _have_same_text(stores[number], stores[one]) is False:

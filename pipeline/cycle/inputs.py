@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rekindle.data.corpus.shared_ids import described, differing_ids
+from rekindle.data.corpus.shared_ids import describe_difference, differing_ids
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, naming
@@ -332,8 +332,8 @@ def check_start(config: CycleConfig) -> dict[str, str]:
     if len(other):
         raise InputError(
             f"student.model {config.student.model!r} has another tokenizer than corpus.tokenizer "
-            f"{config.corpus.tokenizer!r}: {described(theirs, own, other)}. The student would "
-            "read other words: name the model's own"
+            f"{config.corpus.tokenizer!r}: {describe_difference(theirs, own, other)}. The student "
+            "would read other words: name the model's own"
         )
     found = {"weights": weights_fingerprint(directory)}
     if config.has_other_experts:

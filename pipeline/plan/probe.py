@@ -85,7 +85,7 @@ def _run(
     teacher: Teacher, steps: Corpus, shard: int, beside: Sequence[Teacher]
 ) -> tuple[Unit, UnitResult, float]:
     """Run one shard (one replica if there are several) and return its seconds per token."""
-    unit = Unit(shard, teacher.info.shown.numbers(1)[0])
+    unit = Unit(shard, teacher.info.view_class.numbers(1)[0])
     began = time.perf_counter()
     result = run_unit(teacher, unit, beside=beside)
     seconds = time.perf_counter() - began

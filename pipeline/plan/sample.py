@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rekindle.data.corpus.additions import (
-    about_shard,
-    begun_addition,
     claim_addition,
     complete_addition,
     describe_addition,
     last_document,
+    new_addition,
     recorded_shard_size,
+    shard_metadata,
 )
-from rekindle.data.corpus.columns import LEARNT, TRAINED, fields_of
+from rekindle.data.corpus.columns import TRAINED, TRAINED_FACTS, fields_of
 from rekindle.data.corpus.config import CorpusConfig, SourceEntry, describe_corpus
 from rekindle.data.corpus.corpus import Corpus, build_corpus, unit_of
-from rekindle.data.corpus.packing import usual_shard_size
+from rekindle.data.corpus.packing import default_shard_size
 from rekindle.data.corpus.source_sample import SourceSample, sample_source
 from rekindle.data.corpus.stored_tokenizer import TOKENIZER
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -73,7 +73,7 @@ class CorpusSurvey:
     def shard_size(self) -> int:
         """Sequences per shard if the configuration does not set it."""
         found = None if self.present is None else recorded_shard_size(self.present.store)
-        return found or usual_shard_size(self.sequences)
+        return found or default_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
@@ -206,7 +206,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         [corpus.shard(s).batch(b).replace_schema_metadata(None) for s, b in sorted(batches)]
     )
     rows = rows.take(permute(np.arange(len(rows)), len(rows), seed=0, epoch=0))
-    addition, tokenizer = begun_addition(corpus.info["config"], []), corpus.info["tokenizer"]
+    addition, tokenizer = new_addition(corpus.info["config"], []), corpus.info["tokenizer"]
     fields = fields_of(addition.config)
     describe_addition(store, addition, tokenizer)
     for name in corpus.store.names(TOKENIZER):
@@ -217,7 +217,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         part = rows.slice(start, size)
         if not len(part):
             break
-        schema = describe(fields, about_shard(count, addition, tokenizer))
+        schema = describe(fields, shard_metadata(count, addition, tokenizer))
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
@@ -231,5 +231,5 @@ def _facts(rows: pa.Table) -> dict[str, object]:
     facts: dict[str, object] = {"tokens": tokens, "next": [0, 0], "domains": dict(domains)}
     if TRAINED in rows.schema.names:
         trained = pc.sum(pc.list_flatten(rows[TRAINED])).as_py()
-        facts |= dict.fromkeys(LEARNT, 0) | {LEARNT[0]: trained}
+        facts |= dict.fromkeys(TRAINED_FACTS, 0) | {TRAINED_FACTS[0]: trained}
     return facts

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import learnt_content
+from rekindle.data.corpus.columns import trained_content
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import naming
 from rekindle.data.storage.shards import ROWS_PER_BATCH
@@ -183,7 +183,7 @@ class AssumedMasks(HardMaskedView):
     def masked_positions(self, number: int, replica: int) -> Iterator[NDArray[np.int64]]:
         """Yield as many of each row's tokens as the limit allows."""
         for batch in self.corpus.shard(number).batches():
-            for content in map(np.flatnonzero, learnt_content(batch)):
+            for content in map(np.flatnonzero, trained_content(batch)):
                 losses = np.full(len(content), np.inf, np.float32)
                 yield content[hard_tokens(losses, 0.0, self.config.limit)]
 

@@ -97,11 +97,11 @@ def _plan_one(
     known = TeacherWork(
         name=teacher.name,
         task=teacher.task,
-        kept=kind_of(wanted).kept,
+        kept=kind_of(wanted).summary,
         share=share_of(wanted.domains, survey.reference.domains, len(survey.reference)),
         units_to_make=sum(work.units for _, work in parts),
         units_present=sum(work.present for _, work in parts),
-        replicas=len(wanted.shown.numbers(config.cache.masked_replicas)),
+        replicas=len(wanted.view_class.numbers(config.cache.masked_replicas)),
         shares=() if shared is None else tuple(n for n in shared.names if n != teacher.name),
     )
     if plan and not teacher.vocabulary:
@@ -130,7 +130,7 @@ def _plan_one(
         positions=round(tokens * density),
         bytes=_bytes(parts, wanted, density, measured),
         at_most=(measured is None or measured.bytes_per_position is None)
-        and any(kind_of(info).bounded for info, _ in parts),
+        and any(kind_of(info).size_varies for info, _ in parts),
         seconds_per_token=rate,
         seconds=None if rate is None else _seconds(teacher.name, parts, rate, shared),
         reason=absent or (None if measured else "its time was not probed"),
@@ -160,7 +160,7 @@ def _bytes(
     """Return the bytes to write; None if a column's width is unknown. ``density``: targets per
     token.
     """
-    if not kind_of(wanted).sized:
+    if not kind_of(wanted).has_sizes:
         return None
     total = 0
     for info, work in parts:

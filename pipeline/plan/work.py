@@ -118,7 +118,7 @@ def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
     """Count the positions of a sample shard that get a target, averaged over replicas."""
     if info.is_vocabulary:
-        each = info.shown.numbers(view.replicas if view else 1)
+        each = info.view_class.numbers(view.replicas if view else 1)
         found = [target_positions(corpus, info, view, shard, replica) for replica in each]
         return sum(len(positions) for rows in found for positions in rows) / len(found)
     if view is not None:
@@ -156,7 +156,7 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
         ]
         pairs = second and [second[row] for row in rows]
         texts = plan.read_as([first[row] for row in rows])
-        found.append(tokenizer.whole_lengths(texts, pairs))
+        found.append(tokenizer.uncut_lengths(texts, pairs))
     one = Counts.of(np.concatenate(found), limit)
     shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))
     return shares if one.cut else None, limit

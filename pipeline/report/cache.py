@@ -47,7 +47,9 @@ def _facts_of(cache: Cache) -> CacheFacts:
     tokens, teachers = cache.corpus.tokens, []
     for name, reader in sorted(cache.teachers.items()):
         masked = reader.masked and reader.kind.has_tail
-        kept = reader.kind.sentence + (f", {counted(reader.replicas, 'masking')}" if masked else "")
+        kept = reader.kind.description + (
+            f", {counted(reader.replicas, 'masking')}" if masked else ""
+        )
         rows = int(reader.commits.rows.sum())
         seconds = reader.seconds / rows if reader.seconds is not None and rows else None
         facts = TeacherFacts(name, kept, reader.positions, reader.bytes_on_disk, tokens, seconds)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rekindle.data.corpus.config import hole_ids
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import InputError
-from rekindle.data.exchange.logprobs import GOLD, fields_of_prompt
+from rekindle.data.exchange.logprobs import GOLD_FIELDS, fields_of_prompt
 from rekindle.data.exchange.token_rows import TokenRows
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.schema import TeacherInfo
@@ -44,7 +44,7 @@ class Answers:
         _check_entries(entries, self.info.k or 0)
         fields = {name: [values[at] for at in positions] for name, values in fields.items()}
         self._without_foreign(fields, positions)
-        rows = TokenRows(self.corpus, self.info, GOLD, allow_missing=False)
+        rows = TokenRows(self.corpus, self.info, GOLD_FIELDS, allow_missing=False)
         return rows.columns(fields, tokens, positions)
 
     def _without_foreign(self, fields: dict[str, Any], positions: NDArray[np.int64]) -> None:

@@ -146,7 +146,7 @@ def _check(cache: Cache, teacher: str, template: str) -> None:
     if info.problem != "single_label_classification":
         what = info.problem or info.task
         raise InputError(f"{where} is of {what}: prompts need a classifier with one label a text")
-    if reader.info.shown.paired:
+    if reader.info.view_class.paired:
         raise InputError(
             f"{where} judged pairs of texts; prompts need one that judges the sequence"
         )

@@ -165,7 +165,7 @@ def extent_of_others(out: Path) -> Extent:
 
     read = Extent()
     for path in sorted(out.glob(f"*/{RUN_FILE}")):
-        read = read.over(recorded_extent(path.parent))
+        read = read.with_defaults(recorded_extent(path.parent))
     return read
 
 
@@ -197,7 +197,7 @@ def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     for run in runs:
         with naming(f"student {run.name}"):
             view = student_view(cache, run.config)
-            asked = asked_extent(run.config).over(extent_of_others(out))
+            asked = asked_extent(run.config).with_defaults(extent_of_others(out))
             masks = None if view is None else cache.masked_view(view)
             read = cache.within(settle_extent(asked, cache.teachers.values(), masks, Extent()))
             prepare_objective(read, students[run.name], run.config.train, view)

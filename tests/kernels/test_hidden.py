@@ -232,13 +232,13 @@ def test_no_more_than_blocks_of_logits_are_ever_made(
     monkeypatch.setitem(blocks.BLOCK_BYTES, DEVICE, budget(block, buffers, 4))
     x, w, b = head(torch.float32, rows=rows)
     mode = Largest((block, VOCABULARY))
-    inner = ops._evaluated
+    inner = ops._compute
 
     def watched(*arguments: Any) -> Any:
         with mode:  # inside the operator, which no mode sees into
             return inner(*arguments)
 
-    monkeypatch.setattr(ops, "_evaluated", watched)
+    monkeypatch.setattr(ops, "_compute", watched)
     targets: Any = teacher(rows=rows)
     if form == "dense":
         targets = DenseTargets(teacher_logits(targets).float())

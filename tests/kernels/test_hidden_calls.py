@@ -156,7 +156,7 @@ def test_a_teacher_gets_no_gradient() -> None:
 
 
 def test_it_is_said_that_there_is_no_triton_kernel(caplog: pytest.LogCaptureFixture) -> None:
-    choice._say_once.cache_clear()
+    choice._log_once.cache_clear()
     for impl in ("auto", "triton"):
         with caplog.at_level(logging.INFO, "rekindle"):
             found = with_gradients(fused, head(), teacher(), impl=impl)

@@ -474,13 +474,13 @@ def test_gradients_only_where_needed_and_none_under_no_grad(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[bool, ...]] = []
-    original = ops._evaluated
+    original = ops._compute
 
     def spy(*args: Any) -> Any:
-        asked.append(tuple(args[0].computation.wanted))
+        asked.append(tuple(args[0].computation.needs_grad))
         return original(*args)
 
-    monkeypatch.setattr(ops, "_evaluated", spy)
+    monkeypatch.setattr(ops, "_compute", spy)
     case = make()
     x, w, b = head(case)
     args = (case["ids"], case["probs"])
@@ -530,7 +530,7 @@ def test_float64_in_float64_out() -> None:
 
 
 def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
-    choice._say_once.cache_clear()
+    choice._log_once.cache_clear()
     case = make()
     with caplog.at_level(logging.INFO, logger="rekindle"):
         for _ in range(3):

@@ -55,7 +55,7 @@ def test_nothing_is_asked_of_a_device(
         triton_rows = pytest.importorskip("rekindle.kernels.triton_rows")
         monkeypatch.setattr(triton_rows, "_launch", lambda *arguments, **constants: None)
     call = a_call(kind, impl, "meta")
-    found, gradients = ops._evaluated(call, None)
+    found, gradients = ops._compute(call, None)
     assert {t.device.type for t in (*found, *gradients) if t is not None} == {"meta"}
     for value in (call.targets.active().nonzero, call.targets.active().all().item):
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # they do refuse

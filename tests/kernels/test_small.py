@@ -56,7 +56,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Both:
             patch.setattr(ops, "small_losses", lambda call: found.append(way(call)) or found[-1])
             here = run(case, linear, **options)
             assert (bool(found) and all(f is not None for f in found)) == taken
-            patch.setattr(small, "LARGEST", 0)
+            patch.setattr(small, "MAX_LOGITS", 0)
             return here, run(case, linear, **options)
 
     return of

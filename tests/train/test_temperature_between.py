@@ -8,8 +8,8 @@ import torch
 
 from rekindle.data.batch import TokenTargetBatch
 from rekindle.data.errors import InputError
-from rekindle.data.targets.between import expected_error, knots, parabola
 from rekindle.data.targets.codec_registry import CODECS
+from rekindle.data.targets.interpolation import expected_error, knots, parabola
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.losses import kd_loss
 from rekindle.train.config import DistillTerm
@@ -192,8 +192,8 @@ def check(term, **about):
     ("term", "about", "told"),
     [
         ({"temperature": 3.0}, {}, r"distillation term interpolate it \(temperature_between: int"),
-        ({"temperature": 8.0} | INTERPOLATE, {}, "not 8.0: .* between the least and the largest"),
-        ({"temperature": 0.9} | INTERPOLATE, {}, "not 0.9: .* between the least and the largest"),
+        ({"temperature": 8.0} | INTERPOLATE, {}, "not 8.0: .* below and above it"),
+        ({"temperature": 0.9} | INTERPOLATE, {}, "not 0.9: .* below and above it"),
         ({"temperature": 1.5} | INTERPOLATE, {"temperatures": (1.0, 2.0)}, "of three or more"),
         (
             {"temperature": 3.0} | INTERPOLATE,

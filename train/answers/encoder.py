@@ -119,10 +119,10 @@ class EncoderJudge(Judge):
         ]
         longest = min(max_length or encoder.max_length, encoder.max_length)
         ids = [encoder.ids([text], prompt, longest)[0] for prompt, text in numbers]
-        whole_lengths = encoder.tokenizer.whole_lengths([prompt + text for prompt, text in numbers])
+        lengths = encoder.tokenizer.uncut_lengths([prompt + text for prompt, text in numbers])
         skipped = {prompt: encoder.skipped(prompt) for prompt in prompts}
-        cut = int((whole_lengths > longest).sum())
-        limits = (longest, encoder.max_length, cut, int(max(whole_lengths)))
+        cut = int((lengths > longest).sum())
+        limits = (longest, encoder.max_length, cut, int(max(lengths)))
         return EncodedSides(
             ids,
             None,

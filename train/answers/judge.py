@@ -216,13 +216,8 @@ class StudentHead(Judge):
         limit = int(min(max_length or self.student.longest_text, model_limit))
         if data.words is not None:
             return from_words(encode_words(tokenizer, data.words, limit), 0, limit, model_limit)
-        whole_lengths = tokenizer.whole_lengths(data.texts, data.pairs)
-        limits = (
-            limit,
-            model_limit,
-            int((whole_lengths > limit).sum()),
-            int(whole_lengths.max(initial=0)),
-        )
+        lengths = tokenizer.uncut_lengths(data.texts, data.pairs)
+        limits = (limit, model_limit, int((lengths > limit).sum()), int(lengths.max(initial=0)))
         if data.pairs is not None:
             pairs = zip(data.texts, data.pairs, strict=True)
             joined = [tokenizer.encode_pair(a, b, max_length=limit) for a, b in pairs]

@@ -89,7 +89,8 @@ class Distillation:
             ce_weight: μ, the weight of the cross-entropy on the text.
             temperature: τ, for all or by teacher; None: 1, or the one a sample was drawn at.
             temperature_between: refuse, or interpolate, for ``topk`` targets at a temperature
-                between three or more stored ones (``data/targets/between.py`` gives the accuracy).
+                between three or more stored ones (``data/targets/interpolation.py`` gives the
+                accuracy).
             divergence: as for ``kd_loss``.
             skew: α of the divergence skew_kl; None: 0.1.
             tail: as for ``kd_loss``.
@@ -124,7 +125,7 @@ class Distillation:
             {
                 "teachers": [name],
                 "weight": weights[name],
-                "temperature": temperatures.get(name, vocabulary_kind(info).read_at),
+                "temperature": temperatures.get(name, vocabulary_kind(info).readable_temperature),
                 "temperature_between": temperature_between,
                 "divergence": divergence,
                 "skew": skew,
@@ -388,10 +389,10 @@ def _masks(
         if chosen is not None:
             raise InputError(f"masked_view is {chosen!r}, but a {task} student is shown no masks")
         return None
-    views = sorted({info.view for info in infos.values() if info.shown.masked})
+    views = sorted({info.view for info in infos.values() if info.view_class.masked})
     view = cache.masked_view(chosen or (views[0] if len(views) == 1 else None)).name
     for info in infos.values():
-        if info.shown.masked and info.view != view:
+        if info.view_class.masked and info.view != view:
             raise InputError(
                 f"teacher {info.name!r} saw the masks {info.view}, but the student would see "
                 f"{view}: its targets are for other inputs. Name teachers that saw the same "

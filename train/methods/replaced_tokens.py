@@ -179,7 +179,7 @@ class ReplacedTokens(Method):
     def _sample(self, batch: Batch, target: TokenTargetBatch, device: torch.device) -> Tensor:
         """Return a sampled token [P] for each position with a target."""
         uniforms = _uniforms(batch, target, self.run.seed)
-        if not target.kind.whole:
+        if not target.kind.has_all_probabilities:
             kept = sparse_targets(target, self.settings.temperature, None, device)
             return sample(kept, send(uniforms, device), send(self.content, device))
         # Whole distributions [P,V] in bounded blocks.
@@ -305,7 +305,7 @@ def _only_teacher(run: MethodRun) -> str:
 
 
 def _check_teacher(info: TeacherInfo, run: MethodRun, temperature: float) -> None:
-    if info.task != "masked_lm" or not info.shown.masked:
+    if info.task != "masked_lm" or not info.view_class.masked:
         raise InputError(
             "replaced tokens are sampled from a masked LM's predictions at masked positions, but "
             f"teacher {info.name!r} is a {info.task} that saw {info.view}. Name another teacher"

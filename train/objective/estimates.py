@@ -17,7 +17,7 @@ from rekindle.train.config import DistillTerm
 
 def serves(kind: type[VocabularyKind], divergence: str) -> bool:
     """Return whether a divergence may be learnt from targets of the kind."""
-    return LINEAR[divergence] or not kind.sampled
+    return LINEAR[divergence] or not kind.is_sample
 
 
 def check_estimates(terms: Sequence[DistillTerm], kinds: Mapping[str, VocabularyKind]) -> None:
@@ -31,13 +31,13 @@ def check_estimates(terms: Sequence[DistillTerm], kinds: Mapping[str, Vocabulary
             for problem in estimate_problems(term, known):
                 raise InputError(problem)
             for kind in known:
-                if kind.sampled:
+                if kind.is_sample:
                     kind.slot(term.temperature, term.k)
 
 
 def estimate_problems(term: DistillTerm, kinds: Sequence[VocabularyKind]) -> Iterator[str]:
     """Yield what a term asks of samples that they cannot give, whatever their temperature and k."""
-    samples = [kind for kind in kinds if kind.sampled]
+    samples = [kind for kind in kinds if kind.is_sample]
     for kind in samples:
         if term.divergence in LINEAR and not serves(type(kind), term.divergence):
             yield (
@@ -64,4 +64,4 @@ def kinds_that_serve(divergence: str) -> str:
 
 def _has_tail(kind: VocabularyKind, term: DistillTerm) -> bool:
     """Return whether some of its mass lies outside the ids that the term reads."""
-    return kind.has_tail or (kind.whole and term.k is not None)
+    return kind.has_tail or (kind.has_all_probabilities and term.k is not None)

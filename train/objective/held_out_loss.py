@@ -36,7 +36,7 @@ def is_plain(term: DistillTerm, target: TokenTargetBatch) -> bool:
     """Return whether a vocabulary term's divergence is the one that an evaluation reports."""
     default = DistillTerm(teachers=term.teachers)
     same = ("combine", "positions", "entropy_fraction", "divergence", "tail")
-    return term.temperature == target.kind.read_at and all(
+    return term.temperature == target.kind.readable_temperature and all(
         getattr(term, name) == getattr(default, name) for name in same
     )
 

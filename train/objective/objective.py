@@ -298,7 +298,7 @@ class Objective:
         passes = _Passes([], [], {})
         for term, weight in plan.terms:
             teacher = self.teachers[term.teachers[0]]
-            paired = teacher.shown.paired
+            paired = teacher.view_class.paired
             if teacher.is_vocabulary:
                 passes.language.append((term, weight))
             elif not paired and (term.view == "masked" or self.task == "causal_lm"):

@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from rekindle.data.errors import InputError, naming
-from rekindle.data.targets.between import expected_error, knots
+from rekindle.data.targets.interpolation import expected_error, knots
 from rekindle.data.targets.kinds.registry import kind_of, vocabulary_kind
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.kernels.divergences import SKEWED
@@ -81,7 +81,7 @@ def _problems(term: DistillTerm, infos: Sequence[TeacherInfo], task: str) -> Ite
     if kinds == {"vocabulary"}:
         yield from _vocabulary_problems(term, infos, task)
         return
-    if term.view == "masked" and infos[0].shown.paired:
+    if term.view == "masked" and infos[0].view_class.paired:
         yield "view: masked, but pairs are shown clean; use clean"
     if term.view == "masked" and task != "masked_lm":
         yield f"view: masked, but a {task} student has no masked view"

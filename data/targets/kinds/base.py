@@ -19,11 +19,11 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.columns import flat_lists, list_array, list_type, offsets_of
 from rekindle.data.storage.seal import FORMAT_VERSION
 from rekindle.data.storage.shards import describe, rows_in_batches
-from rekindle.data.targets.between import knots
 from rekindle.data.targets.codec import Columns, Floats
-from rekindle.data.targets.codec_compact import Widths, with_unknown
+from rekindle.data.targets.codec_compact import Widths, fill_missing_scalars
 from rekindle.data.targets.codec_registry import CODECS, Codec
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.interpolation import knots
 from rekindle.data.targets.schema import VOCABULARY_TASKS, TeacherInfo, rank_dtype
 
 _SIZES = ("num_labels", "hidden_size", "dimensions")
@@ -37,23 +37,25 @@ class TargetKind(ABC):
     """
 
     name: ClassVar[str]
-    told: ClassVar[str] = ""  # a template of ``sentence``: {k} and the like are fields of ``info``
+    # of ``description``: {k} and the like are fields of ``info``
+    template: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]  # fields of ``info`` that determine the columns' widths
     codecs: ClassVar[tuple[str, ...]] = ("default",)
-    tempered: ClassVar[bool] = False  # whether it is stored for certain temperatures
+    needs_temperatures: ClassVar[bool] = False  # whether it is stored for certain temperatures
     # Whether it is an unbiased sample at one temperature: usable where the loss is linear in the
     # probabilities.
-    sampled: ClassVar[bool] = False
-    whole: ClassVar[bool] = False  # whether every probability is known, at any temperature
+    is_sample: ClassVar[bool] = False
+    # whether every probability is known, at any temperature
+    has_all_probabilities: ClassVar[bool] = False
     has_tail: ClassVar[bool] = False  # whether the mass outside its ids is stored
     has_head: ClassVar[bool] = False  # whether the teacher's output matrix is stored beside it
     # whether a larger k and more temperatures can be added later, beside it
-    grows: ClassVar[bool] = False
-    extends: ClassVar[bool] = False  # whether it adds to targets of another kind (as tails do)
+    can_grow: ClassVar[bool] = False
+    is_extension: ClassVar[bool] = False  # whether it adds to targets of another kind (as tails do)
     per_sequence: ClassVar[bool] = False  # one target per row, none at positions
     largest_k: ClassVar[int | None] = None  # independent of the vocabulary
-    tells_text: ClassVar[bool] = True  # whether much of the text can be read from it, or guessed
+    reveals_text: ClassVar[bool] = True  # whether much of the text can be read from it, or guessed
 
     def __init__(self, info: TeacherInfo):
         self.info = info
@@ -64,17 +66,17 @@ class TargetKind(ABC):
         return CODECS[self.info.codec]
 
     @property
-    def sized(self) -> bool:
+    def has_sizes(self) -> bool:
         """Whether the widths of all its columns are known."""
         return all(getattr(self.info, name) is not None for name in self.needs)
 
     @property
-    def read_at(self) -> float:
+    def readable_temperature(self) -> float:
         """A temperature at which it can be read: 1 if possible, else the first that is stored
         (samples and imported targets may lack 1).
         """
         stored = self.info.temperatures
-        return stored[0] if stored and 1.0 not in stored and not self.whole else 1.0
+        return stored[0] if stored and 1.0 not in stored and not self.has_all_probabilities else 1.0
 
     def contradiction(self) -> str | None:
         """Return why there can be no such targets, or None. Readers rely on this after reading
@@ -82,21 +84,21 @@ class TargetKind(ABC):
         """
         info, size, k = self.info, self.info.vocabulary_size or 0, self.info.k
         largest = self.largest_k or (size if "k" in self.needs else None)
-        rules = {
+        checks = {
             "its kind is not of its task": info.task in self.tasks,
-            "its view is not of its task": info.task in info.shown.tasks,
-            "its size is missing": self.sized,
+            "its view is not of its task": info.task in info.view_class.tasks,
+            "its size is missing": self.has_sizes,
             "its sizes are too large": max(size, *(getattr(info, name) or 0 for name in _SIZES))
             < 2**31,
             "its k is too large": k is None or largest is None or k <= largest,
             "its temperatures are none": all(0 < t < math.inf for t in info.temperatures)
-            and (len(info.temperatures) > 0 or not self.tempered),
+            and (len(info.temperatures) > 0 or not self.needs_temperatures),
             "its codec is not of its kind": info.codec in self.codecs
             and size <= self.codec.largest_vocabulary,
-            "tails extend a part": self.extends == (info.extends is not None)
-            and (not self.extends or info.part != ""),
+            "tails extend a part": self.is_extension == (info.extends is not None)
+            and (not self.is_extension or info.part != ""),
         }
-        return next((told for told, kept in rules.items() if not kept), None)
+        return next((problem for problem, is_valid in checks.items() if not is_valid), None)
 
     def schema(self, about: Mapping[str, object]) -> pa.Schema:
         """Return the Arrow schema of one unit; its metadata repeats ``info`` and adds ``about``."""
@@ -111,18 +113,18 @@ class TargetKind(ABC):
     @property
     def width(self) -> str:
         """The number of values kept per target, as text."""
-        found = getattr(self.info, self.needs[-1]) if self.needs else None
-        return "?" if found is None else f"{found:,}"
+        size = getattr(self.info, self.needs[-1]) if self.needs else None
+        return "?" if size is None else f"{size:,}"
 
     @property
-    def kept(self) -> str:
+    def summary(self) -> str:
         """What is kept of each target, in two words."""
         return f"{self.name.removesuffix('k')} {self.width}"  # "top 64"
 
     @property
-    def sentence(self) -> str:
+    def description(self) -> str:
         """What is kept of each target, as a phrase."""
-        return self.told.format_map(vars(self.info)) or self.kept
+        return self.template.format_map(vars(self.info)) or self.summary
 
     @abstractmethod
     def used_columns(self) -> Widths:
@@ -130,7 +132,9 @@ class TargetKind(ABC):
 
     def stored_columns(self) -> Widths:
         """Return the columns on disk that have one entry per position."""
-        return self.codec.stored(POSITIONS | self.used_columns(), self.info.vocabulary_size or 0)
+        return self.codec.stored_columns(
+            POSITIONS | self.used_columns(), self.info.vocabulary_size or 0
+        )
 
     def entry_columns(self) -> dict[str, pa.DataType]:
         """Return the columns on disk with as many entries per position as ``distinct`` says."""
@@ -148,18 +152,18 @@ class TargetKind(ABC):
         return sum(dtype.bit_width // 8 * (1 if w is None else w) for dtype, w in columns)
 
     @property
-    def bounded(self) -> bool:
+    def size_varies(self) -> bool:
         """Whether ``bytes_per_position`` is only an upper bound, because of sampling or
         compression.
         """
-        return self.codec.compressed or bool(self.entry_columns())
+        return self.codec.is_compressed or bool(self.entry_columns())
 
     @property
-    def copied(self) -> bool:
+    def is_copied_on_read(self) -> bool:
         """Whether reading copies its columns; else they are views of the file."""
-        return self.codec.compressed
+        return self.codec.is_compressed
 
-    def nothing(self) -> Columns:
+    def empty_columns(self) -> Columns:
         """Return the used columns of zero targets."""
         columns = ({} if self.per_sequence else POSITIONS) | self.used_columns()
         return {
@@ -175,21 +179,21 @@ class TargetKind(ABC):
         ``columns`` are [P,…] as they are used; ``rows`` [P], ascending, gives the row of each
         position.
         """
-        columns = columns if len(rows) else self.nothing()
+        columns = columns if len(rows) else self.empty_columns()
         counts = np.bincount(rows, minlength=len(digests))
         starts = np.concatenate([[0], np.cumsum(counts)])
         for first, last in rows_in_batches(len(digests), self.info.rows_per_batch):
             part = slice(starts[first], starts[last])
-            stored = self._packed({name: flat[part] for name, flat in columns.items()})
+            stored = self._pack({name: flat[part] for name, flat in columns.items()})
             offsets = dict.fromkeys(schema.names[1:], offsets_of(counts[first:last]))
             if entries := self.entry_columns():
-                drawn = np.bincount(rows[part] - first, stored["distinct"], last - first)
-                offsets |= dict.fromkeys(entries, offsets_of(drawn.astype(np.int64)))
+                entry_counts = np.bincount(rows[part] - first, stored["distinct"], last - first)
+                offsets |= dict.fromkeys(entries, offsets_of(entry_counts.astype(np.int64)))
             arrays = [list_array(offsets[name], stored[name]) for name in schema.names[1:]]
             digest = pa.array(digests[first:last], pa.string())
             yield pa.record_batch([digest, *arrays], schema=schema)
 
-    def _packed(self, columns: Columns) -> Columns:
+    def _pack(self, columns: Columns) -> Columns:
         return self.codec.pack(columns, self.info.vocabulary_size or 0)
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
@@ -208,12 +212,12 @@ class TaskKind(TargetKind):
     needs = ("num_labels",)
 
     @property
-    def kept(self) -> str:
+    def summary(self) -> str:
         """What is kept of each target, in two words."""
         return f"{self.width} {'logit' if self.info.num_labels == 1 else 'logits'}"
 
     @property
-    def sentence(self) -> str:
+    def description(self) -> str:
         """What is kept of each target, as a phrase."""
         return "a score" if self.info.num_labels == 1 else f"{self.info.num_labels} logits"
 
@@ -240,17 +244,17 @@ class VocabularyKind(TargetKind):
         all.
         """
         tokens = vocabulary_size if tokens is None else tokens
-        found: dict[str, object] = {"kind": cls.name, "vocabulary_size": vocabulary_size}
+        fields: dict[str, object] = {"kind": cls.name, "vocabulary_size": vocabulary_size}
         if "hidden_size" in cls.needs:
-            found["hidden_size"] = hidden_size
+            fields["hidden_size"] = hidden_size
         if "k" in cls.needs:
             k = min(k, cls.largest_k or tokens)
-            bias = "unbiased" if cls.sampled else "biased"
+            bias = "unbiased" if cls.is_sample else "biased"
             if k == tokens and cls.largest_k is None:  # draws may miss an id at any k
                 bias = "exact"
-            found |= {"k": k, "temperatures": temperatures, "codec": codec}
-            found["estimator"] = {"kind": cls.name, "bias": bias}
-        return found
+            fields |= {"k": k, "temperatures": temperatures, "codec": codec}
+            fields["estimator"] = {"kind": cls.name, "bias": bias}
+        return fields
 
     @property
     def size(self) -> int:
@@ -259,7 +263,7 @@ class VocabularyKind(TargetKind):
         return self.info.vocabulary_size
 
     @property
-    def sure_above(self) -> float:
+    def certainty_threshold(self) -> float:
         """Probability above which a position's likeliest id is certainly the teacher's; 0:
         always.
         """
@@ -271,7 +275,7 @@ class VocabularyKind(TargetKind):
         return self.info.k if self.info.k is not None and "k" in self.needs else self.size
 
     @abstractmethod
-    def kept_columns(self) -> Widths:
+    def distribution_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
 
     def used_columns(self) -> Widths:
@@ -279,19 +283,19 @@ class VocabularyKind(TargetKind):
         rank = pa.from_numpy_dtype(rank_dtype(self.size))
         scalars: Widths = {"gold_log_prob": (pa.uint16(), None), "gold_rank": (rank, None)}
         scalars["entropy"] = (pa.uint16(), None)
-        for lacking in self._lacks:
-            del scalars[lacking]
-        return self.kept_columns() | scalars
+        for name in self._lacks:
+            del scalars[name]
+        return self.distribution_columns() | scalars
 
     @property
     def _lacks(self) -> tuple[str, ...]:
         """The scalars missing from imported or served targets."""
         return self.info.lacks
 
-    def _packed(self, columns: Columns) -> Columns:
-        if self._lacks and self.codec.compressed:
-            columns = with_unknown(columns, self.size)
-        return super()._packed(columns)
+    def _pack(self, columns: Columns) -> Columns:
+        if self._lacks and self.codec.is_compressed:
+            columns = fill_missing_scalars(columns, self.size)
+        return super()._pack(columns)
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
         """Return list offsets [R+1] and the columns [P,…] of a record batch, as they are used."""
@@ -325,21 +329,21 @@ class VocabularyKind(TargetKind):
         return self.slots(temperature, k)[0]
 
     def slots(
-        self, temperature: float, k: int | None = None, between: bool = False
+        self, temperature: float, k: int | None = None, interpolate: bool = False
     ) -> tuple[int, ...]:
         """Return the indices of the stored temperatures needed to read ``temperature``.
 
-        Its own index or, if interpolation ``between`` is allowed, those of the three around it
-        (``targets/between.py``); (0,) if all temperatures can be read. Raise InputError at a
+        Its own index or, if it may ``interpolate``, those of the three around it
+        (``targets/interpolation.py``); (0,) if all temperatures can be read. Raise InputError at a
         temperature that is not stored, for a ``k`` below that of a sample, and for one above what
         is kept.
         """
         info = self.info
         if k is not None and (not isinstance(k, Integral) or k < 1):
             raise InputError(f"k is {k!r}; it is how many candidates are read, 1 or more")
-        if self.whole:
+        if self.has_all_probabilities:
             return (0,)
-        if k is not None and k != self.k and self.sampled:
+        if k is not None and k != self.k and self.is_sample:
             raise InputError(
                 f"teacher {info.name!r} keeps a sample of {self.k} ({self.name}): a part of it "
                 "would be biased. Leave k out, or cache a smaller sample"
@@ -350,27 +354,31 @@ class VocabularyKind(TargetKind):
             )
         if temperature in info.temperatures:
             return (info.temperatures.index(temperature),)
-        if between and self.interpolates(temperature):
+        if interpolate and self.interpolates(temperature):
             return knots(temperature, info.temperatures)
-        unknown = f"the mass outside its top {self.k} at another one is not known"
-        if self.sampled:
+        unknown = f"the mass outside its top {self.k} is known at stored temperatures only"
+        if self.is_sample:
             reason = "a sample is of one distribution. Change the teacher's targets.temperatures"
         elif info.imported:
-            reason = f"{unknown}: its rows did not say it. Import rows with log_tails of it"
+            reason = f"{unknown}. Import rows whose log_tails include {temperature}"
         elif info.served:
-            reason = f"{unknown}: a server says it at temperature 1 alone"
+            reason = "a server tells the mass outside its top ids at temperature 1 only"
         else:
             reason = (
-                f"{unknown} (or not yet of all text: `pipeline cache-teachers` was not finished). "
-                "Add it to the teacher's targets.temperatures"
+                f"{unknown}. Add {temperature} to the teacher's targets.temperatures (if it is "
+                "there, finish `pipeline cache-teachers`)"
             )
-        last = "or train at a stored one"
-        if between and self.has_tail:
-            last += ". Only between the least and the largest of three or more can one interpolate"
+        alternative = "or train at a stored one"
+        if interpolate and self.has_tail:
+            alternative += (
+                ". Interpolation needs three or more stored temperatures, below and above it"
+            )
         elif self.interpolates(temperature):
-            last = "train at a stored one, or have the distillation term interpolate it "
-            last += "(temperature_between: interpolate)"
+            alternative = (
+                "train at a stored one, or have the distillation term interpolate it "
+                "(temperature_between: interpolate)"
+            )
         raise InputError(
             f"teacher {info.name!r} stores the temperatures {list(info.temperatures)}, not "
-            f"{temperature}: {reason}, {last}"
+            f"{temperature}: {reason}, {alternative}"
         )

@@ -16,10 +16,10 @@ class Dense(VocabularyKind):
     """Every probability of a position."""
 
     name = "dense"
-    told = "all {vocabulary_size:,} log-probabilities"
-    whole = True
+    template = "all {vocabulary_size:,} log-probabilities"
+    has_all_probabilities = True
 
-    def kept_columns(self) -> Widths:
+    def distribution_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
         return {"log_probs": (pa.float32(), self.size)}
 

@@ -23,7 +23,8 @@ from rekindle.data.targets.kinds.base import TargetKind
 
 LARGEST = {"fp16": float(np.finfo(np.float16).max), "int8": float(np.finfo(np.float32).max)}
 STEPS = 127  # of int8 on either side of 0
-LOST = 1e-4  # 1 − cosine from which vectors are refused in fp16: they are too small for it
+# 1 − cosine above which vectors are refused in fp16: they are too small for it.
+LARGEST_FP16_ERROR = 1e-4
 # Facts of a unit's record: 1 − cosine between its vectors and their stored form.
 LARGEST_ERROR, MEAN_ERROR = "cosine_error_largest", "cosine_error_mean"
 
@@ -32,13 +33,13 @@ class Embedding(TargetKind):
     """Vectors of whole sequences."""
 
     name = "embedding"
-    told = "a vector of {dimensions:,} values in {vectors}"
+    template = "a vector of {dimensions:,} values in {vectors}"
     tasks = ("embedding",)
     needs = ("vectors", "dimensions")
     per_sequence = True
 
     @property
-    def kept(self) -> str:
+    def summary(self) -> str:
         """What is kept of each target, in two words."""
         return f"{self.width} {self.info.vectors}"
 
@@ -52,7 +53,7 @@ class Embedding(TargetKind):
         """Return the columns on disk: there are no positions."""
         return self.used_columns()
 
-    def _packed(self, columns: Columns) -> Columns:
+    def _pack(self, columns: Columns) -> Columns:
         return columns
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
@@ -65,7 +66,7 @@ class Embedding(TargetKind):
         return offsets, columns
 
     def problems(self, columns: Columns) -> Iterator[str]:
-        """Yield what no writer of Rekindle would have written."""
+        """Yield problems that none of our writers could have produced."""
         if not np.isfinite(columns["scale" if "scale" in columns else "vectors"]).all():
             yield "NaN or infinity in its vectors"
         if "scale" in columns:
@@ -92,7 +93,7 @@ class Embedding(TargetKind):
             )
         if kind == "fp16":
             columns = {"vectors": vectors.astype(np.float16)}
-            if len(vectors) and self.errors(vectors, columns).max() > LOST:
+            if len(vectors) and self.errors(vectors, columns).max() > LARGEST_FP16_ERROR:
                 raise InputError(
                     f"teacher {self.info.name!r} gives vectors whose values are as small as "
                     f"{peak.min():.2g} at most, too small for fp16. Set its targets.vectors to "
@@ -145,5 +146,5 @@ def cosine_distances(a: Floats, b: Floats) -> NDArray[np.float64]:
         one /= np.where(length > 0, length, 1)
     # Half the squared chord: 1 − a·b would lose differences below 1e-16.
     distances = ((units[0] - units[1]) ** 2).sum(axis=1) / 2
-    lost = units[0].any(axis=1) != units[1].any(axis=1)
-    return np.where(lost, 1.0, distances)
+    one_is_zero = units[0].any(axis=1) != units[1].any(axis=1)
+    return np.where(one_is_zero, 1.0, distances)

@@ -20,11 +20,11 @@ class Hidden(Dense):
     """The teacher's final hidden states."""
 
     name = "hidden"
-    told = "hidden states of {hidden_size} values"
+    template = "hidden states of {hidden_size} values"
     needs = ("vocabulary_size", "hidden_size")
     has_head = True
 
-    def kept_columns(self) -> Widths:
+    def distribution_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
         return {"hidden": (pa.int16(), self.info.hidden_size), "hidden_scale": (pa.float32(), None)}
 

@@ -24,18 +24,18 @@ class Random(VocabularyKind):
     """An unbiased sample of K draws per position, at one temperature."""
 
     name = "random"
-    told = "a random sample of {k} of {vocabulary_size:,} tokens"
+    template = "a random sample of {k} of {vocabulary_size:,} tokens"
     needs = ("vocabulary_size", "k")
     largest_k = MOST_DRAWS
-    tempered = sampled = True
-    copied = True
+    needs_temperatures = is_sample = True
+    is_copied_on_read = True
 
     @property
-    def sure_above(self) -> float:
+    def certainty_threshold(self) -> float:
         """1, i.e. never: the id drawn most often need not be the likeliest."""
         return 1.0
 
-    def kept_columns(self) -> Widths:
+    def distribution_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
         return {"ids": (pa.int32(), self.k), "counts": (pa.uint8(), self.k)}
 
@@ -50,14 +50,14 @@ class Random(VocabularyKind):
         high = {"ids_high": pa.uint8()} if high_planes(self.size) else {}
         return {"ids": pa.uint16(), **high, "counts": pa.uint8()}
 
-    def _packed(self, columns: Columns) -> Columns:
+    def _pack(self, columns: Columns) -> Columns:
         ids, counts = columns["ids"], columns["counts"]
-        drawn = counts > 0
+        is_drawn = counts > 0
         return columns | {
-            "distinct": drawn.sum(axis=1).astype(np.uint8),
-            "ids": (ids[drawn] & 0xFFFF).astype(np.uint16),
-            "ids_high": (ids[drawn] >> 16).astype(np.uint8),
-            "counts": counts[drawn],
+            "distinct": is_drawn.sum(axis=1).astype(np.uint8),
+            "ids": (ids[is_drawn] & 0xFFFF).astype(np.uint16),
+            "ids_high": (ids[is_drawn] >> 16).astype(np.uint8),
+            "counts": counts[is_drawn],
         }
 
     def read(self, batch: pa.RecordBatch) -> tuple[NDArray[np.int32], Columns]:
@@ -66,15 +66,15 @@ class Random(VocabularyKind):
         ends, drawn = flat_lists(batch, [*self.entry_columns()])
         distinct = columns.pop("distinct")
         rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        wanted = np.bincount(rows, distinct, minlength=len(offsets) - 1)
-        if not np.array_equal(wanted, np.diff(ends)) or distinct.max(initial=0) > self.k:
+        entries = np.bincount(rows, distinct, minlength=len(offsets) - 1)
+        if not np.array_equal(entries, np.diff(ends)) or distinct.max(initial=0) > self.k:
             raise CacheFormatError("the drawn ids are not as many as their positions say")
         flat = drawn["ids"].astype(np.int32)
         if "ids_high" in drawn:
             flat |= drawn["ids_high"].astype(np.int32) << 16
-        here = np.arange(self.k) < distinct[:, None]
-        ids, counts = np.full(here.shape, -1, np.int32), np.zeros(here.shape, np.uint8)
-        ids[here], counts[here] = flat, drawn["counts"]
+        is_drawn = np.arange(self.k) < distinct[:, None]
+        ids, counts = np.full(is_drawn.shape, -1, np.int32), np.zeros(is_drawn.shape, np.uint8)
+        ids[is_drawn], counts[is_drawn] = flat, drawn["counts"]
         return offsets, columns | {"ids": ids, "counts": counts}
 
     def candidate_ids(self, columns: Columns) -> NDArray[np.int64]:

@@ -23,10 +23,10 @@ class SequenceLogits(TaskKind):
 
     name = "sequence"
     tasks = ("sequence_classification", "regression")
-    copied = True
+    is_copied_on_read = True
     bytes_per_position = 0  # there are no positions
     per_sequence = True
-    tells_text = False
+    reveals_text = False
 
     def used_columns(self) -> Widths:
         """Return the columns as they are used."""
@@ -63,7 +63,7 @@ class SequenceLogits(TaskKind):
             start = array.offset * array.type.list_size
             values = flat[start : start + len(array) * array.type.list_size]
             columns[name] = values.reshape(len(array), -1)[present]
-            same = array.null_count == batch["logits"].null_count
-            if not np.isfinite(columns[name]).all() or not same:
+            has_same_nulls = array.null_count == batch["logits"].null_count
+            if not np.isfinite(columns[name]).all() or not has_same_nulls:
                 raise CacheFormatError(f"column {name!r} has NaN, infinity or other nulls")
         return offsets_of(present.astype(np.int64)), columns

@@ -14,11 +14,11 @@ class Tails(TargetKind):
     """Only tail masses."""
 
     name = "tails"
-    told = "the mass outside the ids of another part"
+    template = "the mass outside the ids of another part"
     tasks = VOCABULARY_TASKS
     needs = ()
     codecs = ("default", "precise")
-    tempered = extends = True
+    needs_temperatures = is_extension = True
 
     def used_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""

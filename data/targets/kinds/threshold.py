@@ -10,12 +10,12 @@ class Threshold(TopK):
     """K sampled ids per position with values that sum to 1, so there is no tail."""
 
     name = "threshold"
-    told = "a threshold sample of {k} of {vocabulary_size:,} tokens"
-    sampled = True
-    has_tail = grows = False
+    template = "a threshold sample of {k} of {vocabulary_size:,} tokens"
+    is_sample = True
+    has_tail = can_grow = False
 
     @property
-    def sure_above(self) -> float:
+    def certainty_threshold(self) -> float:
         """1/K: a more probable id is always kept; in a row of K equal values the ids may
         be others.
         """

@@ -15,7 +15,7 @@ class TokenLogits(TaskKind):
 
     name = "token"
     tasks = ("token_classification",)
-    tells_text = False
+    reveals_text = False
 
     def used_columns(self) -> Widths:
         """Return the columns as they are used, without ``positions``."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.targets.between import odds_between
 from rekindle.data.targets.codec import Columns, Floats, decode_ids
 from rekindle.data.targets.codec_compact import Widths
 from rekindle.data.targets.head import StoredHead
+from rekindle.data.targets.interpolation import odds_between
 from rekindle.data.targets.kinds.base import VocabularyKind
 
 
@@ -19,12 +19,12 @@ class TopK(VocabularyKind):
     """K candidates per position by falling probability."""
 
     name = "topk"
-    told = "{k} of {vocabulary_size:,} log-probabilities and the tail"
+    template = "{k} of {vocabulary_size:,} log-probabilities and the tail"
     needs = ("vocabulary_size", "k")
     codecs = ("default", "precise", "compact")
-    tempered = has_tail = grows = True
+    needs_temperatures = has_tail = can_grow = True
 
-    def kept_columns(self) -> Widths:
+    def distribution_columns(self) -> Widths:
         """Return the columns of what is kept, as they are used."""
         return self.codec.widths(self.size, self.k, len(self.info.temperatures))
 
@@ -43,18 +43,18 @@ class TopK(VocabularyKind):
     def interpolated(self, columns: Columns, temperature: float) -> tuple["TopK", Columns]:
         """Return the columns as if ``temperature`` had been stored, and their kind.
 
-        For a temperature that ``interpolates`` accepts; see ``targets/between.py``.
+        For a temperature that ``interpolates`` accepts; see ``targets/interpolation.py``.
         """
-        slots = list(self.slots(temperature, between=True))
+        slots = list(self.slots(temperature, interpolate=True))
         at = [self.info.temperatures[slot] for slot in slots]
         relative = self.codec.decode(columns, at[0], slots[0], None)[0] * np.float32(at[0])
-        found = odds_between(relative, columns["tail_log_odds"][:, slots], at, temperature)
+        odds = odds_between(relative, columns["tail_log_odds"][:, slots], at, temperature)
         info = self.info.model_copy(update={"temperatures": (temperature,)})
-        return type(self)(info), columns | {"tail_log_odds": found[:, None]}
+        return type(self)(info), columns | {"tail_log_odds": odds[:, None]}
 
     def problems(self, columns: Columns) -> Iterator[str]:
         """Yield problems that none of our writers could have produced."""
         if self.candidate_ids(columns).max(initial=0) >= self.size:
             yield "ids outside the vocabulary"
-        if self.codec.spans and (columns["log_prob_min"] < columns["log_prob_max"]).any():
+        if self.codec.stores_span and (columns["log_prob_min"] < columns["log_prob_max"]).any():
             yield "rising probabilities"

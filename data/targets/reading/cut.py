@@ -29,15 +29,15 @@ class Counts:
     @classmethod
     def of(cls, lengths: NDArray[np.int64], limit: int) -> "Counts":
         """Count from the lengths in tokens of the uncut texts; 0 means no text."""
-        over = np.maximum(lengths - limit, 0)
-        every = (int((lengths > 0).sum()), int((over > 0).sum()))
-        return cls(*every, int(lengths.sum()), int(over.sum()))
+        excess = np.maximum(lengths - limit, 0)
+        texts, cut = int((lengths > 0).sum()), int((excess > 0).sum())
+        return cls(texts, cut, int(lengths.sum()), int(excess.sum()))
 
-    def facts(self, short: bool) -> dict[str, dict[str, int]]:
-        """Return the facts for the commit record. ``short``: the expert takes less than a sequence;
-        for others nothing is recorded if nothing is cut.
+    def facts(self, has_short_context: bool) -> dict[str, dict[str, int]]:
+        """Return the facts for the commit record. ``has_short_context``: the expert takes
+        less than a sequence; for others nothing is recorded if nothing is cut.
         """
-        return {FACT: asdict(self)} if self.cut or short else {}
+        return {FACT: asdict(self)} if self.cut or has_short_context else {}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Cut:
 
     def as_text(self, name: str, limit: int | None = None) -> str:
         """Return a sentence; ``limit``: the number of tokens at which texts are cut."""
-        at = f" at the {limit} tokens that its model takes" if limit else ""
+        limit_text = f" at the {limit} tokens that its model takes" if limit else ""
         return (
-            f"{name} does not see all: {self.sequences:.1%} of its texts are cut{at}, "
+            f"{name} does not see all: {self.sequences:.1%} of its texts are cut{limit_text}, "
             f"{self.tokens:.1%} of their tokens are lost"
         )
 
@@ -63,12 +63,13 @@ def cut_of(info: TeacherInfo, commits: Commits) -> Cut | None:
     """
     if not commits.has_fact(FACT):
         return None
-    each = commits.numbers("positions") if kind_of(info).per_sequence else commits.rows
-    seen = [np.nan_to_num(one).astype(int).tolist() for one in (each, commits.numbers("tokens"))]
-    found = [
+    texts_per_unit = commits.numbers("positions") if kind_of(info).per_sequence else commits.rows
+    sizes = (texts_per_unit, commits.numbers("tokens"))
+    uncut = [np.nan_to_num(numbers).astype(int).tolist() for numbers in sizes]
+    units = [
         Counts(texts, 0, tokens, 0) if counts is None else Counts(**counts)
-        for counts, texts, tokens in zip(commits.counts_by_name(FACT), *seen, strict=True)
+        for counts, texts, tokens in zip(commits.counts_by_name(FACT), *uncut, strict=True)
     ]
-    texts, cut = sum(one.texts for one in found), sum(one.cut for one in found)
-    tokens, lost = sum(one.tokens for one in found), sum(one.lost for one in found)
+    texts, cut = sum(unit.texts for unit in units), sum(unit.cut for unit in units)
+    tokens, lost = sum(unit.tokens for unit in units), sum(unit.lost for unit in units)
     return Cut(cut / texts, lost / tokens) if cut else None

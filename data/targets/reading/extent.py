@@ -1,8 +1,8 @@
 """How much of a cache a run reads: it decides the run's targets, whatever the cache grows to later.
 
-A cache may get more candidates (a larger k) and more masked replicas. Of a cache that has more, a
-run that was begun on less goes on reading what it read: the same part of each teacher's targets, so
-many of its candidates, and the first replicas.
+A cache may get more candidates (a larger k) and more masked replicas. A run that was begun before
+that goes on reading what it read: the same part of each teacher's targets, the same number of
+candidates, and the first replicas.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader
 
 
-class Kept(Settings):
+class TeacherExtent(Settings):
     """What is read of one teacher: ``k`` candidates of that ``part`` of its targets."""
 
     k: int | None = None  # None: not asked for
@@ -28,47 +28,49 @@ class Extent(Settings):
     """What is asked for of a cache, or (with parts) what is read of it."""
 
     replicas: int | None = None  # of the masked view; None: not asked for
-    targets: dict[str, Kept] = Field({})  # by teacher
+    targets: dict[str, TeacherExtent] = Field({})  # by teacher
     refused: dict[str, str] = Field({}, exclude=True)  # teachers that have less than is asked for
 
-    def over(self, other: "Extent") -> "Extent":
-        """Return what is asked for here, and what ``other`` says where nothing is."""
-        theirs = {name: Kept(k=kept.k) for name, kept in other.targets.items()}
+    def with_defaults(self, other: "Extent") -> "Extent":
+        """Return what is asked for here and, where nothing is, what ``other`` asks for."""
+        defaults = {name: TeacherExtent(k=one.k) for name, one in other.targets.items()}
         replicas = self.replicas or other.replicas
-        return Extent(replicas=replicas, targets={**theirs, **self.targets})
+        return Extent(replicas=replicas, targets={**defaults, **self.targets})
 
 
 def settle_extent(
-    asked: Extent, teachers: Iterable[TeacherReader], view: ViewReader | None, before: Extent
+    requested: Extent, teachers: Iterable[TeacherReader], view: ViewReader | None, previous: Extent
 ) -> Extent:
-    """Return what a run reads of the ``teachers`` that keep k candidates, and of its masked view.
+    """Return what a run reads of the ``teachers`` with k candidates, and of its masked view.
 
-    That is what is asked for; else what the run read ``before``; else what the cache has now.
-    Raises InputError for more replicas than there are. A teacher that has not the k that is asked
+    That is what is asked for; else what the run read before (``previous``); else what the cache has
+    now.
+    Raises InputError for more replicas than there are. A teacher that lacks the k that is asked
     for is ``refused``, with the reason: the run may not need it.
     """
-    replicas = _replicas(asked, view, before)
+    replicas = _replicas(requested, view, previous)
     targets, refused = {}, {}
     for teacher in teachers:
         name = teacher.info.name
         if teacher.info.k is not None and teacher.info.is_vocabulary:
-            was = before.targets.get(name) if replicas in (None, before.replicas) else None
+            recorded = previous.targets.get(name) if replicas in (None, previous.replicas) else None
             try:
-                targets[name] = _kept(teacher, asked.targets.get(name), was, replicas)
+                targets[name] = _teacher_extent(
+                    teacher, requested.targets.get(name), recorded, replicas
+                )
             except InputError as error:
                 refused[name] = str(error)
     return Extent(replicas=replicas, targets=targets, refused=refused)
 
 
-def _replicas(asked: Extent, view: ViewReader | None, before: Extent) -> int | None:
+def _replicas(requested: Extent, view: ViewReader | None, previous: Extent) -> int | None:
     if view is None:
         return None
     if view.replicas == 0:
         raise InputError(
-            "the cache has no replica of these masks that is finished. `pipeline cache-teachers` "
-            "makes them"
+            "the cache has no finished replica of these masks. `pipeline cache-teachers` makes them"
         )
-    replicas = asked.replicas or before.replicas or view.replicas
+    replicas = requested.replicas or previous.replicas or view.replicas
     if replicas > view.replicas:
         raise InputError(
             f"cache.replicas is {replicas}, and of these masks the cache has {view.replicas}. "
@@ -78,23 +80,26 @@ def _replicas(asked: Extent, view: ViewReader | None, before: Extent) -> int | N
     return replicas
 
 
-def _kept(
-    teacher: TeacherReader, asked: Kept | None, before: Kept | None, replicas: int | None
-) -> Kept:
-    k = asked.k if asked else None
-    if before is not None and k in (None, before.k):
-        return before
+def _teacher_extent(
+    teacher: TeacherReader,
+    requested: TeacherExtent | None,
+    previous: TeacherExtent | None,
+    replicas: int | None,
+) -> TeacherExtent:
+    k = requested.k if requested else None
+    if previous is not None and k in (None, previous.k):
+        return previous
     info = teacher.info
     if k is None:
-        return Kept(part=info.part, k=info.k)
+        return TeacherExtent(part=info.part, k=info.k)
     k = min(k, info.vocabulary_size or k)
     # The smallest of those that have enough: what is added later is larger.
-    enough = [found for found in _finished(teacher, replicas) if (found.k or 0) >= k] or [info]
-    part = min(enough, key=lambda found: found.k or 0)
+    large_enough = [p for p in _finished(teacher, replicas) if (p.k or 0) >= k] or [info]
+    part = min(large_enough, key=lambda p: p.k or 0)
     stored = part.k or 0
-    if k == stored or (k < stored and not kind_of(part).sampled):
-        return Kept(part=part.part, k=k)
-    if kind_of(part).sampled:
+    if k == stored or (k < stored and not kind_of(part).is_sample):
+        return TeacherExtent(part=part.part, k=k)
+    if kind_of(part).is_sample:
         raise InputError(
             f"teacher {info.name!r}: targets.k is {k}, and the cache has samples of {stored} "
             f"({info.kind}), which are used whole. Set its targets.k to {stored}, or cache it "
@@ -108,9 +113,9 @@ def _kept(
 
 
 def _finished(teacher: TeacherReader, replicas: int | None) -> list[TeacherInfo]:
-    """The parts that have all text in so many replicas; the first one, if none has."""
-    each = teacher.info.shown.numbers(replicas or 1)
+    """Return the parts that cover all text in that many replicas; if none does, the first part."""
+    numbers = teacher.info.view_class.numbers(replicas or 1)
     shards = len(teacher.corpus.commits)
-    parts = [p for p in teacher.parts if p is teacher.parts[0] or kind_of(p.info).grows]
-    whole = [p.info for p in parts if not p.commits.missing_units(shards, each)]
-    return whole or [teacher.parts[0].info]
+    parts = [p for p in teacher.parts if p is teacher.parts[0] or kind_of(p.info).can_grow]
+    finished = [p.info for p in parts if not p.commits.missing_units(shards, numbers)]
+    return finished or [teacher.parts[0].info]

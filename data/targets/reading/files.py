@@ -17,15 +17,15 @@ def read_teacher(store: Store, name: str, part: str = "") -> TeacherInfo:
         described = read_sealed(store, path)
     with unusable(store.location, InputError, advice=f". {REPAIR}"):
         info = parse_settings(TeacherInfo, described, path)
-    if wrong := kind_of(info).contradiction():
-        raise CacheFormatError(f"{store.location}/{path} is of no teacher: {wrong}")
+    if problem := kind_of(info).contradiction():
+        raise CacheFormatError(f"{store.location}/{path} does not describe a teacher: {problem}")
     if (info.name, info.part) != (name, part):
-        shown = f"{info.name!r}, part {info.part!r}" if info.part or part else repr(info.name)
-        raise CacheFormatError(f"{store.location}/{path} describes teacher {shown}")
+        label = f"{info.name!r}, part {info.part!r}" if info.part or part else repr(info.name)
+        raise CacheFormatError(f"{store.location}/{path} describes teacher {label}")
     return info
 
 
-def is_begun(store: Store, name: str) -> bool:
+def has_files(store: Store, name: str) -> bool:
     """Return whether a teacher's folder holds anything; its first writer may have been killed
     early.
     """
@@ -54,15 +54,15 @@ def read_parts(store: Store, name: str) -> list[TeacherInfo]:
     """Return the descriptions of a teacher and its extensions, all of the same teacher."""
     base = read_teacher(store, name)
     folder = f"targets/{name}/extensions"
-    begun = [p for p in store.folders(folder) if "teacher.json" in store.names(f"{folder}/{p}")]
-    extensions = [read_teacher(store, name, part) for part in begun]
+    names = [p for p in store.folders(folder) if "teacher.json" in store.names(f"{folder}/{p}")]
+    extensions = [read_teacher(store, name, part) for part in names]
     for info in extensions:
         if info.identity_of_model() != base.identity_of_model():
             raise CacheMismatchError(
                 f"{store.location}/{info.folder} extends another teacher than targets/{name} "
                 "describes: targets were exchanged, or the description was edited"
             )
-    extended = {info.part for info in [base, *extensions] if kind_of(info).grows}
+    extended = {info.part for info in [base, *extensions] if kind_of(info).can_grow}
     for info in extensions:
         if info.extends is not None and info.extends not in extended:
             raise CacheFormatError(

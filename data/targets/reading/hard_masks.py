@@ -30,8 +30,8 @@ def hard_tokens(
     hard = np.flatnonzero(losses > loss_above)
     if limit is None:
         return hard
-    most = max(1, int(limit * len(losses) + 1e-9))  # 0.29 · 100 is slightly less than 29
-    return np.sort(hard[np.argsort(-losses[hard], kind="stable")[:most]])
+    largest_count = max(1, int(limit * len(losses) + 1e-9))  # 0.29 · 100 is slightly less than 29
+    return np.sort(hard[np.argsort(-losses[hard], kind="stable")[:largest_count]])
 
 
 class HardMaskedView(MaskedView):
@@ -45,13 +45,13 @@ class HardMaskedView(MaskedView):
     def __init__(self, corpus: Corpus, config: MaskConfig, seed: int, teacher: TeacherInfo):
         _check_teacher(teacher)
         self.teacher = teacher
-        decides = {
+        model_identity = {
             "weights": teacher.fingerprints.get("weights"),
             "config": teacher.fingerprints.get("config"),
             "precision": teacher.precision,
         }
         # The hard tokens never change, so one replica is enough.
-        super().__init__(corpus, config, seed, 1, {"teacher": decides})
+        super().__init__(corpus, config, seed, 1, {"teacher": model_identity})
 
     @property
     def share(self) -> float:

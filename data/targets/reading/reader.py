@@ -1,6 +1,6 @@
 """Read one teacher's targets by corpus shard and row, checked before use.
 
-A teacher's targets are in one part or several: what it was first cached with, and extensions with a
+A teacher's targets are in one part or several: the first, and extensions with a
 larger k or more temperatures. A reader presents the finished parts as one.
 """
 
@@ -14,7 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.corpus.columns import learnt_content, next_token_places
+from rekindle.data.corpus.columns import next_token_places, trained_content
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CacheFormatError, CacheMismatchError, InputError
 from rekindle.data.storage.base import Store
@@ -40,8 +40,8 @@ from rekindle.data.targets.scalars import PositionScalars, decode_scalars, read_
 from rekindle.data.targets.schema import MAPPABLE, MAPPED_MASS, SCALARS, TeacherInfo
 from rekindle.data.views.reader import ViewReader, check_aligned, shown_view
 
-FINISHED = "complete.json"  # in the folder of an extension that was once complete
-LOOKED_AT = 64  # files of a part checked before reading
+FINISHED_FILE = "complete.json"  # in the folder of an extension that was once complete
+CHECKED_FILES = 64  # files of a part checked before reading
 DECODED_BATCHES = 64  # record batches kept decoded, for codecs that cannot be used directly
 
 
@@ -58,7 +58,7 @@ class Part:
     def of(cls, store: Store, info: TeacherInfo) -> "Part":
         """Return the part with that description, as it is now."""
         shards = ShardSet(store, info.folder)
-        finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED}")
+        finished = bool(info.part) and store.exists(f"{info.folder}/{FINISHED_FILE}")
         return cls(info, shards, shards.committed(), finished)
 
     def covers(self, other: "Part") -> bool:
@@ -72,7 +72,7 @@ class TeacherReader(RowReader):
     ``infos`` describes its parts, first the one it was begun with; ``view`` is the view it was
     shown, if already open. The finished part with the largest k is read (within the units of the
     first part), with all finished tails of its ids; or the ``part`` of that name, using no more
-    than ``most_k`` candidates.
+    than ``max_k`` candidates.
     """
 
     recomputed = ("head", "_evicting")
@@ -83,17 +83,17 @@ class TeacherReader(RowReader):
         infos: Sequence[TeacherInfo],
         view: ViewReader | None = None,
         part: str | None = None,
-        most_k: int | None = None,
+        max_k: int | None = None,
     ):
         super().__init__()
         self.corpus, self.view = corpus, view or shown_view(corpus, infos[0].view)
         self.parts = [Part.of(corpus.store, info) for info in infos]
         base = self.parts[0]
-        larger = [p for p in self.parts if kind_of(p.info).grows and p.covers(base)]
+        larger = [p for p in self.parts if kind_of(p.info).can_grow and p.covers(base)]
         self.main = max([base, *larger], key=lambda p: p.info.k or 0)
         if part is not None:
             self.main = self._part(part)
-        self.most_k = most_k
+        self.max_k = max_k
         self.tails = [
             p for p in self.parts if p.info.extends == self.main.info.part and p.covers(self.main)
         ]
@@ -104,7 +104,7 @@ class TeacherReader(RowReader):
         self.kind, self.rows_per_batch = kind_of(self.info), self.info.rows_per_batch
         # Units whose tails are missing count as missing.
         tails = [part.commits for part in self.tails]
-        self.commits = self._read_of(self.main).shared_with(tails)
+        self.commits = self._commits_to_read(self.main).shared_with(tails)
         self._open: dict[tuple[str, str], Shard] = {}
         self._evicting = threading.Lock()  # several threads may read ahead
 
@@ -121,11 +121,11 @@ class TeacherReader(RowReader):
             "was begun with. Start a new run in another --out"
         )
 
-    def _read_of(self, part: Part) -> Commits:
+    def _commits_to_read(self, part: Part) -> Commits:
         """Return the commits of a part, without replicas that are not to be read."""
-        if self.view is None or self.view.most is None or not self.masked:
+        if self.view is None or self.view.max_replicas is None or not self.masked:
             return part.commits
-        return part.commits.select_first(len(self.corpus.commits), self.view.most)
+        return part.commits.select_first(len(self.corpus.commits), self.view.max_replicas)
 
     def __getattr__(self, name: str) -> object:
         # task, k, label_names, fingerprints, … are read as attributes of the teacher itself.
@@ -149,7 +149,7 @@ class TeacherReader(RowReader):
     @property
     def masked(self) -> bool:
         """Whether there is one unit per masked replica."""
-        return self.info.shown.masked
+        return self.info.view_class.masked
 
     @cached_property
     def replicas(self) -> int:
@@ -169,13 +169,13 @@ class TeacherReader(RowReader):
         return self.bytes + head
 
     @property
-    def _commits_read(self) -> list[Commits]:
-        return [self._read_of(part) for part in (self.main, *self.tails)]
+    def _all_commits_to_read(self) -> list[Commits]:
+        return [self._commits_to_read(part) for part in (self.main, *self.tails)]
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the parts that are read, without a smaller k that a larger one has replaced."""
-        return sum(commits.bytes for commits in self._commits_read)
+        return sum(commits.bytes for commits in self._all_commits_to_read)
 
     @property
     def unseen(self) -> Cut | None:
@@ -187,9 +187,11 @@ class TeacherReader(RowReader):
         """Computing time in seconds of the parts that are read, added over processes, without
         loading models. None unless every unit recorded it; older caches did not.
         """
-        found = np.concatenate([commits.numbers(SECONDS) for commits in self._commits_read])
-        known = (found >= 0) & (found < math.inf)
-        return sum(found.tolist()) if len(found) and known.all() else None
+        seconds = np.concatenate(
+            [commits.numbers(SECONDS) for commits in self._all_commits_to_read]
+        )
+        known = (seconds >= 0) & (seconds < math.inf)
+        return sum(seconds.tolist()) if len(seconds) and known.all() else None
 
     @property
     def positions(self) -> int:
@@ -216,21 +218,23 @@ class TeacherReader(RowReader):
         share = counts.sum() / self.commits.counts(MAPPABLE).sum()
         return float(share), float((mass * counts).sum() / counts.sum())
 
-    def look(self) -> None:
-        """Raise CacheFormatError if a shard is cut short or missing. Checks at most LOOKED_AT files
-        spread over all; problems in the others are found when they are read.
+    def check_files(self) -> None:
+        """Raise CacheFormatError if a shard is cut short or missing.
+
+        At most CHECKED_FILES files, spread over all, are checked; problems in the others are found
+        when they are read.
         """
         for part in (self.main, *self.tails):
-            units = list(self._read_of(part))
-            part.shards.check_sizes(units[:: -(-len(units) // LOOKED_AT) or 1], part.commits)
+            units = list(self._commits_to_read(part))
+            part.shards.check_sizes(units[:: -(-len(units) // CHECKED_FILES) or 1], part.commits)
 
     def has(self, shard: int, replica: int | None) -> bool:
         """Return whether the unit is committed."""
-        return self.info.shown.unit(shard, replica) in self.commits
+        return self.info.view_class.unit(shard, replica) in self.commits
 
     def gather(
         self,
-        where: Sequence[Place],
+        places: Sequence[Place],
         replica: int | None,
         allow_missing: bool = False,
         scalars: bool = True,
@@ -242,40 +246,42 @@ class TeacherReader(RowReader):
         row of an uncommitted unit has no targets with ``allow_missing``; else raise
         CacheMismatchError.
         """
-        there = [not allow_missing or self.has(shard, replica) for shard, _ in where]
-        cuts = [self.cut(place, replica) for place in compress(where, there)]
-        counts = np.zeros(len(where), np.int64)
-        counts[there] = cut_lengths(cuts)
-        columns = join_cuts(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.nothing()
+        is_present = [not allow_missing or self.has(shard, replica) for shard, _ in places]
+        cuts = [self.cut(place, replica) for place in compress(places, is_present)]
+        counts = np.zeros(len(places), np.int64)
+        counts[is_present] = cut_lengths(cuts)
+        columns = (
+            join_cuts(cuts, () if scalars else SCALARS[1:]) if cuts else self.kind.empty_columns()
+        )
         return counts, columns
 
     def _read_lists(self, shard: int, index: int, replica: int | None) -> Flat:
         """Return the flat columns as they are used, with checksums, alignment and ranges
         checked.
         """
-        unit = self.info.shown.unit(shard, replica)
-        what = f"{self.main.info.folder}/{unit}"
+        unit = self.info.view_class.unit(shard, replica)
+        unit_path = f"{self.main.info.folder}/{unit}"
         offsets, columns = self._read(self.main, shard, index, replica)
         if self.kind.per_sequence:
             return offsets, columns
         odds = [columns["tail_log_odds"]] if self.tails else []
         for part in self.tails:
-            there, more = self._read(part, shard, index, replica)
-            pairs = ((there, offsets), (more["positions"], columns["positions"]))
+            part_offsets, added = self._read(part, shard, index, replica)
+            pairs = ((part_offsets, offsets), (added["positions"], columns["positions"]))
             if not all(np.array_equal(*pair) for pair in pairs):
                 raise CacheMismatchError(
                     f"{part.info.folder}/{unit}: record batch {index} has other positions than "
-                    f"{what}, which it extends"
+                    f"{unit_path}, which it extends"
                 )
-            odds.append(more["tail_log_odds"])
+            odds.append(added["tail_log_odds"])
         if odds:
             columns["tail_log_odds"] = np.concatenate(odds, axis=1)
-        self._validate(offsets, columns, shard, index, what)
+        self._validate(offsets, columns, shard, index, unit_path)
         return offsets, columns
 
     def _keep(self, key: BatchKey, lists: RowLists) -> None:
         with self._evicting:  # held until it is stored: another thread's entry could come between
-            while self.kind.copied and len(self._lists) >= DECODED_BATCHES:
+            while self.kind.is_copied_on_read and len(self._lists) >= DECODED_BATCHES:
                 del self._lists[next(iter(self._lists))]
             super()._keep(key, lists)
 
@@ -283,21 +289,21 @@ class TeacherReader(RowReader):
         self, part: Part, shard: int, index: int, replica: int | None
     ) -> tuple[NDArray[np.int32], Columns]:
         kind = kind_of(part.info)
-        batch = self._shard(part, shard, replica).batch(index, not kind.codec.compressed)
-        what = f"{part.info.folder}/{self.info.shown.unit(shard, replica)}"
-        check_aligned(batch, self.corpus, shard, index, what, part.info.rows_per_batch)
+        batch = self._shard(part, shard, replica).batch(index, not kind.codec.is_compressed)
+        unit_path = f"{part.info.folder}/{self.info.view_class.unit(shard, replica)}"
+        check_aligned(batch, self.corpus, shard, index, unit_path, part.info.rows_per_batch)
         if not kind.per_sequence:  # before columns of any size are decoded
-            counts = np.diff(list_views(batch[kind.codec.per_position], what)[0])
+            counts = np.diff(list_views(batch[kind.codec.per_position], unit_path)[0])
             tokens = self.corpus.lengths(shard, index * part.info.rows_per_batch, len(batch))
             if (counts > tokens).any():
                 raise CacheFormatError(
-                    f"{what}: record batch {index} has positions outside its sequences"
+                    f"{unit_path}: record batch {index} has positions outside its sequences"
                 )
         return kind.read(batch)
 
     def _shard(self, part: Part, number: int, replica: int | None) -> Shard:
         """Return the unit's own file, with its description checked."""
-        unit = self.info.shown.unit(number, replica)
+        unit = self.info.view_class.unit(number, replica)
         key = (part.info.part, unit)
         if key not in self._open:
             if unit not in part.commits:
@@ -329,15 +335,15 @@ class TeacherReader(RowReader):
                 "scores and hard positions need gold_log_probs and gold_ranks in its rows"
             )
         file = self._shard(self.main, shard, replica)
-        if self.kind.codec.compressed or lacks:
+        if self.kind.codec.is_compressed or lacks:
             lists = [self.row_lists(shard, i, replica) for i in range(file.batch_count)]
-            return [decode_scalars(each.offsets, each.columns) for each in lists]
-        found = []
+            return [decode_scalars(batch.offsets, batch.columns) for batch in lists]
+        scalars = []
         for index, batch in enumerate(read_scalars(file)):
-            what = f"{self.main.info.folder}/{self.info.shown.unit(shard, replica)}"
-            check_aligned(batch, self.corpus, shard, index, what, self.info.rows_per_batch)
-            found.append(decode_scalars(*flat_lists(batch, SCALARS)))
-        return found
+            unit_path = f"{self.main.info.folder}/{self.info.view_class.unit(shard, replica)}"
+            check_aligned(batch, self.corpus, shard, index, unit_path, self.info.rows_per_batch)
+            scalars.append(decode_scalars(*flat_lists(batch, SCALARS)))
+        return scalars
 
     @cached_property
     def head(self) -> StoredHead:
@@ -350,7 +356,7 @@ class TeacherReader(RowReader):
         return head
 
     def _validate(
-        self, offsets: NDArray[np.int32], columns: Columns, shard: int, index: int, what: str
+        self, offsets: NDArray[np.int32], columns: Columns, shard: int, index: int, unit_path: str
     ) -> None:
         """Check that positions ascend within their sequence and that the columns are valid."""
         first, count = index * self.info.rows_per_batch, len(offsets) - 1
@@ -358,10 +364,10 @@ class TeacherReader(RowReader):
         lengths = self.corpus.lengths(shard, first, count) - (self.info.task == "causal_lm")
         if not ascend_within(offsets, columns["positions"], lengths):
             raise CacheFormatError(
-                f"{what}: record batch {index} has positions outside its sequences"
+                f"{unit_path}: record batch {index} has positions outside its sequences"
             )
         for problem in self.kind.problems(columns):
-            raise CacheFormatError(f"{what}: record batch {index} has {problem}")
+            raise CacheFormatError(f"{unit_path}: record batch {index} has {problem}")
 
 
 def _rows_with_targets(commits: Commits) -> float:
@@ -388,6 +394,6 @@ def target_positions(
         return [row.astype(np.int64) for row in masked]
     batches = [*corpus.shard(shard).batches()]
     if info.sees_clean_text:
-        return [np.flatnonzero(row) for batch in batches for row in learnt_content(batch)]
+        return [np.flatnonzero(row) for batch in batches for row in trained_content(batch)]
     packed = corpus.is_packed
     return [places for batch in batches for places in next_token_places(batch, packed)]

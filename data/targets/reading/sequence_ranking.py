@@ -56,21 +56,21 @@ def sequence_scores(
     if score not in Score.__args__:  # type: ignore[attr-defined]
         raise InputError(f"no score {score!r}; there are {', '.join(Score.__args__)}")  # type: ignore[attr-defined]
     if score == "mean_entropy" and "entropy" in teacher.info.lacks:
-        how = "was imported without entropies; mean_entropy needs the field entropy in its rows"
+        cause = "was imported without entropies; mean_entropy needs the field entropy in its rows"
         if teacher.info.served:
-            how = "is a server's, which says no entropies; mean_entropy needs another teacher"
-        raise InputError(f"teacher {teacher.info.name!r} {how}, or another score")
-    each = teacher.info.shown.numbers(teacher.replicas) if replica is None else [replica]
+            cause = "runs on a server, which gives no entropies; mean_entropy needs another teacher"
+        raise InputError(f"teacher {teacher.info.name!r} {cause}, or choose another score")
+    replicas = teacher.info.view_class.numbers(teacher.replicas) if replica is None else [replica]
     size = len(teacher.corpus)
     total, count = np.zeros(size), np.zeros(size)
-    for number in each:
-        found = np.full(size, np.nan)
+    for number in replicas:
+        scores = np.full(size, np.nan)
         for first, scalars in _blocks(teacher, number):
             values = _scores(scalars, score, predictable, threshold)
-            found[first : first + len(values)] = values
-        there = ~np.isnan(found)
-        total[there] += found[there]
-        count += there
+            scores[first : first + len(values)] = values
+        is_scored = ~np.isnan(scores)
+        total[is_scored] += scores[is_scored]
+        count += is_scored
     return np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
 
 
@@ -127,6 +127,6 @@ def _medians(
     starts = np.concatenate([[0], np.cumsum(counts)])[:-1]
     low, high = starts + np.maximum(counts - 1, 0) // 2, starts + counts // 2
     out = np.full(size, np.nan)
-    some = counts > 0
-    out[some] = (ordered[low[some]] + ordered[high[some]]) / 2
+    has_values = counts > 0
+    out[has_values] = (ordered[low[has_values]] + ordered[high[has_values]]) / 2
     return out

@@ -17,7 +17,7 @@ class StoredError:
     largest: float
 
     def as_text(self, info: TeacherInfo) -> str:
-        """A sentence."""
+        """Return a sentence about the error of one teacher's vectors."""
         return (
             f"teacher {info.name}: vectors of {info.dimensions:,} values in {info.vectors}, which "
             f"turns them by 1 − cosine {self.mean:.1e} on average, {self.largest:.1e} at most"

@@ -62,7 +62,7 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> N
 
     from rekindle.data.corpus.config import CorpusConfig
     from rekindle.data.corpus.corpus import Corpus, build_corpus
-    from rekindle.data.corpus.packing import usual_shard_size
+    from rekindle.data.corpus.packing import default_shard_size
     from rekindle.data.storage.store import LocalStore
     from rekindle.pipeline.processes.units import OnThisMachine
 
@@ -77,7 +77,7 @@ def serve(shared: Path, sources: Path, workers: int, toy: bool, times: int) -> N
             limit_sequences=sequences,
         )
         in_order = partial(OnThisMachine(workers).in_order, "corpus")
-        size = usual_shard_size(sequences)
+        size = default_shard_size(sequences)
         return build_corpus(LocalStore(Path(folder)), config, size, in_order=in_order)
 
     with tempfile.TemporaryDirectory() as folder:

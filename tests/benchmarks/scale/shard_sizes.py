@@ -27,7 +27,7 @@ from cache_rows import Ints, Ours, draw_columns, make_corpus, timed
 from results_csv import RESULTS, Row, append, processor, versions
 
 from rekindle.data.corpus.corpus import Corpus
-from rekindle.data.corpus.packing import LEAST, MOST, usual_shard_size
+from rekindle.data.corpus.packing import MAX_SHARD_SIZE, MIN_SHARD_SIZE, default_shard_size
 from rekindle.data.targets.codec import Columns
 from rekindle.pipeline.caching.compute_unit import UnitResult
 
@@ -57,14 +57,14 @@ def made(folder: Path, sequences: int, shard: int) -> Ours:
 
 
 def compare(sequences: int, folder: Path) -> list[Row]:
-    usual = usual_shard_size(sequences)
-    sizes = sorted({LEAST, usual, MOST}, reverse=True)
+    usual = default_shard_size(sequences)
+    sizes = sorted({MIN_SHARD_SIZE, usual, MAX_SHARD_SIZE}, reverse=True)
     ours = {size: made(folder / f"{sequences}-{size}", sequences, size) for size in sizes}
     order = np.random.default_rng(0).permutation(sequences)
     batches = [order[at : at + BATCH] for at in range(0, sequences - BATCH + 1, BATCH)]
     for size in sizes:
         for index in batches[:: len(batches) // 8]:
-            _same(ours[size], ours[MOST], index)
+            _same(ours[size], ours[MAX_SHARD_SIZE], index)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(ROUNDS):
         for size in sizes:
@@ -75,17 +75,18 @@ def compare(sequences: int, folder: Path) -> list[Row]:
         name = f"{size} a shard{' (usual)' if size == usual else ''}"
         rate = len(batches) * BATCH / statistics.median(seconds[size])
         ratio = statistics.median(
-            one / own for one, own in zip(seconds[MOST], seconds[size], strict=True)
+            one / own for one, own in zip(seconds[MAX_SHARD_SIZE], seconds[size], strict=True)
         )
         began = time.perf_counter()
         ours[size].open()
         opened = time.perf_counter() - began
         print(
-            f"{case}, {name}: {rate:,.0f} sequences/s, {ratio:.2f} of {MOST}; open {opened:.3f} s"
+            f"{case}, {name}: {rate:,.0f} sequences/s, {ratio:.2f} of {MAX_SHARD_SIZE}; "
+            f"open {opened:.3f} s"
         )
         rows += [
             (case, name, "shuffled reads", rate, "sequences/s"),
-            (case, name, f"shuffled reads, of {MOST} a shard", ratio, "ratio"),
+            (case, name, f"shuffled reads, of {MAX_SHARD_SIZE} a shard", ratio, "ratio"),
             (case, name, "open", opened, "s"),
         ]
     return rows

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from rekindle.data.cache import Cache, write_manifest
-from rekindle.data.corpus.additions import about_shard
+from rekindle.data.corpus.additions import shard_metadata
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.permutation import epoch_batch
 from rekindle.data.storage import records
@@ -120,7 +120,7 @@ def write_data(corpus: Corpus, info: TeacherInfo, shard: int) -> None:
     from cache_rows import draw_columns
 
     addition, first = corpus.additions[0], corpus.shard(0)
-    schema = describe([*first.schema], about_shard(shard, addition, corpus.info["tokenizer"]))
+    schema = describe([*first.schema], shard_metadata(shard, addition, corpus.info["tokenizer"]))
     batches = [pa.record_batch(b.columns, schema=schema) for b in first.batches()]
     facts = {"tokens": ROWS * LENGTH, "next": [shard, 0], "domains": {}}
     corpus.shards.write(unit_of(shard), schema, batches, facts)

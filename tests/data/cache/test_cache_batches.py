@@ -102,7 +102,7 @@ def test_threads_that_read_ahead_keep_to_what_may_be_held(made, monkeypatch):
     """Two threads decode at a time: neither meets the other's insertion, nor is one kept more."""
     monkeypatch.setattr(teacher_reader, "DECODED_BATCHES", 1)
     reader = Cache.open(made).teachers["expert"]
-    assert reader.kind.copied
+    assert reader.kind.is_copied_on_read
     reader._lists = Slow()
     reader.row_lists(0, 0)
     decode, both = reader._read, threading.Barrier(2, timeout=30)

@@ -5,7 +5,7 @@ from itertools import count, islice
 
 import pytest
 
-from rekindle.data.corpus.in_order import AHEAD, in_threads
+from rekindle.data.corpus.in_order import BATCHES_AHEAD_PER_THREAD, in_threads
 
 
 def test_results_are_in_order_when_a_later_batch_is_done_first():
@@ -22,7 +22,7 @@ def test_results_are_in_order_when_a_later_batch_is_done_first():
 
 
 def test_few_batches_are_taken_for_the_first_results_and_some_for_each_thread_later():
-    for wanted, most in ((1, 2), (40, 40 + AHEAD * 4)):
+    for wanted, most in ((1, 2), (40, 40 + BATCHES_AHEAD_PER_THREAD * 4)):
         taken = count()
         results = in_threads(lambda: abs, taken, threads=4)
         assert list(islice(results, wanted)) == list(range(wanted))

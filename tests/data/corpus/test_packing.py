@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.data.corpus.encoded import Encoded
-from rekindle.data.corpus.joining import joined_rows
+from rekindle.data.corpus.joining import join_rows
 from rekindle.data.corpus.packing import BEGINNING, Position, packing_of
 from rekindle.data.corpus.rows import EncodedDocuments, pack, rows_of_texts
 from rekindle.data.corpus.tokenizer import load_tokenizer
@@ -66,7 +66,7 @@ def batch_of(documents):
     encoded = [Encoded(*map(np.array, EMPTY)), *(found for _, found in documents)]
     lengths = np.array([len(found.ids) for _, found in documents], np.int64)
     return EncodedDocuments(
-        [document for document, _ in documents], Encoded.joined(encoded), lengths
+        [document for document, _ in documents], Encoded.concatenate(encoded), lengths
     )
 
 
@@ -82,7 +82,7 @@ def each_of(rows):
 
 def packed(documents, length, packing, specials, start=BEGINNING, at_a_time=100):
     how = packing_of(specials, length, packing)
-    if how.alone:
+    if how.one_document:
         found = rows_of_texts(batch_of(documents), 0, how, last=True)[0].after(start)
         return [*each_of(found)]
     rest = documents[start.document_index :]
@@ -406,7 +406,7 @@ def sequences_of(documents, length, specials):
 
 
 def joined(parts, length):
-    return [one for rows in joined_rows(parts, length) for one in each_of(rows)]
+    return [one for rows in join_rows(parts, length) for one in each_of(rows)]
 
 
 @given(CASES, st.integers(1, 3))

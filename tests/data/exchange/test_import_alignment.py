@@ -5,7 +5,7 @@ import pytest
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
-from rekindle.data.exchange.alignment import ENOUGH, Alignment
+from rekindle.data.exchange.alignment import MIN_POSITIONS, Alignment
 
 
 def counted(candidates: np.ndarray, tokens: np.ndarray) -> Alignment:
@@ -32,7 +32,7 @@ def test_chance_and_few_positions_say_nothing():
         rng = np.random.default_rng(seed)
         tokens = rng.integers(0, 50, 400).astype(np.int32)
         counted(rng.integers(0, 50, (400, 8)), tokens).check()
-    tokens = rng.integers(0, 1000, ENOUGH).astype(np.int32)  # two have no neighbour
+    tokens = rng.integers(0, 1000, MIN_POSITIONS).astype(np.int32)  # two have no neighbour
     counted(np.roll(tokens, 1)[:, None].astype(np.int64), tokens).check()
 
 

@@ -5,7 +5,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from rekindle.data.corpus.additions import counted_before_end
+from rekindle.data.corpus.additions import count_left_out
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.record import Bad
 from rekindle.data.storage.commits import Commit, Commits
@@ -54,7 +54,7 @@ def test_what_is_left_out_is_counted_up_to_the_last_shard(last):
         unit_of(shard): Commit(unit_of(shard), "data/x", 1, 1, "", (), {"next": following})
         for shard, following in ends.items()
     }
-    assert counted_before_end(left_out, Commits(committed), ends_at=2)[0] == {"not JSON": 2}
+    assert count_left_out(left_out, Commits(committed), ends_at=2)[0] == {"not JSON": 2}
 
 
 def test_texts_of_a_table_are_as_they_were():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rekindle.data.errors import CacheFormatError
 from rekindle.data.storage.columns import list_array, list_type, list_views, offsets_of
 from rekindle.data.targets.codec import encode, fixed_point, high_bytes, high_planes
-from rekindle.data.targets.codec_compact import HEAD, compact_columns, from_compact, to_compact
+from rekindle.data.targets.codec_compact import HEAD_SIZE, compact_columns, from_compact, to_compact
 from rekindle.data.targets.schema import rank_dtype
 
 VOCABULARIES = [2, 300, 30_522, 65_536, 65_537, 128_256, 131_073, 262_144, 2**19]
@@ -107,7 +107,7 @@ def test_any_integers_come_back(size, k, positions, temperatures, seed):
 
 
 @pytest.mark.parametrize("size", VOCABULARIES)
-@pytest.mark.parametrize("k", [1, HEAD, HEAD + 1, 64])
+@pytest.mark.parametrize("k", [1, HEAD_SIZE, HEAD_SIZE + 1, 64])
 def test_the_ends_of_every_vocabulary_come_back(size, k):
     """All ids equal, all distinct, the largest: the table's shortest and longest."""
     for ids in (

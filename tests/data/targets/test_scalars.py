@@ -12,7 +12,7 @@ from rekindle.data.storage.shards import Shard, ShardSet, describe
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.targets.scalars import (
     FACT,
-    ScalarSums,
+    ScalarChecksum,
     decode_scalars,
     read_scalars,
 )
@@ -49,9 +49,9 @@ def batch_of(counts, flat, digests=None):
 
 
 def sum_of(*batches):
-    sums = ScalarSums()
-    assert list(sums.over(batches)) == list(batches)
-    return sums.facts().get(FACT)
+    checksum = ScalarChecksum()
+    assert list(checksum.pass_through(batches)) == list(batches)
+    return checksum.facts().get(FACT)
 
 
 COUNTS = [3, 0, 2, 4]
@@ -117,7 +117,7 @@ def test_a_slice_sums_up_as_the_rows_it_shows():
 
 def test_without_scalars_there_is_no_sum():
     plain = pa.record_batch([pa.array(["x"])], names=["digest"])
-    assert ScalarSums().facts() == {}
+    assert ScalarChecksum().facts() == {}
     assert sum_of(plain) is None
 
 
@@ -125,10 +125,10 @@ def test_without_scalars_there_is_no_sum():
 
 
 def write(folder, *batches, late=True) -> Shard:
-    sums = ScalarSums()
+    checksum = ScalarChecksum()
     shards = ShardSet(LocalStore(folder), "targets/t")
-    facts = sums.facts if late else dict
-    commit = shards.write("00000", SCHEMA, sums.over(batches), late_facts=facts)
+    facts = checksum.facts if late else dict
+    commit = shards.write("00000", SCHEMA, checksum.pass_through(batches), late_facts=facts)
     return shards.open(commit)
 
 

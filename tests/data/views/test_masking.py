@@ -45,7 +45,7 @@ def mask(parts, unit="token", policy="random", probability=0.15, replica=0, repl
     masker = Masker(config, seed, replicas, MASK_ID, CONTENT)
     ids, content, starts = parts
     chosen = masker.positions(content, starts, digest, replica)
-    return Masked(chosen, masker.replaced(ids, chosen, digest, replica))
+    return Masked(chosen, masker.replacements(ids, chosen, digest, replica))
 
 
 def words_of(parts):

@@ -20,9 +20,9 @@ RECORDED = {
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_name_finds_its_kind_and_who_may_be_shown_it(name):
     info = TeacherInfo(name="t", task="masked_lm", kind="topk", view=name)
-    assert info.shown is view_kind(name)
-    assert name.startswith(info.shown.kind)
-    assert set(info.shown.tasks) == RECORDED[name]
+    assert info.view_class is view_kind(name)
+    assert name.startswith(info.view_class.kind)
+    assert set(info.view_class.tasks) == RECORDED[name]
 
 
 def test_every_kind_is_registered_and_recorded():
@@ -37,7 +37,7 @@ def test_what_is_stored_has_columns_beside_the_digests(view):
     assert view.stored == issubclass(view, StoredView) == bool(names)
     if view.stored:
         assert names[0] == "digest"
-        assert {"input_ids", view.beside} <= set(names)
+        assert {"input_ids", view.list_column} <= set(names)
     assert not (view.masked and view.paired)
 
 

@@ -95,7 +95,7 @@ def test_stored_masks_are_the_computed_ones(corpus, config):
             content, words = np.array(row["char_starts"]) >= 0, np.array(row["word_starts"])
             chosen = masker.positions(content, words, row["digest"], replica)
             ids = np.array(row["input_ids"], np.int32)
-            computed = masker.replaced(ids, chosen, row["digest"], replica)
+            computed = masker.replacements(ids, chosen, row["digest"], replica)
             assert found["digest"] == row["digest"]
             assert found["positions"] == chosen.tolist()
             assert found["input_ids"] == computed.tolist()
@@ -290,13 +290,13 @@ def test_pairs_of_an_older_cache_go_on_as_they_were_begun(corpus):
     golden = Path(__file__).parents[2] / "golden/cache-v2"
     old = Corpus(LocalStore(golden))
     kept = [path.name for path in (golden / "views").glob("pairs-*")]
-    assert [PairView.as_begun(old, "adjacent", 0, old.store).name] == kept
-    new = PairView.as_begun(corpus, "random", 0, corpus.store)
+    assert [PairView.as_stored(old, "adjacent", 0, old.store).name] == kept
+    new = PairView.as_stored(corpus, "random", 0, corpus.store)
     assert new.name != former.name
     new.build()
     assert PairView.cut_of(ViewReader(corpus, new.name).identity) == 2
     former.build()
-    again = PairView.as_begun(corpus, "random", 0, corpus.store)
+    again = PairView.as_stored(corpus, "random", 0, corpus.store)
     assert (again.name, again.cut) == (former.name, 1)
     reader = ViewReader(corpus, again.name)
     assert PairView.cut_of(reader.identity) == 1

@@ -72,7 +72,7 @@ def test_an_expert_sees_exactly_the_two_texts_with_its_own_tokenizer(cache, conf
     place = next(t.model for t in config.teachers if t.name == name)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = AutoModelForSequenceClassification.from_pretrained(place).eval()
-    assert cache.teachers[name].info.shown.paired
+    assert cache.teachers[name].info.view_class.paired
     for number, (a, b) in enumerate(PAIRS):
         with torch.no_grad():
             expected = model(**tokenizer(a, b, return_tensors="pt")).logits[0].numpy()

@@ -17,8 +17,8 @@ EXPERT = ("classes", "sequence_classification")
 @pytest.fixture
 def run_of(tmp_path, configure, make_teacher, monkeypatch):
     """run_of(sequences, per_shard): a run with an expert; None: without a limit, or the key."""
-    monkeypatch.setattr(packing, "LEAST", 2)
-    monkeypatch.setattr(packing, "SHARDS", 4)
+    monkeypatch.setattr(packing, "MIN_SHARD_SIZE", 2)
+    monkeypatch.setattr(packing, "MIN_SHARDS", 4)
     teacher = make_teacher(*EXPERT)
 
     def make(sequences, per_shard=None):
@@ -41,7 +41,7 @@ def test_a_new_cache_has_shards_of_its_own_size_as_planned(run_of, tmp_path, cap
     plan = plan_run(config, probe=False)
     with caplog.at_level(logging.INFO, logger="rekindle"):
         done = cache_teachers(config)
-    size = packing.usual_shard_size(done.corpus_sequences)
+    size = packing.default_shard_size(done.corpus_sequences)
     assert f"corpus: {size} sequences per shard, a file (cache.sequences_per_shard)" in caplog.text
     assert len(shards(tmp_path / "cache")) == -(-done.corpus_sequences // size) > 4
     assert sum(work.units_to_make for work in plan.teachers) == done.units_done

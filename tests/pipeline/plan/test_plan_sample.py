@@ -13,7 +13,7 @@ import pytest
 from rekindle.data.cache import Cache
 from rekindle.data.corpus import source_sample
 from rekindle.data.corpus.config import CorpusConfig
-from rekindle.data.corpus.source_sample import about_sequences, sample_source
+from rekindle.data.corpus.source_sample import estimate_sequences, sample_source
 from rekindle.data.errors import InputError
 from rekindle.data.source.held_texts import Found
 from rekindle.data.storage import addresses
@@ -222,4 +222,4 @@ def test_the_bar_of_a_corpus_knows_about_how_many_sequences_there_will_be(
     cache_teachers(config, progress=Noted(quiet=False))
     assert totals == [pytest.approx(count, rel=0.1), None]
     source = {"source": ("owner/name",), "limit_sequences": None}
-    assert about_sequences(config.corpus.model_copy(update=source), None) is None
+    assert estimate_sequences(config.corpus.model_copy(update=source), None) is None

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from rekindle.data.corpus.in_order import AHEAD
+from rekindle.data.corpus.in_order import BATCHES_AHEAD_PER_THREAD
 from rekindle.data.errors import CacheError, InputError
 from rekindle.pipeline.processes import units, worker
 from rekindle.pipeline.processes.units import run_units, units_in_order
@@ -109,7 +109,7 @@ def test_results_come_in_the_order_of_the_units(loads: ModuleType, tmp_path: Pat
     found.close()  # type: ignore[attr-defined]
     assert [number for number, _ in results] == list(range(12))
     assert len({pid for _, pid in results}) == 3
-    assert 12 < next(taken) <= 12 + AHEAD * units.AT_HAND * 3 + 1
+    assert 12 < next(taken) <= 12 + BATCHES_AHEAD_PER_THREAD * units.AT_HAND * 3 + 1
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 3
 
 

@@ -55,7 +55,7 @@ def test_it_says_what_the_same_model_says_here(tmp_path, configure, teacher, loc
     assert compared > 500
     info = cache.teachers["big"].info
     assert (info.estimator["tail"], info.lacks) == ("derived", ("entropy",))
-    with pytest.raises(InputError, match="says no entropies"):
+    with pytest.raises(InputError, match="gives no entropies"):
         cache.scores("big", "mean_entropy")
     assert cache.scores("big", "mean_loss") == pytest.approx(
         cache.scores("local", "mean_loss"), abs=1e-3

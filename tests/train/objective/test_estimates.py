@@ -25,7 +25,7 @@ from rekindle.train.config import DistillTerm
 from rekindle.train.objective.terms import check_terms
 
 DOCS = Path(__file__).parents[3] / "docs" / "targets.md"
-SAMPLED = [name for name, kind in VOCABULARY_KINDS.items() if kind.sampled]
+SAMPLED = [name for name, kind in VOCABULARY_KINDS.items() if kind.is_sample]
 SERVE = "targets.kind: topk (with tail: bucket), dense, hidden"
 
 
@@ -47,8 +47,8 @@ def refused(terms, *infos):
 
 
 def cell(kind, divergence):
-    if not kind.sampled:
-        return "exact" if kind.whole else "with its tail bucket"
+    if not kind.is_sample:
+        return "exact" if kind.has_all_probabilities else "with its tail bucket"
     return "unbiased" if LINEAR[divergence] else "refused"
 
 
@@ -149,7 +149,7 @@ def test_what_the_file_says_of_a_kind_is_what_the_cache_will_hold(run_config):
         {"name": "expert", "model": "m", "task": "regression"},
     ]
     kinds = [t.described_kind for t in run_config({}, teachers=several).teachers]
-    assert [kind and (kind.name, kind.read_at) for kind in kinds] == [
+    assert [kind and (kind.name, kind.readable_temperature) for kind in kinds] == [
         ("threshold", 1.0),
         ("topk", 1.0),
         ("random", 2.0),
@@ -267,7 +267,9 @@ def test_mixtures_with_a_sample():
 
 def test_kinds_are_asked_as_they_are_read():
     """A sample tells the likeliest id where it keeps it as it is, draws never do."""
-    above = {name: vocabulary_kind(info_of("lm", name)).sure_above for name in VOCABULARY_KINDS}
+    above = {
+        name: vocabulary_kind(info_of("lm", name)).certainty_threshold for name in VOCABULARY_KINDS
+    }
     assert above == {
         "topk": 0,
         "dense": 0,

@@ -233,9 +233,9 @@ REFUSED = [
     ),
     (
         term("big", temperature=3.0),
-        "teacher 'big' stores the temperatures [1.0, 2.0], not 3.0: the mass outside its top 8 at "
-        "another one is not known (or not yet of all text: `pipeline cache-teachers` was not "
-        "finished). Add it to the teacher's targets.temperatures, or train at a stored one",
+        "teacher 'big' stores the temperatures [1.0, 2.0], not 3.0: the mass outside its top 8 is "
+        "known at stored temperatures only. Add 3.0 to the teacher's targets.temperatures (if it "
+        "is there, finish `pipeline cache-teachers`), or train at a stored one",
     ),
     (
         term("drawn", k=4),

@@ -157,7 +157,7 @@ def test_its_run_yaml_reads_what_the_run_read(base, small, grown, whole, tmp_pat
 
 
 def test_a_view_without_a_replica_has_advice_that_helps():
-    with pytest.raises(InputError, match=r"no replica .* `pipeline cache-teachers` makes them"):
+    with pytest.raises(InputError, match=r"no finished replica .* makes them"):
         settle_extent(Extent(replicas=4), [], SimpleNamespace(replicas=0), Extent())
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import xxhash
 
 from rekindle.data.storage.seal import SEAL, VERSION, checksum, seal
-from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.scalars import ScalarChecksum
 
 
 class Stranger:
@@ -59,8 +59,8 @@ class Stranger:
         body |= {"bytes": len(content), "sha256": sha256, "regions": regions} | changes
         if "scalars" in body["facts"]:
             body["facts"].pop("scalars")
-            if self.draw.random() < 0.7 and (sums := sums_of(content)):
-                body["facts"]["scalars"] = sums
+            if self.draw.random() < 0.7 and (checksum := sums_of(content)):
+                body["facts"]["scalars"] = checksum
         self.write(path, content)
         self.write(record, sealed_record(body))
         if "corpus" in path.parts[-3:]:
@@ -85,12 +85,12 @@ def sums_of(content):
     """
     try:
         reader = pa.ipc.open_file(pa.py_buffer(content))
-        sums = ScalarSums()
+        checksum = ScalarChecksum()
         for index in range(min(reader.num_record_batches, 100)):
             batch = reader.get_batch(index)
             batch.validate(full=True)
-            sums.add(batch)
-        return sums.facts().get("scalars")
+            checksum.add(batch)
+        return checksum.facts().get("scalars")
     except Exception:
         return None
 

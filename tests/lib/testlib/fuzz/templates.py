@@ -17,7 +17,7 @@ from rekindle.data.targets.codec import encode
 from rekindle.data.targets.codec_precise import encode_precise
 from rekindle.data.targets.head import StoredHead, encode_hidden, write_head
 from rekindle.data.targets.kinds.registry import kind_of
-from rekindle.data.targets.scalars import ScalarSums
+from rekindle.data.targets.scalars import ScalarChecksum
 from rekindle.data.targets.schema import TeacherInfo, rank_dtype
 from rekindle.data.views.reader import ViewReader
 
@@ -119,11 +119,11 @@ def write_unit(corpus, info, view, shard, replica, draw):
         facts["positions"] = len(rows)
     if info.codec == "compact":
         options = pa.ipc.IpcWriteOptions(compression="zstd")
-    sums = ScalarSums()
-    batches = sums.over(batches)
+    checksum = ScalarChecksum()
+    batches = checksum.pass_through(batches)
     unit = unit_of(shard, replica)
     written = ShardSet(corpus.store, info.folder)
-    written.write(unit, schema, batches, facts, options, info.rows_per_batch, sums.facts)
+    written.write(unit, schema, batches, facts, options, info.rows_per_batch, checksum.facts)
 
 
 def write_teacher(corpus, shown, replicas=2, seed=0, **described):

@@ -92,7 +92,7 @@ def _width_of(size: int) -> str:
 def info_of(kind: type[TargetKind], variant: str, vocabulary: int) -> TeacherInfo:
     """A teacher of that kind, in sizes that stand for letters."""
     task = kind.tasks[0]
-    part = {"part": "t8", "extends": ""} if kind.extends else {}
+    part = {"part": "t8", "extends": ""} if kind.is_extension else {}
     key, _ = VARIANTS.get(kind.name, ("codec", ()))
     if kind.name in VARIANTS:
         part["dimensions"] = SIZES["D"]

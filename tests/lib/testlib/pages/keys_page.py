@@ -49,11 +49,11 @@ HEAD = """\
 A **run file** (of `pipeline cache-teachers`, `plan` and `train-student`) has the sections of
 [the first table](#the-run-file), a **cycle's file** (of `pipeline rekindle`) those of
 [the second](#the-cycles-file). Each key can be set from the command line: `--set train.steps=500`,
-`--set teachers.0.targets.k=32`. What is **required** must be given; where no default stands, it is
-an empty list, or a section with its own defaults.
+`--set teachers.0.targets.k=32`. Keys marked **required** must be given; if the default is left
+blank, it is an empty list, or a section with its own defaults.
 
-An editor completes the keys and underlines a mistyped one while you write, if it knows their
-schema. Print it beside the run file (`pipeline schema cycle` for a cycle's):
+An editor completes keys and underlines mistyped ones while you write, if it knows the schema. Print
+it into a file beside the run file (`pipeline schema cycle` for a cycle's):
 
 ```bash
 pipeline schema > run.schema.json

@@ -85,7 +85,7 @@ def test_the_text_is_there_and_random_tokens_are_drawn_from_all_tokens(made):
     texts = np.concatenate([cache.example(i).input_ids for i in range(len(cache))])
     assert {*texts.tolist()} & lifted
     masker = MaskedView(cache.corpus, MaskConfig(mask_token=0, random_token=1), 0, 1).masker
-    drawn = masker.replaced(texts[:1].repeat(20_000), np.arange(20_000), "digest", 0)
+    drawn = masker.replacements(texts[:1].repeat(20_000), np.arange(20_000), "digest", 0)
     assert {*drawn.tolist()} == {*content_ids(facts).tolist()} > lifted
     assert not {*drawn.tolist()} & {*hole_ids(facts).tolist()}
 

@@ -1,5 +1,5 @@
 """Interpolate tails at a temperature between stored ones. NumPy only; the twin on a device is
-``kernels/between.py``.
+``kernels/interpolation.py``.
 
 With lp the log-probabilities at τ = 1, L(1/τ) = log Σ exp(lp/τ) over the ids *outside* the kept
 ones is the log of a partition function. It is smooth in 1/τ, and its derivatives are the cumulants
@@ -62,8 +62,8 @@ def odds_between(
     odds = log_sum_exp(relative / temperature)
     for slot, (tau, weight) in enumerate(zip(at, parabola(temperature, at), strict=True)):
         odds = odds - weight * (log_sum_exp(relative / tau) - tail_log_odds[:, slot] / STEP)
-    none = (tail_log_odds == NO_TAIL).all(axis=1)
-    return encode_odds(np.where(none, np.inf, odds)[:, None].astype(np.float32))[:, 0]
+    has_no_tail = (tail_log_odds == NO_TAIL).all(axis=1)
+    return encode_odds(np.where(has_no_tail, np.inf, odds)[:, None].astype(np.float32))[:, 0]
 
 
 def expected_error(temperature: float, stored: Sequence[float], k: int) -> float:

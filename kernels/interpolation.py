@@ -1,7 +1,7 @@
 """Tails at a temperature between stored ones, computed on the device from what is stored.
 
 This is the twin of the NumPy function that reads a cache for people
-(rekindle.data.targets.between), which states the formula and its error. N rows, K candidates.
+(rekindle.data.targets.interpolation), which states the formula and its error. N rows, K candidates.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def odds_at(
     odds = _log_sum(targets, temperature)
     for slot, (tau, weight) in enumerate(zip(at, weights, strict=True)):
         odds = odds - weight * (_log_sum(targets, tau) - tail_log_odds[:, slot].float() / STEP)
-    found = (odds * STEP).round().clamp(1 - NO_TAIL, NO_TAIL - 1).to(torch.int16)
-    none = (tail_log_odds == NO_TAIL).all(dim=1)
-    return replace(targets, tail_log_odds=found.masked_fill(none, NO_TAIL))
+    stored = (odds * STEP).round().clamp(1 - NO_TAIL, NO_TAIL - 1).to(torch.int16)
+    has_no_tail = (tail_log_odds == NO_TAIL).all(dim=1)
+    return replace(targets, tail_log_odds=stored.masked_fill(has_no_tail, NO_TAIL))
 
 
 def _log_sum(targets: EncodedTargets, temperature: float) -> Tensor:
