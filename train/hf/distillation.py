@@ -303,9 +303,8 @@ class Distillation:
         """
         for collator in self._collators:
             collator.is_used = True
-        device = output.device
-        sent = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, device)
-        row_labels = sent.labels if labels is None else self._at(labels.to(device), sent.select)
+        sent = batch if isinstance(batch, DeviceBatch) else self.to_device(batch, output.device)
+        row_labels = sent.labels if labels is None else self._at(labels, sent.select)
         counts = counts or self._count_rows(sent, row_labels)
         scale = self.ce_weight / max(counts.labels, 1)
         ce = total = output.new_zeros((), dtype=torch.float32)
@@ -349,7 +348,7 @@ class Distillation:
         """Return the labels [P] of the rows ``select``."""
         if self.task == "causal_lm":
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return labels.flatten()[select]
+        return labels.to(select.device).flatten()[select]
 
     def _count_rows(self, sent: DeviceBatch, labels: Tensor) -> Counts:
         rows = {name: len(sent.targets[name].select) for name in self.terms}
