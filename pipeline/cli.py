@@ -48,7 +48,7 @@ from rekindle.pipeline.exits import (
     resumable,
     usage_as_input_errors,
 )
-from rekindle.train.launch import launched, one_of_many
+from rekindle.train.launch import current_launch, is_one_of_many
 
 app = typer.Typer(
     name="pipeline",
@@ -68,7 +68,7 @@ def demo(
     ] = False,
 ) -> None:
     """Run the whole cycle on Python's own documentation; nothing is downloaded."""
-    launched()
+    current_launch()
     with resumable() as progress:
         from rekindle.pipeline.demo import closing_lines, run_demo
 
@@ -132,12 +132,12 @@ def train_student(
     given = out or Path("runs") / run.stem
     from rekindle.pipeline.several_runs import DEFINITIONS, begun_in, check_begun, check_room
     from rekindle.train.record.stored_run import local_runs
-    from rekindle.train.record.working_copy import local_place, place_of
+    from rekindle.train.record.working_copy import local_folder, shown_folder
 
-    launched()
+    current_launch()
     ended: Exception | None = None
     with (
-        resumable(lambda: begun_in(local_place(given)) is not None) as progress,
+        resumable(lambda: begun_in(local_folder(given)) is not None) as progress,
         local_runs(given, resume, DEFINITIONS) as target,
     ):
         if resume:
@@ -149,7 +149,7 @@ def train_student(
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
-        place, told = place_of(target), list[str]()
+        place, told = shown_folder(target), list[str]()
         if sweep:
             students = plan_sweep(run, sweep, set_)
             from rekindle.pipeline.compare.runs import compare_runs
@@ -189,7 +189,7 @@ def train_student(
         typer.echo(text.replace(str(target), place))
     if ended is not None:
         raise ended
-    if one_of_many():
+    if is_one_of_many():
         leave(0)
 
 
@@ -229,7 +229,7 @@ def rekindle(
     Resumes by itself: finished parts are left alone.
     """
     target = out or Path("runs") / run.stem
-    launched()
+    current_launch()
     with resumable() as progress:
         if out is None and is_main():
             say(f"no --out given, so results go to {target}")

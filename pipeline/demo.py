@@ -28,7 +28,7 @@ from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
 from rekindle.pipeline.processes.worker import Place, warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
-from rekindle.train.record.run_folder import goes_on, open_folder, read_record
+from rekindle.train.record.run_folder import is_continued, open_folder, read_record
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and identifies it
 WRITER = "rekindle demo"
@@ -114,7 +114,7 @@ def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
 
 def _look(home: Path, about: Mapping[str, object]) -> None:
     """Check that the directory is free, or holds this very demo."""
-    begun = goes_on(home, DEMO_FILE, "demo", resume=True)
+    begun = is_continued(home, DEMO_FILE, "demo", resume=True)
     if begun and read_record(home / DEMO_FILE, "give another --out") != about:
         raise InputError(
             f"{home} holds another demo (of the other size, or of another version of Python or "

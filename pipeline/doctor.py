@@ -12,7 +12,7 @@ from rekindle.kernels.choice import TRITON_INSTALLED
 from rekindle.pipeline.checks.ahead import disk_of, locks_in, memory_of, step_here
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
-from rekindle.train.record.room import free_near
+from rekindle.train.record.disk_room import free_bytes_near
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, str]:
@@ -31,7 +31,7 @@ def diagnose(config: RunConfig | None = None) -> dict[str, str]:
     facts["kd loss"] = kernel_choice()
     facts["step"] = step_here()
     folder = Path() if config is None or is_remote(config.cache.path) else Path(config.cache.path)
-    facts["locks"] = locks_in(free_near(folder)[0])
+    facts["locks"] = locks_in(free_bytes_near(folder)[0])
     if config is not None:
         facts["disk"] = disk_of(config)
         facts |= {f"memory, {name}": told for name, told in memory_of(config)}

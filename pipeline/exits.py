@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rekindle.data.errors import InputError, RekindleError, ResumableError
 from rekindle.pipeline.console import say
 from rekindle.train.interrupts import Interrupted, obey_sigterm
-from rekindle.train.launch import launched, one_of_many
+from rekindle.train.launch import current_launch, is_one_of_many
 
 if TYPE_CHECKING:
     from rekindle.pipeline.progress import Progress
@@ -30,7 +30,7 @@ INTERRUPTED = 130  # exit code
 
 def is_main() -> bool:
     """Return whether this is the only process, or torchrun's first."""
-    return not one_of_many() or launched().rank == 0
+    return not is_one_of_many() or current_launch().rank == 0
 
 
 def leave(code: int) -> NoReturn:
@@ -86,7 +86,7 @@ def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterato
             told, more = "", resumed()
             kept = more
             if isinstance(error, Interrupted):
-                told, kept = error.told, error.kept
+                told, kept = error.message, error.is_saved
             how = {True: "To go on", False: "To begin again", None: "To run it again"}[kept]
             say(f"\ninterrupted{told}. {how}: {line_again(bool(more))}")
         import multiprocessing
@@ -102,7 +102,7 @@ def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
     more = ["--resume"] if resumed and "--resume" not in typed else []
     more += [part for setting in settings for part in ("--set", setting)]
     several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    start = [*several, "--no-python"] if one_of_many() else []
+    start = [*several, "--no-python"] if is_one_of_many() else []
     return shlex.join([*start, "pipeline", *typed, *more])
 
 
@@ -153,7 +153,7 @@ def errors_as_exit_codes() -> Iterator[None]:
     SIGTERM, which schedulers send, counts as Ctrl-C. Not under torchrun, which ends processes that
     way after one has failed: they may wait for it for ever.
     """
-    main = threading.current_thread() is threading.main_thread() and not one_of_many()
+    main = threading.current_thread() is threading.main_thread() and not is_one_of_many()
     before = signal.getsignal(signal.SIGTERM)
     if main:
         obey_sigterm()
@@ -180,7 +180,7 @@ def errors_as_exit_codes() -> Iterator[None]:
 
 
 def _fail(code: int) -> NoReturn:
-    if one_of_many():
+    if is_one_of_many():
         leave(code)
     sys.exit(code)
 
@@ -191,4 +191,4 @@ def _speaks() -> bool:
     """
     torch = sys.modules.get("torch")
     joined = torch is not None and torch.distributed.is_initialized()
-    return joined or not one_of_many() or launched().local_rank == 0
+    return joined or not is_one_of_many() or current_launch().local_rank == 0

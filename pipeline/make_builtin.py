@@ -38,7 +38,7 @@ from rekindle.pipeline.processes.worker import warm_up
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.untrained_model import make_model
 from rekindle.train.finetune.config import FixedBudget
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
 _BEGUN = ".begun-"  # prefix of the folders of unfinished work
@@ -51,7 +51,7 @@ def make(names: Sequence[str], progress: Progress) -> None:
     where = folder()
     own = [name.removeprefix(PREFIX) for name in names]
     models = with_what_they_need([name for name in own if name in MODELS])
-    with alone_in(where, wait=True) as alone:
+    with locked_folder(where, wait=True) as alone:
         for left in where.glob(f"{_BEGUN}*") if alone else ():  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         # Without the lock, two processes do the same work, harmlessly.

@@ -17,9 +17,9 @@ from rekindle.pipeline.config import RunConfig
 from rekindle.train.record.run_folder import (
     LOCK_FILE,
     check_new,
-    check_same,
+    check_same_settings,
     read_record,
-    reading,
+    reading_record,
 )
 
 RUN_FILE, STAGES_FILE, SWEEP_FILE = "run.json", "stages.json", "sweep.json"
@@ -38,7 +38,7 @@ def read_runs(directory: Path, file: str) -> Recorded | None:
     path, advice = directory / file, "start again in another --out"
     if (found := read_record(path, advice)) is None:
         return None
-    with reading(path, advice):
+    with reading_record(path, advice):
         if file == STAGES_FILE:
             return {str(stage["name"]): dict(stage) for stage in found["stages"]}
         corpus, runs = found["corpus"], found["runs"]
@@ -67,7 +67,7 @@ def check_same_runs(
         free = _may_change(out / name, recorded, configs[name])
         here = _with_every_key(now[name])
         begun = _known(_with_every_key(with_defaults(RunConfig, recorded)), here)
-        check_same(out / name, begun, here, rule, free)
+        check_same_settings(out / name, begun, here, rule, free)
 
 
 def _with_every_key(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> li
         keys += ["corpus.source"] * same
     if student is None or (recorded.get("student") or {}).get("model") == student.model:
         return keys
-    from rekindle.train.record.identity import began_with
+    from rekindle.train.record.identity import began_with_student
 
-    return [*keys, "student.model"] if began_with(run, student) else keys
+    return [*keys, "student.model"] if began_with_student(run, student) else keys
 
 
 def begun_in(out: Path) -> str | None:

@@ -20,9 +20,9 @@ from rekindle.train.loop import EVERYTHING, TrainResult, train_student
 from rekindle.train.measures import PULL, RATIO
 from rekindle.train.objective.pulls import describe_pulls
 from rekindle.train.order.length import in_steps
-from rekindle.train.record.identity import as_run_began, recorded_extent, steps_of_run
-from rekindle.train.record.stored_run import write_finished
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.identity import recorded_extent, steps_of_run, with_former_defaults
+from rekindle.train.record.stored_run import upload_finished
+from rekindle.train.record.working_copy import shown_folder
 
 log = logging.getLogger("rekindle")
 
@@ -52,7 +52,7 @@ def train_from_config(
     with (
         cache.store.reading(),
         join_world() as world,
-        progress.task(place_of(out), unit="steps", total=total) as task,
+        progress.task(shown_folder(out), unit="steps", total=total) as task,
     ):
         pulls = ""  # as last measured
 
@@ -72,7 +72,7 @@ def train_from_config(
 
         if resume:
             begun = config
-            config = world.decide(lambda: as_run_began(begun, out))
+            config = world.decide(lambda: with_former_defaults(begun, out))
         result = train_student(
             cache,
             config.needed_student(),
@@ -86,7 +86,7 @@ def train_from_config(
         )
         if world.main and not (result.was_finished and (out / RUN_YAML).is_file()):
             write_text(out / RUN_YAML, dump_config(_settled(config, recorded_extent(out))))
-            write_finished(out)
+            upload_finished(out)
     return result
 
 
@@ -136,8 +136,8 @@ def describe_result(result: TrainResult) -> str:
                 f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
                 f"cross-entropy alone{rest}"
             )
-    lines.append(result.told_of_best())
-    return "\n".join(lines).replace(str(result.directory), place_of(result.directory))
+    lines.append(result.describe_best())
+    return "\n".join(lines).replace(str(result.directory), shown_folder(result.directory))
 
 
 def student_view(cache: Cache, config: RunConfig) -> str | None:

@@ -54,15 +54,15 @@ class SentArray(np.ndarray):
         """Return the array with its copy, and the event of the copy's arrival; None: it has
         arrived.
         """
-        found = values.view(cls)
-        found.sent, found.copied = sent, copied
-        return found
+        array = values.view(cls)
+        array.sent, array.copied = sent, copied
+        return array
 
     def __array_finalize__(self, other: object) -> None:
         """Start without a copy."""
         self.sent = self.copied = None
 
-    def there(self) -> Tensor | None:
+    def copy_on_device(self) -> Tensor | None:
         """Return the copy; the asking stream waits for it, the host does not."""
         if self.sent is not None and self.copied is not None:
             stream = torch.cuda.current_stream(self.sent.device)
@@ -74,7 +74,7 @@ class SentArray(np.ndarray):
 def send(values: NDArray, device: torch.device) -> Tensor:
     """Return a NumPy array as a tensor on ``device``; pin it first if the copy can then overlap."""
     if isinstance(values, SentArray):
-        sent = values.there()
+        sent = values.copy_on_device()
         if sent is not None and sent.device == device:
             return sent
         values = values.view(np.ndarray)
@@ -110,12 +110,12 @@ def model_inputs(
 
 def clean_inputs(batch: Batch, device: torch.device) -> Inputs:
     """Return the model inputs of a batch's unmasked sequences."""
-    return _shown(batch, batch.input_ids, device)
+    return _inputs_with_ids(batch, batch.input_ids, device)
 
 
-def _shown(batch: Batch, input_ids: NDArray, device: torch.device) -> Inputs:
-    more = (batch.token_types, batch.document_numbers)
-    return model_inputs(input_ids, batch.lengths, device, *more)
+def _inputs_with_ids(batch: Batch, input_ids: NDArray, device: torch.device) -> Inputs:
+    token_columns = (batch.token_types, batch.document_numbers)
+    return model_inputs(input_ids, batch.lengths, device, *token_columns)
 
 
 def kd_targets(
@@ -153,25 +153,29 @@ def sparse_targets(
 ENCODED = ("ids", "ids_high", "values", "log_prob_max", "log_prob_min", "tail_log_odds")
 
 
-def _codes(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
+def _encoded_targets(
+    batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
+) -> LossTargets:
     slots = batch.kind.slots(tau, k, batch.between)
     columns = dict(batch.columns)
     columns["tail_log_odds"] = columns["tail_log_odds"][:, slots[0]]
-    sent = {name: send(columns[name], device) for name in ENCODED if name in columns}
-    lowest = sent.pop("log_prob_min", None)  # None for the precise codec's 16-bit values
+    tensors = {name: send(columns[name], device) for name in ENCODED if name in columns}
+    lowest = tensors.pop("log_prob_min", None)  # None for the precise codec's 16-bit values
     planes = high_planes(batch.kind.size)
-    drawn = batch.kind.is_sample
+    is_sampled = batch.kind.is_sample
     targets = EncodedTargets(
-        **sent, log_prob_min=lowest, planes=planes, k=k, temperature=tau, sampled=drawn
+        **tensors, log_prob_min=lowest, planes=planes, k=k, temperature=tau, sampled=is_sampled
     )
     if len(slots) > 1:
         odds = send(batch.columns["tail_log_odds"][:, list(slots)], device)
-        at = [batch.info.temperatures[slot] for slot in slots]
-        targets = odds_at(targets, odds, at, parabola(tau, at), tau)
+        temperatures = [batch.info.temperatures[slot] for slot in slots]
+        targets = odds_at(targets, odds, temperatures, parabola(tau, temperatures), tau)
     return decode(targets, tau) if lowest is None else targets
 
 
-def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
+def _drawn_targets(
+    batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
+) -> LossTargets:
     """Return relative frequencies; −1 where fewer ids than draws were drawn, cut to the
     widest row.
     """
@@ -183,11 +187,13 @@ def _draws(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.dev
     return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
 
 
-def _dense(batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device) -> LossTargets:
+def _dense_targets(
+    batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
+) -> LossTargets:
     return DenseTargets(send(batch.columns["log_probs"], device))
 
 
-def _hidden(
+def _hidden_targets(
     batch: TokenTargetBatch, tau: float, k: int | None, device: torch.device
 ) -> LossTargets:
     assert batch.head is not None
@@ -198,11 +204,11 @@ def _hidden(
 LOSS_TARGETS: dict[
     str, Callable[[TokenTargetBatch, float, int | None, torch.device], LossTargets]
 ] = {
-    "topk": _codes,
-    "threshold": _codes,
-    "random": _draws,
-    "dense": _dense,
-    "hidden": _hidden,
+    "topk": _encoded_targets,
+    "threshold": _encoded_targets,
+    "random": _drawn_targets,
+    "dense": _dense_targets,
+    "hidden": _hidden_targets,
 }
 
 
@@ -230,11 +236,11 @@ def _decoded(
         ids = torch.arange(size, device=device).expand_as(probs)
         return DecodedTargets(ids, probs, torch.zeros(len(probs), device=device))
     blocks = row_blocks(len(rows), size, 3 * torch.float32.itemsize, device) or [slice(0)]
-    parts = [_top(teacher.log_probs(rows[b], temperature).exp_(), k) for b in blocks]
+    parts = [_top_k(teacher.log_probs(rows[b], temperature).exp_(), k) for b in blocks]
     return DecodedTargets(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _top(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _top_k(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k likeliest ids of each row [C,V], their probabilities, and that of all others
     [C].
     """
@@ -256,14 +262,14 @@ class LanguageRows:
         missing.
         """
         keys = target.rows * width + target.positions
-        found = np.searchsorted(self.keys, keys)
-        if not np.array_equal(np.append(self.keys, -1)[found], keys):
+        rows = np.searchsorted(self.keys, keys)
+        if not np.array_equal(np.append(self.keys, -1)[rows], keys):
             raise InputError(
                 f"teacher {target.info.name!r} has targets at positions where the student has no "
                 "loss: their masks differ. Use the cache.mask, seed and replicas it was cached "
                 "with"
             )
-        return found
+        return rows
 
 
 def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows:
@@ -272,7 +278,7 @@ def language_rows(batch: Batch, task: str, device: torch.device) -> LanguageRows
     if task == "masked_lm":
         assert batch.masked is not None
         rows, positions, labels = batch.masked.rows, batch.masked.positions, batch.masked.labels
-        inputs = _shown(batch, batch.masked.input_ids, device)
+        inputs = _inputs_with_ids(batch, batch.masked.input_ids, device)
     else:
         rows, positions = batch.next_places
         labels = batch.input_ids[rows, positions + 1].astype(np.int64)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rekindle.data.errors import InputError, RekindleError, first_words
 from rekindle.train.deferred.recording import Recording, Undeferrable
 from rekindle.train.deferred.shards import fill_in_shards
-from rekindle.train.launch import launched, local_rank
+from rekindle.train.launch import current_launch, local_rank
 from rekindle.train.student import Student
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    talk: torch.device  # device for small sums: the CPU if possible, so that no GPU is waited for
+    sum_device: torch.device  # for small sums: the CPU if possible, so that no GPU is waited for
 
     @classmethod
     def alone(cls) -> "World":
@@ -72,28 +72,28 @@ class World:
         """Return the sums of ``values`` over all processes, in float64; the same everywhere."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.talk)
-        with meeting():
+        total = torch.tensor(values, dtype=torch.float64, device=self.sum_device)
+        with reporting_lost_processes():
             dist.all_reduce(total)
-        found: list[float] = total.tolist()
-        return found
+        sums: list[float] = total.tolist()
+        return sums
 
-    def sum_there(self, values: Tensor) -> Tensor:
+    def sum_on_device(self, values: Tensor) -> Tensor:
         """Return the sums of ``values`` [n] over all processes, on the device: no GPU is waited
         for.
         """
         if self.size > 1:
-            with meeting():
+            with reporting_lost_processes():
                 dist.all_reduce(values)
         return values
 
     def gather(self, own: Answer) -> list[Answer]:
         """Return every process's ``own`` value, by rank; the same everywhere."""
-        found = [own] * self.size
+        gathered = [own] * self.size
         if self.size > 1:
-            with meeting():
-                dist.all_gather_object(found, own)
-        return found
+            with reporting_lost_processes():
+                dist.all_gather_object(gathered, own)
+        return gathered
 
     def agree(self, make: Callable[[], Answer]) -> Answer:
         """Return what ``make`` returns here, once it has succeeded in every process.
@@ -121,14 +121,14 @@ class World:
         that the memory ``make`` needs is used once per machine.
         """
         hosts = self.gather(socket.gethostname())
-        mates = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]][::-1]
-        found: Answer | None = None
+        ranks_here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]][::-1]
+        result: Answer | None = None
         for turn in range(max(Counter(hosts).values())):
-            if mates[turn : turn + 1] == [self.rank]:
-                found = self.agree(make)
+            if ranks_here[turn : turn + 1] == [self.rank]:
+                result = self.agree(make)
             else:
                 self.agree(lambda: None)
-        return cast(Answer, found)
+        return cast(Answer, result)
 
     def mesh(self, parallel: Parallel) -> "DeviceMesh | None":
         """Return the mesh that FSDP2 shards a student over; None without FSDP. Call it in every
@@ -149,28 +149,28 @@ class World:
         if self.size == 1:
             return make()
         group = dist.new_group(backend="gloo", timeout=PATIENCE) if patient else None
-        found: list[object] = [None, None]  # the answer, or the exit code of an error
+        message: list[object] = [None, None]  # the answer, or the exit code of an error
         error: BaseException | None = None
         if self.main:
             try:
-                found[0] = make()
+                message[0] = make()
             except BaseException as raised:
                 error = raised
-                found[1] = getattr(raised, "exit_code", 1)
+                message[1] = getattr(raised, "exit_code", 1)
         try:
-            with meeting():
-                where = torch.device("cpu") if patient else self.talk
-                dist.broadcast_object_list(found, src=0, group=group, device=where)
+            with reporting_lost_processes():
+                broadcast_device = torch.device("cpu") if patient else self.sum_device
+                dist.broadcast_object_list(message, src=0, group=group, device=broadcast_device)
         finally:
             if error is not None:  # it says more than that the other processes are gone
                 raise error
-        if found[1] is not None:
-            raise ElsewhereError(cast(int, found[1]))
-        return cast(Answer, found[0])
+        if message[1] is not None:
+            raise ElsewhereError(cast(int, message[1]))
+        return cast(Answer, message[0])
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
+def reporting_lost_processes() -> Iterator[None]:
     """Wrap a collective: another process that has ended is not a bug of this one."""
     try:
         yield
@@ -189,39 +189,39 @@ def join_world() -> Iterator[World]:
     A process group that the caller has already made is used as it is, whatever the environment
     says; without LOCAL_RANK, on the GPU that the caller has chosen.
     """
-    ours, cuda = not dist.is_initialized(), torch.cuda.is_available()
-    if ours:
-        launch = launched()
+    makes_group, cuda = not dist.is_initialized(), torch.cuda.is_available()
+    if makes_group:
+        launch = current_launch()
         if launch.world_size == 1:
             yield World.alone()
             return
-        local = launch.local_rank
+        own_rank = launch.local_rank
     else:
-        given = local_rank()
-        local = given if given is not None else torch.cuda.current_device() if cuda else 0
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda and local >= torch.cuda.device_count():
+        env_rank = local_rank()
+        own_rank = env_rank if env_rank is not None else torch.cuda.current_device() if cuda else 0
+    device = torch.device("cuda", own_rank) if cuda else torch.device("cpu")
+    if cuda and own_rank >= torch.cuda.device_count():
         raise InputError(
-            f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on a machine with "
+            f"{os.environ.get('LOCAL_WORLD_SIZE', own_rank + 1)} processes on a machine with "
             f"{torch.cuda.device_count()} GPUs: each process needs its own. Give torchrun a "
             "smaller --nproc-per-node"
         )
     if cuda:
         torch.cuda.set_device(device)
-    if ours:
+    if makes_group:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     gloo = "gloo" in str(dist.get_backend_config())
-    talk = torch.device("cpu") if gloo else device
-    world = World(dist.get_rank(), dist.get_world_size(), device, talk)
+    sum_device = torch.device("cpu") if gloo else device
+    world = World(dist.get_rank(), dist.get_world_size(), device, sum_device)
     if not world.main:
         log.setLevel(logging.ERROR)  # the main process reports for all
     yield world
     # Only after success: while others wait in a collective, destroying the group would hang.
-    if ours:
+    if makes_group:
         dist.destroy_process_group()
 
 
-class _Whole(nn.Module):
+class _WrappedStudent(nn.Module):
     """The module that DDP or FSDP2 wraps; any function of the student runs inside its forward.
 
     Both prepare and gather parameters around a forward pass. The loss multiplies by the output
@@ -251,7 +251,7 @@ class ParallelStudent:
         then, and raise InputError.
         """
         self.student, self.world, self.sharded = student, world, mesh is not None
-        self.module: Any = _Whole(student)
+        self.module: Any = _WrappedStudent(student)
         if mesh is not None and recorded is not None:
             shard = partial(_shard, self.module, mesh)
             fill_in_shards(self.module, recorded, shard, world.device, local_rows)
@@ -280,13 +280,13 @@ class ParallelStudent:
         if self.sharded:
             self.module.set_requires_gradient_sync(last)
         elif self.world.size > 1 and not last:
-            held: AbstractContextManager = self.module.no_sync()
-            return held
+            no_sync: AbstractContextManager = self.module.no_sync()
+            return no_sync
         return nullcontext()
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip all gradients to a total norm; return the norm before clipping."""
-        return whole(nn.utils.clip_grad_norm_(self.student.parameters(), max_norm))
+        return full_tensor(nn.utils.clip_grad_norm_(self.student.parameters(), max_norm))
 
 
 class Built(Protocol):
@@ -314,25 +314,25 @@ def build_in_shards(
     deferred, is built whole by one process of a machine after another. The main process is last and
     keeps it whole, because its growth is measured.
     """
-    why = "it grows"
+    reason = "it grows"
     if not grows:
         try:
-            made = world.agree(lambda: build(True))
-            return made, world.agree(
-                lambda: ParallelStudent(made.student, world, mesh, made.recorded)
+            built = world.agree(lambda: build(True))
+            return built, world.agree(
+                lambda: ParallelStudent(built.student, world, mesh, built.recorded)
             )
         except Undeferrable as error:
-            why = str(error)
-    log.info("student: built whole, on each machine by one process after another (%s)", why)
+            reason = str(error)
+    log.info("student: built whole, on each machine by one process after another (%s)", reason)
 
     def build_whole() -> tuple[AnyBuilt, ParallelStudent | None]:
-        made = build(False)
-        return made, None if world.main else ParallelStudent(made.student, world, mesh)
+        built = build(False)
+        return built, None if world.main else ParallelStudent(built.student, world, mesh)
 
     return world.in_turn(build_whole)
 
 
-def _shard(module: _Whole, mesh: "DeviceMesh") -> None:
+def _shard(module: _WrappedStudent, mesh: "DeviceMesh") -> None:
     """Shard each block of the model by itself with FSDP2, and the rest as one."""
     from torch.distributed.fsdp import fully_shard
 
@@ -346,28 +346,28 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the outermost repeated layers of a model, which are sharded and compiled one
     by one.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for module in model.modules():
-        inside = any(module in set(block.modules()) for block in found)
+        inside = any(module in set(block.modules()) for block in layers)
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not inside:
-            found += list(module) if len({type(layer) for layer in module}) == 1 else []
-    return found
+            layers += list(module) if len({type(layer) for layer in module}) == 1 else []
+    return layers
 
 
 def compile_blocks(student: Student) -> None:
     """Compile each block by itself: equal blocks share code, and parameters keep their names."""
-    found = blocks(student.model)
-    if not found:
+    layers = blocks(student.model)
+    if not layers:
         log.warning("train.compile: %s has no repeated blocks", type(student.model).__name__)
-    for block in found:
+    for block in layers:
         block.compile()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor gathered on every process; a plain one unchanged."""
     gathered = getattr(tensor, "full_tensor", None)
-    found: Tensor = tensor if gathered is None else gathered()
-    return found
+    full: Tensor = tensor if gathered is None else gathered()
+    return full
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
@@ -378,6 +378,6 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     if mesh is None:
         return tensor.detach(), 0
     # as FSDP2 divides: the last processes may have fewer
-    each = math.ceil(len(tensor) / mesh.size())
+    rows_per_process = math.ceil(len(tensor) / mesh.size())
     rows: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return rows, min(mesh.get_local_rank() * each, len(tensor))
+    return rows, min(mesh.get_local_rank() * rows_per_process, len(tensor))

@@ -30,7 +30,7 @@ from rekindle.train.distributed import World
 from rekindle.train.measures import MEASURE, TEACHERS_SINCE
 from rekindle.train.method import Method
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.model.passes import Remembered
+from rekindle.train.model.passes import SharedPasses
 from rekindle.train.objective.held_out_loss import HeldOutLoss, Sums, add_sums, known_term
 from rekindle.train.objective.language_loss import head_loss
 from rekindle.train.objective.objective import Objective
@@ -118,7 +118,7 @@ class Best(TypedDict):
     value: float
 
 
-def best_of(
+def better_of(
     evaluation: Mapping[str, float], name: str | None, step: int, best: Best | None
 ) -> Best | None:
     """Return the better of ``best`` and the value measured at ``step``.
@@ -136,7 +136,7 @@ def best_of(
     return {"step": step, "name": name, "value": value}
 
 
-def values_beside(info: TeacherInfo, terms: Sequence[DistillTerm]) -> list[str]:
+def measured_values(info: TeacherInfo, terms: Sequence[DistillTerm]) -> list[str]:
     """Name what an evaluation measures beside a teacher of an objective with these ``terms``."""
     if info.kind == "embedding":
         return vector_values(terms, info.name)
@@ -180,41 +180,46 @@ def evaluate(
     training = student.training
     student.eval()
     try:
-        found = _means(data, device, run, world)
+        values = _mean_values(data, device, run, world)
         for name, index in data.domains.items():
-            alone = replace(data, index=index)
+            domain_data = replace(data, index=index)
             if data.reads_text:
-                alone = replace(alone, teachers=(), methods=(), objective=None)
-            values = _means(alone, device, run, world)
-            found |= {f"{what}/{name}": values[what] for what in _of_a_domain(data, values)}
+                domain_data = replace(domain_data, teachers=(), methods=(), objective=None)
+            domain_values = _mean_values(domain_data, device, run, world)
+            values |= {
+                f"{value_name}/{name}": domain_values[value_name]
+                for value_name in _domain_value_names(data, domain_values)
+            }
     finally:
         student.train(training)
-    return found
+    return values
 
 
-def _of_a_domain(data: EvaluationData, values: Mapping[str, float]) -> list[str]:
+def _domain_value_names(data: EvaluationData, values: Mapping[str, float]) -> list[str]:
     """Return the name of a domain's one value, if it is there."""
     name = "ce" if data.reads_text and data.measure >= MEASURE else "loss"
     return [name] if name in values else []
 
 
-def _means(data: EvaluationData, device: torch.device, run: Run, world: World) -> dict[str, float]:
+def _mean_values(
+    data: EvaluationData, device: torch.device, run: Run, world: World
+) -> dict[str, float]:
     """Return every value, as a mean over what it counts in all processes."""
-    each: list[dict[str, NDArray[np.float64]]] = []
+    own_sums: list[dict[str, NDArray[np.float64]]] = []
     loss = HeldOutLoss(data.objective) if data.objective is not None and data.has_loss else None
     for batch, counts in data.share(world.rank, world.size):
-        kept = loss if counts or loss is None else HeldOutLoss(loss.objective)
-        sums = run(_batch_sums, batch, device, data, kept, world)
+        batch_loss = loss if counts or loss is None else HeldOutLoss(loss.objective)
+        sums = run(_batch_sums, batch, device, data, batch_loss, world)
         if counts:
-            each.append({name: np.array(pair, np.float64) for name, pair in sums.items()})
-    totals = add_sums(world.gather(add_sums(each)))
+            own_sums.append({name: np.array(pair, np.float64) for name, pair in sums.items()})
+    totals = add_sums(world.gather(add_sums(own_sums)))
     if loss is not None:
         loss.join(world)
-    found = {name: float(total / count) for name, (total, count) in totals.items() if count}
-    whole = None if loss is None else loss.mean()
-    if data.measure < MEASURE and "ce" in found:
-        whole = found.pop("ce")
-    return found if whole is None else {"loss": whole, **found}
+    means = {name: float(total / count) for name, (total, count) in totals.items() if count}
+    loss_mean = None if loss is None else loss.mean()
+    if data.measure < MEASURE and "ce" in means:
+        loss_mean = means.pop("ce")
+    return means if loss_mean is None else {"loss": loss_mean, **means}
 
 
 def _batch_sums(
@@ -227,8 +232,8 @@ def _batch_sums(
 ) -> Sums:
     """Return the sums of a batch, and add it to ``loss``: both share the student's passes."""
     # With a sharded student every process must make the same passes, whatever its texts.
-    with student.through(Remembered(lambda known: not any(world.sum([not known])))):
-        sums, known = _own_sums(student, batch, device, data)
+    with student.through(SharedPasses(lambda known: not any(world.sum([not known])))):
+        sums, known = _model_sums(student, batch, device, data)
         for method in data.methods:
             values = method.evaluate(student, batch, device)
             sums |= {f"{method.name}/{name}": value for name, value in values.items()}
@@ -237,7 +242,7 @@ def _batch_sums(
     return sums
 
 
-def _own_sums(
+def _model_sums(
     student: Student, batch: Batch, device: torch.device, data: EvaluationData
 ) -> tuple[Sums, Sums]:
     """Return the sums of all values except the methods', and of the terms that these determine."""
@@ -257,9 +262,11 @@ def _own_sums(
             kd = 0.0
             if len(target.rows):
                 places = rows.match(target, batch.input_ids.shape[1])
-                found = hidden[torch.from_numpy(places).to(device)]
-                own, kd = _vocabulary_sums(name, student, found, target, device, data)
-                sums |= own
+                target_hidden = hidden[torch.from_numpy(places).to(device)]
+                target_sums, kd = _vocabulary_sums(
+                    name, student, target_hidden, target, device, data
+                )
+                sums |= target_sums
             if (term := known_term(data.terms, name, target)) is not None:
                 known[term] = (kd, len(target.rows))
     for name, answers in batch.targets.items():
@@ -279,22 +286,25 @@ def _vocabulary_sums(
     data: EvaluationData,
 ) -> tuple[Sums, float]:
     """Return the values for a vocabulary teacher, and the sum of the loss that it teaches."""
-    head, as_once = student.output_head, data.measure < TEACHERS_SINCE
-    k = data.terms[name].k if name in data.terms and not as_once else None
+    head, by_first_rule = student.output_head, data.measure < TEACHERS_SINCE
+    k = data.terms[name].k if name in data.terms and not by_first_rule else None
     temperature = target.kind.readable_temperature
     targets = kd_targets(target, temperature, k, device)
     kd = trained = head_loss(hidden, head, targets, temperature=temperature).kd
     sparse = sparse_targets(
         target, temperature, 1 if target.kind.has_all_probabilities else None, device
     )
-    if target.kind.is_sample and temperature == 1.0 and not as_once:
+    if target.kind.is_sample and temperature == 1.0 and not by_first_rule:
         kd = kd + torch.special.entr(sparse.probs.double()).sum() - _entropy(target)
     blocks = [head.logits(block).argmax(dim=1) for block in hidden.split(1024)]
     best = sparse.probs.max(dim=1)
-    sure = best.values > (0.0 if as_once else target.kind.certainty_threshold)
+    is_sure = best.values > (0.0 if by_first_rule else target.kind.certainty_threshold)
     top = sparse.ids.gather(1, best.indices[:, None])[:, 0]
-    agree = int(((torch.cat(blocks) == top) & sure).sum())
-    values = {f"kl/{name}": (float(kd), len(hidden)), f"agreement/{name}": (agree, int(sure.sum()))}
+    agree = int(((torch.cat(blocks) == top) & is_sure).sum())
+    values = {
+        f"kl/{name}": (float(kd), len(hidden)),
+        f"agreement/{name}": (agree, int(is_sure.sum())),
+    }
     return values, float(trained)
 
 
@@ -310,26 +320,29 @@ def _task_sums(
     target: SequenceTargetBatch | TokenLabelBatch,
     device: torch.device,
 ) -> Sums:
-    head = _head_of(name, student, target.info)
-    if head is None:
+    imitating = _imitating_head(name, student, target.info)
+    if imitating is None:
         return {}
-    name_of_head, places = head
+    head_name, classes = imitating
     inputs = inputs_of(batch, target.info.view, device)
-    found = run_heads(student, inputs, batch, {name_of_head: target})
-    logits, wanted = taught_rows(found.logits[name_of_head], target)
-    logits = logits.float()[:, places]
+    output = run_heads(student, inputs, batch, {head_name: target})
+    logits, teacher_logits = taught_rows(output.logits[head_name], target)
+    logits = logits.float()[:, classes]
     count = len(logits)
     if not count:
         return {}
     if target.info.problem == "regression":
-        error = (logits - wanted).square().mean(dim=1).sum()
+        error = (logits - teacher_logits).square().mean(dim=1).sum()
         return {f"mse/{name}": (float(error), count)}
     if target.info.problem == "multi_label_classification":
-        agree = ((logits > 0) == (wanted > 0)).float().mean(dim=1).sum()
+        agree = ((logits > 0) == (teacher_logits > 0)).float().mean(dim=1).sum()
         return {f"agreement/{name}": (float(agree), count)}
-    teacher, ours = torch.log_softmax(wanted, dim=1), torch.log_softmax(logits, dim=1)
-    kl = (teacher.exp() * (teacher - ours)).sum()
-    agree = (logits.argmax(dim=1) == wanted.argmax(dim=1)).sum()
+    teacher_log_probs, student_log_probs = (
+        torch.log_softmax(teacher_logits, dim=1),
+        torch.log_softmax(logits, dim=1),
+    )
+    kl = (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum()
+    agree = (logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).sum()
     return {f"kl/{name}": (float(kl), count), f"agreement/{name}": (float(agree), count)}
 
 
@@ -339,21 +352,23 @@ def _vector_sums(
     if name not in student.head_configs:
         return {}
     inputs = inputs_of(batch, target.info.view, device)
-    found = run_heads(student, inputs, batch, {name: target})  # in every process
+    output = run_heads(student, inputs, batch, {name: target})  # in every process
     if not len(target.rows):
         return {}
-    values = vector_sums(*taught_rows(found.logits[name], target))
-    return {f"{what}/{name}": (value, len(target.rows)) for what, value in values.items()}
+    values = vector_sums(*taught_rows(output.logits[name], target))
+    return {
+        f"{value_name}/{name}": (value, len(target.rows)) for value_name, value in values.items()
+    }
 
 
-def _head_of(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:
+def _imitating_head(name: str, student: Student, info: TeacherInfo) -> tuple[str, list[int]] | None:
     """Return the head that imitates the expert and the indices of its classes there, if any."""
     if name in student.head_configs:
         return name, list(range(info.num_labels or 0))
     for head, config in student.head_configs.items():
         if name in head.split("+"):  # a head over the union of several experts' labels
             names = config.label_names
-            apart = f"{name}/{info.label_names[0]}" in names
-            wanted = [f"{name}/{n}" if apart else n for n in info.label_names]
-            return head, [names.index(n) for n in wanted]
+            is_separate = f"{name}/{info.label_names[0]}" in names
+            label_names = [f"{name}/{n}" if is_separate else n for n in info.label_names]
+            return head, [names.index(n) for n in label_names]
     return None

@@ -41,7 +41,7 @@ def measure_growth(run: Path, prepared: Prepared) -> Report | None:
     device = next(prepared.student.parameters()).device
     before = prepared.ungrown().to(device)
     report = compare_students(before, prepared.student, prepared.held_out, config, device)
-    _tell(report)
+    _log_report(report)
     grown = {key for key, count in report["from"].items() if report["to"][key] > count}
     if config.noise_std == 0 and grown - {"layers", "parameters"}:
         log.warning(
@@ -79,14 +79,14 @@ def compare_students(
     return {
         "preserve": config.preserve,
         "noise_std": config.noise_std,
-        "from": _described(before),
-        "to": _described(after),
+        "from": _describe_size(before),
+        "to": _describe_size(after),
         "sequences": count,
         "positions": rows,
         "max_logit_change": largest if rows else None,
         "mean_logit_change": total / (rows * before.vocabulary_size) if rows else None,
-        "before": _on_text(float(losses[0]), rows),
-        "after": _on_text(float(losses[1]), rows),
+        "before": _text_values(float(losses[0]), rows),
+        "after": _text_values(float(losses[1]), rows),
     }
 
 
@@ -99,26 +99,29 @@ def _logits(
     """
     rows = language_rows(batch, students[0].task, device)
     inputs = [student.eval().with_domains(rows.inputs, batch.domains) for student in students]
-    hidden = [s(own, rows.select).hidden for s, own in zip(students, inputs, strict=True)]
+    hidden = [
+        s(student_inputs, rows.select).hidden
+        for s, student_inputs in zip(students, inputs, strict=True)
+    ]
     for first in range(0, len(rows.labels), ROWS):
-        part = slice(first, first + ROWS)
-        logits = [s.output_head.logits(h[part]) for s, h in zip(students, hidden, strict=True)]
-        yield *logits, rows.labels[part]
+        block = slice(first, first + ROWS)
+        logits = [s.output_head.logits(h[block]) for s, h in zip(students, hidden, strict=True)]
+        yield *logits, rows.labels[block]
 
 
-def _on_text(total: float, rows: int) -> dict[str, float | None]:
+def _text_values(total: float, rows: int) -> dict[str, float | None]:
     if not rows:
         return {"ce": None, "perplexity": None}
     ce = total / rows
     return {"ce": ce, "perplexity": math.exp(min(ce, 700.0))}  # 700: float64 ends near 709
 
 
-def _described(student: Student) -> dict[str, int]:
+def _describe_size(student: Student) -> dict[str, int]:
     parameters = sum(p.numel() for p in student.model.parameters())
     return Shape.of(student.model.config)._asdict() | {"parameters": parameters}
 
 
-def _tell(report: Report) -> None:
+def _log_report(report: Report) -> None:
     old, new = report["from"], report["to"]
     grown = [f"{name} {old[name]:,} to {new[name]:,}" for name in old if old[name] != new[name]]
     if not report["positions"]:

@@ -12,38 +12,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rekindle.train.launch import one_of_many
+from rekindle.train.launch import is_one_of_many
 
 log = logging.getLogger("rekindle")
 
 # seconds within which a second signal counts as the first, sent to a group and to its leader
-SAME = 1.0
+SAME_SIGNAL_SECONDS = 1.0
 _OURS = (signal.SIG_DFL, signal.default_int_handler)  # any other handler is the caller's and stays
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt, and what can be continued: ``told`` follows the word "interrupted".
+    """An interrupt, and what can be continued: ``message`` follows the word "interrupted".
 
-    ``kept``: whether anything was saved.
+    ``is_saved``: whether anything was saved.
     """
 
-    def __init__(self, told: str, kept: bool = True):
-        super().__init__(told, kept)
-        self.told, self.kept = told, kept
+    def __init__(self, message: str, is_saved: bool = True):
+        super().__init__(message, is_saved)
+        self.message, self.is_saved = message, is_saved
 
 
 @contextmanager
-def telling(kept: Callable[[], tuple[str, bool]]) -> Iterator[None]:
-    """On an interrupt within the block, report what was ``kept`` (and whether anything was), unless
-    that was reported further inside.
+def reporting_interrupts(describe_kept: Callable[[], tuple[str, bool]]) -> Iterator[None]:
+    """Make an interrupt within the block say what was saved, unless that was said further inside.
+
+    ``describe_kept`` returns a description of it, and whether anything was saved.
     """
     try:
         yield
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        told, anything = kept()
-        raise Interrupted(f"; {told}", anything) from None
+        message, is_saved = describe_kept()
+        raise Interrupted(f"; {message}", is_saved) from None
 
 
 def obey_sigterm() -> None:
@@ -61,11 +62,11 @@ class Stop:
     """
 
     def __init__(self, patient: bool, at_once: bool = False):
-        self.asked = False
-        self._patient = patient or one_of_many()
+        self.is_requested = False
+        self._patient = patient or is_one_of_many()
         self._at_once = at_once
-        self._before: dict[signal.Signals, object] = {}
-        self._since = 0.0
+        self._handlers_before: dict[signal.Signals, object] = {}
+        self._requested_at = 0.0
 
     @classmethod
     @contextmanager
@@ -76,28 +77,28 @@ class Stop:
         try:
             yield stop
         finally:
-            for number, handler in stop._before.items():
+            for number, handler in stop._handlers_before.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
     def listen(self) -> None:
         """Hear signals from now on; does nothing outside the main thread."""
-        if self._before or threading.current_thread() is not threading.main_thread():
+        if self._handlers_before or threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) in _OURS:
-                self._before[number] = signal.signal(number, self._hear)
+                self._handlers_before[number] = signal.signal(number, self._handle_signal)
 
-    def told(self) -> None:
+    def note_request(self) -> None:
         """Note that this process was told to end; a further signal counts as a second one."""
-        if not self.asked:
-            self.asked, self._since = True, time.monotonic()
+        if not self.is_requested:
+            self.is_requested, self._requested_at = True, time.monotonic()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self.told()
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_requested:
+            self.note_request()
             if self._at_once:
                 raise KeyboardInterrupt
             again = "" if self._patient else "; a second Ctrl-C ends at once"
             log.info("told to end: finishing the step and writing a checkpoint%s", again)
-        elif time.monotonic() - self._since > SAME and not self._patient:
+        elif time.monotonic() - self._requested_at > SAME_SIGNAL_SECONDS and not self._patient:
             raise KeyboardInterrupt

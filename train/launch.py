@@ -20,12 +20,12 @@ class Launch(NamedTuple):
     local_rank: int = 0
 
 
-def launched() -> Launch:
+def current_launch() -> Launch:
     """Return what the environment says about this process.
 
     Raises InputError for values that torchrun does not set.
     """
-    size = _number("WORLD_SIZE", "1", 1)
+    size = _read_number("WORLD_SIZE", "1", 1)
     if size == 1:
         return Launch()
     missing = [name for name in NEEDED if not os.environ.get(name)]
@@ -35,7 +35,7 @@ def launched() -> Launch:
             "was not started by torchrun. For several processes: `torchrun --nproc-per-node "
             f"{size} --no-python pipeline …`; for one, `unset WORLD_SIZE`"
         )
-    rank, local = _number("RANK", "0", 0), local_rank() or 0
+    rank, local = _read_number("RANK", "0", 0), local_rank() or 0
     if rank >= size:
         raise InputError(f"the environment has RANK={rank} and WORLD_SIZE={size}. {UNSET}")
     return Launch(rank, size, local)
@@ -43,13 +43,13 @@ def launched() -> Launch:
 
 def local_rank() -> int | None:
     """Return this process's number on its machine; None if the environment does not say."""
-    return _number("LOCAL_RANK", "0", 0) if "LOCAL_RANK" in os.environ else None
+    return _read_number("LOCAL_RANK", "0", 0) if "LOCAL_RANK" in os.environ else None
 
 
-def one_of_many() -> bool:
+def is_one_of_many() -> bool:
     """Return whether torchrun started this process beside others."""
     try:
-        return launched().world_size > 1
+        return current_launch().world_size > 1
     except InputError:
         return False
 
@@ -57,11 +57,11 @@ def one_of_many() -> bool:
 UNSET = "Start several processes with torchrun, which sets them all; for one, unset them all"
 
 
-def _number(name: str, usual: str, least: int) -> int:
-    text = os.environ.get(name, usual)
-    if not text.isdecimal() or int(text) < least:
+def _read_number(name: str, default: str, minimum: int) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or int(text) < minimum:
         raise InputError(
-            f"the environment has {name}={text!r}, which is not a whole number of {least} or "
+            f"the environment has {name}={text!r}, which is not a whole number of {minimum} or "
             f"more. {UNSET}"
         )
     return int(text)

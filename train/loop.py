@@ -18,51 +18,51 @@ from rekindle.data.cache import Cache
 from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import ParallelStudent, World, build_in_shards
-from rekindle.train.evaluate import Best, best_of, evaluate
+from rekindle.train.evaluate import Best, better_of, evaluate
 from rekindle.train.export.finished import make_model_directory
 from rekindle.train.export.provenance import Provenance
 from rekindle.train.growth_report import measure_growth, save_growth, saved_growth
-from rekindle.train.interrupts import Interrupted, Stop, telling
+from rekindle.train.interrupts import Interrupted, Stop, reporting_interrupts
 from rekindle.train.measures import MEASURE, UNSEEN
 from rekindle.train.model.unfinished import RUN_FILE, SUMMARY_FILE
 from rekindle.train.objective.selection import StepPlan
 from rekindle.train.optimizer import configured_adamw
 from rekindle.train.order.length import in_steps
-from rekindle.train.precision import autocast, tell_slow
+from rekindle.train.precision import autocast, warn_of_slow_precision
 from rekindle.train.prepare import prepare, student_masks
 from rekindle.train.record.checkpoint import (
     checkpoint_folder,
-    kept_of,
-    left_by_interrupt,
+    describe_kept,
+    describe_left,
     restore,
     save_checkpoint,
 )
+from rekindle.train.record.checkpoint_schedule import CheckpointSchedule
 from rekindle.train.record.coverage import Coverage
+from rekindle.train.record.disk_room import DiskRoom, folder_size
 from rekindle.train.record.identity import (
     SECTIONS,
     STUDENT_FILES,
     begin_record,
+    check_corpus_not_grown,
     check_run,
     is_finished,
     keys_that_may_change,
     measure_of_run,
     recorded_extent,
-    refuse_grown,
     steps_of_run,
     student_files,
 )
 from rekindle.train.record.lineage import LINEAGE, lineage_of_run
-from rekindle.train.record.occasions import Occasions
-from rekindle.train.record.room import Room, size_of
-from rekindle.train.record.run_folder import open_folder, reading
+from rekindle.train.record.run_folder import open_folder, reading_record
 from rekindle.train.record.run_log import RunLog, read_metrics
-from rekindle.train.record.sharded import refuse_unshared
-from rekindle.train.record.stored_run import write_begun
+from rekindle.train.record.sharded import check_shared_folder
+from rekindle.train.record.stored_run import upload_new_run
 from rekindle.train.record.summary import read_summary
 from rekindle.train.record.trackers import check_trackers
 from rekindle.train.record.watch import recent_losses
 from rekindle.train.record.working_copy import store_of
-from rekindle.train.running_out import less_memory, running_out
+from rekindle.train.running_out import memory_advice, report_shortage
 from rekindle.train.steps.take import Judge, Training, take_step
 
 EVERYTHING = Extent()  # no limits are asked for
@@ -83,7 +83,7 @@ class TrainResult:
     best: Best | None = None  # the best evaluation, if the run looks for one
     was_finished: bool = False  # before this call, which then did nothing
 
-    def told_of_best(self) -> str:
+    def describe_best(self) -> str:
         """Return which step the model is from, and where the best one is."""
         if self.best is None:
             return f"the model is that of step {self.steps}, the last; no best one was looked for"
@@ -91,8 +91,8 @@ class TrainResult:
         best = f"the best {name} {UNSEEN} was {value:.4f} at step {step}"
         if step == self.steps:
             return f"{best}, the last: that is the model"
-        where = self.best_elsewhere
-        return f"{best} ({where}); the model is that of step {self.steps}, the last"
+        checkpoint = self.best_elsewhere
+        return f"{best} ({checkpoint}); the model is that of step {self.steps}, the last"
 
     @property
     def best_elsewhere(self) -> Path | None:
@@ -106,10 +106,12 @@ class TrainResult:
     @classmethod
     def of(cls, run: Path) -> "TrainResult":
         """Return the result recorded by the finished run in ``run``."""
-        found = read_summary(run, "remove it and resume: it is made again")
-        with reading(run / SUMMARY_FILE):
-            known = {name: found[name] for name in ("steps", "seconds", "evaluation", "coverage")}
-        return cls(run, **known, best=found.get("best"), was_finished=True)
+        summary = read_summary(run, "remove it and resume: it is made again")
+        with reading_record(run / SUMMARY_FILE):
+            results = {
+                name: summary[name] for name in ("steps", "seconds", "evaluation", "coverage")
+            }
+        return cls(run, **results, best=summary.get("best"), was_finished=True)
 
 
 def train_student(
@@ -136,15 +138,17 @@ def train_student(
     step, after it is finished and its checkpoint written.
     """
     world = world or World.alone()
-    begun = world.decide(lambda: steps_of_run(out) if resume else None)
-    world.decide(lambda: refuse_grown(out, cache.corpus) if resume else None)
-    config = world.agree(lambda: in_steps(cache, config, begun))
-    advice, settings = less_memory(config, world.size, world.device.type)
+    steps_before = world.decide(lambda: steps_of_run(out) if resume else None)
+    world.decide(lambda: check_corpus_not_grown(out, cache.corpus) if resume else None)
+    config = world.agree(lambda: in_steps(cache, config, steps_before))
+    advice, settings = memory_advice(config, world.size, world.device.type)
     with (
-        telling(lambda: left_by_interrupt(out)),
-        running_out(out, lambda: kept_of(out), advice, settings),
+        reporting_interrupts(lambda: describe_left(out)),
+        report_shortage(out, lambda: describe_kept(out), advice, settings),
     ):
-        cache = _within(cache, student_config, masked_view, asked, out if resume else None, world)
+        cache = _limit_cache(
+            cache, student_config, masked_view, asked, out if resume else None, world
+        )
         return _begin(cache, student_config, config, out, masked_view, resume, report, world)
 
 
@@ -164,8 +168,8 @@ def _begin(
     measure = world.decide(lambda: measure_of_run(out) if resume else MEASURE)
     mesh = world.mesh(config.parallel)
 
-    of_run = (cache, student_config, config, masked_view, world, measure)
-    build = partial(prepare, *of_run, goes_on=resume)
+    run_settings = (cache, student_config, config, masked_view, world, measure)
+    build = partial(prepare, *run_settings, is_continued=resume)
     grows = student_config.grow is not None
     if mesh is None:
         prepared, in_shards = world.agree(lambda: build(False)), None
@@ -176,21 +180,24 @@ def _begin(
     balanced = prepared.objective.balance > 0
     free = keys_that_may_change(student_config, config, balanced)
 
-    def look() -> bool:
+    def inspect() -> bool:
         return check_run(out, prepared.about, resume, free)
 
-    if world.decide(lambda: resume and is_finished(out) and look()):
+    if world.decide(lambda: resume and is_finished(out) and inspect()):
         return world.decide(lambda: TrainResult.of(out))
-    with ExitStack() as held:  # the main process holds the folder until the run is finished
+    with ExitStack() as resources:  # the main process holds the folder until the run is finished
         if balanced:  # advice for other students would lead to a refusal
-            advice, settings = less_memory(config, world.size, world.device.type, balanced)
-            held.enter_context(running_out(out, lambda: kept_of(out), advice, settings))
-        resuming = world.decide(lambda: held.enter_context(open_folder(out, look)))
-        copied = world.decide(lambda: store_of(out) is not None)  # to each node, to continue from
-        if config.parallel == "fsdp" or (resuming and not copied):
-            refuse_unshared(out, world)
+            advice, settings = memory_advice(config, world.size, world.device.type, balanced)
+            resources.enter_context(
+                report_shortage(out, lambda: describe_kept(out), advice, settings)
+            )
+        resuming = world.decide(lambda: resources.enter_context(open_folder(out, inspect)))
+        # A run in a store is copied to each node, to continue from.
+        is_uploaded = world.decide(lambda: store_of(out) is not None)
+        if config.parallel == "fsdp" or (resuming and not is_uploaded):
+            check_shared_folder(out, world)
         if world.main:
-            tell_slow({"train.precision: {}": config.precision}, world.device.type)
+            warn_of_slow_precision({"train.precision: {}": config.precision}, world.device.type)
         # Measured before sharding and training; done again if an earlier process died before that.
         growth = world.decide(lambda: measure_growth(out, prepared))
         student = in_shards or ParallelStudent(prepared.student, world, mesh)
@@ -200,12 +207,12 @@ def _begin(
         training = Training(out, cache, config, student, optimizer, prepared, lineage)
         world.decide(lambda: begin_record(out, prepared.about))
         world.decide(lambda: save_growth(out, growth))
-        world.decide(lambda: write_begun(out, resuming))
+        world.decide(lambda: upload_new_run(out, resuming))
         state = restore(out, student, optimizer, config.keep_checkpoints) if resuming else {}
         return _train(training, state, started, report)
 
 
-def _within(
+def _limit_cache(
     cache: Cache,
     student: StudentConfig,
     masked_view: str | None,
@@ -217,21 +224,21 @@ def _within(
     continue.
     """
 
-    def settled() -> Extent:
+    def settle() -> Extent:
         before = EVERYTHING if run is None else recorded_extent(run)
         view = student_masks(cache, student, masked_view)
-        found = settle_extent(asked, cache.teachers.values(), view, before)
+        extent = settle_extent(asked, cache.teachers.values(), view, before)
         if run is not None and before == EVERYTHING and (run / RUN_FILE).is_file():
-            read = {name: kept.k for name, kept in found.targets.items()}
+            read_k = {name: targets.k for name, targets in extent.targets.items()}
             log.info(
                 "%s was begun by an earlier version, which did not record how much of the cache "
                 "it read; assumed: replicas %s, k %s",
-                *(run, found.replicas, read),
+                *(run, extent.replicas, read_k),
             )
-        return found
+        return extent
 
     # The main process decides: the cache may grow while the others look.
-    return cache.within(world.decide(settled))
+    return cache.within(world.decide(settle))
 
 
 def _train(
@@ -241,69 +248,76 @@ def _train(
     out, config, world = training.out, training.config, training.student.world
     student, prepared = training.student, training.prepared
     objective, stream = prepared.objective, prepared.stream
-    first, earlier = state.get("step", 0), state.get("seconds", 0.0)
+    first, earlier_seconds = state.get("step", 0), state.get("seconds", 0.0)
     coverage, best = Coverage(state.get("coverage")), state.get("best")
     replay = stream.order.replay
     if first < config.steps:
         replay.restore(state.get("order"))
-    recent = world.decide(
+    recent_losses_before = world.decide(
         lambda: recent_losses(read_metrics(out), first, lambda done: objective.plan(done).weights)
     )
-    judge = Judge(training, recent)
+    judge = Judge(training, recent_losses_before)
     evaluation: dict[str, float] = {}
-    shown = {name: prepared.about[name] for name in SECTIONS}
+    sections = {name: prepared.about[name] for name in SECTIONS}
     student.student.train()
     # On an error or interrupt both must end at once: no thread still reading, no open file.
     with (
-        RunLog(out, first, not world.main, config.report_to, shown) as run_log,
+        RunLog(out, first, not world.main, config.report_to, sections) as run_log,
         closing(stream.steps(first, config.steps)) as steps,
         Stop.heard() as stop,
     ):
 
-        def tell(known: Iterable[tuple[int, dict[str, float]]]) -> None:
-            for at, values in known:
-                run_log.write("train", at, values)
+        def log_steps(finished: Iterable[tuple[int, dict[str, float]]]) -> None:
+            for steps_done, values in finished:
+                run_log.write("train", steps_done, values)
                 if world.main:
-                    report(at, values)
+                    report(steps_done, values)
 
         began, waited_before = time.monotonic(), 0.0
-        occasions = Occasions(config.checkpoint_every, world, stop)
-        room = Room(out, "checkpoint")
+        schedule = CheckpointSchedule(config.checkpoint_every, world, stop)
+        room = DiskRoom(out, "checkpoint")
         for step, ready in steps:
             if step == first:  # reading before the first step cannot overlap with anything
                 began, waited_before = time.monotonic(), stream.waited
                 stop.listen()
-            taken = take_step(training, ready, judge)
+            pending = take_step(training, ready, judge)
             coverage.count(ready.batch, objective.task, ready.plan)
             replay.count(ready.batch)
             done = step + 1
             waited = stream.waited - waited_before
-            taken.beside["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
-            taken.beside["seconds"] = earlier + time.monotonic() - started
-            tell(judge.known())
+            pending.other_values["data_wait"] = waited / max(time.monotonic() - began, 1e-9)
+            pending.other_values["seconds"] = earlier_seconds + time.monotonic() - started
+            log_steps(judge.finished_steps())
             last = done == config.steps
             if last or done % config.evaluate_every == 0:
-                tell(judge.known(everything=True))
+                log_steps(judge.finished_steps(everything=True))
                 evaluation = _evaluate(training, ready.plan)
                 replay.learn(done, evaluation, world.sum)
                 run_log.write("evaluate", done, evaluation)
-                best = best_of(evaluation, config.keep_best, done, best)
+                best = better_of(evaluation, config.keep_best, done, best)
             is_best = best is not None and best["step"] == done
-            due, ending = occasions.after(done)
+            due, ending = schedule.after(done)
             if last or due or is_best or ending:
-                tell(judge.known(everything=True))  # nothing is saved of a step that may not count
+                # nothing is saved of a step that may not count
+                log_steps(judge.finished_steps(everything=True))
                 run_log.sync()
-                spent = {"seconds": earlier + time.monotonic() - started}
-                _save(training, done, spent | {"coverage": coverage.over(world.sum), "best": best})
-                occasions.saved()
+                spent = {"seconds": earlier_seconds + time.monotonic() - started}
+                _save(
+                    training,
+                    done,
+                    spent | {"coverage": coverage.sum_over_processes(world.sum), "best": best},
+                )
+                schedule.saved()
                 if world.main and not last:
-                    room.after(size_of(checkpoint_folder(out, done)))
-            if ending or (last and occasions.after(done)[1]):  # the signal came during that write
+                    room.after(folder_size(checkpoint_folder(out, done)))
+            if ending or (last and schedule.after(done)[1]):  # the signal came during that write
                 raise Interrupted(f" at step {done:,}; a checkpoint of it is written")
     if first == config.steps:
         evaluation = _evaluate(training, objective.plan(first - 1))
-    seconds = earlier + time.monotonic() - started
-    result = TrainResult(out, config.steps, seconds, evaluation, coverage.over(world.sum), best)
+    seconds = earlier_seconds + time.monotonic() - started
+    result = TrainResult(
+        out, config.steps, seconds, evaluation, coverage.sum_over_processes(world.sum), best
+    )
     left_out = ("directory", "was_finished")
     summary = {name: value for name, value in vars(result).items() if name not in left_out}
     about = {"made_by": prepared.about, LINEAGE: training.lineage}
@@ -317,12 +331,12 @@ def _train(
 
 def _save(training: Training, done: int, state: dict[str, object]) -> None:
     """Write the checkpoint after ``done`` steps; every process takes part."""
-    about, replay = training.prepared.about, training.prepared.stream.order.replay
-    order = replay.state(training.student.world.sum)
-    whole = about | state | {"order": order, LINEAGE: training.lineage}
+    description, replay = training.prepared.about, training.prepared.stream.order.replay
+    replay_state = replay.state(training.student.world.sum)
+    whole_state = description | state | {"order": replay_state, LINEAGE: training.lineage}
     student, keep = training.student, training.config.keep_checkpoints
     tokenizer = training.prepared.tokenizer
-    save_checkpoint(training.out, done, student, training.optimizer, whole, keep, tokenizer)
+    save_checkpoint(training.out, done, student, training.optimizer, whole_state, keep, tokenizer)
 
 
 def _evaluate(training: Training, plan: StepPlan) -> dict[str, float]:

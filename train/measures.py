@@ -33,8 +33,8 @@ def true_names(values: Mapping[str, Value], measure: int) -> dict[str, Value]:
     """Return held-out values under today's names."""
     if measure >= MEASURE:
         return dict(values)
-    former = {name: name.partition("/") for name in values}
+    parts = {name: name.partition("/") for name in values}
     return {
         ("ce" + slash + rest if first == "loss" else name): values[name]
-        for name, (first, slash, rest) in former.items()
+        for name, (first, slash, rest) in parts.items()
     }

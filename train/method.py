@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-import rekindle.train.methods as home
+import rekindle.train.methods as methods_package
 from rekindle.data.batch import Batch
 from rekindle.data.cache import Cache
 from rekindle.data.errors import InputError
@@ -113,35 +113,39 @@ def find_method(name: str) -> type[Method]:
     if (problem := unknown_method(name)) is not None:
         raise InputError(problem)
     if name in own_methods():
-        where = f"{home.__name__}.{name}"
-        module = pkgutil.resolve_name(where)
-        found = [v for v in vars(module).values() if getattr(v, "__module__", None) == where]
+        module_name = f"{methods_package.__name__}.{name}"
+        module = pkgutil.resolve_name(module_name)
+        candidates = [
+            v for v in vars(module).values() if getattr(v, "__module__", None) == module_name
+        ]
     else:
         entry = installed_methods()[name]
-        where, found = f"{entry.value} (entry point {name!r} of {GROUP})", [entry.load()]
-    classes = [v for v in found if isinstance(v, type) and issubclass(v, Method)]
+        module_name, candidates = f"{entry.value} (entry point {name!r} of {GROUP})", [entry.load()]
+    classes = [v for v in candidates if isinstance(v, type) and issubclass(v, Method)]
     if len(classes) != 1:
         raise InputError(
-            f"{where} must define exactly one subclass of rekindle.train.method.Method; it has "
-            f"{len(classes)}"
+            f"{module_name} must define exactly one subclass of rekindle.train.method.Method; "
+            f"it has {len(classes)}"
         )
     return classes[0]
 
 
 def make_methods(terms: Sequence[MethodTerm], run: MethodRun) -> tuple[Method, ...]:
     """Make a run's methods. Raise InputError, naming the term, for what cannot be computed."""
-    made: list[Method] = []
+    methods: list[Method] = []
     for number, term in enumerate(terms):
-        where = f"train.objective.methods.{number}"
-        if term.method in {method.name for method in made}:
-            raise InputError(f"{where}: the method {term.method!r} is listed twice")
-        kind = find_method(term.method)
-        given = {"method": term.method} | (term.model_extra or {})
-        made.append(kind(parse_settings(kind.Settings, given, where), run))
-    return tuple(made)
+        key = f"train.objective.methods.{number}"
+        if term.method in {method.name for method in methods}:
+            raise InputError(f"{key}: the method {term.method!r} is listed twice")
+        method_class = find_method(term.method)
+        settings = {"method": term.method} | (term.model_extra or {})
+        methods.append(method_class(parse_settings(method_class.Settings, settings, key), run))
+    return tuple(methods)
 
 
-def add_module(kind: type[Method], settings: MethodSettings, student: StudentNetwork) -> None:
+def add_module(
+    method_class: type[Method], settings: MethodSettings, student: StudentNetwork
+) -> None:
     """Give the student the method's own module."""
     dumped = settings.model_dump(mode="json", by_alias=True)
-    student.add_method(settings.method, dumped, kind.module(settings, student))
+    student.add_method(settings.method, dumped, method_class.module(settings, student))

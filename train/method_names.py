@@ -8,7 +8,7 @@ import pkgutil
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-import rekindle.train.methods as home
+import rekindle.train.methods as methods_package
 from rekindle.data.errors import did_you_mean
 
 GROUP = "rekindle.methods"  # the group of entry points, NAME = package.module:Class
@@ -24,9 +24,9 @@ def unknown_method(name: str) -> str | None:
     known = sorted(own | installed_methods().keys())
     if name in known:
         return None
-    former = Path(__file__).parent / f"method_{name}.py"
-    if name.isidentifier() and former.is_file() and former != Path(__file__):
-        return f"{former} is where methods used to be; move it to train/methods/{name}.py"
+    former_file = Path(__file__).parent / f"method_{name}.py"
+    if name.isidentifier() and former_file.is_file() and former_file != Path(__file__):
+        return f"{former_file} is where methods used to be; move it to train/methods/{name}.py"
     return (
         f"there is no method {name!r}{did_you_mean(name, known)} (known: {', '.join(known)}; a new "
         f"one is a file train/methods/NAME.py, or an installed entry point of the group {GROUP})"
@@ -35,7 +35,7 @@ def unknown_method(name: str) -> str | None:
 
 def own_methods() -> set[str]:
     """Return the names of the methods that are modules of this package."""
-    return {module.name for module in pkgutil.iter_modules(home.__path__)}
+    return {module.name for module in pkgutil.iter_modules(methods_package.__path__)}
 
 
 def installed_methods() -> dict[str, EntryPoint]:

@@ -40,10 +40,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
     """Set the rate of ``step`` (0-based) and return it: the peak while the head alone is trained,
     then a schedule over the remaining steps.
     """
-    head = config.warm_head_steps
-    factor, left = 1.0, config.steps - head
-    if step >= head:
-        factor = learning_rate_factor(config.schedule, step - head, left, config.warmup_steps)
+    head_steps = config.warm_head_steps
+    factor, remaining = 1.0, config.steps - head_steps
+    if step >= head_steps:
+        factor = learning_rate_factor(
+            config.schedule, step - head_steps, remaining, config.warmup_steps
+        )
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     return config.learning_rate * factor

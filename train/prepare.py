@@ -25,16 +25,16 @@ from rekindle.data.views.reader import ViewReader
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.deferred.recording import Recording, recording, try_when_filled
 from rekindle.train.distributed import World, compile_blocks
-from rekindle.train.evaluate import EvaluationData, values_beside
+from rekindle.train.evaluate import EvaluationData, measured_values
 from rekindle.train.export.plain import not_exportable
 from rekindle.train.growth.student import grow_student
 from rekindle.train.measures import MEASURE, SECTION, TEACHERS_SINCE
 from rekindle.train.method import MethodRun, add_module, make_methods
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
-from rekindle.train.model.heads import told_of_fresh_head
-from rekindle.train.model.lora import no_head_to_adapt, told_of_adapter
-from rekindle.train.model.routers import balance_weight, told_of_routers
+from rekindle.train.model.heads import describe_fresh_head
+from rekindle.train.model.lora import describe_adapter, describe_missing_head
+from rekindle.train.model.routers import balance_weight, describe_load_balancing
 from rekindle.train.model.student_config import lora_excludes
 from rekindle.train.objective.objective import Objective
 from rekindle.train.objective.ready import BatchPreparer, SideStream
@@ -74,34 +74,34 @@ def prepare(
     world: World,
     measure: int = MEASURE,
     deferred: bool = False,
-    goes_on: bool = False,
+    is_continued: bool = False,
 ) -> Prepared:
     """Check all that can be checked, and build the student; writes nothing, waits for nobody.
 
     ``measure``: the rule by which the run measures held-out values. ``deferred``: build the student
-    without memory; raises Undeferrable if that is impossible. ``goes_on``: the run was begun
+    without memory; raises Undeferrable if that is impossible. ``is_continued``: the run was begun
     before, so targets of its first steps may be gone.
     """
-    if why := lora_excludes(student_config, config):
-        raise InputError(why)
-    masks = student_masks(cache, student_config, masked_view)
-    view = None if masks is None else masks.name
+    if reason := lora_excludes(student_config, config):
+        raise InputError(reason)
+    mask_reader = student_masks(cache, student_config, masked_view)
+    view = None if mask_reader is None else mask_reader.name
     objective = prepare_objective(cache, student_config, config, view)
     info = cache.corpus.info
     check_student(student_config, info["tokenizer"]["size"], info["config"]["sequence_length"])
     tokenizer = check_tokenizer(cache.corpus, student_config)
     _check_best(cache, config, objective, measure)
     for name in objective.teachers:
-        if world.main and not goes_on and name in objective.taught_teachers:
+        if world.main and not is_continued and name in objective.taught_teachers:
             cache.teacher(name).check_files()
-        if told := _told_of_pairs(cache.teacher(name)):
-            log.warning("%s", told)
+        if warning := _describe_few_pairs(cache.teacher(name)):
+            log.warning("%s", warning)
     about = describe_run(cache, student_config, config, view, objective, measure)
-    chosen = choose_sequences(cache, config)
+    sequences = choose_sequences(cache, config)
     size = config.micro_batch_sequences or config.batch_sequences
     stream = TrainingStream(
         cache,
-        chosen.order,
+        sequences.order,
         lambda step: objective.plan(step).teachers,
         view,
         config.allow_missing,
@@ -113,31 +113,31 @@ def prepare(
             objective,
             config.micro_batch_sequences,
             SideStream(world.device) if world.device.type == "cuda" else None,
-            partial(chosen.order.micro_batches, size=size, processes=world.size),
+            partial(sequences.order.micro_batches, size=size, processes=world.size),
         ),
     )
     held_out = EvaluationData(
         cache,
-        chosen.held_out,
+        sequences.held_out,
         (),
         view,
         min(size, config.batch_sequences // world.size),
         config.allow_missing,
-        domains=chosen.domains,
+        domains=sequences.domains,
         terms={name: term for term in config.objective.distill for name in term.teachers},
         objective=objective,
         measure=measure,
         longest_first=config.batching == "similar_lengths",
     )
     with recording() if deferred else nullcontext() as recorded:
-        student = _student(cache, student_config, config, objective)
-    _make_ready(student, student_config, config, objective, world)
+        student = _build_student(cache, student_config, config, objective)
+    _set_up_student(student, student_config, config, objective, world)
     _check_head(student, student_config, config, objective)
-    _tell_not_exportable(student)
-    before = partial(_built, cache, student_config, config, objective)
-    grows = student_config.grow is not None
-    found = (about, objective, student, stream, held_out, tokenizer, before if grows else None)
-    return Prepared(*found, recorded)
+    _log_not_exportable(student)
+    build_ungrown = partial(_build_ungrown, cache, student_config, config, objective)
+    ungrown = build_ungrown if student_config.grow is not None else None
+    parts = (about, objective, student, stream, held_out, tokenizer, ungrown)
+    return Prepared(*parts, recorded)
 
 
 def student_masks(
@@ -195,37 +195,37 @@ def _check_k(cache: Cache, config: TrainConfig, infos: Mapping[str, TeacherInfo]
     """Refuse a term's k that the cache has but the run does not ask for."""
     for number, term in enumerate(config.objective.distill):
         for name in term.teachers:
-            kept, stored = cache.extent.targets.get(name), infos[name].k
-            if kept and kept.k and stored and kept.k < (term.k or 0) <= stored:
+            requested, stored = cache.extent.targets.get(name), infos[name].k
+            if requested and requested.k and stored and requested.k < (term.k or 0) <= stored:
                 raise InputError(
                     f"train.objective.distill.{number}: k is {term.k}, but teacher {name!r} has "
-                    f"targets.k: {kept.k}. Lower the first or raise the second"
+                    f"targets.k: {requested.k}. Lower the first or raise the second"
                 )
 
 
-def _told_of_pairs(teacher: TeacherReader) -> str | None:
+def _describe_few_pairs(teacher: TeacherReader) -> str | None:
     """Return a warning if an expert on pairs found too few of them in the cached part."""
     if not issubclass(teacher.info.view_class, PairView):
         return None
     shards = teacher.commits.shard_numbers()  # those that exist so far
-    could = count_sequences(teacher.corpus, teacher.info.domains, shards)
+    possible = count_sequences(teacher.corpus, teacher.info.domains, shards)
     kind = PairView.pairs_of(teacher.info.view)
-    return few_pairs_warning(teacher.info.name, kind, teacher.positions, could)
+    return few_pairs_warning(teacher.info.name, kind, teacher.positions, possible)
 
 
 def _check_best(cache: Cache, config: TrainConfig, objective: Objective, measure: int) -> None:
     """Check that ``keep_best`` names something that an evaluation can measure."""
-    text = ["ce"] if objective.trains_text and measure >= MEASURE else []
-    known = ["loss", *text]
-    known += [f"{known[-1]}/{name}" for name in evaluated_domains(cache, config)]
+    text_names = ["ce"] if objective.trains_text and measure >= MEASURE else []
+    names = ["loss", *text_names]
+    names += [f"{names[-1]}/{name}" for name in evaluated_domains(cache, config)]
     for name in objective.teachers:
-        values = values_beside(objective.teachers[name], config.objective.distill)
-        known += [f"{what}/{name}" for what in values]
-    known += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
-    if config.keep_best is not None and config.keep_best not in known:
-        untrained = config.keep_best.partition("/")[0] == "ce" and not text
+        values = measured_values(objective.teachers[name], config.objective.distill)
+        names += [f"{value}/{name}" for value in values]
+    names += [f"{method.name}/{value}" for method in objective.methods for value in method.values]
+    if config.keep_best is not None and config.keep_best not in names:
+        untrained = config.keep_best.partition("/")[0] == "ce" and not text_names
         raise InputError(
-            f"train.keep_best is {config.keep_best!r}; this run measures {', '.join(known)}"
+            f"train.keep_best is {config.keep_best!r}; this run measures {', '.join(names)}"
             + (": nothing trains the language model's head, so it has no ce" if untrained else "")
         )
 
@@ -240,23 +240,23 @@ def check_tokenizer(corpus: Corpus, config: StudentConfig) -> Tokenizer:
     if not has_tokenizer_files(directory):
         return corpus.tokenizer  # its vocabulary size is checked when it is built
     facts = corpus.info["tokenizer"]
-    beside = np.zeros(0, np.int64)
+    inserted_ids = np.zeros(0, np.int64)
     if config.language_task == "masked_lm" and facts["mask_id"] is not None:
         # Tokens that masking may insert.
-        beside = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
+        inserted_ids = np.append(content_ids(facts), facts["mask_id"]).astype(np.int64)
     advice = "Use a student with the cache's tokenizer, or make a cache with the student's"
     # Reading the tokenizer reads the configuration too, and would blame the tokenizer for it.
     load_config(model, attention=config.chosen_attention)
-    own = load_tokenizer(str(directory))
-    unshared_ids(corpus, own, beside, f"student {config.model!r}", advice)
-    return corpus.tokenizer if own.digest == facts["digest"] else own
+    student_tokenizer = load_tokenizer(str(directory))
+    unshared_ids(corpus, student_tokenizer, inserted_ids, f"student {config.model!r}", advice)
+    return corpus.tokenizer if student_tokenizer.digest == facts["digest"] else student_tokenizer
 
 
-def _student(
+def _build_student(
     cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> Student:
     """Build the student, with everything that is trained."""
-    student = _built(cache, config, train, objective)
+    student = _build_ungrown(cache, config, train, objective)
     if config.grow is not None:
         student = grow_student(student, config.grow)
     for method in objective.methods:
@@ -264,7 +264,7 @@ def _student(
     return student
 
 
-def _make_ready(
+def _set_up_student(
     student: Student,
     config: StudentConfig,
     train: TrainConfig,
@@ -275,7 +275,7 @@ def _make_ready(
     because a device may not have room for all of it.
     """
     if student.adapter is not None:
-        log.info("%s", told_of_adapter(student, student.adapter, config.model))
+        log.info("%s", describe_adapter(student, student.adapter, config.model))
     if world.size == 1 or train.parallel == "ddp":
         student.to(world.device)
     if train.gradient_checkpointing:
@@ -283,14 +283,14 @@ def _make_ready(
     if train.compile:
         compile_blocks(student)
     objective.balance = balance_weight(student.model) if student.task == "causal_lm" else 0.0
-    routers = told_of_routers(student.model)
-    told = [routers] if routers else []
-    told += [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
-    told += [world.device.type]
-    told += [f"{world.size} processes ({train.parallel})"] if world.size > 1 else []
-    told += ["compiled blocks"] if train.compile else []
-    told += ["activations computed again"] if train.gradient_checkpointing else []
-    log.info("student: %s", ", ".join(told))
+    routers = describe_load_balancing(student.model)
+    facts = [routers] if routers else []
+    facts += [f"{getattr(student.model.config, '_attn_implementation', None)} attention"]
+    facts += [world.device.type]
+    facts += [f"{world.size} processes ({train.parallel})"] if world.size > 1 else []
+    facts += ["compiled blocks"] if train.compile else []
+    facts += ["activations computed again"] if train.gradient_checkpointing else []
+    log.info("student: %s", ", ".join(facts))
 
 
 def _check_head(
@@ -306,43 +306,43 @@ def _check_head(
     if not student.has_fresh_head or train.warm_head_steps:
         return
     if objective.trains_text and student.adapter is not None:
-        raise InputError(no_head_to_adapt(config.model))
+        raise InputError(describe_missing_head(config.model))
     if not objective.trains_text:
         log.info("student: nothing trains its fresh language-model head, which stays as it is")
         return
-    taught = (
+    taught_by = (
         "" if is_used(train.objective.hard.weight) else ", from its teachers' predictions alone"
     )
     sizes = (student.vocabulary_size, train.steps)
-    log.warning("%s", told_of_fresh_head(config.model, *sizes, taught))
+    log.warning("%s", describe_fresh_head(config.model, *sizes, taught_by))
 
 
-def _tell_not_exportable(student: Student) -> None:
+def _log_not_exportable(student: Student) -> None:
     """Log which heads cannot be exported, and why, now: after training it is too late."""
     with torch.random.fork_rng(devices=[]):  # trying heads draws their weights
-        each = {name: not_exportable(student, name) for name in student.head_configs}
-    told = {name: why for name, why in each.items() if why is not None}
-    if told:
-        first, *others = told
-        more = f" (nor can {', '.join(map(repr, others))})" if others else ""
-        log.info("student: %s%s", told[first], more)
+        reasons = {name: not_exportable(student, name) for name in student.head_configs}
+    problems = {name: why for name, why in reasons.items() if why is not None}
+    if problems:
+        first, *others = problems
+        also = f" (nor can {', '.join(map(repr, others))})" if others else ""
+        log.info("student: %s%s", problems[first], also)
 
 
-def _built(
+def _build_ungrown(
     cache: Cache, config: StudentConfig, train: TrainConfig, objective: Objective
 ) -> Student:
     """Build the student as it is before it grows."""
     info = cache.corpus.info
     size, length = info["tokenizer"]["size"], info["config"]["sequence_length"]
     domains = tuple(cache.corpus.domains) if config.domain_prompts else ()
-    more = (length, domains, cache.corpus.tokenizer)
-    student = build_student(config, objective.heads, size, train.seed, *more)
+    corpus_settings = (length, domains, cache.corpus.tokenizer)
+    student = build_student(config, objective.heads, size, train.seed, *corpus_settings)
     if cache.corpus.is_packed:
         try_when_filled(lambda: student.check_packed(length))
     return student
 
 
-def _measured(config: TrainConfig, objective: Objective) -> dict[str, int]:
+def _rules_of(config: TrainConfig, objective: Objective) -> dict[str, int]:
     """Return the rule of measuring for each teacher that has several."""
     with_k = {name for term in config.objective.distill if term.k for name in term.teachers}
     return {
@@ -364,10 +364,10 @@ def describe_run(
     teacher later.
     """
     train = config.model_dump(mode="json", by_alias=True)
-    asked = config.epochs is not None or config.tokens is not None
-    train |= {"steps": None} if asked else {}  # it follows from the cache at that time
-    whole = [method.settings.model_dump(mode="json", by_alias=True) for method in objective.methods]
-    train["objective"]["methods"] = whole  # with the defaults of their files
+    has_other_length = config.epochs is not None or config.tokens is not None
+    train |= {"steps": None} if has_other_length else {}  # it follows from the cache at that time
+    dumped = [one.settings.model_dump(mode="json", by_alias=True) for one in objective.methods]
+    train["objective"]["methods"] = dumped  # with the defaults of their files
     names = [*objective.teachers]
     names += [config.curriculum.teacher] if config.curriculum is not None else []
     teachers = {name: cache.teacher(name) for name in names}
@@ -377,7 +377,7 @@ def describe_run(
         if name in objective.taught_teachers or name not in objective.teachers
     ]
     replicas = {} if masked_view is None else {"replicas": cache.masked_view(masked_view).replicas}
-    kept = {name: one for name, one in cache.extent.targets.items() if name in teachers}
+    targets = {name: one for name, one in cache.extent.targets.items() if name in teachers}
     views = {name: t.view for name, t in objective.teachers.items() if t.sees_clean_text}
     return {
         "student": student.model_dump(mode="json", by_alias=True),
@@ -390,11 +390,11 @@ def describe_run(
             "teachers": {name: teacher.fingerprint for name, teacher in teachers.items()},
             # Only of teachers whose targets are used: the others have weight 0 at every step.
             "teacher_seconds": {name: teachers[name].seconds for name in taught},
-            **({"measured": _measured(config, objective)} if measure >= TEACHERS_SINCE else {}),
+            **({"measured": _rules_of(config, objective)} if measure >= TEACHERS_SINCE else {}),
             **replicas,
-            "targets": {name: one.model_dump() for name, one in sorted(kept.items())},
+            "targets": {name: one.model_dump() for name, one in sorted(targets.items())},
             **({"teacher_views": views} if views else {}),
         },
         **({SECTION: {"measure": measure}} if measure >= MEASURE else {}),
-        **({LENGTH: {"steps": config.steps}} if asked else {}),
+        **({LENGTH: {"steps": config.steps}} if has_other_length else {}),
     }

@@ -24,8 +24,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` means that a device or the machine ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(words in told for words in _NO_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(
+        words in message for words in _NO_MEMORY
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -38,13 +40,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def running_out(
-    out: Path, kept: Callable[[], str], advice: str, settings: tuple[str, ...] = ()
+def report_shortage(
+    out: Path, describe_kept: Callable[[], str], advice: str, settings: tuple[str, ...] = ()
 ) -> Iterator[None]:
     """Turn a lack of memory or disk into a ResumableError.
 
-    ``kept`` says what exists of the work in ``out``. ``advice`` says what takes less memory, and
-    ``settings`` are such keys with values, for the command that continues.
+    ``describe_kept`` says what exists of the work in ``out``. ``advice`` says what takes less
+    memory, and ``settings`` are such keys with values, for the command that continues.
     """
     try:
         yield
@@ -54,13 +56,14 @@ def running_out(
         reason = first_words(error, 200) or type(error).__name__
         if is_out_of_memory(error):
             raise ResumableError(
-                f"out of memory ({reason}). {advice}. {kept()}", settings
+                f"out of memory ({reason}). {advice}. {describe_kept()}", settings
             ) from None
         if is_disk_full(error):
-            where = getattr(error, "filename", None) or out
-            told = getattr(error, "strerror", None) or reason
+            path = getattr(error, "filename", None) or out
+            cause = getattr(error, "strerror", None) or reason
             raise ResumableError(
-                f"{where} cannot be written: {told}. {kept()}; make room on that disk first"
+                f"{path} cannot be written: {cause}. {describe_kept()}; make room on that "
+                "disk first"
             ) from None
         if isinstance(error, RuntimeError) and any(w in reason.lower() for w in _PEER_GONE):
             raise RekindleError(
@@ -70,35 +73,36 @@ def running_out(
         raise
 
 
-def less_memory(
+def memory_advice(
     config: TrainConfig, world_size: int, device_type: str, balanced: bool = False
 ) -> tuple[str, tuple[str, ...]]:
     """Return what takes less memory in training, with the current values; and what to try first.
 
     ``balanced``: the student has a load-balancing loss, which micro_batch_sequences changes too.
     """
-    own = config.batch_sequences // world_size
-    size = min(config.micro_batch_sequences or own, own)
-    again: tuple[str, ...] = ()
+    own_sequences = config.batch_sequences // world_size
+    size = min(config.micro_batch_sequences or own_sequences, own_sequences)
+    settings: tuple[str, ...] = ()
     if size > 1 and not balanced:
-        again = (f"train.micro_batch_sequences={-(-size // 2)}",)
+        settings = (f"train.micro_batch_sequences={-(-size // 2)}",)
     elif not config.gradient_checkpointing:
-        again = ("train.gradient_checkpointing=true",)
-    written = config.micro_batch_sequences or f"null, the {own} of the batch"
-    fewer = f"train.micro_batch_sequences (now {written})"
-    again_computed = (
+        settings = ("train.gradient_checkpointing=true",)
+    micro_batch = config.micro_batch_sequences or f"null, the {own_sequences} of the batch"
+    fewer_sequences = f"train.micro_batch_sequences (now {micro_batch})"
+    recomputing = (
         f"set train.gradient_checkpointing: true (now {str(config.gradient_checkpointing).lower()})"
     )
     precision = chosen_precision(config.precision, device_type)
-    others = "a shorter corpus.sequence_length"
+    other_ways = "a shorter corpus.sequence_length"
     if bf16_saves(precision, device_type):
-        others = f"a student in train.precision bf16 (now {precision}), or {others}"
+        other_ways = f"a student in train.precision bf16 (now {precision}), or {other_ways}"
     if balanced:
         return (
-            f"To continue with --resume, {again_computed}: it changes no batch. In another --out: "
-            f"a lower {fewer}, which changes the load-balancing loss of this student, {others}"
-        ), again
+            f"To continue with --resume, {recomputing}: it changes no batch. In another --out: "
+            f"a lower {fewer_sequences}, which changes the load-balancing loss of this student, "
+            f"{other_ways}"
+        ), settings
     return (
-        f"Lower {fewer}, or {again_computed}: neither changes a batch, and both may be changed "
-        f"with --resume. In another --out: {others}"
-    ), again
+        f"Lower {fewer_sequences}, or {recomputing}: neither changes a batch, and both may be "
+        f"changed with --resume. In another --out: {other_ways}"
+    ), settings

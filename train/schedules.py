@@ -24,10 +24,10 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 def seconds_of(text: str) -> float:
     """Return the seconds of "90 s", "5 min" or "1.5 h". Raises ValueError for anything else."""
-    found = _TIME.fullmatch(text.strip())
-    if found is None or not float(found[1]):
+    match = _TIME.fullmatch(text.strip())
+    if match is None or not float(match[1]):
         raise ValueError(f"{text!r} is neither steps (200) nor a time (90 s, 5 min, 1.5 h)")
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _steps_or_time(value: object) -> object:

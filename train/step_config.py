@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from rekindle.data.errors import InputError
-from rekindle.data.former import Formerly
+from rekindle.data.former import FormerDefault
 from rekindle.data.settings import Settings
 from rekindle.train.schedules import (
     USUAL_WARMUP,
@@ -34,7 +34,7 @@ LENGTHS = ("steps", "epochs", "tokens")  # a run has exactly one of them
 LENGTH = "length"  # the section of a run's record with the steps that another length came to
 
 
-def _written(value: object) -> object:
+def _zero_for_null(value: object) -> object:
     """Read null as 0: steps that are not known yet, as nobody asks for none."""
     if value == 0 and value is not False:
         raise ValueError("must be greater than 0: without steps nothing is trained")
@@ -43,7 +43,7 @@ def _written(value: object) -> object:
 
 Steps = Annotated[
     int,
-    BeforeValidator(_written),
+    BeforeValidator(_zero_for_null),
     Field(ge=0),
     PlainSerializer(lambda steps: steps or None, return_type=int | None),
     WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]}),
@@ -66,7 +66,7 @@ class StepConfig(Settings):
         "without a loss (a masked LM has one at few of them), over all processes",
     )
     steps: Steps = Field(
-        default_factory=lambda given: 0 if _asked(given) else USUAL_STEPS,
+        default_factory=lambda given: 0 if _has_other_length(given) else USUAL_STEPS,
         description=f"optimiser steps; {USUAL_STEPS} if neither epochs nor tokens is given",
     )
     batch_sequences: Count = Field(64, description="sequences per step, over all processes")
@@ -79,7 +79,7 @@ class StepConfig(Settings):
         "warm-up. For a student with a fresh head; an output matrix that is also the "
         "input embeddings is not trained",
     )
-    warmup_steps: Annotated[int, Formerly(USUAL_WARMUP)] = Field(
+    warmup_steps: Annotated[int, FormerDefault(USUAL_WARMUP)] = Field(
         ge=0,
         default_factory=lambda given: usual_warmup(
             given.get("steps", 1) - given.get("warm_head_steps", 0)
@@ -156,12 +156,12 @@ class StepConfig(Settings):
         given = {*self.model_fields_set}
         if "warmup_steps" not in given:
             changed["warmup_steps"] = usual_warmup(steps - self.warm_head_steps)
-        found = self.model_copy(update=changed)
-        found.model_fields_set.clear()
-        found.model_fields_set.update(given)
-        if problem := found.length_problem():
+        config = self.model_copy(update=changed)
+        config.model_fields_set.clear()
+        config.model_fields_set.update(given)
+        if problem := config.length_problem():
             raise InputError(f"train: {self.length} = {steps:,} steps here; {problem}")
-        return found
+        return config
 
 
 def usual_head_steps(steps: int) -> int:
@@ -169,7 +169,7 @@ def usual_head_steps(steps: int) -> int:
     return max(min(steps // 5, 100), 1)
 
 
-def _asked(given: dict[str, Any]) -> bool:
+def _has_other_length(given: dict[str, Any]) -> bool:
     """Return whether the length is given in other units than steps."""
     return any(given.get(name) for name in LENGTHS[1:])
 
@@ -191,7 +191,7 @@ def steps_of(
     if config.steps:
         return config.steps
     if config.epochs is not None:
-        each = config.batch_sequences * (1 - replayed)
-        return max(1, math.ceil(config.epochs * sequences / each - 1e-9))
+        new_sequences = config.batch_sequences * (1 - replayed)
+        return max(1, math.ceil(config.epochs * sequences / new_sequences - 1e-9))
     assert config.tokens is not None
     return max(1, math.ceil(config.tokens / (config.batch_sequences * tokens_each) - 1e-9))

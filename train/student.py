@@ -25,9 +25,9 @@ from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.embedding.student import (
-    check_student_embedding,
-    choose_vector_output,
-    fit_head_to_student,
+    check_embedding,
+    choose_output,
+    fit_head,
 )
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.files import (
@@ -62,7 +62,7 @@ UNRECORDED = 512  # tokens, for students whose training length is not recorded
 OWN_FILES = {"heads": HEADS_FILE, "prompts": PROMPTS_FILE}  # by part of the state dict
 
 
-class _About(Settings):
+class _StudentRecord(Settings):
     """What ``save_pretrained`` writes about a student, besides what its caller adds."""
 
     model_config = ConfigDict(extra="ignore")
@@ -77,16 +77,16 @@ class _About(Settings):
     base: dict[str, str] | None = None  # for an adapter: its base's location and digests
 
     @classmethod
-    def of(cls, directory: Path) -> "_About":
+    def of(cls, directory: Path) -> "_StudentRecord":
         """Read the record; raise InputError if there is none."""
         try:
-            found = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+            record = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{directory} is not the directory of a student: {ABOUT_FILE} cannot be read "
                 f"({type(error).__name__}). `pipeline train-student` writes such directories"
             ) from None
-        return parse_settings(cls, found, str(directory / ABOUT_FILE))
+        return parse_settings(cls, record, str(directory / ABOUT_FILE))
 
 
 class Student(StudentNetwork):
@@ -132,20 +132,20 @@ class Student(StudentNetwork):
             self.adapter.save(path, self.base["model"])
             return
         with quiet_transformers():
-            held = None if tensors is None else dict(tensors)
-            self.model.save_pretrained(path, state_dict=held, save_original_format=not as_held)
+            weights = None if tensors is None else dict(tensors)
+            self.model.save_pretrained(path, state_dict=weights, save_original_format=not as_held)
 
     def save_beside(
-        self, path: Path, held: Mapping[str, Tensor], about: Mapping[str, object] | None = None
+        self, path: Path, weights: Mapping[str, Tensor], about: Mapping[str, object] | None = None
     ) -> None:
-        """Write the heads and prompts among the weights ``held``, and the student's record plus
+        """Write the heads and prompts among the ``weights``, and the student's record plus
         ``about``.
         """
         for part, file in OWN_FILES.items():
-            own = {k: v.contiguous() for k, v in weights_below(held, part).items()}
-            if own or file == HEADS_FILE:
-                save_file(own, path / file)
-        described = _About(
+            part_weights = {k: v.contiguous() for k, v in weights_below(weights, part).items()}
+            if part_weights or file == HEADS_FILE:
+                save_file(part_weights, path / file)
+        record = _StudentRecord(
             task=self.task,
             vocabulary_size=self.vocabulary_size,
             heads=self.head_configs,
@@ -155,8 +155,8 @@ class Student(StudentNetwork):
             sequence_length=self.sequence_length,
             base=self.base,
         ).model_dump(mode="json")
-        described = {key: value for key, value in described.items() if value is not None}
-        content = json.dumps(described | dict(about or {}), indent=1, sort_keys=True)
+        record = {key: value for key, value in record.items() if value is not None}
+        content = json.dumps(record | dict(about or {}), indent=1, sort_keys=True)
         (path / ABOUT_FILE).write_text(content + "\n", encoding="utf-8")
 
     def own_weights(self) -> dict[str, Tensor]:
@@ -165,11 +165,13 @@ class Student(StudentNetwork):
 
         For an adapter: itself, heads and prompts, without its base.
         """
-        held: dict[str, Tensor] = self.state_dict(keep_vars=True)
+        weights: dict[str, Tensor] = self.state_dict(keep_vars=True)
         if self.adapter is None:
-            return held
-        own = {name: values for name, values in held.items() if not name.startswith("model.")}
-        return own | {f"model.{k}": values for k, values in self.adapter.tensors().items()}
+            return weights
+        trained = {
+            name: values for name, values in weights.items() if not name.startswith("model.")
+        }
+        return trained | {f"model.{k}": values for k, values in self.adapter.tensors().items()}
 
     def finished(self) -> "Student":
         """Return what a run leaves: with ``student.lora.merge``, an adapter and its base as one
@@ -195,39 +197,45 @@ class Student(StudentNetwork):
         Raises InputError if it is not such a directory.
         """
         path = Path(directory)
-        about = _About.of(path)
-        model = load_language_model(path, about.task)
-        size = vocabulary_size or about.vocabulary_size
-        student = cls(model, about.task, about.heads, size, about.domains)
-        student.source, student.sequence_length = path, about.sequence_length
-        student.vectors = about.vectors
+        record = _StudentRecord.of(path)
+        model = load_language_model(path, record.task)
+        size = vocabulary_size or record.vocabulary_size
+        student = cls(model, record.task, record.heads, size, record.domains)
+        student.source, student.sequence_length = path, record.sequence_length
+        student.vectors = record.vectors
         student.take_over(path)
-        for name, settings in about.methods.items():
-            kind = find_method(name)
-            add_module(kind, parse_settings(kind.Settings, settings, str(path)), student)
+        for name, settings in record.methods.items():
+            method_class = find_method(name)
+            parsed = parse_settings(method_class.Settings, settings, str(path))
+            add_module(method_class, parsed, student)
         return student
 
     def take_over(self, directory: Path) -> None:
         """Copy the heads that this student shares with the one in ``directory``, and the prompts of
         domains that both have.
         """
-        earlier, weights = _About.of(directory), _beside(directory / HEADS_FILE)
+        earlier_record = _StudentRecord.of(directory)
+        head_weights = _read_beside(directory / HEADS_FILE)
         for name, head in self.head_configs.items():
-            before = earlier.heads.get(name)
-            if before == head:
-                self.heads[head_key(name)].load_state_dict(weights_below(weights, head_key(name)))
-            elif before is not None:
-                keys = [
-                    k for k in HeadConfig.model_fields if getattr(before, k) != getattr(head, k)
+            earlier_head = earlier_record.heads.get(name)
+            if earlier_head == head:
+                self.heads[head_key(name)].load_state_dict(
+                    weights_below(head_weights, head_key(name))
+                )
+            elif earlier_head is not None:
+                differing = [
+                    k
+                    for k in HeadConfig.model_fields
+                    if getattr(earlier_head, k) != getattr(head, k)
                 ]
-                told = "student: the head %r starts afresh, because that of %s differs (%s)"
-                log.warning(told, name, directory, ", ".join(keys))
-        if self.prompts is not None and earlier.domains is not None:
-            vectors = _beside(directory / PROMPTS_FILE)["vectors.weight"]
-            self.prompts.take(earlier.domains, vectors)
+                message = "student: the head %r starts afresh, because that of %s differs (%s)"
+                log.warning(message, name, directory, ", ".join(differing))
+        if self.prompts is not None and earlier_record.domains is not None:
+            vectors = _read_beside(directory / PROMPTS_FILE)["vectors.weight"]
+            self.prompts.take(earlier_record.domains, vectors)
 
 
-def _beside(file: Path) -> dict[str, Tensor]:
+def _read_beside(file: Path) -> dict[str, Tensor]:
     """Read a file beside a student's weights; raise InputError if it is missing or damaged."""
     if not file.is_file():
         raise InputError(
@@ -241,10 +249,10 @@ def saved_heads(directory: Path) -> dict[str, HeadConfig]:
     """Return the heads of the student in ``directory``, by name; {} if it is not a
     student of ours.
     """
-    return _About.of(directory).heads if (directory / ABOUT_FILE).is_file() else {}
+    return _StudentRecord.of(directory).heads if (directory / ABOUT_FILE).is_file() else {}
 
 
-class Saved(NamedTuple):
+class SavedTensor(NamedTuple):
     """Where a tensor is stored."""
 
     file: Path
@@ -252,7 +260,7 @@ class Saved(NamedTuple):
     shape: tuple[int, ...]
 
     @classmethod
-    def all_in(cls, file: Path, prefix: str = "") -> dict[str, "Saved"]:
+    def all_in(cls, file: Path, prefix: str = "") -> dict[str, "SavedTensor"]:
         """Return a file's tensors by their names after ``prefix``; raise InputError if it is
         damaged.
         """
@@ -260,18 +268,18 @@ class Saved(NamedTuple):
         return {prefix + key: cls(file, key, stored.shape) for key, stored in found}
 
 
-def saved_tensors(directory: Path) -> dict[str, Saved]:
+def saved_tensors(directory: Path) -> dict[str, SavedTensor]:
     """Return what ``save_pretrained`` wrote, by the names of the student's state dict.
 
     Large models are in several files. Raises InputError if one is missing or damaged.
     """
     files = [("model", file) for file in weight_files(directory)]
     files += [(part, directory / file) for part, file in OWN_FILES.items()]
-    found: dict[str, Saved] = {}
+    tensors: dict[str, SavedTensor] = {}
     for part, file in files:
         if file.name != PROMPTS_FILE or file.is_file():
-            found |= Saved.all_in(file, f"{part}.")
-    return found
+            tensors |= SavedTensor.all_in(file, f"{part}.")
+    return tensors
 
 
 def check_student(
@@ -282,19 +290,19 @@ def check_student(
     """
     attention = config.chosen_attention
     directory, task = resolve_model(config.model), config.language_task
-    who = f"student {config.model!r}"
-    found = check_student_files(directory, task, who, config.from_scratch, attention)
-    _check_sizes(config, found, vocabulary_size, sequence_length)
+    subject = f"student {config.model!r}"
+    model_config = check_student_files(directory, task, subject, config.from_scratch, attention)
+    _check_sizes(config, model_config, vocabulary_size, sequence_length)
     if config.lora is not None:
         if is_adapter(directory):
             raise InputError(
-                f"{who} is already an adapter, and student.lora would put another one on it. "
+                f"{subject} is already an adapter, and student.lora would put another one on it. "
                 f"Merge it first (`pipeline merge-adapter {shlex.quote(config.model)} --out DIR`) "
                 "and adapt the result, or leave student.lora out to train the merged model"
             )
-        plain = config.lora.model_copy(update={"dora": False})  # which needs the weights
+        without_dora = config.lora.model_copy(update={"dora": False})  # which needs the weights
         with torch.random.fork_rng(devices=[]):
-            Adapter(shape_only(found, AUTO_CLASSES[task]), plain, task, who)
+            Adapter(shape_only(model_config, AUTO_CLASSES[task]), without_dora, task, subject)
 
 
 def build_student(
@@ -316,7 +324,7 @@ def build_student(
     (``rekindle.train.growth.student``).
     """
     check_student(config, vocabulary_size, sequence_length)
-    check_student_embedding(config, heads)
+    check_embedding(config, heads)
     directory = resolve_model(config.model)
     torch.manual_seed(seed)
     attention, fresh = config.chosen_attention, False
@@ -329,15 +337,19 @@ def build_student(
     adapter, task = None, config.language_task
     if config.lora is not None:  # before it is split, which tries its logits
         adapter = Adapter(model, config.lora, task, f"student {config.model!r}")
-    prompted = domains if config.domain_prompts else None
-    asked = {name: _formed(name, head, config, model, tokenizer) for name, head in heads.items()}
-    student = Student(model, task, asked, vocabulary_size, prompted)
+    prompt_domains = domains if config.domain_prompts else None
+    head_configs = {
+        name: _configure_head(name, head, config, model, tokenizer) for name, head in heads.items()
+    }
+    student = Student(model, task, head_configs, vocabulary_size, prompt_domains)
     student.sequence_length = sequence_length or None
-    student.vectors = choose_vector_output(config, asked)
+    student.vectors = choose_output(config, head_configs)
     if adapter is not None:
-        place = directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
+        base_place = (
+            directory.resolve() if Path(config.model).expanduser().is_dir() else config.model
+        )
         student.adapter = adapter
-        student.base = {"model": str(place), **base_fingerprints(directory)}
+        student.base = {"model": str(base_place), **base_fingerprints(directory)}
         student.base |= {} if adapter.quantize is None else {"quantize": adapter.quantize}
     if config.from_scratch:
         return student
@@ -347,7 +359,7 @@ def build_student(
     return student
 
 
-def _formed(
+def _configure_head(
     name: str, head: HeadConfig, config: StudentConfig, model: Any, tokenizer: Tokenizer | None
 ) -> HeadConfig:
     """Return the ``head`` in the configured form, with a padding id if ``model`` has none.
@@ -355,11 +367,11 @@ def _formed(
     An embedding head also gets what the student's size decides.
     """
     if head.kind == "embedding":
-        return fit_head_to_student(head, name, config, model.config)
+        return fit_head(head, name, config, model.config)
     padding = None
     if config.head == "family" and padding_of(model.config) is None and tokenizer is not None:
-        known = (tokenizer.hf.pad_token_id, tokenizer.eos_id)
-        padding = next((number for number in known if number is not None), None)
+        candidates = (tokenizer.hf.pad_token_id, tokenizer.eos_id)
+        padding = next((number for number in candidates if number is not None), None)
     return head.model_copy(update={"form": config.head, "padding": padding})
 
 
@@ -381,10 +393,10 @@ def _check_sizes(
     longest = longest_input(model_config)
     if longest is None or longest >= sequence_length + config.domain_prompts:
         return
-    more = " and the domain prompt one more" if config.domain_prompts else ""
-    less = ", or leave out student.domain_prompts" if longest == sequence_length else ""
+    prompt_note = " and the domain prompt one more" if config.domain_prompts else ""
+    prompt_advice = ", or leave out student.domain_prompts" if longest == sequence_length else ""
     raise InputError(
         f"student {config.model!r} takes at most {longest:,} tokens, but the cache's sequences "
-        f"have up to {sequence_length:,}{more}. Use a student with more positions, or make a "
-        f"cache with a smaller corpus.sequence_length{less}"
+        f"have up to {sequence_length:,}{prompt_note}. Use a student with more positions, or "
+        f"make a cache with a smaller corpus.sequence_length{prompt_advice}"
     )

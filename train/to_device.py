@@ -142,31 +142,38 @@ def to_device(
             f"temperature_between is {temperature_between!r}; it must be refuse or interpolate"
         )
     task = task or _task_of(batch)
-    language = [n for n, target in batch.targets.items() if isinstance(target, TokenTargetBatch)]
-    there = f"the batch has the language models {language or 'none'}"
-    there += ". All logits of experts are stored: their temperature is the loss's"
-    temperatures = by_name(temperature, language, "temperature", there)
-    ks = by_name(k, language, "k", there)
+    language_models = [
+        n for n, target in batch.targets.items() if isinstance(target, TokenTargetBatch)
+    ]
+    teachers_note = f"the batch has the language models {language_models or 'none'}"
+    teachers_note += ". All logits of experts are stored: their temperature is the loss's"
+    temperatures = by_name(temperature, language_models, "temperature", teachers_note)
+    ks = by_name(k, language_models, "k", teachers_note)
     rows = _rows(batch, task, device)
     masked = batch.masked is not None and task == "masked_lm"
-    shown: dict[str, Inputs] = {} if masked else {"": rows.inputs}  # by view of pairs; "": the text
+    # by view of pairs; "": the text
+    inputs_by_view: dict[str, Inputs] = {} if masked else {"": rows.inputs}
     targets: dict[str, DeviceTargets | DeviceLogits | DeviceVectors] = {}
     for name, target in batch.targets.items():
         if isinstance(target, TokenTargetBatch):
-            at = temperatures.get(name, target.kind.readable_temperature)
+            target_temperature = temperatures.get(name, target.kind.readable_temperature)
             _check_task(target.info, task)
             target = target.interpolating(temperature_between == "interpolate")
-            targets[name] = _device_targets(batch, target, rows, at, ks.get(name), device)
+            targets[name] = _device_targets(
+                batch, target, rows, target_temperature, ks.get(name), device
+            )
             continue
         assert isinstance(target, SequenceTargetBatch | TokenLabelBatch | EmbeddingBatch)
         view = target.info.view if target.info.view_class.paired else ""
-        if view not in shown:
-            shown[view] = inputs_of(batch, target.info.view, device)
+        if view not in inputs_by_view:
+            inputs_by_view[view] = inputs_of(batch, target.info.view, device)
         if isinstance(target, EmbeddingBatch):
             vectors, select = send(target.vectors, device), send(target.rows, device)
-            targets[name] = DeviceVectors(target.info, vectors, select, shown[view])
+            targets[name] = DeviceVectors(target.info, vectors, select, inputs_by_view[view])
             continue
-        targets[name] = _device_logits(target, batch.input_ids.shape[1], shown[view], device)
+        targets[name] = _device_logits(
+            target, batch.input_ids.shape[1], inputs_by_view[view], device
+        )
     return DeviceBatch(rows.inputs, rows.select, rows.labels, rows.keys, targets)
 
 
@@ -201,20 +208,20 @@ def _task_of(batch: Batch) -> str | None:
 
 
 def by_name(
-    given: T | Mapping[str, T] | None, names: Collection[str], what: str, there: str
+    value: T | Mapping[str, T] | None, names: Collection[str], setting: str, teachers_note: str
 ) -> dict[str, T]:
     """Return the value for each of the teachers ``names``; those without one are left out.
-    ``there`` says in an error which teachers exist.
+    ``teachers_note`` says in an error which teachers exist.
     """
-    if given is None:
+    if value is None:
         return {}
-    if not isinstance(given, Mapping):
+    if not isinstance(value, Mapping):
         if not names:
-            raise InputError(f"{what} is {given}; {there}")
-        return dict.fromkeys(names, given)
-    if unknown := sorted(given.keys() - {*names}):
-        raise InputError(f"{what} names {', '.join(map(repr, unknown))}; {there}")
-    return dict(given)
+            raise InputError(f"{setting} is {value}; {teachers_note}")
+        return dict.fromkeys(names, value)
+    if unknown := sorted(value.keys() - {*names}):
+        raise InputError(f"{setting} names {', '.join(map(repr, unknown))}; {teachers_note}")
+    return dict(value)
 
 
 def _device_targets(

@@ -54,11 +54,11 @@ from rekindle.pipeline.caching.views import build_views, told_of_pairs
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
-from rekindle.train.interrupts import telling
+from rekindle.train.interrupts import reporting_interrupts
 from rekindle.train.order.domains import check_domains
 from rekindle.train.order.sequences import describe_too_few
-from rekindle.train.record.room import Room
-from rekindle.train.running_out import running_out
+from rekindle.train.record.disk_room import DiskRoom
+from rekindle.train.running_out import report_shortage
 
 log = logging.getLogger("rekindle")
 
@@ -115,9 +115,9 @@ def cache_teachers(
     store = open_store(config.cache.path)
     refuse_changing(store)
     made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
-    with telling(lambda: _kept(made, store)):
+    with reporting_interrupts(lambda: _kept(made, store)):
         rehearse(config, chosen, store)
-    with telling(lambda: _kept(made, store)), adding(store) as alone:
+    with reporting_interrupts(lambda: _kept(made, store)), adding(store) as alone:
         # Only the first process repairs; later ones skip it.
         repaired = 0
         if alone is False:
@@ -150,7 +150,7 @@ def cache_teachers(
         _tell_slow(parts, corpus, config.cache.masked_replicas)
         missed = present = 0
         here = isinstance(store, LocalStore)
-        room = Room(Path(store.location) if here else None, "unit")
+        room = DiskRoom(Path(store.location) if here else None, "unit")
         for group in (*passes(before), *passes(after)):
             if hard and group[0] in after:
                 build_hard_masks(hard, True, progress)
@@ -167,7 +167,7 @@ def cache_teachers(
                 units = list(dict.fromkeys(unit for _, missing in left for unit in missing))
                 if not alone:  # in step with another process, both would make every unit
                     random.shuffle(units)
-                enough = running_out(
+                enough = report_shortage(
                     Path(store.location),
                     lambda: f"This call: {_kept(made, store)[0]}",
                     _less_memory(group[0]),
@@ -277,7 +277,7 @@ def _run(
     executor: Executor,
     progress: Progress,
     made: Counter[str],
-    room: Room,
+    room: DiskRoom,
 ) -> None:
     """Make the missing ``units``, in that order, of teachers that share their passes."""
     group = tuple(part for part, _ in left)
@@ -292,7 +292,7 @@ def _run(
             log.info("teacher %s: precision auto is %s, by this machine", *decided)
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
-    room.left = len(units)
+    room.remaining = len(units)
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:

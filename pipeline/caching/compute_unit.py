@@ -33,7 +33,7 @@ from rekindle.pipeline.caching.sampling import sample_keys
 from rekindle.pipeline.caching.scoring import scored_blocks
 from rekindle.pipeline.caching.teachers import Teacher
 from rekindle.train.embedding.encoder import SentenceEncoder
-from rekindle.train.model.causes import running
+from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.passes import with_known_padding
 
 Rows = NDArray[np.int64]
@@ -237,7 +237,7 @@ class UnitRun:
         seen, _ = self._wrapped(self.teacher.tokenizer.encode([*texts]))
 
         def forward(rows: Rows, inputs: Inputs) -> Pending:
-            with running(f"teacher {self.info.name!r} ({self.info.model})"):
+            with explaining_run_errors(f"teacher {self.info.name!r} ({self.info.model})"):
                 found = encoder(with_known_padding(inputs), self.teacher.skipped)
             return self.teacher.way.fetch({"vectors": found}, dict)
 
@@ -250,7 +250,7 @@ class UnitRun:
 
     def _logits(self, inputs: Inputs) -> Tensor:
         """Return an expert's logits in fp32; raise InputError if its own code fails."""
-        with running(f"teacher {self.info.name!r} ({self.info.model})"):
+        with explaining_run_errors(f"teacher {self.info.name!r} ({self.info.model})"):
             logits: Tensor = self.teacher.model(**with_known_padding(inputs)).logits.float()
         return logits
 

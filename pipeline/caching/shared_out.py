@@ -19,8 +19,14 @@ from torch import nn
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.teacher_config import TeacherConfig
-from rekindle.train.distributed import PATIENCE, ElsewhereError, World, join_world, meeting
-from rekindle.train.launch import launched
+from rekindle.train.distributed import (
+    PATIENCE,
+    ElsewhereError,
+    World,
+    join_world,
+    reporting_lost_processes,
+)
+from rekindle.train.launch import current_launch
 from rekindle.train.model.files import load_config
 from rekindle.train.model.folder import is_adapter
 from rekindle.train.model.meta import shape_only
@@ -46,7 +52,7 @@ def check_processes(teachers: Sequence[TeacherConfig], alone: bool = True) -> No
             f"teacher {shared.name!r}: tp_plan auto splits it among the processes of torchrun, "
             "each of which makes a part of every pass. Leave --workers and --executor out"
         )
-    if launched().world_size == 1:
+    if current_launch().world_size == 1:
         raise InputError(
             f"teacher {shared.name!r}: tp_plan auto splits it among the processes of torchrun, "
             "and this is the only one. Start as many as it needs: torchrun --nproc-per-node 2 "
@@ -107,7 +113,7 @@ def told() -> Any:
 
 
 def _broadcast(found: list[Any]) -> None:
-    with meeting():
+    with reporting_lost_processes():
         dist.broadcast_object_list(found, src=0, group=_control[0], device=torch.device("cpu"))
 
 

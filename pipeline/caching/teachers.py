@@ -61,9 +61,9 @@ from rekindle.train.model.fitting import AUTO_CLASSES, auto_class_of, knows_segm
 from rekindle.train.model.headers import check_teacher_files
 from rekindle.train.model.meta import shape_only
 from rekindle.train.model.padding import padding_of
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.model.split_model import SplitLanguageModel, output_width, splittable
-from rekindle.train.precision import told_of_slow
+from rekindle.train.precision import describe_slow_precision
 from rekindle.train.record.lineage import lineage_of_model
 
 log = logging.getLogger("rekindle")
@@ -189,7 +189,7 @@ def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
         )
     asked = {f"teachers.{name}.precision: {{}}": info.precision}
     device = place(info.precision).device.partition(":")[0]
-    return told_of_slow(asked, device, instead)
+    return describe_slow_precision(asked, device, instead)
 
 
 def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
@@ -309,7 +309,7 @@ class Teacher:
             with suppress(torch.OutOfMemoryError, MemoryError):  # reported with the first batch
                 self._language_model = self._split()
         # Then only sequences of one length are batched: a target must not depend on neighbours.
-        self.equal_lengths = moved_by_padding(model) > 0
+        self.equal_lengths = padding_influence(model) > 0
         if self.equal_lengths:
             log.info(
                 "teacher %s: %s lets padding change what it gives for the tokens themselves; "

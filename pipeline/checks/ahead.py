@@ -23,7 +23,7 @@ from rekindle.pipeline.plan.run import plan_run
 from rekindle.pipeline.plan.staged import plan_staged_run
 from rekindle.train.model.files import place
 from rekindle.train.model.folder import stored_tensors
-from rekindle.train.record.room import free_near
+from rekindle.train.record.disk_room import free_bytes_near
 
 PROBLEM = "PROBLEM: "
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per weight, by precision
@@ -38,7 +38,7 @@ def disk_of(config: RunConfig) -> str:
         return f"{config.cache.path} is in an object store: its free space is unknown here"
     plans = _plans(config)
     sizes = [plan.totals.bytes for plan in plans]
-    where, free = free_near(Path(config.cache.path))
+    where, free = free_bytes_near(Path(config.cache.path))
     known = sum(size for size in sizes if size is not None)
     more = "" if plans and None not in sizes else ", plus what is not known yet"
     told = f"{shown_bytes(known)} will be written{more}; {shown_bytes(free)} are free at {where}"

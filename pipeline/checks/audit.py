@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.journal import what_became
+from rekindle.data.journal import explain_missing
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.embedding import Embedding
@@ -50,7 +50,7 @@ from rekindle.train.model.files import (
     config_fingerprint,
     weights_fingerprint,
 )
-from rekindle.train.precision import tell_slow
+from rekindle.train.precision import warn_of_slow_precision
 
 log = logging.getLogger("rekindle")
 
@@ -145,7 +145,7 @@ def _tell_left_out(cache: Cache, config: RunConfig) -> None:
             )
     for name in named:
         if name not in cache.teachers:
-            became = what_became(cache.manifest, cache.store, name, cache.teachers)
+            became = explain_missing(cache.manifest, cache.store, name, cache.teachers)
             log.warning("teacher %s of the configuration is not in the cache.%s", name, became)
 
 
@@ -193,7 +193,7 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
     teacher = Teacher(TeacherPlan(config, directory, whole, encoder), cache.corpus)
     precision = {f"teacher {config.name!r}: {{}}": info.precision}
     device = teacher.placement.device.partition(":")[0]
-    tell_slow(precision, device, "An audit computes as the targets were made")
+    warn_of_slow_precision(precision, device, "An audit computes as the targets were made")
     check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
     teacher.stores_tails = kind_of(info).has_tail  # its own tokens' mass lies in the tail
     return teacher

@@ -282,6 +282,6 @@ def _tell_written(done: str, found: "Exported | Merged", as_json: bool) -> None:
         return
     typer.echo(f"{done}: {found.out}")
     copied = ", in a local copy of that folder" if is_remote(found.out) else ""
-    say(f"{found.told()}. With transformers alone{copied}:")
+    say(f"{found.describe()}. With transformers alone{copied}:")
     folder = found.out.rpartition("/")[2] if copied else found.out
     say(f"  transformers.{found.auto_class}.from_pretrained({json.dumps(folder)})")

@@ -40,7 +40,7 @@ from rekindle.train.finetune.metrics import (
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
 from rekindle.train.model.folder import resolve_model
-from rekindle.train.model.unfinished import unfinished, usable_checkpoint
+from rekindle.train.model.unfinished import describe_unfinished, usable_checkpoint
 from rekindle.train.ranking.scores import scores_by_group
 from rekindle.train.student import ABOUT_FILE, saved_heads
 
@@ -133,7 +133,7 @@ def _asked(test: str, runs: Sequence[RunFacts]) -> tuple[str, str]:
 def _refuse_unfinished(test: str, head: str, file: str, runs: Sequence[RunFacts]) -> None:
     """Raise InputError if runs have no head because they have not ended."""
     places = [Path(run.directory) for run in runs]
-    told = [words for place in places if (words := unfinished(place)) is not None]
+    told = [words for place in places if (words := describe_unfinished(place)) is not None]
     if not told:
         return
     also = ""

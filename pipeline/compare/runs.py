@@ -22,7 +22,7 @@ from rekindle.pipeline.several_runs import SECTIONS, STAGES_FILE, SWEEP_FILE, re
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.measures import MEASURE, UNSEEN, measure_of, true_names
 from rekindle.train.method_names import is_better_upwards
-from rekindle.train.record.run_folder import differences, read_record, reading
+from rekindle.train.record.run_folder import differences, read_record, reading_record
 from rekindle.train.record.run_log import METRICS_FILE, read_metrics
 from rekindle.train.record.summary import read_summary
 from rekindle.train.step_config import LENGTH, recorded_steps
@@ -199,7 +199,7 @@ def _open_run(directory: Path, planned: Mapping[str, Any] = {}) -> RunFolder | N
         about = {**planned, "cache": {"corpus": planned["corpus"]}}
     if about is None:
         return None
-    with reading(directory / "run.json"):
+    with reading_record(directory / "run.json"):
         recorded = {section: dict(about[section]) for section in SECTIONS}
         whole = with_defaults(RunConfig, recorded)  # an older run lacks keys of this version
         settings = {section: dict(whole[section]) for section in SECTIONS}
@@ -251,7 +251,7 @@ def _read_run(
     steps = [record for record in one.records if record["kind"] == "train"]
     evaluations = [record for record in one.records if record["kind"] == "evaluate"]
     last = {k: v for k, v in (evaluations or [{}])[-1].items() if k not in ("kind", "step")}
-    with reading(one.directory / METRICS_FILE):
+    with reading_record(one.directory / METRICS_FILE):
         spent = sum(r["tokens"] / s for r in steps if (s := r["tokens_per_second"]) > 0)
     return RunFacts(
         name=name,

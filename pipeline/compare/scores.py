@@ -8,7 +8,7 @@ from rekindle.pipeline.report.scores import TaskScores
 from rekindle.pipeline.sweep.grid import shortest_tails
 from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.metrics import printed_name
-from rekindle.train.record.run_folder import read_record, reading
+from rekindle.train.record.run_folder import read_record, reading_record
 
 ABOUT_FILE = "rekindle_student.json"  # a student's record of itself, including its heads
 Facts = dict[str, Any]
@@ -108,5 +108,5 @@ def heads_of(directory: Path) -> list[str]:
     about = read_record(directory / ABOUT_FILE)
     if about is None:
         return []
-    with reading(directory / ABOUT_FILE):
+    with reading_record(directory / ABOUT_FILE):
         return [*dict(about["heads"])]

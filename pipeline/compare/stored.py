@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rekindle.data.places import address_of
 from rekindle.data.storage.folders import CHECKPOINTS, tree_copy
-from rekindle.train.record.working_copy import speaking_of
+from rekindle.train.record.working_copy import naming_address
 
 # Records of runs, experts and cycles; and large files that say nothing about a run.
 _RECORDS = (".json", ".jsonl", ".yaml", ".csv")
@@ -36,7 +36,7 @@ def fetched(
             if address := address_of(directory):
                 directory = tree_copy(address, wanted)
                 places[directory] = address
-                spoken.enter_context(speaking_of(address, directory))
+                spoken.enter_context(naming_address(address, directory))
             found.append(directory)
 
         def named(text: str) -> str:

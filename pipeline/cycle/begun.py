@@ -9,7 +9,7 @@ from typing import Any
 from rekindle.data.corpus.additions import has_corpus, is_same_source, read_additions
 from rekindle.data.corpus.config import differing_keys
 from rekindle.data.errors import CheckpointError, InputError, naming
-from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.former import with_defaults, with_recorded_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.source.sources import source_files
 from rekindle.data.storage.base import Store
@@ -20,7 +20,12 @@ from rekindle.pipeline.cycle.config import CycleConfig
 from rekindle.pipeline.cycle.inputs import TaskFiles
 from rekindle.pipeline.cycle.searched import DRAWS_FOLDER, FIRST_DRAW
 from rekindle.train.finetune.config import TaskSettings
-from rekindle.train.record.run_folder import check_same, goes_on, read_record, reading
+from rekindle.train.record.run_folder import (
+    check_same_settings,
+    is_continued,
+    read_record,
+    reading_record,
+)
 
 log = logging.getLogger("rekindle")
 
@@ -43,8 +48,8 @@ def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
                 "not be used: leave out one of them"
             )
     else:
-        with reading(home / CYCLE_FILE, ELSEWHERE):
-            was = as_begun(config, _BEFORE | begun["settings"])
+        with reading_record(home / CYCLE_FILE, ELSEWHERE):
+            was = with_recorded_defaults(config, _BEFORE | begun["settings"])
         if was is not config:
             with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
                 config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))
@@ -76,12 +81,12 @@ def look(
     home: Path, config: CycleConfig, about: Mapping[str, Any], beside: Collection[str]
 ) -> None:
     """Check that the directory is free, or holds this very cycle."""
-    if not goes_on(home, CYCLE_FILE, "cycle", resume=True, beside=beside):
+    if not is_continued(home, CYCLE_FILE, "cycle", resume=True, other_files=beside):
         for text in config.texts:  # later it may be gone, but then it is in the cache
             source_files(config.text_of(text).places)
         return
     found = read_record(home / CYCLE_FILE, ELSEWHERE) or {}
-    with reading(home / CYCLE_FILE, ELSEWHERE):
+    with reading_record(home / CYCLE_FILE, ELSEWHERE):
         if found["written_by"] != CYCLE_WRITER:
             raise ValueError("it does not belong to a cycle")
         older = "problem" not in found["settings"]["finetune"]
@@ -100,7 +105,9 @@ def look(
         places = ["finetune", *(f"tasks.{name}.finetune" for name in now["tasks"])]
         described += [f"{place}.{key}" for place in places for key in TaskSettings.model_fields]
     described += _draws_added(home, before.get("label_draws") or 1, now["label_draws"])
-    check_same(home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described))
+    check_same_settings(
+        home, before, now, rule, free=("arms", "about", "corpus.on_bad_record", *described)
+    )
     start = found.get("start", about["start"])  # not recorded by older versions
     for key, whose in (("weights", "student"), ("expert_weights", "experts")):
         if start.get(key) != about["start"].get(key):
@@ -131,7 +138,7 @@ def remove_other_rows(tasks: Sequence[TaskFiles], home: Path) -> None:
 
 
 def _texts_in(file: Path) -> list[tuple[str, str | None]]:
-    with reading(file, "remove it and run the cycle again"):
+    with reading_record(file, "remove it and run the cycle again"):
         ones = map(json.loads, file.read_bytes().splitlines())
         return [(one.get("sentence1", one.get("text")), one.get("sentence2")) for one in ones]
 

@@ -74,7 +74,7 @@ from rekindle.pipeline.processes.jobs import MOST_WORKERS, Job, run_counted
 from rekindle.pipeline.processes.worker import Place, places_for, visible_devices, warm_up
 from rekindle.pipeline.progress import SILENT, Progress
 from rekindle.train.finetune.result import RESULT_FILE
-from rekindle.train.record.run_folder import alone_in, open_folder
+from rekindle.train.record.run_folder import locked_folder, open_folder
 
 log = logging.getLogger("rekindle")
 
@@ -145,7 +145,7 @@ def run_cycle(
         check_same_text(config, home, number)
         beside = ("search",) if number == FIRST_DRAW and taken_from(first) else ()
         _run_one(config.of_draw(number), home / DRAWS_FOLDER / str(number), how, beside)
-    with alone_in(home, wait=True):  # another process may have worked on another draw
+    with locked_folder(home, wait=True):  # another process may have worked on another draw
         if (search := packed(first)) is not None:
             write_json(home / SEARCH_FILE, search)
         results = read_results(home)
@@ -239,7 +239,7 @@ def _tell_again(home: Path, config: CycleConfig, jobs: Sequence[Job]) -> None:
 
 def _tell_slow(config: CycleConfig, place: Place) -> None:
     """Log, for all jobs, requested precisions that the CPU has no instructions for."""
-    from rekindle.train.precision import tell_slow
+    from rekindle.train.precision import warn_of_slow_precision
 
     asked: dict[str, str] = {"train.precision: {}": config.train.precision}
     if "precision" in config.search:
@@ -250,7 +250,7 @@ def _tell_slow(config: CycleConfig, place: Place) -> None:
         own |= {"experts.finetune": config.experts.finetune}
         for where, settings in own.items():
             asked[f"{where}.precision: {{}}"] = str(settings.get("precision"))
-    tell_slow(asked, "cpu" if place.device is None else "cuda")
+    warn_of_slow_precision(asked, "cpu" if place.device is None else "cuda")
 
 
 def _write_results(home: Path) -> CycleResults:

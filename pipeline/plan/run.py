@@ -21,7 +21,7 @@ from rekindle.pipeline.plan.figures import (
     ViewPlan,
 )
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.train.record.room import free_near
+from rekindle.train.record.disk_room import free_bytes_near
 
 # Without its tokenizer or text, almost nothing is known of the corpus. Without a teacher's model,
 # only the figures that depend on the model are unknown.
@@ -76,7 +76,7 @@ def _totals(
     disk, free = None, None
     store = open_store(path)
     if isinstance(store, LocalStore):
-        nearest, free = free_near(store.root)
+        nearest, free = free_bytes_near(store.root)
         disk = str(nearest)
     return Totals(size, sum(seconds) if seconds or not teachers else None, unknown, disk, free)
 

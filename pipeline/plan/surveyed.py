@@ -31,10 +31,10 @@ from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
 from rekindle.train.model.headers import has_fresh_head
-from rekindle.train.model.heads import told_of_fresh_head
+from rekindle.train.model.heads import describe_fresh_head
 from rekindle.train.order.sequences import describe_too_few
 from rekindle.train.order.similar_lengths import padding_ratios
-from rekindle.train.precision import told_of_slow
+from rekindle.train.precision import describe_slow_precision
 from rekindle.train.schedules import is_used
 
 
@@ -116,11 +116,13 @@ def _told_of_slow(
     for teacher, plan, work in zip(config.teachers, plans, works, strict=True):
         if plan is None:
             asked = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
-            told.append(told_of_slow(asked, device))
+            told.append(describe_slow_precision(asked, device))
         elif work.units_to_make:
             told.append(told_of_slow_pass(plan, survey.present or survey.reference))
     if config.student is not None:
-        told.append(told_of_slow({"train.precision: {}": config.train.precision}, device))
+        told.append(
+            describe_slow_precision({"train.precision: {}": config.train.precision}, device)
+        )
     return [one for one in told if one is not None]
 
 
@@ -142,7 +144,7 @@ def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
     if not hard and not words:
         return []
     taught = "" if hard else ", from its teachers' words alone"
-    return [told_of_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught)]
+    return [describe_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught)]
 
 
 def _check_files(config: RunConfig, must_be: bool) -> None:

@@ -128,7 +128,7 @@ def run_jobs(
                     message = worker.receive()
                 except Interrupted as error:  # only this job was told to end, so everything ends
                     del running[worker]
-                    raise Interrupted(f"; {job.name}: interrupted{error.told}") from None
+                    raise Interrupted(f"; {job.name}: interrupted{error.message}") from None
                 except Exception as error:
                     if keep_going:
                         results[job.name] = error
@@ -159,8 +159,8 @@ def run_counted(
         run_jobs(jobs, log_file, progress, places)
     except Interrupted as error:
         done = sum(job.output is not None and job.output.exists() for job in jobs)
-        told = f"; {done} of {counted(len(jobs), 'job')} are finished{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        told = f"; {done} of {counted(len(jobs), 'job')} are finished{error.message}"
+        raise Interrupted(told, is_saved=error.is_saved or done > 0) from None
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) 
         try:
             yield
         except KeyboardInterrupt as error:
-            stop.told()  # a signal to all may have reached a job before this process
+            stop.note_request()  # a signal to all may have reached a job before this process
             names = {worker: job.name for worker, (job, *_) in running.items()}
             if names:
                 log.info(
@@ -183,9 +183,9 @@ def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) 
                 )
             for worker in names:
                 worker.tell_to_end()
-            told = [error.told] if isinstance(error, Interrupted) else []
+            told = [error.message] if isinstance(error, Interrupted) else []
             told += [f"; {name}: {what}" for name, what in _kept_by(names) if what]
-            raise Interrupted("".join(told), kept=bool(told)) from None
+            raise Interrupted("".join(told), is_saved=bool(told)) from None
 
 
 def _kept_by(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
@@ -198,7 +198,7 @@ def _kept_by(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
                     continue  # a progress report
                 yield left[worker], "finished"
             except Interrupted as error:
-                yield left[worker], f"interrupted{error.told}" if error.kept else ""
+                yield left[worker], f"interrupted{error.message}" if error.is_saved else ""
             except Exception as error:  # it failed, or its message was cut off
                 log.warning("%s: %s", left[worker], error)
             del left[worker]

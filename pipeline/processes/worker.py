@@ -106,7 +106,7 @@ class Worker:
         except (EOFError, OSError):
             self._process.join()
             if self._process.exitcode == -signal.SIGTERM:  # it was not listening yet
-                raise Interrupted("", kept=False) from None
+                raise Interrupted("", is_saved=False) from None
             raise WorkerKilled(
                 f"its process was killed (exit code {self._process.exitcode}; out of memory?)"
             ) from None
@@ -174,7 +174,7 @@ def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Pat
     except (RekindleError, OSError) as error:
         last = error
     except KeyboardInterrupt as error:
-        last = error if isinstance(error, Interrupted) else Interrupted("", kept=False)
+        last = error if isinstance(error, Interrupted) else Interrupted("", is_saved=False)
     except Exception:
         last = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending itself takes no time

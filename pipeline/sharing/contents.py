@@ -21,7 +21,7 @@ from rekindle.train.embedding.folder import (
     read_encoder_folder,
 )
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
-from rekindle.train.model.unfinished import unfinished
+from rekindle.train.model.unfinished import describe_unfinished
 
 _SEVERAL = {"stages.json": "stages", "sweep.json": "students of a sweep", "cycle.yaml": "a cycle"}
 
@@ -116,7 +116,7 @@ def model_place(place: str) -> Path:
 
     if not is_remote(place):
         folder = Path(place)
-        if told := unfinished(folder):
+        if told := describe_unfinished(folder):
             raise InputError(f"{told}. Nothing was sent")
         if not any(
             (folder / name).is_file() for name in (SETTINGS_FILE, ADAPTER_FILE, MODULES_FILE)

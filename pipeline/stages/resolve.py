@@ -26,7 +26,7 @@ from rekindle.pipeline.config import (
 )
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.train.objective.estimates import check_estimates
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.working_copy import shown_folder
 
 _OF_A_TEACHER = ("model", "task", "domains", "pairs")  # keys that identify a teacher
 
@@ -77,7 +77,7 @@ def plan_stages(config: RunConfig, out: Path) -> list[Stage]:
     or prompts the stage does not read.
     """
     # In a store each node has its own copy, so a stage's address serves as its name.
-    directories = {stage.name: f"{place_of(out)}/{stage.name}" for stage in config.stages}
+    directories = {stage.name: f"{shown_folder(out)}/{stage.name}" for stage in config.stages}
     stages = []
     for stage in config.stages:
         if (prompts := stage.write_prompts) is not None:

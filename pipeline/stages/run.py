@@ -18,7 +18,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.former import as_begun
+from rekindle.data.former import with_recorded_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
@@ -32,8 +32,8 @@ from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.distributed import join_world
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.loop import TrainResult
-from rekindle.train.record.run_folder import goes_on, open_folder
-from rekindle.train.record.stored_run import write_definition
+from rekindle.train.record.run_folder import is_continued, open_folder
+from rekindle.train.record.stored_run import upload_definition
 
 log = logging.getLogger("rekindle")
 
@@ -55,7 +55,7 @@ def run_stages(
         missing = world.decide(lambda: held.enter_context(folder), patient=True)
         record = {"stages": [stage.record for stage in stages]}
         world.decide(lambda: write_json(out / STAGES_FILE, record))
-        world.decide(lambda: write_definition(out / STAGES_FILE, resume))
+        world.decide(lambda: upload_definition(out / STAGES_FILE, resume))
         for stage in stages:
             if stage.name not in missing:
                 log.info("stage %s is finished: %s", stage.name, stage.directory)
@@ -77,8 +77,8 @@ def _naming(stage: Stage, stages: Sequence[Stage]) -> Iterator[None]:
     except Interrupted as error:
         done = sum(is_finished(one.directory) for one in stages)
         told = f"; {done} of {counted(len(stages), 'stage')} are finished"
-        told += f"; stage {stage.name}: interrupted{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        told += f"; stage {stage.name}: interrupted{error.message}"
+        raise Interrupted(told, is_saved=error.is_saved or done > 0) from None
 
 
 def _cache(stage: Stage, progress: Progress) -> None:
@@ -102,8 +102,10 @@ def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
     stages = []
     for stage in plan_stages(config, out):
         begun = recorded.get(stage.name, {}).get("config", {})
-        written = as_begun(stage.written, begun, say=False)
-        stages.append(replace(stage, config=as_begun(stage.config, begun), written=written))
+        written = with_recorded_defaults(stage.written, begun, log_changes=False)
+        stages.append(
+            replace(stage, config=with_recorded_defaults(stage.config, begun), written=written)
+        )
     return stages
 
 
@@ -115,7 +117,7 @@ def _look(out: Path, stages: Sequence[Stage], resume: bool) -> list[str]:
 
     Stages that were not begun may have changed.
     """
-    if goes_on(out, STAGES_FILE, "run of stages", resume):
+    if is_continued(out, STAGES_FILE, "run of stages", resume):
         recorded = read_runs(out, STAGES_FILE) or {}
         begun = {name: _whole(old) for name, old in recorded.items() if (out / name).exists()}
         now = {stage.name: _whole(stage.record) for stage in stages}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
-from rekindle.data.former import as_begun
+from rekindle.data.former import with_recorded_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.pipeline.builtin.missing import make_missing
@@ -31,9 +31,9 @@ from rekindle.pipeline.several_runs import (
 )
 from rekindle.pipeline.sweep.grid import SweepRun
 from rekindle.train.interrupts import Interrupted
-from rekindle.train.launch import launched
-from rekindle.train.record.run_folder import goes_on, open_folder
-from rekindle.train.record.stored_run import write_definition
+from rekindle.train.launch import current_launch
+from rekindle.train.record.run_folder import is_continued, open_folder
+from rekindle.train.record.stored_run import upload_definition
 
 log = logging.getLogger("rekindle")
 
@@ -64,7 +64,7 @@ def _look(out: Path, runs: Sequence[SweepRun], corpus: str, resume: bool) -> Non
 
     Raise InputError if the directory is in use, CheckpointError if it holds another sweep.
     """
-    if not goes_on(out, SWEEP_FILE, "sweep", resume):
+    if not is_continued(out, SWEEP_FILE, "sweep", resume):
         return
     recorded = read_runs(out, SWEEP_FILE) or {}
     rule = "Resume it with its own definition (more values may be added), or give another --out"
@@ -94,18 +94,21 @@ def run_sweep(
     if more than one. A failed student does not stop the others. ``resume`` leaves finished runs
     alone and continues interrupted ones.
     """
-    if launched().world_size > 1:
+    if current_launch().world_size > 1:
         raise InputError(
             "--sweep trains each student in one process; start it without torchrun, and with "
             "--workers for several students at a time"
         )
     if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
         others = next(iter(begun.values()), {})  # new students are compared with those begun
-        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, others))) for r in runs]
+        runs = [
+            replace(r, config=with_recorded_defaults(r.config, begun.get(r.name, others)))
+            for r in runs
+        ]
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})
-        write_definition(out / SWEEP_FILE, resume)
+        upload_definition(out / SWEEP_FILE, resume)
         return _train_missing(runs, out, workers, progress)
 
 
@@ -129,7 +132,9 @@ def _train_here(run: SweepRun, out: Path, progress: Progress) -> Exception | Non
     try:
         return train_one(run, out, progress)
     except Interrupted as error:
-        raise Interrupted(f"; {out / run.name}: interrupted{error.told}", error.kept) from None
+        raise Interrupted(
+            f"; {out / run.name}: interrupted{error.message}", error.is_saved
+        ) from None
 
 
 def _train_side_by_side(
@@ -150,8 +155,8 @@ def _counting(runs: Sequence[SweepRun], out: Path) -> Iterator[None]:
         yield
     except Interrupted as error:
         done = sum(is_finished(out / run.name, model=False) for run in runs)
-        told = f"; {done} of {len(runs)} students are finished{error.told}"
-        raise Interrupted(told, kept=error.kept or done > 0) from None
+        told = f"; {done} of {len(runs)} students are finished{error.message}"
+        raise Interrupted(told, is_saved=error.is_saved or done > 0) from None
 
 
 def _train(run: SweepRun, out: Path, report: Report) -> Exception | None:

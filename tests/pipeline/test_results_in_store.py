@@ -21,7 +21,7 @@ from rekindle.data.storage.folders import UNFINISHED
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.finetune import run as finetuning
 from rekindle.train.model.folder import base_of, resolve_model
-from rekindle.train.record.working_copy import local_place
+from rekindle.train.record.working_copy import local_folder
 from testlib.command import pipeline
 
 STEPS = 2
@@ -76,7 +76,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def nothing_is_left(address: str) -> bool:
-    place = local_place(Path(address))
+    place = local_folder(Path(address))
     return not [*place.parent.glob(f"{place.name}*"), *place.parent.glob(f".{place.name}.s*")]
 
 

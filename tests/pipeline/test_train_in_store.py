@@ -22,7 +22,7 @@ from rekindle.data.storage.copies import FOLDER_VARIABLE, GIGABYTES_VARIABLE
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.record import stored_run
-from rekindle.train.record.working_copy import local_place
+from rekindle.train.record.working_copy import local_folder
 from rekindle.train.student import Student
 from testlib.command import pipeline
 from testlib.servers.faulty_s3 import faulty_server
@@ -79,7 +79,7 @@ def test_a_run_in_a_store_leaves_what_a_local_one_does(s3, run_file, local, corp
     assert len(store.folders("checkpoints")) == 2
     assert store.names("tensorboard")
     assert address in done.stdout
-    place = local_place(Path(address))
+    place = local_folder(Path(address))
     assert str(place.parent) not in done.stdout + store.read_bytes("README.md").decode()
     assert not place.exists()
 
@@ -132,14 +132,14 @@ def test_an_upload_that_was_killed_never_counts(s3, run_file, local, corpus_file
 
 def test_two_processes_do_not_mix_their_checkpoints(s3, run_file, monkeypatch):
     address = f"{s3}/runs/two"
-    store, write = ObjectStore(address), stored_run.write_checkpoint
+    store, write = ObjectStore(address), stored_run.upload_checkpoint
 
     def after_another(checkpoint: Path, files: dict[str, str]) -> None:
         name = f"checkpoints/{checkpoint.name}.json"
         store.create(name, stored_run.seal({"folder": "checkpoints/theirs", "files": {}}))
         write(checkpoint, files)
 
-    monkeypatch.setattr("rekindle.train.record.checkpoint.write_checkpoint", after_another)
+    monkeypatch.setattr("rekindle.train.record.checkpoint.upload_checkpoint", after_another)
     done = pipeline("train-student", run_file, "--out", address)
     assert done.returncode == 2
     assert f"another process works on {address}" in done.stderr
@@ -165,7 +165,7 @@ def test_two_nodes_share_a_run_in_a_store(s3, run_file, tmp_path):
         if not launch:  # as if both had been killed in the last checkpoint
             whole = load_file(resolve_model(address) / "model.safetensors")
             for name in (
-                *stored_run.LAST,
+                *stored_run.MARKS_FINISHED,
                 "model.safetensors",
                 f"checkpoints/step-{STEPS:08d}.json",
             ):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from rekindle.data.storage.shards import ShardSet
 from rekindle.train.config import DistillTerm, StudentConfig
-from rekindle.train.evaluate import EvaluationData, best_of, evaluate
+from rekindle.train.evaluate import EvaluationData, better_of, evaluate
 from rekindle.train.model.network import HeadConfig
-from rekindle.train.model.passes import Remembered
+from rekindle.train.model.passes import SharedPasses
 from rekindle.train.objective.task_loss import heads_of
 from rekindle.train.student import build_student
 
@@ -125,7 +125,7 @@ def test_a_process_opens_only_the_shards_that_hold_its_share(masked_world, opene
 def test_a_pass_that_one_process_does_not_know_is_run_by_all():
     inputs = {"input_ids": torch.tensor([[1, 2]])}
     runs, answers = [], iter([False, False, True])
-    passes = Remembered(lambda known: next(answers))
+    passes = SharedPasses(lambda known: next(answers))
     for _ in range(3):
         passes.run(inputs, None, lambda *given: runs.append(given) or (None, torch.zeros(1)))
     assert len(runs) == 2
@@ -304,18 +304,19 @@ def test_a_head_over_several_experts_is_compared_with_each(experts_world, labels
 
 def test_what_is_best_is_asked_of_one_value_only():
     best = {"step": 5, "name": "loss", "value": 2.3}
-    assert best_of({"loss": 2.2}, "loss", 6, best) == {"step": 6, "name": "loss", "value": 2.2}
-    assert best_of({"loss": 2.3}, "loss", 6, best) is best
-    assert best_of({"loss": 2.4}, "loss", 6, best) is best
-    assert best_of({"loss": float("nan")}, "loss", 6, None) is None
-    assert best_of({}, "loss", 6, None) is None
-    assert best_of({"loss": 1.0}, None, 6, None) is None
-    domain = best_of({"loss/f1": 2.0}, "loss/f1", 6, None)
-    assert best_of({"loss/f1": 3.0}, "loss/f1", 6, domain) is domain
+    assert better_of({"loss": 2.2}, "loss", 6, best) == {"step": 6, "name": "loss", "value": 2.2}
+    assert better_of({"loss": 2.3}, "loss", 6, best) is best
+    assert better_of({"loss": 2.4}, "loss", 6, best) is best
+    assert better_of({"loss": float("nan")}, "loss", 6, None) is None
+    assert better_of({}, "loss", 6, None) is None
+    assert better_of({"loss": 1.0}, None, 6, None) is None
+    domain = better_of({"loss/f1": 2.0}, "loss/f1", 6, None)
+    assert better_of({"loss/f1": 3.0}, "loss/f1", 6, domain) is domain
     agreed = {"step": 6, "name": "agreement/a", "value": 0.1}
-    assert best_of({"agreement/a": 0.1}, "agreement/a", 6, best) == agreed  # another keep_best now
-    assert best_of({"agreement/a": 0.2}, "agreement/a", 7, agreed) == agreed | {
+    # another keep_best now
+    assert better_of({"agreement/a": 0.1}, "agreement/a", 6, best) == agreed
+    assert better_of({"agreement/a": 0.2}, "agreement/a", 7, agreed) == agreed | {
         "step": 7,
         "value": 0.2,
     }
-    assert best_of({"agreement/a": 0.05}, "agreement/a", 7, agreed) is agreed
+    assert better_of({"agreement/a": 0.05}, "agreement/a", 7, agreed) is agreed

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from rekindle.data.errors import InputError
 from rekindle.train.distributed import join_world
-from rekindle.train.launch import Launch, launched, one_of_many
+from rekindle.train.launch import Launch, current_launch, is_one_of_many
 from testlib.command import pipeline
 
 WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -34,8 +34,8 @@ def environment(monkeypatch):
 )
 def test_what_torchrun_says_is_believed(environment, values, expected):
     environment(**values)
-    assert launched() == expected
-    assert one_of_many() == (expected.world_size > 1)
+    assert current_launch() == expected
+    assert is_one_of_many() == (expected.world_size > 1)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_what_torchrun_says_is_believed(environment, values, expected):
 def test_anything_else_is_refused_before_work(environment, tmp_path, values, words):
     environment(**values)
     with pytest.raises(InputError) as caught:
-        launched()
+        current_launch()
     assert words in str(caught.value)
-    assert not one_of_many()
+    assert not is_one_of_many()
     done = pipeline("train-student", tmp_path / "no.yaml", "--out", tmp_path / "run")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the environment has ")
@@ -84,7 +84,7 @@ def test_a_group_of_the_callers_own_is_used_with_its_local_rank(
                 patch.setattr(torch.cuda, name, lambda answer=answer: answer)
             patch.setattr(torch.cuda, "set_device", chosen.append)
             with join_world() as world:
-                assert (world.rank, world.size, world.talk.type) == (0, 1, "cpu")
+                assert (world.rank, world.size, world.sum_device.type) == (0, 1, "cpu")
         assert chosen == [world.device] == [torch.device("cuda", device)]
         assert dist.is_initialized()
     finally:

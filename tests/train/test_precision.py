@@ -7,7 +7,7 @@ from rekindle.train.answers.config import PerplexityConfig
 from rekindle.train.answers.perplexity import text_perplexity
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.run import finetune
-from rekindle.train.precision import told_of_slow
+from rekindle.train.precision import describe_slow_precision
 from testlib.answers.judges import write
 from testlib.loop import run, train_config
 
@@ -28,20 +28,22 @@ def cpu(monkeypatch):
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
 def test_nothing_is_said_where_there_are_instructions(cpu, name):
     cpu("avx2")
-    assert told_of_slow(OF, "cpu").startswith("train.precision: bf16: this CPU has no instructions")
+    assert describe_slow_precision(OF, "cpu").startswith(
+        "train.precision: bf16: this CPU has no instructions"
+    )
     cpu("avx2", name)
-    assert told_of_slow(OF, "cpu") is None
+    assert describe_slow_precision(OF, "cpu") is None
 
 
 def test_it_is_said_of_each_setting_and_what_to_put(cpu):
     cpu("avx2", "avx512_bf16")
     asked = {"train.precision: {}": "bf16", "teachers.a.precision: {}": "fp16", "b: {}": "auto"}
-    told = told_of_slow(asked, "cpu")
+    told = describe_slow_precision(asked, "cpu")
     assert told.startswith("teachers.a.precision: fp16: ")  # and not the one that it can
     assert told.endswith("for speed set teachers.a.precision: fp32")
-    assert told_of_slow(asked, "cuda") is None
+    assert describe_slow_precision(asked, "cuda") is None
     cpu()
-    told = told_of_slow(asked, "cpu")
+    told = describe_slow_precision(asked, "cpu")
     assert told.endswith("for speed set train.precision: fp32, teachers.a.precision: fp32")
 
 

@@ -12,7 +12,7 @@ from rekindle.data.settings import parse_settings
 from rekindle.train.config import StudentConfig, TrainConfig
 from rekindle.train.distributed import blocks
 from rekindle.train.loop import train_student
-from rekindle.train.prepare import _tell_not_exportable
+from rekindle.train.prepare import _log_not_exportable
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.student import Student, build_student
 from testlib.models import STILL
@@ -62,7 +62,7 @@ def test_heads_that_will_not_be_exported_are_told_before_training(plain, caplog)
     assert {one.kind for one in student.head_configs.values()} == {"sequence", "token"}
     state = torch.get_rng_state()
     with caplog.at_level("INFO", logger="rekindle"):
-        _tell_not_exportable(student)
+        _log_not_exportable(student)
     assert torch.equal(torch.get_rng_state(), state)
     (line,) = caplog.messages
     assert "the head 'tags' cannot be exported: BertForTokenClassification has no place" in line

@@ -28,7 +28,7 @@ from rekindle.train.finetune.metrics import (
 from rekindle.train.finetune.predictions import write_predictions
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import read_file
-from rekindle.train.running_out import running_out
+from rekindle.train.running_out import report_shortage
 
 log = logging.getLogger("rekindle")
 
@@ -109,7 +109,7 @@ def evaluate_file(
     log.info("%s: %s", test, data.describe())
     log_undefined_scores(test, data)
     watch.expect(len(data))
-    with running_out(Path(out or test), lambda: "", less_memory(settings)):
+    with report_shortage(Path(out or test), lambda: "", less_memory(settings)):
         scores, logits, cut = judged_scores(judge, data, settings, watch, name=test)
         if out is not None:
             with new_file(Path(out)) as file:

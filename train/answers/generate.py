@@ -26,9 +26,9 @@ from rekindle.data.errors import InputError
 from rekindle.data.forms.dialogue import Dialogues
 from rekindle.data.forms.template import find_template
 from rekindle.data.padding import length_buckets
-from rekindle.data.source.generated import BESIDE
+from rekindle.data.source.generated import RECORD_SUFFIX
 from rekindle.data.source.given import Dialogue
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.source.rows import Row, read_rows, text_of
 from rekindle.data.source.sources import HUB, recorded_origin
 from rekindle.data.storage.atomic import Publish, write_json, write_lines
@@ -37,14 +37,14 @@ from rekindle.train.answers.config import GenerateConfig
 from rekindle.train.answers.perplexity import open_language_model
 from rekindle.train.answers.target import check_target
 from rekindle.train.answers.watch import NOBODY, Watch
-from rekindle.train.model.causes import running
+from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.files import load_config, longest_input, weights_fingerprint
-from rekindle.train.model.fitting import task_said
+from rekindle.train.model.fitting import recorded_task
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.network import StudentNetwork
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.record.lineage import lineage_of_model
-from rekindle.train.running_out import running_out
+from rekindle.train.running_out import report_shortage
 from rekindle.train.student import ABOUT_FILE
 
 Ids = NDArray[np.int64]
@@ -74,8 +74,8 @@ class Generated:
         lines = [
             f"{self.out}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')} generated; "
             f"{self.ended:,} ended by the model, the others at max_new_tokens",
-            f"beside it {Path(self.out).name}{BESIDE} records which model wrote it. Use it in "
-            "corpus.source: {path: " + self.out + ", format: tokens}",
+            f"beside it {Path(self.out).name}{RECORD_SUFFIX} records which model wrote it. Use it "
+            "in corpus.source: {path: " + self.out + ", format: tokens}",
         ]
         if self.too_long:
             count = counted(self.too_long, "prompt")
@@ -144,7 +144,10 @@ def generate_file(
         "settings": config.model_dump(mode="json"),
         "lineage": [run.model_dump(mode="json") for run in lineage_of_model(directory)],
     }
-    with running_out(Path(out), lambda: "Nothing is written", advice), torch.inference_mode():
+    with (
+        report_shortage(Path(out), lambda: "Nothing is written", advice),
+        torch.inference_mode(),
+    ):
         answers = work.answers(fitting, watch)
         write_lines(Path(out), work.rows(fitting, answers), _with(origin))
     return Generated(
@@ -170,7 +173,7 @@ def _with(origin: Mapping[str, object]) -> Publish:
             os.replace(record, final_record)
             os.replace(rows, out)
 
-        write_json(Path(f"{out}{BESIDE}"), origin, replace_both)
+        write_json(Path(f"{out}{RECORD_SUFFIX}"), origin, replace_both)
 
     return publish
 
@@ -179,7 +182,7 @@ def _check_causal(model: str) -> None:
     directory = resolve_model(model)
     task = None
     if not (directory / ABOUT_FILE).is_file():
-        task = task_said(load_config(directory))
+        task = recorded_task(load_config(directory))
     if task not in (None, "causal_lm"):
         raise _cannot(model, str(task))
 
@@ -210,7 +213,7 @@ def _prompts(
             ]
             dialogue_reader = Dialogues(template, names, as_tokens=False)
         prompt = dialogue_reader.prompt(row, columns, f"{path}, row {number + 1}")
-        if isinstance(prompt, Bad):
+        if isinstance(prompt, BadRecord):
             raise InputError(prompt.message)
         dialogues.append((number, *prompt))
     ids: dict[int, Ids] = {}
@@ -257,7 +260,7 @@ class _Work:
         """Return the answers to each prompt."""
         lengths = np.array([len(one.ids) for one in prompts]) + self.config.max_new_tokens
         budget = max(1, self.config.batch_tokens // self.config.samples)
-        equal = moved_by_padding(self.network.model) > 0
+        equal = padding_influence(self.network.model) > 0
         answers: list[list[Ids]] = [[] for _ in prompts]
         for rows in length_buckets(lengths, budget, equal):
             batch_answers = self._batch([prompts[row].ids for row in rows], int(rows.min()))
@@ -289,7 +292,7 @@ class _Work:
             **sampling,
         )
         torch.manual_seed(xxhash.xxh3_64_intdigest(f"generate {config.seed} {first}".encode()) >> 1)
-        with running(str(self.network.model.name_or_path)):
+        with explaining_run_errors(str(self.network.model.name_or_path)):
             generated = self.network.model.generate(
                 input_ids=torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),

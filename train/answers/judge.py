@@ -29,7 +29,7 @@ from rekindle.train.finetune.predictions import Answers
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.words import encode_words
 from rekindle.train.model.files import load_config, longest_input, place
-from rekindle.train.model.fitting import LANGUAGE, knows_segments, task_said
+from rekindle.train.model.fitting import LANGUAGE, knows_segments, recorded_task
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.labels import SAY_SCORES, check_label_names, problem_of_outputs
 from rekindle.train.model.network import HeadConfig
@@ -132,7 +132,7 @@ def open_judge(model: str, head: str | None = None, problem: str = "") -> Judge:
         raise InputError(
             f"--head is for students with task heads, but {model!r} has none: leave it out"
         )
-    if (task := task_said(load_config(directory))) in LANGUAGE:
+    if (task := recorded_task(load_config(directory))) in LANGUAGE:
         raise InputError(no_head_message(model, "masked" if task == "masked_lm" else "causal"))
     return Expert(model)
 
@@ -153,7 +153,7 @@ def tags_words(model: str, head: str | None = None) -> bool:
     if (directory / ABOUT_FILE).is_file():
         heads = saved_heads(directory)
         return {one.kind for name, one in heads.items() if head in (None, name)} == {"token"}
-    return task_said(load_config(directory)) == TAGS
+    return recorded_task(load_config(directory)) == TAGS
 
 
 def no_head_message(model: str, kind: str) -> str:
@@ -172,7 +172,7 @@ class Expert(Judge):
 
     def __init__(self, model: str):
         self.subject = f"the expert {model!r}"
-        tags = task_said(load_config(resolve_model(model))) == TAGS
+        tags = recorded_task(load_config(resolve_model(model))) == TAGS
         with quiet_transformers():
             self.network, self.tokenizer = load_trained(model, TAGS if tags else "")
         config = self.network.config

@@ -45,15 +45,15 @@ from rekindle.train.answers.windows import (
     masked_windows,
 )
 from rekindle.train.device_batch import model_inputs, send
-from rekindle.train.model.causes import running
+from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.files import load_config, load_model, longest_input, place
-from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, recorded_task
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
 from rekindle.train.model.network import StudentNetwork
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.outside.quiet import quiet_transformers
-from rekindle.train.precision import tell_slow
-from rekindle.train.running_out import running_out
+from rekindle.train.precision import warn_of_slow_precision
+from rekindle.train.running_out import report_shortage
 from rekindle.train.student import ABOUT_FILE, Student
 
 MOST_TOKENS = 1024  # tokens that a model sees at a time, unless a length is given
@@ -121,9 +121,9 @@ def text_perplexity(
     network, tokenizer = open_language_model(model, text, config.precision)
     plan = _WindowPlan.of(network, tokenizer, config)
     log.info("%s", plan.rule)
-    losses = _Losses()
+    losses, inference = _Losses(), torch.inference_mode()
     advice = f"Lower batch_tokens: `--set batch_tokens={max(1, config.batch_tokens // 2)}`"
-    with running_out(Path(text), lambda: "Nothing is written", advice), torch.inference_mode():
+    with report_shortage(Path(text), lambda: "Nothing is written", advice), inference:
         total, windows = plan.windows(texts.encoded(tokenizer))
         watch.expect(total)
         for batch_losses in _run(network, windows, tokenizer.pad_id, config.batch_tokens):
@@ -163,7 +163,7 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
     """
     directory, placement = resolve_model(model), place(precision)
     tokenizer = load_tokenizer(str(tokenizer_folder(directory)))
-    tell_slow({"--set precision={}": precision}, placement.device.partition(":")[0])
+    warn_of_slow_precision({"--set precision={}": precision}, placement.device.partition(":")[0])
     with quiet_transformers():
         if (directory / ABOUT_FILE).is_file():
             network: StudentNetwork = Student.from_pretrained(directory)
@@ -189,7 +189,7 @@ def open_language_model(model: str, text: str, precision: str) -> tuple[StudentN
 
 def _language_task(model: str, directory: Path, text: str) -> Literal["masked_lm", "causal_lm"]:
     config = load_config(directory)
-    task, saved_as = task_said(config), (config.architectures or ["nothing that it says"])[0]
+    task, saved_as = recorded_task(config), (config.architectures or ["nothing that it says"])[0]
     if task == "masked_lm":
         return "masked_lm"
     if task == "causal_lm":
@@ -333,7 +333,7 @@ def _run(
     network: StudentNetwork, windows: Iterator[Window], padding: int, batch_tokens: int
 ) -> Iterator[NDArray[np.float64]]:
     """Yield −log p of the predicted tokens, by batches of windows of similar length."""
-    equal = moved_by_padding(network.model) > 0
+    equal = padding_influence(network.model) > 0
     while block := _block(windows, SORTED_BATCHES * batch_tokens):
         lengths = np.array([len(one.ids) for one in block])
         for rows in length_buckets(lengths, batch_tokens, equal):
@@ -358,7 +358,7 @@ def _batch_losses(
     ids = pad([one.ids for one in batch], lengths, padding)
     places = np.concatenate([row * ids.shape[1] + one.places for row, one in enumerate(batch)])
     labels = send(np.concatenate([one.labels for one in batch]), device)
-    with running(str(network.model.name_or_path)):
+    with explaining_run_errors(str(network.model.name_or_path)):
         inputs = model_inputs(ids, lengths, device)
         hidden = network(inputs, send(places, device)).hidden
     head = network.output_head

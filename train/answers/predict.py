@@ -51,7 +51,7 @@ from rekindle.train.finetune.predictions import (
 )
 from rekindle.train.finetune.task_data import TaskData
 from rekindle.train.finetune.task_files import row_words, text_fields
-from rekindle.train.running_out import running_out
+from rekindle.train.running_out import report_shortage
 
 log = logging.getLogger("rekindle")
 
@@ -123,7 +123,7 @@ def predict_file(
     total = None if _is_piped(text) else _check(reader, judge.answers)
     watch.expect(total)
     work = _Work(judge, settings, reader)
-    memory_guard = running_out(Path(out), lambda: "Nothing is written", less_memory(settings))
+    memory_guard = report_shortage(Path(out), lambda: "Nothing is written", less_memory(settings))
     with memory_guard, _opened(out) as (file, ascii_only):
         for block in blocks(chain([first], rows)):
             write_rows(work.add_answers(block), file, ascii_only)

@@ -27,8 +27,8 @@ from rekindle.train.model.files import place
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.precision import bf16_saves
-from rekindle.train.record.stored_result import write_whole
-from rekindle.train.running_out import running_out
+from rekindle.train.record.stored_result import upload_result
+from rekindle.train.running_out import report_shortage
 from rekindle.train.student import ABOUT_FILE
 
 logger = logging.getLogger("rekindle")
@@ -69,7 +69,7 @@ def score_model(
         log_undefined_scores(files[name], split)
     placement = place(config.precision)
     bf16 = bf16_saves(placement.precision, placement.device.partition(":")[0])
-    with running_out(Path(out), lambda: NOTHING_KEPT, less_memory(config, bf16)):
+    with report_shortage(Path(out), lambda: NOTHING_KEPT, less_memory(config, bf16)):
         judge = _judge(model, data["dev"], config)
         scores_by_way, cut = _scores_by_way(model, judge, data["dev"], config, "dev")
         tests = None
@@ -88,7 +88,7 @@ def score_model(
     result = FinetuneResult.of(model, files, data, metric, [seed_result], *facts, cut=cut)
     with new_folder(Path(out).resolve()) as staging:
         result.save(staging)
-    write_whole(Path(out), force)
+    upload_result(Path(out), force)
     return result
 
 

@@ -2,7 +2,7 @@
 
 A tensor lives from the step that decides its value to the last step that uses it, and is then
 handed over. If it is overwritten later, only its random numbers are drawn. Of a file's tensor that
-a model takes unchanged, only the wanted rows are read.
+a model takes unchanged, only the rows that are needed are read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,97 +17,99 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rekindle.train.deferred.recording import Recording, Ref, Step, Stored
 
 
-class Home(Protocol):
+class Destination(Protocol):
     """A destination for the values of a tensor."""
 
     def __call__(self, rows: Callable[[slice], Tensor], whole: Callable[[], Tensor]) -> None:
-        """Take the rows it wants, or all."""
+        """Take the rows that it needs, or all."""
 
 
 class Filling:
     """Runs the steps of a recording with real memory."""
 
-    def __init__(self, recording: Recording, homes: Mapping[int, Sequence[tuple[Ref, Home]]]):
+    def __init__(
+        self, recording: Recording, destinations: Mapping[int, Sequence[tuple[Ref, Destination]]]
+    ):
         self.steps, self.stored, self.bytes = recording.steps, recording.stored, recording.bytes
-        self.homes = homes
-        self.held: dict[int, torch.UntypedStorage] = {}
+        self.destinations = destinations
+        self.memory: dict[int, torch.UntypedStorage] = {}
         self.maker = {cell: n for n, step in enumerate(self.steps) for cell in step.makes}
-        self.settled = self._settled()
+        self.recomputable = self._recomputable_cells()
 
-    def _settled(self) -> frozenset[int]:
+    def _recomputable_cells(self) -> frozenset[int]:
         """Return the cells made only from a file, or by a function of such cells, and never written
         again: they can be made whenever they are needed.
         """
         written = frozenset(cell for step in self.steps for cell in step.writes)
-        found = set(self.stored.keys() - written)
+        recomputable = set(self.stored.keys() - written)
         for step in self.steps:
-            alone = not (step.draws or step.writes or step.makes & written)
-            if alone and step.reads <= found:
-                found |= step.makes
-        return frozenset(found)
+            is_pure = not (step.draws or step.writes or step.makes & written)
+            if is_pure and step.reads <= recomputable:
+                recomputable |= step.makes
+        return frozenset(recomputable)
 
     @torch.no_grad()
     def run(self) -> None:
         """Run every step that decides a value with a destination."""
         needed = self._needed()
-        last: dict[int, int] = {}
+        last_use: dict[int, int] = {}
         for number in needed:
-            last |= dict.fromkeys(self.steps[number].cells - self.settled, number)
+            last_use |= dict.fromkeys(self.steps[number].cells - self.recomputable, number)
         for number, step in enumerate(self.steps):
             if number in needed:
-                self._do(step)
+                self._run_step(step)
                 for cell in step.cells:
-                    if last.get(cell) == number and (storage := self.held.pop(cell, None)):
+                    if last_use.get(cell) == number and (storage := self.memory.pop(cell, None)):
                         self._hand_over(cell, storage)
             elif step.draws:
                 self._draw(step)
-        for cell in self.homes.keys() & self.settled:
-            self._hand_over_settled(cell)
-        left = self.homes.keys() - self.settled - last.keys()
-        assert not left, left
+        for cell in self.destinations.keys() & self.recomputable:
+            self._hand_over_recomputable(cell)
+        unfilled = self.destinations.keys() - self.recomputable - last_use.keys()
+        assert not unfilled, unfilled
 
     def _needed(self) -> frozenset[int]:
         """Return the steps that decide the value of a cell with a destination, or its random
         numbers.
         """
-        wanted, found = set(self.homes.keys() - self.settled), set[int]()
+        needed_cells, needed_steps = set(self.destinations.keys() - self.recomputable), set[int]()
         for number in range(len(self.steps) - 1, -1, -1):
             step = self.steps[number]
             # Draws that depend on tensors are made together with these.
-            if not (step.makes | step.writes) & wanted and not (step.draws and step.reads):
+            if not (step.makes | step.writes) & needed_cells and not (step.draws and step.reads):
                 continue
-            if step.makes <= self.settled and not step.writes:
+            if step.makes <= self.recomputable and not step.writes:
                 continue
-            found.add(number)
-            wanted -= step.makes | step.covers
-            wanted |= step.reads - self.settled
-        return frozenset(found)
+            needed_steps.add(number)
+            needed_cells -= step.makes | step.covers
+            needed_cells |= step.reads - self.recomputable
+        return frozenset(needed_steps)
 
-    def _do(self, step: Step) -> None:
-        (args, kwargs), results = tree_map(self._real, step.arguments), step.results
-        for ref, made in zip(results, tree_leaves(step.call(*args, **kwargs)), strict=True):
-            if isinstance(ref, Ref) and ref.cell in step.makes and ref.cell not in self.held:
-                self.held[ref.cell] = self._laid(ref, made)
+    def _run_step(self, step: Step) -> None:
+        (args, kwargs), results = tree_map(self._real_value, step.arguments), step.results
+        for ref, result in zip(results, tree_leaves(step.call(*args, **kwargs)), strict=True):
+            if isinstance(ref, Ref) and ref.cell in step.makes and ref.cell not in self.memory:
+                self.memory[ref.cell] = self._with_recorded_layout(ref, result)
 
-    def _laid(self, ref: Ref, made: Tensor) -> torch.UntypedStorage:
+    def _with_recorded_layout(self, ref: Ref, result: Tensor) -> torch.UntypedStorage:
         """Return the memory of a result, laid out as in the recording."""
-        assert (made.dtype, tuple(made.shape)) == (ref.dtype, ref.size), ref
-        own = made.untyped_storage()
-        as_recorded = (made.stride(), made.storage_offset()) == (ref.stride, ref.offset)
-        if as_recorded and own.nbytes() == self.bytes[ref.cell]:
-            return own
-        storage = torch.UntypedStorage(self.bytes[ref.cell])
-        ref.of(storage).copy_(made)
-        return storage
+        assert (result.dtype, tuple(result.shape)) == (ref.dtype, ref.size), ref
+        storage = result.untyped_storage()
+        as_recorded = (result.stride(), result.storage_offset()) == (ref.stride, ref.offset)
+        if as_recorded and storage.nbytes() == self.bytes[ref.cell]:
+            return storage
+        copy = torch.UntypedStorage(self.bytes[ref.cell])
+        ref.of(copy).copy_(result)
+        return copy
 
-    def _real(self, value: Any) -> Any:
+    def _real_value(self, value: Any) -> Any:
         if not isinstance(value, Ref):
             return value
-        if value.cell in self.settled:
-            return value.of(self._made(value.cell))
-        if value.cell not in self.held:  # only its memory is needed
-            self.held[value.cell] = torch.UntypedStorage(self.bytes[value.cell])
-        return value.of(self.held[value.cell])
+        if value.cell in self.recomputable:
+            return value.of(self._recompute(value.cell))
+        if value.cell not in self.memory:  # only its memory is needed
+            self.memory[value.cell] = torch.UntypedStorage(self.bytes[value.cell])
+        return value.of(self.memory[value.cell])
 
     def _draw(self, step: Step) -> None:
         """Draw a step's random numbers, whose values nobody needs."""
@@ -120,51 +122,51 @@ class Filling:
         args, kwargs = tree_map(scratch, step.arguments)
         step.call(*args, **kwargs)
 
-    def _made(self, cell: int) -> torch.UntypedStorage:
+    def _recompute(self, cell: int) -> torch.UntypedStorage:
         """Return the memory of a settled cell."""
-        if (place := self.stored.get(cell)) is not None:
-            with safe_open(place.file, "pt") as file:
-                return file.get_tensor(place.key).contiguous().clone().untyped_storage()
+        if (stored := self.stored.get(cell)) is not None:
+            with safe_open(stored.file, "pt") as file:
+                return file.get_tensor(stored.key).contiguous().clone().untyped_storage()
         step = self.steps[self.maker[cell]]
-        args, kwargs = tree_map(self._real, step.arguments)
-        for ref, made in zip(step.results, tree_leaves(step.call(*args, **kwargs)), strict=True):
+        args, kwargs = tree_map(self._real_value, step.arguments)
+        for ref, result in zip(step.results, tree_leaves(step.call(*args, **kwargs)), strict=True):
             if isinstance(ref, Ref) and ref.cell == cell:
-                return self._laid(ref, made)
+                return self._with_recorded_layout(ref, result)
         raise AssertionError(step)
 
     def _hand_over(self, cell: int, storage: torch.UntypedStorage) -> None:
-        for ref, home in self.homes.get(cell, ()):
+        for ref, destination in self.destinations.get(cell, ()):
             whole = ref.of(storage)
-            home(whole.__getitem__, partial(_itself, whole))
+            destination(whole.__getitem__, partial(_identity, whole))
 
-    def _hand_over_settled(self, cell: int) -> None:
-        for ref, home in self.homes[cell]:
-            home(partial(self._rows, ref), partial(self._whole, ref))
+    def _hand_over_recomputable(self, cell: int) -> None:
+        for ref, destination in self.destinations[cell]:
+            destination(partial(self._rows, ref), partial(self._whole, ref))
 
     def _whole(self, ref: Ref) -> Tensor:
-        return ref.of(self._made(ref.cell))
+        return ref.of(self._recompute(ref.cell))
 
-    def _rows(self, ref: Ref, wanted: slice) -> Tensor:
+    def _rows(self, ref: Ref, rows: slice) -> Tensor:
         """Return some rows of a settled tensor; if it is in a file, no other rows are read."""
-        if (place := self._in_file(ref)) is None:
-            return self._whole(ref)[wanted]
-        with safe_open(place.file, "pt") as file:
-            found: Tensor = file.get_slice(place.key)[wanted]
-        return found.to(ref.dtype)
+        if (stored := self._equal_in_file(ref)) is None:
+            return self._whole(ref)[rows]
+        with safe_open(stored.file, "pt") as file:
+            values: Tensor = file.get_slice(stored.key)[rows]
+        return values.to(ref.dtype)
 
-    def _in_file(self, ref: Ref) -> Stored | None:
+    def _equal_in_file(self, ref: Ref) -> Stored | None:
         """Return the file tensor that this one equals, except for its dtype; None if
         there is none.
         """
-        seen = ref
-        while seen.cell not in self.stored:
-            step = self.steps[self.maker[seen.cell]]
+        source = ref
+        while source.cell not in self.stored:
+            step = self.steps[self.maker[source.cell]]
             (args, _) = step.arguments
-            if step.call is not torch.ops.aten._to_copy.default or args[0].size != seen.size:
+            if step.call is not torch.ops.aten._to_copy.default or args[0].size != source.size:
                 return None
-            seen = args[0]
-        return self.stored[seen.cell] if seen.bytes == self.bytes[seen.cell] else None
+            source = args[0]
+        return self.stored[source.cell] if source.bytes == self.bytes[source.cell] else None
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor

@@ -96,7 +96,9 @@ class Recording:
     # kept alive because their addresses serve as names
     _alive: list[torch.UntypedStorage] = field(default_factory=list)
 
-    def tensor(self, file: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def file_tensor(
+        self, file: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Tensor:
         """Return a fake tensor for a tensor in a file, which is not read."""
         with self.fake:
             made = torch.empty(shape, dtype=dtype)
@@ -114,17 +116,19 @@ class Recording:
         size, stride = tuple(tensor.shape), tensor.stride()
         return Ref(cell, tensor.dtype, size, stride, int(tensor.storage_offset()))
 
-    def step(self, call: Any, args: Any, kwargs: Any, known: int, results: Any) -> None:
+    def record_step(self, call: Any, args: Any, kwargs: Any, known: int, results: Any) -> None:
         """Record a call; ``known``: the number of cells before it."""
-        given = tree_map(self._named, (args, kwargs))
-        made = [self._named(one) for one in tree_leaves(results)]
-        inside = [one for one in tree_leaves(given) if isinstance(one, Ref)]
-        target = _written(call, *given)
-        writes = frozenset(ref.cell for ref in target)
-        others = list(inside)
-        for ref in target:
+        recorded_args = tree_map(self._as_ref, (args, kwargs))
+        recorded_results = [self._as_ref(one) for one in tree_leaves(results)]
+        inputs = [one for one in tree_leaves(recorded_args) if isinstance(one, Ref)]
+        written_refs = _written_refs(call, *recorded_args)
+        writes = frozenset(ref.cell for ref in written_refs)
+        others = list(inputs)
+        for ref in written_refs:
             others.remove(ref)
-        makes = frozenset(r.cell for r in made if isinstance(r, Ref) and r.cell >= known)
+        makes = frozenset(
+            r.cell for r in recorded_results if isinstance(r, Ref) and r.cell >= known
+        )
         draws = torch.Tag.nondeterministic_seeded in call.tags
         if draws and not (writes or makes):
             self.refuse(f"{call} draws numbers for a tensor that has memory")
@@ -132,37 +136,48 @@ class Recording:
             return  # a view, or a question about shapes
         covers = frozenset[int]()
         if call._schema.name.removeprefix("aten::") in _OVERWRITES:
-            covers = frozenset(r.cell for r in target if r.bytes == self.bytes[r.cell])
+            covers = frozenset(r.cell for r in written_refs if r.bytes == self.bytes[r.cell])
         reads = frozenset(ref.cell for ref in others) | (writes - covers)
         self.steps.append(
-            Step(call, given, made, reads, makes, writes, covers - {r.cell for r in others}, draws)
+            Step(
+                call,
+                recorded_args,
+                recorded_results,
+                reads,
+                makes,
+                writes,
+                covers - {r.cell for r in others},
+                draws,
+            )
         )
 
-    def filled(self, call: Callable[..., Any], tensor: Tensor, args: Any, kwargs: Any) -> None:
+    def record_draw(self, call: Callable[..., Any], tensor: Tensor, args: Any, kwargs: Any) -> None:
         """Record a ``call`` that draws all values of ``tensor`` and looks at them."""
         ref = self.ref(tensor)
         cell, none = frozenset({ref.cell}), frozenset[int]()
         covers = cell if ref.bytes == self.bytes[ref.cell] else none
-        given = ((ref, *args), kwargs)
-        self.steps.append(Step(call, given, [None], cell - covers, none, cell, covers, draws=True))
+        recorded_args = ((ref, *args), kwargs)
+        self.steps.append(
+            Step(call, recorded_args, [None], cell - covers, none, cell, covers, draws=True)
+        )
 
     def refuse(self, why: str) -> None:
         """Raise Undeferrable; it is remembered even if the error is changed on its way."""
         self.failed = why
         raise Undeferrable(why)
 
-    def _named(self, value: Any) -> Any:
+    def _as_ref(self, value: Any) -> Any:
         return self.ref(value) if isinstance(value, FakeTensor) else value
 
 
-def _written(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Ref]:
+def _written_refs(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Ref]:
     """Return the tensors that a call changes in place."""
-    found = list[Ref]()
+    refs = list[Ref]()
     for number, argument in enumerate(call._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[number] if number < len(args) else kwargs.get(argument.name)
-            found += [one for one in tree_leaves(value) if isinstance(one, Ref)]
-    return found
+            refs += [one for one in tree_leaves(value) if isinstance(one, Ref)]
+    return refs
 
 
 class _Recorder(TorchDispatchMode):
@@ -178,31 +193,31 @@ class _Recorder(TorchDispatchMode):
         known = len(recording.bytes)
         try:
             results = func(*args, **kwargs)
-            if not _on_meta((args, kwargs, results)):
-                recording.step(func, args, kwargs, known, results)
+            if not _are_on_meta((args, kwargs, results)):
+                recording.record_step(func, args, kwargs, known, results)
         except Exception as error:
             recording.failed = recording.failed or f"{func}: {type(error).__name__}"
             raise
         return results
 
 
-def _on_meta(values: Any) -> bool:
+def _are_on_meta(values: Any) -> bool:
     """Return whether all tensors are on the meta device: they get no values, so nothing
     is drawn.
     """
-    found = [one.device.type for one in tree_leaves(values) if isinstance(one, Tensor)]
-    return bool(found) and {*found} == {"meta"}
+    devices = [one.device.type for one in tree_leaves(values) if isinstance(one, Tensor)]
+    return bool(devices) and {*devices} == {"meta"}
 
 
 @contextmanager
-def _whole_truncation(recording: Recording) -> Iterator[None]:
+def _truncation_as_one_step(recording: Recording) -> Iterator[None]:
     """Record torch's truncated normal, which redraws values outside its bounds, as one operator."""
     original = init._no_grad_trunc_normal_
 
     def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
             return original(tensor, *args, **kwargs)
-        recording.filled(original, tensor, args, kwargs)
+        recording.record_draw(original, tensor, args, kwargs)
         return tensor
 
     init._no_grad_trunc_normal_ = record
@@ -218,37 +233,37 @@ _ACTIVE = ContextVar[Recording | None]("recording", default=None)
 @contextmanager
 def recording() -> Iterator[Recording]:
     """Build without memory inside this context; raise Undeferrable if that is impossible."""
-    made = Recording()
-    token = _ACTIVE.set(made)
+    new = Recording()
+    token = _ACTIVE.set(new)
     try:
-        with made.fake, _Recorder(made), _whole_truncation(made):
-            yield made
+        with new.fake, _Recorder(new), _truncation_as_one_step(new):
+            yield new
     except Exception as error:
-        if made.failed is not None:
-            raise Undeferrable(made.failed) from error
+        if new.failed is not None:
+            raise Undeferrable(new.failed) from error
         raise
     finally:
         _ACTIVE.reset(token)
 
 
-def active() -> Recording | None:
+def active_recording() -> Recording | None:
     """Return the recording that this code runs in; None if there is none."""
     return _ACTIVE.get()
 
 
-def try_when_filled(trial: Callable[[], object], what: str = "") -> None:
-    """Run ``trial``, which needs the values of weights, now or once they exist. ``what`` is then
+def try_when_filled(trial: Callable[[], object], subject: str = "") -> None:
+    """Run ``trial``, which needs the values of weights, now or once they exist. ``subject`` is then
     put before its message, as the caller does now.
     """
-    recorded = active()
-    if recorded is None:
+    current = active_recording()
+    if current is None:
         trial()
     else:
-        recorded.trials.append(partial(_named, trial, what))
+        current.trials.append(partial(_run_named, trial, subject))
 
 
-def _named(trial: Callable[[], object], what: str) -> None:
-    with naming(what) if what else nullcontext():
+def _run_named(trial: Callable[[], object], subject: str) -> None:
+    with naming(subject) if subject else nullcontext():
         try:
             trial()
         except NotImplementedError as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rekindle.train.deferred.filling import Filling, Home
+from rekindle.train.deferred.filling import Destination, Filling
 from rekindle.train.deferred.recording import Recording, Ref
 
 
@@ -15,7 +15,7 @@ class _Place(NamedTuple):
     """Where a module keeps a tensor."""
 
     owner: nn.Module
-    kept: dict[str, Any]  # its parameters, buffers or other attributes
+    container: dict[str, Any]  # its parameters, buffers or other attributes
     name: str
     ref: Ref
 
@@ -30,65 +30,65 @@ def fill_in_shards(
     """Let ``shard`` divide the parameters of ``module`` on the meta device, then fill in this
     process's rows (``local_rows``), and whole buffers, on ``device``. Tied parameters stay tied.
     """
-    places = _on_meta(module, recording)
+    places = _move_to_meta(module, recording)
     shard()
-    before = torch.__future__.get_swap_module_params_on_conversion()
+    setting_before = torch.__future__.get_swap_module_params_on_conversion()
     # so that a tied one stays the same object
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         module.to_empty(device=device)
     finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
-    homes: dict[int, list[tuple[Ref, Home]]] = {}
-    seen = set[int]()
+        torch.__future__.set_swap_module_params_on_conversion(setting_before)
+    destinations: dict[int, list[tuple[Ref, Destination]]] = {}
+    seen_tensors = set[int]()
     for place in places:
-        if (tensor := place.kept[place.name]) is None:
-            home = _attribute(place, device)
-        elif id(tensor) in seen:
+        if (tensor := place.container[place.name]) is None:
+            destination = _into_attribute(place, device)
+        elif id(tensor) in seen_tensors:
             continue
         else:
-            seen.add(id(tensor))
-            home = _rows_of(*local_rows(tensor))
-        homes.setdefault(place.ref.cell, []).append((place.ref, home))
-    Filling(recording, homes).run()
+            seen_tensors.add(id(tensor))
+            destination = _into_rows(*local_rows(tensor))
+        destinations.setdefault(place.ref.cell, []).append((place.ref, destination))
+    Filling(recording, destinations).run()
 
 
-def _on_meta(module: nn.Module, recording: Recording) -> list[_Place]:
+def _move_to_meta(module: nn.Module, recording: Recording) -> list[_Place]:
     """Replace the parameters and buffers of ``recording`` with ones on the meta device."""
-    found, made = list[_Place](), dict[int, Tensor]()
+    places, replacements = list[_Place](), dict[int, Tensor]()
     for owner in module.modules():
-        held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
-        for kept in held:
-            for name, value in [*kept.items()]:
+        containers: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
+        for container in containers:
+            for name, value in [*container.items()]:
                 if not isinstance(value, FakeTensor):
                     continue
-                found.append(_Place(owner, kept, name, recording.ref(value)))
-                if kept is vars(owner):
-                    kept[name] = None
+                places.append(_Place(owner, container, name, recording.ref(value)))
+                if container is vars(owner):
+                    container[name] = None
                 else:
-                    kept[name] = made.setdefault(id(value), _empty(value))
-    return found
+                    container[name] = replacements.setdefault(id(value), _empty_like(value))
+    return places
 
 
-def _empty(value: Tensor) -> Tensor:
+def _empty_like(value: Tensor) -> Tensor:
     empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
     if not isinstance(value, nn.Parameter):
         return empty
     return nn.Parameter(empty, value.requires_grad)
 
 
-def _rows_of(own: Tensor, first: int) -> Home:
-    def home(rows: Callable[[slice], Tensor], whole: Callable[[], Tensor]) -> None:
-        if own.dim() == 0:
-            own.copy_(whole())
-        elif len(own):
-            own.copy_(rows(slice(first, first + len(own))))
+def _into_rows(own_rows: Tensor, first: int) -> Destination:
+    def fill(rows: Callable[[slice], Tensor], whole: Callable[[], Tensor]) -> None:
+        if own_rows.dim() == 0:
+            own_rows.copy_(whole())
+        elif len(own_rows):
+            own_rows.copy_(rows(slice(first, first + len(own_rows))))
 
-    return home
+    return fill
 
 
-def _attribute(place: _Place, device: torch.device) -> Home:
-    def home(rows: Callable[[slice], Tensor], whole: Callable[[], Tensor]) -> None:
-        place.kept[place.name] = whole().clone().to(device)
+def _into_attribute(place: _Place, device: torch.device) -> Destination:
+    def fill(rows: Callable[[slice], Tensor], whole: Callable[[], Tensor]) -> None:
+        place.container[place.name] = whole().clone().to(device)
 
-    return home
+    return fill

@@ -9,7 +9,7 @@ from rekindle.train.model.parts.head_config import HeadConfig, width_of
 from rekindle.train.model.student_config import OWN, StudentConfig, StudentEmbedding
 
 
-def check_student_embedding(student: StudentConfig, heads: Mapping[str, HeadConfig]) -> None:
+def check_embedding(student: StudentConfig, heads: Mapping[str, HeadConfig]) -> None:
     """Raise InputError for a ``student.embedding`` without a sentence encoder to learn from."""
     if student.embedding is None:
         return
@@ -28,7 +28,7 @@ def check_student_embedding(student: StudentConfig, heads: Mapping[str, HeadConf
         )
 
 
-def choose_vector_output(student: StudentConfig, heads: Mapping[str, HeadConfig]) -> str | None:
+def choose_output(student: StudentConfig, heads: Mapping[str, HeadConfig]) -> str | None:
     """Return whose vectors the saved student gives: those of a head, its own, or none."""
     names = [name for name, head in heads.items() if head.kind == "embedding"]
     if not names:
@@ -37,9 +37,7 @@ def choose_vector_output(student: StudentConfig, heads: Mapping[str, HeadConfig]
     return settings.output or (names[0] if len(names) == 1 else OWN)
 
 
-def fit_head_to_student(
-    head: HeadConfig, name: str, student: StudentConfig, model_config: Any
-) -> HeadConfig:
+def fit_head(head: HeadConfig, name: str, student: StudentConfig, model_config: Any) -> HeadConfig:
     """Return the ``head`` for a sentence encoder as this student has it: how it pools, and whether
     it projects to the teacher's size.
 

@@ -30,7 +30,7 @@ from rekindle.train.model.files import longest_input, place
 from rekindle.train.model.fitting import knows_segments
 from rekindle.train.model.folder import resolve_model
 from rekindle.train.model.padding import padding_of
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 
 UNLIMITED = 2**31 - 1  # tokens; tokenizers without a limit say 10^30
 BATCH_TOKENS = 4096  # of a forward pass, padding included
@@ -145,7 +145,7 @@ class TextEncoder:
         encoder = load_encoder(folder).to(placement.device)
         tokenizer = own_tokenizer(folder)
         longest = longest_text(folder, tokenizer, encoder.config)
-        needs_equal_lengths = moved_by_padding(encoder.model) > 0
+        needs_equal_lengths = padding_influence(encoder.model) > 0
         return cls(folder, encoder, tokenizer, longest, placement.device, needs_equal_lengths)
 
     def ids(

@@ -35,52 +35,55 @@ LANGUAGE = {
 
 
 def student_card(
-    student: Student, directory: Path, best: Path | None = None, made: Provenance | None = None
+    student: Student,
+    directory: Path,
+    best: Path | None = None,
+    provenance: Provenance | None = None,
 ) -> str:
     """Return how to use the student in ``directory``, its heads first, then the language model; and
-    how it was ``made``.
+    how it was made (its ``provenance``).
 
     ``best``: the checkpoint with the best held-out value, if that is not the student.
     """
-    kind, auto = LANGUAGE[student.task]
-    where = str(directory)
+    title, auto_class = LANGUAGE[student.task]
+    folder = str(directory)
     heads = {n: one for n, one in student.head_configs.items() if one.kind != "embedding"}
     reasons = {name: not_exportable(student, name) for name in heads}
     encoder = None if not_an_encoder(student) else encoder_of(student, student.vectors)
-    beside = " with task heads" if heads else ""
-    beside += " that gives vectors" if gives_vectors(student.head_configs) else ""
-    lines = [f"# {kind}{beside}, trained by Rekindle", ""]
-    lines += _vectors(where, student, encoder)
+    additions = " with task heads" if heads else ""
+    additions += " that gives vectors" if gives_vectors(student.head_configs) else ""
+    lines = [f"# {title}{additions}, trained by Rekindle", ""]
+    lines += _vector_lines(folder, student, encoder)
     if heads:
         lines += [
             "A plain `from_pretrained` of this folder as a classifier starts with a **random** "
             "head: the trained ones are beside the model (`heads.safetensors`). To use one:",
             "",
-            *_exports(directory, heads, reasons),
+            *_export_lines(directory, heads, reasons),
             "With Rekindle they work directly:",
             "",
             "```sh",
-            *_commands(where, next(iter(heads))),
+            *_command_lines(folder, next(iter(heads))),
             "```",
             "",
         ]
     if student.base is None:
-        load = f"`{auto}.from_pretrained({json.dumps(where)})`"
+        load = f"`{auto_class}.from_pretrained({json.dumps(folder)})`"
         lines += [f"As a language model it needs no export: {load}."]
     else:
-        lines += _adapter(where, auto, student.base)
+        lines += _adapter_lines(folder, auto_class, student.base)
     if best is not None:
-        told = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
-        lines += ["", told]
-    lines += [] if made is None else made.told()
+        best_line = f"The best value {UNSEEN} was that of `{best}`, which is used the same way."
+        lines += ["", best_line]
+    lines += [] if provenance is None else provenance.card_lines()
     task, library = HUB_TASK[student.task], "transformers"
     if encoder is not None:
         task, library = PIPELINES[EMBEDDING], ENCODERS
-    block = metadata(task, "" if made is None else made.model, library)
+    block = metadata(task, "" if provenance is None else provenance.model, library)
     return block + "\n".join(lines) + "\n"
 
 
-def _vectors(where: str, student: Student, encoder: Encoder | None) -> list[str]:
+def _vector_lines(folder: str, student: Student, encoder: Encoder | None) -> list[str]:
     """Return how to use a student as a sentence encoder, or why it cannot be used as one."""
     names = [name for name, head in student.head_configs.items() if head.kind == "embedding"]
     if not names:
@@ -88,37 +91,41 @@ def _vectors(where: str, student: Student, encoder: Encoder | None) -> list[str]
     if encoder is None:
         return [f"As a sentence encoder it is not saved: {not_an_encoder(student)}.", ""]
     size = encoder.size(width_of(student.model.config))
-    lines = [f"Its vectors have {counted(size, 'number')}: {encoder.told}.", "", *_encoding(where)]
+    lines = [
+        f"Its vectors have {counted(size, 'number')}: {encoder.description}.",
+        "",
+        *_encoding_lines(folder),
+    ]
     others = [name for name in names if name != student.vectors]
     if others:
-        export = shlex.join(["pipeline", "export", where, "--head", others[0]])
-        told = f"It also learnt the vectors of {', '.join(others)}:"
-        lines += [told, "", "```sh", f"{export} --out DIR", "```", ""]
+        export = shlex.join(["pipeline", "export", folder, "--head", others[0]])
+        also = f"It also learnt the vectors of {', '.join(others)}:"
+        lines += [also, "", "```sh", f"{export} --out DIR", "```", ""]
     return lines
 
 
-def _encoding(where: str) -> list[str]:
+def _encoding_lines(folder: str) -> list[str]:
     return [
         "```python",
         "from sentence_transformers import SentenceTransformer",
-        f"model = SentenceTransformer({json.dumps(where)})",
+        f"model = SentenceTransformer({json.dumps(folder)})",
         'vectors = model.encode(["a text", "another"])',
         "```",
         "",
     ]
 
 
-def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
+def _adapter_lines(folder: str, auto_class: str, about: Mapping[str, str]) -> list[str]:
     """Return how to use an adapter: directly with Rekindle, with peft on its base, or merged."""
     base = about["model"]
-    merge = shlex.join(["pipeline", "merge-adapter", where, "--out", f"{where}-merged"])
+    merge = shlex.join(["pipeline", "merge-adapter", folder, "--out", f"{folder}-merged"])
     with_peft = [
         "With peft:",
         "",
         "```python",
         "import peft, transformers",
-        f"base = transformers.{auto}.from_pretrained({json.dumps(base)})",
-        f"model = peft.PeftModel.from_pretrained(base, {json.dumps(where)})",
+        f"base = transformers.{auto_class}.from_pretrained({json.dumps(base)})",
+        f"model = peft.PeftModel.from_pretrained(base, {json.dumps(folder)})",
         "```",
         "",
     ]
@@ -141,30 +148,32 @@ def _adapter(where: str, auto: str, about: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _exports(
+def _export_lines(
     directory: Path, heads: dict[str, HeadConfig], reasons: dict[str, str | None]
 ) -> list[str]:
     """Return the commands that export what can be, how to use the results, and why others cannot
     be.
     """
-    outs = {name: f"{directory}-{file_name(name)}" for name, told in reasons.items() if not told}
+    out_folders = {
+        name: f"{directory}-{file_name(name)}" for name, reason in reasons.items() if not reason
+    }
     lines = []
-    if outs:
+    if out_folders:
         lines += ["```sh"]
-        for name, out in outs.items():
+        for name, out in out_folders.items():
             command = ["pipeline", "export", str(directory), "--head", name, "--out", out]
-            lines += [f"# {_described(name, heads[name])}", shlex.join(command)]
-        first, out = next(iter(outs.items()))
+            lines += [f"# {_describe_labels(name, heads[name])}", shlex.join(command)]
+        first, out = next(iter(out_folders.items()))
         task = "token" if heads[first].kind == "token" else "text"
         lines += ["```", "", "and then, anywhere, with transformers alone:", ""]
-        lines += ["```python", *_usage(out, f"{task}-classification"), "```", ""]
-    for told in reasons.values():
-        lines += [] if told is None else [f"{told[0].upper()}{told[1:]}.", ""]
+        lines += ["```python", *_usage_lines(out, f"{task}-classification"), "```", ""]
+    for reason in reasons.values():
+        lines += [] if reason is None else [f"{reason[0].upper()}{reason[1:]}.", ""]
     return lines
 
 
-def _commands(where: str, head: str) -> list[str]:
-    student = shlex.join([where, "--head", head])
+def _command_lines(folder: str, head: str) -> list[str]:
+    student = shlex.join([folder, "--head", head])
     return [
         f"pipeline evaluate {student} --test FILE",
         f"pipeline predict {student} --text FILE --out FILE",
@@ -172,16 +181,16 @@ def _commands(where: str, head: str) -> list[str]:
     ]
 
 
-def _usage(folder: str, task: str) -> list[str]:
-    cut = "" if task == "token-classification" else ", truncation=True"
+def _usage_lines(folder: str, task: str) -> list[str]:
+    truncation = "" if task == "token-classification" else ", truncation=True"
     return [
         "from transformers import pipeline",
-        f'judge = pipeline("{task}", model={json.dumps(folder)}{cut})',
+        f'judge = pipeline("{task}", model={json.dumps(folder)}{truncation})',
         'print(judge("a text"))',
     ]
 
 
-def _described(name: str, head: HeadConfig) -> str:
+def _describe_labels(name: str, head: HeadConfig) -> str:
     """Return a head's labels in a line."""
     names = plain_labels(name, head)
     if problem_of(head) == "regression":
@@ -195,23 +204,27 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
-def export_card(found: Exported) -> str:
+def export_card(export: Exported) -> str:
     """Return how to use an export."""
-    if found.vectors:
-        block = metadata(found.pipeline, "", ENCODERS)
+    if export.vectors:
+        block = metadata(export.pipeline, "", ENCODERS)
         title = "# A sentence encoder: a student trained by Rekindle"
-        return block + "\n".join([title, "", *_encoding(found.out), f"{found.told()}."]) + "\n"
+        return (
+            block
+            + "\n".join([title, "", *_encoding_lines(export.out), f"{export.describe()}."])
+            + "\n"
+        )
     lines = [
-        metadata(found.pipeline, "").rstrip("\n"),
+        metadata(export.pipeline, "").rstrip("\n"),
         "",
-        f"# The task head `{found.head}` of a student trained by Rekindle",
+        f"# The task head `{export.head}` of a student trained by Rekindle",
         "",
         "transformers loads it alone, with the trained head:",
         "",
         "```python",
-        *_usage(found.out, found.pipeline),
+        *_usage_lines(export.out, export.pipeline),
         "```",
         "",
-        f"{found.told()}.",
+        f"{export.describe()}.",
     ]
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from rekindle.data.sharing.names import LICENCE, shown
+from rekindle.data.sharing.names import LICENCE, shown_model
 from rekindle.train.export.provenance import metadata
 from rekindle.train.export.result import PIPELINES
 
@@ -16,35 +16,35 @@ TASKS = {
 
 
 def expert_card(
-    place: str, model: str, problem: str, label_names: Sequence[str], scores: Mapping[str, float]
+    folder: str, model: str, problem: str, label_names: Sequence[str], scores: Mapping[str, float]
 ) -> str:
-    """Return what the expert in ``place`` is, how to use it, its scores, and its origin.
+    """Return what the expert in ``folder`` is, how to use it, its scores, and its origin.
 
     ``model``: its base; ``scores``: by name, on dev and perhaps test.
     """
     task = PIPELINES.get(problem, "text-classification")
-    teaches = TASKS.get(problem, "sequence_classification")
-    what = problem.replace("_", " ")
+    teacher_task = TASKS.get(problem, "sequence_classification")
+    task_name = problem.replace("_", " ")
     labels = ", ".join(f"`{name}`" for name in label_names[:SHOWN])
-    more = f" and {len(label_names) - SHOWN} more" if label_names[SHOWN:] else ""
-    asked = '"a text"'
+    others = f" and {len(label_names) - SHOWN} more" if label_names[SHOWN:] else ""
+    input_example = '"a text"'
     if problem == "ranking":
-        asked = '{"text": "a query", "text_pair": "a document"}'
+        input_example = '{"text": "a query", "text_pair": "a document"}'
     lines = [
-        f"# An expert for {what}, fine-tuned from `{shown(model)}`",
+        f"# An expert for {task_name}, fine-tuned from `{shown_model(model)}`",
         "",
         "```python",
         "from transformers import pipeline",
-        f'judge = pipeline("{task}", model={json.dumps(place)})',
-        f"print(judge({asked}))",
+        f'judge = pipeline("{task}", model={json.dumps(folder)})',
+        f"print(judge({input_example}))",
         "```",
         "",
-        f"It answers with {labels}{more}." if labels else "It answers with numbers.",
+        f"It answers with {labels}{others}." if labels else "It answers with numbers.",
         "As a teacher (`pipeline cache-teachers`), in a run file:",
         "",
         "```yaml",
         "teachers:",
-        f"  - {{name: expert, model: {json.dumps(place)}, task: {teaches}}}",
+        f"  - {{name: expert, model: {json.dumps(folder)}, task: {teacher_task}}}",
         "```",
         "",
         "## How it was made",

@@ -14,7 +14,7 @@ from rekindle.train.export.provenance import Provenance
 from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.model.unfinished import SUMMARY_FILE
 from rekindle.train.record.sharded import write_student
-from rekindle.train.record.working_copy import place_of
+from rekindle.train.record.working_copy import shown_folder
 
 log = logging.getLogger("rekindle")
 
@@ -26,7 +26,7 @@ def make_model_directory(
     tokenizer: Tokenizer,
     best_elsewhere: Path | None,
     summary: Mapping[str, object],
-    made: Provenance,
+    provenance: Provenance,
 ) -> None:
     """Make ``run`` a model directory; the ``summary``, written last, marks it as finished.
 
@@ -34,21 +34,23 @@ def make_model_directory(
     student.
     """
     world = student.world
-    with ExitStack() as held:  # the main process holds what is written until everything is
-        staged = world.decide(lambda: held.enter_context(new_files(run)))
+    with ExitStack() as resources:  # the main process holds what is written until everything is
+        staged = world.decide(lambda: resources.enter_context(new_files(run)))
         if student.sharded:
             write_student(student, staged, about)
 
         def finish() -> None:
-            own = student.student.finished()
+            finished_student = student.student.finished()
             if not student.sharded:
-                own.save_pretrained(staged, about)
+                finished_student.save_pretrained(staged, about)
             tokenizer.save(str(staged))
-            if told := write_beside(own, longest_text(own), staged):
-                log.info("%s", told)
-            card = student_card(own, run, best_elsewhere, made).replace(str(run), place_of(run))
+            if message := write_beside(finished_student, longest_text(finished_student), staged):
+                log.info("%s", message)
+            card = student_card(finished_student, run, best_elsewhere, provenance).replace(
+                str(run), shown_folder(run)
+            )
             (staged / CARD_FILE).write_text(card, encoding="utf-8")
-            held.close()
+            resources.close()
             write_json(run / SUMMARY_FILE, summary)
 
         world.decide(finish)

@@ -19,7 +19,13 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.train.export.card import CARD_FILE, export_card
-from rekindle.train.export.plain import EMBEDDING, distance, plain_labels, plain_model, problem_of
+from rekindle.train.export.plain import (
+    EMBEDDING,
+    logit_distance,
+    plain_labels,
+    plain_model,
+    problem_of,
+)
 from rekindle.train.export.result import ENCODER_CLASS, Exported
 from rekindle.train.export.sentence_folder import (
     Encoder,
@@ -39,9 +45,9 @@ from rekindle.train.model.parts.head_config import width_of
 from rekindle.train.model.student_config import OWN
 from rekindle.train.outside.quiet import quiet_transformers
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
-from rekindle.train.record.stored_result import write_whole
-from rekindle.train.record.working_copy import place_of
-from rekindle.train.running_out import running_out
+from rekindle.train.record.stored_result import upload_result
+from rekindle.train.record.working_copy import shown_folder
+from rekindle.train.running_out import report_shortage
 from rekindle.train.student import ABOUT_FILE, Student, saved_heads
 
 log = logging.getLogger("rekindle")
@@ -63,42 +69,46 @@ def export_head(model: str, out: str, head: str | None = None, *, force: bool = 
     check_target(Path(out), force)
     directory = resolve_model(model)
     name = chosen_head(directory, model, head)
-    tokens = tokenizer_of(directory)
+    own_tokenizer = student_tokenizer(directory)
     with (
-        running_out(Path(out), lambda: f"{out} is left as it was", "Free some"),
+        report_shortage(Path(out), lambda: f"{out} is left as it was", "Free some"),
         quiet_transformers(),
     ):
         student = Student.from_pretrained(directory)
         encoder = chosen_encoder(student, name)
-        made = plain_model(student, name) if encoder is None else plain_body(student)
-        limit = longest_text(student)
-        tokenizer = plain_tokenizer(tokens, made, limit)
+        plain = plain_model(student, name) if encoder is None else plain_body(student)
+        max_length = longest_text(student)
+        tokenizer = plain_tokenizer(own_tokenizer, plain, max_length)
         with new_folder(Path(out).resolve()) as staged:
-            made.save_pretrained(staged)
+            plain.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            place = place_of(Path(out))
+            shown_out = shown_folder(Path(out))
             if encoder is None:
-                found = _described(student, name, made, staged, model, place, limit)
+                exported = _check_and_describe(
+                    student, name, plain, staged, model, shown_out, max_length
+                )
             else:
-                write_modules(encoder, width_of(student.model.config), limit, staged)
-                found = _described_vectors(student, encoder, staged, model, place, limit)
+                write_modules(encoder, width_of(student.model.config), max_length, staged)
+                exported = _check_and_describe_vectors(
+                    student, encoder, staged, model, shown_out, max_length
+                )
             lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
-            content = {"written_by": WRITER, **found.as_dict(), LINEAGE: lineage}
+            content = {"written_by": WRITER, **exported.as_dict(), LINEAGE: lineage}
             text = json.dumps(content, indent=1) + "\n"
             (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
-            (staged / CARD_FILE).write_text(export_card(found), encoding="utf-8")
-        write_whole(Path(out), force)
-    return found
+            (staged / CARD_FILE).write_text(export_card(exported), encoding="utf-8")
+        upload_result(Path(out), force)
+    return exported
 
 
-def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
+def chosen_head(directory: Path, model: str, requested: str | None) -> str:
     """Return the name of the requested head; raise InputError if that is unclear."""
     if not (directory / ABOUT_FILE).is_file():
-        raise InputError(f"{model!r} is {_what_else(directory)}")
+        raise InputError(f"{model!r} is {_describe_non_student(directory)}")
     heads = saved_heads(directory)
-    if wanted == OWN and wanted not in heads and gives_vectors(heads):
+    if requested == OWN and requested not in heads and gives_vectors(heads):
         return OWN
-    if wanted is None and len(heads) == 1:
+    if requested is None and len(heads) == 1:
         return next(iter(heads))
     if not heads and is_adapter(directory):
         raise InputError(
@@ -111,16 +121,16 @@ def chosen_head(directory: Path, model: str, wanted: str | None) -> str:
             f"student {model!r} has no task heads: it is a language model, which needs no export. "
             f"transformers loads it directly ({auto}.from_pretrained({str(directory)!r}))"
         )
-    if wanted is None or wanted not in heads:
-        told = "say which with --head" if wanted is None else f"not {wanted!r}"
+    if requested is None or requested not in heads:
+        advice = "say which with --head" if requested is None else f"not {requested!r}"
         raise InputError(
-            f"student {model!r} has the task heads {', '.join(heads)}; {told}. As a language "
+            f"student {model!r} has the task heads {', '.join(heads)}; {advice}. As a language "
             "model it needs no export: transformers loads its folder directly"
         )
-    return wanted
+    return requested
 
 
-def _what_else(directory: Path) -> str:
+def _describe_non_student(directory: Path) -> str:
     if (directory / EXPORT_FILE).is_file():
         return "already an export: transformers loads it directly"
     return (
@@ -150,84 +160,100 @@ def _is_export(out: Path) -> bool:
         return False
 
 
-def tokenizer_of(directory: Path) -> PreTrainedTokenizerFast:
+def student_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a student; a checkpoint's is beside its run."""
     run = directory.parents[1] if directory.resolve().parent.name == "checkpoints" else directory
-    found = next((place for place in (directory, run) if has_tokenizer_files(place)), None)
-    if found is None:
+    folder = next((place for place in (directory, run) if has_tokenizer_files(place)), None)
+    if folder is None:
         raise InputError(
             f"student {directory} has no tokenizer beside it, but a classifier needs one. Copy "
             f"that of the model it began as (tokenizer.json, tokenizer_config.json) into {run}"
         )
-    return load_tokenizer(str(found)).hf
+    return load_tokenizer(str(folder)).hf
 
 
 def longest_text(student: Student) -> int:
     """Return the tokens of a text that the student was trained with, as far as recorded."""
-    takes = longest_input(student.model.config) or math.inf
-    return int(min(student.longest_text, takes))
+    most = longest_input(student.model.config) or math.inf
+    return int(min(student.longest_text, most))
 
 
 def plain_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, limit: int
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Make it cut at ``limit`` tokens and pad as the student was trained: on the right, with the
-    padding of ``model``; a special token's name within a text is text.
+    """Make it cut at ``max_length`` tokens and pad as the student was trained: on the right, with
+    the padding of ``model``; a special token's name within a text is text.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = limit
+    tokenizer.model_max_length = max_length
     if (padding := padding_of(model.config)) is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
     elif tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    told: dict[str, object] = {"split_special_tokens": True}
+    settings: dict[str, object] = {"split_special_tokens": True}
     if not knows_segments(model.config):  # others take segment ids for words
-        told["model_input_names"] = ["input_ids", "attention_mask"]
-    for key, value in told.items():
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+    for key, value in settings.items():
         setattr(tokenizer, key, value)
         tokenizer.init_kwargs[key] = value
     return tokenizer
 
 
-def _described(
+def _check_and_describe(
     student: Student,
     name: str,
-    made: PreTrainedModel,
+    plain: PreTrainedModel,
     folder: Path,
     model: str,
     out: str,
-    limit: int,
+    max_length: int,
 ) -> Exported:
     """Return what was written, after loading it as others will."""
     head: HeadConfig = student.head_configs[name]
-    auto = auto_class(made.config, head.judges)
-    again, info = getattr(transformers, auto).from_pretrained(
+    class_name = auto_class(plain.config, head.judges)
+    reloaded, info = getattr(transformers, class_name).from_pretrained(
         str(folder), dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(info["missing_keys"]) + sorted(info["mismatched_keys"])
-    apart = distance(student, name, again)
-    if missing or apart > SAME:
-        told = f"lacks {', '.join(map(str, missing[:3]))}" if missing else f"is {apart:.2g} off"
+    largest_difference = logit_distance(student, name, reloaded)
+    if missing or largest_difference > SAME:
+        problem = (
+            f"lacks {', '.join(map(str, missing[:3]))}"
+            if missing
+            else f"is {largest_difference:.2g} off"
+        )
         raise InputError(
-            f"the head {name!r} cannot be exported: what transformers loads as {auto} {told}"
+            f"the head {name!r} cannot be exported: what transformers loads as {class_name} "
+            f"{problem}"
         )
     labels = plain_labels(name, head)
-    return Exported(out, model, name, auto, problem_of(head), labels, limit, apart)
+    return Exported(
+        out, model, name, class_name, problem_of(head), labels, max_length, largest_difference
+    )
 
 
-def _described_vectors(
-    student: Student, encoder: Encoder, folder: Path, model: str, out: str, limit: int
+def _check_and_describe_vectors(
+    student: Student, encoder: Encoder, folder: Path, model: str, out: str, max_length: int
 ) -> Exported:
     """Return what was written, after reading it as others will."""
-    apart = encoder_distance(student, encoder, folder)
-    if apart > SAME:
+    largest_difference = encoder_distance(student, encoder, folder)
+    if largest_difference > SAME:
         raise InputError(
             f"the vectors of {encoder.name!r} cannot be exported: those of the folder differ by "
-            f"{apart:.2g}"
+            f"{largest_difference:.2g}"
         )
     size = encoder.size(width_of(student.model.config))
-    told = (out, model, encoder.name, ENCODER_CLASS, EMBEDDING, (), limit, apart)
-    return Exported(*told, vectors=f"{counted(size, 'number')}, {encoder.told}")
+    fields = (
+        out,
+        model,
+        encoder.name,
+        ENCODER_CLASS,
+        EMBEDDING,
+        (),
+        max_length,
+        largest_difference,
+    )
+    return Exported(*fields, vectors=f"{counted(size, 'number')}, {encoder.description}")

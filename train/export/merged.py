@@ -11,7 +11,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.storage.atomic import new_folder
 from rekindle.data.storage.client import is_remote
 from rekindle.train.export.card import CARD_FILE, student_card
-from rekindle.train.export.folder import WRITER, check_target, longest_text, tokenizer_of
+from rekindle.train.export.folder import WRITER, check_target, longest_text, student_tokenizer
 from rekindle.train.export.sentence_folder import write_beside
 from rekindle.train.model.files import base_fingerprints
 from rekindle.train.model.folder import (
@@ -22,9 +22,9 @@ from rekindle.train.model.folder import (
     resolve_model,
 )
 from rekindle.train.record.lineage import EXPORT_FILE, LINEAGE, lineage_of_model
-from rekindle.train.record.stored_result import write_whole
-from rekindle.train.record.working_copy import place_of
-from rekindle.train.running_out import running_out
+from rekindle.train.record.stored_result import upload_result
+from rekindle.train.record.working_copy import shown_folder
+from rekindle.train.running_out import report_shortage
 from rekindle.train.student import Student
 
 log = logging.getLogger("rekindle")
@@ -44,7 +44,7 @@ class Merged:
         """Return it as plain values for JSON."""
         return asdict(self)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return what it is, in a sentence."""
         beside = f", with its task heads beside it ({', '.join(self.heads)})" if self.heads else ""
         return f"{self.student}, merged into its base {self.base}: a whole model{beside}"
@@ -72,30 +72,33 @@ def merge_student(model: str, out: str, *, force: bool = False) -> Merged:
             "(PeftModel.from_pretrained(base, folder).merge_and_unload(), then save_pretrained); "
             "Rekindle accepts it unmerged wherever it accepts a model folder"
         )
-    named = str(read_object(directory / ADAPTER_FILE)["base_model_name_or_path"])
-    tokenizer, place = tokenizer_of(directory), place_of(Path(out))
-    with running_out(Path(out), lambda: f"{out} is left as it was", "Free some"):
+    recorded_base = str(read_object(directory / ADAPTER_FILE)["base_model_name_or_path"])
+    tokenizer, shown_out = student_tokenizer(directory), shown_folder(Path(out))
+    with report_shortage(Path(out), lambda: f"{out} is left as it was", "Free some"):
         student = Student.from_pretrained(directory)
         _check_finite(student, model)
-        shown, kind = named if is_remote(named) else str(base), type(student.model).__name__
-        found = Merged(place, model, shown, kind, tuple(student.head_configs))
+        shown_base, class_name = (
+            recorded_base if is_remote(recorded_base) else str(base),
+            type(student.model).__name__,
+        )
+        merged = Merged(shown_out, model, shown_base, class_name, tuple(student.head_configs))
         with new_folder(Path(out).resolve()) as staged:
             student.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
             write_beside(student, longest_text(student), staged)
             lineage = [run.model_dump(mode="json") for run in lineage_of_model(directory)]
-            about = {"written_by": WRITER, **found.as_dict(), **base_fingerprints(base)}
-            text = json.dumps({**about, LINEAGE: lineage}, indent=1) + "\n"
+            record = {"written_by": WRITER, **merged.as_dict(), **base_fingerprints(base)}
+            text = json.dumps({**record, LINEAGE: lineage}, indent=1) + "\n"
             (staged / EXPORT_FILE).write_text(text, encoding="utf-8")
-            card = student_card(student, Path(out)).replace(out, place)
+            card = student_card(student, Path(out)).replace(out, shown_out)
             (staged / CARD_FILE).write_text(card, encoding="utf-8")
-        write_whole(Path(out), force)
-    return found
+        upload_result(Path(out), force)
+    return merged
 
 
 def _check_finite(student: Student, model: str) -> None:
-    strange = [
+    not_finite = [
         name for name, values in student.named_parameters() if not torch.isfinite(values).all()
     ]
-    if strange:
-        raise InputError(f"{model!r} cannot be merged: {strange[0]} would not be finite")
+    if not_finite:
+        raise InputError(f"{model!r} cannot be merged: {not_finite[0]} would not be finite")

@@ -9,14 +9,14 @@ from huggingface_hub import ModelCardData
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
-from rekindle.data.sharing.names import LICENCE, TAGS, is_ours, shown
+from rekindle.data.sharing.names import LICENCE, TAGS, is_local, shown_model
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.step_config import recorded_steps
 
 
 def metadata(task: str, model: str, library: str = "transformers") -> str:
     """Return the block that the hub reads: which pipeline runs the model, and its base model."""
-    base = shown(model) if model and not is_ours(model) else None
+    base = shown_model(model) if model and not is_local(model) else None
     block = ModelCardData(library_name=library, pipeline_tag=task, tags=[*TAGS], base_model=base)
     return f"---\n{block.to_yaml()}\n---\n\n"
 
@@ -44,16 +44,17 @@ class Provenance:
         )
         return cls(about["student"]["model"], teachers, text, recorded_steps(about) or 0, scores)
 
-    def told(self) -> list[str]:
+    def card_lines(self) -> list[str]:
         """Return the lines of a card."""
         return [
             "",
             "## How it was made",
             "",
             f"By `pipeline train-student` ({counted(self.steps, 'step')}, "
-            f"from `{shown(self.model)}`) on {self.text}; `run.yaml` beside this has the settings.",
-            *_teachers(self.teachers),
-            *_scores(self.scores),
+            f"from `{shown_model(self.model)}`) on {self.text}; `run.yaml` beside this "
+            "has the settings.",
+            *_teacher_table(self.teachers),
+            *_score_table(self.scores),
             "",
             LICENCE.format("the model that it began as, of its teachers, and of the text"),
         ]
@@ -61,7 +62,7 @@ class Provenance:
 
 def _sources(corpus: Corpus) -> str:
     """Return the names of the first files of its text, without their folders."""
-    names = [f"`{shown(str(place))}`" for place in corpus.info["config"]["source"]]
+    names = [f"`{shown_model(str(place))}`" for place in corpus.info["config"]["source"]]
     more = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
     return f"{', '.join(names[:_SOURCES])}{more}"
 
@@ -69,23 +70,23 @@ def _sources(corpus: Corpus) -> str:
 _SOURCES = 5
 
 
-def _teachers(teachers: Iterable[TeacherInfo]) -> list[str]:
+def _teacher_table(teachers: Iterable[TeacherInfo]) -> list[str]:
     rows = [
-        f"| {one.name} | `{shown(one.model)}` | {one.task} | {one.kind}"
-        f"{f', k = {one.k}' * (one.k is not None)} | {_weights(one)} |"
+        f"| {one.name} | `{shown_model(one.model)}` | {one.task} | {one.kind}"
+        f"{f', k = {one.k}' * (one.k is not None)} | {_short_fingerprint(one)} |"
         for one in teachers
     ]
     head = ["", "| teacher | model | task | targets | weights |", "|---|---|---|---|---|"]
     return [*head, *rows] if rows else ["", "It had no teachers."]
 
 
-def _weights(teacher: TeacherInfo) -> str:
+def _short_fingerprint(teacher: TeacherInfo) -> str:
     """Return the beginning of the fingerprint that identifies a teacher's weights."""
-    found = teacher.fingerprints.get("weights")
-    return f"`{found[:12]}`" if found else "not known"
+    fingerprint = teacher.fingerprints.get("weights")
+    return f"`{fingerprint[:12]}`" if fingerprint else "not known"
 
 
-def _scores(scores: Mapping[str, float]) -> list[str]:
+def _score_table(scores: Mapping[str, float]) -> list[str]:
     if not scores:
         return []
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(scores.items())]

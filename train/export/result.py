@@ -27,10 +27,10 @@ class Exported:
 
     def as_dict(self) -> dict[str, object]:
         """Return it as plain values for JSON."""
-        found = asdict(self)
-        return found if self.vectors else {k: v for k, v in found.items() if k != "vectors"}
+        values = asdict(self)
+        return values if self.vectors else {k: v for k, v in values.items() if k != "vectors"}
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return what it is, in a sentence."""
         if self.vectors:
             return (

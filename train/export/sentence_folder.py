@@ -72,33 +72,35 @@ class Encoder:
 
     def vectors(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the vectors [B,D] of a student's ``states`` [B,S,H]."""
-        found: Tensor = self.head(states, {"attention_mask": attention_mask})
-        return found
+        vectors: Tensor = self.head(states, {"attention_mask": attention_mask})
+        return vectors
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """Return what the vectors are, and what happened to the projection."""
-        how = f"{self.pooling} pooling" + (", length 1" if self.normalise else "")
+        properties = f"{self.pooling} pooling" + (", length 1" if self.normalise else "")
         if self.projection is not None:
-            return f"the size of its teacher {self.name!r} ({how}; the projection is a Dense)"
-        return f"the student's own size ({how}{'; the projection is dropped' * self.drops})"
+            return (
+                f"the size of its teacher {self.name!r} ({properties}; the projection is a Dense)"
+            )
+        return f"the student's own size ({properties}{'; the projection is dropped' * self.drops})"
 
 
-def encoder_of(student: StudentNetwork, asked: str | None) -> Encoder | None:
+def encoder_of(student: StudentNetwork, requested: str | None) -> Encoder | None:
     """Return the student as the requested encoder: that of a head, or ``own``, without a
     projection; None for a student that learns from no sentence encoder.
 
     Its own vectors have length 1 if those of all its heads have.
     """
     configs = {n: one for n, one in student.head_configs.items() if one.kind == "embedding"}
-    if asked is None or not configs:
+    if requested is None or not configs:
         return None
     head = next(iter(configs.values()))
     assert head.pooling is not None  # the same for all heads
-    if asked in configs:
-        module = student.heads[head_key(asked)]
+    if requested in configs:
+        module = student.heads[head_key(requested)]
         assert isinstance(module, VectorHead)
-        return Encoder(asked, module)
+        return Encoder(requested, module)
     normalise = all(one.normalise for one in configs.values())
     drops = any(one.projection for one in configs.values())
     return Encoder.own(OWN, width_of(student.model.config), head.pooling, normalise, drops)
@@ -135,12 +137,12 @@ def write_modules(encoder: Encoder, width: int, longest: int, folder: Path) -> N
     write(folder / POOLING_FOLDER / "config.json", pooling | {"include_prompt": True})
     if encoder.projection is not None:
         _write_dense(encoder.projection, folder / DENSE_FOLDER)
-    told: dict[str, object] = {
+    defaults: dict[str, object] = {
         "prompts": {},
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-    write(folder / ABOUT_ENCODER, {"__version__": {}} | told)
+    write(folder / ABOUT_ENCODER, {"__version__": {}} | defaults)
     write(folder / TRANSFORMER_FILES[0], {"max_seq_length": longest, "do_lower_case": False})
     write(folder / MODULES_FILE, modules)
 
@@ -170,10 +172,10 @@ def write_beside(student: Student, longest: int, folder: Path) -> str | None:
     """
     if (encoder := encoder_of(student, student.vectors)) is None:
         return None
-    if why := not_an_encoder(student):
-        return f"sentence-transformers cannot load the student: {why}"
+    if reason := not_an_encoder(student):
+        return f"sentence-transformers cannot load the student: {reason}"
     write_modules(encoder, width_of(student.model.config), longest, folder)
-    return f"sentence-transformers loads the student: vectors of {encoder.told}"
+    return f"sentence-transformers loads the student: vectors of {encoder.description}"
 
 
 def gives_vectors(heads: Mapping[str, HeadConfig]) -> bool:
@@ -188,8 +190,8 @@ def chosen_encoder(student: Student, name: str) -> Encoder | None:
     head = student.head_configs.get(name)
     if head is not None and head.kind != "embedding":
         return None
-    if why := not_an_encoder(student):
-        raise InputError(f"the vectors of {name!r} cannot be exported: {why}")
+    if reason := not_an_encoder(student):
+        raise InputError(f"the vectors of {name!r} cannot be exported: {reason}")
     return encoder_of(student, name)
 
 
@@ -202,8 +204,8 @@ def plain_body(student: Student) -> PreTrainedModel:
 @torch.no_grad()
 def encoder_distance(student: Student, encoder: Encoder, folder: Path) -> float:
     """Return how far the vectors of ``folder`` are from the encoder's, on a few rows."""
-    found = load_encoder(read_encoder_folder(folder))
-    inputs = sample_inputs(found.config)
+    reloaded = load_encoder(read_encoder_folder(folder))
+    inputs = sample_inputs(reloaded.config)
     with evaluating(student):
-        own = encoder.vectors(student.states(inputs), inputs["attention_mask"])
-    return difference(found(inputs), own.float())
+        expected = encoder.vectors(student.states(inputs), inputs["attention_mask"])
+    return difference(reloaded(inputs), expected.float())

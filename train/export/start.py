@@ -39,19 +39,19 @@ def distilled_model(model: str, head: str, data: Labelled) -> PreTrainedModel:
     are in the order of the data's labels.
     """
     student = Student.from_pretrained(resolve_model(model))
-    made = plain_model(student, head)
+    plain = plain_model(student, head)
     if not data.label_names:
-        return made
+        return plain
     names = plain_labels(head, student.head_configs[head])
     order = torch.tensor([names.index(label) for label in data.label_names])
-    auto = auto_class(made.config, student.head_configs[head].judges)
+    class_name = auto_class(plain.config, student.head_configs[head].judges)
     with torch.no_grad():
-        for name in output_tensors(made.config, auto):
-            values = made.get_parameter(name)
+        for name in output_tensors(plain.config, class_name):
+            values = plain.get_parameter(name)
             values.copy_(values[order])
-    made.config.id2label = dict(enumerate(data.label_names))
-    made.config.label2id = {label: number for number, label in enumerate(data.label_names)}
-    return made
+    plain.config.id2label = dict(enumerate(data.label_names))
+    plain.config.label2id = {label: number for number, label in enumerate(data.label_names)}
+    return plain
 
 
 def check_head(model: str, head: str | None, data: Labelled) -> None:
@@ -60,7 +60,7 @@ def check_head(model: str, head: str | None, data: Labelled) -> None:
     """
     heads = saved_heads(resolve_model(model))
     if head is None:
-        fitting = [name for name, one in heads.items() if not _misfit(name, one, data)]
+        fitting = [name for name, one in heads.items() if not _describe_misfit(name, one, data)]
         if fitting:
             log.info(
                 "%s has a distilled head for these labels, %s: --head %s goes on from it. This run "
@@ -69,19 +69,19 @@ def check_head(model: str, head: str | None, data: Labelled) -> None:
             )
         return
     if head not in heads:
-        has = f"has the task heads {', '.join(heads)}" if heads else "has no task heads"
+        heads_text = f"has the task heads {', '.join(heads)}" if heads else "has no task heads"
         raise InputError(
-            f"{model!r} {has}, not {head!r}. Name one of a student's, or leave head out: the "
-            "fine-tuning then begins with a fresh one"
+            f"{model!r} {heads_text}, not {head!r}. Name one of a student's, or leave head out: "
+            "the fine-tuning then begins with a fresh one"
         )
-    if told := _misfit(head, heads[head], data):
+    if problem := _describe_misfit(head, heads[head], data):
         raise InputError(
-            f"the head {head!r} of {model!r} {told}. Give the task it was taught, or leave head "
+            f"the head {head!r} of {model!r} {problem}. Give the task it was taught, or leave head "
             "out: the fine-tuning then begins with a fresh one"
         )
 
 
-def _misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
+def _describe_misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
     """Return how a head differs from what a task needs; None if it fits."""
     problem = problem_of(head)
     if problem != data.head_problem:
@@ -91,11 +91,11 @@ def _misfit(name: str, head: HeadConfig, data: Labelled) -> str | None:
         return (
             None if sizes[0] == sizes[1] else "gives {} scores, and the task has {}".format(*sizes)
         )
-    own, given = plain_labels(name, head), data.label_names
-    more = ", ".join([label for label in own if label not in given][:6])
-    less = ", ".join([label for label in given if label not in own][:6])
-    if not more and not less:
+    head_labels, task_labels = plain_labels(name, head), data.label_names
+    only_head = ", ".join([label for label in head_labels if label not in task_labels][:6])
+    only_task = ", ".join([label for label in task_labels if label not in head_labels][:6])
+    if not only_head and not only_task:
         return None
-    told = [f"it alone knows {more}"] if more else []
-    told += [f"the task alone has {less}"] if less else []
-    return f"is for other labels: {'; '.join(told)}"
+    problems = [f"it alone knows {only_head}"] if only_head else []
+    problems += [f"the task alone has {only_task}"] if only_task else []
+    return f"is for other labels: {'; '.join(problems)}"

@@ -19,13 +19,13 @@ from rekindle.train.finetune.encoded import EncodedTexts, collate, padding_id_of
 from rekindle.train.finetune.label_lists import TAGS
 from rekindle.train.finetune.metrics import check_finite
 from rekindle.train.finetune.task_data import TaskData
-from rekindle.train.model.causes import running
+from rekindle.train.model.causes import explaining_run_errors
 from rekindle.train.model.files import load_config, load_weights, place
-from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, task_said
+from rekindle.train.model.fitting import AUTO_CLASSES, check_fits, recorded_task
 from rekindle.train.model.folder import resolve_model, tokenizer_folder
-from rekindle.train.model.meta import refuse_shapes
+from rekindle.train.model.meta import check_shapes
 from rekindle.train.model.padding import set_padding
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 
 logger = logging.getLogger("rekindle")
 
@@ -83,8 +83,8 @@ def load_classifier(
 
 def _same_problem(config: PretrainedConfig, problem: str) -> bool:
     """Return whether the head of a model, if it has one, was trained for ``problem``."""
-    if problem == TAGS or task_said(config) == task_of(TAGS):
-        return task_said(config) == task_of(problem)
+    if problem == TAGS or recorded_task(config) == task_of(TAGS):
+        return recorded_task(config) == task_of(problem)
     return config.problem_type in (None, problem)
 
 
@@ -99,7 +99,7 @@ def _load_weights(
     loaded = load_weights(
         resolve_model(model), auto_class, torch.float32, problem_text, advice, config
     )
-    refuse_shapes(problem_text, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
+    check_shapes(problem_text, {k: v for k, v in loaded.shapes.items() if k in loaded.body})
     # A pooler is in the body but belongs to the head: a masked LM has none.
     missing = [key for key in loaded.body if ".pooler." not in key]
     if missing:
@@ -139,7 +139,7 @@ def predict(
     def logits(inputs: dict[str, Tensor], places: Tensor | None) -> Tensor:
         return classifier_logits(model, inputs, places)
 
-    equal_lengths = moved_by_padding(model) > 0
+    equal_lengths = padding_influence(model) > 0
     return run_by_length(encoded, batch_size, model.device, logits, equal_lengths)
 
 
@@ -149,7 +149,7 @@ def classifier_logits(
     """Return a classifier's logits: [B,C], or at flat ``places`` [P] of the batch [P,C]. Raises
     InputError, naming the model, if its own code fails.
     """
-    with running(str(model.name_or_path)):
+    with explaining_run_errors(str(model.name_or_path)):
         logits: Tensor = model(**inputs).logits
     return logits if places is None else logits.flatten(0, 1)[places]
 

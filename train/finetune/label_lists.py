@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.text_files import surrogate_problem
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.labels import (
     SAY_SCORES,
@@ -257,7 +257,7 @@ def _label_of(value: object, label_names: Sequence[str]) -> Label:
             f"{value!r} in a list is not a label; give the names of the labels that hold"
         )
     if isinstance(value, str):
-        if problem := half_a_pair("label", value):
+        if problem := surrogate_problem("label", value):
             raise ValueError(problem)
         name = value.strip()
         if not name:

@@ -48,13 +48,13 @@ from rekindle.train.finetune.result import FinetuneResult, SeedResult, check_out
 from rekindle.train.finetune.seeds import FinishedSeeds, describe_tuning
 from rekindle.train.finetune.task_data import TaskData, read_task
 from rekindle.train.model.files import place
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.optimizer import adamw
 from rekindle.train.outside.quiet import quiet_transformers
-from rekindle.train.precision import autocast, bf16_saves, tell_slow
+from rekindle.train.precision import autocast, bf16_saves, warn_of_slow_precision
 from rekindle.train.ranking.groups import batches_of_groups, taught_rows, warn_large_groups
-from rekindle.train.record.working_copy import place_of
-from rekindle.train.running_out import running_out
+from rekindle.train.record.working_copy import shown_folder
+from rekindle.train.running_out import report_shortage
 
 CLIP_NORM = 1.0
 BUCKET_BATCHES = 32  # batches that are sorted by length together: little padding, and still mixed
@@ -153,7 +153,7 @@ def finetune(
     with quiet_transformers():
         identity = describe_tuning(model, files, settings, placement)
     bf16 = bf16_saves(placement.precision, placement.device.partition(":")[0])
-    memory_guard = running_out(Path(out), seeds_done.describe_kept, less_memory(config, bf16))
+    memory_guard = report_shortage(Path(out), seeds_done.describe_kept, less_memory(config, bf16))
     with (
         memory_guard,
         seeds_done.lock(identity),
@@ -180,7 +180,7 @@ def finetune(
             is_best = len(ones) == len(seeds_done.results)
             final = Path(out) if is_best else seed_folder(Path(out), ones[0].seed)
             facts = (model, result.problem, result.label_names, result.mean_scores())
-            card = expert_card(place_of(final), *facts)
+            card = expert_card(shown_folder(final), *facts)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
         seeds_done.publish(out_folder, describe, force)
@@ -190,7 +190,9 @@ def finetune(
 def _prepare(model: str, data: dict[str, TaskData], metric: str, config: FinetuneConfig) -> _Job:
     placement = place(config.precision)
     logger.info("fine-tuning %s on %s in %s", model, placement.device, placement.precision)
-    tell_slow({"--set precision={}": config.precision}, torch.device(placement.device).type)
+    warn_of_slow_precision(
+        {"--set precision={}": config.precision}, torch.device(placement.device).type
+    )
     tokenizer = padded_tokenizer(model)
     limits = classifier_config(model, data["train"].problem)
     encoded = {
@@ -305,7 +307,7 @@ def _start(job: _Job) -> PreTrainedModel:
     if job.config.head is not None:
         return distilled_model(job.model, job.config.head, job.data["train"])
     network = load_classifier(job.model, job.tokenizer, job.data["train"])
-    if moved_by_padding(network):
+    if padding_influence(network):
         logger.info(
             "%s lets padding change its outputs: trained in padded batches, it is scored on "
             "texts of one length together",

@@ -32,11 +32,17 @@ from rekindle.data.storage.atomic import (
 from rekindle.train.finetune.classifier import padded_tokenizer
 from rekindle.train.finetune.config import fill_former_defaults
 from rekindle.train.finetune.result import SeedResult, best_of, seed_folder
-from rekindle.train.interrupts import telling
+from rekindle.train.interrupts import reporting_interrupts
 from rekindle.train.model.files import Placement, config_fingerprint, weights_fingerprint
 from rekindle.train.model.folder import resolve_model
-from rekindle.train.record.run_folder import LOCK_FILE, alone_in, check_same, read_record, reading
-from rekindle.train.record.stored_result import write_whole
+from rekindle.train.record.run_folder import (
+    LOCK_FILE,
+    check_same_settings,
+    locked_folder,
+    read_record,
+    reading_record,
+)
+from rekindle.train.record.stored_result import upload_result
 from rekindle.train.record.working_copy import store_of
 
 ABOUT_FILE = "about.json"
@@ -64,10 +70,10 @@ class FinishedSeeds:
         They stay, and this is logged, if anything ends the block early. Raises CheckpointError if
         existing ones have other settings, InputError if another process works there.
         """
-        with alone_in(self.folder):
+        with locked_folder(self.folder):
             self._read(about)
             try:
-                with telling(self.describe_interrupt):
+                with reporting_interrupts(self.describe_interrupt):
                     yield
             except BaseException as error:
                 if not self.finished and not self.unplanned:
@@ -96,7 +102,7 @@ class FinishedSeeds:
         if isinstance(settings := recorded.get("settings"), Mapping):
             recorded = {**recorded, "settings": fill_former_defaults(settings)}
         rule = f"{summary}: give its own settings to go on with it, or {advice}"
-        check_same(self.folder, recorded, about, rule)
+        check_same_settings(self.folder, recorded, about, rule)
         self.unplanned = {
             seed: one for seed, one in left_results.items() if seed not in self.planned
         }
@@ -134,7 +140,7 @@ class FinishedSeeds:
         results = []
         for path in self.folder.glob("seed-*.json"):
             record = read_record(path, advice)
-            with reading(path, advice):
+            with reading_record(path, advice):
                 results.append(TypeAdapter(SeedResult).validate_python(record))
         return {one.seed: one for one in sorted(results, key=lambda one: one.seed)}
 
@@ -162,7 +168,7 @@ class FinishedSeeds:
     def publish(self, out: Path, write: Write, force: bool = False) -> None:
         """Move the best model's folder to ``out`` and, if every seed's is kept, copy those into it;
         ``write`` adds to each the results of its seeds. Nothing else is left. ``force``: see
-        ``write_whole``.
+        ``upload_result``.
         """
         best_model = self._model(self._best().seed)
         if not self.keep_every and store_of(out) is None:
@@ -178,7 +184,7 @@ class FinishedSeeds:
                 shutil.copytree(self._model(one.seed), seed_folder(staged, one.seed))
                 write(seed_folder(staged, one.seed), [one])
         publish_folder(result_folder, out)
-        write_whole(out, force)
+        upload_result(out, force)
 
     def describe_interrupt(self) -> tuple[str, bool]:
         """Return what an interrupt leaves, and whether that is anything."""

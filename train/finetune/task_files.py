@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.source.records import read_records
 from rekindle.data.source.sources import Origin, recorded_origin
-from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, is_file
+from rekindle.data.text_files import PACKED_SUFFIXES, is_file, surrogate_problem
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.label_lists import TAGS, parse_words
 from rekindle.train.ranking.groups import group_names
@@ -94,7 +94,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if not isinstance(value, str):
                 given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
                 raise InputError(f"{path}, row {row}: {name} must be a string (given: {given})")
-            if problem := half_a_pair(name, value):
+            if problem := surrogate_problem(name, value):
                 raise InputError(f"{path}, row {row}: {problem}")
     texts = [cast("list[str]", columns[name]) for name in names]
     if not any(one.strip() for column in texts for one in column):
@@ -229,7 +229,7 @@ def row_words(path: str, name: str, row: int, raw: object) -> list[str]:
             f"its tokens (given: {given})"
         )
     tokens = [str(word) for word in words]
-    if problem := half_a_pair(name, " ".join(tokens)):
+    if problem := surrogate_problem(name, " ".join(tokens)):
         raise InputError(f"{path}, row {row}: {problem}")
     return tokens
 
@@ -238,7 +238,7 @@ def _read_records(origin: Origin, column_names: set[str]) -> _Columns:
     """Return the rows of a file by column; columns outside ``column_names`` may hold only None."""
     rows: list[Mapping[str, object]] = []
     for record in read_records(origin, sorted(column_names)):
-        if isinstance(record, Bad):
+        if isinstance(record, BadRecord):
             raise InputError(record.message)
         rows.append(record.values)
     fields = dict.fromkeys(field for row in rows for field in row)

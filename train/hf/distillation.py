@@ -37,7 +37,7 @@ from rekindle.train.hf.given import (
     check_names,
     check_rows,
 )
-from rekindle.train.model.fitting import AUTO_CLASSES, SAID
+from rekindle.train.model.fitting import AUTO_CLASSES, CLASS_TASKS
 from rekindle.train.model.split_model import OutputHead
 from rekindle.train.objective.language_loss import IGNORED, head_loss
 from rekindle.train.objective.selection import Counts
@@ -176,7 +176,7 @@ class Distillation:
         student: Any = model
         base = student.get_base_model() if hasattr(student, "get_base_model") else student
         kind = type(base).__name__
-        task = next((task for form, task in SAID.items() if re.search(form, kind)), None)
+        task = next((task for form, task in CLASS_TASKS.items() if re.search(form, kind)), None)
         if task not in (None, self.task):
             raise InputError(
                 f"the student is a {kind}, a {task}; the targets are for a {self.task}. Use a "

@@ -104,13 +104,13 @@ class ReplacedTokens(Method):
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Return the number of classified tokens."""
-        return {"loss": len(self._judged(batch))}
+        return {"loss": len(self._classified(batch))}
 
     def losses(
         self, student: StudentNetwork, batch: Batch, step: int, device: torch.device
     ) -> Iterable[tuple[str, Tensor, Tensor]]:
         """Yield the binary cross-entropy, summed over the classified tokens."""
-        loss, _, _ = self._judge(student, batch, device)
+        loss, _, _ = self._classify(student, batch, device)
         yield "loss", loss, loss.detach()
 
     def evaluate(
@@ -119,17 +119,17 @@ class ReplacedTokens(Method):
         """Return loss and accuracy over all tokens; precision, recall and F1 of the
         replaced ones.
         """
-        loss, logits, replaced = self._judge(student, batch, device)
-        called = logits > 0
-        outcomes = torch.stack([called == replaced, called & replaced, called])
-        right, found, named = outcomes.sum(dim=1).tolist()
-        count, there = len(logits), int(replaced.sum())
+        loss, logits, replaced = self._classify(student, batch, device)
+        flagged = logits > 0
+        outcomes = torch.stack([flagged == replaced, flagged & replaced, flagged])
+        correct, true_positives, flagged_count = outcomes.sum(dim=1).tolist()
+        count, replaced_count = len(logits), int(replaced.sum())
         return {
             "loss": (float(loss), count),
-            "accuracy": (right, count),
-            "precision": (found, named),
-            "recall": (found, there),
-            "f1": (2 * found, named + there),
+            "accuracy": (correct, count),
+            "precision": (true_positives, flagged_count),
+            "recall": (true_positives, replaced_count),
+            "f1": (2 * true_positives, flagged_count + replaced_count),
         }
 
     def corrupted(self, batch: Batch, device: torch.device) -> "CorruptedText":
@@ -140,29 +140,29 @@ class ReplacedTokens(Method):
         original = inputs["input_ids"].flatten()
         places = send(target.rows * batch.input_ids.shape[1] + target.positions, device)
         changed = original.index_copy(0, places, sampled)
-        judged = send(self._judged(batch), device)
+        classified = send(self._classified(batch), device)
         inputs["input_ids"] = changed.view(inputs["input_ids"].shape)
-        return CorruptedText(inputs, judged, (changed != original)[judged])
+        return CorruptedText(inputs, classified, (changed != original)[classified])
 
     def _target(self, batch: Batch) -> TokenTargetBatch:
         target = batch.targets[self.teacher]
         assert isinstance(target, TokenTargetBatch)
         return target
 
-    def _judged(self, batch: Batch) -> NDArray[np.int64]:
+    def _classified(self, batch: Batch) -> NDArray[np.int64]:
         """Return flat indices [N] into [B·S]: all tokens except special ones, in sequences with a
         target.
 
         Other sequences have no replacements, so there is nothing to learn from them.
         """
-        judged = batch.attention_mask & ~self.special[batch.input_ids]
+        classified = batch.attention_mask & ~self.special[batch.input_ids]
         if batch.trained is not None:
-            judged &= batch.trained
-        with_target = np.zeros(len(judged), bool)
+            classified &= batch.trained
+        with_target = np.zeros(len(classified), bool)
         with_target[self._target(batch).rows] = True
-        return np.flatnonzero(judged & with_target[:, None])
+        return np.flatnonzero(classified & with_target[:, None])
 
-    def _judge(
+    def _classify(
         self, student: StudentNetwork, batch: Batch, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss, the logits [N] and which tokens are replaced [N] bool."""
@@ -171,7 +171,7 @@ class ReplacedTokens(Method):
         head = getattr(student.model, ELECTRA_HEAD, None)
         if head is None:
             head = student.method_module(self.name)
-        logits: Tensor = head(states.flatten(0, 1)[text.judged]).float()
+        logits: Tensor = head(states.flatten(0, 1)[text.classified]).float()
         truth = text.replaced.float()
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
         return loss, logits, text.replaced
@@ -180,22 +180,22 @@ class ReplacedTokens(Method):
         """Return a sampled token [P] for each position with a target."""
         uniforms = _uniforms(batch, target, self.run.seed)
         if not target.kind.has_all_probabilities:
-            kept = sparse_targets(target, self.settings.temperature, None, device)
-            return sample(kept, send(uniforms, device), send(self.content, device))
+            candidates = sparse_targets(target, self.settings.temperature, None, device)
+            return sample(candidates, send(uniforms, device), send(self.content, device))
         # Whole distributions [P,V] in bounded blocks.
-        found = [torch.zeros(0, dtype=torch.int64, device=device)]
-        each = 4 * torch.float64.itemsize
-        for part in row_blocks(len(target.rows), len(self.special), each, device):
-            kept = sparse_targets(target.keep(part), self.settings.temperature, None, device)
-            found.append(sample(kept, send(uniforms[part], device), None))
-        return torch.cat(found)
+        samples = [torch.zeros(0, dtype=torch.int64, device=device)]
+        bytes_per_id = 4 * torch.float64.itemsize
+        for part in row_blocks(len(target.rows), len(self.special), bytes_per_id, device):
+            candidates = sparse_targets(target.keep(part), self.settings.temperature, None, device)
+            samples.append(sample(candidates, send(uniforms[part], device), None))
+        return torch.cat(samples)
 
 
 class CorruptedText(NamedTuple):
     """The text that the student classifies."""
 
     inputs: Mapping[str, Tensor]  # input_ids and attention_mask [B,S]
-    judged: Tensor  # [N] flat indices into [B·S]
+    classified: Tensor  # [N] flat indices into [B·S]
     replaced: Tensor  # [N] bool: the token is not the original
 
 
@@ -222,23 +222,23 @@ class ReplacedTokenHead(nn.Module):
 
     def take(self, files: Iterable[Path]) -> None:
         """Load the weights of a discriminator's head from its model files, if all are there."""
-        found: dict[str, Tensor] = {}
+        head_weights: dict[str, Tensor] = {}
         for file in files:
-            found |= weights_below(load_file(file), ELECTRA_HEAD)
-        if found.keys() == self.state_dict().keys():
-            self.load_state_dict(found)
+            head_weights |= weights_below(load_file(file), ELECTRA_HEAD)
+        if head_weights.keys() == self.state_dict().keys():
+            self.load_state_dict(head_weights)
 
 
 def _uniforms(batch: Batch, target: TokenTargetBatch, seed: int) -> NDArray[np.float64]:
     """Return two numbers [P,2] in [0,1) per position with a target: a function of seed, epoch,
     example and position.
     """
-    found = np.zeros((len(target.rows), 2))
+    numbers = np.zeros((len(target.rows), 2))
     for row in np.unique(target.rows).tolist():
-        draw = generator(f"replaced-tokens/{batch.epoch}", seed, str(batch.digests[row]))
-        here = target.rows == row
-        found[here] = draw.random((int(batch.lengths[row]), 2))[target.positions[here]]
-    return found
+        rng = generator(f"replaced-tokens/{batch.epoch}", seed, str(batch.digests[row]))
+        in_row = target.rows == row
+        numbers[in_row] = rng.random((int(batch.lengths[row]), 2))[target.positions[in_row]]
+    return numbers
 
 
 def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) -> Tensor:
@@ -268,9 +268,9 @@ def sample(targets: DecodedTargets, uniforms: Tensor, content: Tensor | None) ->
 
 def _ranks(ids: Tensor, content: Tensor) -> Tensor:
     """Return each id's [P,K] index in ``content``; len(content) for ids that are not in it."""
-    found = torch.searchsorted(content, ids.contiguous())
-    there = content[found.clamp(max=len(content) - 1)] == ids
-    return torch.where(there, found, len(content))
+    ranks = torch.searchsorted(content, ids.contiguous())
+    is_content = content[ranks.clamp(max=len(content) - 1)] == ids
+    return torch.where(is_content, ranks, len(content))
 
 
 def _outside(rank: Tensor, content: Tensor, others: Tensor, uniform: Tensor) -> Tensor:
@@ -280,28 +280,30 @@ def _outside(rank: Tensor, content: Tensor, others: Tensor, uniform: Tensor) -> 
     rank s_j comes before it if s_j − j ≤ n.
     """
     number = (uniform * others).long().minimum(others - 1).clamp(min=0)
-    kept = rank.sort(dim=1).values
-    before = kept - torch.arange(kept.shape[1], device=kept.device) <= number[:, None]
-    place = number + (before & (kept < len(content))).sum(dim=1)
-    return content[place.clamp(max=len(content) - 1)]
+    kept_ranks = rank.sort(dim=1).values
+    is_before = (
+        kept_ranks - torch.arange(kept_ranks.shape[1], device=kept_ranks.device) <= number[:, None]
+    )
+    index = number + (is_before & (kept_ranks < len(content))).sum(dim=1)
+    return content[index.clamp(max=len(content) - 1)]
 
 
 def _only_teacher(run: MethodRun) -> str:
     """Return the only masked LM that saw what the student sees."""
     infos = [reader.info for reader in run.cache.teachers.values()]
-    found = [i.name for i in infos if i.task == "masked_lm" and i.view == run.masked_view]
-    if len(found) != 1:
+    names = [i.name for i in infos if i.task == "masked_lm" and i.view == run.masked_view]
+    if len(names) != 1:
         raise InputError(
             "replaced tokens are sampled from a masked-LM teacher, but "
-            f"{run.cache.store.location} has {', '.join(found) or 'none'} for the student's "
+            f"{run.cache.store.location} has {', '.join(names) or 'none'} for the student's "
             "masks. "
             + (
                 "Name one: train.objective.methods: [{method: replaced_tokens, teacher: NAME}]"
-                if found
+                if names
                 else "Cache one with `pipeline cache-teachers`"
             )
         )
-    return found[0]
+    return names[0]
 
 
 def _check_teacher(info: TeacherInfo, run: MethodRun, temperature: float) -> None:

@@ -61,9 +61,9 @@ DEQUANTISE = "dequantise the model (model.dequantize()) and save it with save_pr
 
 
 @contextmanager
-def refusing(what: str, advice: str = "") -> Iterator[None]:
-    """Turn any error about a model that cannot be had into one InputError: ``what`` failed, the
-    reason, and ``advice``. Running out of memory is not the model's fault.
+def explaining_load_errors(failure: str, advice: str = "") -> Iterator[None]:
+    """Turn any error about a model that cannot be had into one InputError: ``failure``, the reason,
+    and ``advice``. Running out of memory is not the model's fault.
     """
     try:
         with quiet_transformers():
@@ -71,14 +71,14 @@ def refusing(what: str, advice: str = "") -> Iterator[None]:
     except (RekindleError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
-        raise InputError(f"{what}: its weights are damaged ({error}){advice}") from None
+        raise InputError(f"{failure}: its weights are damaged ({error}){advice}") from None
     # the library's errors have no common base; all mean that it cannot be had
     except Exception as error:
-        raise InputError(f"{what}: {_reason(error)}{advice}") from error
+        raise InputError(f"{failure}: {_explain(error)}{advice}") from error
 
 
 @torch.no_grad()
-def refuse_nan(directory: Path, model: nn.Module) -> None:
+def check_no_nan(directory: Path, model: nn.Module) -> None:
     """Raise InputError if a weight of the model in ``directory`` is NaN."""
     for name, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
@@ -93,7 +93,7 @@ def refuse_nan(directory: Path, model: nn.Module) -> None:
 
 
 @contextmanager
-def running(model: str) -> Iterator[None]:
+def explaining_run_errors(model: str) -> Iterator[None]:
     """Name the model and the cause when its own code fails on its input.
 
     Errors of the device are passed on: running out of memory has other remedies.
@@ -104,12 +104,12 @@ def running(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"{model} fails when it is run: {_reason(error)}. Its config.json may lack what its "
+            f"{model} fails when it is run: {_explain(error)}. Its config.json may lack what its "
             "forward pass needs; run the model by itself on a text to see more"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text or "custom code" in text:
         return (
@@ -142,10 +142,10 @@ def quantised_by(settings: Mapping[str, Any]) -> str | None:
     """Return the method by which config.json says the weights are quantised."""
     for part in (settings, *(v for v in settings.values() if isinstance(v, dict))):
         for key in ("quantization_config", "compression_config"):
-            found = part.get(key)
-            if isinstance(found, dict) and found:
-                bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-                return str(found.get("quant_method") or ("bitsandbytes" if bits else "unknown"))
+            section = part.get(key)
+            if isinstance(section, dict) and section:
+                bits = section.get("load_in_4bit") or section.get("load_in_8bit")
+                return str(section.get("quant_method") or ("bitsandbytes" if bits else "unknown"))
     return None
 
 
@@ -153,71 +153,71 @@ def check_quantisation(
     directory: Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, StoredTensor],
-    whole: str = "",
+    whole_reason: str = "",
 ) -> None:
-    """Raise InputError for quantised weights that cannot be loaded, or for any if ``whole`` gives
-    the reason why they must not be quantised.
+    """Raise InputError for quantised weights that cannot be loaded, or for any if there is a
+    ``whole_reason`` why they must not be quantised.
     """
     method = quantised_by(settings)
-    strange = [
+    quantised = [
         name
         for name, tensor in tensors.items()
         if _QUANTISED_NAMES.search(name) or tensor.dtype.startswith(("F4_", "F6_", "F8_"))
     ]
     if method is None:
-        if strange:
+        if quantised:
             raise InputError(
-                f"{directory}: its weights are quantised ({strange[0]} is "
-                f"{tensors[strange[0]].dtype}), but its {SETTINGS_FILE} has no "
+                f"{directory}: its weights are quantised ({quantised[0]} is "
+                f"{tensors[quantised[0]].dtype}), but its {SETTINGS_FILE} has no "
                 "quantization_config that says how. Give the folder as its maker wrote it, or "
                 f"{DEQUANTISE}"
             )
         return
     types = sorted({tensor.dtype for tensor in tensors.values()})
-    if not strange and set(types) <= _PLAIN_TYPES:
+    if not quantised and set(types) <= _PLAIN_TYPES:
         raise InputError(
             f"{directory}: its {SETTINGS_FILE} says that the weights are quantised by {method}, "
             f"but they are plain ({', '.join(types)}): the section is left over. Remove "
             f"quantization_config from {directory / SETTINGS_FILE}"
         )
-    told = f"{directory}: its weights are quantised by {method} (quantization_config)"
-    if whole:
-        raise InputError(f"{told}; {whole}: {DEQUANTISE}")
+    statement = f"{directory}: its weights are quantised by {method} (quantization_config)"
+    if whole_reason:
+        raise InputError(f"{statement}; {whole_reason}: {DEQUANTISE}")
     package = QUANTISERS.get(method)
     if package is None:
-        raise InputError(f"{told}, which is not supported here: {DEQUANTISE}")
+        raise InputError(f"{statement}, which is not supported here: {DEQUANTISE}")
     if not _installed(package):
         pip = _PIP_NAMES.get(package, re.sub(r"[._]", "-", package))
         raise InputError(
-            f"{told}, but {package} is not installed. Install it (pip install {pip}), or "
+            f"{statement}, but {package} is not installed. Install it (pip install {pip}), or "
             f"{DEQUANTISE}"
         )
 
 
-def check_implementations(config: "PretrainedConfig", where: str) -> None:
+def check_implementations(config: "PretrainedConfig", source: str) -> None:
     """Refuse attention (or experts) that need a missing package, or a kernel that transformers
-    would download: compiled code by strangers. ``where``: what asks for it.
+    would download: compiled code by strangers. ``source``: what asks for it.
     """
-    for part in _parts(config):
+    for part in _configs(config):
         attention = getattr(part, "_attn_implementation", None)
         attention = attention.removeprefix("paged|") if isinstance(attention, str) else attention
         experts = getattr(part, "_experts_implementation", None)
         package = FLASH_PACKAGES.get(str(attention))
         if package is not None and not _installed(package):
             raise InputError(
-                f"{where} asks for the attention {attention}, and the package {package} is not "
+                f"{source} asks for the attention {attention}, and the package {package} is not "
                 'installed. Install it, or say "sdpa" there'
             )
-        asked = [f"attention {attention!r}"] if attention not in PLAIN_ATTENTION else []
-        asked += [f"experts {experts!r}"] if experts not in PLAIN_EXPERTS else []
-        if asked and package is None:
+        unsupported = [f"attention {attention!r}"] if attention not in PLAIN_ATTENTION else []
+        unsupported += [f"experts {experts!r}"] if experts not in PLAIN_EXPERTS else []
+        if unsupported and package is None:
             raise InputError(
-                f"{where} asks for the {asked[0]}: compiled code that transformers would download "
-                'from a hub, which is not done. Say "sdpa" there (of experts: "eager")'
+                f"{source} asks for the {unsupported[0]}: compiled code that transformers would "
+                'download from a hub, which is not done. Say "sdpa" there (of experts: "eager")'
             )
 
 
-def _parts(config: "PretrainedConfig") -> Iterator["PretrainedConfig"]:
+def _configs(config: "PretrainedConfig") -> Iterator["PretrainedConfig"]:
     yield config
     for name in config.sub_configs:
         part = getattr(config, name, None)

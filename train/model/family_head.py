@@ -21,7 +21,7 @@ from rekindle.train.model.files import longest_input
 from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.meta import shape_only
 from rekindle.train.model.padding import padding_of, set_padding
-from rekindle.train.model.sight import BROKEN, evaluating, sample_ids
+from rekindle.train.model.sight import MODEL_ERRORS, evaluating, sample_ids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,9 +54,9 @@ class FamilyHead(nn.Module):
 
         Raises InputError, with the reason, if the family has none, or none for this body.
         """
-        made = cls.fresh(model, kind, outputs, padding, causal)
-        try_when_filled(lambda: made._check(model.base_model, kind), SECTION)
-        return made
+        head = cls.fresh(model, kind, outputs, padding, causal)
+        try_when_filled(lambda: head._check(model.base_model, kind), SECTION)
+        return head
 
     @classmethod
     def fresh(
@@ -73,10 +73,10 @@ class FamilyHead(nn.Module):
         """
         config = head_config(model.config, outputs, padding, settings)
         frame = shape_only(config, auto_class(config, kind))
-        name, body, own = type(frame).__name__, frame.base_model, model.base_model
-        if type(body) is not type(own) or _shapes(body) != _shapes(own):
+        name, body, model_body = type(frame).__name__, frame.base_model, model.base_model
+        if type(body) is not type(model_body) or _shapes(body) != _shapes(model_body):
             raise InputError(f"the body of {name} is another than that of {type(model).__name__}")
-        setattr(frame, frame.base_model_prefix, _Given(body))
+        setattr(frame, frame.base_model_prefix, _FixedStates(body))
         if any(True for _ in frame.buffers()):
             raise InputError(f"{name} keeps more in its head than weights")
         for module in frame.modules():
@@ -86,11 +86,11 @@ class FamilyHead(nn.Module):
                     module._parameters[key] = nn.Parameter(empty, weight.requires_grad)
         for module in frame.modules():
             frame._init_weights(module)
-        made = cls(frame)
+        head = cls(frame)
         if causal and kind == "sequence":
             width = model.config.get_text_config().hidden_size
-            try_when_filled(lambda: made._check_reads_on(width), SECTION)
-        return made
+            try_when_filled(lambda: head._check_reads_on(width), SECTION)
+        return head
 
     def forward(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return logits [B,C], or [B,S,C] for a head on tokens, of the body's ``states``
@@ -100,46 +100,46 @@ class FamilyHead(nn.Module):
         if (padding := padding_of(self.frame.config)) is not None:
             # some look for the last token that is not padding
             ids = ids.masked_fill(mask == 0, padding)
-        given = self._given
-        given.states = states
+        fixed = self._fixed_states
+        fixed.states = states
         try:
             logits: Tensor = self.frame(input_ids=ids, attention_mask=mask).logits
         finally:
-            given.states = None
+            fixed.states = None
         return logits
 
     @property
-    def _given(self) -> "_Given":
-        found: _Given = getattr(self.frame, self.frame.base_model_prefix)
-        return found
+    def _fixed_states(self) -> "_FixedStates":
+        fixed: _FixedStates = getattr(self.frame, self.frame.base_model_prefix)
+        return fixed
 
     def _check(self, body: nn.Module, kind: Kind) -> None:
         """Raise InputError unless it gives the family class's output on ``body``."""
         name, inputs = type(self.frame).__name__, self._sample()
-        places = inputs["attention_mask"].bool()
+        is_token = inputs["attention_mask"].bool()
         try:
             with evaluating(self), evaluating(body):
-                with self._whole(body):
+                with self._with_body(body):
                     expected = self.frame(**inputs).logits
-                found = self(body(**inputs).last_hidden_state, inputs)
+                logits = self(body(**inputs).last_hidden_state, inputs)
         except (InputError, torch.OutOfMemoryError):
             raise
-        except BROKEN as error:
+        except MODEL_ERRORS as error:
             raise InputError(f"{name} cannot be run: {first_words(error, 200)}") from None
         if kind == "token":
-            found, expected = found[places], expected[places]
-        if difference(found, expected) > SAME:
+            logits, expected = logits[is_token], expected[is_token]
+        if difference(logits, expected) > SAME:
             raise InputError(f"{name} runs its body otherwise than the language model does")
 
     def _check_reads_on(self, width: int) -> None:
         """Raise InputError if it reads only the first token's states [``width``]."""
         inputs = self._sample()
-        draw, ids = torch.Generator().manual_seed(0), inputs["input_ids"]
-        states = torch.randn(*ids.shape, width, generator=draw).to(ids.device)
-        other = states.clone()
-        other[:, 1:] += 1.0
+        generator, ids = torch.Generator().manual_seed(0), inputs["input_ids"]
+        states = torch.randn(*ids.shape, width, generator=generator).to(ids.device)
+        changed = states.clone()
+        changed[:, 1:] += 1.0
         with evaluating(self):
-            if torch.equal(self(states, inputs), self(other, inputs)):
+            if torch.equal(self(states, inputs), self(changed, inputs)):
                 raise InputError(
                     f"{type(self.frame).__name__} classifies a text by its first token, which in "
                     "a causal LM has seen no other"
@@ -151,22 +151,22 @@ class FamilyHead(nn.Module):
         return {k: v.to(device) for k, v in sample_inputs(self.frame.config).items()}
 
     @contextmanager
-    def _whole(self, body: nn.Module) -> Iterator[None]:
+    def _with_body(self, body: nn.Module) -> Iterator[None]:
         """Put ``body`` in its place temporarily."""
-        frame, given = self.frame, self._given
-        before = {name: getattr(body, name, None) for name in given.poolers}
+        frame, fixed = self.frame, self._fixed_states
+        own_poolers = {name: getattr(body, name, None) for name in fixed.poolers}
         try:
-            for name, part in given.poolers.items():
-                setattr(body, name, part)
+            for name, pooler in fixed.poolers.items():
+                setattr(body, name, pooler)
             setattr(frame, frame.base_model_prefix, body)
             yield
         finally:
-            setattr(frame, frame.base_model_prefix, given)
-            for name, own in before.items():
+            setattr(frame, frame.base_model_prefix, fixed)
+            for name, own in own_poolers.items():
                 setattr(body, name, own)
 
 
-class _Given(nn.Module):
+class _FixedStates(nn.Module):
     """Replaces a body: returns known states, and the output of its pooler for them."""
 
     def __init__(self, body: nn.Module):
@@ -201,9 +201,9 @@ class _Output(tuple[Tensor, ...]):
     pooler_output: Tensor | None
 
     def __new__(cls, states: Tensor, pooled: Tensor | None) -> "_Output":
-        made = super().__new__(cls, (states,) if pooled is None else (states, pooled))
-        made.last_hidden_state, made.pooler_output = states, pooled
-        return made
+        output = super().__new__(cls, (states,) if pooled is None else (states, pooled))
+        output.last_hidden_state, output.pooler_output = states, pooled
+        return output
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -227,12 +227,12 @@ def head_config(
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> "PretrainedConfig":
     """Return ``config`` for a head with that many outputs; ``padding``: the id, if it has none."""
-    made = copy.deepcopy(config)
+    changed = copy.deepcopy(config)
     for key, value in ({"num_labels": outputs} | dict(settings)).items():
-        setattr(made, key, value)
-    if padding_of(made) is None:
-        set_padding(made, padding)
-    return made
+        setattr(changed, key, value)
+    if padding_of(changed) is None:
+        set_padding(changed, padding)
+    return changed
 
 
 def sample_inputs(config: "PretrainedConfig") -> dict[str, Tensor]:
@@ -247,12 +247,12 @@ def sample_inputs(config: "PretrainedConfig") -> dict[str, Tensor]:
     }
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(logits: Tensor, expected: Tensor) -> float:
     """Return the largest difference of two logits, as a share of the largest one if that is above
     1.
     """
     largest = max(1.0, float(expected.abs().max()))
-    return float((found - expected).abs().max()) / largest
+    return float((logits - expected).abs().max()) / largest
 
 
 def _shapes(body: nn.Module) -> dict[str, torch.Size]:

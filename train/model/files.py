@@ -18,13 +18,13 @@ from torch import nn
 from rekindle.data.corpus.tokenizer import Tokenizer
 from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings
-from rekindle.train.deferred.recording import active
+from rekindle.train.deferred.recording import active_recording
 from rekindle.train.model.adapter import (
     adapter_fingerprints,
+    check_base_unchanged,
+    check_mergeable,
     complete_config,
     merge_adapter,
-    need_peft,
-    refuse_changed_base,
     round_as_trained,
     trained_as,
 )
@@ -32,10 +32,10 @@ from rekindle.train.model.causes import (
     MERGED,
     TRAINED,
     check_implementations,
+    check_no_nan,
     check_quantisation,
+    explaining_load_errors,
     quantised_by,
-    refuse_nan,
-    refusing,
 )
 from rekindle.train.model.fitting import AUTO_CLASSES
 from rekindle.train.model.folder import (
@@ -48,9 +48,15 @@ from rekindle.train.model.folder import (
     settings_folder,
     stored_tensors,
 )
-from rekindle.train.model.heads import say_unused, take_weights, use_own_head
+from rekindle.train.model.heads import copy_matching_weights, log_unused_weights, use_own_head
 from rekindle.train.model.labels import complete_labels
-from rekindle.train.model.meta import Shape, load_later, refuse_missing, refuse_shapes, split_names
+from rekindle.train.model.meta import (
+    Shape,
+    check_none_missing,
+    check_shapes,
+    load_later,
+    split_names,
+)
 from rekindle.train.model.padding import (
     COUNT_PAST_PADDING,
     attend_fully,
@@ -93,14 +99,14 @@ def adapted_fingerprints(directory: Path) -> dict[str, str]:
     base = base_of(directory)
     if base is None:
         return {}
-    need_peft(directory)
+    check_mergeable(directory)
     check_base(directory, base)
     return {"base": weights_fingerprint(base)} | adapter_fingerprints(directory)
 
 
 def check_base(directory: Path, base: Path) -> None:
     """Raise InputError if a student that is the adapter in ``directory`` had another base."""
-    refuse_changed_base(directory, base, base_fingerprints(base))
+    check_base_unchanged(directory, base, base_fingerprints(base))
 
 
 def base_fingerprints(base: Path) -> dict[str, str]:
@@ -110,8 +116,8 @@ def base_fingerprints(base: Path) -> dict[str, str]:
 
 def config_fingerprint(directory: Path) -> str:
     """Return sha256 over the model's configuration, without what every save changes."""
-    kept = {k: v for k, v in read_settings(directory).items() if k not in VOLATILE_KEYS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    lasting = {k: v for k, v in read_settings(directory).items() if k not in VOLATILE_KEYS}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 class Loaded(NamedTuple):
@@ -135,7 +141,7 @@ def load_config(
 
     file = settings_folder(directory) / SETTINGS_FILE
     read_settings(directory)  # its error for an invalid file says more than transformers'
-    with refusing(f"{file} cannot be used"):
+    with explaining_load_errors(f"{file} cannot be used"):
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
             str(file.parent), trust_remote_code=False
         )
@@ -144,16 +150,16 @@ def load_config(
         config._attn_implementation = attention
     drop_outside_padding(config, f"{file}")
     attend_fully(config, f"{file}")
-    asks = file if attention is None else "student.attention"
-    check_implementations(config, f"{asks}")
+    source = file if attention is None else "student.attention"
+    check_implementations(config, f"{source}")
     if is_adapter(directory):
-        need_peft(directory)
+        check_mergeable(directory)
     if auto_class is not None:
-        suit(config, directory, auto_class)
+        adapt_config(config, directory, auto_class)
     return config
 
 
-def suit(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
+def adapt_config(config: "PretrainedConfig", directory: Path, auto_class: str) -> None:
     """Adapt a configuration that was read for no class to ``auto_class``: see load_config."""
     whole = settings_folder(directory)
     if auto_class.endswith("Classification") and quantised_by(read_settings(directory)) is None:
@@ -166,30 +172,30 @@ def load_weights(
     directory: Path,
     auto_class: str,
     dtype: torch.dtype,
-    what: str,
+    failure: str,
     advice: str = "",
     config: "PretrainedConfig | None" = None,
-    whole: str = TRAINED,
-    more: Mapping[str, Any] = MappingProxyType({}),
+    whole_reason: str = TRAINED,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Loaded:
     """Load safetensors weights through a transformers Auto class, never with remote code.
 
-    ``config``: the directory's, changed. ``whole``: why they must not be quantised, if so. Weights
-    that are missing, or have another shape than the configuration's, are random; the caller
-    decides. ``what`` and ``advice`` are for ``refusing``; ``more`` is for transformers. Raises
-    InputError for everything that cannot be loaded.
+    ``config``: the directory's, changed. ``whole_reason``: why they must not be quantised, if
+    so. Weights that are missing, or have another shape than the configuration's, are random; the
+    caller decides. ``failure`` and ``advice`` are for ``explaining_load_errors``; ``options`` are
+    for transformers. Raises InputError for everything that cannot be loaded.
     """
     import transformers
 
     config = config or load_config(directory, auto_class)
     if (base := base_of(directory)) is not None:
-        return _load_adapted(directory, base, auto_class, dtype, what, config)
+        return _load_adapted(directory, base, auto_class, dtype, failure, config)
     check_headers(directory)
-    check_quantisation(directory, read_settings(directory), stored_tensors(directory), whole)
+    check_quantisation(directory, read_settings(directory), stored_tensors(directory), whole_reason)
     load: Any = getattr(transformers, auto_class).from_pretrained
-    if active() is not None:
+    if active_recording() is not None:
         load = partial(load_later, auto_class)
-    with refusing(what, advice):
+    with explaining_load_errors(failure, advice):
         model, info = load(
             str(directory),
             config=config,
@@ -198,14 +204,14 @@ def load_weights(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them; the caller refuses
-            **more,
+            **options,
         )
     shapes = {name: (tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
-    unset = sorted({*info["missing_keys"], *shapes})
-    say_unused(directory, model, info["unexpected_keys"])
-    if active() is None:
-        refuse_nan(directory, model)
-    return Loaded(model, *split_names(model, unset), shapes)
+    missing = sorted({*info["missing_keys"], *shapes})
+    log_unused_weights(directory, model, info["unexpected_keys"])
+    if active_recording() is None:
+        check_no_nan(directory, model)
+    return Loaded(model, *split_names(model, missing), shapes)
 
 
 def _load_adapted(
@@ -213,7 +219,7 @@ def _load_adapted(
     base: Path,
     auto_class: str,
     dtype: torch.dtype,
-    what: str,
+    failure: str,
     config: "PretrainedConfig",
 ) -> Loaded:
     """Load an adapter's base in float32, merge the adapter into it, and round the result to
@@ -227,21 +233,23 @@ def _load_adapted(
     check_base(directory, base)
     attention = config._attn_implementation  # student.attention, if that is set
     kind = trained_as(directory) or auto_class
-    own = load_config(directory, kind, attention)
-    start = copy.deepcopy(own)
-    plain = load_config(base, attention=attention)
-    start.get_text_config().vocab_size = plain.get_text_config().vocab_size
-    told = f"{what}: its base"
-    found = load_weights(base, kind, torch.float32, told, config=start, whole=MERGED)
-    round_as_trained(found.model, directory)
-    size = own.get_text_config().vocab_size
-    merged, brought = merge_adapter(found.model, directory, size, what)
-    body, head = (sorted({*names} - brought) for names in (found.body, found.head))
-    shapes = {name: both for name, both in found.shapes.items() if name not in brought}
-    if kind != auto_class or config.num_labels != own.num_labels:
-        with refusing(what):
+    own_config = load_config(directory, kind, attention)
+    base_config = copy.deepcopy(own_config)
+    stored_config = load_config(base, attention=attention)
+    base_config.get_text_config().vocab_size = stored_config.get_text_config().vocab_size
+    base_failure = f"{failure}: its base"
+    base_model = load_weights(
+        base, kind, torch.float32, base_failure, config=base_config, whole_reason=MERGED
+    )
+    round_as_trained(base_model.model, directory)
+    size = own_config.get_text_config().vocab_size
+    merged, whole_names = merge_adapter(base_model.model, directory, size, failure)
+    body, head = (sorted({*names} - whole_names) for names in (base_model.body, base_model.head))
+    shapes = {name: pair for name, pair in base_model.shapes.items() if name not in whole_names}
+    if kind != auto_class or config.num_labels != own_config.num_labels:
+        with explaining_load_errors(failure):
             model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
-        fresh, shapes = take_weights(model.eval(), merged, directory)
+        fresh, shapes = copy_matching_weights(model.eval(), merged, directory)
         fresh |= {*body, *head} & model.state_dict().keys()
         return Loaded(model.to(dtype), *split_names(model, sorted(fresh)), shapes)
     for key in ("id2label", "label2id", "problem_type"):  # what callers set
@@ -254,17 +262,19 @@ def load_model(
     directory: Path,
     auto_class: str,
     dtype: torch.dtype,
-    more: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module:
-    """Load a teacher; every weight must come from the directory. ``more``: transformers' options
+    """Load a teacher; every weight must come from the directory. ``options``: transformers' options
     for devices.
 
     Raises InputError naming the missing weights: a randomly initialised head would cache noise.
     """
-    what = f"{directory} cannot be loaded as {auto_class}"
-    loaded = load_weights(directory, auto_class, dtype, what, whole="", more=more)
-    refuse_shapes(what, loaded.shapes)
-    refuse_missing(directory, auto_class, loaded.model.config, sorted(loaded.body + loaded.head))
+    failure = f"{directory} cannot be loaded as {auto_class}"
+    loaded = load_weights(directory, auto_class, dtype, failure, whole_reason="", options=options)
+    check_shapes(failure, loaded.shapes)
+    check_none_missing(
+        directory, auto_class, loaded.model.config, sorted(loaded.body + loaded.head)
+    )
     return loaded.model
 
 
@@ -287,8 +297,8 @@ def new_language_model(
         if getattr(config, key, None) is not None:  # of weights that are not loaded
             log.info("student: the new weights are not quantised; %s is left out", key)
             delattr(config, key)
-    told = f"student {directory} cannot be made as {AUTO_CLASSES[task]} by its config.json"
-    with refusing(told):
+    failure = f"student {directory} cannot be made as {AUTO_CLASSES[task]} by its config.json"
+    with explaining_load_errors(failure):
         # The configuration may ask for bfloat16, as large models' do; weights are trained in
         # float32.
         model: PreTrainedModel = getattr(transformers, AUTO_CLASSES[task]).from_config(
@@ -308,19 +318,19 @@ def load_language_model(
 
 def load_student_model(directory: Path, task: str, attention: str | None = None) -> Loaded:
     """Do the same, and return the names of what is fresh in its head."""
-    what = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
+    failure = f"student {directory} cannot be loaded as {AUTO_CLASSES[task]}"
     advice = ". To start from its configuration alone, set student.from_scratch"
-    kind = AUTO_CLASSES[task]
-    config = load_config(directory, kind, attention)
-    loaded = load_weights(directory, kind, torch.float32, what, advice, config)
-    refuse_shapes(what, loaded.shapes)
-    refuse_body(directory, loaded.body)
+    auto_class = AUTO_CLASSES[task]
+    config = load_config(directory, auto_class, attention)
+    loaded = load_weights(directory, auto_class, torch.float32, failure, advice, config)
+    check_shapes(failure, loaded.shapes)
+    check_body_complete(directory, loaded.body)
     if loaded.head:
         log.info("student: fresh LM head, %s has none", directory)
     return loaded
 
 
-def refuse_body(directory: Path, missing: list[str]) -> None:
+def check_body_complete(directory: Path, missing: list[str]) -> None:
     """Raise InputError for a student whose body would be partly random."""
     if missing:
         raise InputError(
@@ -365,8 +375,8 @@ def package_versions() -> dict[str, str]:
     import platform
 
     names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
-    found = {name: _version(name) for name in names}
-    return {"python": platform.python_version(), "rekindle": _version(DISTRIBUTION)} | found
+    versions = {name: _version(name) for name in names}
+    return {"python": platform.python_version(), "rekindle": _version(DISTRIBUTION)} | versions
 
 
 @cache

@@ -30,7 +30,7 @@ TWO_SIDED = {
 # Of the names of classes: those of language models, and the task that other ones say.
 LANGUAGE_MODELS = r"CausalLM|LMHead|MaskedLM|ForPreTraining|ConditionalGeneration|DoubleHeads"
 CLASSIFIERS = r"(Sequence|Token)Classification"
-SAID = {
+CLASS_TASKS = {
     r"MaskedLM|ForPreTraining$": "masked_lm",
     r"CausalLM|LMHead": "causal_lm",
     r"SequenceClassification": "sequence_classification",
@@ -38,45 +38,56 @@ SAID = {
 }
 
 
-def check_fits(config: "PretrainedConfig", task: str, who: str, trained: bool = True) -> None:
+def check_fits(config: "PretrainedConfig", task: str, subject: str, trained: bool = True) -> None:
     """Raise InputError, naming the right task, if a model of ``config`` does not fit ``task``.
 
-    Messages begin with ``who``: teacher 'x', student 'y'. ``trained``: weights are loaded, so what
-    ``architectures`` says of them counts. Two-sided families that can be made causal are asked
+    Messages begin with ``subject``: teacher 'x', student 'y'. ``trained``: weights are loaded, so
+    what ``architectures`` says of them counts. Two-sided families that can be made causal are asked
     whether they were.
     """
-    kind, instead = config.model_type, _instead(config, task)
+    family, alternative = config.model_type, _alternative(config, task)
     if task in LANGUAGE and getattr(config, "is_encoder_decoder", False):
         raise InputError(
-            f"{who}: {kind} is an encoder and a decoder: it predicts another text, not the tokens "
-            f"of its own. A masked_lm is an encoder alone, a causal_lm a decoder{instead}"
+            f"{subject}: {family} is an encoder and a decoder: it predicts another text, not the "
+            "tokens of its own. A masked_lm is an encoder alone, a causal_lm a "
+            f"decoder{alternative}"
         )
     if not _has_class(config, task):
         raise InputError(
-            f"{who}: transformers has no {auto_class_of(config, task)} of the family "
-            f"{kind}{instead}"
+            f"{subject}: transformers has no {auto_class_of(config, task)} of the family "
+            f"{family}{alternative}"
         )
     if task == "causal_lm" and (setting := _two_sided(config)) is not None:
-        masked = _has_class(config, "masked_lm")
-        other = "say `task: masked_lm`" if masked else "embedders are not language models"
+        is_masked_lm = _has_class(config, "masked_lm")
+        advice = "say `task: masked_lm`" if is_masked_lm else "embedders are not language models"
         raise InputError(
-            f"{who}: {kind} with {setting} sees both sides of a token, so it is not a causal LM "
-            f"and would have seen what it predicts; {other}"
+            f"{subject}: {family} with {setting} sees both sides of a token, so it is not a causal "
+            f"LM and would have seen what it predicts; {advice}"
         )
-    named = config.architectures or []
-    if trained and task in LANGUAGE and named and not any(map(_is_language_model, named)):
+    architectures = config.architectures or []
+    if (
+        trained
+        and task in LANGUAGE
+        and architectures
+        and not any(map(_is_language_model, architectures))
+    ):
         raise InputError(
-            f"{who}: it was saved as {named[0]}, which has no output over the vocabulary: as a "
-            f"{task} it would predict with a matrix that was never trained for it"
-            f"{_instead(config, task, named[0])}"
+            f"{subject}: it was saved as {architectures[0]}, which has no output over the "
+            f"vocabulary: as a {task} it would predict with a matrix that was never trained for it"
+            f"{_alternative(config, task, architectures[0])}"
         )
-    wanted = AUTO_CLASSES[task].removeprefix("AutoModel")
-    heads = [name for name in named if re.search(CLASSIFIERS, name)]
-    if trained and task not in LANGUAGE and heads and not any(wanted in name for name in heads):
-        each = "a whole sequence" if "Sequence" in heads[0] else "each token"
+    class_ending = AUTO_CLASSES[task].removeprefix("AutoModel")
+    heads = [name for name in architectures if re.search(CLASSIFIERS, name)]
+    if (
+        trained
+        and task not in LANGUAGE
+        and heads
+        and not any(class_ending in name for name in heads)
+    ):
+        unit = "a whole sequence" if "Sequence" in heads[0] else "each token"
         raise InputError(
-            f"{who}: it was saved as {heads[0]}, whose head was trained to classify {each}: as "
-            f"{task} it would answer what it never learnt{_instead(config, task)}"
+            f"{subject}: it was saved as {heads[0]}, whose head was trained to classify {unit}: as "
+            f"{task} it would answer what it never learnt{_alternative(config, task)}"
         )
 
 
@@ -89,15 +100,17 @@ def auto_class_of(config: "PretrainedConfig", task: str) -> str:
     encoders = getattr(transformers, TEXT_ENCODER)._model_mapping
     # T5's encoder, saved alone, says that it is not an encoder and decoder, yet AutoModel makes
     # both.
-    alone = type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel")
-    both = getattr(config, "is_encoder_decoder", False)
-    return TEXT_ENCODER if alone or both else AUTO_CLASSES[task]
+    is_encoder_alone = type(config) in encoders and encoders[type(config)].__name__.endswith(
+        "EncoderModel"
+    )
+    has_decoder = getattr(config, "is_encoder_decoder", False)
+    return TEXT_ENCODER if is_encoder_alone or has_decoder else AUTO_CLASSES[task]
 
 
-def task_said(config: "PretrainedConfig") -> str | None:
+def recorded_task(config: "PretrainedConfig") -> str | None:
     """Return the task that a model was saved for, if the name of its class says one."""
     for name in config.architectures or []:
-        for form, task in SAID.items():
+        for form, task in CLASS_TASKS.items():
             if re.search(form, name):
                 return task
     return None
@@ -129,18 +142,18 @@ def _has_class(config: "PretrainedConfig", task: str) -> bool:
     return type(config) in getattr(transformers, auto_class_of(config, task))._model_mapping
 
 
-def _instead(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
+def _alternative(config: "PretrainedConfig", task: str, saved_as: str = "") -> str:
     """Return the end of a message: the task that is meant, as far as known."""
-    said = task_said(config)
-    if said not in (None, task) and (said not in LANGUAGE or _has_class(config, said)):
-        return f"; say `task: {said}`"
+    recorded = recorded_task(config)
+    if recorded not in (None, task) and (recorded not in LANGUAGE or _has_class(config, recorded)):
+        return f"; say `task: {recorded}`"
     if saved_as:
         return ". Give the language model itself, saved by AutoModelFor…LM"
     language = () if getattr(config, "is_encoder_decoder", False) else LANGUAGE
-    named = [t for t in AUTO_CLASSES if t != "embedding"]  # any model can give embeddings
-    known = [t for t in named if t not in (task, *LANGUAGE) or t in language]
-    known = [t for t in known if t != task and _has_class(config, t)]
-    return f"; it can be {', '.join(known)}" if known else ""
+    tasks = [t for t in AUTO_CLASSES if t != "embedding"]  # any model can give embeddings
+    possible = [t for t in tasks if t not in (task, *LANGUAGE) or t in language]
+    possible = [t for t in possible if t != task and _has_class(config, t)]
+    return f"; it can be {', '.join(possible)}" if possible else ""
 
 
 def knows_segments(config: "PretrainedConfig") -> bool:

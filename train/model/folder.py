@@ -20,7 +20,7 @@ from rekindle.data.errors import InputError, first_words
 from rekindle.data.storage.client import is_remote
 from rekindle.data.storage.folders import folder_copy
 from rekindle.data.text_files import refuse_pointer
-from rekindle.train.model.unfinished import unfinished, usable_checkpoint
+from rekindle.train.model.unfinished import describe_unfinished, usable_checkpoint
 from rekindle.train.outside.gguf import folder_of_gguf
 
 log = logging.getLogger("rekindle")
@@ -67,27 +67,27 @@ def resolve_model(path_or_id: str, check: Callable[[Path], None] | None = None) 
     if is_gguf(path_or_id):
         return folder_of_gguf(path_or_id)
     if is_remote(path_or_id):
-        copied = folder_copy(path_or_id.rstrip("/"))
+        local_copy = folder_copy(path_or_id.rstrip("/"))
         try:
-            (check or check_folder)(copied)
+            (check or check_folder)(local_copy)
         except InputError as error:
-            raise InputError(str(error).replace(str(copied), path_or_id)) from None
-        return copied
+            raise InputError(str(error).replace(str(local_copy), path_or_id)) from None
+        return local_copy
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         (check or check_folder)(path)
         return path
     if path.exists() or path.is_absolute() or not HUB_ID.match(path_or_id):
-        told = "is a file" if path.is_file() else "no such directory (and not a hub id)"
+        problem = "is a file" if path.is_file() else "no such directory (and not a hub id)"
         raise InputError(
-            f"model {path_or_id!r}: {told}; give a directory written by save_pretrained, or an id "
-            "that is on the hub"
+            f"model {path_or_id!r}: {problem}; give a directory written by save_pretrained, or an "
+            "id that is on the hub"
         )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=wanted))
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds, all meaning "not there"
         reason = first_words(error) or type(error).__name__
         raise InputError(
@@ -121,9 +121,11 @@ def check_folder(directory: Path) -> None:
             f"{directory} holds an adapter's weights without {ADAPTER_FILE}, which names its "
             "base. Give the whole folder of the adapter"
         )
-    if (told := unfinished(directory)) is not None:
-        found = usable_checkpoint(directory)
-        raise InputError(f"{told}{f', or give a checkpoint of it: {found}' if found else ''}")
+    if (state := describe_unfinished(directory)) is not None:
+        checkpoint = usable_checkpoint(directory)
+        raise InputError(
+            f"{state}{f', or give a checkpoint of it: {checkpoint}' if checkpoint else ''}"
+        )
     raise InputError(
         f"{directory} is not a model directory: it has no {SETTINGS_FILE}. "
         "Give a directory written by save_pretrained"
@@ -143,12 +145,14 @@ def read_object(path: Path) -> dict[str, Any]:
     refuse_pointer(path)
     content = path.read_bytes()
     try:
-        found = json.loads(content)
+        content_object = json.loads(content)
     except ValueError as error:  # also for bytes that are not UTF-8
         raise InputError(f"{path} is not JSON ({error}); {_AS_SAVED}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds {type(found).__name__}, not an object; {_AS_SAVED}")
-    return found
+    if not isinstance(content_object, dict):
+        raise InputError(
+            f"{path} holds {type(content_object).__name__}, not an object; {_AS_SAVED}"
+        )
+    return content_object
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -167,12 +171,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def _check_values(settings: Mapping[str, Any], path: Path) -> None:
     """Raise InputError for values that transformers accepts unchecked, and fails on later."""
-    named = settings.get("architectures")
-    names = isinstance(named, list) and all(isinstance(name, str) for name in named)
-    if named is not None and not names:
+    architectures = settings.get("architectures")
+    are_names = isinstance(architectures, list) and all(
+        isinstance(name, str) for name in architectures
+    )
+    if architectures is not None and not are_names:
         raise InputError(
-            f"{path}: architectures is {named!r:.200}; it is a list of the class that the model "
-            'was saved as: ["BertForMaskedLM"]'
+            f"{path}: architectures is {architectures!r:.200}; it is a list of the class that the "
+            'model was saved as: ["BertForMaskedLM"]'
         )
     for key in _SIZES:
         if type(size := settings.get(key)) is int and not 0 <= size <= _LARGEST_SIZE:
@@ -209,13 +215,15 @@ def weight_files(directory: Path) -> list[Path]:
     name = ADAPTER_WEIGHTS if is_adapter(directory) else WEIGHTS_FILE
     if (directory / name).is_file():
         if index.is_file():
-            _say_left_over(index, name)
+            _log_left_over(index, name)
         return [directory / name]
     if index.is_file():
-        places = read_object(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
             raise InputError(f"{index} has no weight_map from names to files")
-        files = [directory / name for name in sorted(set(places.values()))]
+        files = [directory / name for name in sorted(set(weight_map.values()))]
         if outside := [file.name for file in files if file.parent != directory]:
             raise InputError(f"{index} names {outside[0]!r}, which is not in its folder")
     elif shards := sorted(path.name for path in directory.glob(SHARDS)):
@@ -241,7 +249,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 @cache
-def _say_left_over(index: Path, name: str) -> None:
+def _log_left_over(index: Path, name: str) -> None:
     """Log it once: a folder is looked at several times in a run."""
     log.info("%s is ignored: beside it is %s, which is loaded", index, name)
 
@@ -276,22 +284,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(start, "little")
         size = file.stat().st_size
         if len(start) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise InputError(f"{file} is damaged or truncated: {_no_header(size)}")
+            raise InputError(f"{file} is damaged or truncated: {_describe_no_header(size)}")
         content = stream.read(length)
     try:
         entries = json.loads(content, parse_constant=_refuse_constant)
         entries.pop("__metadata__", None)
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise InputError(f"{file} is damaged: {_no_header(size)}") from None
-    found = {name: _stored(file, name, entry) for name, entry in entries.items()}
-    ends = _check_places(file, entries)
-    whole = 8 + length + ends
-    if size != whole:
+        raise InputError(f"{file} is damaged: {_describe_no_header(size)}") from None
+    tensors = {name: _stored_tensor(file, name, entry) for name, entry in entries.items()}
+    data_bytes = _check_places(file, entries)
+    expected_size = 8 + length + data_bytes
+    if size != expected_size:
         raise InputError(
             f"{file} is damaged or truncated: it has {size:,} bytes, but its header announces "
-            f"{whole:,}. Copy or download it again"
+            f"{expected_size:,}. Copy or download it again"
         )
-    return found
+    return tensors
 
 
 def _refuse_constant(word: str) -> object:
@@ -299,22 +307,24 @@ def _refuse_constant(word: str) -> object:
     raise ValueError(word)
 
 
-def _no_header(size: int) -> str:
+def _describe_no_header(size: int) -> str:
     return f"its {size:,} bytes hold no whole safetensors header. Copy or download it again"
 
 
-def _stored(file: Path, name: str, entry: object) -> StoredTensor:
+def _stored_tensor(file: Path, name: str, entry: object) -> StoredTensor:
     """Return a header's entry; raise InputError, naming its tensor, if it is impossible."""
-    said: Any = entry if isinstance(entry, dict) else {}
-    dtype, shape, place = said.get("dtype"), said.get("shape"), said.get("data_offsets")
-    lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
-    numbers = [*shape, *place] if lists else [-1]
+    fields: Any = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    has_lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    numbers = [*shape, *offsets] if has_lists else [-1]
     if dtype not in (*_WIDTHS, *_OTHERS) or any(type(one) is not int or one < 0 for one in numbers):
         raise _damaged(file, name, f"the header says {entry!r:.200} of it")
     width = _WIDTHS.get(dtype)
-    if width is not None and math.prod(shape) * width != place[1] - place[0]:
-        told = f"{dtype} values of the shape {shape} are not its {place[1] - place[0]:,} bytes"
-        raise _damaged(file, name, told)
+    if width is not None and math.prod(shape) * width != offsets[1] - offsets[0]:
+        problem = (
+            f"{dtype} values of the shape {shape} are not its {offsets[1] - offsets[0]:,} bytes"
+        )
+        raise _damaged(file, name, problem)
     return StoredTensor(dtype, tuple(shape))
 
 
@@ -322,20 +332,20 @@ def _check_places(file: Path, entries: Mapping[str, Any]) -> int:
     """Return where the last tensor ends; raise InputError if one does not begin where
     another ends.
     """
-    at = 0
+    position = 0
     for name, entry in sorted(entries.items(), key=lambda one: tuple(one[1]["data_offsets"])):
         begin, end = entry["data_offsets"]
-        if begin != at:
+        if begin != position:
             raise _damaged(
-                file, name, f"it begins at byte {begin:,}, but the one before ends at {at:,}"
+                file, name, f"it begins at byte {begin:,}, but the one before ends at {position:,}"
             )
-        at = end
-    return at
+        position = end
+    return position
 
 
-def _damaged(file: Path, tensor: str, told: str) -> InputError:
+def _damaged(file: Path, tensor: str, problem: str) -> InputError:
     return InputError(
-        f"{file} is damaged: its header is wrong about the tensor {tensor!r}: {told}. Copy or "
+        f"{file} is damaged: its header is wrong about the tensor {tensor!r}: {problem}. Copy or "
         "download it again"
     )
 
@@ -356,11 +366,11 @@ def base_of(directory: Path) -> Path | None:
     name = read_object(file).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(f"{file} names no base (base_model_name_or_path)")
-    path, own = Path(name).expanduser(), directory.resolve()
-    places = [path, *(folder / path for folder in (own, *own.parents))]
-    found = next((str(place) for place in places if place.is_dir()), str(path))
+    path, adapter_folder = Path(name).expanduser(), directory.resolve()
+    places = [path, *(folder / path for folder in (adapter_folder, *adapter_folder.parents))]
+    base_path = next((str(place) for place in places if place.is_dir()), str(path))
     try:
-        base = resolve_model(name if is_remote(name) else found)
+        base = resolve_model(name if is_remote(name) else base_path)
     except InputError as error:
         raise InputError(
             f"{directory} is an adapter, but its base cannot be had: {error}. Put the base's path "

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rekindle.data.errors import InputError
-from rekindle.train.deferred.recording import active
-from rekindle.train.model.causes import refusing
+from rekindle.train.deferred.recording import active_recording
+from rekindle.train.model.causes import explaining_load_errors
 from rekindle.train.model.folder import StoredTensor, read_header, weight_files
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def shape_only(config: "PretrainedConfig", auto_class: str) -> "PreTrainedModel"
     """
     import transformers
 
-    where = config.name_or_path or "the configuration"
-    told = f"{where} cannot be made as {auto_class} by its config.json"
-    with refusing(told), torch.device("meta"), _Unfilled():
-        made: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
-    return made
+    name = config.name_or_path or "the configuration"
+    failure = f"{name} cannot be made as {auto_class} by its config.json"
+    with explaining_load_errors(failure), torch.device("meta"), _Unfilled():
+        model: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
+    return model
 
 
 class _Unfilled(TorchFunctionMode):
@@ -73,7 +73,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def misfit(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Misfit | None:
+def compare_tensors(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Misfit | None:
     """Compare a model with its folder's headers; transformers knows the names of older files.
 
     None if transformers converts tensors as it loads them: then only the load itself can tell.
@@ -85,22 +85,24 @@ def misfit(model: "PreTrainedModel", tensors: Mapping[str, StoredTensor]) -> Mis
     rules = get_model_conversion_mapping(model)
     if not all(isinstance(rule, WeightRenaming) for rule in rules):
         return None
-    found: dict[str, Shape] = {}
+    stored_shapes: dict[str, Shape] = {}
     for name, tensor in tensors.items():
         renamed, _ = rename_source_key(name, rules, [], model.base_model_prefix, needed)
-        found[renamed] = tensor.shape
+        stored_shapes[renamed] = tensor.shape
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    sources = {source for name, source in tied.items() if name in found}  # either gives the other
+    tied_sources = {
+        source for name, source in tied.items() if name in stored_shapes
+    }  # either gives the other
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     missing = [
         name
-        for name in sorted(needed.keys() - found.keys() - tied.keys() - sources)
+        for name in sorted(needed.keys() - stored_shapes.keys() - tied.keys() - tied_sources)
         if not any(re.search(pattern, name) for pattern in ignored)
     ]
     shapes = {
-        name: (found[name], tuple(values.shape))
+        name: (stored_shapes[name], tuple(values.shape))
         for name, values in needed.items()
-        if name in found and found[name] != tuple(values.shape)
+        if name in stored_shapes and stored_shapes[name] != tuple(values.shape)
     }
     return Misfit(*split_names(model, missing), shapes)
 
@@ -111,20 +113,20 @@ def split_names(model: "PreTrainedModel", names: list[str]) -> tuple[list[str], 
     return body, [name for name in names if name not in body]
 
 
-def refuse_shapes(what: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
+def check_shapes(failure: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> None:
     """Raise InputError if tensors have another shape than the configuration gives them."""
     if not shapes:
         return
     name = min(shapes, key=lambda name: (-len(shapes[name][1]), name))  # a matrix says more
-    stored, wanted = shapes[name]
-    others = f", and {len(shapes) - 1} more do not fit" if len(shapes) > 1 else ""
+    stored, expected = shapes[name]
+    other_tensors = f", and {len(shapes) - 1} more do not fit" if len(shapes) > 1 else ""
     raise InputError(
-        f"{what}: the tensor {name} is {list(stored)} in the file and {list(wanted)} by its "
-        f"config.json{others}. Give the config.json that the weights were saved with"
+        f"{failure}: the tensor {name} is {list(stored)} in the file and {list(expected)} by its "
+        f"config.json{other_tensors}. Give the config.json that the weights were saved with"
     )
 
 
-def refuse_missing(
+def check_none_missing(
     directory: Path, auto_class: str, config: "PretrainedConfig", missing: list[str]
 ) -> None:
     """Raise InputError naming weights that would be random: such a head would cache noise.
@@ -134,11 +136,11 @@ def refuse_missing(
     if auto_class in ("AutoModel", "AutoModelForTextEncoding"):
         missing = [name for name in missing if not name.startswith("pooler.")]
     if missing:
-        saved = f" It was saved as {config.architectures[0]}." if config.architectures else ""
+        saved_as = f" It was saved as {config.architectures[0]}." if config.architectures else ""
         raise InputError(
             f"{directory} has no weights for {', '.join(missing[:4])}"
             f"{' …' if len(missing) > 4 else ''}, which {auto_class} needs: they would be "
-            f"random.{saved} Is the teacher's `task` right for this model?"
+            f"random.{saved_as} Is the teacher's `task` right for this model?"
         )
 
 
@@ -147,29 +149,35 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises InputError for a damaged one.
     """
-    header, recorded = read_header(file), active()
-    if recorded is None:
+    header, recording = read_header(file), active_recording()
+    if recording is None:
         return load_file(file)
-    strange = sorted({one.dtype for one in header.values()} - _TYPES.keys())
-    if strange:
-        recorded.refuse(f"{file.name} holds {strange[0]}")
-    return {k: recorded.tensor(file, k, _TYPES[one.dtype], one.shape) for k, one in header.items()}
+    unknown_types = sorted({one.dtype for one in header.values()} - _TYPES.keys())
+    if unknown_types:
+        recording.refuse(f"{file.name} holds {unknown_types[0]}")
+    return {
+        k: recording.file_tensor(file, k, _TYPES[one.dtype], one.shape) for k, one in header.items()
+    }
 
 
-def load_later(auto_class: str, directory: str, config: "PretrainedConfig", **more: Any) -> Any:
+def load_later(
+    auto_class: str, directory: str, config: "PretrainedConfig", **options_given: Any
+) -> Any:
     """Load a folder as transformers does, but in a recording: files are read when it is filled."""
-    made = shape_only(copy.deepcopy(config), auto_class)  # a family may have several classes
-    found: dict[str, Tensor] = {}
+    model_shape = shape_only(copy.deepcopy(config), auto_class)  # a family may have several classes
+    tensors: dict[str, Tensor] = {}
     for file in weight_files(Path(directory)):
-        found |= read_tensors(file)
+        tensors |= read_tensors(file)
     with _in_this_thread():
-        model, info = type(made).from_pretrained(None, config=made.config, state_dict=found, **more)
+        model, info = type(model_shape).from_pretrained(
+            None, config=model_shape.config, state_dict=tensors, **options_given
+        )
     model.name_or_path = model.config.name_or_path = directory
     if hasattr(model, "adjust_generation_fn"):
-        none = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))
-        given = {"force_download": False, "local_files_only": True, "subfolder": ""}
+        empty_options = dict.fromkeys(("cache_dir", "proxies", "token", "revision"))
+        options = {"force_download": False, "local_files_only": True, "subfolder": ""}
         model.adjust_generation_fn(
-            None, True, False, directory, trust_remote_code=False, **none, **given
+            None, True, False, directory, trust_remote_code=False, **empty_options, **options
         )
     return model, info
 

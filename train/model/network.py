@@ -25,7 +25,7 @@ from rekindle.train.model.parts.prompts import (
     without_prompt,
 )
 from rekindle.train.model.parts.vectors import VectorHead
-from rekindle.train.model.passes import Recorded, with_known_padding
+from rekindle.train.model.passes import RecordedPasses, with_known_padding
 from rekindle.train.model.split_model import OutputHead, SplitLanguageModel, splittable
 from rekindle.train.outside.quiet import quiet_transformers
 
@@ -81,7 +81,7 @@ class StudentNetwork(nn.Module):
         self.source: Path | None = None  # the directory that its weights come from
         self.has_fresh_head = False  # a fresh language-model head beside a body that is not fresh
         self.sequence_length: int | None = None  # tokens that it was trained with, if known
-        self._passes: Recorded | None = None  # None: each pass is run, and forgotten
+        self._passes: RecordedPasses | None = None  # None: each pass is run, and forgotten
         with naming("student"), splittable():
             self._split = SplitLanguageModel(model, causal=task == "causal_lm")
         self.vocabulary_size = vocabulary_size or self._split.head.weight.shape[0]
@@ -136,10 +136,10 @@ class StudentNetwork(nn.Module):
         key = _method_key(name)
         self.heads[key] = module
         if self.source is not None and (self.source / HEADS_FILE).is_file():
-            found = weights_below(read_tensors(self.source / HEADS_FILE), key)
+            stored = weights_below(read_tensors(self.source / HEADS_FILE), key)
             shapes = {k: v.shape for k, v in module.state_dict().items()}
-            if shapes == {k: v.shape for k, v in found.items()}:
-                module.load_state_dict(found)
+            if shapes == {k: v.shape for k, v in stored.items()}:
+                module.load_state_dict(stored)
 
     def method_module(self, name: str) -> nn.Module:
         """Return the module that a method has added."""
@@ -190,7 +190,7 @@ class StudentNetwork(nn.Module):
         return self._passes.run(inputs, select, self._run_body)
 
     @contextmanager
-    def through(self, passes: Recorded) -> Iterator[None]:
+    def through(self, passes: RecordedPasses) -> Iterator[None]:
         """Let ``passes`` stand before the body in this context."""
         self._passes = passes
         try:
@@ -201,16 +201,18 @@ class StudentNetwork(nn.Module):
     def _run_body(
         self, inputs: Mapping[str, Tensor], select: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        read = inputs
+        body_inputs = inputs
         if SEGMENTS in inputs and not knows_segments(self.model.config):
-            read = {name: value for name, value in inputs.items() if name != SEGMENTS}
+            body_inputs = {name: value for name, value in inputs.items() if name != SEGMENTS}
         if self.prompts is None and self._asks_for_padding:
-            read = with_known_padding(read)
+            body_inputs = with_known_padding(body_inputs)
         if self.prompts is not None:
-            read = self.prompts.insert(read, self.model.get_input_embeddings())
+            body_inputs = self.prompts.insert(body_inputs, self.model.get_input_embeddings())
             select = None if select is None else with_prompt(select, inputs["input_ids"].shape[1])
         hidden, states = (
-            (None, self._split.states(read)) if select is None else self._split.hidden(read, select)
+            (None, self._split.states(body_inputs))
+            if select is None
+            else self._split.hidden(body_inputs, select)
         )
         return hidden, states if self.prompts is None else without_prompt(states)
 
@@ -243,7 +245,7 @@ class StudentNetwork(nn.Module):
 
     def train_head_alone(self, alone: bool) -> None:
         """From now on, give gradients only to the language model's own head, or to all again."""
-        self._split.alone = alone
+        self._split.head_alone = alone
 
     @property
     def own_head(self) -> dict[str, nn.Parameter]:

@@ -36,8 +36,8 @@ def set_padding(config: "PretrainedConfig", number: int | None) -> None:
         part.pad_token_id = number
 
 
-def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
-    """Remove a padding id outside the vocabulary from the configuration in ``where``: no weight
+def drop_outside_padding(config: "PretrainedConfig", source: str) -> None:
+    """Remove a padding id outside the vocabulary from the configuration in ``source``: no weight
     belongs to it.
 
     Logs it in a line, except for −1, which some write for none. Raises InputError for a family that
@@ -47,29 +47,29 @@ def drop_outside_padding(config: "PretrainedConfig", where: str) -> None:
     padding, rows = padding_of(config), getattr(text, "vocab_size", None)
     if not isinstance(padding, int) or not isinstance(rows, int) or 0 <= padding < rows:
         return
-    told = f"{where}: pad_token_id {padding:,} is outside the vocabulary of {rows:,} tokens"
+    problem = f"{source}: pad_token_id {padding:,} is outside the vocabulary of {rows:,} tokens"
     if text.model_type in COUNT_PAST_PADDING:
         raise InputError(
-            f"{told}, and {text.model_type} numbers its positions from it; write the tokenizer's "
-            "padding id there"
+            f"{problem}, and {text.model_type} numbers its positions from it; write the "
+            "tokenizer's padding id there"
         )
     if padding != -1:
-        _say_once(f"{told}; the model is used without one")
+        _log_once(f"{problem}; the model is used without one")
     set_padding(config, None)
 
 
-def attend_fully(config: "PretrainedConfig", where: str) -> None:
+def attend_fully(config: "PretrainedConfig", source: str) -> None:
     """Let BigBird attend to all tokens from the start, and log it: sparse attention changes to that
     at the first short text and stays so, and its output for a longer text would depend on the texts
     before.
     """
     if getattr(config, "attention_type", None) == "block_sparse":
-        told = "attention_type block_sparse changes to original_full at the first short text"
-        _say_once(f"{where}: {told}, for good; original_full is used from the start")
+        change = "attention_type block_sparse changes to original_full at the first short text"
+        _log_once(f"{source}: {change}, for good; original_full is used from the start")
         config.attention_type = "original_full"
 
 
-def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -> None:
+def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, subject: str) -> None:
     """Give a model that begins with random weights a padding id that no text contains: if that of
     its configuration is an ordinary token of the ``tokenizer``, the tokenizer's own, or none.
 
@@ -77,24 +77,27 @@ def padding_of_new(config: "PretrainedConfig", tokenizer: Tokenizer, who: str) -
     if there is no such token, or if its positions would not suffice.
     """
     text = config.get_text_config()
-    own, right = padding_of(config), tokenizer.hf.pad_token_id
-    if own is None or own in _never_in_text(tokenizer):
+    configured, replacement = padding_of(config), tokenizer.hf.pad_token_id
+    if configured is None or configured in _never_in_text(tokenizer):
         return
-    right = right if right in _never_in_text(tokenizer) else None
-    name = tokenizer.hf.convert_ids_to_tokens(own) if own < tokenizer.size else None
-    meant = "no token" if name is None else repr(name)
-    told = f"{who}: pad_token_id {own:,} of its config.json is {meant} of the tokenizer"
+    replacement = replacement if replacement in _never_in_text(tokenizer) else None
+    name = tokenizer.hf.convert_ids_to_tokens(configured) if configured < tokenizer.size else None
+    token = "no token" if name is None else repr(name)
+    problem = (
+        f"{subject}: pad_token_id {configured:,} of its config.json is {token} of the tokenizer"
+    )
     if text.model_type in COUNT_PAST_PADDING and (
-        right is None or right >= text.max_position_embeddings - 1
+        replacement is None or replacement >= text.max_position_embeddings - 1
     ):
-        better = "another" if right is None else f"{right:,}"
+        suggestion = "another" if replacement is None else f"{replacement:,}"
         raise InputError(
-            f"{told}, which would never be embedded, and {text.model_type} numbers its positions "
-            f"from it. Write {better} there, with as many max_position_embeddings more"
+            f"{problem}, which would never be embedded, and {text.model_type} numbers its "
+            f"positions from it. Write {suggestion} there, with as many max_position_embeddings "
+            "more"
         )
-    instead = "none" if right is None else f"the tokenizer's, {right:,},"
-    _say_once(f"{told}, which would never be embedded; {instead} is used instead")
-    set_padding(config, right)
+    replacement_text = "none" if replacement is None else f"the tokenizer's, {replacement:,},"
+    _log_once(f"{problem}, which would never be embedded; {replacement_text} is used instead")
+    set_padding(config, replacement)
 
 
 def _never_in_text(tokenizer: Tokenizer) -> set[int]:
@@ -104,6 +107,6 @@ def _never_in_text(tokenizer: Tokenizer) -> set[int]:
 
 
 @cache
-def _say_once(told: str) -> None:
+def _log_once(message: str) -> None:
     """Log it once: a configuration is read several times in a run."""
-    log.info(told)
+    log.info(message)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 Inputs = Mapping[str, Tensor]
-Found = tuple[Tensor | None, Tensor]  # hidden rows [N,H], if some are selected; states [B,S,H]
-Body = Callable[[Inputs, Tensor | None], Found]
+PassResult = tuple[Tensor | None, Tensor]  # hidden rows [N,H], if some are selected; states [B,S,H]
+Body = Callable[[Inputs, Tensor | None], PassResult]
 
 
 class Pass(NamedTuple):
@@ -33,7 +33,7 @@ class Pass(NamedTuple):
         return self.select is not None and torch.equal(select, self.select)
 
 
-class Recorded:
+class RecordedPasses:
     """Runs the body each time, and keeps the results."""
 
     ends_here = False  # whether gradients go on, to the body and to the output matrix
@@ -41,43 +41,43 @@ class Recorded:
     def __init__(self) -> None:
         self.passes: list[Pass] = []
 
-    def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> Found:
+    def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> PassResult:
         """Run the body."""
         self.passes.append(Pass(inputs, select, *body(inputs, select)))
         return self.passes[-1].hidden, self.passes[-1].states
 
 
-class Remembered(Recorded):
+class SharedPasses(RecordedPasses):
     """Runs the body once for equal inputs: several values of an evaluation share its passes.
 
-    ``known_to_all(known)``: whether the pass is ``known`` in all processes; if not, it is run.
+    ``known_to_all(known)``: whether the pass is ``equal_pass`` in all processes; if not, it is run.
     """
 
     def __init__(self, known_to_all: Callable[[bool], bool] = bool) -> None:
         super().__init__()
         self.known_to_all = known_to_all
 
-    def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> Found:
+    def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> PassResult:
         """Return the result of an equal pass, or run the body."""
-        known = next((one for one in self.passes if one.answers(inputs, select)), None)
-        if self.known_to_all(known is not None) and known is not None:
-            return (None if select is None else known.hidden), known.states
+        equal_pass = next((one for one in self.passes if one.answers(inputs, select)), None)
+        if self.known_to_all(equal_pass is not None) and equal_pass is not None:
+            return (None if select is None else equal_pass.hidden), equal_pass.states
         return super().run(inputs, select, body)
 
 
-class Replayed(Recorded):
+class ReplayedPasses(RecordedPasses):
     """Replays recorded passes in their order, as ``leaves`` at which gradients end."""
 
     ends_here = True
 
     def __init__(self, recorded: Sequence[Pass]) -> None:
         super().__init__()
-        self.left, self.leaves = list(recorded), list[Tensor]()
+        self.remaining, self.leaves = list(recorded), list[Tensor]()
 
-    def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> Found:
+    def run(self, inputs: Inputs, select: Tensor | None, body: Body) -> PassResult:
         """Return the next pass, detached; one that was not recorded is run without gradients."""
-        if self.left and self.left[0].answers(inputs, select):
-            _, _, hidden, states = self.left.pop(0)
+        if self.remaining and self.remaining[0].answers(inputs, select):
+            _, _, hidden, states = self.remaining.pop(0)
         else:
             with torch.no_grad():
                 hidden, states = body(inputs, select)
@@ -105,9 +105,9 @@ class PaddingMask(Tensor):
     @classmethod
     def of(cls, mask: Tensor, full: bool) -> "PaddingMask":
         """Return the mask, with the answer."""
-        found = mask.as_subclass(cls)
-        found.full = full
-        return found
+        marked = mask.as_subclass(cls)
+        marked.full = full
+        return marked
 
     @classmethod
     def __torch_function__(
@@ -119,15 +119,15 @@ class PaddingMask(Tensor):
     ) -> Any:
         """Answer ``all()``; otherwise return plain tensors, unless only the type changes."""
         with torch._C.DisableTorchFunctionSubclass():
-            own = args[0] if args and isinstance(args[0], cls) else None
-            if func is Tensor.all and own is not None and len(args) == 1 and not kwargs:
-                return own.full
-            found = func(*args, **(kwargs or {}))
-            if not isinstance(found, Tensor):
-                return found
-            if own is not None and func in _SAME:
-                return cls.of(found, own.full)
-            return found.as_subclass(Tensor) if isinstance(found, cls) else found
+            mask = args[0] if args and isinstance(args[0], cls) else None
+            if func is Tensor.all and mask is not None and len(args) == 1 and not kwargs:
+                return mask.full
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, Tensor):
+                return result
+            if mask is not None and func in _SAME:
+                return cls.of(result, mask.full)
+            return result.as_subclass(Tensor) if isinstance(result, cls) else result
 
 
 def note_padding(mask: Tensor, full: bool) -> Tensor:

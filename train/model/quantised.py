@@ -18,30 +18,30 @@ INSTALL = "install the extra, in Rekindle's checkout: pip install -e '.[quantize
 _OPTIONS: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "compress_statistics": False}
 
 
-def need_bitsandbytes(what: str) -> None:
-    """Raise InputError, about ``what``, if bitsandbytes is not installed."""
+def check_bitsandbytes_installed(subject: str) -> None:
+    """Raise InputError, about ``subject``, if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise InputError(
-            f"{what} needs the package bitsandbytes, which is not installed: {INSTALL}"
+            f"{subject} needs the package bitsandbytes, which is not installed: {INSTALL}"
         )
 
 
-def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
+def quantised_layer(layer: nn.Module, subject: str) -> nn.Module:
     """Return a linear layer with the weights of ``layer`` in four bits. It computes with what
     ``rounded`` makes of them, and passes gradients through.
 
-    Raises InputError, about ``what``, for another kind of layer.
+    Raises InputError, about ``subject``, for another kind of layer.
     """
     if not isinstance(layer, nn.Linear):
         raise InputError(
-            f"{what}: student.lora.quantize rounds linear layers, but a {type(layer).__name__} is "
-            "adapted. Leave quantize out, or adapt only linear layers (target_modules)"
+            f"{subject}: student.lora.quantize rounds linear layers, but a {type(layer).__name__} "
+            "is adapted. Leave quantize out, or adapt only linear layers (target_modules)"
         )
     if layer.weight.is_meta:  # there are no weights: only shapes are needed
         return layer
     import bitsandbytes
 
-    made = bitsandbytes.nn.Linear4bit(
+    rounded_layer = bitsandbytes.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -51,10 +51,12 @@ def quantised_layer(layer: nn.Module, what: str) -> nn.Module:
     )
     # On some CPUs (AVX-512 with bf16) it would compute in bf16 whenever it does not train, with a
     # layout that takes no small matrices.
-    made.support_avx512bf16_for_cpu = False
-    made.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **_OPTIONS)
-    made.bias = layer.bias
-    return made.to(layer.weight.device)
+    rounded_layer.support_avx512bf16_for_cpu = False
+    rounded_layer.weight = bitsandbytes.nn.Params4bit(
+        layer.weight.data, requires_grad=False, **_OPTIONS
+    )
+    rounded_layer.bias = layer.bias
+    return rounded_layer.to(layer.weight.device)
 
 
 def four_bit_shape(values: object) -> torch.Size | None:

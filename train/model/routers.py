@@ -21,7 +21,7 @@ def balance_weight(model: "PreTrainedModel") -> float:
     return _coefficient(text) if getattr(text, "output_router_logits", False) else 0.0
 
 
-def told_of_routers(model: "PreTrainedModel") -> str | None:
+def describe_load_balancing(model: "PreTrainedModel") -> str | None:
     """Return a line about load balancing of a model's experts; None if it has none."""
     text = model.config.get_text_config()
     weight, possible = balance_weight(model), _coefficient(text)
@@ -45,15 +45,15 @@ def balanced_states(
     """
     states: list[Tensor] = []
 
-    def keep(module: Any, given: Any, made: Any) -> None:
-        states.append(made.last_hidden_state)
+    def keep_states(module: Any, arguments: Any, output: Any) -> None:
+        states.append(output.last_hidden_state)
 
-    less: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        less["logits_to_keep"] = 1
-    hook = model.base_model.register_forward_hook(keep)
+        options["logits_to_keep"] = 1
+    hook = model.base_model.register_forward_hook(keep_states)
     try:
-        loss: Tensor = model(**inputs, output_router_logits=True, **less).aux_loss
+        loss: Tensor = model(**inputs, output_router_logits=True, **options).aux_loss
     finally:
         hook.remove()
     return states[0], loss

@@ -23,7 +23,7 @@ from rekindle.train.deferred.recording import try_when_filled
 from rekindle.train.model.files import longest_input
 from rekindle.train.model.routers import balance_weight, balanced_states
 from rekindle.train.model.sight import (
-    BROKEN,
+    MODEL_ERRORS,
     SightError,
     check_sight,
     evaluating,
@@ -44,7 +44,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 # The split is checked with the model's own states and with large ones: their logits have this
 # spread, at which every cap in use (15 to 50) cuts them off.
 LARGE = 100.0
-SAME = {torch.float32: 2e-3, torch.float16: 5e-3}  # of a logit, and of the logits' spread
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-3}  # of a logit, and of the logits' spread
 COARSEST = 2e-2  # in bfloat16, and in coarser types
 
 
@@ -80,35 +80,35 @@ class SplitLanguageModel:
         self._select: Tensor | None = None
         self._states: Tensor | None = None
         self._form: Form | None = None  # for rows of several documents, once it is known
-        self._balanced = causal and balance_weight(self.model) > 0
+        self._has_balance_loss = causal and balance_weight(self.model) > 0
         self.balance: Tensor | None = None  # the load-balancing loss of the last pass in training
-        self.alone = False  # only the head is trained: the body makes no gradients
+        self.head_alone = False  # only the head is trained: the body makes no gradients
         self._softcap: float | None = None
-        self._factor = 1.0
-        self._output = _output_of(self.model)
+        self._logit_scale = 1.0
+        self._output = _output_matrix_of(self.model)
         words = getattr(model, "get_input_embeddings", lambda: None)()
-        self._tied = words is not None and self._output.weight is words.weight
+        self._is_tied = words is not None and self._output.weight is words.weight
         body = self.model.base_model
         run_body = body.forward
 
         @wraps(run_body)
         def forward(*arguments: Any, **named: Any) -> Any:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.alone):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_alone):
                 return run_body(*arguments, **named)
 
         body.forward = forward
-        self._hooked = not causal
+        self._uses_hooks = not causal
         if not causal:
             self._install_hooks()
-        try_when_filled(self._settle, "student")  # teachers have their weights
+        try_when_filled(self._check_or_hook, "student")  # teachers have their weights
 
-    def _settle(self) -> None:
+    def _check_or_hook(self) -> None:
         try:
             self._check()
         except NotImplementedError:
-            if self._hooked:
+            if self._uses_hooks:
                 raise
-            self._hooked = True  # decoders that transform their states, as BERT's do
+            self._uses_hooks = True  # decoders that transform their states, as BERT's do
             self._install_hooks()
             self._check()
 
@@ -116,7 +116,7 @@ class SplitLanguageModel:
         """Find how to tell the model that rows of up to ``room`` tokens hold several documents;
         raise SightError if it cannot read them.
         """
-        if self._balanced:
+        if self._has_balance_loss:
             raise SightError(
                 f"{type(self.model).__name__} has a load-balancing loss of its routers, which is "
                 "not "
@@ -127,7 +127,7 @@ class SplitLanguageModel:
         with torch.autocast(device, enabled=False):  # which rounds more than the weights do
             self._form = find_form(self.model, self.causal, room)
 
-    def _read(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _model_inputs(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the model's inputs: for rows of several documents, with what separates them."""
         if DOCUMENTS not in inputs:
             return inputs
@@ -138,11 +138,11 @@ class SplitLanguageModel:
 
     def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the body's final hidden states [B,S,H]."""
-        return _in_rows(self._states_of(self._read(inputs)), inputs)
+        return _in_rows(self._states_of(self._model_inputs(inputs)), inputs)
 
     def _states_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
         self.balance = None
-        if self._balanced and self.model.training:
+        if self._has_balance_loss and self.model.training:
             states, self.balance = balanced_states(self.model, inputs)
             return states
         states = self.model.base_model(**inputs).last_hidden_state
@@ -153,7 +153,7 @@ class SplitLanguageModel:
 
         ``select`` holds flat indices into [B·S].
         """
-        if not self._hooked:
+        if not self._uses_hooks:
             states = self.states(inputs)
             rows, weight = states.flatten(0, 1)[select.to(states.device)], self._output.weight
             if weight.is_floating_point() and weight.dtype.itemsize < rows.dtype.itemsize:
@@ -161,7 +161,7 @@ class SplitLanguageModel:
             return rows, states
         self._select = select
         try:
-            picked = self.model(**self._read(inputs)).logits
+            picked = self.model(**self._model_inputs(inputs)).logits
             assert self._states is not None
             return picked, _in_rows(self._states, inputs)
         finally:
@@ -171,9 +171,9 @@ class SplitLanguageModel:
     def head(self) -> OutputHead:
         """Return the output matrix, shared with the model (not a copy)."""
         weight, bias = self._output.weight, self._output.bias
-        if self.alone and self._tied:  # a changed matrix would give the body other inputs
+        if self.head_alone and self._is_tied:  # a changed matrix would give the body other inputs
             weight = weight.detach()
-        return OutputHead(weight, bias, self._softcap, self._factor)
+        return OutputHead(weight, bias, self._softcap, self._logit_scale)
 
     def _install_hooks(self) -> None:
         """Let only the selected rows pass what follows the body: masked LMs (and some causal ones)
@@ -201,9 +201,9 @@ class SplitLanguageModel:
         Raises SightError, and NotImplementedError unless the split reproduces the model's logits
         for its own states and for large ones.
         """
-        config, known = self.model.config, False
+        config, is_reproduced = self.model.config, False
         first = next(self.model.parameters())
-        same = SAME.get(first.dtype, COARSEST)
+        tolerance = TOLERANCE.get(first.dtype, COARSEST)
         ids = sample_ids(config, min(8, longest_input(config) or 8))[None].to(first.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         try:
@@ -213,20 +213,22 @@ class SplitLanguageModel:
                 hidden, _ = self.hidden(inputs, torch.arange(ids.shape[1], device=ids.device))
                 spread = float(self.head.logits(hidden).nan_to_num().std(correction=0))
                 # NaN is reported by the users of the logits, not here.
-                larger = LARGE / spread if spread > 0 and math.isfinite(spread) else 1.0
-                with self._output.scaled(larger):
+                factor = LARGE / spread if spread > 0 and math.isfinite(spread) else 1.0
+                with self._output.scaled(factor):
                     expected.append(self.model(**inputs).logits[0].float())
-                states = [hidden, hidden * larger]
-                for self._softcap, self._factor in _changes(config):
-                    found = [self.head.logits(each) for each in states]
-                    pairs = zip(found, expected, strict=True)
-                    if known := all(_alike(one, other, same) for one, other in pairs):
+                states = [hidden, hidden * factor]
+                for self._softcap, self._logit_scale in _logit_changes(config):
+                    logits = [self.head.logits(each) for each in states]
+                    pairs = zip(logits, expected, strict=True)
+                    if is_reproduced := all(
+                        _are_close(own, model_logits, tolerance) for own, model_logits in pairs
+                    ):
                         break
         except (InputError, torch.OutOfMemoryError):
             raise
-        except BROKEN as error:
+        except MODEL_ERRORS as error:
             raise NotImplementedError(_unsupported(self.model, str(error))) from error
-        if not known:
+        if not is_reproduced:
             raise NotImplementedError(_unsupported(self.model, "its logits are not head(hidden)"))
 
 
@@ -235,7 +237,7 @@ def _in_rows(states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     return states if DOCUMENTS not in inputs else states.reshape(*inputs[DOCUMENTS].shape, -1)
 
 
-class _Output:
+class _OutputMatrix:
     """A model's output matrix: a module that multiplies its input with ``weight``."""
 
     def __init__(self, module: nn.Module):
@@ -259,14 +261,14 @@ class _Output:
     @contextmanager
     def scaled(self, factor: float) -> Iterator[None]:
         """Multiply its input."""
-        hook = self.module.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+        hook = self.module.register_forward_pre_hook(lambda _, arguments: (arguments[0] * factor,))
         try:
             yield
         finally:
             hook.remove()
 
 
-class _EmbeddingOutput(_Output):
+class _EmbeddingOutputMatrix(_OutputMatrix):
     """DeBERTa's own head (not the BERT-like one of its ``legacy`` class): it transforms its input,
     and multiplies it with the word embeddings that it is given.
     """
@@ -282,11 +284,11 @@ class _EmbeddingOutput(_Output):
 
     def pass_through(self, when: Callable[[], bool]) -> None:
         """Let it return what it would multiply while ``when()`` is true."""
-        whole, head = self.module.forward, cast("Any", self.module)
+        run_head, head = self.module.forward, cast("Any", self.module)
 
         def forward(hidden: Tensor, words: nn.Module) -> Tensor:
             if not when():
-                return cast("Tensor", whole(hidden, words))
+                return cast("Tensor", run_head(hidden, words))
             return cast("Tensor", head.LayerNorm(head.transform_act_fn(head.dense(hidden))))
 
         self.module.forward = forward
@@ -295,28 +297,28 @@ class _EmbeddingOutput(_Output):
     def scaled(self, factor: float) -> Iterator[None]:
         """Multiply what the embeddings are multiplied with."""
         norm = cast("nn.Module", self.module.LayerNorm)
-        hook = norm.register_forward_hook(lambda _, given, made: made * factor)
+        hook = norm.register_forward_hook(lambda _, arguments, output: output * factor)
         try:
             yield
         finally:
             hook.remove()
 
 
-def _output_of(model: "PreTrainedModel") -> _Output:
-    own = getattr(getattr(model, "lm_predictions", None), "lm_head", None)
-    if own is not None:
-        return _EmbeddingOutput(own, model.get_input_embeddings())
-    found = model.get_output_embeddings()
-    if found is None:
+def _output_matrix_of(model: "PreTrainedModel") -> _OutputMatrix:
+    deberta_head = getattr(getattr(model, "lm_predictions", None), "lm_head", None)
+    if deberta_head is not None:
+        return _EmbeddingOutputMatrix(deberta_head, model.get_input_embeddings())
+    output = model.get_output_embeddings()
+    if output is None:
         raise NotImplementedError(_unsupported(model, "it has no output matrix"))
-    return _Output(found)
+    return _OutputMatrix(output)
 
 
 def output_width(model: "PreTrainedModel") -> int:
     """Return the width of the output matrix's input: for some models (RemBERT, OPT-350m) not
     ``hidden_size``. Raises NotImplementedError for a model without one.
     """
-    return _output_of(model).weight.shape[1]
+    return _output_matrix_of(model).weight.shape[1]
 
 
 @contextmanager
@@ -328,24 +330,26 @@ def splittable() -> Iterator[None]:
         raise InputError(str(error)) from None
 
 
-def _changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, float]]:
+def _logit_changes(config: "PretrainedConfig") -> Iterator[tuple[float | None, float]]:
     """Return softcaps and factors that the configuration may mean, the likeliest first."""
     text = config.get_text_config()
 
-    def given(names: tuple[str, ...]) -> list[float]:
+    def configured(names: tuple[str, ...]) -> list[float]:
         found = (getattr(text, name, None) or getattr(config, name, None) for name in names)
         return [float(value) for value in found if value]
 
-    times, over = math.prod(given(MULTIPLIERS)), math.prod(given(DIVISORS))
-    factors = dict.fromkeys([times / over, times * over, 1.0])
-    yield from product([*given(SOFTCAPS), None], factors)
+    multiplier, divisor = math.prod(configured(MULTIPLIERS)), math.prod(configured(DIVISORS))
+    factors = dict.fromkeys([multiplier / divisor, multiplier * divisor, 1.0])
+    yield from product([*configured(SOFTCAPS), None], factors)
 
 
-def _alike(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+def _are_close(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Return whether logits are equal where the expected ones are finite."""
-    known = expected.isfinite()
-    spread = float(expected[known].std(correction=0)) if known.any() else 0.0
-    return torch.allclose(found[known], expected[known], rtol=tolerance, atol=tolerance * spread)
+    is_finite = expected.isfinite()
+    spread = float(expected[is_finite].std(correction=0)) if is_finite.any() else 0.0
+    return torch.allclose(
+        logits[is_finite], expected[is_finite], rtol=tolerance, atol=tolerance * spread
+    )
 
 
 def _unsupported(model: nn.Module, reason: str) -> str:

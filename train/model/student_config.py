@@ -274,7 +274,7 @@ def lora_excludes(student: StudentConfig, train: _Trained | None = None) -> str 
                 "an adapter is small, and each process holds its base whole: use ddp",
             ),
         }
-    for key, (given, why) in table.items():
-        if given:
-            return f"student.lora and {key} exclude each other ({why}). Leave one of them out"
+    for key, (is_set, reason) in table.items():
+        if is_set:
+            return f"student.lora and {key} exclude each other ({reason}). Leave one of them out"
     return None

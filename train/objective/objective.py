@@ -21,7 +21,7 @@ from rekindle.train.device_batch import inputs_of, language_rows
 from rekindle.train.measures import PULL
 from rekindle.train.method import Method
 from rekindle.train.model.network import HeadConfig, StudentOutput
-from rekindle.train.model.passes import Recorded
+from rekindle.train.model.passes import RecordedPasses
 from rekindle.train.objective.language_loss import LanguageLoss
 from rekindle.train.objective.pulls import squared_pulls
 from rekindle.train.objective.selection import Add, Counts, StepPlan, count_rows, select_targets
@@ -216,7 +216,7 @@ class Objective:
         """
         if not self._measures_pulls(plan):
             return self._loss(student, batch, counts, plan, device)
-        recorded = Recorded()
+        recorded = RecordedPasses()
         with student.through(recorded):
             step_loss = self._loss(student, batch, counts, plan, device)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rekindle.train.measures import PULL, RATIO
 from rekindle.train.model.network import StudentNetwork
-from rekindle.train.model.passes import Pass, Replayed
+from rekindle.train.model.passes import Pass, ReplayedPasses
 from rekindle.train.objective.selection import Add
 
 HARD = "ce"
@@ -41,7 +41,7 @@ def squared_pulls(
         if loss is not None and loss.requires_grad:
             losses[name] = losses[name] + loss if name in losses else loss
 
-    replayed = Replayed(passes)
+    replayed = ReplayedPasses(passes)
     # These random draws must not change those of the next micro-batch.
     with (
         student.through(replayed),

@@ -9,8 +9,8 @@ def digest_of(file: Path) -> bytes:
     """Return the sha256 of the file's current content; an unchanged file is read once per
     process.
     """
-    about = file.stat()
-    return _digest(file.resolve(), about.st_size, about.st_mtime_ns)
+    status = file.stat()
+    return _digest(file.resolve(), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(1000)

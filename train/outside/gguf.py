@@ -19,7 +19,7 @@ from rekindle.train.outside.quiet import quiet_transformers
 
 log = logging.getLogger("rekindle")
 
-ABOUT = "gguf.json"  # in the folder: the file it was made from, and by what
+RECORD_FILE = "gguf.json"  # in the folder: the file it was made from, and by what
 
 
 def folder_of_gguf(path_or_id: str) -> Path:
@@ -28,19 +28,19 @@ def folder_of_gguf(path_or_id: str) -> Path:
     Weights are float32, as transformers dequantises them. The folder is in ``home()``, named by the
     file's sha256, so another file of the same name is another model. Raises InputError.
     """
-    file = _local(path_or_id)
+    file = _local_file(path_or_id)
     refuse_pointer(file)
     digest = digest_of(file).hex()
     out = home() / "gguf" / f"{file.stem}-{digest[:16]}"
     if not out.is_dir():
-        with _alone(out):
+        with _locked(out):
             if not out.is_dir():
-                _make(file, digest, out)
+                _convert(file, digest, out)
     return out
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Iterator[None]:
     """Let one process at a time convert: several may start together, and it takes much memory."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_name(f".{out.name}.lock"), "a") as lock:
@@ -49,7 +49,7 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _local(path_or_id: str) -> Path:
+def _local_file(path_or_id: str) -> Path:
     path = Path(path_or_id).expanduser()
     if path.is_file():
         return path
@@ -67,7 +67,7 @@ def _local(path_or_id: str) -> Path:
         ) from None
 
 
-def _make(file: Path, digest: str, out: Path) -> None:
+def _convert(file: Path, digest: str, out: Path) -> None:
     check_gguf(file)
     import torch
     import transformers
@@ -76,7 +76,7 @@ def _make(file: Path, digest: str, out: Path) -> None:
     tokenizer = read_tokenizer_files(str(file))
     try:
         with quiet_transformers():
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
                 gguf_file=file.name,
                 dtype=torch.float32,
@@ -89,9 +89,9 @@ def _make(file: Path, digest: str, out: Path) -> None:
             "causal language models of the families that transformers reads from GGUF are "
             "supported; otherwise give the folder that the file was made from"
         ) from None
-    if absent := sorted(told["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise InputError(
-            f"model {file} lacks weights: {', '.join(absent[:5])}{', …' if absent[5:] else ''}"
+            f"model {file} lacks weights: {', '.join(missing[:5])}{', …' if missing[5:] else ''}"
         )
     # The saved model is no longer quantised.
     del model.config.quantization_config
@@ -100,4 +100,4 @@ def _make(file: Path, digest: str, out: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         made_by = {name: version(name) for name in ("transformers", "gguf")}
-        write_json(folder / ABOUT, {"file": file.name, "sha256": digest, "made by": made_by})
+        write_json(folder / RECORD_FILE, {"file": file.name, "sha256": digest, "made by": made_by})

@@ -45,9 +45,9 @@ def possible_forms(model: "PreTrainedModel", causal: bool) -> Iterator[list[Form
     elif attention == "flex_attention":
         kinds = ("blocks",)
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    firsts = [0] if padding is None or padding < 0 else [0, padding + 1]
+    first_positions = [0] if padding is None or padding < 0 else [0, padding + 1]
     for kind in kinds:
-        yield [Form(kind, first) for first in firsts]
+        yield [Form(kind, first) for first in first_positions]
 
 
 def positions_of(numbers: Tensor, first: int) -> Tensor:
@@ -70,24 +70,24 @@ def as_read(model: "PreTrainedModel", inputs: Inputs, form: Form, causal: bool) 
     """
     numbers = inputs[DOCUMENTS]
     positions = positions_of(numbers, form.first)
-    read: dict[str, Any] = {k: v for k, v in inputs.items() if k not in (DOCUMENTS, MASK)}
-    read["position_ids"] = positions
+    packed: dict[str, Any] = {k: v for k, v in inputs.items() if k not in (DOCUMENTS, MASK)}
+    packed["position_ids"] = positions
     if form.kind == "mask":
-        read[MASK] = _for_attention(model, block_mask(numbers, causal))
+        packed[MASK] = _for_attention(model, block_mask(numbers, causal))
     elif form.kind == "positions":
-        read |= {MASK: None, "use_cache": False}  # with a cache, position ids are ignored
+        packed |= {MASK: None, "use_cache": False}  # with a cache, position ids are ignored
     elif form.kind == "windows":
-        read[MASK] = _with_windows(model, block_mask(numbers, causal))
+        packed[MASK] = _with_windows(model, block_mask(numbers, causal))
     elif form.kind == "flat":
-        edges = _edges(numbers)
-        read = {name: value.reshape(1, -1) for name, value in read.items()}
+        edges = _document_edges(numbers)
+        packed = {name: value.reshape(1, -1) for name, value in packed.items()}
         longest = int(edges.diff().max())
-        read |= {"use_cache": False} if causal else {}
-        read |= {MASK: None, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
-        read |= {"max_length_q": longest, "max_length_k": longest}
+        packed |= {"use_cache": False} if causal else {}
+        packed |= {MASK: None, "cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+        packed |= {"max_length_q": longest, "max_length_k": longest}
     else:
-        read[MASK] = _block_mask_of_flex(model, numbers, causal)
-    return read
+        packed[MASK] = _block_mask_of_flex(model, numbers, causal)
+    return packed
 
 
 def _for_attention(model: "PreTrainedModel", sees: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _for_attention(model: "PreTrainedModel", sees: Tensor) -> Tensor:
     return hidden.masked_fill_(~sees, torch.finfo(dtype).min)
 
 
-def _edges(numbers: Tensor) -> Tensor:
+def _document_edges(numbers: Tensor) -> Tensor:
     """Return where documents begin in [B·S], and its end: int32. Padding counts as one."""
     begins = torch.ones_like(numbers, dtype=torch.bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
@@ -113,9 +113,9 @@ def _with_windows(model: "PreTrainedModel", sees: Tensor) -> dict[str, Tensor]:
 
     places = torch.arange(sees.shape[-1], device=sees.device)
     size = model.config.get_text_config().sliding_window
-    near = sliding_window_bidirectional_overlay(size)(0, 0, places[:, None], places)
-    each = {"full_attention": sees, "sliding_attention": sees & near}
-    return {name: _for_attention(model, mask) for name, mask in each.items()}
+    within_window = sliding_window_bidirectional_overlay(size)(0, 0, places[:, None], places)
+    masks = {"full_attention": sees, "sliding_attention": sees & within_window}
+    return {name: _for_attention(model, mask) for name, mask in masks.items()}
 
 
 def _block_mask_of_flex(model: "PreTrainedModel", numbers: Tensor, causal: bool) -> Any:
@@ -124,8 +124,8 @@ def _block_mask_of_flex(model: "PreTrainedModel", numbers: Tensor, causal: bool)
     dtype = next(model.parameters()).dtype
     states = torch.empty((*numbers.shape, 0), dtype=dtype, device=numbers.device)
     within = masking_utils.packed_sequence_mask_function(numbers)
-    given: dict[str, Any] = {"config": model.config.get_text_config(), "inputs_embeds": states}
-    given |= {MASK: None, "and_mask_function": within}
+    arguments: dict[str, Any] = {"config": model.config.get_text_config(), "inputs_embeds": states}
+    arguments |= {MASK: None, "and_mask_function": within}
     if causal:
-        return masking_utils.create_causal_mask(**given, past_key_values=None)
-    return masking_utils.create_bidirectional_mask(**given)
+        return masking_utils.create_causal_mask(**arguments, past_key_values=None)
+    return masking_utils.create_bidirectional_mask(**arguments)

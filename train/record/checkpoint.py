@@ -36,14 +36,14 @@ from rekindle.train.model.unfinished import SUMMARY_FILE, checkpoints_of
 from rekindle.train.record.identity import had_checkpoint, note_checkpoint
 from rekindle.train.record.run_log import read_metrics
 from rekindle.train.record.sharded import (
-    check_seen,
+    check_visible,
+    checkpoint_file_size,
     read_rows,
-    share_of,
     write_files,
     write_student,
 )
-from rekindle.train.record.stored_run import leave_checkpoints, write_checkpoint
-from rekindle.train.student import Saved, Student, saved_tensors
+from rekindle.train.record.stored_run import remove_other_checkpoints, upload_checkpoint
+from rekindle.train.student import SavedTensor, Student, saved_tensors
 
 log = logging.getLogger("rekindle")
 
@@ -61,7 +61,7 @@ class _Best(Settings):
     value: float = 0.0
 
 
-class _State(Settings):
+class _Record(Settings):
     """The types of a checkpoint's record; older ones have fewer keys."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
@@ -83,11 +83,11 @@ def restore(
     Raises CheckpointError if there were checkpoints and none is left or sound: their steps would
     silently be trained again.
     """
-    found = _newest(run, student.world)
-    if found is None:
+    newest = _newest_checkpoint(run, student.world)
+    if newest is None:
         log.info("no sound checkpoint in %s; starting from the beginning", run)
         return {}
-    path, state = found
+    path, state = newest
     load_checkpoint(path, student.student, optimizer)
     student.world.decide(lambda: _remove_older(path, state, keep))
     log.info("resuming %s at step %d", run, state["step"])
@@ -107,33 +107,33 @@ def save_checkpoint(
     complete model; remove all but the last ``keep`` and the best, ``state["best"]["step"]``. Every
     process takes part; the main one writes, and each one writes its files of a sharded student.
     """
-    own, world, target = student.student, student.world, checkpoint_folder(run, step)
-    with ExitStack() as held:  # the main process holds the folder until it has its name
-        staged = world.decide(lambda: held.enter_context(new_folder(target)))
+    wrapped, world, target = student.student, student.world, checkpoint_folder(run, step)
+    with ExitStack() as resources:  # the main process holds the folder until it has its name
+        staged = world.decide(lambda: resources.enter_context(new_folder(target)))
         written: dict[str, str] = {}
         if student.sharded:
-            limit = share_of(own.state_dict().values(), world)
+            limit = checkpoint_file_size(wrapped.state_dict().values(), world)
             written = write_student(student, staged, as_held=True, limit=limit)
-            units = [{key: value} for key, value in _moments(own, optimizer).items()]
+            units = [{key: value} for key, value in _moments(wrapped, optimizer).items()]
             written |= write_files(world, units, limit, staged / OPTIMIZER_FILE, save_file)
         digests = {name: one for found in world.gather(written) for name, one in found.items()}
 
         def finish() -> Path:
-            check_seen(staged, digests)
+            check_visible(staged, digests)
             if not student.sharded:
-                own.save_pretrained(staged, as_held=True)
-                moments = _moments(own, optimizer)
+                wrapped.save_pretrained(staged, as_held=True)
+                moments = _moments(wrapped, optimizer)
                 save_file({k: v.contiguous() for k, v in moments.items()}, staged / OPTIMIZER_FILE)
             if tokenizer is not None:
                 tokenizer.save(str(staged))
-            rest = [f for f in staged.iterdir() if f.is_file() and f.name not in digests]
-            files = digests | {f.name: sha256_of(f) for f in rest}
-            about = {"version": VERSION, "step": step, "files": dict(sorted(files.items()))}
-            (staged / TRAINER_FILE).write_bytes(seal(dict(state) | about))
+            unlisted = [f for f in staged.iterdir() if f.is_file() and f.name not in digests]
+            files = digests | {f.name: sha256_of(f) for f in unlisted}
+            record = {"version": VERSION, "step": step, "files": dict(sorted(files.items()))}
+            (staged / TRAINER_FILE).write_bytes(seal(dict(state) | record))
             files[TRAINER_FILE] = sha256_of(staged / TRAINER_FILE)
-            held.close()
+            resources.close()
             note_checkpoint(run)
-            write_checkpoint(target, files)
+            upload_checkpoint(target, files)
             remove_leftovers(target.parent)
             _remove_older(target, state, keep)
             return target
@@ -145,32 +145,34 @@ def _remove_older(newest: Path, state: Mapping[str, Any], keep: int) -> None:
     """Keep the last ``keep`` checkpoints, and the best."""
     best, run = (state.get("best") or {}).get("step"), newest.parents[1]
     # A newer one is damaged, or the run would have continued from it; it must not count among them.
-    done = [path for path in checkpoints_of(run) if path.name <= newest.name]
-    for old in done[:-keep]:
+    checkpoints = [path for path in checkpoints_of(run) if path.name <= newest.name]
+    for old in checkpoints[:-keep]:
         if best is None or old != checkpoint_folder(run, best):
             remove(old)
-    leave_checkpoints(newest, keep, None if best is None else checkpoint_folder(run, best).name)
+    remove_other_checkpoints(
+        newest, keep, None if best is None else checkpoint_folder(run, best).name
+    )
 
 
-def _newest(run: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
+def _newest_checkpoint(run: Path, world: World) -> tuple[Path, dict[str, Any]] | None:
     world.decide(lambda: remove_leftovers(run / "checkpoints"))
-    found = latest_checkpoint(run, world)
-    if found is None:
-        world.decide(lambda: _refuse_lost(run))
-    return found
+    newest = latest_checkpoint(run, world)
+    if newest is None:
+        world.decide(lambda: _check_none_lost(run))
+    return newest
 
 
-def _refuse_lost(run: Path) -> None:
+def _check_none_lost(run: Path) -> None:
     """Raise CheckpointError if there were checkpoints."""
     damaged = ", ".join(path.name for path in checkpoints_of(run))
     steps = max((r["step"] for r in read_metrics(run) if r["kind"] == "train"), default=0)
     if not damaged and not had_checkpoint(run, steps) and not (run / SUMMARY_FILE).exists():
         return
-    told = (
+    problem = (
         f"none of its checkpoints is sound ({damaged})" if damaged else "its checkpoints are gone"
     )
     raise CheckpointError(
-        f"{run} cannot continue: {told}; metrics.jsonl records {steps} steps. Restore a "
+        f"{run} cannot continue: {problem}; metrics.jsonl records {steps} steps. Restore a "
         "checkpoint from a copy, or train again from the beginning: in another --out, or after "
         f"removing {run}"
     )
@@ -210,7 +212,7 @@ def _state_of(path: Path) -> tuple[dict[str, Any], str]:
             f"{VERSION}. Continue with the newer Rekindle that wrote it"
         )
     try:
-        parse_settings(_State, state)
+        parse_settings(_Record, state)
     except InputError as error:
         return {}, f"{TRAINER_FILE}: {error}"
     if path != checkpoint_folder(path.parents[1], state["step"]):
@@ -231,63 +233,65 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def kept_of(run: Path) -> str:
+def describe_kept(run: Path) -> str:
     """Return what a run can continue from."""
-    found = checkpoints_of(run)
-    return f"Kept: {found[-1]}" if found else "There is no checkpoint yet: it starts again"
+    checkpoints = checkpoints_of(run)
+    return (
+        f"Kept: {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet: it starts again"
+    )
 
 
-def left_by_interrupt(run: Path) -> tuple[str, bool]:
+def describe_left(run: Path) -> tuple[str, bool]:
     """Return what is left of ``run`` after an interrupt without a checkpoint, and whether it is
     anything.
     """
-    found = checkpoints_of(run)
-    if not found:
+    checkpoints = checkpoints_of(run)
+    if not checkpoints:
         return "there is no checkpoint yet", False
-    return f"kept: {found[-1]}", True
+    return f"kept: {checkpoints[-1]}", True
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
     """Restore weights and optimiser state exactly; for a sharded student only the rows that this
     process holds are read.
     """
-    own = student.own_weights()
+    weights = student.own_weights()
     try:
-        found = saved_tensors(path)
+        stored = saved_tensors(path)
         files = [file for pattern in MOMENTS for file in sorted(path.glob(pattern))]
-        moments = {key: place for file in files for key, place in Saved.all_in(file).items()}
+        moments = {key: place for file in files for key, place in SavedTensor.all_in(file).items()}
         if not files:
             raise InputError(f"it has no {OPTIMIZER_FILE}")
         tied = {f"model.{k}" for k in getattr(student.model, "all_tied_weights_keys", None) or ()}
-        wrong = sorted((own.keys() - found.keys() - tied) | (found.keys() - own.keys()))
-        wrong += [k for k, v in found.items() if k in own and own[k].shape != v.shape]
-        if wrong:
-            told = ", ".join(wrong)
-            raise CheckpointError(f"checkpoint {path} does not fit this student: {told}")
-        read_rows(found, own)
-        read_rows(moments, _homes(moments, student, optimizer))
+        misfits = sorted((weights.keys() - stored.keys() - tied) | (stored.keys() - weights.keys()))
+        misfits += [k for k, v in stored.items() if k in weights and weights[k].shape != v.shape]
+        if misfits:
+            names = ", ".join(misfits)
+            raise CheckpointError(f"checkpoint {path} does not fit this student: {names}")
+        read_rows(stored, weights)
+        read_rows(moments, _optimizer_tensors(moments, student, optimizer))
     except (OSError, InputError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
 
 
-def _homes(
-    moments: Mapping[str, Saved], student: Student, optimizer: torch.optim.Optimizer
+def _optimizer_tensors(
+    moments: Mapping[str, SavedTensor], student: Student, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Make room in the optimiser for its stored state: like the parameter, and sharded if it is
     (AdamW's ``step`` is one number).
     """
-    parameters, homes = dict(student.named_parameters()), dict[str, Tensor]()
-    for key, place in moments.items():
+    parameters, tensors = dict(student.named_parameters()), dict[str, Tensor]()
+    for key, saved in moments.items():
         name, kind = key.split("\0")
         parameter = parameters[name].detach()
-        alike = place.shape == parameter.shape and kind != "step"
-        homes[key] = (
+        is_like_parameter = saved.shape == parameter.shape and kind != "step"
+        tensors[key] = (
             torch.zeros_like(parameter)
-            if alike
-            else torch.zeros(place.shape, device=parameter.device)
+            if is_like_parameter
+            else torch.zeros(saved.shape, device=parameter.device)
         )
-        optimizer.state[parameters[name]][kind] = homes[key]
-    return homes
+        optimizer.state[parameters[name]][kind] = tensors[key]
+    return tensors
 
 
 def _moments(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

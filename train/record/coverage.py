@@ -46,29 +46,31 @@ class Coverage:
     there.
     """
 
-    def __init__(self, before: Mapping[str, int] | None = None):
-        self._before = dict(before or {})
-        self._own: Counter[str] = Counter()
+    def __init__(self, earlier: Mapping[str, int] | None = None):
+        self._earlier = dict(earlier or {})
+        self._counts: Counter[str] = Counter()
 
     def count(self, batch: Batch, task: str, plan: StepPlan) -> None:
         """Add this process's share of a step, with its targets selected."""
         terms = plan.users
-        rest = "ce_only" if plan.hard > 0 else "neither"
+        without_kd = "ce_only" if plan.hard > 0 else "neither"
         sequences, kd_sequences = len(batch.index), _sequences_with_kd(batch, terms)
         positions = count_rows(batch, task, terms).labels
         kd_positions = _positions_with_kd(batch, terms)
-        self._own["sequences_with_kd"] += kd_sequences
-        self._own[f"sequences_{rest}"] += sequences - kd_sequences
-        self._own["positions_with_kd"] += kd_positions
-        self._own[f"positions_{rest}"] += positions - kd_positions
+        self._counts["sequences_with_kd"] += kd_sequences
+        self._counts[f"sequences_{without_kd}"] += sequences - kd_sequences
+        self._counts["positions_with_kd"] += kd_positions
+        self._counts[f"positions_{without_kd}"] += positions - kd_positions
 
-    def over(self, total: Callable[[Sequence[float]], Sequence[float]]) -> dict[str, int]:
-        """Return the counts of all processes since the run began; ``total`` sums a list over
+    def sum_over_processes(
+        self, sum_values: Callable[[Sequence[float]], Sequence[float]]
+    ) -> dict[str, int]:
+        """Return the counts of all processes since the run began; ``sum_values`` sums a list over
         processes.
         """
-        summed = total([self._own[name] for name in NAMES])
-        found = zip(NAMES, summed, strict=True)
-        return {name: self._before.get(name, 0) + round(value) for name, value in found}
+        summed = sum_values([self._counts[name] for name in NAMES])
+        counts = zip(NAMES, summed, strict=True)
+        return {name: self._earlier.get(name, 0) + round(value) for name, value in counts}
 
 
 def _sequences_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
@@ -89,17 +91,17 @@ def _positions_with_kd(batch: Batch, terms: Sequence[DistillTerm]) -> int:
     contains the others, and its number is counted.
     """
     width = batch.input_ids.shape[1]
-    keys = [np.zeros(0, np.int64)]
+    position_keys = [np.zeros(0, np.int64)]
     picked = np.zeros(len(batch.index), np.int64)
     for term in terms:
         for target in [batch.targets[name] for name in term.teachers]:
             if not isinstance(target, TokenTargetBatch):
                 continue
             if term.entropy_fraction is None:
-                keys.append(target.rows * width + target.positions)
+                position_keys.append(target.rows * width + target.positions)
             else:
                 taught = taught_per_sequence(target.rows, term.entropy_fraction)
                 np.maximum.at(picked, target.rows, taught)
-    whole = np.unique(np.concatenate(keys)) // width
-    counts = np.bincount(whole, minlength=len(picked))
+    sequences = np.unique(np.concatenate(position_keys)) // width
+    counts = np.bincount(sequences, minlength=len(picked))
     return int(np.maximum(counts, picked).sum())

@@ -25,11 +25,11 @@ def lineage_of_run(about: Mapping[str, Any], cache: Cache) -> Lineage:
 
     First the runs that made its teachers, then those that made its initial weights, then this one.
     """
-    taught = [cache.teacher(name).info.lineage for name in about["cache"]["teachers"]]
-    begun: Lineage = ()
+    teachers = [cache.teacher(name).info.lineage for name in about["cache"]["teachers"]]
+    initial: Lineage = ()
     if not about["student"]["from_scratch"]:
-        begun = lineage_of_model(resolve_model(about["student"]["model"]))
-    return joined_lineage([*taught, begun, [_ancestor(about, recorded_steps(about))]])
+        initial = lineage_of_model(resolve_model(about["student"]["model"]))
+    return joined_lineage([*teachers, initial, [_ancestor(about, recorded_steps(about))]])
 
 
 def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
@@ -40,7 +40,7 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
     be read.
     """
     try:
-        found = _recorded(directory)
+        recorded = _recorded_lineage(directory)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -48,18 +48,18 @@ def lineage_of_model(directory: Path, weights: str | None = None) -> Lineage:
             f"{directory}: the student's record of its training is damaged "
             f"({type(error).__name__}: {error})"
         ) from None
-    if found:
-        return with_weights(found, weights or weights_fingerprint(directory))
+    if recorded:
+        return with_weights(recorded, weights or weights_fingerprint(directory))
     base = base_of(directory)
     return () if base is None else lineage_of_model(base)
 
 
-def _recorded(directory: Path) -> Lineage:
+def _recorded_lineage(directory: Path) -> Lineage:
     """Return what is recorded in a run's directory, one of its checkpoints, or an export
     of either.
     """
     if (exported := directory / EXPORT_FILE).is_file():
-        return _earlier(exported, read_object(exported))
+        return _named_runs(exported, read_object(exported))
     path = directory / ABOUT_FILE
     about = read_object(path) if path.is_file() else {}
     trainer = directory / TRAINER_FILE
@@ -70,10 +70,10 @@ def _recorded(directory: Path) -> Lineage:
         path = trainer
     if not (made_by := about.get("made_by")):
         return ()
-    return (*_earlier(path, about)[:-1], _ancestor(made_by, steps or recorded_steps(made_by)))
+    return (*_named_runs(path, about)[:-1], _ancestor(made_by, steps or recorded_steps(made_by)))
 
 
-def _earlier(path: Path, about: Mapping[str, Any]) -> Lineage:
+def _named_runs(path: Path, about: Mapping[str, Any]) -> Lineage:
     """Return the runs that a file names."""
     runs = about.get(LINEAGE, [])
     if not isinstance(runs, list):

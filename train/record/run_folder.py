@@ -22,64 +22,66 @@ log = logging.getLogger("rekindle")
 
 LOCK_FILE = ".lock"  # exists while a process works in the folder, and after one that was killed
 
-Found = TypeVar("Found")
+Inspected = TypeVar("Inspected")
 
 
 @contextmanager
-def open_folder(out: Path, look: Callable[[], Found]) -> Iterator[Found]:
-    """Hold ``out`` alone; yield what ``look`` finds there.
+def open_folder(out: Path, inspect: Callable[[], Inspected]) -> Iterator[Inspected]:
+    """Hold ``out`` alone; yield what ``inspect`` finds there.
 
-    ``look`` raises if the command must not continue, and is called twice: before anything is
+    ``inspect`` raises if the command must not continue, and is called twice: before anything is
     written, and once no other process can begin there. Raises InputError if another process works
     in ``out``.
     """
     try:
-        look()
+        inspect()
     except InputError:
-        _refuse_held(out)  # its message says more than that something is there
+        _check_not_locked(out)  # its message says more than that something is there
         raise
-    with alone_in(out):
-        found = look()
+    with locked_folder(out):
+        inspected = inspect()
         remove_leftovers(out)
-        yield found
+        yield inspected
 
 
-def goes_on(out: Path, file: str, what: str, resume: bool, beside: Collection[str] = ()) -> bool:
-    """Return whether ``out`` holds a ``what`` to continue; False if it is new or empty, apart from
-    the files ``beside``.
+def is_continued(
+    out: Path, file: str, kind: str, resume: bool, other_files: Collection[str] = ()
+) -> bool:
+    """Return whether ``out`` holds a ``kind`` to continue; False if it is new or empty, apart from
+    ``other_files``.
 
     Raises InputError if it holds anything else, or must not be resumed.
     """
-    begun = (out / file).is_file()
-    if begun and resume:
+    has_record = (out / file).is_file()
+    if has_record and resume:
         return True
-    above = next(path for path in (*out.absolute().parents, Path("/")) if path.exists())
-    if not above.is_dir():
-        raise InputError(f"{out} cannot be made: {above} is a file; give another --out")
-    ours = {LOCK_FILE, *beside}
+    nearest = next(path for path in (*out.absolute().parents, Path("/")) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{out} cannot be made: {nearest} is a file; give another --out")
+    ignored = {LOCK_FILE, *other_files}
     if out.exists() and (
         not out.is_dir()
-        or any(path.name not in ours and not is_temporary(path.name) for path in out.iterdir())
+        or any(path.name not in ignored and not is_temporary(path.name) for path in out.iterdir())
     ):
         raise InputError(
-            f"{out} is not empty. Give another --out, or --resume to continue the {what} in it"
-            if begun
-            else f"{out} is not empty and holds no {what}; give another --out"
+            f"{out} is not empty. Give another --out, or --resume to continue the {kind} in it"
+            if has_record
+            else f"{out} is not empty and holds no {kind}; give another --out"
         )
     return False
 
 
-def check_new(out: Path, file: str, what: str) -> None:
-    """Raise InputError if a ``what`` cannot begin in ``out``: it is not empty, or held."""
+def check_new(out: Path, file: str, kind: str) -> None:
+    """Raise InputError if a ``kind`` cannot begin in ``out``: it is not empty, or held."""
     try:
-        goes_on(out, file, what, resume=False)
+        is_continued(out, file, kind, resume=False)
     except InputError:
-        _refuse_held(out)  # its message says more than that something is there
+        _check_not_locked(out)  # its message says more than that something is there
         raise
 
 
 @contextmanager
-def reading(record: Path, advice: str = "") -> Iterator[None]:
+def reading_record(record: Path, advice: str = "") -> Iterator[None]:
     """Turn errors in reading a file that a run left into a CheckpointError."""
     try:
         yield
@@ -97,36 +99,38 @@ def read_record(
     """
     if not path.exists():
         return None
-    with reading(path, advice):
+    with reading_record(path, advice):
         return dict(json.loads(path.read_text(encoding="utf-8"), parse_constant=constant))
 
 
-def check_same(
-    where: Path, before: object, now: object, rule: str, free: Collection[str] = ()
+def check_same_settings(
+    folder: Path, recorded: object, current: object, rule: str, free: Collection[str] = ()
 ) -> None:
-    """Raise CheckpointError, naming the key, if ``now`` differs from what was begun ``before``.
+    """Raise CheckpointError, naming the key, if the ``current`` settings differ from the
+    ``recorded`` ones.
 
     The ``free`` keys (dotted) may differ, and a path may be written differently. ``rule`` says what
     to do.
     """
-    now = json.loads(json.dumps(now))
-    for key, (there, here) in differences([before, now]).items():
+    current = json.loads(json.dumps(current))
+    for key, (recorded_value, current_value) in differences([recorded, current]).items():
         may_differ = any(f"{key}.".startswith(f"{one}.") for one in free)
-        if may_differ or same_place(there, here):
+        if may_differ or same_place(recorded_value, current_value):
             continue
-        found = f"{key}: {there!r} there, "
-        if here is None and not _has(now, key):
+        difference = f"{key}: {recorded_value!r} there, "
+        if current_value is None and not _has_key(current, key):
             raise CheckpointError(
-                f"{where} was begun by an older version of Rekindle, with a setting that this one "
-                f"lacks ({found}none here). Finish it with the version that began it, or start "
-                "again in another --out"
+                f"{folder} was begun by an older version of Rekindle, with a setting that this one "
+                f"lacks ({difference}none here). Finish it with the version that began it, or "
+                "start again in another --out"
             )
         raise CheckpointError(
-            f"{where} was begun with another configuration ({found}{here!r} here). {rule}"
+            f"{folder} was begun with another configuration ({difference}{current_value!r} here). "
+            f"{rule}"
         )
 
 
-def _has(settings: object, key: str) -> bool:
+def _has_key(settings: object, key: str) -> bool:
     """Return whether nested settings have a dotted key."""
     for part in key.split("."):
         if isinstance(settings, list):
@@ -154,10 +158,10 @@ def differences(
         sections = [dict(enumerate(one)) for one in lists]
     if len(sections) < len(settings):
         return {".".join(path): list(settings)}
-    found: dict[str, list[object]] = {}
+    differing: dict[str, list[object]] = {}
     for key in dict.fromkeys(key for one in sections for key in one):
-        found |= differences([one.get(key) for one in sections], (*path, str(key)), items)
-    return found
+        differing |= differences([one.get(key) for one in sections], (*path, str(key)), items)
+    return differing
 
 
 def _is_of_sections(value: list[object]) -> bool:
@@ -168,21 +172,21 @@ def _is_of_sections(value: list[object]) -> bool:
 
 
 @contextmanager
-def alone_in(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the folder's lock; a killed process releases it. Yield False if there is no lock.
+def locked_folder(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the folder's lock; a killed process releases it. Yield False where none can be held.
 
-    Some file systems have no locks: nothing is held there. Raises InputError if another process
+    Some file systems have no locks. Raises InputError if another process
     holds the lock, unless this one is to ``wait``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     while True:
         with open(path, "a+", encoding="utf-8") as lock:
-            held = _lock(lock, folder, wait)
-            if held and not _is_at(lock, path):
+            is_locked = _lock(lock, folder, wait)
+            if is_locked and not _is_lock_of(lock, path):
                 continue  # the former holder has removed it
             try:
-                yield held
+                yield is_locked
             finally:
                 path.unlink(missing_ok=True)
             return
@@ -192,7 +196,7 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise _held(lock, folder) from None
+        raise _locked_error(lock, folder) from None
     except OSError as error:
         log.warning(
             "%s cannot be locked (%s): a second process in it would not be noticed",
@@ -206,7 +210,7 @@ def _lock(lock: TextIO, folder: Path, wait: bool) -> bool:
     return True
 
 
-def _held(lock: TextIO, folder: Path) -> InputError:
+def _locked_error(lock: TextIO, folder: Path) -> InputError:
     lock.seek(0)
     return InputError(
         f"another process works on {folder} ({lock.read() or 'it has just begun'}); wait for it, "
@@ -214,18 +218,18 @@ def _held(lock: TextIO, folder: Path) -> InputError:
     )
 
 
-def _refuse_held(folder: Path) -> None:
+def _check_not_locked(folder: Path) -> None:
     """Raise InputError if another process holds the folder."""
     with suppress(FileNotFoundError, NotADirectoryError), open(folder / LOCK_FILE) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held(lock, folder) from None
+            raise _locked_error(lock, folder) from None
         except OSError:  # a file system without locks
             return
 
 
-def _is_at(lock: TextIO, path: Path) -> bool:
+def _is_lock_of(lock: TextIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(lock.fileno()), path.stat())
     except FileNotFoundError:

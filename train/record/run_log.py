@@ -37,8 +37,8 @@ class RunLog:
         self._trackers = Trackers(report_to, run, resume_step, settings)
         self.path = run / METRICS_FILE
         if self.path.exists():
-            kept = [record for record in read_metrics(run) if record["step"] <= resume_step]
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            kept_records = [record for record in read_metrics(run) if record["step"] <= resume_step]
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept_records))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - stays open as long as the run
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -49,8 +49,8 @@ class RunLog:
         """
         if self.silent:
             return
-        shown = {name: float(f"{float(value):.9g}") for name, value in values.items()}
-        record = {"kind": kind, "step": step} | shown
+        rounded = {name: float(f"{float(value):.9g}") for name, value in values.items()}
+        record = {"kind": kind, "step": step} | rounded
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self._trackers.write({f"{kind}/{name}": float(v) for name, v in values.items()}, step)
@@ -96,16 +96,16 @@ def read_metrics(run: Path) -> list[dict]:
             if number == len(lines):
                 break
             record = None
-        if told := _problem(record):
+        if problem := _record_problem(record):
             raise CheckpointError(
-                f"{path} is damaged: line {number} {told}. Restore the file from a copy, or "
+                f"{path} is damaged: line {number} {problem}. Restore the file from a copy, or "
                 "remove the line: the run continues without it"
             )
         records.append(record)
     return records
 
 
-def _problem(record: object) -> str:
+def _record_problem(record: object) -> str:
     """Return what keeps a line from being a record; empty if nothing does."""
     if not isinstance(record, dict):
         return "is not a JSON object"

@@ -23,10 +23,10 @@ from torch import Tensor
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.storage.addresses import sha256_of
 from rekindle.data.storage.atomic import sync
-from rekindle.train.distributed import ParallelStudent, World, blocks, local_rows, whole
+from rekindle.train.distributed import ParallelStudent, World, blocks, full_tensor, local_rows
 from rekindle.train.model.folder import INDEX_FILE, WEIGHTS_FILE, read_header
 from rekindle.train.record.run_folder import LOCK_FILE
-from rekindle.train.student import Saved
+from rekindle.train.student import SavedTensor
 
 LARGEST = 2 << 30  # bytes of a file, unless a block of the model or a tensor has more
 LEAST = 64 << 20  # bytes of a checkpoint's file: smaller ones are not worthwhile
@@ -48,35 +48,40 @@ def write_student(
     Every process takes part and sees the ``folder``. With ``as_held`` (see ``Student.save_model``)
     all write; otherwise only the main one, because transformers can convert only there.
     """
-    own, world = student.student, student.world
-    tied = getattr(own.model, "all_tied_weights_keys", None) or {}
+    wrapped, world = student.student, student.world
+    tied = getattr(wrapped.model, "all_tied_weights_keys", None) or {}
 
     def convert(tensors: Unit, file: Path) -> None:
-        with TemporaryDirectory(dir=folder) as made:
-            own.save_model(Path(made), tensors)
-            os.rename(Path(made, WEIGHTS_FILE), file)
+        with TemporaryDirectory(dir=folder) as temporary:
+            wrapped.save_model(Path(temporary), tensors)
+            os.rename(Path(temporary, WEIGHTS_FILE), file)
 
     def save(tensors: Unit, file: Path) -> None:
-        kept = {k: v for k, v in tensors.items() if k not in tied or tied[k] not in tensors}
-        save_file(kept, file, {"format": "pt"})
+        untied = {k: v for k, v in tensors.items() if k not in tied or tied[k] not in tensors}
+        save_file(untied, file, {"format": "pt"})
 
     if world.main:
         # the files beside the weights; this would remove weights written before
-        own.save_model(folder, {})
-    units, file, limit = _units(own.model), folder / WEIGHTS_FILE, limit or LARGEST
+        wrapped.save_model(folder, {})
+    units, file, limit = _units_of(wrapped.model), folder / WEIGHTS_FILE, limit or LARGEST
     if as_held:
         digests = write_files(world, units, limit, file, save)
     else:
         digests = write_files(world, units, limit, file, convert, writers=1)
     places = {key: name for name in digests for key in read_header(folder / name)}
-    every = {key: name for found in world.gather(places) for key, name in found.items()}
-    held = own.state_dict(keep_vars=True)
-    rest = {k: whole(v.detach()).cpu() for k, v in held.items() if not k.startswith("model.")}
+    file_of = {key: name for of_process in world.gather(places) for key, name in of_process.items()}
+    state = wrapped.state_dict(keep_vars=True)
+    other_weights = {
+        k: full_tensor(v.detach()).cpu() for k, v in state.items() if not k.startswith("model.")
+    }
     if world.main:
-        own.save_beside(folder, rest, about)
-        if WEIGHTS_FILE not in every.values():
-            sizes = {"total_parameters": own.model.num_parameters(), "total_size": _size(units)}
-            index = {"metadata": sizes, "weight_map": every}
+        wrapped.save_beside(folder, other_weights, about)
+        if WEIGHTS_FILE not in file_of.values():
+            sizes = {
+                "total_parameters": wrapped.model.num_parameters(),
+                "total_size": _bytes_of(units),
+            }
+            index = {"metadata": sizes, "weight_map": file_of}
             content = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / INDEX_FILE).write_text(content, encoding="utf-8")
     return digests
@@ -95,90 +100,90 @@ def write_files(
 
     The first ``writers`` processes write (None: all), each one file at a time.
     """
-    parts = in_files([_size([unit]) for unit in units], limit)
+    parts = divide_into_files([_bytes_of([unit]) for unit in units], limit)
     writers = writers or world.size
     digests: dict[str, str] = {}
-    for first in range(0, len(parts), writers):
-        mine, own = first + world.rank, dict[str, Tensor]()
-        for number in range(first, min(first + writers, len(parts))):
+    for first_number in range(0, len(parts), writers):
+        own_number, tensors = first_number + world.rank, dict[str, Tensor]()
+        for number in range(first_number, min(first_number + writers, len(parts))):
             for unit in parts[number]:
-                own |= _together(units[unit], number == mine)
-        if world.rank < writers and mine < len(parts):
-            several = f"-{mine + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-            written = file.with_name(f"{file.stem}{several}{file.suffix}")
-            save(own, written)
-            sync(written)  # the main process cannot do it for a file of another machine
-            digests[written.name] = sha256_of(written)
+                tensors |= _gather_unit(units[unit], number == own_number)
+        if world.rank < writers and own_number < len(parts):
+            numbering = f"-{own_number + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+            path = file.with_name(f"{file.stem}{numbering}{file.suffix}")
+            save(tensors, path)
+            sync(path)  # the main process cannot do it for a file of another machine
+            digests[path.name] = sha256_of(path)
     return digests
 
 
-def in_files(sizes: Sequence[int], limit: int) -> list[range]:
+def divide_into_files(sizes: Sequence[int], limit: int) -> list[range]:
     """Divide units of these ``sizes`` into runs of at most ``limit`` bytes each, or of one unit."""
-    found, first, total = list[range](), 0, 0
+    ranges, first, total = list[range](), 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > limit:
-            found.append(range(first, number))
+            ranges.append(range(first, number))
             first, total = number, 0
         total += size
-    return [*found, range(first, len(sizes))]
+    return [*ranges, range(first, len(sizes))]
 
 
-def share_of(tensors: Iterable[Tensor], world: World) -> int:
+def checkpoint_file_size(tensors: Iterable[Tensor], world: World) -> int:
     """Return the size of a checkpoint's files, so that every process writes an equal part."""
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return min(LARGEST, max(LEAST, math.ceil(total / world.size)))
 
 
-def _size(units: Sequence[Unit]) -> int:
+def _bytes_of(units: Sequence[Unit]) -> int:
     """Return the bytes of all tensors, tied ones counted once."""
-    each = {id(tensor): tensor for unit in units for tensor in unit.values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in each.values())
+    tensors = {id(tensor): tensor for unit in units for tensor in unit.values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _units(model: torch.nn.Module) -> list[Unit]:
+def _units_of(model: torch.nn.Module) -> list[Unit]:
     """Return the model's tensors, grouped if they must be in one file: tied ones, and those of a
     block, from which transformers may form the tensors of the family's files.
     """
-    homes = {
+    block_names = {
         id(tensor): f"block {number}"
         for number, block in enumerate(blocks(model))
         for tensor in block.state_dict(keep_vars=True).values()
     }
     units: dict[object, dict[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        units.setdefault(homes.get(id(tensor), id(tensor)), {})[name] = tensor
+        units.setdefault(block_names.get(id(tensor), id(tensor)), {})[name] = tensor
     return list(units.values())
 
 
-def _together(unit: Unit, mine: bool) -> dict[str, Tensor]:
-    """Gather tensors, each once; keep those that are ``mine``, on the CPU."""
-    made: dict[int, Tensor | None] = {}
+def _gather_unit(unit: Unit, is_own: bool) -> dict[str, Tensor]:
+    """Gather tensors, each once; keep them, on the CPU, if the unit ``is_own``."""
+    gathered: dict[int, Tensor | None] = {}
     for tensor in unit.values():
-        if id(tensor) not in made:
-            made[id(tensor)] = _gathered(tensor, mine)
-    return {name: found for name, t in unit.items() if (found := made[id(t)]) is not None}
+        if id(tensor) not in gathered:
+            gathered[id(tensor)] = _gather_tensor(tensor, is_own)
+    return {name: own for name, t in unit.items() if (own := gathered[id(t)]) is not None}
 
 
-def _gathered(tensor: Tensor, mine: bool) -> Tensor | None:
-    found = whole(tensor.detach())
-    return found.cpu().contiguous() if mine else None
+def _gather_tensor(tensor: Tensor, is_own: bool) -> Tensor | None:
+    full = full_tensor(tensor.detach())
+    return full.cpu().contiguous() if is_own else None
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def read_rows(places: Mapping[str, Saved], homes: Mapping[str, Tensor]) -> None:
-    """Read into each of the ``homes`` the rows that it holds of the tensor of its name."""
-    for file in dict.fromkeys(place.file for place in places.values()):
+def read_rows(saved: Mapping[str, SavedTensor], destinations: Mapping[str, Tensor]) -> None:
+    """Read into each of the ``destinations`` the rows that it holds of the tensor of its name."""
+    for file in dict.fromkeys(tensor.file for tensor in saved.values()):
         with safe_open(file, "pt") as stored:
-            for name, place in places.items():
-                if place.file == file:
-                    _fill(homes[name], stored, place.key)
+            for name, tensor in saved.items():
+                if tensor.file == file:
+                    _fill_rows(destinations[name], stored, tensor.key)
 
 
-def _fill(home: Tensor, stored: Any, key: str) -> None:
-    rows, first = local_rows(home)
+def _fill_rows(destination: Tensor, stored: Any, key: str) -> None:
+    rows, first = local_rows(destination)
     if rows.dim() == 0:
         rows.copy_(stored.get_tensor(key))
     elif len(rows):
@@ -188,12 +193,12 @@ def _fill(home: Tensor, stored: Any, key: str) -> None:
 # --- files that all processes see -----------------------------------------------------------------
 
 
-def refuse_unshared(run: Path, world: World) -> None:
+def check_shared_folder(run: Path, world: World) -> None:
     """Raise InputError if a process does not see the folder that the main one works in."""
-    told = world.decide(lambda: _read(run / LOCK_FILE))
+    main_lock = world.decide(lambda: _read(run / LOCK_FILE))
 
     def check() -> None:
-        if _read(run / LOCK_FILE) != told:
+        if _read(run / LOCK_FILE) != main_lock:
             raise InputError(
                 f"process {world.rank} on {socket.gethostname()} does not see the main process's "
                 f"files in {run}: with train.parallel: fsdp, and to --resume, all processes read "
@@ -210,11 +215,11 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def check_seen(folder: Path, names: Iterable[str]) -> None:
+def check_visible(folder: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError if files that other processes have written are not visible."""
-    lost = [name for name in names if not (folder / name).is_file()]
-    if lost:
+    invisible = [name for name in names if not (folder / name).is_file()]
+    if invisible:
         raise CheckpointError(
-            f"{lost[0]}, which another process has written to {folder}, is not visible to the "
+            f"{invisible[0]}, which another process has written to {folder}, is not visible to the "
             "main one. Give an --out on a file system that all nodes share"
         )

@@ -20,7 +20,7 @@ from rekindle.data.storage.atomic import new_attempt
 from rekindle.data.storage.folders import UNFINISHED
 from rekindle.data.storage.object_store import ObjectStore
 from rekindle.train.model.folder import ADAPTER_FILE, SETTINGS_FILE
-from rekindle.train.record.working_copy import another, store_of, working_copy
+from rekindle.train.record.working_copy import in_use_error, store_of, working_copy
 
 _MODEL = (SETTINGS_FILE, ADAPTER_FILE)  # either one makes a folder a model's
 _SMALL = ".json"
@@ -29,21 +29,21 @@ _SMALL = ".json"
 @contextmanager
 def local_result(out: Path, force: bool = False) -> Iterator[Path]:
     """Yield the folder in which a command makes ``out``: itself, or if that is in a store, a local
-    one with the record of a result that is already there; ``write_whole`` uploads it.
+    one with the record of a result that is already there; ``upload_result`` uploads it.
 
     Raises InputError if another machine is uploading one, unless with ``force``.
     """
 
     def fill(folder: Path, store: ObjectStore) -> None:
-        claim = _claim_in(store)
+        claim = _read_claim(store)
         if claim and not force and claim.get("host") != socket.gethostname():
             raise InputError(
                 f"{store.location}: process {claim.get('process')} on {claim.get('host')} is "
                 "uploading a result there, or was killed during the upload. Wait for it; if it "
                 "is gone, --force starts again"
             )
-        there = [] if claim else [*store.names(""), *store.folders("")]
-        for name in there:
+        existing = [] if claim else [*store.names(""), *store.folders("")]
+        for name in existing:
             folder.mkdir(exist_ok=True)
             if name.endswith(_SMALL):
                 store.download(name, folder / name)
@@ -54,7 +54,7 @@ def local_result(out: Path, force: bool = False) -> Iterator[Path]:
         yield folder
 
 
-def write_whole(folder: Path, force: bool = False) -> None:
+def upload_result(folder: Path, force: bool = False) -> None:
     """Upload the finished result in ``folder`` if it belongs in a store; with ``force``, replace an
     earlier one. A process killed meanwhile leaves nothing that counts.
 
@@ -62,30 +62,30 @@ def write_whole(folder: Path, force: bool = False) -> None:
     """
     if (store := store_of(folder)) is None:
         return
-    claim = _claim_in(store)
+    claim = _read_claim(store)
     if not claim and store.names("") and not force:
-        raise another(store.location)
-    ours = _own_claim()
-    if not store.create(UNFINISHED, json.dumps(ours).encode()):
-        claim = _claim_in(store)
-        if claim != ours and claim.get("host") != ours["host"] and not force:
-            raise another(store.location)
-        store.replace(UNFINISHED, json.dumps(ours).encode())
+        raise in_use_error(store.location)
+    own_claim = _new_claim()
+    if not store.create(UNFINISHED, json.dumps(own_claim).encode()):
+        claim = _read_claim(store)
+        if claim != own_claim and claim.get("host") != own_claim["host"] and not force:
+            raise in_use_error(store.location)
+        store.replace(UNFINISHED, json.dumps(own_claim).encode())
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    for name in sorted({*store.names("")} - files | {*_MODEL}, key=lambda one: one not in _MODEL):
+    for name in sorted({*store.names("")} - files | {*_MODEL}, key=lambda name: name not in _MODEL):
         store.discard(name)
-    for name in sorted(files, key=lambda one: (one in _MODEL, one)):
+    for name in sorted(files, key=lambda name: (name in _MODEL, name)):
         store.upload(folder / name, name)
-    if _claim_in(store) != ours:
-        raise another(store.location)
+    if _read_claim(store) != own_claim:
+        raise in_use_error(store.location)
     store.discard(UNFINISHED)
 
 
-def _own_claim() -> dict[str, Any]:
+def _new_claim() -> dict[str, Any]:
     return {"process": os.getpid(), "host": socket.gethostname(), "attempt": new_attempt()}
 
 
-def _claim_in(store: ObjectStore) -> dict[str, Any]:
+def _read_claim(store: ObjectStore) -> dict[str, Any]:
     with suppress(FileNotFoundError):
         return dict(store.read_json(UNFINISHED))
     return {}

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.model.unfinished import SUMMARY_FILE
-from rekindle.train.record.run_folder import read_record, reading
+from rekindle.train.record.run_folder import read_record, reading_record
 
 
 class _Summary(Settings):
@@ -27,7 +27,7 @@ def read_summary(run: Path, advice: str = "") -> dict[str, Any]:
     key, for a damaged summary.
     """
     path = run / SUMMARY_FILE
-    found = read_record(path, advice) or {}
-    with reading(path, advice):
-        parse_settings(_Summary, found)
-    return found
+    summary = read_record(path, advice) or {}
+    with reading_record(path, advice):
+        parse_settings(_Summary, summary)
+    return summary

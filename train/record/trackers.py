@@ -63,7 +63,7 @@ class _Wandb:
 
         quiet = wandb.Settings(console="off", disable_code=True, disable_git=True, silent=True)
         self._run = wandb.init(
-            id=_known(run, "wandb") or _remember(run, "wandb", uuid.uuid4().hex),
+            id=_read_run_id(run, "wandb") or _write_run_id(run, "wandb", uuid.uuid4().hex),
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.resolve().name,
@@ -96,44 +96,45 @@ class _MLflow:
         from mlflow.exceptions import MlflowException
 
         self._client, self._metric = MlflowClient(), Metric
-        self._held: list[Any] = []
-        self._there: dict[str, int] | None = None  # for a resumed run, the last step by name
-        if (known := _known(run, "mlflow")) is not None:
+        self._pending: list[Any] = []
+        self._last_steps: dict[str, int] | None = None  # for a resumed run, the last step by name
+        if (run_id := _read_run_id(run, "mlflow")) is not None:
             try:
-                self._client.update_run(known, status="RUNNING")
-                self._id, self._there = known, {}
+                self._client.update_run(run_id, status="RUNNING")
+                self._id, self._last_steps = run_id, {}
                 return
             except MlflowException as error:
-                log.warning("MLflow no longer has run %s (%s): a new one is made", known, error)
+                log.warning("MLflow no longer has run %s (%s): a new one is made", run_id, error)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
-        made = self._client.create_run(experiment, run_name=run.resolve().name)
-        self._id = _remember(run, "mlflow", made.info.run_id)
-        told = [Param(key, f"{value}"[: self._LONGEST]) for key, value in _flat(settings)]
-        for at in range(0, len(told), self._MOST_SETTINGS):
-            self._client.log_batch(self._id, params=told[at : at + self._MOST_SETTINGS])
+        existing = self._client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(name)
+        new_run = self._client.create_run(experiment, run_name=run.resolve().name)
+        self._id = _write_run_id(run, "mlflow", new_run.info.run_id)
+        params = [Param(key, f"{value}"[: self._LONGEST]) for key, value in _flatten(settings)]
+        for start in range(0, len(params), self._MOST_SETTINGS):
+            self._client.log_batch(self._id, params=params[start : start + self._MOST_SETTINGS])
 
     def write(self, values: Values, step: int) -> None:
         now = int(time.time() * 1000)
         for name, value in values.items():
-            allowed = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)  # a mixture has a + in it
-            if self._there is None or step > self._last_of(allowed):
-                self._held.append(self._metric(allowed, value, now, step))
-        if len(self._held) >= self._MOST_METRICS:
+            # for example, a mixture's name has a +
+            valid_name = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+            if self._last_steps is None or step > self._last_of(valid_name):
+                self._pending.append(self._metric(valid_name, value, now, step))
+        if len(self._pending) >= self._MOST_METRICS:
             self.sync()
 
     def _last_of(self, name: str) -> int:
-        assert self._there is not None
-        if name not in self._there:
+        assert self._last_steps is not None
+        if name not in self._last_steps:
             history = self._client.get_metric_history(self._id, name)
-            self._there[name] = max((one.step for one in history), default=-1)
-        return self._there[name]
+            self._last_steps[name] = max((metric.step for metric in history), default=-1)
+        return self._last_steps[name]
 
     def sync(self) -> None:
-        held, self._held = self._held, []
-        for at in range(0, len(held), self._MOST_METRICS):
-            self._client.log_batch(self._id, metrics=held[at : at + self._MOST_METRICS])
+        pending, self._pending = self._pending, []
+        for start in range(0, len(pending), self._MOST_METRICS):
+            self._client.log_batch(self._id, metrics=pending[start : start + self._MOST_METRICS])
 
     def close(self, finished: bool) -> None:
         self.sync()
@@ -182,10 +183,10 @@ class Trackers:
 
         Raises InputError for a tracker that cannot be started.
         """
-        self._each: dict[str, Tracker] = {}
+        self._trackers: dict[str, Tracker] = {}
         for name in names:
             try:
-                self._each[name] = _TRACKERS[name](run, first, settings)
+                self._trackers[name] = _TRACKERS[name](run, first, settings)
             except Exception as error:  # a server's error; each library has its own
                 self.close(finished=False)
                 raise InputError(
@@ -195,50 +196,50 @@ class Trackers:
 
     def write(self, values: Values, step: int) -> None:
         """Pass the values of a step to each."""
-        self._tell(lambda one: one.write(values, step))
+        self._call_each(lambda tracker: tracker.write(values, step))
 
     def sync(self) -> None:
         """Make each pass on what it holds back."""
-        self._tell(lambda one: one.sync())
+        self._call_each(lambda tracker: tracker.sync())
 
     def close(self, finished: bool) -> None:
         """End each."""
-        self._tell(lambda one: one.close(finished))
+        self._call_each(lambda tracker: tracker.close(finished))
 
-    def _tell(self, do: Callable[[Tracker], None]) -> None:
-        for name, one in [*self._each.items()]:
+    def _call_each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in [*self._trackers.items()]:
             try:
-                do(one)
+                call(tracker)
             except Exception as error:  # a server's error; each library has its own
                 log.warning(
                     "%s accepts no more values of this run (%s); metrics.jsonl has them",
                     name,
                     error,
                 )
-                del self._each[name]
+                del self._trackers[name]
 
 
 # --- as what a run is known there -----------------------------------------------------------------
 
 
-def _known(run: Path, name: str) -> str | None:
+def _read_run_id(run: Path, name: str) -> str | None:
     file = _id_file(run, name)
     return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
 
-def _remember(run: Path, name: str, given: str) -> str:
-    write_text(_id_file(run, name), f"{given}\n")
-    return given
+def _write_run_id(run: Path, name: str, run_id: str) -> str:
+    write_text(_id_file(run, name), f"{run_id}\n")
+    return run_id
 
 
 def _id_file(run: Path, name: str) -> Path:
     return run / f"{name}.id"
 
 
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield each setting with its dotted key."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{above}{key}", value
+            yield f"{prefix}{key}", value

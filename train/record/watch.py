@@ -37,14 +37,14 @@ class LossWatch:
     ):
         self.factor, self.late = factor, late
         self._recent: deque[tuple[float, Weights]] = deque(recent, maxlen=WINDOW + late)
-        self._ahead = 0  # steps begun and not judged yet
+        self._unjudged = 0  # steps begun and not judged yet
 
     def usual(self, weights: Weights = ()) -> Usual:
         """Return what the next step's loss is compared with; call it once, when the step begins."""
-        known = list(self._recent)
-        known = known[: max(len(known) - (self.late - self._ahead), 0)][-WINDOW:]
-        self._ahead += 1
-        value, name = _usual(known, weights)
+        recent = list(self._recent)
+        known_losses = recent[: max(len(recent) - (self.late - self._unjudged), 0)][-WINDOW:]
+        self._unjudged += 1
+        value, name = _usual(known_losses, weights)
         return Usual(value, name, max((self.factor or math.inf) * value, value + AT_LEAST))
 
     def complaint(
@@ -54,32 +54,36 @@ class LossWatch:
         beginning; None: it begins and ends now.
         """
         usual = usual or self.usual(weights)
-        self._ahead -= 1
+        self._unjudged -= 1
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
         if loss > usual.limit:
-            told = f"more than {self.factor:g} times {usual.name}, {usual.value:.4g}"
-            return f"the loss is {loss:.4g}, {told}"
+            comparison = f"more than {self.factor:g} times {usual.name}, {usual.value:.4g}"
+            return f"the loss is {loss:.4g}, {comparison}"
         self._recent.append((loss, weights))
         return None
 
 
-def _usual(known: Iterable[tuple[float, Weights]], weights: Weights) -> tuple[float, str]:
+def _usual(known_losses: Iterable[tuple[float, Weights]], weights: Weights) -> tuple[float, str]:
     """Return the loss to compare with, and its name; infinite before there is any."""
     # A loss of 0 belongs to a step that taught nothing: masks may leave one without targets.
-    alike = [loss for loss, then in known if loss and _alike(then, weights)]
-    if len(alike) >= EARLIEST:
-        return statistics.median(alike), f"the median of the last {len(alike)} steps"
+    comparable = [
+        loss
+        for loss, earlier_weights in known_losses
+        if loss and _are_similar(earlier_weights, weights)
+    ]
+    if len(comparable) >= EARLIEST:
+        return statistics.median(comparable), f"the median of the last {len(comparable)} steps"
     # A first loss near 0 belongs to a term whose weight is still rising.
-    if alike and alike[0] >= AT_LEAST:
-        return alike[0], "the first step's"
+    if comparable and comparable[0] >= AT_LEAST:
+        return comparable[0], "the first step's"
     return math.inf, ""
 
 
-def _alike(then: Weights, now: Weights) -> bool:
+def _are_similar(earlier_weights: Weights, weights: Weights) -> bool:
     """Return whether no weight has more than doubled or halved."""
-    return all(max(a, b) <= 2 * min(a, b) for a, b in zip(then, now, strict=True))
+    return all(max(a, b) <= 2 * min(a, b) for a, b in zip(earlier_weights, weights, strict=True))
 
 
 def recent_losses(
@@ -90,6 +94,6 @@ def recent_losses(
     """Return the last losses in a run's metrics up to ``until`` steps, for a resumed watch;
     ``weights`` gives those of a step (0-based).
     """
-    trained = (r for r in records if r["kind"] == "train" and "loss" in r)
-    kept = [r for r in trained if r["step"] <= until]
-    return [(r["loss"], weights(r["step"] - 1)) for r in kept[-(WINDOW + LATEST) :]]
+    losses = (r for r in records if r["kind"] == "train" and "loss" in r)
+    until_then = [r for r in losses if r["step"] <= until]
+    return [(r["loss"], weights(r["step"] - 1)) for r in until_then[-(WINDOW + LATEST) :]]

@@ -21,14 +21,14 @@ from rekindle.data.storage.atomic import new_attempt, remove, write_text
 from rekindle.data.storage.copies import copies, copy_key
 from rekindle.data.storage.object_store import ObjectStore, refuse_unconditional
 from rekindle.train.interrupts import Interrupted
-from rekindle.train.launch import launched, one_of_many
+from rekindle.train.launch import current_launch, is_one_of_many
 
 log = logging.getLogger("rekindle")
 
 Fill = Callable[[Path, ObjectStore], None]
 
 
-def local_place(out: Path) -> Path:
+def local_folder(out: Path) -> Path:
     """Return the local folder for ``out``."""
     if (address := address_of(out)) is None:
         return out
@@ -47,22 +47,22 @@ def working_copy(out: Path, fill: Fill) -> Iterator[Path]:
     if address is None:
         yield out
         return
-    folder = local_place(out)
-    root, mark = folder.parent, _mark(folder)
+    folder = local_folder(out)
+    root, mark = folder.parent, _mark_file(folder)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with speaking_of(address, folder), open(root / f".{folder.name}.used", "ab") as used:
+    with naming_address(address, folder), open(root / f".{folder.name}.used", "ab") as used:
         with open(root / f".{folder.name}.lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            ours = f"{address}\n{_launch()}\n"
+            own_mark = f"{address}\n{_launch_id()}\n"
             # The first process of a launch on a node fills it for all of them.
-            if not mark.exists() or mark.read_text() != ours:
-                _refuse_used(used, address)
+            if not mark.exists() or mark.read_text() != own_mark:
+                _check_unused(used, address)
                 remove(folder)
-                fill(folder, _reached(address))
-                write_text(mark, ours)
+                fill(folder, _existing_store(address))
+                write_text(mark, own_mark)
             fcntl.flock(used, fcntl.LOCK_SH)
         yield folder
-        if launched().local_rank == 0:
+        if current_launch().local_rank == 0:
             remove(mark)
             remove(folder)
 
@@ -72,34 +72,34 @@ def store_of(folder: Path) -> ObjectStore | None:
     is used in place.
     """
     for place, inside in ((folder, ""), (folder.parent, f"/{folder.name}")):
-        if (mark := _mark(place)).exists():
-            return _opened(mark.read_text().partition("\n")[0] + inside)
+        if (mark := _mark_file(place)).exists():
+            return _open_store(mark.read_text().partition("\n")[0] + inside)
     return None
 
 
-def place_of(folder: Path) -> str:
+def shown_folder(folder: Path) -> str:
     """Return an output folder's name: its address, if it is in a store."""
     store = store_of(folder)
     return str(folder) if store is None else store.location
 
 
-def another(address: str) -> InputError:
+def in_use_error(address: str) -> InputError:
     """Return the error for the second process at one address."""
     return InputError(f"another process works on {address}; wait for it, or give another --out")
 
 
-def _mark(folder: Path) -> Path:
+def _mark_file(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.store"
 
 
 @lru_cache(maxsize=16)
-def _opened(address: str) -> ObjectStore:
+def _open_store(address: str) -> ObjectStore:
     return ObjectStore(address)
 
 
-def _reached(address: str) -> ObjectStore:
+def _existing_store(address: str) -> ObjectStore:
     refuse_unconditional(address)
-    store = _opened(address)
+    store = _open_store(address)
     if bucket := store.bucket_missing:
         raise InputError(
             f"there is no bucket {bucket!r} for {address} (or these credentials may not see it); "
@@ -108,43 +108,46 @@ def _reached(address: str) -> ObjectStore:
     return store
 
 
-def _launch() -> str:
+def _launch_id() -> str:
     """Return what the processes of one launch on a node have in common."""
-    if not one_of_many():
+    if not is_one_of_many():
         return new_attempt()
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     return " ".join([str(os.getppid()), *(os.environ.get(name, "") for name in names)])
 
 
-def _refuse_used(used: BinaryIO, address: str) -> None:
+def _check_unused(used: BinaryIO, address: str) -> None:
     try:
         fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)  # exchanged for the shared lock later
     except BlockingIOError:
-        raise another(address) from None
+        raise in_use_error(address) from None
 
 
 # --- what is said ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def speaking_of(address: str, folder: Path) -> Iterator[None]:
+def naming_address(address: str, folder: Path) -> Iterator[None]:
     """Make messages name the address instead of the local folder."""
 
-    def renamed(text: str) -> str:
+    def with_address(text: str) -> str:
         return text.replace(str(folder), address)
 
     def rename(record: logging.LogRecord) -> bool:
-        record.msg, record.args = renamed(record.getMessage()), ()
+        record.msg, record.args = with_address(record.getMessage()), ()
         return True
 
     log.addFilter(rename)
     try:
         yield
     except RekindleError as error:
-        error.args = tuple(renamed(one) if isinstance(one, str) else one for one in error.args)
+        error.args = tuple(
+            with_address(argument) if isinstance(argument, str) else argument
+            for argument in error.args
+        )
         raise
     except Interrupted as error:
-        error.told = renamed(error.told)
+        error.message = with_address(error.message)
         raise
     finally:
         log.removeFilter(rename)

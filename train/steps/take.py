@@ -46,28 +46,28 @@ class Training:
     lineage: list[dict[str, object]]  # the student's, as its files have it
 
 
-class Reading:
+class PendingNumbers:
     """Numbers [n] on their way from the device: ``read`` waits for them, and for nothing else."""
 
     def __init__(self, values: Tensor):
         self._values = values
-        self._there: torch.cuda.Event | None = None
+        self._arrival: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values = host.copy_(values, non_blocking=True)
-            self._there = torch.cuda.Event()
-            self._there.record()
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
 
     def read(self) -> list[float]:
         """Wait for the numbers and return them."""
-        if self._there is not None:
-            self._there.synchronize()
-        found: list[float] = self._values.tolist()
-        return found
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        numbers: list[float] = self._values.tolist()
+        return numbers
 
 
 @dataclass
-class Taken:
+class PendingStep:
     """A step given to the device; its values may not be known yet."""
 
     plan: StepPlan
@@ -76,11 +76,11 @@ class Taken:
     head_alone: bool
     began: float
     usual: Usual
-    values: Reading  # norm of the gradient, loss, those of `names`, tokens
-    beside: dict[str, float] = field(default_factory=dict)  # other values logged for it
+    values: PendingNumbers  # norm of the gradient, loss, those of `names`, tokens
+    other_values: dict[str, float] = field(default_factory=dict)  # other values logged for it
 
     @property
-    def done(self) -> int:
+    def steps_done(self) -> int:
         """Return the number of steps done after it."""
         return self.plan.step + 1
 
@@ -103,50 +103,50 @@ class Judge:
         self.late = int(device.type == "cuda" if late is None else late) * LATEST
         self.watch = LossWatch(training.config.explosion_factor, recent, self.late)
         self._stopped = torch.zeros((), device=device)  # 1 from the first step that does not count
-        self._unread: deque[Taken] = deque()
+        self._unread: deque[PendingStep] = deque()
         self._read = 0.0  # when the latest step was read
 
     def apply(self, loss: Tensor, norm: Tensor, usual: Usual) -> None:
         """Take the optimiser's step if this one and all before it count; waits for nothing."""
-        fine = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= usual.limit)
-        self._stopped = torch.maximum(self._stopped, (~fine).float())
+        counts = torch.isfinite(loss) & torch.isfinite(norm) & (loss <= usual.limit)
+        self._stopped = torch.maximum(self._stopped, (~counts).float())
         optimizer: Any = self.training.optimizer
         optimizer.found_inf = self._stopped  # as torch's GradScaler tells a fused optimiser
         optimizer.step()
 
-    def add(self, taken: Taken) -> None:
+    def add(self, pending: PendingStep) -> None:
         """Keep a step until it is read."""
-        self._unread.append(taken)
+        self._unread.append(pending)
 
-    def known(self, everything: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
+    def finished_steps(self, everything: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield the steps done and each one's logged values, in order, except those the device may
         still be working on. ``everything``: wait for these too.
 
         Raises InputError at the first step that does not count.
         """
         while len(self._unread) > (0 if everything else self.late):
-            taken = self._unread.popleft()
-            yield taken.done, self._values(taken)
+            pending = self._unread.popleft()
+            yield pending.steps_done, self._values(pending)
 
-    def _values(self, taken: Taken) -> dict[str, float]:
-        norm, loss, *values, tokens = taken.values.read()
+    def _values(self, pending: PendingStep) -> dict[str, float]:
+        norm, loss, *values, tokens = pending.values.read()
         now = time.perf_counter()
         # A step given to the device while another ran began when that one ended.
-        seconds, self._read = now - max(taken.began, self._read), now
-        complaint = self.watch.complaint(loss, norm, taken.plan.weights, taken.usual)
-        if complaint is not None:
-            stop = (self.training, taken.plan.step, complaint)
-            self.training.student.world.decide(lambda: _stop(*stop))
+        seconds, self._read = now - max(pending.began, self._read), now
+        problem = self.watch.complaint(loss, norm, pending.plan.weights, pending.usual)
+        if problem is not None:
+            refused_step = (self.training, pending.plan.step, problem)
+            self.training.student.world.decide(lambda: _refuse_step(*refused_step))
         return (
-            {"loss": loss, "learning_rate": taken.rate, "grad_norm": norm}
-            | with_norms(dict(zip(taken.names, values, strict=True)))
-            | ({"head_alone": 1.0} if taken.head_alone else {})
+            {"loss": loss, "learning_rate": pending.rate, "grad_norm": norm}
+            | with_norms(dict(zip(pending.names, values, strict=True)))
+            | ({"head_alone": 1.0} if pending.head_alone else {})
             | {"tokens_per_second": tokens / seconds, "tokens": tokens}
-            | taken.beside
+            | pending.other_values
         )
 
 
-def take_step(training: Training, ready: PreparedBatch, judge: Judge) -> Taken:
+def take_step(training: Training, ready: PreparedBatch, judge: Judge) -> PendingStep:
     """Take an optimiser step on this process's share of a batch.
 
     Gradients are averaged over the processes, so each share is multiplied by their number.
@@ -161,7 +161,7 @@ def take_step(training: Training, ready: PreparedBatch, judge: Judge) -> Taken:
     torch.manual_seed((config.seed * 1_000_003 + step + 7_919 * world.rank) % 2**63)
     rate = set_learning_rate(training.optimizer, config, step)
     counts = objective.counts(batch, plan).over(world.sum)
-    loss = nothing = torch.zeros((), device=world.device)
+    loss = zero = torch.zeros((), device=world.device)
     terms: dict[str, Tensor] = {}
     with autocast(config.precision, world.device):
         counts = with_groups(counts, objective.task, parts, plan, world, run)
@@ -169,35 +169,35 @@ def take_step(training: Training, ready: PreparedBatch, judge: Judge) -> Taken:
     for number, part in enumerate(parts):
         with training.student.accumulating(last=number == len(parts) - 1):
             with autocast(config.precision, world.device):
-                total, shown = run(objective.loss, part, counts, plan, world.device)
+                total, term_losses = run(objective.loss, part, counts, plan, world.device)
             (total * world.size).backward()
         loss = loss + total.detach()
-        for name, value in shown.items():
-            terms[name] = terms.get(name, nothing) + value
+        for name, value in term_losses.items():
+            terms[name] = terms.get(name, zero) + value
     norm = training.student.clip(config.max_grad_norm or math.inf).double()
     names = objective.loss_names(counts, plan)
-    own = [loss, *(terms.get(name, nothing) for name in names)]
-    here = torch.stack([value.float() for value in own]).double()
-    tokens = here.new_full((1,), int(batch.lengths.sum()))
-    summed = world.sum_there(torch.cat([here, tokens]))
+    losses = [loss, *(terms.get(name, zero) for name in names)]
+    own_sums = torch.stack([value.float() for value in losses]).double()
+    tokens = own_sums.new_full((1,), int(batch.lengths.sum()))
+    summed = world.sum_on_device(torch.cat([own_sums, tokens]))
     usual = judge.watch.usual(plan.weights)
     judge.apply(summed[0], norm, usual)
     training.optimizer.zero_grad(set_to_none=True)
-    values = Reading(torch.cat([norm[None], summed]))
-    taken = Taken(plan, names, rate, head_alone, began, usual, values)
-    judge.add(taken)
-    return taken
+    values = PendingNumbers(torch.cat([norm[None], summed]))
+    pending = PendingStep(plan, names, rate, head_alone, began, usual, values)
+    judge.add(pending)
+    return pending
 
 
-def _stop(training: Training, step: int, complaint: str) -> None:
+def _refuse_step(training: Training, step: int, problem: str) -> None:
     """Write the ids of the step's examples to a file; raise the InputError that names it."""
     index = training.prepared.stream.order.at(step)
     digests = [str(digest) for digest in training.cache.gather(index, []).digests]
     path = training.out / f"stopped-at-step-{step + 1:08d}.json"
-    content = {"step": step + 1, "reason": complaint}
+    content = {"step": step + 1, "reason": problem}
     write_json(path, content | {"sequences": index.tolist(), "digests": digests})
     raise InputError(
-        f"{complaint} at step {step + 1}. Its {len(index)} examples are listed in {path}; look at "
+        f"{problem} at step {step + 1}. Its {len(index)} examples are listed in {path}; look at "
         f"one with `pipeline inspect {training.cache.store.location} --example {index[0]}`. Try a "
         "lower learning rate or a longer warm-up in another --out; with a finite loss you can "
         "continue with --resume and train.explosion_factor: null"

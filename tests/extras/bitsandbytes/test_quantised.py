@@ -17,7 +17,7 @@ from rekindle.train.export.merged import merge_student
 from rekindle.train.export.plain import not_exportable
 from rekindle.train.loop import train_student
 from rekindle.train.model.files import load_language_model, weights_fingerprint
-from rekindle.train.model.lora import told_of_adapter
+from rekindle.train.model.lora import describe_adapter
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.model.quantised import quantised_layer, rounded
 from rekindle.train.student import build_student, check_student, saved_tensors
@@ -137,5 +137,5 @@ def test_what_is_said_of_it_is_what_is_said_of_one_that_is_not_rounded(make_mode
         head = HeadConfig(kind="sequence", num_labels=3)
         student = build_student(config, {"sense": head}, 0, 0)
         assert not_exportable(student, "sense") is None
-        said += [told_of_adapter(student, student.adapter, "it")]
+        said += [describe_adapter(student, student.adapter, "it")]
     assert said[0] == said[1]

@@ -66,7 +66,7 @@ def test_a_run_that_was_interrupted_is_one_run_with_each_number_once(short_run, 
 def test_a_server_that_goes_away_stops_no_run(tmp_path, client, caplog):
     with RunLog(tmp_path, 0, report_to=["mlflow"]) as log:
         log.write("train", 1, {"loss": 1.0})
-        log._trackers._each["mlflow"]._client = None
+        log._trackers._trackers["mlflow"]._client = None
         log.sync()
         log.write("train", 2, {"loss": 0.5})
     assert [one["loss"] for one in read_metrics(tmp_path)] == [1.0, 0.5]

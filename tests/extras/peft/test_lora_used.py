@@ -29,7 +29,7 @@ from rekindle.train.model.files import (
     load_weights,
     weights_fingerprint,
 )
-from rekindle.train.model.lora import told_of_adapter
+from rekindle.train.model.lora import describe_adapter
 from rekindle.train.record.lineage import lineage_of_model
 from rekindle.train.student import build_student
 from testlib.models import AUTO, NARROW, STILL
@@ -150,14 +150,14 @@ def test_it_teaches_with_its_base_and_lineage(run, tmp_path, configure):
 
 def test_what_a_method_puts_into_the_model_is_refused(taught):
     student = build_student(adapted(taught("masked_lm")[1]), {}, 90, 0)
-    told = told_of_adapter(student, student.adapter, "it")
+    told = describe_adapter(student, student.adapter, "it")
     own = sum(values.numel() for values in student.adapter.tensors().values())
     assert f"; {own:,} of " in told
     biased = build_student(adapted(taught("masked_lm")[1], bias="all"), {}, 90, 0)
-    assert "in heads" not in told_of_adapter(biased, biased.adapter, "it")  # it has none
+    assert "in heads" not in describe_adapter(biased, biased.adapter, "it")  # it has none
     student.model.discriminator = nn.Linear(2, 2)
     with pytest.raises(InputError, match=r"puts parameters into the model.*discriminator"):
-        told_of_adapter(student, student.adapter, "it")
+        describe_adapter(student, student.adapter, "it")
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_a_card_says_how_the_vectors_are_used(saved, place):
 def test_a_causal_students_last_token(saved, place):
     student, folder = saved({"wide": HEADS["wide"]}, "causal_lm", "gpt2", pooling="lasttoken")
     out = place / "causal"
-    told = export_head(str(folder), str(out)).told()
+    told = export_head(str(folder), str(out)).describe()
     assert "20 numbers" in told
     assert "lasttoken pooling" in told
     expected = own_vectors(student, folder, "wide")

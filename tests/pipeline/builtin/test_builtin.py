@@ -46,7 +46,7 @@ from rekindle.pipeline.builtin.tasks import (
 )
 from rekindle.pipeline.config import load_config
 from rekindle.pipeline.make_builtin import job_of, needs, with_what_they_need
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 from testlib.command import run_main
 from testlib.processes import Child, until
 
@@ -350,7 +350,7 @@ def test_one_process_at_a_time_makes_models_and_clears_what_was_killed(tmp_path,
         "make([], Progress.silent())\n"
         "print('made', flush=True)"
     )
-    with alone_in(where):
+    with locked_folder(where):
         other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "ready\n"
         assert not select.select([other.stdout], [], [], 0.5)[0]

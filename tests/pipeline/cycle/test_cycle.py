@@ -29,7 +29,7 @@ from rekindle.pipeline.cycle.run_files import configs
 from rekindle.pipeline.cycle.students import students_of
 from rekindle.pipeline.processes.jobs import Report
 from rekindle.train.record import run_folder
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 from rekindle.train.record.run_log import read_metrics
 from testlib.command import pipeline
 
@@ -272,7 +272,7 @@ def test_arms_may_be_added(config, tmp_path, nothing_runs):
 
 def test_two_processes_do_not_work_on_one_cycle(config, tmp_path, nothing_runs):
     run_cycle(config, tmp_path)
-    with alone_in(tmp_path), pytest.raises(InputError, match="another process works on"):
+    with locked_folder(tmp_path), pytest.raises(InputError, match="another process works on"):
         run_cycle(config, tmp_path)
     run_cycle(config, tmp_path)
 
@@ -322,11 +322,11 @@ def test_of_two_that_begin_at_once_one_is_refused(config, tmp_path, nothing_runs
     other = config.model_copy(update={"seeds": 3})
 
     def meanwhile(home):
-        monkeypatch.setattr(run_folder, "alone_in", alone_in)
+        monkeypatch.setattr(run_folder, "locked_folder", locked_folder)
         run_cycle(other, home)
-        return alone_in(home)
+        return locked_folder(home)
 
-    monkeypatch.setattr(run_folder, "alone_in", meanwhile)
+    monkeypatch.setattr(run_folder, "locked_folder", meanwhile)
     with pytest.raises(CheckpointError, match="seeds: 3 there, 2 here"):
         run_cycle(config, tmp_path)
     assert json.loads((tmp_path / "cycle.json").read_text())["seeds"] == 3

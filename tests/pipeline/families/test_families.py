@@ -15,7 +15,7 @@ from rekindle.train.config import ObjectiveConfig, StudentConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.finetune.classifier import classifier_config, load_trained, predict
 from rekindle.train.finetune.encoded import EncodedTexts, padding_id_of
-from rekindle.train.model.sight import moved_by_padding
+from rekindle.train.model.sight import padding_influence
 from rekindle.train.objective.objective import Objective
 from rekindle.train.student import build_student
 from testlib.caches import examples
@@ -56,7 +56,7 @@ def test_as_a_teacher(grid, family):
     if refused(family, TEACHER, lambda: grid.cache(family, TEACHER)):
         return
     cache, model = grid.cache(family, TEACHER), grid.model(family, TEACHER)
-    assert (moved_by_padding(model_of(model, AUTO[family.task])) > 0) == family.moved_by_padding
+    assert (padding_influence(model_of(model, AUTO[family.task])) > 0) == family.moved_by_padding
     name, ahead, checked = name_of(family), family.task == "causal_lm", 0
     for example in examples(cache):
         found = [example.targets[f"{name}-{kind}"] for kind in TARGETS]
@@ -176,7 +176,7 @@ def test_as_an_expert(grid, family):
         if family.refused[EXPERT] == NO_CLASS:
             refused(family, EXPERT, lambda: classifier_config(str(model)))  # as `finetune` asks
         return
-    assert (moved_by_padding(model_of(model, CLASSIFIER)) > 0) == family.moved_by_padding
+    assert (padding_influence(model_of(model, CLASSIFIER)) > 0) == family.moved_by_padding
     tokenizer, name = transformers.AutoTokenizer.from_pretrained(model), name_of(family)
     rows, expected = [], []
     for example in examples(grid.cache(family, EXPERT)):

@@ -63,7 +63,7 @@ def keep(parent, others, report, more=0):
         while not all(pathlib.Path(other).exists() for other in others):
             time.sleep(0.01)
         os.kill(parent, signal.SIGINT)
-        while not stop.asked:
+        while not stop.is_requested:
             time.sleep(0.01)
         for _ in range(more):
             time.sleep(0.05)
@@ -168,7 +168,7 @@ def test_an_interrupt_waits_for_what_jobs_keep_and_no_longer(
     with pytest.raises(Interrupted) as caught:
         run_counted(jobs, tmp_path / "log", Progress.silent(), [Place(None, 1)] * 3)
     assert time.monotonic() - began < 300
-    assert caught.value.told == (
+    assert caught.value.message == (
         "; 1 of 4 jobs are finished; keep: interrupted at step 3; a checkpoint of it is written"
     )
     assert not slow.exists()
@@ -180,7 +180,7 @@ def test_a_signal_that_comes_twice_is_one(work: ModuleType, tmp_path: Path) -> N
     jobs = [Job("keep", work.keep_told_twice, (os.getpid(),), output=None)]
     with pytest.raises(Interrupted) as caught:
         run(jobs, tmp_path)
-    assert caught.value.told == "; keep: interrupted at step 3; a checkpoint of it is written"
+    assert caught.value.message == "; keep: interrupted at step 3; a checkpoint of it is written"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

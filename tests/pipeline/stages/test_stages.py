@@ -29,7 +29,7 @@ from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.interrupts import Interrupted
 from rekindle.train.model.files import weights_fingerprint
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 from testlib.processes import Child
 
 STEPS = 6
@@ -319,7 +319,7 @@ def test_a_second_process_on_stages_is_refused(chain, tmp_path, command):
     """With the exit code of wrong input, whether it is to resume or not."""
     out = tmp_path / "out"
     given = ("train-student", chain(tmp_path / "home"), "--out", out)
-    with alone_in(out):
+    with locked_folder(out):
         for options in ((), ("--resume",)):
             code, _, told = command(*given, *options)
             assert code == 2

@@ -24,7 +24,7 @@ from rekindle.pipeline.sweep.grid import plan_sweep
 from rekindle.pipeline.sweep.run import SweepError, run_sweep
 from rekindle.pipeline.train_student import train_from_config
 from rekindle.train.record.checkpoint import latest_checkpoint
-from rekindle.train.record.run_folder import alone_in
+from rekindle.train.record.run_folder import locked_folder
 from testlib.command import run_main
 from testlib.processes import Child, alive, descendants, until
 from testlib.students import same_weights
@@ -394,7 +394,7 @@ def test_a_used_directory_is_refused(run_file, swept, tmp_path):
 
 
 def test_a_second_process_on_a_sweep_is_refused(run_file, swept):
-    with alone_in(swept):
+    with locked_folder(swept):
         runs = plan_sweep(run_file, ["train.seed=0,1"])
         refused(InputError, runs, swept, "another process works on", resume=True)
     assert run_sweep(runs, swept, resume=True) == {}

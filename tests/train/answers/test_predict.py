@@ -109,7 +109,7 @@ def test_models_that_padding_changes_see_texts_of_one_length_together(
         asked.append(model)
         return 1.0
 
-    monkeypatch.setattr(classifier_module, "moved_by_padding", moved)
+    monkeypatch.setattr(classifier_module, "padding_influence", moved)
     widths = []
     collate = classifier_module.collate
 

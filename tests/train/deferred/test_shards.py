@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import Undeferrable, recording
-from rekindle.train.distributed import ParallelStudent, join_world, whole
+from rekindle.train.distributed import ParallelStudent, full_tensor, join_world
 from rekindle.train.model.network import HeadConfig
 from rekindle.train.student import build_student
 from testlib.several.forked import end_well, forked_world
@@ -91,7 +91,9 @@ def compare(folder, name, world):
     made.module.reshard()
     found, expected = tensors_of(made.student), tensors_of(before)
     wrong = sorted(found.keys() ^ expected.keys())
-    wrong += [k for k, v in expected.items() if k in found and not torch.equal(whole(found[k]), v)]
+    wrong += [
+        k for k, v in expected.items() if k in found and not torch.equal(full_tensor(found[k]), v)
+    ]
     ids = torch.arange(10, 30).reshape(2, 10)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     select, heads = torch.arange(5), ["v1.sense"]

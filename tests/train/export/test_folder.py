@@ -217,7 +217,7 @@ def test_an_export_is_whole_or_not_there(place, student, tmp_path, monkeypatch):
     out = tmp_path / "o"
     export_head(str(place / "student"), str(out), "trec")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.setattr(module, "distance", lambda *given: 1e-3)
+    monkeypatch.setattr(module, "logit_distance", lambda *given: 1e-3)
     with pytest.raises(InputError, match=r"transformers loads as .* is 0.001 off"):
         export_head(str(place / "student"), str(out), "score", force=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

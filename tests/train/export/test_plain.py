@@ -89,7 +89,7 @@ def test_a_head_with_other_weights_than_it_should_have_is_not_written(monkeypatc
     from rekindle.train.export import plain
 
     student = student_of("bert")
-    monkeypatch.setattr(plain, "fill", lambda made, ours, place: None)
+    monkeypatch.setattr(plain, "fill_family_head", lambda made, ours, place: None)
     with pytest.raises(InputError, match=r"no place for|differ from its own by"):
         plain_model(student, "sense")
 

@@ -82,7 +82,7 @@ def test_it_goes_on_at_the_seed_it_was_in(bert, files, tmp_path, monkeypatch):
             ending_in_seed(patch, number, KeyboardInterrupt())
             with pytest.raises(Interrupted) as caught:
                 tune(bert, files, home / "out")
-        assert caught.value.told == f"; {told} of 3 finished, and kept"
+        assert caught.value.message == f"; {told} of 3 finished, and kept"
         assert [path.name for path in home.iterdir()] == [".out.seeds"]
     with pytest.raises(CheckpointError) as refused:
         tune(bert, files, home / "out", learning_rate=1e-3)
@@ -113,7 +113,7 @@ def test_what_is_kept_is_told(bert, files, tmp_path, monkeypatch, number, error,
     assert ("1 seed (0) of 3 finished, and kept" in told) == kept
     assert [path.name for path in home.iterdir()] == ([".out.seeds"] if kept else [])
     if isinstance(caught.value, Interrupted):
-        assert not caught.value.kept
+        assert not caught.value.is_saved
 
 
 def done(seed, accuracy):

@@ -121,14 +121,14 @@ def test_the_best_checkpoint_is_named(masked_world, whole, tmp_path):
     assert whole.best == {"step": step, "name": "loss", "value": value}
     assert json.loads((whole.directory / "summary.json").read_text())["best"] == whole.best
     earlier = replace(whole, best={"step": 5, "name": "kl/big", "value": 0.25})
-    assert earlier.told_of_best() == (
+    assert earlier.describe_best() == (
         "the best kl/big on sequences held out of training was 0.2500 at step 5 "
         f"({whole.directory}/checkpoints/step-00000005); the model is that of step 10, the last"
     )
     last = run(masked_world, tmp_path / "run", train_config(steps=1, keep_best=None))
     assert last.best is None
     told = "the model is that of step 1, the last; no best one was looked for"
-    assert last.told_of_best() == told
+    assert last.describe_best() == told
 
 
 @pytest.mark.parametrize("kind", ["masked", "causal"])

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from rekindle.train import loop as module
-from rekindle.train.interrupts import SAME, Interrupted
-from rekindle.train.record import occasions
+from rekindle.train.interrupts import SAME_SIGNAL_SECONDS, Interrupted
+from rekindle.train.record import checkpoint_schedule
 from rekindle.train.record.checkpoint import latest_checkpoint
 from testlib.loop import ALL, no_reader_left, run, train_config
 from testlib.processes import before_call
@@ -39,8 +39,8 @@ def test_a_signal_leaves_a_checkpoint_of_the_step(
         before_call(module, where, number, lambda: signalled(*signals), patch.setattr)
         with pytest.raises(Interrupted) as caught:
             run(masked_world, out, config)
-    assert caught.value.told == f" at step {step}; a checkpoint of it is written"
-    assert caught.value.kept
+    assert caught.value.message == f" at step {step}; a checkpoint of it is written"
+    assert caught.value.is_saved
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert latest_checkpoint(out)[1]["step"] == step
     assert no_reader_left()
@@ -57,13 +57,13 @@ def test_a_second_signal_interrupts_at_once(masked_world, tmp_path, monkeypatch)
 
     def twice():
         signalled(signal.SIGINT)
-        now[0] += SAME + 0.1
+        now[0] += SAME_SIGNAL_SECONDS + 0.1
         signalled(signal.SIGINT)
 
     before_call(module, "take_step", 6, twice, monkeypatch.setattr)
     with pytest.raises(Interrupted) as caught:
         run(masked_world, out, train_config(ALL))
-    assert caught.value.told == f"; kept: {out}/checkpoints/step-00000005"
+    assert caught.value.message == f"; kept: {out}/checkpoints/step-00000005"
 
 
 @pytest.mark.parametrize("where", ["prepare", "RunLog"])
@@ -71,7 +71,7 @@ def test_a_signal_before_the_first_step_ends_at_once(masked_world, tmp_path, mon
     before_call(module, where, 1, lambda: signalled(signal.SIGINT), monkeypatch.setattr)
     with pytest.raises(Interrupted) as caught:
         run(masked_world, tmp_path / "run", train_config(ALL))
-    assert (caught.value.told, caught.value.kept) == ("; there is no checkpoint yet", False)
+    assert (caught.value.message, caught.value.is_saved) == ("; there is no checkpoint yet", False)
 
 
 def test_a_handler_of_the_caller_stays(masked_world, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_handler_of_the_caller_stays(masked_world, tmp_path, monkeypatch):
 def test_checkpoints_by_time(masked_world, whole, tmp_path, monkeypatch):
     """By the clock on the wall, from the end of the one before; the bits stay."""
     clock = [0.0]
-    monkeypatch.setattr(occasions.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint_schedule.time, "monotonic", lambda: clock[0])
     written = []
     real = module.save_checkpoint
 

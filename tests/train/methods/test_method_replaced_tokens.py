@@ -272,7 +272,7 @@ def test_held_out_values_are_those_of_all_tokens_together(kinds, student, tmp_pa
 
     index = split_corpus(cache, 0.2).held_out.spread(256)
     with torch.no_grad():
-        _, logits, y = method._judge(trained, gather(cache, method, index), CPU)
+        _, logits, y = method._classify(trained, gather(cache, method, index), CPU)
     called = logits > 0
     losses = F.softplus(torch.where(y, -logits, logits))
     right, wrong, missed = (called & y).sum(), (called & ~y).sum(), (~called & y).sum()
@@ -312,8 +312,8 @@ def test_an_electra_student_is_an_electra_discriminator(kinds, electra, tmp_path
     text = method.corrupted(batch, CPU)
     trained = Student.from_pretrained(out).eval()
     with torch.no_grad():
-        _, ours, _ = method._judge(trained, batch, CPU)
-        theirs = model.eval()(**text.inputs).logits.flatten()[text.judged]
+        _, ours, _ = method._classify(trained, batch, CPU)
+        theirs = model.eval()(**text.inputs).logits.flatten()[text.classified]
     torch.testing.assert_close(ours, theirs)
     # And a discriminator's head is taken over as it is.
     model.save_pretrained(tmp_path / "discriminator")
@@ -331,8 +331,8 @@ def test_only_trained_tokens_are_judged(kinds):
     cache, method = method_of(kinds, "topk")
     batch = gather(cache, method, [1, 4, 5])
     trained = np.random.default_rng(0).random(batch.input_ids.shape) < 0.5
-    every = method.corrupted(batch, CPU).judged.numpy()
-    found = method.corrupted(replace(batch, trained=trained), CPU).judged.numpy()
+    every = method.corrupted(batch, CPU).classified.numpy()
+    found = method.corrupted(replace(batch, trained=trained), CPU).classified.numpy()
     assert found.tolist() == [place for place in every if trained.flat[place]]
     assert 0 < len(found) < len(every)
 

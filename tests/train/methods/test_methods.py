@@ -19,7 +19,7 @@ from rekindle.train import method_names as methods
 from rekindle.train.config import ObjectiveConfig, StudentConfig, TrainConfig
 from rekindle.train.device_batch import split_batch
 from rekindle.train.distributed import World
-from rekindle.train.evaluate import best_of
+from rekindle.train.evaluate import better_of
 from rekindle.train.loop import train_student
 from rekindle.train.method import Method, find_method
 from rekindle.train.method_names import unknown_method
@@ -260,9 +260,9 @@ def test_a_value_that_is_not_measured_cannot_be_the_best(masked_world, certainty
     ],
 )
 def test_which_values_are_better_upwards(name, upwards):
-    best = best_of({name: 0.5}, name, 1, None)
-    assert best_of({name: 0.6}, name, 2, best)["step"] == (2 if upwards else 1)
-    assert best_of({name: 0.4}, name, 2, best)["step"] == (1 if upwards else 2)
+    best = better_of({name: 0.5}, name, 1, None)
+    assert better_of({name: 0.6}, name, 2, best)["step"] == (2 if upwards else 1)
+    assert better_of({name: 0.4}, name, 2, best)["step"] == (1 if upwards else 2)
 
 
 @pytest.mark.parametrize(

@@ -181,13 +181,13 @@ def labels_of_an_epoch(cache, method, special, epoch):
     ids = text.inputs["input_ids"].flatten()
     found = {
         divmod(flat, width): (label, int(ids[flat]))
-        for flat, label in zip(text.judged.tolist(), text.replaced.tolist(), strict=True)
+        for flat, label in zip(text.classified.tolist(), text.replaced.tolist(), strict=True)
     }
     assert found == expected
     assert method.count(batch) == {"loss": len(expected)}
     # What is not judged stays as it is, padding included.
     untouched = np.ones(batch.input_ids.size, bool)
-    untouched[text.judged.numpy()] = False
+    untouched[text.classified.numpy()] = False
     assert (ids.numpy()[untouched] == batch.input_ids.flatten()[untouched]).all()
     return same
 
@@ -198,8 +198,8 @@ def test_sequences_without_targets_are_not_judged(kinds):
     domains = np.array([str(d) for d in batch.domains])
     assert {"odd", "even"} == set(domains)
     text = method.corrupted(batch, CPU)
-    rows = np.unique(text.judged.numpy() // batch.input_ids.shape[1])
+    rows = np.unique(text.classified.numpy() // batch.input_ids.shape[1])
     assert rows.tolist() == np.flatnonzero(domains == "odd").tolist()
     none = gather(cache, method, np.flatnonzero(domains == "even"))
     assert method.count(none) == {"loss": 0}
-    assert len(method.corrupted(none, CPU).judged) == 0
+    assert len(method.corrupted(none, CPU).classified) == 0

@@ -25,7 +25,7 @@ from testlib.vocabularies.changed import that_begins_only
 
 @pytest.fixture(autouse=True)
 def _told_anew():
-    padding._say_once.cache_clear()
+    padding._log_once.cache_clear()
 
 
 def with_padding(model, target, number):

@@ -11,7 +11,7 @@ from rekindle.train.model.sight import (
     SightError,
     check_sight,
     find_form,
-    moved_by_padding,
+    padding_influence,
     sample_ids,
 )
 from rekindle.train.model.split_model import SplitLanguageModel
@@ -150,14 +150,14 @@ PADDED = {
 @pytest.mark.parametrize("family", PADDED)
 def test_padding_that_moves_the_tokens_themselves_is_found(family):
     model = made(family, "ForMaskedLM", **PADDED[family][1])
-    assert moved_by_padding(model) > 1e-4
+    assert padding_influence(model) > 1e-4
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Llama", "Mamba"])
 def test_padding_moves_nothing_elsewhere(family):
     head = "ForCausalLM" if family in ("Llama", "Mamba") else "ForMaskedLM"
     for dtype in (torch.float32, torch.bfloat16):
-        assert moved_by_padding(made(family, head).to(dtype)) == 0.0
+        assert padding_influence(made(family, head).to(dtype)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_a_classifier_may_read_padding_in_the_place_of_the_text(name, moved):
     (family,) = (family for family in FAMILIES if family.title == name)
     model = family.build(CLASSIFIER, num_labels=3)
     padding = model.config.pad_token_id
-    assert (moved_by_padding(model) > 0.1) == moved
+    assert (padding_influence(model) > 0.1) == moved
     assert model.config.pad_token_id == padding
 
 
 def test_states_of_another_number_are_moved():
     """Funnel's classifiers read states of several tokens each: padding makes them more."""
     model = transformers.FunnelForSequenceClassification(transformers.FunnelConfig(**FUNNEL))
-    assert moved_by_padding(model) > 1
+    assert padding_influence(model) > 1
 
 
 # --- rows of several documents --------------------------------------------------------------------

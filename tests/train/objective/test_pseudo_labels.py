@@ -95,7 +95,7 @@ def test_the_unsure_are_neither_counted_nor_covered():
     assert count_rows(chosen, "causal_lm", [TERM]).rows == {"kd/t": 2}
     coverage = Coverage()
     coverage.count(chosen, "causal_lm", StepPlan(0, 1.0, ((TERM, 1.0),), (), ()))
-    found = coverage.over(list)
+    found = coverage.sum_over_processes(list)
     assert (found["sequences_with_kd"], found["sequences_ce_only"]) == (2, 2)
 
 

@@ -35,7 +35,7 @@ def plan_of(terms, hard=1.0):
 def count(batch, terms, hard=1.0, task="masked_lm"):
     coverage = Coverage()
     coverage.count(select_targets(batch, terms), task, plan_of(terms, hard))
-    return coverage.over(list)
+    return coverage.sum_over_processes(list)
 
 
 @settings(deadline=None)
@@ -131,22 +131,24 @@ def test_all_processes_and_steps_add_up(step, size):
         one_after_another.count(select_targets(part, terms), "masked_lm", plan_of(terms))
         apart.append(Coverage())
         apart[-1].count(select_targets(part, terms), "masked_lm", plan_of(terms))
-    assert one_after_another.over(list) == whole
+    assert one_after_another.sum_over_processes(list) == whole
     sent = []
     for coverage in apart:
-        coverage.over(lambda values: sent.append(list(values)) or values)
+        coverage.sum_over_processes(lambda values: sent.append(list(values)) or values)
     total = [float(sum(column)) for column in zip(*sent, strict=True)]
-    assert all(coverage.over(lambda _: total) == whole for coverage in apart)
+    assert all(coverage.sum_over_processes(lambda _: total) == whole for coverage in apart)
 
 
 def test_a_resumed_run_goes_on_counting():
     batch = make_batch([3, 4], [(0, 1)], {"va": [(0, 1)]})
     first = count(batch, [term("va")])
     resumed = Coverage(first)
-    assert resumed.over(list) == first
+    assert resumed.sum_over_processes(list) == first
     resumed.count(batch, "masked_lm", plan_of([term("va")]))
-    assert resumed.over(list) == {name: 2 * value for name, value in first.items()}
-    both = resumed.over(lambda values: [2 * v for v in values])  # another process like this one
+    assert resumed.sum_over_processes(list) == {name: 2 * value for name, value in first.items()}
+    both = resumed.sum_over_processes(
+        lambda values: [2 * v for v in values]
+    )  # another process like this one
     assert both == {name: 3 * value for name, value in first.items()}
 
 

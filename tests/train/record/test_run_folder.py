@@ -13,17 +13,17 @@ import pytest
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.train.record.run_folder import (
     LOCK_FILE,
-    alone_in,
-    check_same,
-    goes_on,
+    check_same_settings,
+    is_continued,
+    locked_folder,
     open_folder,
-    reading,
+    reading_record,
 )
 
 HOLDER = """
 import sys, pathlib
-from rekindle.train.record.run_folder import alone_in
-with alone_in(pathlib.Path(sys.argv[1])):
+from rekindle.train.record.run_folder import locked_folder
+with locked_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -53,7 +53,7 @@ def holder(tmp_path):
 
 def test_a_folder_is_new_or_gone_on_with_or_refused(tmp_path):
     def found(name, resume):
-        return goes_on(tmp_path / name, "run.json", "run", resume)
+        return is_continued(tmp_path / name, "run.json", "run", resume)
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "killed").mkdir()
@@ -79,12 +79,12 @@ def test_a_folder_is_new_or_gone_on_with_or_refused(tmp_path):
 def test_a_setting_that_there_is_no_more_asks_for_the_version_that_had_it():
     before = {"many": [{"x": 1, "old": 0}, {"x": 2, "old": None}]}
     now = {"many": [{"x": 1, "old": 0}, {"x": 2}]}
-    check_same(Path("here"), before, now, "Do so")
+    check_same_settings(Path("here"), before, now, "Do so")
     before["many"][1]["old"] = 5
     with pytest.raises(
         CheckpointError, match=r"older version.*\(many\.1\.old: 5 there, none here\)"
     ):
-        check_same(Path("here"), before, now, "Do so")
+        check_same_settings(Path("here"), before, now, "Do so")
 
 
 @pytest.mark.parametrize(
@@ -102,20 +102,24 @@ def test_a_setting_that_there_is_no_more_asks_for_the_version_that_had_it():
 def test_the_key_that_differs_is_named(now, words):
     before = {"a": 1, "b": {"c": [1, 2]}, "many": [{"x": 1}, {"x": 2}], "free": {"key": 1}}
     with pytest.raises(CheckpointError, match=rf"here was begun.*\({words}\)\. Do so"):
-        check_same(Path("here"), before, before | now, "Do so", free=("free.key",))
+        check_same_settings(Path("here"), before, before | now, "Do so", free=("free.key",))
 
 
 def test_what_is_free_may_differ_and_tuples_are_lists():
     before = {"a": [1, 2], "free": {"key": 1}, "key": {"key": 3}}
-    check_same(Path("here"), before, before | {"a": (1, 2), "free": {"key": 2}}, "", ("free.key",))
+    check_same_settings(
+        Path("here"), before, before | {"a": (1, 2), "free": {"key": 2}}, "", ("free.key",)
+    )
     with pytest.raises(CheckpointError, match=r"key\.key"):
-        check_same(Path("here"), before, before | {"key": {"key": 4}}, "", ("free.key", "key2"))
+        check_same_settings(
+            Path("here"), before, before | {"key": {"key": 4}}, "", ("free.key", "key2")
+        )
 
 
 @pytest.mark.parametrize("error", [OSError("x"), ValueError("x"), KeyError("x"), TypeError("x")])
 def test_a_damaged_record_is_named(error):
     words = r"run\.json is damaged \(.*\); do so"
-    with pytest.raises(CheckpointError, match=words), reading(Path("run.json"), "do so"):
+    with pytest.raises(CheckpointError, match=words), reading_record(Path("run.json"), "do so"):
         raise error
 
 
@@ -164,7 +168,7 @@ def test_the_lock_ends_with_the_process(tmp_path, holder, number):
         holder.send_signal(number)
     holder.wait()
     assert names(tmp_path) == ([] if number is None else [LOCK_FILE])
-    with alone_in(tmp_path) as held:
+    with locked_folder(tmp_path) as held:
         assert held
         assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
     assert names(tmp_path) == []
@@ -177,7 +181,7 @@ def test_who_waits_comes_next_although_the_file_was_removed(tmp_path, holder):
     with subprocess.Popen(command, **pipes) as waiting:
         holder.stdin.close()
         assert waiting.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"process {waiting.pid} on "), alone_in(tmp_path):
+        with pytest.raises(InputError, match=f"process {waiting.pid} on "), locked_folder(tmp_path):
             pass
         waiting.stdin.close()
     assert names(tmp_path) == []
@@ -188,20 +192,20 @@ def test_a_file_system_without_locks_is_worked_on_all_the_same(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with alone_in(tmp_path) as held, alone_in(tmp_path) as other:
+    with locked_folder(tmp_path) as held, locked_folder(tmp_path) as other:
         assert (held, other) == (False, False)
     assert names(tmp_path) == []
     assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_folders_within_a_folder_are_held_apart(tmp_path):
-    with alone_in(tmp_path), alone_in(tmp_path / "student") as held:
+    with locked_folder(tmp_path), locked_folder(tmp_path / "student") as held:
         assert held
 
 
 def test_what_the_caller_knows_may_lie_beside_a_new_run(tmp_path):
     (tmp_path / "made").mkdir()
-    assert not goes_on(tmp_path, "run.json", "run", resume=True, beside=("made",))
+    assert not is_continued(tmp_path, "run.json", "run", resume=True, other_files=("made",))
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="holds no run"):
-        goes_on(tmp_path, "run.json", "run", resume=True, beside=("made",))
+        is_continued(tmp_path, "run.json", "run", resume=True, other_files=("made",))

@@ -28,7 +28,7 @@ from rekindle.train.model.network import HeadConfig
 from rekindle.train.optimizer import adamw
 from rekindle.train.record import sharded
 from rekindle.train.record.checkpoint import latest_checkpoint, restore, save_checkpoint
-from rekindle.train.record.sharded import in_files, write_student
+from rekindle.train.record.sharded import divide_into_files, write_student
 from rekindle.train.student import Student, build_student
 from testlib.models import NARROW, STILL
 from testlib.several.forked import end_well, forked_world
@@ -42,7 +42,7 @@ STEPS = 6
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
 def test_files_hold_all_in_order_and_no_more_than_they_may(sizes, limit):
-    files = in_files(sizes, limit)
+    files = divide_into_files(sizes, limit)
     assert [number for file in files for number in file] == list(range(len(sizes)))
     assert all(len(file) < 2 or sum(sizes[n] for n in file) <= limit for file in files)
     for one, other in pairwise(files):  # none could have been one with the next
@@ -129,7 +129,7 @@ class Watched:
         sharded.LEAST = sharded.LARGEST = SMALL
         self.held = self.peak = 0
         self.read = Counter()
-        whole, fill = sharded.whole, sharded._fill
+        whole, fill = sharded.full_tensor, sharded._fill_rows
 
         def counted_whole(tensor):
             found = whole(tensor)
@@ -142,7 +142,7 @@ class Watched:
         def counted_fill(home, stored, key):
             fill(home, Slices(stored, self.read), key)
 
-        sharded.whole, sharded._fill = counted_whole, counted_fill
+        sharded.full_tensor, sharded._fill_rows = counted_whole, counted_fill
 
     def let_go(self, size):
         self.held -= size

@@ -25,19 +25,19 @@ def pooled(states: Tensor, mask: Tensor, modes: Sequence[Pooling], skipped: int 
     numbers = real.long().cumsum(dim=1)  # 1, 2, …; padding before the text has 0
     real = real & (numbers > skipped)
     weights = real.float()[..., None]
-    found = []
+    vectors = []
     for mode in modes:
         if mode in ("cls", "lasttoken"):
             places = torch.where(real, numbers, 0 if mode == "lasttoken" else numbers.shape[1] + 1)
-            at = places.argmax(dim=1) if mode == "lasttoken" else places.argmin(dim=1)
-            found.append(states[torch.arange(len(states), device=states.device), at])
+            place = places.argmax(dim=1) if mode == "lasttoken" else places.argmin(dim=1)
+            vectors.append(states[torch.arange(len(states), device=states.device), place])
         elif mode == "max":
-            found.append(states.masked_fill(~real[..., None], -torch.inf).amax(dim=1))
+            vectors.append(states.masked_fill(~real[..., None], -torch.inf).amax(dim=1))
         elif mode == "weightedmean":
             counted = weights * numbers[..., None]
-            found.append((states * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1e-9))
+            vectors.append((states * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1e-9))
         else:
             count = weights.sum(dim=1).clamp(min=1e-9)
-            by = count.sqrt() if mode == "mean_sqrt_len_tokens" else count
-            found.append((states * weights).sum(dim=1) / by)
-    return torch.cat(found, dim=-1)
+            divisor = count.sqrt() if mode == "mean_sqrt_len_tokens" else count
+            vectors.append((states * weights).sum(dim=1) / divisor)
+    return torch.cat(vectors, dim=-1)

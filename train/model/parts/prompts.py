@@ -10,7 +10,7 @@ from rekindle.data.errors import InputError
 
 DOMAINS = "domain_numbers"  # the key of [B] in a student's inputs
 SEGMENTS = "token_type_ids"
-PLACE = 1  # of a domain's prompt in the model's input
+PROMPT_POSITION = 1  # of a domain's prompt in the model's input
 
 
 class DomainPrompts(nn.Module):
@@ -52,11 +52,11 @@ class DomainPrompts(nn.Module):
             numbers = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
         embedded = words(ids)
         prompt = self.vectors(numbers).to(embedded.dtype)[:, None]
-        longer = {"inputs_embeds": _inserted(embedded, prompt)}
+        prompted = {"inputs_embeds": _insert_after_first(embedded, prompt)}
         for name in ("attention_mask", SEGMENTS):
-            if (found := inputs.get(name)) is not None:  # a prompt is to the model as the first is
-                longer[name] = _inserted(found, found[:, :1])
-        return longer
+            if (column := inputs.get(name)) is not None:  # a prompt is to the model as the first is
+                prompted[name] = _insert_after_first(column, column[:, :1])
+        return prompted
 
     @torch.no_grad()
     def take(self, earlier: Sequence[str], vectors: Tensor) -> None:
@@ -67,8 +67,8 @@ class DomainPrompts(nn.Module):
                 self.vectors.weight[1 + self.domains.index(name)] = vectors[number]
 
 
-def _inserted(values: Tensor, one: Tensor) -> Tensor:
-    return torch.cat([values[:, :PLACE], one, values[:, PLACE:]], dim=1)
+def _insert_after_first(values: Tensor, one: Tensor) -> Tensor:
+    return torch.cat([values[:, :PROMPT_POSITION], one, values[:, PROMPT_POSITION:]], dim=1)
 
 
 def with_prompt(flat: Tensor, width: int) -> Tensor:
@@ -76,9 +76,9 @@ def with_prompt(flat: Tensor, width: int) -> Tensor:
     ``width``.
     """
     row, position = flat // width, flat % width
-    return row * (width + 1) + position + (position >= PLACE)
+    return row * (width + 1) + position + (position >= PROMPT_POSITION)
 
 
 def without_prompt(states: Tensor) -> Tensor:
     """Return hidden states [B,S+1,…] of a prompted sequence at the S positions of its text."""
-    return torch.cat([states[:, :PLACE], states[:, PLACE + 1 :]], dim=1)
+    return torch.cat([states[:, :PROMPT_POSITION], states[:, PROMPT_POSITION + 1 :]], dim=1)

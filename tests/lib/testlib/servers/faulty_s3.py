@@ -100,7 +100,7 @@ def forget_clients() -> None:
 
     s3fs.S3FileSystem.clear_instance_cache()
     client_of.cache_clear()
-    working_copy._opened.cache_clear()
+    working_copy._open_store.cache_clear()
 
 
 @contextmanager

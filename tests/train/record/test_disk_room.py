@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rekindle.train.record.room import Room, free_near, size_of
+from rekindle.train.record.disk_room import DiskRoom, folder_size, free_bytes_near
 
 
 @pytest.fixture
@@ -22,13 +22,13 @@ def free(monkeypatch):
 def test_the_nearest_folder_that_is_there(tmp_path, free):
     free(7)
     (tmp_path / "file").touch()
-    assert free_near(tmp_path / "a" / "b") == (tmp_path, 7)
-    assert free_near(tmp_path / "file") == (tmp_path, 7)
+    assert free_bytes_near(tmp_path / "a" / "b") == (tmp_path, 7)
+    assert free_bytes_near(tmp_path / "file") == (tmp_path, 7)
 
 
 def test_what_takes_the_place_of_an_older_one_needs_room_for_one(tmp_path, free, caplog):
     caplog.set_level(logging.WARNING, "rekindle")
-    room = Room(tmp_path, "checkpoint")
+    room = DiskRoom(tmp_path, "checkpoint")
     free(1000)
     room.after(1000)
     assert not caplog.messages
@@ -43,15 +43,15 @@ def test_what_takes_the_place_of_an_older_one_needs_room_for_one(tmp_path, free,
 def test_what_stays_needs_room_for_all_that_are_to_come(tmp_path, free, caplog):
     caplog.set_level(logging.WARNING, "rekindle")
     free(2500)
-    room = Room(tmp_path, "unit", left=4)
+    room = DiskRoom(tmp_path, "unit", remaining=4)
     room.after(800)  # three to come
     assert not caplog.messages
     room.after(1300)  # two
     (told,) = caplog.messages
     assert "no room for more than 1 of the 2 to come" in told
-    last = Room(tmp_path, "unit", left=1)
+    last = DiskRoom(tmp_path, "unit", remaining=1)
     last.after(10**9)
-    Room(None, "unit", left=5).after(10**9)
+    DiskRoom(None, "unit", remaining=5).after(10**9)
     assert len(caplog.messages) == 1
 
 
@@ -59,5 +59,5 @@ def test_the_size_of_a_folder_is_that_of_all_files_in_it(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"678")
-    assert size_of(tmp_path) == 8
-    assert size_of(tmp_path / "none") == 0
+    assert folder_size(tmp_path) == 8
+    assert folder_size(tmp_path / "none") == 0
