@@ -24,11 +24,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.train.config import StudentConfig
 from rekindle.train.deferred.recording import try_when_filled
-from rekindle.train.embedding.student import (
-    check_embedding,
-    choose_output,
-    fit_head,
-)
+from rekindle.train.embedding.student import check_embedding, choose_output, fit_head
 from rekindle.train.method import add_module, find_method
 from rekindle.train.model.files import (
     base_fingerprints,
