@@ -135,7 +135,7 @@ DISKS = (
 
 
 def _little_memory(place: Place) -> None:
-    place.patch.setattr("rekindle.pipeline.checks.ahead.free_memory", lambda device: 1000)
+    place.patch.setattr("rekindle.pipeline.checks.machine.free_memory", lambda device: 1000)
 
 
 def _little_room(place: Place) -> None:
