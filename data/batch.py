@@ -35,7 +35,7 @@ from rekindle.data.views.reader import ViewReader
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-Chosen = NDArray[np.bool_] | slice  # of rows
+RowChoice = NDArray[np.bool_] | slice  # of rows
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,20 @@ class TargetBatch(ABC):
     info: TeacherInfo
     rows: Ints  # [R] the sequence that each row belongs to, ascending
 
-    def keep(self, chosen: Chosen) -> Self:
+    def keep(self, chosen: RowChoice) -> Self:
         """Return the targets of the chosen rows among the R."""
         if not isinstance(chosen, slice) and chosen.all():
             return self
         return self._keep(chosen)
 
     @abstractmethod
-    def _keep(self, chosen: Chosen) -> Self: ...
+    def _keep(self, chosen: RowChoice) -> Self: ...
 
     def take(self, part: slice) -> Self:
         """Return the targets of ``part`` of the batch's sequences."""
         first, last = np.searchsorted(self.rows, [part.start, part.stop])
-        kept = self.keep(slice(first, last))
-        return replace(kept, rows=kept.rows - part.start)  # type: ignore[type-var]
+        taken = self.keep(slice(first, last))
+        return replace(taken, rows=taken.rows - part.start)  # type: ignore[type-var]
 
     @abstractmethod
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
@@ -132,7 +132,7 @@ class TokenTargetBatch(TargetBatch):
         """
         return replace(self, between=allowed)
 
-    def _keep(self, chosen: Chosen) -> Self:
+    def _keep(self, chosen: RowChoice) -> Self:
         columns = {name: column[chosen] for name, column in self.columns.items()}
         rows, positions = self.rows[chosen], self.positions[chosen]
         return replace(self, rows=rows, positions=positions, columns=columns)
@@ -157,7 +157,7 @@ class TokenTargetBatch(TargetBatch):
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target:
         """Return the only sequence's targets, decoded."""
-        columns, first = self.columns, self.kind.readable_temperature
+        columns, temperature = self.columns, self.kind.readable_temperature
         unknown = np.full(len(self.positions), np.nan, np.float32)  # for imported targets
 
         def nats(name: str) -> Floats:
@@ -165,15 +165,15 @@ class TokenTargetBatch(TargetBatch):
                 columns[name].astype(np.float32) / np.float32(STEP) if name in columns else unknown
             )
 
-        kept, log_probs, log_tail = self.decode(first)
+        candidates, log_probs, log_tail = self.decode(temperature)
         tails = {tau: self.decode(tau)[2] for tau in self.info.temperatures}
         return TokenTargets(
             replica=replica,
             input_ids=seen,
             positions=self.positions,
-            ids=kept,
+            ids=candidates,
             log_probs=log_probs,
-            log_tail=tails | {first: log_tail},
+            log_tail=tails | {temperature: log_tail},
             gold_ids=ids[self.positions + (self.info.task == "causal_lm")].astype(np.int64),
             gold_log_prob=-nats("gold_log_prob"),
             gold_rank=columns.get("gold_rank", np.full(len(unknown), -1)).astype(np.int64),
@@ -216,7 +216,7 @@ class TokenLabelBatch(ExpertBatch):
     positions: Ints  # [P]
     logits: Floats  # [P,C]
 
-    def _keep(self, chosen: Chosen) -> Self:
+    def _keep(self, chosen: RowChoice) -> Self:
         rows, positions = self.rows[chosen], self.positions[chosen]
         return replace(self, rows=rows, positions=positions, logits=self.logits[chosen])
 
@@ -239,7 +239,7 @@ class SequenceTargetBatch(ExpertBatch):
         """Return the sequences [R] that have a target."""
         return np.flatnonzero(self.present)
 
-    def _keep(self, chosen: Chosen) -> Self:
+    def _keep(self, chosen: RowChoice) -> Self:
         present = np.zeros_like(self.present)
         present[self.rows[chosen]] = True
         return replace(self, present=present)
@@ -266,7 +266,7 @@ class EmbeddingBatch(TargetBatch):
     rows: Ints  # [R]
     vectors: Floats  # [R,D]
 
-    def _keep(self, chosen: Chosen) -> Self:
+    def _keep(self, chosen: RowChoice) -> Self:
         return replace(self, rows=self.rows[chosen], vectors=self.vectors[chosen])
 
     def example(self, ids: Tokens, seen: Tokens, replica: int | None) -> Target | None:
@@ -274,29 +274,29 @@ class EmbeddingBatch(TargetBatch):
         return VectorTargets(self.vectors[0]) if len(self.rows) else None
 
 
-def read_clean(corpus: Corpus, where: Sequence[Place]) -> tuple[Tokens, Ints]:
-    """Read the unmasked sequences ``where`` [B]: ids [B,S], padded, and their lengths [B]."""
-    cuts = [corpus.cut(place) for place in where]
+def read_clean(corpus: Corpus, places: Sequence[Place]) -> tuple[Tokens, Ints]:
+    """Read the unmasked sequences ``places`` [B]: ids [B,S], padded, and their lengths [B]."""
+    cuts = [corpus.cut(place) for place in places]
     lengths = cut_lengths(cuts)
     return pad_cuts(cuts, lengths, "input_ids", corpus.info["tokenizer"]["pad_id"]), lengths
 
 
 def read_masked(
-    view: ViewReader, where: Sequence[Place], clean: Tokens, replica: int
+    view: ViewReader, places: Sequence[Place], clean: Tokens, replica: int
 ) -> MaskedInputs:
-    """Read a masked ``replica`` of the sequences ``where`` [B], unmasked ``clean`` [B,S]."""
-    cuts = [view.cut(place, replica) for place in where]
-    found = join_cuts(cuts)
-    rows = np.repeat(np.arange(len(where)), cut_lengths(cuts))
-    positions = found["positions"].astype(np.int64)
+    """Read a masked ``replica`` of the sequences ``places`` [B], unmasked ``clean`` [B,S]."""
+    cuts = [view.cut(place, replica) for place in places]
+    columns = join_cuts(cuts)
+    rows = np.repeat(np.arange(len(places)), cut_lengths(cuts))
+    positions = columns["positions"].astype(np.int64)
     seen = clean.copy()
-    seen[rows, positions] = found["input_ids"]
+    seen[rows, positions] = columns["input_ids"]
     return MaskedInputs(replica, seen, rows, positions, clean[rows, positions].astype(np.int64))
 
 
-def read_pairs(view: ViewReader, where: Sequence[Place]) -> PairInputs:
-    """Read the pairs of the sequences ``where`` [B]."""
-    cuts = [view.cut(place) for place in where]
+def read_pairs(view: ViewReader, places: Sequence[Place]) -> PairInputs:
+    """Read the pairs of the sequences ``places`` [B]."""
+    cuts = [view.cut(place) for place in places]
     lengths = cut_lengths(cuts)
     ids = pad_cuts(cuts, lengths, "input_ids", view.corpus.info["tokenizer"]["pad_id"])
     return PairInputs(ids, pad_cuts(cuts, lengths, "token_types", 0), lengths)
@@ -304,27 +304,28 @@ def read_pairs(view: ViewReader, where: Sequence[Place]) -> PairInputs:
 
 def read_targets(
     teacher: TeacherReader,
-    where: Sequence[Place],
+    places: Sequence[Place],
     replica: int | None,
-    missing: bool = False,
+    may_be_missing: bool = False,
     scalars: bool = True,
 ) -> TargetBatch:
-    """Read the targets of the sequences ``where`` [B], given as (shard of the corpus, row of it).
+    """Read the targets of the sequences ``places`` [B], given as (shard of the corpus, row of it).
 
-    Sequences of units that are not committed have none if they may be ``missing``. Without
+    Sequences of units that are not committed have none with ``may_be_missing``. Without
     ``scalars`` each position's scalars, which no loss needs, are left out.
     """
-    counts, columns = teacher.gather(where, replica, missing, scalars)
+    counts, columns = teacher.gather(places, replica, may_be_missing, scalars)
     if isinstance(teacher.kind, Embedding):
         sequences = np.flatnonzero(counts)
         return EmbeddingBatch(teacher.info, sequences, teacher.kind.decode(columns))
     if teacher.kind.per_sequence:
-        present, found = counts > 0, {}
+        has_target, outputs = counts > 0, {}
         for name, values in columns.items():
-            found[name] = np.zeros((len(where), values.shape[1]), np.float32)
-            found[name][present] = values
-        return SequenceTargetBatch(teacher.info, present, found["logits"], found.get("mc_probs"))
-    rows = np.repeat(np.arange(len(where), dtype=np.int64), counts)
+            outputs[name] = np.zeros((len(places), values.shape[1]), np.float32)
+            outputs[name][has_target] = values
+        logits, mc_probs = outputs["logits"], outputs.get("mc_probs")
+        return SequenceTargetBatch(teacher.info, has_target, logits, mc_probs)
+    rows = np.repeat(np.arange(len(places), dtype=np.int64), counts)
     positions = columns.pop("positions").astype(np.int64)
     if not teacher.info.is_vocabulary:
         return TokenLabelBatch(teacher.info, rows, positions, columns["logits"])
@@ -362,13 +363,13 @@ class Batch:
         """Return the rows [P] and positions [P] whose next token, in the same document, is trained:
         where a causal LM has a loss.
         """
-        learnt, numbers = self.trained, self.document_numbers
+        is_trained, numbers = self.trained, self.document_numbers
         if numbers is not None:
             same = np.diff(numbers, prepend=numbers[:, :1]) == 0
-            learnt = same & (self.attention_mask if learnt is None else learnt)
-        if learnt is not None:
-            rows, after = np.nonzero(learnt[:, 1:])
-            return rows.astype(np.int64), after.astype(np.int64)
+            is_trained = same & (self.attention_mask if is_trained is None else is_trained)
+        if is_trained is not None:
+            rows, positions_before = np.nonzero(is_trained[:, 1:])
+            return rows.astype(np.int64), positions_before.astype(np.int64)
         counts = np.maximum(self.lengths - 1, 0)
         rows = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)

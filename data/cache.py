@@ -35,7 +35,7 @@ from rekindle.data.exchange.exporting import Export
 from rekindle.data.exchange.files import in_memory_dataset, mapped_dataset
 from rekindle.data.exchange.importing import ImportResult, import_targets, numbered
 from rekindle.data.exchange.rows import Row
-from rekindle.data.journal import KEPT, read_with_overlay, tell_changing, what_became
+from rekindle.data.journal import JOURNAL_KEYS, explain_missing, log_change, read_with_overlay
 from rekindle.data.marks import read_marks, read_trained
 from rekindle.data.permutation import epoch_batch, sequence_numbers
 from rekindle.data.roll_up import ROLLED_UP, check_roll_up, roll_up
@@ -96,7 +96,7 @@ class Cache:
         CacheMismatchError if its parts do not belong together.
         """
         cache = cls(open_store(path))
-        tell_changing(cache.manifest, cache.store)
+        log_change(cache.manifest, cache.store)
         return cache
 
     def within(self, extent: Extent) -> "Cache":
@@ -114,17 +114,17 @@ class Cache:
         return limited
 
     def _teacher(
-        self, name: str, views: Mapping[str, ViewReader], kept: TeacherExtent = ALL_TARGETS
+        self, name: str, views: Mapping[str, ViewReader], limits: TeacherExtent = ALL_TARGETS
     ) -> TeacherReader:
         infos = read_parts(self.store, name)
         info = infos[0]
-        stated = (self.manifest.get("teachers") or {}).get(name, {}).get("weights")
-        if stated is not None and stated != info.fingerprints.get("weights"):
+        recorded_weights = (self.manifest.get("teachers") or {}).get(name, {}).get("weights")
+        if recorded_weights is not None and recorded_weights != info.fingerprints.get("weights"):
             raise CacheMismatchError(
                 f"{self.store.location}: {MANIFEST} and targets/{name}/teacher.json disagree "
                 f"about the weights of teacher {name!r}; the targets were replaced"
             )
-        return TeacherReader(self.corpus, infos, views.get(info.view), kept.part, kept.k)
+        return TeacherReader(self.corpus, infos, views.get(info.view), limits.part, limits.k)
 
     @property
     def tokenizer_digest(self) -> str:
@@ -149,12 +149,12 @@ class Cache:
 
     def masked_view(self, name: str | None = None) -> ViewReader:
         """Return the masked view of that name, or the only one; InputError if unclear."""
-        found = [name for name, view in self.views.items() if view.kind.masked]
-        if name is None and len(found) == 1:
-            name = found[0]
-        if name is None or name not in found:
+        masked_names = [name for name, view in self.views.items() if view.kind.masked]
+        if name is None and len(masked_names) == 1:
+            name = masked_names[0]
+        if name is None or name not in masked_names:
             raise InputError(
-                f"{self.store.location} has the masked views {found or 'none'}"
+                f"{self.store.location} has the masked views {masked_names or 'none'}"
                 + (f", not {name!r}" if name else "; name one")
                 + ". Masked-LM students need the view that `pipeline cache-teachers` makes"
             )
@@ -164,11 +164,11 @@ class Cache:
         """Return the teacher of that name; InputError, with the known ones, if missing."""
         if name not in self.teachers:
             known = ", ".join(sorted(self.teachers)) or "none"
-            became = what_became(self.manifest, self.store, name, self.teachers)
+            explanation = explain_missing(self.manifest, self.store, name, self.teachers)
             advice = " Cache it with `pipeline cache-teachers`, or remove it from train.objective"
             raise InputError(
                 f"{self.store.location} has no teacher {name!r} (it has: {known})."
-                f"{became or advice}"
+                f"{explanation or advice}"
             )
         if name in self.extent.refused:
             raise InputError(self.extent.refused[name])
@@ -201,8 +201,8 @@ class Cache:
             raise InputError(f"teachers with different masks cannot share a batch: {sorted(views)}")
         view = views.pop() if views else None
         batches = range(-(-len(self) // batch_sequences))
-        ours = {"seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size}
-        parts = (epoch_batch(number, len(self), batch_sequences, **ours) for number in batches)
+        position = {"seed": seed, "epoch": epoch, "rank": rank, "world_size": world_size}
+        parts = (epoch_batch(number, len(self), batch_sequences, **position) for number in batches)
         return (
             self.gather(part, names, epoch=epoch, masked_view=view) for part in parts if len(part)
         )
@@ -235,33 +235,33 @@ class Cache:
                     "masks it was cached with"
                 )
         shards, rows = self.corpus.locate(index)
-        where = list(zip(shards.tolist(), rows.tolist(), strict=True))
-        clean, lengths = read_clean(self.corpus, where)
+        places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+        clean, lengths = read_clean(self.corpus, places)
         masked = None
         if masked_view is not None:
             view = self.masked_view(masked_view)
-            masked = read_masked(view, where, clean, epoch % max(1, view.replicas))
+            masked = read_masked(view, places, clean, epoch % max(1, view.replicas))
         replica, has_groups = masked.replica if masked else None, self.corpus.has_groups
         shown = [teacher.view for teacher in map(self.teacher, teachers) if teacher.view]
         pairs = {view.name: view for view in shown if view.kind.paired}
         return Batch(
             index=index,
-            digests=RowTexts(partial(self.corpus.text, "digest"), where),
-            domains=RowTexts(partial(self.corpus.text, "domain"), where),
+            digests=RowTexts(partial(self.corpus.text, "digest"), places),
+            domains=RowTexts(partial(self.corpus.text, "domain"), places),
             input_ids=clean,
             lengths=lengths,
             masked=masked,
-            pairs={name: read_pairs(pairs[name], where) for name in sorted(pairs)},
+            pairs={name: read_pairs(pairs[name], places) for name in sorted(pairs)},
             targets={
                 name: read_targets(
-                    self.teacher(name), where, replica, name in allow_missing, scalars
+                    self.teacher(name), places, replica, name in allow_missing, scalars
                 )
                 for name in teachers
             },
             epoch=epoch,
-            documents=RowTexts(partial(self.corpus.text, "document"), where),
-            groups=RowTexts(partial(self.corpus.text, GROUP), where) if has_groups else (),
-            **read_marks(self.corpus, where),
+            documents=RowTexts(partial(self.corpus.text, "document"), places),
+            groups=RowTexts(partial(self.corpus.text, GROUP), places) if has_groups else (),
+            **read_marks(self.corpus, places),
         )
 
     def lengths(self, index: Ints) -> Ints:
@@ -291,8 +291,8 @@ class Cache:
         **settings: Unpack[ScoreSettings],
     ) -> Ints:
         """Return the sequences by falling score, ties in corpus order, unscored last."""
-        found = self.scores(teacher, score, replica, **settings)
-        return np.argsort(-np.nan_to_num(found, nan=-np.inf), kind="stable")
+        scores = self.scores(teacher, score, replica, **settings)
+        return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
 
     def hard_positions(
         self, teacher: str, threshold: float = HARD, replica: int | None = None
@@ -319,11 +319,11 @@ class Cache:
         """
         values = {"name": name, "provenance": dict(provenance), **settings}
         config = parse_settings(ImportConfig, values, "import_targets")
-        done = import_targets(self.corpus, numbered(rows, where), config)
+        result = import_targets(self.corpus, numbered(rows, where), config)
         write_manifest(self.store)
         self.manifest = read_manifest(self.store)
         self.teachers[name] = self._teacher(name, self.views)
-        return done
+        return result
 
     def to_datasets(
         self,
@@ -338,21 +338,21 @@ class Cache:
         ``folder``. ``k``: only this many candidates of each position. Raises InputError for an
         unknown teacher, and for one with whole distributions if no ``k`` is given.
         """
-        found = {}
+        datasets = {}
         for name in self.teachers if teachers is None else teachers:
             export = Export(self.corpus, self.teacher(name), k=k)
             if folder is None:
-                found[name] = in_memory_dataset(export)
+                datasets[name] = in_memory_dataset(export)
             else:
-                found[name] = mapped_dataset(export, Path(folder) / f"{name}.arrow")
-        return found
+                datasets[name] = mapped_dataset(export, Path(folder) / f"{name}.arrow")
+        return datasets
 
     def example(self, index: int) -> Example:
         """Return sequence ``index`` with all committed targets decoded, or IndexError."""
         shards, rows = self.corpus.locate(np.array([index]))
         shard, row = int(shards[0]), int(rows[0])
-        shown = ["digest", "document", "domain", "text", *[GROUP] * self.corpus.has_groups]
-        record = self.corpus.rows(shard, row, 1).select(shown).to_pylist()[0]
+        columns = ["digest", "document", "domain", "text", *[GROUP] * self.corpus.has_groups]
+        record = self.corpus.rows(shard, row, 1).select(columns).to_pylist()[0]
         ids = read_clean(self.corpus, [(shard, row)])[0][0]
         pairs = {}
         for name, view in self.views.items():
@@ -371,14 +371,14 @@ class Cache:
     def _example_targets(
         self, teacher: TeacherReader, shard: int, row: int, ids: NDArray[np.int32]
     ) -> Iterator[Target]:
-        where = [(shard, row)]
+        places = [(shard, row)]
         for replica in teacher.info.view_class.numbers(teacher.replicas):
             if not teacher.has(shard, replica):
                 continue
             seen = ids
             if replica is not None and teacher.view is not None:
-                seen = read_masked(teacher.view, where, ids[None], replica).input_ids[0]
-            target = read_targets(teacher, where, replica).example(ids, seen, replica)
+                seen = read_masked(teacher.view, places, ids[None], replica).input_ids[0]
+            target = read_targets(teacher, places, replica).example(ids, seen, replica)
             if target is not None:
                 yield target
 
@@ -390,10 +390,10 @@ def write_manifest(store: Store) -> None:
         if Cache(store).rolled_up == {key: before.get(key) for key in ROLLED_UP}:
             return
     version = max(FORMAT_VERSION, before[VERSION])
-    kept = {key: before[key] for key in KEPT if key in before}
-    store.replace(MANIFEST, seal(kept, version))
+    journal = {key: before[key] for key in JOURNAL_KEYS if key in before}
+    store.replace(MANIFEST, seal(journal, version))
     cache = Cache(store)
-    needed = (teacher.info.format_version for teacher in cache.teachers.values())
-    version = max([version, version_of(cache.corpus.info["config"]), *needed])
+    versions = (teacher.info.format_version for teacher in cache.teachers.values())
+    version = max([version, version_of(cache.corpus.info["config"]), *versions])
     write_card(store, cache.corpus, cache.teachers, version)  # before what says that all is done
-    store.replace(MANIFEST, seal(cache.rolled_up | kept, version))
+    store.replace(MANIFEST, seal(cache.rolled_up | journal, version))

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-_NEAR = 0.6  # share of two names' letters that they must have in common, in order
+_SIMILARITY = 0.6  # share of two names' letters that they must have in common, in order
 
 
 class RekindleError(Exception):
@@ -37,11 +37,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown ``name``: the nearest of the ``known`` ones,
     ignoring case, or one that begins with it; "" if none is near.
     """
-    plain = {one.casefold(): one for one in known}
+    by_lowercase = {one.casefold(): one for one in known}
     given = name.casefold()
-    nearest = difflib.get_close_matches(given, plain, n=1, cutoff=_NEAR)
-    nearest = nearest or [one for one in plain if len(given) > 2 and one.startswith(given)]
-    return f"; did you mean {plain[nearest[0]]!r}?" if nearest else ""
+    nearest = difflib.get_close_matches(given, by_lowercase, n=1, cutoff=_SIMILARITY)
+    nearest = nearest or [one for one in by_lowercase if len(given) > 2 and one.startswith(given)]
+    return f"; did you mean {by_lowercase[nearest[0]]!r}?" if nearest else ""
 
 
 def first_words(error: BaseException, limit: int = 300) -> str:
@@ -51,19 +51,19 @@ def first_words(error: BaseException, limit: int = 300) -> str:
     """
     text = str(error).strip()
     first, _, more = text.partition("\n")
-    told = " ".join(text.split()) if first.rstrip().endswith(":") else first.strip()
-    if told.endswith("(") and more:
-        told = f"{told} … {more.splitlines()[-1].strip()}"
-    return told if len(told) <= limit else f"{told[: limit - 2]} …"
+    words = " ".join(text.split()) if first.rstrip().endswith(":") else first.strip()
+    if words.endswith("(") and more:
+        words = f"{words} … {more.splitlines()[-1].strip()}"
+    return words if len(words) <= limit else f"{words[: limit - 2]} …"
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Put ``what`` is wrong (a stage, a student, a key) before the message of an InputError."""
+def naming(subject: str) -> Iterator[None]:
+    """Put ``subject`` is wrong (a stage, a student, a key) before the message of an InputError."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from None
+        raise InputError(f"{subject}: {error}") from None
 
 
 class CacheError(RekindleError):
@@ -91,8 +91,8 @@ class CheckpointError(RekindleError):
 
 
 @contextmanager
-def unusable(told: str, *causes: type[Exception], advice: str = "") -> Iterator[None]:
-    """Turn ``causes`` into a CacheFormatError: what is ``told`` of a file, the cause, the advice.
+def unusable(message: str, *causes: type[Exception], advice: str = "") -> Iterator[None]:
+    """Turn ``causes`` into a CacheFormatError: ``message`` about a file, the cause, the advice.
 
     For a missing file the cause is left out.
     """
@@ -101,4 +101,4 @@ def unusable(told: str, *causes: type[Exception], advice: str = "") -> Iterator[
     except causes as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "" if missing else ": " + " ".join(str(error).split())
-        raise CacheFormatError(f"{told}{reason}{advice}") from None
+        raise CacheFormatError(f"{message}{reason}{advice}") from None

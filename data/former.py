@@ -16,7 +16,7 @@ S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
-class Formerly:
+class FormerDefault:
     """Marks a key whose default used to be ``value``: work begun with that default keeps it."""
 
     value: object
@@ -30,15 +30,15 @@ def with_defaults(section: type[Settings], recorded: Mapping[str, Any]) -> dict[
     try:
         return parse_settings(section, recorded).model_dump(mode="json", by_alias=True)
     except InputError:
-        found = dict(recorded)
+        values = dict(recorded)
     for name, field in section.model_fields.items():
-        key, inside = field.alias or name, sections_in(field.annotation)
-        if key not in found and not field.is_required():
-            default = field.get_default(call_default_factory=True, validated_data=found)
-            found[key] = to_jsonable_python(default, by_alias=True)
-        elif len(inside) == 1:
-            found[key] = _each(inside[0], found.get(key))
-    return found
+        key, sections = field.alias or name, sections_in(field.annotation)
+        if key not in values and not field.is_required():
+            default = field.get_default(call_default_factory=True, validated_data=values)
+            values[key] = to_jsonable_python(default, by_alias=True)
+        elif len(sections) == 1:
+            values[key] = _each(sections[0], values.get(key))
+    return values
 
 
 def with_every_key(section: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,26 +54,29 @@ def _each(section: type[Settings], value: object) -> object:
     return with_defaults(section, value) if isinstance(value, Mapping) else value
 
 
-def as_begun(config: S, recorded: Mapping[str, Any], where: str = "", say: bool = True) -> S:
+def with_recorded_defaults(
+    config: S, recorded: Mapping[str, Any], prefix: str = "", log_changes: bool = True
+) -> S:
     """Return ``config`` with the former default of every key that it does not give, if that default
-    is ``recorded``; ``say`` so in a line each. ``where``: the section's own key, for the line.
+    is ``recorded``; with ``log_changes`` a line says so of each. ``prefix``: the section's own key,
+    for the line.
     """
     changed: dict[str, object] = {}
     for name, field in type(config).model_fields.items():
         key, value = field.alias or name, getattr(config, name)
-        path, there = f"{where}{key}", recorded.get(key)
-        if isinstance(value, Settings) and isinstance(there, Mapping):
-            begun = as_begun(value, there, f"{path}.", say)
-            changed |= {} if begun is value else {name: begun}
-        given = name in config.model_fields_set
-        for mark in [] if given else field.metadata:
-            if isinstance(mark, Formerly) and there == mark.value != value:
-                changed[name] = there
-                if say:
+        path, recorded_value = f"{prefix}{key}", recorded.get(key)
+        if isinstance(value, Settings) and isinstance(recorded_value, Mapping):
+            section = with_recorded_defaults(value, recorded_value, f"{path}.", log_changes)
+            changed |= {} if section is value else {name: section}
+        is_given = name in config.model_fields_set
+        for mark in [] if is_given else field.metadata:
+            if isinstance(mark, FormerDefault) and recorded_value == mark.value != value:
+                changed[name] = recorded_value
+                if log_changes:
                     log.info(
                         "%s is not given: %s is used, as when it was begun (now %s)",
                         path,
-                        there,
+                        recorded_value,
                         value,
                     )
     return config.model_copy(update=changed) if changed else config

@@ -24,7 +24,7 @@ from rekindle.data.targets.head import HEAD_FILES, read_head
 from rekindle.data.targets.reading.files import read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 
-NEEDED = {
+REQUIRED_FILES = {
     "corpus": {"corpus.json", "tokenizer.json"},
     "views": {"view.json"},
     "targets": {"teacher.json"},
@@ -61,7 +61,7 @@ def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:
     """
     damaged: dict[str, CacheFormatError] = {}
 
-    def hold(name: str, read: Callable[[], object]) -> None:
+    def check(name: str, read: Callable[[], object]) -> None:
         try:
             read()
         except FileNotFoundError:
@@ -72,14 +72,14 @@ def damaged_descriptions(store: Store) -> dict[str, CacheFormatError]:
             damaged[name] = error
 
     if store.exists(MANIFEST):
-        hold(MANIFEST, partial(read_journal, store))
+        check(MANIFEST, partial(read_journal, store))
     for name in descriptions(store):
         if name != TOKENIZER_FILES:
-            hold(name, partial(read_sealed, store, name))
+            check(name, partial(read_sealed, store, name))
     for folder in target_folders(store):
         # Without a sound head.json a matrix is unfinished, or cannot be judged.
         if {*HEAD_FILES} <= {*store.names(folder)} and f"{folder}/head.json" not in damaged:
-            hold(f"{folder}/head.safetensors", partial(read_head, store, folder))
+            check(f"{folder}/head.safetensors", partial(read_head, store, folder))
     return damaged | damaged_tokenizer_files(store)
 
 
@@ -94,11 +94,11 @@ def lost_descriptions(store: Store) -> dict[str, CacheFormatError]:
         if not store.names(f"{shards.folder}/commits"):
             continue
         names = {*store.names(shards.folder)}
-        wanted = NEEDED[shards.folder.partition("/")[0]]
-        with_head = wanted | {*HEAD_FILES} if names & {*HEAD_FILES} else wanted
+        required = REQUIRED_FILES[shards.folder.partition("/")[0]]
+        with_head = required | {*HEAD_FILES} if names & {*HEAD_FILES} else required
         for name in sorted(with_head - names):
-            where = f"{shards.folder}/{name}"
-            lost[where] = CacheFormatError(f"{store.location}/{where} is missing. {REPAIR}")
+            path = f"{shards.folder}/{name}"
+            lost[path] = CacheFormatError(f"{store.location}/{path} is missing. {REPAIR}")
     return lost
 
 
@@ -113,8 +113,8 @@ def is_imported(store: Store, name: str) -> bool:
     """Return whether the teacher is imported, as far as anything sound says so."""
     with suppress(CacheError):
         return read_teacher(store, name).imported is not None
-    stated = stated_by_shards(store, name)
-    return stated is not None and stated.imported is not None
+    info = stated_by_shards(store, name)
+    return info is not None and info.imported is not None
 
 
 def stated_by_shards(store: Store, name: str) -> TeacherInfo | None:
@@ -139,9 +139,9 @@ def orphans(shards: ShardSet) -> list[str]:
     Raises CacheFormatError while a commit record is damaged: the files it named would look like
     orphans.
     """
-    named = {commit.path.removeprefix("data/") for commit in shards.committed().records()}
+    recorded = {commit.path.removeprefix("data/") for commit in shards.committed().records()}
     present = shards.store.names(f"{shards.folder}/data")
-    return [f"{shards.folder}/data/{name}" for name in present if name not in named]
+    return [f"{shards.folder}/data/{name}" for name in present if name not in recorded]
 
 
 def collect_garbage(store: Store, older_than: float, dry_run: bool = False) -> dict[str, int]:

@@ -32,9 +32,10 @@ from rekindle.data.targets.schema import TeacherInfo, TeacherName
 
 log = logging.getLogger("rekindle")
 
-KEPT = ("change", "renamed", "removed")  # keys of cache.json that cannot be rebuilt from the rest
+# keys of cache.json that cannot be rebuilt from the rest
+JOURNAL_KEYS = ("change", "renamed", "removed")
 Action = Literal["remove", "rename", "transcode"]
-DOING = {"remove": "being removed", "rename": "being renamed", "transcode": "being transcoded"}
+PASSIVE = {"remove": "being removed", "rename": "being renamed", "transcode": "being transcoded"}
 
 
 class Change(Settings):
@@ -52,16 +53,17 @@ class Change(Settings):
     @model_validator(mode="after")
     def _is_one(self) -> "Change":
         folder = f"targets/{self.teacher}"
-        own = all(f"{one}/".startswith(f"{folder}/") and ".." not in one for one in self.sets)
-        transcoded = self.action == "transcode"
-        if not own or bool(self.sets) != transcoded or (self.phase == "placing" and not transcoded):
+        is_inside = all(f"{one}/".startswith(f"{folder}/") and ".." not in one for one in self.sets)
+        is_transcoding = self.action == "transcode"
+        fits = bool(self.sets) == is_transcoding and (is_transcoding or self.phase != "placing")
+        if not is_inside or not fits:
             raise ValueError(f"a change of {folder} cannot be like that")
         if (self.to is None) != (self.action == "remove") or self.to == self.teacher:
             raise ValueError(f"{self.action} cannot have this goal: {self.to!r}")
         return self
 
     @property
-    def asked(self) -> tuple[Action, str, str | None]:
+    def request(self) -> tuple[Action, str, str | None]:
         """Return what was asked for."""
         return self.action, self.teacher, self.to
 
@@ -80,10 +82,10 @@ class Change(Settings):
         words += [self.to] if self.to else ["--yes"]
         return f"`{shlex.join(words)}`"
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return what is under way."""
         to = {"rename": f" to {self.to!r}", "transcode": f" to the {self.to} codec"}
-        return f"teacher {self.teacher!r} is {DOING[self.action]}{to.get(self.action, '')}"
+        return f"teacher {self.teacher!r} is {PASSIVE[self.action]}{to.get(self.action, '')}"
 
 
 class Journal(Settings):
@@ -93,15 +95,15 @@ class Journal(Settings):
     renamed: dict[str, str] = Field({}, description="a former name -> its new name")
     removed: tuple[str, ...] = ()
 
-    def name_now(self, name: str, there: Container[str]) -> str | None:
+    def current_name(self, name: str, present: Container[str]) -> str | None:
         """Return the present name of a renamed teacher; None if it was not renamed, or
         was removed.
         """
         seen = set[str]()
-        while name not in there and name in self.renamed and name not in seen:
+        while name not in present and name in self.renamed and name not in seen:
             seen.add(name)
             name = self.renamed[name]
-        return name if seen and name in there else None
+        return name if seen and name in present else None
 
     def after(self, change: Change) -> "Journal":
         """Return the same with what to remember of ``change``, which is under way."""
@@ -129,14 +131,16 @@ def read_journal(store: Store) -> Journal:
 def journal_in(manifest: Mapping[str, Any], store: Store) -> Journal:
     """Return a manifest's journal; raise CacheFormatError if it is invalid."""
     with unusable(f"{store.location}/{MANIFEST} is damaged", InputError, advice=f". {REPAIR}"):
-        return parse_settings(Journal, {key: manifest[key] for key in KEPT if key in manifest})
+        return parse_settings(
+            Journal, {key: manifest[key] for key in JOURNAL_KEYS if key in manifest}
+        )
 
 
-def note(store: Store, journal: Journal) -> None:
+def write_journal(store: Store, journal: Journal) -> None:
     """Record how far its change has got."""
-    rest = {key: value for key, value in read_manifest(store).items() if key not in KEPT}
+    others = {key: value for key, value in read_manifest(store).items() if key not in JOURNAL_KEYS}
     version = max(CHANGING, journal.change.version if journal.change else 0)
-    store.replace(MANIFEST, seal(rest | journal.as_json(), version))
+    store.replace(MANIFEST, seal(others | journal.as_json(), version))
 
 
 def read_with_overlay(store: Store) -> dict[str, Any]:
@@ -149,11 +153,11 @@ def read_with_overlay(store: Store) -> dict[str, Any]:
     return manifest
 
 
-def tell_changing(manifest: Mapping[str, Any], store: Store) -> None:
+def log_change(manifest: Mapping[str, Any], store: Store) -> None:
     """Log that a change is under way, and which state is shown."""
     if (change := journal_in(manifest, store).change) is not None:
         state = "before" if change.phase == "making" else "after"
-        log.info("%s: %s; it is shown as it is %s that", store.location, change.told(), state)
+        log.info("%s: %s; it is shown as it is %s that", store.location, change.describe(), state)
 
 
 def refuse_changing(store: Store) -> None:
@@ -171,27 +175,28 @@ def refuse_changing(store: Store) -> None:
 @contextmanager
 def adding(store: Store) -> Iterator[bool | None]:
     """Yield ``store.working()``, for a cache without a change under way."""
-    with store.working() as alone:
+    with store.working() as is_alone:
         refuse_changing(store)
-        yield alone
+        yield is_alone
 
 
-def refuse_renamed(store: Store, wanted: Iterable[TeacherInfo]) -> None:
+def refuse_renamed(store: Store, teachers: Iterable[TeacherInfo]) -> None:
     """Raise InputError for a teacher of the run file that was renamed in this cache: it would be
     run, and stored, twice. Log if a removed teacher is made again.
     """
-    journal, there = read_journal(store), store.folders("targets")
-    for info in wanted:
-        if info.name in there:
+    journal, present = read_journal(store), store.folders("targets")
+    for info in teachers:
+        if info.name in present:
             continue
-        if now := journal.name_now(info.name, there):
-            present = read_teacher(store, now).model_copy(update={"name": info.name})
-            if present.identity_of_model() == info.identity_of_model():
+        if current := journal.current_name(info.name, present):
+            existing = read_teacher(store, current).model_copy(update={"name": info.name})
+            if existing.identity_of_model() == info.identity_of_model():
                 raise InputError(
-                    f"teacher {info.name!r} was renamed to {now!r} in {store.location}, where its "
-                    f"targets are: call it {now!r} in the run file or command (or give it its "
-                    f"name back: `pipeline teachers {shlex.quote(store.location)} --rename {now} "
-                    f"{info.name}`). To cache the same model twice, give this one a third name"
+                    f"teacher {info.name!r} was renamed to {current!r} in {store.location}, "
+                    f"where its targets are: call it {current!r} in the run file or command (or "
+                    "give it its name back: `pipeline teachers "
+                    f"{shlex.quote(store.location)} --rename {current} {info.name}`). To cache the "
+                    "same model twice, give this one a third name"
                 )
         elif info.name in journal.removed:
             log.info("teacher %s was removed from this cache; it is cached again", info.name)
@@ -201,19 +206,21 @@ def unfinished(change: Change, store: Store) -> str:
     """Return what is under way, and how to end it."""
     give_up = f"; `pipeline gc {shlex.quote(store.location)} --older-than 0` abandons it"
     return (
-        f"{change.told()}, or that was interrupted. Run {change.command(store.location)} (again) "
-        f"first{give_up * (change.phase == 'making')}"
+        f"{change.describe()}, or that was interrupted. Run {change.command(store.location)} "
+        f"(again) first{give_up * (change.phase == 'making')}"
     )
 
 
-def what_became(manifest: Mapping[str, Any], store: Store, name: str, there: Container[str]) -> str:
+def explain_missing(
+    manifest: Mapping[str, Any], store: Store, name: str, present: Container[str]
+) -> str:
     """Return a sentence on a teacher that is no longer there; "" if nothing is known of it."""
-    journal, place = journal_in(manifest, store), shlex.quote(store.location)
-    if now := journal.name_now(name, there):
+    journal, location = journal_in(manifest, store), shlex.quote(store.location)
+    if current := journal.current_name(name, present):
         return (
-            f" Teacher {name!r} was renamed to {now!r}: use {now!r} instead. A run that was begun "
-            f"with the old name continues once `pipeline teachers {place} --rename {now} {name}` "
-            "has given it back"
+            f" Teacher {name!r} was renamed to {current!r}: use {current!r} instead. A run that "
+            f"was begun with the old name continues once `pipeline teachers {location} --rename "
+            f"{current} {name}` has given it back"
         )
     if name in journal.removed or name in journal.renamed:
         return (

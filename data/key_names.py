@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-_OTHERS: Mapping[str, tuple[str, ...]] = {
+_ALIASES: Mapping[str, tuple[str, ...]] = {
     "learning_rate": ("lr", "max_lr", "peak_lr"),
     "weight_decay": ("wd", "decay", "l2"),
     "batch_size": ("bs", "batch", "batchsize", "train_batch_size", "per_device_train_batch_size"),
@@ -30,7 +30,7 @@ _OTHERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def called_otherwise(name: str, known: Collection[str]) -> list[str]:
+def keys_with_alias(name: str, known: Collection[str]) -> list[str]:
     """Return the ``known`` keys that other libraries call ``name``."""
     plain = name.casefold().replace("-", "_")
-    return [key for key in known if plain == key or plain in _OTHERS.get(key, ())]
+    return [key for key in known if plain == key or plain in _ALIASES.get(key, ())]

@@ -16,33 +16,33 @@ from rekindle.data.storage.cuts import Place, cut_lengths, pad_cuts
 Tokens = NDArray[np.int32]
 
 
-def read_types(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
-    """Read the segments of the sequences ``where`` [B,S], 0 at padding; None if the corpus has no
+def read_types(corpus: Corpus, places: Sequence[Place]) -> Tokens | None:
+    """Read the segments of the sequences ``places`` [B,S], 0 at padding; None if the corpus has no
     pairs.
     """
     if not corpus.has_pairs:
         return None
-    cuts = [corpus.cut(place) for place in where]
+    cuts = [corpus.cut(place) for place in places]
     return pad_cuts(cuts, cut_lengths(cuts), TOKEN_TYPES, 0)
 
 
-def read_trained(corpus: Corpus, where: Sequence[Place]) -> NDArray[np.bool_] | None:
-    """Read which tokens of the sequences ``where`` are trained [B,S]; None if all are."""
+def read_trained(corpus: Corpus, places: Sequence[Place]) -> NDArray[np.bool_] | None:
+    """Read which tokens of the sequences ``places`` are trained [B,S]; None if all are."""
     if not corpus.has_trained:
         return None
-    cuts = [corpus.cut(place) for place in where]
+    cuts = [corpus.cut(place) for place in places]
     return pad_cuts(cuts, cut_lengths(cuts), TRAINED, 0).astype(np.bool_)
 
 
-def read_documents(corpus: Corpus, where: Sequence[Place]) -> Tokens | None:
+def read_documents(corpus: Corpus, places: Sequence[Place]) -> Tokens | None:
     """Read the document of its sequence that each token belongs to [B,S], from 0, −1 at padding;
-    None if each of the sequences ``where`` has one document.
+    None if each of the sequences ``places`` has one document.
     """
     if not corpus.is_packed:
         return None
-    cuts = [corpus.cut(place) for place in where]
-    found = pad_cuts(cuts, cut_lengths(cuts), DOCUMENTS, -1)
-    return found if (found > 0).any() else None
+    cuts = [corpus.cut(place) for place in places]
+    numbers = pad_cuts(cuts, cut_lengths(cuts), DOCUMENTS, -1)
+    return numbers if (numbers > 0).any() else None
 
 
 class Marks(TypedDict):
@@ -53,10 +53,10 @@ class Marks(TypedDict):
     document_numbers: Tokens | None
 
 
-def read_marks(corpus: Corpus, where: Sequence[Place]) -> Marks:
-    """Read the marks that the sequences ``where`` [B] have."""
+def read_marks(corpus: Corpus, places: Sequence[Place]) -> Marks:
+    """Read the marks that the sequences ``places`` [B] have."""
     return {
-        "token_types": read_types(corpus, where),
-        "trained": read_trained(corpus, where),
-        "document_numbers": read_documents(corpus, where),
+        "token_types": read_types(corpus, places),
+        "trained": read_trained(corpus, places),
+        "document_numbers": read_documents(corpus, places),
     }

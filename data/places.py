@@ -27,9 +27,9 @@ def expanded(place: str) -> str:
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        if told := os.environ.get(name):
-            return told
-        state = "is not set" if told is None else "is empty"
+        if value_set := os.environ.get(name):
+            return value_set
+        state = "is not set" if value_set is None else "is empty"
         raise InputError(
             f"the environment variable {name} of {place!r} {state}; set it, write the path out, "
             "or, if that is its literal name, make that folder first"
@@ -55,10 +55,10 @@ def address_of(path: Path) -> str | None:
     A command line turns addresses into paths, which merge two slashes into one. A folder of that
     literal name is meant if there is one.
     """
-    found = _ADDRESS.fullmatch(str(path))
-    if found is None or found[1] == "file" or os.path.lexists(f"{found[1]}:"):
+    match = _ADDRESS.fullmatch(str(path))
+    if match is None or match[1] == "file" or os.path.lexists(f"{match[1]}:"):
         return None
-    return f"{found[1]}://{found[2]}"
+    return f"{match[1]}://{match[2]}"
 
 
 def same_place(one: object, other: object) -> bool:
@@ -79,6 +79,8 @@ def home() -> Path:
     """Return ``$REKINDLE_HOME``, or ``$XDG_CACHE_HOME/rekindle``, or ``~/.cache/rekindle``: where
     models that are made once are kept.
     """
-    own, shared = os.environ.get("REKINDLE_HOME"), os.environ.get("XDG_CACHE_HOME")
-    path = Path(own) if own else (Path(shared) if shared else Path("~/.cache")) / "rekindle"
+    if own_folder := os.environ.get("REKINDLE_HOME"):
+        path = Path(own_folder)
+    else:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rekindle"
     return Path(os.path.abspath(path.expanduser()))

@@ -38,14 +38,14 @@ def roll_up(
 
 def check_roll_up(manifest: Mapping[str, object], corpus: Corpus) -> None:
     """Raise CacheMismatchError if the manifest describes another corpus than the one beside it."""
-    stated = manifest.get("corpus") or {}
-    assert isinstance(stated, dict)  # see ``read_manifest``
-    if not stated:
+    recorded = manifest.get("corpus") or {}
+    assert isinstance(recorded, dict)  # see ``read_manifest``
+    if not recorded:
         return
     # The corpus may have grown since the roll-up was written.
-    shards = corpus.shards_of(int(stated.get("sequences", -1)))
-    known = shards is not None and corpus.fingerprint_of(shards) == stated["fingerprint"]
-    if not known or stated.get("tokenizer") != str(corpus.info["tokenizer"]["digest"]):
+    shards = corpus.shards_of(int(recorded.get("sequences", -1)))
+    is_same = shards is not None and corpus.fingerprint_of(shards) == recorded["fingerprint"]
+    if not is_same or recorded.get("tokenizer") != str(corpus.info["tokenizer"]["digest"]):
         raise CacheMismatchError(
             f"{corpus.store.location}: {MANIFEST} describes another corpus than the one in "
             "corpus/. If shards were copied by hand, copy the whole cache; otherwise delete "

@@ -22,32 +22,34 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.key_names import called_otherwise
+from rekindle.data.key_names import keys_with_alias
 from rekindle.data.places import expanded
 
 S = TypeVar("S", bound="Settings")
 T = TypeVar("T")
 
 
-def _named(place: str) -> str:
+def _check_named(place: str) -> str:
     """Return the place; raise ValueError if it is empty, which would mean the current folder."""
     if not place.strip() or "\0" in place:
         raise ValueError("must name a file, a folder or an id; give one, or leave the key out")
     return expanded(place)
 
 
-Place = Annotated[str, AfterValidator(_named)]  # in a configuration
-PlaceOrNone = Annotated[str, AfterValidator(lambda place: place and _named(place))]  # "": left out
+Place = Annotated[str, AfterValidator(_check_named)]  # in a configuration
+PlaceOrNone = Annotated[
+    str, AfterValidator(lambda place: place and _check_named(place))
+]  # "": left out
 
 
-def in_list(value: object) -> object:
+def as_list(value: object) -> object:
     """Return a single text as a list of one; other values unchanged."""
     return [value] if isinstance(value, str) else value
 
 
 # A list of names; a single one may be given alone.
 Names = Annotated[
-    tuple[str, ...], BeforeValidator(in_list, json_schema_input_type=str | tuple[str, ...])
+    tuple[str, ...], BeforeValidator(as_list, json_schema_input_type=str | tuple[str, ...])
 ]
 
 
@@ -63,8 +65,8 @@ def with_gguf_file(values: object) -> object:
         return values  # pydantic says which of them is not text
     if not file.lower().endswith(".gguf") or "/" in file:
         raise ValueError(f"gguf_file {file!r}: give the name of a file in model that ends in .gguf")
-    kept = {name: value for name, value in values.items() if name != "gguf_file"}
-    return kept | {"model": f"{model.rstrip('/')}/{file}"}
+    others = {name: value for name, value in values.items() if name != "gguf_file"}
+    return others | {"model": f"{model.rstrip('/')}/{file}"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+    def _normalise(cls, value: object, info: ValidationInfo) -> object:
         choices = _choices(cls.model_fields[info.field_name or ""].annotation)
         if value is None and not choices & {NoneType, object, Any, int, float, bool, str}:
             return next((empty for kind, empty in _EMPTY if kind in _kinds(choices)), None)
@@ -147,18 +149,18 @@ def free_keys(section: Settings) -> Iterator[str]:
         marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
         if any(not mark.unless or not getattr(section, mark.unless) for mark in marks):
             yield key
-        several = value if isinstance(value, tuple) else ()
-        inside = {key: value} | {f"{key}.{number}": one for number, one in enumerate(several)}
-        for where, one in inside.items():
+        items = value if isinstance(value, tuple) else ()
+        values = {key: value} | {f"{key}.{number}": one for number, one in enumerate(items)}
+        for prefix, one in values.items():
             if isinstance(one, Settings):
-                yield from (f"{where}.{below}" for below in free_keys(one))
+                yield from (f"{prefix}.{below}" for below in free_keys(one))
 
 
-def parse_settings(section: type[S], values: object, where: str = "") -> S:
+def parse_settings(section: type[S], values: object, label: str = "") -> S:
     """Validate ``values`` (a mapping) into ``section``.
 
     Raises InputError with one line per problem: the key's full path, the rule it breaks, and for an
-    unknown key the nearest known one. ``where`` (such as a file's name) is put before the lines.
+    unknown key the nearest known one. ``label`` (such as a file's name) is put before the lines.
     """
     try:
         return section.model_validate(values)
@@ -169,9 +171,9 @@ def parse_settings(section: type[S], values: object, where: str = "") -> S:
             if found["type"] != "default_factory_not_called"  # a consequence of another problem
         ]
         # A value that may be a number or a section fails as both; the problem inside it says more.
-        told = [p for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)]
-        lead = f"{where}: " if where else ""
-        raise InputError(lead + "; ".join(_messages(told))) from None
+        innermost = [p for p in problems if not any(_is_inside(o.keys, p.keys) for o in problems)]
+        lead = f"{label}: " if label else ""
+        raise InputError(lead + "; ".join(_messages(innermost))) from None
 
 
 # Replaces messages that name pydantic's or Python's classes.
@@ -185,7 +187,7 @@ _RULES = {
 }
 
 
-def _shown(given: object) -> str:
+def _show_given(given: object) -> str:
     if given is None:
         return "nothing; give a value, or leave the key out"
     text = repr(given)
@@ -203,13 +205,13 @@ def _messages(problems: Iterable[_Problem]) -> Iterator[str]:
     """Yield one message per problem; a single one for a value that breaks the rules of several
     types.
     """
-    alike: dict[tuple[str, str], list[str]] = {}
+    rules_by_value: dict[tuple[str, str], list[str]] = {}
     for one in problems:
-        alike.setdefault((one.lead, one.given), []).append(one.rule)
-    for (lead, given), rules in alike.items():
+        rules_by_value.setdefault((one.lead, one.given), []).append(one.rule)
+    for (lead, given), rules in rules_by_value.items():
         first, *others = dict.fromkeys(rules)
-        more = [rule.removeprefix("Input should be ") for rule in others]
-        yield f"{lead}{', or '.join([first, *more])}{given}"
+        others_short = [rule.removeprefix("Input should be ") for rule in others]
+        yield f"{lead}{', or '.join([first, *others_short])}{given}"
 
 
 def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
@@ -218,23 +220,24 @@ def _problem(section: type[BaseModel], found: ErrorDetails) -> _Problem:
     if not unknown:
         given = found.get("input")
         null = "; null means none" * _means_null(section, found)
-        shown = "" if isinstance(given, dict | list | tuple) else f" (given: {_shown(given)}{null})"
+        is_long = isinstance(given, dict | list | tuple)
+        shown = "" if is_long else f" (given: {_show_given(given)}{null})"
         rule = _RULES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
         if found["type"] == "missing":
-            rule += _described(section, found)
+            rule += _description_of(section, found)
         return _Problem(keys, f"{'.'.join(keys) or 'the configuration'}: ", rule, shown)
     keys += (str(found["loc"][-1]),)
     known = sorted({key for section in sections for key in _fields(section)})
-    told = f"unknown key {'.'.join(keys)!r}{_meant(keys[-1], known, sections)}"
-    return _Problem(keys, told, f" (known here: {', '.join(known)})")
+    lead = f"unknown key {'.'.join(keys)!r}{_suggest_key(keys[-1], known, sections)}"
+    return _Problem(keys, lead, f" (known here: {', '.join(known)})")
 
 
-def _described(section: type[BaseModel], found: ErrorDetails) -> str:
+def _description_of(section: type[BaseModel], found: ErrorDetails) -> str:
     """Return a key's description, in brackets."""
-    *above, name = found["loc"]
-    fields = [_fields(inside).get(str(name)) for inside in _walk(section, tuple(above))[1]]
-    told = [one.description for one in fields if one is not None and one.description]
-    return f" ({told[0]})" if told else ""
+    *parents, name = found["loc"]
+    fields = [_fields(inside).get(str(name)) for inside in _walk(section, tuple(parents))[1]]
+    descriptions = [one.description for one in fields if one is not None and one.description]
+    return f" ({descriptions[0]})" if descriptions else ""
 
 
 def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:
@@ -250,14 +253,14 @@ def _means_null(section: type[BaseModel], found: ErrorDetails) -> bool:
     return False
 
 
-def _meant(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:
+def _suggest_key(name: str, known: list[str], sections: list[type[BaseModel]]) -> str:
     """Return the end of a message about an unknown key: its name here, where it belongs, or the
     nearest one.
     """
-    if here := called_otherwise(name, known):
-        return f"; it is called {' or '.join(map(repr, here))} here"
-    if below := [key for section in sections for key in keys_called(section, name)]:
-        return f"; did you mean {' or '.join(map(repr, below))}?"
+    if own_names := keys_with_alias(name, known):
+        return f"; it is called {' or '.join(map(repr, own_names))} here"
+    if nested := [key for section in sections for key in keys_called(section, name)]:
+        return f"; did you mean {' or '.join(map(repr, nested))}?"
     return did_you_mean(name, known)
 
 
@@ -266,7 +269,7 @@ def keys_called(section: type[BaseModel], name: str) -> list[str]:
     libraries: the least deep ones. For a list, the key in its first item.
     """
     plain = name.replace("-", "_")
-    exact, others = ({plain}.intersection, partial(called_otherwise, plain))
+    exact, others = ({plain}.intersection, partial(keys_with_alias, plain))
     return _shallowest(section, exact) or _shallowest(section, others)
 
 
@@ -276,8 +279,8 @@ def _shallowest(
     level: list[tuple[str, type[BaseModel]]] = [("", section)]
     seen: set[type[BaseModel]] = set()
     while level:
-        if found := [path + key for path, one in level for key in choose(_fields(one))]:
-            return list(dict.fromkeys(found))
+        if keys := [path + key for path, one in level for key in choose(_fields(one))]:
+            return list(dict.fromkeys(keys))
         seen |= {one for _, one in level}
         level = [
             (f"{path}{key}." + "0." * (tuple in _kinds(_choices(field.annotation))), inner)
@@ -302,16 +305,19 @@ def _walk(
     section: type[BaseModel], location: tuple[int | str, ...]
 ) -> tuple[tuple[str, ...], list[type[BaseModel]]]:
     """Return the keys on the way to pydantic's ``location``, and the sections possible there."""
-    here: list[type[BaseModel]] = [section]
+    sections: list[type[BaseModel]] = [section]
     keys: list[str] = []
     for part in location:
-        fields = [f for s in here for name, f in s.model_fields.items() if part in (name, f.alias)]
+        fields = [
+            f for s in sections for name, f in s.model_fields.items() if part in (name, f.alias)
+        ]
         if fields or isinstance(part, int):
             keys.append(str(part))
-            here = [s for f in fields for s in sections_in(f.annotation)] if fields else here
+            if fields:
+                sections = [s for f in fields for s in sections_in(f.annotation)]
         else:  # it names a member of a union, which is not a key
-            here = [s for s in here if s.__name__ == part] or here
-    return tuple(keys), here
+            sections = [s for s in sections if s.__name__ == part] or sections
+    return tuple(keys), sections
 
 
 def sections_in(annotation: object) -> list[type[Any]]:

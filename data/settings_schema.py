@@ -18,11 +18,11 @@ Schema = dict[str, Any]
 
 def one_or_many(schema: Schema) -> None:
     """Let the single item of a list stand alone as well: for ``json_schema_extra``."""
-    listed = {key: schema.pop(key) for key in [*schema] if key in _OF_LISTS}
-    schema["anyOf"] = [listed["items"], listed]
+    list_schema = {key: schema.pop(key) for key in [*schema] if key in _LIST_KEYS}
+    schema["anyOf"] = [list_schema["items"], list_schema]
 
 
-_OF_LISTS = ("type", "items", "minItems", "maxItems")
+_LIST_KEYS = ("type", "items", "minItems", "maxItems")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class KeysOf:
     def __get_pydantic_json_schema__(
         self, core_schema: Any, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        whole = handler.resolve_ref_schema(handler(self.section.__pydantic_core_schema__))
-        keys: Schema = {**whole["properties"]}
+        schema = handler.resolve_ref_schema(handler(self.section.__pydantic_core_schema__))
+        keys: Schema = {**schema["properties"]}
         if self.lists:
             keys = {key: {"type": "array", "items": one} for key, one in keys.items()}
         return {"type": "object", "properties": keys, "additionalProperties": False}
@@ -55,30 +55,30 @@ class _Generator(GenerateJsonSchema):
 
     def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
         found = super().generate(schema, mode)
-        _mend(found)
+        _adapt(found)
         return found
 
 
-def _mend(schema: Any) -> None:
+def _adapt(schema: Any) -> None:
     """Remove the titles from ``schema``, and let each key take all forms it has in files."""
     if isinstance(schema, list):
         for one in schema:
-            _mend(one)
+            _adapt(one)
     if not isinstance(schema, dict):
         return
     for one in schema.values():
-        _mend(one)
+        _adapt(one)
     _limit_lists(schema)
     for section in (schema, *schema.get("$defs", {}).values()):
         if "properties" in section:
             section.pop("title", None)
             keys = section["properties"]
-            section["properties"] = {key: _or_nothing(one) for key, one in keys.items()}
+            section["properties"] = {key: _or_null(one) for key, one in keys.items()}
             if section.get("type") == "object" and not section.get("required"):
                 section["type"] = ["object", "null"]  # a section that needs nothing may be empty
 
 
-def _or_nothing(schema: Mapping[str, Any]) -> Schema:
+def _or_null(schema: Mapping[str, Any]) -> Schema:
     """Return the schema of a key without title, with nothing for an empty section, list
     or mapping.
     """

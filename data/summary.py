@@ -9,10 +9,12 @@ from rekindle.data.targets.reading.reader import TeacherReader
 
 def summarise(corpus: Corpus, teachers: Iterable[TeacherReader]) -> str:
     """Return a line for the corpus, and one per teacher: what is stored, bytes, complete or not."""
-    end = "complete" if corpus.complete else "incomplete: the source was not read to its end"
+    completeness = (
+        "complete" if corpus.complete else "incomplete: the source was not read to its end"
+    )
     lines = [
         f"Cache({corpus.store.location!r}): {counted(len(corpus), 'sequence')}, "
-        f"{counted(corpus.tokens, 'token')}, {end}"
+        f"{counted(corpus.tokens, 'token')}, {completeness}"
     ]
     return "\n".join([*lines, *map(_line, teachers)])
 
@@ -22,6 +24,6 @@ def _line(teacher: TeacherReader) -> str:
     kept = f"{info.kind}, {teacher.kind.description}"
     if info.k is not None:
         kept = f"{info.kind}, k = {teacher.max_k or info.k}"
-    done = "complete" if teacher.coverage == 1 else f"incomplete: {teacher.coverage:.1%}"
+    coverage = "complete" if teacher.coverage == 1 else f"incomplete: {teacher.coverage:.1%}"
     maskings = f", {counted(teacher.replicas, 'masking')}" if teacher.masked else ""
-    return f"  {info.name}: {info.task}, {kept}{maskings}, {shown_bytes(teacher.bytes)}, {done}"
+    return f"  {info.name}: {info.task}, {kept}{maskings}, {shown_bytes(teacher.bytes)}, {coverage}"

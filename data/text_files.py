@@ -22,13 +22,13 @@ PACKED_SUFFIXES = (".gz", ".zst", ".bz2")
 FileState = tuple[int | str, ...] | None
 _LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 4096  # the first bytes, in which text has no NUL
-_UNPACKED = {  # unpacked while reading
+_COMPRESSIONS = {  # unpacked while reading
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
 }
 _SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2"}
-_NO_TEXT = {  # refused, with advice
+_OTHER_FORMATS = {  # refused, with advice
     b"\xfd7zXZ\x00": "is packed with xz, which is not read here; unpack it (xz -d)",
     b"PK\x03\x04": "is a zip archive; unpack it (unzip)",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive; unpack it",
@@ -47,10 +47,10 @@ def state_of(path: str | Path) -> FileState:
     if is_remote(path):
         return state_of_object(str(path))
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def is_file(path: str) -> bool:
@@ -72,16 +72,16 @@ def _refuse_pointer(path: str | Path, start: bytes) -> None:
         )
 
 
-def half_a_pair(what: str, text: str) -> str | None:
-    """Return what is wrong with ``what`` if it has half of a surrogate pair, as JSON may write one:
+def surrogate_problem(subject: str, text: str) -> str | None:
+    """Return what is wrong with ``subject`` if it has half of a surrogate pair, as JSON may write:
     it can be neither tokenized nor written.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return (
-            f"character {error.start + 1} of the {what} is half of a surrogate pair, which is not "
-            f"a Unicode character; repair the {what} where it was made"
+            f"character {error.start + 1} of the {subject} is half of a surrogate pair, which is "
+            f"not a Unicode character; repair the {subject} where it was made"
         )
     return None
 
@@ -93,7 +93,7 @@ def compression_of(path: str) -> str | None:
 
 
 def _compression(head: bytes) -> str | None:
-    return next((name for name, begin in _UNPACKED.items() if begin.match(head)), None)
+    return next((name for name, magic in _COMPRESSIONS.items() if magic.match(head)), None)
 
 
 def open_text(path: str) -> BinaryIO:
@@ -107,23 +107,23 @@ def open_text(path: str) -> BinaryIO:
         _refuse_pointer(path, head)
         compression = _compression(head)
         if compression is None:
-            _refuse(path, head)
+            _refuse_other_formats(path, head)
             return raw
         if path != STDIN and not path.lower().endswith(_SUFFIX_OF[compression]):
             log.info("%s is packed with %s, although its name does not say so", path, compression)
         stream = io.BufferedReader(pa.input_stream(raw, compression=compression))
-        _refuse(path, stream.peek(_HEAD_BYTES)[:_HEAD_BYTES])
+        _refuse_other_formats(path, stream.peek(_HEAD_BYTES)[:_HEAD_BYTES])
         return stream
     except BaseException:
         raw.close()
         raise
 
 
-def _refuse(path: str, head: bytes) -> None:
-    for begin, told in _NO_TEXT.items():
-        if head.startswith(begin):
-            raise InputError(f"{path} {told}")
-    if any(begin.match(head) for begin in _UNPACKED.values()):
+def _refuse_other_formats(path: str, head: bytes) -> None:
+    for magic, advice in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise InputError(f"{path} {advice}")
+    if any(magic.match(head) for magic in _COMPRESSIONS.values()):
         raise InputError(f"{path} is packed twice; unpack it once")
     if b"\0" in head:
         raise InputError(

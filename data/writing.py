@@ -45,7 +45,7 @@ def write_targets(
     schema = kind.schema({"shard": shard, "replica": replica})
     digests = corpus.shard(shard).table()["digest"].to_pylist()
     batches = kind.batches(schema, digests, rows, columns)
-    about = {
+    all_facts = {
         "positions": len(rows),
         "tokens": corpus.commits[shard].facts["tokens"],
         "shard": shard,
@@ -61,7 +61,7 @@ def write_targets(
         unit_of(shard, replica),
         schema,
         checksum.pass_through(batches),
-        about,
+        all_facts,
         write_options(kind),
         info.rows_per_batch,
         lambda: checksum.facts() | dict(late_facts()),
@@ -100,37 +100,39 @@ def check_same(corpus: Corpus, present: TeacherInfo, info: TeacherInfo) -> None:
 
     Targets of two models never mix under one name.
     """
-    already = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
+    lead = f"the cache {corpus.store.location} already holds a teacher {info.name!r} that"
     if present.imported and not info.imported:
         raise CacheMismatchError(
-            f"{already} was imported ({present.imported.summary()}). Nothing has to be run for it: "
+            f"{lead} was imported ({present.imported.summary()}). Nothing has to be run for it: "
             "remove it from `teachers` (train.objective may still name it), or give this one "
             "another name"
         )
     if info.imported and not present.imported:
         raise CacheMismatchError(
-            f"{already} was run ({present.model}), not imported; give these targets another name"
+            f"{lead} was run ({present.model}), not imported; give these targets another name"
         )
     if bool(info.served) != bool(present.served):
         raise CacheMismatchError(
-            f"{already} was {'served' if present.served else 'run'} ({present.model}), but this "
+            f"{lead} was {'served' if present.served else 'run'} ({present.model}), but this "
             f"one is {'served' if info.served else 'run'}; give it another name"
         )
     old, new = present.identity(), info.identity()
-    before, now = old.pop("fingerprints"), new.pop("fingerprints")
-    prints = [name for name in before | now if before.get(name) != now.get(name)]
-    changed = [f"other {' and '.join(prints)}"] if prints else []
+    old_prints, new_prints = old.pop("fingerprints"), new.pop("fingerprints")
+    changed_prints = [
+        name for name in old_prints | new_prints if old_prints.get(name) != new_prints.get(name)
+    ]
+    changed = [f"other {' and '.join(changed_prints)}"] if changed_prints else []
     changed += [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in new.items() if old.get(k) != v]
     if changed:
-        place = f"`pipeline teachers {shlex.quote(corpus.store.location)}"
-        way = "Give"
-        others = {k for k, v in new.items() if old.get(k) != v} - {"codec", "rows_per_batch"}
-        if not prints and not others and "precise" not in (present.codec, info.codec):
-            way = (
-                f"Set its targets.codec to {present.codec}, or transcode it ({place} --transcode "
+        command = f"`pipeline teachers {shlex.quote(corpus.store.location)}"
+        advice = "Give"
+        changed_keys = {k for k, v in new.items() if old.get(k) != v} - {"codec", "rows_per_batch"}
+        if not changed_prints and not changed_keys and "precise" not in (present.codec, info.codec):
+            advice = (
+                f"Set its targets.codec to {present.codec}, or transcode it ({command} --transcode "
                 f"{info.name} {info.codec}`), or give"
             )
         raise CacheMismatchError(
-            f"{already} differs from this one ({'; '.join(changed)}). {way} this one another "
-            f"name, or remove that one ({place} --remove {info.name} --yes`) to make it again"
+            f"{lead} differs from this one ({'; '.join(changed)}). {advice} this one another "
+            f"name, or remove that one ({command} --remove {info.name} --yes`) to make it again"
         )

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.packing import MAX_SHARD_SIZE
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.former import Formerly
+from rekindle.data.former import FormerDefault
 from rekindle.data.settings import Free, Place, Settings, parse_settings
 from rekindle.data.targets.schema import TeacherName
 from rekindle.data.views.masking import MaskConfig
@@ -39,7 +39,7 @@ class CacheConfig(Settings):
     path: Free[Place] = Field(
         description="local path, s3://…, gs://…; hf://datasets/OWNER/NAME to read one from a hub"
     )
-    sequences_per_shard: Annotated[int | None, Formerly(MAX_SHARD_SIZE)] = Field(
+    sequences_per_shard: Annotated[int | None, FormerDefault(MAX_SHARD_SIZE)] = Field(
         None,
         gt=0,
         description="sequences per shard, the unit of work and of what a kill can lose; null: as "

@@ -52,7 +52,7 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     """
     from rekindle.data.corpus.corpus import Corpus
     from rekindle.data.source.documents import read_documents
-    from rekindle.data.source.held_texts import Found, HeldTexts, find_held
+    from rekindle.data.source.held_texts import HeldCounts, HeldTexts, find_held
     from rekindle.data.source.left_out import LeftOut
     from rekindle.data.storage.store import open_store
 
@@ -63,14 +63,14 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
     if not removed:
         asked = {"without": tuple(map(str, tests)), "without_fields": ()}
         held = text.model_copy(update=asked).held_texts() or HeldTexts(())
-        left_out = LeftOut(held=text.held_texts())
+        left_out = LeftOut(held_texts=text.held_texts())
         fields = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
             found_texts = read_documents(text.places, *fields, group_field=text.group_field)
             documents = islice(found_texts, corpus.documents)
             found = find_held(held, (one.texts for one in documents))._asdict()
         except InputError:
-            found = dict.fromkeys(Found._fields)
+            found = dict.fromkeys(HeldCounts._fields)
     write_json(out, found | {"removed": removed})
 
 

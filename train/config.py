@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from rekindle.data.former import Formerly
-from rekindle.data.settings import Free, MayChange, Names, Settings, in_list, parse_settings
+from rekindle.data.former import FormerDefault
+from rekindle.data.settings import Free, MayChange, Names, Settings, as_list, parse_settings
 from rekindle.data.settings_schema import one_or_many
 from rekindle.kernels.divergences import skew_of
 from rekindle.train.method_names import unknown_method
@@ -27,7 +27,7 @@ MIXED = ("mixture", "uncertainty", "concatenate")
 
 
 TrackerNames = Annotated[
-    tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(in_list)
+    tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(as_list)
 ]
 SomeNames = Annotated[Names, Field(min_length=1)]
 
@@ -271,7 +271,7 @@ class TrainConfig(StepConfig):
     )
     prefetch_threads: Free[int] = Field(1, gt=0, le=64, description="threads that read ahead")
     seed: Seed = Field(0, description="seed of weights, data order and dropout")
-    checkpoint_every: Annotated[Free[Interval], Formerly(STEPS_ONCE)] = Field(
+    checkpoint_every: Annotated[Free[Interval], FormerDefault(STEPS_ONCE)] = Field(
         "5 min",
         description=(
             "a time (90 s, 5 min, 1.5 h) or a number of steps; the last step "

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from rekindle.data.errors import InputError
-from rekindle.data.former import Formerly
+from rekindle.data.former import FormerDefault
 from rekindle.data.settings import Settings
 from rekindle.train.schedules import (
     USUAL_WARMUP,
@@ -79,7 +79,7 @@ class StepConfig(Settings):
         "warm-up. For a student with a fresh head; an output matrix that is also the "
         "input embeddings is not trained",
     )
-    warmup_steps: Annotated[int, Formerly(USUAL_WARMUP)] = Field(
+    warmup_steps: Annotated[int, FormerDefault(USUAL_WARMUP)] = Field(
         ge=0,
         default_factory=lambda given: usual_warmup(
             given.get("steps", 1) - given.get("warm_head_steps", 0)

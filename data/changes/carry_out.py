@@ -24,9 +24,9 @@ from rekindle.data.journal import (
     Change,
     Journal,
     journal_in,
-    note,
     read_journal,
     unfinished,
+    write_journal,
 )
 from rekindle.data.roll_up import ROLLED_UP
 from rekindle.data.settings import Settings, parse_settings
@@ -50,7 +50,7 @@ class Name(Settings):
     to: TeacherName
 
 
-Asked = tuple[Action, str, str | None]  # the action, the teacher, and the goal
+ChangeRequest = tuple[Action, str, str | None]  # the action, the teacher, and the goal
 SAME_INTEGERS = ("default", "compact")  # codecs
 
 
@@ -75,7 +75,7 @@ def change_teacher(
         if change is not None and (change.action, action) == ("transcode", "remove"):
             # This ends it, whatever became of the copies.
             change = None if change.teacher == teacher else change
-        if change is not None and change.asked != (action, teacher, to):
+        if change is not None and change.request != (action, teacher, to):
             raise InputError(f"{store.location}: {unfinished(change, store)}")
         if change is None:
             version = journal.change.version if journal.change else manifest[VERSION]
@@ -84,9 +84,9 @@ def change_teacher(
                 return False
             begin(change)
             _check_room(store, change)
-            note(store, journal.model_copy(update={"change": change}))
+            write_journal(store, journal.model_copy(update={"change": change}))
         else:
-            log.info("%s: continuing: %s", store.location, change.told())
+            log.info("%s: continuing: %s", store.location, change.describe())
         _carry_out(store, change, done)
         return True
 
@@ -101,19 +101,19 @@ def size_of(store: Store, teacher: str) -> tuple[int, int]:
             commits = ShardSet(store, folder).survey()[0]
             units += len(commits)
             total += commits.bytes
-            beside = store.names(folder)
-            total += sum(store.state(f"{folder}/{name}")[0] for name in beside)
+            others = store.names(folder)
+            total += sum(store.state(f"{folder}/{name}")[0] for name in others)
     return total, units
 
 
-def settle(store: Store) -> None:
+def finish_interrupted(store: Store) -> None:
     """Settle what a killed process left of a change: undo it if nobody has seen any of it,
     otherwise carry it out.
     """
     with store.changing():
         change = read_journal(store).change
         if change is not None and change.phase == "making":
-            _give_up(store, change)
+            _abandon(store, change)
         elif change is not None:
             _carry_out(store, change, lambda commit: None)
 
@@ -121,16 +121,16 @@ def settle(store: Store) -> None:
 # --- what can be done -----------------------------------------------------------------------------
 
 
-def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Change | None:
+def _checked(store: Store, journal: Journal, version: int, request: ChangeRequest) -> Change | None:
     """Return the requested change of a cache of that version; None if it was done before."""
-    action, teacher, to = asked
-    there = [name for name in store.folders("targets") if has_files(store, name)]
-    if teacher not in there:
-        now = journal.name_now(teacher, there)
+    action, teacher, to = request
+    present = [name for name in store.folders("targets") if has_files(store, name)]
+    if teacher not in present:
+        current = journal.current_name(teacher, present)
         removed = action == "remove" and teacher in journal.removed
-        if removed or (action == "rename" and now is not None and now == to):
+        if removed or (action == "rename" and current is not None and current == to):
             return None
-        raise InputError(_told_unknown(store, teacher, there, now))
+        raise InputError(_describe_unknown(store, teacher, present, current))
     if not re.fullmatch(TEACHER_NAME, teacher):
         raise InputError(
             f"{store.location}/targets/{teacher} has a name that no teacher can have: remove "
@@ -147,7 +147,7 @@ def _checked(store: Store, journal: Journal, version: int, asked: Asked) -> Chan
         )
     version = max(version, FORMAT_VERSION)
     if action == "rename":
-        _check_name(store, teacher, to, there)
+        _check_name(store, teacher, to, present)
         return _change(action, teacher, to, version)
     sets = tuple(info.folder for info in to_transcode(read_parts(store, teacher), to))
     if not sets:
@@ -162,19 +162,21 @@ def _change(
     return parse_settings(Change, values)
 
 
-def _told_unknown(store: Store, teacher: str, there: list[str], now: str | None) -> str:
-    known = ", ".join(there) or "none"
-    hint = f"; {teacher!r} was renamed to {now!r}" if now else did_you_mean(teacher, there)
+def _describe_unknown(store: Store, teacher: str, present: list[str], current: str | None) -> str:
+    known = ", ".join(present) or "none"
+    hint = (
+        f"; {teacher!r} was renamed to {current!r}" if current else did_you_mean(teacher, present)
+    )
     return f"{store.location} has no teacher {teacher!r} (it has: {known}){hint}"
 
 
-def _check_name(store: Store, teacher: str, to: str, there: list[str]) -> None:
+def _check_name(store: Store, teacher: str, to: str, present: list[str]) -> None:
     if to == teacher:
         raise InputError(f"teacher {teacher!r} is already called {to!r}; give another name")
     with naming(f"--rename {teacher} {to}"):
         parse_settings(Name, {"to": to})
     # on file systems that ignore case, the list has only one of them
-    if to in there or has_files(store, to):
+    if to in present or has_files(store, to):
         raise InputError(
             f"{store.location} already has a teacher {to!r}: give another name, or remove that "
             f"one first (`pipeline teachers {store.location} --remove {to}`)"
@@ -192,24 +194,24 @@ def to_transcode(parts: list[TeacherInfo], codec: str) -> list[TeacherInfo]:
             "another codec stores is not there: cache the teacher with it under another name"
         )
     if not able:
-        fit = " and ".join(kind for kind in KINDS if "compact" in KINDS[kind].codecs)
+        fitting_kinds = " and ".join(kind for kind in KINDS if "compact" in KINDS[kind].codecs)
         raise InputError(
             f"teacher {name!r} keeps {kind_of(parts[0]).description} ({parts[0].kind}): compact is "
-            f"only a codec for {fit}"
+            f"only a codec for {fitting_kinds}"
         )
     if any(part.codec not in SAME_INTEGERS for part in able):
         raise InputError(
             f"teacher {name!r} has the codec precise: {codec} would lose precision for good. "
             f"Cache it with targets.codec: {codec} under another name"
         )
-    found = [part for part in able if part.codec != codec]
-    for part in found:
-        if wrong := kind_of(part.model_copy(update={"codec": codec})).contradiction():
+    parts_to_change = [part for part in able if part.codec != codec]
+    for part in parts_to_change:
+        if contradiction := kind_of(part.model_copy(update={"codec": codec})).contradiction():
             raise InputError(
-                f"teacher {name!r} cannot have the codec {codec}: {wrong} (a vocabulary of "
+                f"teacher {name!r} cannot have the codec {codec}: {contradiction} (a vocabulary of "
                 f"{part.vocabulary_size:,} tokens)"
             )
-    return found
+    return parts_to_change
 
 
 # --- the phases -----------------------------------------------------------------------------------
@@ -218,10 +220,10 @@ def to_transcode(parts: list[TeacherInfo], codec: str) -> list[TeacherInfo]:
 def _carry_out(store: Store, change: Change, done: Done) -> None:
     if change.phase == "making":
         try:
-            for info in _copied(store, change):
-                _copy(store, change, info, done)
+            for info in _parts_to_copy(store, change):
+                _copy_part(store, change, info, done)
         except CacheError:  # whoever makes the damaged part must repair it first
-            _give_up(store, change)
+            _abandon(store, change)
             raise
         except InputError as error:  # a full disk, a server that is away
             place = shlex.quote(store.location)
@@ -231,12 +233,12 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
         change = change.model_copy(
             update={"phase": "placing" if change.action == "transcode" else "clearing"}
         )
-        note(store, read_journal(store).after(change))
+        write_journal(store, read_journal(store).after(change))
     if change.phase == "placing":
         for folder in change.sets:
-            _place(store, change, folder)
+            _replace_records(store, change, folder)
         change = change.model_copy(update={"phase": "clearing"})
-        note(store, read_journal(store).model_copy(update={"change": change}))
+        write_journal(store, read_journal(store).model_copy(update={"change": change}))
     for folder in change.sets:
         _remove_orphans(store, folder)
         store.remove_folder(f"{folder}/{NEXT_FOLDER}")
@@ -247,7 +249,7 @@ def _carry_out(store: Store, change: Change, done: Done) -> None:
         roll_up_records(store)
 
 
-def _copied(store: Store, change: Change) -> Iterator[TeacherInfo]:
+def _parts_to_copy(store: Store, change: Change) -> Iterator[TeacherInfo]:
     """Yield the parts to copy."""
     if change.action == "remove":
         return
@@ -256,26 +258,26 @@ def _copied(store: Store, change: Change) -> Iterator[TeacherInfo]:
             yield info
 
 
-def _changed(corpus: Corpus, change: Change, info: TeacherInfo) -> dict[str, object]:
+def _changed_fields(corpus: Corpus, change: Change, info: TeacherInfo) -> dict[str, object]:
     """Return the fields of a part that differ in its copy."""
     if change.action == "rename":
         return {"name": change.to}
     return {"codec": change.to, "rows_per_batch": rows_of_codec(corpus, info, str(change.to))}
 
 
-def _made(store: Store, change: Change) -> Store:
+def _copy_store(store: Store, change: Change) -> Store:
     """Return the store as it is written to while the copy is made."""
     made = copy(store)
     made.overlay = Overlay(replaced=change.sets)
     return made
 
 
-def _copy(store: Store, change: Change, info: TeacherInfo, done: Done) -> None:
+def _copy_part(store: Store, change: Change, info: TeacherInfo, done: Done) -> None:
     """Make what is missing of the copy of a part."""
-    made, corpus = _made(store, change), Corpus(store)
-    changed = _changed(corpus, change, info)
-    new = info.model_copy(update=changed)
-    made.create(f"{new.folder}/teacher.json", seal(new.model_dump(mode="json")))
+    target, corpus = _copy_store(store, change), Corpus(store)
+    changes = _changed_fields(corpus, change, info)
+    new = info.model_copy(update=changes)
+    target.create(f"{new.folder}/teacher.json", seal(new.model_dump(mode="json")))
     if change.action == "rename":
         names = store.names(info.folder)
         for name in [*HEAD_FILES, FINISHED_FILE]:
@@ -283,23 +285,23 @@ def _copy(store: Store, change: Change, info: TeacherInfo, done: Done) -> None:
                 store.create(f"{new.folder}/{name}", store.read_bytes(f"{info.folder}/{name}"))
         if {*HEAD_FILES} <= {*names}:
             read_head(store, new.folder)
-    copy_units(corpus, made, info, changed, done)
+    copy_units(corpus, target, info, changes, done)
     # for a transcoded teacher the old files would look like orphans, too
     if change.action == "rename":
         _remove_orphans(store, new.folder)
 
 
-def _place(store: Store, change: Change, folder: str) -> None:
+def _replace_records(store: Store, change: Change, folder: str) -> None:
     """Replace the old records with the new ones."""
-    made = _made(store, change)
-    for unit in ShardSet(made, folder).committed():
+    copy_store = _copy_store(store, change)
+    for unit in ShardSet(copy_store, folder).committed():
         name = f"{folder}/commits/{unit}.json"
-        store.replace(name, made.read_bytes(name))
+        store.replace(name, copy_store.read_bytes(name))
     name = f"{folder}/teacher.json"
-    told = f"{store.location}/{folder}/{NEXT_FOLDER}, from which it was read, no longer exists"
+    message = f"{store.location}/{folder}/{NEXT_FOLDER}, from which it was read, no longer exists"
     advice = f". `pipeline teachers {store.location} --remove {change.teacher} --yes` ends it"
-    with unusable(told, FileNotFoundError, advice=advice):
-        store.replace(name, made.read_bytes(name))
+    with unusable(message, FileNotFoundError, advice=advice):
+        store.replace(name, copy_store.read_bytes(name))
     ShardSet(store, folder).records.forget_roll_up()
 
 
@@ -308,9 +310,9 @@ def _remove_orphans(store: Store, folder: str) -> None:
         store.discard(name)
 
 
-def _give_up(store: Store, change: Change) -> None:
+def _abandon(store: Store, change: Change) -> None:
     """Remove what was made; nobody has seen it."""
-    log.info("%s: abandoned: %s", store.location, change.told())
+    log.info("%s: abandoned: %s", store.location, change.describe())
     if change.action == "rename":
         store.remove_folder(f"targets/{change.to}")
     for folder in change.sets:
@@ -321,13 +323,13 @@ def _give_up(store: Store, change: Change) -> None:
 
 def _finish(store: Store, change: Change) -> None:
     """Write ``cache.json`` without the change, at once."""
-    before = read_manifest(store)
-    rolled = {key: before[key] for key in ROLLED_UP if key in before}
+    manifest = read_manifest(store)
+    rolled = {key: manifest[key] for key in ROLLED_UP if key in manifest}
     cache = None
     with suppress(CacheError):  # about another teacher, which `verify` names
         cache = Cache(store)
         rolled = cache.rolled_up
-    journal = journal_in(before, store).model_copy(update={"change": None})
+    journal = journal_in(manifest, store).model_copy(update={"change": None})
     if cache is not None:
         write_card(store, cache.corpus, cache.teachers, change.version)
     store.replace(MANIFEST, seal(rolled | journal.as_json(), change.version))
@@ -337,7 +339,7 @@ def _finish(store: Store, change: Change) -> None:
 def _check_room(store: Store, change: Change) -> None:
     """Raise InputError if the disk has no room for the copy beside the original."""
     needed = 0
-    for info in _copied(store, change):
+    for info in _parts_to_copy(store, change):
         commits = ShardSet(store, info.folder).committed()
         needed += commits.bytes
         if change.to == "default":
@@ -347,7 +349,7 @@ def _check_room(store: Store, change: Change) -> None:
     free = store.free
     if free is not None and free < needed:
         raise InputError(
-            f"{store.location}: {change.told()}, which needs {shown_bytes(needed)} for a copy "
+            f"{store.location}: {change.describe()}, which needs {shown_bytes(needed)} for a copy "
             f"beside the original until it is finished, but the disk has {shown_bytes(free)} "
             "free. Make room first; nothing was changed"
         )

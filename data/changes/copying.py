@@ -24,30 +24,34 @@ from rekindle.data.views.reader import check_aligned
 from rekindle.data.writing import write_options
 
 Done = Callable[[Commit], object]
-OF_SCHEMA = ("kind", "format_version", "teacher")  # every schema states these itself
+SCHEMA_KEYS = ("kind", "format_version", "teacher")  # every schema states these itself
 
 
 def copy_units(
-    corpus: Corpus, made: Store, info: TeacherInfo, changed: dict[str, object], done: Done
+    corpus: Corpus,
+    store: Store,
+    info: TeacherInfo,
+    changes: dict[str, object],
+    done: Done,
 ) -> None:
-    """Write and commit in ``made`` the units of ``info`` (a teacher, or a part of it), with its
-    ``changed`` fields. Units that exist there are left as they are.
+    """Write and commit in ``store`` the units of ``info`` (a teacher, or a part of it), with
+    ``changes`` of its fields. Units that exist there are left as they are.
 
     Raises CacheError if a unit is damaged, or of another teacher.
     """
     shards, columns = ShardSet(corpus.store, info.folder), [*kind_of(info).schema({})]
-    target = ShardSet(made, info.model_copy(update=changed).folder)
-    present, reader = {*target.committed()}, TeacherReader(corpus, [info])
+    target = ShardSet(store, info.model_copy(update=changes).folder)
+    done_units, reader = {*target.committed()}, TeacherReader(corpus, [info])
     for unit, commit in shards.committed().items():
-        if unit not in present:
+        if unit not in done_units:
             shard = shards.open(commit, fields=columns, direct=True)
-            stated = check_owner(shard, info)
-            kind = kind_of(stated.model_copy(update=changed))
-            about = {k: v for k, v in shard.metadata.items() if k not in OF_SCHEMA}
-            schema = kind.schema(about)
+            owner = check_owner(shard, info)
+            kind = kind_of(owner.model_copy(update=changes))
+            metadata = {k: v for k, v in shard.metadata.items() if k not in SCHEMA_KEYS}
+            schema = kind.schema(metadata)
             place = _place(corpus, shard)
-            batches = _as_they_are(corpus, shard, place[0], schema)
-            if "codec" in changed:
+            batches = _unchanged(corpus, shard, place[0], schema)
+            if "codec" in changes:
                 batches = _transcoded(reader, commit, place, kind, schema)
             facts = {fact: value for fact, value in commit.facts.items() if fact != FACT}
             checksum = ScalarChecksum()
@@ -71,7 +75,7 @@ def _place(corpus: Corpus, shard: Shard) -> UnitPlace:
     return place
 
 
-def _as_they_are(
+def _unchanged(
     corpus: Corpus, shard: Shard, number: int, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     """Yield the record batches of a unit unchanged; they match those of the corpus's rows."""
@@ -87,10 +91,10 @@ def _transcoded(
     """Yield a unit's rows, checked as a reader checks them, in the record batches of ``kind``."""
     shard, replica = place
     digests = reader.corpus.shard(shard).table()["digest"].to_pylist()
-    each = commit.rows_per_batch
+    step = commit.rows_per_batch
     for first in range(0, commit.rows, ROWS_PER_BATCH):
         last = min(first + ROWS_PER_BATCH, commit.rows)
-        lists = [reader.row_lists(shard, at // each, replica) for at in range(first, last, each)]
+        lists = [reader.row_lists(shard, at // step, replica) for at in range(first, last, step)]
         counts = np.concatenate([np.diff(one.offsets) for one in lists])
         columns = {
             name: np.concatenate([one.columns[name] for one in lists]) for name in lists[0].columns

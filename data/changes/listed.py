@@ -9,7 +9,7 @@ from rekindle.data.targets.reading.reader import Part, TeacherReader
 
 
 @dataclass(frozen=True)
-class Listed:
+class TeacherSummary:
     """A teacher of a cache, or a part of it with further candidates or temperatures."""
 
     name: str
@@ -33,7 +33,7 @@ class Listed:
     lineage: list[dict[str, object]]
 
 
-def teachers_of(cache: Cache) -> list[Listed]:
+def teachers_of(cache: Cache) -> list[TeacherSummary]:
     """Return every teacher, each followed by its further parts."""
     return [
         _listed(cache, teacher, part)
@@ -42,19 +42,21 @@ def teachers_of(cache: Cache) -> list[Listed]:
     ]
 
 
-def under_way(cache: Cache) -> str:
+def describe_change(cache: Cache) -> str:
     """Return the change that is under way; "" if there is none."""
     change = journal_in(cache.manifest, cache.store).change
     if change is None:
         return ""
-    return f"{change.told()} ({change.phase}): {change.command(cache.store.location)} continues it"
+    return (
+        f"{change.describe()} ({change.phase}): {change.command(cache.store.location)} continues it"
+    )
 
 
-def _listed(cache: Cache, teacher: TeacherReader, part: Part) -> Listed:
+def _listed(cache: Cache, teacher: TeacherReader, part: Part) -> TeacherSummary:
     info = part.info
     planned = len(info.view_class.numbers(teacher.replicas)) * len(cache.corpus.commits)
     head = 0 if info.part else teacher.bytes_on_disk - teacher.bytes
-    return Listed(
+    return TeacherSummary(
         name=info.name,
         part=info.part,
         task=info.task,

@@ -15,8 +15,8 @@ def rows_of_codec(corpus: Corpus, info: TeacherInfo, codec: str) -> int:
         return ROWS_PER_BATCH
     share = 1.0
     if info.view_class.masked:
-        told = f"{corpus.store.location}/views/{info.view} does not say how much is masked"
-        with unusable(told, KeyError, TypeError, ValueError, AttributeError):
+        message = f"{corpus.store.location}/views/{info.view} does not say how much is masked"
+        with unusable(message, KeyError, TypeError, ValueError, AttributeError):
             masks = ViewReader(corpus, info.view).identity["mask"]
             hard = masks["policy"] == "hard" and info.imported is None
             share = float((masks["limit"] or 1.0) if hard else masks.get("probability", 1.0))

@@ -34,16 +34,16 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError, unusable
 from rekindle.data.places import same_place
 from rekindle.data.source.generated import check_generated, generated_in
-from rekindle.data.source.held_texts import Found
+from rekindle.data.source.held_texts import HeldCounts
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.source_states import (
     Present,
     States,
+    assumed_order,
     contents_of,
-    found_again,
-    look_at,
+    find_present,
+    match_recorded,
     states_of,
-    usual_order,
 )
 from rekindle.data.source.sources import Entry, Origin
 from rekindle.data.storage.base import Store
@@ -72,7 +72,7 @@ class Addition:
     first_sequence: int = 0
     shards: int | None = None  # shards at its end, of all additions; None while it is being made
     bad_records: Mapping[str, int] = field(default_factory=dict)
-    held: Found = field(default_factory=Found)
+    held: HeldCounts = field(default_factory=HeldCounts)
     contents: Mapping[str, str] = field(default_factory=dict)
     generated: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     origins: tuple[Origin, ...] = field(default=(), compare=False)
@@ -118,20 +118,21 @@ def read_additions(store: Store) -> tuple[list[Addition], TokenizerFacts | None]
             config, sources = cast("PackingFacts", dict(body["config"])), dict(body["sources"])
             if not all(isinstance(state, list) for state in sources.values()):
                 raise TypeError("sources has, for some file, no list of its size and checksum")
-            order = tuple(map(str, body.get("order") or usual_order(config["source"], sources)))
+            order = tuple(map(str, body.get("order") or assumed_order(config["source"], sources)))
             if not all(order):
                 raise ValueError("order has a file without a name")
             shards, sequences = int(start["shards"]), int(start["sequences"])
             contents: dict[str, str] = dict(body.get("contents", {}))
             generated = {str(place): dict(of) for place, of in body.get("generated", {}).items()}
-        name, ended_at, bad_records, held = complete_name(number), None, {}, Found()
+        name, ended_at, bad_records, held = complete_name(number), None, {}, HeldCounts()
         with suppress(FileNotFoundError), _checking_description(store, name):
             end = read_sealed(store, name)
             ended_at = int(end["shards"])
             bad_records = {
                 str(kind): int(count) for kind, count in end.get("bad_records", {}).items()
             }
-            held = Found(*(int(end.get("held", {}).get(kind, 0)) for kind in Found._fields))
+            counts = end.get("held", {})
+            held = HeldCounts(*(int(counts.get(kind, 0)) for kind in HeldCounts._fields))
         addition = Addition(
             number, config, sources, order, shards, sequences, ended_at, bad_records, held
         )
@@ -183,7 +184,7 @@ def claim_addition(
     """
     additions, tokenizer = read_additions(store)
     if not additions:
-        addition = new_addition(info["config"], look_at(config.entries))
+        addition = new_addition(info["config"], find_present(config.entries))
         check_generated(addition.generated, info["tokenizer"]["digest"])
         return addition
     last = additions[-1]
@@ -200,7 +201,7 @@ def claim_addition(
     found_origins: list[Origin] = []
     added: list[Origin] = []
     if present is not None:
-        found_origins, added = found_again(order, last.sources, present, last.contents)
+        found_origins, added = match_recorded(order, last.sources, present, last.contents)
     last = replace(last, origins=(*found_origins, *added))
     changed_keys = differing_keys(last.config, new)
     if not changed_keys and not added and not (unordered and last.shards is None):
@@ -220,7 +221,7 @@ def claim_addition(
         )
     shards, sequences = count_existing()
     if present is None:
-        present = look_at(config.entries)  # it reports what is missing
+        present = find_present(config.entries)  # it reports what is missing
     sources, order = states_of(present), tuple(origin.place for origin in last.origins)
     addition = Addition(last.number + 1, new, sources, order, shards, sequences)
     addition = _with_contents(addition, present, last.origins)
@@ -272,7 +273,7 @@ def describe_addition(store: Store, addition: Addition, tokenizer: TokenizerFact
 
 
 def complete_addition(
-    store: Store, addition: Addition, shards: int, bad_records: Mapping[str, int], held: Found
+    store: Store, addition: Addition, shards: int, bad_records: Mapping[str, int], held: HeldCounts
 ) -> None:
     """Record that an addition's last shard is there, and what was left out on the way."""
     body: dict[str, object] = {"shards": shards}
@@ -285,7 +286,7 @@ def complete_addition(
 
 def count_left_out(
     left_out: LeftOut, committed: Commits, ends_at: int | None
-) -> tuple[dict[str, int], Found]:
+) -> tuple[dict[str, int], HeldCounts]:
     """Return how many records were left out before the corpus's end: bad ones, by kind, and those
     that hold a text of a test.
     """
@@ -327,7 +328,7 @@ def is_same_source(store: Store, source: Sequence[str | Entry]) -> bool:
         present = _present_or_none(source, last)
         if present is None:
             return True
-        return not found_again(last.order, last.sources, present, last.contents)[1]
+        return not match_recorded(last.order, last.sources, present, last.contents)[1]
     except (InputError, CacheMismatchError):
         return False
 
@@ -335,7 +336,7 @@ def is_same_source(store: Store, source: Sequence[str | Entry]) -> bool:
 def _present_or_none(source: Sequence[str | Entry], last: Addition) -> list[Present] | None:
     """Return what the source stands for; None if it is missing and no longer needed."""
     try:
-        return look_at(source)
+        return find_present(source)
     except InputError as error:
         recorded = last.config["source"]
         if last.shards is None:
@@ -369,7 +370,7 @@ def empty_corpus(config: CorpusConfig, left_out: LeftOut) -> InputError:
     return InputError(
         f"the corpus is empty: no text in {', '.join(config.places)} (field "
         f"{config.text_field!r}) gives the tokenizer {config.tokenizer} a token; "
-        f"{advice}{f'; {described}' if (described := left_out.told()) else ''}"
+        f"{advice}{f'; {described}' if (described := left_out.describe()) else ''}"
     )
 
 

@@ -19,7 +19,7 @@ from rekindle.data.settings_schema import one_or_many
 from rekindle.data.source.given import Form
 from rekindle.data.source.held_texts import RULE, HeldTexts
 from rekindle.data.source.sources import Content, Entry
-from rekindle.data.source.without import USUAL, read_held
+from rekindle.data.source.without import DEFAULT_FIELDS, read_held
 from rekindle.data.storage.seal import FORMAT_VERSION, WITH_GROUPS, WITH_PACKED, WITH_TRAINED
 
 MAX_SEQUENCE_LENGTH = 65_536  # positions are stored as uint16
@@ -103,7 +103,7 @@ class CorpusConfig(Settings):
         (),
         json_schema_extra=one_or_many,
         description="the fields of those files that hold their texts; default: those named like "
-        f"the corpus's own, and {', '.join(USUAL)}",
+        f"the corpus's own, and {', '.join(DEFAULT_FIELDS)}",
     )
 
     @field_validator("source", "without", "without_fields", mode="before")

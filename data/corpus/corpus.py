@@ -58,7 +58,7 @@ from rekindle.data.corpus.tokenizer import Tokenizer, load_tokenizer
 from rekindle.data.errors import CacheFormatError, CacheMismatchError
 from rekindle.data.source.documents import Fields, origins_of
 from rekindle.data.source.given import Form
-from rekindle.data.source.held_texts import Found
+from rekindle.data.source.held_texts import HeldCounts
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.parts import Reader
 from rekindle.data.source.sources import Entry, Origin
@@ -145,9 +145,9 @@ class Corpus(RowReader):
         return dict(next((one.bad_records for one in self.additions[::-1] if one.bad_records), {}))
 
     @property
-    def held(self) -> Found:
+    def held(self) -> HeldCounts:
         """Return how many records were left out because they hold a text of a test."""
-        return next((one.held for one in self.additions[::-1] if sum(one.held)), Found())
+        return next((one.held for one in self.additions[::-1] if sum(one.held)), HeldCounts())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -334,7 +334,7 @@ def build_corpus(
             raise empty_corpus(config, left_out)
         claim_once()
         if tell:
-            left_out.tell_first()
+            left_out.log_first()
         complete_addition(store, addition, count, *count_left_out(left_out, committed, ends_at))
     return Corpus(store)
 
@@ -379,7 +379,7 @@ def _make_missing_shards(
     fields = Fields(*names, forms, config.get("group_field"))
     length = config["sequence_length"]
     maker = Maker(
-        Reader(fields, left_out.bad, left_out.texts),
+        Reader(fields, left_out.skips_bad, left_out.held_texts),
         tokenizer.encoder,
         special_names(tokenizer),
         packing_of(tokenizer, length, config["packing"], config.get("end_of_text", False)),
@@ -391,7 +391,7 @@ def _make_missing_shards(
     if ends_at is not None:
         remaining = ends_at - int(committed.rows[:shard].sum())
         if not remaining:
-            if left_out.bad or left_out.texts:
+            if left_out.skips_bad or left_out.held_texts:
                 making.read_on()
             return
     for rows in in_chunks(making.rows(), config["sequences_per_shard"], remaining):

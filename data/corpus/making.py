@@ -23,7 +23,7 @@ from rekindle.data.corpus.rows import EncodedDocuments, Rows, pack, rows_of_pair
 from rekindle.data.corpus.special_names import Holders, holders_of
 from rekindle.data.errors import InputError
 from rekindle.data.forms.marks import Marks
-from rekindle.data.source.documents import Document, tell_empty
+from rekindle.data.source.documents import Document, warn_empty
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.parts import Part, Reader, cut_parts
 from rekindle.data.source.sources import Origin
@@ -58,7 +58,7 @@ class Maker:
     def __call__(self, part: Part) -> Made:
         """Return the part read, tokenised, and packed as far as no other part is needed."""
         read = self.reader(part)
-        documents = read.kept
+        documents = read.documents
         texts = [text for document in documents for text in document.texts]
         made: Rows | EncodedDocuments
         if self.reader.fields.pair is not None:
@@ -103,7 +103,7 @@ class _Counter:
     def __call__(self, part: Part) -> Made:
         read = self.reader(part)
         outcome = read.with_text, read.reached, read.error
-        return Made(len(read.kept), read.left_out, *outcome)
+        return Made(len(read.documents), read.left_out, *outcome)
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Making:
         """Log which of the origins before that number have no text."""
         for number_of_origin in range(self._checked_origins, end):
             if number_of_origin not in self._with_text:
-                tell_empty(self.origins[number_of_origin])
+                warn_empty(self.origins[number_of_origin])
         self._checked_origins = max(self._checked_origins, end)
 
 

@@ -7,8 +7,8 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.corpus.packing import document_end, document_separators
 from rekindle.data.counted import counted
-from rekindle.data.source.generated import told_of
-from rekindle.data.source.left_out import told_of_bad, told_of_held
+from rekindle.data.source.generated import describe_generated
+from rekindle.data.source.left_out import describe_bad, describe_held
 
 
 def end_of_text(corpus: Corpus) -> int | None:
@@ -79,7 +79,7 @@ def _training_remarks(corpus: Corpus) -> list[str]:
             f"tokens), {counted(lost, 'token')} lost"
         )
     generated = {place: facts for one in corpus.additions for place, facts in one.generated.items()}
-    return [*lines, *(told_of(place, facts) for place, facts in generated.items())]
+    return [*lines, *(describe_generated(place, facts) for place, facts in generated.items())]
 
 
 def _row_remarks(corpus: Corpus) -> list[str]:
@@ -104,10 +104,10 @@ def remarks(corpus: Corpus) -> list[str]:
             f"documents with names of special tokens in their text: {count:,}; they are read as "
             f"{'these tokens' if as_tokens else 'text'} (corpus.special_tokens: text | token)"
         )
-    if bad := told_of_bad(corpus.bad_records):
+    if bad := describe_bad(corpus.bad_records):
         lines.append(bad)
     if without := corpus.info["config"].get("without"):
         note = f"records that hold texts of {', '.join(without['files'])} are left out: "
         note += "counted when the corpus is finished"
-        lines.append(told_of_held(corpus.held, without["files"]) if corpus.complete else note)
+        lines.append(describe_held(corpus.held, without["files"]) if corpus.complete else note)
     return lines

@@ -85,7 +85,7 @@ def sample_source(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> S
         raise InputError(
             f"the corpus is empty: no text in {', '.join(config.places)} (field "
             f"{config.text_field!r}); {advice}"
-            f"{f'; {described}' if (described := left_out.told()) else ''}"
+            f"{f'; {described}' if (described := left_out.describe()) else ''}"
         )
     if np.isnan(bytes_total):
         return SourceSample(documents, None, left_out)

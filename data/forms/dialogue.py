@@ -13,7 +13,7 @@ from functools import cached_property
 from rekindle.data.errors import did_you_mean
 from rekindle.data.forms.template import Template, UnfitDialogue
 from rekindle.data.source.given import Dialogue, Span
-from rekindle.data.source.record import Bad, shown
+from rekindle.data.source.record import BadRecord, show_value
 
 _FIELDS = ("messages", "tools")
 _SPEAKER_KEYS = ("role", "name")  # says who speaks, not what is said
@@ -56,17 +56,17 @@ class Dialogues:
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, Dialogue] | Bad:
+    ) -> tuple[str, Dialogue] | BadRecord:
         """Return the dialogue of a record, as its template writes it."""
         try:
             written, spans = self.template.render(*self._render_input(values, columns))
         except UnfitDialogue as error:
-            return Bad(error.kind, f"{where}: {error.reason}")
+            return BadRecord(error.kind, f"{where}: {error.reason}")
         return self._document(written, spans, where)
 
     def prompt(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, Dialogue] | Bad:
+    ) -> tuple[str, Dialogue] | BadRecord:
         """Return the same up to the assistant's turn, without a last answer of the assistant."""
         try:
             messages, tools = self._render_input(values, columns)
@@ -74,7 +74,7 @@ class Dialogues:
                 messages.pop()
             written = self.template.prompt(messages, tools)
         except UnfitDialogue as error:
-            return Bad(error.kind, f"{where}: {error.reason}")
+            return BadRecord(error.kind, f"{where}: {error.reason}")
         return self._document(written, (), where)
 
     def _render_input(
@@ -89,9 +89,11 @@ class Dialogues:
 
     def _document(
         self, written: str, spans: tuple[Span, ...], where: str
-    ) -> tuple[str, Dialogue] | Bad:
+    ) -> tuple[str, Dialogue] | BadRecord:
         if not written or written.isspace():
-            return Bad("nothing written", f"{where}: the template writes nothing for the dialogue")
+            return BadRecord(
+                "nothing written", f"{where}: the template writes nothing for the dialogue"
+            )
         return self._restore_names(written), Dialogue(
             self._restore_names(self._mark_tokens(written)), spans
         )
@@ -147,11 +149,11 @@ def _messages(values: Mapping[str, object], columns: bool) -> list[dict[str, obj
     messages = _parsed(messages_given, "messages")
     if not isinstance(messages, list) or not messages:
         raise UnfitDialogue(
-            "no messages", f"messages must be a list, but is {shown(messages_given)}"
+            "no messages", f"messages must be a list, but is {show_value(messages_given)}"
         )
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            problem = f"message {number} is {shown(message)}; each has a role (and a content)"
+            problem = f"message {number} is {show_value(message)}; each has a role (and a content)"
             raise UnfitDialogue("no message", problem)
         if problem := _content_problem(message):
             raise UnfitDialogue("no message", f"message {number} {problem}")
@@ -170,7 +172,7 @@ def _content_problem(message: Mapping[object, object]) -> str:
     """
     content = message.get("content")
     if isinstance(content, int | float):
-        return f"has {shown(content)} as its content, which must be text"
+        return f"has {show_value(content)} as its content, which must be text"
     if content is not None:
         return ""
     others = [
@@ -188,7 +190,7 @@ def _tools(values: Mapping[str, object], columns: bool) -> list[object] | None:
         return None
     schemas = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [None]
     if not all(isinstance(tool, Mapping) for tool in schemas):
-        problem = f"tools must be a list of their JSON schemas, but is {shown(tools)}"
+        problem = f"tools must be a list of their JSON schemas, but is {show_value(tools)}"
         raise UnfitDialogue("wrong tools", problem)
     return [_without_nulls(tool, columns) for tool in schemas]
 

@@ -36,10 +36,10 @@ class HubPlace:
         """Return its address at a revision; None: on the main branch."""
         start = f"{DATASETS}/" if self.kind == "dataset" else ""
         # A branch may have a slash in its name.
-        named = revision or ""
-        shown = named if named.startswith("refs/") else named.replace("/", "%2F")
-        at = f"@{shown}" if shown else ""
-        return f"{HUB}{start}{self.repo}{at}{f'/{self.path}' if self.path else ''}"
+        branch = revision or ""
+        quoted = branch if branch.startswith("refs/") else branch.replace("/", "%2F")
+        suffix = f"@{quoted}" if quoted else ""
+        return f"{HUB}{start}{self.repo}{suffix}{f'/{self.path}' if self.path else ''}"
 
 
 def is_hub(place: object) -> bool:
@@ -49,12 +49,12 @@ def is_hub(place: object) -> bool:
 
 def hub_place(address: str) -> HubPlace:
     """Return the place of an address; raise InputError if it is not that of a repository."""
-    found = _ADDRESS.fullmatch(address.rstrip("/"))
-    if found is None or found["repo"].startswith((f"{DATASETS}/", "spaces/", "buckets/")):
+    match = _ADDRESS.fullmatch(address.rstrip("/"))
+    if match is None or match["repo"].startswith((f"{DATASETS}/", "spaces/", "buckets/")):
         raise InputError(f"{address!r} is no place on a hub; give {_FORMS}")
-    revision = found["revision"] and found["revision"].replace("%2F", "/").replace("%2f", "/")
-    kind = "dataset" if found["data"] else "model"
-    return HubPlace(kind, found["repo"], revision, (found["path"] or "").strip("/"))
+    revision = match["revision"] and match["revision"].replace("%2F", "/").replace("%2f", "/")
+    kind = "dataset" if match["data"] else "model"
+    return HubPlace(kind, match["repo"], revision, (match["path"] or "").strip("/"))
 
 
 def refuse_offline(address: str) -> None:
@@ -78,10 +78,10 @@ def pinned(address: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        found: Any = HfApi().repo_info(place.repo, repo_type=place.kind, revision=place.revision)
+        info: Any = HfApi().repo_info(place.repo, repo_type=place.kind, revision=place.revision)
     except Exception as error:  # many kinds: of the network, of rights, of names
-        raise InputError(f"{address}: {told_of_hub(error)}") from None
-    return place.at(str(found.sha))
+        raise InputError(f"{address}: {describe_hub_error(error)}") from None
+    return place.at(str(info.sha))
 
 
 def hub_folder(address: str) -> Path:
@@ -93,7 +93,7 @@ def hub_folder(address: str) -> Path:
     place = hub_place(address)
     start = f"{place.path}/" if place.path else ""
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             place.repo,
             repo_type=place.kind,
             revision=place.revision,
@@ -102,14 +102,14 @@ def hub_folder(address: str) -> Path:
             ignore_patterns=[f"{start}checkpoints/*", f"{start}seeds/*"],
         )
     except Exception as error:
-        raise InputError(f"{address}: {told_of_hub(error)}") from None
-    folder = Path(found) / place.path
+        raise InputError(f"{address}: {describe_hub_error(error)}") from None
+    folder = Path(snapshot) / place.path
     if not folder.is_dir():
         raise InputError(f"{address}: the repository has no folder {place.path!r}")
     return folder
 
 
-def told_of_hub(error: BaseException) -> str:
+def describe_hub_error(error: BaseException) -> str:
     """Return why a hub, or its client, failed, with the way out; without any token."""
     name = type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -139,6 +139,6 @@ def without_token(text: str) -> str:
     """Return ``text`` without the token used here, and without anything that looks like one."""
     from huggingface_hub import get_token
 
-    own = get_token()
-    text = text.replace(own, "***") if own else text
+    token = get_token()
+    text = text.replace(token, "***") if token else text
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)

@@ -16,7 +16,7 @@ from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.errors import CacheError, InputError
 from rekindle.data.hub.places import hub_place, is_hub
-from rekindle.data.sharing.names import LICENCE, TAGS, last_part, shown
+from rekindle.data.sharing.names import LICENCE, TAGS, last_part, shown_model
 from rekindle.data.storage.base import Store
 from rekindle.data.targets.reading.reader import TeacherReader
 
@@ -31,7 +31,8 @@ TASKS = {
     "token_classification": "token-classification",
     "embedding": "sentence-similarity",
 }
-KEPT = ("license", "license_name", "license_link", "language", "pretty_name")  # what people set
+# what people set
+USER_KEYS = ("license", "license_name", "license_link", "language", "pretty_name")
 SOURCES = 5  # that a card lists
 _SIZES = {10 ** (3 + 3 * n + m): f"{10**m}{unit}" for n, unit in enumerate("KMB") for m in range(3)}
 _SIZES[10**12] = "1T"
@@ -71,7 +72,7 @@ def cache_card(
     ``with_text``: whether its text is there too; ``before``: the current card, of which some parts
     stay.
     """
-    block, around = _taken_apart(before)
+    block, surroundings = _split_card(before)
     body = [
         BEGIN,
         "",
@@ -80,9 +81,9 @@ def cache_card(
         "",
         "A cache of Rekindle: the teachers were run once over the text, and students are trained "
         "from what they said, without them.",
-        *_of_teachers(teachers.values()),
-        *_of_text(corpus),
-        *_how_to_read(corpus, teachers, address, with_text),
+        *_teacher_lines(teachers.values()),
+        *_text_lines(corpus),
+        *_usage_lines(corpus, teachers, address, with_text),
         "",
         f"Cache format {version}. "
         + ("" if block.get("license") else LICENCE.format("the text, and of the teachers"))
@@ -91,7 +92,7 @@ def cache_card(
     ]
     values = _metadata(corpus, teachers, block, with_text)
     text = "\n".join(line.rstrip() for line in body)
-    return f"---\n{values}---\n{around[0]}{text}{around[1]}"
+    return f"---\n{values}---\n{surroundings[0]}{text}{surroundings[1]}"
 
 
 def _metadata(
@@ -101,11 +102,11 @@ def _metadata(
     with_text: bool,
 ) -> str:
     """Return the block that hubs read, as YAML."""
-    kept: dict[str, Any] = {key: before[key] for key in KEPT if before.get(key)}
+    user_values: dict[str, Any] = {key: before[key] for key in USER_KEYS if before.get(key)}
     tasks = [TASKS[one.info.task] for one in teachers.values() if one.info.task in TASKS]
-    values: dict[str, Any] = kept | {
-        "tags": [*TAGS, *(tag for tag in _listed(before.get("tags")) if tag not in TAGS)],
-        "size_categories": [_size_of(len(corpus))],
+    values: dict[str, Any] = user_values | {
+        "tags": [*TAGS, *(tag for tag in _as_list(before.get("tags")) if tag not in TAGS)],
+        "size_categories": [_size_category(len(corpus))],
     }
     values |= {"task_categories": sorted({*tasks})} if tasks else {}
     parts = {"corpus": "corpus"} if with_text else {}
@@ -114,45 +115,45 @@ def _metadata(
         {"config_name": name, "data_files": f"{folder}/data/*.arrow"}
         for name, folder in parts.items()
     ]
-    found: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
-    return found
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    return text
 
 
-def _size_of(rows: int) -> str:
+def _size_category(rows: int) -> str:
     """Return the hub's category for so many rows."""
-    before = None
-    for most, word in _SIZES.items():
-        if rows < most:
-            return f"n<{word}" if before is None else f"{before}<n<{word}"
-        before = word
-    return f"n>{before}"
+    previous = None
+    for limit, word in _SIZES.items():
+        if rows < limit:
+            return f"n<{word}" if previous is None else f"{previous}<n<{word}"
+        previous = word
+    return f"n>{previous}"
 
 
-def _listed(value: object) -> list[str]:
+def _as_list(value: object) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else []
 
 
-def _taken_apart(card: str) -> tuple[dict[str, Any], tuple[str, str]]:
+def _split_card(card: str) -> tuple[dict[str, Any], tuple[str, str]]:
     """Return the values of a card's block, and the text before and after our own words."""
     values: dict[str, Any] = {}
-    found = _BLOCK.match(card)
-    if found:
+    match = _BLOCK.match(card)
+    if match:
         with suppress(yaml.YAMLError):
-            read = yaml.safe_load(found[1])
-            values = read if isinstance(read, dict) else {}
-        card = card[found.end() :]
-    first, ours, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return values, (first, after) if ours and end else ("\n", "\n")
+            loaded = yaml.safe_load(match[1])
+            values = loaded if isinstance(loaded, dict) else {}
+        card = card[match.end() :]
+    first, has_begin, remainder = card.partition(BEGIN)
+    _, end, after = remainder.partition(END)
+    return values, (first, after) if has_begin and end else ("\n", "\n")
 
 
 def licence_of(card: str) -> str | None:
     """Return the licence in a card's block, if there is one."""
-    found = _taken_apart(card)[0].get("license")
+    found = _split_card(card)[0].get("license")
     return None if found is None else str(found)
 
 
-def _of_teachers(teachers: Iterable[TeacherReader]) -> Iterator[str]:
+def _teacher_lines(teachers: Iterable[TeacherReader]) -> Iterator[str]:
     yield from ("", "| teacher | model | task | kept | shown | bytes | run on | weights |")
     yield "|---|---|---|---|---|---:|---:|---|"
     lines: list[str] = []
@@ -161,7 +162,7 @@ def _of_teachers(teachers: Iterable[TeacherReader]) -> Iterator[str]:
         weights = f"`{one.fingerprint[:12]}`" if one.fingerprint else "not known"
         kept += f", {info.codec}" if info.codec != "default" else ""
         yield (
-            f"| {info.name} | `{shown(info.model)}` | {info.task} | {kept} | "
+            f"| {info.name} | `{shown_model(info.model)}` | {info.task} | {kept} | "
             f"{info.view_class.kind} | {shown_bytes(one.bytes_on_disk)} | {one.coverage:.1%} | "
             f"{weights} |"
         )
@@ -182,12 +183,12 @@ def _origin(teacher: TeacherReader) -> Iterator[str]:
     for run in info.lineage:
         taught = ", ".join(f"{name} `{sha[:12]}`" for name, sha in run.teachers.items()) or "nobody"
         yield (
-            f"- {info.name} is a student: of `{shown(run.student)}`, "
+            f"- {info.name} is a student: of `{shown_model(run.student)}`, "
             f"{counted(run.steps, 'step')} on the corpus `{run.corpus[:12]}`, taught by {taught}."
         )
 
 
-def _of_text(corpus: Corpus) -> Iterator[str]:
+def _text_lines(corpus: Corpus) -> Iterator[str]:
     config, facts = corpus.info["config"], corpus.info["tokenizer"]
     names = [f"`{last_part(str(place))}`" for place in config["source"]]
     more = f" and {len(names) - SOURCES} more" if names[SOURCES:] else ""
@@ -200,8 +201,8 @@ def _of_text(corpus: Corpus) -> Iterator[str]:
     )
     with suppress(CacheError):
         if domains := corpus.domains:
-            told = ", ".join(f"{name} {count:,}" for name, count in [*domains.items()][:SOURCES])
-            yield f"Domains, by sequences: {told}{', …' if len(domains) > SOURCES else ''}."
+            shares = ", ".join(f"{name} {count:,}" for name, count in [*domains.items()][:SOURCES])
+            yield f"Domains, by sequences: {shares}{', …' if len(domains) > SOURCES else ''}."
 
 
 def run_file(corpus: Corpus, path: str) -> list[str]:
@@ -216,10 +217,10 @@ def run_file(corpus: Corpus, path: str) -> list[str]:
         for name, content in zip(names, contents, strict=True)
     ]
     values: dict[str, Any] = {"source": source, "tokenizer": f"{path}/corpus/tokenizer"}
-    usual = {"text_field": "text", "domain_field": None, "limit_sequences": None}
+    defaults = {"text_field": "text", "domain_field": None, "limit_sequences": None}
     keys = ("text_field", "domain_field", "pair_field", "group_field", "special_tokens")
     for key in (*keys, "attention", "limit_sequences"):
-        if key in config and config[key] != usual.get(key):
+        if key in config and config[key] != defaults.get(key):
             values[key] = config[key]
     if without := config.get("without"):
         values["without"] = [last_part(str(name)) for name in without["files"]]
@@ -230,18 +231,18 @@ def run_file(corpus: Corpus, path: str) -> list[str]:
 
 
 def _flow(values: Mapping[str, Any]) -> str:
-    found: str = yaml.safe_dump(
+    text: str = yaml.safe_dump(
         dict(values), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
     )
-    return found.strip()
+    return text.strip()
 
 
-def _how_to_read(
+def _usage_lines(
     corpus: Corpus, teachers: Mapping[str, TeacherReader], address: str | None, with_text: bool
 ) -> Iterator[str]:
     yield from ("", "## How to use it", "")
     if not with_text:
-        yield from _how_to_attach(corpus, address or "")
+        yield from _rebuild_lines(corpus, address or "")
         return
     place = address or "the/path/of/this/folder"
     first = next(iter(teachers), "NAME")
@@ -258,17 +259,17 @@ def _how_to_read(
     )
 
 
-def _how_to_attach(corpus: Corpus, address: str) -> Iterator[str]:
+def _rebuild_lines(corpus: Corpus, address: str) -> Iterator[str]:
     """Yield how somebody with the same text gets the whole cache."""
     place = hub_place(address) if is_hub(address) else None
     repo = "OWNER/NAME" if place is None else place.repo
-    at = f" --revision {shlex.quote(place.revision)}" if place and place.revision else ""
+    revision = f" --revision {shlex.quote(place.revision)}" if place and place.revision else ""
     yield (
         "**The text is not here**: of the corpus there are the checksums, the tokenizer and how it "
         "was cut. Whoever has the same files of text makes it again, and each target is held "
         "against the digest of its sequence:"
     )
-    yield from ("", "```sh", f"hf download {repo} --repo-type dataset{at} --local-dir shared")
+    yield from ("", "```sh", f"hf download {repo} --repo-type dataset{revision} --local-dir shared")
     yield "pipeline cache-teachers rebuild.yaml   # reads the text, runs no teacher"
     yield from ("pipeline verify shared", "```", "", "```yaml", "# rebuild.yaml")
     yield from (*run_file(corpus, "shared"), "```", "")

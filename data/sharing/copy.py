@@ -41,64 +41,66 @@ Done = Callable[[Commit], object]
 
 
 @dataclass
-class _Names:
+class _FileNames:
     """The names of the text's files in the copy: the last parts of their paths, with a number if
     two are equal.
     """
 
-    found: dict[str, str] = field(default_factory=dict)
+    by_place: dict[str, str] = field(default_factory=dict)
 
     def add(self, place: str) -> None:
         """Give a place its name."""
         name = str(portable(place))
-        taken, number = {*self.found.values()}, 1
-        if place not in self.found:
-            while name in taken:
+        used, number = {*self.by_place.values()}, 1
+        if place not in self.by_place:
+            while name in used:
                 number += 1
                 name = f"{number}/{last_part(place)}"
-            self.found[place] = name
+            self.by_place[place] = name
 
     def in_corpus(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """Return a description of the corpus, or of a shard of it, with these names."""
-        told = dict(about)
-        if "config" in told:
-            config = dict(told["config"])
+        shared = dict(about)
+        if "config" in shared:
+            config = dict(shared["config"])
             config["source"] = [self._name(place) for place in config["source"]]
             if "without" in config:
                 config["without"] = portable(config["without"])
-            told["config"] = config
-        if "order" in told:
-            told["order"] = [self._name(place) for place in told["order"]]
+            shared["config"] = config
+        if "order" in shared:
+            shared["order"] = [self._name(place) for place in shared["order"]]
         for key in ("sources", "contents", "generated"):
-            if key in told:
-                told[key] = {self._name(place): of for place, of in told[key].items()}
-        if "generated" in told:
-            told["generated"] = portable(told["generated"])
-        return told
+            if key in shared:
+                shared[key] = {self._name(place): of for place, of in shared[key].items()}
+        if "generated" in shared:
+            shared["generated"] = portable(shared["generated"])
+        return shared
 
     def _name(self, place: str) -> str:
-        return self.found.get(place) or str(portable(place))
+        return self.by_place.get(place) or str(portable(place))
 
 
-def _teacher(about: Mapping[str, Any]) -> dict[str, Any]:
+def _portable_teacher(about: Mapping[str, Any]) -> dict[str, Any]:
     """Return a teacher's description; names of labels and domains stay, whatever they look like."""
-    told = dict(about) | {"model": portable(about.get("model", ""))}
-    if "lineage" in told:
-        told["lineage"] = [
-            dict(run) | {"student": portable(run.get("student", ""))} for run in told["lineage"]
+    shared = dict(about) | {"model": portable(about.get("model", ""))}
+    if "lineage" in shared:
+        shared["lineage"] = [
+            dict(run) | {"student": portable(run.get("student", ""))} for run in shared["lineage"]
         ]
-    return told
+    return shared
 
 
-def _of_others(folder: str, about: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+def _portable_description(
+    folder: str, about: Mapping[str, Any], names: _FileNames
+) -> dict[str, Any]:
     """Return a description in ``folder``, or that of a shard, as others read it."""
     kind = folder.partition("/")[0]
     if kind == "corpus":
         return names.in_corpus(about)
     if kind == "targets":
         if "teacher" in about:
-            return dict(about) | {"teacher": _teacher(about["teacher"])}
-        return _teacher(about) if "fingerprints" in about else dict(about)
+            return dict(about) | {"teacher": _portable_teacher(about["teacher"])}
+        return _portable_teacher(about) if "fingerprints" in about else dict(about)
     return dict(about)
 
 
@@ -115,7 +117,7 @@ def copy_for_others(
     copied is checked against its checksum. Raises CacheFormatError if one is damaged, InputError
     for a teacher that is known by a place of this machine.
     """
-    store, made = corpus.store, LocalStore(into)
+    store, target = corpus.store, LocalStore(into)
     names = _names(corpus)
     _check_identities(store, teachers)
     digests: dict[str, str] = {}  # of the corpus's shards in the copy, by those of the cache
@@ -123,27 +125,27 @@ def copy_for_others(
         kind, _, rest = shards.folder.partition("/")
         if kind == "targets" and rest.partition("/")[0] not in teachers:
             continue
-        _describe(store, made, shards.folder, names)
+        _copy_descriptions(store, target, shards.folder, names)
         if kind == "views" and not with_text:
             continue
         for unit, commit in shards.committed().items():
             shard = shards.open(commit, direct=True)
             shard.check()
-            copied = _copy(shard, shards.folder, made, names, digests)
+            copied = _copy_shard(shard, shards.folder, target, names, digests)
             if kind == "corpus":
                 digests[commit.sha256] = copied.sha256
                 if not with_text:
-                    made.discard(f"{shards.folder}/{copied.path}")
-            made.create(f"{shards.folder}/commits/{unit}.json", copied.to_bytes())
+                    target.discard(f"{shards.folder}/{copied.path}")
+            target.create(f"{shards.folder}/commits/{unit}.json", copied.to_bytes())
             done(commit)
     if not with_text:
-        made.create(WITHOUT_TEXT, seal({"shards": len(corpus.commits)}))
-    _copy_tokenizer(store, made)
-    return made
+        target.create(WITHOUT_TEXT, seal({"shards": len(corpus.commits)}))
+    _copy_tokenizer(store, target)
+    return target
 
 
-def _names(corpus: Corpus) -> _Names:
-    names = _Names()
+def _names(corpus: Corpus) -> _FileNames:
+    names = _FileNames()
     for addition in corpus.additions:
         for place in (*addition.config["source"], *addition.order, *addition.sources):
             names.add(place)
@@ -171,7 +173,7 @@ def _check_identities(store: Store, teachers: Collection[str]) -> None:
             )
 
 
-def _describe(store: Store, made: Store, folder: str, names: _Names) -> None:
+def _copy_descriptions(store: Store, target: Store, folder: str, names: _FileNames) -> None:
     """Copy the sealed files beside the shards of a set, and an output matrix unchanged."""
     for name in store.names(folder):
         path = f"{folder}/{name}"
@@ -182,63 +184,63 @@ def _describe(store: Store, made: Store, folder: str, names: _Names) -> None:
             values = store.parse_json(path, content)
             body = unseal(values, f"{store.location}/{path}")
             version = body.pop(VERSION, FORMAT_VERSION)
-            told = _of_others(folder, body, names)
-            if told != body or SEAL not in values:
-                content = seal(told, max(version, FORMAT_VERSION))
-        made.create(path, content)
+            shared = _portable_description(folder, body, names)
+            if shared != body or SEAL not in values:
+                content = seal(shared, max(version, FORMAT_VERSION))
+        target.create(path, content)
 
 
-def _copy(
-    shard: Shard, folder: str, made: LocalStore, names: _Names, digests: Mapping[str, str]
+def _copy_shard(
+    shard: Shard, folder: str, target: LocalStore, names: _FileNames, digests: Mapping[str, str]
 ) -> Commit:
     """Copy a shard: the same file, or one that reveals nothing of this machine."""
     commit = shard.commit
-    before = commit.facts.get("corpus_sha256")
+    corpus_sha256 = commit.facts.get("corpus_sha256")
     facts = dict(commit.facts)
-    if isinstance(before, str):
-        facts["corpus_sha256"] = digests.get(before, before)
-    about = shard.metadata
-    told = _of_others(folder, about, names)
-    target = made.root / folder / commit.path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if told == about:
+    if isinstance(corpus_sha256, str):
+        facts["corpus_sha256"] = digests.get(corpus_sha256, corpus_sha256)
+    metadata = shard.metadata
+    shared = _portable_description(folder, metadata, names)
+    path = target.root / folder / commit.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shared == metadata:
         source = Path(shard.name)
         if source.is_file():
-            target.symlink_to(source.absolute())
+            path.symlink_to(source.absolute())
         else:
-            with open(target, "xb") as file:
+            with open(path, "xb") as file:
                 for offset, length, _ in commit.regions:
                     file.write(shard.source.region(offset, length))
         return replace(commit, facts=facts)
-    schema = shard.schema.with_metadata({"rekindle": json.dumps(told, sort_keys=True)})
+    schema = shard.schema.with_metadata({"rekindle": json.dumps(shared, sort_keys=True)})
     batches = (
         pa.RecordBatch.from_arrays(shard.batch(number, keep=False).columns, schema=schema)
         for number in range(shard.batch_count)
     )
     options = None
-    if about.get("kind") == "targets":
-        info = parse_settings(TeacherInfo, about.get("teacher"), shard.name)
+    if metadata.get("kind") == "targets":
+        info = parse_settings(TeacherInfo, metadata.get("teacher"), shard.name)
         options = write_options(kind_of(info))
-    written = write_shard(target, schema, batches, options)
+    written = write_shard(path, schema, batches, options)
     return Commit(commit.unit, commit.path, *written, facts, commit.rows_per_batch)
 
 
-def _copy_tokenizer(store: Store, made: Store) -> None:
+def _copy_tokenizer(store: Store, target: Store) -> None:
     """Copy the tokenizer's files, and their checksums."""
     if not store.exists(TOKENIZER_FILES):  # of format 1
         for name in store.names(TOKENIZER):
-            made.create(f"{TOKENIZER}/{name}", store.read_bytes(f"{TOKENIZER}/{name}"))
+            target.create(f"{TOKENIZER}/{name}", store.read_bytes(f"{TOKENIZER}/{name}"))
         return
     files = {}
     for name in store.names(TOKENIZER):
         content = store.read_bytes(f"{TOKENIZER}/{name}")
         if name == CONFIG_FILE:
             values = json.loads(content)
-            if (told := portable_config(values)) != values:
-                content = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
-        made.create(f"{TOKENIZER}/{name}", content)
+            if (shared := portable_config(values)) != values:
+                content = (json.dumps(shared, indent=2, ensure_ascii=False) + "\n").encode()
+        target.create(f"{TOKENIZER}/{name}", content)
         files[name] = hashlib.sha256(content).hexdigest()
-    made.create(TOKENIZER_FILES, seal(files))
+    target.create(TOKENIZER_FILES, seal(files))
 
 
 def portable_config(values: Any) -> Any:
@@ -255,8 +257,8 @@ def portable_config(values: Any) -> Any:
     }
 
 
-def files_of(made: LocalStore) -> dict[str, Path]:
+def files_of(copy: LocalStore) -> dict[str, Path]:
     """Return all files of a copy by their names in it, sorted."""
-    found = (path for path in made.root.rglob("*") if path.is_file())
-    names = {PurePosixPath(path.relative_to(made.root)).as_posix(): path for path in found}
+    paths = (path for path in copy.root.rglob("*") if path.is_file())
+    names = {PurePosixPath(path.relative_to(copy.root)).as_posix(): path for path in paths}
     return dict(sorted(names.items()))

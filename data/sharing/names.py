@@ -22,14 +22,14 @@ def is_place(text: str) -> bool:
     return bool(_PLACE.fullmatch(text)) and not is_hub(text)
 
 
-def shown(model: str) -> str:
+def shown_model(model: str) -> str:
     """Return a model's name for a card: a hub id, or the last part of a local folder."""
     if is_hub(model):
         return hub_place(model).repo
-    return last_part(model) if is_ours(model) else model
+    return last_part(model) if is_local(model) else model
 
 
-def is_ours(model: str) -> bool:
+def is_local(model: str) -> bool:
     """Return whether a model is a local folder."""
     return is_place(model) or Path(model).exists()
 

@@ -20,26 +20,26 @@ _CODE = re.compile(r"\A---\r?\n.*?\n---$|^ *```.*?(?:^ *```|\Z)", re.DOTALL | re
 _HUB_CACHE = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+/?$")
 
 
-def called(text: str, names: Mapping[str, str], suffixes: Collection[str] = ()) -> str:
+def replace_paths(text: str, names: Mapping[str, str], suffixes: Collection[str] = ()) -> str:
     """Return ``text`` with the paths ``names`` called otherwise. A longer path that only begins or
     ends like one of them stays, unless what it has more is one of the ``suffixes``.
     """
-    spelled = dict(chain.from_iterable(_spellings(*pair) for pair in names.items() if pair[0]))
-    if not spelled:
+    replacements = dict(chain.from_iterable(_spellings(*pair) for pair in names.items() if pair[0]))
+    if not replacements:
         return text
-    more = "|".join(map(re.escape, sorted(suffixes, key=len, reverse=True)))
+    suffix_pattern = "|".join(map(re.escape, sorted(suffixes, key=len, reverse=True)))
     path = r"(?![\w~+@-]|\.\w)"  # not within a name; a full stop may end a sentence
-    end = rf"(?=(?:{more}){path})|{path}" if more else path
-    found = "|".join(map(_from_its_start, sorted(spelled, key=len, reverse=True)))
-    return re.sub(rf"({found})(?:{end})", lambda match: spelled[match[1]], text)
+    end = rf"(?=(?:{suffix_pattern}){path})|{path}" if suffix_pattern else path
+    paths_pattern = "|".join(map(_path_pattern, sorted(replacements, key=len, reverse=True)))
+    return re.sub(rf"({paths_pattern})(?:{end})", lambda match: replacements[match[1]], text)
 
 
-def _spellings(name: str, new: str) -> Iterable[tuple[str, str]]:
+def _spellings(name: str, replacement: str) -> Iterable[tuple[str, str]]:
     """Yield a name as it is, and as a quoted one of a program."""
-    yield from ((name, new), (json.dumps(name)[1:-1], new))
+    yield from ((name, replacement), (json.dumps(name)[1:-1], replacement))
 
 
-def _from_its_start(name: str) -> str:
+def _path_pattern(name: str) -> str:
     inside = r"[\w.~-]" if is_place(name) else r"[\w.~/\\-]"
     return rf"(?<!{inside}){re.escape(name)}"
 
@@ -49,14 +49,14 @@ def without_places(text: str) -> str:
     and of the block at its top are their last parts.
     """
 
-    def short(match: re.Match[str]) -> str:
+    def shorten_quoted(match: re.Match[str]) -> str:
         place, mark = match["place"], match["mark"]
         return f"{mark}{portable_name(place) if is_place(place) else place}{mark}"
 
-    def code(match: re.Match[str]) -> str:
+    def shorten_words(match: re.Match[str]) -> str:
         return _BARE.sub(lambda word: portable_name(word[0]), match[0])
 
-    return _CODE.sub(code, _QUOTED.sub(short, text))
+    return _CODE.sub(shorten_words, _QUOTED.sub(shorten_quoted, text))
 
 
 def portable_name(place: str) -> str:

@@ -10,7 +10,7 @@ from rekindle.data.targets.reading.reader import TeacherReader
 SAMPLE_UNITS = 4
 
 
-def tells_text(teacher: TeacherReader) -> bool:
+def reveals_text(teacher: TeacherReader) -> bool:
     """Return whether the text, or much of it, can be read from a teacher's targets."""
     return teacher.kind.reveals_text
 
@@ -22,8 +22,8 @@ def readable_share(teacher: TeacherReader) -> float | None:
     if not teacher.info.is_vocabulary or "gold_rank" in teacher.info.lacks:
         return None
     k = teacher.info.k or teacher.info.vocabulary_size or 0
-    seen = named = 0
+    seen = readable = 0
     for commit in [*teacher.commits.records()][:SAMPLE_UNITS]:
         for part in teacher.scalars(int(commit.facts["shard"]), commit.facts.get("replica")):
-            seen, named = seen + len(part.gold_rank), named + int((part.gold_rank < k).sum())
-    return named / seen if seen else None
+            seen, readable = seen + len(part.gold_rank), readable + int((part.gold_rank < k).sum())
+    return readable / seen if seen else None

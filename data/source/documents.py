@@ -14,15 +14,15 @@ from rekindle.data.source.fields import ABSENT, reach
 from rekindle.data.source.given import Dialogue, Form, Given
 from rekindle.data.source.left_out import LeftOut
 from rekindle.data.source.python_docs import python_docs
-from rekindle.data.source.record import Bad, Block, Record, shown
+from rekindle.data.source.record import BadRecord, Block, Record, show_value
 from rekindle.data.source.records import BLOCK_BYTES, read_blocks, records_of
 from rekindle.data.source.sources import HUB, PYTHON_DOCS, TABLES, Entry, Origin, find_origins
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.text_files import surrogate_problem
 
 log = logging.getLogger("rekindle")
 
 _COLUMNS = ("parquet", "arrow", HUB)  # in these formats missing values are null
-_NO_NAME = (Mapping, list, tuple, bytes)  # not valid as a domain or group
+_NOT_NAMES = (Mapping, list, tuple, bytes)  # not valid as a domain or group
 
 
 class Document(NamedTuple):
@@ -97,7 +97,7 @@ def read_documents(
     bytes that are not UTF-8 (in a .txt file, the document that has them), a text, domain or group
     that is missing or null, a text that is not a string, a domain or group that is a mapping or a
     list, half a surrogate pair in text, domain, group or id, an empty text of a pair. With
-    ``left_out`` they are collected there, unless its ``bad`` is false, and the rest is read.
+    ``left_out`` they are collected there, unless its ``skips_bad`` is false, and the rest is read.
 
     Raises InputError: at the call for a source that does not exist or is of an unknown kind; while
     reading for a damaged file, and for a bad record that is not left out.
@@ -120,42 +120,44 @@ def _documents(
     origins: Sequence[Origin], fields: Fields, left_out: LeftOut | None
 ) -> Iterator[Document]:
     for origin in origins:
-        empty = True
+        is_empty = True
         for block in document_blocks(origin, fields):
             for document in documents_of(block, origin, fields):
-                empty &= isinstance(document, Bad)
-                if keeps(document, left_out):
+                is_empty &= isinstance(document, BadRecord)
+                if accept(document, left_out):
                     yield document
                     if left_out is not None:
                         left_out.documents += 1
-        if empty:
-            tell_empty(origin)
+        if is_empty:
+            warn_empty(origin)
 
 
-def tell_empty(origin: Origin) -> None:
+def warn_empty(origin: Origin) -> None:
     """Warn that there is no text in an origin."""
     log.warning("%s: there is no text in it", origin.place)
 
 
-def keeps(found: Document | Bad, left_out: LeftOut | None) -> TypeGuard[Document]:
+def accept(found: Document | BadRecord, left_out: LeftOut | None) -> TypeGuard[Document]:
     """Return whether this is a document that is kept; if it is left out, note it.
 
     Raises InputError for a bad record that must not be left out.
     """
-    if isinstance(found, Bad):
-        if left_out is None or not left_out.bad:
+    if isinstance(found, BadRecord):
+        if left_out is None or not left_out.skips_bad:
             raise InputError(
                 f"{found.message}; or leave such records out (corpus.on_bad_record: skip)"
             )
         left_out.add(found)
         return False
-    if left_out and left_out.texts and (hold := left_out.texts.find(*_looked_at(found))):
-        left_out.add_held(found.id, hold)
+    if left_out is None or left_out.held_texts is None:
+        return True
+    if held_text := left_out.held_texts.find(*_searched_texts(found)):
+        left_out.add_held(found.id, held_text)
         return False
     return True
 
 
-def _looked_at(document: Document) -> tuple[str, ...]:
+def _searched_texts(document: Document) -> tuple[str, ...]:
     """Return the texts in which a test's text may occur: not across what a template puts between
     messages.
     """
@@ -204,123 +206,129 @@ class Pages(NamedTuple):
 
 def documents_of(
     block: "Block | Pages", origin: Origin, fields: Fields
-) -> Iterator[Document | Bad]:
+) -> Iterator[Document | BadRecord]:
     """Yield the documents of a block of ``origin``, and its bad records."""
     if isinstance(block, Pages):
         yield from block.documents
         return
     for record in records_of(block, origin):
-        found = record if isinstance(record, Bad) else _document(record, origin, fields)
+        found = record if isinstance(record, BadRecord) else _document(record, origin, fields)
         if found is not None:
             yield found
 
 
-def _document(record: Record, origin: Origin, fields: Fields) -> Document | Bad | None:
+def _document(record: Record, origin: Origin, fields: Fields) -> Document | BadRecord | None:
     """Return the document of a record; None if its text is blank, unless it belongs to a pair."""
     table = origin.format in TABLES
-    where = f"{origin.place}, {'row' if table else 'record'} {record.row}"
-    named = "the first line names its columns" if table else "it has"
+    label = f"{origin.place}, {'row' if table else 'record'} {record.row}"
+    columns_text = "the first line names its columns" if table else "it has"
     domain, group = (
-        None if name is None else _name(record, name, what, where, named)
+        None if name is None else _label(record, name, what, label, columns_text)
         for what, name in (("domain", fields.domain), ("group", fields.group))
     )
     if origin.content != "text":
-        return _given_document(record, origin, fields, (domain, group), where)
-    read = [_text(record, fields.text, "corpus.text_field", where, named)]
+        return _document_of_content(record, origin, fields, (domain, group), label)
+    values = [_text(record, fields.text, "corpus.text_field", label, columns_text)]
     if fields.pair is not None:
-        read.append(_text(record, fields.pair, "corpus.pair_field", where, named))
-    if bad := [found for found in (*read, domain, group) if isinstance(found, Bad)]:
-        return bad[0]
-    texts = [text for text in read if isinstance(text, str)]
+        values.append(_text(record, fields.pair, "corpus.pair_field", label, columns_text))
+    if bad_records := [found for found in (*values, domain, group) if isinstance(found, BadRecord)]:
+        return bad_records[0]
+    texts = [text for text in values if isinstance(text, str)]
     blank = [not text or text.isspace() for text in texts]
     if fields.pair is None and blank[0]:
         return None
     if any(blank):
         field = (fields.text, fields.pair)[blank.index(True)]
-        empty = f"{where}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
-        return Bad("an empty text of a pair", empty)
+        empty = f"{label}: the field {field!r} is empty; a pair (corpus.pair_field) has two texts"
+        return BadRecord("an empty text of a pair", empty)
     pair = texts[1] if len(texts) > 1 else None
-    about = (_identity(record, origin), texts[0], domain, pair, None, group)
-    return _whole(Document(*about), where)  # type: ignore[arg-type]
+    fields_of_document = (_document_id(record, origin), texts[0], domain, pair, None, group)
+    return _check_characters(Document(*fields_of_document), label)  # type: ignore[arg-type]
 
 
-def _given_document(
+def _document_of_content(
     record: Record,
     origin: Origin,
     fields: Fields,
-    names: tuple[str | Bad | None, str | Bad | None],
-    where: str,
-) -> Document | Bad:
+    names: tuple[str | BadRecord | None, str | BadRecord | None],
+    label: str,
+) -> Document | BadRecord:
     """Return the document of a record that is not plain text."""
-    made = fields.form_of(origin)(record.values, origin.format in _COLUMNS, where)
-    if isinstance(made, Bad):
-        return made
+    content = fields.form_of(origin)(record.values, origin.format in _COLUMNS, label)
+    if isinstance(content, BadRecord):
+        return content
     domain, group = names
-    if isinstance(domain, Bad):
+    if isinstance(domain, BadRecord):
         return domain
-    if isinstance(group, Bad):
+    if isinstance(group, BadRecord):
         return group
-    text, given = made
-    about = (_identity(record, origin), text, domain, None, given, group)
-    return _whole(Document(*about), where)
+    text, given = content
+    fields_of_document = (_document_id(record, origin), text, domain, None, given, group)
+    return _check_characters(Document(*fields_of_document), label)
 
 
-def _whole(document: Document, where: str) -> Document | Bad:
+def _check_characters(document: Document, label: str) -> Document | BadRecord:
     """Return the document, unless it contains half a character."""
     texts = (("text", text) for text in document.texts)
     names = (("domain", document.domain or ""), ("group", document.group or ""))
     for what, value in (*texts, ("id", document.id), *names):
-        if told := half_a_pair(what, value):
-            return Bad("half a surrogate pair", f"{where}: {told}")
+        if problem := surrogate_problem(what, value):
+            return BadRecord("half a surrogate pair", f"{label}: {problem}")
     return document
 
 
-def _text(record: Record, field: str, setting: str, where: str, named: str) -> str | Bad:
+def _text(
+    record: Record, field: str, setting: str, label: str, columns_text: str
+) -> str | BadRecord:
     text = reach(record.values, field)
     if text is None or text is ABSENT:
-        return _missing(record, field, setting, where, named)
+        return _missing(record, field, setting, label, columns_text)
     if not isinstance(text, str):
-        return Bad(
+        return BadRecord(
             "text is no string",
-            f"{where}: the field {field!r} holds {shown(text)}; the text must be a string",
+            f"{label}: the field {field!r} holds {show_value(text)}; the text must be a string",
         )
     return text
 
 
-def _name(record: Record, field: str, what: str, where: str, named: str) -> str | Bad:
-    """Return a record's domain or group, whichever ``what`` names."""
+def _label(
+    record: Record, field: str, subject: str, label: str, columns_text: str
+) -> str | BadRecord:
+    """Return a record's domain or group, whichever ``subject`` names."""
     value = reach(record.values, field)
     if value is None or value is ABSENT:
-        return _missing(record, field, f"corpus.{what}_field", where, named)
-    if isinstance(value, _NO_NAME):
-        return Bad(
-            f"{what} is no name",
-            f"{where}: the field {field!r} (corpus.{what}_field) holds {shown(value)}; a {what} is "
-            f"a name or a number{_inside(field, value)}",
+        return _missing(record, field, f"corpus.{subject}_field", label, columns_text)
+    if isinstance(value, _NOT_NAMES):
+        return BadRecord(
+            f"{subject} is no name",
+            f"{label}: the field {field!r} (corpus.{subject}_field) holds {show_value(value)}; "
+            f"a {subject} is a name or a number{_nested_fields(field, value)}",
         )
     return str(value)
 
 
-def _missing(record: Record, field: str, setting: str, where: str, named: str) -> Bad:
+def _missing(record: Record, field: str, setting: str, label: str, columns_text: str) -> BadRecord:
     known = {"corpus.domain_field": "no domain", "corpus.group_field": "no group"}
     kind = known.get(setting, "no text")
     if reach(record.values, field) is None:
-        return Bad(kind, f"{where}: the field {field!r} ({setting}) is null")
+        return BadRecord(kind, f"{label}: the field {field!r} ({setting}) is null")
     fields = list(record.values)
-    has = ", ".join(map(str, fields)) or "no fields"
-    near = did_you_mean(field, map(str, fields))
-    return Bad(kind, f"{where}: no field {field!r} ({setting}); {named}: {has}{near}")
+    found = ", ".join(map(str, fields)) or "no fields"
+    suggestion = did_you_mean(field, map(str, fields))
+    return BadRecord(
+        kind, f"{label}: no field {field!r} ({setting}); {columns_text}: {found}{suggestion}"
+    )
 
 
-def _inside(field: str, value: object) -> str:
+def _nested_fields(field: str, value: object) -> str:
     """Return the dotted fields inside a value that is not a name itself."""
     if not isinstance(value, Mapping) or not value:
         return ""
     return ": " + " or ".join(f"{field}.{name}" for name in list(value)[:5])
 
 
-def _identity(record: Record, origin: Origin) -> str:
-    own = record.values.get("id")
-    if isinstance(own, str | int) and not isinstance(own, bool) and own != "":
-        return str(own)
+def _document_id(record: Record, origin: Origin) -> str:
+    record_id = record.values.get("id")
+    if isinstance(record_id, str | int) and not isinstance(record_id, bool) and record_id != "":
+        return str(record_id)
     return f"{origin.name}:{record.row}"

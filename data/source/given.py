@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 
 Span = tuple[int, int]  # characters, from and to
 PRIVATE_RUN = re.compile(f"[{chr(0xF0000)}-{chr(0xFFFFD)}]+")  # how special tokens are written
@@ -50,7 +50,7 @@ class Form(Protocol):
 
     def __call__(
         self, values: Mapping[str, object], columns: bool, where: str
-    ) -> tuple[str, Given] | Bad:
+    ) -> tuple[str, Given] | BadRecord:
         """Return the text (empty for tokens) and the content; ``columns``: missing values are null
         there; ``where``: the record's name in messages.
         """

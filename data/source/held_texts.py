@@ -20,7 +20,7 @@ record **holds** a text
   always forgiven, whatever it is, even a name; but each number of the text must be in the record. A
   text is compared only if three words occur that few of the texts share (or its rarest ones): many
   questions that differ only in a name are different questions. Three words that recur, "0 0 0" in a
-  table, do not count (see PAIRS).
+  table, do not count (see MAX_PLACE_PAIRS).
 A text without a letter or digit is held nowhere.
 """
 
@@ -40,27 +40,28 @@ LEAST_WORDS = 8
 NEAR_WORDS = 13
 GRAM = 3
 NEAR_SHARE = 0.8
-FEW = 64  # if more texts share three words, these do not lead to any of them
-PAIRS = 4096  # places of three words in a text, times those in a record: if more, they do not count
+MAX_SHARING = 64  # if more texts share three words, these do not lead to any of them
+# places of three words in a text, times those in a record: if more, they do not count
+MAX_PLACE_PAIRS = 4096
 
 Kind = Literal["exact", "near"]
 _Gram = tuple[str, ...]
 
 # Thai to Myanmar, Khmer; kana; Han: scripts without blanks between words.
-_ALONE = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_ALONE += "\U00020000-\U0003ffff"
+_UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_UNSPACED += "\U00020000-\U0003ffff"
 _MARKED = range(0x300, 0x20000)  # where combining marks are found
-_HALF = re.compile(f"[{_ALONE}]")
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 
 
-class Hold(NamedTuple):
+class HeldText(NamedTuple):
     """A text that a record holds: how, and the text's words."""
 
     kind: Kind
     text: str
 
 
-class Found(NamedTuple):
+class HeldCounts(NamedTuple):
     """How many records hold a text exactly, and how many only nearly."""
 
     exact: int = 0
@@ -73,18 +74,18 @@ def normalised(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    known = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return _word().findall(known.casefold())
+    normal = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return _word().findall(normal.casefold())
 
 
 @cache
 def _word() -> re.Pattern[str]:
     marks = "".join(c for c in map(chr, _MARKED) if unicodedata.category(c).startswith("M"))
-    return re.compile(rf"[^\W_{_ALONE}](?:[^\W_{_ALONE}]|[{marks}])*|[{_ALONE}][{marks}]*")
+    return re.compile(rf"[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{marks}])*|[{_UNSPACED}][{marks}]*")
 
 
 def _length(words: Sequence[str]) -> float:
-    return len(words) - sum(map(bool, map(_HALF.match, words))) / 2
+    return len(words) - sum(map(bool, map(_UNSPACED_CHARACTER.match, words))) / 2
 
 
 def _grams(words: Sequence[str], size: int = GRAM) -> Iterator[_Gram]:
@@ -99,27 +100,27 @@ class HeldTexts:
     """
 
     def __init__(self, texts: Iterable[str]):
-        known = sorted({normalised(text) for text in texts} - {""})
-        self.size = len(known)
-        self.digest = hashlib.sha256("\n".join(known).encode()).hexdigest()
-        words = [text.split(" ") for text in known]
+        texts_found = sorted({normalised(text) for text in texts} - {""})
+        self.size = len(texts_found)
+        self.digest = hashlib.sha256("\n".join(texts_found).encode()).hexdigest()
+        words = [text.split(" ") for text in texts_found]
         lengths = [*map(_length, words)]
         self._short: defaultdict[_Gram, set[str]] = defaultdict(set)  # by its first words
-        for text, of, length in zip(known, words, lengths, strict=True):
+        for text, text_words, length in zip(texts_found, words, lengths, strict=True):
             if length < LEAST_WORDS:
-                self._short[tuple(of[:GRAM])].add(text)
-        self._long = [of for of, n in zip(words, lengths, strict=True) if n >= LEAST_WORDS]
-        shared = Counter(chain.from_iterable(set(_grams(of)) for of in self._long))
+                self._short[tuple(text_words[:GRAM])].add(text)
+        self._long = [each for each, n in zip(words, lengths, strict=True) if n >= LEAST_WORDS]
+        shared = Counter(chain.from_iterable(set(_grams(text_words)) for text_words in self._long))
         leads: defaultdict[_Gram, list[int]] = defaultdict(list)
-        for number, of in enumerate(self._long):
-            grams = {*_grams(of)}
-            rare = [gram for gram in grams if shared[gram] <= FEW]
+        for number, text_words in enumerate(self._long):
+            grams = {*_grams(text_words)}
+            rare = [gram for gram in grams if shared[gram] <= MAX_SHARING]
             for gram in rare or [min(grams, key=lambda gram: (shared[gram], gram))]:
                 leads[gram].append(number)
         self._leads: Mapping[_Gram, list[int]] = leads
         self._leading = frozenset(leads)
 
-    def find(self, *fields: str) -> Hold | None:
+    def find(self, *fields: str) -> HeldText | None:
         """Return a text that one of a record's ``fields`` holds, an exact one if possible."""
         near = None
         for field in fields:
@@ -129,21 +130,21 @@ class HeldTexts:
             near = near or found
         return near
 
-    def _in_field(self, field: str) -> Hold | None:
+    def _in_field(self, field: str) -> HeldText | None:
         words = _words(field)
-        whole = f" {' '.join(words)} "
-        if self._short and (short := self._short_in(field, words, whole)):
-            return Hold("exact", short)
-        known = {*_grams(words)}
-        if not (leading := self._leading & known):
+        joined = f" {' '.join(words)} "
+        if self._short and (short := self._short_in(field, words, joined)):
+            return HeldText("exact", short)
+        record_grams = {*_grams(words)}
+        if not (leading := self._leading & record_grams):
             return None
-        tried = sorted({number for gram in leading for number in self._leads[gram]})
+        numbers = sorted({number for gram in leading for number in self._leads[gram]})
         near: list[Sequence[str]] = []
-        for text in (self._long[number] for number in tried):
+        for text in (self._long[number] for number in numbers):
             grams = [*_grams(text)]
-            shared = sum(gram in known for gram in grams)
-            if shared == len(grams) and f" {' '.join(text)} " in whole:
-                return Hold("exact", " ".join(text))
+            shared = sum(gram in record_grams for gram in grams)
+            if shared == len(grams) and f" {' '.join(text)} " in joined:
+                return HeldText("exact", " ".join(text))
             if GRAM * shared < NEAR_SHARE * len(text) or _length(text) < NEAR_WORDS:
                 continue
             if {*filter(str.isdigit, text)} <= {*words}:
@@ -152,13 +153,13 @@ class HeldTexts:
         for place, gram in enumerate(_grams(words) if near else ()):
             if gram in places:
                 places[gram].append(place)
-        return next((Hold("near", " ".join(t)) for t in near if _is_near(t, places)), None)
+        return next((HeldText("near", " ".join(t)) for t in near if _is_near(t, places)), None)
 
-    def _short_in(self, field: str, words: Sequence[str], whole: str) -> str | None:
-        begun = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short)})
-        texts = {text for first in self._short.keys() & {*begun} for text in self._short[first]}
+    def _short_in(self, field: str, words: Sequence[str], joined: str) -> str | None:
+        starts = chain.from_iterable(_grams(words, n) for n in {*map(len, self._short)})
+        texts = {text for first in self._short.keys() & {*starts} for text in self._short[first]}
         # Finding sentences is slow, and hardly any record has the words at all.
-        if not (texts := {text for text in texts if f" {text} " in whole}):
+        if not (texts := {text for text in texts if f" {text} " in joined}):
             return None
         sentences = (field[begin:end] for begin, end in split_sentences(field))
         parts = map(normalised, chain((field,), field.splitlines(), sentences))
@@ -171,32 +172,34 @@ def _is_near(text: Sequence[str], places: Mapping[_Gram, list[int]]) -> bool:
     """
     length, grams = len(text), [*_grams(text)]
     times = Counter(grams)
-    hits = sorted(
-        (there - here, here)
-        for here, gram in enumerate(grams)
-        if times[gram] * len(places[gram]) <= PAIRS
-        for there in places[gram]
+    matches = sorted(
+        (place - position, position)
+        for position, gram in enumerate(grams)
+        if times[gram] * len(places[gram]) <= MAX_PLACE_PAIRS
+        for place in places[gram]
     )
-    covering, covered, first = [0] * length, 0, 0
-    for shift, here in hits:
-        for word in range(here, here + GRAM):
-            covered += not covering[word]
-            covering[word] += 1
-        while shift - hits[first][0] > length // 4:
-            for word in range(hits[first][1], hits[first][1] + GRAM):
-                covering[word] -= 1
-                covered -= not covering[word]
+    coverage, covered, first = [0] * length, 0, 0
+    for shift, position in matches:
+        for word in range(position, position + GRAM):
+            covered += not coverage[word]
+            coverage[word] += 1
+        while shift - matches[first][0] > length // 4:
+            for word in range(matches[first][1], matches[first][1] + GRAM):
+                coverage[word] -= 1
+                covered -= not coverage[word]
             first += 1
         if covered >= NEAR_SHARE * length:
             return True
     return False
 
 
-def find_held(texts: Iterable[str] | HeldTexts, records: Iterable[str | Sequence[str]]) -> Found:
+def find_held(
+    texts: Iterable[str] | HeldTexts, records: Iterable[str | Sequence[str]]
+) -> HeldCounts:
     """Return how many of ``records`` (texts, or the fields of each) hold one of the test's
     ``texts``.
     """
     held = texts if isinstance(texts, HeldTexts) else HeldTexts(texts)
     fields = ((one,) if isinstance(one, str) else one for one in records)
     kinds = Counter(found.kind for one in fields if (found := held.find(*one)))
-    return Found(kinds["exact"], kinds["near"])
+    return HeldCounts(kinds["exact"], kinds["near"])

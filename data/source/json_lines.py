@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rekindle.data.errors import InputError
-from rekindle.data.source.record import Bad, Record, decoded, line_ends, lines_out_of, shown
+from rekindle.data.source.record import (
+    BadRecord,
+    Record,
+    decode_line,
+    jq_command,
+    show_value,
+    tr_command,
+)
 from rekindle.data.text_files import open_text
 
 LONGEST_LINE = 1 << 28  # bytes of a line, which is held in memory
@@ -24,16 +31,16 @@ class Lines(NamedTuple):
     def size(self) -> int:  # noqa: D102
         return len(self.content)
 
-    def records(self) -> Iterator[Record | Bad]:
+    def records(self) -> Iterator[Record | BadRecord]:
         """Yield each line that is not blank. Raise InputError for a file that is one array."""
         for number, line in enumerate(io.BytesIO(self.content), self.first):
             # Also inside the file, if it was joined from several that each began with a byte order
             # mark.
-            text = decoded(line.removeprefix(b"\xef\xbb\xbf"), number, self.place)
-            if isinstance(text, Bad):
+            text = decode_line(line.removeprefix(b"\xef\xbb\xbf"), number, self.place)
+            if isinstance(text, BadRecord):
                 yield text
             elif text and not text.isspace():
-                yield _parsed(text, number, self.place)
+                yield _parse(text, number, self.place)
 
 
 def line_blocks(place: str, size: int) -> Iterator[Lines]:
@@ -53,54 +60,56 @@ def line_blocks(place: str, size: int) -> Iterator[Lines]:
                 raise InputError(
                     f"{place}:{number}: a line of more than "
                     f"{LONGEST_LINE >> 20} MiB; each line must be one object. If the file is one "
-                    f"array: {lines_out_of('.[]', place)}"
+                    f"array: {jq_command('.[]', place)}"
                 )
             yield Lines(place, first, content)
             first += content.count(b"\n")
 
 
-def _parsed(text: str, number: int, place: str) -> Record | Bad:
+def _parse(text: str, number: int, place: str) -> Record | BadRecord:
     if number == 1 and text.lstrip().startswith("["):
         raise InputError(
             f"{place}:1: the file begins with a JSON array; each line must be one object: "
-            f"{lines_out_of('.[]', place)}"
+            f"{jq_command('.[]', place)}"
         )
     try:
-        values = _OBJECTS.decode(text)
-    except _Twice as error:
-        told = f"the key {error.args[0]!r} appears twice in one object; keep one of the two"
-        return Bad("a key twice", f"{place}:{number}: {told}")
+        values = _DECODER.decode(text)
+    except _RepeatedKey as error:
+        problem = f"the key {error.args[0]!r} appears twice in one object; keep one of the two"
+        return BadRecord("a key twice", f"{place}:{number}: {problem}")
     except (ValueError, RecursionError) as error:
-        told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
-            told = f"{error.msg} at character {error.pos + 1}"
+            problem = f"{error.msg} at character {error.pos + 1}"
         hint = _hint(text, error, place)
-        return Bad(
-            "not JSON", f"{place}:{number}: not JSON ({told}); each line must be one object{hint}"
+        return BadRecord(
+            "not JSON",
+            f"{place}:{number}: not JSON ({problem}); each line must be one object{hint}",
         )
     if not isinstance(values, dict):
-        message = f"{place}:{number}: {shown(values)}; each line must be one JSON object"
-        return Bad("no object", message)
+        message = f"{place}:{number}: {show_value(values)}; each line must be one JSON object"
+        return BadRecord("no object", message)
     return Record(number, values)
 
 
-class _Twice(Exception):
+class _RepeatedKey(Exception):
     """A key that appears twice in an object; json would keep only its last value."""
 
 
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        raise _RepeatedKey(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return found
 
 
-_OBJECTS = json.JSONDecoder(object_pairs_hook=_each_once)  # json.loads would make one for each text
+# json.loads would make one for each text
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _hint(text: str, error: Exception, place: str) -> str:
     if "\r" in text.strip():
-        return f". Its lines end in a carriage return only: {line_ends(place)}"
+        return f". Its lines end in a carriage return only: {tr_command(place)}"
     if isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()):
-        return f". If objects span several lines: {lines_out_of('.', place)}"
+        return f". If objects span several lines: {jq_command('.', place)}"
     return ""

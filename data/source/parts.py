@@ -11,13 +11,13 @@ from rekindle.data.source.documents import (
     Document,
     Fields,
     Pages,
+    accept,
     document_blocks,
     documents_of,
-    keeps,
 )
 from rekindle.data.source.held_texts import HeldTexts
 from rekindle.data.source.left_out import LeftOut
-from rekindle.data.source.record import Bad, Block
+from rekindle.data.source.record import BadRecord, Block
 from rekindle.data.source.sources import Origin
 
 PART_BYTES = 1 << 16  # small, so that the last parts leave no core idle for long
@@ -43,7 +43,7 @@ class Documents:
     error that stopped reading, if any.
     """
 
-    kept: list[Document] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
     with_text: set[int] = field(default_factory=set)
     reached: int = 0  # the number of the last origin
@@ -55,18 +55,18 @@ def cut_parts(origins: Sequence[Origin], fields: Fields) -> Iterator[Part]:
     share a part. An error comes in its place among the parts.
     """
     blocks: list[tuple[int, Origin, Block | Pages]] = []
-    taken = 0
+    size = 0
     try:
         for number, origin in enumerate(origins):
             if blocks and blocks[0][1].content != origin.content:
                 yield Part(blocks)
-                blocks, taken = [], 0
+                blocks, size = [], 0
             for block in document_blocks(origin, fields, PART_BYTES):
                 blocks.append((number, origin, block))
-                taken += block.size
-                if taken >= PART_BYTES:
+                size += block.size
+                if size >= PART_BYTES:
                     yield Part(blocks)
-                    blocks, taken = [], 0
+                    blocks, size = [], 0
     except InputError as error:
         yield Part(blocks, error)
         return
@@ -86,18 +86,18 @@ class Reader:
 
     def __call__(self, part: Part) -> Documents:
         """Return a part's documents, up to the first error."""
-        rule = LeftOut(self.skip_bad, self.held)
-        found = Documents(left_out=rule, error=part.error)
+        left_out = LeftOut(self.skip_bad, self.held)
+        result = Documents(left_out=left_out, error=part.error)
         try:
             for number, origin, block in part.blocks:
-                found.reached = number
+                result.reached = number
                 for document in documents_of(block, origin, self.fields):
-                    if not isinstance(document, Bad):
-                        found.with_text.add(number)
-                    if keeps(document, rule):
-                        found.kept.append(document)
-                        rule.documents += 1
+                    if not isinstance(document, BadRecord):
+                        result.with_text.add(number)
+                    if accept(document, left_out):
+                        result.documents.append(document)
+                        left_out.documents += 1
         except InputError as error:
-            found.error = error
-        rule.texts = None  # everyone has them
-        return found
+            result.error = error
+        left_out.held_texts = None  # everyone has them
+        return result

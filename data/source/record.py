@@ -17,7 +17,7 @@ class Record(NamedTuple):
     values: Mapping[str, object]  # every field it has; None for those that were not read
 
 
-class Bad(NamedTuple):
+class BadRecord(NamedTuple):
     """A record without a valid text: the kind, for counting, and what is wrong, with its place."""
 
     kind: str
@@ -32,50 +32,50 @@ class Block(Protocol):
         """Return its approximate size in bytes."""
         ...
 
-    def records(self) -> Iterator[Record | Bad]:
+    def records(self) -> Iterator[Record | BadRecord]:
         """Yield each record. Raise InputError for a file of another format."""
         ...
 
 
-class Taken(NamedTuple):
+class ReadRecords(NamedTuple):
     """Records that can only be read one after another."""
 
-    taken: Sequence[Record | Bad]
+    items: Sequence[Record | BadRecord]
     size: int
 
-    def records(self) -> Iterator[Record | Bad]:  # noqa: D102
-        return iter(self.taken)
+    def records(self) -> Iterator[Record | BadRecord]:  # noqa: D102
+        return iter(self.items)
 
 
-def taken_size(record: Record | Bad) -> int:
+def record_size(record: Record | BadRecord) -> int:
     """Return a record's approximate size in bytes."""
-    values = [] if isinstance(record, Bad) else record.values.values()
+    values = [] if isinstance(record, BadRecord) else record.values.values()
     return 64 + sum(len(value) for value in values if isinstance(value, str | bytes))
 
 
-def shown(value: object) -> str:
+def show_value(value: object) -> str:
     """Return a record's value for a message."""
     text = repr(value)
     return f"{text[:40]}{'…' if len(text) > 40 else ''} (a {type(value).__name__})"
 
 
-def decoded(line: bytes, number: int, place: str) -> str | Bad:
+def decode_line(line: bytes, number: int, place: str) -> str | BadRecord:
     """Return a line as text."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Bad(
+        return BadRecord(
             "not UTF-8",
             f"{place}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line); "
             "convert the file to UTF-8",
         )
 
 
-def lines_out_of(expression: str, place: str) -> str:
+def jq_command(expression: str, place: str) -> str:
     """Return the command that writes the objects of a file as lines."""
     return f"jq -c '{expression}' {shlex.quote(place)} > lines.jsonl"
 
 
-def line_ends(place: str) -> str:
+def tr_command(place: str) -> str:
     """Return the command that turns a file's carriage returns into line ends."""
     return f"tr '\\r' '\\n' < {shlex.quote(place)} > lines{os.path.splitext(place)[1]}"

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rekindle.data.errors import InputError
-from rekindle.data.source.record import Bad, Record
+from rekindle.data.source.record import BadRecord, Record
 from rekindle.data.storage.addresses import open_binary
 from rekindle.data.storage.client import is_remote
 
 ROWS_AT_A_TIME = 256  # bounds the number of Python objects when record batches are large
 
-_Batch = tuple[pa.RecordBatch, list[str]]  # the wanted columns, and the names of all
+_Selection = tuple[pa.RecordBatch, list[str]]  # the wanted columns, and the names of all
 
 
 @dataclass(frozen=True)
@@ -33,51 +33,53 @@ class Columns:
     def size(self) -> int:  # noqa: D102
         return int(self.rows.nbytes)
 
-    def records(self) -> Iterator[Record | Bad]:  # noqa: D102
+    def records(self) -> Iterator[Record | BadRecord]:  # noqa: D102
         unread = dict.fromkeys(self.fields)
         try:
-            found = self.rows.to_pylist()
+            rows = self.rows.to_pylist()
         except UnicodeDecodeError:
             for index in range(self.rows.num_rows):
-                yield _row(self.rows, index, self.first + index, self.place, unread)
+                yield _row_by_row(self.rows, index, self.first + index, self.place, unread)
             return
-        yield from (Record(row, unread | of) for row, of in enumerate(found, self.first))
+        yield from (Record(row, unread | of) for row, of in enumerate(rows, self.first))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Arrow's own pickle sends the whole buffers that a slice lies in.
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.rows.schema) as writer:
             writer.write_batch(self.rows)
-        return _received, (self.place, self.first, sink.getvalue().to_pybytes(), self.fields)
+        return _unpickled, (self.place, self.first, sink.getvalue().to_pybytes(), self.fields)
 
 
-def _received(place: str, first: int, content: bytes, fields: Sequence[str]) -> Columns:
+def _unpickled(place: str, first: int, content: bytes, fields: Sequence[str]) -> Columns:
     return Columns(place, first, pa.ipc.open_stream(content).read_next_batch(), fields)
 
 
-def column_blocks(place: str, table_format: str, wanted: Sequence[str] | None) -> Iterator[Columns]:
-    """Yield the rows of a parquet or Arrow file, with the columns that are ``wanted`` or may
+def column_blocks(
+    place: str, table_format: str, requested: Sequence[str] | None
+) -> Iterator[Columns]:
+    """Yield the rows of a parquet or Arrow file, with the columns that are ``requested`` or may
     contain what is wanted under a dotted name.
     """
     batches = _parquet_batches if table_format == "parquet" else _arrow_batches
     first = 1
-    for columns, fields in batches(place, wanted):
+    for columns, fields in batches(place, requested):
         for begin in range(0, columns.num_rows, ROWS_AT_A_TIME):
             part = columns.slice(begin, ROWS_AT_A_TIME)
             yield Columns(place, first, part, fields)
             first += part.num_rows
 
 
-def _row(
+def _row_by_row(
     columns: pa.RecordBatch, index: int, row: int, place: str, unread: dict[str, None]
-) -> Record | Bad:
+) -> Record | BadRecord:
     """Return a row of columns some of which are not UTF-8, which Arrow does not check."""
     values: dict[str, object] = {}
     for name in columns.schema.names:
         try:
             values[name] = columns[name][index].as_py()
         except UnicodeDecodeError as error:
-            return Bad(
+            return BadRecord(
                 "not UTF-8",
                 f"{place}, record {row}: the field {name!r} is not UTF-8 ({error.reason} at byte "
                 f"{error.start + 1}); write the file again from text that is",
@@ -85,32 +87,34 @@ def _row(
     return Record(row, unread | values)
 
 
-def _parquet_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
+def _parquet_batches(path: str, requested: Sequence[str] | None) -> Iterator[_Selection]:
     with pq.ParquetFile(open_binary(path) if is_remote(path) else path) as file:
         fields = file.schema_arrow.names
-        columns = columns_for(wanted, fields, path)
+        columns = columns_for(requested, fields, path)
         for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
             yield batch, fields
 
 
-def _arrow_batches(path: str, wanted: Sequence[str] | None) -> Iterator[_Batch]:
+def _arrow_batches(path: str, requested: Sequence[str] | None) -> Iterator[_Selection]:
     for batch in arrow_batches(path):
         fields = batch.schema.names
-        columns = batch.select(columns_for(wanted, fields, path))
+        columns = batch.select(columns_for(requested, fields, path))
         for column in columns.columns:
             _check_column(column)
         yield columns, fields
 
 
-def columns_for(wanted: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
+def columns_for(requested: Sequence[str] | None, fields: list[str], path: str) -> list[str]:
     """Return the columns that are wanted, or may contain what is wanted under a dotted name."""
     columns = [
-        f for f in fields if wanted is None or any(f == w or w.startswith(f"{f}.") for w in wanted)
+        f
+        for f in fields
+        if requested is None or any(f == w or w.startswith(f"{f}.") for w in requested)
     ]
-    doubled = next((name for name in columns if columns.count(name) > 1), None)
-    if doubled:
+    repeated = next((name for name in columns if columns.count(name) > 1), None)
+    if repeated:
         raise InputError(
-            f"{path} has {columns.count(doubled)} columns called {doubled!r}, so it is unclear "
+            f"{path} has {columns.count(repeated)} columns called {repeated!r}, so it is unclear "
             "which is meant: rename them"
         )
     return columns

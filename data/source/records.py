@@ -1,7 +1,7 @@
 """Read the records of a source, format by format: lines, rows of tables and of record batches,
 examples of a stream.
 
-Never holds a whole file. A record that cannot be read becomes a ``Bad`` one among the others; a
+Never holds a whole file. A record that cannot be read becomes a ``BadRecord`` among the others; a
 file that cannot be read is an InputError.
 """
 
@@ -13,7 +13,15 @@ import pyarrow as pa
 
 from rekindle.data.errors import InputError
 from rekindle.data.source.json_lines import line_blocks
-from rekindle.data.source.record import Bad, Block, Record, Taken, decoded, line_ends, taken_size
+from rekindle.data.source.record import (
+    BadRecord,
+    Block,
+    ReadRecords,
+    Record,
+    decode_line,
+    record_size,
+    tr_command,
+)
 from rekindle.data.source.record_batches import column_blocks, columns_for
 from rekindle.data.source.sources import HUB, Origin, no_such_source
 from rekindle.data.source.tables import table_rows
@@ -23,7 +31,7 @@ TEXT_DOCUMENT_BYTES = 1 << 20  # largest document of a .txt file
 BLOCK_BYTES = 1 << 16  # of records that are read at a time
 
 
-def read_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | Bad]:
+def read_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | BadRecord]:
     """Yield the records of ``origin`` in order. The records of a .txt file have no fields; their
     text is under the first of ``fields``.
 
@@ -33,7 +41,7 @@ def read_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Recor
         yield from records_of(block, origin)
 
 
-def records_of(block: Block, origin: Origin) -> Iterator[Record | Bad]:
+def records_of(block: Block, origin: Origin) -> Iterator[Record | BadRecord]:
     """Yield the records of a block, wherever it was read."""
     with _readable(origin):
         yield from block.records()
@@ -50,7 +58,7 @@ def read_blocks(
             refuse_pointer(origin.place)
             yield from column_blocks(origin.place, origin.format, fields)
         else:
-            yield from _together(_one_by_one(origin, fields), size)
+            yield from _in_blocks(_single_records(origin, fields), size)
 
 
 @contextmanager
@@ -59,14 +67,14 @@ def _readable(origin: Origin) -> Iterator[None]:
         yield
     # UnicodeDecodeError: in a column's name
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{origin.place} cannot be read as {origin.format}: {told.rstrip('.')}. It is "
+            f"{origin.place} cannot be read as {origin.format}: {reason.rstrip('.')}. It is "
             "truncated, damaged or of another format: copy it again, or name it by its format"
         ) from error
 
 
-def _one_by_one(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | Bad]:
+def _single_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record | BadRecord]:
     if origin.format == HUB:
         return _hub_records(origin, fields)
     if origin.format == "txt":
@@ -74,23 +82,23 @@ def _one_by_one(origin: Origin, fields: Sequence[str] | None) -> Iterator[Record
     return _table_records(origin.place, fields, tabbed=origin.format == "tsv")
 
 
-def _together(records: Iterable[Record | Bad], size: int) -> Iterator[Taken]:
+def _in_blocks(records: Iterable[Record | BadRecord], size: int) -> Iterator[ReadRecords]:
     """Yield blocks of them; what was read before an error comes before it."""
-    taken: list[Record | Bad] = []
-    bytes_taken = 0
+    block: list[Record | BadRecord] = []
+    size_of_block = 0
     try:
         for record in records:
-            taken.append(record)
-            bytes_taken += taken_size(record)
-            if bytes_taken >= size:
-                yield Taken(taken, bytes_taken)
-                taken, bytes_taken = [], 0
+            block.append(record)
+            size_of_block += record_size(record)
+            if size_of_block >= size:
+                yield ReadRecords(block, size_of_block)
+                block, size_of_block = [], 0
     except Exception:
-        if taken:
-            yield Taken(taken, bytes_taken)
+        if block:
+            yield ReadRecords(block, size_of_block)
         raise
-    if taken:
-        yield Taken(taken, bytes_taken)
+    if block:
+        yield ReadRecords(block, size_of_block)
 
 
 # --- csv and tsv ----------------------------------------------------------------------------------
@@ -98,7 +106,7 @@ def _together(records: Iterable[Record | Bad], size: int) -> Iterator[Taken]:
 
 def _table_records(
     place: str, fields: Sequence[str] | None, tabbed: bool
-) -> Iterator[Record | Bad]:
+) -> Iterator[Record | BadRecord]:
     rows = table_rows(place, tabbed)
     names = next(rows, [])
     if isinstance(names, str):
@@ -106,17 +114,17 @@ def _table_records(
     columns = {name: names.index(name) for name in columns_for(fields, names, place)}
     unread = dict.fromkeys(names)
     for number, row in enumerate(rows, start=1):
-        where = f"{place}, row {number}"
+        label = f"{place}, row {number}"
         if isinstance(row, str):
-            yield Bad("not CSV", f"{where}: {row}")
+            yield BadRecord("not CSV", f"{label}: {row}")
         elif len(row) != len(names):
-            yield Bad("no row of the table", f"{where}: {_not_so_many(row, names, tabbed)}")
+            yield BadRecord("no row of the table", f"{label}: {_wrong_count(row, names, tabbed)}")
         else:
-            found = {name: row[at] for name, at in columns.items()}
-            yield _not_utf8(found, where) or Record(number, unread | found)
+            values = {name: row[at] for name, at in columns.items()}
+            yield _encoding_problem(values, label) or Record(number, unread | values)
 
 
-def _not_so_many(row: Sequence[str], names: Sequence[str], tabbed: bool) -> str:
+def _wrong_count(row: Sequence[str], names: Sequence[str], tabbed: bool) -> str:
     between = "tab" if tabbed else "comma"
     quoted = "" if tabbed else ", or quote the text that holds one"
     several = "s" * (len(row) > 1)
@@ -126,14 +134,14 @@ def _not_so_many(row: Sequence[str], names: Sequence[str], tabbed: bool) -> str:
     )
 
 
-def _not_utf8(values: Mapping[str, str], where: str) -> Bad | None:
+def _encoding_problem(values: Mapping[str, str], label: str) -> BadRecord | None:
     for name, value in values.items():
         try:
             value.encode(errors="surrogateescape").decode()
         except UnicodeDecodeError as error:
-            return Bad(
+            return BadRecord(
                 "not UTF-8",
-                f"{where}: {name} is not UTF-8 ({error.reason} at byte {error.start + 1}); convert "
+                f"{label}: {name} is not UTF-8 ({error.reason} at byte {error.start + 1}); convert "
                 "the file to UTF-8",
             )
     return None
@@ -142,11 +150,11 @@ def _not_utf8(values: Mapping[str, str], where: str) -> Bad | None:
 # --- plain text -----------------------------------------------------------------------------------
 
 
-def _txt_documents(place: str, field: str) -> Iterator[Record | Bad]:
+def _txt_documents(place: str, field: str) -> Iterator[Record | BadRecord]:
     """Yield every document, with the number of its first line."""
     lines: list[str] = []
     first = size = 0
-    bad: Bad | None = None
+    bad: BadRecord | None = None
     for number, line, length in _txt_lines(place):
         blank = isinstance(line, str) and (not line or line.isspace())
         if lines and (blank or size + length > TEXT_DOCUMENT_BYTES):
@@ -156,7 +164,7 @@ def _txt_documents(place: str, field: str) -> Iterator[Record | Bad]:
             continue
         if not lines:
             first, size = number, 0
-        if isinstance(line, Bad):
+        if isinstance(line, BadRecord):
             bad, line = bad or line, " "
         lines.append(line)
         size += length
@@ -164,39 +172,43 @@ def _txt_documents(place: str, field: str) -> Iterator[Record | Bad]:
         yield bad or Record(first, {field: "".join(lines).rstrip()})
 
 
-def _txt_lines(place: str) -> Iterator[tuple[int, str | Bad, int]]:
+def _txt_lines(place: str) -> Iterator[tuple[int, str | BadRecord, int]]:
     """Yield (line number, text with its line break, bytes); a line past 1 MiB comes in several
     pieces.
     """
-    number, rest, alone = 1, b"", False
+    number, remainder, has_only_returns = 1, b"", False
     with open_text(place) as stream:
-        while piece := rest + stream.readline(TEXT_DOCUMENT_BYTES - len(rest)):
-            ended = piece.endswith(b"\n")
+        while piece := remainder + stream.readline(TEXT_DOCUMENT_BYTES - len(remainder)):
+            ends_line = piece.endswith(b"\n")
             # One within a line is a character, unless there are more of them than other line ends.
             returns = piece.strip().count(b"\r") if b"\r" in piece else 0
             if returns > number:
-                raise _joined(place, number)
-            alone = returns == number
-            rest = b""
-            if not ended and len(piece) == TEXT_DOCUMENT_BYTES:
-                cut = _place_to_cut(piece)
-                piece, rest = piece[:cut], piece[cut:]
-            marked = piece.removeprefix(b"\xef\xbb\xbf") if number == 1 else piece
-            text = decoded(marked, number, place)
-            yield number, text if isinstance(text, Bad) else text.replace("\r\n", "\n"), len(piece)
-            number += ended
-    if alone:  # in the file's last line
-        raise _joined(place, number)
+                raise _line_end_error(place, number)
+            has_only_returns = returns == number
+            remainder = b""
+            if not ends_line and len(piece) == TEXT_DOCUMENT_BYTES:
+                cut = _cut_point(piece)
+                piece, remainder = piece[:cut], piece[cut:]
+            content = piece.removeprefix(b"\xef\xbb\xbf") if number == 1 else piece
+            text = decode_line(content, number, place)
+            yield (
+                number,
+                text if isinstance(text, BadRecord) else text.replace("\r\n", "\n"),
+                len(piece),
+            )
+            number += ends_line
+    if has_only_returns:  # in the file's last line
+        raise _line_end_error(place, number)
 
 
-def _joined(place: str, number: int) -> InputError:
+def _line_end_error(place: str, number: int) -> InputError:
     return InputError(
         f"{place}: its lines end in a carriage return only (line {number}), so all of them would "
-        f"be one line: {line_ends(place)}"
+        f"be one line: {tr_command(place)}"
     )
 
 
-def _place_to_cut(piece: bytes) -> int:
+def _cut_point(piece: bytes) -> int:
     space = piece.rfind(b" ", 1)
     if space > 0:
         return space + 1
@@ -222,14 +234,16 @@ def _hub_records(origin: Origin, fields: Sequence[str] | None) -> Iterator[Recor
         try:
             values = next(rows, None)
         except Exception as error:  # nor have those of the connections below it
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise InputError(
-                f"corpus source {origin.place!r} broke off after {row - 1:,} records ({told}). "
+                f"corpus source {origin.place!r} broke off after {row - 1:,} records ({reason}). "
                 "What is finished is kept: run the same command again to continue; or download "
                 "the dataset and name its files"
             ) from error
         if values is None:
             return
-        read = {name: values[name] for name in columns_for(fields, list(values), origin.place)}
+        values_read = {
+            name: values[name] for name in columns_for(fields, list(values), origin.place)
+        }
         # what is passed on could be large otherwise
-        yield Record(row, dict.fromkeys(values) | read)
+        yield Record(row, dict.fromkeys(values) | values_read)

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rekindle.data.errors import InputError
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.source.records import read_records
 from rekindle.data.source.sources import HUB, PYTHON_DOCS, Origin, recorded_origin
 from rekindle.data.text_files import (
     PACKED_SUFFIXES,
     STDIN,
-    half_a_pair,
     is_file,
     open_text,
     state_of,
+    surrogate_problem,
 )
 
 LONGEST_LINE = 1 << 28  # bytes of a line of a txt file, which is held in memory
@@ -50,7 +50,7 @@ def read_rows(path: str) -> Iterator[Row]:
 
 def _records(origin: Origin) -> Iterator[Row]:
     for record in read_records(origin, None):
-        if isinstance(record, Bad):
+        if isinstance(record, BadRecord):
             raise InputError(record.message)
         yield record.values
 
@@ -78,10 +78,12 @@ def text_of(row: Row, number: int, column: str, path: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
-        has = "" if column in row else f"; the row has: {', '.join(map(str, row))}"
-        raise InputError(f"{path}, row {number}: {column} must be a string (given: {given}{has})")
-    if told := half_a_pair(column, value):
-        raise InputError(f"{path}, row {number}: {told}")
+        columns_text = "" if column in row else f"; the row has: {', '.join(map(str, row))}"
+        raise InputError(
+            f"{path}, row {number}: {column} must be a string (given: {given}{columns_text})"
+        )
+    if problem := surrogate_problem(column, value):
+        raise InputError(f"{path}, row {number}: {problem}")
     return value
 
 
@@ -91,8 +93,8 @@ def texts_of(
     """Return the texts of ``rows``, numbered from ``first``, and the second texts of pairs if there
     are two ``columns``.
     """
-    each = [
+    texts = [
         [text_of(row, number, name, path) for number, row in enumerate(rows, start=first)]
         for name in columns
     ]
-    return each[0], each[1] if len(each) > 1 else None
+    return texts[0], texts[1] if len(texts) > 1 else None

@@ -39,13 +39,13 @@ class Present(NamedTuple):
     state: State | None
 
 
-def look_at(source: Sequence[str | Entry]) -> list[Present]:
+def find_present(source: Sequence[str | Entry]) -> list[Present]:
     """Return what ``source`` stands for now, in reading order. Raise InputError for what is
     missing.
     """
-    origins, again = origins_and_repeats(source)
-    if again:
-        log.info("corpus.source names %d of its files more than once; each is read once", again)
+    origins, repeats = origins_and_repeats(source)
+    if repeats:
+        log.info("corpus.source names %d of its files more than once; each is read once", repeats)
     remote = states_of_objects([o.place for o in origins if o.is_file and is_remote(o.place)])
 
     def state(origin: Origin) -> State | None:
@@ -79,7 +79,7 @@ def contents_of(present: Sequence[Present]) -> dict[str, str]:
     return {o.place: o.content for o, _ in present if o.content != "text"}
 
 
-def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
+def assumed_order(source: Sequence[str], states: States) -> tuple[str, ...]:
     """Return the order in which a ``source`` with files of these ``states`` was read: assumed for
     corpora that did not record it. A glob's files were sorted. Files of no entry are left out:
     their place cannot be known.
@@ -89,34 +89,34 @@ def usual_order(source: Sequence[str], states: States) -> tuple[str, ...]:
         files = _files_of(os.path.expanduser(entry), states)
         if not files and entry.startswith("~"):  # it is unknown whose home it was
             files = _files_of(f"**/{entry.partition('/')[2]}", states)
-        no_path = not (
+        is_not_path = not (
             glob.has_magic(entry) or entry[:1] in "/~." or recorded_origin(entry).is_file
         )
-        order |= dict.fromkeys(files or [entry] * no_path)
+        order |= dict.fromkeys(files or [entry] * is_not_path)
     return tuple(order)
 
 
 def _files_of(entry: str, states: States) -> list[str]:
     below = f"{entry.rstrip('/')}/"
-    if named := sorted(known for known in states if known == entry or known.startswith(below)):
-        return named
+    if direct := sorted(known for known in states if known == entry or known.startswith(below)):
+        return direct
     pattern, folder = entry.rstrip("/").split("/"), not glob.has_magic(entry.removeprefix("**/"))
-    return sorted(known for known in states if _is_of(known.split("/"), pattern, folder))
+    return sorted(known for known in states if _matches(known.split("/"), pattern, folder))
 
 
-def _is_of(path: Sequence[str], pattern: Sequence[str], folder: bool) -> bool:
+def _matches(path: Sequence[str], pattern: Sequence[str], folder: bool) -> bool:
     """Return whether a path's parts match a pattern, or lie below it if the pattern is a
     folder's.
     """
     if not pattern:
         return folder or not path
     if pattern[0] == "**":
-        return any(_is_of(path[count:], pattern[1:], folder) for count in range(len(path) + 1))
-    alike = bool(path) and fnmatch.fnmatchcase(path[0], pattern[0])
-    return alike and _is_of(path[1:], pattern[1:], folder)
+        return any(_matches(path[count:], pattern[1:], folder) for count in range(len(path) + 1))
+    matches_first = bool(path) and fnmatch.fnmatchcase(path[0], pattern[0])
+    return matches_first and _matches(path[1:], pattern[1:], folder)
 
 
-def found_again(
+def match_recorded(
     order: Sequence[str],
     states: States,
     present: Sequence[Present],
@@ -128,24 +128,26 @@ def found_again(
     content that are not text. Raises CacheMismatchError if one is missing, was changed, or is to be
     read as another kind.
     """
-    held = {place: contents.get(place, "text") for place in order}
+    contents_by_place = {place: contents.get(place, "text") for place in order}
     recorded = [
-        Present(recorded_origin(place)._replace(content=held[place]), states.get(place))
+        Present(
+            recorded_origin(place)._replace(content=contents_by_place[place]), states.get(place)
+        )
         for place in order
     ]
-    where = _paired(recorded, present)
-    taken = set(where.values())
-    new = [one for number, one in enumerate(present) if number not in taken]
-    lost = [place for number, place in enumerate(order) if number not in where]
-    if lost:
-        raise _changed(lost, new)
-    places = [where[number] for number in range(len(order))]
+    matches = _match_by_content(recorded, present)
+    matched = set(matches.values())
+    new = [one for number, one in enumerate(present) if number not in matched]
+    missing = [place for number, place in enumerate(order) if number not in matches]
+    if missing:
+        raise _changed_error(missing, new)
+    places = [matches[number] for number in range(len(order))]
     origins = [
         one.origin._replace(place=present[place].origin.place)
         for one, place in zip(recorded, places, strict=True)
     ]
-    every = [*origins, *(one.origin for one in present)]
-    if places != list(range(len(present))) and not all(origin.is_file for origin in every):
+    all_origins = [*origins, *(one.origin for one in present)]
+    if places != list(range(len(present))) and not all(origin.is_file for origin in all_origins):
         raise CacheMismatchError(
             "the corpus source is now another one: with a datasets id or python-docs nothing can "
             "be added, and the order cannot change. Use another cache.path"
@@ -158,20 +160,20 @@ def found_again(
     return origins, [one.origin for one in new]
 
 
-def _paired(recorded: Sequence[Present], present: Sequence[Present]) -> dict[int, int]:
+def _match_by_content(recorded: Sequence[Present], present: Sequence[Present]) -> dict[int, int]:
     """Return which of ``present`` each of ``recorded`` is: one of equal content, preferably at the
     same path, else of the same name, else the first.
     """
     pairs: dict[int, int] = {}
-    for more in (lambda one: one.origin.place, lambda one: one.origin.name, lambda one: ""):
+    for second_key in (lambda one: one.origin.place, lambda one: one.origin.name, lambda one: ""):
         free: dict[object, deque[int]] = {}
-        taken = set(pairs.values())
+        matched = set(pairs.values())
         for number, one in enumerate(present):
-            if number not in taken:
-                free.setdefault((_content(one), more(one)), deque()).append(number)
+            if number not in matched:
+                free.setdefault((_content(one), second_key(one)), deque()).append(number)
         for number, one in enumerate(recorded):
-            if number not in pairs and (same := free.get((_content(one), more(one)))):
-                pairs[number] = same.popleft()
+            if number not in pairs and (equals := free.get((_content(one), second_key(one)))):
+                pairs[number] = equals.popleft()
     return pairs
 
 
@@ -179,17 +181,18 @@ def _content(one: Present) -> object:
     return (one.origin.format, one.origin.content, *one.state) if one.state else one.origin
 
 
-def _changed(lost: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
+def _changed_error(missing: Sequence[str], new: Sequence[Present]) -> CacheMismatchError:
     names: Mapping[str, str] = {one.origin.name: one.origin.place for one in new}
-    told = [
+    descriptions = [
         f"{names[name]} (has other content)"
         if (name := os.path.basename(place)) in names
         else f"{place} (is not there)"
-        for place in lost[:3]
+        for place in missing[:3]
     ]
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return CacheMismatchError(
-        f"the corpus source has changed since the cache was begun: {', '.join(told)}{more}. Files "
-        "are identified by their content (and format), whatever their names; a corpus grows by "
-        "further files (and by a larger limit_sequences). Use another cache.path for changed text"
+        "the corpus source has changed since the cache was begun: "
+        f"{', '.join(descriptions)}{more}. Files are identified by their content (and format), "
+        "whatever their names; a corpus grows by further files (and by a larger limit_sequences). "
+        "Use another cache.path for changed text"
     )

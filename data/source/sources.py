@@ -28,7 +28,7 @@ _KNOWN_SUFFIXES = (
 )
 # owner/name or name, then optionally :config and :split
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/]*){0,2}")
-_LOOKED_AT = 10_000  # files of a given directory that are looked at to say what it holds
+_MAX_INSPECTED = 10_000  # files of a given directory that are looked at to say what it holds
 
 Content = Literal["text", "chat", "tokens"]  # what a record holds
 
@@ -90,19 +90,19 @@ def origins_and_repeats(source: Sequence[str | Entry]) -> tuple[list[Origin], in
     if not entries:
         raise InputError("no corpus source; give files, globs, a datasets id or python-docs")
     found: dict[str, Origin] = {}
-    named = 0
+    named_count = 0
     for place, content in map(Entry.of, entries):
         for origin in _resolve(place):
-            named += 1
-            local = origin.format != HUB and not is_remote(origin.place)
-            key = os.path.realpath(origin.place) if local else origin.place
+            named_count += 1
+            is_local = origin.format != HUB and not is_remote(origin.place)
+            key = os.path.realpath(origin.place) if is_local else origin.place
             first = found.setdefault(key, origin._replace(content=content))
             if first.content != content:
                 raise InputError(
                     f"{origin.place} is named twice, once with format {first.content} and once "
                     f"with format {content}; give it only one of them"
                 )
-    return list(found.values()), named - len(found)
+    return list(found.values()), named_count - len(found)
 
 
 def source_files(source: Sequence[str | Entry]) -> list[str]:
@@ -115,9 +115,9 @@ def source_files(source: Sequence[str | Entry]) -> list[str]:
 
 def recorded_origin(place: str) -> Origin:
     """Return the origin of a place that a cache has recorded, whether or not it still exists."""
-    known = None if place == PYTHON_DOCS else _format(place)
-    if known:
-        return Origin(known, place, os.path.basename(place))
+    file_format = None if place == PYTHON_DOCS else _format(place)
+    if file_format:
+        return Origin(file_format, place, os.path.basename(place))
     return Origin(PYTHON_DOCS if place == PYTHON_DOCS else HUB, place, place)
 
 
@@ -126,7 +126,7 @@ def _resolve(entry: str) -> list[Origin]:
         return [recorded_origin(entry)]
     path = expanded(entry).removeprefix(FILE_URL)
     if is_remote(path):
-        return _in_store(path)
+        return _objects_at(path)
     if os.path.isdir(path):
         return _saved_dataset(path)
     if os.path.exists(path):
@@ -146,12 +146,12 @@ def _resolve(entry: str) -> list[Origin]:
     raise no_such_source(entry)
 
 
-def _in_store(address: str) -> list[Origin]:
+def _objects_at(address: str) -> list[Origin]:
     if files := find_objects(address):
         return [_file(file) for file in files]
     directory = address.rstrip("/")
-    if below := find_objects(f"{directory}/"):
-        return _saved_dataset(directory, below)
+    if objects := find_objects(f"{directory}/"):
+        return _saved_dataset(directory, objects)
     raise InputError(
         f"corpus source {address!r}: there is no such object, and none matches it as a glob (or "
         "these credentials may not list them); give an object, or a glob such as "
@@ -171,19 +171,19 @@ def _with_literal_directories(pattern: str) -> str:
 
 def no_such_source(entry: str, reason: object = None) -> InputError:
     """Return the error about an ``entry`` for which nothing is found."""
-    because = f" ({' '.join(str(reason).split())})" if reason else ""
+    reason_text = f" ({' '.join(str(reason).split())})" if reason else ""
     return InputError(
         f"corpus source {entry!r} is neither a file, a glob that matches files, nor a datasets id "
-        f"that could be loaded{because}; give an existing file, a glob such as 'texts/**/*.jsonl', "
-        f"a datasets id as name:config:split, or {PYTHON_DOCS}"
+        f"that could be loaded{reason_text}; give an existing file, a glob such as "
+        f"'texts/**/*.jsonl', a datasets id as name:config:split, or {PYTHON_DOCS}"
     )
 
 
 def _format(path: str) -> str | None:
     stem, suffix = os.path.splitext(path.lower())
-    packed = suffix in PACKED_SUFFIXES
-    kind = _SUFFIXES.get(os.path.splitext(stem)[1] if packed else suffix)
-    return None if packed and kind not in _PACKABLE else kind
+    is_packed = suffix in PACKED_SUFFIXES
+    kind = _SUFFIXES.get(os.path.splitext(stem)[1] if is_packed else suffix)
+    return None if is_packed and kind not in _PACKABLE else kind
 
 
 def _file(path: str) -> Origin:
@@ -196,7 +196,7 @@ def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list
     """Return the files that ``save_to_disk`` wrote; ``objects``: the folder's objects in
     a store.
     """
-    splits = _saved(directory, "dataset_dict.json", "splits")
+    splits = _read_saved_list(directory, "dataset_dict.json", "splits")
     if splits is not None:
         if "train" not in splits:
             raise InputError(
@@ -206,7 +206,7 @@ def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list
                 else f"{directory} holds no splits"
             )
         return _saved_dataset(os.path.join(directory, "train"), objects)
-    files = _saved(directory, "state.json", "_data_files")
+    files = _read_saved_list(directory, "state.json", "_data_files")
     if files is None:
         raise InputError(
             f"{directory} is a directory that datasets' save_to_disk did not write; "
@@ -215,7 +215,7 @@ def _saved_dataset(directory: str, objects: Sequence[str] | None = None) -> list
     return [_file(os.path.join(directory, part["filename"])) for part in files]
 
 
-def _saved(directory: str, name: str, key: str) -> list[Any] | None:
+def _read_saved_list(directory: str, name: str, key: str) -> list[Any] | None:
     """Return the list in a file of a saved dataset; None if there is no such file."""
     path = os.path.join(directory, name)
     try:
@@ -224,19 +224,19 @@ def _saved(directory: str, name: str, key: str) -> list[Any] | None:
     except FileNotFoundError:
         return None
     try:
-        found = json.loads(content)[key]
-        sound = isinstance(found, list) and (
-            key == "splits" or all(isinstance(part["filename"], str) for part in found)
+        entries = json.loads(content)[key]
+        is_valid = isinstance(entries, list) and (
+            key == "splits" or all(isinstance(part["filename"], str) for part in entries)
         )
     except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        is_valid = False
+    if not is_valid:
         raise InputError(f"{path} is damaged: it does not list {key}; save the dataset again")
-    return list(found)
+    return list(entries)
 
 
 def _name_its_files(directory: str, objects: Sequence[str] | None) -> str:
-    for name in islice(_names_below(directory) if objects is None else objects, _LOOKED_AT):
+    for name in islice(_names_below(directory) if objects is None else objects, _MAX_INSPECTED):
         if _format(name):
             stem, suffix = os.path.splitext(name)
             ending = os.path.splitext(stem)[1] * (suffix in PACKED_SUFFIXES) + suffix

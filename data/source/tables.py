@@ -15,7 +15,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.text_files import open_text
 
 LONGEST_FIELD = 1 << 28  # characters, which are held in memory
-_WRONG = {  # the meaning of csv's errors
+_CSV_PROBLEMS = {  # the meaning of csv's errors
     "unexpected end of data": "a quotation mark is opened but never closed",
     "',' expected after '\"'": "text follows a closing quotation mark; within quotes write",
 }
@@ -69,26 +69,26 @@ def _rows(lines: Iterator[str], tabbed: bool) -> Iterator[list[str] | str]:
 
 def _quoted_rows(lines: Iterator[str]) -> Iterator[list[str] | str]:
     csv.field_size_limit(LONGEST_FIELD)
-    taken: list[str] = []  # lines of the row being read
-    again: deque[str] = deque()
+    row_lines: list[str] = []  # lines of the row being read
+    replayed: deque[str] = deque()
 
-    def one_by_one() -> Iterator[str]:
-        while (line := again.popleft() if again else next(lines, None)) is not None:
-            taken.append(line)
+    def next_lines() -> Iterator[str]:
+        while (line := replayed.popleft() if replayed else next(lines, None)) is not None:
+            row_lines.append(line)
             yield line
 
-    reader = csv.reader(one_by_one(), strict=True)
+    reader = csv.reader(next_lines(), strict=True)
     while True:
-        taken.clear()
+        row_lines.clear()
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             # An unclosed quotation mark has swallowed the next lines.
-            again.extendleft(reversed(taken[1:]))
-            reader = csv.reader(one_by_one(), strict=True)
-            yield _WRONG.get(str(error), str(error))
+            replayed.extendleft(reversed(row_lines[1:]))
+            reader = csv.reader(next_lines(), strict=True)
+            yield _CSV_PROBLEMS.get(str(error), str(error))
             continue
         if row:
             yield row

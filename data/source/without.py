@@ -7,16 +7,16 @@ from functools import cache, lru_cache
 from rekindle.data.errors import InputError, did_you_mean
 from rekindle.data.source.fields import ABSENT, reach
 from rekindle.data.source.held_texts import HeldTexts
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.source.records import read_records
 from rekindle.data.source.rows import Row, read_rows
 from rekindle.data.source.sources import PYTHON_DOCS, Origin, find_origins
-from rekindle.data.text_files import FileState, half_a_pair, state_of
+from rekindle.data.text_files import FileState, state_of, surrogate_problem
 
 log = logging.getLogger("rekindle")
 
 _PAIRS = ("sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis")
-USUAL = ("text", "sentence", *_PAIRS, "tokens")  # fields of a labelled task
+DEFAULT_FIELDS = ("text", "sentence", *_PAIRS, "tokens")  # fields of a labelled task
 LABEL_WORDS = 3  # hardly any label has more words: a longer value is a text
 
 
@@ -64,14 +64,14 @@ def _origins(files: Sequence[str]) -> list[Origin]:
 def _texts(origin: Origin, given: Sequence[str], corpus: Sequence[str]) -> Iterator[str]:
     fields: Sequence[str] = ()
     first: Row = {}
-    for where, row in _rows(origin):
+    for label, row in _rows(origin):
         if not fields:
             fields, first = _fields_of(row, origin, given, corpus), row
-            _tell_fields(row, origin, fields, chosen=bool(given))
+            _log_fields(row, origin, fields, is_chosen=bool(given))
         elif not given and row.keys() != first.keys():
-            _check_same_fields(row, where, fields, corpus)
+            _check_same_fields(row, label, fields, corpus)
         for field in fields:
-            yield _text(reach(row, field), f"{where}: {field}")
+            yield _text(reach(row, field), f"{label}: {field}")
     if not fields:
         raise InputError(f"{origin.place} has no rows; give a file with texts")
 
@@ -83,83 +83,85 @@ def _rows(origin: Origin) -> Iterator[tuple[str, Row]]:
         return
     lines = origin.format == "jsonl"
     for record in read_records(origin, None):
-        if isinstance(record, Bad):
+        if isinstance(record, BadRecord):
             raise InputError(record.message)
         yield f"{origin.place}{':' if lines else ', row '}{record.row}", record.values
 
 
-def _check_same_fields(row: Row, where: str, fields: Sequence[str], corpus: Sequence[str]) -> None:
+def _check_same_fields(row: Row, label: str, fields: Sequence[str], corpus: Sequence[str]) -> None:
     """Raise InputError for a row with texts in fields that the first row lacks: they would be
     ignored, and not be looked for.
     """
-    more = [f for f in _usual(corpus) if f not in fields and reach(row, f) is not ABSENT]
-    if more:
+    ignored = [
+        f for f in _default_fields(corpus) if f not in fields and reach(row, f) is not ABSENT
+    ]
+    if ignored:
         raise InputError(
-            f"{where} has {' and '.join(more)}, but the first row of the file does not: texts are "
-            f"read only from {' and '.join(fields)}. Name all fields of texts, which every row "
+            f"{label} has {' and '.join(ignored)}, but the first row of the file does not: texts "
+            f"are read only from {' and '.join(fields)}. Name all fields of texts, which every row "
             "must have, with corpus.without_fields, or give the rows of each kind as a file"
         )
 
 
-def _usual(corpus: Sequence[str]) -> list[str]:
+def _default_fields(corpus: Sequence[str]) -> list[str]:
     """Return the fields that are read by default."""
-    return [*dict.fromkeys((*corpus, *USUAL))]
+    return [*dict.fromkeys((*corpus, *DEFAULT_FIELDS))]
 
 
 def _fields_of(
     row: Row, origin: Origin, given: Sequence[str], corpus: Sequence[str]
 ) -> Sequence[str]:
-    has = ", ".join(map(str, row)) or "no fields"
+    row_fields = ", ".join(map(str, row)) or "no fields"
     if origin.format == "txt":
         return ("text",)
     for field in given:
         if reach(row, field) is ABSENT:
-            near = did_you_mean(field, map(str, row))
+            suggestion = did_you_mean(field, map(str, row))
             raise InputError(
                 f"{origin.place} has no field {field!r} (corpus.without_fields); it has: "
-                f"{has}{near}"
+                f"{row_fields}{suggestion}"
             )
-    found = given or [f for f in _usual(corpus) if reach(row, f) is not ABSENT]
+    found = given or [f for f in _default_fields(corpus) if reach(row, f) is not ABSENT]
     if not found:
         raise InputError(
-            f"{origin.place} has none of the fields {', '.join(_usual(corpus))} "
-            f"(it has: {has}); name those of its texts with corpus.without_fields"
+            f"{origin.place} has none of the fields {', '.join(_default_fields(corpus))} "
+            f"(it has: {row_fields}); name those of its texts with corpus.without_fields"
         )
     return found
 
 
-def _tell_fields(row: Row, origin: Origin, fields: Sequence[str], chosen: bool) -> None:
+def _log_fields(row: Row, origin: Origin, fields: Sequence[str], is_chosen: bool) -> None:
     if origin.format == "txt":
         return
-    told = f"corpus.without: texts of {origin.place} are {', '.join(fields)}"
-    others = [name for name, value in row.items() if _like_text(value) and name not in fields]
-    if not others or chosen:
-        _say(logging.INFO, told)
+    message = f"corpus.without: texts of {origin.place} are {', '.join(fields)}"
+    others = [name for name, value in row.items() if _looks_like_text(value) and name not in fields]
+    if not others or is_chosen:
+        _log_once(logging.INFO, message)
         return
-    _say(
+    _log_once(
         logging.WARNING,
-        f"{told}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: if tests "
+        f"{message}; {', '.join(others)} {'is' if len(others) == 1 else 'are'} not read: if tests "
         "have texts there, name all fields of texts with corpus.without_fields",
     )
 
 
 @cache  # for a command that reads the files by several rules
-def _say(level: int, told: str) -> None:
-    log.log(level, "%s", told)
+def _log_once(level: int, message: str) -> None:
+    log.log(level, "%s", message)
 
 
-def _like_text(value: object) -> bool:
+def _looks_like_text(value: object) -> bool:
     return isinstance(value, str) and len(value.split()) > LABEL_WORDS
 
 
-def _text(value: object, where: str) -> str:
+def _text(value: object, label: str) -> str:
     if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         value = " ".join(value)
     if not isinstance(value, str):
         given = f"a {type(value).__name__}"
         if value is None or value is ABSENT:
             given = "missing; every row must have the fields of the first"
-        raise InputError(f"{where} must be a string or a list of words (given: {given})")
-    if told := half_a_pair("text", value):
-        raise InputError(f"{where}: {told}")
+        raise InputError(f"{label} must be a string or a list of words (given: {given})")
+    if problem := surrogate_problem("text", value):
+        raise InputError(f"{label}: {problem}")
     return value

@@ -16,7 +16,7 @@ from rekindle.data.inventory import (
     shard_sets,
     target_folders,
 )
-from rekindle.data.source.source_states import look_at
+from rekindle.data.source.source_states import find_present
 from rekindle.data.storage.base import Store
 from rekindle.data.storage.seal import describe_damage, seal
 from rekindle.data.storage.shards import Commit, ShardSet
@@ -117,7 +117,7 @@ def _restore_additions(store: Store) -> None:
         config = said[first]["config"]
         lost = f"{store.location}/{info_name(number)} is lost; to write it again, what was read "
         with naming(f"{lost}must be where it was"):
-            present = look_at(recorded_entries(config))
+            present = find_present(recorded_entries(config))
         addition = new_addition(config, present, number, first, before)
         describe_addition(store, addition, said[first]["tokenizer"])
 

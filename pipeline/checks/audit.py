@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.journal import what_became
+from rekindle.data.journal import explain_missing
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.kinds.base import VocabularyKind
 from rekindle.data.targets.kinds.embedding import Embedding
@@ -145,7 +145,7 @@ def _tell_left_out(cache: Cache, config: RunConfig) -> None:
             )
     for name in named:
         if name not in cache.teachers:
-            became = what_became(cache.manifest, cache.store, name, cache.teachers)
+            became = explain_missing(cache.manifest, cache.store, name, cache.teachers)
             log.warning("teacher %s of the configuration is not in the cache.%s", name, became)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from rekindle.data.cache import Cache
-from rekindle.data.changes.listed import Listed, teachers_of, under_way
+from rekindle.data.changes.listed import TeacherSummary, describe_change, teachers_of
 from rekindle.data.counted import counted, shown_bytes
 from rekindle.data.storage.seal import VERSION
 from rekindle.pipeline.checks.origin import origin_lines
@@ -18,7 +18,7 @@ def list_teachers(path: str, as_json: bool = False) -> str:
     does.
     """
     cache = Cache.open(path)
-    listed, waiting = teachers_of(cache), under_way(cache)
+    listed, waiting = teachers_of(cache), describe_change(cache)
     version = cache.manifest[VERSION]
     if as_json:
         about = {"cache": path, "format_version": version, "under_way": waiting or None}
@@ -36,7 +36,7 @@ def list_teachers(path: str, as_json: bool = False) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _table(listed: Sequence[Listed]) -> Table:
+def _table(listed: Sequence[TeacherSummary]) -> Table:
     head = ("teacher", "task", "kept", "codec", "temperatures", "saw", "domains", "precision")
     numbers = ("units", "bytes", "format")
     rows = [

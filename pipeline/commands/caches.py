@@ -176,7 +176,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Remove leftovers of killed runs from a cache: data files that no commit record names."""
-    from rekindle.data.changes.carry_out import settle
+    from rekindle.data.changes.carry_out import finish_interrupted
     from rekindle.data.inventory import collect_garbage
     from rekindle.data.journal import read_journal, unfinished
     from rekindle.data.storage.manifest import MANIFEST
@@ -188,7 +188,7 @@ def gc(
         age = time.time() - store.state(MANIFEST)[1]
         if dry_run or age < 3600 * older_than:
             raise InputError(f"{cache}: {unfinished(change, store)}")
-        settle(store)
+        finish_interrupted(store)
     removed = collect_garbage(store, 3600 * older_than, dry_run)
     if as_json:
         typer.echo(json.dumps({"removed": removed, "dry_run": dry_run}))

@@ -9,7 +9,7 @@ from typing import Any
 from rekindle.data.corpus.additions import has_corpus, is_same_source, read_additions
 from rekindle.data.corpus.config import differing_keys
 from rekindle.data.errors import CheckpointError, InputError, naming
-from rekindle.data.former import as_begun, with_defaults
+from rekindle.data.former import with_defaults, with_recorded_defaults
 from rekindle.data.settings import parse_settings
 from rekindle.data.source.sources import source_files
 from rekindle.data.storage.base import Store
@@ -49,7 +49,7 @@ def as_it_was_begun(home: Path, config: CycleConfig) -> CycleConfig:
             )
     else:
         with reading_record(home / CYCLE_FILE, ELSEWHERE):
-            was = as_begun(config, _BEFORE | begun["settings"])
+            was = with_recorded_defaults(config, _BEFORE | begun["settings"])
         if was is not config:
             with naming(f"{home} cannot go on as an older version began it; {ELSEWHERE}"):
                 config = parse_settings(CycleConfig, was.model_dump(mode="json", by_alias=True))

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.errors import InputError
-from rekindle.data.former import Formerly
+from rekindle.data.former import FormerDefault
 from rekindle.data.places import same_place
 from rekindle.data.settings import Settings, parse_settings
 from rekindle.pipeline.builtin.names import resolve_values
@@ -115,7 +115,7 @@ class CycleConfig(Settings):
         description="how often train (and dev, if it is taken out of train) is drawn again; each "
         "draw is a whole cycle in OUT/draws",
     )
-    test_texts: Annotated[Literal["remove", "keep"], Formerly("keep")] = Field(
+    test_texts: Annotated[Literal["remove", "keep"], FormerDefault("keep")] = Field(
         "remove",
         description="records of the text that contain a test text of any task, and rows of train "
         "and dev that are a test row of their task: removed or kept, and counted either way",

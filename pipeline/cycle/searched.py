@@ -17,7 +17,7 @@ from rekindle.data.corpus.additions import read_additions
 from rekindle.data.errors import CheckpointError, InputError
 from rekindle.data.former import with_defaults
 from rekindle.data.settings import parse_settings
-from rekindle.data.source.source_states import look_at, states_of
+from rekindle.data.source.source_states import find_present, states_of
 from rekindle.data.storage.store import open_store
 from rekindle.pipeline.compare.runs import CYCLE_FILE, is_cycle
 from rekindle.pipeline.cycle.config import CycleConfig
@@ -231,7 +231,7 @@ def to_take_over(
     if not tasks:
         has = ", ".join(record["search"])
         raise InputError(f"{file} has no search of {only or 'a task here'} (it has: {has})")
-    texts = {text: states_of(look_at(config.text_of(text).entries)) for text in config.texts}
+    texts = {text: states_of(find_present(config.text_of(text).entries)) for text in config.texts}
     here = {"texts": {text: sorted(of.values(), key=str) for text, of in texts.items()}}
     check_of_one_cycle(str(file), record, here | {"about": about})
     lacking, whose = dict[Path, dict[str, Any]](), taken_from(home)

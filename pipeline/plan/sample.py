@@ -34,8 +34,8 @@ from rekindle.data.counted import counted
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.forms.written import content_of, row_of
 from rekindle.data.permutation import permute
-from rekindle.data.source.held_texts import Found
-from rekindle.data.source.left_out import told_of_held
+from rekindle.data.source.held_texts import HeldCounts
+from rekindle.data.source.left_out import describe_held
 from rekindle.data.source.sources import Content
 from rekindle.data.storage.atomic import write_lines
 from rekindle.data.storage.base import Store
@@ -97,7 +97,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
     if present is not None and whole:
         reference, basis, estimated = present, "the corpus is in the cache", False
         if without := present.info["config"].get("without"):
-            basis += f"; {told_of_held(present.held, without['files'])}"
+            basis += f"; {describe_held(present.held, without['files'])}"
         sequences, tokens = len(present), present.tokens
     else:
         corpus = config.corpus.model_copy(update={"limit_sequences": None} if scale else {})
@@ -112,7 +112,7 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
             few = " (few: the figures are rough)" if read < FEW else ""
             basis = f"scaled from {counted(read, 'text')} of the source{few}"
-        if told := sample.left_out.told(last_document(reference.units, corpus.limit_sequences)):
+        if told := sample.left_out.describe(last_document(reference.units, corpus.limit_sequences)):
             basis += f"; {'up to there, ' * estimated}{told}"
     if present is not None and not present.commits:
         present = None  # begun, but killed before anything was written
@@ -221,7 +221,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         written = part.cast(schema).combine_chunks().to_batches(max_chunksize=ROWS_PER_BATCH)
         shards.write(unit_of(count), schema, written, _facts(part))
         count, start = count + 1, start + size
-    complete_addition(store, addition, count, {}, Found())
+    complete_addition(store, addition, count, {}, HeldCounts())
     return Corpus(store)
 
 

@@ -15,7 +15,7 @@ from rekindle.data.inventory import damaged_descriptions, lost_descriptions, rol
 from rekindle.data.journal import refuse_changing
 from rekindle.data.sharing.card import CARD, cache_card, licence_of
 from rekindle.data.sharing.copy import copy_for_others, files_of
-from rekindle.data.sharing.text import readable_share, tells_text
+from rekindle.data.sharing.text import readable_share, reveals_text
 from rekindle.data.storage.manifest import (
     MANIFEST,
     WITHOUT_TEXT,
@@ -151,7 +151,7 @@ def _chosen(
     if not wanted:
         raise InputError(f"{place} has no teachers: there is nothing to send")
     given = {name: cache.teachers[name] for name in wanted}
-    telling = {name: one for name, one in given.items() if tells_text(one) and not readable}
+    telling = {name: one for name, one in given.items() if reveals_text(one) and not readable}
     chosen = [name for name in wanted if name not in telling]
     if telling:
         why = "; ".join(_why(name, teacher) for name, teacher in telling.items())

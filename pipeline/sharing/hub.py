@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.data.errors import InputError
-from rekindle.data.hub.places import OFFLINE, HubPlace, told_of_hub
+from rekindle.data.hub.places import OFFLINE, HubPlace, describe_hub_error
 
 # Limits of one commit: hubs handle a few hundred files at a time well, and if a commit fails, what
 # was uploaded for it is lost.
@@ -136,7 +136,7 @@ class Hub:
             raise
         except Exception as error:  # of the network, of rights, of what was sent: no common base
             raise InputError(
-                f"{what}: {told_of_hub(error)}. What was sent before this stays: run the "
+                f"{what}: {describe_hub_error(error)}. What was sent before this stays: run the "
                 "same command again, and it goes on"
             ) from None
         finally:

@@ -16,7 +16,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.sharing.card import licence_of
 from rekindle.data.sharing.copy import portable_config
 from rekindle.data.sharing.names import is_place, last_part, portable
-from rekindle.data.sharing.places_in_text import called, portable_name, without_places
+from rekindle.data.sharing.places_in_text import portable_name, replace_paths, without_places
 from rekindle.pipeline.yaml_text import parse_yaml
 from rekindle.train.embedding.folder import (
     ABOUT_ENCODER,
@@ -170,7 +170,7 @@ def _card(folder: Path, place: str, repo: str) -> str:
     about = read_object(folder / ABOUT_FILE) if (folder / ABOUT_FILE).is_file() else {}
     heads = about.get("heads")
     exports = [f"-{file_name(head)}" for head in heads] if isinstance(heads, dict) else []
-    return without_places(called(card, names, ["-merged", *exports]))
+    return without_places(replace_paths(card, names, ["-merged", *exports]))
 
 
 def _bases(folder: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from rekindle.data.cache import Cache
 from rekindle.data.corpus.tokenizer import load_tokenizer
 from rekindle.data.counted import counted
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.former import as_begun
+from rekindle.data.former import with_recorded_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.pipeline.builtin.missing import make_missing
 from rekindle.pipeline.caching.cache_teachers import StageOne, cache_teachers
@@ -102,8 +102,10 @@ def _planned(config: RunConfig, out: Path, resume: bool) -> list[Stage]:
     stages = []
     for stage in plan_stages(config, out):
         begun = recorded.get(stage.name, {}).get("config", {})
-        written = as_begun(stage.written, begun, say=False)
-        stages.append(replace(stage, config=as_begun(stage.config, begun), written=written))
+        written = with_recorded_defaults(stage.written, begun, log_changes=False)
+        stages.append(
+            replace(stage, config=with_recorded_defaults(stage.config, begun), written=written)
+        )
     return stages
 
 

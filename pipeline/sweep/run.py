@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rekindle.data.cache import Cache
 from rekindle.data.errors import CheckpointError, InputError, RekindleError, naming
-from rekindle.data.former import as_begun
+from rekindle.data.former import with_recorded_defaults
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent, settle_extent
 from rekindle.pipeline.builtin.missing import make_missing
@@ -101,7 +101,10 @@ def run_sweep(
         )
     if resume and (begun := read_runs(out, SWEEP_FILE)) is not None:
         others = next(iter(begun.values()), {})  # new students are compared with those begun
-        runs = [replace(r, config=as_begun(r.config, begun.get(r.name, others))) for r in runs]
+        runs = [
+            replace(r, config=with_recorded_defaults(r.config, begun.get(r.name, others)))
+            for r in runs
+        ]
     corpus = _check_cache(runs, out)
     with open_folder(out, lambda: _look(out, runs, corpus, resume)):
         write_json(out / SWEEP_FILE, {"corpus": corpus, "runs": [run.record for run in runs]})

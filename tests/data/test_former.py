@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field, field_validator
 
 from rekindle.data.errors import InputError
-from rekindle.data.former import Formerly, as_begun, with_defaults
+from rekindle.data.former import FormerDefault, with_defaults, with_recorded_defaults
 from rekindle.data.settings import Settings
 
 
@@ -17,7 +17,7 @@ class Item(Settings):
 
 
 class Part(Settings):
-    length: Annotated[int | None, Formerly(128)] = None
+    length: Annotated[int | None, FormerDefault(128)] = None
     kept: int = Field(2, alias="keep", lt=10)
 
     @field_validator("kept")
@@ -55,9 +55,9 @@ def test_younger_keys_have_their_defaults_and_the_rest_stays(recorded):
 def test_a_former_default_goes_on_where_the_key_is_not_given(caplog):
     caplog.set_level(logging.INFO, "rekindle")
     recorded = {"place": "x", "part": {"length": 128, "keep": 4}, "seed": 3}
-    begun = as_begun(Whole(place="x"), recorded)
+    begun = with_recorded_defaults(Whole(place="x"), recorded)
     assert begun == Whole(place="x", part=Part(length=128))
     assert "part.length is not given: 128 is used, as when it was begun (now None)" in caplog.text
     for given in (Whole(place="x", part=Part(length=None)), Whole(place="x", part=Part(length=5))):
-        assert as_begun(given, recorded) is given
-    assert as_begun(Whole(place="x"), {"part": {"length": 64}}) == Whole(place="x")
+        assert with_recorded_defaults(given, recorded) is given
+    assert with_recorded_defaults(Whole(place="x"), {"part": {"length": 64}}) == Whole(place="x")

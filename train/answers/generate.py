@@ -26,9 +26,9 @@ from rekindle.data.errors import InputError
 from rekindle.data.forms.dialogue import Dialogues
 from rekindle.data.forms.template import find_template
 from rekindle.data.padding import length_buckets
-from rekindle.data.source.generated import BESIDE
+from rekindle.data.source.generated import RECORD_SUFFIX
 from rekindle.data.source.given import Dialogue
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.source.rows import Row, read_rows, text_of
 from rekindle.data.source.sources import HUB, recorded_origin
 from rekindle.data.storage.atomic import Publish, write_json, write_lines
@@ -74,8 +74,8 @@ class Generated:
         lines = [
             f"{self.out}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')} generated; "
             f"{self.ended:,} ended by the model, the others at max_new_tokens",
-            f"beside it {Path(self.out).name}{BESIDE} records which model wrote it. Use it in "
-            "corpus.source: {path: " + self.out + ", format: tokens}",
+            f"beside it {Path(self.out).name}{RECORD_SUFFIX} records which model wrote it. Use it "
+            "in corpus.source: {path: " + self.out + ", format: tokens}",
         ]
         if self.too_long:
             told = counted(self.too_long, "prompt")
@@ -173,7 +173,7 @@ def _with(about: Mapping[str, object]) -> Publish:
             os.replace(told, beside)
             os.replace(rows, out)
 
-        write_json(Path(f"{out}{BESIDE}"), about, both)
+        write_json(Path(f"{out}{RECORD_SUFFIX}"), about, both)
 
     return publish
 
@@ -211,7 +211,7 @@ def _prompts(
             names = [one.content for one in special_tokens(tokenizer.encoder.backend).values()]
             reads = Dialogues(template, names, as_tokens=False)
         made = reads.prompt(row, columns, f"{path}, row {number + 1}")
-        if isinstance(made, Bad):
+        if isinstance(made, BadRecord):
             raise InputError(made.message)
         dialogues.append((number, *made))
     ids: dict[int, Ids] = {}

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from rekindle.data.sharing.names import LICENCE, shown
+from rekindle.data.sharing.names import LICENCE, shown_model
 from rekindle.train.export.provenance import metadata
 from rekindle.train.export.result import PIPELINES
 
@@ -31,7 +31,7 @@ def expert_card(
     if problem == "ranking":
         input_example = '{"text": "a query", "text_pair": "a document"}'
     lines = [
-        f"# An expert for {task_name}, fine-tuned from `{shown(model)}`",
+        f"# An expert for {task_name}, fine-tuned from `{shown_model(model)}`",
         "",
         "```python",
         "from transformers import pipeline",

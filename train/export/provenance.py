@@ -9,14 +9,14 @@ from huggingface_hub import ModelCardData
 from rekindle.data.cache import Cache
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.counted import counted
-from rekindle.data.sharing.names import LICENCE, TAGS, is_ours, shown
+from rekindle.data.sharing.names import LICENCE, TAGS, is_local, shown_model
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.train.step_config import recorded_steps
 
 
 def metadata(task: str, model: str, library: str = "transformers") -> str:
     """Return the block that the hub reads: which pipeline runs the model, and its base model."""
-    base = shown(model) if model and not is_ours(model) else None
+    base = shown_model(model) if model and not is_local(model) else None
     block = ModelCardData(library_name=library, pipeline_tag=task, tags=[*TAGS], base_model=base)
     return f"---\n{block.to_yaml()}\n---\n\n"
 
@@ -51,7 +51,8 @@ class Provenance:
             "## How it was made",
             "",
             f"By `pipeline train-student` ({counted(self.steps, 'step')}, "
-            f"from `{shown(self.model)}`) on {self.text}; `run.yaml` beside this has the settings.",
+            f"from `{shown_model(self.model)}`) on {self.text}; `run.yaml` beside this "
+            "has the settings.",
             *_teacher_table(self.teachers),
             *_score_table(self.scores),
             "",
@@ -61,7 +62,7 @@ class Provenance:
 
 def _sources(corpus: Corpus) -> str:
     """Return the names of the first files of its text, without their folders."""
-    names = [f"`{shown(str(path))}`" for path in corpus.info["config"]["source"]]
+    names = [f"`{shown_model(str(path))}`" for path in corpus.info["config"]["source"]]
     unnamed = f" and {len(names) - _SOURCES} more" if names[_SOURCES:] else ""
     return f"{', '.join(names[:_SOURCES])}{unnamed}"
 
@@ -71,7 +72,7 @@ _SOURCES = 5
 
 def _teacher_table(teachers: Iterable[TeacherInfo]) -> list[str]:
     rows = [
-        f"| {one.name} | `{shown(one.model)}` | {one.task} | {one.kind}"
+        f"| {one.name} | `{shown_model(one.model)}` | {one.task} | {one.kind}"
         f"{f', k = {one.k}' * (one.k is not None)} | {_short_fingerprint(one)} |"
         for one in teachers
     ]

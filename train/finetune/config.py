@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, field_validator
 
 from rekindle.data.errors import InputError
-from rekindle.data.former import Formerly
+from rekindle.data.former import FormerDefault
 from rekindle.data.settings import Place, Settings
 from rekindle.data.settings_schema import one_or_many
 from rekindle.train.ranking.kinds import Loss
@@ -147,7 +147,7 @@ class FinetuneConfig(TaskSettings):
         (0.9, 0.999), description="AdamW's: how slowly its means of gradients and squares change"
     )
     eps: Positive = Field(1e-8, description="AdamW's: added to the root of the mean square")
-    max_length: Annotated[int | None, Formerly(128)] = Field(
+    max_length: Annotated[int | None, FormerDefault(128)] = Field(
         None,
         ge=4,
         description="tokens per example; longer ones are cut, also to what the model takes; null: "

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.text_files import surrogate_problem
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.labels import (
     SAY_SCORES,
@@ -252,7 +252,7 @@ def _label_of(one: object, label_names: Sequence[str]) -> Label:
             f"{one!r} in a list is not a label; give the names of the labels that hold"
         )
     if isinstance(one, str):
-        if told := half_a_pair("label", one):
+        if told := surrogate_problem("label", one):
             raise ValueError(told)
         name = one.strip()
         if not name:

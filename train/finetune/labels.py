@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.text_files import surrogate_problem
 
 Raw = object  # as a file gives it
 Value = bool | float | str | tuple[float, ...] | None  # numbers are floats; None: no label
@@ -94,7 +94,7 @@ def read_label(raw: Raw, as_written: bool = False) -> Label:
             f"{type(raw).__name__})"
         )
     text = (raw or "").strip()
-    if told := half_a_pair("label", raw or ""):
+    if told := surrogate_problem("label", raw or ""):
         raise ValueError(told)
     if text.casefold() in _MISSING:
         return Label(raw, None, "")

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 from rekindle.data.errors import InputError, did_you_mean
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.source.records import read_records
 from rekindle.data.source.sources import Origin, recorded_origin
-from rekindle.data.text_files import PACKED_SUFFIXES, half_a_pair, is_file
+from rekindle.data.text_files import PACKED_SUFFIXES, is_file, surrogate_problem
 from rekindle.train.finetune.config import TaskSettings
 from rekindle.train.finetune.label_lists import TAGS, words_in
 from rekindle.train.ranking.groups import group_names
@@ -85,7 +85,7 @@ def read_file(path: str, settings: TaskSettings) -> TaskFile:
             if not isinstance(value, str):
                 given = "missing" if value is None else f"{value!r}, a {type(value).__name__}"
                 raise InputError(f"{path}, row {row}: {name} must be a string (given: {given})")
-            if told := half_a_pair(name, value):
+            if told := surrogate_problem(name, value):
                 raise InputError(f"{path}, row {row}: {told}")
     texts = [cast("list[str]", columns[name]) for name in names]
     if not any(one.strip() for column in texts for one in column):
@@ -192,7 +192,7 @@ def words_of(path: str, name: str, row: int, raw: object) -> list[str]:
             f"its tokens (given: {given})"
         )
     found = [str(word) for word in words]
-    if told := half_a_pair(name, " ".join(found)):
+    if told := surrogate_problem(name, " ".join(found)):
         raise InputError(f"{path}, row {row}: {told}")
     return found
 
@@ -201,7 +201,7 @@ def _read_records(origin: Origin, wanted: set[str]) -> _Columns:
     """Return the rows of a file by column; columns that are not ``wanted`` may be rows of None."""
     rows: list[Mapping[str, object]] = []
     for record in read_records(origin, sorted(wanted)):
-        if isinstance(record, Bad):
+        if isinstance(record, BadRecord):
             raise InputError(record.message)
         rows.append(record.values)
     fields = dict.fromkeys(field for row in rows for field in row)

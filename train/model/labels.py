@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.data.errors import InputError
-from rekindle.data.text_files import half_a_pair
+from rekindle.data.text_files import surrogate_problem
 from rekindle.train.model.folder import StoredTensor
 from rekindle.train.model.meta import shape_only
 
@@ -112,7 +112,7 @@ def check_label_names(names: Sequence[str], subject: str) -> None:
     name that cannot be written.
     """
     for number, name in enumerate(names):
-        if problem := half_a_pair(f"name of output {number}", name):
+        if problem := surrogate_problem(f"name of output {number}", name):
             raise InputError(f"{subject}: {problem} (id2label in its config.json)")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:

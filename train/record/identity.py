@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.errors import CheckpointError, InputError
-from rekindle.data.former import as_begun, with_defaults, with_every_key
+from rekindle.data.former import with_defaults, with_every_key, with_recorded_defaults
 from rekindle.data.settings import Settings, free_keys
 from rekindle.data.storage.atomic import write_json
 from rekindle.data.targets.reading.extent import Extent
@@ -138,7 +138,7 @@ def with_former_defaults(config: AnySettings, run: Path) -> AnySettings:
     """Return ``config`` with the former defaults that the run in ``run`` was begun with."""
     record = _read_run_record(run) or {}
     with reading_record(run / RUN_FILE, START_AGAIN):
-        return as_begun(config, record)
+        return with_recorded_defaults(config, record)
 
 
 def check_run(run: Path, about: About, resume: bool, free: Collection[str] = ()) -> bool:

@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from rekindle.data.cache import Cache
-from rekindle.data.changes.carry_out import settle, to_transcode
+from rekindle.data.changes.carry_out import finish_interrupted, to_transcode
 from rekindle.data.errors import CacheFormatError, InputError
 from rekindle.data.inventory import roll_up_records
-from rekindle.data.journal import KEPT
+from rekindle.data.journal import JOURNAL_KEYS
 from rekindle.data.storage import records as records_module
 from rekindle.data.storage.seal import SEAL, VERSION, seal
 from rekindle.data.storage.shards import ShardSet
@@ -47,7 +47,7 @@ def assert_as_made_at_once(cache, made):
     assert own(descriptions(cache)) == own(descriptions(made))
     told = json.loads((cache / "cache.json").read_text())
     wanted = json.loads((made / "cache.json").read_text())
-    for key in (*KEPT, "record"):
+    for key in (*JOURNAL_KEYS, "record"):
         told.pop(key, None), wanted.pop(key, None)
     assert told == wanted
     assert problems(cache) == []
@@ -237,7 +237,10 @@ def test_whatever_a_stranger_writes_down_of_changes_is_damage(cache, journal):
     write_journal(cache, journal)
     with pytest.raises(CacheFormatError, match=r"cache\.json is damaged: (change|renamed|removed)"):
         Cache.open(cache)
-    for step in (lambda: change(cache, ("remove", "a")), lambda: settle(open_store(cache))):
+    for step in (
+        lambda: change(cache, ("remove", "a")),
+        lambda: finish_interrupted(open_store(cache)),
+    ):
         with pytest.raises(CacheFormatError, match=r"cache\.json is damaged"):
             step()
     assert ["cache.json is damaged" in problem for problem in problems(cache)] == [True]
@@ -267,5 +270,5 @@ def test_two_names_that_became_each_other_end(cache):
 
 def write_journal(cache, journal):
     body = json.loads((cache / "cache.json").read_text())
-    body = {key: value for key, value in body.items() if key not in (*KEPT, VERSION, SEAL)}
+    body = {key: value for key, value in body.items() if key not in (*JOURNAL_KEYS, VERSION, SEAL)}
     (cache / "cache.json").write_bytes(seal(body | journal))

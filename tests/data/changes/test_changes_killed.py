@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from rekindle.data.changes.carry_out import settle
+from rekindle.data.changes.carry_out import finish_interrupted
 from rekindle.data.errors import InputError
 from rekindle.data.inventory import shard_sets
 from rekindle.data.storage.object_store import ObjectStore
@@ -73,7 +73,7 @@ def test_meanwhile_nothing_else_is_changed_and_it_can_be_given_up(plain, cache, 
         InputError, match=rf"is being {asked[0]}d? .*Run `pipeline teachers .*first"
     ):
         change(cache, ("remove", "expert"))
-    settle(open_store(cache))
+    finish_interrupted(open_store(cache))
     assert listed(cache) == listed(plain)
     assert (cache / "cache.json").read_bytes() == (plain / "cache.json").read_bytes()
     assert change(cache, ("remove", "expert"))

@@ -62,7 +62,7 @@ def test_a_bad_line_is_told_with_its_place_or_left_out(tmp_path, line, kind, tol
     left_out = LeftOut()
     assert [d.id for d in read(path, left_out)] == ["d.jsonl:1", "d.jsonl:3"]
     assert left_out.counts() == {kind: 1}
-    assert left_out.told() == f"bad records left out: 1 {kind}; the first: {left_out.first}"
+    assert left_out.describe() == f"bad records left out: 1 {kind}; the first: {left_out.first}"
     leave_out = "; or leave such records out (corpus.on_bad_record: skip)"
     assert str(caught.value) == left_out.first + leave_out
 

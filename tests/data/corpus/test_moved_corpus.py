@@ -17,7 +17,7 @@ from rekindle.data.corpus.additions import is_same_source
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.source.source_states import usual_order
+from rekindle.data.source.source_states import assumed_order
 from rekindle.data.storage.seal import SEAL, read_sealed, seal
 from rekindle.data.storage.store import LocalStore
 
@@ -237,7 +237,7 @@ def test_the_usual_order_is_that_of_the_entries_and_sorted_within_a_glob():
     files = ("t/b.txt", "t/a.txt", "t/sub/c.txt", "d/data-0.arrow", "z.jsonl")
     states = {path: [1, "x"] for path in files}
     source = ["t/b.txt", "python-docs", "t/**/*.txt", "d", "owner/name", "z.jsonl"]
-    assert usual_order(source, states) == (
+    assert assumed_order(source, states) == (
         "t/b.txt",
         "python-docs",
         "t/a.txt",
@@ -253,15 +253,15 @@ def test_an_order_that_was_not_recorded_is_that_of_globs_and_of_whatever_home(mo
     files = ("t/a.txt", "t/z.txt", "t/sub/m.txt", "/home/old/c/x.txt", "/home/old/b.txt", "q/o.txt")
     states = {path: [1, "x"] for path in files}
     source = ["t/*.txt", "~/c/*", "~/b.txt", "t/sub/*.txt", "~/none.txt"]
-    assert usual_order(source, states) == (
+    assert assumed_order(source, states) == (
         "t/a.txt",
         "t/z.txt",
         "/home/old/c/x.txt",
         "/home/old/b.txt",
         "t/sub/m.txt",
     )
-    assert usual_order(["t/*"], states) == ("t/a.txt", "t/z.txt")
-    assert usual_order(["t/**"], states) == ("t/a.txt", "t/sub/m.txt", "t/z.txt")
+    assert assumed_order(["t/*"], states) == ("t/a.txt", "t/z.txt")
+    assert assumed_order(["t/**"], states) == ("t/a.txt", "t/sub/m.txt", "t/z.txt")
 
 
 @pytest.mark.parametrize("stop", [1, None])

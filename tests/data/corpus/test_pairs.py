@@ -15,7 +15,7 @@ from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import CacheMismatchError, InputError
-from rekindle.data.source.held_texts import Found
+from rekindle.data.source.held_texts import HeldCounts
 from rekindle.data.storage.store import LocalStore
 from rekindle.data.views.masked import MaskedView
 from rekindle.data.views.masking import MaskConfig
@@ -216,4 +216,4 @@ def test_a_text_of_a_test_in_either_field_leaves_the_pair_out(tmp_path, build, c
         {"a": "one", "b": "two"},
     ]
     corpus = build("cache", records=records, without=[str(tmp_path / "test.jsonl")])
-    assert (len(corpus), corpus.held) == (1, Found(exact=2))
+    assert (len(corpus), corpus.held) == (1, HeldCounts(exact=2))

@@ -12,7 +12,7 @@ from rekindle.data.corpus.corpus import Corpus, build_corpus
 from rekindle.data.corpus.remarks import remarks
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.source import without
-from rekindle.data.source.held_texts import Found
+from rekindle.data.source.held_texts import HeldCounts
 from rekindle.data.source.records import read_records
 from rekindle.data.source.without import read_held
 from rekindle.data.storage.store import LocalStore
@@ -65,7 +65,7 @@ def test_records_that_hold_a_text_are_left_out_counted_and_said(home, build, cap
     corpus = build("cache")
     left = [text for number, text in enumerate(TEXTS) if number not in ASKED]
     assert [str(text) for text in texts(corpus)] == left
-    assert corpus.held == Found(exact=6)
+    assert corpus.held == HeldCounts(exact=6)
     assert corpus.documents == len(left)
     assert corpus.bad_records == {"not JSON": 1}
     assert corpus.info["config"]["without"]["texts"] == 6
@@ -82,10 +82,10 @@ def test_such_files_in_a_store_are_read_as_those_on_the_disk_and_anew_when_they_
         store.pipe_file(f"/tests/{name}", (home / name).read_bytes())
     places = ["memory://tests/*.jsonl", "memory://tests/b.csv"]
     corpus = build("stored", files=(), without=places)
-    assert corpus.held == Found(exact=6)
+    assert corpus.held == HeldCounts(exact=6)
     assert texts(corpus) == texts(build("local"))
     store.pipe_file("/tests/b.csv", f"label,sentence\nx,{TEXTS[5]}\n".encode())
-    assert build("changed", files=(), without=places).held == Found(exact=4)
+    assert build("changed", files=(), without=places).held == HeldCounts(exact=4)
 
 
 def test_without_such_files_a_corpus_is_as_it_was(build):
@@ -101,7 +101,7 @@ def test_without_such_files_a_corpus_is_as_it_was(build):
 def test_the_count_is_the_same_wherever_a_run_was_killed(home, build, limit, held):
     """A record counts where a later one is in the corpus."""
     whole = build("whole", limit_sequences=limit)
-    assert whole.held == Found(exact=held)
+    assert whole.held == HeldCounts(exact=held)
     for stop in range(1, len(whole.commits) + 1):
         with pytest.raises(KeyboardInterrupt):
             build(f"killed-{stop}", stop=stop, limit_sequences=limit)
@@ -126,13 +126,13 @@ def test_another_process_beside_it_and_a_lost_shard_change_nothing(home, build):
 
 def test_what_grows_leaves_out_further_ones(home, build):
     first = build("cache", limit_sequences=9)
-    assert first.held == Found(exact=2)
-    assert build("cache").held == Found(exact=6)
+    assert first.held == HeldCounts(exact=2)
+    assert build("cache").held == HeldCounts(exact=6)
     (home / "e.jsonl").write_text(
         json.dumps({"text": "Well: WHAT runs over the 2 hills on days of rain?"})
     )
     more = build("cache", source=[str(home / "d.jsonl"), str(home / "e.jsonl")])
-    assert more.held == Found(exact=7)
+    assert more.held == HeldCounts(exact=7)
     assert len(more) == len(TEXTS) - len(ASKED)
 
 
@@ -151,7 +151,7 @@ def test_other_texts_are_another_corpus(home, build, files):
     here = {0: "nothing", 1: "3 texts of a.jsonl", 2: "4 texts of a.jsonl, b.csv"}[len(files)]
     with pytest.raises(CacheMismatchError, match=rf"without: 6 texts of .*there, {here}.* here\)"):
         build("cache", files=files)
-    assert Corpus(LocalStore(home / "cache")).held == Found(exact=6)
+    assert Corpus(LocalStore(home / "cache")).held == HeldCounts(exact=6)
 
 
 def test_nothing_but_texts_of_tests_is_an_empty_corpus(home, build):

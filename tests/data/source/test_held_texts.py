@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from rekindle.data.source import held_texts
-from rekindle.data.source.held_texts import Found, HeldTexts, find_held, normalised
+from rekindle.data.source.held_texts import HeldCounts, HeldTexts, find_held, normalised
 from rekindle.data.source.rows import read_rows
 from testlib.corpora import SHARED
 
@@ -68,7 +68,7 @@ def test_no_record_without_a_text_is_left_out(seed):
     rng = random.Random(seed)
     texts = [" ".join(prose(rng, rng.randint(8, 30))) for _ in range(100)]
     records = [" ".join(prose(rng, 200)) for _ in range(100)]
-    assert find_held(texts, records) == Found(0, 0)
+    assert find_held(texts, records) == HeldCounts(0, 0)
 
 
 def test_what_stands_far_apart_is_no_text():
@@ -105,7 +105,7 @@ def test_three_words_that_recur_in_text_and_record_take_neither_time_nor_memory(
 
 
 def test_questions_that_differ_in_a_name_are_others(monkeypatch):
-    monkeypatch.setattr(held_texts, "FEW", 4)
+    monkeypatch.setattr(held_texts, "MAX_SHARING", 4)
     ask = "how many bags may i take with me on board of a flight to {}".format
     texts = [ask(f"city{number}") for number in range(6)]
     assert kind(texts, ask("rome")) is None
@@ -118,7 +118,7 @@ def test_every_field_of_a_record_is_looked_at_and_exact_ones_come_first():
     near = TWENTY.replace("ferryman", "sailor")
     assert kind([TWENTY, "a b c d e f g h"], near, "x a b c d e f g h y") == "exact"
     assert kind([TWENTY, "a b c d e f g h"], "a b c d", "e f g h") is None
-    assert find_held([TWENTY], [("other", near), TWENTY, "neither"]) == Found(exact=1, near=1)
+    assert find_held([TWENTY], [("other", near), TWENTY, "neither"]) == HeldCounts(exact=1, near=1)
 
 
 def test_order_and_repetitions_of_texts_make_no_difference():
@@ -166,4 +166,4 @@ def test_of_real_text_hardly_anything_holds_real_questions():
     among = [
         f"{record[:2000]}\n{question}" for record, question in zip(records, questions, strict=False)
     ]
-    assert find_held(questions, among) == Found(exact=len(among))
+    assert find_held(questions, among) == HeldCounts(exact=len(among))

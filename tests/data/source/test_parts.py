@@ -56,12 +56,12 @@ def written(folder, suffix, count=50):
 def in_parts(source, fields, monkeypatch, size):
     """Each part read as another process would: nothing but its pickle is known there."""
     monkeypatch.setattr(parts, "PART_BYTES", size)
-    read, left_out, reader = [], LeftOut(held=HELD), Reader(fields, skip_bad=True, held=HELD)
+    read, left_out, reader = [], LeftOut(held_texts=HELD), Reader(fields, skip_bad=True, held=HELD)
     for part in cut_parts(origins_of(source), fields):
         found = pickle.loads(pickle.dumps(reader))(pickle.loads(pickle.dumps(part)))
         if found.error:
             raise found.error
-        read += found.kept
+        read += found.documents
         left_out.extend(found.left_out)
     return read, left_out
 
@@ -72,7 +72,7 @@ def test_documents_and_what_is_left_out_are_those_of_the_whole(tmp_path, monkeyp
     (tmp_path / "empty.jsonl").write_text("")
     source = [str(written(tmp_path, suffix)), str(tmp_path / "empty.jsonl")]
     whole, fields = (
-        LeftOut(held=HELD),
+        LeftOut(held_texts=HELD),
         FIELDS._replace(domain=None if suffix == "txt" else "domain"),
     )
     expected = [*read_documents(source, *fields[:2], left_out=whole)]
@@ -94,7 +94,7 @@ def test_an_error_of_the_source_comes_after_the_documents_before_it(tmp_path, mo
     monkeypatch.setattr(parts, "PART_BYTES", 100)
     reader = Reader(FIELDS, skip_bad=True, held=None)
     found = [reader(part) for part in cut_parts(origins_of(source), FIELDS)]
-    assert sum(len(one.kept) for one in found) == 9
+    assert sum(len(one.documents) for one in found) == 9
     assert [one.error for one in found[:-1]] == [None] * (len(found) - 1)
     with pytest.raises(InputError, match=r"b\.parquet cannot be read as parquet"):
         raise found[-1].error
@@ -109,4 +109,4 @@ def test_a_bad_record_is_told_by_its_line_wherever_it_is_read(tmp_path, monkeypa
     found = [reader(part) for part in cut_parts(origins_of(source), FIELDS)]
     (error,) = [one.error for one in found if one.error]
     assert str(error).startswith(f"{source[0]}:21: not JSON")
-    assert sum(len(one.kept) for one in found) >= 20
+    assert sum(len(one.documents) for one in found) >= 20

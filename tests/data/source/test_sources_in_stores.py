@@ -15,7 +15,7 @@ from rekindle.data.corpus.corpus import build_corpus
 from rekindle.data.corpus.source_sample import sample_source
 from rekindle.data.errors import CacheMismatchError, InputError
 from rekindle.data.source.documents import read_documents
-from rekindle.data.source.source_states import look_at
+from rekindle.data.source.source_states import find_present
 from rekindle.data.storage.store import LocalStore
 from testlib.servers.faulty_s3 import faulty_server
 
@@ -102,7 +102,7 @@ def test_objects_are_known_by_what_the_store_says_of_their_content(s3, tmp_path,
     )
     store = LocalStore(tmp_path)
     made = build_corpus(store, config, 500).fingerprint
-    states = [state for _, state in look_at(config.source)]
+    states = [state for _, state in find_present(config.source)]
     assert [state and state[0] for state in states] == [len(content), fs.size(f"{at}/b.jsonl")]
     # Written again, elsewhere: the same content. Nothing is made again.
     fs.mv(f"{at}/a.jsonl", f"{at}/moved/z.jsonl")
@@ -131,10 +131,10 @@ def test_objects_are_known_by_what_the_store_says_of_their_content(s3, tmp_path,
 )
 def test_a_source_that_is_not_there_is_called_so(both, source, told):
     with pytest.raises(InputError, match=told) as caught:
-        look_at([source])
+        find_present([source])
     assert "hidden-word" not in str(caught.value)
 
 
 def test_an_address_of_a_local_file(tmp_path, corpus_file):
-    (present,) = look_at([f"file://{corpus_file}"])
-    assert present == look_at([str(corpus_file)])[0]
+    (present,) = find_present([f"file://{corpus_file}"])
+    assert present == find_present([str(corpus_file)])[0]

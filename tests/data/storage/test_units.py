@@ -7,7 +7,7 @@ import pytest
 
 from rekindle.data.corpus.additions import count_left_out
 from rekindle.data.source.left_out import LeftOut
-from rekindle.data.source.record import Bad
+from rekindle.data.source.record import BadRecord
 from rekindle.data.storage.commits import Commit, Commits
 from rekindle.data.storage.shards import ShardSet, describe
 from rekindle.data.storage.store import LocalStore
@@ -48,7 +48,7 @@ def test_what_is_left_out_is_counted_up_to_the_last_shard(last):
     left_out = LeftOut()
     for document in (3, 8):
         left_out.documents = document
-        left_out.add(Bad("not JSON", "line"))
+        left_out.add(BadRecord("not JSON", "line"))
     ends = {last - 1: [5, 0], last: [9, 2]}  # the document, and its token, that comes next
     committed = {
         unit_of(shard): Commit(unit_of(shard), "data/x", 1, 1, "", (), {"next": following})

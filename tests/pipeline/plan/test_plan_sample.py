@@ -15,7 +15,7 @@ from rekindle.data.corpus import source_sample
 from rekindle.data.corpus.config import CorpusConfig
 from rekindle.data.corpus.source_sample import estimate_sequences, sample_source
 from rekindle.data.errors import InputError
-from rekindle.data.source.held_texts import Found
+from rekindle.data.source.held_texts import HeldCounts
 from rekindle.data.storage import addresses
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
 from rekindle.pipeline.checks.inspect import inspect_cache
@@ -146,12 +146,12 @@ def test_texts_of_tests_are_left_out_of_a_plan_as_of_the_cache(tmp_path, configu
     assert (planned.sequences, planned.tokens) == (len(real), real.tokens) == (200, real.tokens)
     assert "100 records left out for texts of corpus.without (100 hold one" in planned.basis
     assert "in the cache; 100 records left out for texts" in plan_run(config).corpus.basis
-    assert real.held == Found(exact=100)
+    assert real.held == HeldCounts(exact=100)
     assert "100 records left out for texts of " in inspect_cache(str(tmp_path / "cache"))
     few = configure(tmp_path / "few", [], corpus=corpus | {"limit_sequences": 10})
     assert "; 5 records left out for texts" in plan_run(few).corpus.basis  # before its end
     cache_teachers(few)
-    assert Cache.open(tmp_path / "few").corpus.held == Found(exact=5)
+    assert Cache.open(tmp_path / "few").corpus.held == HeldCounts(exact=5)
     monkeypatch.setattr(source_sample, "SAMPLE_DOCUMENTS", 100)
     assert sample_source(config.corpus).share == pytest.approx(0.5, rel=0.05)
     new = configure(tmp_path / "new", [], corpus=corpus)

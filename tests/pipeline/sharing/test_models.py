@@ -10,7 +10,7 @@ from rekindle.data.errors import InputError
 from rekindle.data.hub.places import HubPlace, hub_place
 from rekindle.data.sharing import copy as sharing_copy
 from rekindle.data.sharing.names import is_place, last_part
-from rekindle.data.sharing.places_in_text import called, portable_name, without_places
+from rekindle.data.sharing.places_in_text import portable_name, replace_paths, without_places
 from rekindle.data.targets.served import Served
 from rekindle.pipeline.progress import SILENT
 from rekindle.pipeline.sharing.contents import Asked, contents_of, model_place
@@ -60,11 +60,11 @@ def test_only_the_folders_own_path_is_called_otherwise():
         'load("/w/a"), `runs/a`. /w/a2 /w/a.b /old/runs/a runs/a-base runs/a-tone/x, "runs/a-tone" '
         "runs/a-tones runs/a."
     )
-    assert called(text, {"/w/a": "me/x", "runs/a": "me/x"}, ["-tone", "-merged"]) == (
+    assert replace_paths(text, {"/w/a": "me/x", "runs/a": "me/x"}, ["-tone", "-merged"]) == (
         'load("me/x"), `me/x`. /w/a2 /w/a.b /old/runs/a runs/a-base me/x-tone/x, "me/x-tone" '
         "runs/a-tones me/x."
     )
-    assert called(f"load({json.dumps('/w/ü')})", {"/w/ü": "me/x"}) == 'load("me/x")'
+    assert replace_paths(f"load({json.dumps('/w/ü')})", {"/w/ü": "me/x"}) == 'load("me/x")'
 
 
 def test_places_in_a_card_are_shortened_and_links_and_relative_names_stay():
