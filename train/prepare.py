@@ -323,8 +323,8 @@ def _log_not_exportable(student: Student) -> None:
         reasons = {name: not_exportable(student, name) for name in student.head_configs}
     problems = {name: why for name, why in reasons.items() if why is not None}
     if problems:
-        first, *others = problems
-        also = f" (nor can {', '.join(map(repr, others))})" if others else ""
+        first, *other_heads = problems
+        also = f" (nor can {', '.join(map(repr, other_heads))})" if other_heads else ""
         log.info("student: %s%s", problems[first], also)
 
 

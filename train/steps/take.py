@@ -130,9 +130,9 @@ class Judge:
 
     def _values(self, pending: PendingStep) -> dict[str, float]:
         norm, loss, *values, tokens = pending.values.read()
-        now = time.perf_counter()
+        read_at = time.perf_counter()
         # A step given to the device while another ran began when that one ended.
-        seconds, self._read = now - max(pending.began, self._read), now
+        seconds, self._read = read_at - max(pending.began, self._read), read_at
         problem = self.watch.complaint(loss, norm, pending.plan.weights, pending.usual)
         if problem is not None:
             refused_step = (self.training, pending.plan.step, problem)
