@@ -29,17 +29,17 @@ from rekindle.pipeline.compare.standing import (
 from rekindle.pipeline.progress import Progress
 from rekindle.pipeline.report.scores import TaskScores
 from rekindle.train.answers.config import AskConfig
-from rekindle.train.answers.encoder import open_asked
+from rekindle.train.answers.encoder import open_text_judge
 from rekindle.train.answers.evaluate import check_pairs, metric_of
 from rekindle.train.answers.judge import Judge, open_judge
-from rekindle.train.answers.labelled import as_asked, read_labelled
-from rekindle.train.answers.recorded import Recorded, as_its_own, recorded
+from rekindle.train.answers.labelled import read_labelled, with_problem
+from rekindle.train.answers.recorded import ExpertRecord, fill_own_settings, read_expert_record
 from rekindle.train.answers.score import judged_scores
 from rekindle.train.embedding.folder import check_encoder_folder, is_encoder_folder
 from rekindle.train.finetune.entities import entities
 from rekindle.train.finetune.label_lists import SEVERAL, TAGS
 from rekindle.train.finetune.metrics import (
-    named,
+    as_file_labels,
     predictions_of,
     printed_name,
     score,
@@ -65,9 +65,13 @@ class _Entrant:
     head: str | None = None
 
     @property
-    def fine_tuning(self) -> Recorded:
+    def fine_tuning(self) -> ExpertRecord:
         """Return the recorded settings of an expert's fine-tuning."""
-        return Recorded() if self.head is not None else recorded(resolve_model(self.place))
+        return (
+            ExpertRecord()
+            if self.head is not None
+            else read_expert_record(resolve_model(self.place))
+        )
 
 
 def with_heads(
@@ -94,7 +98,7 @@ def with_heads(
     head_files = [_parse_test(test, runs) for test in tests]
     experts_of = _experts(experts, list(dict.fromkeys(head for head, _ in head_files)), runs)
     for head, file in head_files:
-        read_file(file, as_asked(config, TAGS if _labels_tokens(head, runs) else ""))
+        read_file(file, with_problem(config, TAGS if _labels_tokens(head, runs) else ""))
     standings = []
     for head, file in head_files:
         entrants = _students(head, file, runs), experts_of[head]
@@ -210,7 +214,7 @@ def _standing(
     vectors = saved_heads(Path(students[0].place))[head].pooling  # None: no vectors
     for one in (*experts, *students):
         judge, fine_tuning = _open_judge(one, vectors, config, file), one.fine_tuning
-        own_config = as_its_own(config, fine_tuning, one.name)
+        own_config = fill_own_settings(config, fine_tuning, one.name)
         data = read_labelled(file, judge, own_config)
         check_pairs(fine_tuning, data.pairs is not None, one.place, file)
         metric = metric_of(metric, judge.metric, data)
@@ -245,9 +249,9 @@ def _open_judge(one: _Entrant, vectors: str | None, config: AskConfig, file: str
     pooling = (config.pooling or vectors) if is_plain else None
     if is_plain:
         log.info("%s is no sentence encoder: its states are pooled by %s", one.name, pooling)
-    pairs = read_file(file, as_asked(config, "")).pairs is not None
+    pairs = read_file(file, with_problem(config, "")).pairs is not None
     own_config = config.model_copy(update={"pooling": pooling})
-    return open_asked(one.place, None, own_config, pairs, scored=file)
+    return open_text_judge(one.place, None, own_config, pairs, scored=file)
 
 
 def _mean_score(by_group: NDArray[np.float64]) -> Score:
@@ -290,7 +294,10 @@ def _score_of_tags(data: TaskData, logits: np.ndarray, metric: str) -> Score:
     """Return a function that scores rows by counts per text: right tags among all tags, or right
     entities among those predicted and those present.
     """
-    predicted, true = named(data, predictions_of(TAGS, logits)), named(data, data.labels)
+    predicted, true = (
+        as_file_labels(data, predictions_of(TAGS, logits)),
+        as_file_labels(data, data.labels),
+    )
     right, total = np.zeros(len(data)), np.zeros(len(data))
     for row, (tags, true_tags) in enumerate(zip(predicted, true, strict=True)):
         assert isinstance(tags, list)
