@@ -91,7 +91,9 @@ class Maker:
         else:
             end = self.packing.end or self.packing.suffix
             tokens, lengths, marks = self.given.cut_affixes(documents, self.packing.prefix, end)
-        return EncodedDocuments([d._replace(given=None) for d in documents], tokens, lengths, marks)
+        return EncodedDocuments(
+            [d._replace(content=None) for d in documents], tokens, lengths, marks
+        )
 
 
 @dataclass(frozen=True)
