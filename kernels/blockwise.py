@@ -238,8 +238,8 @@ def _rows_to_keep(call: Call) -> Tensor | None:
     """Return the indices of rows with a weight and a label or target; None to keep all rows."""
     targets = call.targets
     if not _drops_rows(call):
-        whole = call.teacher.states is not None
-        return torch.arange(len(targets.ids), device=targets.ids.device) if whole else None
+        is_whole = call.teacher.states is not None
+        return torch.arange(len(targets.ids), device=targets.ids.device) if is_whole else None
     if call.teacher.states is not None:
         return targets.active().nonzero()[:, 0]
     has_loss = targets.labelled(call.settings.ignore_index) if targets.labels is not None else None

@@ -91,17 +91,17 @@ def init(
     from rekindle.pipeline.init import recipes, write_recipe
 
     if list_:
-        known = recipes()
-        width = max(map(len, known), default=0)
-        for name, purpose in known.items():
+        purposes = recipes()
+        width = max(map(len, purposes), default=0)
+        for name, purpose in purposes.items():
             typer.echo(f"{name:{width}}  {purpose}")
         return
     if recipe is None:
         raise InputError(f"which recipe? There are: {', '.join(recipes())} (see --list)")
-    following = write_recipe(recipe, out)
+    commands = write_recipe(recipe, out)
     typer.echo(str(out))
     say(f"{out} is the recipe {recipe}: read it, change it. Next:")
-    for command in following:
+    for command in commands:
         say(f"  {command}")
 
 
@@ -115,8 +115,8 @@ def schema(
     from rekindle.pipeline.schema import KINDS, file_schema
 
     if kind not in KINDS:
-        known = f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}"
-        raise InputError(f"{kind!r}: {known}")
+        kinds_note = f"there are schemas of {' and '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise InputError(f"{kind!r}: {kinds_note}")
     typer.echo(json.dumps(file_schema(kind), indent=2, ensure_ascii=False))
 
 
@@ -129,16 +129,16 @@ def train_student(
     resume: Annotated[bool, typer.Option(help="continue an interrupted run or sweep")] = False,
 ) -> None:
     """Stage 2: train a student from the cache. The teachers are not needed."""
-    given = out or Path("runs") / run.stem
+    run_folder = out or Path("runs") / run.stem
     from rekindle.pipeline.several_runs import DEFINITIONS, begun_in, check_begun, check_room
     from rekindle.train.record.stored_run import local_runs
     from rekindle.train.record.working_copy import local_folder, shown_folder
 
     current_launch()
-    ended: Exception | None = None
+    sweep_error: Exception | None = None
     with (
-        resumable(lambda: begun_in(local_folder(given)) is not None) as progress,
-        local_runs(given, resume, DEFINITIONS) as target,
+        resumable(lambda: begun_in(local_folder(run_folder)) is not None) as progress,
+        local_runs(run_folder, resume, DEFINITIONS) as target,
     ):
         if resume:
             check_begun(target)
@@ -149,7 +149,7 @@ def train_student(
         from rekindle.pipeline.config import load_config
         from rekindle.pipeline.sweep.grid import plan_sweep
 
-        place, told = shown_folder(target), list[str]()
+        place, texts = shown_folder(target), list[str]()
         if sweep:
             students = plan_sweep(run, sweep, set_)
             from rekindle.pipeline.compare.runs import compare_runs
@@ -159,10 +159,10 @@ def train_student(
             failures = run_sweep(
                 students, target, resume=resume, workers=workers, progress=progress
             )
-            told.append(as_text(compare_runs([target])))
+            texts.append(as_text(compare_runs([target])))
             if failures:
-                ended = SweepError(failures, len(students))
-                ended.args = (str(ended).replace(str(target), place),)
+                sweep_error = SweepError(failures, len(students))
+                sweep_error.args = (str(sweep_error).replace(str(target), place),)
         elif workers is not None:
             raise InputError(
                 "--workers is for --sweep; one student on several devices needs torchrun"
@@ -178,17 +178,17 @@ def train_student(
                 results = run_stages(config, target, resume=resume, progress=progress)
             else:
                 results = [train_from_config(config, target, resume=resume, progress=progress)]
-            told += map(describe_result, results if is_main() else ())
+            texts += map(describe_result, results if is_main() else ())
             if is_main() and not results:
-                told.append(f"{place}: every stage was finished")
+                texts.append(f"{place}: every stage was finished")
             if is_main() and config.stages and config.evaluates_domains:
                 from rekindle.pipeline.compare.tables import domain_matrix
 
-                told.append(domain_matrix([target / stage.name for stage in config.stages]))
-    for text in told:
+                texts.append(domain_matrix([target / stage.name for stage in config.stages]))
+    for text in texts:
         typer.echo(text.replace(str(target), place))
-    if ended is not None:
-        raise ended
+    if sweep_error is not None:
+        raise sweep_error
     if is_one_of_many():
         leave(0)
 
@@ -284,40 +284,50 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Say which of several runs is best: task scores first, then settings, time and losses."""
-    of_test = {"--text-field": text_field, "--label-field": label_field, "--set": set_}
-    for option, value in ({"--metric": metric, "--expert": expert} | of_test).items():
+    test_options = {"--text-field": text_field, "--label-field": label_field, "--set": set_}
+    for option, value in ({"--metric": metric, "--expert": expert} | test_options).items():
         if value and not test:
             raise InputError(f"{option} belongs to --test: say which file to score")
     from rekindle.pipeline.compare.runs import compare_runs
     from rekindle.pipeline.compare.stored import fetched
     from rekindle.pipeline.cycle.page import check_one_corpus, compare_cycle
 
-    with fetched(runs, models=bool(test)) as (folders, named):
+    with fetched(runs, models=bool(test)) as (folders, with_given_places):
         if test:
-            given = {"--test": test, "--expert": expert, "--metric": [metric] if metric else None}
-            given |= {"--text-field": text_field, "--set": set_}
-            given |= {"--label-field": [label_field] if label_field else None}
-            each = [(name, one) for name, of in given.items() for one in of or ()]
-            check_one_corpus(folders, each)
-        elif (told := compare_cycle(folders, out, as_json, named)) is not None:
-            typer.echo(named(told))
+            option_values = {
+                "--test": test,
+                "--expert": expert,
+                "--metric": [metric] if metric else None,
+            }
+            option_values |= {"--text-field": text_field, "--set": set_}
+            option_values |= {"--label-field": [label_field] if label_field else None}
+            typed_options = [
+                (name, value)
+                for name, values_of_option in option_values.items()
+                for value in values_of_option or ()
+            ]
+            check_one_corpus(folders, typed_options)
+        elif (printed_text := compare_cycle(folders, out, as_json, with_given_places)) is not None:
+            typer.echo(with_given_places(printed_text))
             return
-        found = compare_runs(folders)
+        comparison = compare_runs(folders)
         if test:
-            from rekindle.pipeline.commands.asking import compared
+            from rekindle.pipeline.commands.asking import score_heads
 
             fields = (text_field, label_field)
-            found = compared(found, test, metric, fields, set_, expert or [])
+            comparison = score_heads(comparison, test, metric, fields, set_, expert or [])
         from rekindle.pipeline.compare.tables import as_text
         from rekindle.pipeline.cycle.page import report_html, verdict_above
 
         if out is not None:
             from rekindle.data.storage.atomic import write_text
 
-            write_text(out, named(report_html(folders, found)))
-        values = found.as_dict()
-        told = json.dumps(values) if as_json else verdict_above(folders) + as_text(found)
-    typer.echo(named(told))
+            write_text(out, with_given_places(report_html(folders, comparison)))
+        values = comparison.as_dict()
+        printed_text = (
+            json.dumps(values) if as_json else verdict_above(folders) + as_text(comparison)
+        )
+    typer.echo(with_given_places(printed_text))
 
 
 def doctor(
@@ -337,7 +347,7 @@ def doctor(
     if set_ and run is None:
         raise InputError("--set needs a run file, as in `pipeline doctor RUN.yaml`")
     config = None if run is None else load_config(run, set_)
-    from rekindle.pipeline.checks.ahead import refuse_problems
+    from rekindle.pipeline.checks.machine import refuse_problems
     from rekindle.pipeline.doctor import diagnose
 
     facts = diagnose(config)

@@ -55,7 +55,7 @@ class CacheConfig(Settings):
     seed: int = Field(0, description="seed of masks and pairs")
 
     @model_validator(mode="after")
-    def _leaves_something(self) -> "CacheConfig":
+    def _check_something_unmasked(self) -> "CacheConfig":
         if self.mask.policy == "cover" and self.replicas == 1:
             raise ValueError(
                 "replicas 1 with mask.policy cover: each token is masked in one of the replicas, "
@@ -73,13 +73,13 @@ def check_template(template: str) -> str:
     """Return the template. Raise ValueError unless it has {text} and {label} and no other
     placeholder.
     """
-    found = _REFERENCE.findall(template)
-    missing = [name for name in _PLACEHOLDERS if name not in found]
-    unknown = [name for name in found if name not in _PLACEHOLDERS]
+    names = _REFERENCE.findall(template)
+    missing = [name for name in _PLACEHOLDERS if name not in names]
+    unknown = [name for name in names if name not in _PLACEHOLDERS]
     if missing or unknown:
-        wrong = f"has no {{{missing[0]}}}" if missing else f"has {{{unknown[0]}}}"
+        problem = f"has no {{{missing[0]}}}" if missing else f"has {{{unknown[0]}}}"
         raise ValueError(
-            f"the template {template!r} {wrong}; it needs {{text}} and {{label}}, and takes "
+            f"the template {template!r} {problem}; it needs {{text}} and {{label}}, and takes "
             "nothing else in braces"
         )
     return template
@@ -127,13 +127,13 @@ class StageConfig(Settings):
 
     @field_validator("set")
     @classmethod
-    def _each_key_once(cls, value: dict[str, object]) -> dict[str, object]:
+    def _check_each_key_once(cls, value: dict[str, object]) -> dict[str, object]:
         for key in value:
             if key.split(".")[0] == "stages":
                 raise ValueError(f"{key}: a stage has no stages of its own")
-            above = next((other for other in value if key.startswith(f"{other}.")), None)
-            if above:
-                raise ValueError(f"{above!r} and {key!r} set the same value; give one of them")
+            parent = next((other for other in value if key.startswith(f"{other}.")), None)
+            if parent:
+                raise ValueError(f"{parent!r} and {key!r} set the same value; give one of them")
         return value
 
 
@@ -150,17 +150,17 @@ class RunConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _names_and_stages(self) -> "RunConfig":
+    def _check_names_and_stages(self) -> "RunConfig":
         # Teachers named in train.objective are checked against the cache: Cache.teacher.
         names = [t.name for t in self.teachers]
-        doubled = sorted({n for n in names if names.count(n) > 1})
-        if doubled:
-            raise ValueError(f"two teachers are called {doubled[0]!r}; give each its own name")
-        teachers = tuple(map(self._reading_records, self.teachers))
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ValueError(f"two teachers are called {repeated[0]!r}; give each its own name")
+        teachers = tuple(map(self._with_record_pairs, self.teachers))
         # frozen: the same teachers with resolved values
         object.__setattr__(self, "teachers", teachers)
-        if self.student is not None and (why := lora_excludes(self.student, self.train)):
-            raise ValueError(why)
+        if self.student is not None and (reason := lora_excludes(self.student, self.train)):
+            raise ValueError(reason)
         if self.corpus.group_field is None and (key := self.train.key_of_groups):
             raise ValueError(without_groups(key, "the corpus"))
         check_stages(self.stages)
@@ -168,33 +168,33 @@ class RunConfig(Settings):
             configure_stage(self, stage)
         return self
 
-    def _reading_records(self, teacher: TeacherConfig) -> TeacherConfig:
+    def _with_record_pairs(self, teacher: TeacherConfig) -> TeacherConfig:
         """Return the teacher as it reads a corpus of pairs. Raise ValueError for one that
         cannot.
         """
-        who, field = f"teacher {teacher.name!r}", self.corpus.pair_field
+        subject, field = f"teacher {teacher.name!r}", self.corpus.pair_field
         if "tokens" in self.corpus.contents and not teacher.vocabulary:
             raise ValueError(
-                f"{who} ({teacher.task}) reads texts, and rows of the format tokens have none; "
+                f"{subject} ({teacher.task}) reads texts, and rows of the format tokens have none; "
                 "cache it over a corpus of texts or dialogues"
             )
         if field is None:
             if teacher.pairs == RECORD:
                 raise ValueError(
-                    f"{who}: pairs: record uses the two texts of a record, but corpus.pair_field, "
-                    "which names the second, is missing"
+                    f"{subject}: pairs: record uses the two texts of a record, but "
+                    "corpus.pair_field, which names the second, is missing"
                 )
             return teacher
         if teacher.pairs not in (None, RECORD):
             raise ValueError(
-                f"{who}: pairs is {teacher.pairs}, but with corpus.pair_field the records are the "
-                "pairs; leave pairs out"
+                f"{subject}: pairs is {teacher.pairs}, but with corpus.pair_field the records are "
+                "the pairs; leave pairs out"
             )
-        single = {"token_classification": "tags the words", "embedding": "makes vectors"}
-        if (what := single.get(teacher.task)) is not None:
+        single_text_tasks = {"token_classification": "tags the words", "embedding": "makes vectors"}
+        if (action := single_text_tasks.get(teacher.task)) is not None:
             raise ValueError(
-                f"{who} {what} of single texts, but with corpus.pair_field each record has two; "
-                "cache it over a corpus of single texts"
+                f"{subject} {action} of single texts, but with corpus.pair_field each record has "
+                "two; cache it over a corpus of single texts"
             )
         if teacher.vocabulary or teacher.pairs == RECORD:
             return teacher
@@ -213,13 +213,13 @@ class RunConfig(Settings):
         """Return the teachers of these names (no names: all). Raise InputError for an
         unknown name.
         """
-        known = {t.name: t for t in self.teachers}
-        if unknown := [name for name in names if name not in known]:
+        by_name = {t.name: t for t in self.teachers}
+        if unknown := [name for name in names if name not in by_name]:
             raise InputError(
                 f"no teacher {unknown[0]!r} in the configuration (it has: "
-                f"{', '.join(known) or 'none'}){did_you_mean(unknown[0], known)}"
+                f"{', '.join(by_name) or 'none'}){did_you_mean(unknown[0], by_name)}"
             )
-        return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
+        return [by_name[name] for name in dict.fromkeys(names)] if names else list(by_name.values())
 
     def check_samples(self) -> None:
         """Raise InputError if a term needs something of a teacher here that a sample
@@ -253,8 +253,8 @@ class RunConfig(Settings):
         """
         if self.cache.mask.policy == "hard":
             return "cache.mask.policy: hard"
-        if masked := [t.name for t in self.teachers if t.sees_masks]:
-            return f"the masked_lm teacher {masked[0]!r}"
+        if masked_teachers := [t.name for t in self.teachers if t.sees_masks]:
+            return f"the masked_lm teacher {masked_teachers[0]!r}"
         if self.student is None or self.student.language_task != "masked_lm":
             return None
         objective = self.train.objective
@@ -321,13 +321,13 @@ def configure_stage(
     values = config.model_dump(
         mode="json", by_alias=True, exclude_unset=True, exclude={"stages": True}
     )
-    where = f"stage {stage.name!r}"
+    label = f"stage {stage.name!r}"
     try:
         for path, value in with_directories(stage.set, directories or {}).items():
             put_value(values, path, value)
     except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix('--')}") from None
-    return parse_settings(RunConfig, values, where)
+        raise InputError(f"{label}: {str(error).removeprefix('--')}") from None
+    return parse_settings(RunConfig, values, label)
 
 
 def dump_config(config: Settings) -> str:
@@ -348,16 +348,16 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
             raise InputError(f"a stage cannot be called {stage.name!r}: a file has that name")
         if name in (other.casefold() for other in earlier):
             raise InputError(f"two stages are called {stage.name!r}; give each its own name")
-        given = [stage.set, *(stage.write_prompts.places if stage.write_prompts else ())]
-        for other in references(given):
+        values = [stage.set, *(stage.write_prompts.places if stage.write_prompts else ())]
+        for other in references(values):
             if other not in earlier:
-                hint = did_you_mean(f"{{{other}}}", [f"{{{one}}}" for one in earlier])
+                hint = did_you_mean(f"{{{other}}}", [f"{{{stage_name}}}" for stage_name in earlier])
                 raise InputError(
                     f"stage {stage.name!r}: '{{{other}}}' is no earlier stage (there are: "
                     f"{', '.join(earlier) or 'none'}){hint}"
                 )
         for other in earlier:
-            if {other: None} in values_in(given):
+            if {other: None} in values_in(values):
                 raise InputError(
                     f"stage {stage.name!r}: {{{other}}} without quotes is a mapping in YAML; write "
                     f'"{{{other}}}" for the directory of that stage'
@@ -379,4 +379,4 @@ def with_directories(value: Any, directories: Mapping[str, str]) -> Any:
 
 def fill_template(template: str, text: str, label: str) -> str:
     """Fill in the template's placeholders; braces in ``text`` stay unchanged."""
-    return _REFERENCE.sub(lambda found: {"text": text, "label": label}[found[1]], template)
+    return _REFERENCE.sub(lambda match: {"text": text, "label": label}[match[1]], template)

@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 
 # C0 except tab and line feed, DEL and C1; direction marks and line separators. Replacements for
 # printable letters that an older console's encoding lacks.
-_PLAIN = str.maketrans(
+_PLAIN_LETTERS = str.maketrans(
     {"─": "-", "–": "-", "−": "-", "—": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "≠": "!="}
     | {"≤": "<=", "≥": ">=", "→": "->", "Δ": "d", "τ": "tau", "μ": "mu", "λ": "lambda"}
     | dict(zip("▁▂▃▄▅▆▇█", ".:-=+*#@", strict=True))
@@ -26,7 +26,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 def escaped(text: str) -> str:
     r"""Escape control characters as Python writes them: ``\\x1b``, ``\\u202e``."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def in_line(text: str) -> str:
@@ -36,22 +36,22 @@ def in_line(text: str) -> str:
     return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _plainly(error: UnicodeError) -> tuple[str, int]:
+def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
     """Return the replacement for letters missing from a stream's encoding: others, or escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end].translate(_PLAIN)
-    return lacking.encode("ascii", "backslashreplace").decode(), error.end
+    replaced = error.object[error.start : error.end].translate(_PLAIN_LETTERS)
+    return replaced.encode("ascii", "backslashreplace").decode(), error.end
 
 
-PLAINLY = "rekindle-plainly"
-codecs.register_error(PLAINLY, _plainly)
+REPLACING = "rekindle-plainly"
+codecs.register_error(REPLACING, _replace_unencodable)
 
 
 def as_written(text: str) -> str:
     """Return the text as stdout will show it, with replacements for letters its encoding lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, PLAINLY).decode(encoding)
+    return text.encode(encoding, REPLACING).decode(encoding)
 
 
 def say(text: str) -> None:
@@ -64,20 +64,20 @@ def terminal() -> Iterator[None]:
     """Within the block, escape what is printed, and replace letters the encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=PLAINLY)
-    before = sys.stdout
-    sys.stdout = cast("TextIO", EscapedStream(before))
+            stream.reconfigure(errors=REPLACING)
+    raw_stdout = sys.stdout
+    sys.stdout = cast("TextIO", EscapedStream(raw_stdout))
     log_to_stderr(logging.INFO)
     try:
         yield
     finally:
-        sys.stdout = before
+        sys.stdout = raw_stdout
 
 
-def log_to_stderr(level: int, lead: str = "") -> None:
-    """Send this process's log to stderr, escaped, with ``lead`` before each message."""
+def log_to_stderr(level: int, prefix: str = "") -> None:
+    """Send this process's log to stderr, escaped, with ``prefix`` before each message."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Escaped(lead.replace("%", "%%") + "%(message)s"))
+    handler.setFormatter(_Escaped(prefix.replace("%", "%%") + "%(message)s"))
     log = logging.getLogger("rekindle")
     log.handlers = [handler]
     log.setLevel(level)

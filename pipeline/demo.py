@@ -32,10 +32,10 @@ from rekindle.train.record.run_folder import is_continued, open_folder, read_rec
 
 DEMO_FILE = "demo.json"  # marks the directory of a demo, and identifies it
 WRITER = "rekindle demo"
-MADE = "made"
-LM = "base-lm"  # the start model as a masked-LM teacher
+MADE_FOLDER = "made"
+LM_NAME = "base-lm"  # the start model as a masked-LM teacher
 # both classify single passages
-SHOWN = tuple(task for task in TASKS if task.name in ("part", "kind"))
+DEMO_TASKS = tuple(task for task in TASKS if task.name in ("part", "kind"))
 _ONE_SEED = (
     "One seed (--quick) says nothing about chance: `pipeline demo` scores five, and shows the "
     "interval"
@@ -90,19 +90,19 @@ def run_demo(out: Path, quick: bool, progress: Progress) -> CycleResults:
     settings = QUICK if quick else FULL
     home = Path(os.path.abspath(out))
     # The corpus belongs to this Python: its documentation differs between versions.
-    about = {
+    identity = {
         "written_by": WRITER,
         "python": platform.python_version(),
         "settings": settings.model_dump(mode="json"),
     }
-    with open_folder(home, lambda: _look(home, about)):
-        write_json(home / DEMO_FILE, about)
+    with open_folder(home, lambda: _check_folder(home, identity)):
+        write_json(home / DEMO_FILE, identity)
         _make_start(home, settings, progress)
     # One thread each, so that results do not depend on the number of cores.
     places = [Place(None, 1)] * min(cores(), MOST_WORKERS)
-    beside = (DEMO_FILE, MADE, "cache")
+    allowed = (DEMO_FILE, MADE_FOLDER, "cache")
     config = cycle_config(home, settings)
-    return run_cycle(config, home, places=places, beside=beside, progress=progress)
+    return run_cycle(config, home, places=places, beside=allowed, progress=progress)
 
 
 def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
@@ -112,10 +112,10 @@ def cycle_config(home: Path, settings: DemoSettings) -> CycleConfig:
     return parse_settings(CycleConfig, with_directories(values, {"out": str(home)}), "the demo")
 
 
-def _look(home: Path, about: Mapping[str, object]) -> None:
+def _check_folder(home: Path, identity: Mapping[str, object]) -> None:
     """Check that the directory is free, or holds this very demo."""
-    begun = is_continued(home, DEMO_FILE, "demo", resume=True)
-    if begun and read_record(home / DEMO_FILE, "give another --out") != about:
+    is_begun = is_continued(home, DEMO_FILE, "demo", resume=True)
+    if is_begun and read_record(home / DEMO_FILE, "give another --out") != identity:
         raise InputError(
             f"{home} holds another demo (of the other size, or of another version of Python or "
             "Rekindle); give another --out, or remove it"
@@ -129,11 +129,13 @@ def closing_lines(results: CycleResults) -> list[str]:
     place = f"the mean over {len(results.tasks)} tasks"
     lines = [f"what guidance changed on test, on {place}, in points of 100:"]
     seeds = 1
-    for one in primary.differences:
-        told = f"  {one.arm} over {one.against}: {100 * one.mean:+.2f}"
-        if (seeds := one.n) > 1:
-            told += f" [{one.interval}], higher in {one.higher} of {one.n} seeds"
-        lines.append(told)
+    for difference in primary.differences:
+        line = f"  {difference.arm} over {difference.against}: {100 * difference.mean:+.2f}"
+        if (seeds := difference.n) > 1:
+            line += (
+                f" [{difference.interval}], higher in {difference.higher} of {difference.n} seeds"
+            )
+        lines.append(line)
     lines.append(f"{_ONE_SEED if seeds == 1 else _ONE_STUDENT}.")
     return lines
 
@@ -143,30 +145,30 @@ def closing_lines(results: CycleResults) -> list[str]:
 
 def _make_start(home: Path, settings: DemoSettings, progress: Progress) -> None:
     """Make the text, the tasks, and the start model, pre-trained on that text."""
-    made = home / MADE
+    made_folder = home / MADE_FOLDER
     warm_up()  # while the documents are read
-    if not (made / "corpus.jsonl").exists():
+    if not (made_folder / "corpus.jsonl").exists():
         from rekindle.data.source.python_docs import python_docs
 
         with progress.task("documents", unit="documents") as task:
             pages = list(python_docs())
-            sizes, most = settings.sizes, settings.documents
-            write_corpus(pages, sizes, made, most, SHOWN, unlabelled_passages)
+            sizes, max_documents = settings.sizes, settings.documents
+            write_corpus(pages, sizes, made_folder, max_documents, DEMO_TASKS, unlabelled_passages)
             task.advance(len(pages))
-    write_text(made / "base.yaml", dump_config(start_config(home, settings)))
-    run_counted(start_jobs(made, settings), made / "log", progress)
+    write_text(made_folder / "base.yaml", dump_config(start_config(home, settings)))
+    run_counted(start_jobs(made_folder, settings), made_folder / "log", progress)
 
 
-def start_jobs(made: Path, settings: DemoSettings) -> list[Job]:
+def start_jobs(made_folder: Path, settings: DemoSettings) -> list[Job]:
     """Return the jobs for the start model: its tokenizer, its training, and its targets."""
-    model, base, cached = made / "model", made / "base", made / "cached.json"
+    model, base, marker = made_folder / "model", made_folder / "base", made_folder / "cached.json"
     bert = SETTINGS.bert | {"max_position_embeddings": SETTINGS.sequence_length}
-    shape = (made / "corpus.jsonl", model, settings.vocabulary, bert)
-    run, steps = made / "base.yaml", int(settings.base["steps"])
+    arguments = (made_folder / "corpus.jsonl", model, settings.vocabulary, bert)
+    run, steps = made_folder / "base.yaml", int(settings.base["steps"])
     return [
-        Job("tokenizer", make_model, shape, output=model),
+        Job("tokenizer", make_model, arguments, output=model),
         Job("base", pretrain, (run, base), base / "run.yaml", after=("tokenizer",), steps=steps),
-        Job(f"cache {LM}", cache, (run, (), cached), output=cached, after=("base",)),
+        Job(f"cache {LM_NAME}", cache, (run, (), marker), output=marker, after=("base",)),
     ]
 
 
@@ -174,16 +176,21 @@ def start_config(home: Path, settings: DemoSettings) -> RunConfig:
     """Return the run that trains the start model on the cycle's text and cache, and then uses it as
     a teacher.
     """
-    made, cycle = home / MADE, cycle_config(home, settings)
+    made_folder, cycle = home / MADE_FOLDER, cycle_config(home, settings)
     targets = {"kind": "topk", "k": 16, "temperatures": [1.0]}
-    shared = cycle.train.model_dump(include={"seed", "batch_sequences", "held_out"})
+    shared_values = cycle.train.model_dump(include={"seed", "batch_sequences", "held_out"})
     values = {
         "corpus": cycle.text_of(""),
         "cache": cycle.cache.model_dump(),
         "teachers": [
-            {"name": LM, "model": str(made / "base"), "task": "masked_lm", "targets": targets}
+            {
+                "name": LM_NAME,
+                "model": str(made_folder / "base"),
+                "task": "masked_lm",
+                "targets": targets,
+            }
         ],
-        "student": {"model": str(made / "model"), "from_scratch": True},
-        "train": {**shared, **settings.base},
+        "student": {"model": str(made_folder / "model"), "from_scratch": True},
+        "train": {**shared_values, **settings.base},
     }
     return parse_settings(RunConfig, values, "the demo's start model")

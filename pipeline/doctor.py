@@ -9,7 +9,7 @@ import torch
 from rekindle.data.cores import cores
 from rekindle.data.storage.client import is_remote
 from rekindle.kernels.choice import TRITON_INSTALLED
-from rekindle.pipeline.checks.ahead import disk_of, locks_in, memory_of, step_here
+from rekindle.pipeline.checks.machine import check_disk, check_locks, check_memory, check_step
 from rekindle.pipeline.config import RunConfig
 from rekindle.train.model.files import package_versions, place
 from rekindle.train.record.disk_room import free_bytes_near
@@ -29,12 +29,12 @@ def diagnose(config: RunConfig | None = None) -> dict[str, str]:
     facts["precision"] = f"auto is {place('auto').precision} here"
     facts["attention"] = "sdpa (transformers' default)"
     facts["kd loss"] = kernel_choice()
-    facts["step"] = step_here()
+    facts["step"] = check_step()
     folder = Path() if config is None or is_remote(config.cache.path) else Path(config.cache.path)
-    facts["locks"] = locks_in(free_bytes_near(folder)[0])
+    facts["locks"] = check_locks(free_bytes_near(folder)[0])
     if config is not None:
-        facts["disk"] = disk_of(config)
-        facts |= {f"memory, {name}": told for name, told in memory_of(config)}
+        facts["disk"] = check_disk(config)
+        facts |= {f"memory, {name}": summary for name, summary in check_memory(config)}
     return facts
 
 

@@ -52,16 +52,18 @@ def tidy_up() -> None:
         remove_uploads()
 
 
-def by_itself() -> None:
-    """Say nothing yet: a command that resumes without --resume has not looked."""
+def resumption_unknown() -> None:
+    """Return None: a command that resumes without --resume has not looked yet for anything to
+    continue.
+    """
 
 
 @contextmanager
-def resumable(resumed: Callable[[], bool | None] = by_itself) -> Iterator["Progress"]:
+def resumable(resumed: Callable[[], bool | None] = resumption_unknown) -> Iterator["Progress"]:
     """Show progress. On an interrupt, or lack of space, say what is kept and which line continues.
 
     ``resumed``: whether that line needs --resume because there is something to continue, or
-    ``by_itself``. Print results after the block: until then the bars own the terminal.
+    ``resumption_unknown``. Print results after the block: until then the bars own the terminal.
     """
     from rekindle.pipeline.progress import Progress
 
@@ -69,8 +71,8 @@ def resumable(resumed: Callable[[], bool | None] = by_itself) -> Iterator["Progr
         with interruptible(resumed), Progress.to_terminal(silent=not is_main()) as progress:
             yield progress
     except ResumableError as error:
-        line = line_again(bool(resumed()), error.settings)
-        raise InputError(f"{str(error).rstrip('.')}. To go on: {line}") from None
+        command = line_again(bool(resumed()), error.settings)
+        raise InputError(f"{str(error).rstrip('.')}. To go on: {command}") from None
 
 
 @contextmanager
@@ -83,12 +85,12 @@ def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterato
         yield
     except KeyboardInterrupt as error:
         if is_main():
-            told, more = "", resumed()
-            kept = more
+            message, is_resumed = "", resumed()
+            is_kept = is_resumed
             if isinstance(error, Interrupted):
-                told, kept = error.message, error.is_saved
-            how = {True: "To go on", False: "To begin again", None: "To run it again"}[kept]
-            say(f"\ninterrupted{told}. {how}: {line_again(bool(more))}")
+                message, is_kept = error.message, error.is_saved
+            lead = {True: "To go on", False: "To begin again", None: "To run it again"}[is_kept]
+            say(f"\ninterrupted{message}. {lead}: {line_again(bool(is_resumed))}")
         import multiprocessing
 
         for process in multiprocessing.active_children():
@@ -99,11 +101,11 @@ def interruptible(resumed: Callable[[], bool | None] = lambda: False) -> Iterato
 def line_again(resumed: bool = False, settings: Sequence[str] = ()) -> str:
     """Return the line that continues this command: as typed, with further ``settings``."""
     typed = sys.argv[1:]
-    more = ["--resume"] if resumed and "--resume" not in typed else []
-    more += [part for setting in settings for part in ("--set", setting)]
-    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    start = [*several, "--no-python"] if is_one_of_many() else []
-    return shlex.join([*start, "pipeline", *typed, *more])
+    options = ["--resume"] if resumed and "--resume" not in typed else []
+    options += [part for setting in settings for part in ("--set", setting)]
+    torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    prefix = [*torchrun, "--no-python"] if is_one_of_many() else []
+    return shlex.join([*prefix, "pipeline", *typed, *options])
 
 
 def line_with(option: str) -> str:
@@ -120,16 +122,16 @@ def usage_as_input_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = getattr(error, "format_message", None)
-        if told is None or type(error).__name__ == "NoArgsIsHelpError":
+        format_message = getattr(error, "format_message", None)
+        if format_message is None or type(error).__name__ == "NoArgsIsHelpError":
             raise
         typed = getattr(getattr(error, "ctx", None), "command_path", "pipeline")
-        text = " ".join(told().split()).rstrip(".")
+        text = " ".join(format_message().split()).rstrip(".")
         raise InputError(f"{text}. `{typed} --help` shows what may be given") from None
 
 
 # Advice for the system's file errors.
-_ADVICE = {
+_ADVICE_FOR = {
     errno.EEXIST: "a file of that name exists where a folder is needed; give another place",
     errno.ENOTDIR: "a file exists where a folder is needed; give another place",
     errno.EISDIR: "a folder exists where a file is needed; give the path of a file",
@@ -153,30 +155,30 @@ def errors_as_exit_codes() -> Iterator[None]:
     SIGTERM, which schedulers send, counts as Ctrl-C. Not under torchrun, which ends processes that
     way after one has failed: they may wait for it for ever.
     """
-    main = threading.current_thread() is threading.main_thread() and not is_one_of_many()
-    before = signal.getsignal(signal.SIGTERM)
-    if main:
+    is_main_thread = threading.current_thread() is threading.main_thread() and not is_one_of_many()
+    former_handler = signal.getsignal(signal.SIGTERM)
+    if is_main_thread:
         obey_sigterm()
     try:
         yield
     except RekindleError as error:
-        if str(error) and _speaks():
+        if str(error) and _reports_errors():
             say(f"error: {error}")
         _fail(error.exit_code)
     except KeyboardInterrupt:
         say(f"\ninterrupted. To run it again: {line_again()}")
         leave(INTERRUPTED)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if error.errno is None or (error.filename is None and not full):
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.errno is None or (error.filename is None and not is_full):
             raise
-        where = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
-        advice = _ADVICE.get(error.errno, "check that the disk and its mount are sound")
-        say(f"error: {where}: {error.strerror}; {advice}")
+        place = error.filename or f"the disk or the temporary folder ({tempfile.gettempdir()})"
+        advice = _ADVICE_FOR.get(error.errno, "check that the disk and its mount are sound")
+        say(f"error: {place}: {error.strerror}; {advice}")
         _fail(2)
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, former_handler)
 
 
 def _fail(code: int) -> NoReturn:
@@ -185,7 +187,7 @@ def _fail(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _speaks() -> bool:
+def _reports_errors() -> bool:
     """Return whether this process reports an error. Under torchrun, an error before the processes
     have joined happens in all processes of a machine, and the first one reports it.
     """

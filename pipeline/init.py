@@ -25,10 +25,10 @@ def recipes() -> dict[str, str]:
 
 def read_recipe(name: str) -> str:
     """Return the text of a recipe. Raise InputError for an unknown one, with the nearest name."""
-    known = list(recipes())
-    if name not in known:
-        hint = did_you_mean(name, known)
-        raise InputError(f"there is no recipe {name!r}{hint} (there are: {', '.join(known)})")
+    names = list(recipes())
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise InputError(f"there is no recipe {name!r}{hint} (there are: {', '.join(names)})")
     return _text(name)
 
 
@@ -50,8 +50,8 @@ def write_recipe(name: str, out: Path) -> list[str]:
 
 def commands(text: str, run_file: Path) -> list[str]:
     """Return the commands at the top of a recipe, for a run file of this name."""
-    found = [line for line in _head(text) if line.startswith("pipeline ")]
-    return [line.replace(RUN_FILE, shlex.quote(str(run_file))) for line in found]
+    lines = [line for line in _head(text) if line.startswith("pipeline ")]
+    return [line.replace(RUN_FILE, shlex.quote(str(run_file))) for line in lines]
 
 
 def _head(text: str) -> Iterator[str]:

@@ -34,16 +34,16 @@ def pretrain(config_file: Path, out: Path, report: Report) -> None:
     train(config_file, out, report)
 
 
-def cache(config_file: Path, only: Sequence[str], marker: Path, report: Report) -> None:
-    """Run ``pipeline cache-teachers`` for the teachers ``only`` (empty: all of the file).
+def cache(config_file: Path, names: Sequence[str], marker: Path, report: Report) -> None:
+    """Run ``pipeline cache-teachers`` for the teachers ``names`` (empty: all of the file).
 
     Makes only what is missing, so an interrupted job continues. ``marker`` is written at the end.
     """
     from rekindle.pipeline.caching.cache_teachers import cache_teachers
 
-    began = time.perf_counter()
-    cache_teachers(load_config(config_file), only, progress=StepReports(report))
-    write_json(marker, {"seconds_of_last_call": time.perf_counter() - began})
+    start_time = time.perf_counter()
+    cache_teachers(load_config(config_file), names, progress=StepReports(report))
+    write_json(marker, {"seconds_of_last_call": time.perf_counter() - start_time})
 
 
 def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Report) -> None:
@@ -58,20 +58,20 @@ def count_held(config_file: Path, tests: Sequence[Path], out: Path, report: Repo
 
     config = load_config(config_file)
     text, corpus = config.corpus, Corpus(open_store(config.cache.path))
-    removed = {*map(str, tests)} <= {*text.without}
-    found: dict[str, object] = corpus.held._asdict()
-    if not removed:
-        asked = {"without": tuple(map(str, tests)), "without_fields": ()}
-        held = text.model_copy(update=asked).held_texts() or HeldTexts(())
+    is_removed = {*map(str, tests)} <= {*text.without}
+    counts: dict[str, object] = corpus.held._asdict()
+    if not is_removed:
+        tests_alone = {"without": tuple(map(str, tests)), "without_fields": ()}
+        tests_held = text.model_copy(update=tests_alone).held_texts() or HeldTexts(())
         left_out = LeftOut(held_texts=text.held_texts())
-        fields = (text.text_field, text.domain_field, left_out, text.pair_field)
+        arguments = (text.text_field, text.domain_field, left_out, text.pair_field)
         try:
-            found_texts = read_documents(text.places, *fields, group_field=text.group_field)
-            documents = islice(found_texts, corpus.documents)
-            found = find_held(held, (one.texts for one in documents))._asdict()
+            all_documents = read_documents(text.places, *arguments, group_field=text.group_field)
+            documents = islice(all_documents, corpus.documents)
+            counts = find_held(tests_held, (document.texts for document in documents))._asdict()
         except InputError:
-            found = dict.fromkeys(HeldCounts._fields)
-    write_json(out, found | {"removed": removed})
+            counts = dict.fromkeys(HeldCounts._fields)
+    write_json(out, counts | {"removed": is_removed})
 
 
 def save_start(model: str, out: Path, report: Report) -> None:
@@ -107,44 +107,46 @@ class FineTuning:
     keep_every: bool = False
 
 
-def search(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
+def search(tuning: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """Run one point of a search: ``pipeline finetune`` without test. Only its scores are kept."""
-    tuned = one.out / "model"  # beside it, an interrupted search keeps its finished seeds
-    if not (tuned / "metrics.json").exists():
-        one.out.mkdir(parents=True, exist_ok=True)
-        _finetune(one, tuned, config, report)
-    (tuned / "metrics.json").rename(one.out / "metrics.json")
-    remove(tuned)
+    model_folder = tuning.out / "model"  # beside it, an interrupted search keeps its finished seeds
+    if not (model_folder / "metrics.json").exists():
+        tuning.out.mkdir(parents=True, exist_ok=True)
+        _finetune(tuning, model_folder, config, report)
+    (model_folder / "metrics.json").rename(tuning.out / "metrics.json")
+    remove(model_folder)
 
 
 def fine_tune(
-    one: FineTuning, tried: Sequence[tuple[FinetuneConfig, Path]], report: Report
+    tuning: FineTuning, scored_settings: Sequence[tuple[FinetuneConfig, Path]], report: Report
 ) -> None:
-    """Run ``pipeline finetune`` with the settings in ``tried`` that scored best on dev.
+    """Run ``pipeline finetune`` with the settings in ``scored_settings`` that scored best on dev.
 
     The mean scores are in the metrics.json beside the settings; of equals, the first wins. Every
     seed is scored on test.
     """
-    config = tried[0][0]
-    if len(tried) > 1:
-        means = [json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in tried]
-        config = tried[means.index(max(means))][0]
-    _finetune(one, one.out, config, report, test=str(one.task / "test.jsonl"))
+    config = scored_settings[0][0]
+    if len(scored_settings) > 1:
+        means = [
+            json.loads(path.read_text(encoding="utf-8"))["mean"] for _, path in scored_settings
+        ]
+        config = scored_settings[means.index(max(means))][0]
+    _finetune(tuning, tuning.out, config, report, test=str(tuning.task / "test.jsonl"))
 
 
 def _finetune(
-    one: FineTuning, out: Path, config: FinetuneConfig, report: Report, test: str | None = None
+    tuning: FineTuning, out: Path, config: FinetuneConfig, report: Report, test: str | None = None
 ) -> None:
     from rekindle.train.finetune.run import finetune
 
-    train, dev = (str(one.task / f"{split}.jsonl") for split in ("train", "dev"))
+    train, dev = (str(tuning.task / f"{split}.jsonl") for split in ("train", "dev"))
     finetune(
-        *(str(one.model), train, dev, str(out)),
-        seeds=len(one.seeds),
-        first_seed=one.seeds.start,
-        step=one.seeds.step,
-        keep_every=one.keep_every,
-        metric=one.metric,
+        *(str(tuning.model), train, dev, str(out)),
+        seeds=len(tuning.seeds),
+        first_seed=tuning.seeds.start,
+        step=tuning.seeds.step,
+        keep_every=tuning.keep_every,
+        metric=tuning.metric,
         test=test,
         config=config,
         force=True,
@@ -152,7 +154,7 @@ def _finetune(
     )
 
 
-def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
+def score_head(tuning: FineTuning, config: FinetuneConfig, report: Report) -> None:
     """Score on dev and test the head that a task's experts left in a student, as ``pipeline
     evaluate`` does, without training. ``seeds`` holds the student's number.
 
@@ -162,20 +164,20 @@ def score_head(one: FineTuning, config: FinetuneConfig, report: Report) -> None:
     from rekindle.train.answers.score import score_model
     from rekindle.train.student import saved_heads
 
-    task = one.task.name
-    there = [*saved_heads(one.model)]
-    heads = [name for name in there if _is_of(name, task)]
+    task = tuning.task.name
+    saved = [*saved_heads(tuning.model)]
+    heads = [name for name in saved if _is_of(name, task)]
     if len(heads) != 1:
         raise InputError(
-            f"{one.model} has the heads {', '.join(there)} for the task {task}, and exactly one "
+            f"{tuning.model} has the heads {', '.join(saved)} for the task {task}, and exactly one "
             "can be scored"
         )
-    train, dev, test = (str(one.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
+    train, dev, test = (str(tuning.task / f"{split}.jsonl") for split in ("train", "dev", "test"))
     score_model(
-        *(str(one.model), train, dev, str(one.out)),
+        *(str(tuning.model), train, dev, str(tuning.out)),
         test=test,
-        metric=one.metric,
-        seed=one.seeds.start,
+        metric=tuning.metric,
+        seed=tuning.seeds.start,
         config=config.model_copy(update={"epochs": 0, "head": heads[0]}),
         force=True,
     )

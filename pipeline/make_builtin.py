@@ -41,43 +41,46 @@ from rekindle.train.finetune.config import FixedBudget
 from rekindle.train.record.run_folder import locked_folder
 
 Recipe = Callable[..., None]  # called with ``out`` and ``report``
-_BEGUN = ".begun-"  # prefix of the folders of unfinished work
+_WORK_PREFIX = ".begun-"  # prefix of the folders of unfinished work
 _TOKENIZER_FILES = "*token*.json"
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", _TOKENIZER_FILES)
 
 
 def make(names: Sequence[str], progress: Progress) -> None:
     """Make the built-ins ``names`` (with or without prefix) and what they depend on."""
-    where = folder()
-    own = [name.removeprefix(PREFIX) for name in names]
-    models = with_what_they_need([name for name in own if name in MODELS])
-    with locked_folder(where, wait=True) as alone:
-        for left in where.glob(f"{_BEGUN}*") if alone else ():  # left by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+    root = folder()
+    short_names = [name.removeprefix(PREFIX) for name in names]
+    models = with_prerequisites([name for name in short_names if name in MODELS])
+    with locked_folder(root, wait=True) as has_lock:
+        if has_lock:
+            for leftover in root.glob(f"{_WORK_PREFIX}*"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
         # Without the lock, two processes do the same work, harmlessly.
-        with TemporaryDirectory(prefix=_BEGUN, dir=where, ignore_cleanup_errors=True) as temporary:
-            begun = Path(temporary)
-            if any(not (where / name).exists() for name in models):
+        with TemporaryDirectory(
+            prefix=_WORK_PREFIX, dir=root, ignore_cleanup_errors=True
+        ) as temporary:
+            work_folder = Path(temporary)
+            if any(not (root / name).exists() for name in models):
                 warm_up()  # while the documents are read
-            if not (where / "documents").exists():
-                texts = begun / "documents"
+            if not (root / "documents").exists():
+                texts = work_folder / "documents"
                 with progress.task("documents", unit="files", total=len(FILES)) as task:
                     pages = write_documents(texts, SETTINGS.sizes, SETTINGS.documents, DOMAINS)
                     write_sections(pages, SETTINGS.sections, texts)
-                    _appear(texts, where / "documents")
+                    _publish(texts, root / "documents")
                     task.advance(len(FILES))
-            run_jobs([job_of(name, where, begun) for name in models], where / "log", progress)
+            run_jobs([job_of(name, root, work_folder) for name in models], root / "log", progress)
 
 
-def with_what_they_need(models: Sequence[str]) -> list[str]:
+def with_prerequisites(models: Sequence[str]) -> list[str]:
     """Return ``models`` with what they start from, in an order in which they can be made."""
-    found: dict[str, None] = {}
+    ordered: dict[str, None] = {}
     for name in models:
-        found |= dict.fromkeys((*with_what_they_need(needs(name)), name))
-    return list(found)
+        ordered |= dict.fromkeys((*with_prerequisites(prerequisites(name)), name))
+    return list(ordered)
 
 
-def needs(name: str) -> tuple[str, ...]:
+def prerequisites(name: str) -> tuple[str, ...]:
     """Return the built-in that a model starts from."""
     if name == "tokenizer":
         return ()
@@ -86,38 +89,38 @@ def needs(name: str) -> tuple[str, ...]:
     return ("bert",) if from_bert else ("tokenizer",)
 
 
-def _appear(begun: Path, out: Path) -> None:
+def _publish(work_folder: Path, out: Path) -> None:
     """Give finished work its name; if another process was first, its result stays."""
     if not out.exists():
-        publish_folder(begun, out)
+        publish_folder(work_folder, out)
 
 
 # --- the jobs -------------------------------------------------------------------------------------
 
 
-def job_of(name: str, where: Path, begun: Path) -> Job:
-    """Return the job that makes a model in ``begun`` and moves it to ``where``."""
-    make_it, steps = _recipe_of(name, where)
-    out = where / name
+def job_of(name: str, root: Path, work_folder: Path) -> Job:
+    """Return the job that makes a model in ``work_folder`` and moves it to ``root``."""
+    recipe, steps = _recipe_of(name, root)
+    out = root / name
     return Job(
         PREFIX + name,
         _make_and_show,
-        (make_it, begun / name, out),
+        (recipe, work_folder / name, out),
         output=out,
-        after=tuple(PREFIX + needed for needed in needs(name)),
+        after=tuple(PREFIX + prerequisite for prerequisite in prerequisites(name)),
         steps=steps,
     )
 
 
-def _make_and_show(make_it: Recipe, begun: Path, out: Path, report: Report) -> None:
-    make_it(out=begun, report=report)
-    _appear(begun, out)
+def _make_and_show(recipe: Recipe, work_folder: Path, out: Path, report: Report) -> None:
+    recipe(out=work_folder, report=report)
+    _publish(work_folder, out)
 
 
-def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
+def _recipe_of(name: str, root: Path) -> tuple[Recipe, int]:
     """Return the function that makes a model in ``out``, and its number of steps."""
-    settings, corpus = SETTINGS, documents_file(where, CORPUS)
-    tokenizer, bert, train = where / "tokenizer", where / "bert", settings.pretrain
+    settings, corpus = SETTINGS, documents_file(root, CORPUS)
+    tokenizer, bert, train = root / "tokenizer", root / "bert", settings.pretrain
     if name == "tokenizer":  # also bert's configuration
         config = settings.bert | {"max_position_embeddings": settings.positions}
         return partial(make_model, corpus, vocabulary=settings.vocabulary, config=config), 1
@@ -125,17 +128,17 @@ def _recipe_of(name: str, where: Path) -> tuple[Recipe, int]:
         values = settings.bert_larger if name.startswith("bert") else settings.gpt2_larger
         return partial(write_untrained, tokenizer, name.removesuffix("-larger"), values), 1
     if name.startswith("expert-"):
-        task = documents_file(where, f"{name.removeprefix('expert-')}/train").parent
+        task = documents_file(root, f"{name.removeprefix('expert-')}/train").parent
         return partial(fine_tune, bert, task), 1
     if name == "encoder":
-        told = (settings.encoder, settings.sequence_length, settings.seed)
-        return partial(train_encoder, bert, corpus, *told), int(settings.encoder["steps"])
+        arguments = (settings.encoder, settings.sequence_length, settings.seed)
+        return partial(train_encoder, bert, corpus, *arguments), int(settings.encoder["steps"])
     if name == "gpt2":
         return partial(pretrain_gpt2, tokenizer, corpus), train["steps"]
     if name == "bert":
         student = {"model": str(tokenizer), "from_scratch": True}
         return partial(pretrain, student, corpus, train), train["steps"]
-    text = where / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
+    text = root / "documents" / f"domain-{name.removeprefix('bert-')}.jsonl"
     train = settings.further
     return partial(pretrain, {"model": str(bert)}, text, train), train["steps"]
 
@@ -148,16 +151,16 @@ def write_untrained(
 
     from rekindle.data.corpus.tokenizer import load_tokenizer
 
-    known = load_tokenizer(str(tokenizer))
-    shared = {"vocab_size": known.size, "pad_token_id": known.pad_id}
+    loaded = load_tokenizer(str(tokenizer))
+    shared_values = {"vocab_size": loaded.size, "pad_token_id": loaded.pad_id}
     if kind == "bert":
-        config = BertConfig(max_position_embeddings=SETTINGS.positions, **shared, **values)
+        config = BertConfig(max_position_embeddings=SETTINGS.positions, **shared_values, **values)
     else:
         # Texts begin with [CLS] and end with [SEP] for this model, too.
-        ends = {"bos_token_id": known.prefix[0], "eos_token_id": known.suffix[-1]}
-        config = GPT2Config(n_positions=SETTINGS.positions, **shared, **ends, **values)
+        ends = {"bos_token_id": loaded.prefix[0], "eos_token_id": loaded.suffix[-1]}
+        config = GPT2Config(n_positions=SETTINGS.positions, **shared_values, **ends, **values)
     config.save_pretrained(out)
-    known.save(out)
+    loaded.save(out)
 
 
 def pretrain_gpt2(tokenizer: Path, corpus: Path, out: Path, report: Report) -> None:
@@ -204,8 +207,8 @@ def fine_tune(model: Path, task: Path, out: Path, report: Report) -> None:
     """Fine-tune an expert as ``pipeline finetune`` does."""
     values = SETTINGS.finetune | {"max_length": SETTINGS.sequence_length}
     config = parse_settings(FixedBudget, values)
-    one = job_functions.FineTuning(model, task, out, range(1))
-    job_functions.fine_tune(one, [(config, out)], report)
+    tuning = job_functions.FineTuning(model, task, out, range(1))
+    job_functions.fine_tune(tuning, [(config, out)], report)
 
 
 # --- the process ----------------------------------------------------------------------------------

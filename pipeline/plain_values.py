@@ -11,13 +11,13 @@ def values_in(value: object) -> Iterator[object]:
     """Yield the value and all values inside it, without keys, in order."""
     yield value
     if isinstance(value, Mapping | list | tuple):
-        for inside in value.values() if isinstance(value, Mapping) else value:
-            yield from values_in(inside)
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from values_in(item)
 
 
 def strings_in(value: object) -> Iterator[str]:
     """Yield every string among the values."""
-    return (found for found in values_in(value) if isinstance(found, str))
+    return (item for item in values_in(value) if isinstance(item, str))
 
 
 def with_strings(value: Any, change: Callable[[str], str], leave: str | None = None) -> Any:
@@ -27,7 +27,7 @@ def with_strings(value: Any, change: Callable[[str], str], leave: str | None = N
     if isinstance(value, Mapping):
         return {k: v if k == leave else with_strings(v, change, leave) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [with_strings(inside, change, leave) for inside in value]
+        return [with_strings(item, change, leave) for item in value]
     return value
 
 
@@ -36,7 +36,7 @@ def for_json(value: object) -> object:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): for_json(inside) for key, inside in value.items()}
+        return {str(key): for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [for_json(inside) for inside in value]
+        return [for_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

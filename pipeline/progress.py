@@ -35,13 +35,13 @@ class ProgressTask:
     def __init__(self, name: str, unit: str, total: int | None = None, show: Show | None = None):
         self.name, self.unit, self.total = name, unit, total
         self.counts: dict[str, float] = {}
-        self.done = self.before = 0
+        self.done = self.done_before = 0
         self.started = time.monotonic()
         self._show: Show = show or (lambda task, note: None)
 
     def begin(self, done: int) -> None:
         """Measure speed from now on; ``done`` units existed before."""
-        self.done = self.before = done
+        self.done = self.done_before = done
         self.started = time.monotonic()
         self._show(self, None)
 
@@ -64,9 +64,9 @@ class ProgressTask:
     def rates(self) -> str:
         """Return units per second, tokens per second and bytes so far, as far as they are known."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        made, parts = self.done - self.before, list[str]()
-        if made > 1 and self.unit:  # one unit gives no rate
-            parts.append(f"{made / seconds:,.1f} {self.unit}/s")
+        newly_done, parts = self.done - self.done_before, list[str]()
+        if newly_done > 1 and self.unit:  # one unit gives no rate
+            parts.append(f"{newly_done / seconds:,.1f} {self.unit}/s")
         if "tokens" in self.counts:
             parts.append(f"{self.counts['tokens'] / seconds:,.0f} tokens/s")
         if "bytes" in self.counts:
@@ -77,35 +77,35 @@ class ProgressTask:
         """Return how many units are done, of how many; empty if none are counted."""
         if not self.unit:
             return ""
-        one = self.unit.removesuffix("s")
+        singular = self.unit.removesuffix("s")
         if self.total:
-            return f"{self.done:,} of {counted(self.total, one)}"
-        return counted(self.done, one)
+            return f"{self.done:,} of {counted(self.total, singular)}"
+        return counted(self.done, singular)
 
 
 class _Lines:
     """The log lines of a task: one per minute, or only at notes if the task gives notes."""
 
     def __init__(self) -> None:
-        self.said, self.note = time.monotonic(), ""
+        self.last_time, self.note = time.monotonic(), ""
 
     def show(self, task: ProgressTask, note: str | None) -> None:
         """Log a line, unless the last one is recent."""
         self.note = note or self.note
-        if time.monotonic() - self.said >= LINE_EVERY and not (self.note and note is None):
-            self.tell(task)
+        if time.monotonic() - self.last_time >= LINE_EVERY and not (self.note and note is None):
+            self.log_line(task)
 
-    def tell(self, task: ProgressTask) -> None:
+    def log_line(self, task: ProgressTask) -> None:
         """Log a line: how far the task is, its note or its rates, and the time left."""
-        self.said, spent = time.monotonic(), time.monotonic() - task.started
-        left = ""
-        made = task.done - task.before
-        rates = task.rates() if made else ""
-        text = self.note or rates or f"at work for {_clock(spent)}"
-        if task.total and made:
-            left = f" · {_clock(spent / made * (task.total - task.done))} left"
-        told = " · ".join(filter(None, [task.counted(), text]))
-        log.info("%s: %s%s", task.name, told, left)
+        self.last_time, seconds = time.monotonic(), time.monotonic() - task.started
+        time_left = ""
+        newly_done = task.done - task.done_before
+        rates = task.rates() if newly_done else ""
+        text = self.note or rates or f"at work for {_clock(seconds)}"
+        if task.total and newly_done:
+            time_left = f" · {_clock(seconds / newly_done * (task.total - task.done))} left"
+        message = " · ".join(filter(None, [task.counted(), text]))
+        log.info("%s: %s%s", task.name, message, time_left)
 
 
 class _Counts(rich_progress.MofNCompleteColumn):
@@ -146,22 +146,22 @@ class Progress:
         console = Console(stderr=True)
         if silent or not console.is_terminal:
             lines, ended = cls(quiet=silent), threading.Event()
-            threading.Thread(target=lines._break_silence, args=(ended,), daemon=True).start()
+            threading.Thread(target=lines._watch_silence, args=(ended,), daemon=True).start()
             try:
                 yield lines
             finally:
                 ended.set()
             return
         # On a narrow terminal the note is cut, never the count and the time left.
-        width, kept = console.width, Column(no_wrap=True, min_width=9)
-        named = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 5))
-        noted = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        width, count_column = console.width, Column(no_wrap=True, min_width=9)
+        name_column = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, width // 5))
+        note_column = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
-            rich_progress.TextColumn("{task.description}", markup=False, table_column=named),
+            rich_progress.TextColumn("{task.description}", markup=False, table_column=name_column),
             rich_progress.BarColumn(bar_width=max(5, width // 10)),
-            _Counts(table_column=kept),
-            rich_progress.TimeRemainingColumn(table_column=kept.copy()),
-            rich_progress.TextColumn("{task.fields[note]}", markup=False, table_column=noted),
+            _Counts(table_column=count_column),
+            rich_progress.TimeRemainingColumn(table_column=count_column.copy()),
+            rich_progress.TextColumn("{task.fields[note]}", markup=False, table_column=note_column),
         )
         with rich_progress.Progress(*columns, console=console, expand=True) as bars:
             yield cls(bars, quiet=False)
@@ -183,21 +183,21 @@ class Progress:
                 del self._at_work[task]
             if not self._quiet and task.done:
                 seconds = time.monotonic() - task.started
-                rates = f" ({told})" if (told := task.rates()) else ""
+                rates = f" ({text})" if (text := task.rates()) else ""
                 done = counted(task.done, unit.removesuffix("s")) if unit else "done"
                 log.info("%s: %s in %.1f s%s", name, done, seconds, rates)
             return
         bar = bars.add_task(in_line(name), total=total, note="", unit=unit)
 
         def show(task: ProgressTask, note: str | None) -> None:
-            told = task.rates() if note is None else in_line(note)
-            bars.update(bar, completed=task.done, total=task.total, note=told)
+            text = task.rates() if note is None else in_line(note)
+            bars.update(bar, completed=task.done, total=task.total, note=text)
 
         task = ProgressTask(name, unit, total, show)
         yield task
         bars.update(bar, total=task.done, completed=task.done)
 
-    def _break_silence(self, ended: threading.Event) -> None:
+    def _watch_silence(self, ended: threading.Event) -> None:
         """Log that a long silent task is at work, until everything has ended."""
         while not self._quiet and not ended.wait(TICK):
             self.say_at_work()
@@ -205,8 +205,8 @@ class Progress:
     def say_at_work(self) -> None:
         """Log a line for each task that has been silent for SILENCE seconds."""
         for task, lines in list(self._at_work.items()):
-            if time.monotonic() - lines.said >= SILENCE:
-                lines.tell(task)
+            if time.monotonic() - lines.last_time >= SILENCE:
+                lines.log_line(task)
 
 
 SILENT = Progress.silent()

@@ -36,66 +36,68 @@ def read_runs(directory: Path, file: str) -> Recorded | None:
     Raise CheckpointError if it is damaged.
     """
     path, advice = directory / file, "start again in another --out"
-    if (found := read_record(path, advice)) is None:
+    if (definition := read_record(path, advice)) is None:
         return None
     with reading_record(path, advice):
         if file == STAGES_FILE:
-            return {str(stage["name"]): dict(stage) for stage in found["stages"]}
-        corpus, runs = found["corpus"], found["runs"]
+            return {str(stage["name"]): dict(stage) for stage in definition["stages"]}
+        corpus, runs = definition["corpus"], definition["runs"]
         if not isinstance(corpus, str) or any("values" not in run for run in runs):
             raise ValueError("it has not the keys of a sweep")
         sections = {run["name"]: {key: dict(run[key]) for key in SECTIONS} for run in runs}
-        return {name: {"corpus": corpus, **ones} for name, ones in sections.items()}
+        return {name: {"corpus": corpus, **run_sections} for name, run_sections in sections.items()}
 
 
 def check_same_runs(
     out: Path,
-    before: Recorded,
-    now: Recorded,
-    stranger: str,
+    recorded_runs: Recorded,
+    requested_runs: Recorded,
+    unknown_run: str,
     rule: str,
     configs: Mapping[str, RunConfig],
 ) -> None:
-    """Raise CheckpointError unless the runs ``now`` are those begun ``before``, possibly with more.
+    """Raise CheckpointError unless ``requested_runs`` are the ``recorded_runs``, perhaps with more.
 
-    ``stranger`` describes a run ``{name}`` that is not among them; ``rule`` says what to do.
-    ``configs``: the full configurations of the runs ``now``.
+    ``unknown_run`` describes a run ``{name}`` that is not among them; ``rule`` says what to do.
+    ``configs``: the full configurations of ``requested_runs``.
     """
-    for name, recorded in before.items():
-        if name not in now:
-            raise CheckpointError(f"{out} {stranger.format(name=name)}. {rule}")
-        free = _may_change(out / name, recorded, configs[name])
-        here = _with_every_key(now[name])
-        begun = _known(_with_every_key(with_defaults(RunConfig, recorded)), here)
-        check_same_settings(out / name, begun, here, rule, free)
+    for name, recorded in recorded_runs.items():
+        if name not in requested_runs:
+            raise CheckpointError(f"{out} {unknown_run.format(name=name)}. {rule}")
+        changeable = _changeable_keys(out / name, recorded, configs[name])
+        requested = _with_every_key(requested_runs[name])
+        recorded_values = _without_old_keys(
+            _with_every_key(with_defaults(RunConfig, recorded)), requested
+        )
+        check_same_settings(out / name, recorded_values, requested, rule, changeable)
 
 
 def _with_every_key(settings: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(settings)
+    completed = dict(settings)
     for key in SECTIONS:
-        if isinstance(found.get(key), Mapping):
+        if isinstance(completed.get(key), Mapping):
             (section,) = sections_in(RunConfig.model_fields[key].annotation)
-            found[key] = with_every_key(section, found[key])
-    return found
+            completed[key] = with_every_key(section, completed[key])
+    return completed
 
 
-def _known(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def _without_old_keys(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recorded sections without keys that only an older version has."""
-    found = {key: recorded.get(key) for key in now}
-    for key, here in now.items():
-        if isinstance(here, Mapping) and isinstance(there := found[key], Mapping):
-            found[key] = {name: there.get(name) for name in here}
-    return found
+    kept = {key: recorded.get(key) for key in requested}
+    for key, section in requested.items():
+        if isinstance(section, Mapping) and isinstance(recorded_section := kept[key], Mapping):
+            kept[key] = {name: recorded_section.get(name) for name in section}
+    return kept
 
 
-def _may_change(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
+def _changeable_keys(run: Path, recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Return the keys of a run that may differ from the record: those that only say how it is made,
     and the paths of a student and of a corpus source that have moved.
     """
     keys, student, corpus = [*changeable_keys(config)], config.student, recorded.get("corpus")
     if isinstance(corpus, Mapping) and corpus.get("source") != [*config.corpus.source]:
-        same = is_same_source(open_store(config.cache.path), config.corpus.entries)
-        keys += ["corpus.source"] * same
+        is_same = is_same_source(open_store(config.cache.path), config.corpus.entries)
+        keys += ["corpus.source"] * is_same
     if student is None or (recorded.get("student") or {}).get("model") == student.model:
         return keys
     from rekindle.train.record.identity import began_with_student
@@ -121,9 +123,9 @@ def check_begun(out: Path) -> None:
     """
     # the lock of a run that is just beginning
     if begun_in(out) is None and not (out / LOCK_FILE).exists():
-        there = "there is no such directory" if not out.exists() else "nothing was begun in it"
+        reason = "there is no such directory" if not out.exists() else "nothing was begun in it"
         raise InputError(
-            f"--resume: nothing to go on with in {out} ({there}). Leave --resume out to "
+            f"--resume: nothing to go on with in {out} ({reason}). Leave --resume out to "
             "begin, or give the --out that the run was begun with"
         )
 

@@ -50,10 +50,10 @@ class TargetsConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _one_temperature_of_samples(self) -> "TargetsConfig":
-        given = self.temperatures if "temperatures" in self.model_fields_set else None
+    def _check_temperatures(self) -> "TargetsConfig":
+        listed = self.temperatures if "temperatures" in self.model_fields_set else None
         kind = None if self.kind is None else VOCABULARY_KINDS[self.kind]
-        if kind and kind.is_sample and given is not None and len(given) != 1:
+        if kind and kind.is_sample and listed is not None and len(listed) != 1:
             raise ValueError(
                 f"{self.kind} targets are a sample of the distribution at one temperature; list one"
             )
@@ -61,8 +61,8 @@ class TargetsConfig(Settings):
             raise ValueError(
                 f"{self.kind} targets have at most {kind.largest_k} draws, not {self.k}"
             )
-        if kind.is_sample if kind else given in (None, (), (1.0,)):
-            temperatures = given or (1.0,)
+        if kind.is_sample if kind else listed in (None, (), (1.0,)):
+            temperatures = listed or (1.0,)
         else:
             temperatures = tuple(sorted({1.0, *self.temperatures}))
         if kind and self.codec not in kind.codecs:
@@ -111,22 +111,22 @@ class ResourcesConfig(Settings):
         "elsewhere; null: no limit",
     )
 
-    def within(self) -> dict[str, float]:
+    def time_limits(self) -> dict[str, float]:
         """Return the limits in seconds, as ``Work`` has them."""
         minutes = {"load": self.load_minutes, "unit": self.unit_minutes}
         return {key: 60 * value for key, value in minutes.items() if value is not None}
 
-    def of_ray(self) -> dict[str, float]:
+    def ray_resources(self) -> dict[str, float]:
         """Return the resources under Ray's names."""
-        found = {"num_cpus": self.num_cpus, **self.custom}
+        resources = {"num_cpus": self.num_cpus, **self.custom}
         if self.num_gpus is not None:
-            found["num_gpus"] = self.num_gpus
+            resources["num_gpus"] = self.num_gpus
         if self.memory_gb is not None:
-            found["memory"] = self.memory_gb * 1e9
-        return found
+            resources["memory"] = self.memory_gb * 1e9
+        return resources
 
 
-def _of_files_or_served(schema: dict[str, Any]) -> None:
+def _require_files_or_server(schema: dict[str, Any]) -> None:
     """Let a server's entry leave out the model and the task."""
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["name", "served"]}]
 
@@ -134,7 +134,7 @@ def _of_files_or_served(schema: dict[str, Any]) -> None:
 class TeacherConfig(Settings):
     """One expert."""
 
-    model_config = ConfigDict(json_schema_extra=_of_files_or_served)
+    model_config = ConfigDict(json_schema_extra=_require_files_or_server)
 
     name: TeacherName = Field(description="its name in the cache")
     model: Place = Field(
@@ -215,7 +215,7 @@ class TeacherConfig(Settings):
     )
 
     @model_validator(mode="after")
-    def _maps_what_can_be(self) -> "TeacherConfig":
+    def _check_mapping(self) -> "TeacherConfig":
         if self.mapping == "map" and self.task != "causal_lm":
             raise ValueError("vocabulary: map is for causal_lm teachers")
         if self.mapping == "map" and self.targets.vocabulary_kind not in ("topk", "dense"):
@@ -229,7 +229,7 @@ class TeacherConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _named_by_its_server(cls, values: object) -> object:
+    def _with_name_of_server(cls, values: object) -> object:
         """Give a server's model its one name, and the task of a language model."""
         served = values.get("served") if isinstance(values, dict) else None
         if not isinstance(values, dict) or not served:
@@ -238,7 +238,7 @@ class TeacherConfig(Settings):
         return {"model": name, "task": "causal_lm"} | values if name else values
 
     @model_validator(mode="after")
-    def _fits_its_server(self) -> "TeacherConfig":
+    def _check_served(self) -> "TeacherConfig":
         if self.served is None:
             return self
         if self.model != self.served.model:
@@ -250,20 +250,20 @@ class TeacherConfig(Settings):
             raise ValueError(
                 f"a server gives the answers of causal_lm teachers, not of {self.task}"
             )
-        kind, given = self.targets.kind, self.targets.temperatures
+        kind, temperatures = self.targets.kind, self.targets.temperatures
         if kind not in (None, "topk"):
             raise ValueError(
                 "a server gives only the likeliest ids of a position: targets.kind topk, not "
                 f"{kind}"
             )
-        if "temperatures" in self.targets.model_fields_set and given != (1.0,):
+        if "temperatures" in self.targets.model_fields_set and temperatures != (1.0,):
             raise ValueError(
                 "a server gives probabilities only at temperature 1, and the mass outside its "
                 f"top {self.targets.k} is unknown at any other (targets.temperatures: "
-                f"{list(given)}); leave targets.temperatures out"
+                f"{list(temperatures)}); leave targets.temperatures out"
             )
-        theirs = ("precision", "batch_tokens", "device_map", "tp_plan", "pairs")
-        for name in theirs:
+        server_settings = ("precision", "batch_tokens", "device_map", "tp_plan", "pairs")
+        for name in server_settings:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is up to the server; leave it out of a served teacher")
         # Frozen: set the same section as it is meant.
@@ -275,13 +275,13 @@ class TeacherConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _fits_vectors(self) -> "TeacherConfig":
-        about = ("pooling", "normalise", "prompt")
+    def _check_vectors(self) -> "TeacherConfig":
+        vector_settings = ("pooling", "normalise", "prompt")
         if self.task != "embedding":
-            given = [name for name in about if getattr(self, name) is not None]
-            given += ["targets.vectors"] if self.targets.vectors is not None else []
-            if given:
-                raise ValueError(f"{given[0]} is for embedding teachers, not for {self.task}")
+            misplaced = [name for name in vector_settings if getattr(self, name) is not None]
+            misplaced += ["targets.vectors"] if self.targets.vectors is not None else []
+            if misplaced:
+                raise ValueError(f"{misplaced[0]} is for embedding teachers, not for {self.task}")
             return self
         if self.targets.kind is not None:
             raise ValueError(
@@ -299,7 +299,7 @@ class TeacherConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _fits_its_task(self) -> "TeacherConfig":
+    def _check_task(self) -> "TeacherConfig":
         if self.view is not None and self.task != "masked_lm":
             raise ValueError(
                 f"view is for masked_lm teachers; a {self.task} teacher sees the text as it is"
@@ -327,10 +327,10 @@ class TeacherConfig(Settings):
         """The kind of its targets as far as known before caching; None for task experts."""
         if not self.vocabulary:
             return None
-        kept, kind = self.targets, self.targets.vocabulary_kind
-        told = {"k": kept.k, "temperatures": kept.temperatures}
+        targets, kind = self.targets, self.targets.vocabulary_kind
+        settings = {"k": targets.k, "temperatures": targets.temperatures}
         return vocabulary_kind(
-            TeacherInfo(name=self.name, task=self.task, kind=kind, view="clean", **told)
+            TeacherInfo(name=self.name, task=self.task, kind=kind, view="clean", **settings)
         )
 
     @property

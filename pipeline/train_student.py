@@ -45,8 +45,8 @@ def train_from_config(
     student = config.needed_student()
     cache = Cache.open(config.cache.path)
     refuse_without_text(cache.store)
-    if told := describe_text_difference(config.corpus, cache.corpus):
-        log.warning("%s", told)
+    if warning := describe_text_difference(config.corpus, cache.corpus):
+        log.warning("%s", warning)
     make_missing(student)  # in every process: another machine has its own home
     total = in_steps(cache, config.train, steps_of_run(out) if resume else None).steps
     with (
@@ -71,70 +71,70 @@ def train_from_config(
             task.note(" · ".join(filter(None, parts)))
 
         if resume:
-            begun = config
-            config = world.decide(lambda: with_former_defaults(begun, out))
+            unresumed_config = config
+            config = world.decide(lambda: with_former_defaults(unresumed_config, out))
         result = train_student(
             cache,
             config.needed_student(),
             config.train,
             out,
             masked_view=student_view(cache, config),
-            asked=asked_extent(config).with_defaults(began),
+            asked=requested_extent(config).with_defaults(began),
             resume=resume,
             report=report,
             world=world,
         )
         if world.main and not (result.was_finished and (out / RUN_YAML).is_file()):
-            write_text(out / RUN_YAML, dump_config(_settled(config, recorded_extent(out))))
+            write_text(out / RUN_YAML, dump_config(_with_extent(config, recorded_extent(out))))
             upload_finished(out)
     return result
 
 
-def _settled(config: RunConfig, read: Extent) -> RunConfig:
+def _with_extent(config: RunConfig, read_extent: Extent) -> RunConfig:
     """Return ``config`` with defaults replaced by how much was read of the cache, so that the file
     reads the same again.
     """
-    masks = config.cache
-    if read.replicas is not None:
-        masks = masks.model_copy(update={"replicas": read.replicas})
+    cache_config = config.cache
+    if read_extent.replicas is not None:
+        cache_config = cache_config.model_copy(update={"replicas": read_extent.replicas})
     teachers = []
     for teacher in config.teachers:
-        kept = read.targets.get(teacher.name)
-        if kept is not None and kept.k is not None:
-            targets = teacher.targets.model_copy(update={"k": kept.k})
+        read_targets = read_extent.targets.get(teacher.name)
+        if read_targets is not None and read_targets.k is not None:
+            targets = teacher.targets.model_copy(update={"k": read_targets.k})
             teacher = teacher.model_copy(update={"targets": targets})
         teachers.append(teacher)
-    return config.model_copy(update={"cache": masks, "teachers": tuple(teachers)})
+    return config.model_copy(update={"cache": cache_config, "teachers": tuple(teachers)})
 
 
-def asked_extent(config: RunConfig) -> Extent:
+def requested_extent(config: RunConfig) -> Extent:
     """Return how much of the cache the file asks for explicitly, ignoring defaults."""
     masks, targets = config.cache, {}
     for teacher in config.teachers:
         if teacher.vocabulary and "k" in teacher.targets.model_fields_set:
             targets[teacher.name] = TeacherExtent(k=teacher.targets.k)
-    written = "replicas" in masks.model_fields_set
-    return Extent(replicas=masks.masked_replicas if written else None, targets=targets)
+    states_replicas = "replicas" in masks.model_fields_set
+    return Extent(replicas=masks.masked_replicas if states_replicas else None, targets=targets)
 
 
 def describe_result(result: TrainResult) -> str:
     """Describe a finished run: its time, its held-out values, and what it was trained with."""
     values = ", ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
-    before = "was finished, and is left as it is: " if result.was_finished else ""
-    done = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s"
-    done += f"; {values}" if values else ""
-    lines = [f"{result.directory}: {before}{done}"]
+    finished_note = "was finished, and is left as it is: " if result.was_finished else ""
+    summary = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s"
+    summary += f"; {values}" if values else ""
+    lines = [f"{result.directory}: {finished_note}{summary}"]
     # Counted again each time it is read; a position is a predicted token.
-    for what, shown in (("sequences", "sequences"), ("positions", "tokens")):
+    for unit, noun in (("sequences", "sequences"), ("positions", "tokens")):
         kd, ce_only, neither = (
-            result.coverage[f"{what}_{how}"] for how in ("with_kd", "ce_only", "neither")
+            result.coverage[f"{unit}_{share}"] for share in ("with_kd", "ce_only", "neither")
         )
-        rest = f", {neither:,} with neither" if neither else ""
+        neither_note = f", {neither:,} with neither" if neither else ""
         # A student that learns from experts alone predicts no token.
-        if kd + ce_only or (neither and what == "sequences"):
+        if kd + ce_only or (neither and unit == "sequences"):
             lines.append(
-                f"{shown} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
-                f"cross-entropy alone{rest}"
+                f"{noun} trained: {kd:,} with KD (a teacher's targets), {ce_only:,} with "
+                f"cross-entropy alone{neither_note}"
             )
     lines.append(result.describe_best())
     return "\n".join(lines).replace(str(result.directory), shown_folder(result.directory))

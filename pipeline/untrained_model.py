@@ -62,13 +62,13 @@ def make_model(
         texts = [json.loads(line)["text"] for line in file]
     tokenizer = train_tokenizer(texts, vocabulary)
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    wrapped = PreTrainedTokenizerFast(
+    saved_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=bert.max_position_embeddings,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **dict(zip(names, _SPECIALS, strict=True)),
     )
-    bert.vocab_size = len(wrapped)
+    bert.vocab_size = len(saved_tokenizer)
     with new_folder(out) as staged:
-        wrapped.save_pretrained(staged)
+        saved_tokenizer.save_pretrained(staged)
         bert.save_pretrained(staged)

@@ -11,8 +11,8 @@ import yaml
 from rekindle.data.errors import InputError
 
 _TAG = "tag:yaml.org,2002:"
-_TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
-_RULES = {  # for unquoted values: the expression, and how it may begin
+_TEXT_TAG, _MERGE_TAG = f"{_TAG}str", f"{_TAG}merge"
+_PLAIN_VALUES = {  # for unquoted values: the expression, and how it may begin
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
@@ -37,19 +37,19 @@ class Loader(yaml.SafeLoader):
         """Return the mapping. Raise ConstructorError for a key that is not text, or is
         given twice.
         """
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 problem = "a key must be text; a value that begins with a brace or a bracket"
-                raise _wrong(f'{problem}, such as "{{first}}", is written in quotes', key)
+                raise _error_at(f'{problem}, such as "{{first}}", is written in quotes', key)
             if key.tag == f"{_TAG}null":
-                raise _wrong("nothing stands before the colon", key)
-            if key.tag == _MERGE:
+                raise _error_at("nothing stands before the colon", key)
+            if key.tag == _MERGE_TAG:
                 continue
-            if key.value in seen:
-                raise _wrong(f"the key {key.value!r} is given twice; keep one of them", key)
-            seen.add(key.value)
-            key.tag = _TEXT  # as written: 1 and true are names of keys
+            if key.value in keys:
+                raise _error_at(f"the key {key.value!r} is given twice; keep one of them", key)
+            keys.add(key.value)
+            key.tag = _TEXT_TAG  # as written: 1 and true are names of keys
         return super().construct_mapping(node, deep)
 
 
@@ -57,7 +57,7 @@ class Dumper(yaml.SafeDumper):
     """Quotes what readers of either version would not take for text."""
 
 
-def _wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+def _error_at(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
@@ -66,41 +66,43 @@ def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
     try:
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     except ValueError as error:
-        raise _wrong(str(error), node) from None
+        raise _error_at(str(error), node) from None
 
 
-def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
     # Outside double quotes, PyYAML writes these characters unchanged and reads a line break.
     style = '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
-    return dumper.represent_scalar(_TEXT, text, style)
+    return dumper.represent_scalar(_TEXT_TAG, text, style)
 
 
-for _name, (_expression, _first) in _RULES.items():
-    for _one in (Loader, Dumper):
-        _one.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_expression})\Z"), _first)
+for _name, (_expression, _first) in _PLAIN_VALUES.items():
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_expression})\Z"), _first)
 Loader.add_constructor(f"{_TAG}int", _whole_number)
-Dumper.add_representer(str, _text)
+Dumper.add_representer(str, _represent_text)
 
 
-def parse_yaml(text: str, where: str) -> object:
-    """Return the values of a YAML text. Raise InputError, naming ``where`` and the line, for
+def parse_yaml(text: str, source: str) -> object:
+    """Return the values of a YAML text. Raise InputError, naming ``source`` and the line, for
     invalid YAML.
     """
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise InputError(f"{where} is not valid YAML{told_of(error, text)}") from None
+        raise InputError(f"{source} is not valid YAML{describe_error(error, text)}") from None
     except RecursionError:
-        raise InputError(f"{where} is not valid YAML: it is nested too deeply") from None
+        raise InputError(f"{source} is not valid YAML: it is nested too deeply") from None
 
 
-def told_of(error: yaml.YAMLError, text: str) -> str:
+def describe_error(error: yaml.YAMLError, text: str) -> str:
     """Return the place in ``text`` and the cause, to be appended to a message."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark, cause = error.problem_mark, str(error.problem)
         if error.context:
-            begun = error.context_mark
-            cause += f", {error.context}" + (f" from line {begun.line + 1}" if begun else "")
+            context_mark = error.context_mark
+            cause += f", {error.context}" + (
+                f" from line {context_mark.line + 1}" if context_mark else ""
+            )
         if "constructor for the tag" in cause:
             cause += "; only plain values are read: leave the tag (!…) out"
         if "'\\t'" in cause:

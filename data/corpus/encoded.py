@@ -99,10 +99,10 @@ def encoded_texts(texts: Sequence[str], encodings: "Sequence[Encoding]") -> Enco
 
 
 def encoded_pairs(
-    uncut: EncodedTexts, kept: NDArray[np.int64], joined: "Sequence[Encoding]"
+    uncut: EncodedTexts, kept_counts: NDArray[np.int64], joined: "Sequence[Encoding]"
 ) -> EncodedPairs:
     """Return pairs of the texts in ``uncut``, two by two; of each text that many tokens are
-    ``kept`` in the encoding of its pair.
+    ``kept_counts`` in the encoding of its pair.
     """
     lengths = lengths_of(joined)
     count = int(lengths.sum())
@@ -110,12 +110,12 @@ def encoded_pairs(
     types = _flat((e.type_ids for e in joined), count)
     special = _flat((e.special_tokens_mask for e in joined), count)
     text_of = np.full(count, -1, np.int32)
-    text_of[special == 0] = np.repeat(np.arange(len(kept), dtype=np.int32) % 2, kept)
+    text_of[special == 0] = np.repeat(np.arange(len(kept_counts), dtype=np.int32) % 2, kept_counts)
     firsts = np.cumsum(uncut.lengths) - uncut.lengths
     token_numbers = np.arange(uncut.lengths.sum()) - np.repeat(firsts, uncut.lengths)
-    is_kept = token_numbers < np.repeat(kept, uncut.lengths)
-    lost = (uncut.lengths - kept).reshape(-1, 2).sum(axis=1)
-    texts = EncodedTexts(uncut.tokens.part(is_kept), kept)
+    is_kept = token_numbers < np.repeat(kept_counts, uncut.lengths)
+    lost = (uncut.lengths - kept_counts).reshape(-1, 2).sum(axis=1)
+    texts = EncodedTexts(uncut.tokens.part(is_kept), kept_counts)
     return EncodedPairs(ids, types, text_of, lengths, texts, lost)
 
 

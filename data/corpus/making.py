@@ -53,7 +53,7 @@ class Maker:
     names: re.Pattern[str] | None
     packing: Packing
     length: int
-    given: GivenEncoder | None = None
+    given_encoder: GivenEncoder | None = None
 
     def __call__(self, part: Part) -> Made:
         """Return the part read, tokenised, and packed as far as no other part is needed."""
@@ -80,20 +80,21 @@ class Maker:
         )
 
     def _encoded(self, part: Part, documents: list[Document], texts: list[str]) -> EncodedDocuments:
-        if self.given is None:
+        if self.given_encoder is None:
             return EncodedDocuments(documents, *self.encoder.texts(texts))
         if part.content == "text" or not documents:
             tokens, lengths = self.encoder.texts(texts)
             marks = Marks.of_texts(len(documents), len(tokens.ids))
             return EncodedDocuments(documents, tokens, lengths, marks)
         if self.packing.one_document:
-            tokens, lengths, marks = self.given.cut(documents, self.length)
+            tokens, lengths, marks = self.given_encoder.cut(documents, self.length)
         else:
             end = self.packing.end or self.packing.suffix
-            tokens, lengths, marks = self.given.cut_affixes(documents, self.packing.prefix, end)
-        return EncodedDocuments(
-            [d._replace(content=None) for d in documents], tokens, lengths, marks
-        )
+            tokens, lengths, marks = self.given_encoder.cut_affixes(
+                documents, self.packing.prefix, end
+            )
+        documents = [document._replace(content=None) for document in documents]
+        return EncodedDocuments(documents, tokens, lengths, marks)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ class PieceTexts:
             return f"<{number}>"
         if "ByteLevel" in self._kinds:
             return _from_bytes(bytes(_BYTES.get(letter, 63) for letter in piece))
-        if found := _BYTE.fullmatch(piece):
-            return _from_bytes(bytes([int(found[1], 16)]))
+        if byte := _BYTE.fullmatch(piece):
+            return _from_bytes(bytes([int(byte[1], 16)]))
         if "WordPiece" in self._kinds:
             return piece.removeprefix("##") if piece.startswith("##") else f" {piece}"
         return piece.replace("▁", " ").replace("</w>", " ")
@@ -47,8 +47,8 @@ def _types(state: object) -> set[str]:
         return {kind for part in state for kind in _types(part)}
     if not isinstance(state, dict):
         return set()
-    own = {state["type"]} if isinstance(state.get("type"), str) else set()
-    return own | {kind for part in state.values() for kind in _types(part)}
+    kinds = {state["type"]} if isinstance(state.get("type"), str) else set()
+    return kinds | {kind for part in state.values() for kind in _types(part)}
 
 
 def _from_bytes(content: bytes) -> str:

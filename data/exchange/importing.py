@@ -97,10 +97,10 @@ def import_targets(
             with naming(name):
                 job.take(name, row)
             progress(1)
-        done = job.finish()
+        result = job.finish()
         if is_alone is not False:  # no other process removes records meanwhile
             roll_up_records(corpus.store)
-        return done
+        return result
 
 
 def numbered(rows: Iterable[Row], source: str = "rows") -> Iterator[tuple[str, Row]]:
@@ -221,8 +221,8 @@ class _Import:
         """Return where each row of a unit has a target, or may have one."""
         if unit not in self.expected:
             assert self.reader is not None
-            found = expected_positions(self.corpus, self.reader.info, self.view, unit)
-            self.expected[unit] = found
+            positions = expected_positions(self.corpus, self.reader.info, self.view, unit)
+            self.expected[unit] = positions
             while len(self.expected) > OPEN_UNITS:
                 self.expected.popitem(last=False)
         return self.expected[unit]
@@ -336,13 +336,13 @@ class _Import:
         return notes
 
 
-def _describe_missing(missing: list[tuple[int, int | None]], done: set[str]) -> str:
+def _describe_missing(missing: list[tuple[int, int | None]], done_units: set[str]) -> str:
     sequences = [f"{n}" + ("" if r is None else f" (replica {r})") for n, r in missing[:5]]
     listed = ", ".join(sequences) + (", …" if len(missing) > 5 else "")
     return (
         f"{counted(len(missing), 'sequence')} of the cache without a row: {listed}. Complete units "
-        f"are kept ({counted(len(done), 'unit')}). Give the other rows too, with the same command "
-        "or another one, or allow that they are missing (allow_missing, --allow-missing)"
+        f"are kept ({counted(len(done_units), 'unit')}). Give the other rows too, with the same "
+        "command or another one, or allow that they are missing (allow_missing, --allow-missing)"
     )
 
 

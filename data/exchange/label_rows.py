@@ -98,13 +98,15 @@ class LabelRows:
         note = f"without an answer, in sequences that have a row: {words}"
         return [note] if self.missing_words else []
 
-    def _check_names(self, given: object) -> None:
+    def _check_names(self, row_names: object) -> None:
         """Refuse numbers whose order differs from the teacher's labels."""
         expected_names = [*self.info.label_names]
-        if given is None or len(expected_names) == 1:
+        if row_names is None or len(expected_names) == 1:
             return
         given_names = (
-            [*given] if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+            [*row_names]
+            if isinstance(row_names, Sequence) and not isinstance(row_names, str)
+            else [row_names]
         )
         if given_names != expected_names:
             raise InputError(

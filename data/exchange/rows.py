@@ -81,13 +81,13 @@ def check_shown(row: Row, expected_ids: NDArray[np.int32], place: Place) -> None
     """
     if row.get("shown_ids") is not None:
         with naming("shown_ids"):
-            given = whole_numbers(row["shown_ids"])
-            if not np.array_equal(given, expected_ids):
+            row_ids = whole_numbers(row["shown_ids"])
+            if not np.array_equal(row_ids, expected_ids):
                 replica_text = f" with the masks of replica {place.replica}"
                 masks = replica_text if place.replica is not None else ""
-                shared_length = min(len(given), len(expected_ids))
+                shared_length = min(len(row_ids), len(expected_ids))
                 at = [
-                    *np.flatnonzero(given[:shared_length] != expected_ids[:shared_length]),
+                    *np.flatnonzero(row_ids[:shared_length] != expected_ids[:shared_length]),
                     shared_length,
                 ][0]
                 raise InputError(
@@ -110,17 +110,17 @@ def tokens_of(corpus: Corpus, place: tuple[int, int]) -> NDArray[np.int32]:
 
 
 def _check_tokens(
-    given: NDArray[np.int64], expected: NDArray[np.int32], corpus: Corpus, index: int
+    row_ids: NDArray[np.int64], expected: NDArray[np.int32], corpus: Corpus, index: int
 ) -> None:
-    if np.array_equal(given, expected):
+    if np.array_equal(row_ids, expected):
         return
-    if len(given) != len(expected):
-        difference = f"{len(given)} tokens, but sequence {index} has {len(expected)}"
+    if len(row_ids) != len(expected):
+        difference = f"{len(row_ids)} tokens, but sequence {index} has {len(expected)}"
     else:
-        at = int(np.flatnonzero(given != expected)[0])
+        at = int(np.flatnonzero(row_ids != expected)[0])
         texts = PieceTexts(corpus.tokenizer.hf)
         difference = (
-            f"at place {at} token {int(given[at])}, but sequence {index} has {int(expected[at])} "
+            f"at place {at} token {int(row_ids[at])}, but sequence {index} has {int(expected[at])} "
             f"({texts[int(expected[at])]!r}) there"
         )
     raise InputError(
@@ -149,8 +149,8 @@ def check_keys(row: Row, fields: Sequence[str]) -> None:
 def _whole_number(row: Row, name: str, limit: int, meaning: str) -> int:
     value = row.get(name)
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        given = "missing" if value is None else f"{str(value)[:40]!r}"
-        raise InputError(f"{name} must be a whole number, {meaning} (given: {given})")
+        preview = "missing" if value is None else f"{str(value)[:40]!r}"
+        raise InputError(f"{name} must be a whole number, {meaning} (given: {preview})")
     if not 0 <= value < limit:
         raise InputError(f"{name} is {value}, but the cache has 0 to {limit - 1}")
     return int(value)

@@ -30,20 +30,20 @@ def temperature_of(row: Row) -> float:
 
 def further_tails(row: Row) -> dict[float, object]:
     """Return ``log_tails`` by temperature, ascending; empty if the row has none."""
-    given = row.get(FURTHER_TAILS)
-    if given is None:
+    tails = row.get(FURTHER_TAILS)
+    if tails is None:
         return {}
-    if not isinstance(given, Mapping):
+    if not isinstance(tails, Mapping):
         raise InputError(
             f"{FURTHER_TAILS} must be an object: temperature -> list of logarithms (given: "
-            f"{str(given)[:40]})"
+            f"{str(tails)[:40]})"
         )
     if row.get(TAIL) is None:
         raise InputError(
             f"{FURTHER_TAILS} are given without {TAIL}, the mass that belongs to log_probs"
         )
     result: dict[float, object] = {}
-    for key, values in given.items():
+    for key, values in tails.items():
         if values is None:  # Arrow's structs have every key of the file
             continue
         tau = _temperature(key, FURTHER_TAILS)
@@ -122,16 +122,15 @@ def further_odds(
     return np.stack(odds, axis=1)
 
 
-def convert_to_one(kept: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
-    """Return ``kept`` log-probabilities [P,K] at ``temperature``, by falling probability, converted
-    to 1.
+def convert_to_one(log_probs: Floats64, temperature: float, odds: Floats64 | None) -> Floats64:
+    """Return ``log_probs`` [P,K] at ``temperature``, by falling probability, converted to 1.
 
     ``odds`` [P]: log(kept mass / tail) at 1; if None, unknown, and the result is over the
     candidates alone. Raises InputError for candidates further apart than a codec can store.
     """
-    relative = temperature * (kept - kept[:, :1])
+    relative = temperature * (log_probs - log_probs[:, :1])
     if (relative < -RANGE).any():
-        distance = float((kept[:, 0] - kept.min(axis=1)).max())
+        distance = float((log_probs[:, 0] - log_probs.min(axis=1)).max())
         raise InputError(
             f"candidates lie {distance:.3g} nats apart at temperature {temperature:g}, but those "
             f"of a position may be at most {RANGE / temperature:.3g} apart: give fewer of each (k)"

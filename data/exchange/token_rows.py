@@ -100,9 +100,9 @@ class TokenRows:
         tokens = facts["size"] - len(hole_ids(facts))
         temperature, further = temperature_of(row), tuple(further_tails(row))
         stored = tuple(sorted({temperature, *further}))
-        kept = TopK.settings(k, stored, config.codec, facts["size"], None, tokens)
-        kept["estimator"] = {
-            **kept["estimator"],  # type: ignore[dict-item]
+        target_fields = TopK.settings(k, stored, config.codec, facts["size"], None, tokens)
+        target_fields["estimator"] = {
+            **target_fields["estimator"],  # type: ignore[dict-item]
             "tail": "given" if TAIL in optional else "derived",
         }
         lacks = tuple(column for column, name in SCALAR_OF.items() if name not in optional)
@@ -119,7 +119,7 @@ class TokenRows:
             positions = corpus.info["config"]["sequence_length"] * view[1]
             fields["rows_per_batch"] = compact_rows(positions)
         fields |= {"model": config.provenance["model"], "fingerprints": fingerprints}
-        info = TeacherInfo.model_validate(fields | kept)
+        info = TeacherInfo.model_validate(fields | target_fields)
         return cls(corpus, info, optional, config.allow_missing, temperature, further)
 
     @property
@@ -184,27 +184,27 @@ class TokenRows:
             assert given_tail is not None
             facts = self.corpus.info["tokenizer"]
             tokens = facts["size"] - len(hole_ids(facts))
-            found = further_odds(row, log_probs, given_tail, self.k, tokens, positions)
-            odds |= dict(zip(self.further, found.T, strict=True))
+            further = further_odds(row, log_probs, given_tail, self.k, tokens, positions)
+            odds |= dict(zip(self.further, further.T, strict=True))
         if self.temperature != 1.0:
             kept = convert_to_one(kept, self.temperature, odds.get(1.0))
         return kept, np.stack([odds[tau] for tau in stored], axis=1)
 
     def _positions(self, row: Row, expected: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions [P] that the row has targets for."""
-        found = expected
+        positions = expected
         if row.get("positions") is not None:
             with naming("positions"):
-                found = whole_numbers(row["positions"])
-                self._check_positions(found, expected)
+                positions = whole_numbers(row["positions"])
+                self._check_positions(positions, expected)
         id_count = len(row["ids"]) if hasattr(row.get("ids"), "__len__") else None  # type: ignore[arg-type]
-        if id_count is not None and id_count != len(found):
+        if id_count is not None and id_count != len(positions):
             subject = "positions has" if row.get("positions") is not None else "its sequence has"
             raise InputError(
-                f"ids has {counted(id_count, 'position')}, but {subject} {len(found)}"
+                f"ids has {counted(id_count, 'position')}, but {subject} {len(positions)}"
                 + ("" if row.get("positions") is not None else "; name those with `positions`")
             )
-        missing = np.setdiff1d(expected, found)
+        missing = np.setdiff1d(expected, positions)
         if len(missing) and not self.allow_missing:
             raise InputError(
                 f"{len(missing)} of its {counted(len(expected), 'position')} have no target (the "
@@ -212,16 +212,16 @@ class TokenRows:
                 "(allow_missing, --allow-missing)"
             )
         self.noticed.missing += len(missing)
-        return found
+        return positions
 
-    def _check_positions(self, found: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
-        if (np.diff(found) <= 0).any():
-            first = int(np.flatnonzero(np.diff(found) <= 0)[0])
+    def _check_positions(self, positions: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+        if (np.diff(positions) <= 0).any():
+            first = int(np.flatnonzero(np.diff(positions) <= 0)[0])
             raise InputError(
-                f"{int(found[first + 1])} comes after {int(found[first])}; each must be "
+                f"{int(positions[first + 1])} comes after {int(positions[first])}; each must be "
                 "larger than the one before"
             )
-        unexpected = found[~np.isin(found, expected)]
+        unexpected = positions[~np.isin(positions, expected)]
         if not len(unexpected):
             return
         if not len(expected):
@@ -345,15 +345,15 @@ class TokenRows:
     ) -> Columns:
         """Return the columns of scalars of the true tokens and of the whole distributions."""
         size, count = self.info.vocabulary_size or 0, len(ids)
-        found: Columns = {}
+        columns: Columns = {}
         if "entropy" in self.optional:
             with naming("entropy"):
                 nats = numbers(row["entropy"], count, "position")
                 if ((nats < -ROUNDING) | (nats > np.log(size) + ROUNDING)).any():
                     raise InputError(f"must lie between 0 and {np.log(size):.4g} nats")
-            found["entropy"] = fixed_point(np.maximum(nats, 0.0).astype(np.float32))
+            columns["entropy"] = fixed_point(np.maximum(nats, 0.0).astype(np.float32))
         if "gold_ranks" not in self.optional:
-            return found
+            return columns
         with naming("gold_ranks"):
             ranks = whole_numbers(row["gold_ranks"])
             if len(ranks) != count or ((ranks < 0) | (ranks >= size)).any():
@@ -373,21 +373,21 @@ class TokenRows:
                     f"entry {first} is {values[first]:.4g} for the true token {int(gold[first])}, "
                     f"{comparison}; do these belong to another position?"
                 )
-        found["gold_log_prob"] = fixed_point(np.maximum(-values, 0.0).astype(np.float32))
-        found["gold_rank"] = ranks.astype(rank_dtype(size))
-        return found
+        columns["gold_log_prob"] = fixed_point(np.maximum(-values, 0.0).astype(np.float32))
+        columns["gold_rank"] = ranks.astype(rank_dtype(size))
+        return columns
 
 
 def optional_of(row: Row) -> tuple[str, ...]:
     """Return the OPTIONAL fields that a row has; raise InputError for half of a pair."""
-    found = tuple(name for name in OPTIONAL_FIELDS if row.get(name) is not None)
-    if (tau := temperature_of(row)) != 1 and (others := [name for name in found if name != TAIL]):
+    present = tuple(name for name in OPTIONAL_FIELDS if row.get(name) is not None)
+    if (tau := temperature_of(row)) != 1 and (others := [name for name in present if name != TAIL]):
         raise InputError(
             f"{others[0]}: it is stored at temperature 1, but the row's is {tau:g}; leave it out"
         )
-    if ("gold_ranks" in found) != ("gold_log_probs" in found):
+    if ("gold_ranks" in present) != ("gold_log_probs" in present):
         raise InputError("gold_log_probs and gold_ranks belong together; give both or neither")
-    return found
+    return present
 
 
 def _first_true(is_wrong: Any) -> int | None:

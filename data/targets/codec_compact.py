@@ -271,11 +271,11 @@ def _check_shapes(columns: Mapping[str, NDArray], vocabulary_size: int) -> tuple
     temperatures = columns["tails_high"].shape[1]
     expected = _widths(k, temperatures, vocabulary_size)
     for name in {*expected, "values_rest"}:
-        found = columns[name] if name in columns else np.zeros((positions, 0), np.uint8)
+        column = columns[name] if name in columns else np.zeros((positions, 0), np.uint8)
         shape = (positions, expected.get(name, 0))
-        if found.shape != shape or found.dtype != np.uint8 or k < 1:
+        if column.shape != shape or column.dtype != np.uint8 or k < 1:
             raise CacheFormatError(
-                f"column {name!r} of compact targets is {found.dtype}{list(found.shape)}, "
+                f"column {name!r} of compact targets is {column.dtype}{list(column.shape)}, "
                 f"not uint8{list(shape)}"
             )
     return k, positions

@@ -147,8 +147,8 @@ def make_pairs(
     if kind == "adjacent":
         neighbours = [[pair for part in parts for pair in pairwise(part)] for parts in sentences_of]
         return [
-            found[int(random.integers(len(found)))] if found else None
-            for found, random in zip(neighbours, generators, strict=True)
+            choices[int(random.integers(len(choices)))] if choices else None
+            for choices, random in zip(neighbours, generators, strict=True)
         ]
     same_document = kind == "same-document"
     return _distant_pairs(

@@ -23,22 +23,22 @@ def pairs_of(corpus: Path) -> list[Pair]:
     """
     with open(corpus, encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    found = [pair for text in texts for pair in pairwise(passages(text))]
+    pairs = [pair for text in texts for pair in pairwise(passages(text))]
     for text in texts:
-        title, _, rest = text.partition("\n\n")
-        if "\n" not in title and (under := passages(rest)):
-            found.append((title, under[0]))
-    return found
+        title, _, body = text.partition("\n\n")
+        if "\n" not in title and (following := passages(body)):
+            pairs.append((title, following[0]))
+    return pairs
 
 
 def batches_of(pairs: Sequence[Pair], size: int, steps: int, seed: int) -> Iterator[list[Pair]]:
     """Yield ``steps`` batches of ``size`` pairs, drawn anew each time round."""
     import numpy as np
 
-    draw, order = np.random.default_rng(seed), list[int]()
+    generator, order = np.random.default_rng(seed), list[int]()
     for _ in range(steps):
         while len(order) < size:
-            order += draw.permutation(len(pairs)).tolist()
+            order += generator.permutation(len(pairs)).tolist()
         yield [pairs[number] for number in order[:size]]
         del order[:size]
 
@@ -71,15 +71,15 @@ def train_encoder(
     optimizer = torch.optim.AdamW(body.parameters(), lr=rate)
 
     def vectors(texts: Sequence[str]) -> torch.Tensor:
-        read = tokenizer.hf(
+        inputs = tokenizer.hf(
             list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         )
-        return encoder.vectors(body(**read).last_hidden_state, read["attention_mask"])
+        return encoder.vectors(body(**inputs).last_hidden_state, inputs["attention_mask"])
 
     batches = batches_of(pairs_of(corpus), settings["batch_pairs"], steps, seed)
     for step, pairs in enumerate(batches):
-        warm = min(1.0, (step + 1) / settings["warmup_steps"])
-        optimizer.param_groups[0]["lr"] = rate * warm * (1 - step / steps)
+        warmup_share = min(1.0, (step + 1) / settings["warmup_steps"])
+        optimizer.param_groups[0]["lr"] = rate * warmup_share * (1 - step / steps)
         first, second = (vectors(texts) for texts in zip(*pairs, strict=True))
         scores = first @ second.T / settings["temperature"]
         loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(pairs)))

@@ -32,9 +32,11 @@ def missing(*values: object) -> dict[str, Path]:
 
     ``values`` are configurations and paths.
     """
-    plain = [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
-    named = set(strings_in(plain))
-    return {n: path for n, path in places().items() if str(path) in named and not path.exists()}
+    values_and_dicts = [v.model_dump() if isinstance(v, BaseModel) else v for v in values]
+    paths_named = set(strings_in(values_and_dicts))
+    return {
+        n: path for n, path in places().items() if str(path) in paths_named and not path.exists()
+    }
 
 
 def make_missing(*values: object) -> None:
@@ -61,19 +63,19 @@ def _make(names: list[str]) -> None:
         log.info("  %s: %s", name, ABOUT[name])
     # A single process, also if torchrun has started this one: it would wait for the others to join
     # it, and those for the lock that it holds.
-    own = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
     # A session of its own: Ctrl-C is for this process to handle. -P: no module of the current
     # folder.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "rekindle.pipeline.make_builtin", *names],
-        env=own | {"CUDA_VISIBLE_DEVICES": ""},
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        complaint, _ = process.communicate()
+        output, _ = process.communicate()
     except BaseException:
         process.terminate()  # it removes its unfinished work
         process.wait()
@@ -81,6 +83,6 @@ def _make(names: list[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # its helpers have nothing to remove
         raise
     if process.returncode:
-        reason = complaint.strip() or f"its process ended with exit code {process.returncode}"
+        reason = output.strip() or f"its process ended with exit code {process.returncode}"
         error = InputError if process.returncode == InputError.exit_code else RekindleError
         raise error(f"{', '.join(names)} could not be made in {folder()}: {reason}")

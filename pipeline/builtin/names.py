@@ -73,11 +73,11 @@ def resolve_name(name: str) -> str:
     """
     if not name.startswith(PREFIX):
         return name
-    known = places()
-    if name in known:
-        return str(known[name])
+    local_paths = places()
+    if name in local_paths:
+        return str(local_paths[name])
     raise InputError(
-        f"there is no built-in {name!r}{did_you_mean(name, known) or '.'} (The models are "
+        f"there is no built-in {name!r}{did_you_mean(name, local_paths) or '.'} (The models are "
         f"{', '.join(MODELS)}. A folder of your own is written ./{name})"
     )
 
@@ -89,24 +89,24 @@ def folder() -> Path:
     """Return the folder of these built-ins; its name depends on everything that decides them."""
     from rekindle.pipeline.builtin.settings import SETTINGS
 
-    decides = {
+    deciding = {
         "algorithm": ALGORITHM,
         "python": platform.python_version(),  # its documentation differs between versions
         "settings": SETTINGS.model_dump(mode="json"),
         "domains": DOMAINS,
     }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     return home() / f"python-docs-{digest[:12]}"
 
 
 def places() -> dict[str, Path]:
     """Return the places of all built-ins, models and files, by name."""
-    where = folder()
-    models = {PREFIX + name: where / name for name in MODELS}
-    return models | {PREFIX + name: documents_file(where, name) for name in FILES}
+    root = folder()
+    models = {PREFIX + name: root / name for name in MODELS}
+    return models | {PREFIX + name: documents_file(root, name) for name in FILES}
 
 
-def documents_file(where: Path, name: str) -> Path:
-    """Return the file of a name in FILES, in the folder ``where`` of built-ins."""
-    documents = where / "documents"
+def documents_file(root: Path, name: str) -> Path:
+    """Return the file of a name in FILES, in the folder ``root`` of built-ins."""
+    documents = root / "documents"
     return documents / (f"{name}.jsonl" if name == CORPUS else f"tasks/{name}.jsonl")

@@ -27,9 +27,12 @@ from rekindle.pipeline.builtin.tasks import (
 
 NAME = "section"
 TEXT = "text"  # the unlabelled titles and candidates
-OWN, NEAR, FAR = 2, 1, 0  # labels: how well a candidate answers
-_NEAR, _CANDIDATES = 2, 8  # of a title: at most so many of the same module; of all kinds
-_DRAWN = 40  # passages from the midst, of which those of other modules are candidates
+OWN_PASSAGE, SAME_MODULE, OTHER_MODULE = 2, 1, 0  # labels: how well a candidate answers
+_MOST_OF_MODULE, _MOST_CANDIDATES = (
+    2,
+    8,
+)  # of a title: at most so many of the same module; of all kinds
+_SAMPLED_PASSAGES = 40  # passages from the midst, of which those of other modules are candidates
 _SHORTEST, _LONGEST = 8, 80  # characters of a title
 _HEADING = re.compile(r"^(\S.*)\n([*=\-~^])\2{3,}$", re.MULTILINE)
 
@@ -59,25 +62,29 @@ def sections_of(pages: Sequence[PythonDoc]) -> list[Section]:
     """Return all sections, in the order of their documents; of those that share a title or a
     passage, only the first.
     """
-    found: list[Section] = []
+    sections: list[Section] = []
     seen: set[str] = set()
     for page in pages:
-        for title, body in _titled(page):
-            own = passages(body)[:1]
-            if not own or not _SHORTEST <= len(title) <= _LONGEST or {title, *own} & seen:
+        for title, body in _titles_and_bodies(page):
+            first_passage = passages(body)[:1]
+            if (
+                not first_passage
+                or not _SHORTEST <= len(title) <= _LONGEST
+                or {title, *first_passage} & seen
+            ):
                 continue
-            seen |= {title, *own}
+            seen |= {title, *first_passage}
             module = page.module.partition(".")[0]
-            found.append(Section(page.id, title, own[0], module, page.part))
-    return found
+            sections.append(Section(page.id, title, first_passage[0], module, page.part))
+    return sections
 
 
-def _titled(page: PythonDoc) -> Iterator[tuple[str, str]]:
+def _titles_and_bodies(page: PythonDoc) -> Iterator[tuple[str, str]]:
     """Yield each title of a document with what follows it."""
     if page.kind != "topic":
-        first, _, rest = page.text.partition("\n\n")
-        if "\n" not in first:
-            yield first, rest.strip()
+        first_paragraph, _, body = page.text.partition("\n\n")
+        if "\n" not in first_paragraph:
+            yield first_paragraph, body.strip()
         return
     headings = list(_HEADING.finditer(page.text))
     ends = [*(heading.start() for heading in headings[1:]), len(page.text)]
@@ -85,31 +92,35 @@ def _titled(page: PythonDoc) -> Iterator[tuple[str, str]]:
         yield heading[1], page.text[heading.end() : end].strip()
 
 
-def midst_of(pages: Sequence[PythonDoc]) -> list[tuple[str, str]]:
+def later_passages(pages: Sequence[PythonDoc]) -> list[tuple[str, str]]:
     """Return the passages of documents but for each one's first, with its module, each once."""
-    found = {
+    module_of_passage = {
         passage: page.module.partition(".")[0]
         for page in pages
         for passage in passages(page.text)[1:]
     }
-    return [(module, passage) for passage, module in found.items()]
+    return [(module, passage) for passage, module in module_of_passage.items()]
 
 
 def candidates(
-    section: Section, others: Sequence[Section], midst: Sequence[tuple[str, str]]
+    section: Section, others: Sequence[Section], later: Sequence[tuple[str, str]]
 ) -> list[tuple[str, int]]:
     """Return the passages that are ranked for the title of ``section`` with the label of each, in
-    an order without meaning; ``others`` of its split may have it among them, and ``midst`` are
+    an order without meaning; ``others`` of its split may have it among them, and ``later`` are
     passages of modules.
     """
     random = Random(section.title)
-    near = [one.passage for one in others if one.module == section.module and one != section]
-    found = {section.passage: OWN}
-    found |= dict.fromkeys(random.sample(near, min(_NEAR, len(near))), NEAR)
-    for module, passage in random.sample(midst, min(_DRAWN, len(midst))):
-        if len(found) < _CANDIDATES and module != section.module:
-            found.setdefault(passage, FAR)
-    return random.sample([*found.items()], len(found))
+    same_module = [
+        other.passage for other in others if other.module == section.module and other != section
+    ]
+    labels = {section.passage: OWN_PASSAGE}
+    labels |= dict.fromkeys(
+        random.sample(same_module, min(_MOST_OF_MODULE, len(same_module))), SAME_MODULE
+    )
+    for module, passage in random.sample(later, min(_SAMPLED_PASSAGES, len(later))):
+        if len(labels) < _MOST_CANDIDATES and module != section.module:
+            labels.setdefault(passage, OTHER_MODULE)
+    return random.sample([*labels.items()], len(labels))
 
 
 def write_sections(pages: Sequence[PythonDoc], sizes: SectionSizes, out: Path) -> None:
@@ -117,15 +128,17 @@ def write_sections(pages: Sequence[PythonDoc], sizes: SectionSizes, out: Path) -
     sections = sections_of(pages)
     for name in (*LABELLED, TEXT):
         split = "corpus" if name == TEXT else name
-        own = [one for one in sections if split_of(one.page) == split]
-        firsts = {one.passage for one in own}
-        midst = midst_of([page for page in pages if split_of(page.id) == split])
-        midst = [one for one in midst if one[1] not in firsts]
-        chosen = sorted(own, key=lambda one: hashed(NAME, one.title))[: getattr(sizes, name)]
+        of_split = [entry for entry in sections if split_of(entry.page) == split]
+        own_passages = {entry.passage for entry in of_split}
+        later = later_passages([page for page in pages if split_of(page.id) == split])
+        later = [entry for entry in later if entry[1] not in own_passages]
+        chosen = sorted(of_split, key=lambda entry: hashed(NAME, entry.title))[
+            : getattr(sizes, name)
+        ]
         lines = (
             _record(section, passage, None if name == TEXT else label)
             for section in chosen
-            for passage, label in candidates(section, own, midst)
+            for passage, label in candidates(section, of_split, later)
         )
         write_lines(out / TASKS_FOLDER / NAME / f"{name}.jsonl", lines)
 

@@ -72,14 +72,14 @@ def passages(text: str) -> list[str]:
 
     Longer sentences are cut; what remains too short is left out.
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for start, end in split_sentences(text):
-        if found and end - found[-1][0] <= _LONGEST:
-            found[-1] = found[-1][0], end
+        if spans and end - spans[-1][0] <= _LONGEST:
+            spans[-1] = spans[-1][0], end
         else:
-            found.append((start, end))
-    cut = (text[start:end][:_LONGEST].strip() for start, end in found)
-    return [passage for passage in cut if len(passage) >= _SHORTEST]
+            spans.append((start, end))
+    texts = (text[start:end][:_LONGEST].strip() for start, end in spans)
+    return [passage for passage in texts if len(passage) >= _SHORTEST]
 
 
 def _passages(label: str, parts: Collection[str], page: PythonDoc) -> Iterator[LabelledText]:
@@ -127,11 +127,11 @@ def labelled_examples(
             key = (number, hashed(task.name, page.id, number), example)
             candidates.setdefault((example.text, example.pair), []).append(key)
     groups: dict[Split, dict[str, list[tuple[int, int, LabelledText]]]] = {s: {} for s in LABELLED}
-    for same in candidates.values():
-        splits = {split_of(example.document) for _, _, example in same}
+    for occurrences in candidates.values():
+        splits = {split_of(example.document) for _, _, example in occurrences}
         split = splits.pop()
         if not splits and split != "corpus":
-            first = min(same)
+            first = min(occurrences)
             group = first[2].group or str(first[2].label)
             groups[split].setdefault(group, []).append(first)
     return {
@@ -140,8 +140,8 @@ def labelled_examples(
 
 
 def _balanced(groups: list[list[tuple[int, int, LabelledText]]], size: int) -> list[LabelledText]:
-    each = min(size // len(groups), *map(len, groups))
-    chosen = [key for group in groups for key in sorted(group)[:each]]
+    per_group = min(size // len(groups), *map(len, groups))
+    chosen = [key for group in groups for key in sorted(group)[:per_group]]
     return [example for _, _, example in sorted(chosen, key=lambda key: key[1])]
 
 
@@ -217,8 +217,12 @@ def write_documents(
     # Shuffled: the first documents of the corpus are then a sample of all of it.
     pages = sorted(python_docs(), key=lambda page: hashlib.sha256(page.id.encode()).digest())
     for name, part in domains.items():
-        own = [page for page in pages if page.part == part and split_of(page.id) == "corpus"]
-        write_lines(out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in own))
+        domain_pages = [
+            page for page in pages if page.part == part and split_of(page.id) == "corpus"
+        ]
+        write_lines(
+            out / f"domain-{name}.jsonl", ({"id": p.id, "text": p.text} for p in domain_pages)
+        )
     halves = [LabelledTask(name, partial(_passages, "part", half)) for name, half in HALVES.items()]
     write_corpus(pages, sizes, out, documents, (*TASKS, *halves, PLACE))
     return pages
@@ -229,10 +233,10 @@ def _place_examples(page: PythonDoc) -> Iterator[LabelledText]:
 
     Each third of the scale has equally many, although most documents are short.
     """
-    found = passages(page.text)
-    if len(found) >= _FEWEST:
-        places = {text: number / (len(found) - 1) for number, text in enumerate(found)}
-        for text in found:
+    texts = passages(page.text)
+    if len(texts) >= _FEWEST:
+        places = {text: number / (len(texts) - 1) for number, text in enumerate(texts)}
+        for text in texts:
             third = min(2, int(3 * places[text]))
             yield LabelledText(page.id, text, None, places[text], group=str(third))
 

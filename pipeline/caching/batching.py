@@ -28,7 +28,7 @@ from rekindle.train.running_out import is_out_of_memory
 log = logging.getLogger("rekindle")
 
 Rows = NDArray[np.int64]
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tensor]:
@@ -36,8 +36,8 @@ def padded_inputs(teacher: Teacher, sequences: list[NDArray]) -> dict[str, Tenso
     lengths = np.array([len(s) for s in sequences])
     ids = pad(sequences, lengths, _padding_id(teacher, sequences))
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    seen = note_padding(teacher.tensor(mask), bool(mask.all()))
-    return {"input_ids": teacher.tensor(ids), "attention_mask": seen}
+    attention_mask = note_padding(teacher.tensor(mask), bool(mask.all()))
+    return {"input_ids": teacher.tensor(ids), "attention_mask": attention_mask}
 
 
 def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
@@ -47,11 +47,11 @@ def _padding_id(teacher: Teacher, sequences: list[NDArray]) -> int:
     """
     if teacher.pad_id is not None:
         return teacher.pad_id
-    last = {int(sequence[-1]) for sequence in sequences}
-    chosen = next(i for i in range(len(last) + 1) if i not in last)
+    last_ids = {int(sequence[-1]) for sequence in sequences}
+    pad_id = next(i for i in range(len(last_ids) + 1) if i not in last_ids)
     config: Any = teacher.model.config
-    set_padding(config, chosen)
-    return chosen
+    set_padding(config, pad_id)
+    return pad_id
 
 
 def run_batches(
@@ -60,24 +60,24 @@ def run_batches(
     """Run ``forward`` over batches of the rows with a length > 0. Yield each batch with its results
     and, after each call of ``forward``, whether it was the last.
 
-    On a device that runs beside the host, up to ``teacher.way.most`` batches are in flight: the
-    results of one are fetched while the next is computed. A batch that runs out of memory is
-    halved, and with it the teacher's ``batch_tokens``; the rest of this unit and later units start
-    from there.
+    On a device that runs beside the host, up to ``teacher.transfer.max_in_flight`` batches are in
+    flight: the results of one are fetched while the next is computed. A batch that runs out of
+    memory is halved, and with it the teacher's ``batch_tokens``; the rest of this unit and later
+    units start from there.
     """
-    waiting = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
-    flying = deque[tuple[Rows, Pending]]()
-    while waiting or flying:
-        if waiting and len(flying) < teacher.way.most:
-            rows, waiting = waiting[0], waiting[1:]
-            pending = _in_memory(teacher, lambda rows=rows: forward(rows), rows)  # type: ignore[misc]
+    batches = length_buckets(lengths, teacher.batch_tokens, teacher.equal_lengths)
+    in_flight = deque[tuple[Rows, Pending]]()
+    while batches or in_flight:
+        if batches and len(in_flight) < teacher.transfer.max_in_flight:
+            rows, batches = batches[0], batches[1:]
+            pending = _unless_out_of_memory(teacher, lambda rows=rows: forward(rows), rows)  # type: ignore[misc]
             if pending is not None:
-                flying.append((rows, pending))
-                yield not waiting
+                in_flight.append((rows, pending))
+                yield not batches
                 continue
         else:
-            rows, pending = flying.popleft()
-            columns = _in_memory(teacher, pending, rows)
+            rows, pending = in_flight.popleft()
+            columns = _unless_out_of_memory(teacher, pending, rows)
             if columns is not None:
                 yield rows, columns
                 continue
@@ -100,22 +100,24 @@ def run_batches(
             len(rows),
             teacher.batch_tokens,
         )
-        left = np.zeros_like(lengths)
-        for batch in (rows, *waiting):
-            left[batch] = lengths[batch]
-        waiting = length_buckets(left, teacher.batch_tokens, teacher.equal_lengths)
+        remaining = np.zeros_like(lengths)
+        for batch in (rows, *batches):
+            remaining[batch] = lengths[batch]
+        batches = length_buckets(remaining, teacher.batch_tokens, teacher.equal_lengths)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _in_memory(teacher: Teacher, do: Callable[[], Found], rows: Rows) -> Found | None:
-    """Return ``do()`` for a batch, or None if it runs out of memory (what it held is then free).
+def _unless_out_of_memory(
+    teacher: Teacher, function: Callable[[], Result], rows: Rows
+) -> Result | None:
+    """Return ``function()`` for a batch, or None if it runs out of memory (which is free then).
 
     Raises InputError for a model that fails on this batch. Bugs of Rekindle do not show as torch's
     RuntimeErrors, nor do indices outside a model's tables.
     """
     try:
-        return do()
+        return function()
     except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError, IndexError) as error:
         if not is_out_of_memory(error):
             reason = first_words(error) or repr(error)

@@ -48,9 +48,9 @@ from rekindle.pipeline.caching.first_checks import check_files, rehearse
 from rekindle.pipeline.caching.hard_view import build_hard_masks, hard_view, masks_last
 from rekindle.pipeline.caching.make_unit import Loader
 from rekindle.pipeline.caching.repair import repair_cache
-from rekindle.pipeline.caching.shared_pass import Group, passes, told_of_shared
-from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher, told_of_slow_pass
-from rekindle.pipeline.caching.views import build_views, told_of_pairs
+from rekindle.pipeline.caching.shared_pass import Group, describe_shared_pass, group_by_pass
+from rekindle.pipeline.caching.teachers import TeacherPlan, plan_teacher, slow_pass_warning
+from rekindle.pipeline.caching.views import build_views, few_pairs_warnings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.processes.units import Executor, OnThisMachine, Work
 from rekindle.pipeline.progress import SILENT, Progress
@@ -77,17 +77,17 @@ class StageOne:
 
     def as_text(self) -> str:
         """Return what was done, in one line."""
-        told = (
+        summary = (
             f"{counted(self.corpus_sequences, 'sequence')}; "
             f"{counted(self.units_done, 'unit')} made, {self.units_present} were there "
             "(unit: a teacher's file)"
         )
         if self.units_of_others:
-            told += f", {self.units_of_others} were made by other processes meanwhile"
+            summary += f", {self.units_of_others} were made by other processes meanwhile"
         if not self.repaired:
-            return told
+            return summary
         removed = f"{counted(self.repaired, 'damaged file')} removed"
-        return f"{told}, {removed}, and made again where in use"
+        return f"{summary}, {removed}, and made again where in use"
 
 
 def cache_teachers(
@@ -114,108 +114,127 @@ def cache_teachers(
     make_missing(config)
     store = open_store(config.cache.path)
     refuse_changing(store)
-    made: Counter[str] = Counter()  # shards of the corpus, and units by teacher
-    with reporting_interrupts(lambda: _kept(made, store)):
+    made_counts: Counter[str] = Counter()  # shards of the corpus, and units by teacher
+    with reporting_interrupts(lambda: _describe_work(made_counts, store)):
         rehearse(config, chosen, store)
-    with reporting_interrupts(lambda: _kept(made, store)), adding(store) as alone:
+    with (
+        reporting_interrupts(lambda: _describe_work(made_counts, store)),
+        adding(store) as is_alone,
+    ):
         # Only the first process repairs; later ones skip it.
         repaired = 0
-        if alone is False:
+        if is_alone is False:
             log.info("another process works on %s: the work is shared", store.location)
         else:
             repaired = repair_cache(store, [t.name for t in chosen], check, progress)
         begin_manifest(store)
-        if alone is not False:  # nobody takes records back meanwhile
+        if is_alone is not False:  # nobody takes records back meanwhile
             roll_up_records(store)
-        corpus = _build(store, config, executor or OnThisMachine(), progress, made)
+        corpus = _build_corpus(store, config, executor or OnThisMachine(), progress, made_counts)
         if store.exists(WITHOUT_TEXT):  # it was passed on so, and is whole now
             store.discard(WITHOUT_TEXT)
         for line in remarks(corpus):
             log.info("corpus: %s", line)
         views = build_views(corpus, config, progress)
-        for line in told_of_pairs(corpus, views, chosen):
+        for line in few_pairs_warnings(corpus, views, chosen):
             log.warning("%s", line)
         if config.student is not None:
             for line in told_of_few(config.train, len(corpus)):
                 log.warning("%s", line)
-        hard = hard_view(corpus, config)
-        views = replace(views, masked=hard or views.masked)
+        hard_masks = hard_view(corpus, config)
+        views = replace(views, masked=hard_masks or views.masked)
         for teacher in chosen:
             if teacher.domains is not None:
                 check_domains(corpus, teacher.domains, f"teacher {teacher.name!r}: domains")
         plans = [plan_teacher(teacher, corpus, views, config.cache.seed) for teacher in chosen]
         refuse_renamed(store, [plan.info for plan in plans])
         parts = [part for plan in plans for part in plan_parts(corpus, plan)]
-        before, after = masks_last(parts, hard)
-        _tell_slow(parts, corpus, config.cache.masked_replicas)
-        missed = present = 0
-        here = isinstance(store, LocalStore)
-        room = DiskRoom(Path(store.location) if here else None, "unit")
-        for group in (*passes(before), *passes(after)):
-            if hard and group[0] in after:
-                build_hard_masks(hard, True, progress)
+        before_masks, after_masks = masks_last(parts, hard_masks)
+        _warn_of_slow(parts, corpus, config.cache.masked_replicas)
+        missing_total = present_total = 0
+        is_local = isinstance(store, LocalStore)
+        disk_room = DiskRoom(Path(store.location) if is_local else None, "unit")
+        for group in (*group_by_pass(before_masks), *group_by_pass(after_masks)):
+            if hard_masks and group[0] in after_masks:
+                build_hard_masks(hard_masks, True, progress)
             replicas = config.cache.masked_replicas
-            left: list[tuple[TeacherPlan, list[Unit]]] = []
+            to_make: list[tuple[TeacherPlan, list[Unit]]] = []
             for part in group:
                 info = part.info
                 missing, finished = missing_units(corpus, info.folder, info.view, replicas)
-                present += finished
-                missed += len(missing)
+                present_total += finished
+                missing_total += len(missing)
                 if missing or _lacks_head(info, store):
-                    left.append((part, missing))
-            if left:
-                units = list(dict.fromkeys(unit for _, missing in left for unit in missing))
-                if not alone:  # in step with another process, both would make every unit
+                    to_make.append((part, missing))
+            if to_make:
+                units = list(dict.fromkeys(unit for _, missing in to_make for unit in missing))
+                if not is_alone:  # in step with another process, both would make every unit
                     random.shuffle(units)
-                enough = report_shortage(
+                memory_guard = report_shortage(
                     Path(store.location),
-                    lambda: f"This call: {_kept(made, store)[0]}",
-                    _less_memory(group[0]),
+                    lambda: f"This call: {_describe_work(made_counts, store)[0]}",
+                    _memory_advice(group[0]),
                 )
-                with enough:
-                    _run(left, corpus, units, executor or OnThisMachine(), progress, made, room)
+                with memory_guard:
+                    _run_group(
+                        to_make,
+                        corpus,
+                        units,
+                        executor or OnThisMachine(),
+                        progress,
+                        made_counts,
+                        disk_room,
+                    )
             for part in group:
                 if not part.config.vocabulary:
-                    _tell_kept(corpus, part.info)
+                    _log_kept(corpus, part.info)
                 if part.info.part:
                     store.create(f"{part.info.folder}/{FINISHED_FILE}", seal({}))
-        if hard:
-            build_hard_masks(hard, False, progress)
-        if alone is not False:
+        if hard_masks:
+            build_hard_masks(hard_masks, False, progress)
+        if is_alone is not False:
             roll_up_records(store)
         write_manifest(store)
-    done = made.total() - made["corpus"]
-    return StageOne(len(corpus), done, present, repaired, missed - done)
+    done = made_counts.total() - made_counts["corpus"]
+    return StageOne(len(corpus), done, present_total, repaired, missing_total - done)
 
 
-def _kept(made: Counter[str], store: Store) -> tuple[str, bool]:
+def _describe_work(made_counts: Counter[str], store: Store) -> tuple[str, bool]:
     """Return what an interrupt leaves of this call's work, and whether there is anything to
     continue from.
     """
-    if not made:
+    if not made_counts:
         return "no file was finished", bool(store.names("corpus/commits"))
-    told = [f"{counted(made['corpus'], 'file')} of the corpus"] if made["corpus"] else []
-    told += [f"{counted(n, 'file')} of {name}" for name, n in made.items() if name != "corpus"]
-    return f"made and kept: {', '.join(told)}", True
+    described = (
+        [f"{counted(made_counts['corpus'], 'file')} of the corpus"] if made_counts["corpus"] else []
+    )
+    described += [
+        f"{counted(n, 'file')} of {name}" for name, n in made_counts.items() if name != "corpus"
+    ]
+    return f"made and kept: {', '.join(described)}", True
 
 
-def _build(
-    store: Store, config: RunConfig, executor: Executor, progress: Progress, made: Counter[str]
+def _build_corpus(
+    store: Store,
+    config: RunConfig,
+    executor: Executor,
+    progress: Progress,
+    made_counts: Counter[str],
 ) -> Corpus:
     """Return the corpus. The shard size is the configuration's, else the cache's, else one that
     suits the corpus.
     """
-    asked = config.cache.sequences_per_shard or recorded_shard_size(store)
-    known = store.names("corpus") or (asked and not progress.is_shown)
-    total = None if known else _about_sequences(config.corpus)
+    known_size = config.cache.sequences_per_shard or recorded_shard_size(store)
+    skip_estimate = store.names("corpus") or (known_size and not progress.is_shown)
+    total = None if skip_estimate else _about_sequences(config.corpus)
     with progress.task("corpus", unit="sequences", total=total) as task:
 
         def shard_done(rows: int, tokens: int) -> None:
-            made["corpus"] += 1
+            made_counts["corpus"] += 1
             task.advance(rows, tokens=tokens)
 
-        size = asked or default_shard_size(total)
-        if not asked:
+        size = known_size or default_shard_size(total)
+        if not known_size:
             log.info(
                 "corpus: %s per shard, a file (cache.sequences_per_shard)",
                 counted(size, "sequence"),
@@ -224,16 +243,16 @@ def _build(
         return build_corpus(store, config.corpus, size, shard_done, in_order=in_order)
 
 
-def _tell_slow(parts: Sequence[TeacherPlan], corpus: Corpus, replicas: int) -> None:
+def _warn_of_slow(parts: Sequence[TeacherPlan], corpus: Corpus, replicas: int) -> None:
     """Log, before any teacher runs, which teachers are slow on this device."""
-    working = {
+    parts_with_work = {
         part.info.name: part
         for part in parts
         if missing_units(corpus, part.info.folder, part.info.view, replicas)[0]
     }
-    for part in working.values():
-        if told := told_of_slow_pass(part, corpus):
-            log.warning("%s", told)
+    for part in parts_with_work.values():
+        if warning := slow_pass_warning(part, corpus):
+            log.warning("%s", warning)
 
 
 def _about_sequences(config: CorpusConfig) -> int | None:
@@ -250,12 +269,12 @@ def _lacks_head(info: TeacherInfo, store: Store) -> bool:
     return kind_of(info).has_head and not {*HEAD_FILES} <= {*store.names(info.folder)}
 
 
-def _tell_kept(corpus: Corpus, info: TeacherInfo) -> None:
+def _log_kept(corpus: Corpus, info: TeacherInfo) -> None:
     commits = ShardSet(corpus.store, info.folder).committed()
-    if found := cut_of(info, commits):
-        log.warning("%s", found.as_text(f"teacher {info.name}"))
-    if (error := stored_error(commits)) is not None:
-        log.info("%s", error.as_text(info))
+    if cut := cut_of(info, commits):
+        log.warning("%s", cut.as_text(f"teacher {info.name}"))
+    if (stored := stored_error(commits)) is not None:
+        log.info("%s", stored.as_text(info))
 
 
 def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tuple[list[Unit], int]:
@@ -264,52 +283,55 @@ def missing_units(corpus: Corpus, folder: str, view: str, replicas: int) -> tupl
 
     They are the units of the view itself, or of a teacher that is shown it.
     """
-    each, shards = view_kind(view).numbers(replicas), len(corpus.commits)
-    done = ShardSet(corpus.store, folder).committed()
-    missing = [Unit(*place) for place in done.missing_units(shards, each)]
-    return missing, len(each) * shards - len(missing)
+    replica_numbers, shards = view_kind(view).numbers(replicas), len(corpus.commits)
+    commits = ShardSet(corpus.store, folder).committed()
+    missing = [Unit(*place) for place in commits.missing_units(shards, replica_numbers)]
+    return missing, len(replica_numbers) * shards - len(missing)
 
 
-def _run(
-    left: list[tuple[TeacherPlan, list[Unit]]],
+def _run_group(
+    to_make: list[tuple[TeacherPlan, list[Unit]]],
     corpus: Corpus,
     units: list[Unit],
     executor: Executor,
     progress: Progress,
-    made: Counter[str],
-    room: DiskRoom,
+    made_counts: Counter[str],
+    disk_room: DiskRoom,
 ) -> None:
     """Make the missing ``units``, in that order, of teachers that share their passes."""
-    group = tuple(part for part, _ in left)
-    each = corpus.units.rows
-    rows = sum(int(each[unit.shard]) for _, missing in left for unit in missing)
+    group = tuple(part for part, _ in to_make)
+    shard_rows = corpus.units.rows
+    rows = sum(int(shard_rows[unit.shard]) for _, missing in to_make for unit in missing)
     name = ", ".join(f"{part.info.name} {part.info.part}".strip() for part in group)
-    if sum(map(bool, (missing for _, missing in left))) > 1:
-        log.info("%s", told_of_shared(group))
+    if sum(map(bool, (missing for _, missing in to_make))) > 1:
+        log.info("%s", describe_shared_pass(group))
     for part in group:
-        if executor.elsewhere and part.config.precision == "auto" and not part.info.served:
-            decided = part.info.name, part.info.precision
-            log.info("teacher %s: precision auto is %s, by this machine", *decided)
+        if executor.on_other_machines and part.config.precision == "auto" and not part.info.served:
+            log.info(
+                "teacher %s: precision auto is %s, by this machine",
+                part.info.name,
+                part.info.precision,
+            )
     maskings = len({unit.replica for unit in units})
     name += f", {maskings} maskings" if maskings > 1 else ""
-    room.remaining = len(units)
+    disk_room.remaining = len(units)
     with progress.task(name, unit="sequences", total=rows) as task:
 
         def report(commits: dict[str, Commit]) -> None:
             for teacher, commit in commits.items():
-                if executor.elsewhere:
+                if executor.on_other_machines:
                     _check_arrived(corpus.store, folders[teacher], commit.unit)
-                made[teacher] += 1
+                made_counts[teacher] += 1
                 task.advance(commit.rows, tokens=commit.facts["tokens"], bytes=commit.bytes)
-            room.after(sum(commit.bytes for commit in commits.values()))
+            disk_room.after(sum(commit.bytes for commit in commits.values()))
 
         folders = {part.info.name: part.info.folder for part in group}
         names = " and ".join(f"teacher {name!r}" for name in folders)
-        executor.run(Work(names, Loader(group, corpus), units, *_needs(group)), report)
-    if executor.elsewhere:  # including what a node found already made
-        for part, missing in left:
-            there = {*corpus.store.names(f"{part.info.folder}/commits")}
-            for unit in (unit.name for unit in missing if f"{unit.name}.json" not in there):
+        executor.run(Work(names, Loader(group, corpus), units, *_resources_of(group)), report)
+    if executor.on_other_machines:  # including what a node found already made
+        for part, missing in to_make:
+            committed = {*corpus.store.names(f"{part.info.folder}/commits")}
+            for unit in (unit.name for unit in missing if f"{unit.name}.json" not in committed):
                 _check_arrived(corpus.store, part.info.folder, unit)
 
 
@@ -317,9 +339,9 @@ def _check_arrived(store: Store, folder: str, unit: str) -> None:
     """Raise InputError if another machine's commit does not show up here within
     ARRIVES_WITHIN s.
     """
-    until = time.monotonic() + ARRIVES_WITHIN
+    deadline = time.monotonic() + ARRIVES_WITHIN
     while not ShardSet(store, folder).has(unit):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise InputError(
                 f"a node has made unit {unit} of {folder}, or found it made, but this process "
                 f"does not see it in {store.location}: that folder is not shared with the "
@@ -328,20 +350,23 @@ def _check_arrived(store: Store, folder: str, unit: str) -> None:
         time.sleep(0.2)
 
 
-def _needs(group: Group) -> tuple[dict[str, float], dict[str, float]]:
+def _resources_of(group: Group) -> tuple[dict[str, float], dict[str, float]]:
     """Return the resources that the most demanding of teachers with a common model needs of a
     cluster's machine, and the longest of their time limits.
     """
-    needs, within = dict[str, float](), dict[str, float]()
+    needs, time_limits = dict[str, float](), dict[str, float]()
     for part in group:
-        asked = part.config.resources
-        for found, values in ((needs, asked.of_ray()), (within, asked.within())):
+        resources = part.config.resources
+        for largest, values in (
+            (needs, resources.ray_resources()),
+            (time_limits, resources.time_limits()),
+        ):
             for name, amount in values.items():
-                found[name] = max(amount, found.get(name, 0))
-    return needs, within
+                largest[name] = max(amount, largest.get(name, 0))
+    return needs, time_limits
 
 
-def _less_memory(plan: TeacherPlan) -> str:
+def _memory_advice(plan: TeacherPlan) -> str:
     return (
         f"Teacher {plan.info.name!r} itself does not fit: set its precision to bf16 (now "
         f"{plan.info.precision}; fp16 on older devices), give it fewer --workers beside it, or "

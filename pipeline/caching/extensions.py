@@ -23,52 +23,54 @@ def plan_parts(corpus: Corpus, plan: TeacherPlan) -> list[TeacherPlan]:
     A smaller k or fewer temperatures than cached need no new part. Raises CacheMismatchError if the
     cache holds another teacher of that name.
     """
-    wanted = plan.info
-    if not is_described(corpus.store, wanted.name):
+    requested = plan.info
+    if not is_described(corpus.store, requested.name):
         return [plan]
-    infos = read_parts(corpus.store, wanted.name)
+    infos = read_parts(corpus.store, requested.name)
     base = infos[0]
-    if not (kind_of(base).can_grow and kind_of(wanted).can_grow):
-        check_same(corpus, base, wanted)
+    if not (kind_of(base).can_grow and kind_of(requested).can_grow):
+        check_same(corpus, base, requested)
         return [replace(plan, info=base)]
-    as_begun = {key: getattr(base, key) for key in ("k", "temperatures", "estimator")}
-    check_same(corpus, base, wanted.model_copy(update=as_begun))
-    main = _main_part(corpus, infos, wanted)
-    tails = _tails(infos, main, wanted)
+    cached_settings = {key: getattr(base, key) for key in ("k", "temperatures", "estimator")}
+    check_same(corpus, base, requested.model_copy(update=cached_settings))
+    main = _main_part(corpus, infos, requested)
+    tails = _tails(infos, main, requested)
     return [replace(plan, info=info) for info in (main, *tails)]
 
 
-def _main_part(corpus: Corpus, infos: list[TeacherInfo], wanted: TeacherInfo) -> TeacherInfo:
+def _main_part(corpus: Corpus, infos: list[TeacherInfo], requested: TeacherInfo) -> TeacherInfo:
     """Return the part with the candidates: the one that readers use, if it has enough of them."""
-    assert wanted.k is not None
-    used = TeacherReader(corpus, infos).main.info
-    if (used.k or 0) >= wanted.k:
-        return used
-    enough = [i for i in infos if kind_of(i).can_grow and (i.k or 0) >= wanted.k]
-    if enough:
-        return min(enough, key=lambda info: info.k or 0)
-    temperatures = {t for info in infos for t in info.temperatures} | {*wanted.temperatures}
-    changed = {"part": f"k{wanted.k}", "temperatures": tuple(sorted(temperatures))}
-    return wanted.model_copy(update=changed)
+    assert requested.k is not None
+    current = TeacherReader(corpus, infos).main.info
+    if (current.k or 0) >= requested.k:
+        return current
+    large_enough = [i for i in infos if kind_of(i).can_grow and (i.k or 0) >= requested.k]
+    if large_enough:
+        return min(large_enough, key=lambda info: info.k or 0)
+    temperatures = {t for info in infos for t in info.temperatures} | {*requested.temperatures}
+    changes = {"part": f"k{requested.k}", "temperatures": tuple(sorted(temperatures))}
+    return requested.model_copy(update=changes)
 
 
-def _tails(infos: list[TeacherInfo], main: TeacherInfo, wanted: TeacherInfo) -> list[TeacherInfo]:
+def _tails(
+    infos: list[TeacherInfo], main: TeacherInfo, requested: TeacherInfo
+) -> list[TeacherInfo]:
     """Return the parts for temperatures that ``main`` lacks: those begun, and perhaps a new one."""
-    lacking = {*wanted.temperatures} - {*main.temperatures}
-    begun = [info for info in infos if info.extends == main.part]
-    for info in begun:
-        lacking -= {*info.temperatures}
-    if not lacking:
-        return begun
-    temperatures = tuple(sorted(lacking))
+    missing = {*requested.temperatures} - {*main.temperatures}
+    existing = [info for info in infos if info.extends == main.part]
+    for info in existing:
+        missing -= {*info.temperatures}
+    if not missing:
+        return existing
+    temperatures = tuple(sorted(missing))
     name = f"k{main.k}-tau-" + "-".join(repr(t).removesuffix(".0") for t in temperatures)
     if len(name) > LONGEST_PART:
         name = f"k{main.k}-tau-" + xxhash.xxh3_64_hexdigest(repr(temperatures).encode())
-    changed = {
+    changes = {
         "kind": "tails",
         "part": name,
         "extends": main.part,
         "temperatures": temperatures,
         "codec": "default",
     }
-    return [*begun, main.model_copy(update=changed)]
+    return [*existing, main.model_copy(update=changes)]

@@ -26,7 +26,7 @@ from rekindle.train.objective.terms import check_terms
 from rekindle.train.prepare import check_tokenizer
 from rekindle.train.student import check_student
 
-SEQUENCES = 64  # of the corpus
+FIRST_SEQUENCES = 64  # of the corpus
 
 
 def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None) -> None:
@@ -36,15 +36,15 @@ def check_files(teachers: Sequence[TeacherConfig], student: StudentConfig | None
     """
     for teacher in teachers:
         if teacher.served is None and not missing(teacher.model):
-            who = f"teacher {teacher.name!r}"
-            with naming(who):
+            subject = f"teacher {teacher.name!r}"
+            with naming(subject):
                 directory, _ = find_teacher(teacher)
-            check_teacher_files(directory, teacher.task, f"{who} ({teacher.model})")
-    if student is not None and not missing(student.model) and not _elsewhere(student.model):
+            check_teacher_files(directory, teacher.task, f"{subject} ({teacher.model})")
+    if student is not None and not missing(student.model) and not _is_elsewhere(student.model):
         check_student(student)
 
 
-def _elsewhere(model: str) -> bool:
+def _is_elsewhere(model: str) -> bool:
     """Return whether a student may be on the hub, from where it is not fetched to cache teachers,
     or is made by an earlier stage.
     """
@@ -63,11 +63,11 @@ def rehearse(config: RunConfig, teachers: Sequence[TeacherConfig], store: Store)
     if store.exists(MANIFEST):
         return  # a corpus that exists, or was begun, was rehearsed
     with tempfile.TemporaryDirectory(prefix="rekindle-first-") as folder:
-        few = min(SEQUENCES, config.corpus.limit_sequences or SEQUENCES)
+        limit = min(FIRST_SEQUENCES, config.corpus.limit_sequences or FIRST_SEQUENCES)
         corpus = build_corpus(
             LocalStore(Path(folder)),
-            config.corpus.model_copy(update={"limit_sequences": few}),
-            SEQUENCES,
+            config.corpus.model_copy(update={"limit_sequences": limit}),
+            FIRST_SEQUENCES,
             tell=False,
         )
         plan_all(corpus, config, teachers)
@@ -78,15 +78,15 @@ def plan_all(corpus: Corpus, config: RunConfig, teachers: Sequence[TeacherConfig
 
     Raises InputError for a teacher that cannot teach on it, or not what the objective asks.
     """
-    masks = config.cache
-    if masks.mask.policy == "hard":  # its masks are unknown yet: any others serve here
-        masks = masks.model_copy(update={"mask": MaskConfig()})
-    views = build_views(corpus, config.model_copy(update={"cache": masks}), SILENT)
-    plans = [plan_teacher(teacher, corpus, views, masks.seed) for teacher in teachers]
+    cache_config = config.cache
+    if cache_config.mask.policy == "hard":  # its masks are unknown yet: any others serve here
+        cache_config = cache_config.model_copy(update={"mask": MaskConfig()})
+    views = build_views(corpus, config.model_copy(update={"cache": cache_config}), SILENT)
+    plans = [plan_teacher(teacher, corpus, views, cache_config.seed) for teacher in teachers]
     infos = {plan.info.name: plan.info for plan in plans}
     if config.student is None:
         return
-    if not _elsewhere(config.student.model):
+    if not _is_elsewhere(config.student.model):
         check_student(config.student, corpus.tokenizer.size, config.corpus.sequence_length)
         check_tokenizer(corpus, config.student)
     terms = [t for t in config.train.objective.distill if {*t.teachers} <= infos.keys()]

@@ -40,27 +40,27 @@ def mask_teacher(corpus: Corpus, config: RunConfig) -> TeacherInfo:
     assert name is not None
     if is_described(corpus.store, name):
         return read_teacher(corpus.store, name)
-    known = {teacher.name: teacher for teacher in config.teachers}
-    if name not in known:
+    configured = {teacher.name: teacher for teacher in config.teachers}
+    if name not in configured:
         raise InputError(
             f"cache.mask.teacher: there is no teacher {name!r} in the cache {corpus.store.location}"
-            f", and none in the configuration (it has: {', '.join(known) or 'none'}). Add it to "
-            "teachers, as a masked_lm with view: clean"
+            f", and none in the configuration (it has: {', '.join(configured) or 'none'}). Add it "
+            "to teachers, as a masked_lm with view: clean"
         )
-    if known[name].sees_masks:
+    if configured[name].sees_masks:
         raise InputError(
             f"cache.mask.teacher: {name!r} would see the masks that are made from its "
             "losses; give it view: clean"
         )
-    return plan_teacher(known[name], corpus, Views(), config.cache.seed).info
+    return plan_teacher(configured[name], corpus, Views(), config.cache.seed).info
 
 
 def masks_last(
     parts: Sequence[TeacherPlan], masks: HardMaskedView | None
 ) -> tuple[list[TeacherPlan], list[TeacherPlan]]:
     """Split ``parts`` into those that can be made before ``masks`` and those shown the masks."""
-    shown = [part for part in parts if masks is not None and part.info.view == masks.name]
-    return [part for part in parts if part not in shown], shown
+    shown_masks = [part for part in parts if masks is not None and part.info.view == masks.name]
+    return [part for part in parts if part not in shown_masks], shown_masks
 
 
 def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) -> None:
@@ -69,7 +69,7 @@ def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) ->
     If it has not, log that; raises InputError if the masks are ``needed`` now.
     """
     corpus, name = masks.corpus, masks.teacher.name
-    if not _complete(corpus, name):
+    if not _is_complete(corpus, name):
         if needed:
             raise InputError(
                 f"teachers with view: masked see what teacher {name!r} finds hard, and it has not "
@@ -82,7 +82,7 @@ def build_hard_masks(masks: HardMaskedView, needed: bool, progress: Progress) ->
         masks.build()
 
 
-def _complete(corpus: Corpus, name: str) -> bool:
+def _is_complete(corpus: Corpus, name: str) -> bool:
     """Return whether the part of the teacher's targets that is read has every shard."""
     if not is_described(corpus.store, name):
         return False

@@ -21,39 +21,39 @@ Finish = Callable[[Arrays], Columns]  # makes columns of results on the host
 Pending = Callable[[], Columns]  # waits for results, and returns their columns
 
 
-class Way(Protocol):
-    """``most``: batches that may be on their way back at once, which bounds memory."""
+class Transfer(Protocol):
+    """``max_in_flight``: batches that may be on their way back at once, which bounds memory."""
 
-    most: int
+    max_in_flight: int
 
     def send(self, values: NDArray) -> Tensor:
         """Return an array on the device; its memory may not be written to any more."""
         ...
 
-    def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
+    def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
         """Begin to fetch results; the returned function gives their columns, once."""
         ...
 
 
-class Here(Way):
+class NoTransfer(Transfer):
     """No transfer: host and device are one."""
 
-    most = 1
+    max_in_flight = 1
 
     def send(self, values: NDArray) -> Tensor:
         """Return the array as a tensor."""
         return torch.from_numpy(values)
 
-    def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
+    def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
         """Finish at once, so that running out of memory shows with its own batch."""
-        columns = finish({name: values.numpy() for name, values in found.items()})
+        columns = finish({name: values.numpy() for name, values in results.items()})
         return lambda: columns
 
 
-class ToGpu(Way):
+class GpuTransfer(Transfer):
     """To a CUDA device, and back."""
 
-    most = 2
+    max_in_flight = 2
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -64,35 +64,35 @@ class ToGpu(Way):
         """Return the array on the device; the copy completes before its first use."""
         return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
 
-    def fetch(self, found: Mapping[str, Tensor], finish: Finish) -> Pending:
+    def fetch(self, results: Mapping[str, Tensor], finish: Finish) -> Pending:
         """Copy to pinned memory, which is freed as soon as it has been read."""
         pinned: dict[str, Tensor] = {}
         events: list[torch.cuda.Event] = []
-        for device in dict.fromkeys(values.device for values in found.values()):
+        for device in dict.fromkeys(values.device for values in results.values()):
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
-            side = self._streams[device]
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for name, values in found.items():
+            copy_stream = self._streams[device]
+            copy_stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(copy_stream):
+                for name, values in results.items():
                     if values.device == device:
-                        room = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-                        pinned[name] = room.copy_(values, non_blocking=True)
-                        values.record_stream(side)
+                        buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                        pinned[name] = buffer.copy_(values, non_blocking=True)
+                        values.record_stream(copy_stream)
                 events.append(torch.cuda.Event())
-                events[-1].record(side)
+                events[-1].record(copy_stream)
 
-        def read() -> Columns:
+        def wait_and_finish() -> Columns:
             for event in events:
                 event.synchronize()
-            arrays = {name: np.array(pinned[name].numpy()) for name in found}
+            arrays = {name: np.array(pinned[name].numpy()) for name in results}
             pinned.clear()
             return finish(arrays)
 
-        return read
+        return wait_and_finish
 
 
-def way_to(device: str) -> Way:
+def transfer_to(device: str) -> Transfer:
     """Return the transfers to a device, given by its name."""
-    found = torch.device(device)
-    return ToGpu(found) if found.type == "cuda" else Here()
+    torch_device = torch.device(device)
+    return GpuTransfer(torch_device) if torch_device.type == "cuda" else NoTransfer()

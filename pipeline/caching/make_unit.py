@@ -28,7 +28,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.writing import claim_teacher, write_targets
 from rekindle.pipeline.caching.compute_unit import Steps, Unit, UnitResult, begin_unit, run_unit
 from rekindle.pipeline.caching.served_units import ServedTeacher
-from rekindle.pipeline.caching.shared_out import tell, told
+from rekindle.pipeline.caching.shared_out import receive_message, send_message
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 
 
@@ -40,20 +40,20 @@ class UnitRunner:
     def __init__(self, plans: Sequence[TeacherPlan], corpus: Corpus):
         self.corpus = corpus
         first = Teacher(plans[0], corpus)
-        self.teachers = [first, *(first.beside(plan) for plan in plans[1:])]
+        self.teachers = [first, *(first.with_plan(plan) for plan in plans[1:])]
         self.heads = {
             teacher.info.name: teacher.output_matrix()
             for teacher in self.teachers
             if kind_of(teacher.info).has_head
         }
         self.plans, info = plans, first.info
-        self.kept = None  # reads the part whose ids the tails belong to
+        self.id_reader = None  # reads the part whose ids the tails belong to
         if info.extends is not None:
             main = read_teacher(corpus.store, info.name, info.extends)
-            self.kept = TeacherReader(corpus, [main], first.view)
+            self.id_reader = TeacherReader(corpus, [main], first.view)
 
-    def store_lost(self) -> None:
-        """Write lost matrices of described teachers."""
+    def store_lost_heads(self) -> None:
+        """Write again the output matrices that described teachers have lost."""
         for teacher in self.teachers:
             if is_described(self.corpus.store, teacher.info.name):
                 self._store_head(teacher.info)
@@ -69,71 +69,79 @@ class UnitRunner:
         Skips a teacher for which another process has made the unit meanwhile: two processes started
         on one cache share the work.
         """
-        left = self._left(unit)
-        if not left:
+        teachers = self._teachers_without(unit)
+        if not teachers:
             return {}
-        began = time.perf_counter()
-        if self.shared_out:
-            tell(unit)
-        result = self.run(unit, left)
-        return self._write(unit, left, result, time.perf_counter() - began)
+        start_time = time.perf_counter()
+        if self.is_split:
+            send_message(unit)
+        result = self.run(unit, teachers)
+        return self._write(unit, teachers, result, time.perf_counter() - start_time)
 
-    def several(self, units: Iterable[Unit]) -> Iterator[dict[str, Commit]]:
+    def run_many(self, units: Iterable[Unit]) -> Iterator[dict[str, Commit]]:
         """Make units as ``make`` does, in their order.
 
         A device that runs beside the host is given a unit's first batch before the last results of
         the unit before are fetched, and a thread writes meanwhile: a kill costs at most two units
         and a begun third.
         """
-        if self.teachers[0].way.most == 1 or self.shared_out:
+        if self.teachers[0].transfer.max_in_flight == 1 or self.is_split:
             yield from map(self.make, units)
             return
-        written = deque[Future[dict[str, Commit]]]()
+        writes = deque[Future[dict[str, Commit]]]()
         with ThreadPoolExecutor(1, "write") as writer:
-            for one, result, seconds in overlapped(map(self._passes, units)):
-                written.append(writer.submit(self._write, one.unit, one.left, result, seconds))
-                while len(written) > 1:  # at most one unit waits to be written
-                    yield written.popleft().result()
-            while written:
-                yield written.popleft().result()
+            for unit_passes, result, seconds in overlapped(map(self._passes_of, units)):
+                writes.append(
+                    writer.submit(
+                        self._write, unit_passes.unit, unit_passes.teachers, result, seconds
+                    )
+                )
+                while len(writes) > 1:  # at most one unit waits to be written
+                    yield writes.popleft().result()
+            while writes:
+                yield writes.popleft().result()
 
-    def _passes(self, unit: Unit) -> "_Passes":
+    def _passes_of(self, unit: Unit) -> "_Passes":
         """Return the passes that a unit needs; none if all teachers have it."""
-        left = self._left(unit)
-        if not left:
-            return _Passes(unit, left, iter(()), _NOTHING)
-        return _Passes(unit, left, begin_unit(left[0], unit, kept=self.kept, beside=left[1:]))
+        teachers = self._teachers_without(unit)
+        if not teachers:
+            return _Passes(unit, teachers, iter(()), _EMPTY)
+        return _Passes(
+            unit,
+            teachers,
+            begin_unit(teachers[0], unit, stored=self.id_reader, others=teachers[1:]),
+        )
 
-    def _left(self, unit: Unit) -> list[Teacher]:
+    def _teachers_without(self, unit: Unit) -> list[Teacher]:
         """Return the teachers that lack this unit."""
         store = self.corpus.store
         return [t for t in self.teachers if not ShardSet(store, t.info.folder).has(unit.name)]
 
     def _write(
-        self, unit: Unit, left: Sequence[Teacher], result: UnitResult, seconds: float
+        self, unit: Unit, teachers: Sequence[Teacher], result: UnitResult, seconds: float
     ) -> dict[str, Commit]:
-        """Write the targets of the teachers that lack the unit (``left``), from passes that took
-        ``seconds``.
-        """
-        if not left:
+        """Write a unit of ``teachers``, from passes that took ``seconds``."""
+        if not teachers:
             return {}
         # Each is charged its part of the passes, and the writing of its own file.
-        spent, made = seconds / len(left), {}
-        for teacher, own in zip(left, (result, *result.beside), strict=True):
-            began = time.perf_counter() - spent
+        seconds_each, commits = seconds / len(teachers), {}
+        for teacher, teacher_result in zip(teachers, (result, *result.others), strict=True):
+            start_time = time.perf_counter() - seconds_each
             self._store_head(teacher.info)
-            made[teacher.info.name] = write_unit(teacher.info, self.corpus, unit, own, began)
-        return made
+            commits[teacher.info.name] = write_unit(
+                teacher.info, self.corpus, unit, teacher_result, start_time
+            )
+        return commits
 
     @property
-    def shared_out(self) -> bool:
+    def is_split(self) -> bool:
         """Whether other processes make a part of each pass."""
         return self.plans[0].config.tp_plan is not None
 
     def run(self, unit: Unit, teachers: Sequence[Teacher]) -> UnitResult:
         """Compute a unit of teachers that share its passes; write nothing."""
-        first, *beside = teachers
-        return run_unit(first, unit, kept=self.kept, beside=beside)
+        first, *others = teachers
+        return run_unit(first, unit, stored=self.id_reader, others=others)
 
     def _store_head(self, info: TeacherInfo) -> None:
         """Store the matrix after the teacher's description, and before any unit."""
@@ -156,8 +164,8 @@ class ServedRunner:
         info, corpus = self.teacher.info, self.teacher.corpus
         if ShardSet(corpus.store, info.folder).has(unit.name):
             return {}
-        began = time.perf_counter()
-        return {info.name: write_unit(info, corpus, unit, self.teacher.unit(unit), began)}
+        start_time = time.perf_counter()
+        return {info.name: write_unit(info, corpus, unit, self.teacher.unit(unit), start_time)}
 
 
 @dataclass(frozen=True)
@@ -176,16 +184,16 @@ class Loader:
         if self.plans[0].config.served is not None:
             return ServedRunner(self.plans[0], self.corpus).make
         if self.plans[0].config.tp_plan is not None:
-            tell((self.plans, self.corpus.store.location))
+            send_message((self.plans, self.corpus.store.location))
         runner = UnitRunner(self.plans, self.corpus)
-        runner.store_lost()
+        runner.store_lost_heads()
         return runner
 
     def __reduce__(self) -> tuple[object, ...]:
         return partial, (_load, self.plans, self.corpus.store.location)
 
 
-_NOTHING = UnitResult(np.zeros(0, np.int64), {})
+_EMPTY = UnitResult(np.zeros(0, np.int64), {})
 
 
 class _Passes:
@@ -194,12 +202,12 @@ class _Passes:
     def __init__(
         self,
         unit: Unit,
-        left: list[Teacher],
+        teachers: list[Teacher],
         steps: Steps | Iterator[bool],
         result: UnitResult | None = None,
     ):
-        self.unit, self.left, self.steps, self.result = unit, left, steps, result
-        self.began = time.perf_counter()
+        self.unit, self.teachers, self.steps, self.result = unit, teachers, steps, result
+        self.start_time = time.perf_counter()
 
     def step(self) -> bool:
         """Give the device one more batch; return whether it was the last."""
@@ -217,22 +225,22 @@ class _Passes:
 
 
 def overlapped(
-    begun: Iterable[_Passes],
+    all_passes: Iterable[_Passes],
 ) -> Iterator[tuple[_Passes, UnitResult, float]]:
     """Yield the results of units in their order, and the seconds that each took. The device gets a
     unit's first batch after the last batch of the unit before, whose results are fetched then.
     """
-    last, done = None, 0.0
-    for passes in chain(begun, [None]):
-        given_all = passes is None or passes.step()
-        if last is not None:
-            result, now = last.end(), time.perf_counter()
+    previous, previous_end = None, 0.0
+    for passes in chain(all_passes, [None]):
+        is_complete = passes is None or passes.step()
+        if previous is not None:
+            result, now = previous.end(), time.perf_counter()
             # A unit begun while another ran is timed from the end of that one.
-            yield last, result, now - max(last.began, done)
-            done = now
-        while passes is not None and not given_all:
-            given_all = passes.step()
-        last = passes
+            yield previous, result, now - max(previous.start_time, previous_end)
+            previous_end = now
+        while passes is not None and not is_complete:
+            is_complete = passes.step()
+        previous = passes
 
 
 def _load(plans: Sequence[TeacherPlan], location: str) -> Callable[[Unit], dict[str, Commit]]:
@@ -242,7 +250,7 @@ def _load(plans: Sequence[TeacherPlan], location: str) -> Callable[[Unit], dict[
 def follow() -> None:
     """Make the passes that the main process makes, and keep nothing, until it is done."""
     runner = None
-    while (message := told()) is not None:
+    while (message := receive_message()) is not None:
         if isinstance(message, Unit):
             assert runner is not None
             runner.run(message, runner.teachers)
@@ -257,14 +265,16 @@ def write_unit(
     corpus: Corpus,
     unit: Unit,
     result: UnitResult,
-    began: float | None = None,
+    start_time: float | None = None,
 ) -> Commit:
-    """Write and commit one unit. ``began``: the time by ``time.perf_counter`` when work on it
+    """Write and commit one unit. ``start_time``: the time by ``time.perf_counter`` when work on it
     began; the record then states the seconds until all was encoded.
     """
 
-    def late() -> dict[str, float]:
-        return {} if began is None else {SECONDS: round(time.perf_counter() - began, 6)}
+    def seconds_taken() -> dict[str, float]:
+        return {} if start_time is None else {SECONDS: round(time.perf_counter() - start_time, 6)}
 
     place = (unit.shard, unit.replica)
-    return write_targets(info, corpus, place, result.rows, result.columns, result.facts, late)
+    return write_targets(
+        info, corpus, place, result.rows, result.columns, result.facts, seconds_taken
+    )

@@ -38,49 +38,49 @@ def repair_cache(
     store would have to send all of it. Without it, only damaged descriptions and commit records are
     found.
     """
-    removed = 0
+    removed_count = 0
     imported = imported_teachers(store)
     teachers = {*teachers} - {*imported}
     for name, error in damaged_descriptions(store).items():
         if not _can_be_made(name, teachers):
-            _tell_imported(name, error, imported)
+            _log_imported(name, error, imported)
             continue
         log.warning("%s: made again", describe_damage(error).rstrip("."))
         store.discard(name)
         if name.endswith("head.safetensors"):
             store.discard(name.replace("head.safetensors", "head.json"))
-        removed += 1
-    whole = isinstance(store, LocalStore) if check is None else check
+        removed_count += 1
+    check_all = isinstance(store, LocalStore) if check is None else check
     with progress.task("check", unit="shards") as task:
         for shards in shard_sets(store):
             if not _can_be_made(shards.folder, teachers):
                 for problem in shards.survey()[1].values() if imported else ():
-                    _tell_imported(shards.folder, problem, imported)
+                    _log_imported(shards.folder, problem, imported)
                 continue
 
             def check_bytes(commit: Commit, shards: ShardSet = shards) -> None:
                 task.advance(1, bytes=commit.bytes)
                 shards.check(commit)
 
-            sound, damaged = shards.survey(check_bytes if whole else None)
-            if whole and not damaged and (wrong := shards.records.roll_up_error(sound)):
-                log.warning("%s: made again", describe_damage(wrong).rstrip("."))
+            sound, damaged = shards.survey(check_bytes if check_all else None)
+            if check_all and not damaged and (roll_up_error := shards.records.roll_up_error(sound)):
+                log.warning("%s: made again", describe_damage(roll_up_error).rstrip("."))
                 shards.records.forget_roll_up()
-                removed += 1
+                removed_count += 1
             for unit, problem in damaged.items():
                 log.warning("%s: made again", describe_damage(problem).rstrip("."))
                 shards.forget(unit)
-            removed += len(damaged)
+            removed_count += len(damaged)
     _restore_additions(store)
     for folder in target_folders(store):
         _restore_description(store, folder)
-    return removed
+    return removed_count
 
 
-def _tell_imported(name: str, error: CacheFormatError, imported: Collection[str]) -> None:
+def _log_imported(name: str, error: CacheFormatError, imported: Collection[str]) -> None:
     """Log how a damaged part of an imported teacher is made again: not here."""
-    kind, _, rest = name.partition("/")
-    if kind == "targets" and rest.partition("/")[0] in imported:
+    kind, _, remainder = name.partition("/")
+    if kind == "targets" and remainder.partition("/")[0] in imported:
         log.warning(
             "%s: it was imported, so no model can be run for it; `pipeline import-targets` "
             "with the original rows and provenance makes it again",
@@ -89,8 +89,8 @@ def _tell_imported(name: str, error: CacheFormatError, imported: Collection[str]
 
 
 def _can_be_made(name: str, teachers: Collection[str]) -> bool:
-    kind, _, rest = name.partition("/")
-    return kind != "targets" or rest.partition("/")[0] in teachers
+    kind, _, remainder = name.partition("/")
+    return kind != "targets" or remainder.partition("/")[0] in teachers
 
 
 def _restore_additions(store: Store) -> None:
@@ -99,27 +99,27 @@ def _restore_additions(store: Store) -> None:
     commits = shards.survey()[0]
     if not commits:
         return
-    last = shards.open(commits.last_commit).metadata.get("stage", 0)
-    if all(store.exists(info_name(number)) for number in range(last + 1)):
+    newest = shards.open(commits.last_commit).metadata.get("stage", 0)
+    if all(store.exists(info_name(number)) for number in range(newest + 1)):
         return
-    said = {int(one.unit): shards.open(one).metadata for one in commits.records()}
-    for number in sorted({about.get("stage", 0) for about in said.values()}):
+    metadata_of = {int(commit.unit): shards.open(commit).metadata for commit in commits.records()}
+    for number in sorted({metadata.get("stage", 0) for metadata in metadata_of.values()}):
         if store.exists(info_name(number)):
             continue
-        first = min(n for n, about in said.items() if about.get("stage", 0) == number)
-        if not {*range(first)} <= said.keys():
+        first = min(n for n, metadata in metadata_of.items() if metadata.get("stage", 0) == number)
+        if not {*range(first)} <= metadata_of.keys():
             raise CacheFormatError(
                 f"{store.location}/{info_name(number)} and corpus shards before {first} are both "
                 "damaged: the start of that part of the corpus is lost. Restore the cache from a "
                 "copy"
             )
-        before = sum(commits[unit_of(n)].rows for n in range(first))
-        config = said[first]["config"]
-        lost = f"{store.location}/{info_name(number)} is lost; to write it again, what was read "
-        with naming(f"{lost}must be where it was"):
+        rows_before = sum(commits[unit_of(n)].rows for n in range(first))
+        config = metadata_of[first]["config"]
+        subject = f"{store.location}/{info_name(number)} is lost; to write it again, what was read "
+        with naming(f"{subject}must be where it was"):
             present = find_present(recorded_entries(config))
-        addition = new_addition(config, present, number, first, before)
-        describe_addition(store, addition, said[first]["tokenizer"])
+        addition = new_addition(config, present, number, first, rows_before)
+        describe_addition(store, addition, metadata_of[first]["tokenizer"])
 
 
 def _restore_description(store: Store, folder: str) -> None:

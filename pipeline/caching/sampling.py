@@ -25,7 +25,7 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-ROOM = 62  # bits of an int64 that sums may fill
+SUM_BITS = 62  # bits of an int64 that sums may fill
 CDF_BITS = 52  # fixed point of the inverse CDF: ids below 2^-52 are never drawn
 LOWEST_EXPONENT = -60  # rows with a smaller k-th probability are scaled as if it were 2^-60
 
@@ -50,11 +50,11 @@ def row_keys(
     """
     if len(digests) != len(positions):
         raise ValueError(f"{len(digests)} digests for {len(positions)} positions; one per row")
-    place = {digest: index for index, digest in enumerate(dict.fromkeys(digests))}
-    purpose = f"sample\0{seed}\0{replica}\0"
-    hashes = b"".join(xxhash.xxh3_128_digest((purpose + digest).encode()) for digest in place)
+    index_of = {digest: index for index, digest in enumerate(dict.fromkeys(digests))}
+    prefix = f"sample\0{seed}\0{replica}\0"
+    hashes = b"".join(xxhash.xxh3_128_digest((prefix + digest).encode()) for digest in index_of)
     words = np.frombuffer(hashes, ">u8").astype(np.uint64).reshape(-1, 2)
-    keys = words[np.array([place[digest] for digest in digests], np.int64)]
+    keys = words[np.array([index_of[digest] for digest in digests], np.int64)]
     keys[:, 1] += positions.astype(np.uint64)  # wraps
     return keys.view(np.int64)
 
@@ -110,73 +110,73 @@ def threshold_sample(probs: Tensor, k: int, u: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not 1 <= k <= probs.shape[1]:
         raise ValueError(f"k = {k} entries of a vocabulary of {probs.shape[1]}; 1 ≤ k ≤ V")
-    top, ids, scale = _largest(probs, k)
+    top, ids, scale = _largest_probs(probs, k)
     # Weights are integers, in units of 1/scale. θ ≤ t_k + (the sum outside the k) ≤ V·t_k, so
     # weights above V·t_k are kept exactly and may be capped there: no sum then exceeds k·V·t_k.
-    cap = 2.0 ** (ROOM - k.bit_length())
+    cap = 2.0 ** (SUM_BITS - k.bit_length())
     capped = (top * scale).clamp_(max=cap)
     weights = (probs * scale).scatter_(1, ids, capped).to(torch.int64)
     largest = capped.to(torch.int64)
-    before = largest.cumsum(1) - largest
-    rest = weights.sum(1, keepdim=True) - before  # [N,k], the mass from each rank on
+    mass_before = largest.cumsum(1) - largest
+    remaining = weights.sum(1, keepdim=True) - mass_before  # [N,k], the mass from each rank on
     rank = torch.arange(k, device=probs.device)
     # The exact ones are a prefix: once t₍ₘ₊₁₎ < θₘ = restₘ/(k − m), θ rises with m.
-    exact = largest * (k - rank) >= rest
-    kept = exact.sum(1, keepdim=True)
-    drawn = k - kept
-    mass = rest.gather(1, kept.clamp(max=k - 1)) * (drawn > 0)
+    exact = largest * (k - rank) >= remaining
+    exact_count = exact.sum(1, keepdim=True)
+    draw_count = k - exact_count
+    mass = remaining.gather(1, exact_count.clamp(max=k - 1)) * (draw_count > 0)
     weights.scatter_(1, ids, largest.masked_fill_(exact, 0))
     # The points are a whole `gap` apart, and every weight ≤ gap: no id can be hit twice.
-    points_wanted = drawn.clamp(min=1)
-    gap = mass // points_wanted
+    point_count = draw_count.clamp(min=1)
+    gap = mass // point_count
     # u·gap may round up to gap, which need not be exact in float64.
     start = torch.minimum((u[:, None] * gap).to(torch.int64), (gap - 1).clamp_(min=0))
-    points = start + gap * (rank - kept).clamp_(min=0)
+    points = start + gap * (rank - exact_count).clamp_(min=0)
     picked = torch.searchsorted(weights.cumsum_(1), points, right=True)
-    theta = (mass.to(torch.float64) / points_wanted / scale).to(torch.float32)
+    theta = (mass.to(torch.float64) / point_count / scale).to(torch.float32)
     return torch.where(exact, ids, picked), torch.where(exact, top, theta)
 
 
-def _largest(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _largest_probs(probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k largest [N,k] by falling value, ties by id, their ids, and the row's scale
     [N,1].
 
     The scale is a power of two that leaves room for sums of k·V weights of t_k's size.
     """
-    if not _asks(probs):
-        top, ids = _ordered(probs, k)
+    if not _may_read(probs):
+        top, ids = _top_by_value_and_id(probs, k)
     else:
         top, ids = torch.topk(probs, k, dim=1, sorted=False)
     lowest = top.min(dim=1, keepdim=True).values
     exponent = ((lowest.view(torch.int32) >> 23) - 126).clamp_(min=LOWEST_EXPONENT)  # t_k < 2^e
-    bits = ROOM - k.bit_length() - probs.shape[1].bit_length()
+    bits = SUM_BITS - k.bit_length() - probs.shape[1].bit_length()
     scale = ((bits - exponent + 127) << 23).view(torch.float32)
-    if not _asks(probs):
+    if not _may_read(probs):
         return top, ids, scale
-    short = (lowest * scale < 1)[:, 0]
-    if bool(short.any()):  # topk may return any of the zeros; here those of the lowest ids
-        full, order = torch.sort(probs[short], dim=1, descending=True, stable=True)
-        top[short], ids[short] = full[:, :k], order[:, :k]
+    has_zeros = (lowest * scale < 1)[:, 0]
+    if bool(has_zeros.any()):  # topk may return any of the zeros; here those of the lowest ids
+        full, order = torch.sort(probs[has_zeros], dim=1, descending=True, stable=True)
+        top[has_zeros], ids[has_zeros] = full[:, :k], order[:, :k]
     # One sort by (value, id): non-negative floats have the order of their bits.
     order = (top.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
     order = order.sort(dim=1, descending=True).values
     return (order >> 32).to(torch.int32).view(torch.float32), WORD - (order & WORD), scale
 
 
-def _asks(values: Tensor) -> bool:
+def _may_read(values: Tensor) -> bool:
     """Return whether the values of tensors may be read: on a GPU, that would wait for the
     device.
     """
     return values.device.type == "cpu"
 
 
-def _ordered(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_by_value_and_id(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest [N,k] by falling value, ties by id, and their ids: by one top-k
     of both.
     """
     ids = torch.arange(probs.shape[1], device=probs.device)
-    both = (probs.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
-    order = torch.topk(both, k, dim=1).values
+    combined = (probs.view(torch.int32).to(torch.int64) << 32) | (WORD - ids)
+    order = torch.topk(combined, k, dim=1).values
     return (order >> 32).to(torch.int32).view(torch.float32), WORD - (order & WORD)
 
 
@@ -194,10 +194,10 @@ def random_sample(probs: Tensor, draws: int, u: Tensor) -> tuple[Tensor, Tensor]
     # In float64 u·total < total, since total is exact there: about 2^52.
     points = (u * cumulative[:, -1:]).to(torch.int64)
     picked = torch.searchsorted(cumulative, points, right=True).sort(dim=1).values
-    opens = torch.ones_like(picked)
-    opens[:, 1:] = picked[:, 1:] != picked[:, :-1]
-    place = opens.cumsum(1) - 1
-    ids = torch.full_like(picked, -1).scatter_(1, place, picked)
-    counts = torch.zeros_like(picked).scatter_add_(1, place, torch.ones_like(picked))
+    is_first = torch.ones_like(picked)
+    is_first[:, 1:] = picked[:, 1:] != picked[:, :-1]
+    column = is_first.cumsum(1) - 1
+    ids = torch.full_like(picked, -1).scatter_(1, column, picked)
+    counts = torch.zeros_like(picked).scatter_add_(1, column, torch.ones_like(picked))
     counts, order = counts.sort(dim=1, descending=True, stable=True)
     return ids.gather(1, order), counts.to(torch.uint8)

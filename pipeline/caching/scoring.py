@@ -30,7 +30,7 @@ LOWEST = -1e5  # stands for −inf below the largest logit: its exponential is 0
 
 # The log-probability of an id that is no token, where all are stored: zero in any sum, but finite
 # for a reverse divergence, which multiplies it by the student's probability of the id.
-NOTHING = -100.0
+NO_TOKEN = -100.0
 
 # What some kinds need of each row besides its logits: the keys [N,2] that draw a sample, or the ids
 # [N,K] already stored, for tails.
@@ -49,8 +49,8 @@ def score_hidden(
 
     Like ``scored_blocks``, but waits for the device.
     """
-    for scorer, found in scored_blocks(hidden, head, gold, info, extra, tokens):
-        yield scorer.encoded(found)
+    for scorer, scores in scored_blocks(hidden, head, gold, info, extra, tokens):
+        yield scorer.encode(scores)
 
 
 def scored_blocks(
@@ -73,20 +73,20 @@ def scored_blocks(
     assert info.vocabulary_size is not None
     if tokens is None:
         tokens = TokenColumns(info.vocabulary_size, np.zeros(0, np.int64), np.zeros(0, np.int64))
-    real, scorer = tokens.cut(head), SCORERS[info.kind](info)
+    head_of_tokens, scorer = tokens.cut(head), SCORERS[info.kind](info)
     device = head.weight.device  # for a model over several devices, the last one
     hidden, gold = hidden.to(device), gold.to(device)
     extra = None if extra is None else extra.to(device)
     step = max(1, LOGITS_BYTES[device.type] // (4 * info.vocabulary_size))
     for start in range(0, len(hidden), step):
         states, truth = hidden[start : start + step], gold[start : start + step]
-        more = None if extra is None else extra[start : start + step]
-        logits = real.logits(states)
+        block_extra = None if extra is None else extra[start : start + step]
+        logits = head_of_tokens.logits(states)
         mass = {} if tokens.rows is None else {MAPPED_MASS: tokens.mapped_mass(logits)}
-        yield scorer, mass | scorer.found(states, tokens.arranged(logits), truth, more)
+        yield scorer, mass | scorer.compute(states, tokens.arranged(logits), truth, block_extra)
 
 
-def _asks(values: Tensor) -> bool:
+def _may_read(values: Tensor) -> bool:
     """Return whether the values of tensors may be read: on a GPU, that would wait for the
     device.
     """
@@ -101,7 +101,7 @@ class Block:
     weights: Tensor  # [N,W] their exponentials, which may be overwritten
     normaliser: Tensor  # [N,1] log Σ weights
     ids: Tensor  # [N,K] the likeliest ids
-    above: Tensor  # [N,K] their logits less the row's largest
+    top_logits: Tensor  # [N,K] their logits less the row's largest
     tail_log_odds: Tensor  # [N,T] log(mass of `ids` / mass outside), for kinds with a tail
 
 
@@ -111,10 +111,10 @@ class Scorer:
     def __init__(self, info: TeacherInfo):
         self.info, self.kind = info, KINDS[info.kind](info)
 
-    def found(
+    def compute(
         self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
     ) -> dict[str, Tensor]:
-        """Return the input of ``encoded`` for a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold``
+        """Return the input of ``encode`` for a block: ``hidden`` [N,H], ``logits`` [N,W], ``gold``
         [N].
         """
         return self.scores(logits, gold, extra)
@@ -124,85 +124,87 @@ class Scorer:
 
         The logits are overwritten. ``gold`` [N] are the true ids. Masses outside the kept ids are
         sums over those outside, never 1 − kept. Raises InputError if the teacher's logits are NaN
-        or +inf; on a GPU, ``encoded`` does that, so as not to wait here.
+        or +inf; on a GPU, ``encode`` does that, so as not to wait here.
         """
         with_tail = self.kind.has_tail
-        own = logits[:, : self.info.vocabulary_size]
-        top, ids = torch.topk(own, self.info.k if with_tail and self.info.k else 1, dim=1)
+        corpus_logits = logits[:, : self.info.vocabulary_size]
+        top, ids = torch.topk(corpus_logits, self.info.k if with_tail and self.info.k else 1, dim=1)
         gold_logit = logits.gather(1, gold[:, None])
         gold_rank = (logits > gold_logit).sum(dim=1)
-        highest = top[:, :1].clone() if own.shape == logits.shape else _largest(logits)
-        wrong = self._wrong(logits, highest)
+        highest = top[:, :1].clone() if corpus_logits.shape == logits.shape else _largest(logits)
+        not_finite = self._check_finite(logits, highest)
         relative = _relative(logits, highest)
         odds, weights = _tail_log_odds(relative, ids if with_tail else None, self.info.temperatures)
-        total = weights.sum(dim=1)
-        entropy = total.log() - torch.einsum("nv,nv->n", weights, relative) / total
-        normaliser = total.log()[:, None]
+        weight_sum = weights.sum(dim=1)
+        entropy = weight_sum.log() - torch.einsum("nv,nv->n", weights, relative) / weight_sum
+        normaliser = weight_sum.log()[:, None]
         gold_log_prob = (gold_logit - highest - normaliser)[:, 0]
         scalars = {"gold_log_prob": gold_log_prob, "gold_rank": gold_rank, "entropy": entropy}
         block = Block(relative, weights, normaliser, ids, top - highest, odds)
-        return scalars | self.kept(block, extra) | wrong
+        return scalars | self.kept_columns(block, extra) | not_finite
 
-    def _wrong(self, logits: Tensor, highest: Tensor) -> dict[str, Tensor]:
+    def _check_finite(self, logits: Tensor, highest: Tensor) -> dict[str, Tensor]:
         """Raise InputError for logits that are NaN or +inf; on a GPU, return whether they are, so
         as not to wait.
         """
-        if not _asks(logits):
-            return {"wrong": ~torch.isfinite(highest).all() | torch.isnan(logits).any()}
+        if not _may_read(logits):
+            return {"not_finite": ~torch.isfinite(highest).all() | torch.isnan(logits).any()}
         if not bool(torch.isfinite(highest).all()) or bool(torch.isnan(logits).any()):
-            raise self._no_numbers()
+            raise self._not_finite()
         return {}
 
-    def _no_numbers(self) -> InputError:
+    def _not_finite(self) -> InputError:
         precision = self.info.precision
-        way = "Try `precision: fp32` for it, and check" if precision != "fp32" else "Check"
+        advice = "Try `precision: fp32` for it, and check" if precision != "fp32" else "Check"
         return InputError(
             f"teacher {self.info.name!r} produced logits that are NaN or infinite in {precision}; "
-            f"its targets would be worthless. {way} the model: its weights may hold NaN"
+            f"its targets would be worthless. {advice} the model: its weights may hold NaN"
         )
 
-    def arrays(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+    def to_host(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return scores on the host; raise InputError if the teacher's logits were NaN or +inf."""
-        found = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in scores.items()}
-        if found.pop("wrong", False):
-            raise self._no_numbers()
-        return found
+        host_arrays = {
+            n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in scores.items()
+        }
+        if host_arrays.pop("not_finite", False):
+            raise self._not_finite()
+        return host_arrays
 
-    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+    def kept_columns(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return what is kept of the rows."""
         return {}
 
-    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+    def encode(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the cache's columns (NumPy) of scores."""
-        found = self.arrays(scores)
+        columns = self.to_host(scores)
         dtype = rank_dtype(self.info.vocabulary_size or 0)
-        return found | {
-            "gold_log_prob": fixed_point(-found["gold_log_prob"]),
-            "gold_rank": np.minimum(found["gold_rank"], np.iinfo(dtype).max).astype(dtype),
-            "entropy": fixed_point(np.maximum(found["entropy"], 0)),
+        return columns | {
+            "gold_log_prob": fixed_point(-columns["gold_log_prob"]),
+            "gold_rank": np.minimum(columns["gold_rank"], np.iinfo(dtype).max).astype(dtype),
+            "entropy": fixed_point(np.maximum(columns["entropy"], 0)),
         }
 
 
 class TopKScorer(Scorer):
     """The K likeliest ids and the mass outside them."""
 
-    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+    def kept_columns(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return ids and log-probabilities [N,K], log(kept mass / mass outside) [N,T]."""
-        log_probs = block.above - block.normaliser
+        log_probs = block.top_logits - block.normaliser
         return {"log_probs": log_probs, "ids": block.ids, "tail_log_odds": block.tail_log_odds}
 
-    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+    def encode(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the cache's columns (NumPy) of scores."""
-        columns = super().encoded(scores)
-        kept = [columns.pop(name) for name in ("ids", "log_probs", "tail_log_odds")]
+        columns = super().encode(scores)
+        parts = [columns.pop(name) for name in ("ids", "log_probs", "tail_log_odds")]
         codec = self.kind.codec
-        return columns | codec.encode(kept[0], kept[1], kept[2], self.info.vocabulary_size or 0)
+        return columns | codec.encode(parts[0], parts[1], parts[2], self.info.vocabulary_size or 0)
 
 
 class ThresholdScorer(TopKScorer):
     """An unbiased sample of K distinct ids."""
 
-    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+    def kept_columns(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return ids, and values that give their probabilities; no mass lies outside."""
         assert self.info.k is not None
         probs, keys = _tempered_probs(block, self.info, extra)
@@ -216,7 +218,7 @@ class ThresholdScorer(TopKScorer):
 class RandomScorer(Scorer):
     """K draws with replacement."""
 
-    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+    def kept_columns(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return the drawn ids [N,K] and their counts."""
         assert self.info.k is not None
         probs, keys = _tempered_probs(block, self.info, extra)
@@ -227,24 +229,26 @@ class RandomScorer(Scorer):
 class DenseScorer(Scorer):
     """The whole distribution."""
 
-    def kept(self, block: Block, extra: Extra) -> dict[str, Tensor]:
+    def kept_columns(self, block: Block, extra: Extra) -> dict[str, Tensor]:
         """Return every log-probability [N,V]."""
-        whole = (block.relative - block.normaliser).masked_fill_(block.relative <= LOWEST, NOTHING)
-        return {"log_probs": whole[:, : self.info.vocabulary_size]}
+        log_probs = (block.relative - block.normaliser).masked_fill_(
+            block.relative <= LOWEST, NO_TOKEN
+        )
+        return {"log_probs": log_probs[:, : self.info.vocabulary_size]}
 
 
 class HiddenScorer(Scorer):
     """The hidden states that the output matrix multiplies."""
 
-    def found(
+    def compute(
         self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
     ) -> dict[str, Tensor]:
         """Return the scalars and the states."""
-        return super().found(hidden, logits, gold, extra) | {"hidden": hidden.float()}
+        return super().compute(hidden, logits, gold, extra) | {"hidden": hidden.float()}
 
-    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+    def encode(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the columns of the scalars and of the states."""
-        columns = super().encoded(scores)
+        columns = super().encode(scores)
         stored, scale = encode_hidden(columns.pop("hidden"))
         return columns | {"hidden": stored, "hidden_scale": scale}
 
@@ -252,19 +256,19 @@ class HiddenScorer(Scorer):
 class TailsScorer(Scorer):
     """Tail masses of ids already stored."""
 
-    def found(
+    def compute(
         self, hidden: Tensor, logits: Tensor, gold: Tensor, extra: Extra
     ) -> dict[str, Tensor]:
         """Return log(kept mass / mass outside) [N,T]."""
         assert extra is not None
         highest = _largest(logits)
-        wrong = self._wrong(logits, highest)
+        not_finite = self._check_finite(logits, highest)
         odds, _ = _tail_log_odds(_relative(logits, highest), extra, self.info.temperatures)
-        return {"tail_log_odds": odds} | wrong
+        return {"tail_log_odds": odds} | not_finite
 
-    def encoded(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
+    def encode(self, scores: Mapping[str, Tensor | NDArray]) -> Columns:
         """Return the odds as they are stored."""
-        return {"tail_log_odds": encode_odds(self.arrays(scores)["tail_log_odds"])}
+        return {"tail_log_odds": encode_odds(self.to_host(scores)["tail_log_odds"])}
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -286,25 +290,25 @@ def _relative(logits: Tensor, highest: Tensor) -> Tensor:
 
 
 def _tail_log_odds(
-    relative: Tensor, kept: Tensor | None, temperatures: tuple[float, ...]
+    relative: Tensor, kept_ids: Tensor | None, temperatures: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return log(kept mass / mass outside) [N,T] at each temperature, and exp(relative) [N,V].
 
-    Without ``kept`` ids, only the latter.
+    Without ``kept_ids``, only the latter.
     """
-    weights, above = torch.empty_like(relative), None
+    weights, written_tau = torch.empty_like(relative), None
     odds = {}
-    for tau in sorted({1.0, *(temperatures if kept is not None else ())}, reverse=True):
-        _exponentials(relative, tau, weights, above)
-        above = tau
-        if kept is not None:
-            inside = weights.gather(1, kept)
-            rest = weights.scatter_(1, kept, 0.0).sum(dim=1)
-            weights.scatter_(1, kept, inside)
-            odds[tau] = inside.sum(dim=1).log() - rest.log()
-    if above != 1.0:  # temperatures below 1 come after it
+    for tau in sorted({1.0, *(temperatures if kept_ids is not None else ())}, reverse=True):
+        _exponentials(relative, tau, weights, written_tau)
+        written_tau = tau
+        if kept_ids is not None:
+            inside = weights.gather(1, kept_ids)
+            outside = weights.scatter_(1, kept_ids, 0.0).sum(dim=1)
+            weights.scatter_(1, kept_ids, inside)
+            odds[tau] = inside.sum(dim=1).log() - outside.log()
+    if written_tau != 1.0:  # temperatures below 1 come after it
         _exponentials(relative, 1.0, weights, None)
-    if kept is None:
+    if kept_ids is None:
         return relative[:, :0], weights
     return torch.stack([odds[tau] for tau in temperatures], dim=1), weights
 
@@ -318,12 +322,12 @@ def _tempered_probs(block: Block, info: TeacherInfo, extra: Extra) -> tuple[Tens
     return block.weights / block.weights.sum(dim=1, keepdim=True), extra
 
 
-def _exponentials(relative: Tensor, tau: float, out: Tensor, above: float | None) -> None:
-    """Write exp(relative/τ) into ``out``, which holds those of the temperature ``above``: squared,
-    if that is 2τ or 4τ.
+def _exponentials(relative: Tensor, tau: float, out: Tensor, written_tau: float | None) -> None:
+    """Write exp(relative/τ) into ``out``, which holds those of the temperature ``written_tau``;
+    they are squared if that is 2τ or 4τ.
     """
-    if above is not None and above / tau in (2.0, 4.0):
-        for _ in range(int(above / tau) // 2):
+    if written_tau is not None and written_tau / tau in (2.0, 4.0):
+        for _ in range(int(written_tau / tau) // 2):
             out.square_()
         return
     torch.div(relative, tau, out=out)

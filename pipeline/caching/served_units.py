@@ -18,9 +18,9 @@ from rekindle.pipeline.caching.batching import joined_columns
 from rekindle.pipeline.caching.compute_unit import Unit, UnitResult
 from rekindle.pipeline.caching.served_plan import Source, check_same_answers
 from rekindle.pipeline.caching.teachers import TeacherPlan
-from rekindle.pipeline.served.answers import Answers
+from rekindle.pipeline.served.answers import AnswerReader
 from rekindle.pipeline.served.in_threads import ask_in_order
-from rekindle.pipeline.served.probes import ask, probes_of
+from rekindle.pipeline.served.probes import ask_probes, probes_of
 
 Rows = Sequence[NDArray]
 
@@ -31,73 +31,75 @@ class ServedTeacher:
     def __init__(self, plan: TeacherPlan, corpus: Corpus):
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.source = Source.of(plan.config)
-        self.answers = Answers(corpus, plan.info)
+        self.answer_reader = AnswerReader(corpus, plan.info)
         self.check_same()
 
     def check_same(self) -> str:
         """Return the digest of the server's present answers to the probes. Raises
         CacheMismatchError if another model answers.
         """
-        known, k = self.info.served, self.info.k
-        assert known is not None
+        served, k = self.info.served, self.info.k
+        assert served is not None
         assert k is not None
-        prompts = [[*probe.input_ids] for probe in known.probes]
+        prompts = [[*probe.input_ids] for probe in served.probes]
         with self.source.naming():
-            said, _ = ask(self.source.server, prompts, k)
-        check_same_answers(known, said, self.config)
-        return digest_of(probes_of(prompts, said, k))
+            answers, _ = ask_probes(self.source.server, prompts, k)
+        check_same_answers(served, answers, self.config)
+        return digest_of(probes_of(prompts, answers, k))
 
     def sequences(
-        self, unit: Unit, only: NDArray[np.int64] | None = None
+        self, unit: Unit, only_rows: NDArray[np.int64] | None = None
     ) -> tuple[list[int], Rows, Rows]:
-        """Return the rows of a unit that have a target (among the rows ``only``) and, of each row
-        of the unit, its tokens and the positions of its targets.
+        """Return the rows of a unit that have a target (of ``only_rows``, if given) and, of each
+        row of the unit, its tokens and the positions of its targets.
         """
         table = self.corpus.shard(unit.shard).table()
         tokens = split_lists(table.to_batches(), "input_ids")
         positions = target_positions(self.corpus, self.info, None, unit.shard, None)
-        chosen, domains = self.info.domains, table["domain"].to_pylist()
-        rows = range(len(tokens)) if only is None else sorted(map(int, only))
-        wanted = [
+        taught, domains = self.info.domains, table["domain"].to_pylist()
+        rows = range(len(tokens)) if only_rows is None else sorted(map(int, only_rows))
+        included = [
             row
             for row in rows
-            if len(positions[row]) and (chosen is None or domains[row] in chosen)
+            if len(positions[row]) and (taught is None or domains[row] in taught)
         ]
-        return wanted, tokens, positions
+        return included, tokens, positions
 
-    def unit(self, unit: Unit, only: NDArray[np.int64] | None = None) -> UnitResult:
-        """Return all targets of the teacher on one unit, or on its rows ``only``.
+    def unit(self, unit: Unit, only_rows: NDArray[np.int64] | None = None) -> UnitResult:
+        """Return all targets of the teacher on one unit, or on its rows ``only_rows``.
 
         Raises InputError for a wrong answer, with its place; CacheMismatchError if the server has
         changed its model meanwhile: nothing is kept of the unit.
         """
-        rows, tokens, positions = self.sequences(unit, only)
-        each = self.config.served.prompts_per_request if self.config.served else 1
-        parts = [rows[start : start + each] for start in range(0, len(rows), each)]
-        asked = self._asked(self.corpus.first(unit.shard), tokens, positions, parts)
-        found = [columns for part in asked for columns in part]
+        rows, tokens, positions = self.sequences(unit, only_rows)
+        per_request = self.config.served.prompts_per_request if self.config.served else 1
+        parts = [rows[start : start + per_request] for start in range(0, len(rows), per_request)]
+        columns_of_parts = self._ask_parts(self.corpus.first(unit.shard), tokens, positions, parts)
+        row_columns = [columns for part in columns_of_parts for columns in part]
         facts = {"probes": self.check_same()}
-        if not found:
+        if not row_columns:
             return UnitResult(np.zeros(0, np.int64), {}, facts)
         counts = [len(positions[row]) for row in rows]
-        return UnitResult(np.repeat(np.array(rows, np.int64), counts), joined_columns(found), facts)
+        return UnitResult(
+            np.repeat(np.array(rows, np.int64), counts), joined_columns(row_columns), facts
+        )
 
-    def _asked(
+    def _ask_parts(
         self, first: int, tokens: Rows, positions: Rows, parts: Sequence[Sequence[int]]
     ) -> Iterator[list[Columns]]:
-        def one(rows: Sequence[int]) -> list[Columns]:
-            named = f"sequence {first + rows[0]}"
-            named += f" to {first + rows[-1]}" if rows[1:] else ""
-            with self.source.naming(f"{named}: "):
+        def ask_part(rows: Sequence[int]) -> list[Columns]:
+            label = f"sequence {first + rows[0]}"
+            label += f" to {first + rows[-1]}" if rows[1:] else ""
+            with self.source.naming(f"{label}: "):
                 answers = self.source.server.prompt_logprobs(
                     [tokens[row].tolist() for row in rows], self.info.k or 0
                 )
             columns = []
             for row, entries in zip(rows, answers, strict=True):
                 with self.source.naming(f"sequence {first + row}: "):
-                    columns.append(self.answers.columns(entries, tokens[row], positions[row]))
+                    columns.append(self.answer_reader.columns(entries, tokens[row], positions[row]))
             return columns
 
         served = self.config.served
         threads = served.max_concurrency if served else 1
-        return ask_in_order(one, parts, threads, self.source.server.client.stop)
+        return ask_in_order(ask_part, parts, threads, self.source.server.client.stop)

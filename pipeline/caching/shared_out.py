@@ -33,28 +33,30 @@ from rekindle.train.model.meta import shape_only
 
 log = logging.getLogger("rekindle")
 
-SAID = "rekindle/said"  # where the processes meet: the error that the main one ends with
-HEARS_WITHIN = timedelta(seconds=10)  # one of them may reach the same point later
-WAITS = timedelta(seconds=2)  # for the main one, which may hold the meeting place, before it ends
+ERROR_KEY = "rekindle/said"  # where the processes meet: the error that the main one ends with
+ERROR_WAIT = timedelta(seconds=10)  # one of them may reach the same point later
+HEARD_WAIT = timedelta(
+    seconds=2
+)  # for the main one, which may hold the meeting place, before it ends
 
 _control: list[dist.ProcessGroup] = []  # where the main process tells the others what to do
 
 
-def check_processes(teachers: Sequence[TeacherConfig], alone: bool = True) -> None:
+def check_processes(teachers: Sequence[TeacherConfig], in_this_process: bool = True) -> None:
     """Raise InputError if a teacher is to be split among processes, and there is only one process,
-    or (not ``alone``) the processes belong to an executor.
+    or (not ``in_this_process``) the processes belong to an executor.
     """
-    shared = next((teacher for teacher in teachers if teacher.tp_plan), None)
-    if shared is None:
+    split = next((teacher for teacher in teachers if teacher.tp_plan), None)
+    if split is None:
         return
-    if not alone:
+    if not in_this_process:
         raise InputError(
-            f"teacher {shared.name!r}: tp_plan auto splits it among the processes of torchrun, "
+            f"teacher {split.name!r}: tp_plan auto splits it among the processes of torchrun, "
             "each of which makes a part of every pass. Leave --workers and --executor out"
         )
     if current_launch().world_size == 1:
         raise InputError(
-            f"teacher {shared.name!r}: tp_plan auto splits it among the processes of torchrun, "
+            f"teacher {split.name!r}: tp_plan auto splits it among the processes of torchrun, "
             "and this is the only one. Start as many as it needs: torchrun --nproc-per-node 2 "
             "--no-python pipeline cache-teachers …; or let one process use several devices, with "
             "device_map: auto"
@@ -75,46 +77,48 @@ def in_step(teachers: Sequence[TeacherConfig]) -> Iterator[bool]:
         try:
             yield not world.main
         except RekindleError as error:
-            raise _said_once(error, world) from None
+            raise _without_repeat(error, world) from None
         finally:
             if world.main:
                 # one that has ended hears nothing; it gave the reason
                 with suppress(RekindleError):
-                    tell(None)
+                    send_message(None)
             _control.clear()
 
 
-def _said_once(error: RekindleError, world: World) -> RekindleError:
-    """Return ``error`` to be raised; without a message if the main process gives the same one."""
-    store, said = dist.distributed_c10d._get_default_store(), None
+def _without_repeat(error: RekindleError, world: World) -> RekindleError:
+    """Return the error to raise: ``error``, or one without a message if the main process gives
+    the same one.
+    """
+    store, main_error = dist.distributed_c10d._get_default_store(), None
     with suppress(RuntimeError):  # another process has ended, or fails otherwise
         if world.main:
-            store.set(SAID, str(error))
-            store.wait([f"{SAID}/{rank}" for rank in range(1, world.size)], WAITS)
+            store.set(ERROR_KEY, str(error))
+            store.wait([f"{ERROR_KEY}/{rank}" for rank in range(1, world.size)], HEARD_WAIT)
         else:
-            store.wait([SAID], HEARS_WITHIN)
-            said = store.get(SAID).decode()
-            store.set(f"{SAID}/{world.rank}", "heard")
-    return ElsewhereError(error.exit_code) if said == str(error) else error
+            store.wait([ERROR_KEY], ERROR_WAIT)
+            main_error = store.get(ERROR_KEY).decode()
+            store.set(f"{ERROR_KEY}/{world.rank}", "heard")
+    return ElsewhereError(error.exit_code) if main_error == str(error) else error
 
 
-def tell(message: object) -> None:
+def send_message(message: object) -> None:
     """Tell the other processes what to do, from the main one. Raises RekindleError if one has
     ended.
     """
     _broadcast([message])
 
 
-def told() -> Any:
+def receive_message() -> Any:
     """Return what the main process tells next. Raises RekindleError if it has ended."""
-    found: list[Any] = [None]
-    _broadcast(found)
-    return found[0]
+    box: list[Any] = [None]
+    _broadcast(box)
+    return box[0]
 
 
-def _broadcast(found: list[Any]) -> None:
+def _broadcast(box: list[Any]) -> None:
     with reporting_lost_processes():
-        dist.broadcast_object_list(found, src=0, group=_control[0], device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=_control[0], device=torch.device("cpu"))
 
 
 def loading(config: TeacherConfig, directory: Path, auto_class: str) -> dict[str, Any]:
@@ -125,16 +129,16 @@ def loading(config: TeacherConfig, directory: Path, auto_class: str) -> dict[str
     """
     if config.device_map is None and config.tp_plan is None:
         return {}
-    who = f"teacher {config.name!r}"
+    subject = f"teacher {config.name!r}"
     if is_adapter(directory):
         raise InputError(
-            f"{who} is an adapter, which is merged into its base in the memory of one device: "
+            f"{subject} is an adapter, which is merged into its base in the memory of one device: "
             "device_map and tp_plan need a whole model. Merge it first"
         )
     if find_spec("accelerate") is None:
         key = "device_map" if config.device_map else "tp_plan"
         raise InputError(
-            f"{who}: {key} auto needs the package accelerate, which is not installed: in the "
+            f"{subject}: {key} auto needs the package accelerate, which is not installed: in the "
             "checkout, pip install -e '.[hf]'"
         )
     if config.device_map is not None:
@@ -143,34 +147,36 @@ def loading(config: TeacherConfig, directory: Path, auto_class: str) -> dict[str
         from transformers.distributed import DistributedConfig
     except ImportError:
         raise InputError(
-            f"{who}: tp_plan auto needs a newer transformers: this one has no DistributedConfig"
+            f"{subject}: tp_plan auto needs a newer transformers: this one has no DistributedConfig"
         ) from None
-    shape: Any = shape_only(load_config(directory, auto_class), auto_class)
-    if not shape.supports_tp_plan:
+    empty_model: Any = shape_only(load_config(directory, auto_class), auto_class)
+    if not empty_model.supports_tp_plan:
         raise InputError(
-            f"{who}: transformers has no tensor-parallel plan for {type(shape).__name__}. Leave "
-            "tp_plan out; device_map: auto spreads any model over the devices of a machine"
+            f"{subject}: transformers has no tensor-parallel plan for {type(empty_model).__name__}."
+            " Leave tp_plan out; device_map: auto spreads any model over the devices of a machine"
         )
     # Only chosen rows are multiplied with the output matrix, outside the model: every process has
     # all of it, and of the input embeddings, which may be the same matrix.
-    ends = {shape.get_input_embeddings(), shape.get_output_embeddings()}
-    whole = {name: "replicate" for name, module in shape.named_modules() if module in ends}
+    embeddings = {empty_model.get_input_embeddings(), empty_model.get_output_embeddings()}
+    split_plan = {
+        name: "replicate" for name, module in empty_model.named_modules() if module in embeddings
+    }
     size = dist.get_world_size()
-    log.info("%s: split among %d processes (tp_plan)", who, size)
-    return {"distributed_config": DistributedConfig(tp_size=size, tp_plan=whole)}
+    log.info("%s: split among %d processes (tp_plan)", subject, size)
+    return {"distributed_config": DistributedConfig(tp_size=size, tp_plan=split_plan)}
 
 
-def check_spread(model: nn.Module, who: str) -> None:
+def check_spread(model: nn.Module, subject: str) -> None:
     """Log where a spread model lies; raise InputError if the parts used outside its passes have no
     place.
     """
     places: dict[str, Any] = getattr(model, "hf_device_map", {})
-    used = sorted({str(place) for place in places.values()})
-    if len(used) > 1:
-        log.info("%s: spread over %s (device_map)", who, ", ".join(used))
+    devices = sorted({str(place) for place in places.values()})
+    if len(devices) > 1:
+        log.info("%s: spread over %s (device_map)", subject, ", ".join(devices))
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None and output.weight.is_meta:
         raise InputError(
-            f"{who}: the devices have no room for it, and its output matrix would be moved in and "
-            "out of them. Use more devices, or a lower precision"
+            f"{subject}: the devices have no room for it, and its output matrix would be moved in "
+            "and out of them. Use more devices, or a lower precision"
         )

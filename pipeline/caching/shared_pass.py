@@ -11,21 +11,21 @@ from rekindle.pipeline.caching.teachers import TeacherPlan
 Group = tuple[TeacherPlan, ...]
 
 
-def passes(parts: Sequence[TeacherPlan]) -> list[Group]:
+def group_by_pass(parts: Sequence[TeacherPlan]) -> list[Group]:
     """Group the parts of teachers by the forward pass they need, in the order of the first of each;
     no two parts in a group belong to one teacher.
     """
     groups: dict[Hashable, list[TeacherPlan]] = {}
     for number, part in enumerate(parts):
-        key = decides_pass(part)
-        own = groups.get(key, []) if key is not None else []
-        if key is None or part.info.name in {other.info.name for other in own}:
+        key = pass_key(part)
+        group = groups.get(key, []) if key is not None else []
+        if key is None or part.info.name in {other.info.name for other in group}:
             key = number
         groups.setdefault(key, []).append(part)
     return [tuple(group) for group in groups.values()]
 
 
-def decides_pass(plan: TeacherPlan) -> Hashable | None:
+def pass_key(plan: TeacherPlan) -> Hashable | None:
     """Return everything that decides a language model's forward passes over a corpus, batches
     included; None for parts that share with nobody: task experts, tails (they belong to ids already
     stored), and models that a server runs.
@@ -33,15 +33,15 @@ def decides_pass(plan: TeacherPlan) -> Hashable | None:
     info, config = plan.info, plan.config
     if not config.vocabulary or info.extends is not None or config.served is not None:
         return None
-    prints = tuple(sorted(info.fingerprints.items()))
-    decided = (info.task, info.view, info.domains, info.precision, info.vocabulary_size)
-    return (plan.directory, prints, config.batch_tokens, info.mapped, *decided)
+    fingerprints = tuple(sorted(info.fingerprints.items()))
+    settings = (info.task, info.view, info.domains, info.precision, info.vocabulary_size)
+    return (plan.directory, fingerprints, config.batch_tokens, info.mapped, *settings)
 
 
-def told_of_shared(group: Group) -> str:
+def describe_shared_pass(group: Group) -> str:
     """Return the sentence that the teachers of a group share their passes."""
-    names, lead = ", ".join(plan.info.name for plan in group), group[0].info
+    names, first = ", ".join(plan.info.name for plan in group), group[0].info
     return (
-        f"teachers {names}: one forward pass of {lead.model} for all of them (the same model, view "
-        f"and precision: {lead.precision})"
+        f"teachers {names}: one forward pass of {first.model} for all of them (the same model, "
+        f"view and precision: {first.precision})"
     )

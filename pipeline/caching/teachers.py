@@ -28,7 +28,7 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.pairs import RECORD
 from rekindle.data.views.reader import shown_view
-from rekindle.pipeline.caching.in_flight import way_to
+from rekindle.pipeline.caching.in_flight import transfer_to
 from rekindle.pipeline.caching.mapped import VocabularyMap, check_positions
 from rekindle.pipeline.caching.served_plan import describe_served
 from rekindle.pipeline.caching.shared_out import check_spread, loading
@@ -84,7 +84,7 @@ class TeacherPlan:
     info: TeacherInfo
     encoder: EncoderFolder | None = None  # how a sentence encoder makes vectors
 
-    def read_as(self, texts: Sequence[str]) -> Sequence[str]:
+    def with_prompt(self, texts: Sequence[str]) -> Sequence[str]:
         """Return the texts as the teacher reads them: after its prompt."""
         prompt = self.info.prompt
         return [prompt + text for text in texts] if prompt else texts
@@ -101,10 +101,10 @@ def plan_teacher(
         _check_reads_rows(config)
     if config.served is not None:
         return TeacherPlan(config, Path(), describe_served(config, corpus, views.shown_to(config)))
-    who = f"teacher {config.name!r} ({config.model})"
+    subject = f"teacher {config.name!r} ({config.model})"
     with naming(f"teacher {config.name!r}"):
         directory, encoder = find_teacher(config, directory)
-    settings: Any = check_teacher_files(directory, config.task, who)
+    settings: Any = check_teacher_files(directory, config.task, subject)
     weights = weights_fingerprint(directory)
     precision: str = config.precision
     # If unset, the precision is that of the teacher's targets in the cache, else what suits the
@@ -113,7 +113,7 @@ def plan_teacher(
         precision = read_teacher(corpus.store, config.name).precision
     size = corpus.info["tokenizer"]["size"]
     tokenizer = tokenizer_of(directory, settings, corpus, config.name)
-    prints = {
+    fingerprints = {
         "weights": weights,
         "config": config_fingerprint(directory),
         "tokenizer": tokenizer.digest,
@@ -122,41 +122,42 @@ def plan_teacher(
     info: dict[str, object] = {
         "precision": place(precision).precision,
         "estimator": {"kind": "dense", "bias": "exact"},
-        "fingerprints": prints,
+        "fingerprints": fingerprints,
         "versions": package_versions(),
         "model": config.model,
         "lineage": lineage_of_model(directory, weights),
     }
     assert views.masked is not None or not config.sees_masks
     if encoder is not None:
-        info |= configured(config, views, size, encoder.width(settings.hidden_size))
+        info |= configured_fields(config, views, size, encoder.width(settings.hidden_size))
         info |= {"pooling": encoder.told_pooling, "normalised": encoder.normalised}
         info |= {"prompt": encoder.prompt or None}
-        info["fingerprints"] = {**prints, "modules": encoder.fingerprint}
+        info["fingerprints"] = {**fingerprints, "modules": encoder.fingerprint}
     elif config.vocabulary:
         _check_language_model(config, settings, corpus)
         width = None
         if "hidden_size" in VOCABULARY_KINDS[config.targets.vocabulary_kind].needs:
-            with naming(who), splittable():
+            with naming(subject), splittable():
                 width = output_width(shape_only(settings, AUTO_CLASSES[config.task]))
         if config.mapping == "map":
             rows = int(settings.get_text_config().vocab_size)
-            found = VocabularyMap.of(corpus, tokenizer, rows)
-            check_positions(found, corpus, config.name, config.map_coverage)
-            tokens = info["mapped"] = found.count
+            mapping = VocabularyMap.of(corpus, tokenizer, rows)
+            check_positions(mapping, corpus, config.name, config.map_coverage)
+            tokens = info["mapped"] = mapping.count
         else:
             tokens = _count_shared(corpus, tokenizer, settings, config, views)
-        info |= configured(config, views, size, width, tokens)
+        info |= configured_fields(config, views, size, width, tokens)
         if CODECS[config.targets.codec].is_compressed:
             share = 1.0 if views.masked is None or config.view == "clean" else views.masked.share
             info["rows_per_batch"] = compact_rows(corpus.info["config"]["sequence_length"] * share)
     else:
         if config.pairs == RECORD and recorded(directory).pairs is False:
             raise InputError(
-                f"{who} was fine-tuned on single texts, but with corpus.pair_field each record is "
-                "a pair; give an expert on pairs, or cache this one over a corpus of single texts"
+                f"{subject} was fine-tuned on single texts, but with corpus.pair_field each record "
+                "is a pair; give an expert on pairs, or cache this one over a corpus of single "
+                "texts"
             )
-        info |= configured(config, views, size, int(settings.num_labels))
+        info |= configured_fields(config, views, size, int(settings.num_labels))
         info |= head_info(config, settings)
     if config.monte_carlo.passes or KINDS[str(info["kind"])].is_sample:
         info["seed"] = seed
@@ -165,34 +166,36 @@ def plan_teacher(
 
 def _check_reads_rows(config: TeacherConfig) -> None:
     """Raise InputError for a teacher that does not read the rows of a packed corpus themselves."""
-    lead = f"teacher {config.name!r}: with corpus.packing: packed a sequence holds several "
+    prefix = f"teacher {config.name!r}: with corpus.packing: packed a sequence holds several "
     advice = ". Use packing: document for it"
     if not config.vocabulary:
-        raise InputError(f"{lead}documents, which have no common label{advice}")
+        raise InputError(f"{prefix}documents, which have no common label{advice}")
     if config.served is not None or config.mapping == "map":
-        how = "a server" if config.served is not None else "another tokenizer"
-        raise InputError(f"{lead}documents, and {how} reads it as one text{advice}")
+        reader = "a server" if config.served is not None else "another tokenizer"
+        raise InputError(f"{prefix}documents, and {reader} reads it as one text{advice}")
 
 
-def told_of_slow_pass(plan: TeacherPlan, corpus: Corpus) -> str | None:
+def slow_pass_warning(plan: TeacherPlan, corpus: Corpus) -> str | None:
     """Return a warning, before a teacher runs, about a precision that this device has no
     instructions for; None for any other.
     """
     name, info = plan.config.name, plan.info
     if info.served is not None:
         return None
-    instead = ""
+    advice = ""
     if is_described(corpus.store, name):
-        instead = (
+        advice = (
             "Its targets in the cache have that precision, and the missing ones must: finish it on "
             "a device with such instructions, or cache it again under another name in fp32"
         )
-    asked = {f"teachers.{name}.precision: {{}}": info.precision}
+    settings = {f"teachers.{name}.precision: {{}}": info.precision}
     device = place(info.precision).device.partition(":")[0]
-    return describe_slow_precision(asked, device, instead)
+    return describe_slow_precision(settings, device, advice)
 
 
-def reading_of(plan: TeacherPlan, corpus: Corpus, settings: Any = None) -> tuple[Tokenizer, int]:
+def tokenizer_and_limit(
+    plan: TeacherPlan, corpus: Corpus, settings: Any = None
+) -> tuple[Tokenizer, int]:
     """Return the teacher's tokenizer, and how many tokens its model takes (UNLIMITED if neither
     says); ``settings`` are the model's configuration, if loaded.
     """
@@ -212,12 +215,12 @@ def _count_shared(
     as ``count_shared`` does.
     """
     masked = views.masked if config.sees_masks else None
-    beside = np.zeros(0, np.int64) if masked is None else masked.shown_ids
+    extra_ids = np.zeros(0, np.int64) if masked is None else masked.shown_ids
     rows = int(settings.get_text_config().vocab_size)
-    return count_shared(corpus, tokenizer, config.name, beside, rows)
+    return count_shared(corpus, tokenizer, config.name, extra_ids, rows)
 
 
-def configured(
+def configured_fields(
     config: TeacherConfig,
     views: Views,
     vocabulary_size: int,
@@ -240,8 +243,10 @@ def configured(
     if not config.vocabulary:
         info["kind"] = "token" if config.task == "token_classification" else "sequence"
         return info | {"num_labels": width, "monte_carlo_passes": config.monte_carlo.passes}
-    kept, kind = config.targets, VOCABULARY_KINDS[config.targets.vocabulary_kind]
-    info |= kind.settings(kept.k, kept.temperatures, kept.codec, vocabulary_size, width, tokens)
+    targets, kind = config.targets, VOCABULARY_KINDS[config.targets.vocabulary_kind]
+    info |= kind.settings(
+        targets.k, targets.temperatures, targets.codec, vocabulary_size, width, tokens
+    )
     return info
 
 
@@ -273,17 +278,17 @@ class Teacher:
         self.info, self.config, self.corpus = plan.info, plan.config, corpus
         self.view = shown_view(corpus, plan.info.view)
         self.placement: Placement = place(plan.info.precision)
-        self.way = way_to(self.placement.device)
+        self.transfer = transfer_to(self.placement.device)
         self.stores_tails = _stores_tails(plan.info)
-        who, device = f"teacher {plan.info.name!r}", self.placement.device
+        subject, device = f"teacher {plan.info.name!r}", self.placement.device
         auto_class = auto_class_of(load_config(plan.directory), plan.info.task)
-        more = loading(plan.config, plan.directory, auto_class)
-        model = load_model(plan.directory, auto_class, self.placement.dtype, more)
-        check_spread(model, who)
-        self.model: nn.Module = (model if more else model.to(device)).eval()
+        load_options = loading(plan.config, plan.directory, auto_class)
+        model = load_model(plan.directory, auto_class, self.placement.dtype, load_options)
+        check_spread(model, subject)
+        self.model: nn.Module = (model if load_options else model.to(device)).eval()
         settings: Any = model.config
         self.plan = plan
-        self.tokenizer, self.max_length = reading_of(plan, corpus, settings)
+        self.tokenizer, self.max_length = tokenizer_and_limit(plan, corpus, settings)
         self.map: VocabularyMap | None = None
         if plan.info.mapped is not None:
             rows = int(settings.get_text_config().vocab_size)
@@ -293,17 +298,19 @@ class Teacher:
         if plan.encoder is not None:
             self.encoder = SentenceEncoder(self.model, plan.encoder, device)
             self.skipped = skipped_tokens(plan.encoder, self.tokenizer)
-            if prompts := told_of_prompts(plan.encoder, plan.config.prompt is not None):
-                log.info("%s: %s", who, prompts)
+            if prompt_note := told_of_prompts(plan.encoder, plan.config.prompt is not None):
+                log.info("%s: %s", subject, prompt_note)
         # As in fine-tuning: segments are for models with two, whose tokenizer tells them apart.
-        told = "token_type_ids" in self.tokenizer.hf.model_input_names
-        self.token_types = told and knows_segments(settings)
+        has_segments = "token_type_ids" in self.tokenizer.hf.model_input_names
+        self.token_types = has_segments and knows_segments(settings)
         pad_id = padding_of(settings)
         self.pad_id: int | None = pad_id if isinstance(pad_id, int) and pad_id >= 0 else None
-        given = plan.config.batch_tokens
-        kind = "cpu" if self.placement.device == "cpu" else "cuda"
+        batch_tokens = plan.config.batch_tokens
+        device_kind = "cpu" if self.placement.device == "cpu" else "cuda"
         # Tokens per forward pass, padding included; halved when the device runs out of memory.
-        self.batch_tokens: int = AUTO_BATCH_TOKENS[kind] if given == "auto" else given
+        self.batch_tokens: int = (
+            AUTO_BATCH_TOKENS[device_kind] if batch_tokens == "auto" else batch_tokens
+        )
         self._language_model: SplitLanguageModel | None = None
         if plan.config.vocabulary:
             with suppress(torch.OutOfMemoryError, MemoryError):  # reported with the first batch
@@ -318,7 +325,7 @@ class Teacher:
                 type(model).__name__,
             )
 
-    def beside(self, plan: TeacherPlan) -> "Teacher":
+    def with_plan(self, plan: TeacherPlan) -> "Teacher":
         """Return the teacher of ``plan``, which differs only in what it keeps, with this one's
         model.
         """
@@ -359,4 +366,4 @@ class Teacher:
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """Return an integer array on the teacher's device as int64."""
-        return self.way.send(values.astype(np.int64))
+        return self.transfer.send(values.astype(np.int64))

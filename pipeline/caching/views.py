@@ -38,9 +38,9 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     """
     masked = None
     maskable = corpus.info["tokenizer"]["mask_id"] is not None
-    if not maskable and (who := config.needs_masks) is not None:
+    if not maskable and (needing := config.needs_masks) is not None:
         raise InputError(
-            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked, as {who} "
+            f"{config.corpus.tokenizer} has no mask token, so nothing can be masked, as {needing} "
             "needs it. Use a tokenizer with one; a student that learns only from classifiers "
             "(train.objective.hard.weight: 0) needs none"
         )
@@ -58,14 +58,18 @@ def build_views(corpus: Corpus, config: RunConfig, progress: Progress) -> Views:
     return Views(masked, pairs)
 
 
-def told_of_pairs(corpus: Corpus, views: Views, teachers: Sequence[TeacherConfig]) -> list[str]:
+def few_pairs_warnings(
+    corpus: Corpus, views: Views, teachers: Sequence[TeacherConfig]
+) -> list[str]:
     """Return a line for each of ``teachers`` that finds too few pairs in ``corpus``."""
-    told = []
+    warnings = []
     for teacher in teachers:
         view = views.pairs.get(teacher.pairs or "")
         if view is None or not teacher.pair_expert:
             continue
-        could = count_sequences(corpus, teacher.domains)
-        found = ViewReader(corpus, view.name).count_pairs(teacher.domains, FEW_PAIRS * could)
-        told.append(few_pairs_warning(teacher.name, view.pairs, found, could))
-    return [line for line in told if line]
+        possible = count_sequences(corpus, teacher.domains)
+        pair_count = ViewReader(corpus, view.name).count_pairs(
+            teacher.domains, FEW_PAIRS * possible
+        )
+        warnings.append(few_pairs_warning(teacher.name, view.pairs, pair_count, possible))
+    return [line for line in warnings if line]

@@ -28,29 +28,32 @@ from rekindle.train.model.split_model import OutputHead
 
 log = logging.getLogger("rekindle")
 
-NEVER = -100.0  # a logit with no weight beside a token's; see ``scoring.NOTHING``
+NO_TOKEN_LOGIT = -100.0  # a logit with no weight beside a token's; see ``scoring.NO_TOKEN``
 
 
 def tokenizer_of(directory: Path, settings: Any, corpus: Corpus, name: str) -> Tokenizer:
     """Return the tokenizer of the teacher ``name``; the corpus's if it has none of its own."""
     directory = tokenizer_folder(directory)
-    ours, theirs = corpus.info["tokenizer"]["size"], settings.get_text_config().vocab_size
+    corpus_size, model_size = (
+        corpus.info["tokenizer"]["size"],
+        settings.get_text_config().vocab_size,
+    )
     if has_tokenizer_files(directory):
-        found = _loaded(directory)
-        around = max((*found.prefix, *found.suffix), default=0)
-        if around >= theirs:
-            token = found.hf.convert_ids_to_tokens(around)
+        tokenizer = _loaded(directory)
+        highest_special = max((*tokenizer.prefix, *tokenizer.suffix), default=0)
+        if highest_special >= model_size:
+            token = tokenizer.hf.convert_ids_to_tokens(highest_special)
             raise InputError(
-                f"teacher {name!r}: the tokenizer of {directory} puts id {around} ({token!r}) "
-                f"around each text, and the model's embedding has {theirs:,} rows. Give it the "
-                "tokenizer files (tokenizer.json, tokenizer_config.json, special_tokens_map.json) "
-                "that it was saved with"
+                f"teacher {name!r}: the tokenizer of {directory} puts id {highest_special} "
+                f"({token!r}) around each text, and the model's embedding has {model_size:,} rows. "
+                "Give it the tokenizer files (tokenizer.json, tokenizer_config.json, "
+                "special_tokens_map.json) that it was saved with"
             )
-        return found
-    if theirs != ours:
+        return tokenizer
+    if model_size != corpus_size:
         raise InputError(
             f"teacher {name!r}: {directory} has no tokenizer files, and its vocabulary "
-            f"({theirs:,}) is not the corpus tokenizer's ({ours:,}). Save the teacher's "
+            f"({model_size:,}) is not the corpus tokenizer's ({corpus_size:,}). Save the teacher's "
             "tokenizer into its directory"
         )
     log.info(
@@ -69,26 +72,26 @@ _LOADED: dict[Path, tuple[object, Tokenizer]] = {}
 def _loaded(directory: Path) -> Tokenizer:
     """Return the tokenizer in a folder, loaded again only if its files have changed."""
     files = [(path, state_of(path)) for path in sorted(directory.iterdir())]
-    known = _LOADED.get(directory)
-    if known is None or known[0] != files:
-        known = _LOADED[directory] = files, load_tokenizer(str(directory))
-    return known[1]
+    cached = _LOADED.get(directory)
+    if cached is None or cached[0] != files:
+        cached = _LOADED[directory] = files, load_tokenizer(str(directory))
+    return cached[1]
 
 
 def count_shared(
-    corpus: Corpus, tokenizer: Tokenizer, name: str, beside: NDArray[np.int64], rows: int
+    corpus: Corpus, tokenizer: Tokenizer, name: str, extra_ids: NDArray[np.int64], rows: int
 ) -> int:
     """Return how many tokens of the corpus's vocabulary the teacher ``name``, with ``rows`` rows in
     its embedding, has under the same id.
 
-    Raises InputError if a token that occurs in the corpus, or ``beside`` it in what the teacher is
-    shown, is another token to the teacher, or none.
+    Raises InputError if a token that occurs in the corpus, or among the ``extra_ids`` that the
+    teacher is shown, is another token to the teacher, or none.
     """
     advice = (
         "Use a teacher of corpus.tokenizer, or corpus.tokenizer of this teacher; experts on "
         "sequences and words may have their own"
     )
-    unshared = unshared_ids(corpus, tokenizer, beside, f"teacher {name!r}", advice, rows)
+    unshared = unshared_ids(corpus, tokenizer, extra_ids, f"teacher {name!r}", advice, rows)
     if len(unshared):
         log.info(
             "teacher %s has other tokens, or none, under %s ids of the corpus's vocabulary; no "
@@ -127,16 +130,16 @@ class TokenColumns:
         absent = np.union1d(hole_ids(facts), unshared).astype(np.int64)
         foreign: list[int] = []
         if with_tail and tokenizer.digest != corpus.tokenizer.digest:
-            more = tokenizer.tokens() - corpus.tokenizer.tokens()
-            foreign = sorted({number for number, _ in more if number < rows})
+            teacher_only = tokenizer.tokens() - corpus.tokenizer.tokens()
+            foreign = sorted({number for number, _ in teacher_only if number < rows})
         return cls(facts["size"], absent, np.array(foreign, np.int64))
 
     @classmethod
-    def mapped(cls, found: VocabularyMap, with_tail: bool) -> "TokenColumns":
+    def mapped(cls, mapping: VocabularyMap, with_tail: bool) -> "TokenColumns":
         """Return the columns of a teacher whose tokens have other ids."""
-        absent = np.flatnonzero(found.rows < 0)
-        foreign = found.others if with_tail else found.others[:0]
-        return cls(len(found.rows), absent, foreign, found.rows, found.others)
+        absent = np.flatnonzero(mapping.rows < 0)
+        foreign = mapping.others if with_tail else mapping.others[:0]
+        return cls(len(mapping.rows), absent, foreign, mapping.rows, mapping.others)
 
     def cut(self, head: OutputHead) -> OutputHead:
         """Return the head of the W rows that are used."""
@@ -146,40 +149,44 @@ class TokenColumns:
 
     def mapped_mass(self, logits: Tensor) -> Tensor:
         """Return [N]: the share of the teacher's probability that the tokens in ``rows`` hold."""
-        others = self._on(logits.device)[3]
-        own = torch.logsumexp(self._own(logits), dim=1)
-        return torch.sigmoid(own - torch.logsumexp(logits[:, others], dim=1))
+        others = self._ids_on(logits.device)[3]
+        corpus_logits = torch.logsumexp(self._corpus_logits(logits), dim=1)
+        return torch.sigmoid(corpus_logits - torch.logsumexp(logits[:, others], dim=1))
 
-    def _own(self, logits: Tensor) -> Tensor:
+    def _corpus_logits(self, logits: Tensor) -> Tensor:
         """Return logits [N,V] of a teacher whose tokens have other ids."""
-        absent, _, rows, _ = self._on(logits.device)
-        own = logits[:, rows]
-        own[:, absent] = -torch.inf
-        return own
+        absent, _, rows, _ = self._ids_on(logits.device)
+        corpus_logits = logits[:, rows]
+        corpus_logits[:, absent] = -torch.inf
+        return corpus_logits
 
     def arranged(self, logits: Tensor) -> Tensor:
         """Return logits [N,V+F] of ``logits`` [N,W]: the corpus's ids, then the foreign tokens."""
-        same = self.rows is None and not len(self.absent) and not len(self.foreign)
-        if same and logits.shape[1] == self.size:
+        is_unchanged = self.rows is None and not len(self.absent) and not len(self.foreign)
+        if is_unchanged and logits.shape[1] == self.size:
             return logits
-        absent, foreign_ids, *_ = self._on(logits.device)
+        absent, foreign_ids, *_ = self._ids_on(logits.device)
         foreign = logits[:, foreign_ids]
         if self.rows is not None:
-            return torch.cat([self._own(logits), foreign], dim=1)
-        own = logits[:, : self.size]
-        lacking = self.size - own.shape[1]  # for a teacher with fewer tokens
-        own = torch.nn.functional.pad(own, (0, lacking)) if lacking else own.clone()
-        own[:, absent] = -torch.inf
-        return torch.cat([own, foreign], dim=1)
+            return torch.cat([self._corpus_logits(logits), foreign], dim=1)
+        corpus_logits = logits[:, : self.size]
+        missing_count = self.size - corpus_logits.shape[1]  # for a teacher with fewer tokens
+        corpus_logits = (
+            torch.nn.functional.pad(corpus_logits, (0, missing_count))
+            if missing_count
+            else corpus_logits.clone()
+        )
+        corpus_logits[:, absent] = -torch.inf
+        return torch.cat([corpus_logits, foreign], dim=1)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+    def _ids_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return ``absent``, ``foreign``, ``rows`` and ``others`` on the device, sent once, because
         sending waits for it.
         """
         if device not in self._sent:
             rows = self.foreign[:0] if self.rows is None else self.rows.clip(min=0)
-            each = map(torch.from_numpy, (self.absent, self.foreign, rows, self.others))
-            self._sent[device] = tuple(ids.to(device) for ids in each)
+            arrays = map(torch.from_numpy, (self.absent, self.foreign, rows, self.others))
+            self._sent[device] = tuple(ids.to(device) for ids in arrays)
         return self._sent[device]
 
     def stored(self, head: OutputHead) -> StoredHead:
@@ -190,8 +197,8 @@ class TokenColumns:
         weight = cut.weight.detach().float().cpu().numpy()
         bias = None if cut.bias is None else cut.bias.detach().float().cpu().numpy()
         if len(self.absent):
-            lacking = ((0, self.size - len(weight)),)
-            weight = np.pad(weight, (*lacking, (0, 0)))
-            bias = np.zeros(self.size, np.float32) if bias is None else np.pad(bias, lacking)
-            weight[self.absent], bias[self.absent] = 0.0, NEVER / cut.logit_scale
+            missing_rows = ((0, self.size - len(weight)),)
+            weight = np.pad(weight, (*missing_rows, (0, 0)))
+            bias = np.zeros(self.size, np.float32) if bias is None else np.pad(bias, missing_rows)
+            weight[self.absent], bias[self.absent] = 0.0, NO_TOKEN_LOGIT / cut.logit_scale
         return StoredHead(weight, bias, cut.logit_scale, cut.softcap)

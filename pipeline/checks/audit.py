@@ -117,39 +117,39 @@ def audit_cache(
     index = np.random.default_rng(seed).permutation(len(cache))[:count]
     configs = {t.name: t for t in config.teachers if t.name in cache.teachers}
     if not configs:
-        known = ", ".join(cache.teachers) or "none"
+        cached_names = ", ".join(cache.teachers) or "none"
         raise InputError(
-            f"the configuration names none of the teachers of {path} (it has: {known}), so there "
-            "is nothing to audit; give the configuration the cache was made with"
+            f"the configuration names none of the teachers of {path} (it has: {cached_names}), so "
+            "there is nothing to audit; give the configuration the cache was made with"
         )
-    _tell_left_out(cache, config)
+    _warn_of_left_out(cache, config)
     make_missing(*configs.values())
     audits = {}
-    for name, each in configs.items():
+    for name, teacher_config in configs.items():
         with progress.task(f"audit of {name}", unit="sequences", total=len(index)) as task:
-            if each.served is not None:
-                parts = _parts(cache, index)
-                audits[name] = TeacherAudit(*audit_served(cache, each, parts, task))
+            if teacher_config.served is not None:
+                row_groups = _row_groups(cache, index)
+                audits[name] = TeacherAudit(*audit_served(cache, teacher_config, row_groups, task))
             else:
-                audits[name] = _Audit(cache, _live(cache, each)).over(index, task)
+                audits[name] = _Audit(cache, _load_live(cache, teacher_config)).audit(index, task)
     return AuditReport(audits)
 
 
-def _tell_left_out(cache: Cache, config: RunConfig) -> None:
+def _warn_of_left_out(cache: Cache, config: RunConfig) -> None:
     """Warn about teachers that only the file or only the cache has, and so are not audited."""
-    named = [teacher.name for teacher in config.teachers]
+    configured_names = [teacher.name for teacher in config.teachers]
     for name in cache.teachers:
-        if name not in named:
+        if name not in configured_names:
             log.warning(
                 ("teacher %s is not audited: the configuration has no teacher of that name"), name
             )
-    for name in named:
+    for name in configured_names:
         if name not in cache.teachers:
             became = explain_missing(cache.manifest, cache.store, name, cache.teachers)
             log.warning("teacher %s of the configuration is not in the cache.%s", name, became)
 
 
-def _live(cache: Cache, config: TeacherConfig) -> Teacher:
+def _load_live(cache: Cache, config: TeacherConfig) -> Teacher:
     """Load the teacher with its full distributions, so that what top-k left out is compared too."""
     info = cache.teachers[config.name].info
     if info.imported is not None:
@@ -163,38 +163,43 @@ def _live(cache: Cache, config: TeacherConfig) -> Teacher:
             "the cache was made with, which has its served section"
         )
     directory, encoder = find_teacher(config)
-    prints = info.fingerprints
+    fingerprints = info.fingerprints
 
-    def check(same: dict[str, bool], error: type[CacheMismatchError | InputError]) -> None:
-        for what in (name for name, kept in same.items() if not kept):
+    def check(matches: dict[str, bool], error: type[CacheMismatchError | InputError]) -> None:
+        for part in (name for name, is_same in matches.items() if not is_same):
             raise error(
                 f"teacher {config.name!r}: {directory} is not the teacher that was cached (its "
-                f"{what} differs); give the configuration the cache was made with"
+                f"{part} differs); give the configuration the cache was made with"
             )
 
-    asked = {
+    settings_match = {
         "task": config.task == info.task and config.pair_expert == info.view_class.paired,
         "view": config.sees_masks == info.view_class.masked,
         "kind of pairs": not config.pair_expert or PairView.pairs_of(info.view) == config.pairs,
     }
-    files = {
-        "weights": weights_fingerprint(directory) == prints.get("weights"),
-        "model configuration": config_fingerprint(directory) == prints.get("config"),
+    files_match = {
+        "weights": weights_fingerprint(directory) == fingerprints.get("weights"),
+        "model configuration": config_fingerprint(directory) == fingerprints.get("config"),
     }
     if encoder is not None:
-        files["modules"] = encoder.fingerprint == prints.get("modules")
-    adapted = adapted_fingerprints(directory)
-    files |= {name.replace("_", " "): prints.get(name) == value for name, value in adapted.items()}
-    check(asked, InputError)
-    check(files, CacheMismatchError)
-    whole = info.model_copy(
+        files_match["modules"] = encoder.fingerprint == fingerprints.get("modules")
+    adapter_prints = adapted_fingerprints(directory)
+    files_match |= {
+        name.replace("_", " "): fingerprints.get(name) == value
+        for name, value in adapter_prints.items()
+    }
+    check(settings_match, InputError)
+    check(files_match, CacheMismatchError)
+    full_info = info.model_copy(
         update={"kind": "dense", "codec": "default"} if config.vocabulary else {}
     )
-    teacher = Teacher(TeacherPlan(config, directory, whole, encoder), cache.corpus)
+    teacher = Teacher(TeacherPlan(config, directory, full_info, encoder), cache.corpus)
     precision = {f"teacher {config.name!r}: {{}}": info.precision}
     device = teacher.placement.device.partition(":")[0]
     warn_of_slow_precision(precision, device, "An audit computes as the targets were made")
-    check({"tokenizer": teacher.tokenizer.digest == prints.get("tokenizer")}, CacheMismatchError)
+    check(
+        {"tokenizer": teacher.tokenizer.digest == fingerprints.get("tokenizer")}, CacheMismatchError
+    )
     teacher.stores_tails = kind_of(info).has_tail  # its own tokens' mass lies in the tail
     return teacher
 
@@ -206,36 +211,37 @@ class _Audit:
         self.cache, self.teacher = cache, teacher
         self.reader: TeacherReader = cache.teacher(teacher.info.name)
         self.replica = 0 if self.reader.masked else None
-        self.found = TeacherAudit()
         self.sums: dict[str, list[float]] = {}
         self.beyond: list[tuple[float, str]] = []
-        self.largest, self.rows = 0.0, 0
+        self.largest_share, self.rows = 0.0, 0
 
-    def over(self, index: NDArray[np.int64], task: ProgressTask) -> TeacherAudit:
+    def audit(self, index: NDArray[np.int64], task: ProgressTask) -> TeacherAudit:
         """Audit the sequences ``index``."""
-        for shard, rows in _parts(self.cache, index):
+        for shard, rows in _row_groups(self.cache, index):
             task.advance(len(rows))
             if self.reader.has(shard, self.replica):
                 self._compare(shard, rows)
         values = {
-            name: float(max(found) if name == "max_error" else np.mean(found))
-            for name, found in self.sums.items()
-            if found
+            name: float(max(values_of_name) if name == "max_error" else np.mean(values_of_name))
+            for name, values_of_name in self.sums.items()
+            if values_of_name
         }
-        values |= {"rows": float(self.rows), "of_bound": self.largest}
-        ordered = [told for _, told in sorted(self.beyond, key=lambda each: -each[0])]
-        return TeacherAudit(values, ordered)
+        values |= {"rows": float(self.rows), "of_bound": self.largest_share}
+        worst_first = sorted(self.beyond, key=lambda share_and_text: -share_and_text[0])
+        return TeacherAudit(values, [description for _, description in worst_first])
 
     def _compare(self, shard: int, rows: NDArray[np.int64]) -> None:
-        live = run_unit(self.teacher, Unit(shard, self.replica), only=rows, audited=True)
+        live = run_unit(self.teacher, Unit(shard, self.replica), only_rows=rows, for_audit=True)
         places = [(shard, int(row)) for row in rows]
         counts, cached = self.reader.gather(places, self.replica)
         owners = np.repeat(rows, counts)
         order = np.argsort(owners, kind="stable")
-        owners, cached = owners[order], {name: flat[order] for name, flat in cached.items()}
+        owners, cached = owners[order], {name: values[order] for name, values in cached.items()}
         if not np.array_equal(owners, live.rows):
-            strange = sorted({*owners.tolist()} ^ {*live.rows.tolist()}) or rows.tolist()
-            self._say(shard, strange[0], None, np.inf, "it has targets where the teacher has none")
+            mismatched = sorted({*owners.tolist()} ^ {*live.rows.tolist()}) or rows.tolist()
+            self._record_beyond(
+                shard, mismatched[0], None, np.inf, "it has targets where the teacher has none"
+            )
             return
         if not len(owners):
             return
@@ -243,36 +249,39 @@ class _Audit:
         size = live.columns["log_probs"].shape[1] if "log_probs" in live.columns else 1
         step = max(1, VALUES_AT_ONCE // size)
         for start in range(0, len(owners), step):
-            part = slice(start, start + step)
-            here = {name: flat[part] for name, flat in cached.items()}
-            again = {name: flat[part] for name, flat in live.columns.items()}
-            for judged in self._judged(shard, owners[part], here, again):
-                self._take(shard, owners[part], here.get("positions"), judged)
+            block = slice(start, start + step)
+            cached_block = {name: values[block] for name, values in cached.items()}
+            live_block = {name: values[block] for name, values in live.columns.items()}
+            for judged in self._judged(shard, owners[block], cached_block, live_block):
+                self._record_judged(shard, owners[block], cached_block.get("positions"), judged)
 
-    def _take(
+    def _record_judged(
         self, shard: int, owners: NDArray[np.int64], positions: NDArray | None, judged: Judged
     ) -> None:
         share = judged.share
-        self.largest = max(self.largest, float(share.max()))
+        self.largest_share = max(self.largest_share, float(share.max()))
         for at in np.flatnonzero(share > 1):
-            stated, passes = judged.stated[at], judged.passes[at]
+            codec_bound, pass_bound = judged.codec_bound[at], judged.pass_bound[at]
             precision = self.teacher.info.precision
-            told = (
-                f"{judged.what} is off by {judged.error[at]:.3g}, at most {stated + passes:.3g} "
-                f"({stated:.2g} of what is stored, {passes:.2g} of two passes in {precision})"
+            description = (
+                f"{judged.quantity} is off by {judged.error[at]:.3g}, at most "
+                f"{codec_bound + pass_bound:.3g} ({codec_bound:.2g} of what is stored, "
+                f"{pass_bound:.2g} of two passes in {precision})"
             )
-            place = None if positions is None else int(positions[at])
-            self._say(shard, int(owners[at]), place, float(share[at]), told)
+            position = None if positions is None else int(positions[at])
+            self._record_beyond(shard, int(owners[at]), position, float(share[at]), description)
 
-    def _say(self, shard: int, row: int, position: int | None, share: float, told: str) -> None:
+    def _record_beyond(
+        self, shard: int, row: int, position: int | None, share: float, description: str
+    ) -> None:
         example = self.cache.corpus.first(shard) + row
-        where = f"example {example}" + ("" if position is None else f", position {position}")
-        self.largest = max(self.largest, share)
-        self.beyond.append((share, f"{where}: {told}"))
+        place = f"example {example}" + ("" if position is None else f", position {position}")
+        self.largest_share = max(self.largest_share, share)
+        self.beyond.append((share, f"{place}: {description}"))
 
     def _add(self, **values: NDArray) -> None:
-        for name, found in values.items():
-            self.sums.setdefault(name, []).extend(found.tolist())
+        for name, measured in values.items():
+            self.sums.setdefault(name, []).extend(measured.tolist())
 
     def _judged(
         self, shard: int, owners: NDArray[np.int64], cached: Columns, live: Columns
@@ -288,37 +297,41 @@ class _Audit:
             self._add(max_error=error.max(axis=1))
             yield from judge_logits(info, cached, live)
             return
-        drawn = None
+        uniform_draws = None
         if kind.is_sample:
             digests = self.cache.corpus.shard(shard).table()["digest"].to_pylist()
-            names = [digests[row] for row in owners]
-            keys = sample_keys(info, names, self.replica, cached["positions"].astype(np.int64))
+            row_digests = [digests[row] for row in owners]
+            keys = sample_keys(
+                info, row_digests, self.replica, cached["positions"].astype(np.int64)
+            )
             count = 1 if info.kind == "threshold" else kind.k
-            drawn = uniforms(torch.from_numpy(keys), count).numpy()
+            uniform_draws = uniforms(torch.from_numpy(keys), count).numpy()
         exact = live["log_probs"].astype(np.float64)
-        foreign = len(self.teacher.token_columns.foreign) > 0
+        has_foreign = len(self.teacher.token_columns.foreign) > 0
         scalars = (live["gold_log_prob"], live["entropy"])
-        both = Distributions(info, exact, *scalars, drawn, foreign)
+        distributions = Distributions(info, exact, *scalars, uniform_draws, has_foreign)
         head = self.reader.head if kind.has_head else None
         ids, log_probs, log_tail = kind.decode(cached, head, kind.readable_temperature, None)
-        found = log_probs.astype(np.float64)
-        yield from judge_scalars(both, cached)
+        cached_log_probs = log_probs.astype(np.float64)
+        yield from judge_scalars(distributions, cached)
         if kind.is_sample:
-            self._add(total_variation=_variation(both, ids, found))
+            self._add(total_variation=_variation(distributions, ids, cached_log_probs))
         else:
-            outside = both.foreign_mass
-            self._add(**_divergence(exact, ids, found, log_tail.astype(np.float64), outside))
+            outside = distributions.foreign_mass
+            self._add(
+                **_divergence(exact, ids, cached_log_probs, log_tail.astype(np.float64), outside)
+            )
         if kind.has_all_probabilities:
-            yield from judge_dense(both, cached, found, head)
+            yield from judge_dense(distributions, cached, cached_log_probs, head)
         elif info.kind == "random":
-            yield from judge_random(both, ids, cached["counts"])
+            yield from judge_random(distributions, ids, cached["counts"])
         elif info.kind == "threshold":
-            yield from judge_threshold(both, ids, found)
+            yield from judge_threshold(distributions, ids, cached_log_probs)
         else:
-            yield from judge_topk(both, cached, ids, found)
+            yield from judge_topk(distributions, cached, ids, cached_log_probs)
 
 
-def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _row_groups(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield the sequences ``index``, a few rows of one shard at a time."""
     shards, rows = cache.corpus.locate(index)
     for shard in np.unique(shards):
@@ -328,7 +341,11 @@ def _parts(cache: Cache, index: NDArray[np.int64]) -> Iterator[tuple[int, NDArra
 
 
 def _divergence(
-    exact: NDArray, ids: NDArray[np.int64], found: NDArray, log_tail: NDArray, foreign: NDArray
+    exact: NDArray,
+    ids: NDArray[np.int64],
+    cached_log_probs: NDArray,
+    log_tail: NDArray,
+    foreign: NDArray,
 ) -> dict[str, NDArray]:
     """Return KL of the live distributions [N,V] to the cached candidates [N,K] with tails [N],
     top-1 agreement, and the live mass of the candidates.
@@ -336,13 +353,13 @@ def _divergence(
     KL is over K + 1 outcomes; ``foreign`` mass [N] counts in the last.
     """
     p = np.take_along_axis(exact, ids, axis=1)
-    rest = np.exp(exact)
-    np.put_along_axis(rest, ids, 0.0, axis=1)
-    tail_p, tail_q = rest.sum(axis=1) + foreign, np.exp(log_tail)
-    kl = (np.exp(p) * (p - found)).sum(axis=1)
+    outside = np.exp(exact)
+    np.put_along_axis(outside, ids, 0.0, axis=1)
+    tail_p, tail_q = outside.sum(axis=1) + foreign, np.exp(log_tail)
+    kl = (np.exp(p) * (p - cached_log_probs)).sum(axis=1)
     has_tail = (tail_p > 0) & (tail_q > 0)
     ratio = np.divide(tail_p, tail_q, out=np.ones_like(tail_p), where=has_tail)
-    best = np.take_along_axis(ids, found.argmax(axis=1)[:, None], axis=1)[:, 0]
+    best = np.take_along_axis(ids, cached_log_probs.argmax(axis=1)[:, None], axis=1)[:, 0]
     return {
         "kl": kl + tail_p * np.log(ratio),
         "top1": (exact.argmax(axis=1) == best).astype(float),
@@ -350,7 +367,7 @@ def _divergence(
     }
 
 
-def _variation(live: Distributions, ids: NDArray[np.int64], found: NDArray) -> NDArray:
+def _variation(live: Distributions, ids: NDArray[np.int64], cached_log_probs: NDArray) -> NDArray:
     """Return the total variation [N]: half the summed difference between samples in the cache and
     those drawn again.
     """
@@ -360,13 +377,13 @@ def _variation(live: Distributions, ids: NDArray[np.int64], found: NDArray) -> N
     probs = torch.from_numpy(np.exp(live.at(info.temperatures[0])).astype(np.float32))
     points = torch.from_numpy(live.uniforms)
     if info.kind == "threshold":
-        again, values = threshold_sample(probs, info.k, points[:, 0])
+        redrawn_ids, values = threshold_sample(probs, info.k, points[:, 0])
     else:
-        again, counts = random_sample(probs, info.k, points)
+        redrawn_ids, counts = random_sample(probs, info.k, points)
         values = counts / info.k
     rows = np.arange(len(ids))[:, None]
     difference = np.zeros((len(ids), probs.shape[1] + 1))  # the last column takes the padding
-    np.add.at(difference, (rows, again.numpy()), values.numpy().astype(np.float64))
-    np.add.at(difference, (rows, ids), -np.exp(found))
+    np.add.at(difference, (rows, redrawn_ids.numpy()), values.numpy().astype(np.float64))
+    np.add.at(difference, (rows, ids), -np.exp(cached_log_probs))
     variation: NDArray = np.abs(difference).sum(axis=1) / 2
     return variation

@@ -43,61 +43,65 @@ def audit_served(
     describe_served(config, cache.corpus, reader.info.view)
     teacher = ServedTeacher(TeacherPlan(config, Path(), reader.main.info), cache.corpus)
     assert config.served is not None
-    found: dict[str, list[Floats]] = {n: [] for n in ("mean", "max", "top1", "mass")}
+    errors_of: dict[str, list[Floats]] = {n: [] for n in ("mean", "max", "top1", "mass")}
     beyond: list[tuple[float, str]] = []
     largest = 0.0
     for shard, rows in parts:
         task.advance(len(rows))
         if not reader.has(shard, None):
             continue
-        live = teacher.unit(Unit(shard), only=rows)
+        live = teacher.unit(Unit(shard), only_rows=rows)
         counts, cached = reader.gather([(shard, int(row)) for row in rows], None)
         owners = np.repeat(rows, counts)
         order = np.argsort(owners, kind="stable")
-        owners, cached = owners[order], {name: flat[order] for name, flat in cached.items()}
+        owners, cached = owners[order], {name: array[order] for name, array in cached.items()}
         assert isinstance(reader.kind, VocabularyKind)
         for row in np.unique(owners):
-            mine, theirs = owners == row, live.rows == row
-            here, again = (
-                {name: flat[chosen] for name, flat in columns.items()}
-                for columns, chosen in ((cached, mine), (live.columns, theirs))
+            is_cached_row, is_live_row = owners == row, live.rows == row
+            cached_row, live_row = (
+                {name: array[is_row] for name, array in columns.items()}
+                for columns, is_row in ((cached, is_cached_row), (live.columns, is_live_row))
             )
-            errors = _errors(reader.kind, here, again)
+            errors = _errors(reader.kind, cached_row, live_row)
             mean, bound = float(errors["mean"].mean()), float(errors["bound"].mean())
             bound += config.served.tolerance
             share = mean / bound
             largest = max(largest, share)
-            for name, parted in found.items():
-                parted.append(errors[name])
+            for name, arrays in errors_of.items():
+                arrays.append(errors[name])
             if share > 1:
                 example = cache.corpus.first(shard) + int(row)
-                told = f"example {example}: its log-probabilities are off by {mean:.3g} nats in "
-                beyond.append((share, f"{told}the mean, at most {bound:.3g} (served.tolerance)"))
-    joined = {name: np.concatenate(parted or [np.zeros(1)]) for name, parted in found.items()}
+                description = (
+                    f"example {example}: its log-probabilities are off by {mean:.3g} nats in the "
+                    f"mean, at most {bound:.3g} (served.tolerance)"
+                )
+                beyond.append((share, description))
+    joined = {name: np.concatenate(arrays or [np.zeros(1)]) for name, arrays in errors_of.items()}
     values = {
         "mean_error": float(joined["mean"].mean()),
         "max_error": float(joined["max"].max()),
         "top1": float(joined["top1"].mean()),
         "kept_mass": float(joined["mass"].mean()),
-        "rows": float(sum(map(len, found["mean"]))),
+        "rows": float(sum(map(len, errors_of["mean"]))),
         "of_bound": largest,
     }
-    return values, [told for _, told in sorted(beyond, key=lambda each: -each[0])]
+    worst_first = sorted(beyond, key=lambda share_and_text: -share_and_text[0])
+    return values, [description for _, description in worst_first]
 
 
 def _errors(kind: VocabularyKind, cached: Columns, live: Columns) -> dict[str, Floats]:
     """Compare ``cached`` with ``live`` at each position [N] of a sequence."""
-    ids, stored, _ = kind.decode(cached, None, 1.0, None)
-    again, said, _ = kind.decode(live, None, 1.0, None)
-    same = ids[:, :, None] == again[:, None, :]
-    theirs = (same * said[:, None, :].astype(np.float64)).sum(axis=2)
-    error = np.where(same.any(axis=2), np.abs(stored - theirs), MISSING_NATS)
-    probs = np.exp(stored.astype(np.float64))
-    span = (stored.max(axis=1) - stored.min(axis=1)).astype(np.float64)
+    ids, cached_log_probs, _ = kind.decode(cached, None, 1.0, None)
+    live_ids, live_log_probs, _ = kind.decode(live, None, 1.0, None)
+    is_same_id = ids[:, :, None] == live_ids[:, None, :]
+    live_values = (is_same_id * live_log_probs[:, None, :].astype(np.float64)).sum(axis=2)
+    error = np.where(is_same_id.any(axis=2), np.abs(cached_log_probs - live_values), MISSING_NATS)
+    probs = np.exp(cached_log_probs.astype(np.float64))
+    span = (cached_log_probs.max(axis=1) - cached_log_probs.min(axis=1)).astype(np.float64)
     return {
         "mean": (probs * error).sum(axis=1),
         "max": error.max(axis=1),
-        "top1": (ids[:, 0] == again[:, 0]).astype(np.float64),
+        "top1": (ids[:, 0] == live_ids[:, 0]).astype(np.float64),
         "mass": probs.sum(axis=1),
         "bound": 2 * CODECS[kind.info.codec].error_bound(span, 1.0),
     }

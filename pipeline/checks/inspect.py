@@ -23,7 +23,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.checks.origin import origin_lines
 from rekindle.pipeline.console import in_line
 from rekindle.pipeline.plain_values import for_json
-from rekindle.pipeline.plan.text import TOLD_PADDING
+from rekindle.pipeline.plan.text import MIN_PADDING_SHOWN
 from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import terminal_width, text_lines
 from rekindle.train.config import TrainConfig
@@ -34,7 +34,7 @@ SAMPLE_PLACES = 64  # places at which the lengths of some sequences are read
 BATCH: int = TrainConfig.model_fields["batch_sequences"].default
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_POSITIONS = 12
-PACKED = {
+PACKING_TEXT = {
     "document": "each of one document",
     "contiguous": "documents joined",
     "packed": "several documents in each, attention within each",
@@ -64,8 +64,9 @@ def inspect_cache(path: str, teacher: str | None = None, as_json: bool = False) 
     if not as_json:
         return _as_text(path, cache, readers, spreads)
     facts = {
-        reader.info.name: _teacher_facts(cache, reader) | {k: vars(s) for k, s in found.items()}
-        for reader, found in zip(readers, spreads, strict=True)
+        reader.info.name: _teacher_facts(cache, reader)
+        | {k: vars(s) for k, s in spreads_of_teacher.items()}
+        for reader, spreads_of_teacher in zip(readers, spreads, strict=True)
     }
     return json.dumps({"cache": path, "corpus": _corpus_facts(cache), "teachers": facts}) + "\n"
 
@@ -96,8 +97,8 @@ def _corpus_facts(cache: Cache) -> dict[str, object]:
 def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
     """Return the facts about one teacher's targets."""
     info, elsewhere = teacher.info, _bytes_elsewhere(teacher)
-    described = {"task", "kind", "view", "k", "temperatures", "estimator", "codec"}
-    facts: dict[str, object] = info.model_dump(mode="json", include=described) | {
+    fields = {"task", "kind", "view", "k", "temperatures", "estimator", "codec"}
+    facts: dict[str, object] = info.model_dump(mode="json", include=fields) | {
         "labels": list(info.label_names),
         "positions": teacher.positions,
         "coverage": teacher.coverage,
@@ -114,8 +115,8 @@ def _teacher_facts(cache: Cache, teacher: TeacherReader) -> dict[str, object]:
         facts["mapped"] = {"tokens": info.mapped, "positions": share, "probability": mass}
     facts |= {"imported": info.imported.model_dump(mode="json")} if info.imported else {}
     if info.vectors is not None:
-        about = {"dimensions", "pooling", "normalised", "vectors", "prompt"}
-        facts |= info.model_dump(mode="json", include=about)
+        vector_fields = {"dimensions", "pooling", "normalised", "vectors", "prompt"}
+        facts |= info.model_dump(mode="json", include=vector_fields)
         error = stored_error(teacher.commits)
         facts["cosine_error"] = error and vars(error)
     if info.served is not None:
@@ -128,8 +129,8 @@ def _padding(cache: Cache) -> dict[str, float]:
     if not len(cache):
         return {}
     places = np.linspace(0, len(cache) - 1, SAMPLE_PLACES).astype(np.int64)
-    near = np.unique(places[:, None] + np.arange(SAMPLE_PLACES // 8))
-    return padded(cache.lengths(near[near < len(cache)]), BATCH)
+    sampled = np.unique(places[:, None] + np.arange(SAMPLE_PLACES // 8))
+    return padded(cache.lengths(sampled[sampled < len(cache)]), BATCH)
 
 
 def _bytes_per_token(cache: Cache, teacher: TeacherReader) -> float:
@@ -159,7 +160,7 @@ def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
     if not teacher.info.is_vocabulary or not teacher.commits:
         return {}
     shards = np.unique(np.linspace(0, len(cache.corpus.commits) - 1, SAMPLE_SHARDS).astype(int))
-    entropy, kept = [np.zeros(0)], [np.zeros(0)]
+    entropy, kept_mass = [np.zeros(0)], [np.zeros(0)]
     for shard in shards.tolist():
         if not teacher.has(shard, 0 if teacher.masked else None):
             continue
@@ -174,20 +175,22 @@ def _spreads(cache: Cache, teacher: TeacherReader) -> Spreads:
         entropy.append(batch.columns.get("entropy", np.zeros(0)) / STEP)
         if teacher.kind.has_tail:
             _, _, log_tail = batch.decode(teacher.kind.readable_temperature)
-            kept.append(-np.expm1(log_tail))
+            kept_mass.append(-np.expm1(log_tail))
     highest = np.log(teacher.info.vocabulary_size or 2)
     spreads = {"entropy": _spread(np.concatenate(entropy), highest)}
-    return spreads | ({"kept_mass": _spread(np.concatenate(kept), 1.0)} if len(kept) > 1 else {})
+    return spreads | (
+        {"kept_mass": _spread(np.concatenate(kept_mass), 1.0)} if len(kept_mass) > 1 else {}
+    )
 
 
 def _spread(values: NDArray, highest: float) -> Spread:
     """Summarize values between 0 and ``highest``."""
-    around = (0.0, float(highest))
+    value_range = (0.0, float(highest))
     if not len(values):
-        return Spread(around)
+        return Spread(value_range)
     p05, p50, p95 = np.quantile(values, [0.05, 0.5, 0.95]).tolist()
-    histogram, _ = np.histogram(values, bins=20, range=around)
-    return Spread(around, float(values.mean()), p05, p50, p95, histogram.tolist())
+    histogram, _ = np.histogram(values, bins=20, range=value_range)
+    return Spread(value_range, float(values.mean()), p05, p50, p95, histogram.tolist())
 
 
 def _as_text(
@@ -197,7 +200,7 @@ def _as_text(
     config, size = corpus.info["config"], corpus.units.bytes
     lines = [
         f"{path}: {counted(len(corpus), 'sequence')} (pieces of up to "
-        f"{config['sequence_length']:,} tokens, {PACKED[config['packing']]}), "
+        f"{config['sequence_length']:,} tokens, {PACKING_TEXT[config['packing']]}), "
         f"{counted(corpus.tokens, 'token')}",
         f"vocabulary {corpus.info['tokenizer']['size']:,}; text and tokens: {size / 1e6:.1f} MB",
     ]
@@ -209,7 +212,7 @@ def _as_text(
     if corpus.domains:
         shares = ", ".join(f"{in_line(name)} {count:,}" for name, count in corpus.domains.items())
         lines.append(f"domains: {shares}")
-    if (padding := _padding(cache)) and padding["shuffled"] >= TOLD_PADDING:
+    if (padding := _padding(cache)) and padding["shuffled"] >= MIN_PADDING_SHOWN:
         lines.append(
             f"padding: in batches of {BATCH}, {padding['shuffled']:.2f} tokens are computed for "
             f"each of the text; with train.batching: similar_lengths "
@@ -224,17 +227,19 @@ def _as_text(
     lines += [error.as_text(info) for info, error in errors if error is not None]
     for reader in readers:
         if elsewhere := _bytes_elsewhere(reader):
-            others = ", ".join(f"{there} {size:.0f}" for there, size in elsewhere.items())
+            bytes_of_formats = ", ".join(
+                f"{format_name} {size:.0f}" for format_name, size in elsewhere.items()
+            )
             lines.append(
                 f"{reader.info.name}: {_bytes_per_position(reader):.1f} bytes a target, all in "
                 f"(codec {reader.info.codec})\n  candidates alone of the same k = "
-                f"{reader.info.k} elsewhere: {others}"
+                f"{reader.info.k} elsewhere: {bytes_of_formats}"
             )
-    for reader, found in zip(readers, spreads, strict=True):
+    for reader, spreads_of_teacher in zip(readers, spreads, strict=True):
         for key, unit in (("kept_mass", ""), ("entropy", " nats")):
-            if key in found and found[key].histogram:
+            if key in spreads_of_teacher and spreads_of_teacher[key].histogram:
                 title = f"{reader.info.name} {key.replace('_', ' ')}"
-                lines.append(_histogram_line(title, found[key], unit))
+                lines.append(_histogram_line(title, spreads_of_teacher[key], unit))
     return "\n".join(lines) + "\n"
 
 
@@ -244,7 +249,7 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
         [
             reader.info.name,
             reader.info.task,
-            _kept(reader.info),
+            _kept_text(reader.info),
             f"{reader.coverage:.1%}",
             f"{reader.positions:,}",
             f"{reader.bytes_on_disk / 1e6:.2f}",
@@ -260,7 +265,7 @@ def _summary(cache: Cache, readers: Sequence[TeacherReader]) -> Table:
     return table_of("", head, rows, words=3, note=note if rows else "")
 
 
-def _kept(info: TeacherInfo) -> str:
+def _kept_text(info: TeacherInfo) -> str:
     if info.vectors is not None:
         return kind_of(info).summary
     return f"{info.kind} {info.k or len(info.label_names) or ''}".replace("topk", "top")
@@ -285,14 +290,18 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     if not 0 <= index < len(cache):
         raise InputError(f"{path} has the examples 0..{len(cache) - 1}, not {index}")
     example = cache.example(index)
-    targets = {n: found for n, found in example.targets.items() if teacher in (None, n)}
+    targets = {
+        n: teacher_targets for n, teacher_targets in example.targets.items() if teacher in (None, n)
+    }
     if as_json:
         shown = {name: value for name, value in vars(example).items() if name != "pairs"}
         if example.trained is None:  # all of it is trained
             del shown["trained"]
         if example.group is None:
             del shown["group"]
-        shown["targets"] = {n: [vars(t) for t in found] for n, found in targets.items()}
+        shown["targets"] = {
+            n: [vars(t) for t in teacher_targets] for n, teacher_targets in targets.items()
+        }
         return json.dumps(for_json(shown)) + "\n"
     lines = [f"example {index} · {example.digest} · document {example.document}"]
     if example.group is not None:
@@ -300,8 +309,8 @@ def inspect_example(path: str, index: int, teacher: str | None, as_json: bool = 
     lines.append(example.text or cache.texts[index])
     if example.trained is not None:
         lines.append(_trained_line(example, cache.corpus.tokenizer))
-    for name, found in targets.items():
-        for target in found:
+    for name, teacher_targets in targets.items():
+        for target in teacher_targets:
             lines += _rendered(cache.teacher(name).info, target, cache.corpus.tokenizer)
     return "\n".join(lines) + "\n"
 
@@ -310,9 +319,9 @@ def _trained_line(example: Example, tokenizer: Tokenizer) -> str:
     """Return how much of the example is trained, and the runs of trained tokens."""
     assert example.trained is not None
     edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False)).reshape(-1, 2)
-    said = [in_line(tokenizer.hf.decode(example.input_ids[a:b])) for a, b in edges.tolist()]
+    runs = [in_line(tokenizer.hf.decode(example.input_ids[a:b])) for a, b in edges.tolist()]
     count = int(example.trained.sum())
-    return f"trained: {count} of {len(example.input_ids)} tokens: {' … '.join(said)}"
+    return f"trained: {count} of {len(example.input_ids)} tokens: {' … '.join(runs)}"
 
 
 def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[str]:
@@ -320,8 +329,8 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
     if isinstance(target, TokenTargets):
         return text_lines(_token_table(info, target, tokenizer), terminal_width())
     if isinstance(target, TokenLabelTargets):
-        first = zip(target.positions, target.logits.argmax(axis=1), strict=True)
-        shown = [f"{place}:{labels[best]}" for place, best in first][:SHOWN_POSITIONS]
+        best_labels = zip(target.positions, target.logits.argmax(axis=1), strict=True)
+        shown = [f"{place}:{labels[best]}" for place, best in best_labels][:SHOWN_POSITIONS]
         return [f"{info.name}: {' '.join(shown)}"]
     if isinstance(target, VectorTargets):
         values = " ".join(f"{value:.3f}" for value in target.vector[:SHOWN_POSITIONS])
@@ -339,20 +348,22 @@ def _rendered(info: TeacherInfo, target: Target, tokenizer: Tokenizer) -> list[s
 
 
 def _token_table(info: TeacherInfo, target: TokenTargets, tokenizer: Tokenizer) -> Table:
-    where = "" if target.replica is None else f", masking {target.replica}"
+    masking = "" if target.replica is None else f", masking {target.replica}"
     texts = PieceTexts(tokenizer.hf)
     # A sample has only the tail of the temperature it was drawn at, and that is 0.
     log_tail = target.log_tail.get(1.0, next(iter(target.log_tail.values())))
     rows = []
     for row in range(min(len(target.positions), SHOWN_POSITIONS)):
-        best = zip(target.ids[row, :5].tolist(), target.log_probs[row, :5], strict=True)
-        kept = ((id, log_prob) for id, log_prob in best if id >= 0)  # −1: fewer were drawn
-        predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in kept)
+        likeliest = zip(target.ids[row, :5].tolist(), target.log_probs[row, :5], strict=True)
+        candidates = (
+            (id, log_prob) for id, log_prob in likeliest if id >= 0
+        )  # −1: fewer were drawn
+        predicted = "  ".join(f"{texts[id]} {np.exp(log_prob):.3f}" for id, log_prob in candidates)
         tail = f"{np.exp(log_tail[row]):.3f}"
         gold = texts[int(target.gold_ids[row])]
         rank = str(target.gold_rank[row]) if target.gold_rank[row] >= 0 else "?"  # unknown
         rows.append([str(target.positions[row]), gold, rank, predicted, tail])
     shown = "sampled predictions" if kind_of(info).is_sample else "top predictions"
     head = ("place", "true token", "rank", shown, "tail")
-    title = f"{info.name}{where}: {counted(len(target.positions), 'token')} with targets"
+    title = f"{info.name}{masking}: {counted(len(target.positions), 'token')} with targets"
     return table_of(title, head, rows, words=len(head))

@@ -32,23 +32,27 @@ def _mapped_line(name: str, tokens: int | None, share: float, mass: float) -> st
 def _imported_line(teacher: TeacherReader) -> str:
     assert teacher.info.imported is not None
     imported, tail = teacher.info.imported, teacher.info.estimator.get("tail")
-    tails = "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
-    lacks = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
-    return in_line(f"{teacher.info.name} was imported: {imported.summary()}{tails}{lacks}")
+    tail_note = (
+        "" if tail is None else f"; tails {tail}" + ("" if tail == "given" else " in float64")
+    )
+    missing_note = f"; without {', '.join(imported.lacks)}" if imported.lacks else ""
+    return in_line(
+        f"{teacher.info.name} was imported: {imported.summary()}{tail_note}{missing_note}"
+    )
 
 
 def _served_line(teacher: TeacherReader) -> str:
     info = teacher.info
-    known = ", ".join(f"{name} {value}" for name, value in info.versions.items())
+    versions = ", ".join(f"{name} {value}" for name, value in info.versions.items())
     return in_line(
-        f"{info.name} was served as {info.model}{f' ({known})' if known else ''}; tails derived "
-        f"in float64; without {', '.join(info.lacks)}; recognized by its answers to probes"
+        f"{info.name} was served as {info.model}{f' ({versions})' if versions else ''}; tails "
+        f"derived in float64; without {', '.join(info.lacks)}; recognized by its answers to probes"
     )
 
 
 def _lineage_line(name: str, number: int, run: Ancestor) -> str:
-    taught = ", ".join(f"{who} {weights[:12]}" for who, weights in run.teachers.items())
+    teachers = ", ".join(f"{teacher} {weights[:12]}" for teacher, weights in run.teachers.items())
     return (
         f"{name} lineage {number + 1}: {run.student}, {counted(run.steps, 'step')} on corpus "
-        f"{run.corpus[:12]}, taught by {taught or 'none'} -> weights {(run.weights or '')[:12]}"
+        f"{run.corpus[:12]}, taught by {teachers or 'none'} -> weights {(run.weights or '')[:12]}"
     )

@@ -18,42 +18,42 @@ def list_teachers(path: str, as_json: bool = False) -> str:
     does.
     """
     cache = Cache.open(path)
-    listed, waiting = teachers_of(cache), describe_change(cache)
+    entries, unfinished = teachers_of(cache), describe_change(cache)
     version = cache.manifest[VERSION]
     if as_json:
-        about = {"cache": path, "format_version": version, "under_way": waiting or None}
-        return json.dumps(about | {"teachers": [vars(one) for one in listed]}) + "\n"
-    total = shown_bytes(sum(one.bytes for one in listed))
+        header = {"cache": path, "format_version": version, "under_way": unfinished or None}
+        return json.dumps(header | {"teachers": [vars(entry) for entry in entries]}) + "\n"
+    total = shown_bytes(sum(entry.bytes for entry in entries))
     lines = [f"{path}: {counted(len(cache.teachers), 'teacher')}, {total} (cache format {version})"]
-    lines += [f"under way: {waiting}"] if waiting else []
-    if listed:
-        lines += ["", *text_lines(_table(listed), terminal_width()), ""]
+    lines += [f"under way: {unfinished}"] if unfinished else []
+    if entries:
+        lines += ["", *text_lines(_table(entries), terminal_width()), ""]
     for teacher in cache.teachers.values():
         if not (teacher.info.imported or teacher.info.served):
-            told = f"was run: {teacher.info.model}, weights {teacher.fingerprint[:12]}"
-            lines.append(in_line(f"{teacher.info.name} {told}"))
+            origin = f"was run: {teacher.info.model}, weights {teacher.fingerprint[:12]}"
+            lines.append(in_line(f"{teacher.info.name} {origin}"))
         lines += origin_lines(teacher)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _table(listed: Sequence[TeacherSummary]) -> Table:
+def _table(entries: Sequence[TeacherSummary]) -> Table:
     head = ("teacher", "task", "kept", "codec", "temperatures", "saw", "domains", "precision")
     numbers = ("units", "bytes", "format")
     rows = [
         [
-            f"{one.name} {one.part}".strip(),
-            one.task,
-            one.kept,
-            one.codec,
-            ", ".join(f"{at:g}" for at in one.temperatures) or NOTHING,
-            one.view,
-            "all" if one.domains is None else in_line(", ".join(one.domains)),
-            one.precision,
-            f"{one.units:,} of {one.units_planned:,}",
-            shown_bytes(one.bytes),
-            str(one.format_version),
+            f"{entry.name} {entry.part}".strip(),
+            entry.task,
+            entry.kept,
+            entry.codec,
+            ", ".join(f"{temperature:g}" for temperature in entry.temperatures) or NOTHING,
+            entry.view,
+            "all" if entry.domains is None else in_line(", ".join(entry.domains)),
+            entry.precision,
+            f"{entry.units:,} of {entry.units_planned:,}",
+            shown_bytes(entry.bytes),
+            str(entry.format_version),
         ]
-        for one in listed
+        for entry in entries
     ]
     note = (
         "units: files; a finished teacher has one for each corpus shard and masking; format: the "

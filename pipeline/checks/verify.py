@@ -85,10 +85,10 @@ def _check(path: str, store: Store, report: VerifyReport, progress: Progress) ->
     with suppress(CacheFormatError):  # reported below
         read_with_overlay(store)
     report.imported = imported_teachers(store)
-    wrong = damaged_descriptions(store)
-    if MANIFEST not in wrong:
-        wrong |= lost_descriptions(store)
-    report.problems += [describe_damage(error) for error in wrong.values()]
+    damaged = damaged_descriptions(store)
+    if MANIFEST not in damaged:
+        damaged |= lost_descriptions(store)
+    report.problems += [describe_damage(error) for error in damaged.values()]
     with progress.task("checksums", unit="shards") as task:
         for shards in shard_sets(store):
             _check_files(shards, report, task)
@@ -102,8 +102,8 @@ def _check_files(shards: ShardSet, report: VerifyReport, task: ProgressTask) -> 
     report.problems += [describe_damage(error) for error in damaged.values()]
     report.shards += len(sound)
     report.bytes += sound.bytes
-    if not damaged and (wrong := shards.records.roll_up_error(sound)):
-        report.problems.append(describe_damage(wrong))
+    if not damaged and (roll_up_error := shards.records.roll_up_error(sound)):
+        report.problems.append(describe_damage(roll_up_error))
     with suppress(CacheFormatError):  # a damaged record, reported above
         report.orphans += len(orphans(shards))
 
@@ -136,10 +136,10 @@ def _check_rows(path: str, report: VerifyReport, task: ProgressTask) -> None:
 
 def _unused_parts(cache: Cache, teacher: TeacherReader) -> Iterator[TeacherReader]:
     """Yield readers of parts that ``teacher`` does not show: a smaller k, unfinished extensions."""
-    used = {teacher.main.info.part, *(part.info.part for part in teacher.tails)}
+    used_parts = {teacher.main.info.part, *(part.info.part for part in teacher.tails)}
     by_name = {part.info.part: part.info for part in teacher.parts}
     for name, info in by_name.items():
-        if name not in used:
+        if name not in used_parts:
             infos = [by_name[info.extends], info] if info.extends is not None else [info]
             yield TeacherReader(cache.corpus, infos, teacher.view)
 
@@ -175,22 +175,24 @@ def _problems_of_targets(
     if commit.facts.get("corpus_sha256") != corpus.commits[shard].sha256:
         yield "it was made from another corpus shard"
     domains = corpus.shard(shard).table()["domain"].to_pylist()
-    chosen = teacher.info.domains
-    wanted = [chosen is None or domain in chosen for domain in domains]
+    taught = teacher.info.domains
+    included = [taught is None or domain in taught for domain in domains]
     cuts = [teacher.cut((shard, row), replica) for row in range(len(domains))]
     if teacher.kind.per_sequence:
-        if cut_lengths(cuts)[~np.array(wanted, bool)].any():
+        if cut_lengths(cuts)[~np.array(included, bool)].any():
             yield "it has targets of domains that the teacher is not for"
     elif isinstance(teacher.kind, VocabularyKind):
         for lists in {id(lists): lists for lists, _, _ in cuts}.values():
             yield from _doubled_ids(teacher.kind.candidate_ids(lists.columns))
         predicted = target_positions(corpus, teacher.info, teacher.view, shard, replica)
         for row, ((lists, a, b), expected) in enumerate(zip(cuts, predicted, strict=True)):
-            found = lists.columns["positions"][a:b]
-            may = expected if wanted[row] else expected[:0]
+            stored = lists.columns["positions"][a:b]
+            allowed = expected if included[row] else expected[:0]
             # Gaps are allowed here, and counted.
-            holes = teacher.info.imported is not None or teacher.info.mapped is not None
-            if not (np.isin(found, may).all() if holes else np.array_equal(found, may)):
+            allows_gaps = teacher.info.imported is not None or teacher.info.mapped is not None
+            if not (
+                np.isin(stored, allowed).all() if allows_gaps else np.array_equal(stored, allowed)
+            ):
                 yield f"row {row} has targets at other positions than it should"
 
 

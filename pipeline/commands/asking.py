@@ -23,7 +23,7 @@ from rekindle.train.answers.target import check_target
 S = TypeVar("S", bound=Settings)
 
 
-def scores(
+def score_model(
     model: str,
     test: str,
     head: str | None,
@@ -44,7 +44,7 @@ def scores(
         )
 
 
-def compared(
+def score_heads(
     comparison: Comparison,
     tests: Sequence[str],
     metric: str | None,
@@ -54,12 +54,12 @@ def compared(
 ) -> Comparison:
     """Score the heads of several runs, and experts beside them."""
     config = _config(AskConfig, sets, *fields)
-    tests, experts = map(_found, (tests, experts))
+    tests, experts = map(_resolve_experts, (tests, experts))
     with Progress.to_terminal() as progress:
         return with_heads(comparison, tests, metric, progress, config, experts)
 
 
-def perplexity(
+def measure_perplexity(
     model: str, text: str, fields: Sequence[str] | None, sets: Sequence[str] | None
 ) -> Perplexity:
     """Measure a language model."""
@@ -71,7 +71,7 @@ def perplexity(
         return text_perplexity(*places, text_field=field, config=config, watch=task)
 
 
-def predictions(
+def write_predictions(
     model: str,
     text: str,
     out: str,
@@ -87,7 +87,7 @@ def predictions(
         return predict_file(*places, out, head=head, config=config, force=force, watch=task)
 
 
-def generated(
+def generate_rows(
     model: str, prompts: str, out: str, force: bool, sets: Sequence[str] | None
 ) -> Generated:
     """Have a language model continue prompts."""
@@ -97,13 +97,16 @@ def generated(
         return generate_file(*places, out, config=config, force=force, watch=task)
 
 
-def _found(given: Sequence[str]) -> list[str]:
+def _resolve_experts(arguments: Sequence[str]) -> list[str]:
     """Return each ``[HEAD=]PLACE`` with its place as a path; make missing built-in ones."""
-    parted = [("", one) if os.path.exists(one) else head_and_place(one) for one in given]
-    places = [expanded(resolve_name(place)) for _, place in parted]
+    heads_and_places = [
+        ("", argument) if os.path.exists(argument) else head_and_place(argument)
+        for argument in arguments
+    ]
+    places = [expanded(resolve_name(place)) for _, place in heads_and_places]
     make_missing(*places)
-    each = zip(parted, places, strict=True)
-    return [f"{head}={place}" if head else place for (head, _), place in each]
+    pairs = zip(heads_and_places, places, strict=True)
+    return [f"{head}={place}" if head else place for (head, _), place in pairs]
 
 
 def _places(model: str, file: str) -> tuple[str, str]:

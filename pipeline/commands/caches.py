@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TEXT_PROCESSES = 16
 
 
-class Where(StrEnum):
+class ExecutorKind(StrEnum):
     """The choices of ``--executor``."""
 
     local = "local"
@@ -30,9 +30,9 @@ class Where(StrEnum):
 
 
 @contextmanager
-def _executor(where: Where, address: str | None, workers: int | None) -> Iterator["Executor"]:
+def _executor(kind: ExecutorKind, address: str | None, workers: int | None) -> Iterator["Executor"]:
     """Yield what runs the teachers; raise InputError for a cluster that cannot be joined."""
-    if where is Where.local:
+    if kind is ExecutorKind.local:
         from rekindle.data.cores import cores
         from rekindle.pipeline.processes.units import OnThisMachine
 
@@ -40,8 +40,8 @@ def _executor(where: Where, address: str | None, workers: int | None) -> Iterato
         return
     from rekindle.pipeline.processes.on_ray import on_ray
 
-    with on_ray(address, workers) as joined:
-        yield joined
+    with on_ray(address, workers) as cluster:
+        yield cluster
 
 
 def cache_teachers(
@@ -60,8 +60,8 @@ def cache_teachers(
         ),
     ] = None,
     executor: Annotated[
-        Where, typer.Option(help="where teachers run: this machine, or a Ray cluster")
-    ] = Where.local,
+        ExecutorKind, typer.Option(help="where teachers run: this machine, or a Ray cluster")
+    ] = ExecutorKind.local,
     address: Annotated[
         str | None,
         typer.Option(
@@ -80,7 +80,7 @@ def cache_teachers(
     set_: Overrides = None,
 ) -> None:
     """Stage 1: run each expert once over the corpus and keep its outputs. Resumes by itself."""
-    if executor is Where.local and address is not None:
+    if executor is ExecutorKind.local and address is not None:
         raise InputError(f"--address {address} is for a Ray cluster: give --executor ray, too")
     with resumable() as progress:
         from rekindle.pipeline.config import load_config
@@ -93,20 +93,22 @@ def cache_teachers(
         from rekindle.pipeline.caching.shared_out import check_processes, in_step
         from rekindle.pipeline.stages.run import cache_stages
 
-        chosen = [one for one in config.teachers if not teacher or one.name in teacher]
-        check_processes(chosen, executor is Where.local and (workers or 1) == 1)
+        chosen = [entry for entry in config.teachers if not teacher or entry.name in teacher]
+        check_processes(chosen, executor is ExecutorKind.local and (workers or 1) == 1)
         with (
-            in_step(chosen) as follows,
-            _executor(executor, address, workers) as runs_them,
+            in_step(chosen) as is_follower,
+            _executor(executor, address, workers) as runner,
         ):
-            if follows:
+            if is_follower:
                 follow()
                 return
-            asked = (teacher or (), runs_them, progress, check)
+            arguments = (teacher or (), runner, progress, check)
             if config.stages:
-                lines = [text for one in cache_stages(config, *asked) if (text := one.as_text())]
+                lines = [
+                    text for entry in cache_stages(config, *arguments) if (text := entry.as_text())
+                ]
             else:
-                lines = [f"{config.cache.path}: {stage_one(config, *asked).as_text()}"]
+                lines = [f"{config.cache.path}: {stage_one(config, *arguments).as_text()}"]
     typer.echo("\n".join(lines))
 
 
@@ -137,10 +139,10 @@ def plan(
 ) -> None:
     """Say what cache-teachers would do: sequences, bytes, time, break-even. Writes nothing."""
     from rekindle.pipeline.config import load_config
-    from rekindle.pipeline.plan.cluster import assumed, cluster_lines, on_nodes
+    from rekindle.pipeline.plan.cluster import cluster_lines, on_nodes, parse_assumptions
     from rekindle.pipeline.plan.scale import Scale
 
-    scale, assumptions = Scale.asked(texts, tokens), assumed(assume or ())
+    scale, assumptions = Scale.from_options(texts, tokens), parse_assumptions(assume or ())
     if assume and nodes is None:
         raise InputError("--assume gives properties of machines; give --nodes, too")
     config = load_config(run, set_)
@@ -156,13 +158,13 @@ def plan(
     from rekindle.pipeline.plan.run import plan_run
     from rekindle.pipeline.plan.text import shown_plan, wrapped
 
-    found = plan_run(config, probe, scale)
-    cluster = None if nodes is None else on_nodes(found, nodes, assumptions)
+    run_plan = plan_run(config, probe, scale)
+    cluster = None if nodes is None else on_nodes(run_plan, nodes, assumptions)
     if as_json:
-        beside = {} if cluster is None else {"cluster": vars(cluster)}
-        typer.echo(json.dumps(found.as_dict() | beside))
+        cluster_facts = {} if cluster is None else {"cluster": vars(cluster)}
+        typer.echo(json.dumps(run_plan.as_dict() | cluster_facts))
         return
-    typer.echo(shown_plan(found), nl=False)
+    typer.echo(shown_plan(run_plan), nl=False)
     if cluster is not None:
         typer.echo("\n".join(wrapped(cluster_lines(cluster))))
 
@@ -195,9 +197,9 @@ def gc(
         return
     for name, size in removed.items():
         typer.echo(f"{name}  {counted(size, 'byte')}")
-    done = "would be removed" if dry_run else "removed"
+    verb = "would be removed" if dry_run else "removed"
     typer.echo(
-        f"{cache}: {counted(len(removed), 'file')}, {counted(sum(removed.values()), 'byte')} {done}"
+        f"{cache}: {counted(len(removed), 'file')}, {counted(sum(removed.values()), 'byte')} {verb}"
     )
 
 
@@ -230,16 +232,16 @@ def verify(
         raise InputError("--config is for --audit: give the number of sequences, too (--audit N)")
     from rekindle.pipeline.config import load_config
 
-    audited = None if config is None else load_config(config)
+    audit_config = None if config is None else load_config(config)
     audits: dict[str, dict[str, float]] = {}
     beyond: list[str] = []
     with Progress.to_terminal() as progress:
         report = verify_cache(cache, progress)
-        if audited is not None and not report.problems:
+        if audit_config is not None and not report.problems:
             from rekindle.pipeline.checks.audit import audit_cache
 
-            found = audit_cache(cache, audited, audit, progress=progress)
-            audits, beyond = found.values, found.problems
+            audit_report = audit_cache(cache, audit_config, audit, progress=progress)
+            audits, beyond = audit_report.values, audit_report.problems
     if as_json:
         typer.echo(json.dumps(report.as_dict() | {"audit": audits, "beyond": beyond}))
     else:
@@ -248,16 +250,19 @@ def verify(
             shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items())
             typer.echo(f"audit of {name}: {shown}")
     if report.problems:
-        again = ""
-        if named := [n for n in report.imported if f"targets/{n}" in " ".join(report.problems)]:
-            again = (
-                f". {', '.join(named)}: imported, so there is no model to run; `pipeline "
+        import_note = ""
+        if imported_names := [
+            n for n in report.imported if f"targets/{n}" in " ".join(report.problems)
+        ]:
+            import_note = (
+                f". {', '.join(imported_names)}: imported, so there is no model to run; `pipeline "
                 "import-targets` with the original rows and provenance "
                 "makes what is damaged of it again"
             )
         raise CacheFormatError(
             f"{counted(len(report.problems), 'problem')} in {cache}. `pipeline cache-teachers` "
-            f"with the configuration it was made with makes exactly the damaged parts again{again}"
+            "with the configuration it was made with makes exactly the damaged parts again"
+            f"{import_note}"
         )
     if beyond:
         raise CacheMismatchError(

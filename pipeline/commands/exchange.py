@@ -69,22 +69,22 @@ def import_targets(
         store = open_store(cache)
         read_manifest(store)
         with progress.task(f"import {name}", unit="rows") as bar:
-            done = importing.import_targets(Corpus(store), _rows(rows), config, bar.advance)
+            result = importing.import_targets(Corpus(store), _rows(rows), config, bar.advance)
         write_manifest(store)
-    facts = {key: value for key, value in vars(done).items() if key != "info"}
-    typer.echo(json.dumps({"teacher": name} | facts) if as_json else f"{cache}: {done.as_text()}")
+    facts = {key: value for key, value in vars(result).items() if key != "info"}
+    typer.echo(json.dumps({"teacher": name} | facts) if as_json else f"{cache}: {result.as_text()}")
 
 
-def _pairs(given: list[str]) -> dict[str, str]:
-    parted = [one.partition("=") for one in given]
-    for key, equals, value in parted:
+def _pairs(assignments: list[str]) -> dict[str, str]:
+    pairs = [assignment.partition("=") for assignment in assignments]
+    for key, equals, value in pairs:
         if not (key and equals and value):
             raise InputError(f"--provenance {key}{equals}{value}: give KEY=VALUE")
-    found = {key: value for key, _, value in parted}
-    for key, _, value in parted:
-        if found[key] != value:
-            raise InputError(f"--provenance {key} is {value} and {found[key]}; give it once")
-    return found
+    values = {key: value for key, _, value in pairs}
+    for key, _, value in pairs:
+        if values[key] != value:
+            raise InputError(f"--provenance {key} is {value} and {values[key]}; give it once")
+    return values
 
 
 def _rows(paths: list[Path]) -> "Iterator[tuple[str, Row]]":
@@ -122,18 +122,18 @@ def export_targets(
     from rekindle.data.exchange.files import write_export
     from rekindle.pipeline.progress import Progress
 
-    opened = Cache.open(cache)
+    opened_cache = Cache.open(cache)
     if teacher is not None and view is not None:
         raise InputError(
             "--view is for the text alone: a teacher's rows have the view it was shown"
         )
     if teacher is None and k is not None:
         raise InputError("--k is for a teacher's targets: name it with --teacher")
-    shown = opened.masked_view(None if view == "masked" else view) if view else None
-    reader = opened.teacher(teacher) if teacher is not None else None
-    export = Export(opened.corpus, reader, shown, k, limit)
+    masked_view = opened_cache.masked_view(None if view == "masked" else view) if view else None
+    reader = opened_cache.teacher(teacher) if teacher is not None else None
+    export = Export(opened_cache.corpus, reader, masked_view, k, limit)
     with (
-        opened.store.reading(),
+        opened_cache.store.reading(),
         Progress.to_terminal() as progress,
         progress.task("export", "rows", export.count) as bar,
     ):

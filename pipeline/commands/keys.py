@@ -42,8 +42,8 @@ def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
     if command in ("evaluate", "predict", "compare"):
         from rekindle.train.answers.config import AskConfig, PerplexityConfig
 
-        of_text = any(one.partition("=")[0] == "--text" for one in arguments)
-        return PerplexityConfig if command == "evaluate" and of_text else AskConfig
+        is_perplexity = any(argument.partition("=")[0] == "--text" for argument in arguments)
+        return PerplexityConfig if command == "evaluate" and is_perplexity else AskConfig
     from rekindle.pipeline.config import RunConfig
 
     return RunConfig
@@ -51,22 +51,22 @@ def settings_of(command: str, arguments: Sequence[str] = ()) -> type[BaseModel]:
 
 def print_keys(command: str) -> None:
     """Print each key with its default and its meaning, as --help prints options."""
-    for beside in ("--test", "--text") if command == "evaluate" else ("",):
+    for option in ("--test", "--text") if command == "evaluate" else ("",):
         table = Table.grid(padding=(0, 2))
-        for key, meaning in listed(command, [beside]):
+        for key, meaning in listed(command, [option]):
             table.add_row(Text(key, style="bold cyan", overflow="fold"), Text(meaning))
-        title = f"Keys of --set KEY=VALUE{beside and f' with {beside}'}, with their defaults"
+        title = f"Keys of --set KEY=VALUE{option and f' with {option}'}, with their defaults"
         Console().print(Panel(table, title=title, title_align="left", border_style="dim"))
 
 
 def listed(command: str, arguments: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Return each key with its default as ``--set`` takes it, and its meaning."""
-    found = []
+    rows = []
     for key, field in settings_of(command, arguments).model_fields.items():
-        choices = _words(field.annotation)
-        told = f" [{' | '.join(choices)}]" if len(choices) > 1 else ""
-        found.append((f"{key}={_written(field.default)}", f"{field.description}{told}"))
-    return found
+        choices = _choices(field.annotation)
+        choices_note = f" [{' | '.join(choices)}]" if len(choices) > 1 else ""
+        rows.append((f"{key}={_as_yaml(field.default)}", f"{field.description}{choices_note}"))
+    return rows
 
 
 def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
@@ -77,25 +77,30 @@ def refuse_option(command: str, option: str, arguments: Sequence[str]) -> None:
     keys = keys_called(settings, option.lstrip("-"))[:3]
     if not keys:
         return
-    values = _values_of(option, arguments)
-    typed = [f"{key}={_typed(_annotation(settings, key), values)}" for key in keys]
+    values = _typed_values(option, arguments)
+    assignments = [f"{key}={_as_typed(_annotation(settings, key), values)}" for key in keys]
+    lines = " or ".join(f"--set {shlex.quote(assignment)}" for assignment in assignments)
     raise InputError(
         f"{option} is no option of `pipeline {command}`: it is a key of the configuration, which "
-        f"is set with --set. Type: {' or '.join(f'--set {shlex.quote(one)}' for one in typed)}"
+        f"is set with --set. Type: {lines}"
     )
 
 
-def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+def _typed_values(option: str, arguments: Sequence[str]) -> list[str]:
     """Return what stands behind an option, until the next one."""
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == option:
-            after = arguments[place + 1 :]
-            return [value] if equals else [*takewhile(lambda one: one[:2] != "--", after)]
+            following = arguments[index + 1 :]
+            return (
+                [value]
+                if equals
+                else [*takewhile(lambda argument: argument[:2] != "--", following)]
+            )
     return []
 
 
-def _typed(annotation: Any, values: Sequence[str]) -> str:
+def _as_typed(annotation: Any, values: Sequence[str]) -> str:
     """Return the first value, or all of a list, as ``--set`` takes them; a placeholder if there is
     none.
 
@@ -103,37 +108,39 @@ def _typed(annotation: Any, values: Sequence[str]) -> str:
     """
     if not values:
         return "true" if annotation is bool else "VALUE"
-    if (most := _longest(annotation)) and not values[0].startswith("["):
-        return f"[{', '.join(values[:most])}]"
+    if (max_values := _max_values(annotation)) and not values[0].startswith("["):
+        return f"[{', '.join(values[:max_values])}]"
     return values[0]
 
 
-def _longest(annotation: Any) -> int:
+def _max_values(annotation: Any) -> int:
     """Return how many values a list takes at most; 0 for anything but a list."""
-    origin, each = get_origin(annotation), get_args(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (tuple, list):
-        return sys.maxsize if origin is list or each[-1] is ... else len(each)
-    return 0 if origin is dict else max(map(_longest, each), default=0)
+        return sys.maxsize if origin is list or arguments[-1] is ... else len(arguments)
+    return 0 if origin is dict else max(map(_max_values, arguments), default=0)
 
 
 def _annotation(settings: type[BaseModel], key: str) -> Any:
     """Return the annotation of the value at a dotted key; None if unknown."""
-    here, annotation = [settings], None
+    sections, annotation = [settings], None
     for part in key.split("."):
         if not part.isdecimal():
-            fields = [one.model_fields[part] for one in here if part in one.model_fields]
+            fields = [
+                section.model_fields[part] for section in sections if part in section.model_fields
+            ]
             annotation = fields[0].annotation if fields else None
-            here = sections_in(annotation)
+            sections = sections_in(annotation)
     return annotation
 
 
-def _words(annotation: Any) -> list[str]:
+def _choices(annotation: Any) -> list[str]:
     """Return the words that a value may be."""
     if get_origin(annotation) is not None and not isinstance(annotation, type):
-        return [word for one in get_args(annotation) for word in _words(one)]
+        return [word for argument in get_args(annotation) for word in _choices(argument)]
     return [annotation] if isinstance(annotation, str) else []
 
 
-def _written(value: object) -> str:
+def _as_yaml(value: object) -> str:
     """Return a default as YAML."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -23,7 +23,7 @@ from rekindle.pipeline.commands.options import (
     TextField,
 )
 from rekindle.pipeline.console import say
-from rekindle.pipeline.exits import by_itself, interruptible, line_with
+from rekindle.pipeline.exits import interruptible, line_with, resumption_unknown
 
 if TYPE_CHECKING:
     from rekindle.train.export.merged import Merged
@@ -72,11 +72,11 @@ def finetune(
     for override in set_ or []:
         set_value(values, override)
     options = {"text_field": text_field, "label_field": label_field, "head": head}
-    for key, named in options.items():
-        if named and key in values:
+    for key, value in options.items():
+        if value and key in values:
             option = f"--{key.replace('_', '-')}"
             raise InputError(f"{option} and --set {key}=… set the same value; give one of them")
-        values |= {key: named} if named else {}
+        values |= {key: value} if value else {}
     model, train_file, dev_file = map(resolve_name, (model, train, dev))
     config = parse_settings(FinetuneConfig, resolve_values(values), "--set")
     make_missing(model, train_file, dev_file, config)
@@ -87,17 +87,17 @@ def finetune(
 
     place = address_of(out) or str(out)
     try:
-        with interruptible(by_itself), local_result(out, force) as target:
-            given = (model, train_file, dev_file, str(target))
+        with interruptible(resumption_unknown), local_result(out, force) as target:
+            files = (model, train_file, dev_file, str(target))
             if config.epochs:
                 result = run.finetune(
-                    *given, seeds=seeds, metric=metric, config=config, force=force
+                    *files, seeds=seeds, metric=metric, config=config, force=force
                 )
             elif seeds == 1:
                 if config.merge is None:
-                    typed = _as_evaluate(model, dev, metric, config, set_ or [])
-                    say(f"nothing is trained; without --train: {typed}")
-                result = score.score_model(*given, metric=metric, config=config, force=force)
+                    command = _evaluate_command(model, dev, metric, config, set_ or [])
+                    say(f"nothing is trained; without --train: {command}")
+                result = score.score_model(*files, metric=metric, config=config, force=force)
             else:
                 raise InputError("with epochs=0 nothing is trained: leave --seeds out")
     except EarlierResult as error:
@@ -108,31 +108,33 @@ def finetune(
     if result.baselines is not None:
         typer.echo(score.baselines_table(result.baselines))
     spread = f" ± {result.std:.4f} over {seeds} seeds" if result.std is not None else ""
-    chosen = ", at their best epochs" if spread and config.patience else ""
-    typer.echo(f"{result.shown_metric} on {dev}: {result.mean:.4f}{spread}{chosen}")
+    epochs_note = ", at their best epochs" if spread and config.patience else ""
+    typer.echo(f"{result.shown_metric} on {dev}: {result.mean:.4f}{spread}{epochs_note}")
     if result.kept is not None:
         typer.echo(f"kept: {result.kept}")
     typer.echo(f"expert: {place}" if config.epochs else f"scores: {place}")
     if config.epochs:
-        from rekindle.pipeline.commands.following import after_finetune
+        from rekindle.pipeline.commands.next_commands import next_commands
 
         say("Next, with a FILE of yours:")
-        for line in after_finetune(place, result):
+        for line in next_commands(place, result):
             say(f"  {line}")
 
 
-def _as_evaluate(
+def _evaluate_command(
     model: str, dev: str, metric: str | None, config: "FinetuneConfig", sets: Sequence[str]
 ) -> str:
     """Return the command that scores a model in the same way, as it is typed."""
     from rekindle.train.answers.config import AskConfig
 
-    given: list[tuple[str, str | None]] = [("--test", dev), ("--head", config.head)]
-    given += [("--metric", metric), *(("--text-field", name) for name in config.text_field)]
-    given += [("--label-field", config.label_field if config.label_field != "label" else None)]
-    asked = AskConfig.model_fields.keys() - {"text_field", "label_field"}
-    given += [("--set", one) for one in sets if re.split("[.=]", one)[0].strip() in asked]
-    options = [part for name, value in given if value is not None for part in (name, value)]
+    arguments: list[tuple[str, str | None]] = [("--test", dev), ("--head", config.head)]
+    arguments += [("--metric", metric), *(("--text-field", name) for name in config.text_field)]
+    arguments += [("--label-field", config.label_field if config.label_field != "label" else None)]
+    ask_keys = AskConfig.model_fields.keys() - {"text_field", "label_field"}
+    arguments += [
+        ("--set", setting) for setting in sets if re.split("[.=]", setting)[0].strip() in ask_keys
+    ]
+    options = [part for name, value in arguments if value is not None for part in (name, value)]
     return shlex.join(["pipeline", "evaluate", model, *options])
 
 
@@ -167,21 +169,26 @@ def evaluate(
             "or --text (plain text: the perplexity of a language model)"
         )
     if text is not None:
-        of_labels = {"--head": head, "--metric": metric, "--label-field": label_field, "--out": out}
-        for option, value in of_labels.items():
+        label_options = {
+            "--head": head,
+            "--metric": metric,
+            "--label-field": label_field,
+            "--out": out,
+        }
+        for option, value in label_options.items():
             if value is not None:
                 raise InputError(f"{option} is for labelled rows (--test), not for --text")
         from rekindle.pipeline.commands import asking
 
-        measured = asking.perplexity(model, text, text_field, set_)
-        typer.echo(json.dumps(measured.as_dict()) if as_json else measured.told())
+        result = asking.measure_perplexity(model, text, text_field, set_)
+        typer.echo(json.dumps(result.as_dict()) if as_json else result.told())
         return
     from rekindle.pipeline.commands import asking
 
-    where = None if out is None else str(out)
+    out_file = None if out is None else str(out)
     fields = (text_field, label_field)
-    found = asking.scores(model, str(test), head, metric, where, force, fields, set_)
-    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+    evaluation = asking.score_model(model, str(test), head, metric, out_file, force, fields, set_)
+    typer.echo(json.dumps(evaluation.as_dict()) if as_json else evaluation.told())
 
 
 def predict(
@@ -205,9 +212,9 @@ def predict(
         raise InputError("--json and --out - would both write to stdout; give a file with --out")
     from rekindle.pipeline.commands import asking
 
-    found = asking.predictions(model, text, out, head, force, text_field, set_)
+    result = asking.write_predictions(model, text, out, head, force, text_field, set_)
     if out != "-":
-        typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+        typer.echo(json.dumps(result.as_dict()) if as_json else result.told())
 
 
 def generate(
@@ -227,8 +234,8 @@ def generate(
     """Have a causal LM answer prompts: rows of tokens for a corpus (corpus.format: tokens)."""
     from rekindle.pipeline.commands import asking
 
-    found = asking.generated(model, prompts, out, force, set_)
-    typer.echo(json.dumps(found.as_dict()) if as_json else found.told())
+    result = asking.generate_rows(model, prompts, out, force, set_)
+    typer.echo(json.dumps(result.as_dict()) if as_json else result.told())
 
 
 def export(
@@ -249,8 +256,8 @@ def export(
     from rekindle.train.record.stored_result import local_result
 
     with interruptible(), local_result(out, force) as target:
-        found = export_head(resolve_name(model), str(target), head, force=force)
-    _tell_written("exported", found, as_json)
+        exported = export_head(resolve_name(model), str(target), head, force=force)
+    _print_written("exported", exported, as_json)
 
 
 def merge_adapter(
@@ -271,17 +278,17 @@ def merge_adapter(
     from rekindle.train.record.stored_result import local_result
 
     with interruptible(), local_result(out, force) as target:
-        found = merge_student(resolve_name(model), str(target), force=force)
-    _tell_written("merged", found, as_json)
+        merged = merge_student(resolve_name(model), str(target), force=force)
+    _print_written("merged", merged, as_json)
 
 
-def _tell_written(done: str, found: "Exported | Merged", as_json: bool) -> None:
+def _print_written(verb: str, result: "Exported | Merged", as_json: bool) -> None:
     """Print where a model was written, and the code that loads it."""
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps(result.as_dict()))
         return
-    typer.echo(f"{done}: {found.out}")
-    copied = ", in a local copy of that folder" if is_remote(found.out) else ""
-    say(f"{found.describe()}. With transformers alone{copied}:")
-    folder = found.out.rpartition("/")[2] if copied else found.out
-    say(f"  transformers.{found.auto_class}.from_pretrained({json.dumps(folder)})")
+    typer.echo(f"{verb}: {result.out}")
+    copy_note = ", in a local copy of that folder" if is_remote(result.out) else ""
+    say(f"{result.describe()}. With transformers alone{copy_note}:")
+    folder = result.out.rpartition("/")[2] if copy_note else result.out
+    say(f"  transformers.{result.auto_class}.from_pretrained({json.dumps(folder)})")

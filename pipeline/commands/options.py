@@ -30,25 +30,29 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # of click, here and below,
         """Read the command line."""  # which typer carries with it or not
         typed = [*args]
-        for before, one in zip(["", *typed], typed, strict=False):
-            if one == "" or (one.startswith("--") and one.count("=") == 1 and one.endswith("=")):
-                after = one or before if before.startswith("-") else one or "an argument"
+        for previous, argument in zip(["", *typed], typed, strict=False):
+            if argument == "" or (
+                argument.startswith("--") and argument.count("=") == 1 and argument.endswith("=")
+            ):
+                option = (
+                    argument or previous if previous.startswith("-") else argument or "an argument"
+                )
                 raise InputError(
-                    f"{after.rstrip('=')} is given an empty value, as from a variable of the "
+                    f"{option.rstrip('=')} is given an empty value, as from a variable of the "
                     "shell that is not set; give a value, or leave it out"
                 )
         try:
-            found: list[str] = super().parse_args(ctx, args)
+            remaining: list[str] = super().parse_args(ctx, args)
         except Exception as error:
             if type(error).__name__ == "NoSuchOption":
                 self._refuse_key(str(getattr(error, "option_name", "")), typed)
             raise
-        return found
+        return remaining
 
     def _refuse_key(self, option: str, typed: list[str]) -> None:
         """Raise InputError if ``option`` is a key of --set, and not the beginning of an option."""
-        known = [name for one in self.params for name in one.opts]
-        if "--set" in known and not any(name.startswith(option) for name in known):
+        option_names = [name for parameter in self.params for name in parameter.opts]
+        if "--set" in option_names and not any(name.startswith(option) for name in option_names):
             from rekindle.pipeline.commands.keys import refuse_option
 
             refuse_option(str(self.name), option, typed)
@@ -77,8 +81,8 @@ class Command(TyperCommand):
                 )
             if isinstance(value, Path) or (name in PLACES and isinstance(value, str)):
                 ctx.params[name] = type(value)(expanded(_without_scheme(value)))
-            elif isinstance(value, list | tuple) and all(isinstance(one, Path) for one in value):
-                ctx.params[name] = [Path(expanded(_without_scheme(one))) for one in value]
+            elif isinstance(value, list | tuple) and all(isinstance(item, Path) for item in value):
+                ctx.params[name] = [Path(expanded(_without_scheme(item))) for item in value]
         return super().invoke(ctx)
 
 
@@ -86,9 +90,9 @@ def _without_scheme(place: str | Path) -> str:
     """Return a local place that is written as an address as its path. A Path has one slash
     for two.
     """
-    start = "file:" if isinstance(place, Path) else FILE_URL
-    inside = str(place).removeprefix(start)
-    return inside if inside.startswith("/") else str(place)
+    scheme = "file:" if isinstance(place, Path) else FILE_URL
+    path = str(place).removeprefix(scheme)
+    return path if path.startswith("/") else str(place)
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run configuration")]

@@ -50,7 +50,7 @@ def push(
         from rekindle.pipeline.sharing.contents import Asked, check_repo
         from rekindle.pipeline.sharing.push import push as send
 
-        asked = Asked(
+        request = Asked(
             cache,
             check_repo(repo),
             revision,
@@ -58,7 +58,7 @@ def push(
             with_readable_targets,
             tuple(teacher or ()),
         )
-        done = send(asked, private=private, message=message, dry_run=dry_run, progress=progress)
-    for line in done.told:
+        sent = send(request, private=private, message=message, dry_run=dry_run, progress=progress)
+    for line in sent.told:
         say(f"{cache}: {line}")
-    typer.echo(done.as_json() if as_json else done.as_text())
+    typer.echo(sent.as_json() if as_json else sent.as_text())

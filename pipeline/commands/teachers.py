@@ -44,17 +44,17 @@ def teachers(
 
     Readers of the cache see it as before the change, or as after it. See docs/teachers.md.
     """
-    given: dict[Action, tuple[str, ...]] = {}
-    given |= {"remove": (remove,)} if remove is not None else {}
-    given |= {"rename": rename} if rename is not None else {}
-    given |= {"transcode": transcode} if transcode is not None else {}
-    if len(given) > 1:
-        raise InputError(f"--{' and --'.join(given)}: give one of them; the other afterwards")
+    changes: dict[Action, tuple[str, ...]] = {}
+    changes |= {"remove": (remove,)} if remove is not None else {}
+    changes |= {"rename": rename} if rename is not None else {}
+    changes |= {"transcode": transcode} if transcode is not None else {}
+    if len(changes) > 1:
+        raise InputError(f"--{' and --'.join(changes)}: give one of them; the other afterwards")
     if yes and remove is None:
         raise InputError("--yes is for --remove: nothing else removes anything")
-    for action, names in given.items():
-        done = _change(cache, action, *names, yes=yes)
-        typer.echo(json.dumps(done) if as_json else f"{cache}: {done['told']}")
+    for action, names in changes.items():
+        facts = _change(cache, action, *names, yes=yes)
+        typer.echo(json.dumps(facts) if as_json else f"{cache}: {facts['told']}")
         return
     from rekindle.pipeline.checks.teachers import list_teachers
 
@@ -82,19 +82,26 @@ def _change(
                 )
             bar.begin(0)
 
-        changed = change_teacher(store, action, teacher, to, begin, lambda commit: bar.advance(1))
-    facts: dict[str, object] = {"action": action, "teacher": teacher, "to": to, "changed": changed}
-    return facts | {"told": _told(action, teacher, to, changed, size)}
+        is_changed = change_teacher(
+            store, action, teacher, to, begin, lambda commit: bar.advance(1)
+        )
+    facts: dict[str, object] = {
+        "action": action,
+        "teacher": teacher,
+        "to": to,
+        "changed": is_changed,
+    }
+    return facts | {"told": _describe_change(action, teacher, to, is_changed, size)}
 
 
-def _told(action: str, teacher: str, to: str | None, changed: bool, size: int) -> str:
-    if not changed:
-        before = {"remove": "was removed before", "rename": f"was renamed to {to} before"}
-        told = before.get(action, f"has the {to} codec already")
-        return f"teacher {teacher} {told}; nothing was done"
+def _describe_change(action: str, teacher: str, to: str | None, is_changed: bool, size: int) -> str:
+    if not is_changed:
+        reasons = {"remove": "was removed before", "rename": f"was renamed to {to} before"}
+        reason = reasons.get(action, f"has the {to} codec already")
+        return f"teacher {teacher} {reason}; nothing was done"
     if action == "remove":
-        freed = f" ({shown_bytes(size)})" if size else ""
-        return f"teacher {teacher} removed{freed}"
+        freed_note = f" ({shown_bytes(size)})" if size else ""
+        return f"teacher {teacher} removed{freed_note}"
     if action == "rename":
         return f"teacher {teacher} is now {to}; use that name in run files"
     return (

@@ -24,6 +24,6 @@ def find_teacher(
     directory = directory or resolve_model(config.model, check_of(config))
     if config.task != "embedding":
         return directory, None
-    stated = (config.pooling, config.normalise, config.prompt)
-    found = described(directory, config.model, *stated)
-    return found.transformer, found
+    settings = (config.pooling, config.normalise, config.prompt)
+    encoder = described(directory, config.model, *settings)
+    return encoder.transformer, encoder

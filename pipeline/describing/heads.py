@@ -19,21 +19,23 @@ def head_info(config: TeacherConfig, settings: Any) -> dict[str, object]:
     """
     labels = int(settings.num_labels)
     if labels > SMALL_HEAD:
-        told = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
-        log.warning(told, config.name, labels, 4 * labels)
+        problem_text = "teacher %s has %d classes; all logits are kept (%d bytes a row)"
+        log.warning(problem_text, config.name, labels, 4 * labels)
     if config.task == "regression" and labels != 1 and not gives_scores(settings):
-        told = f"is a classifier of {labels} classes (problem_type {settings.problem_type} in its "
-        told += "config.json); say `task: sequence_classification`"
+        problem_text = (
+            f"is a classifier of {labels} classes (problem_type {settings.problem_type} in its "
+        )
+        problem_text += "config.json); say `task: sequence_classification`"
         if settings.problem_type is None:
-            told = f"has {labels} outputs, which may be classes: {SAY_SCORES}; if they are "
-            told += "classes, say `task: sequence_classification`"
-        raise InputError(f"teacher {config.name!r} {told}")
+            problem_text = f"has {labels} outputs, which may be classes: {SAY_SCORES}; if they are "
+            problem_text += "classes, say `task: sequence_classification`"
+        raise InputError(f"teacher {config.name!r} {problem_text}")
     names = tuple(str(settings.id2label[i]) for i in range(labels))
     check_label_names(names, f"teacher {config.name!r}")
     if config.task == "token_classification":
         return {"label_names": names}
-    only = "regression" if labels == 1 else "single_label_classification"
-    problem = settings.problem_type or only
+    default_problem = "regression" if labels == 1 else "single_label_classification"
+    problem = settings.problem_type or default_problem
     if config.monte_carlo.passes and problem == "multi_label_classification":
         raise InputError(
             f"teacher {config.name!r} has {labels} labels that do not exclude each other; "

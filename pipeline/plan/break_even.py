@@ -38,56 +38,61 @@ def break_even(config: RunConfig, corpus: CorpusPlan, teachers: Sequence[Teacher
             cached[work.name] = corpus.sequences * work.replicas * share
             live[work.name] = active * config.train.batch_sequences * share
     if not live:
-        none = "Break-even: the student's objective uses none of these teachers."
-        return BreakEven(None, unused, none)
+        reason = "Break-even: the student's objective uses none of these teachers."
+        return BreakEven(None, unused, reason)
     rates = {w.name: w.seconds_per_token for w in teachers if w.name in live if w.seconds_per_token}
-    timed = len(rates) == len(live)
-    if not timed:
+    is_timed = len(rates) == len(live)
+    if not is_timed:
         rates = dict.fromkeys(live, 1.0)
-    once, each = (sum(passes[n] * rates[n] for n in live) for passes in (cached, live))
-    runs = math.ceil(once / each)
-    own = {name: math.ceil(cached[name] / live[name]) for name in live}
+    cache_cost, run_cost = (sum(passes[n] * rates[n] for n in live) for passes in (cached, live))
+    runs = math.ceil(cache_cost / run_cost)
+    runs_of_teacher = {name: math.ceil(cached[name] / live[name]) for name in live}
     sentence = (
         f"Break-even: the cache pays for itself after {counted(runs, 'student run')} like this "
         f"one. It takes {round(sum(cached.values())):,} teacher forward passes, each of one "
         f"sequence; a run with live teachers takes {round(sum(live.values())):,}."
     )
-    whole = sum(
+    full_pass_cost = sum(
         corpus.sequences * rates[w.name] * (w.share or 1.0) for w in teachers if w.name in live
     )
-    passes_over = math.ceil(once / whole)
-    assumes = _assumed(train, corpus, [*live], timed, passes_over)
-    return BreakEven(runs, unused | own, sentence, assumes)
+    runs_of_full_passes = math.ceil(cache_cost / full_pass_cost)
+    assumes = _describe_assumed(train, corpus, [*live], is_timed, runs_of_full_passes)
+    return BreakEven(runs, unused | runs_of_teacher, sentence, assumes)
 
 
-def _assumed(
-    train: TrainConfig, corpus: CorpusPlan, teachers: Sequence[str], timed: bool, whole_runs: int
+def _describe_assumed(
+    train: TrainConfig,
+    corpus: CorpusPlan,
+    teachers: Sequence[str],
+    is_timed: bool,
+    runs_of_full_passes: int,
 ) -> str:
-    """Describe the assumed runs without a cache. ``train`` is in steps; ``whole_runs`` is the
-    break-even of runs that read the whole corpus once, mentioned if the configured ones do not.
+    """Describe the assumed runs without a cache. ``train`` is in steps; ``runs_of_full_passes`` is
+    the break-even of runs that read the whole corpus once, mentioned if the configured ones do not.
     """
     assert corpus.sequences is not None
     share = train.steps * train.batch_sequences / corpus.sequences
     times = f"{share:,.0f}" if share >= 10 else f"{share:.2g}"
-    read = f"{times} times" if share >= 1 else f"{100 * share:.2g} % of"
-    weighed = "" if len(teachers) < 2 else "; teachers are weighed alike: not all were timed"
-    if timed and weighed:
-        weighed = "; teachers are weighed by the time measured here"
-    longer = (
-        (f" Runs that read the whole corpus once break even after {whole_runs:,}.")
+    share_text = f"{times} times" if share >= 1 else f"{100 * share:.2g} % of"
+    weighing_note = "" if len(teachers) < 2 else "; teachers are weighed alike: not all were timed"
+    if is_timed and weighing_note:
+        weighing_note = "; teachers are weighed by the time measured here"
+    full_pass_note = (
+        (f" Runs that read the whole corpus once break even after {runs_of_full_passes:,}.")
         if share < 1
         else ""
     )
-    given = next((name for name in LENGTHS[1:] if getattr(train, name)), LENGTHS[0])
+    length_key = next((name for name in LENGTHS[1:] if getattr(train, name)), LENGTHS[0])
     steps = counted(train.steps, "step")
-    length = steps if given == LENGTHS[0] else f"{train.length} = {steps}"
-    scaled = corpus.texts is not None and given != "epochs"
-    same = f"; train.{given} is the same at any size of the corpus" if scaled else ""
+    length = steps if length_key == LENGTHS[0] else f"{train.length} = {steps}"
+    is_scaled = corpus.texts is not None and length_key != "epochs"
+    scale_note = f"; train.{length_key} is the same at any size of the corpus" if is_scaled else ""
     return (
         f"It assumes runs of {length} with {train.batch_sequences:,} "
-        f"sequences each (train.{given}, batch_sequences: {read} the corpus{same}), with "
-        f"{', '.join(teachers)} run beside the student at each step that learns from "
-        f"{'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing{weighed}.{longer}"
+        f"sequences each (train.{length_key}, batch_sequences: {share_text} the corpus"
+        f"{scale_note}), with {', '.join(teachers)} run beside the student at each step that "
+        f"learns from {'it' if len(teachers) == 1 else 'them'}; reading a cache costs nothing"
+        f"{weighing_note}.{full_pass_note}"
     )
 
 
@@ -95,9 +100,9 @@ def _in_steps(train: TrainConfig, corpus: CorpusPlan) -> TrainConfig:
     """Return ``train`` with its length in steps, estimated from the corpus."""
     assert corpus.sequences is not None
     sequences = max(1.0, corpus.sequences * (1 - train.held_out))
-    each = (corpus.tokens or corpus.sequences) / max(corpus.sequences, 1)
+    tokens_per_sequence = (corpus.tokens or corpus.sequences) / max(corpus.sequences, 1)
     replayed = 0.0 if train.replay is None else train.replay.fraction
-    return train.of_steps(steps_of(train, sequences, each, replayed))
+    return train.of_steps(steps_of(train, sequences, tokens_per_sequence, replayed))
 
 
 def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm] = ()) -> int:
@@ -106,8 +111,8 @@ def active_steps(train: TrainConfig, teacher: str, methods: Sequence[MethodTerm]
     """
     weights = [term.weight for term in train.objective.distill if teacher in term.teachers]
     for term in methods:
-        given = {"method": term.method, "weight": (term.model_extra or {}).get("weight", 1.0)}
-        weights.append(parse_settings(MethodSettings, given, "train.objective.methods").weight)
+        settings = {"method": term.method, "weight": (term.model_extra or {}).get("weight", 1.0)}
+        weights.append(parse_settings(MethodSettings, settings, "train.objective.methods").weight)
     steps = range(train.steps)
     return sum(any(weight_at(w, step, train.steps) > 0 for w in weights) for step in steps)
 
@@ -120,11 +125,11 @@ def taught_sequences(train: TrainConfig, teacher: str) -> int:
     name no teacher are assumed to read the teachers that no other term names.
     """
     methods = train.objective.methods
-    naming = [term for term in methods if teacher in strings_in(term.model_extra)]
-    distilled = any(teacher in term.teachers for term in train.objective.distill)
-    chooses = train.curriculum is not None and train.curriculum.teacher == teacher
-    reading = naming if naming or distilled or chooses else list(methods)
-    return active_steps(train, teacher, reading) * train.batch_sequences
+    naming_terms = [term for term in methods if teacher in strings_in(term.model_extra)]
+    is_distilled = any(teacher in term.teachers for term in train.objective.distill)
+    orders_text = train.curriculum is not None and train.curriculum.teacher == teacher
+    reading_terms = naming_terms if naming_terms or is_distilled or orders_text else list(methods)
+    return active_steps(train, teacher, reading_terms) * train.batch_sequences
 
 
 def _methods_reading(config: RunConfig, work: TeacherWork) -> list[MethodTerm]:
@@ -134,11 +139,11 @@ def _methods_reading(config: RunConfig, work: TeacherWork) -> list[MethodTerm]:
     A method that is the student's own task uses the masked LM if it names no teacher.
     """
     assert config.student is not None
-    known = {teacher.name for teacher in config.teachers}
-    found = []
+    teacher_names = {teacher.name for teacher in config.teachers}
+    terms = []
     for term in config.train.objective.methods_for(config.student.task):
-        named = known & set(strings_in(term.model_extra))
-        itself = term.method in METHOD_OF_TASK.values() and work.task == "masked_lm"
-        if work.name in named or (itself and not named):
-            found.append(term)
-    return found
+        named_teachers = teacher_names & set(strings_in(term.model_extra))
+        uses_masked_lm = term.method in METHOD_OF_TASK.values() and work.task == "masked_lm"
+        if work.name in named_teachers or (uses_masked_lm and not named_teachers):
+            terms.append(term)
+    return terms

@@ -17,10 +17,10 @@ from rekindle.pipeline.plan.figures import CorpusPlan, RunPlan, TeacherWork
 from rekindle.pipeline.plan.text import shown_seconds
 from rekindle.pipeline.yaml_text import parse_yaml
 
-LISTED = 1000  # names an object store lists per request
-ROLLED_UP = 160  # bytes per unit in the roll-up of commit records, roughly
-MANY = 1_000_000  # units; with more, files and requests cost more than they should
-FEWER = 250_000  # units the advice aims for
+NAMES_PER_LISTING = 1000  # names an object store lists per request
+ROLL_UP_BYTES = 160  # bytes per unit in the roll-up of commit records, roughly
+MANY_UNITS = 1_000_000  # units; with more, files and requests cost more than they should
+UNITS_AIMED_FOR = 250_000  # units the advice aims for
 
 
 class Assumptions(Settings):
@@ -72,13 +72,13 @@ class ClusterPlan:
     advice: str | None  # set if there are too many files
 
 
-def assumed(given: Sequence[str]) -> Assumptions:
+def parse_assumptions(assignments: Sequence[str]) -> Assumptions:
     """Parse the values of ``--assume``. Raise InputError for an unknown key or a wrong value."""
     values: dict[str, object] = {}
-    for one in given:
-        key, separator, text = one.partition("=")
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
         if not separator:
-            raise InputError(f"--assume takes KEY=VALUE, got {one!r}")
+            raise InputError(f"--assume takes KEY=VALUE, got {assignment!r}")
         values[key.strip()] = parse_yaml(text, f"--assume {key}")
     return parse_settings(Assumptions, values, "--assume")
 
@@ -94,18 +94,20 @@ def on_nodes(plan: RunPlan, nodes: int, assume: Assumptions) -> ClusterPlan:
     sets = [shards, *(view.units_to_make + view.units_present for view in plan.views)]
     sets += [(t.units_to_make or 0) + (t.units_present or 0) for t in plan.teachers]
     units = sum(sets)
-    listings = sum(math.ceil(count / LISTED) for count in sets)
+    listings = sum(math.ceil(count / NAMES_PER_LISTING) for count in sets)
     seconds = [_seconds(work, corpus, assume) for work in plan.teachers]
-    known = [one for one in seconds if one is not None]
-    busy = sum(known) if len(known) == len(seconds) and known else None
+    known_seconds = [teacher_seconds for teacher_seconds in seconds if teacher_seconds is not None]
+    busy_seconds = (
+        sum(known_seconds) if len(known_seconds) == len(seconds) and known_seconds else None
+    )
     processes = nodes * assume.gpus_per_node
-    wall = None
+    wall_seconds = None
     # teachers run one after another; the last units of each leave some processes idle
-    if busy is not None:
-        wall = 0.0
-        for work, one in zip(plan.teachers, known, strict=True):
+    if busy_seconds is not None:
+        wall_seconds = 0.0
+        for work, teacher_seconds in zip(plan.teachers, known_seconds, strict=True):
             count = work.units_to_make or 1
-            wall += math.ceil(count / processes) * one / count
+            wall_seconds += math.ceil(count / processes) * teacher_seconds / count
     size = plan.totals.bytes
     return ClusterPlan(
         nodes=nodes,
@@ -113,16 +115,16 @@ def on_nodes(plan: RunPlan, nodes: int, assume: Assumptions) -> ClusterPlan:
         units=units,
         objects=2 * units,
         bytes=size,
-        roll_up_bytes=ROLLED_UP * units,
+        roll_up_bytes=ROLL_UP_BYTES * units,
         listings=listings,
         open_seconds=listings * assume.listing_seconds
-        + ROLLED_UP * units / (1e6 * assume.megabytes_per_second),
+        + ROLL_UP_BYTES * units / (1e6 * assume.megabytes_per_second),
         writes=2 * units,
-        gpu_hours=None if busy is None else busy / 3600,
-        seconds=wall,
-        writes_per_second=2 * units / wall if wall else None,
-        bytes_per_second=size / wall / nodes if wall else None,
-        gpu_dollars=None if busy is None else busy / 3600 * assume.gpu_hour,
+        gpu_hours=None if busy_seconds is None else busy_seconds / 3600,
+        seconds=wall_seconds,
+        writes_per_second=2 * units / wall_seconds if wall_seconds else None,
+        bytes_per_second=size / wall_seconds / nodes if wall_seconds else None,
+        gpu_dollars=None if busy_seconds is None else busy_seconds / 3600 * assume.gpu_hour,
         month_dollars=size / 1e9 * assume.gigabyte_month,
         write_dollars=2 * units / 1000 * assume.thousand_writes,
         read_dollars=(2 * units * assume.thousand_reads + listings * assume.thousand_writes) / 1000,
@@ -141,9 +143,9 @@ def _seconds(work: TeacherWork, corpus: CorpusPlan, assume: Assumptions) -> floa
 
 def _advice(units: int, corpus: CorpusPlan) -> str | None:
     size = corpus.sequences_per_shard or 1
-    if units <= MANY:
+    if units <= MANY_UNITS:
         return None
-    larger = size * 2 ** math.ceil(math.log2(units / FEWER))
+    larger = size * 2 ** math.ceil(math.log2(units / UNITS_AIMED_FOR))
     return (
         f"{units:,} units are many files: cache.sequences_per_shard: {larger} makes them "
         f"{math.ceil(units * size / larger):,} (now {size}; a unit is what a kill loses)"
@@ -152,7 +154,9 @@ def _advice(units: int, corpus: CorpusPlan) -> str | None:
 
 def cluster_lines(plan: ClusterPlan) -> list[str]:
     """Format the plan as lines of text."""
-    said = ", ".join(f"{key}={value:g}" for key, value in plan.assumed.items() if value is not None)
+    assumptions = ", ".join(
+        f"{key}={value:g}" for key, value in plan.assumed.items() if value is not None
+    )
     time = "time and GPU hours are not known: --assume tokens_per_second=N, of one GPU"
     dollars = ""
     if plan.seconds is not None and plan.gpu_hours is not None:
@@ -162,8 +166,8 @@ def cluster_lines(plan: ClusterPlan) -> list[str]:
         )
         time = f"{shown_seconds(plan.seconds)}, {plan.gpu_hours:,.0f} GPU hours{basis}"
         if plan.writes_per_second is not None:  # None if nothing is left to write
-            written = shown_bytes(round(plan.bytes_per_second or 0))
-            time += f"; {written}/s a node and {plan.writes_per_second:,.1f} requests/s to write"
+            bytes_text = shown_bytes(round(plan.bytes_per_second or 0))
+            time += f"; {bytes_text}/s a node and {plan.writes_per_second:,.1f} requests/s to write"
         dollars = f"{plan.gpu_dollars:,.0f} for GPUs, "
     lines = [
         f"on {counted(plan.nodes, 'node')} of {plan.assumed['gpus_per_node']} GPUs: {time}",
@@ -176,6 +180,6 @@ def cluster_lines(plan: ClusterPlan) -> list[str]:
         f"dollars: {dollars}{plan.month_dollars:,.2f} a month for storage, "
         f"{plan.write_dollars:,.2f} for write requests, {plan.read_dollars:,.2f} for the requests "
         "of a student that reads everything once",
-        f"assumed (--assume KEY=VALUE): {said}",
+        f"assumed (--assume KEY=VALUE): {assumptions}",
     ]
     return lines + ([f"warning: {plan.advice}"] if plan.advice else [])

@@ -23,12 +23,12 @@ class Padding:
     def as_text(self) -> str:
         """Describe the cost of the configured batching and of the other one."""
         values = {"shuffled": self.shuffled, "similar_lengths": self.similar_lengths}
-        by_length = self.batching == "similar_lengths"
-        own = values.pop("similar_lengths" if by_length else "shuffled")
+        is_by_length = self.batching == "similar_lengths"
+        configured = values.pop("similar_lengths" if is_by_length else "shuffled")
         ((other, value),) = values.items()
         return (
-            f"train.batching {self.batching}: with padding, about {own:.2f} tokens are computed "
-            f"for each of the text ({other}: {value:.2f})"
+            f"train.batching {self.batching}: with padding, about {configured:.2f} tokens are "
+            f"computed for each of the text ({other}: {value:.2f})"
         )
 
 

@@ -18,9 +18,9 @@ from rekindle.pipeline.caching.served_units import ServedTeacher
 from rekindle.pipeline.caching.teachers import Teacher, TeacherPlan
 from rekindle.pipeline.plan.work import bytes_without_positions
 
-BUDGET = 10.0  # seconds per teacher, without loading
-ENOUGH = 1.0  # seconds; a shard that takes this long gives a good measurement
-FULL = 16  # sequences; with fewer, the fixed cost of a pass weighs too much
+BUDGET_SECONDS = 10.0  # seconds per teacher, without loading
+ENOUGH_SECONDS = 1.0  # seconds; a shard that takes this long gives a good measurement
+FULL_BATCH = 16  # sequences; with fewer, the fixed cost of a pass weighs too much
 
 
 @dataclass(frozen=True)
@@ -40,53 +40,59 @@ def probe_teachers(plans: Sequence[TeacherPlan], steps: Corpus) -> list[Probe]:
     """
     if plans[0].config.served is not None:
         return [_probe_server(plans[0], steps)]
-    everything = [
+    unrestricted = [
         replace(plan, info=plan.info.model_copy(update={"domains": None})) for plan in plans
     ]
-    teacher = Teacher(everything[0], steps)
-    beside = [teacher.beside(plan) for plan in everything[1:]]
-    began = time.perf_counter()
+    teacher = Teacher(unrestricted[0], steps)
+    others = [teacher.with_plan(plan) for plan in unrestricted[1:]]
+    start_time = time.perf_counter()
     # The first pass warms up; it is the only measurement of a teacher too slow for more.
-    unit, result, rate = _run(teacher, steps, 0, beside)
+    unit, result, rate = _run(teacher, steps, 0, others)
     for shard, commit in enumerate(steps.commits):
         expected = rate * commit.facts["tokens"]
-        if time.perf_counter() - began + expected > BUDGET:
+        if time.perf_counter() - start_time + expected > BUDGET_SECONDS:
             break
-        unit, result, measured = _run(teacher, steps, shard, beside)
+        unit, result, measured = _run(teacher, steps, shard, others)
         rate = min(rate, measured)  # other work on the machine can only slow it down
-        if measured * commit.facts["tokens"] >= ENOUGH and commit.rows >= FULL:
+        if measured * commit.facts["tokens"] >= ENOUGH_SECONDS and commit.rows >= FULL_BATCH:
             break
-    del teacher, beside
+    del teacher, others
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    found = []
-    for plan, one in zip(everything, (result, *result.beside), strict=True):
-        written = write_unit(plan.info, steps, unit, one)
-        own = written.bytes - bytes_without_positions(plan.info, written.rows)
-        positions = written.facts["positions"]
-        found.append(Probe(rate / len(plans), max(0, own) / positions if positions else None))
-    return found
+    probes = []
+    for plan, teacher_result in zip(unrestricted, (result, *result.others), strict=True):
+        written_commit = write_unit(plan.info, steps, unit, teacher_result)
+        position_bytes = written_commit.bytes - bytes_without_positions(
+            plan.info, written_commit.rows
+        )
+        positions = written_commit.facts["positions"]
+        probes.append(
+            Probe(rate / len(plans), max(0, position_bytes) / positions if positions else None)
+        )
+    return probes
 
 
 def _probe_server(plan: TeacherPlan, steps: Corpus) -> Probe:
     """Time one request about the sample's longest sequence."""
     teacher = ServedTeacher(plan, steps)
-    places = [(shard, row) for shard, one in enumerate(steps.commits) for row in range(one.rows)]
+    places = [
+        (shard, row) for shard, commit in enumerate(steps.commits) for row in range(commit.rows)
+    ]
     lengths = [int(steps.lengths(shard, row, row + 1)[0]) for shard, row in places]
     shard, row = places[int(np.argmax(lengths))]
     _, tokens, _ = teacher.sequences(Unit(shard))
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     teacher.source.server.prompt_logprobs([tokens[row].tolist()], plan.info.k or 0)
-    return Probe((time.perf_counter() - began) / max(lengths), None)
+    return Probe((time.perf_counter() - start_time) / max(lengths), None)
 
 
 def _run(
-    teacher: Teacher, steps: Corpus, shard: int, beside: Sequence[Teacher]
+    teacher: Teacher, steps: Corpus, shard: int, others: Sequence[Teacher]
 ) -> tuple[Unit, UnitResult, float]:
     """Run one shard (one replica if there are several) and return its seconds per token."""
     unit = Unit(shard, teacher.info.view_class.numbers(1)[0])
-    began = time.perf_counter()
-    result = run_unit(teacher, unit, beside=beside)
-    seconds = time.perf_counter() - began
+    start_time = time.perf_counter()
+    result = run_unit(teacher, unit, others=others)
+    seconds = time.perf_counter() - start_time
     return unit, result, seconds / steps.commits[shard].facts["tokens"]

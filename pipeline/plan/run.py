@@ -25,8 +25,8 @@ from rekindle.train.record.disk_room import free_bytes_near
 
 # Without its tokenizer or text, almost nothing is known of the corpus. Without a teacher's model,
 # only the figures that depend on the model are unknown.
-OF_THE_CORPUS = ("sequences", "tokens", "units", "positions", "bytes", "seconds", "break-even")
-OF_A_TEACHER = ("positions", "bytes", "seconds")
+CORPUS_FIGURES = ("sequences", "tokens", "units", "positions", "bytes", "seconds", "break-even")
+TEACHER_FIGURES = ("positions", "bytes", "seconds")
 
 
 def plan_run(config: RunConfig, probe: bool = True, scale: Scale | None = None) -> RunPlan:
@@ -42,10 +42,11 @@ def plan_run(config: RunConfig, probe: bool = True, scale: Scale | None = None) 
     config.check_single()
     config.check_samples()
     views, warnings = tuple[ViewPlan, ...](), tuple[str, ...]()
-    if needed := missing(config.corpus):
-        why = f"{' and '.join(needed)} {'are' if len(needed) > 1 else 'is'} not made yet"
-        corpus = CorpusPlan(config.corpus.places, None, None, True, why, None)
-        teachers = tuple(TeacherWork(t.name, t.task, reason=why) for t in config.teachers)
+    if missing_names := missing(config.corpus):
+        verb = "are" if len(missing_names) > 1 else "is"
+        reason = f"{' and '.join(missing_names)} {verb} not made yet"
+        corpus = CorpusPlan(config.corpus.places, None, None, True, reason, None)
+        teachers = tuple(TeacherWork(t.name, t.task, reason=reason) for t in config.teachers)
     else:
         # Imported here because it loads torch, which a plan of missing built-in models does not
         # need.
@@ -83,16 +84,18 @@ def _totals(
 
 def _not_made(config: RunConfig, teachers: Sequence[TeacherWork]) -> tuple[NotMade, ...]:
     """List what would be made for ``config`` and which figures are unknown without it."""
-    of_corpus = missing(config.corpus)
-    found = []
+    missing_of_corpus = missing(config.corpus)
+    not_made = []
     for name, path in missing(config).items():
-        unknown = list(OF_THE_CORPUS if name in of_corpus else ())
+        unknown = list(CORPUS_FIGURES if name in missing_of_corpus else ())
         for teacher, work in zip(config.teachers, teachers, strict=True):
             if teacher.model == str(path):
-                lacking = [figure for figure in OF_A_TEACHER if getattr(work, figure) is None]
-                unknown += [f"{figure} of {work.name}" for figure in lacking]
-        found.append(NotMade(name, ABOUT[name], str(path), tuple(unknown)))
-    return tuple(found)
+                missing_figures = [
+                    figure for figure in TEACHER_FIGURES if getattr(work, figure) is None
+                ]
+                unknown += [f"{figure} of {work.name}" for figure in missing_figures]
+        not_made.append(NotMade(name, ABOUT[name], str(path), tuple(unknown)))
+    return tuple(not_made)
 
 
 def _warnings(totals: Totals) -> tuple[str, ...]:

@@ -45,9 +45,9 @@ from rekindle.data.storage.store import open_store
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.plan.scale import Scale
 
-PLACES = 8  # record batches, spread over the corpus, from which the steps are taken
-FEW = 100  # texts; an estimate from fewer is rough
-STEPS = (1, 4, 16, 64, 256)  # sequences per step; the last step takes the rest
+SAMPLED_BATCHES = 8  # record batches, spread over the corpus, from which the steps are taken
+FEW_TEXTS = 100  # texts; an estimate from fewer is rough
+STEP_SIZES = (1, 4, 16, 64, 256)  # sequences per step; the last step takes the rest
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class CorpusSurvey:
     @property
     def shard_size(self) -> int:
         """Sequences per shard if the configuration does not set it."""
-        found = None if self.present is None else recorded_shard_size(self.present.store)
-        return found or default_shard_size(self.sequences)
+        recorded = None if self.present is None else recorded_shard_size(self.present.store)
+        return recorded or default_shard_size(self.sequences)
 
     @property
     def new_tokens(self) -> int:
@@ -88,13 +88,13 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
     With a ``scale``, or beside a cache of another corpus, the figures are for a new cache. Raise
     InputError for a source without text or of unknown size.
     """
-    present = _present(open_store(config.cache.path))
-    whole, warnings = False, tuple[str, ...]()
+    present = _read_present(open_store(config.cache.path))
+    is_whole, warnings = False, tuple[str, ...]()
     if present is not None:
-        whole, beside = _compared(present, config, scale)
-        present, warnings = (None, (beside,)) if beside else (present, ())
+        is_whole, reason = _compare_present(present, config, scale)
+        present, warnings = (None, (reason,)) if reason else (present, ())
     texts = None
-    if present is not None and whole:
+    if present is not None and is_whole:
         reference, basis, estimated = present, "the corpus is in the cache", False
         if without := present.info["config"].get("without"):
             basis += f"; {describe_held(present.held, without['files'])}"
@@ -107,47 +107,51 @@ def survey_corpus(config: RunConfig, folder: Path, scale: Scale | None = None) -
             sequences, tokens, estimated = _extrapolated(reference, sample, corpus)
             basis = _basis(sample) if estimated else "counted in the source"
         else:
-            read = len(sample.documents)
-            texts, tokens = scale.of(read, reference.tokens)
+            text_count = len(sample.documents)
+            texts, tokens = scale.of(text_count, reference.tokens)
             sequences, estimated = max(1, round(len(reference) * tokens / reference.tokens)), True
-            few = " (few: the figures are rough)" if read < FEW else ""
-            basis = f"scaled from {counted(read, 'text')} of the source{few}"
-        if told := sample.left_out.describe(last_document(reference.units, corpus.limit_sequences)):
-            basis += f"; {'up to there, ' * estimated}{told}"
+            few_note = " (few: the figures are rough)" if text_count < FEW_TEXTS else ""
+            basis = f"scaled from {counted(text_count, 'text')} of the source{few_note}"
+        if left_out_note := sample.left_out.describe(
+            last_document(reference.units, corpus.limit_sequences)
+        ):
+            basis += f"; {'up to there, ' * estimated}{left_out_note}"
     if present is not None and not present.commits:
         present = None  # begun, but killed before anything was written
     if present is not None:
         sequences, tokens = max(sequences, len(present)), max(tokens, present.tokens)
     steps = _take_steps(reference, open_store(folder / "steps"))
-    known = (sequences, tokens, estimated, basis, texts, warnings)
-    return CorpusSurvey(present, reference, steps, *known)
+    figures = (sequences, tokens, estimated, basis, texts, warnings)
+    return CorpusSurvey(present, reference, steps, *figures)
 
 
-def _present(store: Store) -> Corpus | None:
+def _read_present(store: Store) -> Corpus | None:
     if not store.exists(MANIFEST):
         return None
     read_manifest(store)
     return Corpus(store) if store.names("corpus") else None
 
 
-def _compared(present: Corpus, config: RunConfig, scale: Scale | None) -> tuple[bool, str | None]:
+def _compare_present(
+    present: Corpus, config: RunConfig, scale: Scale | None
+) -> tuple[bool, str | None]:
     """Return whether the cache holds the whole configured corpus, and why its content does not
     count.
     """
-    where = config.cache.path
+    cache_path = config.cache.path
     names = ", ".join(present.store.folders("targets")) or "none"
-    there = f"{counted(len(present), 'sequence')}, {counted(present.tokens, 'token')}"
-    there = f"{where} has {there}; teachers: {names}"
+    contents = f"{counted(len(present), 'sequence')}, {counted(present.tokens, 'token')}"
+    contents = f"{cache_path} has {contents}; teachers: {names}"
     if scale is not None:
-        return False, f"the figures are for a new cache; what is there is not counted: {there}"
+        return False, f"the figures are for a new cache; what is there is not counted: {contents}"
     size = config.cache.sequences_per_shard or present.info["config"]["sequences_per_shard"]
-    tokenizer, held = load_tokenizer(config.corpus.tokenizer), config.corpus.held_texts()
-    info = describe_corpus(config.corpus, tokenizer, size, held)
-    here = (len(present.commits), len(present))
+    tokenizer, held_texts = load_tokenizer(config.corpus.tokenizer), config.corpus.held_texts()
+    info = describe_corpus(config.corpus, tokenizer, size, held_texts)
+    size_in_cache = (len(present.commits), len(present))
     try:
-        addition = claim_addition(present.store, info, config.corpus, lambda: here)
+        addition = claim_addition(present.store, info, config.corpus, lambda: size_in_cache)
     except CacheMismatchError as error:
-        return False, f"the figures are for a new cache: {error}. {there}"
+        return False, f"the figures are for a new cache: {error}. {contents}"
     return present.complete and addition.number < len(present.additions), None
 
 
@@ -162,19 +166,19 @@ def _basis(sample: SourceSample) -> str:
 
 def _sample_corpus(sample: SourceSample, config: CorpusConfig, folder: Path) -> Corpus:
     """Pack the sample as the corpus will be packed."""
-    routed = any(document.domain is not None for document in sample.documents)
+    has_domains = any(document.domain is not None for document in sample.documents)
     entries = []
-    for number, (content, alike) in enumerate(groupby(sample.documents, content_of)):
+    for number, (content, documents) in enumerate(groupby(sample.documents, content_of)):
         path = folder / f"sample-{number}.jsonl"
-        write_lines(path, map(row_of, alike))
+        write_lines(path, map(row_of, documents))
         entries.append(SourceEntry.model_construct(path=str(path), format=cast("Content", content)))
-    field = "domain" if routed else None
+    field = "domain" if has_domains else None
     source = {"source": tuple(entries), "text_field": "text", "domain_field": field}
     pair = {"pair_field": config.pair_field and "pair"}
     pair |= {"group_field": config.group_field and "group"}
     left_out = {"without": (), "without_fields": ()}  # left out already
-    given = config.model_copy(update=source | pair | left_out)
-    return build_corpus(open_store(folder / "sample"), given, 4096, tell=False)
+    sample_config = config.model_copy(update=source | pair | left_out)
+    return build_corpus(open_store(folder / "sample"), sample_config, 4096, tell=False)
 
 
 def _extrapolated(
@@ -192,15 +196,15 @@ def _extrapolated(
         )
     sequences = limit or 0
     if sample.share is not None:
-        whole = max(1, round(len(reference) / sample.share))
-        sequences = whole if limit is None else min(limit, whole)
+        total = max(1, round(len(reference) / sample.share))
+        sequences = total if limit is None else min(limit, total)
     return sequences, round(reference.tokens * sequences / len(reference)), True
 
 
 def _take_steps(corpus: Corpus, store: Store) -> Corpus:
     """Copy up to 1,024 rows from all over ``corpus`` into shards of growing size."""
-    spread = np.unique(np.linspace(0, len(corpus) - 1, PLACES).astype(np.int64))
-    places = zip(*(part.tolist() for part in corpus.locate(spread)), strict=True)
+    sampled = np.unique(np.linspace(0, len(corpus) - 1, SAMPLED_BATCHES).astype(np.int64))
+    places = zip(*(part.tolist() for part in corpus.locate(sampled)), strict=True)
     batches = {(s, row // corpus.commits[s].rows_per_batch) for s, row in places}
     rows = pa.Table.from_batches(
         [corpus.shard(s).batch(b).replace_schema_metadata(None) for s, b in sorted(batches)]
@@ -213,7 +217,7 @@ def _take_steps(corpus: Corpus, store: Store) -> Corpus:
         store.create(f"{TOKENIZER}/{name}", corpus.store.read_bytes(f"{TOKENIZER}/{name}"))
     shards = ShardSet(store, "corpus")
     count = start = 0
-    for size in (*STEPS, len(rows)):
+    for size in (*STEP_SIZES, len(rows)):
         part = rows.slice(start, size)
         if not len(part):
             break

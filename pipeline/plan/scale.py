@@ -6,8 +6,8 @@ from decimal import Decimal
 
 from rekindle.data.errors import InputError
 
-_AS_SPOKEN = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?) ?([kmbgt]?)", re.IGNORECASE)
-_TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_SHORT_NUMBER = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?) ?([kmbgt]?)", re.IGNORECASE)
+_MULTIPLIERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Scale:
     tokens: int | None = None
 
     @classmethod
-    def asked(cls, texts: str | None, tokens: str | None) -> "Scale | None":
+    def from_options(cls, texts: str | None, tokens: str | None) -> "Scale | None":
         """Read the options ``--texts`` and ``--tokens``; None if neither is given."""
         if texts is not None and tokens is not None:
             raise InputError("--texts and --tokens both say how large the corpus is; give one")
@@ -41,15 +41,15 @@ def _count(text: str, option: str) -> int:
             return int(number)
     except ValueError:
         pass
-    meant = _meant(text)
-    how = "as in 10000000 or 1e7" if meant is None else f"write {meant}"
-    raise InputError(f"{option} {text!r} is no whole number above 0; {how}")
+    intended = _intended_number(text)
+    hint = "as in 10000000 or 1e7" if intended is None else f"write {intended}"
+    raise InputError(f"{option} {text!r} is no whole number above 0; {hint}")
 
 
-def _meant(text: str) -> int | None:
+def _intended_number(text: str) -> int | None:
     """Return the number meant by 1M, 1.5k or 1,000,000; None if it is not clear."""
-    if (found := _AS_SPOKEN.fullmatch(text.strip())) is None:
+    if (match := _SHORT_NUMBER.fullmatch(text.strip())) is None:
         return None
-    number, unit = found.groups()
-    value = Decimal(number.replace(",", "")) * _TIMES[unit.lower()]
+    number, unit = match.groups()
+    value = Decimal(number.replace(",", "")) * _MULTIPLIERS[unit.lower()]
     return int(value) if value == int(value) and 0 < value < 10**18 else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from rekindle.data.corpus.corpus import Corpus
 from rekindle.data.targets.schema import TeacherInfo
-from rekindle.pipeline.caching.shared_pass import Group, passes
+from rekindle.pipeline.caching.shared_pass import Group, group_by_pass
 from rekindle.pipeline.caching.teachers import TeacherPlan
 from rekindle.pipeline.plan.probe import Probe, probe_teachers
 from rekindle.pipeline.plan.work import FolderWork
@@ -38,13 +38,13 @@ class Pass:
         ``rate``: seconds for each teacher and each token that all teachers see. Teachers that see a
         token share its time equally.
         """
-        found, before = 0.0, 0.0
+        seconds, previous_level = 0.0, 0.0
         for level in sorted({*self.tokens.values()}):
-            with_it = [other for other, tokens in self.tokens.items() if tokens >= level]
-            if name in with_it:
-                found += (level - before) * rate * len(self.group) / len(with_it)
-            before = level
-        return found
+            sharing = [other for other, tokens in self.tokens.items() if tokens >= level]
+            if name in sharing:
+                seconds += (level - previous_level) * rate * len(self.group) / len(sharing)
+            previous_level = level
+        return seconds
 
 
 def shared_passes(plans: Iterable[tuple[TeacherPlan | None, Sequence[Part]]]) -> dict[str, Pass]:
@@ -60,9 +60,9 @@ def shared_passes(plans: Iterable[tuple[TeacherPlan | None, Sequence[Part]]]) ->
         if plan is not None and work is not None and work.units:
             to_make.append(plan)
             tokens[plan.info.name] = work.tokens
-    found: dict[str, Pass] = {}
-    for group in passes(to_make):
+    passes: dict[str, Pass] = {}
+    for group in group_by_pass(to_make):
         names = [plan.info.name for plan in group]
-        one = Pass(group, {name: tokens[name] for name in names})
-        found |= dict.fromkeys(names, one)
-    return found
+        shared = Pass(group, {name: tokens[name] for name in names})
+        passes |= dict.fromkeys(names, shared)
+    return passes

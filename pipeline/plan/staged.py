@@ -44,29 +44,27 @@ def plan_staged_run(
     """
     planned: list[PlannedStage] = []
     for ready in ready_parts(plan_stages(config, Path())):
-        part, note = _what_is_new(ready, planned)
+        part, note = _new_work(ready, planned)
         plan = None if part is None else plan_run(part, probe, scale)
         planned.append(PlannedStage(ready, plan, note))
     return planned
 
 
-def _what_is_new(
-    ready: Ready, planned: Sequence[PlannedStage]
-) -> tuple[RunConfig | None, str | None]:
+def _new_work(ready: Ready, planned: Sequence[PlannedStage]) -> tuple[RunConfig | None, str | None]:
     """Return the configuration to plan, or why there is nothing to plan."""
     part, prompts = ready.config, ready.stage.prompts
     if part is None:
-        why = ": its text is not there" if "" in ready.waiting else ""
-        return None, f"not known yet{why}"
+        reason = ": its text is not there" if "" in ready.waiting else ""
+        return None, f"not known yet{reason}"
     if prompts is not None and not Path(prompts.to).exists():
         return None, f"not known yet: {prompts.to} is written when its turn comes"
-    same = {
-        one.ready.stage.name: config
-        for one in planned
-        if (config := one.ready.config) is not None and config.cache.path == part.cache.path
+    same_cache = {
+        earlier.ready.stage.name: config
+        for earlier in planned
+        if (config := earlier.ready.config) is not None and config.cache.path == part.cache.path
     }
-    known = {t.name for config in same.values() for t in config.teachers}
-    left = tuple(t for t in part.teachers if t.name not in known)
-    if not left and any(config.corpus == part.corpus for config in same.values()):
-        return None, f"nothing beyond what stage {[*same][-1]} puts into {part.cache.path}"
-    return part.model_copy(update={"teachers": left}), None
+    planned_names = {t.name for config in same_cache.values() for t in config.teachers}
+    new_teachers = tuple(t for t in part.teachers if t.name not in planned_names)
+    if not new_teachers and any(config.corpus == part.corpus for config in same_cache.values()):
+        return None, f"nothing beyond what stage {[*same_cache][-1]} puts into {part.cache.path}"
+    return part.model_copy(update={"teachers": new_teachers}), None

@@ -19,14 +19,19 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.base import StoredView
 from rekindle.pipeline.caching.first_checks import check_files
 from rekindle.pipeline.caching.hard_view import mask_teacher
-from rekindle.pipeline.caching.teachers import TeacherPlan, told_of_slow_pass
-from rekindle.pipeline.caching.views import Views, build_views, told_of_pairs
+from rekindle.pipeline.caching.teachers import TeacherPlan, slow_pass_warning
+from rekindle.pipeline.caching.views import Views, build_views, few_pairs_warnings
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.describing.encoders import check_of
 from rekindle.pipeline.plan.figures import CorpusPlan, Padding, TeacherWork, ViewPlan
 from rekindle.pipeline.plan.sample import CorpusSurvey, survey_corpus
 from rekindle.pipeline.plan.scale import Scale
-from rekindle.pipeline.plan.teacher import at_hand, described, plan_all_teachers, plans_at_hand
+from rekindle.pipeline.plan.teacher import (
+    describe_local,
+    local_model,
+    plan_all_teachers,
+    plan_local_teachers,
+)
 from rekindle.pipeline.plan.work import work_of
 from rekindle.pipeline.progress import Progress
 from rekindle.train.model.files import place
@@ -50,14 +55,14 @@ class Surveyed(NamedTuple):
 def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
     """Plan the corpus, its views and the teachers from a sample in a temporary folder."""
     _check_files(config, probe)
-    sampled = config
+    view_config = config
     # replicas drawn the same way have the same size: one is enough
     if config.cache.mask.policy != "cover":
         cache = config.cache.model_copy(update={"replicas": 1})
-        sampled = config.model_copy(update={"cache": cache})
+        view_config = config.model_copy(update={"cache": cache})
     with tempfile.TemporaryDirectory(prefix="rekindle-plan-") as folder:
         survey = survey_corpus(config, Path(folder), scale)
-        views = build_views(survey.steps, sampled, Progress.silent())
+        views = build_views(survey.steps, view_config, Progress.silent())
         views = replace(views, masked=_assumed_masks(config, survey, probe) or views.masked)
         per_sequence = survey.reference.units.bytes / len(survey.reference)
         corpus = CorpusPlan(
@@ -74,13 +79,13 @@ def survey_all(config: RunConfig, probe: bool, scale: Scale | None) -> Surveyed:
             trained=_trained_share(survey.reference),
             full=survey.reference.full,
         )
-        found = [view for view in (views.masked, *views.pairs.values()) if view is not None]
-        shown = tuple(_view_plan(config, survey, view) for view in found)
-        plans = plans_at_hand(config, survey, views, must_be=probe)
+        stored_views = [view for view in (views.masked, *views.pairs.values()) if view is not None]
+        view_plans = tuple(_view_plan(config, survey, view) for view in stored_views)
+        plans = plan_local_teachers(config, survey, views, is_required=probe)
         teachers = plan_all_teachers(config, plans, survey, views, probe)
-        slow = _told_of_slow(config, survey, plans, teachers)
-        warnings = (*survey.warnings, *_told(config, survey, views), *slow)
-    return Surveyed(corpus, shown, teachers, warnings)
+        slow = _slow_precision_warnings(config, survey, plans, teachers)
+        warnings = (*survey.warnings, *_corpus_warnings(config, survey, views), *slow)
+    return Surveyed(corpus, view_plans, teachers, warnings)
 
 
 def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
@@ -95,16 +100,16 @@ def _padding(config: RunConfig, survey: CorpusSurvey) -> Padding | None:
     return Padding(train.batching, **padded(np.concatenate(lengths), *sizes))
 
 
-def _told(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
+def _corpus_warnings(config: RunConfig, survey: CorpusSurvey, views: Views) -> list[str]:
     """Return the warnings that will appear when the corpus is made and trained on."""
-    told = told_of_pairs(survey.steps, views, config.teachers)
-    told += _told_of_fresh_head(config, survey)
+    warnings = few_pairs_warnings(survey.steps, views, config.teachers)
+    warnings += _fresh_head_warnings(config, survey)
     if config.student is not None and not survey.estimated:
-        told += told_of_few(config.train, survey.sequences)
-    return told
+        warnings += told_of_few(config.train, survey.sequences)
+    return warnings
 
 
-def _told_of_slow(
+def _slow_precision_warnings(
     config: RunConfig,
     survey: CorpusSurvey,
     plans: Sequence[TeacherPlan | None],
@@ -112,53 +117,59 @@ def _told_of_slow(
 ) -> list[str]:
     """Return the warnings about precisions that this device has no instructions for."""
     device = place("fp32").device.partition(":")[0]
-    told: list[str | None] = []
+    warnings: list[str | None] = []
     for teacher, plan, work in zip(config.teachers, plans, works, strict=True):
         if plan is None:
-            asked = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
-            told.append(describe_slow_precision(asked, device))
+            settings = {f"teachers.{teacher.name}.precision: {{}}": teacher.precision}
+            warnings.append(describe_slow_precision(settings, device))
         elif work.units_to_make:
-            told.append(told_of_slow_pass(plan, survey.present or survey.reference))
+            warnings.append(slow_pass_warning(plan, survey.present or survey.reference))
     if config.student is not None:
-        told.append(
+        warnings.append(
             describe_slow_precision({"train.precision: {}": config.train.precision}, device)
         )
-    return [one for one in told if one is not None]
+    return [warning for warning in warnings if warning is not None]
 
 
-def _told_of_fresh_head(config: RunConfig, survey: CorpusSurvey) -> list[str]:
+def _fresh_head_warnings(config: RunConfig, survey: CorpusSurvey) -> list[str]:
     """Return the warning of `pipeline train-student` about an untrained language-model head."""
     student, train = config.student, config.train
     if student is None or student.from_scratch or train.warm_head_steps:
         return []
-    masked = student.language_task == "masked_lm"  # a causal LM without its head is refused
-    folder = at_hand(student.model, must_be=False) if masked else None
+    is_masked = student.language_task == "masked_lm"  # a causal LM without its head is refused
+    folder = local_model(student.model, is_required=False) if is_masked else None
     if folder is None:
         return []
     if not has_fresh_head(folder, student.language_task, student.chosen_attention):
         return []
-    known = {teacher.name: teacher.vocabulary for teacher in config.teachers}
+    is_language_model = {teacher.name: teacher.vocabulary for teacher in config.teachers}
     terms = train.objective.distill
-    words = any(is_used(t.weight) and any(map(known.get, t.teachers)) for t in terms)
-    hard = is_used(train.objective.hard.weight)
-    if not hard and not words:
+    has_words = any(
+        is_used(t.weight) and any(map(is_language_model.get, t.teachers)) for t in terms
+    )
+    has_hard_loss = is_used(train.objective.hard.weight)
+    if not has_hard_loss and not has_words:
         return []
-    taught = "" if hard else ", from its teachers' words alone"
-    return [describe_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught)]
+    taught_note = "" if has_hard_loss else ", from its teachers' words alone"
+    return [
+        describe_fresh_head(student.model, survey.steps.tokenizer.size, train.steps, taught_note)
+    ]
 
 
-def _check_files(config: RunConfig, must_be: bool) -> None:
+def _check_files(config: RunConfig, is_required: bool) -> None:
     """Check all model folders on this machine, as `pipeline cache-teachers` does first."""
-    here = []
+    local = []
     for teacher in config.teachers:
         with naming(f"teacher {teacher.name!r}"):
-            there = teacher.served is None and at_hand(teacher.model, must_be, check_of(teacher))
-            if there:
-                here.append(teacher)
+            is_local = teacher.served is None and local_model(
+                teacher.model, is_required, check_of(teacher)
+            )
+            if is_local:
+                local.append(teacher)
     student = config.student
-    if student is not None and at_hand(student.model, must_be) is None:
+    if student is not None and local_model(student.model, is_required) is None:
         student = None
-    check_files(here, student)
+    check_files(local, student)
 
 
 def _trained_share(corpus: Corpus) -> float | None:
@@ -170,10 +181,12 @@ def _view_plan(config: RunConfig, survey: CorpusSurvey, view: StoredView) -> Vie
     work = work_of(survey, config.cache, f"views/{view.name}", view.name)
     last = len(survey.steps.commits) - 1  # the largest, where the fixed part of a file counts least
     commits = view.shards.committed()
-    made = [commits[view.unit(last, replica)] for replica in view.numbers(view.replicas)]
-    per_row = sum(commit.bytes for commit in made) / sum(commit.rows for commit in made)
-    bound = isinstance(view, HardMaskedView)
-    return ViewPlan(view.name, work.units, work.present, round(work.rows * per_row), bound)
+    last_commits = [commits[view.unit(last, replica)] for replica in view.numbers(view.replicas)]
+    per_row = sum(commit.bytes for commit in last_commits) / sum(
+        commit.rows for commit in last_commits
+    )
+    is_bound = isinstance(view, HardMaskedView)
+    return ViewPlan(view.name, work.units, work.present, round(work.rows * per_row), is_bound)
 
 
 class AssumedMasks(HardMaskedView):
@@ -206,11 +219,11 @@ def _assumed_masks(config: RunConfig, survey: CorpusSurvey, probe: bool) -> Hard
 def _mask_teacher(config: RunConfig, survey: CorpusSurvey, probe: bool) -> TeacherInfo:
     """Describe the teacher of the masks, as far as possible without a download."""
     corpus, name = survey.present or survey.reference, config.cache.mask.teacher
-    found = [teacher for teacher in config.teachers if teacher.name == name]
-    if is_described(corpus.store, name or "") or not found or found[0].sees_masks:
+    named = [teacher for teacher in config.teachers if teacher.name == name]
+    if is_described(corpus.store, name or "") or not named or named[0].sees_masks:
         return mask_teacher(corpus, config)
-    teacher = found[0]
-    folder = at_hand(teacher.model, must_be=probe)
+    teacher = named[0]
+    folder = local_model(teacher.model, is_required=probe)
     if folder is None:  # the true view will have another name, and none of its units exists
         return TeacherInfo(name=teacher.name, task="masked_lm", kind="topk", view="clean")
-    return described(teacher, folder, survey, Views(), config.cache.seed).info
+    return describe_local(teacher, folder, survey, Views(), config.cache.seed).info

@@ -16,7 +16,7 @@ from rekindle.data.targets.reading.files import is_described, read_teacher
 from rekindle.data.targets.schema import TeacherInfo
 from rekindle.pipeline.builtin.missing import missing
 from rekindle.pipeline.caching.extensions import plan_parts
-from rekindle.pipeline.caching.teachers import TeacherPlan, configured, plan_teacher
+from rekindle.pipeline.caching.teachers import TeacherPlan, configured_fields, plan_teacher
 from rekindle.pipeline.caching.views import Views
 from rekindle.pipeline.config import RunConfig
 from rekindle.pipeline.describing.encoders import check_of
@@ -38,24 +38,24 @@ from rekindle.train.model.folder import HUB_ID, resolve_model
 from rekindle.train.order.domains import check_domains
 
 
-def plans_at_hand(
-    config: RunConfig, survey: CorpusSurvey, views: Views, must_be: bool
+def plan_local_teachers(
+    config: RunConfig, survey: CorpusSurvey, views: Views, is_required: bool
 ) -> list[TeacherPlan | None]:
-    """Describe every teacher whose model ``at_hand`` finds, before any of them is probed.
+    """Describe every teacher whose model ``local_model`` finds, before any of them is probed.
 
     ``views`` belong to ``survey.steps``. Raise InputError and CacheMismatchError as ``plan_run``.
     """
     folders = [
-        Path() if teacher.served else at_hand(teacher.model, must_be, check_of(teacher))
+        Path() if teacher.served else local_model(teacher.model, is_required, check_of(teacher))
         for teacher in config.teachers
     ]
-    found: list[TeacherPlan | None] = []
+    plans: list[TeacherPlan | None] = []
     for teacher, folder in zip(config.teachers, folders, strict=True):
-        found.append(None)
+        plans.append(None)
         with suppress(ServerAwayError):
             if folder is not None:
-                found[-1] = described(teacher, folder, survey, views, config.cache.seed)
-    return found
+                plans[-1] = describe_local(teacher, folder, survey, views, config.cache.seed)
+    return plans
 
 
 def plan_all_teachers(
@@ -68,17 +68,17 @@ def plan_all_teachers(
     """Return what `pipeline cache-teachers` would do for each teacher; ``views`` belong to the
     steps.
     """
-    found = []
+    plans_and_parts = []
     for teacher, plan in zip(config.teachers, plans, strict=True):
-        infos = [plan.info if plan else _assumed(teacher, survey, views)]
+        infos = [plan.info if plan else _describe_without_model(teacher, survey, views)]
         if plan and survey.present is not None:
             infos = [part.info for part in plan_parts(survey.present, plan)]
         parts = [(i, work_of(survey, config.cache, i.folder, i.view, i.domains)) for i in infos]
-        found.append((plan, parts))
-    shared = shared_passes(found)
+        plans_and_parts.append((plan, parts))
+    shared = shared_passes(plans_and_parts)
     return tuple(
         _plan_one(teacher, plan, parts, config, survey, views, probe, shared.get(teacher.name))
-        for teacher, (plan, parts) in zip(config.teachers, found, strict=True)
+        for teacher, (plan, parts) in zip(config.teachers, plans_and_parts, strict=True)
     )
 
 
@@ -93,55 +93,58 @@ def _plan_one(
     shared: Pass | None,
 ) -> TeacherWork:
     """Plan one teacher. ``parts``: its parts; ``shared``: the forward pass it needs."""
-    wanted = plan.info if plan else parts[0][0]
-    known = TeacherWork(
+    info = plan.info if plan else parts[0][0]
+    known_work = TeacherWork(
         name=teacher.name,
         task=teacher.task,
-        kept=kind_of(wanted).summary,
-        share=share_of(wanted.domains, survey.reference.domains, len(survey.reference)),
+        kept=kind_of(info).summary,
+        share=share_of(info.domains, survey.reference.domains, len(survey.reference)),
         units_to_make=sum(work.units for _, work in parts),
         units_present=sum(work.present for _, work in parts),
-        replicas=len(wanted.view_class.numbers(config.cache.masked_replicas)),
+        replicas=len(info.view_class.numbers(config.cache.masked_replicas)),
         shares=() if shared is None else tuple(n for n in shared.names if n != teacher.name),
     )
     if plan and not teacher.vocabulary:
         cut, longest = foreseen_cut(plan, survey.steps)
-        known = replace(known, cut=cut, longest=longest)
+        known_work = replace(known_work, cut=cut, longest=longest)
     if teacher.served is not None:
-        asked, at_a_time = _requests(teacher.served, parts), teacher.served.max_concurrency
-        known = replace(known, requests=asked, at_a_time=at_a_time)
-    if not known.units_to_make:
-        return replace(known, positions=0, bytes=0, seconds=0.0)
-    measured, absent = None, None if plan else _absence(teacher)
+        request_count, at_a_time = _requests(teacher.served, parts), teacher.served.max_concurrency
+        known_work = replace(known_work, requests=request_count, at_a_time=at_a_time)
+    if not known_work.units_to_make:
+        return replace(known_work, positions=0, bytes=0, seconds=0.0)
+    measured, absence = None, None if plan else _absence(teacher)
     if plan and probe:
-        alone = Pass((plan,), {})  # only tails are to be made
+        own_pass = Pass((plan,), {})  # only tails are to be made
         try:
-            measured = (shared or alone).probe(teacher.name, survey.steps)
+            measured = (shared or own_pass).probe(teacher.name, survey.steps)
         except ServerAwayError:  # the cache describes the teacher
-            absent = _absence(teacher)
+            absence = _absence(teacher)
     tokens = sum(work.tokens for _, work in parts)
     rate = measured.seconds_per_token if measured else None
     if not tokens and survey.estimated:
-        none = "the sample has no sequence of its domains"
-        return replace(known, seconds_per_token=rate, reason=absent or none)
-    density = positions_per_token(survey.steps, wanted)
+        reason = "the sample has no sequence of its domains"
+        return replace(known_work, seconds_per_token=rate, reason=absence or reason)
+    density = positions_per_token(survey.steps, info)
     return replace(
-        known,
+        known_work,
         positions=round(tokens * density),
-        bytes=_bytes(parts, wanted, density, measured),
+        bytes=_bytes(parts, info, density, measured),
         at_most=(measured is None or measured.bytes_per_position is None)
-        and any(kind_of(info).size_varies for info, _ in parts),
+        and any(kind_of(part).size_varies for part, _ in parts),
         seconds_per_token=rate,
         seconds=None if rate is None else _seconds(teacher.name, parts, rate, shared),
-        reason=absent or (None if measured else "its time was not probed"),
+        reason=absence or (None if measured else "its time was not probed"),
     )
 
 
 def _requests(served: ServedConfig, parts: list[Part]) -> int:
     """Return the number of requests to a server: for all sequences, and the probes of each unit."""
-    each = served.prompts_per_request
+    per_request = served.prompts_per_request
     missing = (shards for _, work in parts for shards in work.missing)
-    return sum(one.count * (1 + math.ceil(one.rows * one.share / each)) for one in missing)
+    return sum(
+        shards.count * (1 + math.ceil(shards.rows * shards.share / per_request))
+        for shards in missing
+    )
 
 
 def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> float:
@@ -155,26 +158,26 @@ def _seconds(name: str, parts: list[Part], rate: float, shared: Pass | None) -> 
 
 
 def _bytes(
-    parts: list[Part], wanted: TeacherInfo, density: float, measured: Probe | None
+    parts: list[Part], main: TeacherInfo, density: float, measured: Probe | None
 ) -> int | None:
     """Return the bytes to write; None if a column's width is unknown. ``density``: targets per
     token.
     """
-    if not kind_of(wanted).has_sizes:
+    if not kind_of(main).has_sizes:
         return None
     total = 0
     for info, work in parts:
         if not work.missing:
             continue
-        alike = (info.kind, info.k) == (wanted.kind, wanted.k)
-        per_position = measured.bytes_per_position if measured and alike else None
+        is_same_kind = (info.kind, info.k) == (main.kind, main.k)
+        per_position = measured.bytes_per_position if measured and is_same_kind else None
         total += bytes_of(work.missing, info, density * work.tokens, per_position)
         if kind_of(info).has_head and not work.present:  # with the output matrix, in fp32
             total += 4 * (info.vocabulary_size or 0) * (info.hidden_size or 0)
     return total
 
 
-def described(
+def describe_local(
     teacher: TeacherConfig, folder: Path, survey: CorpusSurvey, views: Views, seed: int
 ) -> TeacherPlan:
     """Describe a teacher from its files in ``folder``."""
@@ -192,39 +195,45 @@ def _absence(teacher: TeacherConfig) -> str:
     return f"its model {teacher.model} is not on this machine"
 
 
-def at_hand(model: str, must_be: bool, check: Callable[[Path], None] | None = None) -> Path | None:
+def local_model(
+    model: str, is_required: bool, check: Callable[[Path], None] | None = None
+) -> Path | None:
     """Return the directory of a model on this machine, or None.
 
-    A model from the hub or a built-in one may be missing; any other only without ``must_be``, else
-    raise InputError. ``check``: as of ``resolve_model``.
+    A model from the hub or a built-in one may be missing; any other only without ``is_required``,
+    else raise InputError. ``check``: as of ``resolve_model``.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return resolve_model(model, check)
     if missing(model):
         return None
-    if is_gguf(model) and not path.is_file() and not must_be:
+    if is_gguf(model) and not path.is_file() and not is_required:
         return None
     if not path.is_absolute() and HUB_ID.match(model):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            found = Path(snapshot_download(model, local_files_only=True))
+            snapshot = Path(snapshot_download(model, local_files_only=True))
         except LocalEntryNotFoundError:
             return None
-        return found if list(found.glob("*.safetensors")) else None
-    return resolve_model(model, check) if must_be else None
+        return snapshot if list(snapshot.glob("*.safetensors")) else None
+    return resolve_model(model, check) if is_required else None
 
 
-def _assumed(teacher: TeacherConfig, survey: CorpusSurvey, views: Views) -> TeacherInfo:
+def _describe_without_model(
+    teacher: TeacherConfig, survey: CorpusSurvey, views: Views
+) -> TeacherInfo:
     """Describe a teacher without its model. The vocabulary is the corpus's; the width of the output
     comes from the cache if the teacher is there.
     """
     width = 1 if teacher.task == "regression" else None
     if survey.present is not None and is_described(survey.present.store, teacher.name):
-        known = read_teacher(survey.present.store, teacher.name)
-        width = width or (known.hidden_size or known.dimensions or known.num_labels)
+        cached = read_teacher(survey.present.store, teacher.name)
+        width = width or (cached.hidden_size or cached.dimensions or cached.num_labels)
     facts = survey.reference.info["tokenizer"]
     tokens = facts["size"] - len(hole_ids(facts))
-    return TeacherInfo.model_validate(configured(teacher, views, facts["size"], width, tokens))
+    return TeacherInfo.model_validate(
+        configured_fields(teacher, views, facts["size"], width, tokens)
+    )

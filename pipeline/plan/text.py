@@ -8,9 +8,9 @@ from rekindle.pipeline.report.table import Table, table_of
 from rekindle.pipeline.report.text import text_lines
 
 WIDTH = 80
-TOLD_PADDING = 1.1  # tokens computed per token of text; less is not worth a line
+MIN_PADDING_SHOWN = 1.1  # tokens computed per token of text; less is not worth a line
 SHOWN_AS = {"masked": "masked text", "pairs": "pairs of texts"}  # views by kind
-ABOUT = (
+LEGEND = (
     "A unit is a teacher's work on one file of sequences; a target is its output for one "
     "sequence, or for one token in it."
 )
@@ -19,38 +19,41 @@ SECONDS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
 def shown_plan(plan: RunPlan) -> str:
     """Return the text of a plan."""
-    lines = [f"corpus {', '.join(plan.corpus.source)}: {_of_corpus(plan.corpus)}"]
+    lines = [f"corpus {', '.join(plan.corpus.source)}: {_corpus_text(plan.corpus)}"]
     for view in plan.views:
-        left, bound = counted(view.units_to_make, "unit"), "at most " if view.at_most else ""
+        to_make, bound_text = (
+            counted(view.units_to_make, "unit"),
+            "at most " if view.at_most else "",
+        )
         kind = SHOWN_AS[view.name.partition("-")[0]]
-        there = f"{kind} ({view.name}): {left} to make, {view.units_present:,} there"
-        lines.append(there + _to_write(view.bytes, bound))
+        line = f"{kind} ({view.name}): {to_make} to make, {view.units_present:,} there"
+        lines.append(line + _to_write(view.bytes, bound_text))
     padding = plan.corpus.padding
-    if padding is not None and max(padding.shuffled, padding.similar_lengths) >= TOLD_PADDING:
+    if padding is not None and max(padding.shuffled, padding.similar_lengths) >= MIN_PADDING_SHOWN:
         lines.append(padding.as_text())
     table = text_lines(_table(plan.teachers), WIDTH) if plan.teachers else []
-    head = [*wrapped(lines), *table, *(wrapped([ABOUT]) if plan.teachers else [])]
+    head = [*wrapped(lines), *table, *(wrapped([LEGEND]) if plan.teachers else [])]
     lines = [f"{teacher.name}: {teacher.reason}" for teacher in plan.teachers if teacher.reason]
-    lines += _of_shared(plan.teachers)
-    lines += [_of_served(teacher) for teacher in plan.teachers if teacher.requests]
+    lines += _shared_lines(plan.teachers)
+    lines += [_served_line(teacher) for teacher in plan.teachers if teacher.requests]
     lines += [t.cut.as_text(t.name, t.longest) for t in plan.teachers if t.cut]
     lines += [_total(plan), f"{plan.break_even.sentence} {plan.break_even.assumes}".rstrip()]
     runs = plan.break_even.teachers
     if plan.break_even.runs is not None and len(runs) > 1:
-        shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
-        lines.append(f"Runs per teacher: {', '.join(shown)}")
+        runs_shown = (f"{n} {'not used' if r is None else f'{r:,}'}" for n, r in runs.items())
+        lines.append(f"Runs per teacher: {', '.join(runs_shown)}")
     if plan.to_make:
         lines.append(
             "not made yet; the command that needs it makes it once, from Python's documentation:"
         )
-    for one in plan.to_make:
-        unknown = f"; not known without it: {', '.join(one.unknown)}" if one.unknown else ""
-        lines.append(f"  {one.name}: {one.what}{unknown}")
+    for builtin in plan.to_make:
+        unknown = f"; not known without it: {', '.join(builtin.unknown)}" if builtin.unknown else ""
+        lines.append(f"  {builtin.name}: {builtin.what}{unknown}")
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join([*head, *wrapped(lines)]) + "\n"
 
 
-def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
+def _shared_lines(teachers: tuple[TeacherWork, ...]) -> list[str]:
     """List each group of teachers that share forward passes once."""
     groups = {frozenset((t.name, *t.shares)): t for t in teachers if t.shares}
     names = [[t.name for t in teachers if t.name in group] for group in groups]
@@ -60,13 +63,13 @@ def _of_shared(teachers: tuple[TeacherWork, ...]) -> list[str]:
     ]
 
 
-def _of_served(teacher: TeacherWork) -> str:
-    told = f"{teacher.name}: {counted(teacher.requests or 0, 'request')} to its server"
+def _served_line(teacher: TeacherWork) -> str:
+    requests = f"{teacher.name}: {counted(teacher.requests or 0, 'request')} to its server"
     if not teacher.seconds_per_token:
-        return told
+        return requests
     return (
-        f"{told}; its time is that of one request, measured now, as if they came one after another "
-        f"({teacher.at_a_time} are sent at a time)"
+        f"{requests}; its time is that of one request, measured now, as if they came one after "
+        f"another ({teacher.at_a_time} are sent at a time)"
     )
 
 
@@ -76,18 +79,18 @@ def wrapped(sentences: list[str]) -> list[str]:
     return [fill(line, WIDTH, break_on_hyphens=False) for line in lines]
 
 
-def _of_corpus(corpus: CorpusPlan) -> str:
+def _corpus_text(corpus: CorpusPlan) -> str:
     if corpus.sequences is None or corpus.tokens is None:
         return f"not known; {corpus.basis}"
-    about = "~" if corpus.estimated else ""
+    approximately = "~" if corpus.estimated else ""
     sequences, tokens = counted(corpus.sequences, "sequence"), counted(corpus.tokens, "token")
-    texts = "" if corpus.texts is None else f"{about}{counted(corpus.texts, 'text')}, "
+    texts = "" if corpus.texts is None else f"{approximately}{counted(corpus.texts, 'text')}, "
     pieces = f" (pieces of up to {corpus.sequence_length:,} tokens)"
-    counts = f"{texts}{about}{sequences}{pieces}, {about}{tokens}"
+    counts = f"{texts}{approximately}{sequences}{pieces}, {approximately}{tokens}"
     if corpus.trained is not None:
-        counts += f" ({about}{corpus.trained:.1%} of them trained)"
+        counts += f" ({approximately}{corpus.trained:.1%} of them trained)"
     if corpus.full is not None:
-        counts += f", rows of several documents {about}{corpus.full:.1%} full"
+        counts += f", rows of several documents {approximately}{corpus.full:.1%} full"
     return f"{counts}{_to_write(corpus.bytes)}; {corpus.basis}"
 
 
@@ -98,7 +101,7 @@ def _table(teachers: tuple[TeacherWork, ...]) -> Table:
             t.name,
             t.task.replace("_classification", " classes").replace("_", " "),
             t.kept,
-            *(_known(count) for count in (t.units_to_make, t.units_present, t.positions)),
+            *(_count_text(count) for count in (t.units_to_make, t.units_present, t.positions)),
             "?" if t.bytes is None else ("≤ " if t.at_most else "") + shown_bytes(t.bytes),
             "?" if t.seconds is None else shown_seconds(t.seconds),
         ]
@@ -107,7 +110,7 @@ def _table(teachers: tuple[TeacherWork, ...]) -> Table:
     return table_of("", head, rows, words=3)
 
 
-def _known(count: int | None) -> str:
+def _count_text(count: int | None) -> str:
     return "?" if count is None else f"{count:,}"
 
 
@@ -119,13 +122,15 @@ def _total(plan: RunPlan) -> str:
     totals, cache = plan.totals, plan.cache
     if totals.bytes is None:
         return f"total for {cache}: not known"
-    least = "at least " if totals.unknown else ""
-    some = any(teacher.bytes is None for teacher in plan.teachers)
-    most = any(teacher.at_most for teacher in plan.teachers)
-    bound = "about " if some and most else "at least " if some else "at most " if most else ""
+    at_least = "at least " if totals.unknown else ""
+    is_some_unknown = any(teacher.bytes is None for teacher in plan.teachers)
+    is_some_bound = any(teacher.at_most for teacher in plan.teachers)
+    bound = "at most " if is_some_bound else ""
+    if is_some_unknown:
+        bound = "about " if is_some_bound else "at least "
     line = f"total for {cache}: {bound}{shown_bytes(totals.bytes)} to write"
     if totals.seconds is not None:
-        line += f", {least}{shown_seconds(totals.seconds)} of teachers in one process"
+        line += f", {at_least}{shown_seconds(totals.seconds)} of teachers in one process"
     if totals.disk_free is not None:
         line += f"; {shown_bytes(totals.disk_free)} free"
     return line
@@ -133,8 +138,8 @@ def _total(plan: RunPlan) -> str:
 
 def shown_seconds(seconds: float) -> str:
     """Format as seconds, minutes, hours or days, whichever reads best."""
-    for each, unit in SECONDS:
-        value = seconds / each
+    for unit_seconds, unit in SECONDS:
+        value = seconds / unit_seconds
         if value >= 1.5:
             return f"{value:,.0f} {unit}s" if value >= 9.95 else f"{value:.1f} {unit}s"
     if 0 < seconds < 0.95:

@@ -19,7 +19,7 @@ from rekindle.data.targets.schema import TeacherInfo
 from rekindle.data.views.reader import ViewReader, shown_view
 from rekindle.data.views.registry import view_kind
 from rekindle.pipeline.caching.cache_teachers import missing_units
-from rekindle.pipeline.caching.teachers import TeacherPlan, reading_of
+from rekindle.pipeline.caching.teachers import TeacherPlan, tokenizer_and_limit
 from rekindle.pipeline.config import CacheConfig
 from rekindle.pipeline.plan.sample import CorpusSurvey
 
@@ -78,13 +78,13 @@ def work_of(
         units, present = missing_units(survey.present, folder, view, cache.masked_replicas)
         work += _missing_shards(survey.present, [unit.shard for unit in units], domains)
     if sequences := survey.new_sequences:
-        times = len(view_kind(view).numbers(cache.masked_replicas))
+        replica_count = len(view_kind(view).numbers(cache.masked_replicas))
         share = share_of(domains, survey.reference.domains, len(survey.reference))
         size = cache.sequences_per_shard or survey.shard_size
-        whole, rest = divmod(sequences, size)
-        for count, rows in ((whole, size), (1, rest)):
+        full_shards, last_rows = divmod(sequences, size)
+        for count, rows in ((full_shards, size), (1, last_rows)):
             tokens = rows * survey.new_tokens / sequences
-            work += [Shards(count * times, rows, tokens, share)] if count and rows else []
+            work += [Shards(count * replica_count, rows, tokens, share)] if count and rows else []
     return FolderWork(work, present)
 
 
@@ -93,17 +93,17 @@ def _missing_shards(
 ) -> Iterator[Shards]:
     """Yield the given shards of ``corpus``, grouped by number of rows."""
     rows, tokens = corpus.units.rows, corpus.units.counts("tokens").astype(float)
-    chosen = tokens
+    taught_tokens = tokens
     if domains is not None:
         counted = enumerate(corpus.units.counts_by_name("domains"))
         shares = [share_of(domains, counts or {}, int(rows[shard])) for shard, counts in counted]
-        chosen = tokens * shares
-    among = np.array(numbers, np.int64)
-    for size in np.unique(rows[among]).tolist():
-        alike = among[rows[among] == size]
-        every = float(tokens[alike].sum())
-        share = float(chosen[alike].sum()) / every if every else 1.0
-        yield Shards(len(alike), size, every / len(alike), share)
+        taught_tokens = tokens * shares
+    shard_numbers = np.array(numbers, np.int64)
+    for size in np.unique(rows[shard_numbers]).tolist():
+        same_size = shard_numbers[rows[shard_numbers] == size]
+        token_sum = float(tokens[same_size].sum())
+        share = float(taught_tokens[same_size].sum()) / token_sum if token_sum else 1.0
+        yield Shards(len(same_size), size, token_sum / len(same_size), share)
 
 
 # --- positions ------------------------------------------------------------------------------------
@@ -118,9 +118,13 @@ def positions_per_token(steps: Corpus, info: TeacherInfo) -> float:
 def _positions(corpus: Corpus, info: TeacherInfo, view: ViewReader | None, shard: int) -> float:
     """Count the positions of a sample shard that get a target, averaged over replicas."""
     if info.is_vocabulary:
-        each = info.view_class.numbers(view.replicas if view else 1)
-        found = [target_positions(corpus, info, view, shard, replica) for replica in each]
-        return sum(len(positions) for rows in found for positions in rows) / len(found)
+        replicas = info.view_class.numbers(view.replicas if view else 1)
+        positions_of_replicas = [
+            target_positions(corpus, info, view, shard, replica) for replica in replicas
+        ]
+        return sum(len(positions) for rows in positions_of_replicas for positions in rows) / len(
+            positions_of_replicas
+        )
     if view is not None:
         return sum(len(b["text_a"]) - b["text_a"].null_count for b in view.batches(shard))
     if kind_of(info).per_sequence:
@@ -136,30 +140,30 @@ def foreseen_cut(plan: TeacherPlan, corpus: Corpus) -> tuple[Cut | None, int]:
     """Return the shares cut from the texts of ``corpus``, and the limit in tokens. The view of
     pairs must exist.
     """
-    tokenizer, limit = reading_of(plan, corpus)
-    view, chosen = shown_view(corpus, plan.info.view), plan.info.domains
-    found = [np.zeros(0, np.int64)]
+    tokenizer, limit = tokenizer_and_limit(plan, corpus)
+    view, taught = shown_view(corpus, plan.info.view), plan.info.domains
+    lengths = [np.zeros(0, np.int64)]
     for number in range(len(corpus.commits)):
         table = corpus.shard(number).table()
         domains = table["domain"].to_pylist()
-        first, second = table["text"].to_pylist(), None
+        texts_a, texts_b = table["text"].to_pylist(), None
         if view is not None:
             batches = view.batches(number)
-            first, second = (
+            texts_a, texts_b = (
                 [text for batch in batches for text in batch[name].to_pylist()]
                 for name in ("text_a", "text_b")
             )
         rows = [
             row
-            for row, text in enumerate(first)
-            if text is not None and (chosen is None or domains[row] in chosen)
+            for row, text in enumerate(texts_a)
+            if text is not None and (taught is None or domains[row] in taught)
         ]
-        pairs = second and [second[row] for row in rows]
-        texts = plan.read_as([first[row] for row in rows])
-        found.append(tokenizer.uncut_lengths(texts, pairs))
-    one = Counts.of(np.concatenate(found), limit)
-    shares = Cut(one.cut / max(one.texts, 1), one.lost / max(one.tokens, 1))
-    return shares if one.cut else None, limit
+        pairs = texts_b and [texts_b[row] for row in rows]
+        texts = plan.with_prompt([texts_a[row] for row in rows])
+        lengths.append(tokenizer.uncut_lengths(texts, pairs))
+    counts = Counts.of(np.concatenate(lengths), limit)
+    shares = Cut(counts.cut / max(counts.texts, 1), counts.lost / max(counts.tokens, 1))
+    return shares if counts.cut else None, limit
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -172,10 +176,10 @@ def bytes_of(
 
     ``per_position``: as measured; None takes the column widths.
     """
-    frames = {rows: bytes_without_positions(info, rows) for rows in {w.rows for w in work}}
+    fixed_bytes = {rows: bytes_without_positions(info, rows) for rows in {w.rows for w in work}}
     if per_position is None:
         per_position = kind_of(info).bytes_per_position
-    return round(sum(w.count * frames[w.rows] for w in work) + positions * per_position)
+    return round(sum(w.count * fixed_bytes[w.rows] for w in work) + positions * per_position)
 
 
 def bytes_without_positions(info: TeacherInfo, rows: int) -> int:
@@ -184,8 +188,8 @@ def bytes_without_positions(info: TeacherInfo, rows: int) -> int:
     """
     kind, sink = kind_of(info), pa.BufferOutputStream()
     schema = kind.schema({"shard": 0, "replica": 0})
-    nowhere = np.zeros(0, np.int64)
+    no_positions = np.zeros(0, np.int64)
     with pa.ipc.new_file(sink, schema) as file:
-        for batch in kind.batches(schema, ["0" * 32] * rows, nowhere, {}):
+        for batch in kind.batches(schema, ["0" * 32] * rows, no_positions, {}):
             file.write_batch(batch)
     return int(sink.getvalue().size)

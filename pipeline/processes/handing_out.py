@@ -14,17 +14,17 @@ from typing import Any, Generic
 from rekindle.data.counted import counted
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.processes.jobs import GO_ON
-from rekindle.pipeline.processes.same_code import other_versions, running_code, unlike
+from rekindle.pipeline.processes.same_code import code_difference, running_code, version_differences
 from rekindle.pipeline.processes.units import Result, Unit, Work
 
 log = logging.getLogger("rekindle")
 
 TRIES = 3  # tries per unit, each on another node if possible, before giving it up
 LOADS = 3  # failed loads in a row before a node, or work that never loaded anywhere, is given up
-UNPLACED = 10  # processes lost in a row before they have begun
-LOOK_AGAIN = 1.0  # seconds between two checks for room in the cluster
-TELL_AGAIN = 60.0  # seconds between two messages that nothing can run
-_NAMED = {"num_cpus", "num_gpus", "memory"}  # resources for which Ray has keywords
+LOST_STARTS = 10  # processes lost in a row before they have begun
+ROOM_CHECK_SECONDS = 1.0  # seconds between two checks for room in the cluster
+WAITING_WARNING_SECONDS = 60.0  # seconds between two messages that nothing can run
+_RAY_KEYWORDS = {"num_cpus", "num_gpus", "memory"}  # resources for which Ray has keywords
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Done:
 
 
 @dataclass(eq=False)
-class _Held(Generic[Unit]):
+class _ActorState(Generic[Unit]):
     """An actor as seen from this process."""
 
     handle: Any
     answer: Any  # the answer waited for
     address: str = ""  # of its machine; empty while it has no room
-    loaded: bool = False
-    blocked: bool = False  # it cannot load; it keeps others from its place
+    is_loaded: bool = False
+    is_blocked: bool = False  # it cannot load; it keeps others from its place
     unit: Unit | None = None
-    asked: float = 0.0  # clock time of the request
-    idle: bool = False  # there was nothing for it; it may have been lost unnoticed since
+    requested_at: float = 0.0  # clock time of the request
+    was_idle: bool = False  # there was nothing for it; it may have been lost unnoticed since
 
 
 @dataclass
@@ -64,22 +64,24 @@ class HandingOut(Generic[Unit, Result]):
     actor: Any  # the class of the actors after ``ray.remote``
     work: Work[Unit, Result]
     report: Callable[[Unit, Result], None]
-    most: int
+    max_actors: int
     waiting: deque[Unit] = field(default_factory=deque)
-    actors: list[_Held[Unit]] = field(default_factory=list)
+    actors: list[_ActorState[Unit]] = field(default_factory=list)
     tried: Counter[str] = field(default_factory=Counter)
     failed_at: set[tuple[str, str]] = field(default_factory=set)  # unit, address
     given_up: dict[str, Exception] = field(default_factory=dict)
     done: int = 0
-    ever_loaded: bool = False
-    unloadable: int = 0  # failed loads
-    in_a_row: Counter[str] = field(default_factory=Counter)  # failed loads in a row, by address
+    has_loaded: bool = False
+    failed_loads: int = 0  # failed loads
+    failed_in_a_row: Counter[str] = field(
+        default_factory=Counter
+    )  # failed loads in a row, by address
     # nodes by address, with the reason
     left_out: dict[str, Exception] = field(default_factory=dict)
-    cannot: tuple[str, Exception] | None = None  # the last node that cannot do the work, and why
-    unplaced: int = 0  # processes lost in a row before they had begun
-    told: set[str] = field(default_factory=set)
-    looked: float = float("-inf")
+    unable: tuple[str, Exception] | None = None  # the last node that cannot do the work, and why
+    lost_starts: int = 0  # processes lost in a row before they had begun
+    logged: set[str] = field(default_factory=set)
+    room_checked_at: float = float("-inf")
     idle_since: float = field(default_factory=time.monotonic)
     clock: Callable[[], float] = time.monotonic
 
@@ -94,7 +96,7 @@ class HandingOut(Generic[Unit, Result]):
         while self.pending:
             self.go_on()
         if self.given_up:
-            raise self.of_given_up()
+            raise self.given_up_error()
 
     @property
     def pending(self) -> bool:
@@ -103,19 +105,19 @@ class HandingOut(Generic[Unit, Result]):
 
     def go_on(self) -> None:
         """Hand out what is possible, and wait a while for answers."""
-        self._grow()
+        self._add_actors()
         self._hand_out()
-        if self.cannot is not None and self.waiting:  # the others may have gone since
-            self._go_on_elsewhere(*self.cannot)
+        if self.unable is not None and self.waiting:  # the others may have gone since
+            self._go_on_elsewhere(*self.unable)
         answers = {actor.answer: actor for actor in self.actors if actor.answer is not None}
         if not answers:  # the last one is lost: look for room for another
-            time.sleep(LOOK_AGAIN)
+            time.sleep(ROOM_CHECK_SECONDS)
             return
-        ready, _ = self.ray.wait([*answers], num_returns=1, timeout=LOOK_AGAIN)
+        ready, _ = self.ray.wait([*answers], num_returns=1, timeout=ROOM_CHECK_SECONDS)
         for answer in ready:
-            self._take(answers[answer])
-        self._end_late()
-        self._tell_waiting()
+            self._process_answer(answers[answer])
+        self._end_overdue()
+        self._warn_of_waiting()
 
     def close(self) -> None:
         """Release the machines at once; uncommitted work of a unit is done again later."""
@@ -124,225 +126,239 @@ class HandingOut(Generic[Unit, Result]):
 
     # --- actors ---
 
-    def _grow(self) -> None:
+    def _add_actors(self) -> None:
         """Ask for as many actors as the cluster has room for now, plus one.
 
         The extra one starts when a machine joins, or makes a scheduler add a machine.
         """
-        if time.monotonic() - self.looked < LOOK_AGAIN:
+        if time.monotonic() - self.room_checked_at < ROOM_CHECK_SECONDS:
             return
-        self.looked = time.monotonic()
-        starting = sum(not actor.address for actor in self.actors)
-        usable = sum(not actor.blocked for actor in self.actors)
-        busy = sum(actor.unit is not None for actor in self.actors)
-        wanted = min(self.most, len(self.waiting) + busy) - usable
-        named = {name: self.needs[name] for name in _NAMED & self.needs.keys()}
-        others = {name: amount for name, amount in self.needs.items() if name not in _NAMED}
-        kind = self.actor.options(**named, resources=others, max_restarts=0)
-        for _ in range(min(wanted, self._room(self.ray.available_resources()) + 1 - starting)):
-            handle = kind.remote()
-            self.actors.append(_Held(handle, handle.where.remote()))
+        self.room_checked_at = time.monotonic()
+        starting_count = sum(not actor.address for actor in self.actors)
+        usable_count = sum(not actor.is_blocked for actor in self.actors)
+        busy_count = sum(actor.unit is not None for actor in self.actors)
+        missing_count = min(self.max_actors, len(self.waiting) + busy_count) - usable_count
+        ray_keywords = {name: self.needs[name] for name in _RAY_KEYWORDS & self.needs.keys()}
+        others = {name: amount for name, amount in self.needs.items() if name not in _RAY_KEYWORDS}
+        actor_class = self.actor.options(**ray_keywords, resources=others, max_restarts=0)
+        for _ in range(
+            min(missing_count, self._room(self.ray.available_resources()) + 1 - starting_count)
+        ):
+            handle = actor_class.remote()
+            self.actors.append(_ActorState(handle, handle.describe_node.remote()))
 
     def _room(self, free: Mapping[str, float]) -> int:
         """Return how many actors fit into the ``free`` resources, by Ray's names."""
         names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-        asked = {names.get(name, name): amount for name, amount in self.needs.items() if amount}
-        return int(min((free.get(name, 0) // amount for name, amount in asked.items()), default=0))
+        amounts = {names.get(name, name): amount for name, amount in self.needs.items() if amount}
+        return int(
+            min((free.get(name, 0) // amount for name, amount in amounts.items()), default=0)
+        )
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
-    def _places(self) -> int:
+    def _cluster_room(self) -> int:
         """Return how many actors the whole cluster has room for."""
         return sum(self._room(node["Resources"]) for node in self._nodes())
 
-    def _take(self, actor: _Held[Unit]) -> None:
+    def _process_answer(self, actor: _ActorState[Unit]) -> None:
         """Process an actor's answer."""
         try:
             answer = self.ray.get(actor.answer)
         except self.ray.exceptions.RayError as error:
-            told = str(error).strip().splitlines()[-1].strip()
-            self._gone(actor, f"its process was lost ({told})")
+            reason = str(error).strip().splitlines()[-1].strip()
+            self._replace_lost(actor, f"its process was lost ({reason})")
             return
         actor.answer = None
         if not actor.address:
-            self._arrived(actor, *answer)
-        elif not actor.loaded:
-            self._begun(actor, answer)
+            self._start_loading(actor, *answer)
+        elif not actor.is_loaded:
+            self._finish_loading(actor, answer)
         elif actor.unit is not None:
-            self._made(actor, answer)
+            self._finish_unit(actor, answer)
         else:  # an idle one is still there
-            actor.idle = False
+            actor.was_idle = False
 
-    def _ask(self, actor: _Held[Unit], answer: Any) -> None:
-        actor.answer, actor.asked = answer, self.clock()
+    def _expect(self, actor: _ActorState[Unit], answer: Any) -> None:
+        actor.answer, actor.requested_at = answer, self.clock()
 
-    def _arrived(self, actor: _Held[Unit], address: str, there: Mapping[str, str]) -> None:
-        actor.address, self.unplaced, here = address, 0, running_code()
-        if (error := unlike(address, there, here)) is not None:
+    def _start_loading(
+        self, actor: _ActorState[Unit], address: str, node_code: Mapping[str, str]
+    ) -> None:
+        actor.address, self.lost_starts, own_code = address, 0, running_code()
+        if (error := code_difference(address, node_code, own_code)) is not None:
             self._leave_out(address, error)
         if address in self.left_out:
-            actor.blocked = True
+            actor.is_blocked = True
             self._go_on_elsewhere(address, self.left_out[address])
             return
-        if told := other_versions(address, there, here):
-            self._tell(Done(None, (told,)))
+        if warning := version_differences(address, node_code, own_code):
+            self._log_warnings(Done(None, (warning,)))
         threads, gpus = max(1, int(self.needs["num_cpus"])), self.needs["num_gpus"]
-        self._ask(actor, actor.handle.load.remote(self.work.load, os.getcwd(), threads, gpus))
+        self._expect(actor, actor.handle.load.remote(self.work.load, os.getcwd(), threads, gpus))
 
-    def _begun(self, actor: _Held[Unit], answer: object) -> None:
+    def _finish_loading(self, actor: _ActorState[Unit], answer: object) -> None:
         if isinstance(answer, Failed):
-            actor.blocked = True
+            actor.is_blocked = True
             self._cannot_load(actor.address, answer.error)
             return
-        self._tell(answer)
-        actor.loaded = self.ever_loaded = True
-        self.in_a_row[actor.address] = 0
+        self._log_warnings(answer)
+        actor.is_loaded = self.has_loaded = True
+        self.failed_in_a_row[actor.address] = 0
 
     def _cannot_load(self, address: str, error: Exception) -> None:
         """Continue where the work can still be loaded; raise ``error`` if that is nowhere."""
-        self.unloadable += 1
-        self.in_a_row[address] += 1
+        self.failed_loads += 1
+        self.failed_in_a_row[address] += 1
         error = _as_here(error, f"{self.work.name} cannot be loaded on node {address}")
-        if self.in_a_row[address] >= LOADS:
+        if self.failed_in_a_row[address] >= LOADS:
             self._leave_out(address, error)
         else:
             log.warning("%s", _last_line(error))
-        self.cannot = address, error
+        self.unable = address, error
         self._go_on_elsewhere(address, error)
 
     def _leave_out(self, address: str, error: Exception) -> None:
         """Stop using a node, and say so once."""
         if address not in self.left_out:
-            self.left_out[address], self.cannot = error, (address, error)
+            self.left_out[address], self.unable = error, (address, error)
             log.warning("%s. The node is left out from now on", _last_line(error).rstrip("."))
 
     def _go_on_elsewhere(self, address: str, error: Exception) -> None:
         """Raise ``error`` of the node at ``address`` if no other node can do the work."""
-        blocked = sum(actor.blocked for actor in self.actors)
-        full = 0 < self._places() <= blocked  # a cluster without nodes waits for one
+        blocked_count = sum(actor.is_blocked for actor in self.actors)
+        is_full = 0 < self._cluster_room() <= blocked_count  # a cluster without nodes waits for one
         nodes = [node["NodeID"][:8] for node in self._nodes() if self._room(node["Resources"])]
-        none_left = bool(nodes) and all(any(node in one for one in self.left_out) for node in nodes)
-        vain = not self.ever_loaded and self.unloadable >= LOADS
-        if not self._usable() and (full or none_left or vain):
+        is_none_left = bool(nodes) and all(
+            any(node in one for one in self.left_out) for node in nodes
+        )
+        is_in_vain = not self.has_loaded and self.failed_loads >= LOADS
+        if not self._usable_actors() and (is_full or is_none_left or is_in_vain):
             raise error
 
-    def _end_late(self) -> None:
+    def _end_overdue(self) -> None:
         """End processes that take longer than the work allows."""
         for actor in [*self.actors]:
-            which = "unit" if actor.loaded else "load"
-            limit = self.work.within.get(which)
+            step = "unit" if actor.is_loaded else "load"
+            limit = self.work.time_limits.get(step)
             if actor.answer is None or not actor.address or limit is None:
                 continue
-            late = self.clock() - actor.asked > limit
-            if not late or self.ray.wait([actor.answer], num_returns=1, timeout=0)[0]:
+            is_late = self.clock() - actor.requested_at > limit
+            if not is_late or self.ray.wait([actor.answer], num_returns=1, timeout=0)[0]:
                 continue
-            told = f"its process was ended after {limit / 60:g} minutes"
-            self._gone(actor, f"{told} (resources.{which}_minutes of the teacher)")
+            reason = f"its process was ended after {limit / 60:g} minutes"
+            self._replace_lost(actor, f"{reason} (resources.{step}_minutes of the teacher)")
 
-    def _gone(self, actor: _Held[Unit], told: str) -> None:
+    def _replace_lost(self, actor: _ActorState[Unit], reason: str) -> None:
         """Do elsewhere what a lost actor was doing."""
         self.actors.remove(actor)
         self.ray.kill(actor.handle)  # an actor that is only out of reach would go on
         if actor.unit is not None:
-            self._again(actor.unit, actor.address, InputError(told))
-        elif actor.loaded:  # idle: nothing is lost, and another is asked for
+            self._retry(actor.unit, actor.address, InputError(reason))
+        elif actor.is_loaded:  # idle: nothing is lost, and another is asked for
             return
         elif actor.address:
-            self._cannot_load(actor.address, InputError(told))
+            self._cannot_load(actor.address, InputError(reason))
         else:  # its place disappeared before it had begun: another is asked for
-            self.unplaced += 1
-            if self.unplaced >= UNPLACED:
+            self.lost_starts += 1
+            if self.lost_starts >= LOST_STARTS:
                 raise InputError(
-                    f"{self.work.name}: no process could be started on the cluster ({told}). Is "
+                    f"{self.work.name}: no process could be started on the cluster ({reason}). Is "
                     "rekindle installed on its nodes, for the same Python?"
                 )
 
     # --- units ---
 
-    def _usable(self) -> list[_Held[Unit]]:
+    def _usable_actors(self) -> list[_ActorState[Unit]]:
         """Return the actors that have loaded, or are loading."""
-        return [actor for actor in self.actors if actor.address and not actor.blocked]
+        return [actor for actor in self.actors if actor.address and not actor.is_blocked]
 
     def _hand_out(self) -> None:
         """Give each idle actor a unit that has not failed on its machine. Repeat a unit on the same
         machine only if no other is left for it.
         """
-        usable = self._usable()
+        usable = self._usable_actors()
         for actor in usable:
-            if actor.answer is not None or not actor.loaded:
+            if actor.answer is not None or not actor.is_loaded:
                 continue
-            unit = next((unit for unit in self.waiting if self._suits(unit, actor, usable)), None)
+            unit = next(
+                (unit for unit in self.waiting if self._is_suitable(unit, actor, usable)), None
+            )
             if unit is None:
-                actor.idle = True
-            elif actor.idle:  # a lost actor must not cost a unit a try
-                self._ask(actor, actor.handle.where.remote())
+                actor.was_idle = True
+            elif actor.was_idle:  # a lost actor must not cost a unit a try
+                self._expect(actor, actor.handle.describe_node.remote())
             else:
                 self.waiting.remove(unit)
                 actor.unit = unit
-                self._ask(actor, actor.handle.make.remote(unit))
+                self._expect(actor, actor.handle.make.remote(unit))
 
-    def _suits(self, unit: Unit, actor: _Held[Unit], usable: list[_Held[Unit]]) -> bool:
-        places = {other.address for other in usable if not self._failed(unit, other)}
+    def _is_suitable(
+        self, unit: Unit, actor: _ActorState[Unit], usable: list[_ActorState[Unit]]
+    ) -> bool:
+        places = {other.address for other in usable if not self._has_failed(unit, other)}
         return not places or actor.address in places
 
-    def _failed(self, unit: Unit, actor: _Held[Unit]) -> bool:
-        return (_name(unit), actor.address) in self.failed_at
+    def _has_failed(self, unit: Unit, actor: _ActorState[Unit]) -> bool:
+        return (_unit_name(unit), actor.address) in self.failed_at
 
-    def _made(self, actor: _Held[Unit], answer: object) -> None:
+    def _finish_unit(self, actor: _ActorState[Unit], answer: object) -> None:
         unit, actor.unit = actor.unit, None
         assert unit is not None
         if isinstance(answer, Failed):
-            self._again(unit, actor.address, answer.error)
+            self._retry(unit, actor.address, answer.error)
             return
         assert isinstance(answer, Done)
-        self._tell(answer)
+        self._log_warnings(answer)
         self.done += 1
         self.report(unit, answer.value)
 
-    def _again(self, unit: Unit, address: str, error: Exception) -> None:
-        name = _name(unit)
+    def _retry(self, unit: Unit, address: str, error: Exception) -> None:
+        name = _unit_name(unit)
         self.tried[name] += 1
         self.failed_at.add((name, address))
         if self.tried[name] < TRIES:
-            told = (self.work.name, name, address, _last_line(error))
-            log.warning("%s: unit %s failed on node %s: %s", *told)
+            arguments = (self.work.name, name, address, _last_line(error))
+            log.warning("%s: unit %s failed on node %s: %s", *arguments)
             self.waiting.appendleft(unit)
             return
         self.given_up[name] = error
         if not self.done and len(self.given_up) >= TRIES:  # the others will fail as well
-            raise self.of_given_up()
+            raise self.given_up_error()
 
-    def of_given_up(self) -> Exception:
+    def given_up_error(self) -> Exception:
         """Return the error for units that were given up."""
         (first, error), *others = self.given_up.items()
-        more = f", and so did {counted(len(others), 'other unit')}" if others else ""
-        left = f"{counted(self.done, 'other unit')} are done. {GO_ON}"
-        told = f"{self.work.name}: unit {first} failed {self.tried[first]} times{more}; {left}"
-        return _as_here(error, told)
+        others_note = f", and so did {counted(len(others), 'other unit')}" if others else ""
+        done_note = f"{counted(self.done, 'other unit')} are done. {GO_ON}"
+        failed = f"unit {first} failed {self.tried[first]} times{others_note}"
+        return _as_here(error, f"{self.work.name}: {failed}; {done_note}")
 
     # --- what is said ---
 
-    def _tell(self, answer: object) -> None:
+    def _log_warnings(self, answer: object) -> None:
         """Log what an actor warned of, each line once for all actors."""
         assert isinstance(answer, Done)
         for line in answer.warnings:
-            if line not in self.told:
-                self.told.add(line)
+            if line not in self.logged:
+                self.logged.add(line)
                 log.warning("%s", line)
 
-    def _tell_waiting(self) -> None:
+    def _warn_of_waiting(self) -> None:
         """Say now and then that no machine has room, and for what."""
-        if self._usable():
+        if self._usable_actors():
             self.idle_since = time.monotonic()
-        elif time.monotonic() - self.idle_since > TELL_AGAIN:
+        elif time.monotonic() - self.idle_since > WAITING_WARNING_SECONDS:
             self.idle_since = time.monotonic()
-            asked = ", ".join(f"{name} {amount:g}" for name, amount in self.needs.items() if amount)
+            needs_text = ", ".join(
+                f"{name} {amount:g}" for name, amount in self.needs.items() if amount
+            )
             log.warning(
                 "%s waits for a node with room for %s (`resources` of the teacher); the cluster "
                 "has %s, and room for %s in all",
-                *(self.work.name, asked, told_of_nodes(self._nodes())),
-                counted(self._places(), "process"),
+                *(self.work.name, needs_text, describe_nodes(self._nodes())),
+                counted(self._cluster_room(), "process"),
             )
 
 
@@ -350,20 +366,20 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _name(unit: object) -> str:
+def _unit_name(unit: object) -> str:
     return str(getattr(unit, "name", unit))
 
 
-def _as_here(error: Exception, told: str) -> Exception:
-    """Return ``error`` as one process would raise it, with ``told`` in front."""
+def _as_here(error: Exception, prefix: str) -> Exception:
+    """Return ``error`` as one process would raise it, with ``prefix`` in front."""
     if isinstance(error, RekindleError | OSError):
-        return InputError(f"{told}: {error}")
-    return RuntimeError(f"{told}:\n{error}")
+        return InputError(f"{prefix}: {error}")
+    return RuntimeError(f"{prefix}:\n{error}")
 
 
-def told_of_nodes(nodes: list[dict[str, Any]]) -> str:
+def describe_nodes(nodes: list[dict[str, Any]]) -> str:
     """Describe the total resources of the ``nodes``, given as Ray describes them."""
-    found: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for node in nodes:
-        found.update({k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")})
-    return ", ".join(f"{amount:g} {name}" for name, amount in found.items()) or "no CPU"
+        totals.update({k: v for k, v in node["Resources"].items() if k in ("CPU", "GPU")})
+    return ", ".join(f"{amount:g} {name}" for name, amount in totals.items()) or "no CPU"

@@ -34,7 +34,7 @@ log = logging.getLogger("rekindle")
 MOST_WORKERS = 4
 STOP_WITHIN = 60.0  # seconds for jobs to save their work after an interrupt
 GO_ON = "To go on after what is finished, run the same command again"
-_Tell = Callable[[ProgressTask], None]  # what a job reports: a call of a method of its task
+_TaskCall = Callable[[ProgressTask], None]  # what a job reports: a call of a method of its task
 
 
 class Report(ProgressTask):
@@ -43,7 +43,7 @@ class Report(ProgressTask):
     ``send`` passes on the calls to make on the task there; by default they are dropped.
     """
 
-    def __init__(self, send: Callable[[_Tell], None] = lambda tell: None):
+    def __init__(self, send: Callable[[_TaskCall], None] = lambda call: None):
         super().__init__("", "steps")
         self.send = send
 
@@ -110,20 +110,20 @@ def run_jobs(
     """
     waiting = [job for job in jobs if job.output is None or not job.output.exists()]
     running, results = dict[Worker, tuple[Job, ProgressTask, ExitStack]](), dict[str, object]()
-    free = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
-    with killed_at_exit(running), _told_to_end(running):
+    free_places = list(places) or [Place(None, 1)] * min(cores(), MOST_WORKERS)
+    with killed_at_exit(running), _passing_interrupts_on(running):
         while waiting or running:
-            unfinished = {job.name for job in (*waiting, *(one[0] for one in running.values()))}
-            ready = [job for job in waiting if unfinished.isdisjoint(job.after)]
-            for job in ready[: len(free)]:
+            unfinished = {job.name for job in (*waiting, *(entry[0] for entry in running.values()))}
+            ready_jobs = [job for job in waiting if unfinished.isdisjoint(job.after)]
+            for job in ready_jobs[: len(free_places)]:
                 waiting.remove(job)
-                shown = ExitStack()
+                task_stack = ExitStack()
                 unit = "" if job.steps is None else "steps"
-                task = shown.enter_context(progress.task(job.name, unit, total=job.steps))
-                worker = Worker(job.name, partial(_do, job), free.pop(0), log_file)
-                running[worker] = job, task, shown
+                task = task_stack.enter_context(progress.task(job.name, unit, total=job.steps))
+                worker = Worker(job.name, partial(_do, job), free_places.pop(0), log_file)
+                running[worker] = job, task, task_stack
             for worker in Worker.with_messages(running):
-                job, task, shown = running[worker]
+                job, task, task_stack = running[worker]
                 try:
                     message = worker.receive()
                 except Interrupted as error:  # only this job was told to end, so everything ends
@@ -138,14 +138,14 @@ def run_jobs(
                         raise
                 else:
                     if not isinstance(message, Returned):
-                        cast(_Tell, message)(task)
+                        cast(_TaskCall, message)(task)
                         continue
                     results[job.name] = message.value
                     if not task.done:  # a job of a single piece need not report that it is done
                         task.advance()
-                    shown.close()
+                    task_stack.close()
                 del running[worker]
-                free.append(worker.place)
+                free_places.append(worker.place)
     return results
 
 
@@ -159,12 +159,14 @@ def run_counted(
         run_jobs(jobs, log_file, progress, places)
     except Interrupted as error:
         done = sum(job.output is not None and job.output.exists() for job in jobs)
-        told = f"; {done} of {counted(len(jobs), 'job')} are finished{error.message}"
-        raise Interrupted(told, is_saved=error.is_saved or done > 0) from None
+        message = f"; {done} of {counted(len(jobs), 'job')} are finished{error.message}"
+        raise Interrupted(message, is_saved=error.is_saved or done > 0) from None
 
 
 @contextmanager
-def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) -> Iterator[None]:
+def _passing_interrupts_on(
+    running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]],
+) -> Iterator[None]:
     """Pass an interrupt on: each of the ``running`` jobs saves what it has done, as far as it can
     within STOP_WITHIN seconds, and this is reported. A second interrupt ends everything at once.
     """
@@ -182,29 +184,29 @@ def _told_to_end(running: Mapping[Worker, tuple[Job, ProgressTask, ExitStack]]) 
                     STOP_WITHIN,
                 )
             for worker in names:
-                worker.tell_to_end()
-            told = [error.message] if isinstance(error, Interrupted) else []
-            told += [f"; {name}: {what}" for name, what in _kept_by(names) if what]
-            raise Interrupted("".join(told), is_saved=bool(told)) from None
+                worker.request_end()
+            notes = [error.message] if isinstance(error, Interrupted) else []
+            notes += [f"; {name}: {outcome}" for name, outcome in _kept_work(names) if outcome]
+            raise Interrupted("".join(notes), is_saved=bool(notes)) from None
 
 
-def _kept_by(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
+def _kept_work(workers: Mapping[Worker, str]) -> Iterator[tuple[str, str]]:
     """Yield the name of each worker that ends in time, and what it kept."""
-    until, left = time.monotonic() + STOP_WITHIN, dict(workers)
-    while left and (seconds := until - time.monotonic()) > 0:
-        for worker in Worker.with_messages(left, seconds):
+    deadline, unfinished = time.monotonic() + STOP_WITHIN, dict(workers)
+    while unfinished and (seconds := deadline - time.monotonic()) > 0:
+        for worker in Worker.with_messages(unfinished, seconds):
             try:
                 if not isinstance(worker.receive(), Returned):
                     continue  # a progress report
-                yield left[worker], "finished"
+                yield unfinished[worker], "finished"
             except Interrupted as error:
-                yield left[worker], f"interrupted{error.message}" if error.is_saved else ""
+                yield unfinished[worker], f"interrupted{error.message}" if error.is_saved else ""
             except Exception as error:  # it failed, or its message was cut off
-                log.warning("%s: %s", left[worker], error)
-            del left[worker]
+                log.warning("%s: %s", unfinished[worker], error)
+            del unfinished[worker]
 
 
 def _do(job: Job, parent: Connection) -> object:
     """Do a job in its own process."""
-    log_to_stderr(logging.INFO, lead=f"{job.name}: ")
+    log_to_stderr(logging.INFO, prefix=f"{job.name}: ")
     return job.function(*job.arguments, Report(parent.send))

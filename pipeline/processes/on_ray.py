@@ -25,21 +25,21 @@ from rekindle.pipeline.processes.handing_out import (
     Done,
     Failed,
     HandingOut,
-    told_of_nodes,
+    describe_nodes,
 )
 from rekindle.pipeline.processes.same_code import running_code
 from rekindle.pipeline.processes.units import Load, OnThisMachine, Result, Unit, Work
 
 log = logging.getLogger("rekindle")
 
-ANSWERS_WITHIN = 10.0  # seconds
-BESIDE = 4  # units in progress beyond two per actor, if results are given in order
+CONNECT_SECONDS = 10.0  # seconds
+EXTRA_UNITS = 4  # units in progress beyond two per actor, if results are given in order
 
 
 # --- on the cluster's nodes -----------------------------------------------------------------------
 
 
-class _Kept(logging.Handler):
+class _WarningKeeper(logging.Handler):
     """Keep the warnings of this process for the process the user looks at."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _Kept(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
 
-    def taken(self) -> tuple[str, ...]:
+    def take_lines(self) -> tuple[str, ...]:
         lines, self.lines = tuple(dict.fromkeys(self.lines)), []
         return lines
 
@@ -58,11 +58,11 @@ class _Actor:
     """The large object of a work, on one of the cluster's nodes."""
 
     def __init__(self) -> None:
-        self.kept = _Kept()
-        log.addHandler(self.kept)
-        self.do: Callable[[Any], Any] | None = None
+        self.warnings = _WarningKeeper()
+        log.addHandler(self.warnings)
+        self.function: Callable[[Any], Any] | None = None
 
-    def where(self) -> tuple[str, dict[str, str]]:
+    def describe_node(self) -> tuple[str, dict[str, str]]:
         """Return the node, and the versions it runs."""
         import ray
 
@@ -91,17 +91,17 @@ class _Actor:
             ) from None
         torch.set_num_threads(threads)
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # the threads of tokenizers
-        self.do = load()
+        self.function = load()
 
     def make(self, unit: Any) -> object:
         """Do a unit."""
-        assert self.do is not None
-        do = self.do
-        return self._answer(lambda: do(unit))
+        assert self.function is not None
+        function = self.function
+        return self._answer(lambda: function(unit))
 
     def _answer(self, work: Callable[[], object]) -> object:
         try:
-            return Done(work(), self.kept.taken())
+            return Done(work(), self.warnings.take_lines())
         except (RekindleError, OSError) as error:
             return Failed(error)
         except Exception:  # its class may be unknown where it is received
@@ -126,23 +126,23 @@ def on_ray(address: str | None, actors: int | None) -> Iterator["OnRay"]:
             "pip install -e '.[ray]'"
         ) from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    asked = address or os.environ.get("RAY_ADDRESS")
-    before = signal.getsignal(signal.SIGTERM)
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    former_handler = signal.getsignal(signal.SIGTERM)
     try:
-        _check_answers(asked)
+        _check_answers(cluster)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        where = f" at {asked}" if asked else ""
+        place_note = f" at {cluster}" if cluster else ""
         raise InputError(
-            f"no Ray cluster could be joined{where}: {str(error).splitlines()[0]}. Give the "
+            f"no Ray cluster could be joined{place_note}: {str(error).splitlines()[0]}. Give the "
             "--address of one that runs (`ray start --head` says it), or none for a new one of "
             "this machine alone"
         ) from None
     try:
-        if signal.getsignal(signal.SIGTERM) != before and before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) != former_handler and former_handler is not None:
+            signal.signal(signal.SIGTERM, former_handler)
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        log.info("ray: %s, %s", counted(len(nodes), "node"), told_of_nodes(nodes))
+        log.info("ray: %s, %s", counted(len(nodes), "node"), describe_nodes(nodes))
         yield OnRay(ray, actors)
     finally:
         ray.shutdown()
@@ -153,14 +153,14 @@ def _check_answers(address: str | None) -> None:
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         place = host.removeprefix("[").removesuffix("]"), int(port)  # [::1]:6379
-        socket.create_connection(place, timeout=ANSWERS_WITHIN).close()
+        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
 
 
 @dataclass(frozen=True)
 class OnRay:
     """An ``Executor`` on the cluster that this process has joined."""
 
-    elsewhere: ClassVar[bool] = True
+    on_other_machines: ClassVar[bool] = True
 
     ray: Any
     actors: int | None
@@ -172,9 +172,9 @@ class OnRay:
         if not work.units:
             OnThisMachine().run(work, report)
             return
-        most = self.actors or len(work.units)
+        max_actors = self.actors or len(work.units)
         handing_out = HandingOut(
-            self.ray, self.ray.remote(_Actor), work, lambda _, result: report(result), most
+            self.ray, self.ray.remote(_Actor), work, lambda _, result: report(result), max_actors
         )
         try:
             handing_out.run()
@@ -188,34 +188,38 @@ class OnRay:
         the work at once. A single unit is done here.
         """
         following = iter(units)
-        first = list(islice(following, 2))
-        if len(first) < 2:
-            yield from in_threads(load, first)
+        first_units = list(islice(following, 2))
+        if len(first_units) < 2:
+            yield from in_threads(load, first_units)
             return
         results: dict[int, Result] = {}
 
         def report(unit: _Numbered[Unit], result: Result) -> None:
             results[unit.number] = result
 
-        work = Work(name, partial(_Each, load), list[_Numbered[Unit]](), {"num_gpus": 0.0})
-        most = self.actors or sys.maxsize
-        handing_out = HandingOut(self.ray, self.ray.remote(_Actor), work, report, most)
-        numbered = map(_Numbered, count(), chain(first, following))
-        taken = given = 0
+        work = Work(
+            name, partial(_NumberedFunction, load), list[_Numbered[Unit]](), {"num_gpus": 0.0}
+        )
+        max_actors = self.actors or sys.maxsize
+        handing_out = HandingOut(self.ray, self.ray.remote(_Actor), work, report, max_actors)
+        numbered = map(_Numbered, count(), chain(first_units, following))
+        taken_count = yielded_count = 0
         try:
             while True:
-                out = 2 * len(handing_out.actors) + BESIDE
-                more = list(islice(numbered, max(0, out - (taken - given))))
-                handing_out.waiting.extend(more)
-                taken += len(more)
+                in_progress_limit = 2 * len(handing_out.actors) + EXTRA_UNITS
+                next_units = list(
+                    islice(numbered, max(0, in_progress_limit - (taken_count - yielded_count)))
+                )
+                handing_out.waiting.extend(next_units)
+                taken_count += len(next_units)
                 if not handing_out.pending:
                     return
                 handing_out.go_on()
                 if handing_out.given_up:  # later units would wait for it
-                    raise handing_out.of_given_up()
-                while given in results:
-                    yield results.pop(given)
-                    given += 1
+                    raise handing_out.given_up_error()
+                while yielded_count in results:
+                    yield results.pop(yielded_count)
+                    yielded_count += 1
         finally:
             handing_out.close()
 
@@ -233,11 +237,11 @@ class _Numbered(Generic[Unit]):
         return str(self.number)
 
 
-class _Each(Generic[Unit, Result]):
+class _NumberedFunction(Generic[Unit, Result]):
     """Do numbered units."""
 
     def __init__(self, load: Load[Unit, Result]):
-        self._do = load()
+        self._function = load()
 
     def __call__(self, numbered: _Numbered[Unit]) -> Result:
-        return self._do(numbered.unit)
+        return self._function(numbered.unit)

@@ -32,10 +32,13 @@ from rekindle.train.interrupts import Interrupted
 
 log = logging.getLogger("rekindle")
 
-AT_HAND = 2  # units per process when done in order, so that it never waits
-WARM_UP, IN_THREADS = 512, 768  # units of 64 kB of text: about 20 and 30 seconds on two cores
+QUEUED_UNITS = 2  # units per process when done in order, so that it never waits
+UNITS_BEFORE_WARM_UP, UNITS_IN_THREADS = (
+    512,
+    768,
+)  # units of 64 kB of text: about 20 and 30 seconds on two cores
 
-BEGUN = 3  # units in progress or being written before one is finished
+UNITS_IN_PROGRESS = 3  # units in progress or being written before one is finished
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -44,10 +47,10 @@ Load = Callable[[], Callable[[Unit], Result]]
 
 
 @runtime_checkable
-class Several(Protocol):
+class Overlapping(Protocol):
     """A function of units that may begin one before the last is finished."""
 
-    def several(self, units: Iterable[Any]) -> Iterator[Any]:
+    def run_many(self, units: Iterable[Any]) -> Iterator[Any]:
         """Do units and yield their results in order. At most BEGUN units are taken before a result
         is given.
         """
@@ -59,21 +62,21 @@ class Work(Generic[Unit, Result]):
     """Units that need one large object.
 
     ``name`` appears in messages; ``load`` and the units must be picklable. ``needs``: resources per
-    process on a cluster, by Ray's names (``num_gpus``). ``within``: seconds after which a process
-    is ended during a ``load`` or a ``unit``; without an entry, never.
+    process on a cluster, by Ray's names (``num_gpus``). ``time_limits``: seconds after which a
+    process is ended during a ``load`` or a ``unit``; without an entry, never.
     """
 
     name: str
     load: Load[Unit, Result]
     units: Sequence[Unit]
     needs: Mapping[str, float] = field(default_factory=dict)
-    within: Mapping[str, float] = field(default_factory=dict)
+    time_limits: Mapping[str, float] = field(default_factory=dict)
 
 
 class Executor(Protocol):
-    """Does one work after another. ``elsewhere``: on machines that may see other files."""
+    """Does one work after another. ``on_other_machines``: on machines that may see other files."""
 
-    elsewhere: ClassVar[bool]
+    on_other_machines: ClassVar[bool]
 
     def run(self, work: Work[Unit, Result], report: Callable[[Result], None]) -> None:
         """Do the units of ``work``; ``report`` takes each result as it comes.
@@ -96,18 +99,18 @@ class Executor(Protocol):
 class OnThisMachine:
     """In this process, or in several others that share the CUDA devices."""
 
-    elsewhere: ClassVar[bool] = False
+    on_other_machines: ClassVar[bool] = False
 
     processes: int = 1
-    for_text: int = 1  # processes for a long work in order, if ``processes`` is 1
+    text_processes: int = 1  # processes for a long work in order, if ``processes`` is 1
 
     def run(self, work: Work[Unit, Result], report: Callable[[Result], None]) -> None:
         """As for any ``Executor``; an error ends everything. Raise InputError if a process was
         killed.
         """
         if self.processes == 1 or not work.units:
-            do = work.load()
-            for result in _each(do, work.units):
+            function = work.load()
+            for result in _results_of(function, work.units):
                 report(result)
         else:
             run_units(work.name, work.load, work.units, places_for(self.processes), report)
@@ -117,28 +120,28 @@ class OnThisMachine:
     ) -> Generator[Result, None, None]:
         """As for any ``Executor``: in threads of this process, or in several others.
 
-        Processes are not started for fewer units than processes; ``for_text`` processes start only
-        after enough units that their imports will pay off.
+        Processes are not started for fewer units than processes; ``text_processes`` processes start
+        only after enough units that their imports will pay off.
         """
-        following = iter(units)
+        remaining = iter(units)
         processes = self.processes
-        if processes == 1 < self.for_text:
-            processes = self.for_text
-            yield from in_threads(load, _with_warm_up(islice(following, IN_THREADS)))
-        first = list(islice(following, processes))
-        if processes == 1 or len(first) < processes:
-            yield from in_threads(load, chain(first, following))
+        if processes == 1 < self.text_processes:
+            processes = self.text_processes
+            yield from in_threads(load, _with_warm_up(islice(remaining, UNITS_IN_THREADS)))
+        first_units = list(islice(remaining, processes))
+        if processes == 1 or len(first_units) < processes:
+            yield from in_threads(load, chain(first_units, remaining))
             return
         if self.processes == 1:
             log.info("%s: it is long; %d processes make it from here on", name, processes)
         places = [Place(None, max(1, cores() // processes))] * processes
-        yield from units_in_order(name, load, chain(first, following), places)
+        yield from units_in_order(name, load, chain(first_units, remaining), places)
 
 
 def _with_warm_up(units: Iterable[Unit]) -> Iterator[Unit]:
     """Yield ``units``; after WARM_UP of them, begin to prepare other processes."""
     for number, unit in enumerate(units):
-        if number == WARM_UP:
+        if number == UNITS_BEFORE_WARM_UP:
             warm_up()
         yield unit
 
@@ -160,16 +163,16 @@ def run_units(
         for place in places[: len(units)]:
             workers.append(Worker(name, partial(_do_each, load), place))
         # In turns, so that few units are spread evenly; None when no more are left.
-        for number in range(BEGUN):
+        for number in range(UNITS_IN_PROGRESS):
             for worker in workers:
-                if number < _held(worker.place):
+                if number < _units_in_progress(worker.place):
                     worker.send(waiting.popleft() if waiting else None)
         while workers:
             for worker in Worker.with_messages(workers):
                 try:
                     message = worker.receive()
                 except (Interrupted, WorkerKilled) as error:
-                    raise _ended(name, error) from None
+                    raise _end_error(name, error) from None
                 if isinstance(message, Returned):
                     workers.remove(worker)
                     continue
@@ -177,7 +180,7 @@ def run_units(
                 worker.send(waiting.popleft() if waiting else None)
 
 
-def _ended(name: str, error: Interrupted | WorkerKilled) -> BaseException:
+def _end_error(name: str, error: Interrupted | WorkerKilled) -> BaseException:
     """Return the error for a process that was told to end, or was killed."""
     if isinstance(error, Interrupted):  # the caller reports what was made
         return KeyboardInterrupt()
@@ -191,26 +194,26 @@ def units_in_order(
 
     Raise as ``run_units`` does.
     """
-    workers, free = list[Worker](), SimpleQueue[_Asked]()
+    workers, free_workers = list[Worker](), SimpleQueue[_QueuedWorker]()
 
     def do(unit: Unit) -> Result:
         """Have a process do it; one thread per unit in progress waits for its answer."""
-        asked = free.get()
+        queued = free_workers.get()
         try:
-            with asked.in_turn(unit):
-                return cast(Result, asked.worker.receive())
+            with queued.in_turn(unit):
+                return cast(Result, queued.worker.receive())
         except (Interrupted, WorkerKilled) as error:
-            raise _ended(name, error) from None
+            raise _end_error(name, error) from None
         finally:
-            free.put(asked)
+            free_workers.put(queued)
 
     with killed_at_exit(workers):
         for place in places:
             workers.append(Worker(name, partial(_do_units, load), place))
         # few units are spread over all
-        for asked in AT_HAND * [_Asked(worker) for worker in workers]:
-            free.put(asked)
-        with closing(in_threads(lambda: do, units, AT_HAND * len(workers))) as results:
+        for queued in QUEUED_UNITS * [_QueuedWorker(worker) for worker in workers]:
+            free_workers.put(queued)
+        with closing(in_threads(lambda: do, units, QUEUED_UNITS * len(workers))) as results:
             yield from results
         for worker in workers:
             worker.send(None)
@@ -218,7 +221,7 @@ def units_in_order(
         workers.clear()
 
 
-class _Asked:
+class _QueuedWorker:
     """A process that already holds the next unit while it does one; it answers in order."""
 
     def __init__(self, worker: Worker):
@@ -228,35 +231,35 @@ class _Asked:
     @contextmanager
     def in_turn(self, unit: object) -> Iterator[None]:
         """Send a unit, and wait until its answer comes next."""
-        mine = Event()
+        own_turn = Event()
         with self._sending:
             self.worker.send(unit)
-            before, self._answered = self._answered, mine
-        before.wait()
+            previous, self._answered = self._answered, own_turn
+        previous.wait()
         try:
             yield
         finally:
-            mine.set()
+            own_turn.set()
 
 
-def _held(place: Place) -> int:
+def _units_in_progress(place: Place) -> int:
     """Return how many units a process holds; on a device it begins some before one is finished."""
-    return 1 if place.device is None else BEGUN
+    return 1 if place.device is None else UNITS_IN_PROGRESS
 
 
-def _each(do: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
-    """Do units one after another, or as ``Several`` does."""
-    return do.several(units) if isinstance(do, Several) else map(do, units)
+def _results_of(function: Callable[[Unit], Result], units: Iterable[Unit]) -> Iterator[Result]:
+    """Do units one after another, or as ``Overlapping`` does."""
+    return function.run_many(units) if isinstance(function, Overlapping) else map(function, units)
 
 
 def _do_each(load: Load[Unit, Result], parent: Connection) -> None:
     """Run in each process of ``run_units``: do what the parent sends, until it sends None."""
-    for result in _each(load(), iter(parent.recv, None)):
+    for result in _results_of(load(), iter(parent.recv, None)):
         parent.send(result)
 
 
 def _do_units(load: Load[Unit, Result], parent: Connection) -> None:
     """Run in each process of ``units_in_order``: one unit at a time, until there are no more."""
-    do = load()
+    function = load()
     while (unit := parent.recv()) is not None:
-        parent.send(do(unit))
+        parent.send(function(unit))

@@ -83,11 +83,11 @@ class Worker:
         if place.device is None:
             context.set_forkserver_preload(_PRELOADED)
         self.place = place
-        self._connection, theirs = context.Pipe()
-        arguments = (name, work, place, theirs, log_file)
-        self._process = context.Process(target=_live, args=arguments, daemon=True)
+        self._connection, child_end = context.Pipe()
+        arguments = (name, work, place, child_end, log_file)
+        self._process = context.Process(target=_run_child, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
 
     def send(self, message: object) -> None:
         """Send ``message`` to the work. If the child was killed, ``receive`` says so."""
@@ -117,7 +117,7 @@ class Worker:
             raise message
         return message
 
-    def tell_to_end(self) -> None:
+    def request_end(self) -> None:
         """Have the work end as soon as its results are saved; ``receive`` then says so."""
         self._process.terminate()
 
@@ -158,7 +158,9 @@ def warm_up() -> None:
     forkserver.ensure_running()
 
 
-def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Path | None) -> None:
+def _run_child(
+    name: str, work: Work, place: Place, parent: Connection, log_file: Path | None
+) -> None:
     """Run the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     obey_sigterm()
@@ -170,15 +172,15 @@ def _live(name: str, work: Work, place: Place, parent: Connection, log_file: Pat
     log_to_stderr(logging.WARNING)
     try:
         place.take()
-        last: object = Returned(work(parent))
+        last_message: object = Returned(work(parent))
     except (RekindleError, OSError) as error:
-        last = error
+        last_message = error
     except KeyboardInterrupt as error:
-        last = error if isinstance(error, Interrupted) else Interrupted("", is_saved=False)
+        last_message = error if isinstance(error, Interrupted) else Interrupted("", is_saved=False)
     except Exception:
-        last = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
+        last_message = RuntimeError(f"{name} failed:\n{traceback.format_exc()}")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending itself takes no time
-    parent.send(last)
+    parent.send(last_message)
     tidy_up()  # and return: multiprocessing still releases semaphores that libraries took
 
 
@@ -200,8 +202,8 @@ def visible_devices() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def places_for(workers: int) -> list[Place]:

@@ -20,11 +20,11 @@ from rekindle.data.exchange.token_rows import TokenRows
 from rekindle.data.targets.codec import Columns
 from rekindle.data.targets.schema import TeacherInfo
 
-ABOVE = 1e-5  # nats by which rounding to float32 may lift a log-probability above 0
-NONE_LEFT = -9000.0  # vLLM writes −9999 for probability 0
+ROUNDING_ABOVE_ZERO = 1e-5  # nats by which rounding to float32 may lift a log-probability above 0
+LOWEST_LOG_PROB = -9000.0  # vLLM writes −9999 for probability 0
 
 
-class Answers:
+class AnswerReader:
     """Reads the answers of one teacher."""
 
     def __init__(self, corpus: Corpus, info: TeacherInfo):
@@ -42,7 +42,9 @@ class Answers:
         """
         fields = _fields(entries, tokens)
         _check_entries(entries, self.info.k or 0)
-        fields = {name: [values[at] for at in positions] for name, values in fields.items()}
+        fields = {
+            name: [values[position] for position in positions] for name, values in fields.items()
+        }
         self._without_foreign(fields, positions)
         rows = TokenRows(self.corpus, self.info, GOLD_FIELDS, allow_missing=False)
         return rows.columns(fields, tokens, positions)
@@ -56,17 +58,17 @@ class Answers:
         ):
             if max(ids) < self.size and not (self.holes and self.holes.intersection(ids)):
                 continue
-            kept = [n for n, i in enumerate(ids) if i < self.size and i not in self.holes]
-            if len(kept) < (self.info.k or 0):
-                strange = next(i for i in ids if i >= self.size or i in self.holes)
+            in_vocabulary = [n for n, i in enumerate(ids) if i < self.size and i not in self.holes]
+            if len(in_vocabulary) < (self.info.k or 0):
+                foreign = next(i for i in ids if i >= self.size or i in self.holes)
                 raise InputError(
-                    f"prompt_logprobs: entry {positions[place] + 1}: {strange} is no token of the "
-                    f"cache's vocabulary of {self.size:,}. Without it {len(kept)} candidates are "
-                    f"left, and {self.info.k} are kept. Take corpus.tokenizer from the served "
-                    "model, or a smaller targets.k"
+                    f"prompt_logprobs: entry {positions[place] + 1}: {foreign} is no token of the "
+                    f"cache's vocabulary of {self.size:,}. Without it {len(in_vocabulary)} "
+                    f"candidates are left, and {self.info.k} are kept. Take corpus.tokenizer from "
+                    "the served model, or a smaller targets.k"
                 )
-            fields["ids"][place] = [ids[n] for n in kept]
-            fields["log_probs"][place] = [log_probs[n] for n in kept]
+            fields["ids"][place] = [ids[n] for n in in_vocabulary]
+            fields["log_probs"][place] = [log_probs[n] for n in in_vocabulary]
 
 
 def _fields(entries: Any, tokens: NDArray[np.int32]) -> dict[str, Any]:
@@ -82,31 +84,31 @@ def _fields(entries: Any, tokens: NDArray[np.int32]) -> dict[str, Any]:
 
 def _check_entries(entries: Sequence[Any], k: int) -> None:
     """Raise InputError unless each entry has the ``k`` likeliest tokens."""
-    wanted = {*range(1, k + 1)}
+    ranks = {*range(1, k + 1)}
     for place, entry in enumerate(entries[1:], start=1):
         for key, value in entry.items():
-            where = f"prompt_logprobs: entry {place}, token {key}"
+            label = f"prompt_logprobs: entry {place}, token {key}"
             if not isinstance(value, dict) or value.get("rank") is None:
-                raise InputError(f"{where} has no rank (given: {str(value)[:60]})")
+                raise InputError(f"{label} has no rank (given: {str(value)[:60]})")
             log_prob = value["logprob"]
-            if log_prob > ABOVE:
+            if log_prob > ROUNDING_ABOVE_ZERO:
                 raise InputError(
-                    f"{where}: a log-probability is {log_prob:.6g}, above 0. The server must give "
+                    f"{label}: a log-probability is {log_prob:.6g}, above 0. The server must give "
                     "raw_logprobs (--logprobs-mode), not logits"
                 )
-            if log_prob < NONE_LEFT:
+            if log_prob < LOWEST_LOG_PROB:
                 raise InputError(
-                    f"{where} has probability 0 ({log_prob:g}): the server gives what is left "
+                    f"{label} has probability 0 ({log_prob:g}): the server gives what is left "
                     "after its filters; it must give raw_logprobs (--logprobs-mode)"
                 )
-        if lacking := wanted - {value["rank"] for value in entry.values()}:
+        if missing := ranks - {value["rank"] for value in entry.values()}:
             raise InputError(
-                f"prompt_logprobs: entry {place} lacks the candidate of rank {min(lacking)}, and "
+                f"prompt_logprobs: entry {place} lacks the candidate of rank {min(missing)}, and "
                 f"the {k} likeliest were asked for"
             )
 
 
-def said_of(entries: Any, tokens: Sequence[int], k: int) -> list[dict[int, float]]:
+def parse_answers(entries: Any, tokens: Sequence[int], k: int) -> list[dict[int, float]]:
     """Return the log-probabilities by id for each prediction [P]: the ``k`` likeliest and the token
     itself. Raise InputError as ``columns``.
     """

@@ -27,9 +27,13 @@ from rekindle.pipeline.served.config import ServedConfig
 
 log = logging.getLogger("rekindle")
 
-LONGEST_ORDER = 600.0  # longest Retry-After accepted, seconds
-CONNECT = 10.0  # seconds
-PASSING = {408, 425, 429}  # and everything from 500 on: the same request may succeed later
+LONGEST_RETRY_AFTER = 600.0  # longest Retry-After accepted, seconds
+CONNECT_SECONDS = 10.0  # seconds
+TEMPORARY_STATUSES = {
+    408,
+    425,
+    429,
+}  # and everything from 500 on: the same request may succeed later
 
 
 class ServerAwayError(InputError):
@@ -53,12 +57,14 @@ class Client:
                     "set it to the server's API key, or leave api_key_env out"
                 )
             self._headers["Authorization"] = f"Bearer {os.environ[name]}"
-        timeout = urllib3.Timeout(connect=min(CONNECT, config.timeout_s), read=config.timeout_s)
+        timeout = urllib3.Timeout(
+            connect=min(CONNECT_SECONDS, config.timeout_s), read=config.timeout_s
+        )
         # No redirects: the key would go to an address nobody chose.
         self._pool = urllib3.PoolManager(
             maxsize=config.max_concurrency, block=True, timeout=timeout, retries=False
         )
-        self._answered, self._told = False, False
+        self._has_answered, self._has_warned = False, False
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -79,42 +85,42 @@ class Client:
         """Send a request. Raise ServerAwayError when patience ends, InputError if the server
         refuses.
         """
-        where = self.url.removesuffix("/v1") + path if optional else self.url + path
-        spent, waits = 0.0, delays()
+        url = self.url.removesuffix("/v1") + path if optional else self.url + path
+        seconds_spent, delays_left = 0.0, delays()
         while True:
             if self._stop.is_set():
                 raise StoppedError
-            began = time.monotonic()
+            start_time = time.monotonic()
             try:
-                answer = self._pool.request(method, where, body=body, headers=self._headers)
-                passing, ordered = self._passing(answer)
+                answer = self._pool.request(method, url, body=body, headers=self._headers)
+                problem, retry_after = self._temporary_problem(answer)
             except HTTPError as error:
-                passing, ordered = self._failure(error), 0.0
+                problem, retry_after = self._describe_failure(error), 0.0
                 if optional:
                     return None
-            if not passing:
-                self._answered = True
-                return self._read(answer, where, optional)
-            delay = next(waits)
-            spent += time.monotonic() - began + delay
-            self._check_patience(passing, spent)
-            if self._stop.wait(max(delay, ordered)):
+            if not problem:
+                self._has_answered = True
+                return self._read(answer, url, optional)
+            delay = next(delays_left)
+            seconds_spent += time.monotonic() - start_time + delay
+            self._check_patience(problem, seconds_spent)
+            if self._stop.wait(max(delay, retry_after)):
                 raise StoppedError
 
-    def _passing(self, answer: urllib3.BaseHTTPResponse) -> tuple[str, float]:
+    def _temporary_problem(self, answer: urllib3.BaseHTTPResponse) -> tuple[str, float]:
         """Return the passing problem ("" if none), and the seconds the server asks to wait."""
-        if answer.status not in PASSING and answer.status < 500:
+        if answer.status not in TEMPORARY_STATUSES and answer.status < 500:
             return "", 0.0
-        self._answered = True
-        order = _seconds(answer.headers.get("Retry-After"))
-        if order > LONGEST_ORDER:
+        self._has_answered = True
+        retry_after = _seconds(answer.headers.get("Retry-After"))
+        if retry_after > LONGEST_RETRY_AFTER:
             raise ServerAwayError(
                 f"the server {self.url} answers {answer.status} and asks to come back in "
-                f"{order:.0f} s; run the same command then: it goes on"
+                f"{retry_after:.0f} s; run the same command then: it goes on"
             )
-        return f"HTTP {answer.status}{_message(answer)}", order
+        return f"HTTP {answer.status}{_message(answer)}", retry_after
 
-    def _failure(self, error: HTTPError) -> str:
+    def _describe_failure(self, error: HTTPError) -> str:
         """Describe what failed, without the client library's own names."""
         if isinstance(error, NewConnectionError):  # some versions treat it as a timeout
             return first_words(error).rpartition(": ")[2]
@@ -122,35 +128,35 @@ class Client:
             return f"no answer within {self.config.timeout_s:g} s, served.timeout_s"
         return "the connection broke off"
 
-    def _check_patience(self, passing: str, spent: float) -> None:
-        longest = (
+    def _check_patience(self, problem: str, seconds_spent: float) -> None:
+        patience = (
             self.config.patience_s
-            if self._answered
+            if self._has_answered
             else min(FIRST_PATIENCE, self.config.patience_s)
         )
-        if spent > longest:
-            kept = (
+        if seconds_spent > patience:
+            advice = (
                 "What was made is kept: the same command continues"
-                if self._answered
+                if self._has_answered
                 else ("Is it running, and is its address (served.url) right?")
             )
             raise ServerAwayError(
-                f"the server {self.url} has not answered for {longest:g} s ({passing}). {kept}"
+                f"the server {self.url} has not answered for {patience:g} s ({problem}). {advice}"
             )
-        if not self._told and self._answered:
-            self._told = True
+        if not self._has_warned and self._has_answered:
+            self._has_warned = True
             log.warning(
-                "%s is overloaded or away (%s): asked again for %g s", self.url, passing, longest
+                "%s is overloaded or away (%s): asked again for %g s", self.url, problem, patience
             )
 
-    def _read(self, answer: urllib3.BaseHTTPResponse, where: str, optional: bool) -> Any:
+    def _read(self, answer: urllib3.BaseHTTPResponse, url: str, optional: bool) -> Any:
         if optional and answer.status != 200:
             return None
         if answer.status in (401, 403):
-            named = self.config.api_key_env
+            key_variable = self.config.api_key_env
             advice = (
-                f"the key in {named} is not one of its"
-                if named
+                f"the key in {key_variable} is not one of its"
+                if key_variable
                 else (
                     "it wants an API key: name the environment variable that has it in "
                     "served.api_key_env"
@@ -161,14 +167,14 @@ class Client:
             hint = ""
             if answer.status == 404:
                 hint = ". Does served.url end where the server's API begins, with /v1?"
-            raise InputError(f"{where} answers HTTP {answer.status}{_message(answer)}{hint}")
+            raise InputError(f"{url} answers HTTP {answer.status}{_message(answer)}{hint}")
         try:
             return json.loads(answer.data)
         except ValueError:
             if optional:
                 return None
             raise InputError(
-                f"{where} does not answer with JSON ({answer.data[:60]!r}); served.url must be "
+                f"{url} does not answer with JSON ({answer.data[:60]!r}); served.url must be "
                 "the address of an OpenAI-compatible server"
             ) from None
 
@@ -179,22 +185,22 @@ def _message(answer: urllib3.BaseHTTPResponse) -> str:
         body = json.loads(answer.data)
     except ValueError:
         return ""
-    inside = body.get("error", body) if isinstance(body, dict) else {}
-    told = inside.get("message") if isinstance(inside, dict) else inside
-    return f": {' '.join(str(told).split())[:300]}" if told else ""
+    error = body.get("error", body) if isinstance(body, dict) else {}
+    message = error.get("message") if isinstance(error, dict) else error
+    return f": {' '.join(str(message).split())[:300]}" if message else ""
 
 
-def _seconds(order: str | None) -> float:
+def _seconds(retry_after: str | None) -> float:
     """Return the seconds a Retry-After header asks for (seconds or a date); 0 if none or
     unclear.
     """
-    if order is None:
+    if retry_after is None:
         return 0.0
     try:
-        return max(0.0, float(order))
+        return max(0.0, float(retry_after))
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(order).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return 0.0

@@ -18,7 +18,7 @@ from rekindle.pipeline.served.config import ServedConfig
 
 # The plain distribution, whatever the server's or its model's defaults are: these would show in the
 # answers of a server that gives processed log-probabilities (--logprobs-mode).
-PLAIN = {
+PLAIN_SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": -1,
@@ -27,8 +27,8 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-TOO_MANY = "max allowed"  # part of vLLM's message if k is above its --max-logprobs
-GENERATED = 1  # tokens: the server generates at least one, which is ignored
+TOO_MANY_MESSAGE = "max allowed"  # part of vLLM's message if k is above its --max-logprobs
+GENERATED_TOKENS = 1  # tokens: the server generates at least one, which is ignored
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Model:
 
     name: str
     root: str | None  # what it was loaded from
-    longest: int | None  # tokens, prompt and answer together
+    max_length: int | None  # tokens, prompt and answer together
 
 
 class Server:
@@ -63,20 +63,20 @@ class Server:
                 f"{', '.join(names) or 'none'}){did_you_mean(self.config.model, names)}"
             )
         card = cards[names.index(self.config.model)]
-        longest, root = card.get("max_model_len"), card.get("root")
+        max_length, root = card.get("max_model_len"), card.get("root")
         return Model(
             self.config.model,
             root if isinstance(root, str) else None,
-            longest if isinstance(longest, int) else None,
+            max_length if isinstance(max_length, int) else None,
         )
 
     @cached_property
     def versions(self) -> dict[str, str]:
         """What is known of the server's software and of what it loaded; informative."""
-        said = self.client.get("/version", optional=True)
-        version = said.get("version") if isinstance(said, dict) else None
-        known = {"vllm": version, "served_root": self.model.root}
-        return {name: value for name, value in known.items() if isinstance(value, str)}
+        answer = self.client.get("/version", optional=True)
+        version = answer.get("version") if isinstance(answer, dict) else None
+        versions = {"vllm": version, "served_root": self.model.root}
+        return {name: value for name, value in versions.items() if isinstance(value, str)}
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]], k: int) -> list[Any]:
         """Return the ``prompt_logprobs`` of each prompt.
@@ -87,45 +87,47 @@ class Server:
             "model": self.config.model,
             "prompt": [list(prompt) for prompt in prompts],
             "prompt_logprobs": k,
-            "max_tokens": GENERATED,
+            "max_tokens": GENERATED_TOKENS,
             "return_token_ids": True,
-            **PLAIN,
+            **PLAIN_SAMPLING,
         }
         try:
             answer = self.client.post("/completions", body)
         except InputError as error:
-            if TOO_MANY not in str(error):
+            if TOO_MANY_MESSAGE not in str(error):
                 raise
             raise InputError(
                 f"{error}. Serve the model with --max-logprobs {k}, or take a smaller targets.k"
             ) from None
         if not isinstance(answer, Mapping) or not isinstance(answer.get("choices"), list):
             raise InputError("its answer to /completions has no choices")
-        said = answer.get("model")
-        if said not in (None, self.config.model):
-            raise InputError(f"its answer is from the model {said!r}, not {self.config.model!r}")
+        answering_model = answer.get("model")
+        if answering_model not in (None, self.config.model):
+            raise InputError(
+                f"its answer is from the model {answering_model!r}, not {self.config.model!r}"
+            )
         self._check_count(answer, sum(map(len, prompts)))
         return [
-            self._of_prompt(choice, prompt)
+            self._logprobs_of(choice, prompt)
             for choice, prompt in zip(
-                _in_order(answer["choices"], len(prompts)), prompts, strict=True
+                _in_index_order(answer["choices"], len(prompts)), prompts, strict=True
             )
         ]
 
-    def _check_count(self, answer: Mapping[str, Any], sent: int) -> None:
+    def _check_count(self, answer: Mapping[str, Any], sent_count: int) -> None:
         usage = answer.get("usage")
-        read = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
-        if read is not None and read != sent:
+        read_count = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        if read_count is not None and read_count != sent_count:
             raise InputError(
-                f"it read {read} tokens where {sent} were sent: it adds some, or cuts prompts off. "
-                "It must take token ids as they are"
+                f"it read {read_count} tokens where {sent_count} were sent: it adds some, or cuts "
+                "prompts off. It must take token ids as they are"
             )
 
-    def _of_prompt(self, choice: Mapping[str, Any], prompt: Sequence[int]) -> Any:
-        read = choice.get("prompt_token_ids")
-        if read is not None and list(read) != list(prompt):
+    def _logprobs_of(self, choice: Mapping[str, Any], prompt: Sequence[int]) -> Any:
+        read_ids = choice.get("prompt_token_ids")
+        if read_ids is not None and list(read_ids) != list(prompt):
             raise InputError(
-                f"it read other tokens than those sent ({counted(len(read), 'token')}; "
+                f"it read other tokens than those sent ({counted(len(read_ids), 'token')}; "
                 f"{len(prompt)} were sent); it must take token ids as they are"
             )
         if choice.get("prompt_logprobs") is None:
@@ -136,13 +138,13 @@ class Server:
         return choice["prompt_logprobs"]
 
 
-def _in_order(choices: list[Any], count: int) -> list[Mapping[str, Any]]:
+def _in_index_order(choices: list[Any], count: int) -> list[Mapping[str, Any]]:
     """Sort the choices by their ``index``; there must be exactly one for each prompt."""
-    found = {choice.get("index"): choice for choice in choices if isinstance(choice, Mapping)}
-    if len(choices) != count or found.keys() != {*range(count)}:
-        shown = ", ".join(str(one.get("index")) for one in found.values())
+    by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, Mapping)}
+    if len(choices) != count or by_index.keys() != {*range(count)}:
+        shown = ", ".join(str(choice.get("index")) for choice in by_index.values())
         raise InputError(
             f"it answers {counted(count, 'prompt')} with {counted(len(choices), 'choice')} of "
             f"index {shown or 'none'}; there must be one for each, from 0"
         )
-    return [found[number] for number in range(count)]
+    return [by_index[number] for number in range(count)]

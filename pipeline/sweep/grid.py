@@ -15,7 +15,7 @@ import yaml
 from rekindle.data.errors import InputError, naming
 from rekindle.pipeline.config import RunConfig, load_config
 from rekindle.pipeline.several_runs import SECTIONS
-from rekindle.pipeline.yaml_text import Loader, told_of
+from rekindle.pipeline.yaml_text import Loader, describe_error
 
 _LONGEST_NAME = 120  # characters; file systems take 255 bytes
 
@@ -76,7 +76,7 @@ def parse_swept_key(text: str) -> tuple[str, tuple[str, ...]]:
     try:
         node = yaml.compose(inside, Loader)
     except yaml.YAMLError as error:
-        told = told_of(error, inside)
+        told = describe_error(error, inside)
         raise InputError(f"--sweep {key}: {values!r} is not a list of YAML values{told}") from None
     if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(inside):
         raise InputError(f"--sweep {key}: {values!r} is not a list of YAML values")

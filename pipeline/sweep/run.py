@@ -193,7 +193,7 @@ def train_one(run: SweepRun, out: Path, progress: Progress) -> Exception | None:
 
 def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     """Check that the cache has what every student needs. Return its corpus's fingerprint."""
-    from rekindle.pipeline.train_student import asked_extent, student_view
+    from rekindle.pipeline.train_student import requested_extent, student_view
     from rekindle.train.prepare import check_tokenizer, prepare_objective
     from rekindle.train.student import check_student
 
@@ -202,7 +202,7 @@ def _check_cache(runs: Sequence[SweepRun], out: Path) -> str:
     for run in runs:
         with naming(f"student {run.name}"):
             view = student_view(cache, run.config)
-            asked = asked_extent(run.config).with_defaults(extent_of_others(out))
+            asked = requested_extent(run.config).with_defaults(extent_of_others(out))
             masks = None if view is None else cache.masked_view(view)
             read = cache.within(settle_extent(asked, cache.teachers.values(), masks, Extent()))
             prepare_objective(read, students[run.name], run.config.train, view)

@@ -64,12 +64,12 @@ def measure(toy: bool, add: Callable[[Row], None]) -> None:
             nonlocal turn
             turn += 1
             info = plan.info.model_copy(update={"name": f"teacher-{turn}"})
-            runner.teachers = [teacher.beside(replace(plan, info=info))]
+            runner.teachers = [teacher.with_plan(replace(plan, info=info))]
             return runner
 
         works: dict[str, Callable[[], object]] = {
             BARE: bare,
-            STAGE: lambda: [*named().several(work)],
+            STAGE: lambda: [*named().run_many(work)],
             ONE_BY_ONE: lambda: [*map(named().make, work)],
         }
         times: dict[str, list[float]] = {name: [] for name in works}

@@ -65,4 +65,4 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room on the cluster is looked for often."""
-    monkeypatch.setattr(handing_out, "LOOK_AGAIN", 0.2)
+    monkeypatch.setattr(handing_out, "ROOM_CHECK_SECONDS", 0.2)

@@ -10,7 +10,7 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.processes import handing_out
-from rekindle.pipeline.processes.on_ray import BESIDE, on_ray
+from rekindle.pipeline.processes.on_ray import EXTRA_UNITS, on_ray
 from rekindle.pipeline.processes.units import Work
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.timeout(300)]
@@ -214,7 +214,7 @@ def test_results_in_order_while_nodes_come_and_go(cluster, nodes, folder):
     assert [unit for unit, _ in done] == list(range(60))
     assert first not in cluster.worker_nodes
     # Beside two on nodes there may be one that waits for room, and one whose loss is not seen yet.
-    assert next(taken) <= 60 + 2 * 4 + BESIDE
+    assert next(taken) <= 60 + 2 * 4 + EXTRA_UNITS
 
 
 def test_a_unit_that_always_fails_ends_those_in_order_at_once(cluster, nodes, folder):

@@ -13,7 +13,7 @@ from testlib.command import pipeline, python
 
 # What a cache says is read by what imports torch, as are the settings of predict.
 LATER = [
-    *("a term with a teacher that the cache lacks", "a temperature that is not stored"),
+    *("a term with an unknown teacher", "a temperature that is not stored"),
     *("a masked LM as teacher of a causal student", "an unknown setting of predict"),
 ]
 WITHOUT_TORCH = """

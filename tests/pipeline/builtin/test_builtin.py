@@ -45,7 +45,7 @@ from rekindle.pipeline.builtin.tasks import (
     write_documents,
 )
 from rekindle.pipeline.config import load_config
-from rekindle.pipeline.make_builtin import job_of, needs, with_what_they_need
+from rekindle.pipeline.make_builtin import job_of, prerequisites, with_prerequisites
 from rekindle.train.record.run_folder import locked_folder
 from testlib.command import run_main
 from testlib.processes import Child, until
@@ -224,18 +224,18 @@ def test_the_folder_says_all_that_decides_what_is_in_it(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_comes_after_what_it_starts_from_and_nothing_else_is_made(name, tmp_path):
-    order = with_what_they_need([name])
+    order = with_prerequisites([name])
     assert order[-1] == name
     assert len(set(order)) == len(order)
     for number, one in enumerate(order):
-        assert set(needs(one)) <= set(order[:number])
+        assert set(prerequisites(one)) <= set(order[:number])
     job = job_of(name, tmp_path / "there", tmp_path / "begun")
     assert job.output == tmp_path / "there" / name
-    assert {PREFIX + needed for needed in needs(name)} == set(job.after)
+    assert {PREFIX + needed for needed in prerequisites(name)} == set(job.after)
 
 
 def test_what_several_models_start_from_is_made_once():
-    order = with_what_they_need(list(MODELS))
+    order = with_prerequisites(list(MODELS))
     assert sorted(order) == sorted(MODELS)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rekindle.data.source.python_docs import PythonDoc
 from rekindle.pipeline.builtin.sections import (
-    FAR,
-    NEAR,
-    OWN,
+    OTHER_MODULE,
+    OWN_PASSAGE,
+    SAME_MODULE,
     SectionSizes,
     candidates,
-    midst_of,
+    later_passages,
     sections_of,
     write_sections,
 )
@@ -54,17 +54,21 @@ def test_a_section_is_a_title_and_the_first_passage_under_it():
 
 
 def test_a_title_has_its_own_passage_some_near_and_others_far():
-    sections, midst = sections_of(PAGES), midst_of(PAGES)
+    sections, midst = sections_of(PAGES), later_passages(PAGES)
     module_of = {one.passage: one.module for one in sections} | {p: m for m, p in midst}
     places = set()
     for section in sections:
         found = candidates(section, sections, midst)
         assert len({passage for passage, _ in found}) == len(found) == 8
-        assert Counter(label for _, label in found) == {OWN: 1, NEAR: 2, FAR: 5}
+        assert Counter(label for _, label in found) == {
+            OWN_PASSAGE: 1,
+            SAME_MODULE: 2,
+            OTHER_MODULE: 5,
+        }
         for passage, label in found:
-            assert (label == OWN) == (passage == section.passage)
-            assert (module_of[passage] == section.module) == (label != FAR)
-        places.add([label for _, label in found].index(OWN))
+            assert (label == OWN_PASSAGE) == (passage == section.passage)
+            assert (module_of[passage] == section.module) == (label != OTHER_MODULE)
+        places.add([label for _, label in found].index(OWN_PASSAGE))
     assert places == set(range(8))  # where the own one stands says nothing
 
 
@@ -82,4 +86,4 @@ def test_the_files_share_no_passage_and_the_text_has_no_labels(tmp_path):
     assert all("label" not in row for row in rows["text"])
     for name in ("train", "dev", "test"):
         assert {split_of(row["page"]) for row in rows[name]} == {name}
-        assert {row["label"] for row in rows[name]} <= {0, NEAR, OWN}
+        assert {row["label"] for row in rows[name]} <= {0, SAME_MODULE, OWN_PASSAGE}

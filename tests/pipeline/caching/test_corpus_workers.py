@@ -83,9 +83,9 @@ def test_a_long_corpus_is_begun_in_threads_and_gone_on_with_in_processes(
     chosen = config(packing=packing)
     build(tmp_path / "here", chosen, 1)
     begun = []
-    monkeypatch.setattr(units, "IN_THREADS", 10)
+    monkeypatch.setattr(units, "UNITS_IN_THREADS", 10)
     monkeypatch.setattr(units, "Worker", lambda *given: begun.append(given) or Worker(*given))
-    in_order = partial(OnThisMachine(1, for_text=2).in_order, "corpus")
+    in_order = partial(OnThisMachine(1, text_processes=2).in_order, "corpus")
     build_corpus(LocalStore(tmp_path / "there"), chosen, 8, in_order=in_order)
     assert len(begun) == 2
     assert contents(tmp_path / "there") == contents(tmp_path / "here")

@@ -104,7 +104,7 @@ def test_tokens_of_logit_minus_infinity(k):
     """Grammars and banned tokens: no probability, no NaN anywhere, whether kept or not."""
     rows = np.array([[2.0, -INF, 1.0, -INF, -INF, 0.0], [-INF, 3.0, -INF, -INF, -INF, -INF]])
     found = scores(rows, [1, 1], info_of(6, k, (1.0, 2.0)))
-    columns = SCORERS["topk"](info_of(6, k, (1.0, 2.0))).encoded(found)
+    columns = SCORERS["topk"](info_of(6, k, (1.0, 2.0))).encode(found)
     assert not any(np.isnan(column).any() for column in columns.values())
     for slot, tau in enumerate((1.0, 2.0)):
         log_probs, log_tail = decode_log_probs(columns, tau, slot)
@@ -176,7 +176,7 @@ def test_ids_and_ranks_of_large_vocabularies(size):
     rows[0, best] = [9.0, 8.0, 7.0, 6.0]
     rows[1] = np.arange(size)[::-1] / 1000
     info = info_of(size, 4)
-    columns = SCORERS["topk"](info).encoded(scores(rows, [0, size - 1], info))
+    columns = SCORERS["topk"](info).encode(scores(rows, [0, size - 1], info))
     ids = decode_ids(columns, size)
     assert ids[0].tolist() == list(dict.fromkeys([*best, *ids[0].tolist()]))[:4]
     assert ids[1].tolist() == [0, 1, 2, 3]

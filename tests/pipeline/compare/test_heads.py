@@ -146,8 +146,8 @@ def test_places_of_compare_are_filled_in_behind_a_heads_name_too(monkeypatch):
     monkeypatch.setenv("WHERE", "/x")
     given = ["trec=$WHERE/t.jsonl", "a=b.jsonl", "python-docs/expert-part"]
     part = resolve_name("python-docs/expert-part")
-    assert asking._found(given) == ["trec=/x/t.jsonl", "a=b.jsonl", part]
-    assert asking._found(["part=python-docs/expert-part"]) == [f"part={part}"]
+    assert asking._resolve_experts(given) == ["trec=/x/t.jsonl", "a=b.jsonl", part]
+    assert asking._resolve_experts(["part=python-docs/expert-part"]) == [f"part={part}"]
     assert made == ["/x/t.jsonl", "b.jsonl", part, part]
 
 
@@ -159,11 +159,11 @@ def test_a_place_may_have_an_equals_sign_with_a_heads_name_and_without(
     own = test_file.rename(tmp_path / "lr=1" / "t.jsonl")
     found = compare_runs(students)
     for given in ("trec=~/lr=1/t.jsonl", "~/lr=1/t.jsonl", "trec=$HOME/lr=1/t.jsonl", str(own)):
-        (place,) = asking._found([given])
+        (place,) = asking._resolve_experts([given])
         assert place == ("trec=" if given.startswith("trec") else "") + str(own)
         assert heads._asked(place, found.runs) == ("trec", str(own))
     monkeypatch.chdir(tmp_path)
-    assert asking._found(["lr=1/t.jsonl"]) == ["lr=1/t.jsonl"]
+    assert asking._resolve_experts(["lr=1/t.jsonl"]) == ["lr=1/t.jsonl"]
     assert heads._asked("lr=1/t.jsonl", found.runs) == ("trec", "lr=1/t.jsonl")
     with pytest.raises(InputError, match="there is no file /no/lr=1"):
         heads._asked("/no/lr=1", found.runs)

@@ -110,10 +110,10 @@ def test_the_command_answers_and_leaves_no_trace(
 )
 def test_what_is_no_number_is_told(texts, tokens, told):
     with pytest.raises(InputError, match=told):
-        Scale.asked(texts, tokens)
-    assert Scale.asked("10_000", None) == Scale(texts=10_000)
-    assert Scale.asked(None, "5e9") == Scale(tokens=5 * 10**9)
-    assert Scale.asked(None, None) is None
+        Scale.from_options(texts, tokens)
+    assert Scale.from_options("10_000", None) == Scale(texts=10_000)
+    assert Scale.from_options(None, "5e9") == Scale(tokens=5 * 10**9)
+    assert Scale.from_options(None, None) is None
 
 
 def test_what_will_teach_nothing_or_repeat_is_told_before(tmp_path, configure, teachers, caplog):

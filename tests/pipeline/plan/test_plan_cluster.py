@@ -8,7 +8,7 @@ import pytest
 
 from rekindle.data.errors import InputError
 from rekindle.pipeline.config import dump_config
-from rekindle.pipeline.plan.cluster import Assumptions, assumed, cluster_lines, on_nodes
+from rekindle.pipeline.plan.cluster import Assumptions, cluster_lines, on_nodes, parse_assumptions
 from rekindle.pipeline.plan.figures import (
     BreakEven,
     CorpusPlan,
@@ -94,8 +94,8 @@ def test_what_is_measured_here_counts_where_nothing_is_assumed():
 )
 def test_a_wrong_assumption_is_told(given, told):
     with pytest.raises(InputError, match=told):
-        assumed([given])
-    assert assumed(["gpu_hour=4", "tokens_per_second=2e5"]).tokens_per_second == 2e5
+        parse_assumptions([given])
+    assert parse_assumptions(["gpu_hour=4", "tokens_per_second=2e5"]).tokens_per_second == 2e5
 
 
 def test_an_unknown_corpus_is_told():

@@ -39,7 +39,7 @@ def test_a_slow_teacher_is_probed_on_one_sequence(tmp_path, configure, teachers,
 
 
 def test_a_probe_ends_when_it_is_good_enough(tmp_path, configure, teachers, monkeypatch):
-    monkeypatch.setattr(plan_probe, "ENOUGH", 0.0)
+    monkeypatch.setattr(plan_probe, "ENOUGH_SECONDS", 0.0)
     seen: list[int] = []
     run = plan_probe._run
     monkeypatch.setattr(plan_probe, "_run", lambda *a: seen.append(a[2]) or run(*a))

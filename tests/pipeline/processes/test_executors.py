@@ -17,7 +17,7 @@ from testlib.command import pipeline
 class Doing:
     """An executor that first does something else."""
 
-    elsewhere: ClassVar[bool] = False
+    on_other_machines: ClassVar[bool] = False
 
     def __init__(self, act):
         self.act = act
@@ -49,7 +49,7 @@ def test_a_machine_that_writes_elsewhere_is_found_out(tmp_path, configure, one, 
     cache_teachers(configure(tmp_path / "there", one))
     there = ShardSet(open_store(tmp_path / "there"), "targets/lm").committed()
     executor = Doing(lambda report: report({"lm": next(iter(there.values()))}))
-    executor.elsewhere = True  # type: ignore[misc]
+    executor.on_other_machines = True  # type: ignore[misc]
     with pytest.raises(InputError, match="is not shared with the node"):
         cache_teachers(configure(tmp_path / "here", one), executor=executor)
 
@@ -60,7 +60,7 @@ def test_a_machine_that_finds_its_units_made_elsewhere_is_found_out(
     """In a copy of the cache of its own: it has nothing to report, and nothing arrives here."""
     monkeypatch.setattr(stage_one, "ARRIVES_WITHIN", 0.0)
     executor = Doing(lambda report: None)
-    monkeypatch.setattr(executor, "elsewhere", True)
+    monkeypatch.setattr(executor, "on_other_machines", True)
     monkeypatch.setattr(executor, "run", lambda work, report: None)
     with pytest.raises(InputError, match="a node has made unit 00000 of targets/lm, or found it"):
         cache_teachers(configure(tmp_path, one), executor=executor)
@@ -76,7 +76,7 @@ def test_what_teachers_need_of_a_cluster_is_the_most_of_those_that_share_a_pass(
     cache_teachers(configure(tmp_path, [gpu, hidden]), executor=executor)
     asked = {"num_cpus": 2.0, "num_gpus": 0.5, "memory": 3e9, "big": 1.0}
     assert executor.work.needs == asked
-    assert executor.work.within == {"unit": 120.0}
+    assert executor.work.time_limits == {"unit": 120.0}
 
 
 def test_the_command_says_what_it_lacks(tmp_path, configure, one, monkeypatch):

@@ -61,7 +61,7 @@ class Cluster:
     def remote(self) -> object:
         node = next((node for node in self.there if node.taken < node.places), None)
         if node is None:  # it waits for room
-            return SimpleNamespace(where=self._method(NEVER, lambda: None))
+            return SimpleNamespace(describe_node=self._method(NEVER, lambda: None))
         node.taken += 1
         lost = list[bool]()
 
@@ -83,7 +83,7 @@ class Cluster:
 
         return SimpleNamespace(
             node=node,
-            where=self._method(0.1, where),
+            describe_node=self._method(0.1, where),
             load=self._method(node.loading, load),
             make=self._method(node.doing, make),
         )
@@ -115,13 +115,13 @@ class Cluster:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handing_out, "LOOK_AGAIN", 1e-9)
+    monkeypatch.setattr(handing_out, "ROOM_CHECK_SECONDS", 1e-9)
 
 
 def handing_out_of(cluster: Cluster, found: list[int], units: int, **within: float) -> Any:
-    work = Work("numbers", lambda: lambda unit: unit, range(units), within=within)
+    work = Work("numbers", lambda: lambda unit: unit, range(units), time_limits=within)
     report, clock = (lambda _, unit: found.append(unit)), (lambda: cluster.now)
-    return HandingOut(cluster, cluster, work, report, most=12, clock=clock)
+    return HandingOut(cluster, cluster, work, report, max_actors=12, clock=clock)
 
 
 def done_by(cluster: Cluster, **within: float) -> list[int]:

@@ -40,7 +40,7 @@ class Ahead:
     def __call__(self, number):
         raise AssertionError("one at a time")
 
-    def several(self, units):
+    def run_many(self, units):
         due = []
         for number in units:
             due.append((number, os.getpid()))
@@ -109,7 +109,7 @@ def test_results_come_in_the_order_of_the_units(loads: ModuleType, tmp_path: Pat
     found.close()  # type: ignore[attr-defined]
     assert [number for number, _ in results] == list(range(12))
     assert len({pid for _, pid in results}) == 3
-    assert 12 < next(taken) <= 12 + BATCHES_AHEAD_PER_THREAD * units.AT_HAND * 3 + 1
+    assert 12 < next(taken) <= 12 + BATCHES_AHEAD_PER_THREAD * units.QUEUED_UNITS * 3 + 1
     assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 3
 
 
@@ -118,7 +118,7 @@ def test_what_begins_units_ahead_has_them_at_hand(
     loads: ModuleType, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """In turns: few are shared out."""
-    monkeypatch.setattr(units, "_held", lambda place: units.BEGUN)
+    monkeypatch.setattr(units, "_units_in_progress", lambda place: units.UNITS_IN_PROGRESS)
     results = run(loads.Ahead, range(count), 2)
     assert sorted(number for number, _ in results) == list(range(count))  # type: ignore[misc, attr-defined]
     assert len({pid for _, pid in results}) == min(count, 2)  # type: ignore[misc, attr-defined]

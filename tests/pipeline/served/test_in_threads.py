@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from rekindle.pipeline.served.in_threads import AHEAD, ask_in_order
+from rekindle.pipeline.served.in_threads import ANSWERS_AHEAD, ask_in_order
 
 
 def test_the_last_may_be_answered_first():
@@ -39,7 +39,7 @@ def test_no_more_at_a_time_and_not_far_ahead(threads):
         return number
 
     for number in ask_in_order(answer, questions(), threads):
-        assert len(taken) <= number + 2 + AHEAD * threads
+        assert len(taken) <= number + 2 + ANSWERS_AHEAD * threads
     assert number == 49
     assert most[0] <= threads
 

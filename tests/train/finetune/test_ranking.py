@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from rekindle.data.errors import InputError
 from rekindle.data.settings import parse_settings
-from rekindle.pipeline.commands.following import after_finetune
+from rekindle.pipeline.commands.next_commands import next_commands
 from rekindle.train.answers.evaluate import evaluate_file
 from rekindle.train.finetune.config import FinetuneConfig
 from rekindle.train.finetune.constant import weak_beside
@@ -208,7 +208,7 @@ def test_each_loss_makes_a_ranker_that_evaluate_scores_alike(
     assert (config.problem_type, config.num_labels) == ("regression", 1)
     found = evaluate_file(out, dev)
     assert (found.metric, found.scores) == ("ndcg@10", pytest.approx(scores, abs=1e-6))
-    told = after_finetune(out, result)[-1]
+    told = next_commands(out, result)[-1]
     assert "task: regression" in told
     assert "pairs: record" in told
 

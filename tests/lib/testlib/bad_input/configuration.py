@@ -24,11 +24,11 @@ def _stages(place: Place) -> None:
 
 FILES = (
     Bad("no such run file", "plan none.yaml", "none.yaml", "No such file", "`pipeline init"),
-    Bad("a folder given as the run file",
+    Bad("a folder as the run file",
         "plan tokens", "tokens", "Is a directory", "give a YAML file"),
     Bad("an empty run file", MAKE, "run.yaml", "must be a mapping", "`pipeline init RECIPE`",
         _file("")),
-    Bad("a run file that is a list",
+    Bad("a list as the run file",
         TRAIN, "run.yaml", "must be a mapping", "`pipeline init RECIPE`",
         _file("- corpus\n")),
     Bad("a run file in UTF-16", MAKE, "run.yaml", "is not UTF-8 text", "save it as UTF-8",
@@ -37,7 +37,7 @@ FILES = (
         "from line 1", _file("corpus: [1, 2\n")),
     Bad("a tab as indentation", MAKE, "line 2, column 1", "'\\t'", "indent with spaces",
         _file("corpus:\n\tsource: x\n")),
-    Bad("a section that stands twice",
+    Bad("a section given twice",
         TRAIN, "line 34", "the key 'cache' is given twice", "keep one of them",
         _added("cache: {path: b}\n")),
     Bad("a tag that makes a Python object", "plan run.yaml", "os.system", "only plain values",
@@ -54,13 +54,13 @@ FILES = (
         _changed(corpus=...)),
     Bad("no tokenizer", MAKE, "corpus.tokenizer", "is missing", "(the student's tokenizer",
         _changed(corpus={"source": ["text.jsonl"]})),
-    Bad("a stage that refers to a missing earlier stage",
+    Bad("a reference to a missing earlier stage",
         TRAIN, "stage 'a': '{b}'", "is no earlier stage",
         "there are: none", _stages),
 )  # fmt: skip
 
 VALUES = (
-    Bad("batches of groups, for a corpus without groups", f"{MAKE} --set train.batching=groups",
+    Bad("batches of groups without groups in the corpus", f"{MAKE} --set train.batching=groups",
         "train.batching", "needs groups, but the sequences of the corpus have none",
         "set corpus.group_field"),
     Bad("an unknown section", f"{MAKE} --set trian.steps=3", "'trian'", "unknown key",
@@ -110,7 +110,7 @@ VALUES = (
         "is not an item of a list of 2", "0 to 1, lm, expert"),
     Bad("--set below a number", f"{TRAIN} --set train.steps.x=1", "--set train.steps.x",
         "is below a plain value"),
-    Bad("a term with a teacher that the cache lacks",
+    Bad("a term with an unknown teacher",
         f"{TRAIN} --set train.objective.distill.0.teachers=[lmm]", "no teacher 'lmm'",
         "(it has: expert, lm)", "Cache it with `pipeline cache-teachers`"),
     Bad("a temperature that is not stored",
@@ -146,7 +146,7 @@ OPTIONS = (
         "needs torchrun"),
     Bad("--address without --executor ray", f"{MAKE} --address 1.2.3.4:5", "--address 1.2.3.4:5",
         "is for a Ray cluster", "give --executor ray, too"),
-    Bad("--teacher with a name that the run file lacks",
+    Bad("--teacher with an unknown name",
         f"{MAKE} --teacher lmm", "no teacher 'lmm'",
         "it has: lm, expert"),
     Bad("a --set key given as an option",
@@ -191,7 +191,7 @@ OPTIONS = (
     Bad("an unknown task for an import",
         "import-targets cache new text.jsonl --provenance model=x --task x", "task",
         "should be 'masked_lm', 'causal_lm'", "(given: 'x')"),
-    Bad("an example beyond the last one", "inspect cache --example 99", "not 99",
+    Bad("an example beyond the last", "inspect cache --example 99", "not 99",
         "has the examples 0..11"),
 )  # fmt: skip
 

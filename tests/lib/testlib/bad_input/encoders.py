@@ -67,7 +67,7 @@ ROWS = (
         _asked(_folder(("sentence_transformers.models.Normalize", "../tokens")))),
     Bad("a Dense module with pickled weights", NEW, "2_Dense has no model.safetensors",
         "pickled ones are not loaded", "Save the encoder again", _asked(_dense)),
-    Bad("a pooling width that does not match the model",
+    Bad("a pooling width unlike the model's",
         NEW, "takes states of 7 values", f"its model gives {WIDTH}",
         "save the folder again", _asked(_folder(pooling={"word_embedding_dimension": 7}))),
     Bad("a sparse encoder", NEW, "lm is a SparseEncoder", "gives no vector",

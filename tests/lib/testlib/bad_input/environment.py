@@ -32,11 +32,11 @@ OUTPUTS = (
         "export student --out run.yaml/new", "run.yaml", FILE, ANOTHER),
     Bad("--out of a run file below a file",
         "init uegp --out run.yaml/new.yaml", "run.yaml", FILE, ANOTHER),
-    Bad("--out of a run file that exists already", "init uegp --out run.yaml", "run.yaml",
+    Bad("--out of an existing run file", "init uegp --out run.yaml", "run.yaml",
         "exists and is left as it is", "give another --out"),
     Bad("--out of a page on an existing folder", "compare student --out tokens", "tokens",
         "a folder exists where a file is needed", "give the path of a file"),
-    Bad("--out of predictions that exist already",
+    Bad("--out of existing predictions",
         "predict expert --text text.jsonl --out dev.jsonl", "'dev.jsonl'",
         "already exists", "--force"),
     Bad("--out of predictions on an existing folder",
@@ -135,7 +135,7 @@ DISKS = (
 
 
 def _little_memory(place: Place) -> None:
-    place.patch.setattr("rekindle.pipeline.checks.ahead.free_memory", lambda device: 1000)
+    place.patch.setattr("rekindle.pipeline.checks.machine.free_memory", lambda device: 1000)
 
 
 def _little_room(place: Place) -> None:

@@ -20,7 +20,7 @@ from rekindle.pipeline.caching import compute_unit, sampling, scoring
 from rekindle.pipeline.caching import teachers as teachers_module
 from rekindle.pipeline.caching.batching import run_batches
 from rekindle.pipeline.caching.cache_teachers import cache_teachers
-from rekindle.pipeline.caching.in_flight import Here, Pending, Way
+from rekindle.pipeline.caching.in_flight import NoTransfer, Pending, Transfer
 from rekindle.train.model.files import Placement
 from testlib.caches import examples
 from testlib.estimators import teachers_of
@@ -32,13 +32,13 @@ KINDS = ["topk", "threshold", "random", "hidden", "dense"]
 BATCH_TOKENS = 60  # of 5 sequences of up to 24
 
 
-class Device(Way):
+class Device(Transfer):
     """Notes what is asked of it, by the number of the batch."""
 
-    most = 2
+    max_in_flight = 2
 
     def __init__(self) -> None:
-        self.send = Here().send
+        self.send = NoTransfer().send
         self.events: list[tuple[str, int]] = []
         self.batch = -1
 
@@ -91,9 +91,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Device]:
 
     def begin() -> Device:
         found = Device()
-        monkeypatch.setattr(teachers_module, "way_to", lambda name: found)
+        monkeypatch.setattr(teachers_module, "transfer_to", lambda name: found)
         for module in (scoring, sampling):
-            monkeypatch.setattr(module, "_asks", lambda values: False)
+            monkeypatch.setattr(module, "_may_read", lambda values: False)
 
         def watched(teacher: Any, lengths: Any, forward: Callable[[Any], Pending]) -> Any:
             def of_batch(rows: Any) -> Pending:

@@ -11,7 +11,7 @@ import pytest
 
 from rekindle.data.errors import InputError, RekindleError
 from rekindle.pipeline.caching import make_unit, shared_out
-from rekindle.pipeline.caching.shared_out import check_processes, in_step, loading, tell
+from rekindle.pipeline.caching.shared_out import check_processes, in_step, loading, send_message
 from rekindle.pipeline.exits import errors_as_exit_codes
 from rekindle.train.model.fitting import AUTO_CLASSES
 from testlib.several.forked import forked_world
@@ -31,7 +31,7 @@ def test_what_went_wrong_is_said_though_the_others_have_ended(one_thread):
 
     def told_again_and_again():
         for _ in range(300):
-            tell("of a unit")
+            send_message("of a unit")
             time.sleep(0.1)
 
     main, other = forked_world(lambda: run_as_command(work))
@@ -72,7 +72,7 @@ class _Runner:
 def test_a_model_goes_before_the_next_one_comes(tmp_path, monkeypatch):
     """Also where another process leads: each may fill its device."""
     messages = iter([((), str(tmp_path)), ((), str(tmp_path)), None])
-    monkeypatch.setattr(make_unit, "told", lambda: next(messages))
+    monkeypatch.setattr(make_unit, "receive_message", lambda: next(messages))
     monkeypatch.setattr(make_unit, "Corpus", lambda store: None)
     monkeypatch.setattr(make_unit, "UnitRunner", _Runner)
     make_unit.follow()
@@ -84,7 +84,7 @@ def test_one_process_alone_is_told_how_to_start_several(configure, tmp_path, mak
     with pytest.raises(InputError, match=r"'lm': tp_plan .* torchrun --nproc-per-node 2 --no-py"):
         check_processes(one)
     with pytest.raises(InputError, match="Leave --workers and --executor out"):
-        check_processes(one, alone=False)
+        check_processes(one, in_this_process=False)
 
 
 def test_a_family_without_a_plan_is_refused(configure, tmp_path, make_teacher, monkeypatch):

@@ -266,12 +266,12 @@ def test_real_text_with_the_tokenizer_of_gpt2(tmp_path, shared, configure):
     kept = whole = 0
     for shard in range(len(corpus.commits)):
         table = corpus.shard(shard).table()
-        rows = found.of_rows(table, 2048)
+        rows = found.map_rows(table, 2048)
         ids = table["input_ids"].to_pylist()
         for row, text in enumerate(table["text"].to_pylist()):
-            shown = rows.seen[row].tolist()
+            shown = rows.shown_ids[row].tolist()
             for at, place in zip(
-                rows.positions[row].tolist(), rows.places[row].tolist(), strict=True
+                rows.positions[row].tolist(), rows.token_indices[row].tolist(), strict=True
             ):
                 before = theirs.hf.decode(shown[: place + 1], skip_special_tokens=True)
                 assert text.startswith(before), (text, before)

@@ -9,7 +9,7 @@ import typer
 from rekindle.data.settings import parse_settings
 from rekindle.pipeline.builtin.names import resolve_values
 from rekindle.pipeline.cli import app
-from rekindle.pipeline.commands.following import after_finetune
+from rekindle.pipeline.commands.next_commands import next_commands
 from rekindle.pipeline.teacher_config import TeacherConfig
 from rekindle.pipeline.yaml_text import parse_yaml
 
@@ -35,7 +35,7 @@ COMMANDS = typer.main.get_command(app).commands
     ],
 )
 def test_each_line_says_the_expert_to_its_reader(out, expert, problem, pairs, task):
-    *lines, teacher = after_finetune(out, SimpleNamespace(problem=problem, pairs=pairs))
+    *lines, teacher = next_commands(out, SimpleNamespace(problem=problem, pairs=pairs))
     for line, name in zip(lines, ("evaluate", "predict"), strict=True):
         program, command, *typed = shlex.split(line)
         assert (program, command) == ("pipeline", name)

@@ -28,24 +28,28 @@ from rekindle.train.record.disk_room import free_bytes_near
 PROBLEM = "PROBLEM: "
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per weight, by precision
 # largest relative error of a loss from float64, by device: rounding alone
-CLOSE = {"cpu": 1e-4, "cuda": 2e-2}
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 ROWS, HIDDEN, VOCABULARY, KEPT = 8, 16, 64, 4  # sizes of the tiny step
 
 
-def disk_of(config: RunConfig) -> str:
+def check_disk(config: RunConfig) -> str:
     """Compare what ``pipeline plan`` says will be written with the free space."""
     if is_remote(config.cache.path):
         return f"{config.cache.path} is in an object store: its free space is unknown here"
     plans = _plans(config)
     sizes = [plan.totals.bytes for plan in plans]
-    where, free = free_bytes_near(Path(config.cache.path))
-    known = sum(size for size in sizes if size is not None)
-    more = "" if plans and None not in sizes else ", plus what is not known yet"
-    told = f"{shown_bytes(known)} will be written{more}; {shown_bytes(free)} are free at {where}"
-    if known <= free:
-        return told
+    nearest_folder, free = free_bytes_near(Path(config.cache.path))
+    known_bytes = sum(size for size in sizes if size is not None)
+    unknown_note = "" if plans and None not in sizes else ", plus what is not known yet"
+    summary = (
+        f"{shown_bytes(known_bytes)} will be written{unknown_note}; {shown_bytes(free)} are free "
+        f"at {nearest_folder}"
+    )
+    if known_bytes <= free:
+        return summary
     return (
-        f"{PROBLEM}{told}. Make room, or choose another cache.path, fewer replicas or a smaller k"
+        f"{PROBLEM}{summary}. Make room, or choose another cache.path, fewer replicas or a "
+        "smaller k"
     )
 
 
@@ -55,7 +59,7 @@ def _plans(config: RunConfig) -> list[RunPlan]:
     return [one.plan for one in plan_staged_run(config, probe=False) if one.plan is not None]
 
 
-def memory_of(config: RunConfig) -> Iterator[tuple[str, str]]:
+def check_memory(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Compare each teacher's weights, by its files' headers, with the memory of its device."""
     for teacher in config.teachers:
         if teacher.served is not None or not Path(teacher.model).is_dir():
@@ -64,20 +68,20 @@ def memory_of(config: RunConfig) -> Iterator[tuple[str, str]]:
                 (f"{teacher.model or 'served'}: not a local folder, so its size is unknown"),
             )
             continue
-        here = place(teacher.precision)
+        placement = place(teacher.precision)
         tensors = stored_tensors(find_teacher(teacher)[0]).values()
-        needed = sum(math.prod(one.shape) for one in tensors) * BYTES_OF[here.precision]
-        free = free_memory(here.device)
-        told = (
-            f"{shown_bytes(needed)} of weights in {here.precision}, {shown_bytes(free)} free "
-            f"on {here.device}"
+        needed = sum(math.prod(tensor.shape) for tensor in tensors) * BYTES_OF[placement.precision]
+        free = free_memory(placement.device)
+        summary = (
+            f"{shown_bytes(needed)} of weights in {placement.precision}, {shown_bytes(free)} free "
+            f"on {placement.device}"
         )
-        spread = teacher.device_map is not None or teacher.tp_plan is not None
-        if needed <= free or spread:
-            yield teacher.name, told + ", spread over several devices" * spread
+        is_spread = teacher.device_map is not None or teacher.tp_plan is not None
+        if needed <= free or is_spread:
+            yield teacher.name, summary + ", spread over several devices" * is_spread
         else:
-            ways = "precision: bf16, device_map: auto or tp_plan: auto (docs/clusters.md)"
-            yield teacher.name, f"{PROBLEM}{told}. It does not fit: give it {ways}"
+            advice = "precision: bf16, device_map: auto or tp_plan: auto (docs/clusters.md)"
+            yield teacher.name, f"{PROBLEM}{summary}. It does not fit: give it {advice}"
 
 
 def free_memory(device: str) -> int:
@@ -87,12 +91,13 @@ def free_memory(device: str) -> int:
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     free = next(int(line[1]) << 10 for line in lines if line[0] == "MemAvailable:")
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():  # the limit of a container
-        free = min(free, int(most) - int(used.read_text()))
+    # A container has its own limit.
+    if limit.exists() and (limit_text := limit.read_text().strip()).isdigit():
+        free = min(free, int(limit_text) - int(used.read_text()))
     return free
 
 
-def locks_in(folder: Path) -> str:
+def check_locks(folder: Path) -> str:
     """Take both kinds of locks that runs take in ``folder``, and check that a second lock is
     refused.
     """
@@ -122,38 +127,41 @@ def tiny_step(device: torch.device) -> str:
     """Take one distillation step on ``device``, with the implementation used there, and compare its
     loss with float64 on the CPU.
     """
-    draw = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, HIDDEN, generator=draw) for n in (ROWS, VOCABULARY))
-    ids = torch.rand(ROWS, VOCABULARY, generator=draw).topk(KEPT).indices
-    probs = torch.rand(ROWS, KEPT, generator=draw).softmax(dim=1) * 0.9
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, HIDDEN, generator=generator) for n in (ROWS, VOCABULARY))
+    ids = torch.rand(ROWS, VOCABULARY, generator=generator).topk(KEPT).indices
+    probs = torch.rand(ROWS, KEPT, generator=generator).softmax(dim=1) * 0.9
     exact = linear_kd_loss(hidden.double(), weight.double(), ids, probs.double(), impl="torch").loss
     head = weight.to(device).requires_grad_()
     loss = linear_kd_loss(hidden.to(device), head, ids.to(device), probs.to(device)).loss
     loss.backward()
     torch.optim.AdamW([head]).step()
-    off = abs(loss.item() - exact.item()) / exact.item()
-    finite = bool(head.isfinite().all())
-    told = f"one step on {device}: loss {loss.item():.4f}, {off:.1e} from float64's"
-    if finite and off <= CLOSE[device.type]:
-        return told
-    return f"{PROBLEM}{told}{'' if finite else ', and some weights are not finite'}: check the GPU"
+    error_share = abs(loss.item() - exact.item()) / exact.item()
+    is_finite = bool(head.isfinite().all())
+    summary = f"one step on {device}: loss {loss.item():.4f}, {error_share:.1e} from float64's"
+    if is_finite and error_share <= TOLERANCE[device.type]:
+        return summary
+    weights_note = "" if is_finite else ", and some weights are not finite"
+    return f"{PROBLEM}{summary}{weights_note}: check the GPU"
 
 
-def step_here() -> str:
+def check_step() -> str:
     """Run ``tiny_step`` on the GPU; without one, on the CPU, and say so."""
     if torch.cuda.is_available():
         try:
             return tiny_step(torch.device("cuda"))
         except (RuntimeError, OSError) as error:
-            first = str(error).partition("\n")[0]
-            return f"{PROBLEM}the step on the GPU failed ({first}); check driver and triton"
-    told = tiny_step(torch.device("cpu"))
-    return told if told.startswith(PROBLEM) else f"there is no CUDA device; {told}"
+            first_line = str(error).partition("\n")[0]
+            return f"{PROBLEM}the step on the GPU failed ({first_line}); check driver and triton"
+    summary = tiny_step(torch.device("cpu"))
+    return summary if summary.startswith(PROBLEM) else f"there is no CUDA device; {summary}"
 
 
 def refuse_problems(facts: dict[str, str]) -> None:
     """Raise InputError if a check found a problem."""
-    found = [name for name, value in facts.items() if value.startswith(PROBLEM)]
-    if found:
-        told = "; ".join(f"{name}: {facts[name].removeprefix(PROBLEM)}" for name in found)
-        raise InputError(f"this machine is not ready. {told}")
+    with_problem = [name for name, value in facts.items() if value.startswith(PROBLEM)]
+    if with_problem:
+        problems = "; ".join(
+            f"{name}: {facts[name].removeprefix(PROBLEM)}" for name in with_problem
+        )
+        raise InputError(f"this machine is not ready. {problems}")

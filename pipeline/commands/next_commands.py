@@ -13,20 +13,20 @@ from rekindle.train.ranking.kinds import RANKING
 
 # Of a teacher, by problem.
 _TASKS = {TAGS: "token_classification", "regression": "regression", RANKING: "regression"}
-_WIDEST = 10_000  # columns: an entry is one line
+YAML_WIDTH = 10_000  # columns: an entry is one line
 
 
-def after_finetune(out: str, result: FinetuneResult) -> list[str]:
+def next_commands(out: str, result: FinetuneResult) -> list[str]:
     """Return a line each for scoring the expert in ``out``, asking it, and making it a teacher."""
     expert = f"./{out}" if out.startswith(("-", PREFIX)) else out
     return [
         shlex.join(["pipeline", "evaluate", expert, "--test", "FILE"]),
         shlex.join(["pipeline", "predict", expert, "--text", "FILE", "--out", "answers.jsonl"]),
-        f"as a teacher, in a run file: {_teachers(expert, result)}",
+        f"as a teacher, in a run file: {_teacher_entry(expert, result)}",
     ]
 
 
-def _teachers(expert: str, result: FinetuneResult) -> str:
+def _teacher_entry(expert: str, result: FinetuneResult) -> str:
     """Return the entry of a run file."""
     task = _TASKS.get(result.problem, "sequence_classification")
     entry = {"name": names_for([expert])[0], "model": expert, "task": task}
@@ -38,6 +38,6 @@ def _teachers(expert: str, result: FinetuneResult) -> str:
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=True,
-        width=_WIDEST,
+        width=YAML_WIDTH,
     )
     return str(line).strip()[1:-1]

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from rekindle.data.errors import InputError
-from rekindle.pipeline.checks import ahead
+from rekindle.pipeline.checks import machine
 from rekindle.pipeline.config import load_config
 from testlib.command import pipeline
 
@@ -38,9 +38,11 @@ def test_a_machine_that_is_ready(run_file, tmp_path):
 
 def test_bytes_to_write_are_those_of_the_plan(run_file):
     config = load_config(run_file)
-    (plan,) = ahead._plans(config)
+    (plan,) = machine._plans(config)
     assert plan.totals.bytes
-    assert ahead.disk_of(config).startswith(f"{ahead.shown_bytes(plan.totals.bytes)} will be")
+    assert machine.check_disk(config).startswith(
+        f"{machine.shown_bytes(plan.totals.bytes)} will be"
+    )
 
 
 def failing(number):
@@ -53,7 +55,7 @@ def failing(number):
 @pytest.mark.parametrize("kind", ["flock", "lockf"])
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(fcntl, kind, failing(errno.ENOLCK))
-    told = ahead.locks_in(tmp_path)
+    told = machine.check_locks(tmp_path)
     assert told.startswith(f"PROBLEM: {tmp_path} supports no locks (No locks available)")
     assert "one process at a time" in told
     assert not [*tmp_path.iterdir()]
@@ -61,21 +63,21 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, kind):
 
 def test_a_lock_that_is_given_twice_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *given: None)
-    assert "a lock is granted twice" in ahead.locks_in(tmp_path)
+    assert "a lock is granted twice" in machine.check_locks(tmp_path)
 
 
 def test_the_step_is_taken_and_held_against_float64(monkeypatch):
-    assert ahead.step_here().startswith("there is no CUDA device; one step on cpu: loss ")
-    plain = ahead.linear_kd_loss
+    assert machine.check_step().startswith("there is no CUDA device; one step on cpu: loss ")
+    plain = machine.linear_kd_loss
 
     def wrong(*given, impl="auto", **more):
         found = plain(*given, impl=impl, **more)
         return found if impl == "torch" else found._replace(loss=found.loss * 1.001)
 
-    monkeypatch.setattr(ahead, "linear_kd_loss", wrong)
-    assert ahead.tiny_step(torch.device("cpu")).startswith("PROBLEM: one step on cpu")
+    monkeypatch.setattr(machine, "linear_kd_loss", wrong)
+    assert machine.tiny_step(torch.device("cpu")).startswith("PROBLEM: one step on cpu")
     with pytest.raises(InputError, match=r"not ready\. step: one step on cpu"):
-        ahead.refuse_problems({"step": ahead.step_here()})
+        machine.refuse_problems({"step": machine.check_step()})
 
 
 def test_a_gpu_on_which_no_step_can_be_taken(monkeypatch):
@@ -83,12 +85,12 @@ def test_a_gpu_on_which_no_step_can_be_taken(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available\nmore")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ahead, "tiny_step", broken)
-    assert ahead.step_here() == (
+    monkeypatch.setattr(machine, "tiny_step", broken)
+    assert machine.check_step() == (
         "PROBLEM: the step on the GPU failed (CUDA error: no kernel image is available); "
         "check driver and triton"
     )
 
 
 def test_free_memory_is_some():
-    assert 0 < ahead.free_memory("cpu") < 1 << 46
+    assert 0 < machine.free_memory("cpu") < 1 << 46
